@@ -1,0 +1,44 @@
+# Every target sets up what it needs, so `make test` and `make demo` work on a fresh clone.
+#
+#   make test     lint, types and tests
+#   make demo     a small model turned sparse, from start to end
+#
+# Choose another torch with e.g. `make test TORCH="torch==2.13.0 --index-url URL"`.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup test lint demo clean
+.DEFAULT_GOAL := test
+
+setup: $(READY)
+
+# torch comes first, so that the other packages settle for the build chosen here. Some builds of
+# torch bring no triton; where there is none to install, the tests of the kernels skip themselves.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then \
+		$(BIN)/python -m pip install --quiet $(TRITON) || echo "continuing without triton"; \
+	fi
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $(READY)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/mypy src
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+demo: $(READY)
+	$(BIN)/rtpurbo demo
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

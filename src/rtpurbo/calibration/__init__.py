@@ -1,0 +1,1 @@
+"""Finding the retrieval heads: needle documents, a score for each query head, and the choice."""

@@ -1,0 +1,45 @@
+"""The retrieval score of a query head (paper: head calibration)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rtpurbo.data.needles import CalibrationDocument
+from rtpurbo.models.attention import LayerObservation
+from rtpurbo.models.sparsify import observing
+from rtpurbo.ops.eager.attend import attention_logits
+from rtpurbo.ops.eager.visibility import causal_mask
+
+
+def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> dict[int, Tensor]:
+    """How much attention the later needle's rows pay to the earlier needle, for each query head.
+
+    `R_h = 1/|N_post| * sum over rows t of the later needle, columns j of the earlier one, of A_h(t, j)`, less what a
+    head without any preference would give (|N_pre| / length), so that documents of all lengths compare. Only the
+    needle's rows are computed, so no n x n matrix is made.
+
+    Args:
+        model: dense, on any device.
+        document: prose with the same needle near the beginning and at the end.
+
+    Returns:
+        For each converted layer, fp32 [num_attention_heads] on the CPU.
+    """
+    scores: dict[int, Tensor] = {}
+    early, late = slice(*document.early_span), slice(*document.late_span)
+
+    def score_layer(seen: LayerObservation) -> None:
+        queries, keys = seen.queries[:, :, late], seen.keys
+        group = queries.shape[1] // keys.shape[1]
+        logits = attention_logits(queries, keys.repeat_interleave(group, 1), seen.scaling)
+        visible = causal_mask(seen.positions[:, late], seen.positions)
+        attention = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+        mass = attention[..., early].sum(-1).mean(-1)[0]
+        scores[seen.layer] = (mass - (early.stop - early.start) / keys.shape[2]).float().cpu()
+
+    input_ids = torch.tensor([document.input_ids], device=model.device)
+    with torch.no_grad(), observing(model, score_layer):
+        model.base_model(input_ids, use_cache=False)
+    return scores

@@ -1,0 +1,202 @@
+"""What a sparse model is, as data: which heads retrieve, what a query may see, how the index is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from rtpurbo.errors import RTPurboError
+
+Reading = Literal["paper", "residual", "far"]
+Granularity = Literal["token", "block"]
+PrefillMode = Literal["dense", "top_p", "row_share"]
+IndexSpace = Literal["pre_rope", "post_rope", "low_frequency"]
+HeadGranularity = Literal["query_head", "kv_group"]
+
+
+def check_choice(name: str, value: str, allowed: Any) -> None:
+    """Refuses a value that is not one of a Literal type's."""
+    if value not in get_args(allowed):
+        raise RTPurboError(f"{name} is '{value}', but it must be one of: {', '.join(get_args(allowed))}.")
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """What a query sees.
+
+    Attributes:
+        num_sink_tokens: keys 0..S-1, seen by every query.
+        sliding_window: the W most recent keys, the query's own counted.
+        top_p: mass that the indexer's selection must reach, in (0, 1]; 1 selects every key.
+        reading: what the mass is a share of; see `rtpurbo.ops.eager.selection`.
+        far_floor: reading `far` selects nothing for rows whose estimated far mass is below this.
+        granularity: what a row selects when it selects for itself: tokens, or blocks of keys.
+        block_size: keys in a block; blocks are aligned to position 0.
+        prefill_mode: what retrieval heads do with more than one query row: `dense` (the paper),
+            `top_p` (each row its own set), or `row_share` (one block list for a tile of rows).
+        query_block_size: rows that share one list under `row_share`.
+        row_share: a block is on the list if any row of the tile gives it this share of its mass.
+    """
+
+    num_sink_tokens: int = 4
+    sliding_window: int = 8192
+    top_p: float = 0.95
+    reading: Reading = "residual"
+    far_floor: float = 0.05
+    granularity: Granularity = "token"
+    block_size: int = 64
+    prefill_mode: PrefillMode = "dense"
+    query_block_size: int = 128
+    row_share: float = 0.125
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise RTPurboError(f"top_p is {self.top_p}, but it must be above 0 and at most 1.")
+        if not 0 < self.row_share <= 1:
+            raise RTPurboError(f"row_share is {self.row_share}, but it must be above 0 and at most 1.")
+        if not 0 <= self.far_floor < 1:
+            raise RTPurboError(f"far_floor is {self.far_floor}, but it must be at least 0 and below 1.")
+        if self.block_size < 1 or self.query_block_size < 1:
+            raise RTPurboError("block_size and query_block_size must be at least 1.")
+        if self.num_sink_tokens < 0:
+            raise RTPurboError(f"num_sink_tokens is {self.num_sink_tokens}, but it cannot be negative.")
+        if self.sliding_window < self.block_size:
+            raise RTPurboError(
+                f"sliding_window ({self.sliding_window}) is smaller than block_size ({self.block_size}): "
+                "choose a window of at least one block."
+            )
+        check_choice("reading", self.reading, Reading)
+        check_choice("granularity", self.granularity, Granularity)
+        check_choice("prefill_mode", self.prefill_mode, PrefillMode)
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Which query heads of which layers are retrieval heads, and the scores that decided it.
+
+    Attributes:
+        retrieval_heads: for each layer, the query heads that need the whole context, ascending.
+            A layer that is not converted (it was windowed already) has None.
+        num_attention_heads: query heads of a layer.
+        num_key_value_heads: KV heads of a layer.
+        scores: for each layer, the retrieval score of each query head (paper: head calibration).
+        granularity: whether heads were chosen one by one or by whole KV groups.
+    """
+
+    retrieval_heads: tuple[tuple[int, ...] | None, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    scores: tuple[tuple[float, ...] | None, ...] = ()
+    granularity: HeadGranularity = "query_head"
+
+    def __post_init__(self) -> None:
+        for layer, heads in enumerate(self.retrieval_heads):
+            if heads and not all(0 <= head < self.num_attention_heads for head in heads):
+                raise RTPurboError(
+                    f"the head map names heads {list(heads)} in layer {layer}, "
+                    f"but the model has {self.num_attention_heads} query heads a layer."
+                )
+
+    @classmethod
+    def uniform(
+        cls, heads: Sequence[int], layers: Sequence[bool], num_attention_heads: int, num_key_value_heads: int
+    ) -> HeadMap:
+        """The same retrieval heads in every converted layer; `layers` tells which layers those are."""
+        chosen = tuple(sorted(heads))
+        return cls(
+            tuple(chosen if converted else None for converted in layers), num_attention_heads, num_key_value_heads
+        )
+
+    @property
+    def num_retrieval_heads(self) -> int:
+        """Retrieval heads of all layers together."""
+        return sum(len(heads or ()) for heads in self.retrieval_heads)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of all converted layers together."""
+        return self.num_attention_heads * sum(heads is not None for heads in self.retrieval_heads)
+
+    @property
+    def num_full_key_value_heads(self) -> int:
+        """KV heads that hold a retrieval head, of all layers together."""
+        return sum(len(self.full_key_value_heads(layer)) for layer in range(len(self.retrieval_heads)))
+
+    def full_key_value_heads(self, layer: int) -> list[int]:
+        """The KV heads of `layer` that serve at least one retrieval head."""
+        group = self.num_attention_heads // self.num_key_value_heads
+        return sorted({head // group for head in self.retrieval_heads[layer] or ()})
+
+
+@dataclass(frozen=True)
+class IndexerSettings:
+    """What the token indexer projects.
+
+    Attributes:
+        index_dim: dimensions of an index query and an index key.
+        index_space: what is projected: `pre_rope` (the paper), `post_rope`, or `low_frequency`, the
+            rotary pairs whose wavelength is at least `min_wavelength`, after RoPE.
+        min_wavelength: in tokens; None until conversion fixes it to the model's context length.
+    """
+
+    index_dim: int = 16
+    index_space: IndexSpace = "low_frequency"
+    min_wavelength: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.index_dim < 1:
+            raise RTPurboError(f"index_dim is {self.index_dim}, but it must be at least 1.")
+        check_choice("index_space", self.index_space, IndexSpace)
+
+
+@dataclass(frozen=True)
+class RTPurboConfig:
+    """Everything that turns a given dense model into its sparse one, apart from trained weights."""
+
+    head_map: HeadMap
+    attention: AttentionRule = field(default_factory=AttentionRule)
+    indexer: IndexerSettings = field(default_factory=IndexerSettings)
+
+    def with_rule(self, **changes: Any) -> RTPurboConfig:
+        """The same configuration with some fields of the attention rule changed."""
+        return replace(self, attention=replace(self.attention, **changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RTPurboConfig:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            RTPurboError: a field is missing, unknown or out of range.
+        """
+        try:
+            return cls(
+                head_map_from_dict(data["head_map"]),
+                AttentionRule(**data["attention"]),
+                IndexerSettings(**data["indexer"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise RTPurboError(f"the configuration is not complete or holds an unknown field: {error}.") from error
+
+
+def head_map_from_dict(data: dict[str, Any]) -> HeadMap:
+    """Reads a head map from plain JSON types."""
+    rows = {
+        name: tuple(None if row is None else tuple(row) for row in data.get(name) or ())
+        for name in ("retrieval_heads", "scores")
+    }
+    return HeadMap(**{**data, **rows})
+
+
+def default_sliding_window(context_length: int) -> int:
+    """The window for a model of this context: a sixteenth of it, from 256 to the paper's 8,192 keys.
+
+    At 4K to 8K a window of 512 keeps what 256 loses (docs/experiment-log.md).
+    """
+    return max(256, min(8192, 2 ** round(math.log2(context_length / 16))))
+

@@ -1,0 +1,269 @@
+"""Needles in a haystack: questions whose answer hides far back, and documents to calibrate on."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rtpurbo.data.texts import SENTENCE_END, TextCorpus, begin_ids, encode
+from rtpurbo.data.words import NAMES, Split, key_names, words_of
+from rtpurbo.errors import RTPurboError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RetrievalExample:
+    """A long prompt that asks for numbers hidden in it, up to where the answer must begin.
+
+    Attributes:
+        prompt_ids: the tokens of the prompt, ending with the opening words of the answer.
+        answer_ids: the tokens with which a right answer goes on.
+        answers: the strings that a right answer contains, in the order of the text.
+        kind: "single", "multi_key" (other keys distract), "multi_value" (the key has several
+            numbers) or "multi_key_multi_value".
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    answers: list[str]
+    kind: str
+
+
+@dataclass(frozen=True)
+class CalibrationDocument:
+    """Prose in which the same tokens stand twice, near the beginning and at the very end.
+
+    Attributes:
+        input_ids: the tokens of the document.
+        early_span: the first and the one-past-the-last index of the early needle.
+        late_span: the same for the late needle; `input_ids` agrees on both spans.
+    """
+
+    input_ids: list[int]
+    early_span: tuple[int, int]
+    late_span: tuple[int, int]
+
+
+def make_retrieval_example(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: TextCorpus,
+    length: int,
+    rng: random.Random,
+    num_keys: int = 1,
+    num_values: int = 1,
+    depth: float | None = None,
+    split: Split = "test",
+) -> RetrievalExample:
+    """Hides magic numbers in prose and asks for those of one key, as RULER does.
+
+    A tokenizer with a chat template gets the text and the question as the user's turn and the
+    opening words of the answer as the assistant's.
+
+    Args:
+        tokenizer: turns the text into tokens.
+        corpus: where the prose comes from.
+        length: the most tokens that prompt and answer may have together; they have at most 1 %
+            or 16 tokens, whichever is more, less.
+        rng: the source of all randomness.
+        num_keys: how many keys have numbers; all but one distract.
+        num_values: how many numbers the queried key has.
+        depth: where the (first) needle of the queried key stands, from 0 (the beginning of the
+            prose) to 1 (its end); random if None.
+        split: which keys to draw from.
+
+    Raises:
+        RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
+    """
+    if num_keys < 1 or num_values < 1:
+        raise RTPurboError("A retrieval example needs at least one key and one value.")
+    if depth is not None and not 0 <= depth <= 1:
+        raise RTPurboError(f"The depth of a needle must lie between 0 and 1, not be {depth}.")
+
+    queried, *distractors = rng.sample(key_names(split), num_keys)
+    keys = [queried] * num_values + distractors
+    numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), len(keys))]
+    depths = [rng.random() for _ in keys]
+    if depth is not None:
+        depths[0] = depth
+    needles = sorted(
+        (place, f"One of the special magic numbers for {key} is: {number}.", key, number)
+        for place, key, number in zip(depths, keys, numbers, strict=True)
+    )
+    answers = [number for _, _, key, number in needles if key == queried]
+    hidden = [(place, sentence) for place, sentence, _, _ in needles]
+
+    def tokens_around(prose: str) -> tuple[list[int], list[int]]:
+        return _question_tokens(tokenizer, _hide(prose, hidden), queried, answers)
+
+    frame = sum(map(len, tokens_around("")))
+    room = length - frame
+    if room < frame / 2:
+        raise RTPurboError(
+            f"A retrieval example with {len(keys)} needle(s) does not fit into {length} tokens; "
+            f"ask for a length of at least {2 * frame}."
+        )
+    # Decoded and encoded again amid the needles, the prose changes its length by a few tokens:
+    # begin with too many and cut.
+    prose_ids = corpus.sample_tokens(tokenizer, room + 32, rng)
+    while True:
+        prompt_ids, answer_ids = tokens_around(_decode(tokenizer, prose_ids).strip())
+        excess = len(prompt_ids) + len(answer_ids) - length
+        if excess <= 0:
+            break
+        del prose_ids[-excess:]
+
+    kinds = ["multi_key"] * (num_keys > 1) + ["multi_value"] * (num_values > 1)
+    return RetrievalExample(prompt_ids, answer_ids, answers, "_".join(kinds) or "single")
+
+
+def is_correct(example: RetrievalExample, generated_text: str) -> bool:
+    """Whether every answer stands in the generated text, as a number of its own."""
+    found = set(re.findall(r"\d+", generated_text))
+    return found.issuperset(example.answers)
+
+
+def make_calibration_document(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: TextCorpus,
+    length: int,
+    rng: random.Random,
+    depth: float = 0.1,
+) -> CalibrationDocument:
+    """Puts the same made-up sentences near the beginning and at the end of prose.
+
+    A head that retrieves looks back from the late needle to the early one.
+
+    Args:
+        tokenizer: turns the text into tokens.
+        corpus: where the prose comes from.
+        length: how many tokens the document has, exactly.
+        rng: the source of all randomness.
+        depth: where the early needle stands, as a part of the prose; it is moved to the end of a
+            sentence if one is near.
+
+    Raises:
+        RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
+    """
+    start_ids = begin_ids(tokenizer)
+    break_ids = encode(tokenizer, "\n\n")
+    needle_ids = encode(tokenizer, _calibration_needle(rng))
+    # The early needle needs a paragraph break on both sides, the late one before it.
+    room = length - len(start_ids) - 3 * len(break_ids) - 2 * len(needle_ids)
+    if room < len(needle_ids):
+        least = length - room + len(needle_ids)
+        raise RTPurboError(
+            f"A calibration document does not fit into {length} tokens; "
+            f"ask for a length of at least {least}."
+        )
+    prose_ids = corpus.sample_tokens(tokenizer, room, rng)
+    cut = _next_sentence_end(tokenizer, prose_ids, round(depth * room))
+
+    before_early = start_ids + prose_ids[:cut] + break_ids
+    early_start = len(before_early)
+    input_ids = before_early + needle_ids + break_ids + prose_ids[cut:] + break_ids + needle_ids
+    return CalibrationDocument(
+        input_ids=input_ids,
+        early_span=(early_start, early_start + len(needle_ids)),
+        late_span=(length - len(needle_ids), length),
+    )
+
+
+def _question_tokens(
+    tokenizer: PreTrainedTokenizerBase, context: str, key: str, answers: list[str]
+) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt around `context`, and those of the answer."""
+    if len(answers) == 1:
+        intro = (
+            "A special magic number is hidden within the following text. Make sure to memorize "
+            "it. I will quiz you about the number afterwards."
+        )
+        question = f"What is the special magic number for {key} mentioned in the provided text?"
+        opening = f"The special magic number for {key} mentioned in the provided text is"
+        answer = f" {answers[0]}"
+    else:
+        intro = (
+            "Some special magic numbers are hidden within the following text. Make sure to "
+            "memorize them. I will quiz you about the numbers afterwards."
+        )
+        question = (
+            f"What are all the special magic numbers for {key} mentioned in the provided text?"
+        )
+        opening = f"The special magic numbers for {key} mentioned in the provided text are"
+        answer = f" {', '.join(answers[:-1])} and {answers[-1]}"
+
+    turn = f"{intro}\n\n{context}\n\n{question}"
+    if tokenizer.chat_template:
+        # Templates of models that can think out loud know the last option; others ignore it.
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        prompt_ids = encode(tokenizer, str(prompt))
+    else:
+        prompt_ids = begin_ids(tokenizer) + encode(tokenizer, f"{turn}\n\n")
+
+    # What follows the opening words is found by encoding both at once: encoded alone, an answer
+    # may begin with other tokens.
+    opening_ids = encode(tokenizer, opening)
+    both_ids = encode(tokenizer, opening + answer)
+    shared = 0
+    while shared < len(opening_ids) and opening_ids[shared] == both_ids[shared]:
+        shared += 1
+    return prompt_ids + both_ids[:shared], both_ids[shared:]
+
+
+def _hide(prose: str, needles: list[tuple[float, str]]) -> str:
+    """Puts sentences between those of `prose`, each at its depth from 0 to 1, in order."""
+    ends = [match.end() for match in SENTENCE_END.finditer(prose)]
+    # Text without sentences, such as a list of words, is cut between words, and without words
+    # anywhere.
+    spaces = [match.start() for match in re.finditer(r"\s", prose)]
+    places = [0, *(ends or spaces or range(len(prose)))]
+    pieces, start = [], 0
+    for depth, sentence in needles:
+        place = min(places, key=lambda place: abs(place - depth * len(prose)))
+        pieces += [prose[start:place], sentence]
+        start = place
+    return " ".join(piece.strip(" ") for piece in [*pieces, prose[start:]] if piece)
+
+
+def _calibration_needle(rng: random.Random) -> str:
+    """Made-up sentences that nobody can guess, 30 to 60 tokens long with usual tokenizers."""
+    adjectives, nouns = words_of("train")
+    first_name, second_name = rng.sample(NAMES, 2)
+    adjective, other_adjective = rng.sample(adjectives, 2)
+    noun, other_noun, third_noun = rng.sample(nouns, 3)
+    year, price, code = rng.randint(1700, 1999), rng.randint(100, 999), rng.randint(10**5, 10**6)
+    return rng.choice(
+        [
+            f"In {year}, {first_name} sold the {adjective} {noun} to {second_name} for {price} "
+            f"silver coins and a {other_adjective} {other_noun}. The number of the {third_noun} "
+            f"is {code}.",
+            f"{first_name} keeps a {adjective} {noun} under the {other_noun}, and only "
+            f"{second_name} knows that the {other_adjective} {third_noun} opens with {code}, the "
+            f"number from {year}, page {price}.",
+            f"The {adjective} {noun} number {code} was found by {first_name} in {year}. It weighs "
+            f"{price} grams and belongs to {second_name}, beside the {other_adjective} "
+            f"{other_noun} and the {third_noun}.",
+        ]
+    )
+
+
+def _next_sentence_end(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], position: int
+) -> int:
+    """The first index from `position` on that follows the end of a sentence, if one is near."""
+    for index in range(max(1, position), min(position + 64, len(token_ids))):
+        if _decode(tokenizer, [token_ids[index - 1]]).rstrip().endswith((".", "!", "?")):
+            return index
+    return position
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))

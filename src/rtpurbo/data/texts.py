@@ -1,0 +1,321 @@
+"""Prose to calibrate, train and evaluate on: built in, from files, or from the Hub."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import random
+import re
+import textwrap
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rtpurbo.errors import RTPurboError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_SHARE = 0.2
+"""The share of the characters that `load_texts` keeps for evaluation, roughly."""
+
+SENTENCE_END = re.compile(r"(?:[.!?][\"')\]]*(?=\s)|[\u3002\uff01\uff1f])")
+"""Where a sentence ends, in Latin and in Chinese and Japanese punctuation."""
+
+_SENTENCE_BREAK = re.compile(SENTENCE_END.pattern + r"\s*")
+_PARAGRAPH_BREAK = re.compile(r"\n(?:[ \t]*\n)+")
+_LINES_OF_MARKUP = re.compile(r"^(?:[*=~^#+|-]{3,}.*|[+|].*[+|]|-\[ .* \]-)$\n?", re.MULTILINE)
+_INLINE_MARKUP = re.compile(r"(?<!\w)\*{1,2}(\w[^*\n]*?)\*{1,2}(?!\w)| \[\d+\](?=\W|$)")
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """Documents of prose.
+
+    Attributes:
+        name: what error messages call the corpus.
+        documents: the texts, in a fixed order; none is empty.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+
+    def sample_tokens(
+        self, tokenizer: PreTrainedTokenizerBase, num_tokens: int, rng: random.Random
+    ) -> list[int]:
+        """Cuts exactly `num_tokens` tokens of prose from a random place.
+
+        The document is drawn with a chance in proportion to its length, and the text begins at
+        the start of a paragraph or sentence. Where no document is long enough, consecutive
+        documents are joined, the first one following the last.
+
+        Args:
+            tokenizer: turns the text into tokens; no special tokens are added.
+            num_tokens: how many tokens to return.
+            rng: the source of all randomness.
+
+        Raises:
+            RTPurboError: the whole corpus is shorter than `num_tokens`.
+        """
+        example = self.documents[0][:4096]
+        characters_per_token = len(example) / max(1, len(encode(tokenizer, example)))
+        needed = int(1.1 * num_tokens * characters_per_token) + 1
+
+        long_enough = [document for document in self.documents if len(document) >= needed]
+        if long_enough:
+            [document] = rng.choices(long_enough, weights=[len(text) for text in long_enough])
+            start = _next_start(document, rng.randint(0, len(document) - needed))
+            size = needed
+            while True:
+                token_ids = encode(tokenizer, document[start : start + size])
+                # The last token before the cut may be half a word, so it is never used.
+                if len(token_ids) > num_tokens:
+                    return token_ids[:num_tokens]
+                if start + size >= len(document):
+                    break
+                size *= 2
+
+        first = rng.randrange(len(self.documents))
+        token_ids = []
+        for document in self.documents[first:] + self.documents[:first]:
+            token_ids += encode(tokenizer, document + "\n\n")
+            if len(token_ids) >= num_tokens:
+                return token_ids[:num_tokens]
+        raise RTPurboError(
+            f"The text corpus '{self.name}' has only {len(token_ids):,} tokens, but "
+            f"{num_tokens:,} are needed; give more text or ask for a shorter length."
+        )
+
+
+def load_texts(
+    sources: Sequence[str] | None, split: Literal["train", "heldout"] = "train"
+) -> TextCorpus:
+    """Loads the training or the held-out part of some texts.
+
+    The held-out part is the end of the texts, about a fifth of their characters: whole documents
+    where 10 to 25 % can be had so, else the end of one document, cut at a paragraph. Both parts
+    depend on nothing but the texts and their order.
+
+    Args:
+        sources: None for the documentation of the Python language that comes with Python
+            (some 360,000 characters; each part is one long document). Else each source is a
+            file, `.txt`, `.md`, `.jsonl`, `.jsonl.gz` or `.parquet`, the last three with a field
+            `text` in each row; or a dataset of the Hugging Face Hub,
+            `hf:NAME[:CONFIGURATION][:SPLIT]`.
+        split: which of the two parts to return.
+
+    Raises:
+        RTPurboError: a source is missing, unreadable, empty or of an unknown kind.
+    """
+    if sources is None:
+        name, documents = "Python documentation", _python_documentation()
+    else:
+        if isinstance(sources, str):
+            sources = [sources]
+        name, documents = ", ".join(sources), []
+        for source in sources:
+            documents += _read_source(source)
+        if not documents:
+            raise RTPurboError("No text source was given; name at least one file or dataset.")
+
+    train, held_out = _split_documents(documents)
+    part = train if split == "train" else held_out
+    if not train or not held_out:
+        raise RTPurboError(
+            f"The text in {name} is too short to be split into a training and a held-out part; "
+            "give more text."
+        )
+    if sources is None:
+        part = ["\n\n".join(part)]
+    return TextCorpus(name=f"{name} ({split})", documents=tuple(part))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Turns text into tokens, without special tokens and without a warning about the length."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that this tokenizer puts before every text, if it does."""
+    return [
+        token_id
+        for token_id in tokenizer("")["input_ids"][:1]
+        if token_id == tokenizer.bos_token_id
+    ]
+
+
+def _next_start(document: str, position: int) -> int:
+    """The start of the first paragraph, else sentence, else word, soon after `position`."""
+    if position == 0:
+        return 0
+    nearby = document[position : position + 1000]
+    for pattern in (_PARAGRAPH_BREAK, _SENTENCE_BREAK, re.compile(r"\s+")):
+        found = pattern.search(nearby)
+        if found:
+            return position + found.end()
+    return position
+
+
+def _split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits documents into training and held-out ones, by the rule `load_texts` documents."""
+    target = HELD_OUT_SHARE * sum(len(document) for document in documents)
+    train, size = list(documents), 0
+    held_out: list[str] = []
+    while train and size < target and size + len(train[-1]) <= 1.25 * target:
+        size += len(train[-1])
+        held_out.insert(0, train.pop())
+    if size < 0.5 * target:
+        document = train.pop()
+        cut = _next_start(document, len(document) - round(target - size))
+        head, tail = document[:cut].rstrip(), document[cut:]
+        if head:
+            train.append(head)
+        if tail:
+            held_out.insert(0, tail)
+    return train, held_out
+
+
+def _python_documentation() -> list[str]:
+    """The topics of Python's own documentation, in alphabetical order, as clean prose."""
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError as error:
+        raise RTPurboError(
+            "This Python has no built-in documentation (pydoc_data) to use as text; "
+            "name text files of your own."
+        ) from error
+
+    # Topics repeat one another's sections. Each paragraph is kept once: what is held out must not
+    # stand in the training part too.
+    seen: set[str] = set()
+    documents = []
+    for topic in sorted(topics):
+        paragraphs = []
+        for paragraph in _PARAGRAPH_BREAK.split(topics[topic]):
+            paragraph = _clean_paragraph(paragraph)
+            if paragraph and paragraph not in seen:
+                seen.add(paragraph)
+                paragraphs.append(paragraph)
+        if paragraphs:
+            documents.append("\n\n".join(paragraphs))
+    return documents
+
+
+def _clean_paragraph(paragraph: str) -> str:
+    """Takes the markup of reStructuredText and the line breaks inside sentences away."""
+    paragraph = textwrap.dedent(paragraph)
+    paragraph = _LINES_OF_MARKUP.sub("", paragraph)
+    paragraph = _INLINE_MARKUP.sub(lambda match: match[1] or "", paragraph).strip()
+    lines = paragraph.split("\n")
+    # Prose fills its lines; code and lists of short items do not.
+    is_prose = all(len(line) > 45 for line in lines[:-1])
+    return " ".join(line.strip() for line in lines) if is_prose else paragraph
+
+
+def _read_source(source: str) -> list[str]:
+    """The documents of one source of `load_texts`, none of them empty."""
+    if source.startswith("hf:"):
+        documents = _read_hub_dataset(source)
+    else:
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise RTPurboError(f"There is no text file {source}; check the path.")
+        try:
+            documents = _read_file(path, source)
+        except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+            raise RTPurboError(f"Cannot read the text file {source}: {error}.") from error
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise RTPurboError(f"The text source {source} is empty; give one with text in it.")
+    return documents
+
+
+def _read_file(path: Path, source: str) -> list[str]:
+    if path.name.endswith((".txt", ".md")):
+        return [path.read_text(encoding="utf-8")]
+    if path.name.endswith(".jsonl"):
+        with path.open(encoding="utf-8") as lines:
+            return _read_json_lines(lines, source)
+    if path.name.endswith(".jsonl.gz"):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            return _read_json_lines(lines, source)
+    if path.name.endswith(".parquet"):
+        datasets = _import_datasets(source)
+        try:
+            dataset = datasets.Dataset.from_parquet(str(path))
+        except Exception as error:  # the errors of the Parquet reader have no base of their own
+            raise RTPurboError(
+                f"Cannot read the text file {source}: {_first_line(error)}; "
+                "check that it is a Parquet file."
+            ) from error
+        return _text_column(dataset, source)
+    raise RTPurboError(
+        f"The text file {source} is of an unknown kind; "
+        "use .txt, .md, .jsonl, .jsonl.gz or .parquet."
+    )
+
+
+def _read_json_lines(lines: Iterable[str], source: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RTPurboError(
+                f"Line {number} of {source} is not JSON ({error}); every line must be an object."
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise RTPurboError(
+                f'Line {number} of {source} has no field "text" with a string; '
+                "every line must have one."
+            )
+        documents.append(row["text"])
+    return documents
+
+
+def _read_hub_dataset(source: str) -> list[str]:
+    name, *options = source.removeprefix("hf:").split(":")
+    if not name or len(options) > 2:
+        raise RTPurboError(
+            f"{source} does not name a dataset; write hf:NAME, hf:NAME:SPLIT "
+            "or hf:NAME:CONFIGURATION:SPLIT."
+        )
+    datasets = _import_datasets(source)
+    split = options[-1] if options else "train"
+    configuration = options[0] if len(options) == 2 else None
+    try:
+        dataset = datasets.load_dataset(name, configuration, split=split)
+    except Exception as error:  # the library raises what its many sources raise
+        raise RTPurboError(
+            f"Cannot load the dataset {source}: {_first_line(error)}; "
+            "check its name, configuration and split, and the network."
+        ) from error
+    return _text_column(dataset, source)
+
+
+def _text_column(dataset: Any, source: str) -> list[str]:
+    if "text" not in dataset.column_names:
+        raise RTPurboError(
+            f'{source} has no column "text", only {", ".join(dataset.column_names)}; '
+            "rename the column that holds the text."
+        )
+    return [text for text in dataset["text"] if text]
+
+
+def _import_datasets(source: str) -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise RTPurboError(
+            f"Reading {source} needs the package datasets; install it with "
+            "pip install 'rtpurbo[data]'."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,27 @@
+"""Where to compute, and in which type."""
+
+import torch
+
+from rtpurbo.errors import RTPurboError
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of this name; `auto` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        RTPurboError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RTPurboError(
+            f"the device '{name}' is not available here; choose another one, such as 'cpu'."
+        ) from error
+    return torch.device(name)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The type in which a device computes fast enough: float32 on the CPU, else bfloat16."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

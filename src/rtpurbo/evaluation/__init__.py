@@ -1,0 +1,1 @@
+"""What a sparse model keeps of the dense one, what it reads and what its cache weighs."""

@@ -1,0 +1,46 @@
+"""What a key-value cache weighs, counted from the tensors it holds."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from rtpurbo.models.attention import HeadwiseAttention
+from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
+from rtpurbo.models.families import attention_modules
+from rtpurbo.models.sparsify import is_sparse
+
+# Tensors of this device have shapes but no memory, so that any length can be counted anywhere.
+DEVICE = torch.device("meta")
+
+
+def cache_bytes(model: PreTrainedModel, context_length: int, batch_size: int = 1) -> int:
+    """Bytes of the cache after a prompt, index keys included.
+
+    The model's own kind of cache is filled as its layers would fill it.
+
+    Args:
+        model: dense or sparse.
+        context_length: tokens of the prompt.
+        batch_size: sequences.
+    """
+    cache = HeadwiseCache(model) if is_sparse(model) else DynamicCache(config=model.config)
+    positions = torch.arange(context_length, device=DEVICE).expand(batch_size, context_length)
+
+    def states(heads: int, dim: int) -> torch.Tensor:
+        shape = (batch_size, heads, context_length, dim)
+        return torch.zeros(shape, dtype=model.dtype, device=DEVICE)
+
+    total = 0
+    for layer, (_, _, attention) in zip(cache.layers, attention_modules(model), strict=True):
+        keys = states(model.config.num_key_value_heads, attention.head_dim)
+        if isinstance(layer, HeadwiseLayer):
+            assert isinstance(attention, HeadwiseAttention)
+            heads = len(attention.retrieval_heads)
+            index_keys = states(heads, attention.indexer.settings.index_dim) if heads else None
+            layer.append(keys, keys, index_keys, positions, attention.layout(DEVICE), True)
+            total += layer.num_bytes()
+        else:
+            layer.update(keys, keys)
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total

@@ -1,0 +1,85 @@
+"""Can the model still find what hides far back? Questions about numbers in long prose."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rtpurbo.data.needles import is_correct, make_retrieval_example
+from rtpurbo.data.texts import TextCorpus
+from rtpurbo.models.text import continue_tokens
+
+TASKS = {
+    "single": {"num_keys": 1, "num_values": 1},
+    "multikey": {"num_keys": 4, "num_values": 1},
+    "multivalue": {"num_keys": 1, "num_values": 4},
+}
+"""What each task hides, as `make_retrieval_example` takes it."""
+
+# An answer may be worded with a few more tokens than expected.
+SLACK_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class NeedleSample:
+    """One question: the numbers asked for, what the model wrote, and whether it is right."""
+
+    answers: list[str]
+    generated: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class NeedleOutcome:
+    """Right answers in percent, and every sample."""
+
+    accuracy: float
+    details: list[NeedleSample]
+
+
+def needle_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: TextCorpus,
+    task: str,
+    context_length: int,
+    samples: int,
+    seed: int = 0,
+    after_sample: Callable[[], None] = lambda: None,
+) -> NeedleOutcome:
+    """Greedy answers to questions whose keys no training saw.
+
+    Questions depend on everything but the model: every policy gets the same ones.
+
+    Args:
+        model: dense or sparse.
+        tokenizer: the model's.
+        corpus: prose that the needles hide in.
+        task: one of `TASKS`.
+        context_length: tokens of prompt and answer together, at most.
+        samples: questions; with task `single` their needles stand at evenly spread depths.
+        seed: of the questions.
+        after_sample: called after each.
+
+    Raises:
+        RTPurboError: `context_length` leaves no room for prose, or the corpus is too short.
+    """
+    details = []
+    for number in range(samples):
+        example = make_retrieval_example(
+            tokenizer,
+            corpus,
+            context_length,
+            random.Random(f"needle-{task}-{context_length}-{seed}-{number}"),
+            depth=(number + 0.5) / samples if task == "single" else None,
+            split="test",
+            **TASKS[task],
+        )
+        budget = len(example.answer_ids) + SLACK_TOKENS
+        generated = continue_tokens(model, tokenizer, example.prompt_ids, budget)
+        details.append(NeedleSample(example.answers, generated, is_correct(example, generated)))
+        after_sample()
+    return NeedleOutcome(100 * sum(sample.correct for sample in details) / samples, details)

@@ -1,0 +1,130 @@
+"""Results as data: one record a number, with where it came from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import write_json_atomically
+from rtpurbo.version import __version__
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement.
+
+    Attributes:
+        suite: "needle" or "perplexity".
+        task: what of the suite, such as "single" or "prose".
+        context_length: tokens.
+        policy: what ran, a name of `rtpurbo.evaluation.policies.POLICIES`.
+        samples: examples or windows behind the score.
+        score: right answers in percent, or perplexity.
+        far_tokens_read: share of the keys beyond sinks and window that retrieval heads read, where
+            they select; None if nothing was beyond.
+        kv_bytes: what the key-value cache of one sequence of `context_length` tokens holds.
+    """
+
+    suite: str
+    task: str
+    context_length: int
+    policy: str
+    samples: int
+    score: float
+    far_tokens_read: float | None = None
+    kv_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A file of records.
+
+    Attributes:
+        origin: what the file says of where the records came from: model, device, versions, command.
+        records: the measurements.
+    """
+
+    origin: dict[str, Any]
+    records: list[Record]
+
+
+def write_results(
+    path: str | Path,
+    model: str,
+    device: str,
+    command: str,
+    records: Sequence[Record],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes records with all that is needed to measure them again.
+
+    Args:
+        path: the JSON file.
+        model: the artifact or model.
+        device: what it ran on.
+        command: how to get the same results.
+        records: the measurements.
+        extra: more about the origin.
+    """
+    write_json_atomically(
+        path,
+        {
+            "format_version": FORMAT_VERSION,
+            "model": model,
+            "device": device,
+            "library_version": __version__,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "commit": library_commit(),
+            "command": command,
+            **(extra or {}),
+            "records": [asdict(record) for record in records],
+        },
+    )
+
+
+def read_results(path: str | Path) -> Results:
+    """Reads what `write_results` wrote.
+
+    Raises:
+        RTPurboError: the file is missing, corrupt or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RTPurboError(f"there is no file of results {path}; check the path.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format_version"] > FORMAT_VERSION:
+            raise RTPurboError(
+                f"{path} has results of format {data['format_version']}, but this rtpurbo "
+                f"({__version__}) reads up to {FORMAT_VERSION}: upgrade rtpurbo."
+            )
+        records = [Record(**record) for record in data.pop("records")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RTPurboError(f"{path} holds no results or is corrupt; evaluate again.") from error
+    return Results(data, records)
+
+
+def library_commit() -> str | None:
+    """The git commit of this library; None where it does not run from its repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # An installed copy may lie inside the repository of another project.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,230 @@
+"""The artifact: a small folder that turns a base model into its sparse version, on any machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import save_tensors_atomically, write_json_atomically
+from rtpurbo.models.base import BaseModel, BaseReference, fingerprint, load_base_model
+from rtpurbo.models.sparsify import load_indexers, sparsify
+from rtpurbo.version import __version__
+
+FORMAT_VERSION = 1
+
+CONFIG_FILE = "rtpurbo_config.json"
+INDEXER_FILE = "indexer.safetensors"
+INDEXER_BEFORE_STAGE2_FILE = "indexer_before_stage2.safetensors"
+ADAPTER_FOLDER = "adapter"
+FULL_WEIGHTS_FILE = "stage2_weights.safetensors"
+LOG_FILE = "training_log.jsonl"
+CARD_FILE = "README.md"
+
+Stage2Kind = Literal["none", "lora", "full"]
+
+
+@dataclass
+class ArtifactConfig:
+    """What `rtpurbo_config.json` holds.
+
+    Attributes:
+        base: which dense model the artifact belongs to.
+        config: head map, attention rule, indexer settings.
+        stage2: how the weights of stage 2 are kept.
+        settings: every hyper-parameter of the conversion, for the record.
+        figures: what the conversion measured about itself.
+        library_version: the rtpurbo that wrote the artifact.
+    """
+
+    base: BaseReference
+    config: RTPurboConfig
+    stage2: Stage2Kind = "none"
+    settings: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    library_version: str = __version__
+
+    def write(self, folder: Path) -> None:
+        """Writes the file into `folder`."""
+        write_json_atomically(
+            folder / CONFIG_FILE,
+            {
+                "format_version": FORMAT_VERSION,
+                "library_version": self.library_version,
+                "base_model": asdict(self.base),
+                "stage2": self.stage2,
+                "config": self.config.to_dict(),
+                "settings": self.settings,
+                "figures": self.figures,
+            },
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> ArtifactConfig:
+        """Reads the file in `folder`.
+
+        Raises:
+            RTPurboError: it is missing, broken, or of a newer format.
+        """
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise RTPurboError(f"{folder} is not an rtpurbo artifact: it has no {CONFIG_FILE}.")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            version = data["format_version"]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise RTPurboError(f"{path} is corrupt or truncated; convert or download the artifact again.") from error
+        if version > FORMAT_VERSION:
+            raise RTPurboError(
+                f"{folder} has artifact format {version}, but this rtpurbo ({__version__}) reads up to "
+                f"{FORMAT_VERSION}: upgrade rtpurbo."
+            )
+        try:
+            return cls(
+                BaseReference(**data["base_model"]),
+                RTPurboConfig.from_dict(data["config"]),
+                data["stage2"],
+                data.get("settings", {}),
+                data.get("figures", {}),
+                data["library_version"],
+            )
+        except (KeyError, TypeError) as error:
+            raise RTPurboError(f"{path} lacks or misspells a field ({error}); convert again.") from error
+
+
+def find_artifact(path_or_name: str | Path) -> Path:
+    """The artifact's folder: a local one, or the Hub's downloaded.
+
+    Raises:
+        RTPurboError: neither exists.
+    """
+    folder = Path(path_or_name)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(path_or_name)))
+    except Exception as error:
+        raise RTPurboError(
+            f"there is no artifact '{path_or_name}': no such folder here, and the Hugging Face Hub has no such "
+            "repository or cannot be reached."
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        RTPurboError: it is missing, corrupt or truncated.
+    """
+    if not path.is_file():
+        raise RTPurboError(f"the artifact is not complete: {path} is missing.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RTPurboError(f"{path} is corrupt or truncated ({error}); convert or download it again.") from error
+
+
+def load(
+    path_or_name: str | Path,
+    *,
+    base_model: str | None = None,
+    stage2: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a sparse model: a transformers model whose `generate()` works, with its tokenizer.
+
+    Args:
+        path_or_name: an artifact's folder, or its name on the Hugging Face Hub.
+        base_model: where to take the base model from, if not from where the artifact says; its weights must be
+            the same.
+        stage2: False leaves the weights of stage 2 out and takes the indexers trained before it.
+        device: where to put the model.
+        dtype: of the weights.
+
+    Returns:
+        The model in eval mode and its tokenizer.
+
+    Raises:
+        RTPurboError: the artifact or its base model is missing, broken, newer, or they do not fit each other.
+    """
+    folder = find_artifact(path_or_name)
+    artifact = ArtifactConfig.read(folder)
+    with_stage2 = stage2 and artifact.stage2 != "none"
+    before = not stage2 and (folder / INDEXER_BEFORE_STAGE2_FILE).is_file()
+    indexers = read_tensors(folder / (INDEXER_BEFORE_STAGE2_FILE if before else INDEXER_FILE))
+
+    base = load_base(folder, base_model=base_model, device=device, dtype=dtype)
+    model = base.model
+    if with_stage2:
+        model = apply_stage2(model, folder, artifact.stage2)
+    sparsify(model, artifact.config)
+    load_indexers(model, indexers)
+    return model.eval().requires_grad_(False), base.tokenizer
+
+
+def load_base(
+    folder: Path,
+    *,
+    base_model: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> BaseModel:
+    """Loads the dense model that the artifact in `folder` was made for; arguments and errors as for `load`."""
+    expected = ArtifactConfig.read(folder).base
+    # Only the Hub has revisions to choose from.
+    revision = expected.revision if base_model is None and expected.source == "hub" else None
+    base = load_base_model(base_model or expected.name, revision=revision, device=device, dtype=dtype)
+    check_base(base.model, expected, str(folder))
+    return base
+
+
+def check_base(model: PreTrainedModel, expected: BaseReference, artifact_name: str) -> None:
+    """Refuses a base model whose weights are not those the artifact was made for."""
+    architecture = type(model).__name__
+    if architecture != expected.architecture or fingerprint(model) != expected.fingerprint:
+        raise RTPurboError(
+            f"the artifact {artifact_name} belongs to another base model: it was made for {expected.name} "
+            f"({expected.architecture}), and the weights at hand ({architecture}) differ."
+        )
+
+
+def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreTrainedModel:
+    """Merges the weights of stage 2 into a dense base model."""
+    if kind == "full":
+        weights = read_tensors(folder / FULL_WEIGHTS_FILE)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        # Tied weights are stored once.
+        if unexpected or (missing and not model.config.tie_word_embeddings):
+            raise RTPurboError(f"{folder / FULL_WEIGHTS_FILE} does not fit the base model; convert again.")
+        return model
+    # Read first, so that a broken file is named as such.
+    read_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+    try:
+        return PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER)).merge_and_unload()
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise RTPurboError(f"the adapter in {folder / ADAPTER_FOLDER} cannot be applied: {error}") from error
+
+
+def save_artifact(
+    folder: Path,
+    artifact: ArtifactConfig,
+    indexers: dict[str, Tensor],
+    indexers_before_stage2: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes configuration and indexers into an open `whole_folder`; stage 2 and the card are their makers' part."""
+    artifact.write(folder)
+    save_tensors_atomically(folder / INDEXER_FILE, indexers)
+    if indexers_before_stage2 is not None:
+        save_tensors_atomically(folder / INDEXER_BEFORE_STAGE2_FILE, indexers_before_stage2)

@@ -1,0 +1,262 @@
+"""HeadwiseAttention: the one module that stands in for every family's self-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
+from rtpurbo.models.families import Family, window_covers_context
+from rtpurbo.models.indexer import TokenIndexer
+from rtpurbo.ops import HeadLayout, KeyValueStates, SelectionStatistics, causal_attention, headwise_attention
+
+IMPLEMENTATION = "rtpurbo"
+
+
+def key_positions_as_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What transformers hands to the layers as their attention mask: the position of every key.
+
+    Positions are all a head-wise layer needs, and they cost k_len numbers where a mask costs q_len x k_len.
+
+    Returns:
+        int64 [batch, kv_length], -1 for padding; None if no sequence is padded; or the usual mask for a layer that
+        keeps its own sliding window.
+    """
+    if local_size is not None and not window_covers_context(config, local_size):
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            **kwargs,
+        )
+    # One look at the data a forward, and none while decoding.
+    if attention_mask is None or (q_length > 1 and bool(attention_mask.all())):
+        return None
+    real = attention_mask[:, :kv_length].to(torch.bool)
+    return (real.cumsum(1) - 1).masked_fill(~real, -1)
+
+
+AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, key_positions_as_mask)
+
+
+def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary embedding of states [batch, heads, length, head_dim]; cosines and sines are [batch, length, rotary_dim]."""
+    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
+    rotary_dim = cosines.shape[-1]
+    turned, kept = states[..., :rotary_dim], states[..., rotary_dim:]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cosines + torch.cat([-second, first], -1) * sines
+    return torch.cat([turned.to(states.dtype), kept], -1)
+
+
+@dataclass
+class LayerObservation:
+    """What an observer of a layer is shown: the states of one forward.
+
+    Attributes:
+        layer: the layer's number.
+        queries_before_rotation: [batch, num_attention_heads, q_len, head_dim], after QK-norm, before RoPE.
+        queries: the same after RoPE.
+        keys_before_rotation: [batch, num_key_value_heads, q_len, head_dim].
+        keys: the same after RoPE.
+        positions: int64 [batch, q_len], -1 for padding.
+        scaling: factor on the dot products.
+    """
+
+    layer: int
+    queries_before_rotation: Tensor
+    queries: Tensor
+    keys_before_rotation: Tensor
+    keys: Tensor
+    positions: Tensor
+    scaling: float
+
+
+class HeadwiseAttention(nn.Module):
+    """Self-attention in which each query head sees what it needs.
+
+    It takes over the projections and norms of the original module (the same objects under the same names, so
+    state-dict keys do not change), computes pre-RoPE states itself, applies the model's own rotary embedding, fills
+    the cache and calls `rtpurbo.ops`.
+
+    Args:
+        original: the family's own attention module.
+        family: how it is built.
+        config: head map, rule and indexer settings of the whole model.
+        indexer: the layer's token indexer; None if no head of the layer retrieves.
+    """
+
+    def __init__(
+        self, original: nn.Module, family: Family, config: RTPurboConfig, indexer: TokenIndexer | None
+    ) -> None:
+        super().__init__()
+        for name, child in original.named_children():
+            setattr(self, name, child)
+        if indexer is not None:
+            self.indexer = indexer
+        # In a tuple, so that it does not become a submodule and add keys to the state dict.
+        self._original = (original,)
+        self.family = family
+        self.layer_idx: int = original.layer_idx
+        self.head_dim: int = original.head_dim
+        self.scaling: float = original.scaling
+        self.uses_rotary: bool = bool(getattr(original, "use_rope", True))
+        self.num_attention_heads = config.head_map.num_attention_heads
+        self.num_key_value_heads = config.head_map.num_key_value_heads
+        self.retrieval_heads = list(config.head_map.retrieval_heads[self.layer_idx] or ())
+        self.rule = config.attention
+        self.dense = False
+        self.backend = "auto"
+        self.statistics: SelectionStatistics | None = None
+        self.observer: Callable[[LayerObservation], None] | None = None
+        self._layouts: dict[torch.device, HeadLayout] = {}
+
+    @property
+    def original(self) -> nn.Module:
+        """The dense module this one stands in for."""
+        return self._original[0]
+
+    def layout(self, device: torch.device) -> HeadLayout:
+        """The layer's heads as index tensors on a device."""
+        if device not in self._layouts:
+            self._layouts[device] = HeadLayout.build(
+                self.retrieval_heads, self.num_attention_heads, self.num_key_value_heads, device
+            )
+        return self._layouts[device]
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (after QK-norm, before RoPE) and values: [batch, heads, length, head_dim]."""
+        if self.family.fused_projection:
+            sizes = [self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads]
+            fused = self.qkv_proj(hidden_states)
+            query, key, value = fused.split([heads * self.head_dim for heads in sizes], -1)
+        else:
+            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.family.query_key_norm == "whole":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        if self.family.query_key_norm == "per_head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As the original's; `attention_mask` holds key positions (`key_positions_as_mask`)."""
+        batch, q_len, _ = hidden_states.shape
+        raw_queries, raw_keys, values = self.project(hidden_states)
+        queries, keys = raw_queries, raw_keys
+        if self.uses_rotary:
+            assert position_embeddings is not None
+            queries, keys = (rotate(states, *position_embeddings) for states in (raw_queries, raw_keys))
+
+        past = self._cache_layer(past_key_values)
+        positions = self._positions(attention_mask, batch, q_len, past, hidden_states.device)
+        query_positions = positions[:, -q_len:]
+        layout = self.layout(hidden_states.device)
+        if self.observer is not None:
+            self.observer(
+                LayerObservation(
+                    self.layer_idx, raw_queries, queries, raw_keys, keys, query_positions, self.scaling
+                )
+            )
+
+        if self.dense:
+            states = KeyValueStates(keys, values, positions, in_order=attention_mask is None)
+            readers = torch.arange(self.num_attention_heads, device=keys.device)
+            readers = readers // (self.num_attention_heads // self.num_key_value_heads)
+            output, _ = causal_attention(queries, query_positions, states, readers, scaling=self.scaling)
+        else:
+            index_queries, index_keys = self._index(raw_queries, queries, raw_keys, keys, layout, past is not None)
+            if past is not None:
+                full, bounded = past.append(keys, values, index_keys, positions, layout, attention_mask is None)
+            else:
+                full, bounded = (
+                    KeyValueStates(keys[:, heads], values[:, heads], positions, index, attention_mask is None)
+                    for heads, index in (
+                        (layout.full_key_value_heads, index_keys),
+                        (layout.bounded_key_value_heads, None),
+                    )
+                )
+            output, _ = headwise_attention(
+                queries,
+                query_positions,
+                full,
+                bounded,
+                layout,
+                index_queries,
+                self.rule,
+                scaling=self.scaling,
+                statistics=self.statistics,
+                backend=self.backend,
+            )
+        return self.o_proj(output.transpose(1, 2).reshape(batch, q_len, -1)), None
+
+    def _index(
+        self,
+        raw_queries: Tensor,
+        queries: Tensor,
+        raw_keys: Tensor,
+        keys: Tensor,
+        layout: HeadLayout,
+        caching: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Index queries and keys of the retrieval heads, where something will read them."""
+        selecting = self.rule.prefill_mode != "dense" or queries.shape[2] == 1
+        if not self.retrieval_heads or not (selecting or caching):
+            return None, None
+        heads = layout.retrieval.heads
+        readers = layout.full_key_value_heads[layout.retrieval.key_value_heads]
+        with torch.no_grad():
+            index_keys = self.indexer.index_keys(self.indexer.features(raw_keys[:, readers], keys[:, readers]))
+            if not selecting:
+                return None, index_keys
+            features = self.indexer.features(raw_queries[:, heads], queries[:, heads])
+            return self.indexer.index_queries(features), index_keys
+
+    def _cache_layer(self, past_key_values: Any) -> HeadwiseLayer | None:
+        if past_key_values is None:
+            return None
+        if self.dense:
+            raise RTPurboError("a model that is being observed runs without a cache: pass use_cache=False.")
+        if not isinstance(past_key_values, HeadwiseCache):
+            raise RTPurboError(
+                f"a sparse model needs a HeadwiseCache, not a {type(past_key_values).__name__}: "
+                "pass rtpurbo.HeadwiseCache(model), or none."
+            )
+        return past_key_values.layers[self.layer_idx]
+
+    def _positions(
+        self, attention_mask: Tensor | None, batch: int, q_len: int, past: HeadwiseLayer | None, device: torch.device
+    ) -> Tensor:
+        length = q_len + (past.get_seq_length() if past is not None else 0)
+        if attention_mask is None:
+            return torch.arange(length, device=device).expand(batch, length)
+        if attention_mask.ndim != 2:
+            raise RTPurboError("sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none.")
+        return attention_mask

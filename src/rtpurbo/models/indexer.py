@@ -1,0 +1,75 @@
+"""The token indexer: a few dimensions that tell which far tokens a retrieval head would attend to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rtpurbo.config import IndexerSettings
+
+
+def slow_dimensions(inverse_frequencies: Tensor, head_dim: int, min_wavelength: float, at_least: int) -> list[int]:
+    """Dimensions of a head whose rotary pair turns slowly; unrotated dimensions never turn and count too.
+
+    Args:
+        inverse_frequencies: [rotary_dim / 2], radians a token, as the model's rotary embedding holds them.
+        head_dim: dimensions of a head; pair i of a rotary part of size r is (i, i + r / 2).
+        min_wavelength: shortest wavelength kept, in tokens.
+        at_least: dimensions to keep whatever their wavelength (the slowest).
+
+    Returns:
+        Dimension indices: first elements of the pairs, then second ones, then unrotated dimensions.
+    """
+    half = inverse_frequencies.numel()
+    unrotated = list(range(2 * half, head_dim))
+    wavelengths = 2 * torch.pi / inverse_frequencies.double().cpu()
+    slowest_first = wavelengths.argsort(descending=True, stable=True).tolist()
+    pairs_needed = max(0, -(-(at_least - len(unrotated)) // 2))
+    pairs = [pair for rank, pair in enumerate(slowest_first) if rank < pairs_needed or wavelengths[pair] >= min_wavelength]
+    pairs.sort()
+    return [*pairs, *(pair + half for pair in pairs), *unrotated]
+
+
+class TokenIndexer(nn.Module):
+    """Projects query and key features of a layer's retrieval heads to index queries and index keys.
+
+    Features are chosen before the projection, so cache and operators need not know the index space.
+    (Paper: indexer, `s_h(m, n) = (W^Q_h q(m))^T (W^K_h k(n))`.)
+
+    Args:
+        settings: index_dim and index_space.
+        num_retrieval_heads: retrieval query heads of the layer.
+        feature_dimensions: the dimensions of a head that are projected.
+        device: where the weights live.
+        dtype: of the weights.
+    """
+
+    feature_dimensions: Tensor
+
+    def __init__(
+        self,
+        settings: IndexerSettings,
+        num_retrieval_heads: int,
+        feature_dimensions: list[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("feature_dimensions", torch.tensor(feature_dimensions, device=device), persistent=False)
+        shape = (num_retrieval_heads, settings.index_dim, len(feature_dimensions))
+        self.query_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False)
+        self.key_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False)
+
+    def features(self, before_rotation: Tensor, after_rotation: Tensor) -> Tensor:
+        """What is projected: [batch, heads, length, features] from states [batch, heads, length, head_dim]."""
+        states = before_rotation if self.settings.index_space == "pre_rope" else after_rotation
+        return states[..., self.feature_dimensions]
+
+    def index_queries(self, features: Tensor) -> Tensor:
+        """[batch, num_retrieval_heads, q_len, index_dim] from the retrieval heads' query features."""
+        return features @ self.query_weight.to(features.dtype).transpose(-1, -2)
+
+    def index_keys(self, features: Tensor) -> Tensor:
+        """[batch, num_retrieval_heads, k_len, index_dim] from the key features of each retrieval head's KV head."""
+        return features @ self.key_weight.to(features.dtype).transpose(-1, -2)

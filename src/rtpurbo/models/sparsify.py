@@ -1,0 +1,243 @@
+"""Makes a dense model sparse in place, and dense again; watches, switches and counts while it is sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.attention import IMPLEMENTATION, HeadwiseAttention, LayerObservation
+from rtpurbo.models.families import attention_modules, convertible_layers, family_of
+from rtpurbo.models.generation import attach_cache, detach_cache
+from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
+from rtpurbo.ops import SelectionStatistics
+
+
+def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
+    """Replaces the attention of every full-attention layer by `HeadwiseAttention`, in place.
+
+    Indexer weights start at zero: train them, or load them with `load_indexers`.
+
+    Args:
+        model: a dense model of a supported family.
+        config: head map, rule and indexer settings.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RTPurboError: the architecture is not supported, or the head map belongs to another model.
+    """
+    if is_sparse(model):
+        restore(model)
+    family = family_of(model.config)
+    _check_head_map(model, config.head_map)
+    config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
+    for layer, name, original in attention_modules(model):
+        heads = config.head_map.retrieval_heads[original.layer_idx]
+        if heads is None:
+            continue
+        indexer = None
+        if heads:
+            weight = next(original.parameters())
+            features = feature_dimensions(model, original, config.indexer)
+            dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+            indexer = TokenIndexer(config.indexer, len(heads), features, weight.device, dtype)
+        module = HeadwiseAttention(original, family, config, indexer)
+        module.train(original.training)
+        setattr(layer, name, module)
+    model._rtpurbo_dense_implementation = model.config._attn_implementation
+    model.config._attn_implementation = IMPLEMENTATION
+    model.rtpurbo_config = config
+    attach_cache(model)
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Puts the original attention modules back; logits are then bit-identical to the dense model's.
+
+    Raises:
+        RTPurboError: the model is not sparse.
+    """
+    modules = headwise_modules(model)
+    for layer, name, module in attention_modules(model):
+        if isinstance(module, HeadwiseAttention):
+            module.original.train(module.training)
+            setattr(layer, name, module.original)
+    assert modules
+    detach_cache(model)
+    model.config._attn_implementation = model._rtpurbo_dense_implementation
+    del model._rtpurbo_dense_implementation, model.rtpurbo_config
+    return model
+
+
+def is_sparse(model: PreTrainedModel) -> bool:
+    """Whether `sparsify` was applied and not undone."""
+    return getattr(model, "rtpurbo_config", None) is not None
+
+
+def headwise_modules(model: PreTrainedModel) -> list[HeadwiseAttention]:
+    """The sparse attention modules in layer order.
+
+    Raises:
+        RTPurboError: the model is not sparse.
+    """
+    if not is_sparse(model):
+        raise RTPurboError("the model is dense: pass it through rtpurbo.sparsify or rtpurbo.load first.")
+    return [module for _, _, module in attention_modules(model) if isinstance(module, HeadwiseAttention)]
+
+
+def resolve_indexer_settings(model: PreTrainedModel, settings: IndexerSettings) -> IndexerSettings:
+    """Fixes a wavelength that was left open to the model's context length: pairs that never complete a turn in it."""
+    if settings.min_wavelength is not None:
+        return settings
+    return replace(settings, min_wavelength=float(model.config.max_position_embeddings))
+
+
+def feature_dimensions(model: PreTrainedModel, attention: Any, settings: IndexerSettings) -> list[int]:
+    """The dimensions of a head that the indexer of this layer projects."""
+    if settings.index_space != "low_frequency" or not getattr(attention, "use_rope", True):
+        return list(range(attention.head_dim))
+    assert settings.min_wavelength is not None
+    return slow_dimensions(
+        inverse_frequencies(model), attention.head_dim, settings.min_wavelength, settings.index_dim
+    )
+
+
+def inverse_frequencies(model: PreTrainedModel) -> Tensor:
+    """Radians a token of each rotary pair of the full-attention layers, as the model's rotary embedding holds them."""
+    rotary = model.base_model.rotary_emb
+    # Gemma 3 keeps one set for each kind of layer.
+    return getattr(rotary, "inv_freq", None) if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
+
+
+def indexer_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The indexers' weights by name, on the CPU in fp32, as `load_indexers` takes them."""
+    weights = {}
+    for module in headwise_modules(model):
+        if module.retrieval_heads:
+            for name, value in module.indexer.named_parameters():
+                weights[f"layers.{module.layer_idx}.indexer.{name}"] = value.detach().float().cpu().clone()
+    return weights
+
+
+def load_indexers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Copies indexer weights into a sparse model.
+
+    Raises:
+        RTPurboError: names or shapes differ from what the head map and the indexer settings ask for.
+    """
+    expected = {name: value.shape for name, value in indexer_weights(model).items()}
+    given = {name: value.shape for name, value in weights.items()}
+    if expected != given:
+        wrong = sorted(set(expected.items()) ^ set(given.items()))[0][0]
+        raise RTPurboError(
+            f"the indexer weights do not fit the configuration: '{wrong}' is {tuple(given.get(wrong, ())) or 'missing'}, "
+            f"expected {tuple(expected.get(wrong, ())) or 'nothing'}."
+        )
+    for module in headwise_modules(model):
+        if module.retrieval_heads:
+            for name, parameter in module.indexer.named_parameters():
+                parameter.data.copy_(weights[f"layers.{module.layer_idx}.indexer.{name}"])
+
+
+def set_rule(model: PreTrainedModel, **changes: Any) -> None:
+    """Changes fields of the attention rule: `set_rule(model, top_p=0.9)`."""
+    modules = headwise_modules(model)
+    model.rtpurbo_config = model.rtpurbo_config.with_rule(**changes)
+    for module in modules:
+        module.rule = model.rtpurbo_config.attention
+
+
+@contextmanager
+def using_rule(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
+    """Changes fields of the attention rule for a while: `with using_rule(model, top_p=0.9): ...`."""
+    headwise_modules(model)  # a dense model has no rule, and this says so
+    before = vars(model.rtpurbo_config.attention)
+    set_rule(model, **changes)
+    try:
+        yield
+    finally:
+        set_rule(model, **before)
+
+
+@contextmanager
+def counting(model: PreTrainedModel) -> Iterator[SelectionStatistics]:
+    """Counts what the retrieval heads select, over every forward inside."""
+    statistics = SelectionStatistics()
+    modules = headwise_modules(model)
+    for module in modules:
+        module.statistics = statistics
+    try:
+        yield statistics
+    finally:
+        for module in modules:
+            module.statistics = None
+
+
+@contextmanager
+def running_dense(model: PreTrainedModel) -> Iterator[None]:
+    """Runs a sparse model's attention dense for a while, as the original would (without a cache)."""
+    modules = headwise_modules(model)
+    for module in modules:
+        module.dense = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.dense = False
+
+
+@contextmanager
+def observing(
+    model: PreTrainedModel, observer: Callable[[LayerObservation], None], *, dense: bool = True
+) -> Iterator[None]:
+    """Shows every converted layer's queries and keys to `observer`.
+
+    A dense model is made sparse for the while (without retrieval heads) and restored after.
+
+    Args:
+        model: dense or sparse.
+        observer: called once a layer and forward.
+        dense: run attention dense, as the original; False runs a sparse model as it is.
+    """
+    borrowed = not is_sparse(model)
+    if borrowed:
+        sparsify(model, RTPurboConfig(empty_head_map(model)))
+    modules = headwise_modules(model)
+    for module in modules:
+        module.observer, module.dense = observer, dense
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.observer, module.dense = None, False
+        if borrowed:
+            restore(model)
+
+
+def empty_head_map(model: PreTrainedModel) -> HeadMap:
+    """A head map of this model without any retrieval head."""
+    config = model.config
+    return HeadMap.uniform([], convertible_layers(config), config.num_attention_heads, config.num_key_value_heads)
+
+
+def _check_head_map(model: PreTrainedModel, head_map: HeadMap) -> None:
+    config = model.config
+    shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    given = (len(head_map.retrieval_heads), head_map.num_attention_heads, head_map.num_key_value_heads)
+    if shape != given:
+        raise RTPurboError(
+            "the head map belongs to another model: it has (layers, query heads, KV heads) = "
+            f"{given}, the model has {shape}."
+        )
+    converted = [heads is not None for heads in head_map.retrieval_heads]
+    if converted != convertible_layers(config):
+        raise RTPurboError("the head map names other layers than those of this model that have full attention.")

@@ -1,0 +1,104 @@
+"""Text in, text out: what chat models and plain ones need around `generate()`."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from rtpurbo.errors import RTPurboError
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those the model names, and the end of the tokenizer's turn."""
+    named = model.generation_config.eos_token_id
+    stops = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    return sorted(token_id for token_id in stops if token_id is not None)
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    *,
+    sample: bool = False,
+    streamer: TextStreamer | None = None,
+) -> str:
+    """What the model writes after a prompt, up to its end of turn.
+
+    Args:
+        model: dense or sparse.
+        tokenizer: the model's.
+        prompt_ids: tokens of the prompt.
+        max_new_tokens: the most tokens to write.
+        sample: draw tokens as the model's generation settings say, instead of taking the likeliest.
+        streamer: shown tokens as they come.
+    """
+    stops = stop_tokens(model, tokenizer)
+    padding = tokenizer.pad_token_id
+    if padding is None and stops:
+        padding = stops[0]
+    inputs = torch.tensor([prompt_ids], device=model.device)
+    with torch.no_grad():
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            eos_token_id=stops or None,
+            pad_token_id=padding,
+            streamer=streamer,
+        )
+    return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 256,
+    sample: bool = False,
+    chat: bool | None = None,
+    stream: bool = False,
+) -> str:
+    """Continues a prompt, or answers it as a chat message.
+
+    Args:
+        model: dense or sparse.
+        tokenizer: the model's.
+        prompt: text.
+        max_new_tokens: the most tokens to write.
+        sample: draw tokens as the model's generation settings say, instead of taking the likeliest.
+        chat: put the prompt into the tokenizer's chat template; None does if there is one.
+        stream: print the text to standard output while it is written.
+
+    Raises:
+        RTPurboError: the prompt is empty or longer than the model's context, or `chat` is asked of
+            a model that has no chat template.
+    """
+    if chat and not tokenizer.chat_template:
+        raise RTPurboError("this model has no chat template: leave chat out to continue the text.")
+    if chat or (chat is None and tokenizer.chat_template):
+        prompt = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        prompt_ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
+    if not prompt_ids:
+        raise RTPurboError("the prompt is empty: give at least one word to continue.")
+    context = model.config.max_position_embeddings
+    if len(prompt_ids) + max_new_tokens > context:
+        raise RTPurboError(
+            f"the prompt has {len(prompt_ids):,} tokens, which with {max_new_tokens:,} new ones do "
+            f"not fit into the model's context of {context:,}."
+        )
+    streamer = (
+        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    )
+    return continue_tokens(
+        model, tokenizer, prompt_ids, max_new_tokens, sample=sample, streamer=streamer
+    )

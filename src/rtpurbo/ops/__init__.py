@@ -1,0 +1,22 @@
+"""The operators: torch in, torch out. `rtpurbo.ops.api` is the door; `eager` is the specification."""
+
+from rtpurbo.ops.api import (
+    causal_attention,
+    headwise_attention,
+    index_scores,
+    local_attention,
+    retrieval_attention,
+)
+from rtpurbo.ops.states import HeadGroup, HeadLayout, KeyValueStates, SelectionStatistics
+
+__all__ = [
+    "HeadGroup",
+    "HeadLayout",
+    "KeyValueStates",
+    "SelectionStatistics",
+    "causal_attention",
+    "headwise_attention",
+    "index_scores",
+    "local_attention",
+    "retrieval_attention",
+]

@@ -1,0 +1,127 @@
+"""The public operators: check what comes in, choose a backend, call it. Nothing falls back silently.
+
+Shapes and meaning are documented at the specification, `rtpurbo.ops.eager`; every backend computes the same.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops.eager.selection import index_scores
+from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
+
+__all__ = ["causal_attention", "headwise_attention", "index_scores", "local_attention", "retrieval_attention"]
+
+# Where each backend keeps each operator.
+BACKENDS: dict[str, dict[str, str]] = {
+    "eager": {
+        "local_attention": "rtpurbo.ops.eager.local",
+        "causal_attention": "rtpurbo.ops.eager.local",
+        "retrieval_attention": "rtpurbo.ops.eager.retrieval",
+        "headwise_attention": "rtpurbo.ops.eager.headwise",
+    },
+}
+
+
+def _implementation(operator: str, backend: str) -> Any:
+    chosen = "eager" if backend == "auto" else backend
+    if chosen not in BACKENDS:
+        raise ValueError(f"backend '{backend}' is unknown: choose 'auto' or one of {sorted(BACKENDS)}.")
+    return getattr(import_module(BACKENDS[chosen][operator]), operator)
+
+
+def _check_states(query_states: Tensor, query_positions: Tensor, states: KeyValueStates) -> None:
+    batch, _, q_len, head_dim = query_states.shape
+    if query_positions.shape != (batch, q_len):
+        raise ValueError(f"query_positions are {tuple(query_positions.shape)}, but must be {(batch, q_len)}.")
+    if states.keys.shape[0] != batch or states.keys.shape[-1] != head_dim:
+        raise ValueError(
+            f"keys {tuple(states.keys.shape)} do not fit queries {tuple(query_states.shape)}: "
+            "batch and head_dim must be equal."
+        )
+    if states.positions.shape != (batch, states.keys.shape[2]):
+        raise ValueError(
+            f"key positions are {tuple(states.positions.shape)}, but must be {(batch, states.keys.shape[2])}."
+        )
+
+
+def local_attention(
+    query_states: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    key_value_heads: Tensor,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Sinks and window: `rtpurbo.ops.eager.local.local_attention`."""
+    _check_states(query_states, query_positions, states)
+    operator = _implementation("local_attention", backend)
+    return operator(query_states, query_positions, states, key_value_heads, **options)
+
+
+def causal_attention(
+    query_states: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    key_value_heads: Tensor,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Dense heads: `rtpurbo.ops.eager.local.causal_attention`."""
+    _check_states(query_states, query_positions, states)
+    operator = _implementation("causal_attention", backend)
+    return operator(query_states, query_positions, states, key_value_heads, **options)
+
+
+def retrieval_attention(
+    query_states: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    key_value_heads: Tensor,
+    index_queries: Tensor,
+    rule: AttentionRule,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Near keys and selected far ones: `rtpurbo.ops.eager.retrieval.retrieval_attention`."""
+    _check_states(query_states, query_positions, states)
+    operator = _implementation("retrieval_attention", backend)
+    return operator(query_states, query_positions, states, key_value_heads, index_queries, rule, **options)
+
+
+def headwise_attention(
+    query_states: Tensor,
+    query_positions: Tensor,
+    full: KeyValueStates,
+    bounded: KeyValueStates,
+    layout: HeadLayout,
+    index_queries: Tensor | None,
+    rule: AttentionRule,
+    *,
+    scaling: float,
+    statistics: SelectionStatistics | None = None,
+    return_log_sum_exp: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """A whole layer: `rtpurbo.ops.eager.headwise.headwise_attention`."""
+    _check_states(query_states, query_positions, full)
+    _check_states(query_states, query_positions, bounded)
+    return _implementation("headwise_attention", backend)(
+        query_states,
+        query_positions,
+        full,
+        bounded,
+        layout,
+        index_queries,
+        rule,
+        scaling=scaling,
+        statistics=statistics,
+        return_log_sum_exp=return_log_sum_exp,
+    )

@@ -1,0 +1,1 @@
+"""The specification: what every operator means, in plain PyTorch, with memory bounded by chunks of queries."""

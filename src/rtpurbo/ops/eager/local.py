@@ -1,0 +1,90 @@
+"""Attention of heads that see what lies near, and of heads that see everything."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rtpurbo.ops.eager.attend import attend
+from rtpurbo.ops.eager.visibility import causal_mask, keys_in_reach, near_mask, query_chunks
+from rtpurbo.ops.states import KeyValueStates
+
+
+def local_attention(
+    query_states: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    key_value_heads: Tensor,
+    *,
+    sliding_window: int | Tensor,
+    num_sink_tokens: int,
+    scaling: float,
+    return_log_sum_exp: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Sinks and a recent window, nothing else.
+
+    Args:
+        query_states: [batch, heads, q_len, head_dim], after RoPE.
+        query_positions: int64 [batch, q_len], -1 for padding.
+        states: the keys at hand; they may lie in any order.
+        key_value_heads: int64 [heads], which KV head of `states` each query head reads.
+        sliding_window: W, or int64 [heads] for a window a head.
+        num_sink_tokens: S.
+        scaling: factor on the dot products.
+        return_log_sum_exp: whether to return it.
+
+    Returns:
+        Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
+    """
+    widest = int(sliding_window.max()) if isinstance(sliding_window, Tensor) else sliding_window
+    # A chunk about as long as the window reads at most twice the keys that its rows need.
+    rows = max(128, min(widest, 1024))
+    outputs, log_sum_exps = [], []
+    for start in range(0, query_states.shape[2], rows):
+        chunk = slice(start, start + rows)
+        positions = query_positions[:, chunk]
+        reach = keys_in_reach(positions, states.positions, widest, num_sink_tokens)
+        keys, values, key_positions = states.keys, states.values, states.positions
+        if reach is not None:
+            keys, values, key_positions = keys[:, :, reach], values[:, :, reach], key_positions[:, reach]
+        output, log_sum_exp = attend(
+            query_states[:, :, chunk],
+            keys[:, key_value_heads],
+            values[:, key_value_heads],
+            near_mask(positions, key_positions, sliding_window, num_sink_tokens),
+            scaling,
+            return_log_sum_exp,
+        )
+        outputs.append(output)
+        log_sum_exps.append(log_sum_exp)
+    return _join(outputs, log_sum_exps)
+
+
+def causal_attention(
+    query_states: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    key_value_heads: Tensor,
+    *,
+    scaling: float,
+    return_log_sum_exp: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Every key at or before the query: a dense head. Arguments and shapes as in `local_attention`."""
+    keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
+    q_len, k_len = query_states.shape[2], keys.shape[2]
+    if states.in_order and not return_log_sum_exp and (q_len == k_len or q_len == 1):
+        output = F.scaled_dot_product_attention(query_states, keys, values, is_causal=q_len > 1, scale=scaling)
+        return output, None
+    outputs, log_sum_exps = [], []
+    for chunk in query_chunks(q_len, query_states.shape[0] * query_states.shape[1] * k_len):
+        visible = causal_mask(query_positions[:, chunk], states.positions)
+        output, log_sum_exp = attend(query_states[:, :, chunk], keys, values, visible, scaling, return_log_sum_exp)
+        outputs.append(output)
+        log_sum_exps.append(log_sum_exp)
+    return _join(outputs, log_sum_exps)
+
+
+def _join(outputs: list[Tensor], log_sum_exps: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    parts = [part for part in log_sum_exps if part is not None]
+    return torch.cat(outputs, 2), torch.cat(parts, 2) if parts else None

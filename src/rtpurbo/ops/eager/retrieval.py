@@ -1,0 +1,69 @@
+"""Attention of retrieval heads: sinks, window, and what the token indexer selects."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops.eager.attend import attend_to_logits, attention_logits
+from rtpurbo.ops.eager.selection import estimated_logits, index_scores, select_for_rows, select_for_tiles
+from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
+from rtpurbo.ops.states import KeyValueStates, SelectionStatistics
+
+
+def retrieval_attention(
+    query_states: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    key_value_heads: Tensor,
+    index_queries: Tensor,
+    rule: AttentionRule,
+    *,
+    scaling: float,
+    statistics: SelectionStatistics | None = None,
+    return_log_sum_exp: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Exact attention over near keys and selected far ones. No gradient flows through the selection.
+
+    Args:
+        query_states: [batch, heads, q_len, head_dim], after RoPE.
+        query_positions: int64 [batch, q_len], -1 for padding.
+        states: keys, values and index keys of the heads' KV heads.
+        key_value_heads: int64 [heads], which KV head of `states` each query head reads.
+        index_queries: [batch, heads, q_len, index_dim].
+        rule: what to select; `prefill_mode` `row_share` makes tiles of rows share a list.
+        scaling: factor on the dot products.
+        statistics: counts what is read, if given.
+        return_log_sum_exp: whether to return it.
+
+    Returns:
+        Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
+
+    Raises:
+        ValueError: the states hold no index keys.
+    """
+    if states.index_keys is None:
+        raise ValueError("retrieval_attention needs states with index keys.")
+    share_lists = rule.prefill_mode == "row_share" and query_states.shape[2] > 1
+    keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
+    elements_per_query = query_states.shape[0] * query_states.shape[1] * keys.shape[2]
+    outputs, log_sum_exps = [], []
+    for chunk in query_chunks(query_states.shape[2], elements_per_query, rule.query_block_size):
+        positions = query_positions[:, chunk]
+        near = near_mask(positions, states.positions, rule.sliding_window, rule.num_sink_tokens)
+        far = causal_mask(positions, states.positions) & ~near
+        logits = attention_logits(query_states[:, :, chunk], keys, scaling)
+        with torch.no_grad():
+            index = index_scores(index_queries[:, :, chunk], states.index_keys)
+            estimate = estimated_logits(rule.reading, logits, index, near, far)
+            if share_lists:
+                selected = select_for_tiles(rule, estimate, far, states.positions)
+            else:
+                selected = select_for_rows(rule, estimate, near, far, states.positions)
+        if statistics is not None:
+            statistics.add(far, selected)
+        output, log_sum_exp = attend_to_logits(logits, values, near | selected)
+        outputs.append(output)
+        log_sum_exps.append(log_sum_exp)
+    return torch.cat(outputs, 2), torch.cat(log_sum_exps, 2) if return_log_sum_exp else None

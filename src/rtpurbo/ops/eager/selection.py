@@ -1,0 +1,128 @@
+"""Which far keys a retrieval head reads: the indexer's scores, turned into sets by dynamic top-p.
+
+*Near* keys are the sinks and the window: always read. *Far* keys are all the others that the query may see.
+
+Three readings of "the smallest set whose mass reaches p" (docs/experiment-log.md compares them):
+
+- `paper`: mass is a share of the indexer's softmax over every visible key.
+- `residual`: near keys count with their exact logits, far keys with the indexer's; far keys are added until near
+  mass plus selected mass reaches p. A query whose mass is local selects nothing.
+- `far`: the same mixed softmax, but p of the *far* mass must be reached, whenever the far mass is above a floor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rtpurbo.config import AttentionRule, Reading
+
+
+def index_scores(index_queries: Tensor, index_keys: Tensor) -> Tensor:
+    """The indexer's estimate of the attention logits: [batch, heads, q_len, k_len] in at least fp32.
+
+    Args:
+        index_queries: [batch, heads, q_len, index_dim].
+        index_keys: [batch, heads, k_len, index_dim].
+    """
+    scores = index_queries @ index_keys.transpose(-1, -2)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def estimated_logits(reading: Reading, exact: Tensor, index: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """The logits whose softmax a reading takes its masses from; minus infinity where a key is not visible.
+
+    Args:
+        reading: which reading.
+        exact: exact attention logits [batch, heads, q_len, k_len]; read at near keys only.
+        index: the indexer's scores, same shape.
+        near: bool, broadcastable to the same shape.
+        far: likewise.
+    """
+    mixed = index if reading == "paper" else torch.where(near, exact, index)
+    return mixed.masked_fill(~(near | far), -torch.inf)
+
+
+def masses(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension in which a row without any key has mass 0 everywhere, not NaN."""
+    return logits.softmax(-1).nan_to_num(0.0)
+
+
+def target_mass(rule: AttentionRule, mass: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """The masses that compete for selection, and how much of them each row must reach.
+
+    Returns:
+        Candidate masses [batch, heads, q_len, k_len] and targets [batch, heads, q_len].
+    """
+    if rule.reading == "paper":
+        return mass, torch.full_like(mass[..., 0], rule.top_p)
+    candidates = mass * far
+    if rule.reading == "residual":
+        return candidates, rule.top_p - (mass * near).sum(-1)
+    far_mass = candidates.sum(-1)
+    return candidates, torch.where(far_mass > rule.far_floor, rule.top_p * far_mass, 0.0)
+
+
+def smallest_set(mass: Tensor, target: Tensor) -> Tensor:
+    """Dynamic top-p: the fewest entries whose sum reaches the target; ties go to the earlier entry.
+
+    Args:
+        mass: non-negative [..., entries].
+        target: [...]; at or below 0 selects nothing, above the sum selects everything that has mass.
+
+    Returns:
+        bool [..., entries].
+    """
+    descending, order = torch.sort(mass, dim=-1, descending=True, stable=True)
+    reached_before = descending.cumsum(-1) - descending
+    keep = (reached_before < target[..., None]) & (descending > 0)
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def block_ids(key_positions: Tensor, block_size: int) -> Tensor:
+    """The block of each key, int64 [batch, k_len]; slots without a key count to block 0 and carry no mass."""
+    return key_positions.clamp(min=0) // block_size
+
+
+def sum_blocks(mass: Tensor, blocks: Tensor) -> Tensor:
+    """Mass of each block: [batch, heads, q_len, num_blocks] from [batch, heads, q_len, k_len]."""
+    num_blocks = int(blocks.max()) + 1 if blocks.numel() else 1
+    ids = blocks[:, None, None, :].expand(mass.shape)
+    return mass.new_zeros(*mass.shape[:-1], num_blocks).scatter_add(-1, ids, mass)
+
+
+def spread_blocks(chosen: Tensor, blocks: Tensor) -> Tensor:
+    """The keys of the chosen blocks: bool [batch, heads, q_len, k_len]."""
+    ids = blocks[:, None, None, :].expand(*chosen.shape[:-1], blocks.shape[-1])
+    return chosen.gather(-1, ids)
+
+
+def select_for_rows(rule: AttentionRule, logits: Tensor, near: Tensor, far: Tensor, key_positions: Tensor) -> Tensor:
+    """Far keys that each row reads, each row its own set: bool [batch, heads, q_len, k_len].
+
+    Args:
+        rule: reading, p, granularity and block size.
+        logits: from `estimated_logits`.
+        near: bool, broadcastable to the logits.
+        far: likewise.
+        key_positions: int64 [batch, k_len].
+    """
+    if rule.top_p >= 1:
+        return far.expand(logits.shape)
+    candidates, target = target_mass(rule, masses(logits), near, far)
+    if rule.granularity == "token":
+        return smallest_set(candidates, target) & far
+    blocks = block_ids(key_positions, rule.block_size)
+    return spread_blocks(smallest_set(sum_blocks(candidates, blocks), target), blocks) & far
+
+
+def select_for_tiles(rule: AttentionRule, logits: Tensor, far: Tensor, key_positions: Tensor) -> Tensor:
+    """Far keys under one block list for each tile of `query_block_size` consecutive rows.
+
+    A block is on the list if any row of the tile gives it at least `row_share` of its estimated mass. Peaks decide,
+    not means: the mean loses the few rows that retrieve (docs/experiment-log.md). Arguments as in `select_for_rows`.
+    """
+    blocks = block_ids(key_positions, rule.block_size)
+    shares = sum_blocks(masses(logits) * far, blocks)
+    tiles = [tile.amax(2, keepdim=True).expand(tile.shape) for tile in shares.split(rule.query_block_size, 2)]
+    return spread_blocks(torch.cat(tiles, 2) >= rule.row_share, blocks) & far

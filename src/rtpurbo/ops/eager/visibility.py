@@ -1,0 +1,59 @@
+"""Who may see whom, from positions alone, and how to walk over many queries in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Scores of one chunk of queries stay below this many elements.
+MAX_CHUNK_ELEMENTS = 2**26
+
+
+def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """Keys at or before each query, padding excluded: bool [batch, 1, q_len, k_len]."""
+    keys = key_positions[:, None, None, :]
+    return (keys >= 0) & (keys <= query_positions[:, None, :, None])
+
+
+def near_mask(
+    query_positions: Tensor, key_positions: Tensor, sliding_window: int | Tensor, num_sink_tokens: int
+) -> Tensor:
+    """Sinks and window: bool [batch, 1 or heads, q_len, k_len].
+
+    Args:
+        query_positions: int64 [batch, q_len].
+        key_positions: int64 [batch, k_len], -1 where there is no key.
+        sliding_window: W keys counting the query's own, or int64 [heads] for a window a head.
+        num_sink_tokens: S, the keys at positions 0..S-1.
+    """
+    if isinstance(sliding_window, Tensor):
+        sliding_window = sliding_window[None, :, None, None]
+    keys = key_positions[:, None, None, :]
+    queries = query_positions[:, None, :, None]
+    return causal_mask(query_positions, key_positions) & ((keys > queries - sliding_window) | (keys < num_sink_tokens))
+
+
+def keys_in_reach(
+    query_positions: Tensor, key_positions: Tensor, sliding_window: int, num_sink_tokens: int
+) -> Tensor | None:
+    """Indices of the keys that sinks and window of any of these queries may touch; None means all of them."""
+    num_keys = key_positions.shape[1]
+    # Not worth a look (and, on a GPU, a wait) when nearly every key would stay.
+    if num_keys <= 2 * (sliding_window + num_sink_tokens + query_positions.shape[1]):
+        return None
+    real = query_positions >= 0
+    first = query_positions.masked_fill(~real, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+    last = query_positions.amax(1, keepdim=True)
+    window = (key_positions > first - sliding_window) & (key_positions <= last)
+    sinks = (key_positions >= 0) & (key_positions < num_sink_tokens)
+    return (window | sinks).any(0).nonzero()[:, 0]
+
+
+def query_chunks(num_queries: int, elements_per_query: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices over the queries whose scores fit `MAX_CHUNK_ELEMENTS`; all but the last are multiples of `multiple`."""
+    rows = max(1, MAX_CHUNK_ELEMENTS // max(1, elements_per_query))
+    rows = max(multiple, rows // multiple * multiple)
+    for start in range(0, num_queries, rows):
+        yield slice(start, min(start + rows, num_queries))

@@ -1,0 +1,127 @@
+"""What the operators take beside queries: keys with their positions, and who reads which of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class KeyValueStates:
+    """Keys and values of some KV heads, each key labelled with its position.
+
+    The label, not the place in the tensor, decides what a query sees: so a ring buffer, left padding and
+    a plain sequence are one case.
+
+    Attributes:
+        keys: [batch, num_key_value_heads, k_len, head_dim], after RoPE.
+        values: the same shape (the last size may differ).
+        positions: int64 [batch, k_len], 0 for the first real token of a sequence, -1 for padding and for
+            slots that hold nothing.
+        index_keys: [batch, num_retrieval_heads, k_len, index_dim], or None where nothing retrieves.
+        in_order: positions are 0..k_len-1 in every row, which lets a dense kernel skip the mask.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    index_keys: Tensor | None = None
+    in_order: bool = False
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Some query heads, and for each the KV head it reads, counted within the states it is given.
+
+    Attributes:
+        heads: int64 [num_heads], query heads of the layer.
+        key_value_heads: int64 [num_heads], indices along dim 1 of `KeyValueStates.keys`.
+    """
+
+    heads: Tensor
+    key_value_heads: Tensor
+
+    def __len__(self) -> int:
+        return self.heads.numel()
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How a layer's query heads divide: who retrieves, who is local, and whose keys are kept whole.
+
+    Attributes:
+        retrieval: retrieval heads, reading full KV heads.
+        local_full: local heads whose KV head is full because a neighbour in the group retrieves.
+        local_bounded: local heads whose KV head is kept as sinks and window alone.
+        full_key_value_heads: int64, KV heads kept whole.
+        bounded_key_value_heads: int64, the others.
+        order: int64 [num_attention_heads], brings (retrieval, local_full, local_bounded) back to head order.
+    """
+
+    retrieval: HeadGroup
+    local_full: HeadGroup
+    local_bounded: HeadGroup
+    full_key_value_heads: Tensor
+    bounded_key_value_heads: Tensor
+    order: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        retrieval_heads: Sequence[int],
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        device: torch.device | str = "cpu",
+    ) -> HeadLayout:
+        """The layout of a layer with these retrieval heads."""
+        group = num_attention_heads // num_key_value_heads
+        full = sorted({head // group for head in retrieval_heads})
+        bounded = [head for head in range(num_key_value_heads) if head not in full]
+        local = [head for head in range(num_attention_heads) if head not in set(retrieval_heads)]
+
+        def indices(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        def heads_reading(heads: Sequence[int], kept: list[int]) -> HeadGroup:
+            return HeadGroup(indices(heads), indices([kept.index(head // group) for head in heads]))
+
+        local_full = [head for head in local if head // group in full]
+        local_bounded = [head for head in local if head // group in bounded]
+        joined = torch.tensor([*retrieval_heads, *local_full, *local_bounded])
+        return cls(
+            heads_reading(retrieval_heads, full),
+            heads_reading(local_full, full),
+            heads_reading(local_bounded, bounded),
+            indices(full),
+            indices(bounded),
+            joined.argsort().to(device),
+        )
+
+
+@dataclass
+class SelectionStatistics:
+    """Counts what retrieval heads read, over every row whose keys were selected by the indexer.
+
+    Attributes:
+        far_keys: far keys (neither sink nor window) that a dense head would have read, summed over rows.
+        far_keys_read: those that the selection let through.
+        rows: rows that had far keys.
+    """
+
+    far_keys: float = 0.0
+    far_keys_read: float = 0.0
+    rows: int = 0
+
+    def add(self, far: Tensor, selected: Tensor) -> None:
+        """Adds rows: `far` [batch, 1, rows, k_len] and `selected` [batch, heads, rows, k_len], bool."""
+        self.far_keys += float(far.sum()) * selected.shape[1]
+        self.far_keys_read += float(selected.sum())
+        self.rows += int(far.any(-1).sum()) * selected.shape[1]
+
+    @property
+    def share_read(self) -> float | None:
+        """Share of the far keys read; None if no row had any."""
+        return self.far_keys_read / self.far_keys if self.far_keys else None

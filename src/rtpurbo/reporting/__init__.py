@@ -1,0 +1,1 @@
+"""Results and artifacts, shown: tables, pictures in the terminal, model cards."""

@@ -1,0 +1,42 @@
+"""Training curves as one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich.table import Table
+
+BARS = "▁▂▃▄▅▆▇█"
+_FIGURES = ("loss", "recall", "tokens_read")
+
+
+def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table:
+    """A line for each stage and figure of a training log: its curve, first and last value.
+
+    Args:
+        entries: as `rtpurbo.training.log.TrainingLog.entries` gives them.
+        width: characters of a curve.
+    """
+    curves: dict[tuple[str, str], list[float]] = {}
+    for entry in entries:
+        for figure in _FIGURES:
+            if entry.get(figure) is not None:
+                curves.setdefault((entry["stage"], figure), []).append(entry[figure])
+    table = Table.grid(padding=(0, 2))
+    for (stage, figure), values in curves.items():
+        table.add_row(
+            f"{stage} {figure}", sparkline(values, width), f"{values[0]:.4g} → {values[-1]:.4g}"
+        )
+    return table
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Values as bars of eight heights, neighbours averaged where there are more than `width`."""
+    count = min(width, len(values))
+    edges = [len(values) * number // count for number in range(count + 1)] if count else [0]
+    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((mean - low) * scale)] for mean in means)

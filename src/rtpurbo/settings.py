@@ -1,0 +1,218 @@
+"""Every hyper-parameter of a conversion, stage by stage, with presets for a laptop and for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from rtpurbo.config import (
+    AttentionRule,
+    HeadGranularity,
+    IndexerSettings,
+    check_choice,
+    default_sliding_window,
+)
+from rtpurbo.errors import RTPurboError
+
+IndexerStart = Literal["covariance", "weight", "random"]
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Called as (stage, steps done, steps in all, latest figures); see `rtpurbo.cli.progress` for the bars."""
+
+
+def no_progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    """The default: says nothing."""
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How retrieval heads are found.
+
+    Attributes:
+        length: tokens of a calibration document.
+        num_documents: documents, each with a needle at another depth.
+        ratio: share of the query heads to take; used unless `threshold` or `count` is set.
+        threshold: take heads whose score reaches this instead.
+        count: take this many heads instead.
+        granularity: choose heads one by one (`query_head`) or by whole KV groups (`kv_group`).
+    """
+
+    length: int = 4096
+    num_documents: int = 4
+    ratio: float = 0.15
+    threshold: float | None = None
+    count: int | None = None
+    granularity: HeadGranularity = "query_head"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise RTPurboError(f"the ratio of retrieval heads is {self.ratio}, but it must be from 0 to 1.")
+        if self.threshold is not None and self.count is not None:
+            raise RTPurboError("choose retrieval heads by threshold or by count, not by both.")
+        if self.num_documents < 1:
+            raise RTPurboError("calibration needs at least one document.")
+        check_choice("granularity", self.granularity, HeadGranularity)
+
+
+@dataclass(frozen=True)
+class IndexerTrainingSettings:
+    """Stage 1: the indexers, on the frozen model.
+
+    Attributes:
+        steps: optimiser steps.
+        lengths: tokens of a training sequence; sequences take them in turn.
+        steps_per_sequence: optimiser steps on one captured sequence, each with fresh query rows.
+        rows_per_step: query rows a step and head; None takes every row.
+        learning_rate: peak of AdamW's, after warm-up, before cosine decay.
+        weight_decay: AdamW's.
+        warmup_steps: linear warm-up.
+        start: what the weights start from (`covariance` is worth a hundred steps).
+        start_sequences: sequences whose covariance makes the start.
+        needle_share: share of training sequences that hold needles and a question; the rest is prose.
+        probe_sequences: held-out sequences on which recall is watched.
+        probe_every: steps between two looks.
+    """
+
+    steps: int = 400
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    steps_per_sequence: int = 8
+    rows_per_step: int | None = 192
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+    start: IndexerStart = "covariance"
+    start_sequences: int = 3
+    needle_share: float = 0.25
+    probe_sequences: int = 2
+    probe_every: int = 50
+
+    def __post_init__(self) -> None:
+        _check_training(self.steps, self.lengths)
+        check_choice("start", self.start, IndexerStart)
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Stage 2: the sparse student against the dense teacher.
+
+    Attributes:
+        steps: optimiser steps of one sequence each; 0 leaves stage 2 out.
+        lengths: tokens of a training sequence; sequences take them in turn.
+        learning_rate: peak of AdamW's, after warm-up, before cosine decay.
+        weight_decay: AdamW's.
+        warmup_steps: linear warm-up.
+        lora_rank: rank of the LoRA; 0 trains the full weights.
+        lora_beyond_attention: LoRA on the MLP's linear layers too.
+        top_logits: teacher logits kept for each label token (paper: 10).
+        labels_per_sequence: label tokens of a sequence; answer tokens are always among them.
+        answer_weight: weight of the answer tokens' mean loss beside the mean over all labels.
+        needle_share: share of sequences that hold needles and a question.
+        prefill_mode: what retrieval heads do in training: `dense` as in the paper, or with the selection on.
+        refresh_steps: steps of stage 1 on the student at the end.
+        checkpoint_every: steps between two checkpoints.
+    """
+
+    steps: int = 300
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 10
+    lora_rank: int = 16
+    lora_beyond_attention: bool = True
+    top_logits: int = 10
+    labels_per_sequence: int = 2048
+    answer_weight: float = 1.0
+    needle_share: float = 0.5
+    prefill_mode: Literal["dense", "top_p", "row_share"] = "dense"
+    refresh_steps: int = 100
+    checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        _check_training(self.steps, self.lengths)
+        if self.top_logits < 1 or self.labels_per_sequence < 1:
+            raise RTPurboError("top_logits and labels_per_sequence must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """All of a conversion; the attention rule's window is filled in from the model's context if None."""
+
+    attention: AttentionRule | None = None
+    indexer: IndexerSettings = field(default_factory=IndexerSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    stage1: IndexerTrainingSettings = field(default_factory=IndexerTrainingSettings)
+    stage2: DistillationSettings = field(default_factory=DistillationSettings)
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+PRESETS = ("quick", "standard")
+
+
+def preset_settings(name: str, context_length: int) -> ConversionSettings:
+    """Settings that suit a machine: `quick` for two CPU cores and minutes, `standard` for a GPU.
+
+    Args:
+        name: one of `PRESETS`.
+        context_length: the model's, in tokens; lengths stay within it.
+
+    Raises:
+        RTPurboError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise RTPurboError(f"there is no preset '{name}': choose one of {', '.join(PRESETS)}.")
+    settings = ConversionSettings(attention=AttentionRule(sliding_window=default_sliding_window(context_length)))
+    if name == "quick":
+        settings = replace(
+            settings,
+            calibration=CalibrationSettings(length=2048, num_documents=3),
+            stage1=IndexerTrainingSettings(
+                steps=60, lengths=(2048,), steps_per_sequence=15, rows_per_step=128, warmup_steps=5,
+                start_sequences=2, probe_sequences=1, probe_every=30,
+            ),
+            stage2=DistillationSettings(
+                steps=20, lengths=(1536,), labels_per_sequence=512, warmup_steps=3, lora_rank=8,
+                refresh_steps=15, checkpoint_every=5,
+            ),
+        )  # fmt: skip
+    longest = context_length
+    return replace(
+        settings,
+        calibration=replace(settings.calibration, length=min(settings.calibration.length, longest)),
+        stage1=replace(settings.stage1, lengths=_within(settings.stage1.lengths, longest)),
+        stage2=replace(settings.stage2, lengths=_within(settings.stage2.lengths, longest)),
+    )
+
+
+def change_settings(
+    settings: ConversionSettings, changes: Mapping[str, Any]
+) -> ConversionSettings:
+    """Settings with some fields changed, by dotted name: `{"stage1.steps": 100, "seed": 1}`.
+
+    Raises:
+        RTPurboError: there is no such field, or its value is out of range.
+    """
+    for name, value in changes.items():
+        part, _, item = name.partition(".")
+        try:
+            if item:
+                value = replace(getattr(settings, part) or AttentionRule(), **{item: value})
+            settings = replace(settings, **{part: value})
+        except (AttributeError, TypeError) as error:
+            raise RTPurboError(f"there is no setting '{name}'.") from error
+    return settings
+
+
+def _within(lengths: tuple[int, ...], longest: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(min(length, longest) for length in lengths))
+
+
+def _check_training(steps: int, lengths: tuple[int, ...]) -> None:
+    if steps < 0:
+        raise RTPurboError(f"the number of training steps is {steps}, but it cannot be negative.")
+    if not lengths or min(lengths) < 1:
+        raise RTPurboError("training needs at least one sequence length, in tokens.")

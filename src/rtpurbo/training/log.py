@@ -1,0 +1,49 @@
+"""The training log: one JSON object a line, the same for a run that was interrupted and one that was not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rtpurbo.files import write_text_atomically
+
+
+class TrainingLog:
+    """Appends entries with `stage`, `step` and figures.
+
+    Args:
+        path: the file; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Adds a line."""
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The lines so far; a last one that was cut off is left out."""
+        if self.path is None or not self.path.is_file():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    def rewind(self, stage: str, steps: int) -> None:
+        """Forgets what a stage wrote after its last checkpoint, and every later stage."""
+        if self.path is None:
+            return
+        kept, reached = [], False
+        for entry in self.entries():
+            reached = reached or entry["stage"] == stage
+            if reached and (entry["stage"] != stage or entry["step"] > steps):
+                break
+            kept.append(json.dumps(entry) + "\n")
+        write_text_atomically(self.path, "".join(kept))

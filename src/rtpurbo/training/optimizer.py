@@ -1,0 +1,33 @@
+"""The optimiser of both stages: AdamW with linear warm-up and cosine decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, warmup_steps: int, steps: int
+) -> tuple[AdamW, LambdaLR]:
+    """AdamW and its schedule, to be stepped together.
+
+    Args:
+        parameters: what to train.
+        learning_rate: the peak.
+        weight_decay: AdamW's.
+        warmup_steps: linear from near 0 to the peak.
+        steps: all steps; the cosine ends at 0 after the last.
+    """
+    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return optimizer, LambdaLR(optimizer, factor)

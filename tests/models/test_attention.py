@@ -1,0 +1,193 @@
+"""HeadwiseAttention: masks as positions, rotation, and a whole layer against the fp64 oracle."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.attention import key_positions_as_mask, rotate
+from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.sparsify import headwise_modules, observing
+from tests import oracles
+from tests.oracles import Problem, left_padded_positions
+from tests.tiny_models import (
+    FAMILIES,
+    LENGTH,
+    PADDING,
+    logits_of,
+    make_sparse,
+    padded_batch,
+    sparse_config,
+    sparse_model,
+    tiny_model,
+)
+
+
+def as_mask(attention_mask, q_length, **options):
+    kv_length = LENGTH if attention_mask is None else attention_mask.shape[1]
+    return key_positions_as_mask(
+        batch_size=3,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        config=tiny_model("gemma3_text").config,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("q_length", [1, LENGTH])
+def test_a_padding_mask_becomes_positions(q_length):
+    _, mask = padded_batch()
+    assert torch.equal(as_mask(mask, q_length), left_padded_positions(PADDING, LENGTH))
+    assert torch.equal(as_mask(mask.bool(), q_length), left_padded_positions(PADDING, LENGTH))
+
+
+def test_no_padding_needs_no_mask():
+    assert as_mask(None, LENGTH) is None
+    assert as_mask(torch.ones(3, LENGTH, dtype=torch.int64), LENGTH) is None
+    assert as_mask(None, LENGTH, local_size=256) is None
+
+
+def test_a_windowed_layer_gets_its_usual_mask():
+    _, mask = padded_batch()
+    usual = as_mask(mask.bool(), LENGTH, local_size=8)
+    assert usual.shape[-2:] == (LENGTH, LENGTH)
+    assert as_mask(mask, LENGTH, local_size=256).shape == mask.shape
+
+
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+def test_rotation_turns_pairs_as_complex_numbers(rotary_dim):
+    half = rotary_dim // 2
+    states, angles = torch.randn(2, 3, 5, 8), torch.randn(2, 5, half)
+    both = torch.cat([angles, angles], -1)
+    rotated = rotate(states, both.cos(), both.sin())
+    pairs = torch.complex(states[..., :half], states[..., half:rotary_dim])
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    expected = torch.cat([turned.real, turned.imag, states[..., rotary_dim:]], -1)
+    torch.testing.assert_close(rotated, expected)
+
+
+def layer_problem(model, layer, ids, mask):
+    """What a layer computes on these tokens: its inputs as a problem for the oracle, and its output."""
+    module, seen = headwise_modules(model)[layer], {}
+    observations = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.update(hidden=kwargs["hidden_states"]), with_kwargs=True
+        ),
+        module.o_proj.register_forward_pre_hook(lambda _, args: seen.update(output=args[0])),
+    ]
+    with observing(model, observations.append, dense=False):
+        logits_of(model, ids, mask)
+    for hook in hooks:
+        hook.remove()
+    view = observations[layer]
+    _, _, values = module.project(seen["hidden"])
+    raw = module.indexer.settings.index_space == "pre_rope"
+    queries = view.queries_before_rotation if raw else view.queries
+    keys = view.keys_before_rotation if raw else view.keys
+    problem = Problem(
+        view.queries,
+        view.keys,
+        values,
+        torch.zeros(*queries.shape[:3], module.indexer.settings.index_dim),
+        torch.zeros(*queries.shape[:3], module.indexer.settings.index_dim),
+        view.positions,
+        view.positions,
+        view.scaling,
+    ).to(torch.float64)
+    kept = module.indexer.feature_dimensions
+    for rank, head in enumerate(module.retrieval_heads):
+        key_value_head = int(problem.readers[head])
+        for source, target, weight in (
+            (queries[:, head], problem.index_queries, module.indexer.query_weight),
+            (keys[:, key_value_head], problem.index_keys, module.indexer.key_weight),
+        ):
+            target[:, head] = source[..., kept].double() @ weight[rank].double().T
+    output = seen["output"].unflatten(-1, (len(problem.readers), -1)).transpose(1, 2)
+    return module, problem, output
+
+
+def check_layer(model, layer):
+    ids, mask = padded_batch()
+    module, problem, output = layer_problem(model, layer, ids, mask)
+    seen = oracles.headwise_keys(problem, module.rule, module.retrieval_heads)
+    expected, _ = oracles.attend(problem, seen)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_the_oracle(family):
+    model = sparse_model(family)
+    for layer in range(len(headwise_modules(model))):
+        check_layer(model, layer)
+
+
+@pytest.mark.parametrize("index_space", ["pre_rope", "post_rope", "low_frequency"])
+@pytest.mark.parametrize("mode", ["dense", "top_p", "row_share"])
+def test_every_index_space_and_prefill_mode_equals_the_oracle(index_space, mode):
+    model = tiny_model()
+    rule = {"prefill_mode": mode, "top_p": 0.6, "query_block_size": 16}
+    make_sparse(model, sparse_config(model, (1, 2), index_space, **rule))
+    check_layer(model, 1)
+
+
+def test_observations_tell_states_before_and_after_rotation():
+    model, (ids, mask) = sparse_model(), padded_batch()
+    seen = []
+    with observing(model, seen.append, dense=False):
+        logits_of(model, ids, mask)
+    assert [view.layer for view in seen] == [0, 1]
+    view, module = seen[0], headwise_modules(model)[0]
+    assert torch.equal(view.positions, left_padded_positions(PADDING, LENGTH))
+    assert view.scaling == module.scaling
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    embeddings = model.base_model.rotary_emb(view.queries, places)
+    for before, after in (
+        (view.queries_before_rotation, view.queries),
+        (view.keys_before_rotation, view.keys),
+    ):
+        torch.testing.assert_close(rotate(before, *embeddings), after)
+        assert not torch.allclose(before, after)
+
+
+def test_a_four_dimensional_mask_is_refused():
+    model, (ids, _) = sparse_model(), padded_batch()
+    mask = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool)
+    with pytest.raises(RTPurboError, match="2D attention mask"):
+        model(ids, attention_mask=mask, use_cache=False)
+
+
+def test_a_foreign_cache_is_refused():
+    model, (ids, mask) = sparse_model(), padded_batch()
+    with pytest.raises(RTPurboError, match="not a DynamicCache"):
+        model(ids, attention_mask=mask, past_key_values=DynamicCache())
+
+
+def test_dense_observation_takes_no_cache():
+    model, (ids, mask) = sparse_model(), padded_batch()
+    with (
+        observing(model, lambda view: None),
+        pytest.raises(RTPurboError, match="use_cache=False"),
+    ):
+        model(ids, attention_mask=mask, past_key_values=HeadwiseCache(model))
+
+
+def test_an_unknown_backend_is_refused():
+    model, (ids, mask) = sparse_model(), padded_batch()
+    for module in headwise_modules(model):
+        module.backend = "cuda9"
+    with pytest.raises(ValueError, match="cuda9"):
+        logits_of(model, ids, mask)
+
+
+def test_gradients_reach_the_projections_and_not_the_indexers():
+    model, (ids, mask) = sparse_model(), padded_batch()
+    model.requires_grad_(True)
+    model(ids, attention_mask=mask, use_cache=False).logits.square().mean().backward()
+    for module in headwise_modules(model):
+        for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+            gradient = projection.weight.grad
+            assert gradient.isfinite().all()
+            assert gradient.any()
+        assert all(parameter.grad is None for parameter in module.indexer.parameters())

@@ -1,0 +1,253 @@
+"""The cache: what it holds, what it costs, and that rearranging it commutes with recomputation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.cache import GrowingBuffer, HeadwiseCache, HeadwiseLayer, RingBuffer
+from tests.oracles import is_near, left_padded_positions
+from tests.tiny_models import (
+    LENGTH,
+    PADDING,
+    assert_same_logits,
+    logits_of,
+    padded_batch,
+    sparse_model,
+    tiny_model,
+)
+
+FAR = 40  # tokens after which every ring below has wrapped
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sparse_model()
+
+
+def tensors_in(thing):
+    """Every tensor reachable from an object's attributes."""
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    parts = thing if isinstance(thing, list) else vars(thing).values()
+    return [
+        tensor
+        for part in parts
+        if isinstance(part, (torch.Tensor, list)) or type(part).__module__.startswith("rtpurbo")
+        for tensor in tensors_in(part)
+    ]
+
+
+def filled(model, ids, mask, crop_slack=8, chunks=None):
+    cache = HeadwiseCache(model, crop_slack=crop_slack)
+    logits_of(model, ids, mask, chunks or [ids.shape[1]], cache)
+    return cache
+
+
+def check_continuation(model, cache, ids, mask, held):
+    """Reading on from the cache says what reading `ids` from the start says."""
+    rest = ids.shape[1] - held
+    for chunks in ([rest - 2, 1, 1],):
+        continued = logits_of(model, ids[:, held:], mask, chunks, cache)
+        assert_same_logits(continued, logits_of(model, ids, mask)[:, held:], mask)
+
+
+@given(
+    padding=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    chunks=st.lists(st.integers(1, 20), min_size=1, max_size=8),
+    window=st.integers(1, 9),
+    sinks=st.integers(0, 3),
+    slack=st.integers(0, 4),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_ring_shows_each_query_its_sinks_and_window(padding, chunks, window, sinks, slack):
+    ring, start = RingBuffer(sinks, window, slack), 0
+    positions = left_padded_positions(padding, sum(chunks))
+    for new in chunks:
+        chunk = positions[:, start : start + new]
+        labels = chunk[:, None, :, None].double()
+        states = ring.append(labels, labels + 1000, chunk)
+        for row, (queries, held) in enumerate(
+            zip(chunk.tolist(), states.positions.tolist(), strict=True)
+        ):
+            real = [position for position in held if position >= 0]
+            assert len(real) == len(set(real))
+            for query in queries:
+                wanted = {key for key in range(query + 1) if is_near(query, key, window, sinks)}
+                assert wanted <= set(real)
+            for slot, position in enumerate(held):
+                if position >= 0:
+                    assert states.keys[row, 0, slot, 0] == position
+                    assert states.values[row, 0, slot, 0] == position + 1000
+        start += new
+        assert ring.keys.shape[2] == sinks + window + slack + 1
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), reserve=st.integers(0, 60)
+)
+@settings(deadline=None, max_examples=40)
+def test_a_growing_buffer_holds_everything_and_little_more(sizes, reserve):
+    buffer = GrowingBuffer(reserve)
+    states = torch.arange(sum(sizes), dtype=torch.float32).reshape(1, 1, -1, 1)
+    for end in torch.tensor(sizes).cumsum(0).tolist():
+        held = buffer.append(states[:, :, buffer.length : end])
+        assert torch.equal(held, states[:, :, :end])
+        assert buffer.storage.shape[2] <= max(reserve, end + end // 8)
+
+
+def test_a_reserved_buffer_is_allocated_once():
+    buffer = GrowingBuffer(reserve=100)
+    buffer.append(torch.ones(1, 1, 1, 4))
+    address = buffer.storage.data_ptr()
+    buffer.append(torch.ones(1, 1, 99, 4))
+    assert buffer.storage.data_ptr() == address
+
+
+def test_bounded_heads_stop_growing_and_bytes_are_measured(model):
+    ids, mask = padded_batch((0,), 200)
+    cache, ring_bytes, total = HeadwiseCache(model, crop_slack=2, reserve=0), set(), []
+    start = 0
+    for size in [30, 1, 1, 40, 1, 60, 67]:
+        end = start + size
+        logits_of(model, ids[:, start:end], mask[:, :end], [size], cache)
+        layer = cache.layers[0]
+        ring_bytes.add(sum(tensor.nbytes for tensor in tensors_in(layer.ring)))
+        total.append(cache.num_bytes())
+        assert cache.num_bytes() == sum(tensor.nbytes for tensor in tensors_in(cache.layers))
+        start = end
+    assert len(ring_bytes) == 1
+    assert total == sorted(total)
+    assert total[-1] > total[0]
+
+
+@pytest.mark.parametrize(("heads", "grows"), [((), False), ((1,), True)])
+def test_only_retrieval_heads_cost_memory_that_grows(heads, grows):
+    model, (ids, mask) = sparse_model(heads=heads), padded_batch((0,), 200)
+    sizes = [filled(model, ids[:, :n], mask[:, :n]).num_bytes() for n in (100, 200)]
+    assert (sizes[1] > sizes[0]) == grows
+
+
+def test_the_cache_is_smaller_than_a_dense_one(model):
+    ids, mask = padded_batch((0,), 200)
+    cache = filled(sparse_model(heads=(0,)), ids, mask)
+    dense = tiny_model()(ids, attention_mask=mask).past_key_values
+    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
+    assert cache.num_bytes() < 0.8 * dense_bytes
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 1, 0]])
+def test_reordering_commutes_with_recomputation(model, order):
+    ids, mask = padded_batch()
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+    cache.reorder_cache(torch.tensor(order))
+    check_continuation(model, cache, ids[order], mask[order], FAR)
+
+
+def test_repeating_commutes_with_recomputation(model):
+    ids, mask = padded_batch()
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+    cache.batch_repeat_interleave(2)
+    ids, mask = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+    check_continuation(model, cache, ids, mask, FAR)
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 0]])
+def test_selecting_rows_commutes_with_recomputation(model, rows):
+    ids, mask = padded_batch()
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+    cache.batch_select_indices(torch.tensor(rows))
+    check_continuation(model, cache, ids[rows], mask[rows], FAR)
+
+
+@pytest.mark.parametrize("removed", [1, 5, 8])
+@pytest.mark.parametrize("chunks", [[FAR], [30] + [1] * 10, [7, 26, 7]], ids=str)
+def test_cropping_commutes_with_recomputation(model, removed, chunks):
+    ids, mask = padded_batch()
+    other, _ = padded_batch(seed=9)
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR], chunks=chunks)
+    cache.crop(-removed)
+    held = FAR - removed
+    assert cache.get_seq_length() == held
+    check_continuation(model, cache, torch.cat([ids[:, :held], other[:, held:]], 1), mask, held)
+
+
+def test_cropping_to_a_length_is_the_older_meaning(model):
+    ids, mask = padded_batch()
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+    for layer in cache.layers:
+        layer.crop(FAR - 3)
+    assert cache.get_seq_length() == FAR - 3
+    check_continuation(model, cache, ids, mask, FAR - 3)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_cropping_beyond_the_slack_is_refused(model, twice):
+    ids, mask = padded_batch()
+    cache = filled(model, ids, mask, crop_slack=4)
+    if twice:
+        cache.crop(-3)
+    with pytest.raises(RTPurboError, match="at most 4 tokens"):
+        cache.crop(-4 if twice else -6)
+
+
+def test_a_refused_crop_changes_nothing(model):
+    ids, mask = padded_batch()
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR], crop_slack=0)
+    with pytest.raises(RTPurboError, match="crop_slack"):
+        cache.crop(-10)
+    check_continuation(model, cache, ids, mask, FAR)
+
+
+def test_any_crop_works_before_the_ring_wraps():
+    model, (ids, mask) = sparse_model(sliding_window=LENGTH), padded_batch()
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR], crop_slack=0)
+    cache.crop(-(FAR - 14))
+    check_continuation(model, cache, ids, mask, 14)
+
+
+@pytest.mark.parametrize("emptied", ["reset", "crop"])
+def test_an_emptied_cache_starts_anew(model, emptied):
+    ids, mask = padded_batch()
+    cache = filled(model, ids, mask)
+    cache.crop(-LENGTH) if emptied == "crop" else cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.num_bytes() == 0
+    check_continuation(model, cache, ids[:2], mask[:2], 0)
+
+
+def test_offloading_keeps_the_contents(model):
+    ids, mask = padded_batch()
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    check_continuation(model, cache, ids, mask, FAR)
+
+
+def test_masks_cover_every_token_seen(model):
+    ids, mask = padded_batch()
+    cache = filled(model, ids, mask)
+    assert cache.get_mask_sizes(3, 0) == (LENGTH + 3, 0)
+    assert cache.get_max_length() == -1
+    assert not any(cache.is_sliding)
+
+
+def test_windowed_layers_keep_their_own_cache():
+    model, (ids, mask) = sparse_model("gemma3_text"), padded_batch(PADDING)
+    cache = filled(model, ids, mask)
+    assert [isinstance(layer, HeadwiseLayer) for layer in cache.layers] == [False, True, False]
+    own = [tensor for layer in cache.layers[::2] for tensor in (layer.keys, layer.values)]
+    expected = sum(tensor.nbytes for tensor in own) + cache.layers[1].num_bytes()
+    assert cache.num_bytes() == expected > 0
+
+
+def test_other_models_cannot_fill_it(model):
+    with pytest.raises(RTPurboError, match="made sparse"):
+        tiny_model()(torch.ones(1, 3, dtype=torch.int64), past_key_values=HeadwiseCache(model))
+
+
+def test_a_dense_model_gets_none():
+    with pytest.raises(RTPurboError, match="sparse model"):
+        HeadwiseCache(tiny_model())

@@ -1,0 +1,126 @@
+"""The token indexer: which dimensions it reads and how it projects them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtpurbo.config import IndexerSettings
+from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
+from rtpurbo.models.sparsify import headwise_modules, inverse_frequencies
+from tests.tiny_models import make_sparse, sparse_config, tiny_model
+
+
+@given(
+    wavelengths=st.lists(st.floats(1, 1e6), min_size=1, max_size=16, unique=True),
+    unrotated=st.integers(0, 6),
+    shortest=st.floats(1, 1e6),
+    at_least=st.integers(1, 12),
+)
+@settings(deadline=None, max_examples=80)
+def test_slow_dimensions_are_slow_pairs_and_what_never_turns(
+    wavelengths, unrotated, shortest, at_least
+):
+    half = len(wavelengths)
+    head_dim = 2 * half + unrotated
+    frequencies = 2 * math.pi / torch.tensor(wavelengths, dtype=torch.float64)
+    kept = slow_dimensions(frequencies, head_dim, shortest, at_least)
+    pairs = kept[: (len(kept) - unrotated) // 2]
+    assert kept == [*pairs, *(pair + half for pair in pairs), *range(2 * half, head_dim)]
+    assert pairs == sorted(set(pairs))
+    assert len(kept) >= min(at_least, head_dim)
+    slowest_left_out = max((wavelengths[i] for i in range(half) if i not in pairs), default=0)
+    assert slowest_left_out <= shortest * (1 + 1e-9)
+    # A pair that turns faster is kept only to fill up, and then the slowest first.
+    fill = [pair for pair in pairs if wavelengths[pair] < shortest * (1 - 1e-9)]
+    assert all(wavelengths[pair] > slowest_left_out for pair in fill)
+    assert not fill or len(kept) - 2 < at_least
+
+
+def make_indexer(index_space, features=(0, 2, 5)):
+    torch.manual_seed(0)
+    indexer = TokenIndexer(IndexerSettings(4, index_space), 3, list(features))
+    for parameter in indexer.parameters():
+        parameter.data.normal_()
+    return indexer
+
+
+@pytest.mark.parametrize("index_space", ["pre_rope", "post_rope", "low_frequency"])
+def test_each_head_projects_its_own_features(index_space):
+    indexer = make_indexer(index_space)
+    before, after = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    features = indexer.features(before, after)
+    source = before if index_space == "pre_rope" else after
+    assert torch.equal(features, torch.stack([source[..., i] for i in (0, 2, 5)], -1))
+    for project, weight in (
+        (indexer.index_queries, indexer.query_weight),
+        (indexer.index_keys, indexer.key_weight),
+    ):
+        projected = project(features)
+        assert projected.shape == (2, 3, 7, 4)
+        for head in range(3):
+            torch.testing.assert_close(
+                projected[:, head], torch.einsum("blf,df->bld", features[:, head], weight[head])
+            )
+
+
+def test_projections_follow_the_dtype_of_the_states():
+    indexer = make_indexer("pre_rope")
+    features = torch.randn(1, 3, 2, 3, dtype=torch.bfloat16)
+    assert indexer.index_queries(features).dtype == torch.bfloat16
+    assert indexer.index_keys(features).dtype == torch.bfloat16
+
+
+def test_weights_start_at_zero_and_frozen():
+    indexer = TokenIndexer(IndexerSettings(4), 2, [0, 1])
+    assert all(not p.any() and not p.requires_grad for p in indexer.parameters())
+    assert set(indexer.state_dict()) == {"query_weight", "key_weight"}
+
+
+def dimensions(family, index_space, min_wavelength=None, **changes):
+    from dataclasses import replace
+
+    model = tiny_model(family, **changes)
+    config = sparse_config(model, index_space=index_space)
+    settings_ = replace(config.indexer, min_wavelength=min_wavelength)
+    make_sparse(model, replace(config, indexer=settings_))
+    return model, [
+        module.indexer.feature_dimensions.tolist() for module in headwise_modules(model)
+    ]
+
+
+@pytest.mark.parametrize("index_space", ["pre_rope", "post_rope"])
+def test_whole_heads_outside_low_frequency(index_space):
+    assert dimensions("llama", index_space)[1] == [list(range(8))] * 2
+
+
+def test_low_frequency_keeps_pairs_that_do_not_turn_within_the_context():
+    # Wavelengths of the four pairs: about 6, 63, 628 and 6,283 tokens.
+    model, kept = dimensions("llama", "low_frequency")
+    assert (2 * math.pi / inverse_frequencies(model)).round().tolist() == [6, 63, 628, 6283]
+    assert kept == [[2, 3, 6, 7]] * 2
+    assert model.rtpurbo_config.indexer.min_wavelength == 256
+    assert dimensions("llama", "low_frequency", 50.0)[1] == [[1, 2, 3, 5, 6, 7]] * 2
+    # Never fewer dimensions than the index has.
+    assert dimensions("llama", "low_frequency", 1e9)[1] == [[2, 3, 6, 7]] * 2
+
+
+def test_a_layer_without_rope_is_projected_whole():
+    _, kept = dimensions("smollm3", "low_frequency")
+    assert kept[1] == list(range(8))
+    assert len(kept[0]) < 8
+
+
+def test_unrotated_dimensions_count_as_slow():
+    model, kept = dimensions("phi3", "low_frequency")
+    assert inverse_frequencies(model).numel() == 2
+    assert all(set(range(4, 8)) <= set(row) for row in kept)
+
+
+def test_gemma_is_measured_by_the_rope_of_its_full_layers():
+    model, _ = dimensions("gemma3_text", "low_frequency")
+    rotary = model.base_model.rotary_emb
+    assert torch.equal(inverse_frequencies(model), rotary.full_attention_inv_freq)
+    assert not torch.equal(inverse_frequencies(model), rotary.sliding_attention_inv_freq)

@@ -1,0 +1,93 @@
+"""The public operators refuse what does not fit and never fall back silently."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops import (
+    HeadLayout,
+    api,
+    causal_attention,
+    headwise_attention,
+    local_attention,
+    retrieval_attention,
+)
+from tests.oracles import random_problem
+
+RULE = AttentionRule(sliding_window=16, block_size=8, prefill_mode="top_p")
+CALLS = {
+    "local_attention": lambda problem, **options: local_attention(
+        problem.queries,
+        problem.query_positions,
+        problem.states(),
+        problem.readers,
+        sliding_window=16,
+        num_sink_tokens=4,
+        scaling=problem.scaling,
+        **options,
+    ),
+    "causal_attention": lambda problem, **options: causal_attention(
+        problem.queries,
+        problem.query_positions,
+        problem.states(),
+        problem.readers,
+        scaling=problem.scaling,
+        **options,
+    ),
+    "retrieval_attention": lambda problem, **options: retrieval_attention(
+        problem.queries,
+        problem.query_positions,
+        problem.states(),
+        problem.readers,
+        problem.index_queries,
+        RULE,
+        scaling=problem.scaling,
+        **options,
+    ),
+    "headwise_attention": lambda problem, **options: headwise_attention(
+        *problem.layered(HeadLayout.build([0], 4, 2)), RULE, scaling=problem.scaling, **options
+    ),
+}
+
+
+@pytest.fixture
+def problem():
+    return random_problem(3, 20)
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_auto_is_eager(operator, problem):
+    output, log_sum_exp = CALLS[operator](problem, return_log_sum_exp=True)
+    assert output.shape == problem.queries.shape
+    assert log_sum_exp.shape == problem.queries.shape[:3]
+    expected = CALLS[operator](problem, return_log_sum_exp=True, backend="eager")
+    torch.testing.assert_close((output, log_sum_exp), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_an_unknown_backend_is_refused(operator, problem):
+    with pytest.raises(ValueError, match="backend 'cuda9' is unknown"):
+        CALLS[operator](problem, backend="cuda9")
+
+
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: replace(p, query_positions=p.query_positions[:, 1:]), "query_positions"),
+        (lambda p: replace(p, key_positions=p.key_positions[:, 1:]), "key positions"),
+        (lambda p: replace(p, keys=p.keys[..., 1:]), "head_dim must be equal"),
+        (lambda p: replace(p, keys=p.keys.repeat(2, 1, 1, 1)), "batch and head_dim"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(operator, spoil, message, problem):
+    with pytest.raises(ValueError, match=message):
+        CALLS[operator](spoil(problem))
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_every_backend_offers_every_operator(operator):
+    for backend in api.BACKENDS:
+        assert callable(api._implementation(operator, backend))

@@ -1,0 +1,114 @@
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import (
+    check_output_folder,
+    save_tensors_atomically,
+    whole_file,
+    whole_folder,
+    write_json_atomically,
+    write_text_atomically,
+)
+
+
+def test_text_and_json(tmp_path):
+    write_text_atomically(tmp_path / "new" / "a.txt", "gr\u00fcn\n")
+    assert (tmp_path / "new" / "a.txt").read_text(encoding="utf-8") == "gr\u00fcn\n"
+    write_json_atomically(tmp_path / "a.json", {"b": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "new"]
+
+
+def test_tensors(tmp_path):
+    tensors = {"w": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
+    save_tensors_atomically(tmp_path / "a.safetensors", tensors, {"format_version": "1"})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format_version": "1"}
+        assert torch.equal(file.get_tensor("w"), tensors["w"])
+        assert file.get_tensor("b").dtype == torch.bfloat16
+
+
+def test_a_failure_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text_atomically(path, "old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_get_usual_permissions(tmp_path):
+    write_text_atomically(tmp_path / "a", "")
+    (tmp_path / "b").touch()
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"]
+    assert modes[0] == modes[1]
+
+
+def test_a_folder_appears_whole(tmp_path):
+    destination = tmp_path / "parent" / "result"
+    with whole_folder(destination, overwrite=False) as folder:
+        (folder / "a").write_text("new")
+        assert not destination.exists()
+        assert folder.parent.parent == destination.parent
+    assert (destination / "a").read_text() == "new"
+    assert list(destination.parent.iterdir()) == [destination]
+
+
+def test_a_failure_leaves_the_old_folder(tmp_path):
+    destination = tmp_path / "result"
+    with whole_folder(destination) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(ValueError, match="boom"), whole_folder(destination, overwrite=True):
+        raise ValueError("boom")
+    assert (destination / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+def test_overwriting_replaces_everything(tmp_path):
+    destination = tmp_path / "result"
+    for name in "ab":
+        with whole_folder(destination, overwrite=True) as folder:
+            (folder / name).touch()
+    assert [path.name for path in destination.iterdir()] == ["b"]
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+def test_taken_places(tmp_path, monkeypatch):
+    taken, file = tmp_path / "taken", tmp_path / "file"
+    taken.mkdir()
+    check_output_folder(taken, overwrite=False)  # empty, so it is free
+    (taken / "precious").touch()
+    file.touch()
+    with pytest.raises(RTPurboError, match=r"taken exists already.*--force"):
+        check_output_folder(taken, overwrite=False)
+    check_output_folder(taken, overwrite=True)
+    with pytest.raises(RTPurboError, match="not a folder"):
+        check_output_folder(file, overwrite=True)
+    with pytest.raises(RTPurboError, match="Cannot write to the folder"):
+        check_output_folder(file / "below", overwrite=True)
+    monkeypatch.chdir(taken)
+    with pytest.raises(RTPurboError, match="contains the current folder"):
+        check_output_folder(tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_a_place_taken_meanwhile_is_not_overwritten(tmp_path):
+    destination = tmp_path / "result"
+    with pytest.raises(RTPurboError, match="exists already"), whole_folder(destination):
+        destination.mkdir()
+        (destination / "precious").touch()
+    assert (destination / "precious").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_parent(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RTPurboError, match="Cannot write to the folder"):
+        check_output_folder(tmp_path / "result", overwrite=False)

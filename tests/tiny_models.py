@@ -1,0 +1,155 @@
+"""Tiny seeded models of every family, made from their configurations, and helpers to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
+from rtpurbo.models.families import convertible_layers
+from rtpurbo.models.sparsify import headwise_modules, sparsify
+
+VOCABULARY = 64
+HEADS, KEY_VALUE_HEADS = 4, 2
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_VALUE_HEADS,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    # Larger than usual, so that attention of random weights has peaks.
+    "initializer_range": 0.4,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mistral": {"sliding_window": None},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 256},
+    "olmo2": {},
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+    },
+}
+
+PADDING = (5, 0, 11)
+LENGTH = 44
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A frozen fp32 model of the family in evaluation mode, the same at every call."""
+    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **changes})
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def sparse_config(
+    model: PreTrainedModel,
+    heads: Sequence[int] = (0, 3),
+    index_space: str = "low_frequency",
+    **rule: Any,
+) -> RTPurboConfig:
+    """These retrieval heads in every convertible layer; a small window unless told otherwise."""
+    head_map = HeadMap.uniform(heads, convertible_layers(model.config), HEADS, KEY_VALUE_HEADS)
+    rule = {"num_sink_tokens": 2, "sliding_window": 8, "block_size": 8} | rule
+    return RTPurboConfig(
+        head_map, AttentionRule(**rule), IndexerSettings(index_dim=4, index_space=index_space)
+    )
+
+
+def make_sparse(model: PreTrainedModel, config: RTPurboConfig, seed: int = 1) -> PreTrainedModel:
+    """Sparsifies in place with random indexers."""
+    sparsify(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for module in headwise_modules(model):
+        if module.retrieval_heads:
+            for parameter in module.indexer.parameters():
+                parameter.data.normal_(generator=generator)
+    return model
+
+
+def sparse_model(
+    family: str = "llama", heads: Sequence[int] = (0, 3), seed: int = 0, **rule: Any
+) -> PreTrainedModel:
+    """A tiny sparse model whose rows select for themselves, so that its cache can be recomputed."""
+    model = tiny_model(family, seed)
+    rule = {"prefill_mode": "top_p", "top_p": 0.6} | rule
+    return make_sparse(model, sparse_config(model, heads, **rule))
+
+
+def padded_batch(
+    padding: Sequence[int] = PADDING, length: int = LENGTH, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Random token ids with left padding, and their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCABULARY, (len(padding), length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(padding):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    return ids, mask
+
+
+@torch.no_grad()
+def logits_of(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    chunks: Sequence[int] | None = None,
+    cache: Any = None,
+) -> Tensor:
+    """Logits of every token, with positions as `generate` gives them.
+
+    Args:
+        model: dense or sparse.
+        ids: [batch, length].
+        mask: likewise.
+        chunks: lengths of consecutive forwards over the cache; None for one forward without a cache.
+        cache: filled by the forwards; tokens that it holds already come before `ids` in `mask` only.
+    """
+    held = mask.shape[1] - ids.shape[1]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, held:]
+    if chunks is None:
+        return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    outputs, start = [], 0
+    for size in chunks:
+        end = start + size
+        output = model(
+            ids[:, start:end],
+            attention_mask=mask[:, : held + end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        outputs.append(output.logits)
+        start = end
+    assert start == ids.shape[1], "the chunks must cover the ids"
+    return torch.cat(outputs, 1)
+
+
+def assert_same_logits(actual: Tensor, expected: Tensor, mask: Tensor, tolerance=1e-4) -> None:
+    """Real tokens agree to `tolerance`, relative to the largest logit."""
+    real = mask[:, -actual.shape[1] :].bool()
+    scale = expected[real].abs().max().item()
+    torch.testing.assert_close(
+        actual[real], expected[real], rtol=tolerance, atol=tolerance * scale
+    )
