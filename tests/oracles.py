@@ -1,4 +1,4 @@
-"""Attention by definition: fp64, an explicit mask, and loops that share no code with the library."""
+"""Attention by definition: fp64, an explicit mask, loops that share no code with the library."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ class Problem:
         kept = slice(None) if key_value_heads is None else key_value_heads
         indexed = slice(None) if index_heads is None else index_heads
         return KeyValueStates(
-            self.keys[:, kept], self.values[:, kept], self.key_positions, self.index_keys[:, indexed]
+            self.keys[:, kept],
+            self.values[:, kept],
+            self.key_positions,
+            self.index_keys[:, indexed],
         )
 
     def layered(self, layout: HeadLayout) -> tuple:
@@ -147,23 +150,29 @@ def near_keys(problem: Problem, windows: int | Sequence[int], sinks: int) -> Ten
 def _mask(problem: Problem, allowed: Callable[[int, int], bool]) -> Tensor:
     sequences = zip(problem.query_positions.tolist(), problem.key_positions.tolist(), strict=True)
     return torch.tensor(
-        [[[[allowed(query, key) for key in keys] for query in queries]] for queries, keys in sequences]
+        [
+            [[[allowed(query, key) for key in keys] for query in queries]]
+            for queries, keys in sequences
+        ]
     )
 
 
 def exact_logits(problem: Problem) -> Tensor:
     """Scaled dot products in fp64, a loop over the query heads."""
     heads = [
-        torch.einsum("bqd,bkd->bqk", problem.queries[:, head].double(), problem.keys[:, kv].double())
+        torch.einsum(
+            "bqd,bkd->bqk", problem.queries[:, head].double(), problem.keys[:, kv].double()
+        )
         for head, kv in enumerate(problem.readers.tolist())
     ]
     return torch.stack(heads, 1) * problem.scaling
 
 
 def attend(problem: Problem, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over what the mask shows: output and log-sum-exp in fp64, 0 and -inf for blind rows."""
+    """Softmax over what the mask shows: output and log-sum-exp; 0 and -inf for blind rows."""
     logits, values = exact_logits(problem), problem.values[:, problem.readers].double()
-    peak = logits.detach().masked_fill(~mask, -math.inf).amax(-1, keepdim=True).nan_to_num(neginf=0)
+    shown = logits.detach().masked_fill(~mask, -math.inf)
+    peak = shown.amax(-1, keepdim=True).nan_to_num(neginf=0)
     weights = torch.where(mask, (logits - peak).exp(), 0.0)
     total = weights.sum(-1, keepdim=True)
     output = torch.einsum("bhqk,bhkd->bhqd", weights, values) / total.clamp(min=1e-300)
@@ -180,7 +189,7 @@ def top_p_set(mass: np.ndarray, target: float) -> set[int]:
 
 
 def retrieval_keys(problem: Problem, rule: AttentionRule) -> Tensor:
-    """What retrieval heads see when they select: near keys and chosen far ones, bool as the logits."""
+    """What retrieval heads see when they select: near keys and chosen far ones."""
     near = near_keys(problem, rule.sliding_window, rule.num_sink_tokens)
     far = visible_keys(problem) & ~near
     shared = rule.prefill_mode == "row_share" and problem.queries.shape[2] > 1
@@ -245,7 +254,7 @@ def _row_set(
 def _tile_sets(
     rule: AttentionRule, rows: list[np.ndarray], far: np.ndarray, positions: np.ndarray
 ) -> list[set[int]]:
-    """One list for every tile of rows: a block is in if any row gives it `row_share` of its mass."""
+    """One list a tile of rows: a block is in if any row gives it `row_share` of its mass."""
     chosen: list[set[int]] = []
     for start in range(0, len(rows), rule.query_block_size):
         tile = range(start, min(start + rule.query_block_size, len(rows)))
@@ -267,9 +276,7 @@ def _keys_of(rule: AttentionRule, blocks: set[int], positions: np.ndarray) -> se
     return set(np.flatnonzero(chosen).tolist())
 
 
-def headwise_keys(
-    problem: Problem, rule: AttentionRule, retrieval_heads: Sequence[int]
-) -> Tensor:
+def headwise_keys(problem: Problem, rule: AttentionRule, retrieval_heads: Sequence[int]) -> Tensor:
     """What every head of a layer sees, bool [batch, heads, q_len, k_len]."""
     mask = near_keys(problem, rule.sliding_window, rule.num_sink_tokens).clone()
     dense = rule.prefill_mode == "dense" and problem.queries.shape[2] > 1

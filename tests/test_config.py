@@ -33,9 +33,7 @@ def head_maps(draw):
         RTPurboConfig(HEAD_MAP),
         RTPurboConfig(
             HeadMap(((1,),), 2, 2, granularity="kv_group"),
-            AttentionRule(
-                2, 32, 0.5, "far", 0.2, "block", 16, "row_share", 8, row_share=0.25
-            ),
+            AttentionRule(2, 32, 0.5, "far", 0.2, "block", 16, "row_share", 8, row_share=0.25),
             IndexerSettings(8, "pre_rope", 512.0),
         ),
     ],
@@ -105,7 +103,7 @@ def test_values_at_the_ends_of_their_ranges_are_fine():
 
 @pytest.mark.parametrize("heads", [(6,), (-1,), (0, 9)])
 def test_a_head_map_names_only_heads_that_exist(heads):
-    with pytest.raises(RTPurboError, match="layer 1.*6 query heads"):
+    with pytest.raises(RTPurboError, match=r"layer 1.*6 query heads"):
         HeadMap(((0,), heads), 6, 3)
 
 

@@ -15,7 +15,7 @@ FLOORS = (
     {"data", "models"},
     {"calibration", "training", "evaluation", "benchmarks"},
     {"reporting", "serving"},
-    {"__init__", "conversion", "demo", "publishing"},
+    {"__init__", "conversion", "demo", "job", "publishing"},
     {"cli", "__main__"},
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

@@ -1,4 +1,4 @@
-"""What a sparse model is, as data: which heads retrieve, what a query may see, how the index is made."""
+"""A sparse model as data: which heads retrieve, what a query sees, how the index is made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ HeadGranularity = Literal["query_head", "kv_group"]
 def check_choice(name: str, value: str, allowed: Any) -> None:
     """Refuses a value that is not one of a Literal type's."""
     if value not in get_args(allowed):
-        raise RTPurboError(f"{name} is '{value}', but it must be one of: {', '.join(get_args(allowed))}.")
+        raise RTPurboError(
+            f"{name} is '{value}', but it must be one of: {', '.join(get_args(allowed))}."
+        )
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,23 @@ class AttentionRule:
         if not 0 < self.top_p <= 1:
             raise RTPurboError(f"top_p is {self.top_p}, but it must be above 0 and at most 1.")
         if not 0 < self.row_share <= 1:
-            raise RTPurboError(f"row_share is {self.row_share}, but it must be above 0 and at most 1.")
+            raise RTPurboError(
+                f"row_share is {self.row_share}, but it must be above 0 and at most 1."
+            )
         if not 0 <= self.far_floor < 1:
-            raise RTPurboError(f"far_floor is {self.far_floor}, but it must be at least 0 and below 1.")
+            raise RTPurboError(
+                f"far_floor is {self.far_floor}, but it must be at least 0 and below 1."
+            )
         if self.block_size < 1 or self.query_block_size < 1:
             raise RTPurboError("block_size and query_block_size must be at least 1.")
         if self.num_sink_tokens < 0:
-            raise RTPurboError(f"num_sink_tokens is {self.num_sink_tokens}, but it cannot be negative.")
+            raise RTPurboError(
+                f"num_sink_tokens is {self.num_sink_tokens}, but it cannot be negative."
+            )
         if self.sliding_window < self.block_size:
             raise RTPurboError(
-                f"sliding_window ({self.sliding_window}) is smaller than block_size ({self.block_size}): "
-                "choose a window of at least one block."
+                f"sliding_window ({self.sliding_window}) is smaller than block_size "
+                f"({self.block_size}): choose a window of at least one block."
             )
         check_choice("reading", self.reading, Reading)
         check_choice("granularity", self.granularity, Granularity)
@@ -101,12 +109,18 @@ class HeadMap:
 
     @classmethod
     def uniform(
-        cls, heads: Sequence[int], layers: Sequence[bool], num_attention_heads: int, num_key_value_heads: int
+        cls,
+        heads: Sequence[int],
+        layers: Sequence[bool],
+        num_attention_heads: int,
+        num_key_value_heads: int,
     ) -> HeadMap:
-        """The same retrieval heads in every converted layer; `layers` tells which layers those are."""
+        """The same retrieval heads in every converted layer; `layers` tells which those are."""
         chosen = tuple(sorted(heads))
         return cls(
-            tuple(chosen if converted else None for converted in layers), num_attention_heads, num_key_value_heads
+            tuple(chosen if converted else None for converted in layers),
+            num_attention_heads,
+            num_key_value_heads,
         )
 
     @property
@@ -122,7 +136,9 @@ class HeadMap:
     @property
     def num_full_key_value_heads(self) -> int:
         """KV heads that hold a retrieval head, of all layers together."""
-        return sum(len(self.full_key_value_heads(layer)) for layer in range(len(self.retrieval_heads)))
+        return sum(
+            len(self.full_key_value_heads(layer)) for layer in range(len(self.retrieval_heads))
+        )
 
     def full_key_value_heads(self, layer: int) -> list[int]:
         """The KV heads of `layer` that serve at least one retrieval head."""
@@ -180,8 +196,10 @@ class RTPurboConfig:
                 AttentionRule(**data["attention"]),
                 IndexerSettings(**data["indexer"]),
             )
-        except (KeyError, TypeError) as error:
-            raise RTPurboError(f"the configuration is not complete or holds an unknown field: {error}.") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise RTPurboError(
+                f"the configuration is not complete or holds an unknown field: {error}."
+            ) from error
 
 
 def head_map_from_dict(data: dict[str, Any]) -> HeadMap:
@@ -194,9 +212,8 @@ def head_map_from_dict(data: dict[str, Any]) -> HeadMap:
 
 
 def default_sliding_window(context_length: int) -> int:
-    """The window for a model of this context: a sixteenth of it, from 256 to the paper's 8,192 keys.
+    """The window for a context: a sixteenth of it, from 256 to the paper's 8,192 keys.
 
     At 4K to 8K a window of 512 keeps what 256 loses (docs/experiment-log.md).
     """
     return max(256, min(8192, 2 ** round(math.log2(context_length / 16))))
-

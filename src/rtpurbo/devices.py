@@ -25,3 +25,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """The type in which a device computes fast enough: float32 on the CPU, else bfloat16."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def device_name(device: torch.device) -> str:
+    """What results say they were measured on, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

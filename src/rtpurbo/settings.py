@@ -165,7 +165,7 @@ def preset_settings(name: str, context_length: int) -> ConversionSettings:
     """
     if name not in PRESETS:
         raise RTPurboError(f"there is no preset '{name}': choose one of {', '.join(PRESETS)}.")
-    settings = ConversionSettings(attention=AttentionRule(sliding_window=default_sliding_window(context_length)))
+    settings = settings_for_context(ConversionSettings(), context_length)
     if name == "quick":
         settings = replace(
             settings,
@@ -186,6 +186,14 @@ def preset_settings(name: str, context_length: int) -> ConversionSettings:
         stage1=replace(settings.stage1, lengths=_within(settings.stage1.lengths, longest)),
         stage2=replace(settings.stage2, lengths=_within(settings.stage2.lengths, longest)),
     )
+
+
+def settings_for_context(settings: ConversionSettings, context_length: int) -> ConversionSettings:
+    """The same settings with an attention rule, whose window suits the context, if they have none."""
+    if settings.attention is not None:
+        return settings
+    rule = AttentionRule(sliding_window=default_sliding_window(context_length))
+    return replace(settings, attention=rule)
 
 
 def change_settings(

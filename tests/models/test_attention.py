@@ -68,7 +68,7 @@ def test_rotation_turns_pairs_as_complex_numbers(rotary_dim):
 
 
 def layer_problem(model, layer, ids, mask):
-    """What a layer computes on these tokens: its inputs as a problem for the oracle, and its output."""
+    """A layer, its inputs on these tokens as a problem for the oracle, and its output."""
     module, seen = headwise_modules(model)[layer], {}
     observations = []
     hooks = [
@@ -113,7 +113,7 @@ def check_layer(model, layer):
     module, problem, output = layer_problem(model, layer, ids, mask)
     seen = oracles.headwise_keys(problem, module.rule, module.retrieval_heads)
     expected, _ = oracles.attend(problem, seen)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +128,7 @@ def test_every_family_equals_the_oracle(family):
 def test_every_index_space_and_prefill_mode_equals_the_oracle(index_space, mode):
     model = tiny_model()
     rule = {"prefill_mode": mode, "top_p": 0.6, "query_block_size": 16}
-    make_sparse(model, sparse_config(model, (1, 2), index_space, **rule))
+    make_sparse(model, sparse_config(model, (2, 5), index_space, **rule))
     check_layer(model, 1)
 
 

@@ -47,10 +47,9 @@ def filled(model, ids, mask, crop_slack=8, chunks=None):
 
 def check_continuation(model, cache, ids, mask, held):
     """Reading on from the cache says what reading `ids` from the start says."""
-    rest = ids.shape[1] - held
-    for chunks in ([rest - 2, 1, 1],):
-        continued = logits_of(model, ids[:, held:], mask, chunks, cache)
-        assert_same_logits(continued, logits_of(model, ids, mask)[:, held:], mask)
+    chunks = [ids.shape[1] - held - 2, 1, 1]
+    continued = logits_of(model, ids[:, held:], mask, chunks, cache)
+    assert_same_logits(continued, logits_of(model, ids, mask)[:, held:], mask)
 
 
 @given(
@@ -84,9 +83,7 @@ def test_the_ring_shows_each_query_its_sinks_and_window(padding, chunks, window,
         assert ring.keys.shape[2] == sinks + window + slack + 1
 
 
-@given(
-    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), reserve=st.integers(0, 60)
-)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), reserve=st.integers(0, 60))
 @settings(deadline=None, max_examples=40)
 def test_a_growing_buffer_holds_everything_and_little_more(sizes, reserve):
     buffer = GrowingBuffer(reserve)
@@ -132,9 +129,9 @@ def test_only_retrieval_heads_cost_memory_that_grows(heads, grows):
 def test_the_cache_is_smaller_than_a_dense_one(model):
     ids, mask = padded_batch((0,), 200)
     cache = filled(sparse_model(heads=(0,)), ids, mask)
-    dense = tiny_model()(ids, attention_mask=mask).past_key_values
+    dense = tiny_model().double()(ids, attention_mask=mask).past_key_values
     dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
-    assert cache.num_bytes() < 0.8 * dense_bytes
+    assert cache.num_bytes() < 0.75 * dense_bytes
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 1, 0]])

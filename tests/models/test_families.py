@@ -29,7 +29,7 @@ WAYS = {
 SEE_EVERYTHING = {
     # Only retrieval heads look beyond the window.
     "top_p of 1": {"heads": range(HEADS), "top_p": 1.0, "prefill_mode": "top_p"},
-    "windows over everything": {"heads": (0, 3), "sliding_window": LENGTH, "prefill_mode": "top_p"},
+    "windows over everything": {"heads": (1, 4), "sliding_window": LENGTH, "prefill_mode": "top_p"},
     "no retrieval heads": {"heads": (), "sliding_window": LENGTH},
 }
 
@@ -109,8 +109,9 @@ def test_windowed_layers_stay_as_they_are():
     assert [module.layer_idx for module in headwise_modules(model)] == [1]
 
 
-def test_a_window_as_long_as_the_context_is_no_window():
-    model, (ids, mask) = tiny_model("mistral", sliding_window=256), padded_batch()
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_window_as_long_as_the_context_is_no_window(family):
+    model, (ids, mask) = tiny_model(family, sliding_window=256), padded_batch()
     expected = logits_of(model, ids, mask)
     config = sparse_config(model, range(HEADS), top_p=1.0, prefill_mode="top_p")
     make_sparse(model, config)

@@ -1,6 +1,7 @@
 """The token indexer: which dimensions it reads and how it projects them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,15 +81,11 @@ def test_weights_start_at_zero_and_frozen():
 
 
 def dimensions(family, index_space, min_wavelength=None, **changes):
-    from dataclasses import replace
-
     model = tiny_model(family, **changes)
     config = sparse_config(model, index_space=index_space)
     settings_ = replace(config.indexer, min_wavelength=min_wavelength)
     make_sparse(model, replace(config, indexer=settings_))
-    return model, [
-        module.indexer.feature_dimensions.tolist() for module in headwise_modules(model)
-    ]
+    return model, [module.indexer.feature_dimensions.tolist() for module in headwise_modules(model)]
 
 
 @pytest.mark.parametrize("index_space", ["pre_rope", "post_rope"])

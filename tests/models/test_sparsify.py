@@ -22,6 +22,7 @@ from rtpurbo.models.sparsify import (
 )
 from tests.tiny_models import (
     HEADS,
+    KEY_VALUE_HEADS,
     LENGTH,
     logits_of,
     make_sparse,
@@ -60,9 +61,17 @@ def test_sparsifying_again_replaces_the_configuration():
     assert torch.equal(logits_of(model, ids, mask), expected)
 
 
+def test_a_refused_configuration_leaves_a_sparse_model_as_it_was():
+    model, (ids, mask) = sparse_model(), padded_batch()
+    expected = logits_of(model, ids, mask)
+    with pytest.raises(RTPurboError, match="head map"):
+        sparsify(model, RTPurboConfig(HeadMap(((0,),) * 3, HEADS, KEY_VALUE_HEADS)))
+    assert torch.equal(logits_of(model, ids, mask), expected)
+
+
 def test_layers_may_have_different_heads():
     model = tiny_model()
-    head_map = HeadMap(((0, 3), ()), 4, 2)
+    head_map = HeadMap(((0, 3), ()), HEADS, KEY_VALUE_HEADS)
     sparsify(model, replace(sparse_config(model), head_map=head_map))
     first, second = headwise_modules(model)
     assert (first.retrieval_heads, second.retrieval_heads) == ([0, 3], [])
@@ -71,13 +80,14 @@ def test_layers_may_have_different_heads():
     assert logits_of(model, *padded_batch()).isfinite().all()
 
 
-def test_training_mode_is_kept():
-    model = tiny_model().train()
+@pytest.mark.parametrize("training", [False, True])
+def test_training_mode_is_kept(training):
+    model = tiny_model().train(training)
     sparsify(model, sparse_config(model))
-    assert all(module.training for module in headwise_modules(model))
-    model.eval()
+    assert all(module.training == training for module in model.modules())
+    model.train(not training)
     restore(model)
-    assert not any(module.training for module in model.modules())
+    assert all(module.training != training for module in model.modules())
 
 
 def test_indexers_take_the_dtype_of_the_model():
@@ -88,16 +98,14 @@ def test_indexers_take_the_dtype_of_the_model():
 
 
 def test_indexer_weights_round_trip():
-    source, target = sparse_model(), sparse_model(seed=0)
+    source, target = (sparse_model(dtype=torch.float32) for _ in range(2))
     for module in headwise_modules(target):
         module.indexer.query_weight.data.zero_()
     weights = indexer_weights(source)
     assert set(weights) == {
         f"layers.{layer}.indexer.{side}_weight" for layer in (0, 1) for side in ("query", "key")
     }
-    assert not torch.equal(
-        logits_of(target, *padded_batch()), logits_of(source, *padded_batch())
-    )
+    assert not torch.equal(logits_of(target, *padded_batch()), logits_of(source, *padded_batch()))
     load_indexers(target, weights)
     assert torch.equal(logits_of(target, *padded_batch()), logits_of(source, *padded_batch()))
 
@@ -136,10 +144,10 @@ def test_indexer_weights_that_do_not_fit_are_refused(spoil, message):
 @pytest.mark.parametrize(
     "head_map",
     [
-        HeadMap(((0,),) * 3, 4, 2),
-        HeadMap(((0,),) * 2, 8, 2),
-        HeadMap(((0,),) * 2, 4, 4),
-        HeadMap(((0,), None), 4, 2),
+        HeadMap(((0,),) * 3, HEADS, KEY_VALUE_HEADS),
+        HeadMap(((0,),) * 2, 8, KEY_VALUE_HEADS),
+        HeadMap(((0,),) * 2, HEADS, HEADS),
+        HeadMap(((0,), None), HEADS, KEY_VALUE_HEADS),
     ],
     ids=["layers", "heads", "key-value heads", "left out"],
 )
@@ -153,7 +161,7 @@ def test_the_head_map_of_another_model_is_refused(head_map):
 def test_a_head_map_must_leave_windowed_layers_alone():
     model = tiny_model("gemma3_text")
     with pytest.raises(RTPurboError, match="full attention"):
-        sparsify(model, RTPurboConfig(HeadMap(((0,),) * 3, 4, 2)))
+        sparsify(model, RTPurboConfig(HeadMap(((0,),) * 3, HEADS, KEY_VALUE_HEADS)))
 
 
 @pytest.mark.parametrize("act", [restore, headwise_modules, indexer_weights])
@@ -197,8 +205,10 @@ def test_dense_observation_does_not_change_the_logits(sparse, padded):
     model = tiny_model()
     ids, mask = padded_batch() if padded else padded_batch((0, 0))
     expected = logits_of(model, ids, mask)
+    unobserved = expected
     if sparse:
         make_sparse(model, sparse_config(model))
+        unobserved = logits_of(model, ids, mask)
     views = []
     with observing(model, views.append):
         observed = logits_of(model, ids, mask)
@@ -206,7 +216,7 @@ def test_dense_observation_does_not_change_the_logits(sparse, padded):
     assert [view.layer for view in views] == [0, 1]
     assert views[0].queries.shape == (len(ids), HEADS, LENGTH, 8)
     assert is_sparse(model) == sparse
-    logits_of(model, ids, mask)
+    assert torch.equal(logits_of(model, ids, mask), unobserved)
     assert len(views) == 2
 
 

@@ -21,9 +21,7 @@ HEAD_SETS = [(), (0,), (1, 2), (0, 3), (0, 1, 2), (0, 1, 2, 3)]
 def run(problem, rule, retrieval_heads, **options):
     heads, key_value_heads = problem.queries.shape[1], problem.keys.shape[1]
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
-    return headwise_attention(
-        *problem.layered(layout), rule, scaling=problem.scaling, **options
-    )
+    return headwise_attention(*problem.layered(layout), rule, scaling=problem.scaling, **options)
 
 
 @pytest.mark.parametrize("retrieval_heads", HEAD_SETS, ids=str)

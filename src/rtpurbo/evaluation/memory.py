@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rtpurbo.models.attention import HeadwiseAttention
 from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
 from rtpurbo.models.families import attention_modules
 from rtpurbo.models.sparsify import is_sparse
@@ -32,10 +33,10 @@ def cache_bytes(model: PreTrainedModel, context_length: int, batch_size: int = 1
         return torch.zeros(shape, dtype=model.dtype, device=DEVICE)
 
     total = 0
+    attention: Any
     for layer, (_, _, attention) in zip(cache.layers, attention_modules(model), strict=True):
         keys = states(model.config.num_key_value_heads, attention.head_dim)
         if isinstance(layer, HeadwiseLayer):
-            assert isinstance(attention, HeadwiseAttention)
             heads = len(attention.retrieval_heads)
             index_keys = states(heads, attention.indexer.settings.index_dim) if heads else None
             layer.append(keys, keys, index_keys, positions, attention.layout(DEVICE), True)

@@ -41,6 +41,7 @@ class Cell:
     suite: str
     task: str
     context_length: int
+    samples: int
 
     def __str__(self) -> str:
         return f"{self.suite} {self.task} {self.context_length}"
@@ -50,11 +51,11 @@ class Cell:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         corpus: TextCorpus,
-        samples: int,
         seed: int,
         after_sample: Callable[[], None],
     ) -> float:
         """Accuracy in percent, or perplexity."""
+        samples = self.samples
         if self.suite == "perplexity":
             return perplexity.prose_perplexity(
                 model, tokenizer, corpus, self.context_length, samples, seed, after_sample
@@ -82,7 +83,8 @@ def evaluate(
 
     Args:
         artifact: a folder, or a name on the Hugging Face Hub.
-        suites: names of `SUITES`; `suite:task` takes one task of a suite.
+        suites: names of `SUITES`; `suite:task` takes one task of a suite, and `suite@2048,8192` has
+            lengths of its own.
         lengths: tokens of a test, for all suites or by the suite's name.
         samples: questions or windows of each test.
         policies: names of `rtpurbo.evaluation.policies.POLICIES`.
@@ -97,11 +99,40 @@ def evaluate(
         RTPurboError: a name is unknown, the artifact cannot be loaded, or a test is longer than
             the model's context.
     """
-    cells = choose_cells(suites, lengths)
+    return evaluate_cells(
+        artifact,
+        choose_cells(suites, lengths, samples),
+        policies=policies,
+        data=data,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        base_model=base_model,
+        progress=progress,
+    )
+
+
+def evaluate_cells(
+    artifact: str | Path,
+    cells: Sequence[Cell],
+    *,
+    policies: Sequence[str] = DEFAULT_POLICIES,
+    data: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+    cache_length: int | None = None,
+    progress: Progress = no_progress,
+) -> list[Record]:
+    """As `evaluate`, with every test given, each with samples of its own.
+
+    Args:
+        cells: the tests.
+        cache_length: tokens at which the cache is weighed; None takes each test's.
+    """  # fmt: skip
     for name in policies:
         check_name("policy", name, POLICIES)
-    if samples < 1:
-        raise RTPurboError(f"the number of samples is {samples}, but it must be at least 1.")
     device = resolve_device(device)
     source = Source(
         find_artifact(artifact), device, dtype or default_dtype(device), base_model, seed
@@ -110,33 +141,47 @@ def evaluate(
     return [
         record
         for name in policies
-        for record in _evaluate_policy(name, source, cells, corpus, samples, progress)
+        for record in _evaluate_policy(name, source, cells, corpus, cache_length, progress)
     ]
 
 
 def choose_cells(
-    suites: Sequence[str], lengths: Sequence[int] | Mapping[str, Sequence[int]]
+    suites: Sequence[str], lengths: Sequence[int] | Mapping[str, Sequence[int]], samples: int
 ) -> list[Cell]:
     """The tests that the arguments of `evaluate` name.
 
     Raises:
-        RTPurboError: a suite or task is unknown, or a suite has no length.
+        RTPurboError: a suite or task is unknown, a suite has no length, or there are no samples.
     """
+    if samples < 1:
+        raise RTPurboError(f"the number of samples is {samples}, but it must be at least 1.")
     cells = []
-    for name in suites:
+    for given in suites:
+        name, _, own_lengths = given.partition("@")
         suite, _, task = name.partition(":")
         check_name("suite", suite, SUITES)
         if task:
             check_name(f"{suite} task", task, SUITES[suite])
         suite_lengths = lengths.get(suite, ()) if isinstance(lengths, Mapping) else lengths
+        if own_lengths:
+            suite_lengths = _parse_lengths(given, own_lengths)
         if not suite_lengths or min(suite_lengths) < 2:
             raise RTPurboError(f"the suite '{suite}' needs lengths of at least 2 tokens.")
         cells += [
-            Cell(suite, each, length)
+            Cell(suite, each, length, samples)
             for each in ([task] if task else DEFAULT_TASKS[suite])
             for length in suite_lengths
         ]
     return list(dict.fromkeys(cells))
+
+
+def _parse_lengths(suite: str, lengths: str) -> list[int]:
+    try:
+        return [int(length) for length in lengths.split(",")]
+    except ValueError as error:
+        raise RTPurboError(
+            f"'{suite}' does not name lengths: write them as in perplexity@2048,8192."
+        ) from error
 
 
 def check_name(kind: str, name: str, known: Sequence[str] | Mapping[str, object]) -> None:
@@ -150,10 +195,10 @@ def _evaluate_policy(
     source: Source,
     cells: Sequence[Cell],
     corpus: TextCorpus,
-    samples: int,
+    cache_length: int | None,
     progress: Progress,
 ) -> Iterator[Record]:
-    total, figures = samples * len(cells), dict[str, float]()
+    total, figures = sum(cell.samples for cell in cells), dict[str, float]()
     done = 0
 
     def after_sample() -> None:
@@ -166,7 +211,7 @@ def _evaluate_policy(
     _check_lengths(model, cells)
     for cell in cells:
         with _far_tokens_read(model) as share:
-            score = cell.score(model, tokenizer, corpus, samples, source.seed, after_sample)
+            score = cell.score(model, tokenizer, corpus, source.seed, after_sample)
         figures = {str(cell): score}
         progress(name, done, total, figures)
         yield Record(
@@ -174,10 +219,10 @@ def _evaluate_policy(
             cell.task,
             cell.context_length,
             name,
-            samples,
+            cell.samples,
             score,
             share(),
-            cache_bytes(model, cell.context_length),
+            cache_bytes(model, cache_length or cell.context_length),
         )
     del model
     gc.collect()

@@ -1,1 +1,1 @@
-"""The Hugging Face side: dense models in, sparse models out, with the same modules and weights inside."""
+"""The Hugging Face side: dense models in, sparse models out, with the same weights inside."""

@@ -82,13 +82,15 @@ class ArtifactConfig:
             raise RTPurboError(f"{folder} is not an rtpurbo artifact: it has no {CONFIG_FILE}.")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            version = data["format_version"]
+            version = int(data["format_version"])
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise RTPurboError(f"{path} is corrupt or truncated; convert or download the artifact again.") from error
+            raise RTPurboError(
+                f"{path} is corrupt or truncated; convert or download the artifact again."
+            ) from error
         if version > FORMAT_VERSION:
             raise RTPurboError(
-                f"{folder} has artifact format {version}, but this rtpurbo ({__version__}) reads up to "
-                f"{FORMAT_VERSION}: upgrade rtpurbo."
+                f"{folder} has artifact format {version}, but this rtpurbo ({__version__}) reads "
+                f"up to {FORMAT_VERSION}: upgrade rtpurbo."
             )
         try:
             return cls(
@@ -100,7 +102,9 @@ class ArtifactConfig:
                 data["library_version"],
             )
         except (KeyError, TypeError) as error:
-            raise RTPurboError(f"{path} lacks or misspells a field ({error}); convert again.") from error
+            raise RTPurboError(
+                f"{path} lacks or misspells a field ({error}); convert again."
+            ) from error
 
 
 def find_artifact(path_or_name: str | Path) -> Path:
@@ -116,8 +120,8 @@ def find_artifact(path_or_name: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_name)))
     except Exception as error:
         raise RTPurboError(
-            f"there is no artifact '{path_or_name}': no such folder here, and the Hugging Face Hub has no such "
-            "repository or cannot be reached."
+            f"there is no artifact '{path_or_name}': no such folder here, and the Hugging "
+            "Face Hub has no such repository or cannot be reached."
         ) from error
 
 
@@ -132,7 +136,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise RTPurboError(f"{path} is corrupt or truncated ({error}); convert or download it again.") from error
+        raise RTPurboError(
+            f"{path} is corrupt or truncated ({error}); convert or download it again."
+        ) from error
 
 
 def load(
@@ -147,8 +153,8 @@ def load(
 
     Args:
         path_or_name: an artifact's folder, or its name on the Hugging Face Hub.
-        base_model: where to take the base model from, if not from where the artifact says; its weights must be
-            the same.
+        base_model: where to take the base model from, if not from where the artifact says; its
+            weights must be the same.
         stage2: False leaves the weights of stage 2 out and takes the indexers trained before it.
         device: where to put the model.
         dtype: of the weights.
@@ -157,7 +163,8 @@ def load(
         The model in eval mode and its tokenizer.
 
     Raises:
-        RTPurboError: the artifact or its base model is missing, broken, newer, or they do not fit each other.
+        RTPurboError: the artifact or its base model is missing, broken, newer, or they do not fit
+            each other.
     """
     folder = find_artifact(path_or_name)
     artifact = ArtifactConfig.read(folder)
@@ -181,11 +188,13 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> BaseModel:
-    """Loads the dense model that the artifact in `folder` was made for; arguments and errors as for `load`."""
+    """Loads the dense model that the artifact in `folder` was made for, as `load` does."""
     expected = ArtifactConfig.read(folder).base
     # Only the Hub has revisions to choose from.
     revision = expected.revision if base_model is None and expected.source == "hub" else None
-    base = load_base_model(base_model or expected.name, revision=revision, device=device, dtype=dtype)
+    base = load_base_model(
+        base_model or expected.name, revision=revision, device=device, dtype=dtype
+    )
     check_base(base.model, expected, str(folder))
     return base
 
@@ -195,8 +204,9 @@ def check_base(model: PreTrainedModel, expected: BaseReference, artifact_name: s
     architecture = type(model).__name__
     if architecture != expected.architecture or fingerprint(model) != expected.fingerprint:
         raise RTPurboError(
-            f"the artifact {artifact_name} belongs to another base model: it was made for {expected.name} "
-            f"({expected.architecture}), and the weights at hand ({architecture}) differ."
+            f"the artifact {artifact_name} belongs to another base model: it was made for "
+            f"{expected.name} ({expected.architecture}), and the weights at hand "
+            f"({architecture}) differ."
         )
 
 
@@ -205,16 +215,21 @@ def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreT
     if kind == "full":
         weights = read_tensors(folder / FULL_WEIGHTS_FILE)
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        # Tied weights are stored once.
+        # Indexers have a file of their own, and tied weights are stored once.
+        missing = [name for name in missing if ".indexer." not in name]
         if unexpected or (missing and not model.config.tie_word_embeddings):
-            raise RTPurboError(f"{folder / FULL_WEIGHTS_FILE} does not fit the base model; convert again.")
+            raise RTPurboError(
+                f"{folder / FULL_WEIGHTS_FILE} does not fit the base model; convert again."
+            )
         return model
     # Read first, so that a broken file is named as such.
     read_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
     try:
         return PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER)).merge_and_unload()
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise RTPurboError(f"the adapter in {folder / ADAPTER_FOLDER} cannot be applied: {error}") from error
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        raise RTPurboError(
+            f"the adapter in {folder / ADAPTER_FOLDER} cannot be applied: {error}"
+        ) from error
 
 
 def save_artifact(
@@ -223,7 +238,7 @@ def save_artifact(
     indexers: dict[str, Tensor],
     indexers_before_stage2: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes configuration and indexers into an open `whole_folder`; stage 2 and the card are their makers' part."""
+    """Writes configuration and indexers into an open `whole_folder`; the rest is others' part."""
     artifact.write(folder)
     save_tensors_atomically(folder / INDEXER_FILE, indexers)
     if indexers_before_stage2 is not None:

@@ -17,7 +17,13 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
 from rtpurbo.models.families import Family, window_covers_context
 from rtpurbo.models.indexer import TokenIndexer
-from rtpurbo.ops import HeadLayout, KeyValueStates, SelectionStatistics, causal_attention, headwise_attention
+from rtpurbo.ops import (
+    HeadLayout,
+    KeyValueStates,
+    SelectionStatistics,
+    causal_attention,
+    headwise_attention,
+)
 
 IMPLEMENTATION = "rtpurbo"
 
@@ -33,11 +39,12 @@ def key_positions_as_mask(
 ) -> Tensor | None:
     """What transformers hands to the layers as their attention mask: the position of every key.
 
-    Positions are all a head-wise layer needs, and they cost k_len numbers where a mask costs q_len x k_len.
+    Positions are all a head-wise layer needs, and they cost k_len numbers where a mask costs
+    q_len x k_len.
 
     Returns:
-        int64 [batch, kv_length], -1 for padding; None if no sequence is padded; or the usual mask for a layer that
-        keeps its own sliding window.
+        int64 [batch, kv_length], -1 for padding; None if no sequence is padded; or the usual mask
+        for a layer that keeps its own sliding window.
     """
     if local_size is not None and not window_covers_context(config, local_size):
         return sdpa_mask(
@@ -60,7 +67,10 @@ AttentionMaskInterface.register(IMPLEMENTATION, key_positions_as_mask)
 
 
 def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary embedding of states [batch, heads, length, head_dim]; cosines and sines are [batch, length, rotary_dim]."""
+    """Rotary embedding of states [batch, heads, length, head_dim].
+
+    Cosines and sines are [batch, length, rotary_dim].
+    """
     cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
     rotary_dim = cosines.shape[-1]
     turned, kept = states[..., :rotary_dim], states[..., rotary_dim:]
@@ -75,7 +85,8 @@ class LayerObservation:
 
     Attributes:
         layer: the layer's number.
-        queries_before_rotation: [batch, num_attention_heads, q_len, head_dim], after QK-norm, before RoPE.
+        queries_before_rotation: [batch, num_attention_heads, q_len, head_dim], after QK-norm,
+            before RoPE.
         queries: the same after RoPE.
         keys_before_rotation: [batch, num_key_value_heads, q_len, head_dim].
         keys: the same after RoPE.
@@ -95,9 +106,9 @@ class LayerObservation:
 class HeadwiseAttention(nn.Module):
     """Self-attention in which each query head sees what it needs.
 
-    It takes over the projections and norms of the original module (the same objects under the same names, so
-    state-dict keys do not change), computes pre-RoPE states itself, applies the model's own rotary embedding, fills
-    the cache and calls `rtpurbo.ops`.
+    It takes over the projections and norms of the original module (the same objects under the same
+    names, so state-dict keys do not change), computes pre-RoPE states itself, applies the model's
+    own rotary embedding, fills the cache and calls `rtpurbo.ops`.
 
     Args:
         original: the family's own attention module.
@@ -106,8 +117,18 @@ class HeadwiseAttention(nn.Module):
         indexer: the layer's token indexer; None if no head of the layer retrieves.
     """
 
+    # Which of them there are depends on the family.
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    qkv_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    indexer: TokenIndexer
+
     def __init__(
-        self, original: nn.Module, family: Family, config: RTPurboConfig, indexer: TokenIndexer | None
+        self, original: Any, family: Family, config: RTPurboConfig, indexer: TokenIndexer | None
     ) -> None:
         super().__init__()
         for name, child in original.named_children():
@@ -145,16 +166,22 @@ class HeadwiseAttention(nn.Module):
         return self._layouts[device]
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys (after QK-norm, before RoPE) and values: [batch, heads, length, head_dim]."""
+        """Queries, keys (normed, before RoPE) and values: [batch, heads, length, head_dim]."""
         if self.family.fused_projection:
             sizes = [self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads]
             fused = self.qkv_proj(hidden_states)
             query, key, value = fused.split([heads * self.head_dim for heads in sizes], -1)
         else:
-            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+            query, key, value = (
+                self.q_proj(hidden_states),
+                self.k_proj(hidden_states),
+                self.v_proj(hidden_states),
+            )
         if self.family.query_key_norm == "whole":
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value)
+        )
         if self.family.query_key_norm == "per_head":
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -173,7 +200,9 @@ class HeadwiseAttention(nn.Module):
         queries, keys = raw_queries, raw_keys
         if self.uses_rotary:
             assert position_embeddings is not None
-            queries, keys = (rotate(states, *position_embeddings) for states in (raw_queries, raw_keys))
+            queries, keys = (
+                rotate(states, *position_embeddings) for states in (raw_queries, raw_keys)
+            )
 
         past = self._cache_layer(past_key_values)
         positions = self._positions(attention_mask, batch, q_len, past, hidden_states.device)
@@ -182,7 +211,13 @@ class HeadwiseAttention(nn.Module):
         if self.observer is not None:
             self.observer(
                 LayerObservation(
-                    self.layer_idx, raw_queries, queries, raw_keys, keys, query_positions, self.scaling
+                    self.layer_idx,
+                    raw_queries,
+                    queries,
+                    raw_keys,
+                    keys,
+                    query_positions,
+                    self.scaling,
                 )
             )
 
@@ -190,14 +225,22 @@ class HeadwiseAttention(nn.Module):
             states = KeyValueStates(keys, values, positions, in_order=attention_mask is None)
             readers = torch.arange(self.num_attention_heads, device=keys.device)
             readers = readers // (self.num_attention_heads // self.num_key_value_heads)
-            output, _ = causal_attention(queries, query_positions, states, readers, scaling=self.scaling)
+            output, _ = causal_attention(
+                queries, query_positions, states, readers, scaling=self.scaling
+            )
         else:
-            index_queries, index_keys = self._index(raw_queries, queries, raw_keys, keys, layout, past is not None)
+            index_queries, index_keys = self._index(
+                raw_queries, queries, raw_keys, keys, layout, past is not None
+            )
             if past is not None:
-                full, bounded = past.append(keys, values, index_keys, positions, layout, attention_mask is None)
+                full, bounded = past.append(
+                    keys, values, index_keys, positions, layout, attention_mask is None
+                )
             else:
                 full, bounded = (
-                    KeyValueStates(keys[:, heads], values[:, heads], positions, index, attention_mask is None)
+                    KeyValueStates(
+                        keys[:, heads], values[:, heads], positions, index, attention_mask is None
+                    )
                     for heads, index in (
                         (layout.full_key_value_heads, index_keys),
                         (layout.bounded_key_value_heads, None),
@@ -233,7 +276,9 @@ class HeadwiseAttention(nn.Module):
         heads = layout.retrieval.heads
         readers = layout.full_key_value_heads[layout.retrieval.key_value_heads]
         with torch.no_grad():
-            index_keys = self.indexer.index_keys(self.indexer.features(raw_keys[:, readers], keys[:, readers]))
+            index_keys = self.indexer.index_keys(
+                self.indexer.features(raw_keys[:, readers], keys[:, readers])
+            )
             if not selecting:
                 return None, index_keys
             features = self.indexer.features(raw_queries[:, heads], queries[:, heads])
@@ -243,7 +288,9 @@ class HeadwiseAttention(nn.Module):
         if past_key_values is None:
             return None
         if self.dense:
-            raise RTPurboError("a model that is being observed runs without a cache: pass use_cache=False.")
+            raise RTPurboError(
+                "a model that is being observed runs without a cache: pass use_cache=False."
+            )
         if not isinstance(past_key_values, HeadwiseCache):
             raise RTPurboError(
                 f"a sparse model needs a HeadwiseCache, not a {type(past_key_values).__name__}: "
@@ -252,11 +299,18 @@ class HeadwiseAttention(nn.Module):
         return past_key_values.layers[self.layer_idx]
 
     def _positions(
-        self, attention_mask: Tensor | None, batch: int, q_len: int, past: HeadwiseLayer | None, device: torch.device
+        self,
+        attention_mask: Tensor | None,
+        batch: int,
+        q_len: int,
+        past: HeadwiseLayer | None,
+        device: torch.device,
     ) -> Tensor:
         length = q_len + (past.get_seq_length() if past is not None else 0)
         if attention_mask is None:
             return torch.arange(length, device=device).expand(batch, length)
         if attention_mask.ndim != 2:
-            raise RTPurboError("sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none.")
+            raise RTPurboError(
+                "sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none."
+            )
         return attention_mask

@@ -1,4 +1,4 @@
-"""A key-value cache that is really smaller: whole keys for KV heads that retrieve, a ring for the others."""
+"""A key-value cache that is really smaller: full KV heads grow, the others live in a ring."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_CROP_SLACK = 64
 
 
 class GrowingBuffer:
-    """A tensor [batch, heads, capacity, dim] filled from the front, which grows by an eighth when it is full."""
+    """A tensor [batch, heads, capacity, dim] that grows by an eighth when it is full."""
 
     def __init__(self, reserve: int = 0) -> None:
         self.reserve = reserve
@@ -44,10 +44,11 @@ class GrowingBuffer:
 
 
 class RingBuffer:
-    """Keys and values of bounded KV heads: S slots for sinks, R for the latest tokens, and one that is never read.
+    """Bounded KV heads: S slots for sinks, R for the latest tokens, and one that is never read.
 
-    A token at position p lives in slot p if it is a sink, else in slot S + (p - S) % R; padding and tokens that a
-    longer chunk has already outlived go to the last slot, so that writing needs no look at the data.
+    A token at position p lives in slot p if it is a sink, else in slot S + (p - S) % R; padding and
+    tokens that a longer chunk has already outlived go to the last slot, so that writing needs no
+    look at the data.
 
     Args:
         num_sink_tokens: S.
@@ -64,7 +65,7 @@ class RingBuffer:
         self.positions: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> KeyValueStates:
-        """Adds tokens and returns what their queries may see: the ring as it was and the new tokens.
+        """Adds tokens and returns what their queries may see: the old ring and the new tokens.
 
         Args:
             keys: [batch, heads, new, head_dim].
@@ -94,11 +95,15 @@ class RingBuffer:
         return self._held()
 
     def _held(self) -> KeyValueStates:
-        assert self.keys is not None and self.values is not None and self.positions is not None
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.positions is not None
         return KeyValueStates(self.keys[:, :, :-1], self.values[:, :, :-1], self.positions[:, :-1])
 
     def _write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        assert self.keys is not None and self.values is not None and self.positions is not None
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.positions is not None
         sinks, unread = self.num_sink_tokens, self.num_sink_tokens + self.size
         latest = positions.amax(1, keepdim=True)
         kept = (positions >= 0) & ((positions < sinks) | (positions > latest - self.size))
@@ -123,14 +128,14 @@ class RingBuffer:
         present = ((positions >= first) & (positions < limit)).sum(1)
         if bool((present < (limit - first)[:, 0]).any()):
             raise RTPurboError(
-                f"the cache can take back at most {self.size - self.sliding_window} tokens once its window is full; "
-                "create it with a larger crop_slack."
+                f"the cache can take back at most {self.size - self.sliding_window} tokens once "
+                "its window is full; create it with a larger crop_slack."
             )
         self.positions.masked_fill_(self.positions >= limit, -1)
 
 
 class HeadwiseLayer(CacheLayerMixin):
-    """One layer's cache: full KV heads grow, bounded heads live in a ring, index keys stand beside the full keys.
+    """A layer's cache: full KV heads grow, with index keys beside them; bounded ones are a ring.
 
     Args:
         rule_window: W of the attention rule.
@@ -143,14 +148,18 @@ class HeadwiseLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, rule_window: int, num_sink_tokens: int, crop_slack: int, reserve: int = 0) -> None:
+    def __init__(
+        self, rule_window: int, num_sink_tokens: int, crop_slack: int, reserve: int = 0
+    ) -> None:
         super().__init__()
         self._arguments = (rule_window, num_sink_tokens, crop_slack, reserve)
         self._clear()
 
     def _clear(self) -> None:
         window, sinks, slack, reserve = self._arguments
-        self.full_keys, self.full_values, self.index_keys = (GrowingBuffer(reserve) for _ in range(3))
+        self.full_keys, self.full_values, self.index_keys = (
+            GrowingBuffer(reserve) for _ in range(3)
+        )
         self.ring = RingBuffer(sinks, window, slack)
         self.seen = 0
         self.next_positions: Tensor | None = None
@@ -187,10 +196,14 @@ class HeadwiseLayer(CacheLayerMixin):
             in_order,
         )
         heads = layout.bounded_key_value_heads
-        bounded = self.ring.append(key_states[:, heads], value_states[:, heads], positions[:, -new:])
+        bounded = self.ring.append(
+            key_states[:, heads], value_states[:, heads], positions[:, -new:]
+        )
         return full, bounded
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Not how a head-wise layer is filled: `append` needs to know the heads and positions."""
         raise RTPurboError("a HeadwiseCache only works with a model that rtpurbo made sparse.")
 
@@ -213,7 +226,9 @@ class HeadwiseLayer(CacheLayerMixin):
     def num_bytes(self) -> int:
         """Bytes of the tensors held, capacity and index keys included."""
         tensors = (getattr(owner, name) for owner, name in self._tensors())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return sum(
+            tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None
+        )
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
@@ -234,7 +249,7 @@ class HeadwiseLayer(CacheLayerMixin):
         self._clear()
 
     def crop(self, tokens: int) -> None:
-        """Takes back the last -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
+        """Takes back -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
 
         Raises:
             RTPurboError: the ring no longer holds what the remaining tokens would see.
@@ -285,15 +300,22 @@ class HeadwiseCache(Cache):
         RTPurboError: the model is not sparse.
     """
 
-    def __init__(self, model: PreTrainedModel, crop_slack: int = DEFAULT_CROP_SLACK, reserve: int = 0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, crop_slack: int = DEFAULT_CROP_SLACK, reserve: int = 0
+    ) -> None:
         config: RTPurboConfig | None = getattr(model, "rtpurbo_config", None)
         if config is None:
-            raise RTPurboError("a HeadwiseCache needs a sparse model: pass it through rtpurbo.sparsify or rtpurbo.load.")
+            raise RTPurboError(
+                "a HeadwiseCache needs a sparse model: "
+                "pass it through rtpurbo.sparsify or rtpurbo.load."
+            )
         rule = config.attention
         layers: list[CacheLayerMixin] = []
         for converted in convertible_layers(model.config):
             if converted:
-                layers.append(HeadwiseLayer(rule.sliding_window, rule.num_sink_tokens, crop_slack, reserve))
+                layers.append(
+                    HeadwiseLayer(rule.sliding_window, rule.num_sink_tokens, crop_slack, reserve)
+                )
             else:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=model.config.sliding_window))
         super().__init__(layers=layers)
@@ -306,6 +328,8 @@ class HeadwiseCache(Cache):
                 total += layer.num_bytes()
             else:
                 total += sum(
-                    part.numel() * part.element_size() for part in (layer.keys, layer.values) if part is not None
+                    part.numel() * part.element_size()
+                    for part in (layer.keys, layer.values)
+                    if part is not None
                 )
         return total

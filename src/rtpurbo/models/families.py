@@ -18,7 +18,8 @@ class Family:
 
     Attributes:
         fused_projection: query, key and value come from one `qkv_proj`.
-        query_key_norm: `per_head` normalises each head, `whole` normalises before the heads are split.
+        query_key_norm: `per_head` normalises each head, `whole` normalises before the heads are
+            split.
         attention_projections: names of the attention's linear layers.
         other_projections: names of the linear layers beside the attention, for LoRA.
     """
@@ -55,10 +56,13 @@ def family_of(config: Any) -> Family:
     """
     if config.model_type not in FAMILIES:
         raise RTPurboError(
-            f"the architecture '{config.model_type}' is not supported; supported are: {', '.join(sorted(FAMILIES))}."
+            f"the architecture '{config.model_type}' is not supported; "
+            f"supported are: {', '.join(sorted(FAMILIES))}."
         )
     if getattr(config, "attn_logit_softcapping", None):
-        raise RTPurboError("models that cap their attention logits (attn_logit_softcapping) are not supported.")
+        raise RTPurboError(
+            "models that cap their attention logits (attn_logit_softcapping) are not supported."
+        )
     if not any(convertible_layers(config)):
         raise RTPurboError(
             f"every layer of this {config.model_type} model already attends to a sliding window of "
@@ -68,7 +72,7 @@ def family_of(config: Any) -> Family:
 
 
 def convertible_layers(config: Any) -> list[bool]:
-    """For each layer, whether it has full attention; layers that are windowed already stay as they are."""
+    """For each layer, whether it has full attention; windowed layers stay as they are."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None or window is None:
@@ -82,7 +86,7 @@ def window_covers_context(config: Any, window: int) -> bool:
     return window >= config.max_position_embeddings
 
 
-def attention_modules(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def attention_modules(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, Any]]:
     """Each decoder layer in order: (layer, name of its attention, attention module)."""
     for layer in model.base_model.layers:
         yield layer, "self_attn", layer.self_attn

@@ -1,4 +1,4 @@
-"""The token indexer: a few dimensions that tell which far tokens a retrieval head would attend to."""
+"""The token indexer: a few dimensions that tell which far tokens a retrieval head wants."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from torch import Tensor, nn
 from rtpurbo.config import IndexerSettings
 
 
-def slow_dimensions(inverse_frequencies: Tensor, head_dim: int, min_wavelength: float, at_least: int) -> list[int]:
-    """Dimensions of a head whose rotary pair turns slowly; unrotated dimensions never turn and count too.
+def slow_dimensions(
+    inverse_frequencies: Tensor, head_dim: int, min_wavelength: float, at_least: int
+) -> list[int]:
+    """Dimensions of a head whose rotary pair turns slowly; unrotated ones count too.
 
     Args:
-        inverse_frequencies: [rotary_dim / 2], radians a token, as the model's rotary embedding holds them.
+        inverse_frequencies: [rotary_dim / 2], radians a token, as the model's rotary embedding
+            holds them.
         head_dim: dimensions of a head; pair i of a rotary part of size r is (i, i + r / 2).
         min_wavelength: shortest wavelength kept, in tokens.
         at_least: dimensions to keep whatever their wavelength (the slowest).
@@ -25,7 +28,11 @@ def slow_dimensions(inverse_frequencies: Tensor, head_dim: int, min_wavelength: 
     wavelengths = 2 * torch.pi / inverse_frequencies.double().cpu()
     slowest_first = wavelengths.argsort(descending=True, stable=True).tolist()
     pairs_needed = max(0, -(-(at_least - len(unrotated)) // 2))
-    pairs = [pair for rank, pair in enumerate(slowest_first) if rank < pairs_needed or wavelengths[pair] >= min_wavelength]
+    pairs = [
+        pair
+        for rank, pair in enumerate(slowest_first)
+        if rank < pairs_needed or wavelengths[pair] >= min_wavelength
+    ]
     pairs.sort()
     return [*pairs, *(pair + half for pair in pairs), *unrotated]
 
@@ -56,20 +63,26 @@ class TokenIndexer(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.register_buffer("feature_dimensions", torch.tensor(feature_dimensions, device=device), persistent=False)
+        self.register_buffer(
+            "feature_dimensions", torch.tensor(feature_dimensions, device=device), persistent=False
+        )
         shape = (num_retrieval_heads, settings.index_dim, len(feature_dimensions))
-        self.query_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False)
-        self.key_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False)
+        self.query_weight = nn.Parameter(
+            torch.zeros(shape, device=device, dtype=dtype), requires_grad=False
+        )
+        self.key_weight = nn.Parameter(
+            torch.zeros(shape, device=device, dtype=dtype), requires_grad=False
+        )
 
     def features(self, before_rotation: Tensor, after_rotation: Tensor) -> Tensor:
-        """What is projected: [batch, heads, length, features] from states [batch, heads, length, head_dim]."""
+        """What is projected, [batch, heads, length, features], of [..., head_dim] states."""
         states = before_rotation if self.settings.index_space == "pre_rope" else after_rotation
         return states[..., self.feature_dimensions]
 
     def index_queries(self, features: Tensor) -> Tensor:
-        """[batch, num_retrieval_heads, q_len, index_dim] from the retrieval heads' query features."""
+        """[batch, num_retrieval_heads, q_len, index_dim] from the heads' query features."""
         return features @ self.query_weight.to(features.dtype).transpose(-1, -2)
 
     def index_keys(self, features: Tensor) -> Tensor:
-        """[batch, num_retrieval_heads, k_len, index_dim] from the key features of each retrieval head's KV head."""
+        """[batch, num_retrieval_heads, k_len, index_dim] from their KV heads' key features."""
         return features @ self.key_weight.to(features.dtype).transpose(-1, -2)

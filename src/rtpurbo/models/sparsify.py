@@ -1,4 +1,4 @@
-"""Makes a dense model sparse in place, and dense again; watches, switches and counts while it is sparse."""
+"""Makes a dense model sparse in place, and dense again; watches and counts while it is sparse."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     Raises:
         RTPurboError: the architecture is not supported, or the head map belongs to another model.
     """
-    if is_sparse(model):
-        restore(model)
     family = family_of(model.config)
     _check_head_map(model, config.head_map)
+    if is_sparse(model):
+        restore(model)
     config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
     for layer, name, original in attention_modules(model):
         heads = config.head_map.retrieval_heads[original.layer_idx]
@@ -90,18 +90,24 @@ def headwise_modules(model: PreTrainedModel) -> list[HeadwiseAttention]:
         RTPurboError: the model is not sparse.
     """
     if not is_sparse(model):
-        raise RTPurboError("the model is dense: pass it through rtpurbo.sparsify or rtpurbo.load first.")
-    return [module for _, _, module in attention_modules(model) if isinstance(module, HeadwiseAttention)]
+        raise RTPurboError(
+            "the model is dense: pass it through rtpurbo.sparsify or rtpurbo.load first."
+        )
+    return [
+        module for _, _, module in attention_modules(model) if isinstance(module, HeadwiseAttention)
+    ]
 
 
 def resolve_indexer_settings(model: PreTrainedModel, settings: IndexerSettings) -> IndexerSettings:
-    """Fixes a wavelength that was left open to the model's context length: pairs that never complete a turn in it."""
+    """Fixes a wavelength left open to the model's context: kept pairs never complete a turn."""
     if settings.min_wavelength is not None:
         return settings
     return replace(settings, min_wavelength=float(model.config.max_position_embeddings))
 
 
-def feature_dimensions(model: PreTrainedModel, attention: Any, settings: IndexerSettings) -> list[int]:
+def feature_dimensions(
+    model: PreTrainedModel, attention: Any, settings: IndexerSettings
+) -> list[int]:
     """The dimensions of a head that the indexer of this layer projects."""
     if settings.index_space != "low_frequency" or not getattr(attention, "use_rope", True):
         return list(range(attention.head_dim))
@@ -112,10 +118,10 @@ def feature_dimensions(model: PreTrainedModel, attention: Any, settings: Indexer
 
 
 def inverse_frequencies(model: PreTrainedModel) -> Tensor:
-    """Radians a token of each rotary pair of the full-attention layers, as the model's rotary embedding holds them."""
+    """Radians a token of each rotary pair of the full-attention layers."""
     rotary = model.base_model.rotary_emb
     # Gemma 3 keeps one set for each kind of layer.
-    return getattr(rotary, "inv_freq", None) if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
+    return rotary.inv_freq if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
 
 
 def indexer_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -124,7 +130,9 @@ def indexer_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     for module in headwise_modules(model):
         if module.retrieval_heads:
             for name, value in module.indexer.named_parameters():
-                weights[f"layers.{module.layer_idx}.indexer.{name}"] = value.detach().float().cpu().clone()
+                weights[f"layers.{module.layer_idx}.indexer.{name}"] = (
+                    value.detach().float().cpu().clone()
+                )
     return weights
 
 
@@ -132,14 +140,16 @@ def load_indexers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Copies indexer weights into a sparse model.
 
     Raises:
-        RTPurboError: names or shapes differ from what the head map and the indexer settings ask for.
+        RTPurboError: names or shapes differ from what the head map and the indexer settings ask
+            for.
     """
     expected = {name: value.shape for name, value in indexer_weights(model).items()}
     given = {name: value.shape for name, value in weights.items()}
     if expected != given:
         wrong = sorted(set(expected.items()) ^ set(given.items()))[0][0]
         raise RTPurboError(
-            f"the indexer weights do not fit the configuration: '{wrong}' is {tuple(given.get(wrong, ())) or 'missing'}, "
+            f"the indexer weights do not fit the configuration: '{wrong}' is "
+            f"{tuple(given.get(wrong, ())) or 'missing'}, "
             f"expected {tuple(expected.get(wrong, ())) or 'nothing'}."
         )
     for module in headwise_modules(model):
@@ -158,7 +168,7 @@ def set_rule(model: PreTrainedModel, **changes: Any) -> None:
 
 @contextmanager
 def using_rule(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
-    """Changes fields of the attention rule for a while: `with using_rule(model, top_p=0.9): ...`."""
+    """Changes fields of the attention rule inside a `with` block, such as `top_p=0.9`."""
     headwise_modules(model)  # a dense model has no rule, and this says so
     before = vars(model.rtpurbo_config.attention)
     set_rule(model, **changes)
@@ -184,7 +194,7 @@ def counting(model: PreTrainedModel) -> Iterator[SelectionStatistics]:
 
 @contextmanager
 def running_dense(model: PreTrainedModel) -> Iterator[None]:
-    """Runs a sparse model's attention dense for a while, as the original would (without a cache)."""
+    """Runs a sparse model's attention dense for a while, as the original would, without a cache."""
     modules = headwise_modules(model)
     for module in modules:
         module.dense = True
@@ -226,13 +236,19 @@ def observing(
 def empty_head_map(model: PreTrainedModel) -> HeadMap:
     """A head map of this model without any retrieval head."""
     config = model.config
-    return HeadMap.uniform([], convertible_layers(config), config.num_attention_heads, config.num_key_value_heads)
+    return HeadMap.uniform(
+        [], convertible_layers(config), config.num_attention_heads, config.num_key_value_heads
+    )
 
 
 def _check_head_map(model: PreTrainedModel, head_map: HeadMap) -> None:
     config = model.config
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
-    given = (len(head_map.retrieval_heads), head_map.num_attention_heads, head_map.num_key_value_heads)
+    given = (
+        len(head_map.retrieval_heads),
+        head_map.num_attention_heads,
+        head_map.num_key_value_heads,
+    )
     if shape != given:
         raise RTPurboError(
             "the head map belongs to another model: it has (layers, query heads, KV heads) = "
@@ -240,4 +256,6 @@ def _check_head_map(model: PreTrainedModel, head_map: HeadMap) -> None:
         )
     converted = [heads is not None for heads in head_map.retrieval_heads]
     if converted != convertible_layers(config):
-        raise RTPurboError("the head map names other layers than those of this model that have full attention.")
+        raise RTPurboError(
+            "the head map names other layers than those of this model that have full attention."
+        )

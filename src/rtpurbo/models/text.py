@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
@@ -18,38 +20,43 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: list[int],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     sample: bool = False,
     streamer: TextStreamer | None = None,
-) -> str:
-    """What the model writes after a prompt, up to its end of turn.
+) -> list[str]:
+    """What the model writes after each prompt, up to its end of turn.
 
     Args:
         model: dense or sparse.
         tokenizer: the model's.
-        prompt_ids: tokens of the prompt.
+        prompts: tokens of the prompts, answered as one batch, padded on the left.
         max_new_tokens: the most tokens to write.
         sample: draw tokens as the model's generation settings say, instead of taking the likeliest.
-        streamer: shown tokens as they come.
+        streamer: shown tokens as they come; for a single prompt.
     """
     stops = stop_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id
-    if padding is None and stops:
-        padding = stops[0]
-    inputs = torch.tensor([prompt_ids], device=model.device)
+    if padding is None:
+        padding = stops[0] if stops else 0
+    longest = max(len(prompt) for prompt in prompts)
+    inputs = torch.full((len(prompts), longest), padding)
+    attention_mask = torch.zeros_like(inputs)
+    for row, prompt in enumerate(prompts):
+        inputs[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, longest - len(prompt) :] = 1
     with torch.no_grad():
         output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
+            inputs.to(model.device),
+            attention_mask=attention_mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=sample,
             eos_token_id=stops or None,
             pad_token_id=padding,
             streamer=streamer,
         )
-    return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+    return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
 
 
 def generate_text(
@@ -99,6 +106,7 @@ def generate_text(
     streamer = (
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
-    return continue_tokens(
-        model, tokenizer, prompt_ids, max_new_tokens, sample=sample, streamer=streamer
+    [text] = continue_tokens(
+        model, tokenizer, [prompt_ids], max_new_tokens, sample=sample, streamer=streamer
     )
+    return text

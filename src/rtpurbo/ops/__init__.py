@@ -1,4 +1,4 @@
-"""The operators: torch in, torch out. `rtpurbo.ops.api` is the door; `eager` is the specification."""
+"""The operators: torch in, torch out. `rtpurbo.ops.api` is the door, `eager` the specification."""
 
 from rtpurbo.ops.api import (
     causal_attention,

@@ -1,6 +1,7 @@
-"""The public operators: check what comes in, choose a backend, call it. Nothing falls back silently.
+"""The public operators: check, choose a backend, call it. Nothing falls back silently.
 
-Shapes and meaning are documented at the specification, `rtpurbo.ops.eager`; every backend computes the same.
+Shapes and meaning are documented at the specification, `rtpurbo.ops.eager`; every backend computes
+the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
 
-__all__ = ["causal_attention", "headwise_attention", "index_scores", "local_attention", "retrieval_attention"]
+__all__ = [
+    "causal_attention",
+    "headwise_attention",
+    "index_scores",
+    "local_attention",
+    "retrieval_attention",
+]
 
 # Where each backend keeps each operator.
 BACKENDS: dict[str, dict[str, str]] = {
@@ -30,14 +37,18 @@ BACKENDS: dict[str, dict[str, str]] = {
 def _implementation(operator: str, backend: str) -> Any:
     chosen = "eager" if backend == "auto" else backend
     if chosen not in BACKENDS:
-        raise ValueError(f"backend '{backend}' is unknown: choose 'auto' or one of {sorted(BACKENDS)}.")
+        raise ValueError(
+            f"backend '{backend}' is unknown: choose 'auto' or one of {sorted(BACKENDS)}."
+        )
     return getattr(import_module(BACKENDS[chosen][operator]), operator)
 
 
 def _check_states(query_states: Tensor, query_positions: Tensor, states: KeyValueStates) -> None:
     batch, _, q_len, head_dim = query_states.shape
     if query_positions.shape != (batch, q_len):
-        raise ValueError(f"query_positions are {tuple(query_positions.shape)}, but must be {(batch, q_len)}.")
+        raise ValueError(
+            f"query_positions are {tuple(query_positions.shape)}, but must be {(batch, q_len)}."
+        )
     if states.keys.shape[0] != batch or states.keys.shape[-1] != head_dim:
         raise ValueError(
             f"keys {tuple(states.keys.shape)} do not fit queries {tuple(query_states.shape)}: "
@@ -45,7 +56,8 @@ def _check_states(query_states: Tensor, query_positions: Tensor, states: KeyValu
         )
     if states.positions.shape != (batch, states.keys.shape[2]):
         raise ValueError(
-            f"key positions are {tuple(states.positions.shape)}, but must be {(batch, states.keys.shape[2])}."
+            f"key positions are {tuple(states.positions.shape)}, "
+            f"but must be {(batch, states.keys.shape[2])}."
         )
 
 
@@ -93,7 +105,9 @@ def retrieval_attention(
     """Near keys and selected far ones: `rtpurbo.ops.eager.retrieval.retrieval_attention`."""
     _check_states(query_states, query_positions, states)
     operator = _implementation("retrieval_attention", backend)
-    return operator(query_states, query_positions, states, key_value_heads, index_queries, rule, **options)
+    return operator(
+        query_states, query_positions, states, key_value_heads, index_queries, rule, **options
+    )
 
 
 def headwise_attention(

@@ -1,4 +1,4 @@
-"""What the operators take beside queries: keys with their positions, and who reads which of them."""
+"""What the operators take beside queries: keys with positions, and who reads which of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 class KeyValueStates:
     """Keys and values of some KV heads, each key labelled with its position.
 
-    The label, not the place in the tensor, decides what a query sees: so a ring buffer, left padding and
-    a plain sequence are one case.
+    The label, not the place in the tensor, decides what a query sees: so a ring buffer, left
+    padding and a plain sequence are one case.
 
     Attributes:
         keys: [batch, num_key_value_heads, k_len, head_dim], after RoPE.
         values: the same shape (the last size may differ).
-        positions: int64 [batch, k_len], 0 for the first real token of a sequence, -1 for padding and for
-            slots that hold nothing.
+        positions: int64 [batch, k_len], 0 for the first real token of a sequence, -1 for padding
+            and for slots that hold nothing.
         index_keys: [batch, num_retrieval_heads, k_len, index_dim], or None where nothing retrieves.
         in_order: positions are 0..k_len-1 in every row, which lets a dense kernel skip the mask.
     """
@@ -58,7 +58,8 @@ class HeadLayout:
         local_bounded: local heads whose KV head is kept as sinks and window alone.
         full_key_value_heads: int64, KV heads kept whole.
         bounded_key_value_heads: int64, the others.
-        order: int64 [num_attention_heads], brings (retrieval, local_full, local_bounded) back to head order.
+        order: int64 [num_attention_heads], brings (retrieval, local_full, local_bounded) back to
+            head order.
     """
 
     retrieval: HeadGroup
@@ -106,7 +107,8 @@ class SelectionStatistics:
     """Counts what retrieval heads read, over every row whose keys were selected by the indexer.
 
     Attributes:
-        far_keys: far keys (neither sink nor window) that a dense head would have read, summed over rows.
+        far_keys: far keys (neither sink nor window) that a dense head would have read, summed over
+            rows.
         far_keys_read: those that the selection let through.
         rows: rows that had far keys.
     """
@@ -116,7 +118,7 @@ class SelectionStatistics:
     rows: int = 0
 
     def add(self, far: Tensor, selected: Tensor) -> None:
-        """Adds rows: `far` [batch, 1, rows, k_len] and `selected` [batch, heads, rows, k_len], bool."""
+        """Adds rows: bool `far` [batch, 1, rows, k_len], `selected` [batch, heads, rows, k_len]."""
         self.far_keys += float(far.sum()) * selected.shape[1]
         self.far_keys_read += float(selected.sum())
         self.rows += int(far.any(-1).sum()) * selected.shape[1]

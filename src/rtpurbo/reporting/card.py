@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from rtpurbo.evaluation.records import Record
-from rtpurbo.models.artifact import CONFIG_FILE, ArtifactConfig
+from rtpurbo.files import write_text_atomically
+from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
 from rtpurbo.reporting.facts import artifact_facts
 from rtpurbo.reporting.tables import markdown_rows, markdown_table
@@ -84,6 +86,11 @@ def model_card(
         facts=markdown_rows(("", ""), artifact_facts(artifact)),
         config_file=CONFIG_FILE,
     )
+
+
+def rewrite_card(folder: Path, records: Sequence[Record]) -> None:
+    """Puts what was measured into the card of the artifact in `folder`."""
+    write_text_atomically(folder / CARD_FILE, model_card(ArtifactConfig.read(folder), records))
 
 
 def _metadata(base: str | None) -> str:

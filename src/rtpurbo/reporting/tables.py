@@ -23,9 +23,14 @@ class Entry:
     style: str = ""
 
 
-def results_table(records: Sequence[Record]) -> Table:
-    """A table for the terminal; the dense row first, losses against it in yellow and red."""
-    header, rows = _grid(records)
+def results_table(records: Sequence[Record], cache_length: int | None = None) -> Table:
+    """A table for the terminal; the dense row first, losses against it in yellow and red.
+
+    Args:
+        records: measurements of one or more policies.
+        cache_length: tokens at which every record's cache was weighed; None if each at its own.
+    """
+    header, rows = _grid(records, cache_length)
     table = Table()
     for number, title in enumerate(header):
         table.add_column(title, justify="right" if number else "left")
@@ -34,9 +39,9 @@ def results_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def markdown_table(records: Sequence[Record]) -> str:
+def markdown_table(records: Sequence[Record], cache_length: int | None = None) -> str:
     """The same table in Markdown, for model cards and documentation."""
-    header, rows = _grid(records)
+    header, rows = _grid(records, cache_length)
     return markdown_rows(header, ([entry.text for entry in row] for row in rows))
 
 
@@ -46,7 +51,9 @@ def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ruler, *rows))
 
 
-def _grid(records: Sequence[Record]) -> tuple[list[str], list[list[Entry]]]:
+def _grid(
+    records: Sequence[Record], cache_length: int | None
+) -> tuple[list[str], list[list[Entry]]]:
     """The header and the rows of the table."""
     scores = {(_test(record), record.policy): record for record in records}
     tests = list(dict.fromkeys(test for test, _ in scores))
@@ -60,7 +67,7 @@ def _grid(records: Sequence[Record]) -> tuple[list[str], list[list[Entry]]]:
     header = ["policy", *(f"{task} {short_length(length)}" for _, task, length in tests)]
     if reads is not None:
         header.append(f"far tokens read ({reads[1]} {short_length(reads[2])})")
-    header.append(f"KV cache at {short_length(longest)}")
+    header.append(f"KV cache at {short_length(cache_length or longest)}")
 
     rows = []
     for policy in policies:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.eager.selection import estimated_logits, index_scores, masses, select_for_rows
+from rtpurbo.ops.eager.selection import estimated_logits, masses, select_for_rows
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask
-from rtpurbo.training.capture import CapturedLayer
+from rtpurbo.training.capture import CapturedHeads
 
 
 def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: Tensor) -> Tensor:
@@ -30,28 +30,25 @@ def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: 
     return (teacher.exp() * difference).sum(-1)
 
 
-def rows_with_far_keys(seen: CapturedLayer, rule: AttentionRule) -> Tensor:
+def rows_with_far_keys(seen: CapturedHeads, rule: AttentionRule) -> Tensor:
     """Query rows that have anything to select."""
     return (seen.positions[0] >= rule.num_sink_tokens + rule.sliding_window).nonzero()[:, 0]
 
 
-def layer_logits(
-    seen: CapturedLayer, rows: Tensor, rule: AttentionRule
+def row_logits(
+    seen: CapturedHeads, rows: Tensor, rule: AttentionRule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact and estimated logits of some rows [1, heads, rows, length], and the near and far masks."""
     positions = seen.positions[:, rows]
     near = near_mask(positions, seen.positions, rule.sliding_window, rule.num_sink_tokens)
     far = causal_mask(positions, seen.positions) & ~near
     exact = seen.logits(rows)
-    index = index_scores(
-        seen.indexer.index_queries(seen.query_features[:, :, rows]), seen.indexer.index_keys(seen.key_features)
-    )
-    return exact, estimated_logits(rule.reading, exact, index, near, far), near, far
+    return exact, estimated_logits(rule.reading, exact, seen.index_scores(rows), near, far), near, far
 
 
-def layer_loss(seen: CapturedLayer, rows: Tensor, rule: AttentionRule) -> Tensor:
+def indexer_loss(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) -> Tensor:
     """Forward KL between the heads' attention and the indexers', mean over rows, one value a head: [heads]."""
-    exact, estimate, near, far = layer_logits(seen, rows, rule)
+    exact, estimate, near, far = row_logits(seen, rows, rule)
     return forward_divergence(exact, estimate, near | far).mean(-1)[0]
 
 
@@ -73,9 +70,9 @@ class SelectionQuality:
 
 
 @torch.no_grad()
-def selection_quality(seen: CapturedLayer, rows: Tensor, rule: AttentionRule) -> SelectionQuality:
+def selection_quality(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) -> SelectionQuality:
     """Compares the indexers' selection with the oracle's on some rows."""
-    exact, estimate, near, far = layer_logits(seen, rows, rule)
+    exact, estimate, near, far = row_logits(seen, rows, rule)
     exact = exact.masked_fill(~(near | far), -torch.inf)
     selected = select_for_rows(rule, estimate, near, far, seen.positions)
     oracle = select_for_rows(rule, exact, near, far, seen.positions)

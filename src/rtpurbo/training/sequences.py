@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rtpurbo.data.needles import make_retrieval_example
-from rtpurbo.data.texts import TextCorpus
+from rtpurbo.data.texts import TextCorpus, begin_ids
+
+TOKENS_PER_NEEDLE = 128
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,18 @@ class TrainingMix:
         # Spread the kinds evenly instead of drawing them, so that short runs get their share too.
         has_needles = int((number + 1) * self.needle_share) > int(number * self.needle_share)
         if not has_needles:
-            return TrainingSequence(self.corpus.sample_tokens(self.tokenizer, length, rng))
-        num_values = rng.choice((1, 1, 1, 2, 4))
+            start = begin_ids(self.tokenizer)
+            prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
+            return TrainingSequence([*start, *prose])
+        # Needles must not crowd out the prose that they hide in.
+        fitting = [count for count in (1, 2, 4, 8) if count * TOKENS_PER_NEEDLE <= length]
         example = make_retrieval_example(
             self.tokenizer,
             self.corpus,
             length,
             rng,
-            num_keys=rng.choice((1, 2, 4, 8)),
-            num_values=num_values,
+            num_keys=rng.choice(fitting),
+            num_values=rng.choice([1, 1, *(count for count in fitting if count <= 4)]),
             split="train",
         )
         return TrainingSequence([*example.prompt_ids, *example.answer_ids], len(example.answer_ids))

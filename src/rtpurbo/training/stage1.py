@@ -14,10 +14,11 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.ops.eager.visibility import query_chunks
 from rtpurbo.settings import IndexerTrainingSettings, Progress, no_progress
-from rtpurbo.training.capture import CapturedLayer, capture_layers
+from rtpurbo.training.capture import CapturedHeads, capture_heads
 from rtpurbo.training.checkpoint import Checkpoint
-from rtpurbo.training.indexer_loss import layer_loss, rows_with_far_keys, selection_quality
+from rtpurbo.training.indexer_loss import indexer_loss, rows_with_far_keys, selection_quality
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sequences import TrainingMix
@@ -77,7 +78,7 @@ def train_indexers(
     mix = TrainingMix(tokenizer, corpus, settings.lengths, settings.needle_share, seed, stage)
     probe_mix = replace(mix, corpus=held_out, needle_share=0.0, purpose=f"{stage}-probe")
     probes = [
-        capture_layers(model, probe_mix.sequence(number).input_ids, dense=not on_student)
+        capture_heads(model, probe_mix.sequence(number).input_ids, dense=not on_student)
         for number in range(settings.probe_sequences)
     ]
     optimizer, schedule = make_optimizer(
@@ -89,13 +90,13 @@ def train_indexers(
         start_indexers(model, settings.start, starts, seed=seed)
 
     figures = _probe(probes, rule)
-    captured: list[CapturedLayer] = []
+    captured: list[CapturedHeads] = []
     for weight in parameters:
         weight.requires_grad_(True)
     for step in range(first, settings.steps):
         number, turn = divmod(step, settings.steps_per_sequence)
         if turn == 0 or not captured:
-            captured = capture_layers(model, mix.sequence(number).input_ids, dense=not on_student)
+            captured = capture_heads(model, mix.sequence(number).input_ids, dense=not on_student)
         loss = _step(captured, rule, settings.rows_per_step, f"{stage}-{seed}-{step}")
         if not torch.isfinite(loss):
             raise RTPurboError(f"{stage} diverged at step {step} (loss {float(loss)}): lower the learning rate.")
@@ -114,7 +115,7 @@ def train_indexers(
     return figures
 
 
-def _step(captured: list[CapturedLayer], rule: AttentionRule, rows_per_step: int | None, seed: str) -> Tensor:
+def _step(captured: list[CapturedHeads], rule: AttentionRule, rows_per_step: int | None, seed: str) -> Tensor:
     """Backpropagates one step; the loss is the mean over all heads, the gradient that of their sum."""
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(56))
     candidates = rows_with_far_keys(captured[0], rule).cpu()
@@ -125,16 +126,17 @@ def _step(captured: list[CapturedLayer], rule: AttentionRule, rows_per_step: int
     heads = 0
     for seen in captured:
         # A few rows at a time bound the memory; their gradients add up.
-        for part in rows.split(256):
-            losses = layer_loss(seen, part, rule) * (part.numel() / rows.numel())
+        for chunk in query_chunks(rows.numel(), len(seen.names) * seen.keys.shape[2]):
+            part = rows[chunk]
+            losses = indexer_loss(seen, part, rule) * (part.numel() / rows.numel())
             losses.sum().backward()
             total += losses.detach().sum()
-        heads += len(seen.heads)
+        heads += len(seen.names)
     return total / heads
 
 
 @torch.no_grad()
-def _probe(probes: list[list[CapturedLayer]], rule: AttentionRule) -> dict[str, Any]:
+def _probe(probes: list[list[CapturedHeads]], rule: AttentionRule) -> dict[str, Any]:
     """Selection quality on held-out text, mean over sequences, rows and heads; and for each head."""
     by_head: dict[str, dict[str, float]] = {}
     names = ("recall", "tokens", "oracle_tokens", "divergence")
@@ -143,10 +145,11 @@ def _probe(probes: list[list[CapturedLayer]], rule: AttentionRule) -> dict[str, 
             rows = rows_with_far_keys(seen, rule)
             rows = rows[:: max(1, rows.numel() // PROBE_ROWS)]
             quality = selection_quality(seen, rows, rule)
-            for number, head in enumerate(seen.heads):
-                entry = by_head.setdefault(f"{seen.layer}.{head}", dict.fromkeys(names, 0.0))
+            values = {name: getattr(quality, name).tolist() for name in names}
+            for number, (layer, head) in enumerate(seen.names):
+                entry = by_head.setdefault(f"{layer}.{head}", dict.fromkeys(names, 0.0))
                 for name in names:
-                    entry[name] += float(getattr(quality, name)[number]) / len(probes)
+                    entry[name] += values[name][number] / len(probes)
     means = {name: sum(entry[name] for entry in by_head.values()) / max(1, len(by_head)) for name in names}
     return {**means, "by_head": by_head}
 

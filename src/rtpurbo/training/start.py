@@ -16,7 +16,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.attention import HeadwiseAttention
 from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.settings import IndexerStart
-from rtpurbo.training.capture import CapturedLayer, capture_layers
+from rtpurbo.training.capture import capture_heads
 
 
 def start_indexers(
@@ -78,27 +78,25 @@ def _root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None:
-    moments: dict[int, tuple[CapturedLayer, Tensor, Tensor]] = {}
+    moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for sequence in sequences:
-        for seen in capture_layers(model, sequence):
-            query, key = (
-                (states[0].transpose(-1, -2) @ states[0]).double() / states.shape[2]
-                for states in (seen.query_features, seen.key_features)
-            )
-            if seen.layer in moments:
-                _, query_sum, key_sum = moments[seen.layer]
-                query, key = query + query_sum, key + key_sum
-            moments[seen.layer] = (seen, query, key)
-    for seen, query_sum, key_sum in moments.values():
-        for head in range(len(seen.heads)):
+        for seen in capture_heads(model, sequence):
+            for number, name in enumerate(seen.names):
+                query, key = (
+                    (states[0, number].T @ states[0, number]).double() / states.shape[2]
+                    for states in (seen.query_features, seen.key_features)
+                )
+                query_sum, key_sum = moments.get(name, (0.0, 0.0))
+                moments[name] = (query_sum + query, key_sum + key)
+    for module in headwise_modules(model):
+        for number, head in enumerate(module.retrieval_heads):
             query, key = low_rank_projections(
-                query_sum[head] / len(sequences),
-                key_sum[head] / len(sequences),
-                seen.scaling,
-                seen.indexer.settings.index_dim,
+                *(moment / len(sequences) for moment in moments[module.layer_idx, head]),
+                module.scaling,
+                module.indexer.settings.index_dim,
             )
-            seen.indexer.query_weight.data[head].copy_(query)
-            seen.indexer.key_weight.data[head].copy_(key)
+            module.indexer.query_weight.data[number].copy_(query)
+            module.indexer.key_weight.data[number].copy_(key)
 
 
 def _start_from_weights(model: PreTrainedModel) -> None:

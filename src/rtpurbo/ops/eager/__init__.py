@@ -1,1 +1,1 @@
-"""The specification: what every operator means, in plain PyTorch, with memory bounded by chunks of queries."""
+"""The specification: what every operator means, in plain PyTorch, in chunks of queries."""

@@ -22,7 +22,9 @@ def attention_logits(query_states: Tensor, key_states: Tensor, scaling: float) -
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) * scaling
 
 
-def attend_to_logits(logits: Tensor, value_states: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+def attend_to_logits(
+    logits: Tensor, value_states: Tensor, visible: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention from given logits over the visible keys.
 
     A query that sees nothing (padding) gets a zero output and a log-sum-exp of minus infinity.
@@ -33,10 +35,11 @@ def attend_to_logits(logits: Tensor, value_states: Tensor, visible: Tensor) -> t
         visible: bool, broadcastable to the logits.
 
     Returns:
-        Output [batch, heads, q_len, head_dim] in the values' dtype, and the natural log-sum-exp of the
-        visible logits [batch, heads, q_len].
+        Output [batch, heads, q_len, head_dim] in the values' dtype, and the natural log-sum-exp of
+        the visible logits [batch, heads, q_len].
     """
-    # Blind rows see everything and are blanked after: a softmax over nothing has no finite gradient.
+    # Blind rows see everything and are blanked after: a softmax over nothing has no finite
+    # gradient.
     blind = ~visible.any(-1, keepdim=True)
     logits = logits.masked_fill(~(visible | blind), -torch.inf)
     log_sum_exp = logits.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
@@ -57,7 +60,9 @@ def attend(
     Without the log-sum-exp, PyTorch's fused kernel does the same sum faster and in less memory.
     """
     if return_log_sum_exp:
-        return attend_to_logits(attention_logits(query_states, key_states, scaling), value_states, visible)
+        return attend_to_logits(
+            attention_logits(query_states, key_states, scaling), value_states, visible
+        )
     blind = ~visible.any(-1, keepdim=True)
     output = F.scaled_dot_product_attention(
         query_states, key_states, value_states, attn_mask=visible | blind, scale=scaling

@@ -1,4 +1,4 @@
-"""A whole layer: each query head attends in its own way, and the outputs are joined in head order."""
+"""A whole layer: each query head attends in its own way; outputs are joined in head order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def headwise_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Retrieval heads over selected keys, local heads over sinks and window.
 
-    Retrieval heads are dense where the rule says so: `prefill_mode` `dense` with more than one query row.
+    Retrieval heads are dense where the rule says so: `prefill_mode` `dense` with more than one
+    query row.
 
     Args:
         query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
@@ -34,7 +35,8 @@ def headwise_attention(
         full: states of the KV heads kept whole, with index keys for the retrieval heads.
         bounded: states of the other KV heads; sinks and the last W keys are enough.
         layout: which head does what.
-        index_queries: [batch, num_retrieval_heads, q_len, index_dim], or None if nothing is to be selected.
+        index_queries: [batch, num_retrieval_heads, q_len, index_dim], or None if nothing is to be
+            selected.
         rule: windows and selection.
         scaling: factor on the dot products.
         statistics: counts what retrieval heads select, if given.
@@ -50,7 +52,12 @@ def headwise_attention(
         if index_queries is None or (rule.prefill_mode == "dense" and query_states.shape[2] > 1):
             parts.append(
                 causal_attention(
-                    queries, query_positions, full, readers, scaling=scaling, return_log_sum_exp=return_log_sum_exp
+                    queries,
+                    query_positions,
+                    full,
+                    readers,
+                    scaling=scaling,
+                    return_log_sum_exp=return_log_sum_exp,
                 )
             )
         else:

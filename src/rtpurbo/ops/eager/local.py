@@ -38,8 +38,9 @@ def local_attention(
         Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
     """
     widest = int(sliding_window.max()) if isinstance(sliding_window, Tensor) else sliding_window
-    # A chunk about as long as the window reads at most twice the keys that its rows need.
-    rows = max(128, min(widest, 1024))
+    # A chunk about as long as the window reads at most twice the keys that its rows need; a GPU
+    # would rather read more in fewer launches.
+    rows = max(128, min(widest, 1024)) if not query_states.is_cuda else 8192
     outputs, log_sum_exps = [], []
     for start in range(0, query_states.shape[2], rows):
         chunk = slice(start, start + rows)
@@ -47,7 +48,11 @@ def local_attention(
         reach = keys_in_reach(positions, states.positions, widest, num_sink_tokens)
         keys, values, key_positions = states.keys, states.values, states.positions
         if reach is not None:
-            keys, values, key_positions = keys[:, :, reach], values[:, :, reach], key_positions[:, reach]
+            keys, values, key_positions = (
+                keys[:, :, reach],
+                values[:, :, reach],
+                key_positions[:, reach],
+            )
         output, log_sum_exp = attend(
             query_states[:, :, chunk],
             keys[:, key_value_heads],
@@ -70,16 +75,20 @@ def causal_attention(
     scaling: float,
     return_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Every key at or before the query: a dense head. Arguments and shapes as in `local_attention`."""
+    """Every key at or before the query: a dense head. Arguments as in `local_attention`."""
     keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
     q_len, k_len = query_states.shape[2], keys.shape[2]
     if states.in_order and not return_log_sum_exp and (q_len == k_len or q_len == 1):
-        output = F.scaled_dot_product_attention(query_states, keys, values, is_causal=q_len > 1, scale=scaling)
+        output = F.scaled_dot_product_attention(
+            query_states, keys, values, is_causal=q_len > 1, scale=scaling
+        )
         return output, None
     outputs, log_sum_exps = [], []
     for chunk in query_chunks(q_len, query_states.shape[0] * query_states.shape[1] * k_len):
         visible = causal_mask(query_positions[:, chunk], states.positions)
-        output, log_sum_exp = attend(query_states[:, :, chunk], keys, values, visible, scaling, return_log_sum_exp)
+        output, log_sum_exp = attend(
+            query_states[:, :, chunk], keys, values, visible, scaling, return_log_sum_exp
+        )
         outputs.append(output)
         log_sum_exps.append(log_sum_exp)
     return _join(outputs, log_sum_exps)

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.attend import attend_to_logits, attention_logits
-from rtpurbo.ops.eager.selection import estimated_logits, index_scores, select_for_rows, select_for_tiles
+from rtpurbo.ops.eager.selection import (
+    estimated_logits,
+    index_scores,
+    select_for_rows,
+    select_for_tiles,
+)
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 from rtpurbo.ops.states import KeyValueStates, SelectionStatistics
 
@@ -24,7 +29,7 @@ def retrieval_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Exact attention over near keys and selected far ones. No gradient flows through the selection.
+    """Exact attention over near keys and selected far ones; the selection gets no gradient.
 
     Args:
         query_states: [batch, heads, q_len, head_dim], after RoPE.

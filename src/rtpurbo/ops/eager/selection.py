@@ -1,13 +1,15 @@
 """Which far keys a retrieval head reads: the indexer's scores, turned into sets by dynamic top-p.
 
-*Near* keys are the sinks and the window: always read. *Far* keys are all the others that the query may see.
+*Near* keys are the sinks and the window: always read. *Far* keys are all the others that the query
+may see.
 
 Three readings of "the smallest set whose mass reaches p" (docs/experiment-log.md compares them):
 
 - `paper`: mass is a share of the indexer's softmax over every visible key.
-- `residual`: near keys count with their exact logits, far keys with the indexer's; far keys are added until near
-  mass plus selected mass reaches p. A query whose mass is local selects nothing.
-- `far`: the same mixed softmax, but p of the *far* mass must be reached, whenever the far mass is above a floor.
+- `residual`: near keys count with their exact logits, far keys with the indexer's; far keys are
+  added until near mass plus selected mass reaches p. A query whose mass is local selects nothing.
+- `far`: the same mixed softmax, but p of the *far* mass must be reached, whenever the far mass is
+  above a floor.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from rtpurbo.config import AttentionRule, Reading
 
 
 def index_scores(index_queries: Tensor, index_keys: Tensor) -> Tensor:
-    """The indexer's estimate of the attention logits: [batch, heads, q_len, k_len] in at least fp32.
+    """The indexer's estimate of the logits: [batch, heads, q_len, k_len] in at least fp32.
 
     Args:
         index_queries: [batch, heads, q_len, index_dim].
@@ -29,8 +31,10 @@ def index_scores(index_queries: Tensor, index_keys: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def estimated_logits(reading: Reading, exact: Tensor, index: Tensor, near: Tensor, far: Tensor) -> Tensor:
-    """The logits whose softmax a reading takes its masses from; minus infinity where a key is not visible.
+def estimated_logits(
+    reading: Reading, exact: Tensor, index: Tensor, near: Tensor, far: Tensor
+) -> Tensor:
+    """The logits whose softmax gives a reading its masses; minus infinity at keys not visible.
 
     Args:
         reading: which reading.
@@ -44,11 +48,13 @@ def estimated_logits(reading: Reading, exact: Tensor, index: Tensor, near: Tenso
 
 
 def masses(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension in which a row without any key has mass 0 everywhere, not NaN."""
+    """Softmax over the last dimension, where a row without any key has mass 0, not NaN."""
     return logits.softmax(-1).nan_to_num(0.0)
 
 
-def target_mass(rule: AttentionRule, mass: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+def target_mass(
+    rule: AttentionRule, mass: Tensor, near: Tensor, far: Tensor
+) -> tuple[Tensor, Tensor]:
     """The masses that compete for selection, and how much of them each row must reach.
 
     Returns:
@@ -68,7 +74,8 @@ def smallest_set(mass: Tensor, target: Tensor) -> Tensor:
 
     Args:
         mass: non-negative [..., entries].
-        target: [...]; at or below 0 selects nothing, above the sum selects everything that has mass.
+        target: [...]; at or below 0 selects nothing, above the sum selects everything that has
+            mass.
 
     Returns:
         bool [..., entries].
@@ -80,7 +87,7 @@ def smallest_set(mass: Tensor, target: Tensor) -> Tensor:
 
 
 def block_ids(key_positions: Tensor, block_size: int) -> Tensor:
-    """The block of each key, int64 [batch, k_len]; slots without a key count to block 0 and carry no mass."""
+    """The block of each key, int64 [batch, k_len]; empty slots, which have no mass, get block 0."""
     return key_positions.clamp(min=0) // block_size
 
 
@@ -97,7 +104,9 @@ def spread_blocks(chosen: Tensor, blocks: Tensor) -> Tensor:
     return chosen.gather(-1, ids)
 
 
-def select_for_rows(rule: AttentionRule, logits: Tensor, near: Tensor, far: Tensor, key_positions: Tensor) -> Tensor:
+def select_for_rows(
+    rule: AttentionRule, logits: Tensor, near: Tensor, far: Tensor, key_positions: Tensor
+) -> Tensor:
     """Far keys that each row reads, each row its own set: bool [batch, heads, q_len, k_len].
 
     Args:
@@ -116,13 +125,19 @@ def select_for_rows(rule: AttentionRule, logits: Tensor, near: Tensor, far: Tens
     return spread_blocks(smallest_set(sum_blocks(candidates, blocks), target), blocks) & far
 
 
-def select_for_tiles(rule: AttentionRule, logits: Tensor, far: Tensor, key_positions: Tensor) -> Tensor:
+def select_for_tiles(
+    rule: AttentionRule, logits: Tensor, far: Tensor, key_positions: Tensor
+) -> Tensor:
     """Far keys under one block list for each tile of `query_block_size` consecutive rows.
 
-    A block is on the list if any row of the tile gives it at least `row_share` of its estimated mass. Peaks decide,
-    not means: the mean loses the few rows that retrieve (docs/experiment-log.md). Arguments as in `select_for_rows`.
+    A block is on the list if any row of the tile gives it at least `row_share` of its estimated
+    mass. Peaks decide, not means: the mean loses the few rows that retrieve
+    (docs/experiment-log.md). Arguments as in `select_for_rows`.
     """
     blocks = block_ids(key_positions, rule.block_size)
     shares = sum_blocks(masses(logits) * far, blocks)
-    tiles = [tile.amax(2, keepdim=True).expand(tile.shape) for tile in shares.split(rule.query_block_size, 2)]
+    tiles = [
+        tile.amax(2, keepdim=True).expand(tile.shape)
+        for tile in shares.split(rule.query_block_size, 2)
+    ]
     return spread_blocks(torch.cat(tiles, 2) >= rule.row_share, blocks) & far

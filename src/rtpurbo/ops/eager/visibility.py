@@ -18,7 +18,10 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
 
 
 def near_mask(
-    query_positions: Tensor, key_positions: Tensor, sliding_window: int | Tensor, num_sink_tokens: int
+    query_positions: Tensor,
+    key_positions: Tensor,
+    sliding_window: int | Tensor,
+    num_sink_tokens: int,
 ) -> Tensor:
     """Sinks and window: bool [batch, 1 or heads, q_len, k_len].
 
@@ -32,13 +35,15 @@ def near_mask(
         sliding_window = sliding_window[None, :, None, None]
     keys = key_positions[:, None, None, :]
     queries = query_positions[:, None, :, None]
-    return causal_mask(query_positions, key_positions) & ((keys > queries - sliding_window) | (keys < num_sink_tokens))
+    return causal_mask(query_positions, key_positions) & (
+        (keys > queries - sliding_window) | (keys < num_sink_tokens)
+    )
 
 
 def keys_in_reach(
     query_positions: Tensor, key_positions: Tensor, sliding_window: int, num_sink_tokens: int
 ) -> Tensor | None:
-    """Indices of the keys that sinks and window of any of these queries may touch; None means all of them."""
+    """Indices of the keys that sinks and window of any of these queries may touch; None for all."""
     num_keys = key_positions.shape[1]
     # Not worth a look (and, on a GPU, a wait) when nearly every key would stay.
     if num_keys <= 2 * (sliding_window + num_sink_tokens + query_positions.shape[1]):
@@ -47,12 +52,12 @@ def keys_in_reach(
     first = query_positions.masked_fill(~real, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
     last = query_positions.amax(1, keepdim=True)
     window = (key_positions > first - sliding_window) & (key_positions <= last)
-    sinks = (key_positions >= 0) & (key_positions < num_sink_tokens)
-    return (window | sinks).any(0).nonzero()[:, 0]
+    sinks = key_positions < num_sink_tokens
+    return ((window | sinks) & (key_positions >= 0)).any(0).nonzero()[:, 0]
 
 
 def query_chunks(num_queries: int, elements_per_query: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices over the queries whose scores fit `MAX_CHUNK_ELEMENTS`; all but the last are multiples of `multiple`."""
+    """Slices of queries whose scores fit `MAX_CHUNK_ELEMENTS`: whole multiples, bar the last."""
     rows = max(1, MAX_CHUNK_ELEMENTS // max(1, elements_per_query))
     rows = max(multiple, rows // multiple * multiple)
     for start in range(0, num_queries, rows):

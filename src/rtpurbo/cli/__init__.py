@@ -1,0 +1,113 @@
+"""The command line: one file a command, and no logic but printing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rtpurbo.cli.calibrate import calibrate
+from rtpurbo.cli.convert import convert
+from rtpurbo.cli.demo import demo
+from rtpurbo.cli.distill import distill
+from rtpurbo.cli.evaluate import evaluate
+from rtpurbo.cli.generate import generate
+from rtpurbo.cli.inspect import inspect
+from rtpurbo.cli.push import push
+from rtpurbo.cli.train_indexer import train_indexer
+from rtpurbo.errors import RTPurboError
+from rtpurbo.version import __version__
+
+OUT_OF_MEMORY = (
+    "out of memory: use shorter sequences (--length), a smaller model, or another --device "
+    "(a GPU with more memory, or cpu)."
+)
+
+
+class CommandGroup(TyperGroup):
+    """Commands whose foreseeable errors end in one sentence and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was given."""
+        try:
+            return super().invoke(ctx)
+        except RTPurboError as error:
+            message = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            message = OUT_OF_MEMORY
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch is not imported to know its exception.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate" in str(error)
+    )
+
+
+PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Start here": {"demo": demo, "convert": convert},
+    "Use and judge an artifact": {
+        "generate": generate,
+        "eval": evaluate,
+        "inspect": inspect,
+        "push": push,
+    },
+    "The steps of a conversion, one by one": {
+        "calibrate": calibrate,
+        "train-indexer": train_indexer,
+        "distill": distill,
+    },
+}
+"""Commands by name, under the headings of the help."""
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _panel, _commands in PANELS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rtpurbo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """Turn a full-attention language model sparse, with a few hundred training steps.
+
+    Most attention heads only need a window and the first tokens. RTPurbo finds the few that
+    retrieve from far back, teaches them where to look, and adapts the model to the rest.
+
+    Try `rtpurbo demo`, or convert a model of yours and use it:
+
+    `rtpurbo convert MODEL --output-dir sparse`
+
+    `rtpurbo generate sparse "Once upon a time"`
+    """
+
+
+def main() -> None:
+    """Runs the command line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()

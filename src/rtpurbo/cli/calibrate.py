@@ -1,0 +1,53 @@
+"""`rtpurbo calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rtpurbo.cli import options
+
+
+def calibrate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")],
+    model: options.Model = None,
+    data: options.Data = None,
+    ratio: options.Ratio = None,
+    threshold: options.Threshold = None,
+    count: options.Count = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    force: options.Force = False,
+) -> None:
+    """Step 1: find the heads that retrieve, and show them.
+
+    Sentences stand twice in long prose; heads that look back from the second to the first retrieve.
+    The head map is written for `rtpurbo train-indexer`.
+    """
+    from rich.console import Console
+
+    from rtpurbo import conversion
+    from rtpurbo.cli.progress import ProgressBars
+    from rtpurbo.reporting.headmap import head_map_picture
+
+    with ProgressBars() as progress:
+        head_map = conversion.calibrate_model(
+            model,
+            output,
+            changes=options.given(
+                {
+                    "calibration.ratio": ratio,
+                    "calibration.threshold": threshold,
+                    "calibration.count": count,
+                    "seed": seed,
+                }
+            ),
+            data=data or None,
+            device=device,
+            force=force,
+            progress=progress,
+        )
+    Console().print(head_map_picture(head_map))
+    typer.echo(f"Written to {output}.")

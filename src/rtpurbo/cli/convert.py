@@ -1,0 +1,76 @@
+"""`rtpurbo convert`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from rtpurbo.cli import options
+
+
+def convert(
+    output_dir: options.OutputFolder,
+    model: options.Model = None,
+    preset: Annotated[
+        Literal["auto", "quick", "standard"],
+        typer.Option(
+            help="Settings to start from: quick suits two CPU cores and minutes, standard a GPU; "
+            "auto takes what suits the device."
+        ),
+    ] = "auto",
+    data: options.Data = None,
+    ratio: options.Ratio = None,
+    threshold: options.Threshold = None,
+    count: options.Count = None,
+    window: options.Window = None,
+    top_p: options.TopP = None,
+    reading: options.ReadingOption = None,
+    index_space: options.IndexSpaceOption = None,
+    index_dim: options.IndexDim = None,
+    stage1_steps: options.Stage1Steps = None,
+    stage2_steps: options.Stage2Steps = None,
+    lora_rank: options.LoraRank = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    resume: options.Resume = False,
+    force: options.Force = False,
+) -> None:
+    """Make a model sparse: find the heads that retrieve, train their indexers, adapt the rest.
+
+    The result is a small folder, an *artifact*, that turns the dense model into its sparse version
+    wherever both are. Options that are left out take the preset's values.
+
+    `rtpurbo convert HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-sparse`
+    """
+    from rtpurbo import conversion
+    from rtpurbo.cli.progress import ProgressBars
+
+    with ProgressBars() as progress:
+        folder = conversion.convert(
+            model,
+            output_dir,
+            preset=preset,
+            changes=options.given(
+                {
+                    "calibration.ratio": ratio,
+                    "calibration.threshold": threshold,
+                    "calibration.count": count,
+                    "attention.sliding_window": window,
+                    "attention.top_p": top_p,
+                    "attention.reading": reading,
+                    "indexer.index_space": index_space,
+                    "indexer.index_dim": index_dim,
+                    "stage1.steps": stage1_steps,
+                    "stage2.steps": stage2_steps,
+                    "stage2.lora_rank": lora_rank,
+                    "seed": seed,
+                }
+            ),
+            data=data or None,
+            device=device,
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    typer.echo(f"Written to {folder}. Try: rtpurbo generate {folder} 'Once upon a time'")

@@ -1,0 +1,26 @@
+"""`rtpurbo demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rtpurbo.cli import options
+
+
+def demo(
+    output_dir: options.OutputFolder = Path("rtpurbo-demo"),
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Make a small model sparse from start to end, and compare it with the dense one.
+
+    Takes minutes on two CPU cores.
+    """
+    from rich.console import Console
+
+    from rtpurbo.cli.progress import ProgressBars
+    from rtpurbo.demo import run_demo
+
+    console = Console()
+    with ProgressBars(console) as progress:
+        run_demo(output_dir, device=device, seed=seed, progress=progress, console=console)

@@ -1,0 +1,146 @@
+"""Arguments and options that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rtpurbo.config import IndexSpace, Reading
+
+_HEADS = "Which heads retrieve"
+_ATTENTION = "What heads see"
+_INDEXER = "Token indexer"
+_TRAINING = "Training"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Name on the Hugging Face Hub or folder of the dense model. "
+        "Left out: SmolLM2-135M-Instruct, for a first try.",
+        show_default=False,
+    ),
+]
+Artifact = Annotated[
+    str, typer.Argument(help="Folder that `rtpurbo convert` wrote, or its name on the Hub.")
+]
+OutputFolder = Annotated[
+    Path, typer.Option("--output-dir", "-o", help="Folder to make; written whole or not at all.")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text: a .txt, .md, .jsonl, .jsonl.gz or .parquet file, or hf:NAME for a dataset of "
+        "the Hub. Repeat it for several. Left out: the documentation that comes with Python.",
+        show_default=False,
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Take the base model from here instead of where the artifact says; its weights must "
+        "be the same.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is the GPU if there is one.")
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue where the same command was interrupted.")
+]
+
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the query heads that retrieve; the paper takes 0.15.",
+        show_default=False,
+        rich_help_panel=_HEADS,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead, all heads with at least this retrieval score.",
+        show_default=False,
+        rich_help_panel=_HEADS,
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(help="Instead, this many heads.", show_default=False, rich_help_panel=_HEADS),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="Recent keys that every head sees. Left out: a sixteenth of the model's context.",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Attention mass that a retrieval head's selection must reach; more reads more.",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+    ),
+]
+ReadingOption = Annotated[
+    Reading | None,
+    typer.Option(
+        "--reading",
+        help="What the mass is a share of: all keys by the indexer's estimate (paper), what the "
+        "window and first tokens leave (residual), or the far keys alone (far).",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+    ),
+]
+IndexSpaceOption = Annotated[
+    IndexSpace | None,
+    typer.Option(
+        "--index-space",
+        help="What the indexer projects: states before RoPE (the paper), after it, or after it "
+        "the slowly turning dimensions alone.",
+        show_default=False,
+        rich_help_panel=_INDEXER,
+    ),
+]
+IndexDim = Annotated[
+    int | None,
+    typer.Option(
+        help="Dimensions of an index key; each costs cache.",
+        show_default=False,
+        rich_help_panel=_INDEXER,
+    ),
+]
+Stage1Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="Steps that train the indexers.", show_default=False, rich_help_panel=_TRAINING
+    ),
+]
+Stage2Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="Steps that adapt the model to its windows; 0 leaves its weights alone.",
+        show_default=False,
+        rich_help_panel=_TRAINING,
+    ),
+]
+LoraRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Rank of the LoRA of stage 2; 0 trains the full weights.",
+        show_default=False,
+        rich_help_panel=_TRAINING,
+    ),
+]
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Settings, by dotted name, that the user gave a value."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,59 @@
+"""`rtpurbo train-indexer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rtpurbo.cli import options
+
+
+def train_indexer(
+    head_map: Annotated[Path, typer.Option(help="File that `rtpurbo calibrate` wrote.")],
+    output_dir: options.OutputFolder,
+    model: options.Model = None,
+    data: options.Data = None,
+    window: options.Window = None,
+    top_p: options.TopP = None,
+    reading: options.ReadingOption = None,
+    index_space: options.IndexSpaceOption = None,
+    index_dim: options.IndexDim = None,
+    stage1_steps: options.Stage1Steps = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    resume: options.Resume = False,
+    force: options.Force = False,
+) -> None:
+    """Step 2: train the token indexers, which tell retrieval heads where to look.
+
+    The model's own weights stay as they are. The result is an artifact that works already;
+    `rtpurbo distill` makes it better.
+    """
+    from rtpurbo import conversion
+    from rtpurbo.cli.progress import ProgressBars
+
+    with ProgressBars() as progress:
+        folder = conversion.train_indexer_artifact(
+            model,
+            head_map,
+            output_dir,
+            changes=options.given(
+                {
+                    "attention.sliding_window": window,
+                    "attention.top_p": top_p,
+                    "attention.reading": reading,
+                    "indexer.index_space": index_space,
+                    "indexer.index_dim": index_dim,
+                    "stage1.steps": stage1_steps,
+                    "seed": seed,
+                }
+            ),
+            data=data or None,
+            device=device,
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    typer.echo(f"Written to {folder}.")

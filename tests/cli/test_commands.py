@@ -1,0 +1,211 @@
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rtpurbo import conversion
+from rtpurbo.cli import OUT_OF_MEMORY, PANELS, app
+from rtpurbo.config import HeadMap
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.records import read_results
+from rtpurbo.models import artifact as artifacts
+from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, INDEXER_FILE
+from rtpurbo.version import __version__
+from tests.tiny_artifact import save_tiny_base
+
+COMMANDS = [name for commands in PANELS.values() for name in commands]
+QUICK = ["--suite", "perplexity", "--length", "128", "--samples", "1", "--device", "cpu"]
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+
+def error_of(*arguments):
+    """What a command says when it fails as foreseen."""
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return message
+
+
+@pytest.fixture
+def copy(tiny_artifact, tmp_path):
+    return shutil.copytree(tiny_artifact, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_its_options(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    for panel in PANELS.values():
+        if command in panel:
+            assert panel[command].__doc__.split("\n")[0][:40] in result.stdout
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_version():
+    assert run("--version").stdout == f"rtpurbo {__version__}\n"
+
+
+def test_generate_streams_the_text(tiny_artifact):
+    arguments = ("generate", tiny_artifact, "magic", "--max-new-tokens", 5, "--device", "cpu")
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert result.stdout.strip()
+    assert run(*arguments[:2], "-", *arguments[3:], input="magic").stdout == result.stdout
+    assert run(*arguments, "--no-chat").stdout != result.stdout
+
+
+def test_eval_prints_and_writes(copy, tmp_path):
+    output = tmp_path / "results.json"
+    result = run("eval", copy, *QUICK, "--output", output, "--write-card")
+    assert result.exit_code == 0
+    assert "prose 128" in result.stdout
+    results = read_results(output)
+    assert [record.policy for record in results.records] == ["full", "rtpurbo"]
+    assert results.origin["device"] == "cpu"
+    assert "prose 128" in (copy / CARD_FILE).read_text()
+
+
+def test_inspect_shows_the_heads(tiny_artifact):
+    assert "layer   0  ● ● · ·" in run("inspect", tiny_artifact).stdout
+
+
+@pytest.mark.parametrize(
+    ("function", "command", "changes"),
+    [
+        (
+            "convert",
+            "convert M -o out --preset quick --ratio .2 --window 64 --top-p .9 --reading far "
+            "--index-space pre_rope --index-dim 8 --stage1-steps 3 --stage2-steps 0 --lora-rank 4",
+            {
+                "calibration.ratio": 0.2,
+                "attention.sliding_window": 64,
+                "attention.top_p": 0.9,
+                "attention.reading": "far",
+                "indexer.index_space": "pre_rope",
+                "indexer.index_dim": 8,
+                "stage1.steps": 3,
+                "stage2.steps": 0,
+                "stage2.lora_rank": 4,
+            },
+        ),
+        ("calibrate_model", "calibrate M -o out --count 3", {"calibration.count": 3}),
+        (
+            "train_indexer_artifact",
+            "train-indexer M --head-map map.json -o out --stage1-steps 3",
+            {"stage1.steps": 3},
+        ),
+        ("distill_artifact", "distill A -o out --lora-rank 0", {"stage2.lora_rank": 0}),
+    ],
+)
+def test_options_reach_the_function(monkeypatch, function, command, changes):
+    calls = []
+    real = getattr(conversion, function)
+
+    def spy(*arguments, **options):
+        calls.append(inspect.signature(real).bind(*arguments, **options).arguments)
+        return HeadMap.uniform([], [], 4, 2) if function == "calibrate_model" else Path("out")
+
+    monkeypatch.setattr(conversion, function, spy)
+    result = run(*command.split(), "--data", "a.txt", "--data", "b.txt", "--seed", 3, "--force")
+    assert result.exit_code == 0, result.stderr
+    [call] = calls
+    assert call["changes"] == changes | {"seed": 3}
+    assert call["data"] == ["a.txt", "b.txt"]
+    assert call["device"] == "auto"
+    assert call["force"] is True
+
+
+def test_a_missing_artifact(monkeypatch, tmp_path):
+    def unreachable(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(artifacts, "snapshot_download", unreachable)
+    for command in (["inspect", "nowhere"], ["eval", "nowhere"], ["generate", "nowhere", "x"]):
+        assert "there is no artifact 'nowhere'" in error_of(*command)
+    assert "not an rtpurbo artifact" in error_of("inspect", tmp_path)
+
+
+def test_a_corrupt_artifact(copy):
+    (copy / INDEXER_FILE).write_bytes(b"0")
+    assert "corrupt or truncated" in error_of("generate", copy, "x")
+    (copy / CONFIG_FILE).write_text("{")
+    assert "corrupt or truncated" in error_of("inspect", copy)
+
+
+def test_a_newer_artifact(copy):
+    path = copy / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 9}))
+    assert "upgrade rtpurbo" in error_of("generate", copy, "x")
+
+
+def test_an_artifact_of_another_base(tiny_artifact, tmp_path):
+    other = save_tiny_base(tmp_path / "other", seed=1)
+    for command in (["generate", tiny_artifact, "x"], ["eval", tiny_artifact]):
+        message = error_of(*command, "--base-model", other, "--device", "cpu")
+        assert "belongs to another base model" in message
+
+
+def test_eval_of_what_is_not_there(tiny_artifact):
+    assert "there is no policy 'x'" in error_of("eval", tiny_artifact, *QUICK, "--policy", "x")
+    assert "there is no suite 'x'" in error_of("eval", tiny_artifact, *QUICK, "--suite", "x")
+    assert "context of 1,024" in error_of("eval", tiny_artifact, *QUICK, "--length", "4096")
+
+
+def test_generate_beyond_the_context_and_from_nothing(tiny_artifact):
+    generate = ["generate", tiny_artifact, "--device", "cpu"]
+    assert "context of 1,024" in error_of(*generate, "word " * 3000)
+    assert "the prompt is empty" in error_of(*generate, "", "--no-chat")
+
+
+def test_a_device_that_is_not_there(tiny_artifact):
+    assert "'abacus' is not available" in error_of(
+        "generate", tiny_artifact, "x", "--device", "abacus"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_comes_with_advice(monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(conversion, "convert", fail)
+    assert error_of("convert", "-o", "out") == f"error: {OUT_OF_MEMORY}"
+
+
+def test_only_foreseen_errors_are_one_sentence(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(conversion, "convert", fail)
+    result = run("convert", "-o", "out")
+    assert repr(result.exception) == "RuntimeError('a bug')"
+
+
+def test_the_sentence_is_the_errors(monkeypatch):
+    def fail(*arguments, **options):
+        raise RTPurboError("something is wrong.")
+
+    monkeypatch.setattr(conversion, "convert", fail)
+    assert error_of("convert", "-o", "out") == "error: something is wrong."

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from transformers import DynamicCache
+
+from rtpurbo.evaluation.memory import cache_bytes
+from rtpurbo.models.cache import HeadwiseCache
+from tests.tiny_models import KEY_VALUE_HEADS, make_sparse, sparse_config, tiny_model
+
+LENGTH = 100
+
+
+def prefilled(model, cache, batch_size):
+    ids = torch.arange(LENGTH).remainder(60).expand(batch_size, LENGTH)
+    model(ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def tensor_bytes(cache):
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_bytes_are_those_of_a_real_cache(family, batch_size):
+    model = tiny_model(family)
+    dense = cache_bytes(model, LENGTH, batch_size)
+    cache = prefilled(model, DynamicCache(config=model.config), batch_size)
+    assert dense == tensor_bytes(cache)
+
+    make_sparse(model, sparse_config(model, heads=[1]))
+    cache = prefilled(model, HeadwiseCache(model), batch_size)
+    assert cache_bytes(model, LENGTH, batch_size) == cache.num_bytes()
+
+
+def test_a_dense_cache_holds_every_key_and_value():
+    # layers, keys and values, KV heads, head_dim, bytes of float32
+    assert cache_bytes(tiny_model(), LENGTH) == 2 * 2 * KEY_VALUE_HEADS * LENGTH * 8 * 4
+    assert cache_bytes(tiny_model().bfloat16(), LENGTH) == 2 * 2 * KEY_VALUE_HEADS * LENGTH * 8 * 2
+
+
+def test_without_retrieval_heads_the_length_costs_nothing():
+    model = tiny_model()
+    make_sparse(model, sparse_config(model, heads=[]))
+    assert cache_bytes(model, LENGTH) == cache_bytes(model, 100_000)
+
+
+def test_long_caches_are_counted_without_memory():
+    model = tiny_model()
+    make_sparse(model, sparse_config(model, heads=[0]))
+    assert cache_bytes(model, 10**9) > 10**11

@@ -1,0 +1,173 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models import artifact
+from rtpurbo.models.artifact import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    INDEXER_BEFORE_STAGE2_FILE,
+    INDEXER_FILE,
+    ArtifactConfig,
+    find_artifact,
+    load,
+    load_base,
+)
+from rtpurbo.models.sparsify import indexer_weights, restore
+from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
+
+ADAPTER_FILE = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
+
+
+@pytest.fixture
+def copy(tiny_artifact, tmp_path):
+    return shutil.copytree(tiny_artifact, tmp_path / "copy")
+
+
+def logits(model):
+    ids = torch.arange(100, 180)[None]
+    return model(ids, use_cache=False).logits
+
+
+def change_config(folder, **changes):
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_round_trip_gives_the_same_model(tiny_base, tmp_path):
+    folder = save_tiny_artifact(tmp_path / "artifact", tiny_base)
+    model, tokenizer = load(folder)
+    again, _ = load(shutil.move(folder, tmp_path / "elsewhere"), base_model=str(tiny_base))
+
+    assert torch.equal(logits(model), logits(again))
+    assert again.rtpurbo_config == model.rtpurbo_config
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer.decode(tokenizer("magic numbers")["input_ids"]) == "magic numbers"
+
+
+def test_config_survives_writing_and_reading(tiny_artifact, tmp_path):
+    config = ArtifactConfig.read(tiny_artifact)
+    config.write(tmp_path)
+    assert ArtifactConfig.read(tmp_path) == config
+
+
+def test_a_restored_model_is_the_dense_one(tiny_base, tmp_path):
+    folder = save_tiny_artifact(tmp_path / "artifact", tiny_base)
+    dense = load_base(folder).model
+    sparse, _ = load(folder)
+    assert not torch.equal(logits(sparse), logits(dense))
+    assert torch.equal(logits(restore(sparse)), logits(dense))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_stage2_is_merged_or_left_out(tiny_base, tmp_path, kind):
+    folder = save_tiny_artifact(tmp_path / "artifact", tiny_base, stage2=kind)
+    dense = load_base(folder).model
+    with_stage2, _ = load(folder)
+    before, _ = load(folder, stage2=False)
+
+    # The tiny artifact's indexers before and after stage 2 differ by 1.
+    for name, weight in indexer_weights(before).items():
+        torch.testing.assert_close(indexer_weights(with_stage2)[name], weight + 1)
+    restore(with_stage2)
+    restore(before)
+    assert with_stage2.state_dict().keys() == dense.state_dict().keys()
+    assert torch.equal(logits(before), logits(dense))
+    assert not torch.allclose(logits(with_stage2), logits(dense))
+
+
+@pytest.mark.parametrize("missing", [CONFIG_FILE, INDEXER_FILE, ADAPTER_FILE])
+def test_a_missing_file_is_named(copy, missing):
+    (copy / missing).unlink()
+    with pytest.raises(RTPurboError, match=missing.split("/")[-1]):
+        load(copy)
+
+
+@pytest.mark.parametrize("broken", [CONFIG_FILE, INDEXER_FILE, ADAPTER_FILE])
+@pytest.mark.parametrize("keep", [0, 40])
+def test_a_truncated_file_is_named(copy, broken, keep):
+    path = copy / broken
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RTPurboError, match=f"{path.name} is corrupt or truncated"):
+        load(copy)
+
+
+def test_truncated_indexers_of_before_stage2_are_met_only_when_needed(copy):
+    (copy / INDEXER_BEFORE_STAGE2_FILE).write_bytes(b"")
+    load(copy)
+    with pytest.raises(RTPurboError, match="corrupt"):
+        load(copy, stage2=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"null", b'"text"', b"{}", b'{"format_version": "x"}', b"\xff\xfe", b"{nonsense"],
+)
+def test_a_config_of_another_kind_is_corrupt(copy, content):
+    (copy / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(RTPurboError, match="corrupt"):
+        ArtifactConfig.read(copy)
+
+
+def test_a_newer_format_asks_for_an_upgrade(copy):
+    change_config(copy, format_version=2)
+    with pytest.raises(RTPurboError, match=r"format 2, .* upgrade rtpurbo"):
+        load(copy)
+
+
+def test_an_unknown_field_is_named(copy):
+    config = json.loads((copy / CONFIG_FILE).read_text())["config"]
+    config["attention"]["windows"] = 3
+    change_config(copy, config=config)
+    with pytest.raises(RTPurboError, match="windows"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"num_hidden_layers": 1}, {"intermediate_size": 40}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_base_model_is_refused(tiny_artifact, tmp_path, changes):
+    other = save_tiny_base(tmp_path / "other", **changes)
+    with pytest.raises(RTPurboError, match="belongs to another base model"):
+        load(tiny_artifact, base_model=str(other))
+
+
+@pytest.mark.parametrize("head_map", [None, [], {}, {"retrieval_heads": 3}])
+def test_a_head_map_of_another_kind_is_refused(copy, head_map):
+    config = json.loads((copy / CONFIG_FILE).read_text())["config"]
+    change_config(copy, config=config | {"head_map": head_map})
+    with pytest.raises(RTPurboError, match="not complete"):
+        load(copy)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
+def test_a_broken_adapter_config_is_refused(copy, content):
+    path = copy / ADAPTER_FOLDER / "adapter_config.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RTPurboError, match="cannot be applied"):
+        load(copy)
+
+
+def test_indexers_of_another_shape_are_refused(copy):
+    config = json.loads((copy / CONFIG_FILE).read_text())["config"]
+    config["indexer"]["index_dim"] = 5
+    change_config(copy, config=config)
+    with pytest.raises(RTPurboError, match=r"do not fit .* expected \(2, 5"):
+        load(copy)
+
+
+def test_an_artifact_that_is_nowhere(monkeypatch):
+    def unreachable(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(artifact, "snapshot_download", unreachable)
+    with pytest.raises(RTPurboError, match="there is no artifact 'somebody/something'"):
+        find_artifact("somebody/something")

@@ -1,0 +1,64 @@
+import shutil
+from dataclasses import replace
+
+from huggingface_hub import ModelCard
+
+from rtpurbo.models.artifact import CARD_FILE, ArtifactConfig
+from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
+from rtpurbo.reporting.card import model_card, rewrite_card
+from rtpurbo.reporting.tables import markdown_table
+from tests.reporting.test_tables import RECORDS
+
+
+def artifact_of(tiny_artifact, **base):
+    config = ArtifactConfig.read(tiny_artifact)
+    return replace(config, base=replace(config.base, **base))
+
+
+def test_the_hub_understands_the_metadata(tiny_artifact):
+    artifact = artifact_of(tiny_artifact, name=DEFAULT_MODEL, source="hub", revision="abc")
+    data = ModelCard(model_card(artifact), ignore_metadata_errors=False).data
+    assert data.base_model == DEFAULT_MODEL
+    assert data.license == "apache-2.0"
+    assert data.library_name == "rtpurbo"
+    assert data.pipeline_tag == "text-generation"
+    assert "sparse-attention" in data.tags
+
+
+def test_other_licenses_are_not_guessed(tiny_artifact):
+    card = model_card(artifact_of(tiny_artifact, name="somebody/model", source="hub"))
+    assert ModelCard(card).data.license is None
+
+
+def test_the_wheel_is_named_as_the_model_it_holds(tiny_artifact):
+    card = model_card(artifact_of(tiny_artifact, name=WHEEL_MODEL, source="wheel"))
+    assert ModelCard(card).data.base_model == DEFAULT_MODEL
+
+
+def test_a_local_base_does_not_tell_where_it_lay(tiny_artifact, tiny_base):
+    card = model_card(ArtifactConfig.read(tiny_artifact))
+    assert str(tiny_base) not in card
+    assert ModelCard(card).data.base_model is None
+    assert "base_model=" in card
+
+
+def test_the_body_tells_what_it_is_and_how_it_was_made(tiny_artifact):
+    card = model_card(ArtifactConfig.read(tiny_artifact), RECORDS, "me/tiny")
+    assert 'rtpurbo.load("me/tiny"' in card
+    assert markdown_table(RECORDS) in card
+    assert "| Retrieval heads | 4 of 12 (33.3 %) |" in card
+    assert "| KV heads kept whole | 2 of 6 |" in card
+    assert "the last 32 keys and the first 2" in card
+    assert "stage1 7" in card
+    assert "{" not in card.replace("bash", "").split("---", 2)[2]
+
+
+def test_without_records_the_card_says_how_to_measure(tiny_artifact):
+    card = model_card(ArtifactConfig.read(tiny_artifact))
+    assert "rtpurbo eval" in card
+
+
+def test_rewriting_puts_figures_into_the_artifact(tiny_artifact, tmp_path):
+    folder = shutil.copytree(tiny_artifact, tmp_path / "copy")
+    rewrite_card(folder, RECORDS)
+    assert markdown_table(RECORDS) in (folder / CARD_FILE).read_text()

@@ -1,0 +1,70 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from rtpurbo.evaluation.records import Record
+from rtpurbo.reporting.formats import percent, short_bytes, short_length
+from rtpurbo.reporting.tables import markdown_table, results_table
+
+RECORDS = [
+    Record("needle", "single", 4096, "rtpurbo", 20, 80.0, 0.02, 512 * 1024),
+    Record("perplexity", "prose", 2048, "rtpurbo", 20, 28.2, 0.05, 256 * 1024),
+    Record("needle", "single", 4096, "local-only", 20, 0.0, 0.0, 1024),
+    Record("needle", "single", 4096, "full", 20, 90.0, 1.0, 2 * 1024**2),
+    Record("perplexity", "prose", 2048, "full", 20, 27.9, 1.0, 1024**2),
+    Record("needle", "single", 4096, "something-new", 20, 89.0),
+]
+
+
+def printed(renderable, **options):
+    console = Console(file=io.StringIO(), width=140, **options)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_markdown_has_the_dense_row_first_and_what_is_missing_as_a_dash():
+    assert markdown_table(RECORDS).splitlines() == [
+        "| policy | single 4K | prose 2K | far tokens read (prose 2K) | KV cache at 4K |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| full | 90 % | 27.90 | 100.0 % | 2.0 MiB |",
+        "| rtpurbo | 80 % | 28.20 | 5.0 % | 512.0 KiB (0.25x) |",
+        "| local-only | 0 % | - | - | 1.0 KiB (0.00x) |",
+        "| something-new | 89 % | - | - | - |",
+    ]
+
+
+def test_losses_are_highlighted_in_the_terminal():
+    text = printed(results_table(RECORDS), force_terminal=True, color_system="standard")
+    names = ("full", "rtpurbo", "local-only", "something-new")
+    lines = {name: next(line for line in text.splitlines() if name in line) for name in names}
+    red, yellow = re.escape("\x1b[1;31m") + " *", re.escape("\x1b[33m") + " *"
+    assert not re.search(f"{red}|{yellow}", lines["full"])
+    assert re.search(f"{red}80 %", lines["rtpurbo"])
+    assert re.search(f"{yellow}28.20", lines["rtpurbo"])
+    assert re.search(f"{red}0 %", lines["local-only"])
+    assert re.search(f"{yellow}89 %", lines["something-new"])
+
+
+def test_tables_without_the_dense_model_and_without_records():
+    lone = markdown_table([record for record in RECORDS if record.policy == "rtpurbo"])
+    assert lone.endswith("| rtpurbo | 80 % | 28.20 | 5.0 % | 512.0 KiB |")
+    assert "\x1b" not in printed(results_table([]))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (short_length(500), "500"),
+        (short_length(1536), "1.5K"),
+        (short_length(131072), "128K"),
+        (short_bytes(0), "0 B"),
+        (short_bytes(1023), "1023 B"),
+        (short_bytes(1536), "1.5 KiB"),
+        (short_bytes(5 * 1024**4), "5120.0 GiB"),
+        (percent(0.1534), "15.3 %"),
+    ],
+)
+def test_numbers_as_people_write_them(written, expected):
+    assert written == expected

@@ -1,0 +1,209 @@
+"""Conversion from start to end on a tiny model: what it leaves, and what an interruption does to it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rtpurbo.config import AttentionRule, IndexerSettings
+from rtpurbo.conversion import calibrate_model, convert, distill_artifact, train_indexer_artifact
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.artifact import ArtifactConfig, load
+from rtpurbo.models.base import load_base_model
+from rtpurbo.settings import (
+    CalibrationSettings,
+    ConversionSettings,
+    DistillationSettings,
+    IndexerTrainingSettings,
+)
+
+SETTINGS = ConversionSettings(
+    attention=AttentionRule(sliding_window=64, block_size=16),
+    indexer=IndexerSettings(index_dim=4),
+    calibration=CalibrationSettings(length=384, num_documents=2, count=3),
+    stage1=IndexerTrainingSettings(
+        steps=30, lengths=(800,), steps_per_sequence=8, rows_per_step=32, warmup_steps=2,
+        start_sequences=1, probe_sequences=1, probe_every=15,
+    ),
+    stage2=DistillationSettings(
+        steps=6, lengths=(800,), labels_per_sequence=64, warmup_steps=1, lora_rank=2,
+        refresh_steps=10, checkpoint_every=2,
+    ),
+)  # fmt: skip
+
+
+class Interruption(Exception):
+    """Stands for a killed process."""
+
+
+def interrupt_at(stage, step):
+    def progress(current, done, total, figures):
+        if (current, done) == (stage, step):
+            raise Interruption
+
+    return progress
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_base, tmp_path_factory):
+    """The artifact of an uninterrupted conversion."""
+    return convert(
+        str(tiny_base), tmp_path_factory.mktemp("whole") / "artifact", settings=SETTINGS, device="cpu"
+    )
+
+
+def test_an_artifact_is_complete_and_loads(whole):
+    assert set(contents(whole)) == {
+        "README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "indexer.safetensors",
+        "indexer_before_stage2.safetensors",
+        "rtpurbo_config.json",
+        "training_log.jsonl",
+    }
+    assert not whole.with_name("artifact.work").exists()
+    model, tokenizer = load(whole)
+    ids = torch.tensor([tokenizer("One of the special magic numbers").input_ids])
+    assert model.generate(ids, max_new_tokens=3, pad_token_id=0).shape[1] > ids.shape[1]
+
+
+def test_the_log_tells_every_step(whole):
+    entries = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
+    steps = [(entry["stage"], entry["step"]) for entry in entries]
+    expected = {"stage1": 30, "stage2": 6, "refresh": 10}
+    assert steps == [(name, step) for name, count in expected.items() for step in range(1, count + 1)]
+    stage1 = [entry["loss"] for entry in entries if entry["stage"] == "stage1"]
+    assert sum(stage1[-5:]) < sum(stage1[:5])
+
+
+def test_before_stage2_is_kept_apart(whole):
+    ids = torch.arange(100)[None]
+    after, before = (load(whole, stage2=stage2)[0](ids).logits for stage2 in (True, False))
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [("calibrate", 1), ("stage1", 1), ("stage1", 25), ("teacher", 3), ("stage2", 1), ("stage2", 5),
+     ("refresh", 4)],
+)  # fmt: skip
+def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_path):
+    output = tmp_path / "artifact"
+    with pytest.raises(Interruption):
+        convert(
+            str(tiny_base), output, settings=SETTINGS, device="cpu", progress=interrupt_at(stage, step)
+        )
+    assert not output.exists()
+    with pytest.raises(RTPurboError, match="--resume"):
+        convert(str(tiny_base), output, settings=SETTINGS, device="cpu")
+    convert(str(tiny_base), output, settings=SETTINGS, device="cpu", resume=True)
+    assert contents(output) == contents(whole)
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_resuming_another_job_is_refused(tiny_base, tmp_path):
+    output = tmp_path / "artifact"
+    with pytest.raises(Interruption):
+        convert(
+            str(tiny_base), output, settings=SETTINGS, device="cpu", progress=interrupt_at("stage1", 2)
+        )
+    other = replace(SETTINGS, seed=1)
+    with pytest.raises(RTPurboError, match="another model, data or settings"):
+        convert(str(tiny_base), output, settings=other, device="cpu", resume=True)
+
+
+def test_an_existing_folder_needs_force(whole, tiny_base):
+    with pytest.raises(RTPurboError, match="--force"):
+        convert(str(tiny_base), whole, settings=SETTINGS, device="cpu")
+
+
+def test_stages_one_by_one(whole, tiny_base, tmp_path):
+    common = {"settings": SETTINGS, "device": "cpu"}
+    head_map = tmp_path / "head_map.json"
+    calibrate_model(str(tiny_base), head_map, **common)
+    with pytest.raises(RTPurboError, match="--force"):
+        calibrate_model(str(tiny_base), head_map, **common)
+    stage1 = train_indexer_artifact(str(tiny_base), head_map, tmp_path / "stage1", **common)
+    assert ArtifactConfig.read(stage1).stage2 == "none"
+    stage2 = distill_artifact(stage1, tmp_path / "stage2", **common)
+    for name in ("indexer.safetensors", "adapter/adapter_model.safetensors"):
+        assert (stage2 / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_full_weights_instead_of_lora(tiny_base, tmp_path):
+    settings = replace(SETTINGS, stage2=replace(SETTINGS.stage2, lora_rank=0, refresh_steps=0))
+    output = convert(str(tiny_base), tmp_path / "artifact", settings=settings, device="cpu")
+    assert ArtifactConfig.read(output).stage2 == "full"
+    model, _ = load(output)
+    dense = load_base_model(str(tiny_base)).model
+    assert not torch.equal(model.lm_head.weight, dense.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration.length": 5000}, "do not fit the model's context of 1024"),
+        ({"stage2.lengths": (800, 2000)}, "do not fit the model's context of 1024"),
+        ({"calibration.ratio": 1.5}, "ratio of retrieval heads is 1.5"),
+        ({"attention.top_p": 0.0}, "top_p is 0.0"),
+        ({"attention.sliding_window": 8}, "smaller than block_size"),
+        ({"stage1.lengths": (60,)}, "longer than sinks and window"),
+        ({"no.such": 1}, "no setting 'no.such'"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message, tiny_base, tmp_path):
+    with pytest.raises(RTPurboError, match=message):
+        convert(
+            str(tiny_base), tmp_path / "artifact", settings=SETTINGS, changes=changes, device="cpu"
+        )
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_text_shorter_than_a_sequence(tiny_base, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("A short text. " * 40)
+    with pytest.raises(RTPurboError, match=r"short\.txt.* has only"):
+        convert(
+            str(tiny_base), tmp_path / "artifact", settings=SETTINGS, data=[str(text)], device="cpu"
+        )
+
+
+_SCRIPT = """
+import sys
+from rtpurbo.conversion import convert
+from tests.test_conversion import SETTINGS
+convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(whole, tiny_base, tmp_path):
+    """SIGKILL, wherever it strikes."""
+    output, rng = tmp_path / "artifact", random.Random(0)
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
+    command = [sys.executable, "-c", _SCRIPT, str(tiny_base), str(output)]
+    for _ in range(6):
+        process = subprocess.Popen(command, env=environment, cwd=root)
+        time.sleep(rng.uniform(5, 14))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, cwd=root, check=True)
+    assert contents(output) == contents(whole)

@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from rtpurbo.devices import default_dtype, device_name, resolve_device
+from rtpurbo.errors import RTPurboError
+
+
+def test_auto_takes_what_there_is(monkeypatch):
+    assert resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["abacus", "cuda:99", ""])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(RTPurboError, match="not available here"):
+        resolve_device(name)
+
+
+def test_what_suits_a_device():
+    assert default_dtype(torch.device("cpu")) == torch.float32
+    assert default_dtype(torch.device("cuda")) == torch.bfloat16
+    assert device_name(torch.device("cpu")) == "cpu"

@@ -1,0 +1,26 @@
+import subprocess
+import sys
+
+import pytest
+
+import rtpurbo
+
+
+@pytest.mark.parametrize("name", rtpurbo.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(rtpurbo, name) is not None
+    assert name in dir(rtpurbo)
+
+
+def test_other_names_are_not():
+    with pytest.raises(AttributeError, match="no attribute 'sparse'"):
+        rtpurbo.sparse  # noqa: B018
+
+
+@pytest.mark.parametrize("statement", ["import rtpurbo", "import rtpurbo.cli"])
+def test_importing_is_light(statement):
+    code = f"{statement}; import sys; print({{'torch', 'transformers'}} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"

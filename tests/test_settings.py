@@ -1,0 +1,32 @@
+import pytest
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.settings import change_settings, preset_settings
+
+SETTINGS = preset_settings("quick", 4096)
+
+
+def test_changes_go_where_their_names_say():
+    changed = change_settings(
+        SETTINGS, {"stage1.steps": 7, "attention.top_p": 0.5, "seed": 3, "calibration.count": 4}
+    )
+    assert changed.stage1.steps == 7
+    assert changed.attention.top_p == 0.5
+    assert changed.attention.sliding_window == SETTINGS.attention.sliding_window
+    assert changed.seed == 3
+    assert changed.calibration.count == 4
+    assert changed.stage2 == SETTINGS.stage2
+    assert change_settings(SETTINGS, {}) == SETTINGS
+
+
+@pytest.mark.parametrize("name", ["steps", "stage3.steps", "stage1.stops", "seed.x"])
+def test_unknown_settings_are_refused(name):
+    with pytest.raises(RTPurboError, match=f"there is no setting '{name}'"):
+        change_settings(SETTINGS, {name: 1})
+
+
+def test_values_out_of_range_are_refused():
+    with pytest.raises(RTPurboError, match="cannot be negative"):
+        change_settings(SETTINGS, {"stage1.steps": -1})
+    with pytest.raises(RTPurboError, match="not by both"):
+        change_settings(SETTINGS, {"calibration.count": 1, "calibration.threshold": 0.5})

@@ -1,0 +1,33 @@
+"""Training sequences: drawn by number, the same in every run."""
+
+from dataclasses import replace
+
+import pytest
+
+from rtpurbo.data.texts import load_texts
+from rtpurbo.training.sequences import TrainingMix
+from tests.tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def mix():
+    return TrainingMix(tiny_tokenizer(), load_texts(None), (800, 1000), 0.25, 0, "test")
+
+
+def test_the_same_number_gives_the_same_sequence(mix):
+    assert mix.sequence(5) == replace(mix).sequence(5)
+    assert mix.sequence(5) != mix.sequence(7)
+    assert mix.sequence(5) != replace(mix, seed=1).sequence(5)
+    assert mix.sequence(5) != replace(mix, purpose="other").sequence(5)
+
+
+def test_lengths_take_turns(mix):
+    for number in range(6):
+        expected = (800, 1000)[number % 2]
+        assert 0.98 * expected <= len(mix.sequence(number).input_ids) <= expected
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_needles_have_their_share(mix, share, expected):
+    sequences = [replace(mix, needle_share=share).sequence(number) for number in range(8)]
+    assert sum(sequence.num_answer_tokens > 0 for sequence in sequences) == expected
