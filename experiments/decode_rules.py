@@ -30,8 +30,18 @@ RULES: dict[str, dict[str, Any]] = {
     "far .80": {"reading": "far", "top_p": 0.80, "far_floor": 0.02},
     "far .90": {"reading": "far", "top_p": 0.90, "far_floor": 0.02},
     "far .95": {"reading": "far", "top_p": 0.95, "far_floor": 0.02},
-    "residual .95, blocks of 16": {"reading": "residual", "top_p": 0.95, "granularity": "block", "block_size": 16},
-    "residual .95, blocks of 64": {"reading": "residual", "top_p": 0.95, "granularity": "block", "block_size": 64},
+    "residual .95, blocks of 16": {
+        "reading": "residual",
+        "top_p": 0.95,
+        "granularity": "block",
+        "block_size": 16,
+    },
+    "residual .95, blocks of 64": {
+        "reading": "residual",
+        "top_p": 0.95,
+        "granularity": "block",
+        "block_size": 64,
+    },
 }
 TASKS = {"single": 1, "multikey": 4}
 
@@ -59,7 +69,9 @@ def main() -> None:
     for number in range(arguments.samples):
         for task, num_keys in TASKS.items():
             rng = random.Random(f"decode-rules-{task}-{arguments.length}-{arguments.seed}-{number}")
-            example = make_retrieval_example(tokenizer, corpus, arguments.length, rng, num_keys=num_keys)
+            example = make_retrieval_example(
+                tokenizer, corpus, arguments.length, rng, num_keys=num_keys
+            )
             cache = HeadwiseCache(model)
             prompt = torch.tensor([example.prompt_ids], device=model.device)
             model(prompt[:, :-1], past_key_values=cache, logits_to_keep=1)
@@ -68,7 +80,11 @@ def main() -> None:
                 with using_rule(model, **RULES[name]), counting(model) as statistics:
                     token = prompt[:, -1:]
                     while len(written) < len(example.answer_ids) + 8:
-                        token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+                        token = (
+                            model(token, past_key_values=cache)
+                            .logits[:, -1]
+                            .argmax(-1, keepdim=True)
+                        )
                         written.append(int(token))
                         if written[-1] in stops:
                             break
@@ -79,7 +95,8 @@ def main() -> None:
         print(f"{number + 1} of {arguments.samples} ({time.time() - began:.0f} s)", flush=True)
         for name in arguments.rules:
             line = "  ".join(
-                f"{task} {right[name, task]:3d} read {sum(read[name, task]) / len(read[name, task]):.3f}" for task in TASKS
+                f"{task} {right[name, task]:3d} read {sum(read[name, task]) / len(read[name, task]):.3f}"
+                for task in TASKS
             )
             print(f"  {name:28s} {line}", flush=True)
     records = [

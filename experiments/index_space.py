@@ -39,7 +39,14 @@ VARIANTS = {
     "pre residual, trained at 2K": ("pre_rope", None, "residual", "covariance", 16, 2048),
     "post residual, trained at 2K": ("post_rope", None, "residual", "covariance", 16, 2048),
     "low 8K residual, trained at 2K": ("low_frequency", 8192.0, "residual", "covariance", 16, 2048),
-    "low 16K residual, trained at 2K": ("low_frequency", 16384.0, "residual", "covariance", 16, 2048),
+    "low 16K residual, trained at 2K": (
+        "low_frequency",
+        16384.0,
+        "residual",
+        "covariance",
+        16,
+        2048,
+    ),
 }
 READ_AT = {"paper": (0.9, 0.95), "residual": (0.9, 0.95), "far": (0.8, 0.9)}
 
@@ -58,7 +65,9 @@ def main() -> None:
 
     base = load_base_model(arguments.model, device=arguments.device)
     train, held_out = load_texts(arguments.data, "train"), load_texts(arguments.data, "heldout")
-    found = calibrate(base.model, base.tokenizer, train, CalibrationSettings(length=4096, num_documents=6))
+    found = calibrate(
+        base.model, base.tokenizer, train, CalibrationSettings(length=4096, num_documents=6)
+    )
     print(f"stability over documents: {found.stability}")
     windows = [
         held_out.sample_tokens(base.tokenizer, arguments.length, random.Random(f"probe-{number}"))
@@ -78,8 +87,12 @@ def main() -> None:
             base.tokenizer,
             train,
             held_out,
-            IndexerTrainingSettings(steps=arguments.steps, lengths=(trained_at,), start=start, probe_every=10_000),
-            progress=lambda stage, done, total, figures, losses=losses: losses.append(figures["loss"]),
+            IndexerTrainingSettings(
+                steps=arguments.steps, lengths=(trained_at,), start=start, probe_every=10_000
+            ),
+            progress=lambda stage, done, total, figures, losses=losses: losses.append(
+                figures["loss"]
+            ),
         )
         seconds = time.time() - began
         captured = [seen for window in windows for seen in capture_heads(base.model, window)]
@@ -92,7 +105,13 @@ def main() -> None:
                     for field in ("divergence", "tokens", "oracle_tokens", "recall")
                 }
                 results.append(
-                    {"variant": name, "reading": read, "top_p": top_p, "first_loss": sum(losses[:8]) / 8, **means}
+                    {
+                        "variant": name,
+                        "reading": read,
+                        "top_p": top_p,
+                        "first_loss": sum(losses[:8]) / 8,
+                        **means,
+                    }
                 )
                 print(
                     f"{name:34s} {read:8s} p={top_p:.2f} loss {sum(losses[:8]) / 8:.3f} -> {means['divergence']:.3f} "

@@ -46,15 +46,16 @@ class Problem:
             self.index_keys[:, indexed],
         )
 
-    def layered(self, layout: HeadLayout) -> tuple:
-        """The leading arguments of `headwise_attention`."""
+    def layered(self, layout: HeadLayout, num_selecting: int) -> tuple:
+        """The leading arguments of `headwise_attention`; the last rows select."""
+        index_queries = self.index_queries[:, layout.retrieval.heads, -num_selecting:]
         return (
             self.queries,
             self.query_positions,
             self.states(layout.full_key_value_heads, layout.retrieval.heads),
             self.states(layout.bounded_key_value_heads),
             layout,
-            self.index_queries[:, layout.retrieval.heads],
+            index_queries if num_selecting else None,
         )
 
     def rows(self, batch_rows: Sequence[int]) -> Problem:
@@ -276,11 +277,20 @@ def _keys_of(rule: AttentionRule, blocks: set[int], positions: np.ndarray) -> se
     return set(np.flatnonzero(chosen).tolist())
 
 
-def headwise_keys(problem: Problem, rule: AttentionRule, retrieval_heads: Sequence[int]) -> Tensor:
+def headwise_keys(
+    problem: Problem,
+    rule: AttentionRule,
+    retrieval_heads: Sequence[int],
+    num_decode_rows: int = 0,
+) -> Tensor:
     """What every head of a layer sees, bool [batch, heads, q_len, k_len]."""
     mask = near_keys(problem, rule.sliding_window, rule.num_sink_tokens).clone()
-    dense = rule.prefill_mode == "dense" and problem.queries.shape[2] > 1
-    retrieval = visible_keys(problem) if dense else retrieval_keys(problem, rule)
+    retrieval = retrieval_keys(problem, rule)
+    q_len = problem.queries.shape[2]
+    if rule.prefill_mode == "dense" and q_len > 1:
+        dense_rows = q_len - num_decode_rows
+        retrieval = retrieval.clone()
+        retrieval[:, :, :dense_rows] = visible_keys(problem)[:, :, :dense_rows]
     for head in retrieval_heads:
         mask[:, head] = retrieval[:, head]
     return mask

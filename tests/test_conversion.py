@@ -64,7 +64,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def whole(tiny_base, tmp_path_factory):
     """The artifact of an uninterrupted conversion."""
     return convert(
-        str(tiny_base), tmp_path_factory.mktemp("whole") / "artifact", settings=SETTINGS, device="cpu"
+        str(tiny_base),
+        tmp_path_factory.mktemp("whole") / "artifact",
+        settings=SETTINGS,
+        device="cpu",
     )
 
 
@@ -88,7 +91,9 @@ def test_the_log_tells_every_step(whole):
     entries = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
     steps = [(entry["stage"], entry["step"]) for entry in entries]
     expected = {"stage1": 30, "stage2": 6, "refresh": 10}
-    assert steps == [(name, step) for name, count in expected.items() for step in range(1, count + 1)]
+    assert steps == [
+        (name, step) for name, count in expected.items() for step in range(1, count + 1)
+    ]
     stage1 = [entry["loss"] for entry in entries if entry["stage"] == "stage1"]
     assert sum(stage1[-5:]) < sum(stage1[:5])
 
@@ -108,7 +113,11 @@ def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_p
     output = tmp_path / "artifact"
     with pytest.raises(Interruption):
         convert(
-            str(tiny_base), output, settings=SETTINGS, device="cpu", progress=interrupt_at(stage, step)
+            str(tiny_base),
+            output,
+            settings=SETTINGS,
+            device="cpu",
+            progress=interrupt_at(stage, step),
         )
     assert not output.exists()
     with pytest.raises(RTPurboError, match="--resume"):
@@ -122,7 +131,11 @@ def test_resuming_another_job_is_refused(tiny_base, tmp_path):
     output = tmp_path / "artifact"
     with pytest.raises(Interruption):
         convert(
-            str(tiny_base), output, settings=SETTINGS, device="cpu", progress=interrupt_at("stage1", 2)
+            str(tiny_base),
+            output,
+            settings=SETTINGS,
+            device="cpu",
+            progress=interrupt_at("stage1", 2),
         )
     other = replace(SETTINGS, seed=1)
     with pytest.raises(RTPurboError, match="another model, data or settings"):

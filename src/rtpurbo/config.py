@@ -44,7 +44,7 @@ class AttentionRule:
 
     num_sink_tokens: int = 4
     sliding_window: int = 8192
-    top_p: float = 0.95
+    top_p: float = 0.97
     reading: Reading = "residual"
     far_floor: float = 0.05
     granularity: Granularity = "token"
@@ -78,6 +78,17 @@ class AttentionRule:
         check_choice("reading", self.reading, Reading)
         check_choice("granularity", self.granularity, Granularity)
         check_choice("prefill_mode", self.prefill_mode, PrefillMode)
+
+    def num_selecting_rows(self, num_queries: int, num_decode_rows: int = 0) -> int:
+        """How many of the last query rows select their keys; retrieval heads are dense for the others.
+
+        Args:
+            num_queries: query rows of this call; a single one is a decoding step.
+            num_decode_rows: last rows that are treated as decoding steps although they come together.
+        """
+        if num_queries == 1 or self.prefill_mode != "dense":
+            return num_queries
+        return min(num_decode_rows, num_queries)
 
 
 @dataclass(frozen=True)
@@ -212,8 +223,8 @@ def head_map_from_dict(data: dict[str, Any]) -> HeadMap:
 
 
 def default_sliding_window(context_length: int) -> int:
-    """The window for a context: a sixteenth of it, from 256 to the paper's 8,192 keys.
+    """The window for a context: an eighth of it, from 256 to the paper's 8,192 keys.
 
-    At 4K to 8K a window of 512 keeps what 256 loses (docs/experiment-log.md).
+    Short windows, not the indexer, lose most before stage 2 (docs/experiment-log.md).
     """
-    return max(256, min(8192, 2 ** round(math.log2(context_length / 16))))
+    return max(256, min(8192, 2 ** round(math.log2(context_length / 8))))

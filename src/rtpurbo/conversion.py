@@ -99,7 +99,9 @@ def calibrate_model(
     """
     output = Path(output)
     if output.exists() and not force:
-        raise RTPurboError(f"{output} exists already; choose another file or pass --force to replace it.")
+        raise RTPurboError(
+            f"{output} exists already; choose another file or pass --force to replace it."
+        )
     place = resolve_device(device)
     base = load_base_model(model, device=place)
     settings = choose_settings(base, place, settings, "auto", changes)

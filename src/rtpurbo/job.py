@@ -122,9 +122,13 @@ class Job:
     def _check_lengths(self, base: BaseModel, settings: ConversionSettings) -> None:
         """What would otherwise be found out after minutes of work."""
         context = base.model.config.max_position_embeddings
-        longest = max(settings.calibration.length, *settings.stage1.lengths, *settings.stage2.lengths)
+        longest = max(
+            settings.calibration.length, *settings.stage1.lengths, *settings.stage2.lengths
+        )
         if longest > context:
-            raise RTPurboError(f"sequences of {longest} tokens do not fit the model's context of {context}.")
+            raise RTPurboError(
+                f"sequences of {longest} tokens do not fit the model's context of {context}."
+            )
         self.train_text.sample_tokens(base.tokenizer, longest, random.Random(0))
         self.held_out.sample_tokens(base.tokenizer, max(settings.stage1.lengths), random.Random(0))
 
@@ -185,7 +189,9 @@ class Job:
             )
             self._train_indexers(base, "refresh", refresh, on_student=True)
 
-    def _train_indexers(self, base: BaseModel, stage: str, settings: Any, *, on_student: bool) -> None:
+    def _train_indexers(
+        self, base: BaseModel, stage: str, settings: Any, *, on_student: bool
+    ) -> None:
         path = self.work / f"indexer_{stage}.safetensors"
         if path.is_file():
             load_indexers(base.model, read_tensors(path))
@@ -214,7 +220,11 @@ class Job:
         refresh = self.work / "indexer_refresh.safetensors"
         before: dict[str, Tensor] | None = read_tensors(stage1) if refresh.is_file() else None
         stage2 = self.work / "stage2"
-        kind = "none" if not stage2.is_dir() else ("lora" if self.settings.stage2.lora_rank else "full")
+        kind = (
+            "none"
+            if not stage2.is_dir()
+            else ("lora" if self.settings.stage2.lora_rank else "full")
+        )
         artifact = ArtifactConfig(
             base.reference,
             base.model.rtpurbo_config,
@@ -264,4 +274,6 @@ def read_head_map(path: Path) -> HeadMap:
     try:
         return head_map_from_dict(json.loads(path.read_text(encoding="utf-8"))["head_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise RTPurboError(f"{path} is not a head map of `rtpurbo calibrate`, or it is corrupt.") from error
+        raise RTPurboError(
+            f"{path} is not a head map of `rtpurbo calibrate`, or it is corrupt."
+        ) from error

@@ -47,7 +47,9 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
-            raise RTPurboError(f"the ratio of retrieval heads is {self.ratio}, but it must be from 0 to 1.")
+            raise RTPurboError(
+                f"the ratio of retrieval heads is {self.ratio}, but it must be from 0 to 1."
+            )
         if self.threshold is not None and self.count is not None:
             raise RTPurboError("choose retrieval heads by threshold or by count, not by both.")
         if self.num_documents < 1:
@@ -64,6 +66,8 @@ class IndexerTrainingSettings:
         lengths: tokens of a training sequence; sequences take them in turn.
         steps_per_sequence: optimiser steps on one captured sequence, each with fresh query rows.
         rows_per_step: query rows a step and head; None takes every row.
+        answer_weight: weight of the mean loss of rows that answer a question, beside that of the
+            others; they are few and retrieve, and are met at every step.
         learning_rate: peak of AdamW's, after warm-up, before cosine decay.
         weight_decay: AdamW's.
         warmup_steps: linear warm-up.
@@ -78,12 +82,13 @@ class IndexerTrainingSettings:
     lengths: tuple[int, ...] = (2048, 4096, 8192)
     steps_per_sequence: int = 8
     rows_per_step: int | None = 192
+    answer_weight: float = 1.0
     learning_rate: float = 5e-3
     weight_decay: float = 0.01
     warmup_steps: int = 20
     start: IndexerStart = "covariance"
     start_sequences: int = 3
-    needle_share: float = 0.25
+    needle_share: float = 0.5
     probe_sequences: int = 2
     probe_every: int = 50
 
@@ -108,22 +113,28 @@ class DistillationSettings:
         labels_per_sequence: label tokens of a sequence; answer tokens are always among them.
         answer_weight: weight of the answer tokens' mean loss beside the mean over all labels.
         needle_share: share of sequences that hold needles and a question.
+        decode_rows: last rows of prose that select their keys as decoding steps do; the rows that write
+            an answer always do, unless this is 0.
+        gradient_checkpointing: recompute activations in the backward pass, on a GPU: less memory, a
+            third more time.
         prefill_mode: what retrieval heads do in training: `dense` as in the paper, or with the selection on.
         refresh_steps: steps of stage 1 on the student at the end.
         checkpoint_every: steps between two checkpoints.
     """
 
     steps: int = 300
-    lengths: tuple[int, ...] = (2048, 4096, 8192)
-    learning_rate: float = 5e-4
+    lengths: tuple[int, ...] = (2048, 8192, 4096, 8192)
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 10
     lora_rank: int = 16
     lora_beyond_attention: bool = True
     top_logits: int = 10
-    labels_per_sequence: int = 2048
+    labels_per_sequence: int = 4096
     answer_weight: float = 1.0
     needle_share: float = 0.5
+    decode_rows: int = 256
+    gradient_checkpointing: bool = True
     prefill_mode: Literal["dense", "top_p", "row_share"] = "dense"
     refresh_steps: int = 100
     checkpoint_every: int = 20
@@ -172,7 +183,7 @@ def preset_settings(name: str, context_length: int) -> ConversionSettings:
             calibration=CalibrationSettings(length=2048, num_documents=3),
             stage1=IndexerTrainingSettings(
                 steps=60, lengths=(2048,), steps_per_sequence=15, rows_per_step=128, warmup_steps=5,
-                start_sequences=2, probe_sequences=1, probe_every=30,
+                start_sequences=2, probe_sequences=2, probe_every=30,
             ),
             stage2=DistillationSettings(
                 steps=20, lengths=(1536,), labels_per_sequence=512, warmup_steps=3, lora_rank=8,
@@ -196,9 +207,7 @@ def settings_for_context(settings: ConversionSettings, context_length: int) -> C
     return replace(settings, attention=rule)
 
 
-def change_settings(
-    settings: ConversionSettings, changes: Mapping[str, Any]
-) -> ConversionSettings:
+def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) -> ConversionSettings:
     """Settings with some fields changed, by dotted name: `{"stage1.steps": 100, "seed": 1}`.
 
     Raises:
@@ -216,7 +225,7 @@ def change_settings(
 
 
 def _within(lengths: tuple[int, ...], longest: int) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(min(length, longest) for length in lengths))
+    return tuple(min(length, longest) for length in lengths)
 
 
 def _check_training(steps: int, lengths: tuple[int, ...]) -> None:

@@ -47,7 +47,12 @@ CALLS = {
         **options,
     ),
     "headwise_attention": lambda problem, **options: headwise_attention(
-        *problem.layered(HeadLayout.build([0], 4, 2)), RULE, scaling=problem.scaling, **options
+        *problem.layered(
+            HeadLayout.build([0], 4, 2), RULE.num_selecting_rows(problem.queries.shape[2])
+        ),
+        RULE,
+        scaling=problem.scaling,
+        **options,
     ),
 }
 

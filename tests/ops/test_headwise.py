@@ -18,10 +18,13 @@ RULE = AttentionRule(
 HEAD_SETS = [(), (0,), (1, 2), (0, 3), (0, 1, 2), (0, 1, 2, 3)]
 
 
-def run(problem, rule, retrieval_heads, **options):
+def run(problem, rule, retrieval_heads, num_decode_rows=0, **options):
     heads, key_value_heads = problem.queries.shape[1], problem.keys.shape[1]
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
-    return headwise_attention(*problem.layered(layout), rule, scaling=problem.scaling, **options)
+    selecting = rule.num_selecting_rows(problem.queries.shape[2], num_decode_rows)
+    return headwise_attention(
+        *problem.layered(layout, selecting), rule, scaling=problem.scaling, **options
+    )
 
 
 @pytest.mark.parametrize("retrieval_heads", HEAD_SETS, ids=str)
@@ -38,6 +41,17 @@ def test_equals_the_oracle(retrieval_heads, mode, q_len, k_len):
     output, log_sum_exp = run(problem, rule, retrieval_heads)
     torch.testing.assert_close(output, expected[0])
     assert log_sum_exp is None
+
+
+@pytest.mark.parametrize("num_decode_rows", [1, 7, 30])
+@pytest.mark.parametrize("padding", [(0,), (0, 17)])
+def test_last_rows_select_as_in_decoding(num_decode_rows, padding):
+    problem = random_problem(30, 63, padding=padding)
+    mask = oracles.headwise_keys(problem, RULE, (0, 3), num_decode_rows)
+    assert (mask != oracles.headwise_keys(problem, RULE, (0, 3))).any()
+    expected = oracles.attend(problem, mask)
+    actual = run(problem, RULE, (0, 3), num_decode_rows, return_log_sum_exp=True)
+    torch.testing.assert_close(actual, expected)
 
 
 @given(

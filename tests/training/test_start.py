@@ -64,7 +64,9 @@ def test_more_dimensions_than_features_leaves_the_rest_zero(states):
 def test_weight_start_is_exact_for_white_inputs_at_full_rank(family):
     model = tiny_model(family)
     config = sparse_config(model, index_space="pre_rope")
-    make_sparse(model, replace(config, indexer=IndexerSettings(index_dim=8, index_space="pre_rope")))
+    make_sparse(
+        model, replace(config, indexer=IndexerSettings(index_dim=8, index_space="pre_rope"))
+    )
     start_indexers(model, "weight", [])
     for module in headwise_modules(model):
         for query, key in zip(module.indexer.query_weight, module.indexer.key_weight, strict=True):

@@ -17,7 +17,9 @@ from rtpurbo.settings import CalibrationSettings
 Scores = Sequence[Sequence[float] | None]
 
 
-def choose_heads(scores: Scores, num_key_value_heads: int, settings: CalibrationSettings) -> HeadMap:
+def choose_heads(
+    scores: Scores, num_key_value_heads: int, settings: CalibrationSettings
+) -> HeadMap:
     """Ranks all heads of all layers together and takes the best.
 
     With `kv_group` granularity a group ranks by its best head and is taken whole, until as many heads as asked for
@@ -47,7 +49,9 @@ def choose_heads(scores: Scores, num_key_value_heads: int, settings: Calibration
     else:
         wanted = settings.count if settings.count is not None else math.ceil(settings.ratio * total)
         if not 0 <= wanted <= total:
-            raise RTPurboError(f"{wanted} retrieval heads were asked for, but the model has {total} query heads.")
+            raise RTPurboError(
+                f"{wanted} retrieval heads were asked for, but the model has {total} query heads."
+            )
         taken = units[: -(-wanted // unit)]
     chosen: list[list[int] | None] = [None if row is None else [] for row in scores]
     for _, layer, first in taken:

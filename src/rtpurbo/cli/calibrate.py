@@ -17,6 +17,7 @@ def calibrate(
     ratio: options.Ratio = None,
     threshold: options.Threshold = None,
     count: options.Count = None,
+    others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     force: options.Force = False,
@@ -42,7 +43,8 @@ def calibrate(
                     "calibration.threshold": threshold,
                     "calibration.count": count,
                     "seed": seed,
-                }
+                },
+                others,
             ),
             data=data or None,
             device=device,

@@ -31,6 +31,7 @@ def convert(
     stage1_steps: options.Stage1Steps = None,
     stage2_steps: options.Stage2Steps = None,
     lora_rank: options.LoraRank = None,
+    others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     resume: options.Resume = False,
@@ -65,7 +66,8 @@ def convert(
                     "stage2.steps": stage2_steps,
                     "stage2.lora_rank": lora_rank,
                     "seed": seed,
-                }
+                },
+                others,
             ),
             data=data or None,
             device=device,

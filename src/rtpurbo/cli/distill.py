@@ -13,6 +13,7 @@ def distill(
     data: options.Data = None,
     stage2_steps: options.Stage2Steps = None,
     lora_rank: options.LoraRank = None,
+    others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     resume: options.Resume = False,
@@ -30,7 +31,8 @@ def distill(
             artifact,
             output_dir,
             changes=options.given(
-                {"stage2.steps": stage2_steps, "stage2.lora_rank": lora_rank, "seed": seed}
+                {"stage2.steps": stage2_steps, "stage2.lora_rank": lora_rank, "seed": seed},
+                others,
             ),
             data=data or None,
             device=device,

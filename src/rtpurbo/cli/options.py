@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rtpurbo.config import IndexSpace, Reading
+from rtpurbo.errors import RTPurboError
 
 _HEADS = "Which heads retrieve"
 _ATTENTION = "What heads see"
@@ -76,7 +78,7 @@ Count = Annotated[
 Window = Annotated[
     int | None,
     typer.Option(
-        help="Recent keys that every head sees. Left out: a sixteenth of the model's context.",
+        help="Recent keys that every head sees. Left out: an eighth of the model's context.",
         show_default=False,
         rich_help_panel=_ATTENTION,
     ),
@@ -139,8 +141,34 @@ LoraRank = Annotated[
         rich_help_panel=_TRAINING,
     ),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other setting by its name, such as stage2.decode_rows=0 or "
+        "stage1.lengths=[4096,8192]; `rtpurbo.settings` describes them. Repeat it for several.",
+        show_default=False,
+        rich_help_panel=_TRAINING,
+    ),
+]
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Settings, by dotted name, that the user gave a value."""
-    return {name: value for name, value in options.items() if value is not None}
+def given(options: dict[str, Any], others: list[str] | None = None) -> dict[str, Any]:
+    """Settings, by dotted name, that the user gave a value.
+
+    Args:
+        options: values of the options, by the setting's name; None where one was left out.
+        others: NAME=VALUE, as `--set` takes them; values are JSON, or plain text.
+    """
+    changes = {name: value for name, value in options.items() if value is not None}
+    for assignment in others or []:
+        name, found, text = assignment.partition("=")
+        if not found:
+            raise RTPurboError(f"--set {assignment} names no value: write NAME=VALUE.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        changes[name] = tuple(value) if isinstance(value, list) else value
+    return changes

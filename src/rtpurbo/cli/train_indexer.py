@@ -21,6 +21,7 @@ def train_indexer(
     index_space: options.IndexSpaceOption = None,
     index_dim: options.IndexDim = None,
     stage1_steps: options.Stage1Steps = None,
+    others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     resume: options.Resume = False,
@@ -48,7 +49,8 @@ def train_indexer(
                     "indexer.index_dim": index_dim,
                     "stage1.steps": stage1_steps,
                     "seed": seed,
-                }
+                },
+                others,
             ),
             data=data or None,
             device=device,

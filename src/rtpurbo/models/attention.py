@@ -147,6 +147,7 @@ class HeadwiseAttention(nn.Module):
         self.retrieval_heads = list(config.head_map.retrieval_heads[self.layer_idx] or ())
         self.rule = config.attention
         self.dense = False
+        self.num_decode_rows = 0
         self.backend = "auto"
         self.statistics: SelectionStatistics | None = None
         self.observer: Callable[[LayerObservation], None] | None = None
@@ -269,8 +270,8 @@ class HeadwiseAttention(nn.Module):
         layout: HeadLayout,
         caching: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Index queries and keys of the retrieval heads, where something will read them."""
-        selecting = self.rule.prefill_mode != "dense" or queries.shape[2] == 1
+        """Index queries of the rows that select and index keys, where something will read them."""
+        selecting = self.rule.num_selecting_rows(queries.shape[2], self.num_decode_rows)
         if not self.retrieval_heads or not (selecting or caching):
             return None, None
         heads = layout.retrieval.heads
@@ -281,7 +282,9 @@ class HeadwiseAttention(nn.Module):
             )
             if not selecting:
                 return None, index_keys
-            features = self.indexer.features(raw_queries[:, heads], queries[:, heads])
+            features = self.indexer.features(
+                raw_queries[:, heads, -selecting:], queries[:, heads, -selecting:]
+            )
             return self.indexer.index_queries(features), index_keys
 
     def _cache_layer(self, past_key_values: Any) -> HeadwiseLayer | None:

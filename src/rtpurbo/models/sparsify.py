@@ -193,6 +193,22 @@ def counting(model: PreTrainedModel) -> Iterator[SelectionStatistics]:
 
 
 @contextmanager
+def decoding_last(model: PreTrainedModel, num_decode_rows: int) -> Iterator[None]:
+    """Treats the last rows of every forward as decoding steps: they select where prefill is dense.
+
+    So training can meet what `generate` does, prompt dense and answer sparse, in one forward.
+    """
+    modules = headwise_modules(model)
+    for module in modules:
+        module.num_decode_rows = num_decode_rows
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.num_decode_rows = 0
+
+
+@contextmanager
 def running_dense(model: PreTrainedModel) -> Iterator[None]:
     """Runs a sparse model's attention dense for a while, as the original would, without a cache."""
     modules = headwise_modules(model)

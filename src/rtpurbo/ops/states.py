@@ -31,6 +31,17 @@ class KeyValueStates:
     index_keys: Tensor | None = None
     in_order: bool = False
 
+    def without_last(self, count: int) -> KeyValueStates:
+        """The same without the last `count` keys of the tensor."""
+        end = self.keys.shape[2] - count
+        return KeyValueStates(
+            self.keys[:, :, :end],
+            self.values[:, :, :end],
+            self.positions[:, :end],
+            None if self.index_keys is None else self.index_keys[:, :, :end],
+            self.in_order,
+        )
+
 
 @dataclass(frozen=True)
 class HeadGroup:

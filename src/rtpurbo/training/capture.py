@@ -72,7 +72,9 @@ def merge_heads(captured: list[CapturedHeads]) -> list[CapturedHeads]:
     ]
 
 
-def capture_heads(model: PreTrainedModel, input_ids: list[int], *, dense: bool = True) -> list[CapturedHeads]:
+def capture_heads(
+    model: PreTrainedModel, input_ids: list[int], *, dense: bool = True
+) -> list[CapturedHeads]:
     """Runs the frozen model over a sequence and keeps what the retrieval heads' indexers need.
 
     Args:
@@ -80,7 +82,9 @@ def capture_heads(model: PreTrainedModel, input_ids: list[int], *, dense: bool =
         input_ids: the sequence.
         dense: attention of the teacher; False takes the sparse student as it is.
     """
-    modules: dict[int, HeadwiseAttention] = {module.layer_idx: module for module in headwise_modules(model)}
+    modules: dict[int, HeadwiseAttention] = {
+        module.layer_idx: module for module in headwise_modules(model)
+    }
     captured: list[CapturedHeads] = []
 
     def keep(seen: LayerObservation) -> None:

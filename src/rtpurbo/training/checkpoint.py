@@ -28,7 +28,13 @@ class Checkpoint:
         self.every = every
 
     def save(
-        self, step: int, parameters: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler, *, force: bool = False
+        self,
+        step: int,
+        parameters: Sequence[Tensor],
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        *,
+        force: bool = False,
     ) -> None:
         """Saves after `step` steps, if it is time."""
         if self.path is None or (step % self.every and not force):
@@ -42,7 +48,9 @@ class Checkpoint:
         with whole_file(self.path) as temporary:
             torch.save(state, temporary)
 
-    def restore(self, parameters: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler) -> int:
+    def restore(
+        self, parameters: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler
+    ) -> int:
         """Loads what was saved last and returns the steps done; 0 if there is nothing."""
         if self.path is None or not self.path.is_file():
             return 0

@@ -43,7 +43,12 @@ def row_logits(
     near = near_mask(positions, seen.positions, rule.sliding_window, rule.num_sink_tokens)
     far = causal_mask(positions, seen.positions) & ~near
     exact = seen.logits(rows)
-    return exact, estimated_logits(rule.reading, exact, seen.index_scores(rows), near, far), near, far
+    return (
+        exact,
+        estimated_logits(rule.reading, exact, seen.index_scores(rows), near, far),
+        near,
+        far,
+    )
 
 
 def indexer_loss(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) -> Tensor:

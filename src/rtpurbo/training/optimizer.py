@@ -11,7 +11,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, warmup_steps: int, steps: int
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    warmup_steps: int,
+    steps: int,
 ) -> tuple[AdamW, LambdaLR]:
     """AdamW and its schedule, to be stepped together.
 

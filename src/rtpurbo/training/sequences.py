@@ -46,7 +46,9 @@ class TrainingMix:
         rng = random.Random(f"{self.purpose}-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
         # Spread the kinds evenly instead of drawing them, so that short runs get their share too.
-        has_needles = int((number + 1) * self.needle_share) > int(number * self.needle_share)
+        # The shift lets every length meet both kinds.
+        turn = number + number // len(self.lengths)
+        has_needles = int((turn + 1) * self.needle_share) > int(turn * self.needle_share)
         if not has_needles:
             start = begin_ids(self.tokenizer)
             prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)

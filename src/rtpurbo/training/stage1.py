@@ -21,10 +21,14 @@ from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.indexer_loss import indexer_loss, rows_with_far_keys, selection_quality
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.optimizer import make_optimizer
-from rtpurbo.training.sequences import TrainingMix
+from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from rtpurbo.training.start import start_indexers
 
 PROBE_ROWS = 128
+LOGGED = ("recall", "answer_recall", "tokens", "oracle_tokens")
+
+Captured = tuple[list[CapturedHeads], Tensor]
+"""States of a sequence, and its rows that answer a question."""
 
 
 def train_indexers(
@@ -60,7 +64,8 @@ def train_indexers(
         progress: told after each step.
 
     Returns:
-        The last probe's figures: recall, tokens, oracle_tokens, divergence, each a mean over heads, and `by_head`.
+        The last probe's figures: recall, tokens, oracle_tokens and divergence, each a mean over
+        heads; answer_recall, of rows that answer a question; and `by_head`.
 
     Raises:
         RTPurboError: no head retrieves, or sequences leave nothing to select.
@@ -76,13 +81,17 @@ def train_indexers(
     parameters = [weight for module in modules for weight in module.indexer.parameters()]
 
     mix = TrainingMix(tokenizer, corpus, settings.lengths, settings.needle_share, seed, stage)
-    probe_mix = replace(mix, corpus=held_out, needle_share=0.0, purpose=f"{stage}-probe")
+    probe_mix = replace(mix, corpus=held_out, purpose=f"{stage}-probe")
     probes = [
-        capture_heads(model, probe_mix.sequence(number).input_ids, dense=not on_student)
+        _capture(model, probe_mix.sequence(number), on_student)
         for number in range(settings.probe_sequences)
     ]
     optimizer, schedule = make_optimizer(
-        parameters, settings.learning_rate, settings.weight_decay, settings.warmup_steps, settings.steps
+        parameters,
+        settings.learning_rate,
+        settings.weight_decay,
+        settings.warmup_steps,
+        settings.steps,
     )
     first = checkpoint.restore(parameters, optimizer, schedule)
     if first == 0 and not on_student:
@@ -90,58 +99,84 @@ def train_indexers(
         start_indexers(model, settings.start, starts, seed=seed)
 
     figures = _probe(probes, rule)
-    captured: list[CapturedHeads] = []
+    captured: Captured | None = None
     for weight in parameters:
         weight.requires_grad_(True)
     for step in range(first, settings.steps):
         number, turn = divmod(step, settings.steps_per_sequence)
-        if turn == 0 or not captured:
-            captured = capture_heads(model, mix.sequence(number).input_ids, dense=not on_student)
-        loss = _step(captured, rule, settings.rows_per_step, f"{stage}-{seed}-{step}")
+        if turn == 0 or captured is None:
+            captured = _capture(model, mix.sequence(number), on_student)
+        loss = _step(captured, rule, settings, f"{stage}-{seed}-{step}")
         if not torch.isfinite(loss):
-            raise RTPurboError(f"{stage} diverged at step {step} (loss {float(loss)}): lower the learning rate.")
+            raise RTPurboError(
+                f"{stage} diverged at step {step} (loss {float(loss)}): lower the learning rate."
+            )
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         entry: dict[str, Any] = {"stage": stage, "step": step + 1, "loss": round(float(loss), 6)}
         if (step + 1) % settings.probe_every == 0 or step + 1 == settings.steps:
             figures = _probe(probes, rule)
-            entry.update({name: round(figures[name], 4) for name in ("recall", "tokens", "oracle_tokens")})
+            entry.update({name: round(figures[name], 4) for name in LOGGED if name in figures})
         log.write(entry)
         checkpoint.save(step + 1, parameters, optimizer, schedule)
-        progress(stage, step + 1, settings.steps, {"loss": float(loss), "recall": figures["recall"]})
+        progress(
+            stage, step + 1, settings.steps, {"loss": float(loss), "recall": figures["recall"]}
+        )
     for weight in parameters:
         weight.requires_grad_(False)
     return figures
 
 
-def _step(captured: list[CapturedHeads], rule: AttentionRule, rows_per_step: int | None, seed: str) -> Tensor:
-    """Backpropagates one step; the loss is the mean over all heads, the gradient that of their sum."""
+def _capture(model: PreTrainedModel, sequence: TrainingSequence, on_student: bool) -> Captured:
+    heads = capture_heads(model, sequence.input_ids, dense=not on_student)
+    last = len(sequence.input_ids) - 1
+    return heads, torch.arange(last - sequence.num_answer_tokens, last, device=model.device)
+
+
+def _step(
+    captured: Captured, rule: AttentionRule, settings: IndexerTrainingSettings, seed: str
+) -> Tensor:
+    """Backpropagates one step; the loss is the mean over all heads, the gradient that of their sum.
+
+    Rows that answer a question are one in hundreds, but they are what retrieval is for: a random
+    choice would hardly ever meet them, so they are learnt from at every step.
+    """
+    heads, answer_rows = captured
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(56))
-    candidates = rows_with_far_keys(captured[0], rule).cpu()
-    if rows_per_step is not None and rows_per_step < candidates.numel():
-        candidates = candidates[torch.randperm(candidates.numel(), generator=generator)[:rows_per_step]]
-    rows = candidates.to(captured[0].queries.device)
+    rows = rows_with_far_keys(heads[0], rule)
+    if settings.rows_per_step is not None and settings.rows_per_step < rows.numel():
+        chosen = torch.randperm(rows.numel(), generator=generator)[: settings.rows_per_step]
+        rows = rows[chosen.to(rows.device)]
+    total = _backpropagate(heads, rows, rule, 1.0)
+    if answer_rows.numel():
+        _backpropagate(heads, answer_rows, rule, settings.answer_weight)
+    return total / sum(len(seen.names) for seen in heads)
+
+
+def _backpropagate(
+    heads: list[CapturedHeads], rows: Tensor, rule: AttentionRule, weight: float
+) -> Tensor:
+    """Adds to the gradients; returns the loss, mean over rows and sum over heads."""
     total = torch.zeros((), device=rows.device)
-    heads = 0
-    for seen in captured:
+    for seen in heads:
         # A few rows at a time bound the memory; their gradients add up.
         for chunk in query_chunks(rows.numel(), len(seen.names) * seen.keys.shape[2]):
             part = rows[chunk]
-            losses = indexer_loss(seen, part, rule) * (part.numel() / rows.numel())
-            losses.sum().backward()
-            total += losses.detach().sum()
-        heads += len(seen.names)
-    return total / heads
+            loss = indexer_loss(seen, part, rule).sum() * (part.numel() / rows.numel())
+            (weight * loss).backward()
+            total += loss.detach()
+    return total
 
 
 @torch.no_grad()
-def _probe(probes: list[list[CapturedHeads]], rule: AttentionRule) -> dict[str, Any]:
+def _probe(probes: list[Captured], rule: AttentionRule) -> dict[str, Any]:
     """Selection quality on held-out text, mean over sequences, rows and heads; and for each head."""
     by_head: dict[str, dict[str, float]] = {}
     names = ("recall", "tokens", "oracle_tokens", "divergence")
-    for captured in probes:
-        for seen in captured:
+    answer_recalls = []
+    for heads, answer_rows in probes:
+        for seen in heads:
             rows = rows_with_far_keys(seen, rule)
             rows = rows[:: max(1, rows.numel() // PROBE_ROWS)]
             quality = selection_quality(seen, rows, rule)
@@ -150,11 +185,20 @@ def _probe(probes: list[list[CapturedHeads]], rule: AttentionRule) -> dict[str, 
                 entry = by_head.setdefault(f"{layer}.{head}", dict.fromkeys(names, 0.0))
                 for name in names:
                     entry[name] += values[name][number] / len(probes)
-    means = {name: sum(entry[name] for entry in by_head.values()) / max(1, len(by_head)) for name in names}
-    return {**means, "by_head": by_head}
+            if answer_rows.numel():
+                answer_recalls += selection_quality(seen, answer_rows, rule).recall.tolist()
+    figures: dict[str, Any] = {
+        name: sum(entry[name] for entry in by_head.values()) / max(1, len(by_head))
+        for name in names
+    }
+    if answer_recalls:
+        figures["answer_recall"] = sum(answer_recalls) / len(answer_recalls)
+    return {**figures, "by_head": by_head}
 
 
-def _check_lengths(model: PreTrainedModel, settings: IndexerTrainingSettings, rule: AttentionRule) -> None:
+def _check_lengths(
+    model: PreTrainedModel, settings: IndexerTrainingSettings, rule: AttentionRule
+) -> None:
     context = model.config.max_position_embeddings
     if max(settings.lengths) > context:
         raise RTPurboError(
@@ -166,4 +210,3 @@ def _check_lengths(model: PreTrainedModel, settings: IndexerTrainingSettings, ru
             f"stage 1 needs sequences longer than sinks and window ({shortest} tokens), "
             f"but one length is {min(settings.lengths)}."
         )
-

@@ -17,7 +17,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, whole_folder
 from rtpurbo.models.artifact import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
 from rtpurbo.models.families import family_of
-from rtpurbo.models.sparsify import running_dense, using_rule
+from rtpurbo.models.sparsify import decoding_last, running_dense, using_rule
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
@@ -73,22 +73,34 @@ def distill(
             targets.fill(model, number)
             progress("teacher", number + 1, settings.steps, {})
 
-    with trainable(model, settings, seed) as student, using_rule(model, prefill_mode=settings.prefill_mode):
+    with (
+        trainable(model, settings, seed) as student,
+        using_rule(model, prefill_mode=settings.prefill_mode),
+    ):
         parameters = [weight for weight in student.parameters() if weight.requires_grad]
         optimizer, schedule = make_optimizer(
-            parameters, settings.learning_rate, settings.weight_decay, settings.warmup_steps, settings.steps
+            parameters,
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.warmup_steps,
+            settings.steps,
         )
         first = checkpoint.restore(parameters, optimizer, schedule)
         for step in range(first, settings.steps):
             sequence, label = mix.sequence(step), targets.read(step).to(model.device)
-            with _autocast(model):
+            decode_rows = min(
+                settings.decode_rows, sequence.num_answer_tokens or settings.decode_rows
+            )
+            with _autocast(model), decoding_last(model, decode_rows):
                 logits = label_logits(model, sequence.input_ids, label.positions)
             divergence = top_logits_divergence(logits, label)
             loss = divergence.mean()
             if sequence.num_answer_tokens:
                 loss = loss + settings.answer_weight * divergence[label.answers].mean()
             if not torch.isfinite(loss):
-                raise RTPurboError(f"stage 2 diverged at step {step} (loss {float(loss)}): lower the learning rate.")
+                raise RTPurboError(
+                    f"stage 2 diverged at step {step} (loss {float(loss)}): lower the learning rate."
+                )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -109,14 +121,16 @@ def trainable(
     model: PreTrainedModel, settings: DistillationSettings, seed: int
 ) -> Iterator[PreTrainedModel | PeftModel]:
     """The model ready to be trained; its base weights and modules come back afterwards."""
-    checkpointing = model.device.type == "cuda"
+    checkpointing = settings.gradient_checkpointing and model.device.type == "cuda"
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student: PreTrainedModel | PeftModel = model
     before: dict[str, torch.Tensor] = {}
     if settings.lora_rank:
         family = family_of(model.config)
-        names = family.attention_projections + (family.other_projections if settings.lora_beyond_attention else ())
+        names = family.attention_projections + (
+            family.other_projections if settings.lora_beyond_attention else ()
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             student = get_peft_model(
@@ -151,7 +165,9 @@ def trainable(
 def _save(student: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Writes what stage 2 trained: LoRA in bf16 (its rounding is far below its effect), full weights as they are."""
     if not isinstance(student, PeftModel):
-        weights = {name: weight for name, weight in student.named_parameters() if ".indexer." not in name}
+        weights = {
+            name: weight for name, weight in student.named_parameters() if ".indexer." not in name
+        }
         save_tensors_atomically(folder / FULL_WEIGHTS_FILE, weights)
         return
     with whole_folder(folder / ADAPTER_FOLDER, overwrite=True) as temporary:
@@ -160,7 +176,9 @@ def _save(student: PreTrainedModel | PeftModel, folder: Path) -> None:
         student.save_pretrained(str(temporary))
         (temporary / "README.md").unlink(missing_ok=True)
         path = temporary / "adapter_model.safetensors"
-        save_tensors_atomically(path, {name: weight.bfloat16() for name, weight in load_file(path).items()})
+        save_tensors_atomically(
+            path, {name: weight.bfloat16() for name, weight in load_file(path).items()}
+        )
 
 
 def _autocast(model: PreTrainedModel) -> Any:

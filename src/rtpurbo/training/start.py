@@ -39,7 +39,9 @@ def start_indexers(
         for module in headwise_modules(model):
             if module.retrieval_heads:
                 for weight in module.indexer.parameters():
-                    drawn = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+                    drawn = (
+                        torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+                    )
                     weight.data.copy_(drawn)
 
 

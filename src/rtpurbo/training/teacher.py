@@ -36,7 +36,9 @@ class TeacherTargets:
         return TeacherTargets(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def label_positions(sequence: TrainingSequence, num_labels: int, seed: str) -> tuple[Tensor, Tensor]:
+def label_positions(
+    sequence: TrainingSequence, num_labels: int, seed: str
+) -> tuple[Tensor, Tensor]:
     """Which positions are learnt from: all that predict answer tokens, and a random choice of the others.
 
     Returns:
@@ -88,7 +90,9 @@ class TeacherCache:
         if self._path(number).is_file():
             return
         sequence = self.mix.sequence(number)
-        positions, answers = label_positions(sequence, self.num_labels, f"labels-{self.mix.seed}-{number}")
+        positions, answers = label_positions(
+            sequence, self.num_labels, f"labels-{self.mix.seed}-{number}"
+        )
         logits = label_logits(teacher, sequence.input_ids, positions)
         top = logits.log_softmax(-1).topk(self.top_logits)
         save_tensors_atomically(

@@ -26,8 +26,8 @@ def headwise_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Retrieval heads over selected keys, local heads over sinks and window.
 
-    Retrieval heads are dense where the rule says so: `prefill_mode` `dense` with more than one
-    query row.
+    Which rows of the retrieval heads select is told by the index queries given: those of the last
+    rows, as many as `rule.num_selecting_rows` says. The rows before them are dense.
 
     Args:
         query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
@@ -35,8 +35,8 @@ def headwise_attention(
         full: states of the KV heads kept whole, with index keys for the retrieval heads.
         bounded: states of the other KV heads; sinks and the last W keys are enough.
         layout: which head does what.
-        index_queries: [batch, num_retrieval_heads, q_len, index_dim], or None if nothing is to be
-            selected.
+        index_queries: [batch, num_retrieval_heads, selecting rows, index_dim] of the last rows, or
+            None if no row selects.
         rule: windows and selection.
         scaling: factor on the dot products.
         statistics: counts what retrieval heads select, if given.
@@ -48,32 +48,19 @@ def headwise_attention(
     """
     parts: list[tuple[Tensor, Tensor | None]] = []
     if len(layout.retrieval):
-        queries, readers = query_states[:, layout.retrieval.heads], layout.retrieval.key_value_heads
-        if index_queries is None or (rule.prefill_mode == "dense" and query_states.shape[2] > 1):
-            parts.append(
-                causal_attention(
-                    queries,
-                    query_positions,
-                    full,
-                    readers,
-                    scaling=scaling,
-                    return_log_sum_exp=return_log_sum_exp,
-                )
+        parts.append(
+            _retrieval_heads(
+                query_states[:, layout.retrieval.heads],
+                query_positions,
+                full,
+                layout.retrieval.key_value_heads,
+                index_queries,
+                rule,
+                scaling,
+                statistics,
+                return_log_sum_exp,
             )
-        else:
-            parts.append(
-                retrieval_attention(
-                    queries,
-                    query_positions,
-                    full,
-                    readers,
-                    index_queries,
-                    rule,
-                    scaling=scaling,
-                    statistics=statistics,
-                    return_log_sum_exp=return_log_sum_exp,
-                )
-            )
+        )
     for group, states in ((layout.local_full, full), (layout.local_bounded, bounded)):
         if len(group):
             parts.append(
@@ -92,3 +79,49 @@ def headwise_attention(
     if not return_log_sum_exp:
         return output, None
     return output, torch.cat([part for _, part in parts if part is not None], 1)[:, layout.order]
+
+
+def _retrieval_heads(
+    queries: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    readers: Tensor,
+    index_queries: Tensor | None,
+    rule: AttentionRule,
+    scaling: float,
+    statistics: SelectionStatistics | None,
+    return_log_sum_exp: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The last rows, those that have index queries, over selected keys; the rows before them dense."""
+    num_selecting = 0 if index_queries is None else index_queries.shape[2]
+    num_dense = queries.shape[2] - num_selecting
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    if num_dense:
+        parts.append(
+            causal_attention(
+                queries[:, :, :num_dense],
+                query_positions[:, :num_dense],
+                states.without_last(num_selecting),
+                readers,
+                scaling=scaling,
+                return_log_sum_exp=return_log_sum_exp,
+            )
+        )
+    if index_queries is not None:
+        parts.append(
+            retrieval_attention(
+                queries[:, :, num_dense:],
+                query_positions[:, num_dense:],
+                states,
+                readers,
+                index_queries,
+                rule,
+                scaling=scaling,
+                statistics=statistics,
+                return_log_sum_exp=return_log_sum_exp,
+            )
+        )
+    output = torch.cat([part for part, _ in parts], 2)
+    if not return_log_sum_exp:
+        return output, None
+    return output, torch.cat([part for _, part in parts if part is not None], 2)
