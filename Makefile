@@ -7,7 +7,6 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.6.0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,14 +17,10 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
-# torch comes first, so that the other packages settle for the build chosen here. Some builds of
-# torch bring no triton; where there is none to install, the tests of the kernels skip themselves.
+# torch comes first, so that the other packages settle for the build chosen here.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then \
-		$(BIN)/python -m pip install --quiet $(TRITON) || echo "continuing without triton"; \
-	fi
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $(READY)
 

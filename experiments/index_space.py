@@ -2,8 +2,9 @@
 
     python experiments/index_space.py --data books.jsonl.gz --device cuda --output index_space.json
 
-Prints, for each variant: KL before and after training, far tokens selected and attention mass kept (mean over the second
-half of held-out windows, all retrieval heads), and what the same rule would select from exact scores.
+Prints, for each variant: KL before and after training, far tokens selected and attention mass kept
+(mean over the second half of held-out windows, all retrieval heads), and what the same rule would
+select from exact scores.
 """
 
 from __future__ import annotations

@@ -40,14 +40,14 @@ SETTINGS = ConversionSettings(
 )  # fmt: skip
 
 
-class Interruption(Exception):
+class InterruptionError(Exception):
     """Stands for a killed process."""
 
 
 def interrupt_at(stage, step):
     def progress(current, done, total, figures):
         if (current, done) == (stage, step):
-            raise Interruption
+            raise InterruptionError
 
     return progress
 
@@ -111,7 +111,7 @@ def test_before_stage2_is_kept_apart(whole):
 )  # fmt: skip
 def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_path):
     output = tmp_path / "artifact"
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         convert(
             str(tiny_base),
             output,
@@ -129,7 +129,7 @@ def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_p
 
 def test_resuming_another_job_is_refused(tiny_base, tmp_path):
     output = tmp_path / "artifact"
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         convert(
             str(tiny_base),
             output,

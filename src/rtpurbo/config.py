@@ -34,6 +34,7 @@ class AttentionRule:
         top_p: mass that the indexer's selection must reach, in (0, 1]; 1 selects every key.
         reading: what the mass is a share of; see `rtpurbo.ops.eager.selection`.
         far_floor: reading `far` selects nothing for rows whose estimated far mass is below this.
+        min_tokens: far tokens that a row selects at the least, however much mass lies near.
         granularity: what a row selects when it selects for itself: tokens, or blocks of keys.
         block_size: keys in a block; blocks are aligned to position 0.
         prefill_mode: what retrieval heads do with more than one query row: `dense` (the paper),
@@ -47,6 +48,7 @@ class AttentionRule:
     top_p: float = 0.97
     reading: Reading = "residual"
     far_floor: float = 0.05
+    min_tokens: int = 0
     granularity: Granularity = "token"
     block_size: int = 64
     prefill_mode: PrefillMode = "dense"
@@ -66,6 +68,8 @@ class AttentionRule:
             )
         if self.block_size < 1 or self.query_block_size < 1:
             raise RTPurboError("block_size and query_block_size must be at least 1.")
+        if self.min_tokens < 0:
+            raise RTPurboError(f"min_tokens is {self.min_tokens}, but it cannot be negative.")
         if self.num_sink_tokens < 0:
             raise RTPurboError(
                 f"num_sink_tokens is {self.num_sink_tokens}, but it cannot be negative."

@@ -50,7 +50,8 @@ HEAD_MAP_FILE = "head_map.json"
 class Job:
     """One conversion: its work folder, and the stages that read and write it.
 
-    Every stage leaves one file when it is done and is skipped if the file is there; while it runs it keeps a checkpoint.
+    Every stage leaves one file when it is done and is skipped if the file is there; while it runs it
+    keeps a checkpoint.
 
     Args:
         output_dir: where the artifact goes.

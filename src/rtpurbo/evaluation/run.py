@@ -127,10 +127,8 @@ def evaluate_cells(
 ) -> list[Record]:
     """As `evaluate`, with every test given, each with samples of its own.
 
-    Args:
-        cells: the tests.
-        cache_length: tokens at which the cache is weighed; None takes each test's.
-    """  # fmt: skip
+    `cache_length` is the number of tokens at which the cache is weighed; None takes each test's.
+    """
     for name in policies:
         check_name("policy", name, POLICIES)
     device = resolve_device(device)

@@ -11,6 +11,7 @@ from rtpurbo.data.needles import make_retrieval_example
 from rtpurbo.data.texts import TextCorpus, begin_ids
 
 TOKENS_PER_NEEDLE = 128
+GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,8 @@ class TrainingMix:
         """Sequence `number` of this mix."""
         rng = random.Random(f"{self.purpose}-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
-        # Spread the kinds evenly instead of drawing them, so that short runs get their share too.
-        # The shift lets every length meet both kinds.
-        turn = number + number // len(self.lengths)
-        has_needles = int((turn + 1) * self.needle_share) > int(turn * self.needle_share)
+        # Multiples of the golden ratio spread the kinds evenly over a short run, over every length.
+        has_needles = (number + 1) * GOLDEN_RATIO % 1 < self.needle_share
         if not has_needles:
             start = begin_ids(self.tokenizer)
             prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)

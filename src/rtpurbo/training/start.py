@@ -1,9 +1,10 @@
 """Where the indexers start: the best low-rank estimate of the logits, by the SVD.
 
-A head's logit is `s * f(q) . f(k)`, if the features f were all that counts. The rank-r bilinear form closest to it,
-weighing every direction by how much queries and keys use it, is the truncated SVD of `C_q^1/2 (s I) C_k^1/2`, where C are
-second moments of the features: from data (`covariance`), or from the projections as if their inputs were white
-(`weight`). Starting from data is worth a hundred steps (docs/experiment-log.md).
+A head's logit is `s * f(q) . f(k)`, if the features f were all that counts. The rank-r bilinear form
+closest to it, weighing every direction by how much queries and keys use it, is the truncated SVD of
+`C_q^1/2 (s I) C_k^1/2`, where C are second moments of the features: from data (`covariance`), or from
+the projections as if their inputs were white (`weight`). Starting from data is worth a hundred steps
+(docs/experiment-log.md).
 """
 
 from __future__ import annotations
@@ -92,8 +93,10 @@ def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None
                 moments[name] = (query_sum + query, key_sum + key)
     for module in headwise_modules(model):
         for number, head in enumerate(module.retrieval_heads):
+            query_moment, key_moment = moments[module.layer_idx, head]
             query, key = low_rank_projections(
-                *(moment / len(sequences) for moment in moments[module.layer_idx, head]),
+                query_moment / len(sequences),
+                key_moment / len(sequences),
                 module.scaling,
                 module.indexer.settings.index_dim,
             )
@@ -124,11 +127,9 @@ def _projection_rows(module: HeadwiseAttention, head: int) -> tuple[Tensor, Tens
         )
     size, group = module.head_dim, module.num_attention_heads // module.num_key_value_heads
     key_head = head // group
-    if module.family.fused_projection:
-        query_weight = key_weight = module.qkv_proj.weight
-        offset = module.num_attention_heads * size
-    else:
-        query_weight, key_weight, offset = module.q_proj.weight, module.k_proj.weight, 0
+    projections = ("qkv_proj",) * 2 if module.family.fused_projection else ("q_proj", "k_proj")
+    query_weight, key_weight = (module.get_parameter(f"{name}.weight") for name in projections)
+    offset = module.num_attention_heads * size if module.family.fused_projection else 0
     return (
         query_weight[head * size : (head + 1) * size].double(),
         key_weight[offset + key_head * size : offset + (key_head + 1) * size].double(),

@@ -86,6 +86,12 @@ def smallest_set(mass: Tensor, target: Tensor) -> Tensor:
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
+def heaviest(mass: Tensor, count: int) -> Tensor:
+    """The `count` entries of most mass along the last dimension, fewer if fewer have any: bool."""
+    values, indices = mass.topk(min(count, mass.shape[-1]), dim=-1)
+    return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, indices, values > 0)
+
+
 def block_ids(key_positions: Tensor, block_size: int) -> Tensor:
     """The block of each key, int64 [batch, k_len]; empty slots, which have no mass, get block 0."""
     return key_positions.clamp(min=0) // block_size
@@ -119,10 +125,14 @@ def select_for_rows(
     if rule.top_p >= 1:
         return far.expand(logits.shape)
     candidates, target = target_mass(rule, masses(logits), near, far)
+    floor = rule.min_tokens
     if rule.granularity == "token":
-        return smallest_set(candidates, target) & far
+        return (smallest_set(candidates, target) | heaviest(candidates * far, floor)) & far
     blocks = block_ids(key_positions, rule.block_size)
-    return spread_blocks(smallest_set(sum_blocks(candidates, blocks), target), blocks) & far
+    in_blocks, far_in_blocks = (sum_blocks(mass, blocks) for mass in (candidates, candidates * far))
+    floor = -(-floor // rule.block_size)
+    chosen = smallest_set(in_blocks, target) | heaviest(far_in_blocks, floor)
+    return spread_blocks(chosen, blocks) & far
 
 
 def select_for_tiles(
