@@ -23,6 +23,8 @@ from rtpurbo.models.artifact import load
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import counting, using_rule
 
+# Every row of the answer selects for itself, as a decoding step does.
+BASE: dict[str, Any] = {"prefill_mode": "top_p", "min_tokens": 0}
 BLOCKS = {"granularity": "block"}
 RULES: dict[str, dict[str, Any]] = {
     "residual .90": {"top_p": 0.90},
@@ -30,6 +32,10 @@ RULES: dict[str, dict[str, Any]] = {
     "residual .97": {"top_p": 0.97},
     "residual .98": {"top_p": 0.98},
     "residual .99": {"top_p": 0.99},
+    "residual .80, at least 128": {"top_p": 0.80, "min_tokens": 128},
+    "residual .90, at least 64": {"top_p": 0.90, "min_tokens": 64},
+    "residual .90, at least 128": {"top_p": 0.90, "min_tokens": 128},
+    "residual .95, at least 16": {"top_p": 0.95, "min_tokens": 16},
     "residual .95, at least 64": {"top_p": 0.95, "min_tokens": 64},
     "residual .95, at least 128": {"top_p": 0.95, "min_tokens": 128},
     "residual .95, at least 256": {"top_p": 0.95, "min_tokens": 256},
@@ -76,8 +82,7 @@ def main() -> None:
         first = model(prompt, past_key_values=cache, logits_to_keep=1).logits
         dense = None
         for name, rule in {"dense": {"top_p": 1.0}, **RULES}.items():
-            # Every row of the answer selects for itself, as a decoding step does.
-            with using_rule(model, prefill_mode="top_p", **rule), counting(model) as statistics:
+            with using_rule(model, **{**BASE, **rule}), counting(model) as statistics:
                 logits = model(answer[:, :-1], past_key_values=cache).logits
             cache.crop(-(answer.shape[1] - 1))
             predicted = torch.cat([first, logits], 1).log_softmax(-1)[0]

@@ -189,6 +189,12 @@ def top_p_set(mass: np.ndarray, target: float) -> set[int]:
     return set(order[: reached[0] + 1 if len(reached) else len(order)].tolist())
 
 
+def heaviest(mass: np.ndarray, count: int) -> set[int]:
+    """The `count` largest entries, fewer if fewer have mass."""
+    order = np.argsort(-mass, kind="stable")[:count]
+    return {int(entry) for entry in order if mass[entry] > 0}
+
+
 def retrieval_keys(problem: Problem, rule: AttentionRule) -> Tensor:
     """What retrieval heads see when they select: near keys and chosen far ones."""
     near = near_keys(problem, rule.sliding_window, rule.num_sink_tokens)
@@ -246,9 +252,12 @@ def _row_set(
     elif rule.reading == "far":
         far_mass = mass[far].sum()
         target = rule.top_p * far_mass if far_mass > rule.far_floor else 0.0
+    far_candidates = np.where(far, mass, 0.0)
     if rule.granularity == "token":
-        return top_p_set(candidates, target)
+        return top_p_set(candidates, target) | heaviest(far_candidates, rule.min_tokens)
     blocks = top_p_set(_block_mass(rule, candidates, positions), target)
+    floor = math.ceil(rule.min_tokens / rule.block_size)
+    blocks |= heaviest(_block_mass(rule, far_candidates, positions), floor)
     return _keys_of(rule, blocks, positions)
 
 

@@ -33,7 +33,7 @@ def head_maps(draw):
         RTPurboConfig(HEAD_MAP),
         RTPurboConfig(
             HeadMap(((1,),), 2, 2, granularity="kv_group"),
-            AttentionRule(2, 32, 0.5, "far", 0.2, "block", 16, "row_share", 8, row_share=0.25),
+            AttentionRule(2, 32, 0.5, "far", 0.2, 7, "block", 16, "row_share", 8, row_share=0.25),
             IndexerSettings(8, "pre_rope", 512.0),
         ),
     ],
@@ -140,9 +140,9 @@ def test_a_uniform_head_map_skips_layers_that_are_not_converted():
 
 @pytest.mark.parametrize(
     ("context", "window"),
-    [(1, 256), (2048, 256), (4096, 256), (8192, 512), (32768, 2048), (131072, 8192), (10**6, 8192)],
+    [(1, 256), (2048, 256), (4096, 512), (8192, 1024), (32768, 4096), (65536, 8192), (10**6, 8192)],
 )
-def test_the_default_window_is_a_sixteenth_of_the_context_within_bounds(context, window):
+def test_the_default_window_is_an_eighth_of_the_context_within_bounds(context, window):
     assert default_sliding_window(context) == window
 
 

@@ -26,7 +26,7 @@ from rtpurbo.settings import (
 )
 
 SETTINGS = ConversionSettings(
-    attention=AttentionRule(sliding_window=64, block_size=16),
+    attention=AttentionRule(sliding_window=64, min_tokens=8, block_size=16),
     indexer=IndexerSettings(index_dim=4),
     calibration=CalibrationSettings(length=384, num_documents=2, count=3),
     stage1=IndexerTrainingSettings(

@@ -75,7 +75,7 @@ def sparse_config(
 ) -> RTPurboConfig:
     """These retrieval heads in every convertible layer; a small window unless told otherwise."""
     head_map = HeadMap.uniform(heads, convertible_layers(model.config), HEADS, KEY_VALUE_HEADS)
-    rule = {"num_sink_tokens": 2, "sliding_window": 8, "block_size": 8} | rule
+    rule = {"num_sink_tokens": 2, "sliding_window": 8, "min_tokens": 1, "block_size": 8} | rule
     return RTPurboConfig(
         head_map, AttentionRule(**rule), IndexerSettings(index_dim=4, index_space=index_space)
     )

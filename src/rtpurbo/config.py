@@ -34,7 +34,8 @@ class AttentionRule:
         top_p: mass that the indexer's selection must reach, in (0, 1]; 1 selects every key.
         reading: what the mass is a share of; see `rtpurbo.ops.eager.selection`.
         far_floor: reading `far` selects nothing for rows whose estimated far mass is below this.
-        min_tokens: far tokens that a row selects at the least, however much mass lies near.
+        min_tokens: far tokens that a row selects at the least, however much mass lies near (blocks:
+            as many as hold so many tokens).
         granularity: what a row selects when it selects for itself: tokens, or blocks of keys.
         block_size: keys in a block; blocks are aligned to position 0.
         prefill_mode: what retrieval heads do with more than one query row: `dense` (the paper),
@@ -45,10 +46,10 @@ class AttentionRule:
 
     num_sink_tokens: int = 4
     sliding_window: int = 8192
-    top_p: float = 0.97
+    top_p: float = 0.9
     reading: Reading = "residual"
     far_floor: float = 0.05
-    min_tokens: int = 0
+    min_tokens: int = 128
     granularity: Granularity = "token"
     block_size: int = 64
     prefill_mode: PrefillMode = "dense"

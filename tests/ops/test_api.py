@@ -16,7 +16,7 @@ from rtpurbo.ops import (
 )
 from tests.oracles import random_problem
 
-RULE = AttentionRule(sliding_window=16, block_size=8, prefill_mode="top_p")
+RULE = AttentionRule(sliding_window=16, min_tokens=0, block_size=8, prefill_mode="top_p")
 CALLS = {
     "local_attention": lambda problem, **options: local_attention(
         problem.queries,

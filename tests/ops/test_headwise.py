@@ -13,7 +13,7 @@ from tests import oracles
 from tests.oracles import random_problem
 
 RULE = AttentionRule(
-    num_sink_tokens=2, sliding_window=9, block_size=8, query_block_size=16, top_p=0.7
+    num_sink_tokens=2, min_tokens=2, sliding_window=9, block_size=8, query_block_size=16, top_p=0.7
 )
 HEAD_SETS = [(), (0,), (1, 2), (0, 3), (0, 1, 2), (0, 1, 2, 3)]
 

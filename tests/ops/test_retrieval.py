@@ -14,6 +14,7 @@ from tests.oracles import random_problem
 
 RULE = AttentionRule(
     num_sink_tokens=2,
+    min_tokens=2,
     sliding_window=16,
     block_size=8,
     query_block_size=16,

@@ -26,7 +26,9 @@ from tests import oracles
 from tests.oracles import random_problem
 
 READINGS = ["paper", "residual", "far"]
-RULE = AttentionRule(num_sink_tokens=2, sliding_window=6, block_size=5, query_block_size=4)
+RULE = AttentionRule(
+    num_sink_tokens=2, sliding_window=6, min_tokens=0, block_size=5, query_block_size=4
+)
 
 mass_rows = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1.0)), min_size=1, max_size=12).map(
     lambda row: torch.tensor(row, dtype=torch.float64)
@@ -236,3 +238,23 @@ def test_paper_reads_the_indexer_alone_and_the_others_read_exact_logits_near_by(
 def test_index_scores_are_at_least_fp32():
     states = torch.ones(1, 1, 2, 4, dtype=torch.float16)
     assert index_scores(states, states).dtype == torch.float32
+
+
+@given(problem=problems, rule=rules, count=st.integers(1, 12))
+@quick
+def test_every_row_selects_at_least_so_many_of_the_heaviest(problem, rule, count):
+    floored = replace(rule, min_tokens=count)
+    plain, chosen = select(problem, rule), select(problem, floored)
+    assert (chosen | plain == chosen).all()
+    logits, near, far = ingredients(problem, rule)
+    mass = masses(logits) * far
+    if rule.granularity == "block":
+        count = -(-count // rule.block_size)
+        blocks = block_ids(problem.key_positions, rule.block_size)
+        mass = sum_blocks(mass, blocks)
+        chosen = sum_blocks(chosen.double(), blocks) > 0
+    assert (chosen.sum(-1) >= (mass > 0).sum(-1).clamp(max=count)).all()
+    # What the floor adds is heavier than what stays out.
+    if rule.reading != "paper":
+        lightest = mass.masked_fill(~chosen, torch.inf).amin(-1)
+        assert (mass.masked_fill(chosen, 0.0).amax(-1) <= lightest).all()

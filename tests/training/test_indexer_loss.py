@@ -13,7 +13,7 @@ from rtpurbo.training.indexer_loss import (
 )
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 
-RULE = AttentionRule(num_sink_tokens=2, sliding_window=8, block_size=8, top_p=0.9)
+RULE = AttentionRule(num_sink_tokens=2, sliding_window=8, min_tokens=0, block_size=8, top_p=0.9)
 
 
 @pytest.fixture(scope="module")

@@ -125,14 +125,14 @@ def select_for_rows(
     if rule.top_p >= 1:
         return far.expand(logits.shape)
     candidates, target = target_mass(rule, masses(logits), near, far)
-    floor = rule.min_tokens
+    # A share of the far mass alone: beside a near mass of nearly 1 it would be lost to rounding.
+    far_shares = masses(logits.masked_fill(~far, -torch.inf))
     if rule.granularity == "token":
-        return (smallest_set(candidates, target) | heaviest(candidates * far, floor)) & far
+        return (smallest_set(candidates, target) | heaviest(far_shares, rule.min_tokens)) & far
     blocks = block_ids(key_positions, rule.block_size)
-    in_blocks, far_in_blocks = (sum_blocks(mass, blocks) for mass in (candidates, candidates * far))
-    floor = -(-floor // rule.block_size)
-    chosen = smallest_set(in_blocks, target) | heaviest(far_in_blocks, floor)
-    return spread_blocks(chosen, blocks) & far
+    chosen = smallest_set(sum_blocks(candidates, blocks), target)
+    floor = -(-rule.min_tokens // rule.block_size)
+    return spread_blocks(chosen | heaviest(sum_blocks(far_shares, blocks), floor), blocks) & far
 
 
 def select_for_tiles(
