@@ -61,6 +61,8 @@ def save_tensors_atomically(
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        # safetensors lets nobody else read what it writes; an artifact is made to be shared.
+        temporary.chmod(0o644)
 
 
 def check_output_folder(destination: str | os.PathLike[str], overwrite: bool) -> None:

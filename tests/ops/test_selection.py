@@ -246,7 +246,7 @@ def test_every_row_selects_at_least_so_many_of_the_heaviest(problem, rule, count
     floored = replace(rule, min_tokens=count)
     plain, chosen = select(problem, rule), select(problem, floored)
     assert (chosen | plain == chosen).all()
-    logits, near, far = ingredients(problem, rule)
+    logits, _, far = ingredients(problem, rule)
     mass = masses(logits) * far
     if rule.granularity == "block":
         count = -(-count // rule.block_size)

@@ -110,4 +110,6 @@ def main_options(
 def main() -> None:
     """Runs the command line."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads of GNU OpenMP that spin while they wait take a shared machine's cores from each other.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     app()

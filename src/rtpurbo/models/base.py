@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_file, whole_folder, write_json_atomically
 
@@ -98,13 +99,7 @@ def load_base_model(
         RTPurboError: there is no such model, it cannot be fetched, it is damaged, it is not a
             causal language model, or `device` is not there.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RTPurboError(
-            f"The device '{device}' is not available here; choose another one, such as 'cpu'."
-        ) from error
-
+    device = resolve_device(device)
     if name is None:
         try:
             return load_base_model(DEFAULT_MODEL, revision=revision, device=device, dtype=dtype)
