@@ -23,10 +23,10 @@ from rtpurbo.settings import Progress, no_progress
 # Few samples, so that two CPU cores answer them in minutes; `rtpurbo eval` takes any number.
 CELLS = (
     Cell("needle", "single", 1024, 3),
-    Cell("needle", "single", 2048, 3),
-    Cell("needle", "single", 4096, 2),
+    Cell("needle", "single", 2048, 2),
+    Cell("needle", "single", 4096, 1),
     Cell("needle", "multikey", 2048, 2),
-    Cell("perplexity", "prose", 2048, 2),
+    Cell("perplexity", "prose", 2048, 1),
 )
 POLICIES = ("full", "rtpurbo", "rtpurbo-before-stage2", "local-only", "random-heads")
 CACHE_LENGTH = 8192

@@ -186,7 +186,7 @@ def preset_settings(name: str, context_length: int) -> ConversionSettings:
                 start_sequences=2, probe_sequences=2, probe_every=30,
             ),
             stage2=DistillationSettings(
-                steps=20, lengths=(1536,), labels_per_sequence=512, warmup_steps=3, lora_rank=8,
+                steps=10, lengths=(1536,), labels_per_sequence=512, warmup_steps=2, lora_rank=8,
                 refresh_steps=15, checkpoint_every=5,
             ),
         )  # fmt: skip

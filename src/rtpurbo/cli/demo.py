@@ -22,5 +22,7 @@ def demo(
     from rtpurbo.demo import run_demo
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log has room for the table
     with ProgressBars(console) as progress:
         run_demo(output_dir, device=device, seed=seed, progress=progress, console=console)

@@ -17,10 +17,10 @@ from rich.progress import (
 
 
 class ProgressBars:
-    """A bar for each stage, on standard error: a context manager to pass on as `progress`.
+    """A bar for each stage: a context manager to pass on as `progress`.
 
     Args:
-        console: where to draw.
+        console: where to draw; standard error if None.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -35,6 +35,8 @@ class ProgressBars:
             console=console or Console(stderr=True),
         )
         self._tasks: dict[str, TaskID] = {}
+        self._finished: set[str] = set()
+        self._began = self._progress.get_time()
 
     def __enter__(self) -> ProgressBars:
         self._progress.start()
@@ -54,3 +56,13 @@ class ProgressBars:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, figures=written)
         self._progress.update(self._tasks[stage], completed=done, total=total, figures=written)
+        if done >= total and stage not in self._finished:
+            self._finished.add(stage)
+            self._tell_a_log(f"{stage} {done}/{total}  {written}")
+
+    def _tell_a_log(self, text: str) -> None:
+        """Bars are drawn in a terminal alone; a log gets a line when a stage ends."""
+        console = self._progress.console
+        if not console.is_terminal:
+            seconds = self._progress.get_time() - self._began
+            console.print(f"{seconds:5.0f} s  {text}", markup=False)
