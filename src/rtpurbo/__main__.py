@@ -1,0 +1,6 @@
+"""`python -m rtpurbo` is `rtpurbo`."""
+
+from rtpurbo.cli import main
+
+if __name__ == "__main__":
+    main()
