@@ -16,7 +16,8 @@ FLOORS = (
     {"calibration", "training", "evaluation", "benchmarks"},
     {"reporting", "serving"},
     {"__init__", "conversion", "demo", "job", "publishing"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 NEIGHBOURLY_FLOORS = {FLOOR_OF["config"], FLOOR_OF["__init__"]}
