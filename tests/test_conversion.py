@@ -1,12 +1,13 @@
 """Conversion from start to end on a tiny model: what it leaves, and what an interruption does to it."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +128,24 @@ def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_p
     assert not list(tmp_path.glob("*.work"))
 
 
+def test_stopped_between_the_artifact_and_the_clearing_up(whole, tiny_base, tmp_path, monkeypatch):
+    output = tmp_path / "artifact"
+
+    def stop(path, **options):
+        if Path(path).suffix == ".work" and output.exists():
+            raise InterruptionError
+        return rmtree(path, **options)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr("rtpurbo.job.shutil.rmtree", stop)
+    with pytest.raises(InterruptionError):
+        convert(str(tiny_base), output, settings=SETTINGS, device="cpu")
+    monkeypatch.undo()
+    convert(str(tiny_base), output, settings=SETTINGS, device="cpu", resume=True)
+    assert contents(output) == contents(whole)
+    assert not list(tmp_path.glob("*.work"))
+
+
 def test_resuming_another_job_is_refused(tiny_base, tmp_path):
     output = tmp_path / "artifact"
     with pytest.raises(InterruptionError):
@@ -213,10 +232,16 @@ def test_killed_at_random_moments(whole, tiny_base, tmp_path):
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
     command = [sys.executable, "-c", _SCRIPT, str(tiny_base), str(output)]
-    for _ in range(6):
+    kills = 0
+    while not output.exists():
         process = subprocess.Popen(command, env=environment, cwd=root)
-        time.sleep(rng.uniform(5, 14))
-        process.send_signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(4, 8) + kills)
+        if process.poll() is None:
+            kills += 1
+            process.send_signal(signal.SIGKILL)
+        else:
+            assert process.returncode == 0
         process.wait()
-    subprocess.run(command, env=environment, cwd=root, check=True)
+    assert kills >= 2
     assert contents(output) == contents(whole)

@@ -77,7 +77,8 @@ class Job:
         self.resume, self.force, self.progress = resume, force, progress
         self.device = resolve_device(device)
         self.data = list(data) if data else None
-        check_output_folder(self.output_dir, force)
+        # An interrupted job was allowed to take this place, and may have been stopped just after.
+        check_output_folder(self.output_dir, force or (resume and self.work.exists()))
         if self.work.exists() and not (resume or force):
             raise RTPurboError(
                 f"a conversion into {self.output_dir} was interrupted: pass --resume to continue it, "
@@ -233,7 +234,7 @@ class Job:
             {**self.settings.to_dict(), "data": self._data_names()},
             self._figures(),
         )
-        with whole_folder(self.output_dir, self.force) as folder:
+        with whole_folder(self.output_dir, self.force or self.resume) as folder:
             save_artifact(folder, artifact, indexer_weights(base.model), before)
             if kind == "lora":
                 shutil.copytree(stage2 / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
-from rtpurbo.files import save_tensors_atomically, whole_folder
+from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
 from rtpurbo.models.artifact import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
 from rtpurbo.models.families import family_of
 from rtpurbo.models.sparsify import decoding_last, running_dense, using_rule
@@ -175,6 +176,10 @@ def _save(student: PreTrainedModel | PeftModel, folder: Path) -> None:
         student.peft_config["default"].base_model_name_or_path = None
         student.save_pretrained(str(temporary))
         (temporary / "README.md").unlink(missing_ok=True)
+        # PEFT keeps the modules' names in a set, whose order changes from run to run.
+        described = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+        described["target_modules"] = sorted(described["target_modules"])
+        write_json_atomically(temporary / "adapter_config.json", described)
         path = temporary / "adapter_model.safetensors"
         save_tensors_atomically(
             path, {name: weight.bfloat16() for name, weight in load_file(path).items()}
