@@ -33,7 +33,8 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         ),
         (
             "Retrieval heads select",
-            f"top-p {rule.top_p:g} ({rule.reading}), by {rule.granularity}; "
+            f"top-p {rule.top_p:g} ({rule.reading}), at least {rule.min_tokens} tokens, "
+            f"by {rule.granularity}; "
             f"in the prompt: {rule.prefill_mode}",
         ),
         ("Token indexer", f"{indexer.index_dim} dimensions ({indexer.index_space})"),

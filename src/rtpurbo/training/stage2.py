@@ -172,12 +172,12 @@ def _save(student: PreTrainedModel | PeftModel, folder: Path) -> None:
         save_tensors_atomically(folder / FULL_WEIGHTS_FILE, weights)
         return
     with whole_folder(folder / ADAPTER_FOLDER, overwrite=True) as temporary:
-        # The artifact says which base model it belongs to; a path of this machine would not.
-        student.peft_config["default"].base_model_name_or_path = None
         student.save_pretrained(str(temporary))
         (temporary / "README.md").unlink(missing_ok=True)
-        # PEFT keeps the modules' names in a set, whose order changes from run to run.
+        # The artifact says which base model it belongs to; a path of one machine would not. PEFT
+        # keeps the modules' names in a set, whose order changes from run to run.
         described = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+        described["base_model_name_or_path"] = None
         described["target_modules"] = sorted(described["target_modules"])
         write_json_atomically(temporary / "adapter_config.json", described)
         path = temporary / "adapter_model.safetensors"
