@@ -56,8 +56,10 @@ def test_tables_without_the_dense_model_and_without_records():
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
+        (short_length(0), "0"),
         (short_length(500), "500"),
-        (short_length(1536), "1.5K"),
+        (short_length(1024), "1K"),
+        (short_length(7500), "7,500"),
         (short_length(131072), "128K"),
         (short_bytes(0), "0 B"),
         (short_bytes(1023), "1023 B"),

@@ -2,8 +2,8 @@
 
 
 def short_length(tokens: int) -> str:
-    """4096 as "4K", 1536 as "1.5K", 500 as "500"."""
-    return f"{tokens / 1024:.3g}K" if tokens >= 1024 else str(tokens)
+    """4096 as "4K"; what is no multiple of 1,024 in full, 7500 as "7,500"."""
+    return f"{tokens // 1024:,}K" if tokens and tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def short_bytes(count: float) -> str:
