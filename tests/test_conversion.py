@@ -191,8 +191,8 @@ def test_full_weights_instead_of_lora(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"calibration.length": 5000}, "do not fit the model's context of 1024"),
-        ({"stage2.lengths": (800, 2000)}, "do not fit the model's context of 1024"),
+        ({"calibration.length": 5000}, "do not fit the model's context of 1,024"),
+        ({"stage2.lengths": (800, 2000)}, "do not fit the model's context of 1,024"),
         ({"calibration.ratio": 1.5}, "ratio of retrieval heads is 1.5"),
         ({"attention.top_p": 0.0}, "top_p is 0.0"),
         ({"attention.sliding_window": 8}, "smaller than block_size"),

@@ -1,7 +1,7 @@
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.settings import change_settings, preset_settings
+from rtpurbo.settings import change_settings, check_context, preset_settings
 
 SETTINGS = preset_settings("quick", 4096)
 
@@ -30,3 +30,12 @@ def test_values_out_of_range_are_refused():
         change_settings(SETTINGS, {"stage1.steps": -1})
     with pytest.raises(RTPurboError, match="not by both"):
         change_settings(SETTINGS, {"calibration.count": 1, "calibration.threshold": 0.5})
+
+
+def test_what_is_longer_than_the_context_is_refused():
+    check_context("sequences", 4096, 4096)
+    sentence = (
+        "^sequences of 4,097 tokens do not fit the model's context of 4,096: choose a shorter"
+    )
+    with pytest.raises(RTPurboError, match=sentence):
+        check_context("sequences", 4097, 4096)

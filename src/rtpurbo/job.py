@@ -36,7 +36,7 @@ from rtpurbo.models.artifact import (
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.sparsify import indexer_weights, load_indexers
 from rtpurbo.reporting.card import model_card
-from rtpurbo.settings import ConversionSettings, Progress, settings_for_context
+from rtpurbo.settings import ConversionSettings, Progress, check_context, settings_for_context
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.stage1 import train_indexers
@@ -123,14 +123,10 @@ class Job:
 
     def _check_lengths(self, base: BaseModel, settings: ConversionSettings) -> None:
         """What would otherwise be found out after minutes of work."""
-        context = base.model.config.max_position_embeddings
         longest = max(
             settings.calibration.length, *settings.stage1.lengths, *settings.stage2.lengths
         )
-        if longest > context:
-            raise RTPurboError(
-                f"sequences of {longest} tokens do not fit the model's context of {context}."
-            )
+        check_context("sequences", longest, base.model.config.max_position_embeddings)
         self.train_text.sample_tokens(base.tokenizer, longest, random.Random(0))
         self.held_out.sample_tokens(base.tokenizer, max(settings.stage1.lengths), random.Random(0))
 

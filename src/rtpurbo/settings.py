@@ -207,6 +207,24 @@ def settings_for_context(settings: ConversionSettings, context_length: int) -> C
     return replace(settings, attention=rule)
 
 
+def check_context(what: str, length: int, context_length: int) -> None:
+    """Refuses what is longer than the model's context.
+
+    Args:
+        what: its name, in the plural.
+        length: tokens of the longest.
+        context_length: the model's, in tokens.
+
+    Raises:
+        RTPurboError: it is too long.
+    """
+    if length > context_length:
+        raise RTPurboError(
+            f"{what} of {length:,} tokens do not fit the model's context of {context_length:,}: "
+            "choose a shorter length."
+        )
+
+
 def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) -> ConversionSettings:
     """Settings with some fields changed, by dotted name: `{"stage1.steps": 100, "seed": 1}`.
 

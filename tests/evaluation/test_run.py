@@ -57,7 +57,7 @@ def test_the_seed_gives_the_same_records(tiny_artifact):
         ({"suites": ["needle:double"]}, "there is no needle task 'double': choose from single"),
         ({"lengths": []}, "needs lengths of at least 2"),
         ({"lengths": {"needle": [512]}}, "the suite 'perplexity' needs lengths"),
-        ({"lengths": [2048]}, "2,048 tokens does not fit into the model's context of 1,024"),
+        ({"lengths": [2048]}, "2,048 tokens do not fit the model's context of 1,024"),
         ({"samples": 0}, "samples is 0"),
         ({"device": "abacus"}, "'abacus' is not available"),
     ],

@@ -15,8 +15,7 @@ from rtpurbo.calibration.selection import Stability, choose_heads, measure_stabi
 from rtpurbo.config import HeadMap
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
-from rtpurbo.errors import RTPurboError
-from rtpurbo.settings import CalibrationSettings, Progress, no_progress
+from rtpurbo.settings import CalibrationSettings, Progress, check_context, no_progress
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,7 @@ def calibrate(
         RTPurboError: documents are longer than the model's context or than the text.
     """
     settings = settings or CalibrationSettings()
-    context = model.config.max_position_embeddings
-    if settings.length > context:
-        raise RTPurboError(
-            f"calibration documents of {settings.length} tokens do not fit the model's context of {context}."
-        )
+    check_context("documents", settings.length, model.config.max_position_embeddings)
     rows: list[Tensor] = []
     layers: list[int] = []
     for number in range(settings.num_documents):

@@ -20,7 +20,7 @@ from rtpurbo.evaluation.policies import POLICIES, Source
 from rtpurbo.evaluation.records import Record
 from rtpurbo.models.artifact import find_artifact
 from rtpurbo.models.sparsify import counting, is_sparse
-from rtpurbo.settings import Progress, no_progress
+from rtpurbo.settings import Progress, check_context, no_progress
 
 DEFAULT_LENGTHS = (2048, 4096)
 DEFAULT_POLICIES = ("full", "rtpurbo")
@@ -206,7 +206,11 @@ def _evaluate_policy(
 
     progress(name, 0, total, figures)
     model, tokenizer = POLICIES[name].prepare(source)
-    _check_lengths(model, cells)
+    check_context(
+        "tests",
+        max(cell.context_length for cell in cells),
+        model.config.max_position_embeddings,
+    )
     for cell in cells:
         with _far_tokens_read(model) as share:
             score = cell.score(model, tokenizer, corpus, source.seed, after_sample)
@@ -225,16 +229,6 @@ def _evaluate_policy(
     del model
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _check_lengths(model: PreTrainedModel, cells: Sequence[Cell]) -> None:
-    context = model.config.max_position_embeddings
-    longest = max(cell.context_length for cell in cells)
-    if longest > context:
-        raise RTPurboError(
-            f"a test of {longest:,} tokens does not fit into the model's context of {context:,}: "
-            "choose a shorter length."
-        )
 
 
 @contextmanager

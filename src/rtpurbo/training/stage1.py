@@ -15,7 +15,7 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.ops.eager.visibility import query_chunks
-from rtpurbo.settings import IndexerTrainingSettings, Progress, no_progress
+from rtpurbo.settings import IndexerTrainingSettings, Progress, check_context, no_progress
 from rtpurbo.training.capture import CapturedHeads, capture_heads
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.indexer_loss import indexer_loss, rows_with_far_keys, selection_quality
@@ -199,11 +199,7 @@ def _probe(probes: list[Captured], rule: AttentionRule) -> dict[str, Any]:
 def _check_lengths(
     model: PreTrainedModel, settings: IndexerTrainingSettings, rule: AttentionRule
 ) -> None:
-    context = model.config.max_position_embeddings
-    if max(settings.lengths) > context:
-        raise RTPurboError(
-            f"training sequences of {max(settings.lengths)} tokens do not fit the model's context of {context}."
-        )
+    check_context("sequences", max(settings.lengths), model.config.max_position_embeddings)
     shortest = rule.sliding_window + rule.num_sink_tokens
     if min(settings.lengths) <= shortest:
         raise RTPurboError(

@@ -19,7 +19,7 @@ from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atom
 from rtpurbo.models.artifact import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
 from rtpurbo.models.families import family_of
 from rtpurbo.models.sparsify import decoding_last, running_dense, using_rule
-from rtpurbo.settings import DistillationSettings, Progress, no_progress
+from rtpurbo.settings import DistillationSettings, Progress, check_context, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.optimizer import make_optimizer
@@ -62,11 +62,7 @@ def distill(
     settings = settings or DistillationSettings()
     log = log or TrainingLog(None)
     checkpoint = checkpoint or Checkpoint(None)
-    context = model.config.max_position_embeddings
-    if max(settings.lengths) > context:
-        raise RTPurboError(
-            f"training sequences of {max(settings.lengths)} tokens do not fit the model's context of {context}."
-        )
+    check_context("sequences", max(settings.lengths), model.config.max_position_embeddings)
     mix = TrainingMix(tokenizer, corpus, settings.lengths, settings.needle_share, seed, "stage2")
     targets = TeacherCache(teacher_folder, mix, settings.labels_per_sequence, settings.top_logits)
     with running_dense(model), _autocast(model):
