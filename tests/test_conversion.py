@@ -146,6 +146,27 @@ def test_stopped_between_the_artifact_and_the_clearing_up(whole, tiny_base, tmp_
     assert not list(tmp_path.glob("*.work"))
 
 
+def test_resuming_nothing_replaces_nothing(tiny_base, tmp_path):
+    """`--resume` may stand in a script from the first run on; it is no leave to replace."""
+    output = tmp_path / "artifact"
+    settings = replace(SETTINGS, stage2=replace(SETTINGS.stage2, steps=0))
+
+    def take_the_place(stage, done, total, figures):
+        output.mkdir(exist_ok=True)
+        (output / "of-somebody-else").touch()
+
+    with pytest.raises(RTPurboError, match="exists already"):
+        convert(
+            str(tiny_base),
+            output,
+            settings=settings,
+            device="cpu",
+            resume=True,
+            progress=take_the_place,
+        )
+    assert list(contents(output)) == ["of-somebody-else"]
+
+
 def test_resuming_another_job_is_refused(tiny_base, tmp_path):
     output = tmp_path / "artifact"
     with pytest.raises(InterruptionError):

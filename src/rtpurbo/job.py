@@ -74,11 +74,12 @@ class Job:
     ) -> None:
         self.output_dir = Path(output_dir)
         self.work = self.output_dir.absolute().with_name(self.output_dir.name + ".work")
-        self.resume, self.force, self.progress = resume, force, progress
+        self.resume, self.progress = resume, progress
+        # An interrupted job was allowed to take this place, and may have been stopped just after.
+        self.may_replace = force or (resume and self.work.exists())
         self.device = resolve_device(device)
         self.data = list(data) if data else None
-        # An interrupted job was allowed to take this place, and may have been stopped just after.
-        check_output_folder(self.output_dir, force or (resume and self.work.exists()))
+        check_output_folder(self.output_dir, self.may_replace)
         if self.work.exists() and not (resume or force):
             raise RTPurboError(
                 f"a conversion into {self.output_dir} was interrupted: pass --resume to continue it, "
@@ -230,7 +231,7 @@ class Job:
             {**self.settings.to_dict(), "data": self._data_names()},
             self._figures(),
         )
-        with whole_folder(self.output_dir, self.force or self.resume) as folder:
+        with whole_folder(self.output_dir, self.may_replace) as folder:
             save_artifact(folder, artifact, indexer_weights(base.model), before)
             if kind == "lora":
                 shutil.copytree(stage2 / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
