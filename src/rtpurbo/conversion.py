@@ -24,7 +24,6 @@ from rtpurbo.models.artifact import (
     read_tensors,
 )
 from rtpurbo.models.base import BaseModel, load_base_model
-from rtpurbo.models.families import family_of
 from rtpurbo.models.sparsify import load_indexers, sparsify
 from rtpurbo.settings import (
     ConversionSettings,
@@ -71,7 +70,6 @@ def convert(
     """
     job = Job(output_dir, data, device, resume=resume, force=force, progress=progress)
     base = load_base_model(model, device=job.device)
-    family_of(base.model.config)
     settings = choose_settings(base, job.device, settings, preset, changes)
     job.open(base, settings, "convert")
     config = job.calibrate(base)

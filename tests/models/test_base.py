@@ -10,7 +10,12 @@ import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from rtpurbo.data.needles import is_correct, make_retrieval_example
 from rtpurbo.data.texts import load_texts
@@ -107,8 +112,8 @@ def drop_a_layer(folder):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
 
 
-def make_it_a_classifier(folder):
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+def make_it_unheard_of(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mamba9"}))
 
 
 def drop_the_tokenizer(folder):
@@ -124,7 +129,7 @@ def drop_the_tokenizer(folder):
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (damage_weights, "cannot be loaded"),
         (drop_a_layer, r"lack \d+ weights, such as model.layers.2"),
-        (make_it_a_classifier, "cannot be loaded.*causal language model"),
+        (make_it_unheard_of, "cannot be loaded.*causal language model"),
         (drop_the_tokenizer, "The tokenizer of"),
     ],
 )
@@ -133,6 +138,38 @@ def test_damaged_folders(model_folder, damage, message):
     with pytest.raises(RTPurboError, match=message) as error:
         load_base_model(str(model_folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "gpt2", "bert"])
+def test_an_architecture_is_refused_before_its_weights_are_read(tmp_path, architecture):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
+    with pytest.raises(RTPurboError, match=f"the architecture '{architecture}' is not supported"):
+        load_base_model(str(tmp_path))
+
+
+def test_a_model_of_text_and_images_is_refused(tmp_path):
+    """Its text alone would be supported."""
+    config = Gemma3Config(
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": 512,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+        },
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RTPurboError, match="the architecture 'gemma3' is not supported"):
+        load_base_model(str(tmp_path))
 
 
 def test_wishes_that_make_no_sense(model_folder):

@@ -28,11 +28,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_file, whole_folder, write_json_atomically
+from rtpurbo.models.families import family_of
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """A small model for first steps, on the Hugging Face Hub."""
@@ -96,8 +97,8 @@ def load_base_model(
         dtype: the type of the weights.
 
     Raises:
-        RTPurboError: there is no such model, it cannot be fetched, it is damaged, it is not a
-            causal language model, or `device` is not there.
+        RTPurboError: there is no such model, it cannot be fetched, it is damaged, its architecture
+            is not supported, or `device` is not there.
     """
     device = resolve_device(device)
     if name is None:
@@ -200,6 +201,15 @@ def _find_on_hub(name: str, revision: str | None) -> tuple[str | None, bool]:
         return Path(config).parent.name, True
 
 
+def _check_architecture(name: str, **options: Any) -> None:
+    """Refuses a model that cannot be made sparse, by its configuration alone."""
+    try:
+        config = AutoConfig.from_pretrained(name, **options).get_text_config()
+    except Exception as error:  # a damaged file can raise anything
+        raise _cannot_load(name, error) from error
+    family_of(config)
+
+
 def _load_pretrained(
     name: str, dtype: torch.dtype, *, quantization: Any = None, **options: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
@@ -213,15 +223,14 @@ def _load_pretrained(
     """
     quantized = {} if quantization is None else {"quantization_config": quantization}
     with _quiet_transformers():
+        # Before the weights are fetched and read.
+        _check_architecture(name, **options)
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, output_loading_info=True, **quantized, **options
             )
-        except Exception as error:  # a damaged file or config can raise anything
-            raise RTPurboError(
-                f"The model {name} cannot be loaded ({_summary(error)}); check that it is a "
-                "causal language model and that its files are whole."
-            ) from error
+        except Exception as error:  # as above
+            raise _cannot_load(name, error) from error
         if loading["missing_keys"]:
             # transformers would go on with random weights.
             missing = sorted(loading["missing_keys"])
@@ -236,6 +245,8 @@ def _load_pretrained(
                 f"The tokenizer of {name} cannot be loaded ({_summary(error)}); "
                 "put the tokenizer's files beside the model's."
             ) from error
+    # Of a model of text and images, the text's configuration alone was checked above.
+    family_of(model.config)
     return model, tokenizer
 
 
@@ -333,6 +344,13 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _cannot_load(name: str, error: Exception) -> RTPurboError:
+    return RTPurboError(
+        f"The model {name} cannot be loaded ({_summary(error)}); check that it is a "
+        "causal language model and that its files are whole."
+    )
 
 
 def _summary(error: Exception) -> str:
