@@ -37,14 +37,8 @@ def calibrate(
         head_map = conversion.calibrate_model(
             model,
             output,
-            changes=options.given(
-                {
-                    "calibration.ratio": ratio,
-                    "calibration.threshold": threshold,
-                    "calibration.count": count,
-                    "seed": seed,
-                },
-                others,
+            changes=options.changed_settings(
+                others, ratio=ratio, threshold=threshold, count=count, seed=seed
             ),
             data=data or None,
             device=device,

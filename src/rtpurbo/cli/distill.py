@@ -30,9 +30,8 @@ def distill(
         folder = conversion.distill_artifact(
             artifact,
             output_dir,
-            changes=options.given(
-                {"stage2.steps": stage2_steps, "stage2.lora_rank": lora_rank, "seed": seed},
-                others,
+            changes=options.changed_settings(
+                others, stage2_steps=stage2_steps, lora_rank=lora_rank, seed=seed
             ),
             data=data or None,
             device=device,

@@ -153,15 +153,31 @@ Set = Annotated[
     ),
 ]
 
+_SETTINGS = {
+    "ratio": "calibration.ratio",
+    "threshold": "calibration.threshold",
+    "count": "calibration.count",
+    "window": "attention.sliding_window",
+    "top_p": "attention.top_p",
+    "reading": "attention.reading",
+    "index_space": "indexer.index_space",
+    "index_dim": "indexer.index_dim",
+    "stage1_steps": "stage1.steps",
+    "stage2_steps": "stage2.steps",
+    "lora_rank": "stage2.lora_rank",
+    "seed": "seed",
+}
+"""The setting, by dotted name, that each option changes."""
 
-def given(options: dict[str, Any], others: list[str] | None = None) -> dict[str, Any]:
+
+def changed_settings(others: list[str] | None, **options: Any) -> dict[str, Any]:
     """Settings, by dotted name, that the user gave a value.
 
     Args:
-        options: values of the options, by the setting's name; None where one was left out.
         others: NAME=VALUE, as `--set` takes them; values are JSON, or plain text.
+        options: values of the options above, by their names; None where one was left out.
     """
-    changes = {name: value for name, value in options.items() if value is not None}
+    changes = {_SETTINGS[name]: value for name, value in options.items() if value is not None}
     for assignment in others or []:
         name, found, text = assignment.partition("=")
         if not found:
