@@ -11,7 +11,7 @@ from rich.console import Console
 from rtpurbo.conversion import convert
 from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.evaluation.records import Record, write_results
-from rtpurbo.evaluation.run import Cell, evaluate_cells
+from rtpurbo.evaluation.run import Cell, evaluate
 from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact import ArtifactConfig
 from rtpurbo.models.base import WHEEL_MODEL
@@ -126,9 +126,9 @@ def run_demo(
 def _evaluate(
     artifact: Path, policies: tuple[str, ...], device: str, seed: int, progress: Progress
 ) -> list[Record]:
-    return evaluate_cells(
+    return evaluate(
         artifact,
-        CELLS,
+        suites=CELLS,
         policies=policies,
         seed=seed,
         device=device,

@@ -73,6 +73,20 @@ def test_suites_have_default_tasks():
     ]
 
 
+def test_tests_may_stand_beside_suites():
+    cells = [Cell("needle", "single", 300, 1), Cell("perplexity", "prose", 128, 2)]
+    assert choose_cells([*cells, "perplexity@256"], [512], 3) == [
+        *cells,
+        Cell("perplexity", "prose", 256, 3),
+    ]
+
+
+def test_the_cache_may_be_weighed_at_another_length(tiny_artifact):
+    [short] = quick(tiny_artifact, policies=["full"])
+    [long] = quick(tiny_artifact, policies=["full"], cache_length=1024)
+    assert long.kv_bytes == 8 * short.kv_bytes
+
+
 def test_a_suite_may_have_lengths_of_its_own():
     assert choose_cells(["perplexity@64,128"], [512], 3) == [
         Cell("perplexity", "prose", length, 3) for length in (64, 128)

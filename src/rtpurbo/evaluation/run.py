@@ -68,54 +68,9 @@ class Cell:
 def evaluate(
     artifact: str | Path,
     *,
-    suites: Sequence[str] = tuple(SUITES),
+    suites: Sequence[str | Cell] = tuple(SUITES),
     lengths: Sequence[int] | Mapping[str, Sequence[int]] = DEFAULT_LENGTHS,
     samples: int = 10,
-    policies: Sequence[str] = DEFAULT_POLICIES,
-    data: Sequence[str] | None = None,
-    seed: int = 0,
-    device: str | torch.device = "auto",
-    dtype: torch.dtype | None = None,
-    base_model: str | None = None,
-    progress: Progress = no_progress,
-) -> list[Record]:
-    """Measures an artifact: quality, share of far tokens read, and bytes of cache.
-
-    Args:
-        artifact: a folder, or a name on the Hugging Face Hub.
-        suites: names of `SUITES`; `suite:task` takes one task of a suite, and `suite@2048,8192` has
-            lengths of its own.
-        lengths: tokens of a test, for all suites or by the suite's name.
-        samples: questions or windows of each test.
-        policies: names of `rtpurbo.evaluation.policies.POLICIES`.
-        data: prose, as `load_texts` takes it; its held-out part is used.
-        seed: of the tests; the same seed gives every policy the same tests.
-        device: where to compute.
-        dtype: of the weights; None chooses what suits the device.
-        base_model: where to take the base model from, if not from where the artifact says.
-        progress: told after each sample.
-
-    Raises:
-        RTPurboError: a name is unknown, the artifact cannot be loaded, or a test is longer than
-            the model's context.
-    """
-    return evaluate_cells(
-        artifact,
-        choose_cells(suites, lengths, samples),
-        policies=policies,
-        data=data,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        base_model=base_model,
-        progress=progress,
-    )
-
-
-def evaluate_cells(
-    artifact: str | Path,
-    cells: Sequence[Cell],
-    *,
     policies: Sequence[str] = DEFAULT_POLICIES,
     data: Sequence[str] | None = None,
     seed: int = 0,
@@ -125,10 +80,28 @@ def evaluate_cells(
     cache_length: int | None = None,
     progress: Progress = no_progress,
 ) -> list[Record]:
-    """As `evaluate`, with every test given, each with samples of its own.
+    """Measures an artifact: quality, share of far tokens read, and bytes of cache.
 
-    `cache_length` is the number of tokens at which the cache is weighed; None takes each test's.
+    Args:
+        artifact: a folder, or a name on the Hugging Face Hub.
+        suites: names of `SUITES`; `suite:task` takes one task of a suite, and `suite@2048,8192` has
+            lengths of its own. A `Cell` is one test, with a length and samples of its own.
+        lengths: tokens of a test, for all suites or by the suite's name.
+        samples: questions or windows of each test.
+        policies: names of `rtpurbo.evaluation.policies.POLICIES`.
+        data: prose, as `load_texts` takes it; its held-out part is used.
+        seed: of the tests; the same seed gives every policy the same tests.
+        device: where to compute.
+        dtype: of the weights; None chooses what suits the device.
+        base_model: where to take the base model from, if not from where the artifact says.
+        cache_length: tokens at which the cache is weighed; None takes each test's.
+        progress: told after each sample.
+
+    Raises:
+        RTPurboError: a name is unknown, the artifact cannot be loaded, or a test is longer than
+            the model's context.
     """
+    cells = choose_cells(suites, lengths, samples)
     for name in policies:
         check_name("policy", name, POLICIES)
     device = resolve_device(device)
@@ -144,7 +117,9 @@ def evaluate_cells(
 
 
 def choose_cells(
-    suites: Sequence[str], lengths: Sequence[int] | Mapping[str, Sequence[int]], samples: int
+    suites: Sequence[str | Cell],
+    lengths: Sequence[int] | Mapping[str, Sequence[int]],
+    samples: int,
 ) -> list[Cell]:
     """The tests that the arguments of `evaluate` name.
 
@@ -153,8 +128,11 @@ def choose_cells(
     """
     if samples < 1:
         raise RTPurboError(f"the number of samples is {samples}, but it must be at least 1.")
-    cells = []
+    cells: list[Cell] = []
     for given in suites:
+        if isinstance(given, Cell):
+            cells.append(given)
+            continue
         name, _, own_lengths = given.partition("@")
         suite, _, task = name.partition(":")
         check_name("suite", suite, SUITES)
