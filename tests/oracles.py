@@ -197,9 +197,9 @@ def heaviest(mass: np.ndarray, count: int) -> set[int]:
 
 def retrieval_keys(problem: Problem, rule: AttentionRule) -> Tensor:
     """What retrieval heads see when they select: near keys and chosen far ones."""
-    near = near_keys(problem, rule.sliding_window, rule.num_sink_tokens)
+    near = near_keys(problem, rule.near_window, rule.num_sink_tokens)
     far = visible_keys(problem) & ~near
-    shared = rule.prefill_mode == "row_share" and problem.queries.shape[2] > 1
+    shared = rule.prefill_mode in ("row_share", "row_peak") and problem.queries.shape[2] > 1
     exact = exact_logits(problem).numpy()
     index = torch.einsum("bhqd,bhkd->bhqk", problem.index_queries, problem.index_keys).numpy()
     seen = near.clone()
@@ -271,6 +271,8 @@ def _tile_sets(
         blocks: set[int] = set()
         for row in tile:
             shares = _block_mass(rule, np.where(far[row], rows[row], 0.0), positions)
+            if rule.prefill_mode == "row_peak":
+                shares = _peak_shares(rule, rows[row], far[row], positions)
             blocks |= set(np.flatnonzero(shares >= rule.row_share).tolist())
         chosen += [_keys_of(rule, blocks, positions)] * len(tile)
     return chosen
@@ -279,6 +281,18 @@ def _tile_sets(
 def _block_mass(rule: AttentionRule, mass: np.ndarray, positions: np.ndarray) -> np.ndarray:
     real = positions >= 0
     return np.bincount(positions[real] // rule.block_size, weights=mass[real])
+
+
+def _peak_shares(
+    rule: AttentionRule, mass: np.ndarray, far: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """The strongest far key of each block, beside the near keys and the other blocks' strongest."""
+    peaks = np.zeros(max(0, positions.max()) // rule.block_size + 1)
+    for key in np.flatnonzero(far):
+        block = positions[key] // rule.block_size
+        peaks[block] = max(peaks[block], mass[key])
+    total = mass[~far].sum() + peaks.sum()
+    return peaks / total if total > 0 else peaks
 
 
 def _keys_of(rule: AttentionRule, blocks: set[int], positions: np.ndarray) -> set[int]:

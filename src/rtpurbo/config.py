@@ -11,7 +11,7 @@ from rtpurbo.errors import RTPurboError
 
 Reading = Literal["paper", "residual", "far"]
 Granularity = Literal["token", "block"]
-PrefillMode = Literal["dense", "top_p", "row_share"]
+PrefillMode = Literal["dense", "top_p", "row_share", "row_peak"]
 IndexSpace = Literal["pre_rope", "post_rope", "low_frequency"]
 HeadGranularity = Literal["query_head", "kv_group"]
 
@@ -39,9 +39,12 @@ class AttentionRule:
         granularity: what a row selects when it selects for itself: tokens, or blocks of keys.
         block_size: keys in a block; blocks are aligned to position 0.
         prefill_mode: what retrieval heads do with more than one query row: `dense` (the paper),
-            `top_p` (each row its own set), or `row_share` (one block list for a tile of rows).
-        query_block_size: rows that share one list under `row_share`.
+            `top_p` (each row its own set), or one block list for a tile of rows: `row_share` judges
+            a block by its mass, `row_peak` by its strongest key (no exponential a key, so faster).
+        query_block_size: rows that share one list under `row_share` and `row_peak`.
         row_share: a block is on the list if any row of the tile gives it this share of its mass.
+        retrieval_window: the window of retrieval heads, which read by their index what lies before
+            it; None: `sliding_window`.
     """
 
     num_sink_tokens: int = 4
@@ -55,6 +58,7 @@ class AttentionRule:
     prefill_mode: PrefillMode = "dense"
     query_block_size: int = 128
     row_share: float = 0.125
+    retrieval_window: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
@@ -80,9 +84,18 @@ class AttentionRule:
                 f"sliding_window ({self.sliding_window}) is smaller than block_size "
                 f"({self.block_size}): choose a window of at least one block."
             )
+        if self.retrieval_window is not None and self.retrieval_window < 1:
+            raise RTPurboError(
+                f"retrieval_window is {self.retrieval_window}, but it must be at least 1."
+            )
         check_choice("reading", self.reading, Reading)
         check_choice("granularity", self.granularity, Granularity)
         check_choice("prefill_mode", self.prefill_mode, PrefillMode)
+
+    @property
+    def near_window(self) -> int:
+        """The window of retrieval heads."""
+        return self.retrieval_window or self.sliding_window
 
     def num_selecting_rows(self, num_queries: int, num_decode_rows: int = 0) -> int:
         """How many of the last query rows select their keys; retrieval heads are dense for the others.

@@ -10,6 +10,7 @@ from rtpurbo.config import (
     AttentionRule,
     HeadGranularity,
     IndexerSettings,
+    PrefillMode,
     check_choice,
     default_sliding_window,
 )
@@ -135,7 +136,7 @@ class DistillationSettings:
     needle_share: float = 0.5
     decode_rows: int = 256
     gradient_checkpointing: bool = True
-    prefill_mode: Literal["dense", "top_p", "row_share"] = "dense"
+    prefill_mode: PrefillMode = "dense"
     refresh_steps: int = 100
     checkpoint_every: int = 20
 

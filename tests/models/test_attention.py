@@ -124,7 +124,7 @@ def test_every_family_equals_the_oracle(family):
 
 
 @pytest.mark.parametrize("index_space", ["pre_rope", "post_rope", "low_frequency"])
-@pytest.mark.parametrize("mode", ["dense", "top_p", "row_share"])
+@pytest.mark.parametrize("mode", ["dense", "top_p", "row_share", "row_peak"])
 def test_every_index_space_and_prefill_mode_equals_the_oracle(index_space, mode):
     model = tiny_model()
     rule = {"prefill_mode": mode, "top_p": 0.6, "query_block_size": 16}

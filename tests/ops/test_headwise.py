@@ -28,7 +28,7 @@ def run(problem, rule, retrieval_heads, num_decode_rows=0, **options):
 
 
 @pytest.mark.parametrize("retrieval_heads", HEAD_SETS, ids=str)
-@pytest.mark.parametrize("mode", ["dense", "top_p", "row_share"])
+@pytest.mark.parametrize("mode", ["dense", "top_p", "row_share", "row_peak"])
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 63), (30, 63), (63, 63)])
 def test_equals_the_oracle(retrieval_heads, mode, q_len, k_len):
     problem = random_problem(q_len, k_len, padding=(0, 17))
@@ -90,7 +90,7 @@ def test_layout_divides_the_heads_and_restores_their_order(groups, group, data):
         assert torch.equal(kept[part.key_value_heads], part.heads // group)
 
 
-@pytest.mark.parametrize("mode", ["dense", "top_p", "row_share"])
+@pytest.mark.parametrize("mode", ["dense", "top_p", "row_share", "row_peak"])
 @pytest.mark.parametrize("with_log_sum_exp", [False, True])
 def test_gradients_are_those_of_attention_over_a_fixed_mask(mode, with_log_sum_exp):
     problem, rule = random_problem(20, 40, padding=(0, 25)), replace(RULE, prefill_mode=mode)

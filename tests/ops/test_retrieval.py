@@ -26,7 +26,7 @@ RULES = {
         RULE, reading=reading, granularity=granularity, prefill_mode=mode
     )
     for reading, granularity, mode in product(
-        ("paper", "residual", "far"), ("token", "block"), ("top_p", "row_share")
+        ("paper", "residual", "far"), ("token", "block"), ("top_p", "row_share", "row_peak")
     )
 }
 SHAPES = [(1, 1), (1, 63), (63, 63), (1, 129), (31, 111), (129, 129)]

@@ -106,17 +106,22 @@ def test_rows_select_what_the_brute_force_selects(problem, rule):
     assert torch.equal(select(problem, rule), expected & ~near)
 
 
-@given(problem=problems, rule=rules, row_share=st.floats(0.01, 0.9))
+@given(
+    problem=problems,
+    rule=rules,
+    row_share=st.floats(0.01, 0.9),
+    mode=st.sampled_from(["row_share", "row_peak"]),
+)
 @quick
-def test_tiles_select_what_the_brute_force_selects(problem, rule, row_share):
-    rule = replace(rule, row_share=row_share, prefill_mode="row_share")
+def test_tiles_select_what_the_brute_force_selects(problem, rule, row_share, mode):
+    rule = replace(rule, row_share=row_share, prefill_mode=mode)
     if problem.queries.shape[2] == 1:  # one row selects for itself
         rule = replace(rule, prefill_mode="top_p")
     logits, near, far = ingredients(problem, rule)
     if rule.prefill_mode == "top_p":
         selected = select_for_rows(rule, logits, near, far, problem.key_positions)
     else:
-        selected = select_for_tiles(rule, logits, far, problem.key_positions)
+        selected = select_for_tiles(rule, logits, near, far, problem.key_positions)
     assert torch.equal(selected, oracles.retrieval_keys(problem, rule) & ~near)
 
 
@@ -194,14 +199,14 @@ def test_a_block_list_reaches_what_the_token_list_reaches(problem, rule):
 @given(problem=problems, rule=rules, row_share=st.floats(0.01, 0.9))
 @quick
 def test_every_row_of_a_tile_gets_the_blocks_that_any_row_needs(problem, rule, row_share):
-    rule = replace(rule, row_share=row_share)
-    logits, _, far = ingredients(problem, rule)
+    rule = replace(rule, row_share=row_share, prefill_mode="row_share")
+    logits, near, far = ingredients(problem, rule)
     blocks = block_ids(problem.key_positions, rule.block_size)
     peaks = sum_blocks(masses(logits) * far, blocks) >= row_share
-    selected = select_for_tiles(rule, logits, far, problem.key_positions)
+    selected = select_for_tiles(rule, logits, near, far, problem.key_positions)
     assert not (spread_blocks(peaks, blocks) & far & ~selected).any()
     finer = replace(rule, query_block_size=1)
-    assert not (select_for_tiles(finer, logits, far, problem.key_positions) & ~selected).any()
+    assert not (select_for_tiles(finer, logits, near, far, problem.key_positions) & ~selected).any()
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])

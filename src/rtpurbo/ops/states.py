@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ class KeyValueStates:
             and for slots that hold nothing.
         index_keys: [batch, num_retrieval_heads, k_len, index_dim], or None where nothing retrieves.
         in_order: positions are 0..k_len-1 in every row, which lets a dense kernel skip the mask.
+        first_slots: int32 [batch], where the slots run on with the positions: the key at position p
+            lies in slot p + first_slots. So it is with left padding, and in a chunk behind a ring
+            (`sink_slots`). None if keys may lie anywhere; zero is meant where `in_order` is set.
+        sink_slots: int32 [batch], the slot of position 0 where sinks are kept apart, as a ring does;
+            None if they lie where `first_slots` says.
+        length: int32 [1], how many slots are in use where the tensors are larger than that, so that a
+            decoding step has one shape at any length; None if all are. The queries' own keys are the
+            last ones in use.
     """
 
     keys: Tensor
@@ -30,16 +38,19 @@ class KeyValueStates:
     positions: Tensor
     index_keys: Tensor | None = None
     in_order: bool = False
+    first_slots: Tensor | None = None
+    sink_slots: Tensor | None = None
+    length: Tensor | None = None
 
     def without_last(self, count: int) -> KeyValueStates:
         """The same without the last `count` keys of the tensor."""
         end = self.keys.shape[2] - count
-        return KeyValueStates(
-            self.keys[:, :, :end],
-            self.values[:, :, :end],
-            self.positions[:, :end],
-            None if self.index_keys is None else self.index_keys[:, :, :end],
-            self.in_order,
+        return replace(
+            self,
+            keys=self.keys[:, :, :end],
+            values=self.values[:, :, :end],
+            positions=self.positions[:, :end],
+            index_keys=None if self.index_keys is None else self.index_keys[:, :, :end],
         )
 
 

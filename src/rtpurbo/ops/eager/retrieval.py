@@ -37,7 +37,7 @@ def retrieval_attention(
         states: keys, values and index keys of the heads' KV heads.
         key_value_heads: int64 [heads], which KV head of `states` each query head reads.
         index_queries: [batch, heads, q_len, index_dim].
-        rule: what to select; `prefill_mode` `row_share` makes tiles of rows share a list.
+        rule: what to select; with `prefill_mode` `row_share` or `row_peak` tiles of rows share a list.
         scaling: factor on the dot products.
         statistics: counts what is read, if given.
         return_log_sum_exp: whether to return it.
@@ -50,20 +50,20 @@ def retrieval_attention(
     """
     if states.index_keys is None:
         raise ValueError("retrieval_attention needs states with index keys.")
-    share_lists = rule.prefill_mode == "row_share" and query_states.shape[2] > 1
+    share_lists = rule.prefill_mode in ("row_share", "row_peak") and query_states.shape[2] > 1
     keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
     elements_per_query = query_states.shape[0] * query_states.shape[1] * keys.shape[2]
     outputs, log_sum_exps = [], []
     for chunk in query_chunks(query_states.shape[2], elements_per_query, rule.query_block_size):
         positions = query_positions[:, chunk]
-        near = near_mask(positions, states.positions, rule.sliding_window, rule.num_sink_tokens)
+        near = near_mask(positions, states.positions, rule.near_window, rule.num_sink_tokens)
         far = causal_mask(positions, states.positions) & ~near
         logits = attention_logits(query_states[:, :, chunk], keys, scaling)
         with torch.no_grad():
             index = index_scores(index_queries[:, :, chunk], states.index_keys)
             estimate = estimated_logits(rule.reading, logits, index, near, far)
             if share_lists:
-                selected = select_for_tiles(rule, estimate, far, states.positions)
+                selected = select_for_tiles(rule, estimate, near, far, states.positions)
             else:
                 selected = select_for_rows(rule, estimate, near, far, states.positions)
         if statistics is not None:

@@ -136,7 +136,7 @@ def select_for_rows(
 
 
 def select_for_tiles(
-    rule: AttentionRule, logits: Tensor, far: Tensor, key_positions: Tensor
+    rule: AttentionRule, logits: Tensor, near: Tensor, far: Tensor, key_positions: Tensor
 ) -> Tensor:
     """Far keys under one block list for each tile of `query_block_size` consecutive rows.
 
@@ -145,9 +145,30 @@ def select_for_tiles(
     (docs/experiment-log.md). Arguments as in `select_for_rows`.
     """
     blocks = block_ids(key_positions, rule.block_size)
-    shares = sum_blocks(masses(logits) * far, blocks)
+    if rule.prefill_mode == "row_share":
+        shares = sum_blocks(masses(logits) * far, blocks)
+    else:
+        shares = peak_shares(logits, near, far, blocks)
     tiles = [
         tile.amax(2, keepdim=True).expand(tile.shape)
         for tile in shares.split(rule.query_block_size, 2)
     ]
     return spread_blocks(torch.cat(tiles, 2) >= rule.row_share, blocks) & far
+
+
+def peak_shares(logits: Tensor, near: Tensor, far: Tensor, blocks: Tensor) -> Tensor:
+    """What the strongest far key of each block holds, of a mass in which every block counts by it.
+
+    Near keys count in full. One exponential a block instead of one a key: that is what a kernel
+    saves. Arguments as in `select_for_rows`, with the `block_ids` of the keys.
+
+    Returns:
+        [batch, heads, q_len, num_blocks].
+    """
+    num_blocks = int(blocks.max()) + 1 if blocks.numel() else 1
+    ids = blocks[:, None, None, :].expand(logits.shape)
+    peaks = logits.new_full((*logits.shape[:-1], num_blocks), -torch.inf).scatter_reduce(
+        -1, ids, logits.masked_fill(~far, -torch.inf), "amax"
+    )
+    near_mass = logits.masked_fill(~near, -torch.inf).logsumexp(-1, keepdim=True)
+    return masses(torch.cat([near_mass, peaks], -1))[..., 1:]
