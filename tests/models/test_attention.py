@@ -44,7 +44,6 @@ def test_a_padding_mask_becomes_positions(q_length):
 
 def test_no_padding_needs_no_mask():
     assert as_mask(None, LENGTH) is None
-    assert as_mask(torch.ones(3, LENGTH, dtype=torch.int64), LENGTH) is None
     assert as_mask(None, LENGTH, local_size=256) is None
 
 

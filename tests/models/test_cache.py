@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.cache import GrowingBuffer, HeadwiseCache, HeadwiseLayer, RingBuffer
+from rtpurbo.models.buffers import GrowingBuffer, RingBuffer
+from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
+from rtpurbo.models.slots import TokenSlots
+from rtpurbo.models.sparsify import using_rule
 from tests.oracles import is_near, left_padded_positions
 from tests.tiny_models import (
     LENGTH,
@@ -27,9 +30,11 @@ def model():
 
 
 def tensors_in(thing):
-    """Every tensor reachable from an object's attributes."""
+    """Every tensor reachable from an object's attributes, but for what layers have in common."""
     if isinstance(thing, torch.Tensor):
         return [thing]
+    if isinstance(thing, TokenSlots):
+        return []
     parts = thing if isinstance(thing, list) else vars(thing).values()
     return [
         tensor
@@ -58,15 +63,22 @@ def check_continuation(model, cache, ids, mask, held):
     window=st.integers(1, 9),
     sinks=st.integers(0, 3),
     slack=st.integers(0, 4),
+    ordered=st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
-def test_the_ring_shows_each_query_its_sinks_and_window(padding, chunks, window, sinks, slack):
+@settings(deadline=None, max_examples=100)
+def test_the_ring_shows_each_query_its_sinks_and_window(
+    padding, chunks, window, sinks, slack, ordered
+):
     ring, start = RingBuffer(sinks, window, slack), 0
     positions = left_padded_positions(padding, sum(chunks))
     for new in chunks:
         chunk = positions[:, start : start + new]
         labels = chunk[:, None, :, None].double()
-        states = ring.append(labels, labels + 1000, chunk)
+        first_slots = None
+        if ordered:
+            first_slots = torch.tensor(padding, dtype=torch.int32).clamp(max=start + new)
+        states = ring.append(labels, labels + 1000, chunk, first_slots, start)
+        check_addresses(states, sinks, is_chunk_behind_ring=ordered and start > 0 and new > 1)
         for row, (queries, held) in enumerate(
             zip(chunk.tolist(), states.positions.tolist(), strict=True)
         ):
@@ -81,6 +93,20 @@ def test_the_ring_shows_each_query_its_sinks_and_window(padding, chunks, window,
                     assert states.values[row, 0, slot, 0] == position + 1000
         start += new
         assert ring.keys.shape[2] == sinks + window + slack + 1
+
+
+def check_addresses(states, sinks, is_chunk_behind_ring):
+    """Every label lies where `first_slots` and `sink_slots` say."""
+    assert (states.sink_slots is not None) == is_chunk_behind_ring
+    if states.first_slots is None:
+        return
+    assert states.first_slots.dtype == torch.int32
+    for row, held in enumerate(states.positions.tolist()):
+        for slot, position in enumerate(held):
+            if position >= 0 and is_chunk_behind_ring and position < sinks:
+                assert slot == position + states.sink_slots[row]
+            elif position >= 0:
+                assert slot == position + states.first_slots[row]
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), reserve=st.integers(0, 60))
@@ -112,7 +138,8 @@ def test_bounded_heads_stop_growing_and_bytes_are_measured(model):
         layer = cache.layers[0]
         ring_bytes.add(sum(tensor.nbytes for tensor in tensors_in(layer.ring)))
         total.append(cache.num_bytes())
-        assert cache.num_bytes() == sum(tensor.nbytes for tensor in tensors_in(cache.layers))
+        held = [*tensors_in(cache.layers), cache.slots.first_slots]
+        assert cache.num_bytes() == sum(tensor.nbytes for tensor in held)
         start = end
     assert len(ring_bytes) == 1
     assert total == sorted(total)
@@ -156,6 +183,16 @@ def test_selecting_rows_commutes_with_recomputation(model, rows):
     cache = filled(model, ids[:, :FAR], mask[:, :FAR])
     cache.batch_select_indices(torch.tensor(rows))
     check_continuation(model, cache, ids[rows], mask[rows], FAR)
+
+
+@pytest.mark.parametrize("slack", [0, 1, 4])
+def test_the_slack_is_what_can_be_taken_back(model, slack):
+    ids, mask = padded_batch()
+    cache = filled(model, ids, mask, crop_slack=slack)
+    with pytest.raises(RTPurboError, match=f"at most {slack} tokens"):
+        cache.crop(-(slack + 1))
+    cache.crop(-slack)
+    assert cache.get_seq_length() == LENGTH - slack
 
 
 @pytest.mark.parametrize("removed", [1, 5, 8])
@@ -236,7 +273,8 @@ def test_windowed_layers_keep_their_own_cache():
     cache = filled(model, ids, mask)
     assert [isinstance(layer, HeadwiseLayer) for layer in cache.layers] == [False, True, False]
     own = [tensor for layer in cache.layers[::2] for tensor in (layer.keys, layer.values)]
-    expected = sum(tensor.nbytes for tensor in own) + cache.layers[1].num_bytes()
+    expected = sum(tensor.nbytes for tensor in [*own, cache.slots.first_slots])
+    expected += cache.layers[1].num_bytes()
     assert cache.num_bytes() == expected > 0
 
 
@@ -248,3 +286,19 @@ def test_other_models_cannot_fill_it(model):
 def test_a_dense_model_gets_none():
     with pytest.raises(RTPurboError, match="sparse model"):
         HeadwiseCache(tiny_model())
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 9}, {"num_sink_tokens": 3}])
+def test_a_cache_made_for_less_refuses_a_wider_rule(model, change):
+    ids, mask = padded_batch()
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+    with using_rule(model, **change), pytest.raises(RTPurboError, match="make a new cache"):
+        logits_of(model, ids[:, FAR:], mask, [LENGTH - FAR], cache)
+
+
+def test_a_cache_serves_a_narrower_rule(model):
+    ids, mask = padded_batch()
+    with using_rule(model, block_size=4):
+        cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+        with using_rule(model, sliding_window=5):
+            logits_of(model, ids[:, FAR:], mask, [LENGTH - FAR], cache)

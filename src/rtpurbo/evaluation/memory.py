@@ -26,22 +26,22 @@ def cache_bytes(model: PreTrainedModel, context_length: int, batch_size: int = 1
         batch_size: sequences.
     """
     cache = HeadwiseCache(model) if is_sparse(model) else DynamicCache(config=model.config)
-    positions = torch.arange(context_length, device=DEVICE).expand(batch_size, context_length)
+    if isinstance(cache, HeadwiseCache):
+        cache.enter(None, batch_size, context_length, DEVICE)
 
     def states(heads: int, dim: int) -> torch.Tensor:
         shape = (batch_size, heads, context_length, dim)
         return torch.zeros(shape, dtype=model.dtype, device=DEVICE)
 
-    total = 0
     attention: Any
     for layer, (_, _, attention) in zip(cache.layers, attention_modules(model), strict=True):
         keys = states(model.config.num_key_value_heads, attention.head_dim)
         if isinstance(layer, HeadwiseLayer):
             heads = len(attention.retrieval_heads)
             index_keys = states(heads, attention.indexer.settings.index_dim) if heads else None
-            layer.append(keys, keys, index_keys, positions, attention.layout(DEVICE), True)
-            total += layer.num_bytes()
+            layer.append(keys, keys, index_keys, attention.layout(DEVICE))
         else:
             layer.update(keys, keys)
-            total += layer.keys.nbytes + layer.values.nbytes
-    return total
+    if isinstance(cache, HeadwiseCache):
+        return cache.num_bytes()
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -17,6 +17,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
 from rtpurbo.models.families import Family, window_covers_context
 from rtpurbo.models.indexer import TokenIndexer
+from rtpurbo.models.slots import positions_of
 from rtpurbo.ops import (
     HeadLayout,
     KeyValueStates,
@@ -43,8 +44,8 @@ def key_positions_as_mask(
     q_len x k_len.
 
     Returns:
-        int64 [batch, kv_length], -1 for padding; None if no sequence is padded; or the usual mask
-        for a layer that keeps its own sliding window.
+        int64 [batch, kv_length], -1 for padding; None without a mask; or the usual mask for a layer
+        that keeps its own sliding window.
     """
     if local_size is not None and not window_covers_context(config, local_size):
         return sdpa_mask(
@@ -55,11 +56,7 @@ def key_positions_as_mask(
             local_size=local_size,
             **kwargs,
         )
-    # One look at the data a forward, and none while decoding.
-    if attention_mask is None or (q_length > 1 and bool(attention_mask.all())):
-        return None
-    real = attention_mask[:, :kv_length].to(torch.bool)
-    return (real.cumsum(1) - 1).masked_fill(~real, -1)
+    return None if attention_mask is None else positions_of(attention_mask[:, :kv_length])
 
 
 AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)
@@ -195,7 +192,11 @@ class HeadwiseAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """As the original's; `attention_mask` holds key positions (`key_positions_as_mask`)."""
+        """As the original's.
+
+        Without a cache, `attention_mask` holds key positions (`key_positions_as_mask`); a cache
+        knows them itself.
+        """
         batch, q_len, _ = hidden_states.shape
         raw_queries, raw_keys, values = self.project(hidden_states)
         queries, keys = raw_queries, raw_keys
@@ -206,8 +207,13 @@ class HeadwiseAttention(nn.Module):
             )
 
         past = self._cache_layer(past_key_values)
-        positions = self._positions(attention_mask, batch, q_len, past, hidden_states.device)
-        query_positions = positions[:, -q_len:]
+        if past is not None:
+            _, query_positions, _ = past.slots.on(hidden_states.device)
+        elif attention_mask is not None:
+            positions = query_positions = attention_mask
+        else:
+            positions = torch.arange(q_len, device=hidden_states.device).expand(batch, q_len)
+            query_positions = positions
         layout = self.layout(hidden_states.device)
         if self.observer is not None:
             self.observer(
@@ -234,9 +240,7 @@ class HeadwiseAttention(nn.Module):
                 raw_queries, queries, raw_keys, keys, layout, past is not None
             )
             if past is not None:
-                full, bounded = past.append(
-                    keys, values, index_keys, positions, layout, attention_mask is None
-                )
+                full, bounded = past.append(keys, values, index_keys, layout)
             else:
                 full, bounded = (
                     KeyValueStates(
@@ -299,21 +303,6 @@ class HeadwiseAttention(nn.Module):
                 f"a sparse model needs a HeadwiseCache, not a {type(past_key_values).__name__}: "
                 "pass rtpurbo.HeadwiseCache(model), or none."
             )
-        return past_key_values.layers[self.layer_idx]
-
-    def _positions(
-        self,
-        attention_mask: Tensor | None,
-        batch: int,
-        q_len: int,
-        past: HeadwiseLayer | None,
-        device: torch.device,
-    ) -> Tensor:
-        length = q_len + (past.get_seq_length() if past is not None else 0)
-        if attention_mask is None:
-            return torch.arange(length, device=device).expand(batch, length)
-        if attention_mask.ndim != 2:
-            raise RTPurboError(
-                "sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none."
-            )
-        return attention_mask
+        past = past_key_values.layers[self.layer_idx]
+        past.check_rule(self.rule)
+        return past

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,134 +11,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from rtpurbo.config import RTPurboConfig
+from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.buffers import GrowingBuffer, RingBuffer
 from rtpurbo.models.families import convertible_layers
+from rtpurbo.models.slots import Padding, TokenSlots
 from rtpurbo.ops import HeadLayout, KeyValueStates
 
 # Tokens that can be taken back (assisted decoding) after a ring has wrapped.
 DEFAULT_CROP_SLACK = 64
 
 
-class GrowingBuffer:
-    """A tensor [batch, heads, capacity, dim] that grows by an eighth when it is full."""
-
-    def __init__(self, reserve: int = 0) -> None:
-        self.reserve = reserve
-        self.length = 0
-        self.storage: Tensor | None = None
-
-    def append(self, states: Tensor) -> Tensor:
-        """Adds states [batch, heads, new, dim] and returns everything held so far, as a view."""
-        needed = self.length + states.shape[2]
-        capacity = 0 if self.storage is None else self.storage.shape[2]
-        if needed > capacity:
-            grown = max(needed, self.reserve, capacity + capacity // 8)
-            storage = states.new_zeros(states.shape[0], states.shape[1], grown, states.shape[3])
-            if self.storage is not None:
-                storage[:, :, : self.length] = self.storage[:, :, : self.length]
-            self.storage = storage
-        assert self.storage is not None
-        self.storage[:, :, self.length : needed] = states
-        self.length = needed
-        return self.storage[:, :, :needed]
-
-
-class RingBuffer:
-    """Bounded KV heads: S slots for sinks, R for the latest tokens, and one that is never read.
-
-    A token at position p lives in slot p if it is a sink, else in slot S + (p - S) % R; padding and
-    tokens that a longer chunk has already outlived go to the last slot, so that writing needs no
-    look at the data.
-
-    Args:
-        num_sink_tokens: S.
-        sliding_window: W, what a query must still find.
-        crop_slack: R - W, tokens that can be taken back once the ring has wrapped.
-    """
-
-    def __init__(self, num_sink_tokens: int, sliding_window: int, crop_slack: int) -> None:
-        self.num_sink_tokens = num_sink_tokens
-        self.sliding_window = sliding_window
-        self.size = sliding_window + crop_slack
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.positions: Tensor | None = None
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> KeyValueStates:
-        """Adds tokens and returns what their queries may see: the old ring and the new tokens.
-
-        Args:
-            keys: [batch, heads, new, head_dim].
-            values: likewise.
-            positions: int64 [batch, new], -1 for padding.
-        """
-        if self.keys is None:
-            batch, heads, new, _ = keys.shape
-            slots = self.num_sink_tokens + self.size + 1
-            self.keys = keys.new_zeros(batch, heads, slots, keys.shape[-1])
-            self.values = values.new_zeros(batch, heads, slots, values.shape[-1])
-            self.positions = positions.new_full((batch, slots), -1)
-            self._write(keys, values, positions)
-            if new > 1:
-                return KeyValueStates(keys, values, positions)
-        elif keys.shape[2] == 1:
-            self._write(keys, values, positions)
-        else:
-            held = self._held()
-            seen = KeyValueStates(
-                torch.cat([held.keys, keys], 2),
-                torch.cat([held.values, values], 2),
-                torch.cat([held.positions, positions], 1),
-            )
-            self._write(keys, values, positions)
-            return seen
-        return self._held()
-
-    def _held(self) -> KeyValueStates:
-        assert self.keys is not None
-        assert self.values is not None
-        assert self.positions is not None
-        return KeyValueStates(self.keys[:, :, :-1], self.values[:, :, :-1], self.positions[:, :-1])
-
-    def _write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        assert self.keys is not None
-        assert self.values is not None
-        assert self.positions is not None
-        sinks, unread = self.num_sink_tokens, self.num_sink_tokens + self.size
-        latest = positions.amax(1, keepdim=True)
-        kept = (positions >= 0) & ((positions < sinks) | (positions > latest - self.size))
-        slots = torch.where(positions < sinks, positions, sinks + (positions - sinks) % self.size)
-        slots = slots.masked_fill(~kept, unread)
-        along = slots[:, None, :, None]
-        self.keys.scatter_(2, along.expand(keys.shape), keys)
-        self.values.scatter_(2, along.expand(values.shape), values)
-        self.positions.scatter_(1, slots, positions)
-
-    def forget_from(self, next_positions: Tensor) -> None:
-        """Drops tokens at or after `next_positions` [batch].
-
-        Raises:
-            RTPurboError: the window before them is no longer whole.
-        """
-        if self.positions is None:
-            return
-        positions = self._held().positions
-        limit = next_positions[:, None]
-        first = (limit - self.sliding_window + 1).clamp(min=0)
-        present = ((positions >= first) & (positions < limit)).sum(1)
-        if bool((present < (limit - first)[:, 0]).any()):
-            raise RTPurboError(
-                f"the cache can take back at most {self.size - self.sliding_window} tokens once "
-                "its window is full; create it with a larger crop_slack."
-            )
-        self.positions.masked_fill_(self.positions >= limit, -1)
-
-
 class HeadwiseLayer(CacheLayerMixin):
     """A layer's cache: full KV heads grow, with index keys beside them; bounded ones are a ring.
 
     Args:
+        slots: where the tokens of the cache lie, the same for all its layers.
         rule_window: W of the attention rule.
         num_sink_tokens: S of the attention rule.
         crop_slack: tokens that can be taken back after the ring has wrapped.
@@ -149,9 +38,15 @@ class HeadwiseLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, rule_window: int, num_sink_tokens: int, crop_slack: int, reserve: int = 0
+        self,
+        slots: TokenSlots,
+        rule_window: int,
+        num_sink_tokens: int,
+        crop_slack: int,
+        reserve: int = 0,
     ) -> None:
         super().__init__()
+        self.slots = slots
         self._arguments = (rule_window, num_sink_tokens, crop_slack, reserve)
         self._clear()
 
@@ -162,43 +57,59 @@ class HeadwiseLayer(CacheLayerMixin):
         )
         self.ring = RingBuffer(sinks, window, slack)
         self.seen = 0
-        self.next_positions: Tensor | None = None
         self.is_initialized = False
+
+    def check_rule(self, rule: AttentionRule) -> None:
+        """Refuses a rule that would look for keys which the ring does not keep.
+
+        Raises:
+            RTPurboError: its window or its sinks are more than the cache was made for.
+        """
+        window, sinks, _, _ = self._arguments
+        if rule.sliding_window > window or rule.num_sink_tokens > sinks:
+            raise RTPurboError(
+                f"the cache keeps a window of {window} and {sinks} sinks, but the rule now asks for "
+                f"{rule.sliding_window} and {rule.num_sink_tokens}: make a new cache after set_rule."
+            )
 
     def append(
         self,
         key_states: Tensor,
         value_states: Tensor,
         index_keys: Tensor | None,
-        positions: Tensor,
         layout: HeadLayout,
-        in_order: bool,
     ) -> tuple[KeyValueStates, KeyValueStates]:
-        """Adds tokens and returns what their queries may see: (full KV heads, bounded KV heads).
+        """Adds tokens, of which the slots were told before, and returns what their queries may see.
 
         Args:
             key_states: [batch, num_key_value_heads, new, head_dim], after RoPE.
             value_states: likewise.
             index_keys: [batch, num_retrieval_heads, new, index_dim] or None.
-            positions: int64 [batch, seen + new], of every token so far; -1 for padding.
             layout: the layer's heads.
-            in_order: no sequence is padded.
+
+        Returns:
+            States of the full KV heads and of the bounded ones.
         """
-        new = key_states.shape[2]
+        seen, device = self.seen, key_states.device
         self.is_initialized = True
-        self.seen += new
-        self.next_positions = positions.amax(1) + 1
+        self.seen += key_states.shape[2]
+        positions, query_positions, first_slots = self.slots.on(device)
+        in_order = self.slots.padding == "none"
+        heads = layout.full_key_value_heads
         full = KeyValueStates(
-            self.full_keys.append(key_states[:, layout.full_key_value_heads]),
-            self.full_values.append(value_states[:, layout.full_key_value_heads]),
+            self.full_keys.append(key_states[:, heads]),
+            self.full_values.append(value_states[:, heads]),
             positions,
             None if index_keys is None else self.index_keys.append(index_keys),
             in_order,
+            None if in_order else first_slots,
         )
         heads = layout.bounded_key_value_heads
         bounded = self.ring.append(
-            key_states[:, heads], value_states[:, heads], positions[:, -new:]
+            key_states[:, heads], value_states[:, heads], query_positions, first_slots, seen
         )
+        if in_order and seen == 0 and query_positions.shape[1] > 1:
+            bounded = replace(bounded, in_order=True, first_slots=None)
         return full, bounded
 
     def update(
@@ -215,7 +126,6 @@ class HeadwiseLayer(CacheLayerMixin):
             yield buffer, "storage"
         for name in ("keys", "values", "positions"):
             yield self.ring, name
-        yield self, "next_positions"
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         for owner, name in self._tensors():
@@ -260,10 +170,7 @@ class HeadwiseLayer(CacheLayerMixin):
         if removed >= self.seen:
             self._clear()
             return
-        assert self.next_positions is not None
-        remaining = (self.next_positions - removed).clamp(min=0)
-        self.ring.forget_from(remaining)
-        self.next_positions = remaining
+        self.ring.forget_from(self.slots.next_positions(self.seen - removed))
         self.seen -= removed
         for buffer in (self.full_keys, self.full_values, self.index_keys):
             buffer.length = min(buffer.length, self.seen)
@@ -309,20 +216,76 @@ class HeadwiseCache(Cache):
                 "a HeadwiseCache needs a sparse model: "
                 "pass it through rtpurbo.sparsify or rtpurbo.load."
             )
-        rule = config.attention
+        rule, self.slots = config.attention, TokenSlots()
         layers: list[CacheLayerMixin] = []
         for converted in convertible_layers(model.config):
             if converted:
                 layers.append(
-                    HeadwiseLayer(rule.sliding_window, rule.num_sink_tokens, crop_slack, reserve)
+                    HeadwiseLayer(
+                        self.slots, rule.sliding_window, rule.num_sink_tokens, crop_slack, reserve
+                    )
                 )
             else:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=model.config.sliding_window))
         super().__init__(layers=layers)
 
+    @property
+    def padding(self) -> Padding:
+        """How the sequences are padded: `none`, `left` or `any`."""
+        return self.slots.padding
+
+    def enter(
+        self, mask: Tensor | None, batch: int, new: int, device: torch.device
+    ) -> Tensor | None:
+        """Tells all layers of the tokens of a forward, before it runs.
+
+        Args:
+            mask: [batch, tokens seen and new], 1 for real tokens; None if what enters is real.
+            batch: sequences.
+            new: tokens of each.
+            device: where they are.
+
+        Returns:
+            The mask that the forward still needs: none, but for layers with a window of their own
+            behind padding.
+        """
+        self.slots.enter(mask, batch, self.get_seq_length(), new, device)
+        if self.padding == "none" or all(isinstance(layer, HeadwiseLayer) for layer in self.layers):
+            return None
+        if mask is None:
+            assert self.slots.positions is not None
+            return self.slots.positions >= 0
+        return mask
+
+    def reset(self) -> None:
+        """Forgets everything and frees its memory."""
+        super().reset()
+        self.slots.clear()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """As `HeadwiseLayer.crop`, in every layer."""
+        super().crop(*args, **kwargs)
+        if self.get_seq_length() == 0:
+            self.slots.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in a new order, for beam search."""
+        super().reorder_cache(beam_idx)
+        self.slots.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self.slots.repeat_rows(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        super().batch_select_indices(indices)
+        self.slots.select_rows(indices)
+
     def num_bytes(self) -> int:
         """Bytes of every tensor the cache holds."""
-        total = 0
+        total = self.slots.num_bytes()
         for layer in self.layers:
             if isinstance(layer, HeadwiseLayer):
                 total += layer.num_bytes()

@@ -1,13 +1,21 @@
-"""Makes `generate` and plain calls of a sparse model use a HeadwiseCache without being told."""
+"""Makes `generate` and plain calls of a sparse model use a HeadwiseCache without being told.
+
+Every forward passes here first: so this is also where padding is looked at, once for all layers.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.slots import padding_form
+
+# How every family's base model names what may also be given without a name.
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
 
 def attach_cache(model: PreTrainedModel) -> None:
@@ -25,10 +33,11 @@ def attach_cache(model: PreTrainedModel) -> None:
     def provide_cache(
         module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        kwargs = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = model.config.use_cache
-        if use_cache and kwargs.get("past_key_values") is None and len(args) < 4:
+        if use_cache and kwargs.get("past_key_values") is None:
             # Training needs no cache, and the model would make one of its own.
             own = (
                 {"use_cache": False}
@@ -36,12 +45,32 @@ def attach_cache(model: PreTrainedModel) -> None:
                 else {"past_key_values": HeadwiseCache(model)}
             )
             kwargs = {**kwargs, **own}
-        return args, kwargs
+        kwargs["attention_mask"] = needed_mask(kwargs)
+        return args[len(ARGUMENTS) :], kwargs
 
     model._prepare_cache_for_generation = prepare_cache
     model._rtpurbo_hook = model.base_model.register_forward_pre_hook(
         provide_cache, with_kwargs=True
     )
+
+
+def needed_mask(arguments: dict[str, Any]) -> Tensor | None:
+    """The attention mask that a forward still needs, once its cache knows how it is padded.
+
+    Raises:
+        RTPurboError: the mask is not one of tokens.
+    """
+    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise RTPurboError(
+            "sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none."
+        )
+    if isinstance(cache, HeadwiseCache):
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments["inputs_embeds"]
+        return cache.enter(mask, tokens.shape[0], tokens.shape[1], tokens.device)
+    return None if mask is None or padding_form(mask) == "none" else mask
 
 
 def detach_cache(model: PreTrainedModel) -> None:
