@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.buffers import GrowingBuffer, RingBuffer
 from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
-from rtpurbo.models.slots import TokenSlots
+from rtpurbo.models.slots import RingSlots, TokenSlots
 from rtpurbo.models.sparsify import using_rule
 from tests.oracles import is_near, left_padded_positions
 from tests.tiny_models import (
@@ -33,7 +33,7 @@ def tensors_in(thing):
     """Every tensor reachable from an object's attributes, but for what layers have in common."""
     if isinstance(thing, torch.Tensor):
         return [thing]
-    if isinstance(thing, TokenSlots):
+    if isinstance(thing, (TokenSlots, RingSlots)):
         return []
     parts = thing if isinstance(thing, list) else vars(thing).values()
     return [
@@ -69,7 +69,8 @@ def check_continuation(model, cache, ids, mask, held):
 def test_the_ring_shows_each_query_its_sinks_and_window(
     padding, chunks, window, sinks, slack, ordered
 ):
-    ring, start = RingBuffer(sinks, window, slack), 0
+    slots, start = RingSlots(sinks, window, slack), 0
+    ring = RingBuffer(slots)
     positions = left_padded_positions(padding, sum(chunks))
     for new in chunks:
         chunk = positions[:, start : start + new]
@@ -77,7 +78,8 @@ def test_the_ring_shows_each_query_its_sinks_and_window(
         first_slots = None
         if ordered:
             first_slots = torch.tensor(padding, dtype=torch.int32).clamp(max=start + new)
-        states = ring.append(labels, labels + 1000, chunk, first_slots, start)
+        slots.enter(chunk, first_slots, start)
+        states = ring.append(labels, labels + 1000)
         check_addresses(states, sinks, is_chunk_behind_ring=ordered and start > 0 and new > 1)
         for row, (queries, held) in enumerate(
             zip(chunk.tolist(), states.positions.tolist(), strict=True)
@@ -136,9 +138,9 @@ def test_bounded_heads_stop_growing_and_bytes_are_measured(model):
         end = start + size
         logits_of(model, ids[:, start:end], mask[:, :end], [size], cache)
         layer = cache.layers[0]
-        ring_bytes.add(sum(tensor.nbytes for tensor in tensors_in(layer.ring)))
+        ring_bytes.add(layer.ring.keys.nbytes + layer.ring.values.nbytes)
         total.append(cache.num_bytes())
-        held = [*tensors_in(cache.layers), cache.slots.first_slots]
+        held = [*tensors_in(cache.layers), cache.slots.first_slots, cache.slots.ring.positions]
         assert cache.num_bytes() == sum(tensor.nbytes for tensor in held)
         start = end
     assert len(ring_bytes) == 1
@@ -210,8 +212,7 @@ def test_cropping_commutes_with_recomputation(model, removed, chunks):
 def test_cropping_to_a_length_is_the_older_meaning(model):
     ids, mask = padded_batch()
     cache = filled(model, ids[:, :FAR], mask[:, :FAR])
-    for layer in cache.layers:
-        layer.crop(FAR - 3)
+    cache.crop(FAR - 3)
     assert cache.get_seq_length() == FAR - 3
     check_continuation(model, cache, ids, mask, FAR - 3)
 
@@ -273,7 +274,8 @@ def test_windowed_layers_keep_their_own_cache():
     cache = filled(model, ids, mask)
     assert [isinstance(layer, HeadwiseLayer) for layer in cache.layers] == [False, True, False]
     own = [tensor for layer in cache.layers[::2] for tensor in (layer.keys, layer.values)]
-    expected = sum(tensor.nbytes for tensor in [*own, cache.slots.first_slots])
+    common = [cache.slots.first_slots, cache.slots.ring.positions]
+    expected = sum(tensor.nbytes for tensor in [*own, *common])
     expected += cache.layers[1].num_bytes()
     assert cache.num_bytes() == expected > 0
 

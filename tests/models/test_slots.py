@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import attention
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.slots import TokenSlots, padding_form, positions_of
+from rtpurbo.models.slots import RingSlots, TokenSlots, padding_form, positions_of
 from tests.oracles import left_padded_positions
 from tests.tiny_models import (
     LENGTH,
@@ -93,7 +93,7 @@ def test_positions_count_real_tokens():
 @pytest.mark.parametrize("chunks", [[LENGTH], [3, 1, 1, 1, 1, 37], [1] * LENGTH], ids=str)
 def test_labels_under_left_padding_are_those_of_the_mask(chunks):
     _, mask = padded_batch()
-    slots, seen = TokenSlots(), 0
+    slots, seen = TokenSlots(RingSlots(2, 8, 0)), 0
     for new in chunks:
         slots.enter(mask[:, : seen + new], 3, seen, new, CPU)
         seen += new
@@ -107,7 +107,7 @@ def test_labels_under_left_padding_are_those_of_the_mask(chunks):
 
 def test_padding_anywhere_stays():
     _, mask = padded_batch()
-    slots = TokenSlots()
+    slots = TokenSlots(RingSlots(2, 8, 0))
     slots.enter(holes(mask), 3, 0, LENGTH, CPU)
     assert (slots.padding, slots.first_slots) == ("any", None)
     assert torch.equal(slots.positions, positions_of(holes(mask)))

@@ -208,7 +208,8 @@ class HeadwiseAttention(nn.Module):
 
         past = self._cache_layer(past_key_values)
         if past is not None:
-            _, query_positions, _ = past.slots.on(hidden_states.device)
+            assert past.slots.query_positions is not None
+            query_positions = past.slots.query_positions.to(hidden_states.device)
         elif attention_mask is not None:
             positions = query_positions = attention_mask
         else:

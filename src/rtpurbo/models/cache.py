@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.buffers import GrowingBuffer, RingBuffer
 from rtpurbo.models.families import convertible_layers
-from rtpurbo.models.slots import Padding, TokenSlots
+from rtpurbo.models.slots import Padding, RingSlots, TokenSlots
+from rtpurbo.models.windowed import WindowedLayer
 from rtpurbo.ops import HeadLayout, KeyValueStates
 
 # Tokens that can be taken back (assisted decoding) after a ring has wrapped.
 DEFAULT_CROP_SLACK = 64
+# A static cache's capacity is a multiple of this.
+CAPACITY_STEP = 256
+
+
+def roomy_capacity(tokens: int, expected: int = 0) -> int:
+    """Slots of a static cache for so many tokens: an eighth more, or what is expected if less.
+
+    Args:
+        tokens: to be held at once.
+        expected: tokens that it is to hold in the end; 0 if unknown.
+    """
+    room = max(CAPACITY_STEP, tokens // 8)
+    if expected > tokens:
+        # A long answer is allowed more often than it is given.
+        room = min(expected - tokens, max(room, 2048))
+    return -(-(tokens + room) // CAPACITY_STEP) * CAPACITY_STEP
+
+
+def kept_tokens(seen: int, tokens: int) -> int:
+    """Tokens that are left of those seen after `crop(tokens)`, in either of its meanings."""
+    return max(0, seen + tokens) if tokens <= 0 else min(seen, tokens)
 
 
 class HeadwiseLayer(CacheLayerMixin):
@@ -27,9 +48,6 @@ class HeadwiseLayer(CacheLayerMixin):
 
     Args:
         slots: where the tokens of the cache lie, the same for all its layers.
-        rule_window: W of the attention rule.
-        num_sink_tokens: S of the attention rule.
-        crop_slack: tokens that can be taken back after the ring has wrapped.
         reserve: tokens to allocate at once for full KV heads.
     """
 
@@ -37,25 +55,17 @@ class HeadwiseLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(
-        self,
-        slots: TokenSlots,
-        rule_window: int,
-        num_sink_tokens: int,
-        crop_slack: int,
-        reserve: int = 0,
-    ) -> None:
+    def __init__(self, slots: TokenSlots, reserve: int = 0) -> None:
         super().__init__()
         self.slots = slots
-        self._arguments = (rule_window, num_sink_tokens, crop_slack, reserve)
+        self._reserve = reserve
         self._clear()
 
     def _clear(self) -> None:
-        window, sinks, slack, reserve = self._arguments
         self.full_keys, self.full_values, self.index_keys = (
-            GrowingBuffer(reserve) for _ in range(3)
+            GrowingBuffer(self._reserve) for _ in range(3)
         )
-        self.ring = RingBuffer(sinks, window, slack)
+        self.ring = RingBuffer(self.slots.ring)
         self.seen = 0
         self.is_initialized = False
 
@@ -65,7 +75,7 @@ class HeadwiseLayer(CacheLayerMixin):
         Raises:
             RTPurboError: its window or its sinks are more than the cache was made for.
         """
-        window, sinks, _, _ = self._arguments
+        window, sinks = self.slots.ring.sliding_window, self.slots.ring.num_sink_tokens
         if rule.sliding_window > window or rule.num_sink_tokens > sinks:
             raise RTPurboError(
                 f"the cache keeps a window of {window} and {sinks} sinks, but the rule now asks for "
@@ -90,27 +100,51 @@ class HeadwiseLayer(CacheLayerMixin):
         Returns:
             States of the full KV heads and of the bounded ones.
         """
-        seen, device = self.seen, key_states.device
         self.is_initialized = True
         self.seen += key_states.shape[2]
-        positions, query_positions, first_slots = self.slots.on(device)
-        in_order = self.slots.padding == "none"
-        heads = layout.full_key_value_heads
-        full = KeyValueStates(
-            self.full_keys.append(key_states[:, heads]),
-            self.full_values.append(value_states[:, heads]),
-            positions,
-            None if index_keys is None else self.index_keys.append(index_keys),
+        full, bounded = layout.full_key_value_heads, layout.bounded_key_value_heads
+        return (
+            self._append_full(key_states[:, full], value_states[:, full], index_keys),
+            self.ring.append(key_states[:, bounded], value_states[:, bounded]),
+        )
+
+    def _append_full(
+        self, keys: Tensor, values: Tensor, index_keys: Tensor | None
+    ) -> KeyValueStates:
+        slots, device = self.slots, keys.device
+        assert slots.positions is not None
+
+        def grown(buffer: GrowingBuffer, states: Tensor) -> Tensor:
+            return (
+                buffer.append(states) if slots.newest is None else buffer.put(slots.newest, states)
+            )
+
+        # Beyond the tokens in use, fixed slots hold none: so they are not in order.
+        in_order = slots.padding == "none" and slots.newest is None
+        first_slots = (
+            None if in_order or slots.first_slots is None else slots.first_slots.to(device)
+        )
+        return KeyValueStates(
+            grown(self.full_keys, keys),
+            grown(self.full_values, values),
+            slots.positions.to(device),
+            None if index_keys is None else grown(self.index_keys, index_keys),
             in_order,
-            None if in_order else first_slots,
+            first_slots,
+            length=None if slots.newest is None else slots.length,
         )
-        heads = layout.bounded_key_value_heads
-        bounded = self.ring.append(
-            key_states[:, heads], value_states[:, heads], query_positions, first_slots, seen
-        )
-        if in_order and seen == 0 and query_positions.shape[1] > 1:
-            bounded = replace(bounded, in_order=True, first_slots=None)
-        return full, bounded
+
+    def make_static(self, capacity: int) -> None:
+        """Gives the full KV heads room for so many tokens at once."""
+        for buffer in (self.full_keys, self.full_values, self.index_keys):
+            buffer.set_capacity(capacity)
+
+    def advance(self, steps: int) -> None:
+        """Follows steps that the device has taken on its own, or takes back as many (negative)."""
+        self.seen += steps
+        for buffer in (self.full_keys, self.full_values, self.index_keys):
+            if buffer.storage is not None:
+                buffer.length += steps
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -121,24 +155,24 @@ class HeadwiseLayer(CacheLayerMixin):
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Buffers are made by the first `append`."""
 
-    def _tensors(self) -> Iterator[tuple[Any, str]]:
-        for buffer in (self.full_keys, self.full_values, self.index_keys):
-            yield buffer, "storage"
-        for name in ("keys", "values", "positions"):
-            yield self.ring, name
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        for owner, name in self._tensors():
+    def held_tensors(self) -> Iterator[tuple[Any, str, Tensor]]:
+        """Every tensor: who holds it, under which name, and what it is."""
+        owners = [(part, "storage") for part in (self.full_keys, self.full_values, self.index_keys)]
+        for owner, name in [*owners, (self.ring, "keys"), (self.ring, "values")]:
             tensor = getattr(owner, name)
             if tensor is not None:
+                yield owner, name, tensor
+
+    def _map(self, change: Callable[[Tensor], Tensor], in_place: bool = False) -> None:
+        for owner, name, tensor in self.held_tensors():
+            if in_place:
+                tensor.copy_(change(tensor))
+            else:
                 setattr(owner, name, change(tensor))
 
     def num_bytes(self) -> int:
         """Bytes of the tensors held, capacity and index keys included."""
-        tensors = (getattr(owner, name) for owner, name in self._tensors())
-        return sum(
-            tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None
-        )
+        return sum(tensor.nbytes for _, _, tensor in self.held_tensors())
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
@@ -161,23 +195,22 @@ class HeadwiseLayer(CacheLayerMixin):
     def crop(self, tokens: int) -> None:
         """Takes back -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
 
-        Raises:
-            RTPurboError: the ring no longer holds what the remaining tokens would see.
+        `HeadwiseCache.crop` sees to the slots.
         """
-        removed = -tokens if tokens <= 0 else max(0, self.seen - tokens)
-        if removed == 0 or not self.is_initialized:
-            return
-        if removed >= self.seen:
+        kept = kept_tokens(self.seen, tokens)
+        if kept == 0:
             self._clear()
             return
-        self.ring.forget_from(self.slots.next_positions(self.seen - removed))
-        self.seen -= removed
+        self.seen = kept
         for buffer in (self.full_keys, self.full_values, self.index_keys):
-            buffer.length = min(buffer.length, self.seen)
+            buffer.length = min(buffer.length, kept)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in a new order, for beam search."""
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        """Rows in a new order, for beam search; fixed slots keep their addresses."""
+        self._map(
+            lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)),
+            in_place=self.slots.is_fixed,
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
@@ -216,17 +249,14 @@ class HeadwiseCache(Cache):
                 "a HeadwiseCache needs a sparse model: "
                 "pass it through rtpurbo.sparsify or rtpurbo.load."
             )
-        rule, self.slots = config.attention, TokenSlots()
+        rule = config.attention
+        self.slots = TokenSlots(RingSlots(rule.num_sink_tokens, rule.sliding_window, crop_slack))
         layers: list[CacheLayerMixin] = []
         for converted in convertible_layers(model.config):
             if converted:
-                layers.append(
-                    HeadwiseLayer(
-                        self.slots, rule.sliding_window, rule.num_sink_tokens, crop_slack, reserve
-                    )
-                )
+                layers.append(HeadwiseLayer(self.slots, reserve))
             else:
-                layers.append(DynamicSlidingWindowLayer(sliding_window=model.config.sliding_window))
+                layers.append(WindowedLayer(self.slots, model.config.sliding_window))
         super().__init__(layers=layers)
 
     @property
@@ -234,9 +264,57 @@ class HeadwiseCache(Cache):
         """How the sequences are padded: `none`, `left` or `any`."""
         return self.slots.padding
 
+    @property
+    def is_static(self) -> bool:
+        """Whether `make_static` was called and still holds."""
+        return self.slots.is_fixed
+
+    def make_static(self, capacity: int) -> None:
+        """Fixes the tensors for so many tokens, so that every step of one token is the same to the device.
+
+        Where the step stands is counted on the device alone. Several tokens can still be added, and
+        a larger capacity is taken if they need it.
+
+        Args:
+            capacity: slots for tokens, padding included.
+
+        Raises:
+            RTPurboError: nothing was read yet, or the sequences have padding between tokens.
+        """
+        seen = self.get_seq_length()
+        if seen == 0 or capacity < seen:
+            raise RTPurboError(
+                f"a cache of {seen} tokens cannot be made static with room for {capacity}: "
+                "read the prompt first, and leave it room."
+            )
+        if not self.can_be_static:
+            raise RTPurboError(
+                "a cache with padding between tokens, or in use for assisted decoding beside "
+                "windowed layers, cannot be made static."
+            )
+        for layer in self.layers:
+            if isinstance(layer, HeadwiseLayer):
+                layer.make_static(capacity)
+            else:
+                layer.make_static()
+        self.slots.fix(capacity, seen)
+
+    @property
+    def can_be_static(self) -> bool:
+        """Whether all that a step changes can be counted on the device."""
+        return self.padding != "any" and not any(
+            getattr(layer, "record_past", False) for layer in self.layers
+        )
+
+    def advance(self, steps: int) -> None:
+        """Follows steps that the device has taken on its own, or takes back as many (negative)."""
+        self.slots.count_step(steps)
+        for layer in self.layers:
+            layer.advance(steps)
+
     def enter(
         self, mask: Tensor | None, batch: int, new: int, device: torch.device
-    ) -> Tensor | None:
+    ) -> Tensor | dict[str, Tensor | None] | None:
         """Tells all layers of the tokens of a forward, before it runs.
 
         Args:
@@ -247,10 +325,19 @@ class HeadwiseCache(Cache):
 
         Returns:
             The mask that the forward still needs: none, but for layers with a window of their own
-            behind padding.
+            behind padding or with fixed slots.
         """
-        self.slots.enter(mask, batch, self.get_seq_length(), new, device)
-        if self.padding == "none" or all(isinstance(layer, HeadwiseLayer) for layer in self.layers):
+        seen = self.get_seq_length()
+        if self.is_static and seen + new > self.slots.capacity:
+            self.make_static(roomy_capacity(seen + new))
+        self.slots.enter(mask, batch, seen, new, device)
+        windowed = [layer for layer in self.layers if isinstance(layer, WindowedLayer)]
+        if not windowed:
+            return None
+        if self.slots.newest is not None:
+            window = windowed[0].sliding_window
+            return {"full_attention": None, "sliding_attention": self.slots.window_mask(window)}
+        if self.padding == "none":
             return None
         if mask is None:
             assert self.slots.positions is not None
@@ -262,30 +349,44 @@ class HeadwiseCache(Cache):
         super().reset()
         self.slots.clear()
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """As `HeadwiseLayer.crop`, in every layer."""
-        super().crop(*args, **kwargs)
-        if self.get_seq_length() == 0:
+    def crop(self, tokens: int) -> None:
+        """Takes back -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
+
+        Raises:
+            RTPurboError: the ring no longer holds what the remaining tokens would see.
+        """
+        seen = self.get_seq_length()
+        kept = kept_tokens(seen, tokens)
+        if 0 < kept < seen:
+            next_positions = self.slots.next_positions(kept)
+            self.slots.ring.check_whole_before(next_positions)
+            super().crop(tokens)
+            self.slots.ring.forget_from(next_positions)
+            return
+        super().crop(tokens)
+        if kept == 0:
             self.slots.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in a new order, for beam search."""
+        """Rows in a new order, for beam search; a static cache keeps its addresses."""
         super().reorder_cache(beam_idx)
-        self.slots.select_rows(beam_idx)
+        self.slots.map_rows(
+            lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)), in_place=True
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self.slots.repeat_rows(repeats)
+        self.slots.map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
         super().batch_select_indices(indices)
-        self.slots.select_rows(indices)
+        self.slots.map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def num_bytes(self) -> int:
         """Bytes of every tensor the cache holds."""
-        total = self.slots.num_bytes()
+        total = sum(tensor.nbytes for tensor in self.slots.tensors())
         for layer in self.layers:
             if isinstance(layer, HeadwiseLayer):
                 total += layer.num_bytes()

@@ -54,7 +54,7 @@ def attach_cache(model: PreTrainedModel) -> None:
     )
 
 
-def needed_mask(arguments: dict[str, Any]) -> Tensor | None:
+def needed_mask(arguments: dict[str, Any]) -> Any:
     """The attention mask that a forward still needs, once its cache knows how it is padded.
 
     Raises:
