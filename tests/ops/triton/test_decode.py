@@ -126,9 +126,17 @@ def test_one_shape_serves_every_length():
         shorter.check()
 
 
-def test_the_position_of_the_query_may_come_from_labels_where_nothing_retrieves():
-    step = Step.build(60, RULE, (), dtype=torch.float16, padding=(4, 0), in_ring=True)
-    step.arguments[1] = replace(step.arguments[1], first_slots=None, in_order=False)
+@pytest.mark.parametrize("spare", [0, 9])
+def test_the_position_of_the_query_may_come_from_labels_where_nothing_retrieves(spare):
+    options = {"dtype": torch.float16, "padding": (4, 0, 60)}
+    step = Step.build(60, RULE, (), in_ring=True, spare=spare, **options)
+    full = step.arguments[1]
+    step.arguments[1] = replace(
+        full,
+        positions=torch.nn.functional.pad(full.positions, (0, spare), value=-1),
+        first_slots=None,
+        in_order=False,
+    )
     step.check()
 
 

@@ -138,8 +138,12 @@ def _full_states(full: KeyValueStates | PagedStates, batch: int) -> FullStates:
             "keys lie in no known order: a decoding step needs first_slots or in_order."
         )
     # Without a full KV head, all that is wanted of these states is the position of the query.
-    first_slots = full.keys.shape[2] - 1 - full.positions[:, -1].expand(batch)
-    return FullStates.of_states(replace(full, first_slots=first_slots.to(torch.int32)))
+    length = torch.full_like(full.positions[:1, 0], full.keys.shape[2])
+    if full.length is not None:
+        length = full.length.long()
+    positions = full.positions.expand(batch, -1).gather(1, (length - 1).expand(batch, 1))[:, 0]
+    first_slots = (length - 1 - positions).to(torch.int32)
+    return FullStates.of_states(replace(full, first_slots=first_slots))
 
 
 def _check(

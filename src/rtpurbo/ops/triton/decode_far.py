@@ -53,21 +53,22 @@ def list_selected(
         scored = (entries >= first) & (entries <= last)
         places = scores + head.to(tl.int64) * num_entries + entries
         far_bins = bin_of(far_peak - tl.load(places, mask=scored, other=float("-inf")))
-        selected = far_bins <= last_far
         if PLANES == 2:
             far = far_bins < BINS
             places += heads_of_plane.to(tl.int64) * num_entries
             bins = bin_of(peak - tl.load(places, mask=far, other=float("-inf")))
-            selected = selected | (far & (bins <= last_bin))
+            selected = (far & (bins <= last_bin)) | (far_bins <= last_far)
         else:
-            selected = selected | (far_bins <= last_bin)
+            selected = far_bins <= tl.maximum(last_bin, last_far)
         order = tl.cumsum(selected.to(tl.int32), 0)
         tl.store(lists + length + order - 1, entries, mask=selected)
         length += tl.max(order, 0)
     return length
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_chunks", "num_splits", "list_length"])
+@triton.jit(
+    do_not_specialize=["capacity", "num_entries", "num_chunks", "num_splits", "list_length"]
+)
 def far_kernel(
     queries,
     query_strides,

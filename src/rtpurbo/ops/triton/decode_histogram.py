@@ -53,7 +53,7 @@ def head_peak(chunk_peaks, row, num_chunks, CHUNK_WIDTH: tl.constexpr):
     return tl.max(peaks, 0)
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_chunks"])
+@triton.jit(do_not_specialize=["capacity", "num_entries", "num_chunks"])
 def histogram_kernel(
     scores,
     chunk_peaks,

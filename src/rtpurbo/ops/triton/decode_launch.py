@@ -24,19 +24,26 @@ from rtpurbo.ops.triton.decode_states import FullStates, Selection
 
 LOG2_E = 1.4426950408889634
 
-# Near keys of one program; index keys of one; entries that one program counts.
+# Near keys of one program, and how many tiles of them are in flight or in use; index keys of one;
+# entries that one program counts.
 SPLIT = 256
+NEAR_STAGES = 3
 CHUNK_TOKENS = 1024
 HISTOGRAM_ENTRIES = 2048
 # Programs that share the far keys of a head: one for so many keys, up to a number for each head, and
 # up to a number for all heads together.
-FAR_TOKENS = 2048
+FAR_TOKENS = 1024
 FAR_PROGRAMS = 64
 FAR_PROGRAMS_IN_ALL = 1024
 # Consecutive keys that go to the same of these programs.
 RUN_TOKENS = 64
 # Elements of a tile that four warps hold in registers without spilling.
 TILE_ELEMENTS = 16384
+# Sizes that grow with the context are compiled for powers of two, but for none below these.
+LEAST_CHUNKS = 128
+LEAST_SPLITS = 64
+LEAST_TOKENS = 1024
+LEAST_BLOCKS = 128
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,7 @@ def read(
         PAGE_SIZE=full.page_size,
         SCAN=scan,
         num_warps=4,
-        num_stages=2,
+        num_stages=NEAR_STAGES,
     )
     return near, index
 
@@ -228,7 +235,7 @@ def read_far(
     num_retrieval = len(layout.retrieval)
     heads_of_plane = batch * num_retrieval
     everything = rule.top_p >= 1
-    chunk_width = triton.next_power_of_2(index.num_chunks)
+    chunk_width = max(LEAST_CHUNKS, triton.next_power_of_2(index.num_chunks))
     if not everything:
         histogram_kernel[(triton.cdiv(index.num_entries, HISTOGRAM_ENTRIES), heads_of_plane)](
             index.scores,
@@ -256,8 +263,8 @@ def read_far(
         max(1, FAR_PROGRAMS_IN_ALL // heads_of_plane),
     )
     run = max(1, RUN_TOKENS // triton.next_power_of_2(index.block))
-    share = triton.cdiv(index.num_entries, programs)
-    entries = max(run, min(2048, triton.next_power_of_2(share)))
+    share = triton.next_power_of_2(triton.cdiv(index.num_entries, programs))
+    entries = max(LEAST_TOKENS if index.block == 1 else LEAST_BLOCKS, min(2048, share))
     list_length = triton.cdiv(index.num_entries, programs * entries) * entries
     selection = None
     lists = list_lengths = near.log_sums
@@ -306,7 +313,7 @@ def read_far(
         triton.cdiv(rule.min_tokens, index.block),
         scaling * LOG2_E,
         CHUNK_WIDTH=chunk_width,
-        SPLIT_WIDTH=triton.next_power_of_2(len(near)),
+        SPLIT_WIDTH=max(LEAST_SPLITS, triton.next_power_of_2(len(near))),
         HEAD_DIM=head_dim,
         WIDTH=width,
         TILE=max(16, min(64, TILE_ELEMENTS // 2 // width)),

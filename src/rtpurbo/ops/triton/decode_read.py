@@ -16,7 +16,7 @@ from rtpurbo.ops.triton.decode_near import attend_split
 from rtpurbo.ops.triton.decode_scan import scan_chunk
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_chunks", "num_splits", "ring_slots"])
+@triton.jit(do_not_specialize=["capacity", "num_entries", "num_chunks", "num_splits", "ring_slots"])
 def read_kernel(
     queries,
     query_strides,
