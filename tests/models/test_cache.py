@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.buffers import GrowingBuffer, RingBuffer
-from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
-from rtpurbo.models.slots import RingSlots, TokenSlots
+from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.cache_layers import GrowingBuffer, HeadwiseLayer
+from rtpurbo.models.ring import RingBuffer, RingSlots
+from rtpurbo.models.slots import TokenSlots
 from rtpurbo.models.sparsify import using_rule
 from tests.oracles import is_near, left_padded_positions
 from tests.tiny_models import (

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import attention
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.slots import RingSlots, TokenSlots, padding_form, positions_of
+from rtpurbo.models.ring import RingSlots
+from rtpurbo.models.slots import TokenSlots, padding_form, positions_of
 from tests.oracles import left_padded_positions
 from tests.tiny_models import (
     LENGTH,
@@ -66,23 +67,23 @@ def holes(mask):
 
 
 @pytest.mark.parametrize(
-    ("rows", "form"),
+    ("rows", "form", "begun"),
     [
-        (["1111", "1111"], "none"),
-        (["0111", "1111"], "left"),
-        (["0000", "0001"], "left"),
-        (["1110", "1111"], "any"),
-        (["1011", "1111"], "any"),
-        (["1", "1"], "none"),
-        (["0", "1"], "left"),
+        (["1111", "1111"], "none", True),
+        (["0111", "1111"], "left", True),
+        (["0000", "0001"], "left", False),
+        (["1110", "1111"], "any", True),
+        (["1011", "1111"], "any", True),
+        (["1", "1"], "none", True),
+        (["0", "1"], "left", False),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
-def test_the_form_of_a_mask(rows, form, dtype):
+def test_the_form_of_a_mask(rows, form, begun, dtype):
     mask = torch.tensor([[int(digit) for digit in row] for row in rows]).to(dtype)
     with Looks() as looks:
-        assert padding_form(mask) == form
-    assert looks.count <= 2  # both answers come in one copy
+        assert padding_form(mask) == (form, begun)
+    assert looks.count <= 3  # the answers come in one copy
 
 
 def test_positions_count_real_tokens():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer, roomy_capacity
+from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
+from rtpurbo.models.cache_layers import HeadwiseLayer
 from tests.models.test_slots import Looks, holes, states_seen  # noqa: F401
 from tests.tiny_models import (
     FAMILIES,
@@ -184,8 +185,7 @@ def test_steps_taken_back_leave_no_trace(family):
     for end in range(PROMPT + 1, LENGTH + 1):
         for _ in range(2):
             logits_of(model, ids[:, end - 1 : end], mask[:, :end], [1], cache)
-            cache.advance(-1)
-            cache.slots.length -= 1
+            cache.rewind(end - 1)
         steps.append(logits_of(model, ids[:, end - 1 : end], mask[:, :end], [1], cache))
     expected = logits_of(model, ids, mask)[:, PROMPT:]
     assert_same_logits(torch.cat(steps, 1), expected, mask)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
+from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.families import attention_modules
 from rtpurbo.models.sparsify import is_sparse
 

@@ -14,7 +14,8 @@ from transformers.masking_utils import sdpa_mask
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.cache import HeadwiseCache, HeadwiseLayer
+from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.families import Family, window_covers_context
 from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.models.slots import positions_of

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.buffers import GrowingBuffer, RingBuffer
+from rtpurbo.models.cache_layers import HeadwiseLayer, WindowedLayer, kept_tokens
 from rtpurbo.models.families import convertible_layers
-from rtpurbo.models.slots import Padding, RingSlots, TokenSlots
-from rtpurbo.models.windowed import WindowedLayer
-from rtpurbo.ops import HeadLayout, KeyValueStates
+from rtpurbo.models.ring import RingSlots
+from rtpurbo.models.slots import Padding, TokenSlots
 
 # Tokens that can be taken back (assisted decoding) after a ring has wrapped.
 DEFAULT_CROP_SLACK = 64
@@ -36,196 +32,6 @@ def roomy_capacity(tokens: int, expected: int = 0) -> int:
         # A long answer is allowed more often than it is given.
         room = min(expected - tokens, max(room, 2048))
     return -(-(tokens + room) // CAPACITY_STEP) * CAPACITY_STEP
-
-
-def kept_tokens(seen: int, tokens: int) -> int:
-    """Tokens that are left of those seen after `crop(tokens)`, in either of its meanings."""
-    return max(0, seen + tokens) if tokens <= 0 else min(seen, tokens)
-
-
-class HeadwiseLayer(CacheLayerMixin):
-    """A layer's cache: full KV heads grow, with index keys beside them; bounded ones are a ring.
-
-    Args:
-        slots: where the tokens of the cache lie, the same for all its layers.
-        reserve: tokens to allocate at once for full KV heads.
-    """
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, slots: TokenSlots, reserve: int = 0) -> None:
-        super().__init__()
-        self.slots = slots
-        self._reserve = reserve
-        self._clear()
-
-    def _clear(self) -> None:
-        self.full_keys, self.full_values, self.index_keys = (
-            GrowingBuffer(self._reserve) for _ in range(3)
-        )
-        self.ring = RingBuffer(self.slots.ring)
-        self.seen = 0
-        self.is_initialized = False
-
-    def check_rule(self, rule: AttentionRule) -> None:
-        """Refuses a rule that would look for keys which the ring does not keep.
-
-        Raises:
-            RTPurboError: its window or its sinks are more than the cache was made for.
-        """
-        window, sinks = self.slots.ring.sliding_window, self.slots.ring.num_sink_tokens
-        if rule.sliding_window > window or rule.num_sink_tokens > sinks:
-            raise RTPurboError(
-                f"the cache keeps a window of {window} and {sinks} sinks, but the rule now asks for "
-                f"{rule.sliding_window} and {rule.num_sink_tokens}: make a new cache after set_rule."
-            )
-
-    def append(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        index_keys: Tensor | None,
-        layout: HeadLayout,
-    ) -> tuple[KeyValueStates, KeyValueStates]:
-        """Adds tokens, of which the slots were told before, and returns what their queries may see.
-
-        Args:
-            key_states: [batch, num_key_value_heads, new, head_dim], after RoPE.
-            value_states: likewise.
-            index_keys: [batch, num_retrieval_heads, new, index_dim] or None.
-            layout: the layer's heads.
-
-        Returns:
-            States of the full KV heads and of the bounded ones.
-        """
-        self.is_initialized = True
-        self.seen += key_states.shape[2]
-        full, bounded = layout.full_key_value_heads, layout.bounded_key_value_heads
-        return (
-            self._append_full(key_states[:, full], value_states[:, full], index_keys),
-            self.ring.append(key_states[:, bounded], value_states[:, bounded]),
-        )
-
-    def _append_full(
-        self, keys: Tensor, values: Tensor, index_keys: Tensor | None
-    ) -> KeyValueStates:
-        slots, device = self.slots, keys.device
-        assert slots.positions is not None
-
-        def grown(buffer: GrowingBuffer, states: Tensor) -> Tensor:
-            return (
-                buffer.append(states) if slots.newest is None else buffer.put(slots.newest, states)
-            )
-
-        # Beyond the tokens in use, fixed slots hold none: so they are not in order.
-        in_order = slots.padding == "none" and slots.newest is None
-        first_slots = (
-            None if in_order or slots.first_slots is None else slots.first_slots.to(device)
-        )
-        return KeyValueStates(
-            grown(self.full_keys, keys),
-            grown(self.full_values, values),
-            slots.positions.to(device),
-            None if index_keys is None else grown(self.index_keys, index_keys),
-            in_order,
-            first_slots,
-            length=None if slots.newest is None else slots.length,
-        )
-
-    def make_static(self, capacity: int) -> None:
-        """Gives the full KV heads room for so many tokens at once."""
-        for buffer in (self.full_keys, self.full_values, self.index_keys):
-            buffer.set_capacity(capacity)
-
-    def advance(self, steps: int) -> None:
-        """Follows steps that the device has taken on its own, or takes back as many (negative)."""
-        self.seen += steps
-        for buffer in (self.full_keys, self.full_values, self.index_keys):
-            if buffer.storage is not None:
-                buffer.length += steps
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Not how a head-wise layer is filled: `append` needs to know the heads and positions."""
-        raise RTPurboError("a HeadwiseCache only works with a model that rtpurbo made sparse.")
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Buffers are made by the first `append`."""
-
-    def held_tensors(self) -> Iterator[tuple[Any, str, Tensor]]:
-        """Every tensor: who holds it, under which name, and what it is."""
-        owners = [(part, "storage") for part in (self.full_keys, self.full_values, self.index_keys)]
-        for owner, name in [*owners, (self.ring, "keys"), (self.ring, "values")]:
-            tensor = getattr(owner, name)
-            if tensor is not None:
-                yield owner, name, tensor
-
-    def _map(self, change: Callable[[Tensor], Tensor], in_place: bool = False) -> None:
-        for owner, name, tensor in self.held_tensors():
-            if in_place:
-                tensor.copy_(change(tensor))
-            else:
-                setattr(owner, name, change(tensor))
-
-    def num_bytes(self) -> int:
-        """Bytes of the tensors held, capacity and index keys included."""
-        return sum(tensor.nbytes for _, _, tensor in self.held_tensors())
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask covers every token seen: (length, offset)."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Unbounded."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # transformers before 5.20
-
-    def reset(self) -> None:
-        """Forgets everything and frees its memory."""
-        self._clear()
-
-    def crop(self, tokens: int) -> None:
-        """Takes back -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
-
-        `HeadwiseCache.crop` sees to the slots.
-        """
-        kept = kept_tokens(self.seen, tokens)
-        if kept == 0:
-            self._clear()
-            return
-        self.seen = kept
-        for buffer in (self.full_keys, self.full_values, self.index_keys):
-            buffer.length = min(buffer.length, kept)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in a new order, for beam search; fixed slots keep their addresses."""
-        self._map(
-            lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)),
-            in_place=self.slots.is_fixed,
-        )
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
-        self._map(lambda tensor: tensor[indices])
-
-    def offload(self) -> None:
-        """Moves the tensors to the CPU."""
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Offloading back and forth is not supported; the cache is small instead."""
 
 
 class HeadwiseCache(Cache):
@@ -258,6 +64,8 @@ class HeadwiseCache(Cache):
             else:
                 layers.append(WindowedLayer(self.slots, model.config.sliding_window))
         super().__init__(layers=layers)
+        # Tokens that it is to hold in the end, where `generate` knows.
+        self.expected_length = 0
 
     @property
     def padding(self) -> Padding:
@@ -306,11 +114,23 @@ class HeadwiseCache(Cache):
             getattr(layer, "record_past", False) for layer in self.layers
         )
 
-    def advance(self, steps: int) -> None:
-        """Follows steps that the device has taken on its own, or takes back as many (negative)."""
-        self.slots.count_step(steps)
+    def make_growing(self) -> None:
+        """Undoes `make_static`; the room is kept."""
+        self.slots.release()
+
+    def recount(self, seen: int) -> None:
+        """Follows what the device has done on its own: this many tokens are held."""
+        self.slots.recount(seen)
         for layer in self.layers:
-            layer.advance(steps)
+            layer.recount(seen)
+
+    def rewind(self, seen: int) -> None:
+        """Takes a static cache back to where it stood before one step of one token.
+
+        That step may then run again: it writes the same in the same places.
+        """
+        self.recount(seen)
+        self.slots.rewind(seen)
 
     def enter(
         self, mask: Tensor | None, batch: int, new: int, device: torch.device
@@ -361,7 +181,7 @@ class HeadwiseCache(Cache):
             next_positions = self.slots.next_positions(kept)
             self.slots.ring.check_whole_before(next_positions)
             super().crop(tokens)
-            self.slots.ring.forget_from(next_positions)
+            self.slots.take_back(next_positions)
             return
         super().crop(tokens)
         if kept == 0:

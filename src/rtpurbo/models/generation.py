@@ -70,7 +70,7 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
         if tokens is None:
             tokens = arguments["inputs_embeds"]
         return cache.enter(mask, tokens.shape[0], tokens.shape[1], tokens.device)
-    return None if mask is None or padding_form(mask) == "none" else mask
+    return None if mask is None or padding_form(mask)[0] == "none" else mask
 
 
 def detach_cache(model: PreTrainedModel) -> None:

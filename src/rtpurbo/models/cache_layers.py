@@ -1,0 +1,356 @@
+"""What one layer keeps: full KV heads and a ring, or the window that the model gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.ring import RingBuffer
+from rtpurbo.models.slots import TokenSlots
+from rtpurbo.ops import HeadLayout, KeyValueStates
+
+
+def kept_tokens(seen: int, tokens: int) -> int:
+    """Tokens that are left of those seen after `crop(tokens)`, in either of its meanings."""
+    return max(0, seen + tokens) if tokens <= 0 else min(seen, tokens)
+
+
+class GrowingBuffer:
+    """A tensor [batch, heads, capacity, dim] that grows by an eighth when it is full."""
+
+    def __init__(self, reserve: int = 0) -> None:
+        self.reserve = reserve
+        self.length = 0
+        self.storage: Tensor | None = None
+
+    def append(self, states: Tensor) -> Tensor:
+        """Adds states [batch, heads, new, dim] and returns everything held so far, as a view."""
+        needed = self.length + states.shape[2]
+        capacity = 0 if self.storage is None else self.storage.shape[2]
+        if needed > capacity:
+            self._move(states, max(needed, self.reserve, capacity + capacity // 8))
+        assert self.storage is not None
+        self.storage[:, :, self.length : needed] = states
+        self.length = needed
+        return self.storage[:, :, :needed]
+
+    def put(self, slot: Tensor, states: Tensor) -> Tensor:
+        """Adds one token at a slot that only the device knows, and returns the whole capacity."""
+        assert self.storage is not None
+        self.storage.index_copy_(2, slot, states)
+        self.length += 1
+        return self.storage
+
+    def set_capacity(self, capacity: int) -> None:
+        """Makes room for so many tokens, no more and no less."""
+        if self.storage is not None and self.storage.shape[2] != capacity:
+            self._move(self.storage, capacity)
+
+    def _move(self, like: Tensor, capacity: int) -> None:
+        storage = like.new_zeros(like.shape[0], like.shape[1], capacity, like.shape[3])
+        if self.storage is not None:
+            storage[:, :, : self.length] = self.storage[:, :, : self.length]
+        self.storage = storage
+
+
+class HeadwiseLayer(CacheLayerMixin):
+    """A layer's cache: full KV heads grow, with index keys beside them; bounded ones are a ring.
+
+    Args:
+        slots: where the tokens of the cache lie, the same for all its layers.
+        reserve: tokens to allocate at once for full KV heads.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, slots: TokenSlots, reserve: int = 0) -> None:
+        super().__init__()
+        self.slots = slots
+        self._reserve = reserve
+        self._clear()
+
+    def _clear(self) -> None:
+        self.full_keys, self.full_values, self.index_keys = (
+            GrowingBuffer(self._reserve) for _ in range(3)
+        )
+        self.ring = RingBuffer(self.slots.ring)
+        self.seen = 0
+        self.is_initialized = False
+
+    def check_rule(self, rule: AttentionRule) -> None:
+        """Refuses a rule that would look for keys which the ring does not keep.
+
+        Raises:
+            RTPurboError: its window or its sinks are more than the cache was made for.
+        """
+        window, sinks = self.slots.ring.sliding_window, self.slots.ring.num_sink_tokens
+        if rule.sliding_window > window or rule.num_sink_tokens > sinks:
+            raise RTPurboError(
+                f"the cache keeps a window of {window} and {sinks} sinks, but the rule now asks for "
+                f"{rule.sliding_window} and {rule.num_sink_tokens}: make a new cache after set_rule."
+            )
+
+    def append(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        index_keys: Tensor | None,
+        layout: HeadLayout,
+    ) -> tuple[KeyValueStates, KeyValueStates]:
+        """Adds tokens, of which the slots were told before, and returns what their queries may see.
+
+        Args:
+            key_states: [batch, num_key_value_heads, new, head_dim], after RoPE.
+            value_states: likewise.
+            index_keys: [batch, num_retrieval_heads, new, index_dim] or None.
+            layout: the layer's heads.
+
+        Returns:
+            States of the full KV heads and of the bounded ones.
+        """
+        self.is_initialized = True
+        self.seen += key_states.shape[2]
+        full, bounded = layout.full_key_value_heads, layout.bounded_key_value_heads
+        return (
+            self._append_full(key_states[:, full], value_states[:, full], index_keys),
+            self.ring.append(key_states[:, bounded], value_states[:, bounded]),
+        )
+
+    def _append_full(
+        self, keys: Tensor, values: Tensor, index_keys: Tensor | None
+    ) -> KeyValueStates:
+        slots, device = self.slots, keys.device
+        assert slots.positions is not None
+
+        def grown(buffer: GrowingBuffer, states: Tensor) -> Tensor:
+            return (
+                buffer.append(states) if slots.newest is None else buffer.put(slots.newest, states)
+            )
+
+        # Beyond the tokens in use, fixed slots hold none: so they are not in order.
+        in_order = slots.padding == "none" and slots.newest is None
+        first_slots = (
+            None if in_order or slots.first_slots is None else slots.first_slots.to(device)
+        )
+        return KeyValueStates(
+            grown(self.full_keys, keys),
+            grown(self.full_values, values),
+            slots.positions.to(device),
+            None if index_keys is None else grown(self.index_keys, index_keys),
+            in_order,
+            first_slots,
+            length=None if slots.newest is None else slots.length,
+        )
+
+    def make_static(self, capacity: int) -> None:
+        """Gives the full KV heads room for so many tokens at once."""
+        for buffer in (self.full_keys, self.full_values, self.index_keys):
+            buffer.set_capacity(capacity)
+
+    def recount(self, seen: int) -> None:
+        """Follows what the device has done on its own: this many tokens are held."""
+        self.seen = seen
+        for buffer in (self.full_keys, self.full_values, self.index_keys):
+            if buffer.storage is not None:
+                buffer.length = seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Not how a head-wise layer is filled: `append` needs to know the heads and positions."""
+        raise RTPurboError("a HeadwiseCache only works with a model that rtpurbo made sparse.")
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Buffers are made by the first `append`."""
+
+    def held_tensors(self) -> Iterator[tuple[Any, str, Tensor]]:
+        """Every tensor: who holds it, under which name, and what it is."""
+        owners = [(part, "storage") for part in (self.full_keys, self.full_values, self.index_keys)]
+        for owner, name in [*owners, (self.ring, "keys"), (self.ring, "values")]:
+            tensor = getattr(owner, name)
+            if tensor is not None:
+                yield owner, name, tensor
+
+    def _map(self, change: Callable[[Tensor], Tensor], in_place: bool = False) -> None:
+        for owner, name, tensor in self.held_tensors():
+            if in_place:
+                tensor.copy_(change(tensor))
+            else:
+                setattr(owner, name, change(tensor))
+
+    def num_bytes(self) -> int:
+        """Bytes of the tensors held, capacity and index keys included."""
+        return sum(tensor.nbytes for _, _, tensor in self.held_tensors())
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask covers every token seen: (length, offset)."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Unbounded."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # transformers before 5.20
+
+    def reset(self) -> None:
+        """Forgets everything and frees its memory."""
+        self._clear()
+
+    def crop(self, tokens: int) -> None:
+        """Takes back -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
+
+        `HeadwiseCache.crop` sees to the slots.
+        """
+        kept = kept_tokens(self.seen, tokens)
+        if kept == 0:
+            self._clear()
+            return
+        self.seen = kept
+        for buffer in (self.full_keys, self.full_values, self.index_keys):
+            buffer.length = min(buffer.length, kept)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in a new order, for beam search; fixed slots keep their addresses."""
+        self._map(
+            lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)),
+            in_place=self.slots.is_fixed,
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        self._map(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        """Moves the tensors to the CPU."""
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Offloading back and forth is not supported; the cache is small instead."""
+
+
+class WindowedLayer(DynamicSlidingWindowLayer):
+    """As transformers', but while slots are fixed its keys are a ring of one slot a window's key.
+
+    The token of slot s lies in slot s % window of the ring; `TokenSlots.window_mask` tells which
+    hold anything.
+
+    Args:
+        slots: where the tokens of the cache lie.
+        sliding_window: keys that a query of this layer sees.
+    """
+
+    keys: Any
+    values: Any
+    cumulative_length: int
+
+    def __init__(self, slots: TokenSlots, sliding_window: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.slots = slots
+        self.ring: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def _is_ring(self) -> bool:
+        return self.ring is not None and self.keys is self.ring[0]
+
+    def make_static(self) -> None:
+        """Turns keys and values into rings of fixed size."""
+        if not self.is_initialized or self._is_ring:
+            return
+        held = self._held_slots()
+        if self.ring is None or self.ring[0].shape[0] != self.keys.shape[0]:
+            batch, heads, _, dim = self.keys.shape
+            shape = (batch, heads, self.sliding_window, dim)
+            self.ring = self.keys.new_zeros(shape), self.values.new_zeros(shape)
+        for ring, part in zip(self.ring, (self.keys, self.values), strict=True):
+            ring[:, :, held] = part[:, :, part.shape[2] - held.numel() :]
+        self.keys, self.values = self.ring
+
+    def _held_slots(self) -> Tensor:
+        """Slots of the ring for the tokens that the next ones still see, in their order."""
+        seen = self.cumulative_length
+        first = max(0, seen - self.sliding_window + 1)
+        return torch.arange(first, seen, device=self.keys.device) % self.sliding_window
+
+    def _make_dynamic(self) -> None:
+        if self._is_ring:
+            held = self._held_slots()
+            self.keys, self.values = self.keys[:, :, held], self.values[:, :, held]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds tokens and returns what their queries see, and perhaps more (masks tell)."""
+        if self.slots.newest is not None and self._is_ring:
+            slot = self.slots.newest % self.sliding_window
+            self.keys.index_copy_(2, slot, key_states)
+            self.values.index_copy_(2, slot, value_states)
+            self.cumulative_length += 1
+            return self.keys, self.values
+        self._make_dynamic()
+        states = super().update(key_states, value_states, *args, **kwargs)
+        if self.slots.is_fixed:
+            self.make_static()
+        return states
+
+    def activate_past_recording(self) -> None:
+        """Keeps what leaves the window, until `crop`: not with fixed slots."""
+        self._make_dynamic()
+        self.slots.release()
+        super().activate_past_recording()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers': a ring that is full cannot be cropped either."""
+        was_ring = self._is_ring
+        self._make_dynamic()
+        try:
+            super().crop(*args, **kwargs)
+        finally:
+            if was_ring:
+                self.make_static()
+
+    def reset(self) -> None:
+        """Forgets everything and frees its memory."""
+        self.ring = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in a new order, for beam search; a ring keeps its address."""
+        if not self._is_ring:
+            super().reorder_cache(beam_idx)
+            return
+        for part in (self.keys, self.values):
+            part.copy_(part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._make_dynamic()
+        super().batch_repeat_interleave(repeats)
+        if self.slots.is_fixed:
+            self.make_static()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        self._make_dynamic()
+        super().batch_select_indices(indices)
+        if self.slots.is_fixed:
+            self.make_static()
+
+    def recount(self, seen: int) -> None:
+        """Follows what the device has done on its own: this many tokens were seen."""
+        self.cumulative_length = seen
