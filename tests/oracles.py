@@ -270,6 +270,8 @@ def _tile_sets(
         tile = range(start, min(start + rule.query_block_size, len(rows)))
         blocks: set[int] = set()
         for row in tile:
+            if (len(rows) - 1 - row) % rule.row_stride:
+                continue
             shares = _block_mass(rule, np.where(far[row], rows[row], 0.0), positions)
             if rule.prefill_mode == "row_peak":
                 shares = _peak_shares(rule, rows[row], far[row], positions)

@@ -43,6 +43,7 @@ class AttentionRule:
             a block by its mass, `row_peak` by its strongest key (no exponential a key, so faster).
         query_block_size: rows that share one list under `row_share` and `row_peak`.
         row_share: a block is on the list if any row of the tile gives it this share of its mass.
+        row_stride: every so many rows of a tile are asked, the last row of all among them.
         retrieval_window: the window of retrieval heads, which read by their index what lies before
             it; None: `sliding_window`.
     """
@@ -58,6 +59,7 @@ class AttentionRule:
     prefill_mode: PrefillMode = "dense"
     query_block_size: int = 128
     row_share: float = 0.125
+    row_stride: int = 1
     retrieval_window: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +85,11 @@ class AttentionRule:
             raise RTPurboError(
                 f"sliding_window ({self.sliding_window}) is smaller than block_size "
                 f"({self.block_size}): choose a window of at least one block."
+            )
+        if self.row_stride < 1 or self.query_block_size % self.row_stride:
+            raise RTPurboError(
+                f"row_stride is {self.row_stride}, but it must divide query_block_size "
+                f"({self.query_block_size})."
             )
         if self.retrieval_window is not None and self.retrieval_window < 1:
             raise RTPurboError(

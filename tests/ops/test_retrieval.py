@@ -71,6 +71,7 @@ def test_equals_the_oracle(name, q_len, k_len):
         {"top_p": 0.999, "row_share": 0.01},
         {"block_size": 5, "query_block_size": 7, "sliding_window": 5, "num_sink_tokens": 0},
         {"far_floor": 0.6},
+        {"row_stride": 4},
     ],
     ids=str,
 )

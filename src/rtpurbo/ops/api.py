@@ -1,14 +1,18 @@
-"""The public operators: check, choose a backend, call it. Nothing falls back silently.
+"""The public operators: check, choose a backend, call it. A backend named is used, or refuses.
 
 Shapes and meaning are documented at the specification, `rtpurbo.ops.eager`; every backend computes
-the same.
+the same. `auto` takes kernels for half precision on a GPU wherever they can serve the call.
 """
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
@@ -17,6 +21,7 @@ from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
 
 __all__ = [
     "causal_attention",
+    "chosen_backend",
     "headwise_attention",
     "index_scores",
     "local_attention",
@@ -31,6 +36,7 @@ BACKENDS: dict[str, dict[str, str]] = {
         "retrieval_attention": "rtpurbo.ops.eager.retrieval",
         "headwise_attention": "rtpurbo.ops.eager.headwise",
     },
+    "triton": {"headwise_attention": "rtpurbo.ops.triton.headwise"},
 }
 
 
@@ -40,7 +46,47 @@ def _implementation(operator: str, backend: str) -> Any:
         raise ValueError(
             f"backend '{backend}' is unknown: choose 'auto' or one of {sorted(BACKENDS)}."
         )
+    if operator not in BACKENDS[chosen]:
+        raise ValueError(f"backend '{chosen}' has no operator '{operator}': choose 'eager'.")
     return getattr(import_module(BACKENDS[chosen][operator]), operator)
+
+
+def chosen_backend(
+    backend: str,
+    query_states: Tensor,
+    full: KeyValueStates,
+    bounded: KeyValueStates,
+    index_queries: Tensor | None,
+    rule: AttentionRule,
+) -> str:
+    """The backend that `headwise_attention` will use for such a call.
+
+    Raises:
+        ValueError: the backend named cannot serve the call.
+    """
+    if backend == "auto":
+        half = query_states.dtype in (torch.float16, torch.bfloat16)
+        if not (query_states.is_cuda and half and has_triton()):
+            return "eager"
+    elif backend != "triton":
+        return backend
+    elif not has_triton():
+        raise ValueError("backend 'triton' needs the package triton: pip install triton.")
+    elif not query_states.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("backend 'triton' needs a GPU: move the model there, or choose 'eager'.")
+    kernels = import_module(BACKENDS["triton"]["headwise_attention"])
+    reason = next(kernels.refusals(query_states, full, bounded, index_queries, rule), None)
+    if reason is None:
+        return "triton"
+    if backend == "auto":
+        return "eager"
+    raise ValueError(f"the kernels cannot serve this call: {reason}. Choose backend 'eager'.")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled here."""
+    return find_spec("triton") is not None
 
 
 def _check_states(query_states: Tensor, query_positions: Tensor, states: KeyValueStates) -> None:
@@ -127,6 +173,7 @@ def headwise_attention(
     """A whole layer: `rtpurbo.ops.eager.headwise.headwise_attention`."""
     _check_states(query_states, query_positions, full)
     _check_states(query_states, query_positions, bounded)
+    backend = chosen_backend(backend, query_states, full, bounded, index_queries, rule)
     return _implementation("headwise_attention", backend)(
         query_states,
         query_positions,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ class HeadLayout:
         bounded_key_value_heads: int64, the others.
         order: int64 [num_attention_heads], brings (retrieval, local_full, local_bounded) back to
             head order.
+        derived: what a backend works out from the layout once.
     """
 
     retrieval: HeadGroup
@@ -90,6 +92,7 @@ class HeadLayout:
     full_key_value_heads: Tensor
     bounded_key_value_heads: Tensor
     order: Tensor
+    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def build(
@@ -141,9 +144,16 @@ class SelectionStatistics:
 
     def add(self, far: Tensor, selected: Tensor) -> None:
         """Adds rows: bool `far` [batch, 1, rows, k_len], `selected` [batch, heads, rows, k_len]."""
-        self.far_keys += float(far.sum()) * selected.shape[1]
-        self.far_keys_read += float(selected.sum())
-        self.rows += int(far.any(-1).sum()) * selected.shape[1]
+        heads = selected.shape[1]
+        self.add_counts(
+            float(far.sum()) * heads, float(selected.sum()), int(far.any(-1).sum()) * heads
+        )
+
+    def add_counts(self, far_keys: float, far_keys_read: float, rows: int) -> None:
+        """Adds what was counted elsewhere; see the attributes."""
+        self.far_keys += far_keys
+        self.far_keys_read += far_keys_read
+        self.rows += rows
 
     @property
     def share_read(self) -> float | None:

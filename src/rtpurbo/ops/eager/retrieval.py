@@ -63,7 +63,8 @@ def retrieval_attention(
             index = index_scores(index_queries[:, :, chunk], states.index_keys)
             estimate = estimated_logits(rule.reading, logits, index, near, far)
             if share_lists:
-                selected = select_for_tiles(rule, estimate, near, far, states.positions)
+                rows_after = query_states.shape[2] - chunk.stop
+                selected = select_for_tiles(rule, estimate, near, far, states.positions, rows_after)
             else:
                 selected = select_for_rows(rule, estimate, near, far, states.positions)
         if statistics is not None:

@@ -136,19 +136,28 @@ def select_for_rows(
 
 
 def select_for_tiles(
-    rule: AttentionRule, logits: Tensor, near: Tensor, far: Tensor, key_positions: Tensor
+    rule: AttentionRule,
+    logits: Tensor,
+    near: Tensor,
+    far: Tensor,
+    key_positions: Tensor,
+    rows_after: int = 0,
 ) -> Tensor:
     """Far keys under one block list for each tile of `query_block_size` consecutive rows.
 
     A block is on the list if any row of the tile gives it at least `row_share` of its estimated
     mass. Peaks decide, not means: the mean loses the few rows that retrieve
-    (docs/experiment-log.md). Arguments as in `select_for_rows`.
+    (docs/experiment-log.md). With a `row_stride` only every so many rows are asked, counted back
+    from the last row of the call. Arguments as in `select_for_rows`, and how many rows of the call
+    follow these.
     """
     blocks = block_ids(key_positions, rule.block_size)
     if rule.prefill_mode == "row_share":
         shares = sum_blocks(masses(logits) * far, blocks)
     else:
         shares = peak_shares(logits, near, far, blocks)
+    to_end = torch.arange(shares.shape[2] - 1, -1, -1, device=shares.device) + rows_after
+    shares = shares.masked_fill((to_end % rule.row_stride > 0)[:, None], 0.0)
     tiles = [
         tile.amax(2, keepdim=True).expand(tile.shape)
         for tile in shares.split(rule.query_block_size, 2)

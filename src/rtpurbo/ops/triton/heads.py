@@ -1,0 +1,59 @@
+"""Which heads a launch serves, as the small integer tables that kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rtpurbo.ops.states import HeadGroup, KeyValueStates
+
+# A window that no context fills.
+EVERYTHING = 2**30
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """Query heads of one launch.
+
+    Attributes:
+        heads: int32 [num_heads], query heads of the layer.
+        key_value_heads: int32 [num_heads], the KV head that each reads, within its states.
+        windows: int32 [num_heads], keys of the window, the query's own counted.
+    """
+
+    heads: Tensor
+    key_value_heads: Tensor
+    windows: Tensor
+
+    def __len__(self) -> int:
+        return self.heads.numel()
+
+    @classmethod
+    def build(cls, group: HeadGroup, sliding_window: int | Tensor) -> HeadTable:
+        """The table of a group of heads with one window, or with int [num_heads] windows."""
+        if isinstance(sliding_window, Tensor):
+            windows = sliding_window.to(torch.int32)
+        else:
+            windows = torch.full_like(group.heads, sliding_window, dtype=torch.int32)
+        return cls(group.heads.to(torch.int32), group.key_value_heads.to(torch.int32), windows)
+
+    def followed_by(self, other: HeadTable) -> HeadTable:
+        """The heads of this table, then those of another."""
+        return HeadTable(
+            torch.cat([self.heads, other.heads]),
+            torch.cat([self.key_value_heads, other.key_value_heads]),
+            torch.cat([self.windows, other.windows]),
+        )
+
+
+def query_starts(states: KeyValueStates, q_len: int) -> Tensor:
+    """Position of the first query row of each sequence, int32 [batch]; negative within padding."""
+    batch, _, k_len, _ = states.keys.shape
+    device = states.keys.device
+    if states.length is not None:
+        starts = (states.length - q_len).expand(batch)
+    else:
+        starts = torch.full((batch,), k_len - q_len, dtype=torch.int32, device=device)
+    return starts if states.first_slots is None else starts - states.first_slots

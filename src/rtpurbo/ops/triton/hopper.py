@@ -1,0 +1,154 @@
+"""The launchers of `prefill.py` once more, for the kernel in `hopper_kernel.py`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.triton.heads import HeadTable
+from rtpurbo.ops.triton.hopper_kernel import hopper_kernel
+from rtpurbo.ops.triton.prefill import LOG2_E, BlockLists
+
+ROWS = 128
+KEYS = 128
+BLOCK = 64
+
+
+@cache
+def is_hopper() -> bool:
+    """Whether the current device is one."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def suits(query_states: Tensor, *states: KeyValueStates) -> bool:
+    """Whether these kernels can serve such states."""
+    return (
+        is_hopper()
+        and query_states.shape[-1] in (64, 128)
+        and query_states.dtype in (torch.float16, torch.bfloat16)
+        and all(part.keys.shape[1] > 0 for part in states)
+    )
+
+
+def _descriptor(states: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(128, 16, rank=4)
+    return TensorDescriptor(
+        states, list(states.shape), list(states.stride()), [1, 1, rows, columns], layout
+    )
+
+
+def _launch(
+    query_states: Tensor,
+    sources: list[tuple[KeyValueStates, HeadTable]],
+    starts: Tensor,
+    tiles: int,
+    row_offset: int,
+    num_sink_tokens: int,
+    scaling: float,
+    output: Tensor,
+    log_sum_exp: Tensor | None,
+    lists: BlockLists | None,
+) -> None:
+    batch, _, q_len, head_dim = query_states.shape
+    rows, columns = (KEYS, head_dim) if lists is None else (BLOCK, 64)
+    first, last = sources[0][0], sources[-1][0]
+    table = sources[0][1] if len(sources) == 1 else sources[0][1].followed_by(sources[1][1])
+    origins = torch.zeros_like(table.heads)
+    origins[len(sources[0][1]) :] = 1
+    has_slots = any(states.first_slots is not None for states, _ in sources)
+    slots, sinks = _slots(sources, starts) if has_slots else (starts, starts)
+    lse = starts if log_sum_exp is None else log_sum_exp
+    hopper_kernel[(tiles * len(table), batch)](
+        _descriptor(query_states, ROWS, head_dim),
+        _descriptor(first.keys, rows, columns),
+        _descriptor(first.values, rows, columns),
+        _descriptor(last.keys, rows, columns),
+        _descriptor(last.values, rows, columns),
+        output,
+        lse,
+        table.heads,
+        table.key_value_heads,
+        table.windows,
+        origins,
+        starts,
+        slots,
+        sinks,
+        starts if lists is None else lists.blocks,
+        starts if lists is None else lists.counts,
+        q_len,
+        len(table),
+        batch,
+        tiles,
+        row_offset,
+        num_sink_tokens,
+        scaling * LOG2_E,
+        *output.stride()[:3],
+        *((0, 0) if log_sum_exp is None else log_sum_exp.stride()[:2]),
+        0 if lists is None else lists.blocks.shape[-1],
+        HAS_SLOTS=has_slots,
+        HAS_LSE=log_sum_exp is not None,
+        LISTED=lists is not None,
+        EDGE=0 if lists is None else lists.edge_slots,
+        M=ROWS,
+        N=KEYS,
+        D=head_dim,
+        STAGES=2,
+        BLOCK=BLOCK,
+        REGISTERS=240,
+        num_warps=4,
+        maxnreg=168,
+    )
+
+
+def _slots(
+    sources: list[tuple[KeyValueStates, HeadTable]], starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Slots of position 0 and of the first sink, int32 [sources, batch]."""
+    nothing = torch.zeros_like(starts)
+    firsts = [nothing if part.first_slots is None else part.first_slots for part, _ in sources]
+    sinks = [
+        first if part.sink_slots is None else part.sink_slots
+        for (part, _), first in zip(sources, firsts, strict=True)
+    ]
+    return torch.stack(firsts), torch.stack(sinks)
+
+
+def window_attention(
+    query_states: Tensor,
+    sources: list[tuple[KeyValueStates, HeadTable]],
+    starts: Tensor,
+    num_sink_tokens: int,
+    scaling: float,
+    output: Tensor,
+    log_sum_exp: Tensor | None,
+) -> None:
+    """As `rtpurbo.ops.triton.prefill.window_attention`; all sources in one launch."""
+    tiles = triton.cdiv(query_states.shape[2], ROWS)
+    _launch(
+        query_states, sources, starts, tiles, 0, num_sink_tokens, scaling, output, log_sum_exp, None
+    )
+
+
+def listed_attention(
+    query_states: Tensor,
+    states: KeyValueStates,
+    table: HeadTable,
+    starts: Tensor,
+    lists: BlockLists,
+    row_offset: int,
+    num_sink_tokens: int,
+    scaling: float,
+    output: Tensor,
+    log_sum_exp: Tensor,
+) -> None:
+    """As `rtpurbo.ops.triton.prefill.listed_attention`, for blocks of 64 and tiles of 128 rows."""
+    _launch(
+        query_states, [(states, table)], starts, lists.counts.shape[2], row_offset, num_sink_tokens,
+        scaling, output, log_sum_exp, lists,
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""Hopper's prefill kernels equal the fp64 oracle, and the portable kernels on long sequences."""
+
+import pytest
+import torch
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops import HeadLayout
+from rtpurbo.ops.triton import hopper, prefill
+from rtpurbo.ops.triton.heads import HeadTable, query_starts
+from rtpurbo.ops.triton.scoring import block_lists
+from tests import oracles
+from tests.ops.triton.support import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact_as_eager,
+    kernel_problem,
+    slotted,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not hopper.is_hopper(), reason="needs a Hopper GPU"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("q_len", "k_len", "padding"),
+    [(2, 2, (0,)), (63, 63, (0,)), (129, 129, (0, 17)), (300, 300, (0,)), (90, 500, (0, 0, 430))],
+    ids=str,
+)
+def test_windows_of_every_head(dtype, head_dim, q_len, k_len, padding):
+    windows = [1, 16, 128, 200, 2**30, 64]
+    problem = kernel_problem(
+        q_len, k_len, dtype, padding=padding, heads=6, key_value_heads=2, head_dim=head_dim
+    )
+    layout = HeadLayout.build(range(6), 6, 2, DEVICE)
+    states = slotted(problem.states(layout.full_key_value_heads), padding)
+    table = HeadTable.build(layout.retrieval, torch.tensor(windows, device=DEVICE))
+    halves = [
+        HeadTable(table.heads[part], table.key_value_heads[part], table.windows[part])
+        for part in (slice(0, 4), slice(4, 6))
+    ]
+    output = torch.full_like(problem.queries, torch.nan)
+    sums = torch.full(output.shape[:3], torch.nan, device=DEVICE)
+    hopper.window_attention(
+        problem.queries,
+        [(states, half) for half in halves],
+        query_starts(states, q_len),
+        3,
+        problem.scaling,
+        output,
+        sums,
+    )
+    mask = oracles.near_keys(problem, windows, 3)
+    assert_as_exact_as_eager(problem, mask, output, sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("row_share", [0.01, 0.1])
+@pytest.mark.parametrize(
+    ("q_len", "k_len", "padding"), [(2000, 2000, (0, 333)), (700, 4097, (0,))], ids=str
+)
+def test_lists_equal_the_portable_kernel(dtype, head_dim, row_share, q_len, k_len, padding):
+    rule = AttentionRule(
+        sliding_window=64, retrieval_window=100, prefill_mode="row_peak", row_share=row_share
+    )
+    generator = torch.Generator(DEVICE).manual_seed(1)
+
+    def normal(heads, length, size):
+        shape = (len(padding), heads, length, size)
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32).to(dtype)
+
+    queries, keys, values = (
+        normal(4, q_len, head_dim),
+        normal(2, k_len, head_dim),
+        normal(2, k_len, head_dim),
+    )
+    layout = HeadLayout.build((0, 1, 3), 4, 2, DEVICE)
+    positions = oracles.left_padded_positions(padding, k_len).to(DEVICE)
+    states = oracles.KeyValueStates(keys, values, positions, normal(3, k_len, 16))
+    states = slotted(states, padding)
+    table = HeadTable.build(layout.retrieval, rule.near_window)
+    starts = query_starts(states, q_len)
+    index_queries = normal(3, q_len, 16)
+    near_output = torch.zeros_like(queries)
+    near_sums = torch.zeros(queries.shape[:3], device=DEVICE)
+    prefill.window_attention(queries, [(states, table)], starts, 4, 0.1, near_output, near_sums)
+    chunks = list(block_lists(index_queries, states, table, starts, near_sums, rule))
+    assert sum(int(lists.counts.sum()) for _, lists in chunks) > 0
+    results = []
+    for kernels in (hopper, prefill):
+        output, sums = near_output.clone(), near_sums.clone()
+        for row, lists in chunks:
+            kernels.listed_attention(
+                queries, states, table, starts, lists, row, 4, 0.1, output, sums
+            )
+        results.append((output, sums))
+    assert (results[0][1] > near_sums + 1e-3).any()
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-2, rtol=2e-2)
