@@ -67,11 +67,20 @@ def test_each_head_projects_its_own_features(index_space):
             )
 
 
-def test_projections_follow_the_dtype_of_the_states():
+@pytest.mark.parametrize(
+    ("states", "index"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float16),
+    ],
+    ids=str,
+)
+def test_index_states_keep_all_the_bits_that_two_bytes_allow(states, index):
     indexer = make_indexer("pre_rope")
-    features = torch.randn(1, 3, 2, 3, dtype=torch.bfloat16)
-    assert indexer.index_queries(features).dtype == torch.bfloat16
-    assert indexer.index_keys(features).dtype == torch.bfloat16
+    features = torch.randn(1, 3, 2, 3, dtype=states)
+    assert indexer.index_queries(features).dtype == index
+    assert indexer.index_keys(features).dtype == index
 
 
 def test_weights_start_at_zero_and_frozen():
