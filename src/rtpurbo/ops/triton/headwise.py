@@ -64,19 +64,20 @@ def headwise_attention(
     if sparse or return_log_sum_exp:
         log_sum_exp = query_states.new_empty(batch, heads, q_len, dtype=torch.float32)
     starts = query_starts(full if full.keys.shape[1] else bounded, q_len)
-    through_library = not sparse and not return_log_sum_exp and _is_plain(full, q_len)
+    kernels = hopper if hopper.suits(query_states) else prefill
+    # On Hopper our own kernel is the faster one, and its long tiles run beside the short ones.
+    through_library = (
+        kernels is prefill and not sparse and not return_log_sum_exp and _is_plain(full, q_len)
+    )
 
     tables = head_tables(layout, rule)
     groups = [(full, tables["local_full"]), (bounded, tables["local_bounded"])]
     if sparse:
-        groups[0] = (full, tables["local_full_and_near"])
+        groups[0] = (full, tables["near_and_local_full"])
     elif not through_library:
-        groups[0] = (full, tables["local_full_and_dense"])
+        groups[0] = (full, tables["dense_and_local_full"])
     groups = [(states, table) for states, table in groups if len(table)]
     if groups:
-        kernels = (
-            hopper if hopper.suits(query_states, *(states for states, _ in groups)) else prefill
-        )
         kernels.window_attention(
             query_states, groups, starts, rule.num_sink_tokens, scaling, output, log_sum_exp
         )
@@ -109,7 +110,7 @@ def listed_attention(
 ) -> None:
     """`prefill.listed_attention` by the kernel that suits tile and block sizes best."""
     fits = (lists.tile_size, lists.block_size) == (hopper.ROWS, hopper.BLOCK)
-    kernels = hopper if fits and hopper.suits(query_states, states) else prefill
+    kernels = hopper if fits and hopper.suits(query_states) else prefill
     kernels.listed_attention(
         query_states, states, table, starts, lists, row,
         rule.num_sink_tokens, scaling, output, log_sum_exp,
@@ -128,7 +129,7 @@ def head_tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]
             "dense": HeadTable.build(layout.retrieval, EVERYTHING),
         }
         for name in ("near", "dense"):
-            tables[f"local_full_and_{name}"] = tables[name].followed_by(tables["local_full"])
+            tables[f"{name}_and_local_full"] = tables[name].followed_by(tables["local_full"])
         layout.derived[key] = tables
     return layout.derived[key]
 

@@ -26,13 +26,12 @@ def is_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def suits(query_states: Tensor, *states: KeyValueStates) -> bool:
-    """Whether these kernels can serve such states."""
+def suits(query_states: Tensor) -> bool:
+    """Whether this kernel serves such heads."""
     return (
         is_hopper()
         and query_states.shape[-1] in (64, 128)
         and query_states.dtype in (torch.float16, torch.bfloat16)
-        and all(part.keys.shape[1] > 0 for part in states)
     )
 
 
@@ -58,13 +57,12 @@ def _launch(
     batch, _, q_len, head_dim = query_states.shape
     rows, columns = (KEYS, head_dim) if lists is None else (BLOCK, 64)
     first, last = sources[0][0], sources[-1][0]
-    table = sources[0][1] if len(sources) == 1 else sources[0][1].followed_by(sources[1][1])
-    origins = torch.zeros_like(table.heads)
-    origins[len(sources[0][1]) :] = 1
+    tables = (sources[0][1], sources[-1][1])
+    num_heads = sum(len(table) for _, table in sources)
     has_slots = any(states.first_slots is not None for states, _ in sources)
-    slots, sinks = _slots(sources, starts) if has_slots else (starts, starts)
+    slots = [part for states in (first, last) for part in _slots(states, starts, has_slots)]
     lse = starts if log_sum_exp is None else log_sum_exp
-    hopper_kernel[(tiles * len(table), batch)](
+    hopper_kernel[(tiles * num_heads, batch)](
         _descriptor(query_states, ROWS, head_dim),
         _descriptor(first.keys, rows, columns),
         _descriptor(first.values, rows, columns),
@@ -72,18 +70,14 @@ def _launch(
         _descriptor(last.values, rows, columns),
         output,
         lse,
-        table.heads,
-        table.key_value_heads,
-        table.windows,
-        origins,
+        *(part for table in tables for part in (table.heads, table.key_value_heads, table.windows)),
         starts,
-        slots,
-        sinks,
+        *slots,
         starts if lists is None else lists.blocks,
         starts if lists is None else lists.counts,
         q_len,
-        len(table),
-        batch,
+        num_heads,
+        len(tables[0]),
         tiles,
         row_offset,
         num_sink_tokens,
@@ -106,17 +100,12 @@ def _launch(
     )
 
 
-def _slots(
-    sources: list[tuple[KeyValueStates, HeadTable]], starts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Slots of position 0 and of the first sink, int32 [sources, batch]."""
-    nothing = torch.zeros_like(starts)
-    firsts = [nothing if part.first_slots is None else part.first_slots for part, _ in sources]
-    sinks = [
-        first if part.sink_slots is None else part.sink_slots
-        for (part, _), first in zip(sources, firsts, strict=True)
-    ]
-    return torch.stack(firsts), torch.stack(sinks)
+def _slots(states: KeyValueStates, starts: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Slots of position 0 and of the first sink; something else where nothing will read them."""
+    if not wanted:
+        return starts, starts
+    first = torch.zeros_like(starts) if states.first_slots is None else states.first_slots
+    return first, first if states.sink_slots is None else states.sink_slots
 
 
 def window_attention(

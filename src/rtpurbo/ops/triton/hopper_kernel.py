@@ -381,9 +381,11 @@ def _second_consumer(
 @gluon.jit
 def hopper_kernel(
     query_descriptor, key_descriptor, value_descriptor, key_descriptor_2, value_descriptor_2,
-    output_ptr, lse_ptr, heads_ptr, key_value_heads_ptr, windows_ptr, sources_ptr,
-    query_starts_ptr, first_slots_ptr, sink_slots_ptr, blocks_ptr, counts_ptr,
-    T, H, B, tiles, row_offset, num_sinks, scale,
+    output_ptr, lse_ptr, heads_ptr, key_value_heads_ptr, windows_ptr,
+    heads_ptr_2, key_value_heads_ptr_2, windows_ptr_2,
+    query_starts_ptr, first_slots_ptr, sink_slots_ptr, first_slots_ptr_2, sink_slots_ptr_2,
+    blocks_ptr, counts_ptr,
+    T, H, H_1, tiles, row_offset, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, width,
     HAS_SLOTS: gl.constexpr, HAS_LSE: gl.constexpr, LISTED: gl.constexpr, EDGE: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
@@ -395,15 +397,23 @@ def hopper_kernel(
     # Heads of one tile run side by side and share keys in the L2 cache; long tiles come first.
     entry = program % H
     tile = tiles - 1 - program // H
-    head = gl.load(heads_ptr + entry)
-    key_value_head = gl.load(key_value_heads_ptr + entry)
-    window = gl.load(windows_ptr + entry)
-    source = gl.load(sources_ptr + entry)
+    # The first heads read one pair of keys and values, the others another.
+    source = (entry >= H_1).to(gl.int32)
+    if source == 1:
+        heads_ptr = heads_ptr_2
+        key_value_heads_ptr = key_value_heads_ptr_2
+        windows_ptr = windows_ptr_2
+        first_slots_ptr = first_slots_ptr_2
+        sink_slots_ptr = sink_slots_ptr_2
+    place = entry - source * H_1
+    head = gl.load(heads_ptr + place)
+    key_value_head = gl.load(key_value_heads_ptr + place)
+    window = gl.load(windows_ptr + place)
     call_row = row_offset + tile * M
     first_row = gl.load(query_starts_ptr + sequence) + call_row
     if HAS_SLOTS:
-        slot_shift = gl.load(first_slots_ptr + source * B + sequence)
-        sink_shift = gl.load(sink_slots_ptr + source * B + sequence)
+        slot_shift = gl.load(first_slots_ptr + sequence)
+        sink_shift = gl.load(sink_slots_ptr + sequence)
     else:
         slot_shift = 0
         sink_shift = 0
