@@ -26,6 +26,7 @@ from rtpurbo.ops import (
     causal_attention,
     headwise_attention,
 )
+from rtpurbo.ops.api import chosen_backend
 
 IMPLEMENTATION = "rtpurbo"
 
@@ -147,6 +148,7 @@ class HeadwiseAttention(nn.Module):
         self.dense = False
         self.num_decode_rows = 0
         self.backend = "auto"
+        self.used_backend: str | None = None
         self.statistics: SelectionStatistics | None = None
         self.observer: Callable[[LayerObservation], None] | None = None
         self._layouts: dict[torch.device, HeadLayout] = {}
@@ -253,6 +255,9 @@ class HeadwiseAttention(nn.Module):
                         (layout.bounded_key_value_heads, None),
                     )
                 )
+            self.used_backend = chosen_backend(
+                self.backend, queries, full, bounded, index_queries, self.rule
+            )
             output, _ = headwise_attention(
                 queries,
                 query_positions,
@@ -263,7 +268,7 @@ class HeadwiseAttention(nn.Module):
                 self.rule,
                 scaling=self.scaling,
                 statistics=self.statistics,
-                backend=self.backend,
+                backend=self.used_backend,
             )
         return self.o_proj(output.transpose(1, 2).reshape(batch, q_len, -1)), None
 

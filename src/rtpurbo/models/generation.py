@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.slots import padding_form
 
 # How every family's base model names what may also be given without a name.
@@ -28,6 +29,9 @@ def attach_cache(model: PreTrainedModel) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             generation_config.cache_implementation = None
             model_kwargs["past_key_values"] = HeadwiseCache(model)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, HeadwiseCache):
+            cache.expected_length = generation_config.max_length or 0
         return prepare(generation_config, model_kwargs, *args, **kwargs)
 
     def provide_cache(
@@ -52,6 +56,7 @@ def attach_cache(model: PreTrainedModel) -> None:
     model._rtpurbo_hook = model.base_model.register_forward_pre_hook(
         provide_cache, with_kwargs=True
     )
+    attach_decoder(model)
 
 
 def needed_mask(arguments: dict[str, Any]) -> Any:
@@ -75,6 +80,7 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
 
 def detach_cache(model: PreTrainedModel) -> None:
     """Undoes `attach_cache`."""
+    detach_decoder(model)
     del model._prepare_cache_for_generation
     model._rtpurbo_hook.remove()
     del model._rtpurbo_hook

@@ -1,0 +1,338 @@
+"""Decoding steps replayed as a CUDA graph: one launch for a whole step instead of thousands.
+
+A sparse model uses this by itself wherever one token a sequence enters a `HeadwiseCache` on a GPU:
+in `generate` (greedy, sampling, beams) and in plain calls under `torch.no_grad()`. The cache is made
+static, the step is captured, and the next steps replay it. `model.rtpurbo_graphs = False` turns it
+off.
+
+A replay runs no Python of the model, so what watches the model from inside (`observing`, `counting`,
+hooks of modules within it) makes steps run as usual.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.attention import HeadwiseAttention
+from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
+from rtpurbo.models.cache_layers import HeadwiseLayer
+from rtpurbo.models.families import attention_modules
+from rtpurbo.models.graphs import CudaGraph
+
+# A capture takes about as long as these many steps without a graph.
+STEPS_THAT_PAY = 16
+# Where nobody has said how many steps will come, so many have to come first.
+STEPS_BEFORE_CAPTURE = 4
+# Graphs that a model keeps, each for a cache in use.
+MOST_GRAPHS = 4
+# How every family's causal model names what may also be given without a name.
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+# What a replay can follow, or need not.
+FOLLOWED = {*ARGUMENTS, "use_cache", "return_dict", "logits_to_keep", "cache_position"}
+
+
+@dataclass
+class StepInputs:
+    """The tensors that a step reads its tokens from, [batch, 1] each."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+
+
+@dataclass
+class PreparedStep:
+    """A step that can be run again on one cache, as long as nothing it relies on has changed."""
+
+    inputs: StepInputs
+    run: Callable[[], Tensor]
+    output_class: type
+    held: list[tuple[Any, str, Tensor]]
+    rules: list[tuple[Any, str]]
+    weights_address: int
+
+    def fits(
+        self, cache: HeadwiseCache, batch: int, modules: list[HeadwiseAttention], address: int
+    ) -> bool:
+        """Whether the step would now do what the model would."""
+        return (
+            cache.is_static
+            and cache.get_seq_length() < cache.slots.capacity
+            and self.inputs.input_ids.shape[0] == batch
+            and self.weights_address == address
+            and all(getattr(owner, name) is tensor for owner, name, tensor in self.held)
+            and all(
+                module.rule is rule and module.backend == backend
+                for module, (rule, backend) in zip(modules, self.rules, strict=True)
+            )
+        )
+
+
+class GraphedDecoder:
+    """Runs a model's decoding steps by replay: one graph a cache, for as long as the cache lives."""
+
+    graph_class: Any = CudaGraph
+
+    def __init__(self) -> None:
+        self._prepared: WeakKeyDictionary[HeadwiseCache, PreparedStep] = WeakKeyDictionary()
+        self._steps_before: WeakKeyDictionary[HeadwiseCache, int] = WeakKeyDictionary()
+        self._refused: WeakSet[HeadwiseCache] = WeakSet()
+        self._has_failed = False
+        self._modules: list[HeadwiseAttention] = []
+        self._told: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedDecoder:
+        """A copied model has its own tensors, so it captures its own steps."""
+        return GraphedDecoder()
+
+    def step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
+        """What the model's forward would return; None if it has to run itself."""
+        if self._has_failed or not self._is_step(model, arguments):
+            return None
+        ids, cache = arguments["input_ids"], arguments["past_key_values"]
+        modules = self._watched_modules(model)
+        if modules is None or not self._can_be_static(cache):
+            return None
+        address = model.get_output_embeddings().weight.data_ptr()
+        prepared = self._prepared.get(cache)
+        if prepared is None or not prepared.fits(cache, ids.shape[0], modules, address):
+            del prepared
+            self._prepared.pop(cache, None)  # first, so that its memory can serve the next
+            if not self._pays(cache):
+                return None
+            prepared = self._prepare(model, arguments, modules, address)
+            if prepared is None:
+                return None
+            self._keep(cache, prepared)
+        seen = cache.get_seq_length()
+        _fill(prepared.inputs, arguments, seen)
+        logits = prepared.run()
+        cache.recount(seen + 1)
+        return prepared.output_class(logits=logits.clone(), past_key_values=cache)
+
+    def _keep(self, cache: HeadwiseCache, prepared: PreparedStep) -> None:
+        while len(self._prepared) >= MOST_GRAPHS:
+            self._prepared.pop(next(iter(self._prepared)))
+        self._prepared[cache] = prepared
+
+    def _is_step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+        """Whether this is a decoding step, and nothing beyond its logits is asked for."""
+        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        if not isinstance(cache, HeadwiseCache) or not isinstance(ids, Tensor):
+            return False
+        return (
+            ids.shape[1] == 1
+            and self.graph_class.suits(ids.device)
+            and not torch.is_grad_enabled()
+            and not model.training
+            and getattr(model, "rtpurbo_graphs", True)
+            and cache.get_seq_length() > 0
+            and arguments.get("inputs_embeds") is None
+            and arguments.get("use_cache") is not False
+            and arguments.get("return_dict") is not False
+            and isinstance(arguments.get("logits_to_keep", 0), int)
+            and all(
+                value is None or value is False or name in FOLLOWED
+                for name, value in arguments.items()
+            )
+            and not any(
+                getattr(model.config, f"output_{extra}", False)
+                for extra in ("attentions", "hidden_states", "router_logits")
+            )
+            and not torch.is_autocast_enabled(ids.device.type)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _watched_modules(self, model: PreTrainedModel) -> list[HeadwiseAttention] | None:
+        """The sparse attention modules; None if somebody watches them, or wants them otherwise."""
+        if not self._modules:
+            modules = [module for _, _, module in attention_modules(model)]
+            self._modules = [item for item in modules if isinstance(item, HeadwiseAttention)]
+        for module in self._modules:
+            watched = module.statistics is not None or module.observer is not None
+            if watched or module.dense or module.backend == "eager":
+                return None
+        return self._modules
+
+    def _can_be_static(self, cache: HeadwiseCache) -> bool:
+        if cache in self._refused:
+            return False
+        if cache.padding == "any":
+            self._tell("a sequence has padding between its tokens")
+            return False
+        return cache.can_be_static and cache.slots.have_begun
+
+    def _pays(self, cache: HeadwiseCache) -> bool:
+        """Whether enough steps are to come, or have come, for a capture."""
+        remaining = cache.expected_length - cache.get_seq_length()
+        if remaining > 0:
+            return remaining > STEPS_THAT_PAY
+        steps = self._steps_before.get(cache, 0)
+        self._steps_before[cache] = steps + 1
+        # A static cache was here before, and outgrew its capacity or changed its rows.
+        return cache.is_static or steps >= STEPS_BEFORE_CAPTURE
+
+    def _prepare(
+        self,
+        model: PreTrainedModel,
+        arguments: dict[str, Any],
+        modules: list[HeadwiseAttention],
+        address: int,
+    ) -> PreparedStep | None:
+        ids, cache = arguments["input_ids"], arguments["past_key_values"]
+        reason = unsuited(model, ids.device)
+        if reason is not None:
+            self._has_failed = True
+            self._tell(reason)
+            return None
+        seen = cache.get_seq_length()
+        inputs = StepInputs(torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.int64))
+        outputs: list[Any] = []
+
+        def step() -> Tensor:
+            outputs[:] = [
+                own_forward(model)(
+                    input_ids=inputs.input_ids,
+                    position_ids=inputs.position_ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                    return_dict=True,
+                )
+            ]
+            return outputs[0].logits
+
+        def rewind() -> None:
+            cache.rewind(seen)
+
+        reason = None
+        try:
+            capacity = roomy_capacity(seen + 1, cache.expected_length)
+            if cache.slots.capacity < capacity:
+                cache.make_static(capacity)
+            _fill(inputs, arguments, seen)
+            # What kernels compile and look up the first time happens outside of the capture.
+            step()
+            rewind()
+            reason = self.graph_class.refusal(modules)
+            if reason is None:
+                run = self.graph_class(step, rewind, ids.device)
+                cache.recount(seen)
+        except RTPurboError:
+            _undo(cache, seen)
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+            self._has_failed = not isinstance(error, torch.OutOfMemoryError)
+        if reason is not None:
+            _undo(cache, seen)
+            self._refused.add(cache)
+            self._tell(reason)
+            return None
+        cache.slots.leave()  # these tensors live in the graph's memory
+        output_class = type(outputs.pop())
+        return PreparedStep(
+            inputs,
+            run,
+            output_class,
+            list(_held(cache)),
+            [(module.rule, module.backend) for module in modules],
+            address,
+        )
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(
+                f"decoding runs without a CUDA graph, and slower: {reason}.", stacklevel=2
+            )
+
+
+def _fill(inputs: StepInputs, arguments: dict[str, Any], seen: int) -> None:
+    inputs.input_ids.copy_(arguments["input_ids"])
+    positions = arguments.get("position_ids")
+    if positions is None:
+        inputs.position_ids.fill_(seen)
+    else:
+        inputs.position_ids.copy_(positions)
+
+
+def _undo(cache: HeadwiseCache, seen: int) -> None:
+    """Brings a cache back to before a step that may have ended anywhere."""
+    cache.make_growing()
+    cache.recount(seen)
+
+
+def _held(cache: HeadwiseCache) -> Iterator[tuple[Any, str, Tensor]]:
+    """What a step relies on to stay where it is."""
+    owners: list[tuple[Any, str]] = [(cache.slots.ring, "positions")]
+    owners += [(cache.slots, name) for name in ("first_slots", "fixed_positions", "length")]
+    for owner, name in owners:
+        yield owner, name, getattr(owner, name)
+    for layer in cache.layers:
+        if isinstance(layer, HeadwiseLayer):
+            yield from layer.held_tensors()
+        else:
+            yield layer, "keys", layer.keys
+            yield layer, "values", layer.values
+
+
+def unsuited(model: PreTrainedModel, device: torch.device) -> str | None:
+    """Why no step of this model can be captured; None if nothing is known against it."""
+    if {parameter.device for parameter in model.parameters()} != {device}:
+        return "the model's weights are not all on one device"
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    kinds = getattr(rotary, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    if any("dynamic" in str(kind) for kind in kinds):
+        return "the model's rotary embedding depends on the length"
+    for module in model.modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        for hook in hooks if module is not model else ():
+            package = str(getattr(hook, "__module__", "")).split(".")[0]
+            if package not in ("rtpurbo", "transformers", "accelerate", "peft"):
+                return f"a {type(module).__name__} within the model has a hook of its own"
+    return None
+
+
+def own_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The forward that `attach_decoder` stands before."""
+    own = vars(model).get("_rtpurbo_forward")
+    return MethodType(type(model).forward, model) if own is None else own
+
+
+def attach_decoder(model: PreTrainedModel) -> None:
+    """Lets this one model (no class is touched) replay its decoding steps where it can."""
+
+    @wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        decoder = vars(self).get("_rtpurbo_decoder")
+        if decoder is not None and len(args) <= len(ARGUMENTS):
+            output = decoder.step(self, {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs})
+            if output is not None:
+                return output
+        return own_forward(self)(*args, **kwargs)
+
+    model._rtpurbo_decoder = GraphedDecoder()
+    model._rtpurbo_forward = vars(model).get("forward")
+    # A bound method, which a copy of the model binds to the copy.
+    model.forward = MethodType(forward, model)
+
+
+def detach_decoder(model: PreTrainedModel) -> None:
+    """Undoes `attach_decoder`."""
+    before = vars(model).pop("_rtpurbo_forward")
+    del model._rtpurbo_decoder
+    if before is None:
+        del model.forward
+    else:
+        model.forward = before
