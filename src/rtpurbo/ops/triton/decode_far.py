@@ -19,6 +19,7 @@ from rtpurbo.ops.triton.decode_addresses import (
     sequence_extent,
 )
 from rtpurbo.ops.triton.decode_histogram import BINS, bin_of
+from rtpurbo.ops.triton.decode_overlap import start_next_launch, wait_for_last_launch
 from rtpurbo.ops.triton.decode_threshold import last_bins
 
 
@@ -66,9 +67,24 @@ def list_selected(
     return length
 
 
-@triton.jit(
-    do_not_specialize=["capacity", "num_entries", "num_chunks", "num_splits", "list_length"]
-)
+# Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
+SIZES = [
+    "max_pages",
+    "capacity",
+    "num_heads",
+    "num_retrieval",
+    "num_splits",
+    "num_entries",
+    "num_chunks",
+    "list_length",
+    "heads_of_plane",
+    "num_sinks",
+    "near_window",
+    "floor",
+]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def far_kernel(
     queries,
     query_strides,
@@ -117,6 +133,7 @@ def far_kernel(
     READING: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     EVERYTHING: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (share of the entries, sequence and retrieval head).
 
@@ -124,6 +141,8 @@ def far_kernel(
     EVERYTHING far is read, it leaves the selected entries in `lists` [B, retrieval heads, P,
     list_length] and how many they are in `list_lengths` [B, retrieval heads, P].
     """
+    start_next_launch(OVERLAP)
+    wait_for_last_launch(OVERLAP)
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     head = tl.program_id(1)

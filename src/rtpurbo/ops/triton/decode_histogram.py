@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.decode_addresses import candidate_range, sequence_extent
+from rtpurbo.ops.triton.decode_overlap import start_next_launch, wait_for_last_launch
 
 # A selection is rounded up to a whole bin, which costs about half a bin's width of further keys
 # (some 7 % at 1/8); half the width would double the time that counting takes.
@@ -53,7 +54,19 @@ def head_peak(chunk_peaks, row, num_chunks, CHUNK_WIDTH: tl.constexpr):
     return tl.max(peaks, 0)
 
 
-@triton.jit(do_not_specialize=["capacity", "num_entries", "num_chunks"])
+# Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
+SIZES = [
+    "capacity",
+    "num_retrieval",
+    "num_entries",
+    "num_chunks",
+    "num_sinks",
+    "near_window",
+    "heads_of_plane",
+]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def histogram_kernel(
     scores,
     chunk_peaks,
@@ -72,8 +85,11 @@ def histogram_kernel(
     ENTRIES: tl.constexpr,
     PLANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (group of entries, sequence and retrieval head) adds its counts to the histogram."""
+    start_next_launch(OVERLAP)
+    wait_for_last_launch(OVERLAP)
     head = tl.program_id(1)
     query_position, _ = sequence_extent(
         head // num_retrieval, capacity, lengths, first_slots, PAGE_SIZE

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.triton import decode_overlap
 from rtpurbo.ops.triton.decode_far import far_kernel
 from rtpurbo.ops.triton.decode_histogram import BINS, histogram_kernel
 from rtpurbo.ops.triton.decode_merge import merge_kernel
@@ -72,7 +73,18 @@ class Parts:
 
 @dataclass(frozen=True)
 class Index:
-    """Scores of the far keys, and sizes that the launches after the first share."""
+    """What the indexer says of the far keys, and sizes that launches share.
+
+    Attributes:
+        scores: fp32 [planes * B * R, entries]; see `decode_scan`.
+        chunk_peaks: fp32 [planes * B * R, chunks].
+        chunk_sums: likewise.
+        histogram: int32 [planes * B * R, bins].
+        num_entries: tokens or blocks that a sequence has room for.
+        num_chunks: programs that score them.
+        block: tokens of an entry.
+        planes: 2 if near keys are scored too.
+    """
 
     scores: Tensor
     chunk_peaks: Tensor
@@ -215,6 +227,7 @@ def read(
         PLANES=index.planes,
         PAGE_SIZE=full.page_size,
         SCAN=scan,
+        OVERLAP=decode_overlap.OVERLAP_LAUNCHES,
         num_warps=4,
         num_stages=NEAR_STAGES,
     )
@@ -255,7 +268,9 @@ def read_far(
             ENTRIES=HISTOGRAM_ENTRIES,
             PLANES=index.planes,
             PAGE_SIZE=full.page_size,
+            OVERLAP=decode_overlap.OVERLAP_LAUNCHES,
             num_warps=4,
+            **decode_overlap.launch_options(),
         )
     programs = min(
         triton.cdiv(full.capacity, FAR_TOKENS),
@@ -324,7 +339,9 @@ def read_far(
         READING=rule.reading,
         PAGE_SIZE=full.page_size,
         EVERYTHING=everything,
+        OVERLAP=decode_overlap.OVERLAP_LAUNCHES,
         num_warps=4,
+        **decode_overlap.launch_options(),
     )
     return far, selection
 
@@ -359,6 +376,8 @@ def merge(
         HEAD_DIM=head_dim,
         WIDTH=width,
         TILE=max(16, min(64, TILE_ELEMENTS // 2 // width)),
+        OVERLAP=decode_overlap.OVERLAP_LAUNCHES,
         num_warps=4,
+        **decode_overlap.launch_options(),
     )
     return output, log_sum_exp

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rtpurbo.ops.triton.decode_overlap import wait_for_last_launch
+
 
 @triton.jit
 def _add_parts(
@@ -44,7 +46,16 @@ def _add_parts(
     return peaks, totals, accumulators
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_far_parts"])
+# Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
+SIZES = [
+    "num_heads",
+    "num_retrieval",
+    "num_splits",
+    "num_far_parts",
+]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     near_log_sums,
     near_outputs,
@@ -61,8 +72,10 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (query head, sequence) writes `output` [B, H, D] and `log_sum_exp` [B, H], natural."""
+    wait_for_last_launch(OVERLAP)
     query_head = tl.program_id(0)
     sequence = tl.program_id(1)
     row = sequence * num_heads + query_head

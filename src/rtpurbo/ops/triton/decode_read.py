@@ -13,10 +13,31 @@ import triton.language as tl
 
 from rtpurbo.ops.triton.decode_addresses import sequence_extent
 from rtpurbo.ops.triton.decode_near import attend_split
+from rtpurbo.ops.triton.decode_overlap import start_next_launch
 from rtpurbo.ops.triton.decode_scan import scan_chunk
 
+# Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
+SIZES = [
+    "label_stride",
+    "max_pages",
+    "capacity",
+    "batch",
+    "num_heads",
+    "num_full",
+    "num_ring",
+    "num_retrieval",
+    "ring_slots",
+    "num_splits",
+    "num_entries",
+    "num_chunks",
+    "num_sinks",
+    "near_window",
+    "sliding_window",
+    "widest_window",
+]
 
-@triton.jit(do_not_specialize=["capacity", "num_entries", "num_chunks", "num_splits", "ring_slots"])
+
+@triton.jit(do_not_specialize=SIZES)
 def read_kernel(
     queries,
     query_strides,
@@ -79,8 +100,10 @@ def read_kernel(
     PLANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SCAN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Programs (full KV head, split), then (bounded KV head, split), then (retrieval head, chunk)."""
+    start_next_launch(OVERLAP)
     program = tl.program_id(0)
     sequence = tl.program_id(1)
     query_position, first_slot = sequence_extent(

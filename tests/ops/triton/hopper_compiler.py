@@ -1,0 +1,116 @@
+"""Compiles the kernels of decoding steps for an H100, without one: run as a script, by its test.
+
+Launches go through a driver that only says which GPU it would have, so that kernels are compiled for
+just the arguments that they would be launched with. The interpreter allows what the compiler does not.
+"""
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops import HeadLayout, KeyValueStates
+from rtpurbo.ops.paged import PagedStates
+from rtpurbo.ops.triton import decode_overlap
+from rtpurbo.ops.triton.decode_attention import run_step
+
+
+class AbsentHopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_only(launch):
+    """Turns launches into compilations."""
+
+    def run(self, *arguments, grid, warmup, **options):
+        return launch(self, *arguments, grid=grid, warmup=True, **options)
+
+    return run
+
+
+def step(
+    heads,
+    key_value_heads,
+    retrieval_heads,
+    *,
+    capacity=20000,
+    window=1024,
+    head_dim=128,
+    index_dim=16,
+    dtype=torch.bfloat16,
+    batch=2,
+    page_size=0,
+    **rule,
+):
+    """Compiles what a step of this shape launches."""
+    layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
+    full, ranks = len(layout.full_key_value_heads), len(retrieval_heads)
+
+    def states(*shape):
+        return torch.empty(*shape, dtype=dtype)
+
+    if page_size:
+        pages = capacity // page_size
+        held = PagedStates(
+            states(pages, full, page_size, head_dim),
+            states(pages, full, page_size, head_dim),
+            torch.zeros(batch, pages, dtype=torch.int32),
+            torch.zeros(batch, dtype=torch.int32),
+            states(pages, ranks, page_size, index_dim),
+        )
+    else:
+        held = KeyValueStates(
+            states(batch, full, capacity, head_dim),
+            states(batch, full, capacity, head_dim),
+            torch.zeros(batch, capacity, dtype=torch.int64),
+            states(batch, ranks, capacity, index_dim),
+            first_slots=torch.zeros(batch, dtype=torch.int32),
+            length=torch.zeros(1, dtype=torch.int32),
+        )
+    ring = states(batch, key_value_heads - full, window + 9, head_dim)
+    bounded = KeyValueStates(ring, ring, torch.zeros(batch, window + 9, dtype=torch.int64))
+    run_step(
+        states(batch, heads, 1, head_dim),
+        held,
+        bounded,
+        layout,
+        states(batch, ranks, 1, index_dim) if ranks else None,
+        AttentionRule(sliding_window=window, **rule),
+        head_dim**-0.5,
+        None,
+        True,
+    )
+
+
+def main():
+    """Compiles shapes that take different paths through the kernels."""
+    driver.set_active(AbsentHopper())
+    JITFunction.run = compile_only(JITFunction.run)
+    single = {"capacity": 16, "batch": 1, "window": 64, "head_dim": 64, "index_dim": 1}
+    for reading in ("residual", "far", "paper"):
+        for granularity in ("token", "block"):
+            rule = {"reading": reading, "granularity": granularity}
+            step(32, 4, (0, 9), **rule)
+            # Sizes of 1 become constants, unless a kernel says otherwise.
+            step(1, 1, (0,), num_sink_tokens=1, retrieval_window=1, min_tokens=1, **single, **rule)
+    step(32, 4, ())
+    step(6, 2, (0, 1), top_p=1.0, head_dim=96, dtype=torch.float16)
+    step(40, 1, (3,), head_dim=256, index_dim=64, dtype=torch.float32)
+    step(8, 8, (1,), page_size=16)
+    step(1, 1, (0,), page_size=16, reading="paper", **single)
+    decode_overlap.OVERLAP_LAUNCHES = True
+    step(32, 4, (0, 9))
+
+
+if __name__ == "__main__":
+    main()
