@@ -18,7 +18,7 @@ class PagedStates:
     Attributes:
         key_pages: [num_pages, num_key_value_heads, page_size, head_dim], after RoPE.
         value_pages: the same shape.
-        block_table: int32 [batch, max_pages], contiguous; entries behind a sequence's end are not read.
+        block_table: int32 [batch, max_pages], rows contiguous; entries behind a sequence's end are not read.
         lengths: int32 [batch]; 0 for an empty place in the batch.
         index_pages: [num_pages, num_retrieval_heads, page_size, index_dim], or None where nothing
             retrieves.

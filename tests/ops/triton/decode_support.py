@@ -51,13 +51,13 @@ def ring(states: KeyValueStates, rule: AttentionRule, slack: int = 5) -> KeyValu
     keys = states.keys.new_full((batch, heads, sinks + size, dim), torch.nan)
     values, labels = keys.clone(), states.positions.new_full((batch, sinks + size), -1)
     for row, positions in enumerate(states.positions.tolist()):
+        latest = max(positions)
         for place, position in enumerate(positions):
-            if 0 <= position < sinks or position > max(positions) - size:
+            if 0 <= position < sinks or position > max(-1, latest - size):
                 slot = position if position < sinks else sinks + (position - sinks) % size
-                if position >= 0:
-                    keys[row, :, slot] = states.keys[row, :, place]
-                    values[row, :, slot] = states.values[row, :, place]
-                    labels[row, slot] = position
+                keys[row, :, slot] = states.keys[row, :, place]
+                values[row, :, slot] = states.values[row, :, place]
+                labels[row, slot] = position
     return KeyValueStates(keys.to(DEVICE), values.to(DEVICE), labels.to(DEVICE))
 
 
@@ -80,6 +80,7 @@ def paged(full: KeyValueStates, padding: Sequence[int], page_size: int) -> Paged
 
     for row, length in enumerate(lengths):
         table[row, -(-length // page_size) :] = 2**30
+    table = torch.nn.functional.pad(table, (0, 3))[:, :max_pages]  # rows need not follow each other
     return PagedStates(
         pages(full.keys),
         pages(full.values),

@@ -69,7 +69,7 @@ def list_selected(
 
 # Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
 SIZES = [
-    "max_pages",
+    "table_stride",
     "capacity",
     "num_heads",
     "num_retrieval",
@@ -93,7 +93,7 @@ def far_kernel(
     values,
     value_strides,
     block_table,
-    max_pages,
+    table_stride,
     lengths,
     first_slots,
     retrieval_heads,
@@ -219,7 +219,7 @@ def far_kernel(
     reader = tl.load(readers + rank)
     keys = head_start(keys, sequence, reader, key_strides, PAGE_SIZE)
     values = head_start(values, sequence, reader, value_strides, PAGE_SIZE)
-    table_row = sequence * max_pages
+    table_row = sequence * table_stride
     # Each lane of a tile keeps a softmax of its own; they are joined at the end, so that the loop
     # needs no reduction over the tile.
     lanes = tl.arange(0, TILE)

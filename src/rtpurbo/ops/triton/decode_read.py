@@ -19,7 +19,7 @@ from rtpurbo.ops.triton.decode_scan import scan_chunk
 # Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
 SIZES = [
     "label_stride",
-    "max_pages",
+    "table_stride",
     "capacity",
     "batch",
     "num_heads",
@@ -56,7 +56,7 @@ def read_kernel(
     index_keys,
     index_key_strides,
     block_table,
-    max_pages,
+    table_stride,
     lengths,
     first_slots,
     full_heads,
@@ -109,7 +109,7 @@ def read_kernel(
     query_position, first_slot = sequence_extent(
         sequence, capacity, lengths, first_slots, PAGE_SIZE
     )
-    table_row = sequence * max_pages
+    table_row = sequence * table_stride
     near_programs = (num_full + num_ring) * num_splits
     if program < num_full * num_splits:
         key_value_head = program // num_splits
