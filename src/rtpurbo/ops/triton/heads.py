@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import HeadGroup, KeyValueStates
 
 # A window that no context fills.
@@ -48,8 +49,10 @@ class HeadTable:
         )
 
 
-def query_starts(states: KeyValueStates, q_len: int) -> Tensor:
+def query_starts(states: KeyValueStates | PagedStates, q_len: int) -> Tensor:
     """Position of the first query row of each sequence, int32 [batch]; negative within padding."""
+    if isinstance(states, PagedStates):
+        return states.lengths - q_len
     batch, _, k_len, _ = states.keys.shape
     device = states.keys.device
     if states.length is not None:

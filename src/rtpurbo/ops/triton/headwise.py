@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtpurbo.config import AttentionRule
+from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
 from rtpurbo.ops.triton import hopper, prefill
 from rtpurbo.ops.triton.decode_attention import decode_attention
@@ -56,6 +58,36 @@ def headwise_attention(
             statistics=statistics,
             return_log_sum_exp=return_log_sum_exp,
         )
+    return prefill_attention(
+        query_states,
+        full,
+        bounded,
+        layout,
+        index_queries,
+        rule,
+        scaling=scaling,
+        statistics=statistics,
+        return_log_sum_exp=return_log_sum_exp,
+    )
+
+
+def prefill_attention(
+    query_states: Tensor,
+    full: KeyValueStates | PagedStates,
+    bounded: KeyValueStates | PagedStates,
+    layout: HeadLayout,
+    index_queries: Tensor | None,
+    rule: AttentionRule,
+    *,
+    scaling: float,
+    statistics: SelectionStatistics | None = None,
+    return_log_sum_exp: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`headwise_attention` of many rows, the last of each sequence; states may lie in pages.
+
+    Retrieval heads select under `row_peak` if there are index queries for every row, and are dense
+    if there are none.
+    """
     batch, heads, q_len, head_dim = query_states.shape
     # Heads side by side in memory, as the output projection wants them.
     output = query_states.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
@@ -63,15 +95,16 @@ def headwise_attention(
     log_sum_exp = None
     if sparse or return_log_sum_exp:
         log_sum_exp = query_states.new_empty(batch, heads, q_len, dtype=torch.float32)
-    starts = query_starts(full if full.keys.shape[1] else bounded, q_len)
-    kernels = hopper if hopper.suits(query_states) else prefill
+    starts = query_starts(full if layout.full_key_value_heads.numel() else bounded, q_len)
+    paged = isinstance(full, PagedStates) or isinstance(bounded, PagedStates)
+    kernels = hopper if hopper.suits(query_states) and not paged else prefill
     # On Hopper our own kernel is the faster one, and its long tiles run beside the short ones.
     through_library = (
         kernels is prefill and not sparse and not return_log_sum_exp and _is_plain(full, q_len)
     )
 
     tables = head_tables(layout, rule)
-    groups = [(full, tables["local_full"]), (bounded, tables["local_bounded"])]
+    groups: list[Any] = [(full, tables["local_full"]), (bounded, tables["local_bounded"])]
     if sparse:
         groups[0] = (full, tables["near_and_local_full"])
     elif not through_library:
@@ -82,6 +115,7 @@ def headwise_attention(
             query_states, groups, starts, rule.num_sink_tokens, scaling, output, log_sum_exp
         )
     if through_library and len(layout.retrieval):
+        assert isinstance(full, KeyValueStates)
         output[:, layout.retrieval.heads] = _dense(query_states, full, layout, scaling)
     if sparse:
         assert index_queries is not None
@@ -98,7 +132,7 @@ def headwise_attention(
 
 def listed_attention(
     query_states: Tensor,
-    states: KeyValueStates,
+    states: KeyValueStates | PagedStates,
     table: HeadTable,
     starts: Tensor,
     lists: BlockLists,
@@ -110,7 +144,8 @@ def listed_attention(
 ) -> None:
     """`prefill.listed_attention` by the kernel that suits tile and block sizes best."""
     fits = (lists.tile_size, lists.block_size) == (hopper.ROWS, hopper.BLOCK)
-    kernels = hopper if fits and hopper.suits(query_states) else prefill
+    fits &= hopper.suits(query_states) and not isinstance(states, PagedStates)
+    kernels: Any = hopper if fits else prefill
     kernels.listed_attention(
         query_states, states, table, starts, lists, row,
         rule.num_sink_tokens, scaling, output, log_sum_exp,
@@ -134,7 +169,9 @@ def head_tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]
     return layout.derived[key]
 
 
-def _is_plain(states: KeyValueStates, q_len: int) -> bool:
+def _is_plain(states: KeyValueStates | PagedStates, q_len: int) -> bool:
+    if isinstance(states, PagedStates):
+        return False
     return states.in_order and states.length is None and states.keys.shape[2] == q_len
 
 

@@ -11,6 +11,7 @@ M rows of a tile, N keys of a tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.triton.decode_addresses import head_start, row_offsets
 from rtpurbo.ops.triton.heads import HeadTable
 
 LOG2_E = 1.4426950408889634
@@ -46,9 +49,27 @@ class BlockLists:
 
 
 @triton.jit
-def _load_tile(descriptor, sequence, head, row, ROWS: tl.constexpr, D: tl.constexpr):
+def _load_queries(descriptor, sequence, head, row, ROWS: tl.constexpr, D: tl.constexpr):
     """[ROWS, D] of one head; zero outside the tensor."""
     return descriptor.load([sequence, head, row, 0]).reshape([ROWS, D])
+
+
+@triton.jit
+def _load_tile(
+    states, strides, block_table, max_pages, sequence, head, slot, length, head_dim,
+    ROWS: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, D] of one head from a slot on; zero outside. States are a descriptor, or in pages."""
+    if PAGE_SIZE == 0:
+        tile = states.load([sequence, head, slot, 0]).reshape([ROWS, D])
+    else:
+        slots, dims = slot + tl.arange(0, ROWS), tl.arange(0, D)
+        held = (slots >= 0) & (slots < length)
+        offsets = row_offsets(slots, held, strides, block_table, sequence * max_pages, PAGE_SIZE)
+        rows = head_start(states, sequence, head, strides, PAGE_SIZE) + offsets
+        loaded = held[:, None] & (dims < head_dim)[None, :]
+        tile = tl.load(rows[:, None] + dims[None, :], mask=loaded, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -98,11 +119,12 @@ def _store(
 
 @triton.jit
 def _window_kernel(
-    query_descriptor, key_descriptor, value_descriptor, output_ptr, lse_ptr,
+    query_descriptor, key_states, key_strides, value_states, value_strides, block_table, max_pages,
+    output_ptr, lse_ptr,
     heads_ptr, key_value_heads_ptr, windows_ptr, query_starts_ptr, first_slots_ptr, sink_slots_ptr,
     T, H, head_dim, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_od, stride_lb, stride_lh,
-    HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr, PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     program, sequence = tl.program_id(0), tl.program_id(1)
@@ -112,11 +134,12 @@ def _window_kernel(
     head = tl.load(heads_ptr + entry)
     key_value_head = tl.load(key_value_heads_ptr + entry)
     window = tl.load(windows_ptr + entry)
-    first_row = tl.load(query_starts_ptr + sequence) + tile * M
+    query_start = tl.load(query_starts_ptr + sequence)
+    first_row, length = query_start + tile * M, query_start + T
     slot_shift = tl.load(first_slots_ptr + sequence) if HAS_SLOTS else 0
     sink_shift = tl.load(sink_slots_ptr + sequence) if HAS_SLOTS else 0
 
-    queries = _load_tile(query_descriptor, sequence, head, tile * M, M, D)
+    queries = _load_queries(query_descriptor, sequence, head, tile * M, M, D)
     rows = first_row + tl.arange(0, M)
     lowest = tl.maximum(rows - window + 1, num_sinks)
     peak = tl.full([M], float("-inf"), tl.float32)
@@ -130,31 +153,55 @@ def _window_kernel(
     edge = interior - tl.cdiv(tl.maximum(interior - first_seen, 0), N) * N
 
     for start in tl.range(first_row, first_row + M, N, num_stages=1):
-        keys = _load_tile(key_descriptor, sequence, key_value_head, start + slot_shift, N, D)
-        values = _load_tile(value_descriptor, sequence, key_value_head, start + slot_shift, N, D)
+        keys = _load_tile(
+            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
+        values = _load_tile(
+            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
         columns = start + tl.arange(0, N)
         accumulator, peak, total = _masked_step(
             accumulator, peak, total, queries, keys, values, rows, columns, lowest, rows, scale
         )
     for start in tl.range(edge, interior, N, num_stages=1):
-        keys = _load_tile(key_descriptor, sequence, key_value_head, start + slot_shift, N, D)
-        values = _load_tile(value_descriptor, sequence, key_value_head, start + slot_shift, N, D)
+        keys = _load_tile(
+            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
+        values = _load_tile(
+            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
         columns = start + tl.arange(0, N)
         accumulator, peak, total = _masked_step(
             accumulator, peak, total, queries, keys, values, rows, columns, lowest, rows, scale
         )
     for start in tl.range(0, num_sinks, N, num_stages=1):
-        keys = _load_tile(key_descriptor, sequence, key_value_head, start + sink_shift, N, D)
-        values = _load_tile(value_descriptor, sequence, key_value_head, start + sink_shift, N, D)
+        keys = _load_tile(
+            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            start + sink_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
+        values = _load_tile(
+            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            start + sink_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
         columns = start + tl.arange(0, N)
         accumulator, peak, total = _masked_step(
             accumulator, peak, total, queries, keys, values, rows, columns,
             tl.zeros([M], tl.int32), tl.minimum(rows, num_sinks - 1), scale,
         )  # fmt: skip
     for start in tl.range(interior, first_row, N, num_stages=STAGES):
-        keys = _load_tile(key_descriptor, sequence, key_value_head, start + slot_shift, N, D)
+        keys = _load_tile(
+            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
         scores = tl.dot(queries, keys.T, input_precision="ieee")
-        values = _load_tile(value_descriptor, sequence, key_value_head, start + slot_shift, N, D)
+        values = _load_tile(
+            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
         accumulator, peak, total = _fold(accumulator, peak, total, scores * scale, values, False)
 
     call_rows = (tile * M + tl.arange(0, M)).to(tl.int64)
@@ -168,13 +215,14 @@ def _window_kernel(
 
 @triton.jit
 def _listed_kernel(
-    query_descriptor, key_descriptor, value_descriptor, output_ptr, lse_ptr,
+    query_descriptor, key_states, key_strides, value_states, value_strides, block_table, max_pages,
+    output_ptr, lse_ptr,
     heads_ptr, key_value_heads_ptr, windows_ptr, query_starts_ptr, first_slots_ptr,
     blocks_ptr, counts_ptr,
     T, H, row_offset, head_dim, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_od, stride_lb, stride_lh,
     stride_bb, stride_bh, stride_bt, stride_cb, stride_ch, stride_ct,
-    HAS_SLOTS: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     program, sequence = tl.program_id(0), tl.program_id(1)
@@ -185,7 +233,8 @@ def _listed_kernel(
     key_value_head = tl.load(key_value_heads_ptr + entry)
     window = tl.load(windows_ptr + entry)
     first_call_row = row_offset + tile * M
-    first_row = tl.load(query_starts_ptr + sequence) + first_call_row
+    query_start = tl.load(query_starts_ptr + sequence)
+    first_row, length = query_start + first_call_row, query_start + T
     slot_shift = tl.load(first_slots_ptr + sequence) if HAS_SLOTS else 0
     blocks_ptr += (
         sequence.to(tl.int64) * stride_bb + entry.to(tl.int64) * stride_bh + tile * stride_bt
@@ -209,22 +258,34 @@ def _listed_kernel(
     peak = tl.load(lse_ptr + call_rows, mask=in_call, other=float("-inf")) * 1.4426950408889634
     total = tl.where(peak == float("-inf"), 0.0, 1.0)
 
-    queries = _load_tile(query_descriptor, sequence, head, first_call_row, M, D)
+    queries = _load_queries(query_descriptor, sequence, head, first_call_row, M, D)
     rows = first_row + tl.arange(0, M)
     lowest = tl.zeros([M], tl.int32) + num_sinks
     for i in tl.range(0, num_edge, num_stages=1):
         start = tl.load(blocks_ptr + i) * N
-        keys = _load_tile(key_descriptor, sequence, key_value_head, start + slot_shift, N, D)
-        values = _load_tile(value_descriptor, sequence, key_value_head, start + slot_shift, N, D)
+        keys = _load_tile(
+            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
+        values = _load_tile(
+            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
         columns = start + tl.arange(0, N)
         accumulator, peak, total = _masked_step(
             accumulator, peak, total, queries, keys, values, rows, columns, lowest, rows - window, scale
         )  # fmt: skip
     for i in tl.range(EDGE, EDGE + num_whole, num_stages=STAGES):
         start = tl.load(blocks_ptr + i) * N
-        keys = _load_tile(key_descriptor, sequence, key_value_head, start + slot_shift, N, D)
+        keys = _load_tile(
+            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
         scores = tl.dot(queries, keys.T, input_precision="ieee")
-        values = _load_tile(value_descriptor, sequence, key_value_head, start + slot_shift, N, D)
+        values = _load_tile(
+            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        )  # fmt: skip
         accumulator, peak, total = _fold(accumulator, peak, total, scores * scale, values, False)
     _store(
         output_ptr, lse_ptr, accumulator, peak, total, in_call, head_dim,
@@ -234,7 +295,7 @@ def _listed_kernel(
 
 def window_attention(
     query_states: Tensor,
-    sources: list[tuple[KeyValueStates, HeadTable]],
+    sources: list[tuple[KeyValueStates | PagedStates, HeadTable]],
     starts: Tensor,
     num_sink_tokens: int,
     scaling: float,
@@ -256,14 +317,12 @@ def window_attention(
     for states, table in sources:
         if not len(table):
             continue
-        tile = TileSizes.choose(head_dim, query_states.dtype)
-        slots = states.first_slots
-        sinks = slots if states.sink_slots is None else states.sink_slots
+        tile = TileSizes.choose(head_dim, query_states.dtype, page_size(states) > 0)
+        slots, sinks = slot_shifts(states)
         lse = starts if log_sum_exp is None else log_sum_exp
         _window_kernel[(triton.cdiv(q_len, tile.rows) * len(table), batch)](
             descriptor(query_states, tile.rows),
-            descriptor(states.keys, tile.keys),
-            descriptor(states.values, tile.keys),
+            *key_value_arguments(states, tile.keys),
             output,
             lse,
             table.heads,
@@ -281,6 +340,7 @@ def window_attention(
             *((0, 0) if log_sum_exp is None else log_sum_exp.stride()[:2]),
             HAS_SLOTS=slots is not None,
             HAS_LSE=log_sum_exp is not None,
+            PAGE_SIZE=page_size(states),
             STAGES=tile.stages,
             M=tile.rows,
             N=tile.keys,
@@ -291,7 +351,7 @@ def window_attention(
 
 def listed_attention(
     query_states: Tensor,
-    states: KeyValueStates,
+    states: KeyValueStates | PagedStates,
     table: HeadTable,
     starts: Tensor,
     lists: BlockLists,
@@ -316,12 +376,11 @@ def listed_attention(
         log_sum_exp: fp32 [batch, num_attention_heads, q_len]; read and written.
     """
     batch, _, q_len, head_dim = query_states.shape
-    tile = TileSizes.choose(head_dim, query_states.dtype)
-    slots = states.first_slots
+    tile = TileSizes.choose(head_dim, query_states.dtype, page_size(states) > 0)
+    slots, _ = slot_shifts(states)
     _listed_kernel[(lists.counts.shape[2] * len(table), batch)](
         descriptor(query_states, lists.tile_size),
-        descriptor(states.keys, lists.block_size),
-        descriptor(states.values, lists.block_size),
+        *key_value_arguments(states, lists.block_size),
         output,
         log_sum_exp,
         table.heads,
@@ -342,6 +401,7 @@ def listed_attention(
         *lists.blocks.stride()[:3],
         *lists.counts.stride()[:3],
         HAS_SLOTS=slots is not None,
+        PAGE_SIZE=page_size(states),
         STAGES=tile.stages,
         EDGE=lists.edge_slots,
         M=lists.tile_size,
@@ -362,10 +422,13 @@ class TileSizes:
     max_registers: int | None = None
 
     @classmethod
-    def choose(cls, head_dim: int, dtype: torch.dtype) -> TileSizes:
+    def choose(cls, head_dim: int, dtype: torch.dtype, paged: bool) -> TileSizes:
         """For a head size and element type."""
         if dtype == torch.float32:
             return cls(64, 32, 4, 1)
+        if paged:
+            # Addresses take registers: larger tiles spill.
+            return cls(128 if head_dim <= 128 else 64, 32, 8, 2)
         if head_dim <= 64:
             return cls(128, 64, 4, 3)
         if head_dim <= 128:
@@ -380,6 +443,29 @@ class TileSizes:
         if self.max_registers is not None and torch.cuda.is_available():
             options["maxnreg"] = self.max_registers
         return options
+
+
+def slot_shifts(states: KeyValueStates | PagedStates) -> tuple[Tensor | None, Tensor | None]:
+    """`first_slots` and `sink_slots`; None where slots are positions, as in pages."""
+    if isinstance(states, PagedStates):
+        return None, None
+    first = states.first_slots
+    return first, first if states.sink_slots is None else states.sink_slots
+
+
+def page_size(states: KeyValueStates | PagedStates) -> int:
+    """Tokens of a page; 0 for states in one tensor."""
+    return states.page_size if isinstance(states, PagedStates) else 0
+
+
+def key_value_arguments(states: KeyValueStates | PagedStates, rows: int) -> tuple[Any, ...]:
+    """Keys, their strides, values, their strides, block table, its width: as kernels take them."""
+    if isinstance(states, PagedStates):
+        keys, values = states.key_pages, states.value_pages
+        table = states.block_table
+        return keys, keys.stride()[:3], values, values.stride()[:3], table, table.shape[1]
+    strides = (0, 0, 0)
+    return descriptor(states.keys, rows), strides, descriptor(states.values, rows), strides, None, 0
 
 
 def descriptor(states: Tensor, rows: int) -> TensorDescriptor:

@@ -20,9 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
+from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.triton.decode_addresses import head_start, row_offsets
 from rtpurbo.ops.triton.heads import HeadTable
-from rtpurbo.ops.triton.prefill import BlockLists
+from rtpurbo.ops.triton.prefill import BlockLists, page_size, slot_shifts
 
 # Blocks that one program of the scan walks over.
 RANGE = 64
@@ -74,12 +76,12 @@ def _strongest(scores, M: tl.constexpr, G: tl.constexpr, N: tl.constexpr, PACKED
 
 @triton.jit
 def _peaks_kernel(
-    index_queries_ptr, index_keys_ptr, peaks_ptr, sums_ptr,
+    index_queries_ptr, index_keys, index_strides, block_table, max_pages, peaks_ptr, sums_ptr,
     windows_ptr, query_starts_ptr, first_slots_ptr,
-    T, K, H, ranges, row_offset, index_dim, num_sinks,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    T, H, ranges, row_offset, index_dim, num_sinks,
+    stride_qb, stride_qh, stride_qt,
     stride_pb, stride_ph, stride_pt, stride_pn, stride_sb, stride_sh, stride_st, stride_sr,
-    HAS_SLOTS: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr, STRIDE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr, STRIDE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, G: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
     """Peaks fp16 [B, H, tiles, blocks, rows], and each range's log2 of summed peaks [.., ranges, rows]."""
@@ -94,7 +96,7 @@ def _peaks_kernel(
         return
     slot_shift = tl.load(first_slots_ptr + sequence) if HAS_SLOTS else 0
     index_queries_ptr += sequence.to(tl.int64) * stride_qb + entry.to(tl.int64) * stride_qh
-    index_keys_ptr += sequence.to(tl.int64) * stride_kb + entry.to(tl.int64) * stride_kh
+    index_keys = head_start(index_keys, sequence, entry, index_strides, PAGE_SIZE)
     peaks_ptr += (
         sequence.to(tl.int64) * stride_pb + entry.to(tl.int64) * stride_ph + tile.to(tl.int64) * stride_pt
     )  # fmt: skip
@@ -103,7 +105,7 @@ def _peaks_kernel(
     )
 
     LANES: tl.constexpr = M // STRIDE
-    lanes, dims, offsets, group = (
+    lanes, dims, in_step, group = (
         tl.arange(0, LANES),
         tl.arange(0, I),
         tl.arange(0, G * N),
@@ -123,11 +125,15 @@ def _peaks_kernel(
     whole_from = tl.cdiv(num_sinks, N)
     whole_to = tl.maximum(first_row - window + 1, 0) // N
     for block in tl.range(part * R, tl.minimum(part * R + R, num_blocks), G, num_stages=STAGES):
-        columns = block * N + offsets
+        columns = block * N + in_step
         slots = columns + slot_shift
+        held = columns < start + T
+        offsets = row_offsets(
+            slots, held, index_strides, block_table, sequence * max_pages, PAGE_SIZE
+        )
         keys = tl.load(
-            index_keys_ptr + slots[:, None].to(tl.int64) * stride_kt + dims[None, :],
-            mask=(slots < K)[:, None] & in_index,
+            index_keys + offsets[:, None] + dims[None, :],
+            mask=held[:, None] & in_index,
             other=0.0,
         )
         if PACKED:
@@ -267,7 +273,7 @@ def _lists_kernel(
 
 def block_lists(
     index_queries: Tensor,
-    states: KeyValueStates,
+    states: KeyValueStates | PagedStates,
     table: HeadTable,
     starts: Tensor,
     near_log_sum_exp: Tensor,
@@ -289,8 +295,7 @@ def block_lists(
     Yields:
         The row at which the lists begin, and the lists.
     """
-    assert states.index_keys is not None
-    index_keys = states.index_keys
+    index_keys, block_table, capacity = _index_keys(states)
     batch, heads, q_len, index_dim = index_queries.shape
     M, N, stride = rule.query_block_size, rule.block_size, rule.row_stride
     lanes = M // stride
@@ -298,7 +303,7 @@ def block_lists(
     # The interpreter has no assembly.
     packed = index_keys.dtype == torch.float16 and index_keys.is_cuda and N >= 16
     device = index_queries.device
-    blocks = triton.cdiv(index_keys.shape[2], N)
+    blocks = triton.cdiv(capacity, N)
     ranges = triton.cdiv(blocks, RANGE)
     edge = edge_slots(rule)
     width = edge + blocks
@@ -313,7 +318,7 @@ def block_lists(
     sums = torch.empty(
         batch, heads, scored_tiles, ranges, lanes, dtype=torch.float32, device=device
     )
-    slots = states.first_slots
+    slots, _ = slot_shifts(states)
     has_slots = slots is not None
     for row_offset in range(0, q_len, listed_tiles * M):
         tiles = min(listed_tiles, triton.cdiv(q_len - row_offset, M))
@@ -325,12 +330,13 @@ def block_lists(
             row = row_offset + tile * M
             bars = torch.empty(batch, heads, scored, lanes, dtype=torch.float32, device=device)
             _peaks_kernel[(scored * ranges, batch * heads)](
-                index_queries, index_keys, peaks, sums,
+                index_queries, index_keys, index_keys.stride()[:3],
+                block_table, 0 if block_table is None else block_table.shape[1], peaks, sums,
                 table.windows, starts, slots if has_slots else starts,
-                q_len, index_keys.shape[2], heads, ranges, row, index_dim, rule.num_sink_tokens,
-                *index_queries.stride()[:3], *index_keys.stride()[:3],
+                q_len, heads, ranges, row, index_dim, rule.num_sink_tokens,
+                *index_queries.stride()[:3],
                 *peaks.stride()[:4], *sums.stride()[:4],
-                HAS_SLOTS=has_slots, STAGES=3, PACKED=packed, STRIDE=stride,
+                HAS_SLOTS=has_slots, PAGE_SIZE=page_size(states), STAGES=3, PACKED=packed, STRIDE=stride,
                 M=M, N=N, R=RANGE, G=group, I=I, num_warps=4,
             )  # fmt: skip
             _bars_kernel[(scored, batch * heads)](
@@ -350,6 +356,15 @@ def block_lists(
             EDGE=edge, M=M, N=N, C=1024, num_warps=4,
         )  # fmt: skip
         yield row_offset, BlockLists(lists, counts, edge, N, M)
+
+
+def _index_keys(states: KeyValueStates | PagedStates) -> tuple[Tensor, Tensor | None, int]:
+    """Index keys or their pages, the block table if they are in pages, and room for how many tokens."""
+    if isinstance(states, PagedStates):
+        assert states.index_pages is not None
+        return states.index_pages, states.block_table, states.capacity
+    assert states.index_keys is not None
+    return states.index_keys, None, states.index_keys.shape[2]
 
 
 def far_keys(
