@@ -56,7 +56,7 @@ def _load_queries(descriptor, sequence, head, row, ROWS: tl.constexpr, D: tl.con
 
 @triton.jit
 def _load_tile(
-    states, strides, block_table, max_pages, sequence, head, slot, length, head_dim,
+    states, strides, block_table, table_stride, sequence, head, slot, length, head_dim,
     ROWS: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, D] of one head from a slot on; zero outside. States are a descriptor, or in pages."""
@@ -65,7 +65,7 @@ def _load_tile(
     else:
         slots, dims = slot + tl.arange(0, ROWS), tl.arange(0, D)
         held = (slots >= 0) & (slots < length)
-        offsets = row_offsets(slots, held, strides, block_table, sequence * max_pages, PAGE_SIZE)
+        offsets = row_offsets(slots, held, strides, block_table, sequence * table_stride, PAGE_SIZE)
         rows = head_start(states, sequence, head, strides, PAGE_SIZE) + offsets
         loaded = held[:, None] & (dims < head_dim)[None, :]
         tile = tl.load(rows[:, None] + dims[None, :], mask=loaded, other=0.0)
@@ -119,7 +119,7 @@ def _store(
 
 @triton.jit
 def _window_kernel(
-    query_descriptor, key_states, key_strides, value_states, value_strides, block_table, max_pages,
+    query_descriptor, key_states, key_strides, value_states, value_strides, block_table, table_stride,
     output_ptr, lse_ptr,
     heads_ptr, key_value_heads_ptr, windows_ptr, query_starts_ptr, first_slots_ptr, sink_slots_ptr,
     T, H, head_dim, num_sinks, scale,
@@ -154,11 +154,11 @@ def _window_kernel(
 
     for start in tl.range(first_row, first_row + M, N, num_stages=1):
         keys = _load_tile(
-            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         values = _load_tile(
-            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         columns = start + tl.arange(0, N)
@@ -167,11 +167,11 @@ def _window_kernel(
         )
     for start in tl.range(edge, interior, N, num_stages=1):
         keys = _load_tile(
-            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         values = _load_tile(
-            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         columns = start + tl.arange(0, N)
@@ -180,11 +180,11 @@ def _window_kernel(
         )
     for start in tl.range(0, num_sinks, N, num_stages=1):
         keys = _load_tile(
-            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
             start + sink_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         values = _load_tile(
-            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
             start + sink_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         columns = start + tl.arange(0, N)
@@ -194,12 +194,12 @@ def _window_kernel(
         )  # fmt: skip
     for start in tl.range(interior, first_row, N, num_stages=STAGES):
         keys = _load_tile(
-            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         scores = tl.dot(queries, keys.T, input_precision="ieee")
         values = _load_tile(
-            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         accumulator, peak, total = _fold(accumulator, peak, total, scores * scale, values, False)
@@ -215,7 +215,7 @@ def _window_kernel(
 
 @triton.jit
 def _listed_kernel(
-    query_descriptor, key_states, key_strides, value_states, value_strides, block_table, max_pages,
+    query_descriptor, key_states, key_strides, value_states, value_strides, block_table, table_stride,
     output_ptr, lse_ptr,
     heads_ptr, key_value_heads_ptr, windows_ptr, query_starts_ptr, first_slots_ptr,
     blocks_ptr, counts_ptr,
@@ -264,11 +264,11 @@ def _listed_kernel(
     for i in tl.range(0, num_edge, num_stages=1):
         start = tl.load(blocks_ptr + i) * N
         keys = _load_tile(
-            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         values = _load_tile(
-            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         columns = start + tl.arange(0, N)
@@ -278,12 +278,12 @@ def _listed_kernel(
     for i in tl.range(EDGE, EDGE + num_whole, num_stages=STAGES):
         start = tl.load(blocks_ptr + i) * N
         keys = _load_tile(
-            key_states, key_strides, block_table, max_pages, sequence, key_value_head,
+            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         scores = tl.dot(queries, keys.T, input_precision="ieee")
         values = _load_tile(
-            value_states, value_strides, block_table, max_pages, sequence, key_value_head,
+            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
             start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
         )  # fmt: skip
         accumulator, peak, total = _fold(accumulator, peak, total, scores * scale, values, False)
@@ -459,11 +459,11 @@ def page_size(states: KeyValueStates | PagedStates) -> int:
 
 
 def key_value_arguments(states: KeyValueStates | PagedStates, rows: int) -> tuple[Any, ...]:
-    """Keys, their strides, values, their strides, block table, its width: as kernels take them."""
+    """Keys, their strides, values, their strides, block table, its stride: as kernels take them."""
     if isinstance(states, PagedStates):
         keys, values = states.key_pages, states.value_pages
         table = states.block_table
-        return keys, keys.stride()[:3], values, values.stride()[:3], table, table.shape[1]
+        return keys, keys.stride()[:3], values, values.stride()[:3], table, table.stride(0)
     strides = (0, 0, 0)
     return descriptor(states.keys, rows), strides, descriptor(states.values, rows), strides, None, 0
 

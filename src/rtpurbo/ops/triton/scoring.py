@@ -76,7 +76,7 @@ def _strongest(scores, M: tl.constexpr, G: tl.constexpr, N: tl.constexpr, PACKED
 
 @triton.jit
 def _peaks_kernel(
-    index_queries_ptr, index_keys, index_strides, block_table, max_pages, peaks_ptr, sums_ptr,
+    index_queries_ptr, index_keys, index_strides, block_table, table_stride, peaks_ptr, sums_ptr,
     windows_ptr, query_starts_ptr, first_slots_ptr,
     T, H, ranges, row_offset, index_dim, num_sinks,
     stride_qb, stride_qh, stride_qt,
@@ -129,7 +129,7 @@ def _peaks_kernel(
         slots = columns + slot_shift
         held = columns < start + T
         offsets = row_offsets(
-            slots, held, index_strides, block_table, sequence * max_pages, PAGE_SIZE
+            slots, held, index_strides, block_table, sequence * table_stride, PAGE_SIZE
         )
         keys = tl.load(
             index_keys + offsets[:, None] + dims[None, :],
@@ -331,7 +331,7 @@ def block_lists(
             bars = torch.empty(batch, heads, scored, lanes, dtype=torch.float32, device=device)
             _peaks_kernel[(scored * ranges, batch * heads)](
                 index_queries, index_keys, index_keys.stride()[:3],
-                block_table, 0 if block_table is None else block_table.shape[1], peaks, sums,
+                block_table, 0 if block_table is None else block_table.stride(0), peaks, sums,
                 table.windows, starts, slots if has_slots else starts,
                 q_len, heads, ranges, row, index_dim, rule.num_sink_tokens,
                 *index_queries.stride()[:3],
