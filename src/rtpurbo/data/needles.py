@@ -7,7 +7,15 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rtpurbo.data.texts import SENTENCE_END, TextCorpus, begin_ids, encode
+from rtpurbo.data.prompts import (
+    Conversation,
+    Question,
+    conversation_tokens,
+    decode,
+    fit_prose,
+    hide,
+)
+from rtpurbo.data.texts import TextCorpus, begin_ids, encode
 from rtpurbo.data.words import NAMES, Split, key_names, words_of
 from rtpurbo.errors import RTPurboError
 
@@ -17,20 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RetrievalExample:
-    """A long prompt that asks for numbers hidden in it, up to where the answer must begin.
+    """A long prompt that asks for something hidden in it, up to where the answer must begin.
 
     Attributes:
         prompt_ids: the tokens of the prompt, ending with the opening words of the answer.
         answer_ids: the tokens with which a right answer goes on.
         answers: the strings that a right answer contains, in the order of the text.
         kind: "single", "multi_key" (other keys distract), "multi_value" (the key has several
-            numbers) or "multi_key_multi_value".
+            numbers), "multi_key_multi_value" or "variable_tracking".
     """
 
     prompt_ids: list[int]
     answer_ids: list[int]
     answers: list[str]
     kind: str
+
+    @classmethod
+    def of(cls, conversation: Conversation, answers: list[str], kind: str) -> RetrievalExample:
+        """The example that a conversation with one question is."""
+        [(start, _)] = conversation.answer_spans
+        ids = conversation.input_ids
+        return cls(ids[:start], ids[start:], answers, kind)
 
 
 @dataclass(frozen=True)
@@ -90,39 +105,58 @@ def make_retrieval_example(
     if depth is not None:
         depths[0] = depth
     needles = sorted(
-        (place, f"One of the special magic numbers for {key} is: {number}.", key, number)
+        (place, needle_sentence(key, number), key, number)
         for place, key, number in zip(depths, keys, numbers, strict=True)
     )
     answers = [number for _, _, key, number in needles if key == queried]
     hidden = [(place, sentence) for place, sentence, _, _ in needles]
 
-    def tokens_around(prose: str) -> tuple[list[int], list[int]]:
-        return _question_tokens(tokenizer, _hide(prose, hidden), queried, answers)
-
-    frame = sum(map(len, tokens_around("")))
-    room = length - frame
-    if room < frame / 2:
-        raise RTPurboError(
-            f"A retrieval example with {len(keys)} needle(s) does not fit into {length} tokens; "
-            f"ask for a length of at least {2 * frame}."
-        )
-    # Decoded and encoded again amid the needles, the prose changes its length by a few tokens:
-    # begin with too many and cut.
-    prose_ids = corpus.sample_tokens(tokenizer, room + 32, rng)
-    while True:
-        prompt_ids, answer_ids = tokens_around(_decode(tokenizer, prose_ids).strip())
-        excess = len(prompt_ids) + len(answer_ids) - length
-        if excess <= 0:
-            break
-        del prose_ids[-excess:]
-
+    introduction, question = needle_question(queried, answers)
+    conversation = fit_prose(
+        tokenizer,
+        corpus,
+        length,
+        rng,
+        lambda prose: conversation_tokens(
+            tokenizer, f"{introduction}\n\n{hide(prose, hidden)}", [question]
+        ),
+        f"A retrieval example with {len(keys)} needle(s)",
+    )
     kinds = ["multi_key"] * (num_keys > 1) + ["multi_value"] * (num_values > 1)
-    return RetrievalExample(prompt_ids, answer_ids, answers, "_".join(kinds) or "single")
+    return RetrievalExample.of(conversation, answers, "_".join(kinds) or "single")
+
+
+def needle_sentence(key: str, number: str) -> str:
+    """A sentence that gives a key a number."""
+    return f"One of the special magic numbers for {key} is: {number}."
+
+
+def needle_question(key: str, numbers: list[str]) -> tuple[str, Question]:
+    """What introduces a text with needles, and the question for all numbers of a key."""
+    if len(numbers) == 1:
+        introduction = (
+            "A special magic number is hidden within the following text. Make sure to memorize "
+            "it. I will quiz you about the number afterwards."
+        )
+        question = f"What is the special magic number for {key} mentioned in the provided text?"
+        opening = f"The special magic number for {key} mentioned in the provided text is"
+        answer = f" {numbers[0]}"
+    else:
+        introduction = (
+            "Some special magic numbers are hidden within the following text. Make sure to "
+            "memorize them. I will quiz you about the numbers afterwards."
+        )
+        question = (
+            f"What are all the special magic numbers for {key} mentioned in the provided text?"
+        )
+        opening = f"The special magic numbers for {key} mentioned in the provided text are"
+        answer = f" {', '.join(numbers[:-1])} and {numbers[-1]}"
+    return introduction, Question(question, opening, answer)
 
 
 def is_correct(example: RetrievalExample, generated_text: str) -> bool:
-    """Whether every answer stands in the generated text, as a number of its own."""
-    found = set(re.findall(r"\d+", generated_text))
+    """Whether every answer stands in the generated text, as a number or word of its own."""
+    found = set(re.findall(r"\d+|[^\W\d_]+", generated_text))
     return found.issuperset(example.answers)
 
 
@@ -172,67 +206,6 @@ def make_calibration_document(
     )
 
 
-def _question_tokens(
-    tokenizer: PreTrainedTokenizerBase, context: str, key: str, answers: list[str]
-) -> tuple[list[int], list[int]]:
-    """The tokens of the prompt around `context`, and those of the answer."""
-    if len(answers) == 1:
-        intro = (
-            "A special magic number is hidden within the following text. Make sure to memorize "
-            "it. I will quiz you about the number afterwards."
-        )
-        question = f"What is the special magic number for {key} mentioned in the provided text?"
-        opening = f"The special magic number for {key} mentioned in the provided text is"
-        answer = f" {answers[0]}"
-    else:
-        intro = (
-            "Some special magic numbers are hidden within the following text. Make sure to "
-            "memorize them. I will quiz you about the numbers afterwards."
-        )
-        question = (
-            f"What are all the special magic numbers for {key} mentioned in the provided text?"
-        )
-        opening = f"The special magic numbers for {key} mentioned in the provided text are"
-        answer = f" {', '.join(answers[:-1])} and {answers[-1]}"
-
-    turn = f"{intro}\n\n{context}\n\n{question}"
-    if tokenizer.chat_template:
-        # Templates of models that can think out loud know the last option; others ignore it.
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        prompt_ids = encode(tokenizer, str(prompt))
-    else:
-        prompt_ids = begin_ids(tokenizer) + encode(tokenizer, f"{turn}\n\n")
-
-    # What follows the opening words is found by encoding both at once: encoded alone, an answer
-    # may begin with other tokens.
-    opening_ids = encode(tokenizer, opening)
-    both_ids = encode(tokenizer, opening + answer)
-    shared = 0
-    while shared < len(opening_ids) and opening_ids[shared] == both_ids[shared]:
-        shared += 1
-    return prompt_ids + both_ids[:shared], both_ids[shared:]
-
-
-def _hide(prose: str, needles: list[tuple[float, str]]) -> str:
-    """Puts sentences between those of `prose`, each at its depth from 0 to 1, in order."""
-    ends = [match.end() for match in SENTENCE_END.finditer(prose)]
-    # Text without sentences, such as a list of words, is cut between words, and without words
-    # anywhere.
-    spaces = [match.start() for match in re.finditer(r"\s", prose)]
-    places = [0, *(ends or spaces or range(len(prose)))]
-    pieces, start = [], 0
-    for depth, sentence in needles:
-        place = min(places, key=lambda place: abs(place - depth * len(prose)))
-        pieces += [prose[start:place], sentence]
-        start = place
-    return " ".join(piece.strip(" ") for piece in [*pieces, prose[start:]] if piece)
-
-
 def _calibration_needle(rng: random.Random) -> str:
     """Made-up sentences that nobody can guess, 30 to 60 tokens long with usual tokenizers."""
     adjectives, nouns = words_of("train")
@@ -260,10 +233,6 @@ def _next_sentence_end(
 ) -> int:
     """The first index from `position` on that follows the end of a sentence, if one is near."""
     for index in range(max(1, position), min(position + 64, len(token_ids))):
-        if _decode(tokenizer, [token_ids[index - 1]]).rstrip().endswith((".", "!", "?")):
+        if decode(tokenizer, [token_ids[index - 1]]).rstrip().endswith((".", "!", "?")):
             return index
     return position
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
