@@ -88,7 +88,7 @@ def make_sparse(model: PreTrainedModel, config: RTPurboConfig, seed: int = 1) ->
     for module in headwise_modules(model):
         if module.retrieval_heads:
             for parameter in module.indexer.parameters():
-                parameter.data.normal_(generator=generator)
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     return model
 
 
