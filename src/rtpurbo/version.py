@@ -1,3 +1,25 @@
-"""The library's version, in one place."""
+"""Which library this is: its version, in one place, and its commit."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+
+def library_commit() -> str | None:
+    """The git commit of this library; None where it does not run from its repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # An installed copy may lie inside the repository of another project.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -3,8 +3,7 @@ import json
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation import records
-from rtpurbo.evaluation.records import Record, library_commit, read_results, write_results
+from rtpurbo.evaluation.records import Record, read_results, write_results
 
 RECORDS = [
     Record("needle", "single", 4096, "full", 10, 90.0, 1.0, 1000),
@@ -48,10 +47,3 @@ def test_corrupt_results_are_refused(path, content):
 def test_missing_results_are_refused(tmp_path):
     with pytest.raises(RTPurboError, match="there is no file"):
         read_results(tmp_path / "nothing.json")
-
-
-def test_a_library_outside_its_repository_has_no_commit(tmp_path, monkeypatch):
-    copy = tmp_path / "records.py"
-    copy.touch()
-    monkeypatch.setattr(records, "__file__", str(copy))
-    assert library_commit() is None

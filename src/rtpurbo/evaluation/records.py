@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from typing import Any
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
-from rtpurbo.version import __version__
+from rtpurbo.version import __version__, library_commit
 
 FORMAT_VERSION = 1
 
@@ -111,20 +110,3 @@ def read_results(path: str | Path) -> Results:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no results or is corrupt; evaluate again.") from error
     return Results(data, records)
-
-
-def library_commit() -> str | None:
-    """The git commit of this library; None where it does not run from its repository."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        # An installed copy may lie inside the repository of another project.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,0 +1,255 @@
+"""One layer's attention of one new token: ours and dense, each as a CUDA graph.
+
+A graph walks over several sets of inputs, as a model walks over its layers, so that the cache of the
+GPU does not hand out today what it kept from the call before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtpurbo.benchmarks import sdpa
+from rtpurbo.benchmarks.correctness import Mask, compare, near
+from rtpurbo.benchmarks.layer import LayerShape, LayerStates
+from rtpurbo.benchmarks.session import Entry, Session, release
+from rtpurbo.benchmarks.timing import Call, replayed
+from rtpurbo.config import AttentionRule, Granularity
+from rtpurbo.models.ring import RingBuffer, RingSlots
+from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.triton.decode_attention import run_step
+
+IMPLEMENTATIONS = ("rtpurbo", "rtpurbo-token", "sdpa-flash", "sdpa-cudnn")
+GRANULARITIES: dict[str, Granularity] = {"rtpurbo": "block", "rtpurbo-token": "token"}
+
+# Several times what the L2 cache of a Hopper GPU holds.
+BYTES_BETWEEN_READS = 300 * 2**20
+# Keys and values of all sets together.
+MEMORY = 24 * 2**30
+MAX_SETS = 16
+
+
+def forced(
+    rule: AttentionRule, density: float, length: int, granularity: Granularity
+) -> AttentionRule:
+    """A rule under which every retrieval head selects this share of the keys, whatever their mass."""
+    return replace(
+        rule,
+        granularity=granularity,
+        top_p=1e-6,
+        min_tokens=int(density * length),
+        reading="residual",
+    )
+
+
+@dataclass
+class DecodeCase:
+    """A layer, and several sets of inputs for a step of it.
+
+    Attributes:
+        shape: the layer's heads.
+        rule: what they see.
+        sets: what they compute with; the last key is the new token's own.
+    """
+
+    shape: LayerShape
+    rule: AttentionRule
+    sets: list[LayerStates]
+
+    @classmethod
+    def random(
+        cls,
+        shape: LayerShape,
+        rule: AttentionRule,
+        length: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        density: float,
+    ) -> DecodeCase:
+        """As many sets as are needed for the leanest implementation to find nothing in the cache."""
+        count = num_sets(shape, rule, length, batch, dtype, density)
+        sets = [
+            LayerStates.random(shape, 1, length, dtype, device, batch, seed)
+            for seed in range(count)
+        ]
+        return cls(shape, rule, sets)
+
+    @cached_property
+    def layout(self) -> HeadLayout:
+        """The layer's heads as index tensors."""
+        return self.shape.layout(self.sets[0].keys.device)
+
+    @cached_property
+    def divided(self) -> list[tuple[KeyValueStates, KeyValueStates]]:
+        """Full and bounded KV heads of each set, as a static cache hands them over."""
+        return [self._divided(states) for states in self.sets]
+
+    def _divided(self, states: LayerStates) -> tuple[KeyValueStates, KeyValueStates]:
+        full, bounded = states.divided(self.layout)
+        length = torch.tensor([states.length], dtype=torch.int32, device=states.keys.device)
+        slots = RingSlots(self.rule.num_sink_tokens, self.rule.sliding_window, 0)
+        ring = RingBuffer(slots)
+        slots.enter(states.positions[:, :-1])
+        ring.append(bounded.keys[:, :, :-1], bounded.values[:, :, :-1])
+        slots.enter(states.positions[:, -1:])
+        held = ring.append(bounded.keys[:, :, -1:], bounded.values[:, :, -1:])
+        return replace(full, length=length), held
+
+    def facts(self, density: float) -> dict[str, Any]:
+        """Fields of a record."""
+        states = self.sets[0]
+        return {
+            "phase": "decode",
+            "context_length": states.length,
+            "batch_size": states.keys.shape[0],
+            "num_attention_heads": self.shape.num_attention_heads,
+            "num_key_value_heads": self.shape.num_key_value_heads,
+            "num_retrieval_heads": len(self.shape.retrieval_heads),
+            "head_dim": self.shape.head_dim,
+            "sliding_window": self.rule.sliding_window,
+            "retrieval_window": self.rule.near_window,
+            "density": round(density, 4),
+        }
+
+
+def num_sets(
+    shape: LayerShape,
+    rule: AttentionRule,
+    length: int,
+    batch: int,
+    dtype: torch.dtype,
+    density: float,
+) -> int:
+    """Sets of inputs whose reading pushes the first one out of the GPU's cache, if memory allows."""
+    size = dtype.itemsize
+    token = 2 * shape.head_dim * size
+    index = len(shape.retrieval_heads) * shape.index_dim * min(size, 2)
+    selected = len(shape.retrieval_heads) * density * token
+    window = shape.num_key_value_heads * min(length, rule.sliding_window) * token
+    lean = batch * (length * (index + selected) + window)
+    whole = batch * length * (shape.num_key_value_heads * token + index)
+    wanted = -(-BYTES_BETWEEN_READS // max(1, int(lean)))
+    return max(1, min(wanted, MAX_SETS, MEMORY // whole))
+
+
+def bench_decode(
+    session: Session,
+    shape: LayerShape,
+    rule: AttentionRule,
+    lengths: Sequence[int],
+    densities: Sequence[float],
+    batches: Sequence[int],
+    dtype: torch.dtype,
+) -> None:
+    """Measures a step at every length and batch size, and ours at every density."""
+    for batch in sorted(batches):
+        for length in sorted(lengths):
+            with session.guarded(f"decode at {length:,} tokens x {batch}"):
+                case = DecodeCase.random(
+                    shape, rule, length, batch, dtype, session.device, min(densities)
+                )
+                for density in densities:
+                    for entry in _ours(session, case, density):
+                        session.run(entry)
+                for entry in _peers(case, session.device):
+                    session.run(entry)
+                del case
+            release(session.device)
+
+
+def _ours(session: Session, case: DecodeCase, density: float) -> Iterator[Entry]:
+    for name, granularity in GRANULARITIES.items():
+        if not session.wants(name):
+            continue
+        rule = forced(case.rule, density, case.sets[0].length, granularity)
+        mask, selected = step_mask(case, rule)
+        length = case.sets[0].length
+        far = max(0, length - rule.near_window - rule.num_sink_tokens) / length
+        yield Entry(
+            name,
+            {"": partial(_sparse_calls, case, rule, session.device)},
+            case.facts(selected),
+            partial(_check, case, rule, mask, min(density, far), selected),
+            is_ours=True,
+            growth=1,
+            calls=len(case.sets),
+            note=f"selection of {density:g} of the keys forced",
+        )
+
+
+def step(case: DecodeCase, rule: AttentionRule, number: int) -> tuple[Tensor, Any]:
+    """Output of a step on one set of inputs, and what it selected."""
+    states = case.sets[number]
+    full, bounded = case.divided[number]
+    output, _, selection = run_step(
+        states.queries, full, bounded, case.layout, states.index_queries, rule, states.scaling
+    )
+    return output, selection
+
+
+def step_mask(case: DecodeCase, rule: AttentionRule) -> tuple[Mask, float]:
+    """What heads see in a step on the first set, and the share of the keys that they select."""
+    states, sinks = case.sets[0], rule.num_sink_tokens
+    length = states.length
+    _, selection = step(case, rule, 0)
+    last = torch.tensor([length - 1], device=states.keys.device)
+    far = ~near(last, length, sinks, rule.near_window)
+    selected = far.expand(states.keys.shape[0], len(case.shape.retrieval_heads), -1)
+    if selection is not None:
+        selected = selected & selection.keys(length)
+    places = {head: place for place, head in enumerate(case.shape.retrieval_heads)}
+
+    def mask(sequence: int, head: int, rows: Tensor) -> Tensor:
+        if head not in places:
+            return near(last, length, sinks, rule.sliding_window)
+        return near(last, length, sinks, rule.near_window) | selected[sequence, places[head]]
+
+    return mask, float(selected.float().mean())
+
+
+def _check(
+    case: DecodeCase, rule: AttentionRule, mask: Mask, least: float, selected: float, call: Call
+) -> str | None:
+    # A whole block may reach beyond the far keys.
+    if selected < least - rule.block_size / case.sets[0].length:
+        return f"it selects {selected:.4g} of the keys where {least:.4g} were asked for"
+    output, _ = step(case, rule, 0)
+    rows = torch.zeros(1, dtype=torch.int64, device=output.device)
+    return compare(output, case.sets[0], mask, rows).complaint
+
+
+def _sparse_calls(case: DecodeCase, rule: AttentionRule, device: torch.device) -> Call:
+    steps: list[Call] = [partial(step, case, rule, number) for number in range(len(case.sets))]
+    return replayed(steps, device)
+
+
+def _dense_calls(case: DecodeCase, attend: sdpa.Attention, device: torch.device) -> Call:
+    steps: list[Call] = [
+        partial(attend, states.queries, states.keys, states.values, states.scaling)
+        for states in case.sets
+    ]
+    return replayed(steps, device)
+
+
+def _peers(case: DecodeCase, device: torch.device) -> Iterator[Entry]:
+    for name in sdpa.BACKENDS:
+        variants = {
+            "query heads folded into rows": sdpa.attention_with_folded_groups(name),
+            "KV heads shared": sdpa.attention(name, is_causal=False, grouped=True),
+        }
+        yield Entry(
+            name,
+            {
+                title: partial(_dense_calls, case, attend, device)
+                for title, attend in variants.items()
+            },
+            case.facts(1.0),
+            growth=1,
+            calls=len(case.sets),
+        )

@@ -1,0 +1,157 @@
+"""One layer to measure: its heads, and tensors of random numbers for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.ops import HeadLayout, KeyValueStates
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The heads of a layer.
+
+    Attributes:
+        num_attention_heads: query heads.
+        num_key_value_heads: KV heads.
+        head_dim: dimensions of a head.
+        retrieval_heads: which query heads retrieve, ascending.
+        index_dim: dimensions of the index.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    retrieval_heads: tuple[int, ...]
+    index_dim: int = 16
+
+    @classmethod
+    def spread(
+        cls,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        num_retrieval_heads: int,
+    ) -> LayerShape:
+        """A layer whose retrieval heads lie at even distances.
+
+        Raises:
+            RTPurboError: there is no such layer.
+        """
+        if num_attention_heads % num_key_value_heads:
+            raise RTPurboError(
+                f"{num_attention_heads} query heads cannot share {num_key_value_heads} KV heads "
+                "evenly: choose --heads as a multiple of --kv-heads."
+            )
+        if num_retrieval_heads > num_attention_heads:
+            raise RTPurboError(
+                f"--retrieval-heads is {num_retrieval_heads}, but a layer has only "
+                f"{num_attention_heads} query heads."
+            )
+        heads = tuple(
+            (2 * number + 1) * num_attention_heads // (2 * num_retrieval_heads)
+            for number in range(num_retrieval_heads)
+        )
+        return cls(num_attention_heads, num_key_value_heads, head_dim, heads)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the dot products."""
+        return self.head_dim**-0.5
+
+    def whole_groups(self) -> tuple[int, ...]:
+        """The query heads of every group that holds a retrieval head."""
+        groups = {head // self.group for head in self.retrieval_heads}
+        return tuple(
+            head for head in range(self.num_attention_heads) if head // self.group in groups
+        )
+
+    def layout(
+        self, device: torch.device, retrieval_heads: Sequence[int] | None = None
+    ) -> HeadLayout:
+        """The layer's heads as index tensors; perhaps with other retrieval heads."""
+        heads = self.retrieval_heads if retrieval_heads is None else retrieval_heads
+        return HeadLayout.build(heads, self.num_attention_heads, self.num_key_value_heads, device)
+
+
+@dataclass
+class LayerStates:
+    """What a layer's attention computes with.
+
+    Attributes:
+        queries: [batch, num_attention_heads, q_len, head_dim].
+        keys: [batch, num_key_value_heads, k_len, head_dim].
+        values: likewise.
+        index_queries: [batch, num_retrieval_heads, q_len, index_dim].
+        index_keys: [batch, num_retrieval_heads, k_len, index_dim].
+        scaling: factor on the dot products.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    index_queries: Tensor
+    index_keys: Tensor
+    scaling: float
+
+    @classmethod
+    def random(
+        cls,
+        shape: LayerShape,
+        q_len: int,
+        k_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch: int = 1,
+        seed: int = 0,
+    ) -> LayerStates:
+        """Seeded normal numbers; those of the index are in float16, as models keep them."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(heads: int, length: int, dim: int, kind: torch.dtype) -> Tensor:
+            size = (batch, heads, length, dim)
+            return torch.randn(size, generator=generator, dtype=kind, device=device)
+
+        index_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+        retrieval = len(shape.retrieval_heads)
+        return cls(
+            normal(shape.num_attention_heads, q_len, shape.head_dim, dtype),
+            normal(shape.num_key_value_heads, k_len, shape.head_dim, dtype),
+            normal(shape.num_key_value_heads, k_len, shape.head_dim, dtype),
+            normal(retrieval, q_len, shape.index_dim, index_dtype),
+            normal(retrieval, k_len, shape.index_dim, index_dtype),
+            shape.scaling,
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens in the context."""
+        return self.keys.shape[2]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [batch, k_len]."""
+        return torch.arange(self.length, device=self.keys.device).expand(self.keys.shape[0], -1)
+
+    def divided(self, layout: HeadLayout) -> tuple[KeyValueStates, KeyValueStates]:
+        """The states of the full and of the bounded KV heads, nothing copied without need."""
+
+        def some(heads: Tensor, index_keys: Tensor | None) -> KeyValueStates:
+            whole = heads.numel() == self.keys.shape[1]
+            keys, values = (part if whole else part[:, heads] for part in (self.keys, self.values))
+            return KeyValueStates(keys, values, self.positions, index_keys, in_order=True)
+
+        return (
+            some(layout.full_key_value_heads, self.index_keys),
+            some(layout.bounded_key_value_heads, None),
+        )

@@ -1,0 +1,231 @@
+"""One layer's attention over a whole prompt: ours, and those who do the same or the dense work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtpurbo.benchmarks import sdpa
+from rtpurbo.benchmarks.correctness import Mask, causal, compare, near
+from rtpurbo.benchmarks.flex import flex_attention
+from rtpurbo.benchmarks.layer import LayerShape, LayerStates
+from rtpurbo.benchmarks.lists import density_of, listed_keys
+from rtpurbo.benchmarks.session import Entry, Session, release
+from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
+from rtpurbo.benchmarks.timing import Call
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops import headwise_attention
+
+IMPLEMENTATIONS = (
+    "rtpurbo",
+    "rtpurbo-dense-retrieval",
+    "duo-attention-shape",
+    "sdpa-flash",
+    "sdpa-cudnn",
+    "flex",
+    "eager",
+)
+# Beyond these lengths a mask by blocks, or all scores at once, take too much memory.
+FLEX_LIMIT = 131072
+EAGER_LIMIT = 4096
+
+
+@dataclass
+class PrefillCase:
+    """A layer and its prompt.
+
+    Attributes:
+        shape: the layer's heads.
+        rule: what they see.
+        states: what they compute with.
+        backend: which of our operators.
+    """
+
+    shape: LayerShape
+    rule: AttentionRule
+    states: LayerStates
+    backend: str = "triton"
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return self.states.length
+
+    def facts(self, density: float, num_retrieval_heads: int | None = None) -> dict[str, Any]:
+        """Fields of a record."""
+        retrieval = len(self.shape.retrieval_heads)
+        return {
+            "phase": "prefill",
+            "context_length": self.length,
+            "batch_size": 1,
+            "num_attention_heads": self.shape.num_attention_heads,
+            "num_key_value_heads": self.shape.num_key_value_heads,
+            "num_retrieval_heads": num_retrieval_heads or retrieval,
+            "head_dim": self.shape.head_dim,
+            "sliding_window": self.rule.sliding_window,
+            "retrieval_window": self.rule.near_window,
+            "density": round(density, 4),
+        }
+
+
+def bench_prefill(
+    session: Session,
+    shape: LayerShape,
+    rule: AttentionRule,
+    lengths: Sequence[int],
+    densities: Sequence[float],
+    dtype: torch.dtype,
+) -> None:
+    """Measures a layer of random numbers at every length, and ours at every density."""
+    for length in sorted(lengths):
+        with session.guarded(f"prefill at {length:,} tokens"):
+            states = LayerStates.random(shape, length, length, dtype, session.device)
+            case = PrefillCase(shape, rule, states)
+            for density in densities:
+                measure_sparse(session, case, density)
+            measure_dense(session, case)
+            del states, case
+        release(session.device)
+
+
+def measure_sparse(session: Session, case: PrefillCase, density: float | None) -> None:
+    """Our sparse prefill, at a density or (None) at that which the index finds."""
+    if not session.wants("rtpurbo"):
+        return
+    layout = case.shape.layout(session.device)
+    operator = SparsePrefill(layout, case.rule)
+    states = case.states
+    full, bounded = states.divided(layout)
+    arguments = states.queries, full, bounded, states.index_queries, states.scaling
+    if density is None:
+        check_lists = dict(operator.found_lists(*arguments))
+        reached = density_of(check_lists, case.length, case.rule)
+        note = "density as the index finds it"
+    else:
+        reached, note = operator.force(density, *arguments), ""
+        assert operator.lists is not None
+        check_lists = dict(operator.lists)
+        if abs(reached - density) > 0.05 * density:
+            note = f"density {density:g} asked for, but near blocks and rounding make it this"
+    places = {head: place for place, head in enumerate(case.shape.retrieval_heads)}
+
+    def mask(sequence: int, head: int, rows: Tensor) -> Tensor:
+        sinks = case.rule.num_sink_tokens
+        if head not in places:
+            return near(rows, case.length, sinks, case.rule.sliding_window)
+        seen = near(rows, case.length, sinks, case.rule.near_window)
+        seen |= listed_keys(check_lists, places[head], rows, case.length)
+        return seen & causal(rows, case.length)
+
+    def check(call: Call) -> str | None:
+        complaint = compare(call(), case.states, mask).complaint
+        check_lists.clear()  # what the index found is large
+        return complaint
+
+    session.run(
+        Entry(
+            "rtpurbo",
+            {"": lambda: partial(operator, *arguments)},
+            case.facts(reached),
+            check,
+            is_ours=True,
+            result_bytes=case.states.queries.nbytes,
+            note=note or None,
+        )
+    )
+
+
+def measure_dense(session: Session, case: PrefillCase) -> None:
+    """Our heads with dense retrieval, and the peers."""
+    for entry in _ours(case, session.device):
+        session.run(entry)
+    for entry in _peers(case, session.device):
+        session.run(entry)
+
+
+def _ours(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
+    choices = [
+        ("rtpurbo-dense-retrieval", case.shape.retrieval_heads, case.backend),
+        ("duo-attention-shape", case.shape.whole_groups(), case.backend),
+    ]
+    if case.length <= EAGER_LIMIT:
+        choices.append(("eager", case.shape.retrieval_heads, "eager"))
+    for name, heads, backend in choices:
+        yield Entry(
+            name,
+            {"": partial(_headwise, case, heads, backend, device)},
+            case.facts(1.0, len(heads)),
+            partial(_check_dense, case, heads),
+            is_ours=True,
+            result_bytes=case.states.queries.nbytes,
+        )
+
+
+def _headwise(case: PrefillCase, heads: Sequence[int], backend: str, device: torch.device) -> Call:
+    """The public operator with dense retrieval heads."""
+    layout = case.shape.layout(device, heads)
+    full, bounded = case.states.divided(layout)
+    full = replace(full, index_keys=None)
+    rule = replace(case.rule, prefill_mode="dense")
+    states = case.states
+
+    def call() -> Tensor:
+        output, _ = headwise_attention(
+            states.queries,
+            states.positions,
+            full,
+            bounded,
+            layout,
+            None,
+            rule,
+            scaling=states.scaling,
+            backend=backend,
+        )
+        return output
+
+    return call
+
+
+def _check_dense(case: PrefillCase, heads: Sequence[int], call: Call) -> str | None:
+    return compare(call(), case.states, dense_mask(case, heads)).complaint
+
+
+def dense_mask(case: PrefillCase, heads: Sequence[int]) -> Mask:
+    """Everything for these heads, sinks and window for the others."""
+
+    def mask(sequence: int, head: int, rows: Tensor) -> Tensor:
+        if head in heads:
+            return causal(rows, case.length)
+        return near(rows, case.length, case.rule.num_sink_tokens, case.rule.sliding_window)
+
+    return mask
+
+
+def _peers(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
+    facts = case.facts(1.0)
+    states, result = case.states, case.states.queries.nbytes
+
+    def expanded(name: str) -> Call:
+        attend = sdpa.attention(name, is_causal=True, grouped=False)
+        keys, values = (
+            part.repeat_interleave(case.shape.group, 1) for part in (states.keys, states.values)
+        )
+        return lambda: attend(states.queries, keys, values, states.scaling)
+
+    def grouped(name: str) -> Call:
+        attend = sdpa.attention(name, is_causal=True, grouped=True)
+        return lambda: attend(states.queries, states.keys, states.values, states.scaling)
+
+    for name in sdpa.BACKENDS:
+        variants = {
+            "KV heads expanded beforehand": partial(expanded, name),
+            "KV heads shared": partial(grouped, name),
+        }
+        yield Entry(name, variants, facts, result_bytes=result)
+    if case.length <= FLEX_LIMIT:
+        yield Entry("flex", {"": partial(flex_attention, case, device)}, facts, result_bytes=result)

@@ -1,0 +1,141 @@
+"""Speed as data: one record an entry of a table, with where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import write_json_atomically
+from rtpurbo.version import library_commit
+
+Phase = Literal["prefill", "decode", "model-prefill", "model-decode"]
+
+
+@dataclass(frozen=True)
+class SpeedRecord:
+    """One measurement.
+
+    Attributes:
+        phase: what was timed: one layer's operator, or a forward of a whole model.
+        context_length: tokens, the new ones included.
+        batch_size: sequences.
+        num_attention_heads: query heads of a layer.
+        num_key_value_heads: KV heads of a layer.
+        num_retrieval_heads: query heads of the layer, or of all layers of a model, that retrieve.
+        head_dim: dimensions of a head.
+        sliding_window: keys that a local head sees beside the sinks.
+        density: share of the causal key blocks that retrieval heads read, near ones included; in
+            decoding, of the keys that they select. 1 where they read everything.
+        implementation: who computed it.
+        milliseconds: of a call, the median.
+        milliseconds_p10: a tenth of the calls were faster.
+        milliseconds_p90: a tenth of the calls were slower.
+        retrieval_window: the window of retrieval heads.
+        peak_memory_bytes: the most memory in use at once, inputs included.
+        scratch_bytes: of these, what was neither there before the call nor its result.
+        model: geometry of the model, if it was a whole one.
+        note: what else to know.
+    """
+
+    phase: Phase
+    context_length: int
+    batch_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_retrieval_heads: int
+    head_dim: int
+    sliding_window: int
+    density: float
+    implementation: str
+    milliseconds: float
+    milliseconds_p10: float
+    milliseconds_p90: float
+    retrieval_window: int | None = None
+    peak_memory_bytes: int | None = None
+    scratch_bytes: int | None = None
+    model: str | None = None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; what was not measured is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+REQUIRED = frozenset(item.name for item in fields(SpeedRecord) if item.default is MISSING)
+
+
+@dataclass
+class SpeedResults:
+    """What a benchmark brought.
+
+    Attributes:
+        records: the measurements.
+        notes: what was left out, and why.
+        errors: what was refused a figure because it computed something wrong.
+        origin: what a file says of where the records came from.
+    """
+
+    records: list[SpeedRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def write_speed(path: str | Path, device: str, command: str, results: SpeedResults) -> None:
+    """Writes records with all that is needed to measure them again.
+
+    Args:
+        path: the JSON file.
+        device: what it ran on.
+        command: how to get the same results.
+        results: the measurements.
+    """
+    write_json_atomically(
+        path,
+        {
+            "device": device,
+            "torch": version("torch"),
+            "triton": _triton_version(),
+            "commit": library_commit(),
+            "command": command,
+            "notes": [*results.errors, *results.notes],
+            "records": [record.to_dict() for record in results.records],
+        },
+    )
+
+
+def read_speed(path: str | Path) -> SpeedResults:
+    """Reads what `write_speed` wrote.
+
+    Raises:
+        RTPurboError: the file is missing, or not one of these.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RTPurboError(f"there is no file of benchmarks {path}; check the path.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        records = [SpeedRecord(**record) for record in data.pop("records")]
+        if any(record.phase not in get_args(Phase) for record in records):
+            raise ValueError
+        notes = data.pop("notes", [])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RTPurboError(f"{path} holds no benchmarks or is corrupt; measure again.") from error
+    return SpeedResults(records, notes, origin=data)
+
+
+def with_phase(records: Sequence[SpeedRecord], phase: str) -> list[SpeedRecord]:
+    """The records of one phase."""
+    return [record for record in records if record.phase == phase]
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,209 @@
+"""One run of a benchmark: entries are checked, timed and recorded, or left out with a word why."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rtpurbo.benchmarks.records import SpeedRecord, SpeedResults
+from rtpurbo.benchmarks.timing import SLOW, Call, Clock, Measurement, clock_of, measure
+from rtpurbo.errors import RTPurboError
+
+# Makes ready to call, and lets go of what it holds when the call is let go.
+Prepare = Callable[[], Call]
+
+
+@dataclass
+class Entry:
+    """Something to measure.
+
+    Attributes:
+        implementation: its name in records.
+        variants: ways to do it, by name, of which the fastest counts.
+        facts: fields of its record.
+        check: looks at what the prepared call computes, and says what is wrong with it.
+        is_ours: a failure is an error, not a note.
+        growth: the power of the length by which its time grows.
+        calls: what one call counts for.
+        result_bytes: what a call's result weighs.
+        note: goes into the record.
+    """
+
+    implementation: str
+    variants: Mapping[str, Prepare]
+    facts: dict[str, Any]
+    check: Callable[[Call], str | None] | None = None
+    is_ours: bool = False
+    growth: int = 2
+    calls: int = 1
+    result_bytes: int = 0
+    note: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called in a line of a log."""
+        facts = self.facts
+        title = f"{facts['phase']} {self.implementation} at {facts['context_length']:,} tokens"
+        if facts["batch_size"] > 1:
+            title += f" x {facts['batch_size']}"
+        return title + (f", density {facts['density']:.3g}" if facts["density"] < 1 else "")
+
+
+def silent(text: str) -> None:
+    """Tells nobody."""
+
+
+@dataclass
+class Session:
+    """Measures entries one after the other.
+
+    Attributes:
+        device: where.
+        repeats: calls of an entry at the most.
+        time_limit: seconds; a peer whose call is expected to take longer is left out.
+        wanted: implementations to measure; empty for all.
+        tell: hears of every entry.
+        on_record: hears of the results so far, after every record.
+        clock: whose time it is.
+        results: what came out.
+    """
+
+    device: torch.device
+    repeats: int = 20
+    time_limit: float = 60.0
+    wanted: tuple[str, ...] = ()
+    tell: Callable[[str], None] = silent
+    on_record: Callable[[SpeedResults], None] | None = None
+    clock: Clock | None = None
+    results: SpeedResults = field(default_factory=SpeedResults)
+    _seen: dict[Any, tuple[int, float, str]] = field(default_factory=dict)
+
+    def wants(self, implementation: str) -> bool:
+        """Whether it is to be measured."""
+        return not self.wanted or implementation in self.wanted
+
+    def run(self, entry: Entry) -> None:
+        """Measures an entry; what fails is told and left out."""
+        if not self.wants(entry.implementation):
+            return
+        expected = self._expected(entry)
+        if not entry.is_ours and expected > 1000 * self.time_limit:
+            self._note(
+                f"{entry.title} left out: it would take about {expected / 1000:.0f} s a call, "
+                f"more than --time-limit {self.time_limit:g}"
+            )
+            return
+        best: tuple[Measurement, str] | None = None
+        for name, prepare in self._order(entry, expected):
+            try:
+                found = self._measure(entry, prepare)
+            except RTPurboError:
+                raise
+            except Exception as error:
+                title = f"{entry.title} ({name})" if len(entry.variants) > 1 else entry.title
+                self._fail(title, error, entry.is_ours)
+                continue
+            finally:
+                release(self.device)
+            if found is None:
+                return
+            if best is None or found.milliseconds < best[0].milliseconds:
+                best = found, name
+            if found.milliseconds * entry.calls >= SLOW:
+                break  # another variant would take as long
+        if best is not None:
+            self._record(entry, *best)
+
+    @contextmanager
+    def guarded(self, title: str) -> Iterator[None]:
+        """What fails inside is an error of the run, but does not end it."""
+        try:
+            yield
+        except RTPurboError:
+            raise
+        except Exception as error:
+            self._fail(title, error, is_ours=True)
+
+    def _order(self, entry: Entry, expected: float) -> list[tuple[str, Prepare]]:
+        """The variants to try: of slow ones, only that which was the faster one before."""
+        variants = list(entry.variants.items())
+        if expected >= SLOW and len(variants) > 1:
+            fastest = self._seen[self._key(entry)][2]
+            variants = [item for item in variants if item[0] == fastest]
+        return variants
+
+    def _measure(self, entry: Entry, prepare: Prepare) -> Measurement | None:
+        call = prepare()
+        if entry.check is not None:
+            complaint = entry.check(call)
+            release(self.device)
+            if complaint is not None:
+                self.results.errors.append(f"{entry.title} is refused: {complaint}.")
+                self.tell(self.results.errors[-1])
+                return None
+        clock = self.clock or clock_of(self.device)
+        found = measure(call, clock, self.repeats, result_bytes=entry.result_bytes)
+        return found.per(entry.calls)
+
+    def _record(self, entry: Entry, found: Measurement, variant: str) -> None:
+        self._seen[self._key(entry)] = (
+            entry.facts["context_length"],
+            found.milliseconds * entry.calls,
+            variant,
+        )
+        remarks = [
+            entry.note,
+            variant if len(entry.variants) > 1 else None,
+            "measured once" if found.repeats == 1 else None,
+        ]
+        record = SpeedRecord(
+            implementation=entry.implementation,
+            milliseconds=found.milliseconds,
+            milliseconds_p10=found.milliseconds_p10,
+            milliseconds_p90=found.milliseconds_p90,
+            peak_memory_bytes=found.peak_memory_bytes,
+            scratch_bytes=found.scratch_bytes,
+            note="; ".join(filter(None, remarks)) or None,
+            **entry.facts,
+        )
+        self.results.records.append(record)
+        self.tell(f"{entry.title}: {record.milliseconds:.4g} ms")
+        if self.on_record is not None:
+            self.on_record(self.results)
+
+    def _key(self, entry: Entry) -> tuple[Any, ...]:
+        facts = entry.facts
+        return entry.implementation, facts["phase"], facts["batch_size"], facts["density"]
+
+    def _expected(self, entry: Entry) -> float:
+        """Milliseconds that a call should take, by what a shorter one took; 0 if nobody knows."""
+        if self._key(entry) not in self._seen:
+            return 0.0
+        length, milliseconds, _ = self._seen[self._key(entry)]
+        return milliseconds * math.pow(entry.facts["context_length"] / length, entry.growth)
+
+    def _fail(self, title: str, error: Exception, is_ours: bool) -> None:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        text = f"{title} left out: {reason}"
+        if is_ours and not isinstance(error, torch.OutOfMemoryError):
+            self.results.errors.append(f"{text}.")
+            self.tell(self.results.errors[-1])
+        else:
+            self._note(text)
+
+    def _note(self, text: str) -> None:
+        self.results.notes.append(f"{text}.")
+        self.tell(self.results.notes[-1])
+
+
+def release(device: torch.device) -> None:
+    """Gives memory back that nobody uses, so that the next entry may have it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
