@@ -32,8 +32,6 @@ IMPLEMENTATION = "rtpurbo"
 
 
 def key_positions_as_mask(
-    batch_size: int,
-    q_length: int,
     kv_length: int,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
@@ -51,8 +49,6 @@ def key_positions_as_mask(
     """
     if local_size is not None and not window_covers_context(config, local_size):
         return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
             kv_length=kv_length,
             attention_mask=attention_mask,
             local_size=local_size,

@@ -18,6 +18,7 @@ from rtpurbo.ops import HeadLayout, KeyValueStates
 
 def kept_tokens(seen: int, tokens: int) -> int:
     """Tokens that are left of those seen after `crop(tokens)`, in either of its meanings."""
+    tokens = int(tokens)  # assisted decoding may count them in a tensor
     return max(0, seen + tokens) if tokens <= 0 else min(seen, tokens)
 
 
@@ -194,8 +195,10 @@ class HeadwiseLayer(CacheLayerMixin):
         """Tokens seen, padding included."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """The mask covers every token seen: (length, offset)."""
+        if isinstance(query_length, Tensor):  # the places of the new tokens, in transformers 5.0
+            query_length = query_length.shape[0]
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
@@ -326,8 +329,10 @@ class WindowedLayer(DynamicSlidingWindowLayer):
 
     def reset(self) -> None:
         """Forgets everything and frees its memory."""
-        self.ring = None
-        super().reset()
+        # Not as transformers', which up to 5.19 keeps tensors of the batch that was.
+        self.ring = self.keys = self.values = None
+        self.is_initialized = False
+        self.cumulative_length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order, for beam search; a ring keeps its address."""
