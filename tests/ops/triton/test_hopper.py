@@ -101,3 +101,34 @@ def test_lists_equal_the_portable_kernel(dtype, head_dim, row_share, q_len, k_le
     assert (results[0][1] > near_sums + 1e-3).any()
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(results[0][0], results[1][0], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kernels", [hopper, prefill], ids=["hopper", "portable"])
+def test_a_million_tokens_of_many_heads_are_addressed(kernels):
+    """2**32 elements of queries: offsets of 32 bits would wrap around."""
+    length, heads, head_dim = 2**20 + 65, 32, 128
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(heads):
+        shape = (1, heads, length, head_dim)
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+
+    queries, keys, values = normal(heads), normal(4), normal(4)
+    positions = torch.arange(length, device=DEVICE)[None]
+    states = oracles.KeyValueStates(keys, values, positions, in_order=True)
+    layout = HeadLayout.build(range(heads), heads, 4, DEVICE)
+    table = HeadTable.build(layout.retrieval, 300)
+    output = torch.full_like(queries, torch.nan)
+    kernels.window_attention(
+        queries, [(states, table)], query_starts(states, length), 4, 0.1, output, None
+    )
+    assert not output[:, -1].isnan().any()
+    rows = slice(-70, None)
+    seen = torch.cat([torch.arange(4, device=DEVICE), positions[0, -400:]])
+    for head in (0, 31):
+        scores = queries[0, head, rows].double() @ keys[0, head // 8, seen].double().T * 0.1
+        last = positions[0, rows, None]
+        visible = (seen <= last) & ((seen > last - 300) | (seen < 4))
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        expected = weights @ values[0, head // 8, seen].double()
+        torch.testing.assert_close(output[0, head, rows].double(), expected, atol=0.02, rtol=0.02)
