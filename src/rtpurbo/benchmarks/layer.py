@@ -122,7 +122,7 @@ class LayerStates:
             size = (batch, heads, length, dim)
             return torch.randn(size, generator=generator, dtype=kind, device=device)
 
-        index_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+        index_dtype = index_dtype_of(dtype)
         retrieval = len(shape.retrieval_heads)
         return cls(
             normal(shape.num_attention_heads, q_len, shape.head_dim, dtype),
@@ -155,3 +155,8 @@ class LayerStates:
             some(layout.full_key_value_heads, self.index_keys),
             some(layout.bounded_key_value_heads, None),
         )
+
+
+def index_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """In which type a model of this type keeps its index."""
+    return torch.float16 if dtype == torch.bfloat16 else dtype

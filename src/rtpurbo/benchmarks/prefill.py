@@ -44,12 +44,14 @@ class PrefillCase:
         rule: what they see.
         states: what they compute with.
         backend: which of our operators.
+        note: goes into every record.
     """
 
     shape: LayerShape
     rule: AttentionRule
     states: LayerStates
     backend: str = "triton"
+    note: str = ""
 
     @property
     def length(self) -> int:
@@ -135,7 +137,7 @@ def measure_sparse(session: Session, case: PrefillCase, density: float | None) -
             check,
             is_ours=True,
             result_bytes=case.states.queries.nbytes,
-            note=note or None,
+            note="; ".join(filter(None, [case.note, note])),
         )
     )
 
@@ -163,6 +165,7 @@ def _ours(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
             partial(_check_dense, case, heads),
             is_ours=True,
             result_bytes=case.states.queries.nbytes,
+            note=case.note,
         )
 
 
@@ -226,6 +229,7 @@ def _peers(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
             "KV heads expanded beforehand": partial(expanded, name),
             "KV heads shared": partial(grouped, name),
         }
-        yield Entry(name, variants, facts, result_bytes=result)
+        yield Entry(name, variants, facts, result_bytes=result, note=case.note)
     if case.length <= FLEX_LIMIT:
-        yield Entry("flex", {"": partial(flex_attention, case, device)}, facts, result_bytes=result)
+        make = partial(flex_attention, case, device)
+        yield Entry("flex", {"": make}, facts, result_bytes=result, note=case.note)

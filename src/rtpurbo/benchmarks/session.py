@@ -43,7 +43,7 @@ class Entry:
     growth: int = 2
     calls: int = 1
     result_bytes: int = 0
-    note: str | None = None
+    note: str = ""
 
     @property
     def title(self) -> str:
@@ -159,8 +159,8 @@ class Session:
         )
         remarks = [
             entry.note,
-            variant if len(entry.variants) > 1 else None,
-            "measured once" if found.repeats == 1 else None,
+            variant if len(entry.variants) > 1 else "",
+            "measured once" if found.repeats == 1 else "",
         ]
         record = SpeedRecord(
             implementation=entry.implementation,

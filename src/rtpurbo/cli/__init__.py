@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from rtpurbo.cli import bench
 from rtpurbo.cli.calibrate import calibrate
 from rtpurbo.cli.convert import convert
 from rtpurbo.cli.demo import demo
@@ -80,6 +81,7 @@ app = typer.Typer(
 for _panel, _commands in PANELS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
+app.add_typer(bench.app, name="bench", rich_help_panel="Measure speed")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,127 @@
+"""The dense model at its best: attention by the kernel named, no mask, a cache that is just full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+
+from rtpurbo.benchmarks import sdpa
+
+IMPLEMENTATION = "rtpurbo-benchmark"
+
+_attend: list[sdpa.Attention] = []
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    output = _attend[-1](query, key, value, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, attend: sdpa.Attention) -> Iterator[None]:
+    """Lets a dense model attend in this way; nothing is padded, so there is no mask."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = IMPLEMENTATION
+    _attend.append(attend)
+    try:
+        yield
+    finally:
+        _attend.pop()
+        model.config._attn_implementation = before
+
+
+def step_attentions(name: str) -> dict[str, sdpa.Attention]:
+    """The ways in which one kernel can serve a decoding step."""
+    return {
+        "query heads folded into rows": sdpa.attention_with_folded_groups(name),
+        "KV heads shared": sdpa.attention(name, is_causal=False, grouped=True),
+    }
+
+
+def prompt_attentions(name: str) -> dict[str, sdpa.Attention]:
+    """The ways in which one kernel can serve a prompt."""
+    attend = sdpa.attention(name, is_causal=True, grouped=False)
+
+    def expanded(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        group = queries.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
+        return attend(queries, keys, values, scaling)
+
+    return {
+        "KV heads shared": sdpa.attention(name, is_causal=True, grouped=True),
+        "KV heads expanded": expanded,
+    }
+
+
+class FullLayer(CacheLayerMixin):
+    """A layer of a cache that is just full: every step writes the last token's slot again."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """It is made full."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes one token and returns everything."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens before the one that is written."""
+        assert self.keys is not None
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Everything: (length, offset)."""
+        return self.get_seq_length() + 1, 0
+
+    def get_max_length(self) -> int:
+        """What it was made with."""
+        return self.get_seq_length() + 1
+
+    get_max_cache_shape = get_max_length  # transformers before 5.20
+
+
+def full_cache(model: PreTrainedModel, length: int, batch: int) -> Cache:
+    """A dense model's cache full of random states."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (batch, config.num_key_value_heads, length, head_dim)
+
+    def states() -> Tensor:
+        return torch.randn(shape, dtype=model.dtype, device=model.device)
+
+    return Cache(layers=[FullLayer(states(), states()) for _ in range(config.num_hidden_layers)])

@@ -1,0 +1,114 @@
+"""Models of a known shape with random weights, and a head map and indexers of no meaning for them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from rtpurbo.config import HeadMap
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.sparsify import headwise_modules
+
+CONTEXT = 2**20
+
+_QWEN3 = {"vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "tie_word_embeddings": False}
+
+GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-8b": (
+        "qwen3",
+        {
+            **_QWEN3,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {
+            **_QWEN3,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+        },
+    ),
+    "smollm2-135m": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "rope_theta": 1e5,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+"""transformers' name of the family and the published sizes."""
+
+
+def build_model(
+    geometry: str, layers: int | None, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A dense model of this shape with random weights, in evaluation mode.
+
+    Args:
+        geometry: a name in `GEOMETRIES`.
+        layers: how many of its layers; None for all.
+        dtype: of the weights.
+        device: where to make it.
+
+    Raises:
+        RTPurboError: there is no such geometry.
+    """
+    if geometry not in GEOMETRIES:
+        raise RTPurboError(
+            f"there is no geometry '{geometry}'; choose one of: {', '.join(GEOMETRIES)}."
+        )
+    family, sizes = GEOMETRIES[geometry]
+    config = CONFIG_MAPPING[family](**{**sizes, "max_position_embeddings": CONTEXT})
+    if layers is not None:
+        config.num_hidden_layers = min(layers, config.num_hidden_layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def spread_head_map(config: Any, ratio: float, seed: int = 0) -> HeadMap:
+    """A head map in which every layer has about the same share of retrieval heads, at random."""
+    generator = random.Random(seed)
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    totals = [round(ratio * heads * layer) for layer in range(layers + 1)]
+    chosen = tuple(
+        tuple(sorted(generator.sample(range(heads), totals[layer + 1] - totals[layer])))
+        for layer in range(layers)
+    )
+    return HeadMap(chosen, heads, config.num_key_value_heads)
+
+
+def draw_indexers(model: PreTrainedModel, seed: int = 0) -> None:
+    """Gives a sparse model's indexers random weights, so that scores differ from key to key."""
+    for module in headwise_modules(model):
+        if not module.retrieval_heads:
+            continue
+        for weight in module.indexer.parameters():
+            generator = torch.Generator(weight.device).manual_seed(seed)
+            weight.data.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)

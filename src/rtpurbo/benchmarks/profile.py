@@ -1,0 +1,135 @@
+"""A real prompt's states for the prefill benchmark: one layer of a converted model, repeated."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rtpurbo.benchmarks.layer import LayerShape, LayerStates, index_dtype_of
+from rtpurbo.benchmarks.prefill import PrefillCase, measure_dense, measure_sparse
+from rtpurbo.benchmarks.session import Session, release
+from rtpurbo.config import AttentionRule
+from rtpurbo.data.texts import load_texts
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.artifact import load
+from rtpurbo.models.attention import HeadwiseAttention, LayerObservation
+from rtpurbo.models.sparsify import headwise_modules, observing
+
+
+def bench_profile(
+    session: Session,
+    artifact: str | Path,
+    rule: AttentionRule,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    data: Sequence[str] | None = None,
+) -> None:
+    """Measures the layer with most retrieval heads at every length, at the density it has there.
+
+    Args:
+        session: the run.
+        artifact: a converted model's folder, or its name on the Hub.
+        rule: its windows are taken; the rest is the artifact's.
+        lengths: tokens.
+        dtype: of the states.
+        data: text to read; None for what the library brings.
+    """
+    seen, chosen, note = observe(artifact, rule, max(lengths), dtype, session.device, data)
+    for length in sorted(lengths):
+        with session.guarded(f"prefill of {artifact} at {length:,} tokens"):
+            states = repeated(seen, length)
+            case = PrefillCase(chosen.shape, chosen.rule, states, note=note)
+            measure_sparse(session, case, None)
+            measure_dense(session, case)
+            del states, case
+        release(session.device)
+
+
+def observe(
+    artifact: str | Path,
+    rule: AttentionRule,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    data: Sequence[str] | None = None,
+) -> tuple[LayerStates, PrefillCase, str]:
+    """The states of one document, a case that holds them, and where they come from."""
+    model, tokenizer = load(artifact, device=device)
+    modules = headwise_modules(model)
+    module = max(modules, key=lambda one: len(one.retrieval_heads))
+    if not module.retrieval_heads:
+        raise RTPurboError(f"{artifact} has no retrieval heads, so there is nothing to measure.")
+    tokens = min(length, model.config.max_position_embeddings)
+    corpus = load_texts(list(data) if data else None, "heldout")
+    ids = corpus.sample_tokens(tokenizer, tokens, random.Random(0))
+    observations: list[LayerObservation] = []
+
+    def keep(observation: LayerObservation) -> None:
+        if observation.layer == module.layer_idx:
+            observations.append(observation)
+
+    with observing(model, keep), torch.no_grad():
+        model(torch.tensor([ids], device=device), use_cache=False, logits_to_keep=1)
+    states = _states(observations[0], module, dtype)
+    shape = LayerShape(
+        module.num_attention_heads,
+        module.num_key_value_heads,
+        module.head_dim,
+        tuple(module.retrieval_heads),
+        states.index_keys.shape[-1],
+    )
+    own = replace(
+        module.rule,
+        prefill_mode="row_peak",
+        reading="residual",
+        sliding_window=rule.sliding_window,
+        retrieval_window=rule.retrieval_window,
+        row_stride=rule.row_stride,
+    )
+    note = (
+        f"states of {Path(artifact).name}, layer {module.layer_idx}, from a document of "
+        f"{tokens:,} tokens, repeated"
+    )
+    return states, PrefillCase(shape, own, states), note
+
+
+def _states(seen: LayerObservation, module: HeadwiseAttention, dtype: torch.dtype) -> LayerStates:
+    heads = torch.tensor(module.retrieval_heads, device=seen.queries.device)
+    readers = heads // (module.num_attention_heads // module.num_key_value_heads)
+    indexer, index_dtype = module.indexer, index_dtype_of(dtype)
+    raw_queries, queries = seen.queries_before_rotation, seen.queries
+    raw_keys, keys = seen.keys_before_rotation, seen.keys
+    index_queries = indexer.features(raw_queries[:, heads], queries[:, heads])
+    index_keys = indexer.features(raw_keys[:, readers], keys[:, readers])
+    with torch.no_grad():
+        return LayerStates(
+            queries.to(dtype),
+            keys.to(dtype),
+            # What is read does not depend on the values.
+            torch.randn_like(keys).to(dtype),
+            indexer.index_queries(index_queries).to(index_dtype),
+            indexer.index_keys(index_keys).to(index_dtype),
+            seen.scaling,
+        )
+
+
+def repeated(states: LayerStates, length: int) -> LayerStates:
+    """The states one after the other, again and again, to this length."""
+
+    def filled(part: Tensor) -> Tensor:
+        times = -(-length // part.shape[2])
+        return part.repeat(1, 1, times, 1)[:, :, :length].contiguous()
+
+    return LayerStates(
+        filled(states.queries),
+        filled(states.keys),
+        filled(states.values),
+        filled(states.index_queries),
+        filled(states.index_keys),
+        states.scaling,
+    )

@@ -1,0 +1,96 @@
+"""The sparse model with what it would find in a long context: a full cache, lists of a density."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rtpurbo.benchmarks.layer import index_dtype_of
+from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
+from rtpurbo.config import AttentionRule
+from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
+from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.ops.api import BACKENDS
+from rtpurbo.ops.states import HeadLayout, KeyValueStates
+
+BACKEND = "forced-density"
+
+_density: list[float] = []
+_reached: list[float] = []
+
+
+@contextmanager
+def forcing_density(model: PreTrainedModel, density: float) -> Iterator[list[float]]:
+    """Lets retrieval heads read lists of this density in prefill, whatever their index finds.
+
+    Yields:
+        The densities that the lists have, one a layer, once the first forward has made them.
+    """
+    BACKENDS[BACKEND] = {"headwise_attention": __name__}
+    modules = headwise_modules(model)
+    before = [module.backend for module in modules]
+    for module in modules:
+        module.backend = BACKEND
+    _density.append(density)
+    _reached.clear()
+    try:
+        yield _reached
+    finally:
+        _density.pop()
+        del BACKENDS[BACKEND]
+        for module, backend in zip(modules, before, strict=True):
+            module.backend = backend
+
+
+def headwise_attention(
+    query_states: Tensor,
+    query_positions: Tensor,
+    full: KeyValueStates,
+    bounded: KeyValueStates,
+    layout: HeadLayout,
+    index_queries: Tensor | None,
+    rule: AttentionRule,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The operator within `forcing_density`: of a prompt from its first token on."""
+    assert index_queries is not None
+    key = (BACKEND, query_states.shape[2], rule, _density[-1])
+    arguments = query_states, full, bounded, index_queries, scaling
+    if key not in layout.derived:
+        operator = SparsePrefill(layout, rule)
+        _reached.append(operator.force(_density[-1], *arguments))
+        layout.derived[key] = operator
+    return layout.derived[key](*arguments), None
+
+
+def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) -> HeadwiseCache:
+    """A sparse model's cache with random states, and room for some steps more."""
+    expected = length + steps
+    cache = HeadwiseCache(model, reserve=roomy_capacity(length + 1, expected))
+    cache.expected_length = expected
+    device, dtype = model.device, model.dtype
+    index_dtype = index_dtype_of(dtype)
+    cache.enter(None, batch, length, device)
+
+    def states(heads: int, dim: int, kind: torch.dtype) -> Tensor:
+        return torch.randn(batch, heads, length, dim, dtype=kind, device=device)
+
+    for module, layer in zip(headwise_modules(model), cache.layers, strict=True):
+        index_keys = None
+        if module.retrieval_heads:
+            index_dim = module.indexer.settings.index_dim
+            index_keys = states(len(module.retrieval_heads), index_dim, index_dtype)
+        layer.append(
+            states(module.num_key_value_heads, module.head_dim, dtype),
+            states(module.num_key_value_heads, module.head_dim, dtype),
+            index_keys,
+            module.layout(device),
+        )
+    return cache

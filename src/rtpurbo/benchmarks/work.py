@@ -1,0 +1,51 @@
+"""How much an implementation has to compute or to read: what its speed is held against."""
+
+from __future__ import annotations
+
+from rtpurbo.benchmarks.records import SpeedRecord
+
+# Bytes of an element in the half precision that is measured, and dimensions of the index.
+ELEMENT = 2
+INDEX_DIM = 16
+
+
+def prefill_flops(record: SpeedRecord) -> float:
+    """Multiplications and additions of the attention that heads see; scoring is not counted."""
+    causal = record.context_length * (record.context_length + 1) / 2
+    local = window_area(record.context_length, record.sliding_window)
+    retrieval, heads = record.num_retrieval_heads, record.num_attention_heads
+    if record.implementation.startswith("sdpa"):
+        pairs = heads * causal
+    else:
+        pairs = (heads - retrieval) * local + retrieval * record.density * causal
+    return 4.0 * record.head_dim * pairs * record.batch_size
+
+
+def window_area(length: int, window: int) -> float:
+    """Pairs of a query and a key within a window."""
+    inside = min(length, window)
+    return inside * (inside + 1) / 2 + (length - inside) * window
+
+
+def decode_bytes(record: SpeedRecord) -> float:
+    """Bytes of keys, values and index that a step has to read, each once."""
+    token = 2 * record.head_dim * ELEMENT
+    if record.implementation.startswith("sdpa"):
+        read = record.context_length * record.num_key_value_heads * token
+    else:
+        near = min(record.context_length, record.sliding_window)
+        index = record.num_retrieval_heads * INDEX_DIM * ELEMENT
+        selected = record.num_retrieval_heads * record.density * token
+        read = near * record.num_key_value_heads * token
+        read += int(record.context_length * (index + selected))
+    return float(read * record.batch_size)
+
+
+def achieved(record: SpeedRecord) -> tuple[float, str] | None:
+    """How fast an operator worked, in TFLOP/s or GB/s; None for whole models."""
+    seconds = record.milliseconds / 1000
+    if record.phase == "prefill":
+        return prefill_flops(record) / seconds / 1e12, "TFLOP/s"
+    if record.phase == "decode":
+        return decode_bytes(record) / seconds / 1e9, "GB/s"
+    return None

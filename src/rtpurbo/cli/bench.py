@@ -1,0 +1,309 @@
+"""`rtpurbo bench prefill | decode | model`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from rtpurbo.errors import RTPurboError
+
+if TYPE_CHECKING:
+    from rtpurbo.benchmarks.records import SpeedResults
+    from rtpurbo.benchmarks.session import Session
+
+LENGTHS = [8192, 32768, 131072]
+PREFILL_DENSITY, DECODE_DENSITY = 0.1, 0.03
+RETRIEVAL_WINDOW = 512
+
+Length = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1,
+        help="Tokens of the context. Repeat it for several.",
+        show_default="8192, 32768, 131072",
+    ),
+]
+Density = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Share of the key blocks that retrieval heads are made to read (prefill) or to select "
+        "(decoding). Repeat it for several.",
+        show_default="0.1 in prefill, 0.03 in decoding",
+    ),
+]
+Window = Annotated[int, typer.Option(min=64, help="Recent keys that a local head sees.")]
+RetrievalWindow = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Recent keys that a retrieval head sees without its index.",
+        show_default="512 in prefill, the window in decoding",
+    ),
+]
+RowStride = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="The index is asked for every so many rows of a prompt.", show_default=False
+    ),
+]
+Heads = Annotated[int, typer.Option(min=1, help="Query heads of the layer.")]
+KeyValueHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="KV heads of the layer.")]
+HeadDim = Annotated[int, typer.Option(min=16, help="Dimensions of a head.")]
+RetrievalHeads = Annotated[
+    int, typer.Option(min=1, help="Query heads that retrieve, at even distances.")
+]
+Batch = Annotated[
+    list[int] | None,
+    typer.Option(min=1, help="Sequences. Repeat it for several.", show_default="1"),
+]
+Dtype = Annotated[Literal["bfloat16", "float16"], typer.Option(help="Type of all states.")]
+Implementation = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Measure this one alone. Repeat it for several.", show_default="all there are"
+    ),
+]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Calls that are timed, fewer if they take more than 3 seconds.")
+]
+TimeLimit = Annotated[
+    float,
+    typer.Option(min=0, help="Seconds; a peer whose call would take longer is left out."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="JSON file for the results.", show_default=False),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Picture of the results; needs the extra `plots`.", show_default=False),
+]
+Device = Annotated[str, typer.Option(hidden=True)]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure speed and memory beside dense kernels, on an NVIDIA GPU.",
+)
+
+
+@app.command()
+def prefill(
+    length: Length = None,
+    density: Density = None,
+    window: Window = 8192,
+    retrieval_window: RetrievalWindow = None,
+    row_stride: RowStride = None,
+    heads: Heads = 32,
+    kv_heads: KeyValueHeads = 4,
+    head_dim: HeadDim = 128,
+    retrieval_heads: RetrievalHeads = 5,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARTIFACT",
+            help="Instead of random numbers: the layer of this sparse model with most retrieval "
+            "heads, its states from a long document, and the density that its index gives.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    repeats: Repeats = 20,
+    time_limit: TimeLimit = 60.0,
+    output: Output = None,
+    plot: Plot = None,
+    device: Device = "cuda",
+) -> None:
+    """Measure the attention of one layer over a whole prompt.
+
+    `rtpurbo bench prefill --length 131072 --density 0.1 --density 0.2 -o prefill.json`
+    """
+    from rtpurbo.benchmarks.layer import LayerShape
+    from rtpurbo.benchmarks.prefill import IMPLEMENTATIONS, bench_prefill
+    from rtpurbo.benchmarks.profile import bench_profile
+
+    shape = LayerShape.spread(heads, kv_heads, head_dim, retrieval_heads)
+    rule = _rule(window, retrieval_window or RETRIEVAL_WINDOW, row_stride)
+    densities = _densities(density, PREFILL_DENSITY)
+    session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
+    if profile is None:
+        bench_prefill(session, shape, rule, length or LENGTHS, densities, _dtype(dtype))
+    else:
+        bench_profile(session, profile, rule, length or LENGTHS, _dtype(dtype))
+    _finish(session.results, plot)
+
+
+@app.command()
+def decode(
+    length: Length = None,
+    density: Density = None,
+    window: Window = 8192,
+    retrieval_window: RetrievalWindow = None,
+    heads: Heads = 32,
+    kv_heads: KeyValueHeads = 4,
+    head_dim: HeadDim = 128,
+    retrieval_heads: RetrievalHeads = 5,
+    batch: Batch = None,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    repeats: Repeats = 20,
+    time_limit: TimeLimit = 60.0,
+    output: Output = None,
+    plot: Plot = None,
+    device: Device = "cuda",
+) -> None:
+    """Measure the attention of one layer for one new token, as a CUDA graph.
+
+    `rtpurbo bench decode --length 131072 --batch 1 --batch 8 -o decode.json`
+    """
+    from rtpurbo.benchmarks.decode import IMPLEMENTATIONS, bench_decode
+    from rtpurbo.benchmarks.layer import LayerShape
+
+    shape = LayerShape.spread(heads, kv_heads, head_dim, retrieval_heads)
+    rule = _rule(window, retrieval_window)
+    densities = _densities(density, DECODE_DENSITY)
+    session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
+    bench_decode(session, shape, rule, length or LENGTHS, densities, batch or [1], _dtype(dtype))
+    _finish(session.results, plot)
+
+
+@app.command()
+def model(
+    geometry: Annotated[
+        str, typer.Option(help="qwen3-8b, qwen3-30b-a3b or smollm2-135m, with random weights.")
+    ] = "qwen3-8b",
+    phase: Annotated[
+        Literal["both", "decode", "prefill"], typer.Option(help="What to measure.")
+    ] = "both",
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many of its layers.", show_default=False),
+    ] = None,
+    length: Length = None,
+    prefill_density: Annotated[
+        float, typer.Option(help="Share of the key blocks read in prefill.")
+    ] = PREFILL_DENSITY,
+    decode_density: Annotated[
+        float, typer.Option(help="Share of the keys selected in decoding.")
+    ] = DECODE_DENSITY,
+    window: Window = 8192,
+    retrieval_window: RetrievalWindow = None,
+    row_stride: RowStride = None,
+    batch: Batch = None,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    repeats: Repeats = 20,
+    time_limit: TimeLimit = 60.0,
+    output: Output = None,
+    plot: Plot = None,
+    device: Device = "cuda",
+) -> None:
+    """Measure a whole model of random weights, dense and with 15 % of its heads retrieving.
+
+    `rtpurbo bench model --geometry qwen3-8b --phase decode --length 131072 -o model.json`
+    """
+    from rtpurbo.benchmarks.model import IMPLEMENTATIONS, bench_model
+
+    densities = {"model-prefill": prefill_density, "model-decode": decode_density}
+    for value in densities.values():
+        _densities([value], value)
+    session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
+    rules = {}
+    for chosen in ["decode", "prefill"] if phase == "both" else [phase]:
+        # A window of its own pays where one list serves a whole tile of rows.
+        near = retrieval_window or (RETRIEVAL_WINDOW if chosen == "prefill" else None)
+        rules[f"model-{chosen}"] = _rule(window, near, row_stride)
+    bench_model(
+        session, geometry, rules, length or LENGTHS, densities, batch or [1], _dtype(dtype), layers
+    )
+    _finish(session.results, plot)
+
+
+def _rule(window: int, retrieval_window: int | None, row_stride: int | None = None) -> Any:
+    from rtpurbo.config import AttentionRule
+
+    rule = AttentionRule(
+        sliding_window=window, retrieval_window=retrieval_window, prefill_mode="row_peak"
+    )
+    return rule if row_stride is None else replace(rule, row_stride=row_stride)
+
+
+def _densities(given: Sequence[float] | None, default: float) -> list[float]:
+    densities = list(given or [default])
+    for density in densities:
+        if not 0 < density <= 1:
+            raise RTPurboError(f"--density is {density:g}, but it must be above 0 and at most 1.")
+    return densities
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _session(
+    device: str,
+    implementations: Sequence[str] | None,
+    known: Sequence[str],
+    repeats: int,
+    time_limit: float,
+    output: Path | None,
+    plot: Path | None,
+) -> Session:
+    """Checks what can be checked before anything is measured."""
+    import torch
+
+    from rtpurbo.benchmarks.records import write_speed
+    from rtpurbo.benchmarks.session import Session
+    from rtpurbo.devices import device_name, resolve_device
+    from rtpurbo.reporting.speed import check_plots
+
+    for name in implementations or ():
+        if name not in known:
+            raise RTPurboError(
+                f"there is no implementation '{name}' here; choose among: {', '.join(known)}."
+            )
+    if plot is not None:
+        check_plots()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RTPurboError("benchmarks need an NVIDIA GPU, and PyTorch finds none here.")
+    place = resolve_device(device)
+    command = shlex.join(["rtpurbo", *sys.argv[1:]])
+
+    def write(results: SpeedResults) -> None:
+        if output is not None:
+            write_speed(output, device_name(place), command, results)
+
+    return Session(
+        place,
+        repeats,
+        time_limit,
+        tuple(implementations or ()),
+        lambda text: typer.echo(text, err=True),
+        write,
+    )
+
+
+def _finish(results: SpeedResults, plot: Path | None) -> None:
+    """Prints and draws; ends with an error if something was refused its figure."""
+    from rich.console import Console
+
+    from rtpurbo.reporting.speed import save_plot, speed_tables
+
+    for table in speed_tables(results.records):
+        Console().print(table)
+    for note in results.notes:
+        typer.echo(f"note: {note}")
+    if plot is not None and results.records:
+        save_plot(results.records, plot)
+    if results.errors:
+        for error in results.errors:
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1)
