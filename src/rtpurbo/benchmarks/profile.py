@@ -34,7 +34,7 @@ def bench_profile(
     Args:
         session: the run.
         artifact: a converted model's folder, or its name on the Hub.
-        rule: its windows are taken; the rest is the artifact's.
+        rule: windows and sizes; sinks and the share that a block must have are the artifact's.
         lengths: tokens.
         dtype: of the states.
         data: text to read; None for what the library brings.
@@ -84,12 +84,10 @@ def observe(
         states.index_keys.shape[-1],
     )
     own = replace(
-        module.rule,
+        rule,
         prefill_mode="row_peak",
-        reading="residual",
-        sliding_window=rule.sliding_window,
-        retrieval_window=rule.retrieval_window,
-        row_stride=rule.row_stride,
+        num_sink_tokens=module.rule.num_sink_tokens,
+        row_share=module.rule.row_share,
     )
     note = (
         f"states of {Path(artifact).name}, layer {module.layer_idx}, from a document of "

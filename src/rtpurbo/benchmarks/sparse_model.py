@@ -17,6 +17,7 @@ from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.ops.api import BACKENDS
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.triton import headwise
 
 BACKEND = "forced-density"
 
@@ -29,7 +30,8 @@ def forcing_density(model: PreTrainedModel, density: float) -> Iterator[list[flo
     """Lets retrieval heads read lists of this density in prefill, whatever their index finds.
 
     Yields:
-        The densities that the lists have, one a layer, once the first forward has made them.
+        The densities that the lists have, one a layer with retrieval heads, once the first forward
+        has made them.
     """
     BACKENDS[BACKEND] = {"headwise_attention": __name__}
     modules = headwise_modules(model)
@@ -58,9 +60,12 @@ def headwise_attention(
     *,
     scaling: float,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The operator within `forcing_density`: of a prompt from its first token on."""
-    assert index_queries is not None
+    if index_queries is None:  # no head of this layer retrieves
+        return headwise.headwise_attention(
+            query_states, query_positions, full, bounded, layout, None, rule, scaling=scaling
+        )
     key = (BACKEND, query_states.shape[2], rule, _density[-1])
     arguments = query_states, full, bounded, index_queries, scaling
     if key not in layout.derived:

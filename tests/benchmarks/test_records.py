@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+from rtpurbo.benchmarks.records import (
+    REQUIRED,
+    SpeedRecord,
+    SpeedResults,
+    read_speed,
+    with_phase,
+    write_speed,
+)
+from rtpurbo.errors import RTPurboError
+
+RECORD = SpeedRecord(
+    phase="prefill",
+    context_length=131072,
+    batch_size=1,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    num_retrieval_heads=5,
+    head_dim=128,
+    sliding_window=8192,
+    density=0.1,
+    implementation="rtpurbo",
+    milliseconds=30.0,
+    milliseconds_p10=29.0,
+    milliseconds_p90=31.0,
+    retrieval_window=512,
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "speed.json"
+    results = SpeedResults([RECORD], ["flex left out."], ["eager is refused."])
+    write_speed(path, "NVIDIA H100", "rtpurbo bench prefill", results)
+    return path
+
+
+def test_round_trip(path):
+    results = read_speed(path)
+    assert results.records == [RECORD]
+    assert results.notes == ["eager is refused.", "flex left out."]
+    assert results.origin["command"] == "rtpurbo bench prefill"
+
+
+def test_the_file_has_what_others_read_from_it(path):
+    data = json.loads(path.read_text())
+    assert {"device", "torch", "triton", "commit", "command", "records"} <= set(data)
+    [record] = data["records"]
+    assert record["phase"] == "prefill"
+    assert set(record) >= REQUIRED == {
+        "phase", "context_length", "batch_size", "num_attention_heads", "num_key_value_heads",
+        "num_retrieval_heads", "head_dim", "sliding_window", "density", "implementation",
+        "milliseconds", "milliseconds_p10", "milliseconds_p90",
+    }  # fmt: skip
+    assert "peak_memory_bytes" not in record
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"records": [{"a": 1}]}', '{"records": [{"phase": "x"}]}']
+)
+def test_other_files_are_refused(path, content):
+    path.write_text(content)
+    with pytest.raises(RTPurboError, match="holds no benchmarks"):
+        read_speed(path)
+
+
+def test_an_unknown_phase_is_refused(path):
+    path.write_text(path.read_text().replace('"prefill",', '"training",'))
+    with pytest.raises(RTPurboError, match="holds no benchmarks"):
+        read_speed(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(RTPurboError, match="there is no file"):
+        read_speed(tmp_path / "nothing.json")
+
+
+def test_phases_can_be_told_apart():
+    assert with_phase([RECORD], "prefill") == [RECORD]
+    assert with_phase([RECORD], "decode") == []

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from rtpurbo.benchmarks.session import Entry
+from rtpurbo.errors import RTPurboError
+from tests.benchmarks.support import FakeClock, session
+
+FACTS = {
+    "phase": "prefill",
+    "batch_size": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_retrieval_heads": 1,
+    "head_dim": 16,
+    "sliding_window": 32,
+}
+
+
+def entry(name="peer", length=100, density=1.0, **options):
+    facts = {**FACTS, "context_length": length, "density": density}
+    return Entry(name, options.pop("variants", {"": lambda: lambda: None}), facts, **options)
+
+
+def failing(error):
+    def prepare():
+        raise error
+
+    return {"": prepare}
+
+
+def test_what_is_right_is_timed_and_told():
+    told, written = [], []
+    run = session(tell=told.append, on_record=lambda results: written.append(len(results.records)))
+    run.run(entry("rtpurbo", density=0.1, check=lambda call: None, is_ours=True, note="a note"))
+    run.run(entry())
+    assert [record.implementation for record in run.results.records] == ["rtpurbo", "peer"]
+    assert run.results.records[0].note == "a note"
+    assert told[0].startswith("prefill rtpurbo at 100 tokens, density 0.1: ")
+    assert written == [1, 2]
+
+
+def test_what_is_wrong_gets_no_figure():
+    run = session()
+    run.run(entry("rtpurbo", check=lambda call: "it is wrong", is_ours=True))
+    assert not run.results.records
+    assert run.results.errors == ["prefill rtpurbo at 100 tokens is refused: it is wrong."]
+
+
+def test_a_peer_that_fails_is_a_note_and_our_failure_is_an_error():
+    run = session()
+    run.run(entry(variants=failing(RuntimeError("no kernel\nat all"))))
+    run.run(entry("rtpurbo", variants=failing(ValueError("broken")), is_ours=True))
+    run.run(entry("rtpurbo", variants=failing(torch.OutOfMemoryError("full")), is_ours=True))
+    assert run.results.notes == [
+        "prefill peer at 100 tokens left out: RuntimeError: no kernel.",
+        "prefill rtpurbo at 100 tokens left out: OutOfMemoryError: full.",
+    ]
+    assert run.results.errors == ["prefill rtpurbo at 100 tokens left out: ValueError: broken."]
+
+
+def test_a_user_s_mistake_ends_the_run():
+    with pytest.raises(RTPurboError):
+        session().run(entry(variants=failing(RTPurboError("no such thing"))))
+    run = session()
+    with pytest.raises(RTPurboError), run.guarded("all"):
+        raise RTPurboError("no such thing")
+    with run.guarded("all"):
+        raise ValueError("broken")
+    assert run.results.errors == ["all left out: ValueError: broken."]
+
+
+def test_peers_that_would_take_too_long_are_left_out():
+    clock = FakeClock([900.0])
+    clock.times = lambda call, repeats: [900.0] * repeats
+    run = session(clock=clock, time_limit=30)
+    for length in (100, 1000):
+        run.run(entry(length=length))
+        run.run(entry("decoder", length=length, growth=1))
+        run.run(entry("rtpurbo", length=length, is_ours=True))
+    lengths = {(record.implementation, record.context_length) for record in run.results.records}
+    assert ("peer", 1000) not in lengths
+    assert {("peer", 100), ("decoder", 1000), ("rtpurbo", 1000)} <= lengths
+    [note] = run.results.notes
+    assert "--time-limit 30" in note
+
+
+def test_the_faster_variant_counts_and_a_slow_one_is_tried_alone():
+    made = []
+
+    def variant(name):
+        def prepare():
+            made.append(name)
+            return lambda: None
+
+        return prepare
+
+    variants = {"slow way": variant("slow way"), "fast way": variant("fast way")}
+    clock = FakeClock([700.0, 400.0, 5000.0])
+    run = session(clock=clock)
+    clock.times = lambda call, repeats: [700.0 if made[-1] == "slow way" else 400.0] * repeats
+    run.run(entry(variants=variants))
+    assert run.results.records[0].milliseconds == 400.0
+    assert run.results.records[0].note == "fast way"
+    run.run(entry(length=400, variants=variants))
+    assert made == ["slow way", "fast way", "fast way"]
+    assert run.results.records[1].note == "fast way; measured once"
+    # Nothing is known of another one: its first way is slow, and the second is not tried.
+    run.run(entry("other", variants=variants))
+    assert made[3:] == ["slow way"]
+
+
+def test_only_what_is_wanted_is_measured():
+    run = session(wanted=("peer",))
+    run.run(entry("rtpurbo"))
+    run.run(entry())
+    assert [record.implementation for record in run.results.records] == ["peer"]

@@ -1,0 +1,85 @@
+import json
+
+import pytest
+
+from rtpurbo.benchmarks import decode
+from rtpurbo.cli import app
+from rtpurbo.reporting import speed
+from tests.cli.test_commands import error_of, run
+
+TINY = [
+    "--heads", 2, "--kv-heads", 1, "--head-dim", 16, "--retrieval-heads", 1, "--window", 64,
+    "--dtype", "float16", "--device", "cpu", "--repeats", 1,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["prefill", "decode", "model"])
+def test_every_benchmark_explains_itself(command):
+    result = run("bench", command, "--help")
+    assert result.exit_code == 0
+    assert "--implementation" in result.stdout
+    assert "--device" not in result.stdout
+
+
+def test_help_names_it():
+    assert "bench" in run("--help").stdout
+    assert all(name in run("bench", "--help").stdout for name in ("prefill", "decode", "model"))
+    assert app.registered_groups
+
+
+@pytest.mark.parametrize("command", ["prefill", "decode", "model"])
+def test_without_a_gpu(command, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "benchmarks need an NVIDIA GPU" in error_of("bench", command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prefill", "--implementation", "magic"], "no implementation 'magic' here"),
+        (["decode", "--implementation", "flex"], "no implementation 'flex' here"),
+        (["prefill", "--density", "1.5"], "--density is 1.5"),
+        (["decode", "--density", "0"], "--density is 0"),
+        (["model", "--decode-density", "2"], "--density is 2"),
+        (["prefill", "--heads", "6", "--kv-heads", "4"], "cannot share 4 KV heads"),
+        (["decode", "--heads", "4", "--retrieval-heads", "5"], "only 4 query heads"),
+        (["prefill", "--row-stride", "3"], "row_stride is 3"),
+        (["prefill", "--device", "abacus"], "'abacus' is not available"),
+        (["model", "--geometry", "giant", "--device", "cpu"], "no geometry 'giant'"),
+        (["prefill", "--profile", "nowhere", "--device", "cpu"], "no artifact 'nowhere'"),
+    ],
+)
+def test_mistakes_are_explained(arguments, message):
+    assert message in error_of("bench", *arguments)
+
+
+def test_a_picture_that_cannot_be_drawn_is_known_before(monkeypatch):
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    assert "needs matplotlib" in error_of("bench", "decode", "--plot", "speed.png")
+
+
+def test_a_step_from_options_to_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "MAX_SETS", 1)
+    output = tmp_path / "new" / "speed.json"
+    peers = ["--implementation", "sdpa-flash", "--implementation", "sdpa-cudnn"]
+    result = run("bench", "decode", "--length", 256, *TINY, *peers, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "sdpa-flash" in result.stdout
+    assert "note: decode sdpa-cudnn" in result.stdout
+    data = json.loads(output.read_text())
+    assert data["device"] == "cpu"
+    assert [record["implementation"] for record in data["records"]] == ["sdpa-flash"]
+
+
+def test_a_wrong_result_ends_in_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("rtpurbo.benchmarks.prefill.compare", lambda *args: Wrong())
+    result = run(
+        "bench", "prefill", "--length", 256, *TINY, "--implementation", "eager",
+        "-o", tmp_path / "speed.json",
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "error: prefill eager at 256 tokens is refused: it is wrong." in result.stderr
+
+
+class Wrong:
+    complaint = "it is wrong"

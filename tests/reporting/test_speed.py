@@ -1,0 +1,66 @@
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+from rich.console import Console
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.reporting import speed
+from rtpurbo.reporting.speed import save_plot, speed_markdown, speed_tables, speedup
+from tests.benchmarks.test_records import RECORD
+
+FLASH = replace(RECORD, implementation="sdpa-flash", density=1.0, milliseconds=425.0)
+SHORT = replace(FLASH, context_length=32768, milliseconds=25.0)
+STEP = replace(RECORD, phase="decode", batch_size=8, density=0.03, milliseconds=0.05)
+RECORDS = [RECORD, FLASH, SHORT, STEP]
+
+
+def text_of(records):
+    console = Console(width=100, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        for table in speed_tables(records):
+            console.print(table)
+    return capture.get()
+
+
+def test_speedups_are_within_one_task():
+    assert speedup(RECORDS, RECORD, "sdpa-flash") == pytest.approx(425 / 30)
+    assert speedup(RECORDS, RECORD, "sdpa-cudnn") is None
+    assert speedup(RECORDS, STEP, "sdpa-flash") is None
+    other_model = replace(FLASH, model="another")
+    assert speedup([other_model], RECORD, "sdpa-flash") is None
+
+
+def test_a_table_for_each_phase():
+    text = text_of(RECORDS)
+    assert "prefill" in text
+    assert "decode" in text
+    assert "14.17" in text
+    assert "128K x 8" in text
+    assert "331 TFLOP/s" in text
+    assert "GB/s" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_markdown():
+    text = speed_markdown(RECORDS)
+    assert "| 128K | rtpurbo | 10.0 % | 30 | 14.17 | - |" in text
+    assert text.count("| context |") == 2
+
+
+def test_no_records_no_tables():
+    assert speed_tables([]) == []
+
+
+def test_drawing_needs_a_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    with pytest.raises(RTPurboError, match=r"pip install 'rtpurbo\[plots\]'"):
+        save_plot(RECORDS, tmp_path / "speed.png")
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs the extra `plots`")
+def test_a_picture(tmp_path):
+    save_plot(RECORDS, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+    with pytest.raises(RTPurboError, match="cannot be drawn"):
+        save_plot(RECORDS, tmp_path / "speed.unknown")
