@@ -7,6 +7,7 @@ from rtpurbo.benchmarks.records import (
     SpeedRecord,
     SpeedResults,
     read_speed,
+    stated_density,
     with_phase,
     write_speed,
 )
@@ -81,3 +82,8 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_phases_can_be_told_apart():
     assert with_phase([RECORD], "prefill") == [RECORD]
     assert with_phase([RECORD], "decode") == []
+
+
+@pytest.mark.parametrize(("reached", "stated"), [(0.104, 0.1), (0.106, 0.106), (0.09, 0.09)])
+def test_a_density_nearly_reached_is_stated_as_asked_for(reached, stated):
+    assert stated_density(0.1, reached, 0.05) == stated

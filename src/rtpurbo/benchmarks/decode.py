@@ -17,6 +17,7 @@ from torch import Tensor
 from rtpurbo.benchmarks import sdpa
 from rtpurbo.benchmarks.correctness import Mask, compare, near
 from rtpurbo.benchmarks.layer import LayerShape, LayerStates
+from rtpurbo.benchmarks.records import stated_density
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, Granularity
@@ -32,6 +33,13 @@ BYTES_BETWEEN_READS = 300 * 2**20
 # Keys and values of all sets together.
 MEMORY = 24 * 2**30
 MAX_SETS = 16
+# Selections are rounded up to a whole bin of scores.
+SELECTION_TOLERANCE = 0.25
+
+
+def forced_note(density: float, selected: float) -> str:
+    """What a record says of such a rule."""
+    return f"selection of {100 * density:g} % of the keys forced, {100 * selected:.3g} % selected"
 
 
 def forced(
@@ -174,12 +182,12 @@ def _ours(session: Session, case: DecodeCase, density: float) -> Iterator[Entry]
         yield Entry(
             name,
             {"": partial(_sparse_calls, case, rule, session.device)},
-            case.facts(selected),
+            case.facts(stated_density(density, selected, SELECTION_TOLERANCE)),
             partial(_check, case, rule, mask, min(density, far), selected),
             is_ours=True,
             growth=1,
             calls=len(case.sets),
-            note=f"selection of {density:g} of the keys forced",
+            note=forced_note(density, selected),
         )
 
 

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rtpurbo.benchmarks import dense_model, sdpa
-from rtpurbo.benchmarks.decode import forced
+from rtpurbo.benchmarks.decode import SELECTION_TOLERANCE, forced, forced_note
 from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
+from rtpurbo.benchmarks.records import stated_density
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.sparse_model import filled_cache, forcing_density
 from rtpurbo.benchmarks.timing import Call, replayed
@@ -165,13 +166,14 @@ def _sparse_steps(
         case.model(ids, past_key_values=cache)
     far = max(0, length - rule.near_window - rule.num_sink_tokens) / length
     selected = far * (statistics.share_read or 0.0)
+    stated = stated_density(density, selected, SELECTION_TOLERANCE)
     entry = Entry(
         "rtpurbo",
         {"": lambda: lambda: case.model(ids, past_key_values=cache).logits},
-        case.facts("model-decode", length, batch, selected),
+        case.facts("model-decode", length, batch, stated),
         is_ours=True,
         growth=1,
-        note=f"selection of {density:g} of the keys forced",
+        note=forced_note(density, selected),
     )
 
     def check(call: Callable[[], Any]) -> str | None:
@@ -242,10 +244,11 @@ def _sparse_prompts(
         with ExitStack() as stack:
             reached = stack.enter_context(forcing_density(case.model, density))
             call()
+            mean = sum(reached) / len(reached)
             yield Entry(
                 "rtpurbo",
                 {"": lambda: call},
-                case.facts("model-prefill", length, 1, sum(reached) / len(reached)),
+                case.facts("model-prefill", length, 1, stated_density(density, mean, 0.05)),
                 check,
                 is_ours=True,
                 note=f"lists of density {density:g} made beforehand",

@@ -15,6 +15,7 @@ from rtpurbo.benchmarks.correctness import Mask, causal, compare, near
 from rtpurbo.benchmarks.flex import flex_attention
 from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.lists import density_of, listed_keys
+from rtpurbo.benchmarks.records import stated_density
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
 from rtpurbo.benchmarks.timing import Call
@@ -112,7 +113,8 @@ def measure_sparse(session: Session, case: PrefillCase, density: float | None) -
         reached, note = operator.force(density, *arguments), ""
         assert operator.lists is not None
         check_lists = dict(operator.lists)
-        if abs(reached - density) > 0.05 * density:
+        reached = stated_density(density, reached, 0.05)
+        if reached != density:
             note = f"density {density:g} asked for, but near blocks and rounding make it this"
     places = {head: place for place, head in enumerate(case.shape.retrieval_heads)}
 

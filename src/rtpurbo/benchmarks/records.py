@@ -30,7 +30,8 @@ class SpeedRecord:
         head_dim: dimensions of a head.
         sliding_window: keys that a local head sees beside the sinks.
         density: share of the causal key blocks that retrieval heads read, near ones included; in
-            decoding, of the keys that they select. 1 where they read everything.
+            decoding, of the keys that they select. 1 where they read everything. A density that was
+            asked for is stated as such if it was nearly reached.
         implementation: who computed it.
         milliseconds: of a call, the median.
         milliseconds_p10: a tenth of the calls were faster.
@@ -127,6 +128,20 @@ def read_speed(path: str | Path) -> SpeedResults:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no benchmarks or is corrupt; measure again.") from error
     return SpeedResults(records, notes, origin=data)
+
+
+def stated_density(asked: float, reached: float, tolerance: float) -> float:
+    """The density that a record states: what was asked for if that was nearly reached.
+
+    So measurements at several lengths can be told to belong together.
+
+    Args:
+        asked: what selections or lists were made for.
+        reached: what they have.
+        tolerance: share of what was asked for by which they may exceed it.
+    """
+    nearly = 0.95 * asked <= reached <= (1 + tolerance) * asked
+    return asked if nearly else round(reached, 4)
 
 
 def with_phase(records: Sequence[SpeedRecord], phase: str) -> list[SpeedRecord]:

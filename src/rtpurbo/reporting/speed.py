@@ -26,7 +26,7 @@ def speed_tables(records: Sequence[SpeedRecord]) -> list[Table]:
     """A table for each phase, ours in bold; above 1 it is faster than the dense kernel."""
     tables = []
     for title, chosen in _phases(records).items():
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, name in enumerate(HEADER):
             table.add_column(name, justify="left" if number == 1 else "right", no_wrap=True)
         for record in chosen:
