@@ -62,7 +62,7 @@ class LongRangeMix:
         room = max(1, length // TOKENS_PER_NEEDLE)
         num_keys = rng.choice([count for count in (1, 2, 4, 8, 16, 32) if count <= room])
         most = min(4, room // num_keys)
-        counts = [rng.choice((1, 1, rng.randint(1, most))) for _ in range(num_keys)]
+        counts = [rng.choice((1, rng.randint(1, most))) for _ in range(num_keys)]
         values = iter(rng.sample(range(1_000_000, 10_000_000), sum(counts)))
         needles = [
             (rng.random(), key, str(next(values)))
@@ -74,7 +74,9 @@ class LongRangeMix:
         for _, key, number in needles:
             numbers.setdefault(key, []).append(number)
         num_questions = min(num_keys, MAX_QUESTIONS, max(1, length // TOKENS_PER_QUESTION))
-        asked = rng.sample(sorted(numbers), rng.randint(1, num_questions))
+        asked = rng.sample(
+            sorted(numbers), rng.choice((rng.randint(1, num_questions), num_questions))
+        )
         introductions, questions = zip(
             *(needle_question(key, numbers[key]) for key in asked), strict=True
         )

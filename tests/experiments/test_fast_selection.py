@@ -1,0 +1,57 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fast_selection import fast_selection, heaviest, top_set
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops.eager import selection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def masses(rows=16, keys=83):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 2, rows, keys, generator=generator) * 3
+    logits[..., 60:] = -torch.inf
+    return logits.to(DEVICE)
+
+
+def test_top_sets_are_those_of_sorting():
+    mass = masses().softmax(-1)
+    target = torch.rand(mass.shape[:-1], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    target = target * 1.6 - 0.3
+    assert torch.equal(top_set(mass, target), selection.smallest_set(mass, target))
+    for count in (1, 500):
+        assert torch.equal(heaviest(mass, count), selection.heaviest(mass, count))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prefill_mode": "row_share", "row_share": 0.2},
+        {"prefill_mode": "row_peak", "row_share": 0.2, "row_stride": 2},
+        {"prefill_mode": "top_p", "min_tokens": 5},
+    ],
+)
+def test_rules_select_the_same(changes):
+    rule = AttentionRule(
+        num_sink_tokens=2, sliding_window=16, block_size=16, query_block_size=8, **changes
+    )
+    logits = masses()
+    keys = torch.arange(logits.shape[-1], device=DEVICE)
+    queries = torch.arange(44, 60, device=DEVICE)[:, None]
+    near = ((keys > queries - 16) | (keys < 2)) & (keys <= queries)
+    far = (keys <= queries) & ~near
+    select = (
+        selection.select_for_rows if rule.prefill_mode == "top_p" else selection.select_for_tiles
+    )
+    arguments = (rule, logits.masked_fill(keys > queries, -torch.inf), near, far)
+    expected = select(*arguments, keys[None])
+    # On the CPU the kernel is interpreted, which only this test asks for.
+    with fast_selection(rule.block_size, SimpleNamespace(type="cuda")):
+        assert selection.smallest_set is top_set
+        actual = select(*arguments, keys[None])
+    assert selection.smallest_set is not top_set
+    assert torch.equal(actual, expected)
+    assert 0 < actual.float().mean() < far.float().mean()

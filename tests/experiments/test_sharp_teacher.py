@@ -1,0 +1,83 @@
+import argparse
+
+import pytest
+import torch
+from sharp_teacher import Batches, change_context, losses, train
+
+from rtpurbo.data.long_range import LongRangeMix
+from rtpurbo.models.base import load_base_model
+from tests.data.test_needles import corpus
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+LENGTH = 1024
+
+
+class InterruptedBatches(Batches):
+    def batch(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return super().batch(number)
+
+
+def batches(kind=Batches):
+    return kind(LongRangeMix(tiny_tokenizer(), corpus()), (LENGTH, 2 * LENGTH), 2 * LENGTH, 64)
+
+
+def test_a_batch_says_where_to_learn():
+    for number in range(4):
+        batch = batches().batch(number)
+        ids = torch.tensor(batch["ids"])
+        assert ids.shape == ((2, LENGTH) if number % 2 == 0 else (1, 2 * LENGTH))
+        assert len(set(batch["labels"])) == 64
+        for place in batch["labels"] + batch["answers"]:
+            assert (place + 1) % ids.shape[1]
+    assert batches().batch(1) == batches().batch(1)
+
+
+def test_losses_are_those_of_all_logits():
+    model = tiny_model(vocab_size=512)
+    batch = next(batch for batch in map(batches().batch, range(9)) if batch["answers"])
+    ids = torch.tensor(batch["ids"])
+    predicted = model(ids).logits.log_softmax(-1).flatten(0, 1)
+    for name, loss in zip(("labels", "answers"), losses(model, batch), strict=True):
+        places = torch.tensor(batch[name])
+        expected = -predicted[places, ids.flatten()[places + 1]].mean()
+        torch.testing.assert_close(loss, expected)
+
+
+def test_an_interrupted_training_goes_on(tmp_path):
+    def trained(output, kind=Batches):
+        model = tiny_model(vocab_size=512)
+        train(
+            model,
+            batches(kind),
+            argparse.Namespace(
+                learning_rate=1e-3,
+                steps=4,
+                output=str(tmp_path / output),
+                checkpoint_every=2,
+                tokens=2 * LENGTH,
+                workers=0,
+            ),
+        )
+        return model.state_dict()
+
+    whole = trained("whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained("cut", InterruptedBatches)
+    for name, weight in trained("cut").items():
+        torch.testing.assert_close(weight, whole[name])
+
+
+def test_a_longer_context_is_saved_with_the_model(tmp_path):
+    model = tiny_model(vocab_size=512)
+    change_context(model, 4096, 1e6)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    again = load_base_model(str(tmp_path)).model
+    assert again.config.max_position_embeddings == 4096
+    torch.testing.assert_close(
+        again.base_model.rotary_emb.inv_freq, model.base_model.rotary_emb.inv_freq
+    )
+    assert model.base_model.rotary_emb.inv_freq[1] == pytest.approx(1e6 ** (-2 / 8))
