@@ -56,11 +56,11 @@ def test_decoding(geometry):
 
 
 def test_a_prompt():
-    made = run("model-prefill")
+    made = run("model-prefill", length=144)
     assert not made.results.errors
     records = {record.implementation: record for record in made.results.records}
     assert set(records) == {"sdpa-flash", "rtpurbo-dense-retrieval", "rtpurbo"}
-    assert records["rtpurbo"].density == pytest.approx(0.6, abs=0.07)
+    assert records["rtpurbo"].density == pytest.approx(0.6, abs=0.1)
     assert {record.batch_size for record in records.values()} == {1}
 
 

@@ -5,12 +5,12 @@ from rtpurbo.benchmarks import sparse_prefill
 from rtpurbo.benchmarks.prefill import IMPLEMENTATIONS, bench_prefill
 from tests.benchmarks.support import RULE, SHAPE, found, session
 
-LENGTH = 200
+LENGTH = 150
 
 
 def run(**options):
     made = session(**options)
-    bench_prefill(made, SHAPE, RULE, [LENGTH], [0.5], torch.float16)
+    bench_prefill(made, SHAPE, RULE, [LENGTH], [0.75], torch.float16)
     return made
 
 
@@ -22,7 +22,7 @@ def test_everything_that_runs_here_is_measured():
     assert set(records) == set(IMPLEMENTATIONS) - {"sdpa-cudnn"}
     assert all("sdpa-cudnn" in note for note in made.results.notes)
     ours = records["rtpurbo"]
-    assert ours.density == pytest.approx(0.5, abs=0.05)
+    assert ours.density == pytest.approx(0.75, abs=0.05)
     assert (ours.phase, ours.context_length, ours.num_retrieval_heads) == ("prefill", LENGTH, 1)
     assert (ours.sliding_window, ours.retrieval_window) == (32, 16)
     assert records["duo-attention-shape"].num_retrieval_heads == 2
@@ -41,10 +41,10 @@ def test_a_kernel_that_leaves_something_out_gets_no_figure(monkeypatch, step):
         return reached
 
     monkeypatch.setattr(sparse_prefill.SparsePrefill, "force", force)
-    bench_prefill(made, SHAPE, RULE, [LENGTH], [0.5], torch.float16)
+    bench_prefill(made, SHAPE, RULE, [LENGTH], [0.75], torch.float16)
     assert not made.results.records
     [error] = made.results.errors
-    assert error.startswith("prefill rtpurbo at 200 tokens")
+    assert error.startswith("prefill rtpurbo at 150 tokens")
     assert "is refused: its output is off by" in error
 
 
@@ -54,5 +54,5 @@ def test_a_length_that_fails_does_not_end_the_run(monkeypatch):
 
     monkeypatch.setattr("rtpurbo.benchmarks.layer.LayerStates.random", fail)
     assert run().results.errors == [
-        "prefill at 200 tokens left out: RuntimeError: no memory for that."
+        "prefill at 150 tokens left out: RuntimeError: no memory for that."
     ]

@@ -28,6 +28,7 @@ def bench_profile(
     lengths: Sequence[int],
     dtype: torch.dtype,
     data: Sequence[str] | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Measures the layer with most retrieval heads at every length, at the density it has there.
 
@@ -38,8 +39,11 @@ def bench_profile(
         lengths: tokens.
         dtype: of the states.
         data: text to read; None for what the library brings.
+        base_model: where to take the base model from, if not from where the artifact says.
     """
-    seen, chosen, note = observe(artifact, rule, max(lengths), dtype, session.device, data)
+    seen, chosen, note = observe(
+        artifact, rule, max(lengths), dtype, session.device, data, base_model
+    )
     for length in sorted(lengths):
         with session.guarded(f"prefill of {artifact} at {length:,} tokens"):
             states = repeated(seen, length)
@@ -57,9 +61,10 @@ def observe(
     dtype: torch.dtype,
     device: torch.device,
     data: Sequence[str] | None = None,
+    base_model: str | None = None,
 ) -> tuple[LayerStates, PrefillCase, str]:
     """The states of one document, a case that holds them, and where they come from."""
-    model, tokenizer = load(artifact, device=device)
+    model, tokenizer = load(artifact, base_model=base_model, device=device)
     modules = headwise_modules(model)
     module = max(modules, key=lambda one: len(one.retrieval_heads))
     if not module.retrieval_heads:

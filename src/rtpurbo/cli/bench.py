@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from rtpurbo.cli import options
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def prefill(
             show_default=False,
         ),
     ] = None,
+    base_model: options.BaseModel = None,
+    data: options.Data = None,
     dtype: Dtype = "bfloat16",
     implementation: Implementation = None,
     repeats: Repeats = 20,
@@ -135,7 +138,9 @@ def prefill(
     if profile is None:
         bench_prefill(session, shape, rule, length or LENGTHS, densities, _dtype(dtype))
     else:
-        bench_profile(session, profile, rule, length or LENGTHS, _dtype(dtype))
+        bench_profile(
+            session, profile, rule, length or LENGTHS, _dtype(dtype), data or None, base_model
+        )
     _finish(session.results, plot)
 
 
