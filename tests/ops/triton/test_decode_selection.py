@@ -1,4 +1,4 @@
-"""What a decoding step selects lies between two exact selections that its bins tell apart."""
+"""What a decoding step selects lies between two selections: what its levels of scores leave open."""
 
 import math
 from dataclasses import replace
@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.triton import decode_histogram
+from rtpurbo.ops.triton import decode_launch, decode_levels
 from tests import oracles
 from tests.ops.triton.decode_support import Step
 from tests.ops.triton.support import DEVICE
 
-WIDTH = decode_histogram.BIN_WIDTH.value
-DEPTH = decode_histogram.LINEAR_DEPTH.value
-GROWTH = 2 ** (1 / decode_histogram.BINS_PER_DOUBLING.value)
+WIDTH = decode_levels.LEVEL_WIDTH.value
+FINE_DEPTH = (decode_levels.FINE_CELLS.value - 1) * WIDTH
+COARSE_WIDTH = decode_levels.COARSE_STEP.value * WIDTH
 RULE = AttentionRule(num_sink_tokens=2, sliding_window=16, block_size=8, min_tokens=0, top_p=0.7)
 
 
@@ -40,26 +40,39 @@ def mass_in_fp32(scores):
     return np.exp(np.maximum(scores - scores.max(), -200)).astype(np.float32)
 
 
-def with_odds(share, factor):
-    """The share whose odds are so many times those of `share`."""
-    if not 0 < share < 1:
-        return share
-    odds = share / (1 - share) * factor
-    return odds / (1 + odds)
+def sums_above(thresholds, keys, values):
+    """What the values sum to whose keys are above each threshold."""
+    order = np.argsort(-keys)
+    sums = np.concatenate([[0.0], np.cumsum(values[order])])
+    return sums[np.searchsorted(-keys[order], -thresholds)]
 
 
-def reach(scores, weakest):
-    """The lowest score in the bin of an entry, at the most."""
-    depth = scores.max() - weakest
-    return weakest - (WIDTH if depth < DEPTH - WIDTH else depth * (GROWTH - 1) + WIDTH) * 1.01
+class Estimates:
+    """What entries may be taken for: by their levels, and by the coarse cells far below the best."""
 
+    def __init__(self, scores):
+        self.scores, self.size = scores, np.ones(len(scores))
+        best = scores.max()
+        self.counted_at = scores - np.where(scores < best - FINE_DEPTH, COARSE_WIDTH, 0.0)
+        self.least = np.exp(self.counted_at - best - 0.51 * WIDTH)
+        self.most = np.exp(scores - best + 0.51 * WIDTH)
 
-def rounded_up(scores, entries):
-    """Entries, and all others within a bin of the weakest."""
-    if not entries:
-        return set()
-    weakest = min(scores[entry] for entry in entries)
-    return set(np.flatnonzero(scores >= reach(scores, weakest)).tolist())
+    def needed(self, near, share):
+        """Entries before which the mass read surely is too little, and those before which it may be.
+
+        Too little: with that of `near` keys, relative to the best entry's, it is less than the share.
+        """
+        read = sums_above(self.scores - 0.01 * WIDTH, self.scores, self.most)
+        left = self.least.sum() - sums_above(self.scores - 0.01 * WIDTH, self.scores, self.least)
+        surely = (1 - share) * (read + 1.001 * near) < share * left
+        read = sums_above(self.scores + 1.01 * WIDTH, self.counted_at, self.least)
+        left = self.most.sum() - sums_above(self.scores + 1.01 * WIDTH, self.counted_at, self.most)
+        return surely, (1 - share) * (read + 0.999 * near) < share * left
+
+    def heaviest(self, count):
+        """Entries that surely are among so many, and those that may be."""
+        surely = sums_above(self.scores - 0.01 * WIDTH, self.scores, self.size) <= count
+        return surely, sums_above(self.scores + 1.01 * WIDTH, self.counted_at, self.size) < count
 
 
 def bounds(step, row, head):
@@ -76,23 +89,23 @@ def bounds(step, row, head):
     keys = problem.index_keys[row, head].double().numpy()[real]
     index = keys @ problem.index_queries[row, head, 0].double().numpy()
     far_scores = scores_of_entries(index, far, positions, block)
-    scores, share = far_scores, rule.top_p
+    judged, near_mass, shares = Estimates(far_scores), 0.0, (rule.top_p, rule.top_p)
     if rule.reading == "paper":
-        scores = scores_of_entries(index, near | far, positions, block)
+        judged = Estimates(scores_of_entries(index, near | far, positions, block))
     else:
         exact = oracles.exact_logits(problem)[row, head, 0].numpy()[real]
-        odds = math.exp(log_sum_exp(exact[near]) - log_sum_exp(index[far]))
-        if rule.reading == "residual":
-            share = rule.top_p - (1 - rule.top_p) * odds
-        elif 1 / (1 + odds) <= rule.far_floor:
-            share = 0.0
-    mass = np.exp(scores - log_sum_exp(scores))
-    least = oracles.top_p_set(mass, with_odds(share, math.exp(-1.01 * WIDTH)))
-    most = oracles.top_p_set(mass, with_odds(share, math.exp(1.01 * WIDTH)))
-    floor = oracles.heaviest(mass_in_fp32(far_scores), -(-rule.min_tokens // block))
-    may = rounded_up(scores, most) | rounded_up(far_scores, floor)
-    has_far = set(np.flatnonzero(mass_in_fp32(far_scores)).tolist())
-    return (least | floor) & has_far, may & has_far
+        near_mass = math.exp(min(700.0, log_sum_exp(exact[near]) - far_scores.max()))
+    if rule.reading == "far":
+        least = near_mass * rule.far_floor / (1 - rule.far_floor)
+        shares = [rule.top_p * (mass.sum() > least) for mass in (judged.least, judged.most)]
+        near_mass = 0.0
+    must, may = (judged.needed(near_mass, share)[which] for which, share in enumerate(shares))
+    floor_must, floor_may = Estimates(far_scores).heaviest(-(-rule.min_tokens // block))
+    has_mass = mass_in_fp32(far_scores) > 0
+    return tuple(
+        set(np.flatnonzero(entries & has_mass).tolist())
+        for entries in (must | floor_must, may | floor_may)
+    )
 
 
 def check_bounds(step):
@@ -122,7 +135,7 @@ def check_bounds(step):
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=25)
-def test_a_selection_is_the_exact_one_rounded_to_bins(
+def test_a_selection_is_the_exact_one_rounded_to_levels(
     k_len, padding, top_p, reading, granularity, min_tokens, window, seed
 ):
     rule = replace(
@@ -145,7 +158,8 @@ def test_many_programs_share_a_head(granularity):
     step.check()
 
 
-@pytest.mark.parametrize(("scale", "fewest", "most"), [(3.0, 20, 40), (8.0, 20, 40), (100.0, 1, 1)])
+# Keys 12 nats below another one of their chunk are counted up to 3 nats lower than they are.
+@pytest.mark.parametrize(("scale", "fewest", "most"), [(3.0, 20, 40), (8.0, 20, 50), (100.0, 1, 1)])
 def test_the_floor_reaches_far_below_the_peak_but_not_to_keys_without_mass(scale, fewest, most):
     rule = replace(RULE, min_tokens=20)
     step = Step.build(250, rule, (0,), dtype=torch.float32)
@@ -164,23 +178,43 @@ def test_equal_scores_are_selected_together(reading):
     assert check_bounds(step) == 200 - 2 - 16
 
 
+@pytest.mark.parametrize("granularity", ["token", "block"])
+@pytest.mark.parametrize("reading", ["residual", "paper"])
+def test_how_work_is_shared_does_not_matter(monkeypatch, reading, granularity):
+    rule = replace(RULE, granularity=granularity, reading=reading, min_tokens=50)
+    step = Step.build(1500, rule, (0, 3), dtype=torch.float32, padding=(0, 700))
+    check_bounds(step)
+    for name, size in {
+        "CHUNK_TOKENS": 256,
+        "SEGMENTS": 3,
+        "LEAST_SEGMENT": 16,
+        "LISTED_TOGETHER": 64,
+        "FAR_TOKENS": 100,
+    }.items():
+        monkeypatch.setattr(decode_launch, name, size)
+    check_bounds(step)
+    step.check()
+
+
 @triton.jit
-def bins_kernel(depths, bins, count: tl.constexpr):
-    lanes = tl.arange(0, count)
-    tl.store(bins + lanes, decode_histogram.bin_of(tl.load(depths + lanes)))
+def cells_kernel(cells, deepest, count: tl.constexpr):
+    depths = tl.arange(0, count)
+    entry_cells = decode_levels.cell_of(depths)
+    tl.store(cells + depths, entry_cells)
+    tl.store(deepest + depths, decode_levels.deepest_of(entry_cells))
 
 
-def test_bins_are_ordered_and_as_wide_as_they_say():
-    depths = torch.cat([torch.linspace(0, 40, 4096), torch.linspace(40, 103, 4096)]).to(DEVICE)
-    bins = torch.empty_like(depths, dtype=torch.int32)
-    bins_kernel[(1,)](depths, bins, len(depths))
-    assert bins[0] == 0
-    assert (bins.diff() >= 0).all()
-    assert bins[-1] < decode_histogram.BINS.value
-    for number in bins.unique().tolist():
-        inside = depths[bins == number]
-        width = WIDTH if inside[0] < DEPTH else inside[0] * (GROWTH - 1)
-        assert inside[-1] - inside[0] <= width * 1.001
+def test_cells_reach_as_deep_as_there_is_mass():
+    size = decode_levels.DEPTH_WIDTH.value
+    cells, deepest = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
+    cells_kernel[(1,)](cells, deepest, size)
+    depths = torch.arange(size, device=DEVICE)
+    fine = decode_levels.FINE_CELLS.value
+    assert (cells.diff() >= 0).all()
+    assert (deepest >= depths).all()
+    assert torch.equal(deepest[:fine].long(), depths[:fine])
+    assert (deepest - depths).max() < decode_levels.COARSE_STEP.value
+    assert cells[decode_levels.DEPTH.value] < decode_levels.CELLS.value
 
 
 @pytest.mark.gpu

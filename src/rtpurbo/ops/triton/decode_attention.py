@@ -1,9 +1,12 @@
 """A decoding step of a whole layer: one query token a sequence, in four launches.
 
-1. `decode_read`: sinks and window of every head, and the indexer's scores of the far keys;
-2. `decode_histogram`: how many keys lie how far below each retrieval head's best score;
-3. `decode_far`: the threshold that this gives, and attention over the keys above it;
+1. `decode_read`: sinks and window of every head; and of the far keys, the indexer's scores, and how many
+   have which;
+2. `decode_select`: the lowest score to read that follows from this, and the keys from there on;
+3. `decode_far`: attention over these;
 4. `decode_merge`: the parts of each head become one.
+
+A fill with zeros precedes them, of what the first one counts in.
 
 B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
 """
@@ -18,7 +21,7 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
-from rtpurbo.ops.triton.decode_launch import merge, read, read_far
+from rtpurbo.ops.triton.decode_launch import merge, read, read_far, select
 from rtpurbo.ops.triton.decode_states import FullStates, Selection
 
 MAX_HEAD_DIM = 256
@@ -40,7 +43,7 @@ def decode_attention(
     """Retrieval heads over selected keys, local heads over sinks and window, for one query token.
 
     It equals `rtpurbo.ops.eager.headwise.headwise_attention` but for one thing: the selection is
-    rounded up to a whole bin of scores (`decode_histogram`, `decode_threshold`).
+    rounded up to a whole level of scores (`decode_levels`, `decode_threshold`).
 
     Args:
         query_states: [B, H, 1, D], after RoPE; the last token of each sequence.
@@ -121,7 +124,9 @@ def run_step(
         near, index = read(queries, states, bounded, layout, index_queries, rule, scaling)
         far = near
         if len(layout.retrieval):
-            far, selection = read_far(queries, states, layout, rule, scaling, near, index)
+            if rule.top_p < 1:
+                selection = select(queries, states, layout, rule, near, index)
+            far = read_far(queries, states, layout, rule, scaling, selection)
         output, log_sum_exp = merge(queries, layout, near, far, return_log_sum_exp)
     if statistics is not None and len(layout.retrieval):
         _count(statistics, states, rule, selection, queries.shape[0], len(layout.retrieval))

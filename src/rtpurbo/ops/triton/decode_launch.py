@@ -16,35 +16,36 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
-from rtpurbo.ops.triton import decode_overlap
 from rtpurbo.ops.triton.decode_far import far_kernel
-from rtpurbo.ops.triton.decode_histogram import BINS, histogram_kernel
+from rtpurbo.ops.triton.decode_levels import LEVELS
 from rtpurbo.ops.triton.decode_merge import merge_kernel
 from rtpurbo.ops.triton.decode_read import read_kernel
+from rtpurbo.ops.triton.decode_select import select_kernel
 from rtpurbo.ops.triton.decode_states import FullStates, Selection
 
 LOG2_E = 1.4426950408889634
 
-# Near keys of one program, and how many tiles of them are in flight or in use; index keys of one;
-# entries that one program counts.
-SPLIT = 256
-NEAR_STAGES = 3
+# Near keys of one program, and how many tiles of them are in flight or in use; index keys of one.
+SPLIT = 128
+NEAR_STAGES = 2
 CHUNK_TOKENS = 1024
-HISTOGRAM_ENTRIES = 2048
+# Programs that list the selected entries of a head, the fewest entries of one, and the most that it looks
+# at together; a warp for so many of them.
+SEGMENTS = 128
+LEAST_SEGMENT = 256
+LISTED_TOGETHER = 4096
+ENTRIES_OF_WARP = 1024
 # Programs that share the far keys of a head: one for so many keys, up to a number for each head, and
-# up to a number for all heads together.
+# up to a number for all heads together; and the keys that one gathers together, at the most.
 FAR_TOKENS = 1024
-FAR_PROGRAMS = 64
+FAR_PROGRAMS = 128
 FAR_PROGRAMS_IN_ALL = 1024
-# Consecutive keys that go to the same of these programs.
-RUN_TOKENS = 64
+FAR_TILE = 32
 # Elements of a tile that four warps hold in registers without spilling.
 TILE_ELEMENTS = 16384
 # Sizes that grow with the context are compiled for powers of two, but for none below these.
-LEAST_CHUNKS = 128
+LEAST_SEGMENTS = 64
 LEAST_SPLITS = 64
-LEAST_TOKENS = 1024
-LEAST_BLOCKS = 128
 
 
 @dataclass(frozen=True)
@@ -76,48 +77,35 @@ class Index:
     """What the indexer says of the far keys, and sizes that launches share.
 
     Attributes:
-        scores: fp32 [planes * B * R, entries]; see `decode_scan`.
-        chunk_peaks: fp32 [planes * B * R, chunks].
-        chunk_sums: likewise.
-        histogram: int32 [planes * B * R, bins].
+        levels: int16 [planes * B * R, entries], scores as `decode_levels` says.
+        histogram: int32 [planes * B * R, LEVELS], how many entries have which level.
+        references: fp32 [B * R], scores that levels are measured from.
         num_entries: tokens or blocks that a sequence has room for.
-        num_chunks: programs that score them.
         block: tokens of an entry.
         planes: 2 if near keys are scored too.
     """
 
-    scores: Tensor
-    chunk_peaks: Tensor
-    chunk_sums: Tensor
+    levels: Tensor
     histogram: Tensor
+    references: Tensor
     num_entries: int
-    num_chunks: int
     block: int
     planes: int
 
-
-def _allocate_index(
-    rule: AttentionRule, capacity: int, batch: int, num_retrieval: int, like: Tensor
-) -> Index:
-    block = rule.block_size if rule.granularity == "block" else 1
-    planes = 2 if rule.reading == "paper" else 1
-    num_entries = triton.cdiv(capacity, block)
-    num_chunks = triton.cdiv(num_entries, _entries_of_chunk(block))
-    heads = planes * batch * num_retrieval
-
-    def empty(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return like.new_empty(heads, size, dtype=dtype)
-
-    return Index(
-        empty(num_entries),
-        empty(num_chunks),
-        empty(num_chunks),
-        empty(BINS.value, torch.int32),
-        num_entries,
-        num_chunks,
-        block,
-        planes,
-    )
+    @classmethod
+    def allocate(cls, rule: AttentionRule, capacity: int, heads: int, like: Tensor) -> Index:
+        """Room for so many heads, of all sequences, that select from `capacity` tokens."""
+        block = rule.block_size if rule.granularity == "block" else 1
+        planes = 2 if rule.reading == "paper" else 1
+        num_entries = triton.cdiv(capacity, block)
+        return cls(
+            like.new_empty(planes * heads, num_entries, dtype=torch.int16),
+            like.new_zeros(planes * heads, LEVELS.value, dtype=torch.int32),
+            like.new_empty(heads, dtype=torch.float32),
+            num_entries,
+            block,
+            planes,
+        )
 
 
 def _entries_of_chunk(block: int) -> int:
@@ -145,7 +133,8 @@ def read(
     num_full, num_ring = layout.full_key_value_heads.numel(), layout.bounded_key_value_heads.numel()
     num_retrieval = len(layout.retrieval)
     scan = num_retrieval > 0 and rule.top_p < 1
-    index = _allocate_index(rule, full.capacity, batch, num_retrieval if scan else 0, queries)
+    index = Index.allocate(rule, full.capacity, batch * num_retrieval * scan, queries)
+    num_chunks = triton.cdiv(index.num_entries, _entries_of_chunk(index.block))
 
     widest = max(rule.near_window, rule.sliding_window if len(layout.local_full) else 0)
     num_near = min(rule.num_sink_tokens + widest, full.capacity) if num_full else 0
@@ -164,7 +153,7 @@ def read(
     chunk_tokens = _entries_of_chunk(index.block) * block_width
     scan_tile = max(block_width, min(chunk_tokens, TILE_ELEMENTS // index_width))
     table = full.block_table
-    programs = (num_full + num_ring) * num_splits + num_retrieval * scan * index.num_chunks
+    programs = (num_full + num_ring) * num_splits + num_retrieval * scan * num_chunks
     read_kernel[(programs, batch)](
         queries,
         queries.stride()[:2],
@@ -191,10 +180,9 @@ def read(
         layout.retrieval.heads,
         near.log_sums,
         near.outputs,
-        index.scores,
-        index.chunk_peaks,
-        index.chunk_sums,
+        index.levels,
         index.histogram,
+        index.references,
         full.capacity,
         batch,
         num_heads,
@@ -204,7 +192,7 @@ def read(
         ring_slots,
         num_splits,
         index.num_entries,
-        index.num_chunks,
+        num_chunks,
         rule.num_sink_tokens,
         rule.near_window,
         rule.sliding_window,
@@ -223,15 +211,67 @@ def read(
         BLOCK_WIDTH=block_width,
         SCAN_TILE=scan_tile,
         SCAN_TILES=chunk_tokens // scan_tile,
-        BINS=BINS.value,
         PLANES=index.planes,
         PAGE_SIZE=full.page_size,
         SCAN=scan,
-        OVERLAP=decode_overlap.OVERLAP_LAUNCHES,
         num_warps=4,
         num_stages=NEAR_STAGES,
     )
     return near, index
+
+
+def select(
+    queries: Tensor,
+    full: FullStates,
+    layout: HeadLayout,
+    rule: AttentionRule,
+    near: Parts,
+    index: Index,
+) -> Selection:
+    """Which far entries B * R heads read."""
+    batch, num_heads = queries.shape[:2]
+    num_retrieval = len(layout.retrieval)
+    share = triton.next_power_of_2(triton.cdiv(index.num_entries, SEGMENTS))
+    entries = max(LEAST_SEGMENT, min(LISTED_TOGETHER, share))
+    segment_entries = max(entries, share)
+    num_segments = triton.cdiv(index.num_entries, segment_entries)
+    shape = (batch, num_retrieval, num_segments)
+    selection = Selection(
+        queries.new_empty(*shape, segment_entries, dtype=torch.int32),
+        queries.new_empty(shape, dtype=torch.int32),
+        index.block,
+    )
+    select_kernel[(num_segments, batch * num_retrieval)](
+        index.levels,
+        index.histogram,
+        index.references,
+        near.log_sums,
+        layout.retrieval.heads,
+        full.lengths,
+        full.first_slots,
+        selection.lists,
+        selection.list_lengths,
+        full.capacity,
+        num_heads,
+        num_retrieval,
+        len(near),
+        index.num_entries,
+        segment_entries,
+        batch * num_retrieval,
+        rule.num_sink_tokens,
+        rule.near_window,
+        rule.top_p,
+        rule.far_floor,
+        triton.cdiv(rule.min_tokens, index.block),
+        SPLIT_WIDTH=max(LEAST_SPLITS, triton.next_power_of_2(len(near))),
+        BLOCK=index.block,
+        ENTRIES=entries,
+        PLANES=index.planes,
+        READING=rule.reading,
+        PAGE_SIZE=full.page_size,
+        num_warps=max(1, entries // ENTRIES_OF_WARP),
+    )
+    return selection
 
 
 def read_far(
@@ -240,58 +280,22 @@ def read_far(
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
-    near: Parts,
-    index: Index,
-) -> tuple[Parts, Selection | None]:
-    """Far attention of B * R heads, and what they selected: None if everything."""
-    batch, num_heads, _, head_dim = queries.shape
+    selection: Selection | None,
+) -> Parts:
+    """Attention of B * R heads over the far keys selected, or over all if there is no selection."""
+    batch, _, _, head_dim = queries.shape
     num_retrieval = len(layout.retrieval)
-    heads_of_plane = batch * num_retrieval
-    everything = rule.top_p >= 1
-    chunk_width = max(LEAST_CHUNKS, triton.next_power_of_2(index.num_chunks))
-    if not everything:
-        histogram_kernel[(triton.cdiv(index.num_entries, HISTOGRAM_ENTRIES), heads_of_plane)](
-            index.scores,
-            index.chunk_peaks,
-            index.histogram,
-            full.lengths,
-            full.first_slots,
-            full.capacity,
-            num_retrieval,
-            index.num_entries,
-            index.num_chunks,
-            rule.num_sink_tokens,
-            rule.near_window,
-            heads_of_plane,
-            CHUNK_WIDTH=chunk_width,
-            BLOCK=index.block,
-            ENTRIES=HISTOGRAM_ENTRIES,
-            PLANES=index.planes,
-            PAGE_SIZE=full.page_size,
-            OVERLAP=decode_overlap.OVERLAP_LAUNCHES,
-            num_warps=4,
-            **decode_overlap.launch_options(),
-        )
+    heads = batch * num_retrieval
     programs = min(
-        triton.cdiv(full.capacity, FAR_TOKENS),
-        FAR_PROGRAMS,
-        max(1, FAR_PROGRAMS_IN_ALL // heads_of_plane),
+        triton.cdiv(full.capacity, FAR_TOKENS), FAR_PROGRAMS, max(1, FAR_PROGRAMS_IN_ALL // heads)
     )
-    run = max(1, RUN_TOKENS // triton.next_power_of_2(index.block))
-    share = triton.next_power_of_2(triton.cdiv(index.num_entries, programs))
-    entries = max(LEAST_TOKENS if index.block == 1 else LEAST_BLOCKS, min(2048, share))
-    list_length = triton.cdiv(index.num_entries, programs * entries) * entries
-    selection = None
-    lists = list_lengths = near.log_sums
-    if not everything:
-        shape = (batch, num_retrieval, programs)
-        lists = queries.new_empty(*shape, list_length, dtype=torch.int32)
-        list_lengths = queries.new_empty(shape, dtype=torch.int32)
-        selection = Selection(lists, list_lengths, index.block)
-    far = Parts.allocate(queries, heads_of_plane, programs)
+    num_segments = segment_entries = 0
+    if selection is not None:
+        num_segments, segment_entries = selection.lists.shape[2:]
+    far = Parts.allocate(queries, heads, programs)
     width = triton.next_power_of_2(head_dim)
     table = full.block_table
-    far_kernel[(programs, heads_of_plane)](
+    far_kernel[(programs, heads)](
         queries,
         queries.stride()[:2],
         full.keys,
@@ -304,46 +308,27 @@ def read_far(
         full.first_slots,
         layout.retrieval.heads,
         layout.retrieval.key_value_heads,
-        near.log_sums,
-        index.scores,
-        index.chunk_peaks,
-        index.chunk_sums,
-        index.histogram,
-        lists,
-        list_lengths,
+        None if selection is None else selection.lists,
+        None if selection is None else selection.list_lengths,
         far.log_sums,
         far.outputs,
         full.capacity,
-        num_heads,
         num_retrieval,
-        len(near),
-        index.num_entries,
-        index.num_chunks,
-        list_length,
-        heads_of_plane,
+        num_segments,
+        segment_entries,
         rule.num_sink_tokens,
         rule.near_window,
-        rule.top_p,
-        rule.far_floor,
-        triton.cdiv(rule.min_tokens, index.block),
         scaling * LOG2_E,
-        CHUNK_WIDTH=chunk_width,
-        SPLIT_WIDTH=max(LEAST_SPLITS, triton.next_power_of_2(len(near))),
+        SEGMENT_WIDTH=max(LEAST_SEGMENTS, triton.next_power_of_2(max(1, num_segments))),
         HEAD_DIM=head_dim,
         WIDTH=width,
-        TILE=max(16, min(64, TILE_ELEMENTS // 2 // width)),
-        BLOCK=index.block,
-        RUN=run,
-        ENTRIES=entries,
-        PLANES=index.planes,
-        READING=rule.reading,
+        TILE=max(16, min(FAR_TILE, TILE_ELEMENTS // queries.element_size() // width)),
+        BLOCK=1 if selection is None else selection.block,
         PAGE_SIZE=full.page_size,
-        EVERYTHING=everything,
-        OVERLAP=decode_overlap.OVERLAP_LAUNCHES,
+        EVERYTHING=selection is None,
         num_warps=4,
-        **decode_overlap.launch_options(),
     )
-    return far, selection
+    return far
 
 
 def merge(
@@ -376,8 +361,6 @@ def merge(
         HEAD_DIM=head_dim,
         WIDTH=width,
         TILE=max(16, min(64, TILE_ELEMENTS // 2 // width)),
-        OVERLAP=decode_overlap.OVERLAP_LAUNCHES,
         num_warps=4,
-        **decode_overlap.launch_options(),
     )
     return output, log_sum_exp

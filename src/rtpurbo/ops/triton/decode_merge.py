@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.decode_overlap import wait_for_last_launch
-
 
 @triton.jit
 def _add_parts(
@@ -72,10 +70,8 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Program (query head, sequence) writes `output` [B, H, D] and `log_sum_exp` [B, H], natural."""
-    wait_for_last_launch(OVERLAP)
     query_head = tl.program_id(0)
     sequence = tl.program_id(1)
     row = sequence * num_heads + query_head

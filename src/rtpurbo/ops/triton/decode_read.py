@@ -13,7 +13,6 @@ import triton.language as tl
 
 from rtpurbo.ops.triton.decode_addresses import sequence_extent
 from rtpurbo.ops.triton.decode_near import attend_split
-from rtpurbo.ops.triton.decode_overlap import start_next_launch
 from rtpurbo.ops.triton.decode_scan import scan_chunk
 
 # Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
@@ -64,10 +63,9 @@ def read_kernel(
     retrieval_heads,
     log_sums,
     outputs,
-    scores,
-    chunk_peaks,
-    chunk_sums,
+    levels,
     histogram,
+    references,
     capacity,
     batch,
     num_heads,
@@ -96,14 +94,11 @@ def read_kernel(
     BLOCK_WIDTH: tl.constexpr,
     SCAN_TILE: tl.constexpr,
     SCAN_TILES: tl.constexpr,
-    BINS: tl.constexpr,
     PLANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SCAN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Programs (full KV head, split), then (bounded KV head, split), then (retrieval head, chunk)."""
-    start_next_launch(OVERLAP)
     program = tl.program_id(0)
     sequence = tl.program_id(1)
     query_position, first_slot = sequence_extent(
@@ -209,21 +204,18 @@ def read_kernel(
             first_slot,
             num_sinks,
             near_window,
-            scores,
-            chunk_peaks,
-            chunk_sums,
+            levels,
             histogram,
+            references,
             batch,
             num_retrieval,
             num_entries,
-            num_chunks,
             INDEX_DIM,
             INDEX_WIDTH,
             BLOCK,
             BLOCK_WIDTH,
             SCAN_TILE,
             SCAN_TILES,
-            BINS,
             PLANES,
             PAGE_SIZE,
         )

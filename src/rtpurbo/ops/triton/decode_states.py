@@ -78,8 +78,8 @@ class Selection:
     """What a step selected, in the form the kernels left it.
 
     Attributes:
-        lists: int32 [B, R, programs, length], entries: tokens, or blocks of `block` tokens.
-        list_lengths: int32 [B, R, programs], how many entries of each list count.
+        lists: int32 [B, R, segments, length], entries: tokens, or blocks of `block` tokens.
+        list_lengths: int32 [B, R, segments], how many entries of each list count.
         block: tokens of an entry.
     """
 

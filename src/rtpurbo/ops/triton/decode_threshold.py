@@ -1,11 +1,12 @@
-"""How deep below its peak a head reads: dynamic top-p and the floor, from a histogram.
+"""How deep below its best entry a head reads: dynamic top-p and the floor, from a histogram of levels.
 
-The reference adds entries, the heaviest first, until their mass reaches a target; here whole bins are
-added. The mass of a bin is its count times the mass in its middle, so the mass that is reached
-differs from the one asked for: its odds, mass read to mass left, by a factor of exp(BIN_WIDTH) at the
-most.
+The reference adds entries, the heaviest first, until their mass reaches a target; here whole levels are
+added. An entry counts with the mass in the middle of its level, so what is reached differs from what is
+asked for: its odds, mass read (with the near keys') to mass left, by a factor of exp(LEVEL_WIDTH) at the
+most, if one forgets what `count_levels` counts further down: at most 0.6 % of the mass, entries 12
+nats below another one of their chunk.
 
-L chunks of a head, S splits of its near keys; BINS bins.
+S splits of a head's near keys.
 """
 
 from __future__ import annotations
@@ -13,84 +14,69 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.decode_histogram import BINS, bin_weights, head_peak
+from rtpurbo.ops.triton.decode_levels import DEPTH, DEPTH_WIDTH, LEVEL_WIDTH, LEVELS
 
 
 @triton.jit
-def _last_bin_of_count(counts, wanted):
-    """The bin in which the `wanted` heaviest entries, or all if there are fewer, are complete."""
-    wanted = tl.minimum(wanted, tl.sum(counts, 0))
-    last = tl.sum((tl.cumsum(counts, 0) < wanted).to(tl.int32), 0)
-    return tl.where(wanted > 0, last, -1)
+def _counts_below(histogram, peak):
+    """How many entries each level has, from the best one downwards."""
+    depths = tl.arange(0, DEPTH_WIDTH)
+    levels = peak - depths
+    return tl.load(histogram + levels, mask=(levels > 0) & (depths < DEPTH), other=0)
 
 
 @triton.jit
-def _last_bin_of_mass(counts, share):
-    """The bin in which entries first hold this share of all entries' mass."""
-    reached = tl.cumsum(counts * bin_weights(tl.arange(0, BINS)), 0)
-    last = tl.sum((reached < share * tl.max(reached, 0)).to(tl.int32), 0)
-    return tl.where(share > 0, tl.minimum(last, BINS - 1), -1)
+def _near_mass(near_log_sums, num_splits, score, SPLIT_WIDTH: tl.constexpr):
+    """What the exponentials of the near logits sum to, as a multiple of that of `score`.
 
-
-@triton.jit
-def _far_log_sum(chunk_peaks, chunk_sums, row, num_chunks, peak, CHUNK_WIDTH: tl.constexpr):
-    """Log of what the exponentials of all far scores sum to."""
-    chunks = tl.arange(0, CHUNK_WIDTH)
-    in_head = chunks < num_chunks
-    peaks = tl.load(chunk_peaks + row * num_chunks + chunks, mask=in_head, other=float("-inf"))
-    sums = tl.load(chunk_sums + row * num_chunks + chunks, mask=in_head, other=0.0)
-    return peak + tl.log(tl.sum(sums * tl.exp(peaks - peak), 0))
-
-
-@triton.jit
-def _near_log_sum(near_log_sums, row, num_splits, SPLIT_WIDTH: tl.constexpr):
-    """Natural log-sum-exp of a query head's near logits; there is always the query's own key."""
+    It may be infinite: what is far has no share then.
+    """
     splits = tl.arange(0, SPLIT_WIDTH)
-    log_sums = tl.load(
-        near_log_sums + row * num_splits + splits, mask=splits < num_splits, other=float("-inf")
-    )
-    peak = tl.max(log_sums, 0)
-    return (peak + tl.log2(tl.sum(tl.exp2(log_sums - peak), 0))) * 0.6931471805599453
+    log_sums = tl.load(near_log_sums + splits, mask=splits < num_splits, other=float("-inf"))
+    return tl.sum(tl.exp2(log_sums - score * 1.4426950408889634), 0)
 
 
 @triton.jit
-def last_bins(
+def lowest_levels(
     histogram,
-    chunk_peaks,
-    chunk_sums,
+    far_peak,
+    judged_peak,
+    reference,
     near_log_sums,
-    head,
-    near_row,
     heads_of_plane,
-    num_chunks,
     num_splits,
     top_p,
     far_floor,
     floor,
-    CHUNK_WIDTH: tl.constexpr,
     SPLIT_WIDTH: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Peaks of plane 0 and of the plane that top-p judges, and the last bin to read of each.
+    """From which levels on entries are read, of plane 0 and of the plane that top-p judges.
 
-    Call it for heads that have a far entry alone: others have no peak to measure from.
+    Pointers are to what is the head's own; peaks are the levels of its best entries.
     """
-    bins = tl.arange(0, BINS)
-    far_peak = head_peak(chunk_peaks, head, num_chunks, CHUNK_WIDTH)
-    counts = tl.load(histogram + head * BINS + bins)
-    last_far = _last_bin_of_count(counts, floor)
+    counts = _counts_below(histogram, far_peak)
+    # A level is read if those above it do not suffice.
+    wanted = tl.cumsum(counts, 0) - counts < floor
     if READING == "paper":
-        row = heads_of_plane + head
-        peak = head_peak(chunk_peaks, row, num_chunks, CHUNK_WIDTH)
-        last = _last_bin_of_mass(tl.load(histogram + row * BINS + bins), top_p)
-    else:
-        peak = far_peak
-        far = _far_log_sum(chunk_peaks, chunk_sums, head, num_chunks, peak, CHUNK_WIDTH)
-        near = _near_log_sum(near_log_sums, near_row, num_splits, SPLIT_WIDTH)
+        counts = _counts_below(histogram + heads_of_plane * LEVELS, judged_peak)
+    masses = counts * tl.exp(tl.arange(0, DEPTH_WIDTH) * -LEVEL_WIDTH)
+    reached = tl.cumsum(masses, 0)
+    total = tl.max(reached, 0)
+    target = top_p * total
+    if READING != "paper":
+        middle = reference + (far_peak - DEPTH + 0.5) * LEVEL_WIDTH
+        near = _near_mass(near_log_sums, num_splits, middle, SPLIT_WIDTH)
         if READING == "residual":
-            # far + near must reach top_p of both, here as a share of far alone.
-            share = top_p - (1.0 - top_p) * tl.exp(near - far)
+            # read + near must reach top_p of total + near.
+            target -= (1.0 - top_p) * near
         else:
-            share = tl.where(tl.sigmoid(far - near) > far_floor, top_p, 0.0)
-        last = _last_bin_of_mass(counts, share)
-    return far_peak, last_far, peak, last
+            target = tl.where(total * (1.0 - far_floor) > far_floor * near, target, 0.0)
+    needed = reached - masses < target
+    if READING == "paper":
+        lowest_far = far_peak + 1 - tl.sum(wanted.to(tl.int32), 0)
+        lowest = judged_peak + 1 - tl.sum(needed.to(tl.int32), 0)
+    else:
+        lowest_far = far_peak + 1 - tl.sum((wanted | needed).to(tl.int32), 0)
+        lowest = lowest_far
+    return tl.maximum(lowest_far, far_peak + 1 - DEPTH), lowest
