@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,9 +17,9 @@ def two_sets(monkeypatch):
     monkeypatch.setattr(decode, "MAX_SETS", 2)
 
 
-def run(batches=(1,), **options):
+def run(**options):
     made = session(**options)
-    bench_decode(made, SHAPE, RULE, [LENGTH], [0.2], batches, torch.float16)
+    bench_decode(made, SHAPE, [RULE], [LENGTH], [0.2], [1], torch.float16)
     return made
 
 
@@ -34,9 +36,14 @@ def test_everything_that_runs_here_is_measured():
     assert records["rtpurbo"].milliseconds == pytest.approx(10.5 / 2)
 
 
-def test_a_batch():
-    records = found(run(batches=[2], wanted=("rtpurbo-token", "sdpa-flash")))
-    assert {record.batch_size for record in records.values()} == {2}
+def test_a_batch_and_two_windows():
+    made = session(wanted=("rtpurbo-token", "sdpa-flash"))
+    rules = [RULE, replace(RULE, sliding_window=48)]
+    bench_decode(made, SHAPE, rules, [LENGTH], [0.2], [2], torch.float16)
+    assert [
+        (record.implementation, record.sliding_window, record.batch_size)
+        for record in made.results.records
+    ] == [("rtpurbo-token", 32, 2), ("rtpurbo-token", 48, 2), ("sdpa-flash", 32, 2)]
 
 
 def test_a_step_that_reads_the_wrong_keys_gets_no_figure(monkeypatch):

@@ -10,7 +10,7 @@ LENGTH = 150
 
 def run(**options):
     made = session(**options)
-    bench_prefill(made, SHAPE, RULE, [LENGTH], [0.75], torch.float16)
+    bench_prefill(made, SHAPE, [RULE], [LENGTH], [0.75], torch.float16)
     return made
 
 
@@ -41,7 +41,7 @@ def test_a_kernel_that_leaves_something_out_gets_no_figure(monkeypatch, step):
         return reached
 
     monkeypatch.setattr(sparse_prefill.SparsePrefill, "force", force)
-    bench_prefill(made, SHAPE, RULE, [LENGTH], [0.75], torch.float16)
+    bench_prefill(made, SHAPE, [RULE], [LENGTH], [0.75], torch.float16)
     assert not made.results.records
     [error] = made.results.errors
     assert error.startswith("prefill rtpurbo at 150 tokens")

@@ -44,7 +44,7 @@ def test_a_table_for_each_phase():
 
 def test_markdown():
     text = speed_markdown(RECORDS)
-    assert "| 128K | rtpurbo | 10.0 % | 30 | 14.17 | - |" in text
+    assert "| 128K | rtpurbo | 8K | 10.0 % | 30 | 14.17 | - |" in text
     assert text.count("| context |") == 2
 
 

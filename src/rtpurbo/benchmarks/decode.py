@@ -149,25 +149,28 @@ def num_sets(
 def bench_decode(
     session: Session,
     shape: LayerShape,
-    rule: AttentionRule,
+    rules: Sequence[AttentionRule],
     lengths: Sequence[int],
     densities: Sequence[float],
     batches: Sequence[int],
     dtype: torch.dtype,
 ) -> None:
-    """Measures a step at every length and batch size, and ours at every density."""
+    """Measures a step at every length and batch size, ours with every rule and density."""
     for batch in sorted(batches):
         for length in sorted(lengths):
             with session.guarded(f"decode at {length:,} tokens x {batch}"):
+                leanest = min(rules, key=lambda rule: rule.sliding_window)
                 case = DecodeCase.random(
-                    shape, rule, length, batch, dtype, session.device, min(densities)
+                    shape, leanest, length, batch, dtype, session.device, min(densities)
                 )
-                for density in densities:
-                    for entry in _ours(session, case, density):
-                        session.run(entry)
+                for rule in rules:
+                    with_rule = DecodeCase(shape, rule, case.sets)
+                    for density in densities:
+                        for entry in _ours(session, with_rule, density):
+                            session.run(entry)
                 for entry in _peers(case, session.device):
                     session.run(entry)
-                del case
+                del case, with_rule, entry
             release(session.device)
 
 

@@ -79,20 +79,21 @@ class PrefillCase:
 def bench_prefill(
     session: Session,
     shape: LayerShape,
-    rule: AttentionRule,
+    rules: Sequence[AttentionRule],
     lengths: Sequence[int],
     densities: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
-    """Measures a layer of random numbers at every length, and ours at every density."""
+    """Measures a layer of random numbers at every length, ours with every rule and density."""
     for length in sorted(lengths):
         with session.guarded(f"prefill at {length:,} tokens"):
             states = LayerStates.random(shape, length, length, dtype, session.device)
-            case = PrefillCase(shape, rule, states)
-            for density in densities:
-                measure_sparse(session, case, density)
-            measure_dense(session, case)
-            del states, case
+            cases = [PrefillCase(shape, rule, states) for rule in rules]
+            for case in cases:
+                for density in densities:
+                    measure_sparse(session, case, density)
+            measure_dense(session, cases)
+            del states, cases, case
         release(session.device)
 
 
@@ -144,15 +145,16 @@ def measure_sparse(session: Session, case: PrefillCase, density: float | None) -
     )
 
 
-def measure_dense(session: Session, case: PrefillCase) -> None:
-    """Our heads with dense retrieval, and the peers."""
-    for entry in _ours(case, session.device):
-        session.run(entry)
-    for entry in _peers(case, session.device):
+def measure_dense(session: Session, cases: Sequence[PrefillCase]) -> None:
+    """Our heads with dense retrieval, in every case, and the peers, to whom windows mean nothing."""
+    for case in cases:
+        for entry in _windowed(case, session.device):
+            session.run(entry)
+    for entry in _dense(cases[0], session.device):
         session.run(entry)
 
 
-def _ours(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
+def _windowed(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
     choices = [
         ("rtpurbo-dense-retrieval", case.shape.retrieval_heads, case.backend),
         ("duo-attention-shape", case.shape.whole_groups(), case.backend),
@@ -169,6 +171,11 @@ def _ours(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
             result_bytes=case.states.queries.nbytes,
             note=case.note,
         )
+
+    if case.length <= FLEX_LIMIT:
+        make = partial(flex_attention, case, device)
+        result = case.states.queries.nbytes
+        yield Entry("flex", {"": make}, case.facts(1.0), result_bytes=result, note=case.note)
 
 
 def _headwise(case: PrefillCase, heads: Sequence[int], backend: str, device: torch.device) -> Call:
@@ -211,7 +218,7 @@ def dense_mask(case: PrefillCase, heads: Sequence[int]) -> Mask:
     return mask
 
 
-def _peers(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
+def _dense(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
     facts = case.facts(1.0)
     states, result = case.states, case.states.queries.nbytes
 
@@ -232,6 +239,3 @@ def _peers(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
             "KV heads shared": partial(grouped, name),
         }
         yield Entry(name, variants, facts, result_bytes=result, note=case.note)
-    if case.length <= FLEX_LIMIT:
-        make = partial(flex_attention, case, device)
-        yield Entry("flex", {"": make}, facts, result_bytes=result, note=case.note)

@@ -49,7 +49,7 @@ def bench_profile(
             states = repeated(seen, length)
             case = PrefillCase(chosen.shape, chosen.rule, states, note=note)
             measure_sparse(session, case, None)
-            measure_dense(session, case)
+            measure_dense(session, [case])
             del states, case
         release(session.device)
 

@@ -178,8 +178,8 @@ class Session:
             self.on_record(self.results)
 
     def _key(self, entry: Entry) -> tuple[Any, ...]:
-        facts = entry.facts
-        return entry.implementation, facts["phase"], facts["batch_size"], facts["density"]
+        names = ("phase", "batch_size", "sliding_window", "density")
+        return entry.implementation, *(entry.facts[name] for name in names)
 
     def _expected(self, entry: Entry) -> float:
         """Milliseconds that a call should take, by what a shorter one took; 0 if nobody knows."""

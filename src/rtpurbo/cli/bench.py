@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LENGTHS = [8192, 32768, 131072]
 PREFILL_DENSITY, DECODE_DENSITY = 0.1, 0.03
-RETRIEVAL_WINDOW = 512
+WINDOW, RETRIEVAL_WINDOW = 8192, 512
 
 Length = Annotated[
     list[int] | None,
@@ -39,6 +39,15 @@ Density = Annotated[
     ),
 ]
 Window = Annotated[int, typer.Option(min=64, help="Recent keys that a local head sees.")]
+Windows = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--window",
+        min=64,
+        help="Recent keys that a local head sees. Repeat it for several.",
+        show_default="8192",
+    ),
+]
 RetrievalWindow = Annotated[
     int | None,
     typer.Option(
@@ -97,7 +106,7 @@ app = typer.Typer(
 def prefill(
     length: Length = None,
     density: Density = None,
-    window: Window = 8192,
+    window: Windows = None,
     retrieval_window: RetrievalWindow = None,
     row_stride: RowStride = None,
     heads: Heads = 32,
@@ -132,14 +141,15 @@ def prefill(
     from rtpurbo.benchmarks.profile import bench_profile
 
     shape = LayerShape.spread(heads, kv_heads, head_dim, retrieval_heads)
-    rule = _rule(window, retrieval_window or RETRIEVAL_WINDOW, row_stride)
+    near = retrieval_window or RETRIEVAL_WINDOW
+    rules = [_rule(size, near, row_stride) for size in window or [WINDOW]]
     densities = _densities(density, PREFILL_DENSITY)
     session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
     if profile is None:
-        bench_prefill(session, shape, rule, length or LENGTHS, densities, _dtype(dtype))
+        bench_prefill(session, shape, rules, length or LENGTHS, densities, _dtype(dtype))
     else:
         bench_profile(
-            session, profile, rule, length or LENGTHS, _dtype(dtype), data or None, base_model
+            session, profile, rules[0], length or LENGTHS, _dtype(dtype), data or None, base_model
         )
     _finish(session.results, plot)
 
@@ -148,7 +158,7 @@ def prefill(
 def decode(
     length: Length = None,
     density: Density = None,
-    window: Window = 8192,
+    window: Windows = None,
     retrieval_window: RetrievalWindow = None,
     heads: Heads = 32,
     kv_heads: KeyValueHeads = 4,
@@ -171,10 +181,10 @@ def decode(
     from rtpurbo.benchmarks.layer import LayerShape
 
     shape = LayerShape.spread(heads, kv_heads, head_dim, retrieval_heads)
-    rule = _rule(window, retrieval_window)
+    rules = [_rule(size, retrieval_window) for size in window or [WINDOW]]
     densities = _densities(density, DECODE_DENSITY)
     session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
-    bench_decode(session, shape, rule, length or LENGTHS, densities, batch or [1], _dtype(dtype))
+    bench_decode(session, shape, rules, length or LENGTHS, densities, batch or [1], _dtype(dtype))
     _finish(session.results, plot)
 
 
@@ -197,7 +207,7 @@ def model(
     decode_density: Annotated[
         float, typer.Option(help="Share of the keys selected in decoding.")
     ] = DECODE_DENSITY,
-    window: Window = 8192,
+    window: Window = WINDOW,
     retrieval_window: RetrievalWindow = None,
     row_stride: RowStride = None,
     batch: Batch = None,

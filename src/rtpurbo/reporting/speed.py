@@ -19,7 +19,16 @@ from rtpurbo.reporting.formats import percent, short_bytes, short_length
 from rtpurbo.reporting.tables import markdown_rows
 
 BASELINES = {"sdpa-flash": "x flash", "sdpa-cudnn": "x cuDNN"}
-HEADER = ["context", "implementation", "density", "ms", *BASELINES.values(), "achieved", "scratch"]
+HEADER = [
+    "context",
+    "implementation",
+    "window",
+    "density",
+    "ms",
+    *BASELINES.values(),
+    "achieved",
+    "scratch",
+]
 
 
 def speed_tables(records: Sequence[SpeedRecord]) -> list[Table]:
@@ -81,12 +90,18 @@ def _row(records: Sequence[SpeedRecord], record: SpeedRecord) -> list[str]:
     return [
         context if record.batch_size == 1 else f"{context} x {record.batch_size}",
         record.implementation,
+        "-" if is_dense(record) else short_length(record.sliding_window),
         percent(record.density),
         _short(record.milliseconds),
         *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         "-" if speed is None else f"{speed[0]:,.0f} {speed[1]}",
         "-" if record.scratch_bytes is None else short_bytes(record.scratch_bytes),
     ]
+
+
+def is_dense(record: SpeedRecord) -> bool:
+    """Whether every head reads everything, so that windows mean nothing."""
+    return record.implementation in BASELINES
 
 
 def _short(milliseconds: float) -> str:
@@ -153,7 +168,10 @@ def _lines(
     lines: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         if (record.phase, record.batch_size) == (phase, batch):
-            density = f", {percent(record.density)}" if record.density < 1 else ""
-            label = record.implementation + density
+            label = record.implementation
+            if not is_dense(record):
+                label += f", window {short_length(record.sliding_window)}"
+            if record.density < 1:
+                label += f", {percent(record.density)}"
             lines.setdefault(label, []).append((record.context_length, record.milliseconds))
     return lines
