@@ -29,18 +29,20 @@ LOG2_E = 1.4426950408889634
 SPLIT = 128
 NEAR_STAGES = 2
 CHUNK_TOKENS = 1024
-# Programs that list the selected entries of a head, the fewest entries of one, and the most that it looks
-# at together; a warp for so many of them.
+# Programs of one warp that list the selected entries of a head, the fewest entries of one, and the most
+# that it looks at together.
 SEGMENTS = 128
 LEAST_SEGMENT = 256
-LISTED_TOGETHER = 4096
-ENTRIES_OF_WARP = 1024
+LISTED_TOGETHER = 1024
 # Programs that share the far keys of a head: one for so many keys, up to a number for each head, and
 # up to a number for all heads together; and the keys that one gathers together, at the most.
 FAR_TOKENS = 1024
 FAR_PROGRAMS = 128
 FAR_PROGRAMS_IN_ALL = 1024
 FAR_TILE = 32
+# Elements of an output that one program merges, and of how many parts at a time.
+MERGED_DIMS = 32
+MERGED_PARTS = 128
 # Elements of a tile that four warps hold in registers without spilling.
 TILE_ELEMENTS = 16384
 # Sizes that grow with the context are compiled for powers of two, but for none below these.
@@ -77,10 +79,12 @@ class Index:
     """What the indexer says of the far keys, and sizes that launches share.
 
     Attributes:
-        levels: int16 [planes * B * R, entries], scores as `decode_levels` says.
+        levels: int16 [planes * B * R, segments * entries of one], scores as `decode_levels` says; in
+            whole segments and chunks.
         histogram: int32 [planes * B * R, LEVELS], how many entries have which level.
         references: fp32 [B * R], scores that levels are measured from.
-        num_entries: tokens or blocks that a sequence has room for.
+        num_chunks: programs that score the entries of a head.
+        segment: entries of a program that selects.
         block: tokens of an entry.
         planes: 2 if near keys are scored too.
     """
@@ -88,7 +92,8 @@ class Index:
     levels: Tensor
     histogram: Tensor
     references: Tensor
-    num_entries: int
+    num_chunks: int
+    segment: int
     block: int
     planes: int
 
@@ -98,11 +103,17 @@ class Index:
         block = rule.block_size if rule.granularity == "block" else 1
         planes = 2 if rule.reading == "paper" else 1
         num_entries = triton.cdiv(capacity, block)
+        chunk = _entries_of_chunk(block)
+        share = triton.next_power_of_2(triton.cdiv(num_entries, SEGMENTS))
+        segment = max(LEAST_SEGMENT, share)
+        width = max(chunk, segment)
+        row_entries = triton.cdiv(num_entries, width) * width
         return cls(
-            like.new_empty(planes * heads, num_entries, dtype=torch.int16),
+            like.new_empty(planes * heads, row_entries, dtype=torch.int16),
             like.new_zeros(planes * heads, LEVELS.value, dtype=torch.int32),
             like.new_empty(heads, dtype=torch.float32),
-            num_entries,
+            triton.cdiv(num_entries, chunk),
+            segment,
             block,
             planes,
         )
@@ -134,7 +145,6 @@ def read(
     num_retrieval = len(layout.retrieval)
     scan = num_retrieval > 0 and rule.top_p < 1
     index = Index.allocate(rule, full.capacity, batch * num_retrieval * scan, queries)
-    num_chunks = triton.cdiv(index.num_entries, _entries_of_chunk(index.block))
 
     widest = max(rule.near_window, rule.sliding_window if len(layout.local_full) else 0)
     num_near = min(rule.num_sink_tokens + widest, full.capacity) if num_full else 0
@@ -153,7 +163,7 @@ def read(
     chunk_tokens = _entries_of_chunk(index.block) * block_width
     scan_tile = max(block_width, min(chunk_tokens, TILE_ELEMENTS // index_width))
     table = full.block_table
-    programs = (num_full + num_ring) * num_splits + num_retrieval * scan * num_chunks
+    programs = (num_full + num_ring) * num_splits + num_retrieval * scan * index.num_chunks
     read_kernel[(programs, batch)](
         queries,
         queries.stride()[:2],
@@ -191,8 +201,8 @@ def read(
         num_retrieval,
         ring_slots,
         num_splits,
-        index.num_entries,
-        num_chunks,
+        index.levels.shape[1],
+        index.num_chunks,
         rule.num_sink_tokens,
         rule.near_window,
         rule.sliding_window,
@@ -231,13 +241,10 @@ def select(
     """Which far entries B * R heads read."""
     batch, num_heads = queries.shape[:2]
     num_retrieval = len(layout.retrieval)
-    share = triton.next_power_of_2(triton.cdiv(index.num_entries, SEGMENTS))
-    entries = max(LEAST_SEGMENT, min(LISTED_TOGETHER, share))
-    segment_entries = max(entries, share)
-    num_segments = triton.cdiv(index.num_entries, segment_entries)
+    num_segments = index.levels.shape[1] // index.segment
     shape = (batch, num_retrieval, num_segments)
     selection = Selection(
-        queries.new_empty(*shape, segment_entries, dtype=torch.int32),
+        queries.new_empty(*shape, index.segment, dtype=torch.int32),
         queries.new_empty(shape, dtype=torch.int32),
         index.block,
     )
@@ -255,8 +262,7 @@ def select(
         num_heads,
         num_retrieval,
         len(near),
-        index.num_entries,
-        segment_entries,
+        index.segment,
         batch * num_retrieval,
         rule.num_sink_tokens,
         rule.near_window,
@@ -265,11 +271,11 @@ def select(
         triton.cdiv(rule.min_tokens, index.block),
         SPLIT_WIDTH=max(LEAST_SPLITS, triton.next_power_of_2(len(near))),
         BLOCK=index.block,
-        ENTRIES=entries,
+        ENTRIES=min(LISTED_TOGETHER, index.segment),
         PLANES=index.planes,
         READING=rule.reading,
         PAGE_SIZE=full.page_size,
-        num_warps=max(1, entries // ENTRIES_OF_WARP),
+        num_warps=1,
     )
     return selection
 
@@ -344,8 +350,7 @@ def merge(
     log_sum_exp = None
     if return_log_sum_exp:
         log_sum_exp = queries.new_empty(batch, num_heads, 1, dtype=torch.float32)
-    width = triton.next_power_of_2(head_dim)
-    merge_kernel[(num_heads, batch)](
+    merge_kernel[(triton.cdiv(head_dim, MERGED_DIMS), num_heads, batch)](
         near.log_sums,
         near.outputs,
         far.log_sums,
@@ -359,8 +364,8 @@ def merge(
         len(far),
         RETRIEVAL_WIDTH=triton.next_power_of_2(max(1, len(layout.retrieval))),
         HEAD_DIM=head_dim,
-        WIDTH=width,
-        TILE=max(16, min(64, TILE_ELEMENTS // 2 // width)),
+        WIDTH=MERGED_DIMS,
+        TILE=MERGED_PARTS,
         num_warps=4,
     )
     return output, log_sum_exp

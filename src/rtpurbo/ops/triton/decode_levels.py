@@ -6,9 +6,8 @@ far key upwards. As that key competes too, the head's best entry is no weaker, a
 of a head, so each adds what it finds to one histogram. Scores that would pass the highest level (408
 nats above that key) share it.
 
-A histogram is int32 [LEVELS]. Its place 0, where no entry counts, holds the level of the best entry.
-
-N entries.
+A histogram is int32 [LEVELS], the highest level first: level n counts at place LEVELS - n. Place 0, where
+none does, holds the level of the best entry.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import triton.language as tl
 # (some 7 % at 1/8).
 LEVEL_WIDTH = tl.constexpr(0.125)
 LEVELS = tl.constexpr(4096)
+# So that what is read with the best entry's level, in groups of 8, never holds place 0.
+HIGHEST = tl.constexpr(4096.0 - 8)
 # Levels below the best one at which the exponential in fp32 becomes 0, and a power of two above.
 DEPTH = tl.constexpr(832)
 DEPTH_WIDTH = tl.constexpr(1024)
@@ -35,7 +36,7 @@ COARSE_STEP = tl.constexpr(24)
 def level_of(scores, reference):
     """Levels of scores, where `reference` is the last far key's."""
     steps = (scores - reference) / LEVEL_WIDTH + DEPTH
-    return tl.minimum(tl.maximum(steps, 0.0), LEVELS - 1.0).to(tl.int32)
+    return tl.minimum(tl.maximum(steps, 0.0), HIGHEST).to(tl.int32)
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def deepest_of(cells):
 
 
 @triton.jit
-def count_levels(histogram, places, levels, mask, ENTRIES: tl.constexpr):
+def count_levels(histogram, places, levels, ENTRIES: tl.constexpr):
     """Adds entries, whose levels have just been stored in `places`, to the histogram of their head.
 
     Those of a coarse cell count at its lowest level: further down than they are, never further up.
@@ -62,13 +63,15 @@ def count_levels(histogram, places, levels, mask, ENTRIES: tl.constexpr):
     if peak > 0:
         tl.atomic_max(histogram, peak, sem="relaxed")
         if ENTRIES < 128:
-            tl.atomic_add(histogram + levels, levels * 0 + 1, mask=levels > 0, sem="relaxed")
+            counted = histogram + LEVELS - levels
+            tl.atomic_add(counted, levels * 0 + 1, mask=levels > 0, sem="relaxed")
         else:
             # `tl.histogram` counts what each thread holds, and two threads hold what is a sum of both.
             # What is loaded is held once, if there is an element for each thread of four warps.
             tl.debug_barrier()
-            levels = tl.load(places, mask=mask, other=0).to(tl.int32)
+            levels = tl.load(places).to(tl.int32)
             entry_cells = cell_of(peak - levels)
             counts = tl.histogram(entry_cells, CELLS, mask=(levels > 0) & (entry_cells < CELLS))
             lowest = tl.maximum(peak - deepest_of(tl.arange(0, CELLS)), 1)
-            tl.atomic_add(histogram + lowest, counts, mask=counts > 0, sem="relaxed")
+            counted = histogram + LEVELS - lowest
+            tl.atomic_add(counted, counts, mask=counts > 0, sem="relaxed")

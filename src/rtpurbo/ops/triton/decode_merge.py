@@ -1,7 +1,7 @@
 """Partial results of a query head become its output, weighted by their sums of exponentials.
 
 B sequences, H query heads, R retrieval heads; S splits of near keys, P parts of far ones; D head_dim,
-E the power of two that holds it; N parts merged at a time.
+E elements of it that a program merges; N parts merged at a time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ def _add_parts(
     outputs,
     row,
     num_parts,
+    dims,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Adds the parts of one row of `log_sums` [rows, parts] and `outputs` [rows, parts, D]."""
-    dims = tl.arange(0, WIDTH)
     for start in range(0, num_parts, TILE):
         parts = start + tl.arange(0, TILE)
         places = row.to(tl.int64) * num_parts + parts
@@ -71,9 +70,13 @@ def merge_kernel(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program (query head, sequence) writes `output` [B, H, D] and `log_sum_exp` [B, H], natural."""
-    query_head = tl.program_id(0)
-    sequence = tl.program_id(1)
+    """Program (elements, query head, sequence).
+
+    Writes `output` [B, H, D] and `log_sum_exp` [B, H], natural.
+    """
+    dims = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    query_head = tl.program_id(1)
+    sequence = tl.program_id(2)
     row = sequence * num_heads + query_head
     peaks = tl.full([TILE], float("-inf"), tl.float32)
     totals = tl.zeros([TILE], tl.float32)
@@ -86,8 +89,8 @@ def merge_kernel(
         near_outputs,
         row,
         num_splits,
+        dims,
         HEAD_DIM,
-        WIDTH,
         TILE,
     )
     ranks = tl.arange(0, RETRIEVAL_WIDTH)
@@ -102,8 +105,8 @@ def merge_kernel(
         far_outputs,
         sequence * num_retrieval + rank,
         tl.where(rank >= 0, num_far_parts, 0),
+        dims,
         HEAD_DIM,
-        WIDTH,
         TILE,
     )
     peak = tl.max(peaks, 0)
@@ -112,12 +115,11 @@ def merge_kernel(
     total = tl.sum(totals * shares, 0)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    dims = tl.arange(0, WIDTH)
     tl.store(
         output + row.to(tl.int64) * HEAD_DIM + dims,
         (tl.sum(accumulators * shares[:, None], 0) / total).to(output.dtype.element_ty),
         mask=dims < HEAD_DIM,
     )
-    if log_sum_exp is not None:
+    if (log_sum_exp is not None) and tl.program_id(0) == 0:
         natural = (peak + tl.log2(total)) * 0.6931471805599453
         tl.store(log_sum_exp + row, tl.where(empty, float("-inf"), natural))

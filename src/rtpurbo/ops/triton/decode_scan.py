@@ -49,7 +49,7 @@ def scan_chunk(
     references,
     batch,
     num_retrieval,
-    num_entries,
+    row_entries,
     INDEX_DIM: tl.constexpr,
     INDEX_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -61,7 +61,7 @@ def scan_chunk(
 ):
     """Scores the entries of one chunk of TILES tiles.
 
-    Where tiles hold candidates, it writes `levels` int16 [planes, B, retrieval heads, entries], adds to
+    Where tiles hold candidates, it writes `levels` int16 [planes, B, retrieval heads, row_entries], adds to
     `histogram` [planes, B, retrieval heads, LEVELS], which is zero before, and writes `references`
     [B, retrieval heads], the score that levels are measured from.
     """
@@ -95,7 +95,7 @@ def scan_chunk(
         last_key = tl.load(index_keys + last_row + dims, mask=in_row, other=0.0)
         reference = tl.sum(last_key.to(tl.float32) * query, 0)
         tl.store(references + head, reference)
-        levels += head.to(tl.int64) * num_entries
+        levels += tl.multiple_of(head.to(tl.int64) * row_entries, 16)
         histogram += head * LEVELS
         tokens = tl.arange(0, TILE)
         within = tokens % BLOCK_WIDTH
@@ -114,7 +114,6 @@ def scan_chunk(
                 other=0.0,
             )
             scores = tl.sum(tile_keys.to(tl.float32) * query[None, :], 1)
-            in_plane = entries < num_entries
             for plane in tl.static_range(PLANES):
                 kept = scored
                 if plane == 0:
@@ -123,6 +122,6 @@ def scan_chunk(
                     _entry_scores(scores, kept, ENTRIES, BLOCK_WIDTH), reference
                 )
                 row = plane * heads_of_plane
-                places = levels + row.to(tl.int64) * num_entries + entries
-                tl.store(places, entry_levels.to(tl.int16), mask=in_plane)
-                count_levels(histogram + row * LEVELS, places, entry_levels, in_plane, ENTRIES)
+                places = levels + tl.multiple_of(row.to(tl.int64) * row_entries, 16) + entries
+                tl.store(places, entry_levels.to(tl.int16))
+                count_levels(histogram + row * LEVELS, places, entry_levels, ENTRIES)

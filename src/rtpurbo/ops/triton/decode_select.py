@@ -22,7 +22,6 @@ SIZES = [
     "num_heads",
     "num_retrieval",
     "num_splits",
-    "num_entries",
     "segment_entries",
     "heads_of_plane",
     "num_sinks",
@@ -46,7 +45,6 @@ def select_kernel(
     num_heads,
     num_retrieval,
     num_splits,
-    num_entries,
     segment_entries,
     heads_of_plane,
     num_sinks,
@@ -63,21 +61,26 @@ def select_kernel(
 ):
     """Program (segment, sequence and retrieval head).
 
-    Writes its selected entries, ascending, to `lists` [B, R, G, entries of a segment], and how many they
-    are to `list_lengths` [B, R, G].
+    Writes its selected entries, ascending, to `lists` [B, R, G, segment_entries], and how many they are
+    to `list_lengths` [B, R, G].
     """
     segment = tl.program_id(0)
     head = tl.program_id(1)
     sequence = head // num_retrieval
     query_position, _ = sequence_extent(sequence, capacity, lengths, first_slots, PAGE_SIZE)
     last_far_position = query_position - near_window
-    first_entry = segment * segment_entries
-    # Of the segments around it, which hold no far key, the loop below is empty.
-    first = tl.maximum(first_entry, num_sinks // BLOCK)
-    last = tl.minimum(first_entry + segment_entries - 1, last_far_position // BLOCK)
+    # Whole vectors can be loaded from where a segment starts.
+    segment_entries = tl.multiple_of(segment_entries, 16)
     place = head * tl.num_programs(0) + segment
+    levels += place.to(tl.int64) * segment_entries
+    lists += place.to(tl.int64) * segment_entries
+    first_entry = segment * segment_entries
+    lanes = tl.arange(0, ENTRIES)
     length = tl.zeros([], tl.int32)
-    if (last_far_position >= num_sinks) & (first <= last):
+    # Segments that hold no far key have no levels either.
+    if (last_far_position >= num_sinks) & (first_entry * BLOCK <= last_far_position):
+        # Asked for before they are of use: levels and what the threshold needs come at once.
+        far_levels = tl.load(levels + lanes)
         histogram += head * LEVELS
         far_peak = tl.load(histogram)
         judged_peak = far_peak
@@ -98,19 +101,18 @@ def select_kernel(
             SPLIT_WIDTH,
             READING,
         )
-        levels += head.to(tl.int64) * num_entries
-        lists += place.to(tl.int64) * segment_entries
-        for start in range(first_entry, last + 1, ENTRIES):
-            entries = start + tl.arange(0, ENTRIES)
-            scored = (entries >= first) & (entries <= last)
-            far_levels = tl.load(levels + entries, mask=scored, other=0)
-            selected = scored & (far_levels >= lowest_far)
+        for start in range(0, segment_entries, ENTRIES):
+            entries = first_entry + start + lanes
+            selected = far_levels >= lowest_far
             if PLANES == 2:
-                plane = levels + heads_of_plane.to(tl.int64) * num_entries
-                judged_levels = tl.load(plane + entries, mask=scored, other=0)
+                plane = heads_of_plane.to(tl.int64) * tl.num_programs(0) * segment_entries
+                judged_levels = tl.load(levels + plane + start + lanes)
                 has_mass = far_levels > tl.maximum(far_peak - DEPTH, 0)
-                selected |= scored & has_mass & (judged_levels >= lowest)
-            selected = selected & (far_levels > 0)
+                selected |= has_mass & (judged_levels >= lowest)
+            following = start + ENTRIES + lanes
+            far_levels = tl.load(levels + following, mask=following < segment_entries, other=0)
+            selected &= entries >= num_sinks // BLOCK
+            selected &= entries <= last_far_position // BLOCK
             order = tl.cumsum(selected.to(tl.int32), 0)
             tl.store(lists + length + order - 1, entries, mask=selected)
             length += tl.max(order, 0)

@@ -91,7 +91,7 @@ class Selection:
         """The tokens of the selected entries, bool [B, R, num_positions]; some may not be far."""
         filled = torch.arange(self.lists.shape[-1], device=self.lists.device)
         filled = filled < self.list_lengths[..., None]
-        num_entries = -(-num_positions // self.block)
+        num_entries = self.lists.shape[2] * self.lists.shape[3]
         # Unused places of the lists, which hold anything, go to an entry of their own.
         entries = self.lists.masked_fill(~filled, num_entries).flatten(2).long()
         selected = torch.zeros(

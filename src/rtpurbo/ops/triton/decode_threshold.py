@@ -18,11 +18,13 @@ from rtpurbo.ops.triton.decode_levels import DEPTH, DEPTH_WIDTH, LEVEL_WIDTH, LE
 
 
 @triton.jit
-def _counts_below(histogram, peak):
-    """How many entries each level has, from the best one downwards."""
-    depths = tl.arange(0, DEPTH_WIDTH)
-    levels = peak - depths
-    return tl.load(histogram + levels, mask=(levels > 0) & (depths < DEPTH), other=0)
+def _counts_from(histogram, peak):
+    """Levels, none above the best one left out, downwards, and how many entries each has."""
+    # A multiple of 8 is a place that vectors may be loaded from.
+    places = (LEVELS - peak) // 8 * 8 + tl.arange(0, DEPTH_WIDTH)
+    counts = tl.load(histogram + places, mask=places < LEVELS, other=0)
+    levels = LEVELS - places
+    return levels, tl.where(levels > peak - DEPTH, counts, 0)
 
 
 @triton.jit
@@ -55,12 +57,14 @@ def lowest_levels(
 
     Pointers are to what is the head's own; peaks are the levels of its best entries.
     """
-    counts = _counts_below(histogram, far_peak)
+    levels, counts = _counts_from(histogram, far_peak)
     # A level is read if those above it do not suffice.
-    wanted = tl.cumsum(counts, 0) - counts < floor
+    wanted = (levels <= far_peak) & (tl.cumsum(counts, 0) - counts < floor)
+    peak = far_peak
     if READING == "paper":
-        counts = _counts_below(histogram + heads_of_plane * LEVELS, judged_peak)
-    masses = counts * tl.exp(tl.arange(0, DEPTH_WIDTH) * -LEVEL_WIDTH)
+        peak = judged_peak
+        levels, counts = _counts_from(histogram + heads_of_plane * LEVELS, peak)
+    masses = counts * tl.exp((levels - peak) * LEVEL_WIDTH)
     reached = tl.cumsum(masses, 0)
     total = tl.max(reached, 0)
     target = top_p * total
@@ -72,11 +76,11 @@ def lowest_levels(
             target -= (1.0 - top_p) * near
         else:
             target = tl.where(total * (1.0 - far_floor) > far_floor * near, target, 0.0)
-    needed = reached - masses < target
+    needed = (levels <= peak) & (reached - masses < target)
     if READING == "paper":
         lowest_far = far_peak + 1 - tl.sum(wanted.to(tl.int32), 0)
-        lowest = judged_peak + 1 - tl.sum(needed.to(tl.int32), 0)
+        lowest = peak + 1 - tl.sum(needed.to(tl.int32), 0)
     else:
         lowest_far = far_peak + 1 - tl.sum((wanted | needed).to(tl.int32), 0)
         lowest = lowest_far
-    return tl.maximum(lowest_far, far_peak + 1 - DEPTH), lowest
+    return tl.maximum(lowest_far, tl.maximum(far_peak - DEPTH, 0) + 1), lowest
