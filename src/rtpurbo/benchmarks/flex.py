@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.timing import Call
-
-if TYPE_CHECKING:
-    from rtpurbo.benchmarks.prefill import PrefillCase
+from rtpurbo.config import AttentionRule
 
 
-def flex_attention(case: PrefillCase, device: torch.device) -> Call:
+def flex_attention(
+    shape: LayerShape, rule: AttentionRule, states: LayerStates, device: torch.device
+) -> Call:
     """The compiled operator; its mask by blocks is made here, outside of the timing."""
     from torch.nn.attention import flex_attention as flex
 
-    retrieves = torch.zeros(case.shape.num_attention_heads, dtype=torch.bool, device=device)
-    retrieves[list(case.shape.retrieval_heads)] = True
-    sinks, window = case.rule.num_sink_tokens, case.rule.sliding_window
+    retrieves = torch.zeros(shape.num_attention_heads, dtype=torch.bool, device=device)
+    retrieves[list(shape.retrieval_heads)] = True
+    sinks, window = rule.num_sink_tokens, rule.sliding_window
 
     def mask(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         is_near = (column < sinks) | (row - column < window)
@@ -31,9 +32,8 @@ def flex_attention(case: PrefillCase, device: torch.device) -> Call:
         # Compiled, the mask is made without ever holding all of its entries.
         make, attend = (torch.compile(function, dynamic=False) for function in (make, attend))
     blocks = make(
-        mask, None, case.shape.num_attention_heads, case.length, case.length, device=str(device)
+        mask, None, shape.num_attention_heads, states.length, states.length, device=str(device)
     )
-    states = case.states
     return lambda: attend(
         states.queries,
         states.keys,

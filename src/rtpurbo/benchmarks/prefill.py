@@ -173,7 +173,7 @@ def _windowed(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
         )
 
     if case.length <= FLEX_LIMIT:
-        make = partial(flex_attention, case, device)
+        make = partial(flex_attention, case.shape, case.rule, case.states, device)
         result = case.states.queries.nbytes
         yield Entry("flex", {"": make}, case.facts(1.0), result_bytes=result, note=case.note)
 
