@@ -68,6 +68,7 @@ def step(
     head_dim=128,
     index_dim=16,
     dtype=torch.bfloat16,
+    index_dtype=torch.float16,
     batch=2,
     page_size=0,
     **rule,
@@ -76,7 +77,7 @@ def step(
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
     full, ranks = len(layout.full_key_value_heads), len(retrieval_heads)
 
-    def states(*shape):
+    def states(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype)
 
     if page_size:
@@ -86,14 +87,14 @@ def step(
             states(pages, full, page_size, head_dim),
             torch.zeros(batch, pages, dtype=torch.int32),
             torch.zeros(batch, dtype=torch.int32),
-            states(pages, ranks, page_size, index_dim),
+            states(pages, ranks, page_size, index_dim, dtype=index_dtype),
         )
     else:
         held = KeyValueStates(
             states(batch, full, capacity, head_dim),
             states(batch, full, capacity, head_dim),
             torch.zeros(batch, capacity, dtype=torch.int64),
-            states(batch, ranks, capacity, index_dim),
+            states(batch, ranks, capacity, index_dim, dtype=index_dtype),
             first_slots=torch.zeros(batch, dtype=torch.int32),
             length=torch.zeros(1, dtype=torch.int32),
         )
@@ -104,7 +105,7 @@ def step(
         held,
         bounded,
         layout,
-        states(batch, ranks, 1, index_dim) if ranks else None,
+        states(batch, ranks, 1, index_dim, dtype=torch.float16) if ranks else None,
         AttentionRule(sliding_window=window, **rule),
         head_dim**-0.5,
         None,
@@ -127,6 +128,7 @@ def main():
     step(6, 2, (0, 1), top_p=1.0, head_dim=96, dtype=torch.float16)
     step(40, 1, (3,), head_dim=256, index_dim=64, dtype=torch.float32)
     step(8, 8, (1,), page_size=16)
+    step(32, 4, (0, 9), index_dtype=torch.float8_e4m3fn)
     step(1, 1, (0,), page_size=16, reading="paper", **single)
 
 

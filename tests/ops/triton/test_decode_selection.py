@@ -196,6 +196,31 @@ def test_how_work_is_shared_does_not_matter(monkeypatch, reading, granularity):
     step.check()
 
 
+@pytest.mark.parametrize("granularity", ["token", "block"])
+def test_index_keys_in_float8_lose_little_mass(granularity):
+    rule = replace(RULE, reading="far", granularity=granularity, min_tokens=32, top_p=0.9)
+    shape = {"head_dim": 32, "index_dim": 16}
+    step = Step.build(2000, rule, (0, 3), dtype=torch.float16, padding=(0, 500), **shape)
+    full = step.arguments[1]
+    rounded = replace(full, index_keys=full.index_keys.to(torch.float8_e4m3fn))
+    coarse = step.replaced(
+        problem=replace(
+            step.problem,
+            index_keys=step.problem.index_keys.to(torch.float8_e4m3fn).to(torch.float16),
+        ),
+        arguments=[step.arguments[0], rounded, *step.arguments[2:]],
+    )
+    check_bounds(coarse)
+    coarse.check()
+    heads = step.layout.retrieval.heads
+    queries = step.problem.index_queries[:, heads].double()
+    scores = queries @ step.problem.index_keys[:, heads].double().mT
+    mass = scores.masked_fill(~step.far()[:, heads], -torch.inf).softmax(-1)
+    kept, in_float8 = ((mass * one.selected(one.run()[2])).sum(-1) for one in (step, coarse))
+    assert (kept > 0.89).all()
+    assert (in_float8 > kept - 0.04).all()
+
+
 @triton.jit
 def cells_kernel(cells, deepest, count: tl.constexpr):
     depths = tl.arange(0, count)

@@ -2,9 +2,9 @@
 
 The reference adds entries, the heaviest first, until their mass reaches a target; here whole levels are
 added. An entry counts with the mass in the middle of its level, so what is reached differs from what is
-asked for: its odds, mass read (with the near keys') to mass left, by a factor of exp(LEVEL_WIDTH) at the
-most, if one forgets what `count_levels` counts further down: at most 0.6 % of the mass, entries 12
-nats below another one of their chunk.
+asked for: its odds, mass read (near keys' too) to mass left, by a factor of exp(LEVEL_WIDTH) at the most.
+Beyond that, what `count_levels` counts lower than it is, 12 nats or more below the best entry of its
+tile, is taken for less; in a tile of 1024 that is at most 0.6 % of all mass.
 
 S splits of a head's near keys.
 """
