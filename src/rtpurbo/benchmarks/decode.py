@@ -23,7 +23,7 @@ from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, Granularity
 from rtpurbo.models.ring import RingBuffer, RingSlots
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
-from rtpurbo.ops.triton.decode_attention import run_step
+from rtpurbo.ops.triton.decode.attention import run_step
 
 IMPLEMENTATIONS = ("rtpurbo", "rtpurbo-token", "sdpa-flash", "sdpa-cudnn")
 GRANULARITIES: dict[str, Granularity] = {"rtpurbo": "block", "rtpurbo-token": "token"}

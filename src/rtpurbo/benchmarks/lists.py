@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.triton.prefill import BlockLists
-from rtpurbo.ops.triton.scoring import edge_slots
+from rtpurbo.ops.triton.prefill.portable import BlockLists
+from rtpurbo.ops.triton.prefill.scoring import edge_slots
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor
 from rtpurbo.benchmarks.lists import density_of, synthetic_lists
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
-from rtpurbo.ops.triton import hopper, prefill
 from rtpurbo.ops.triton.heads import HeadTable, query_starts
 from rtpurbo.ops.triton.headwise import listed_attention
-from rtpurbo.ops.triton.prefill import BlockLists
-from rtpurbo.ops.triton.scoring import block_lists
+from rtpurbo.ops.triton.prefill import hopper, portable
+from rtpurbo.ops.triton.prefill.portable import BlockLists
+from rtpurbo.ops.triton.prefill.scoring import block_lists
 
 
 class SparsePrefill:
@@ -105,7 +105,7 @@ class SparsePrefill:
         log_sum_exp = queries.new_empty(batch, heads, q_len, dtype=torch.float32)
         starts = query_starts(full, q_len)
         groups = [(full, self._full), (bounded, self._bounded)]
-        kernels: Any = hopper if hopper.suits(queries) else prefill
+        kernels: Any = hopper if hopper.suits(queries) else portable
         kernels.window_attention(
             queries,
             [(states, table) for states, table in groups if len(table)],

@@ -12,8 +12,8 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
 from rtpurbo.ops.eager.attend import attend
 from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.triton.decode_attention import run_step
-from rtpurbo.ops.triton.decode_states import Selection
+from rtpurbo.ops.triton.decode.attention import run_step
+from rtpurbo.ops.triton.decode.states import Selection
 from tests import oracles
 from tests.ops.triton.support import DEVICE, EPSILON
 

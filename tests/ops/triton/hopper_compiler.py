@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
 from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.triton.decode_attention import run_step
+from rtpurbo.ops.triton.decode.attention import run_step
 
 
 class AbsentHopper:

@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
-from rtpurbo.ops.triton import hopper, prefill
-from rtpurbo.ops.triton.decode_attention import decode_attention
+from rtpurbo.ops.triton.decode.attention import decode_attention
 from rtpurbo.ops.triton.heads import EVERYTHING, HeadTable, query_starts
-from rtpurbo.ops.triton.prefill import BlockLists
-from rtpurbo.ops.triton.scoring import block_lists, far_keys
+from rtpurbo.ops.triton.prefill import hopper, portable
+from rtpurbo.ops.triton.prefill.portable import BlockLists
+from rtpurbo.ops.triton.prefill.scoring import block_lists, far_keys
 
 # The fastest first.
 DENSE_KERNELS = [
@@ -97,10 +97,10 @@ def prefill_attention(
         log_sum_exp = query_states.new_empty(batch, heads, q_len, dtype=torch.float32)
     starts = query_starts(full if layout.full_key_value_heads.numel() else bounded, q_len)
     paged = isinstance(full, PagedStates) or isinstance(bounded, PagedStates)
-    kernels = hopper if hopper.suits(query_states) and not paged else prefill
+    kernels = hopper if hopper.suits(query_states) and not paged else portable
     # On Hopper our own kernel is the faster one, and its long tiles run beside the short ones.
     through_library = (
-        kernels is prefill and not sparse and not return_log_sum_exp and _is_plain(full, q_len)
+        kernels is portable and not sparse and not return_log_sum_exp and _is_plain(full, q_len)
     )
 
     tables = head_tables(layout, rule)
@@ -142,10 +142,10 @@ def listed_attention(
     output: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """`prefill.listed_attention` by the kernel that suits tile and block sizes best."""
+    """`listed_attention` by the kernel that suits tile and block sizes best."""
     fits = (lists.tile_size, lists.block_size) == (hopper.ROWS, hopper.BLOCK)
     fits &= hopper.suits(query_states) and not isinstance(states, PagedStates)
-    kernels: Any = hopper if fits else prefill
+    kernels: Any = hopper if fits else portable
     kernels.listed_attention(
         query_states, states, table, starts, lists, row,
         rule.num_sink_tokens, scaling, output, log_sum_exp,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.decode_addresses import head_start, row_offsets
+from rtpurbo.ops.triton.addresses import head_start, row_offsets
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def window_kernel(
     HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr, PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Sinks and window of one tile of rows of one head; `prefill` says what each argument means."""
+    """Sinks and window of one tile of rows of one head; `portable` says what each argument means."""
     program, sequence = tl.program_id(0), tl.program_id(1)
     # Heads of one tile run side by side and share keys in the L2 cache; long tiles come first.
     entry = program % H

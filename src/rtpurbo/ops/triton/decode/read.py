@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.decode_addresses import sequence_extent
-from rtpurbo.ops.triton.decode_near import attend_split
-from rtpurbo.ops.triton.decode_scan import scan_chunk
+from rtpurbo.ops.triton.addresses import sequence_extent
+from rtpurbo.ops.triton.decode.near import attend_split
+from rtpurbo.ops.triton.decode.scan import scan_chunk
 
 # Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
 SIZES = [

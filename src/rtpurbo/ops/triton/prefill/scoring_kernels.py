@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.decode_addresses import head_start, row_offsets
+from rtpurbo.ops.triton.addresses import head_start, row_offsets
 
 
 @triton.jit

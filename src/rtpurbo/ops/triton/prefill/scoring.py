@@ -13,8 +13,8 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import KeyValueStates
 from rtpurbo.ops.triton.heads import HeadTable
-from rtpurbo.ops.triton.prefill import BlockLists, page_size, slot_shifts
-from rtpurbo.ops.triton.scoring_kernels import (
+from rtpurbo.ops.triton.prefill.portable import BlockLists, page_size, slot_shifts
+from rtpurbo.ops.triton.prefill.scoring_kernels import (
     bars_kernel,
     flags_kernel,
     lists_kernel,

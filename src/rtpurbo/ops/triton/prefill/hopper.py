@@ -1,4 +1,4 @@
-"""The launchers of `prefill.py` once more, for the kernel in `hopper_kernel.py`."""
+"""The launches of `portable` once more, for the kernel in `hopper_kernel`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rtpurbo.ops.states import KeyValueStates
 from rtpurbo.ops.triton.heads import HeadTable
-from rtpurbo.ops.triton.hopper_kernel import hopper_kernel
-from rtpurbo.ops.triton.prefill import LOG2_E, BlockLists
+from rtpurbo.ops.triton.prefill.hopper_kernel import hopper_kernel
+from rtpurbo.ops.triton.prefill.portable import LOG2_E, BlockLists
 
 ROWS = 128
 KEYS = 128
@@ -117,7 +117,7 @@ def window_attention(
     output: Tensor,
     log_sum_exp: Tensor | None,
 ) -> None:
-    """As `rtpurbo.ops.triton.prefill.window_attention`; all sources in one launch."""
+    """As `rtpurbo.ops.triton.prefill.portable.window_attention`; all sources in one launch."""
     tiles = triton.cdiv(query_states.shape[2], ROWS)
     _launch(
         query_states, sources, starts, tiles, 0, num_sink_tokens, scaling, output, log_sum_exp, None
@@ -136,7 +136,7 @@ def listed_attention(
     output: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """As `rtpurbo.ops.triton.prefill.listed_attention`, for blocks of 64 and tiles of 128 rows."""
+    """As `rtpurbo.ops.triton.prefill.portable.listed_attention`, for blocks of 64 and tiles of 128 rows."""
     _launch(
         query_states, [(states, table)], starts, lists.counts.shape[2], row_offset, num_sink_tokens,
         scaling, output, log_sum_exp, lists,

@@ -1,4 +1,4 @@
-"""Attention of many query rows: how the kernels in `prefill_kernels` are launched."""
+"""Attention of many query rows: how the kernels in `portable_kernels` are launched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import KeyValueStates
 from rtpurbo.ops.triton.heads import HeadTable
-from rtpurbo.ops.triton.prefill_kernels import listed_kernel, window_kernel
+from rtpurbo.ops.triton.prefill.portable_kernels import listed_kernel, window_kernel
 
 LOG2_E = 1.4426950408889634
 

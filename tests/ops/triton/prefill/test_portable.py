@@ -7,8 +7,8 @@ import torch
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.triton.heads import HeadTable, query_starts
-from rtpurbo.ops.triton.prefill import listed_attention, window_attention
-from rtpurbo.ops.triton.scoring import block_lists
+from rtpurbo.ops.triton.prefill.portable import listed_attention, window_attention
+from rtpurbo.ops.triton.prefill.scoring import block_lists
 from tests import oracles
 from tests.ops.triton.support import (
     DEVICE,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.triton import decode_launch, decode_levels
+from rtpurbo.ops.triton.decode import launch as decode_launch
+from rtpurbo.ops.triton.decode import levels as decode_levels
 from tests import oracles
 from tests.ops.triton.decode_support import Step
 from tests.ops.triton.support import DEVICE

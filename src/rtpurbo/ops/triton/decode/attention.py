@@ -1,10 +1,10 @@
 """A decoding step of a whole layer: one query token a sequence, in four launches.
 
-1. `decode_read`: sinks and window of every head; and of the far keys, the indexer's scores, and how many
+1. `read`: sinks and window of every head; and of the far keys, the indexer's scores, and how many
    have which;
-2. `decode_select`: the lowest score to read that follows from this, and the keys from there on;
-3. `decode_far`: attention over these;
-4. `decode_merge`: the parts of each head become one.
+2. `select`: the lowest score to read that follows from this, and the keys from there on;
+3. `far`: attention over these;
+4. `merge`: the parts of each head become one.
 
 A fill with zeros precedes them, of what the first one counts in.
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
-from rtpurbo.ops.triton.decode_launch import merge, read, read_far, select
-from rtpurbo.ops.triton.decode_states import FullStates, Selection
+from rtpurbo.ops.triton.decode.launch import merge, read, read_far, select
+from rtpurbo.ops.triton.decode.states import FullStates, Selection
 
 MAX_HEAD_DIM = 256
 MAX_BLOCK_SIZE = 1024
@@ -43,7 +43,7 @@ def decode_attention(
     """Retrieval heads over selected keys, local heads over sinks and window, for one query token.
 
     It equals `rtpurbo.ops.eager.headwise.headwise_attention` but for one thing: the selection is
-    rounded up to a whole level of scores (`decode_levels`, `decode_threshold`).
+    rounded up to a whole level of scores (`levels`, `threshold`).
 
     Args:
         query_states: [B, H, 1, D], after RoPE; the last token of each sequence.

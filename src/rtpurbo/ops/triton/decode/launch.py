@@ -16,12 +16,12 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
-from rtpurbo.ops.triton.decode_far import far_kernel
-from rtpurbo.ops.triton.decode_levels import LEVELS
-from rtpurbo.ops.triton.decode_merge import merge_kernel
-from rtpurbo.ops.triton.decode_read import read_kernel
-from rtpurbo.ops.triton.decode_select import select_kernel
-from rtpurbo.ops.triton.decode_states import FullStates, Selection
+from rtpurbo.ops.triton.decode.far import far_kernel
+from rtpurbo.ops.triton.decode.levels import LEVELS
+from rtpurbo.ops.triton.decode.merge import merge_kernel
+from rtpurbo.ops.triton.decode.read import read_kernel
+from rtpurbo.ops.triton.decode.select import select_kernel
+from rtpurbo.ops.triton.decode.states import FullStates, Selection
 
 LOG2_E = 1.4426950408889634
 
@@ -79,7 +79,7 @@ class Index:
     """What the indexer says of the far keys, and sizes that launches share.
 
     Attributes:
-        levels: int16 [planes * B * R, segments * entries of one], scores as `decode_levels` says; in
+        levels: int16 [planes * B * R, segments * entries of one], scores as `levels` says; in
             whole segments and chunks.
         histogram: int32 [planes * B * R, LEVELS], how many entries have which level.
         references: fp32 [B * R], scores that levels are measured from.

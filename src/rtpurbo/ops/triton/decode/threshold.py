@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.decode_levels import DEPTH, DEPTH_WIDTH, LEVEL_WIDTH, LEVELS
+from rtpurbo.ops.triton.decode.levels import DEPTH, DEPTH_WIDTH, LEVEL_WIDTH, LEVELS
 
 
 @triton.jit

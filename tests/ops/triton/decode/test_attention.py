@@ -7,7 +7,7 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics
-from rtpurbo.ops.triton.decode_attention import decode_attention, paged_decode_attention
+from rtpurbo.ops.triton.decode.attention import decode_attention, paged_decode_attention
 from tests import oracles
 from tests.ops.triton.decode_support import Step, paged
 from tests.ops.triton.support import DEVICE, DTYPES

@@ -1,4 +1,4 @@
-"""The prefill kernels of `prefill.py` once more, written for Hopper's asynchronous units.
+"""The kernels of `portable_kernels` once more, written for Hopper's asynchronous units.
 
 One warp fetches keys and values through the tensor memory accelerator; two groups of four warps hold
 64 query rows each and multiply, the exponentials of one tile running beside the products of the next.
@@ -391,7 +391,7 @@ def hopper_kernel(
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one head; `prefill` says what each argument means."""
+    """One tile of query rows of one head; `portable` says what each argument means."""
     program = gl.program_id(0)
     sequence = gl.program_id(1)
     # Heads of one tile run side by side and share keys in the L2 cache; long tiles come first.

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.decode_addresses import candidate_range, head_start, row_offsets
-from rtpurbo.ops.triton.decode_levels import LEVELS, count_levels, level_of
+from rtpurbo.ops.triton.addresses import candidate_range, head_start, row_offsets
+from rtpurbo.ops.triton.decode.levels import LEVELS, count_levels, level_of
 
 
 @triton.jit

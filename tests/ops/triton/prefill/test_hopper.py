@@ -5,9 +5,9 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
-from rtpurbo.ops.triton import hopper, prefill
 from rtpurbo.ops.triton.heads import HeadTable, query_starts
-from rtpurbo.ops.triton.scoring import block_lists
+from rtpurbo.ops.triton.prefill import hopper, portable
+from rtpurbo.ops.triton.prefill.scoring import block_lists
 from tests import oracles
 from tests.ops.triton.support import (
     DEVICE,
@@ -87,11 +87,11 @@ def test_lists_equal_the_portable_kernel(dtype, head_dim, row_share, q_len, k_le
     index_queries = normal(3, q_len, 16)
     near_output = torch.zeros_like(queries)
     near_sums = torch.zeros(queries.shape[:3], device=DEVICE)
-    prefill.window_attention(queries, [(states, table)], starts, 4, 0.1, near_output, near_sums)
+    portable.window_attention(queries, [(states, table)], starts, 4, 0.1, near_output, near_sums)
     chunks = list(block_lists(index_queries, states, table, starts, near_sums, rule))
     assert sum(int(lists.counts.sum()) for _, lists in chunks) > 0
     results = []
-    for kernels in (hopper, prefill):
+    for kernels in (hopper, portable):
         output, sums = near_output.clone(), near_sums.clone()
         for row, lists in chunks:
             kernels.listed_attention(
@@ -103,7 +103,7 @@ def test_lists_equal_the_portable_kernel(dtype, head_dim, row_share, q_len, k_le
     torch.testing.assert_close(results[0][0], results[1][0], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("kernels", [hopper, prefill], ids=["hopper", "portable"])
+@pytest.mark.parametrize("kernels", [hopper, portable], ids=["hopper", "portable"])
 def test_a_million_tokens_of_many_heads_are_addressed(kernels):
     """2**32 elements of queries: offsets of 32 bits would wrap around."""
     length, heads, head_dim = 2**20 + 65, 32, 128

@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.decode_addresses import sequence_extent
-from rtpurbo.ops.triton.decode_levels import DEPTH, LEVELS
-from rtpurbo.ops.triton.decode_threshold import lowest_levels
+from rtpurbo.ops.triton.addresses import sequence_extent
+from rtpurbo.ops.triton.decode.levels import DEPTH, LEVELS
+from rtpurbo.ops.triton.decode.threshold import lowest_levels
 
 # Sizes that a kernel is not compiled for anew: not even for 1, of which the compiler makes a constant.
 SIZES = [

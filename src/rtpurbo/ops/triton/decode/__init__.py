@@ -1,0 +1,1 @@
+"""A decoding step of a whole layer; `attention` is the door."""

@@ -1,0 +1,1 @@
+"""Attention of many query rows; `rtpurbo.ops.triton.headwise` joins the parts."""
