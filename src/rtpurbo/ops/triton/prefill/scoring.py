@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.paged import PagedStates
@@ -57,7 +58,7 @@ def block_lists(
     lanes = M // stride
     group = max(1, 128 // N)
     # The interpreter has no assembly.
-    packed = index_keys.dtype == torch.float16 and index_keys.is_cuda and N >= 16
+    packed = index_keys.dtype == torch.float16 and not knobs.runtime.interpret
     device = index_queries.device
     blocks = triton.cdiv(capacity, N)
     ranges = triton.cdiv(blocks, RANGE)
