@@ -21,7 +21,6 @@ from rtpurbo.ops.triton.decode.attention import run_step
 from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill import hopper
 
-
 # Bytes a thread: a register or two may spill where two programs have to share a multiprocessor.
 MOST_STACK = 16
 
