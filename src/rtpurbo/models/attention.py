@@ -189,9 +189,10 @@ class HeadwiseAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """As the original's.
+        """As the original's, whichever name its cache goes by.
 
         Without a cache, `attention_mask` holds key positions (`key_positions_as_mask`); a cache
         knows them itself.
@@ -205,7 +206,7 @@ class HeadwiseAttention(nn.Module):
                 rotate(states, *position_embeddings) for states in (raw_queries, raw_keys)
             )
 
-        past = self._cache_layer(past_key_values)
+        past = self._cache_layer(past_key_values if cache is None else cache)
         if past is not None:
             assert past.slots.query_positions is not None
             query_positions = past.slots.query_positions.to(hidden_states.device)

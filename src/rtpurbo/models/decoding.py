@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.arguments import CACHE_NAME, POSITIONAL, named
 from rtpurbo.models.attention import HeadwiseAttention
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
@@ -36,10 +37,8 @@ STEPS_THAT_PAY = 16
 STEPS_BEFORE_CAPTURE = 4
 # Graphs that a model keeps, each for a cache in use.
 MOST_GRAPHS = 4
-# How every family's causal model names what may also be given without a name.
-ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 # What a replay can follow, or need not.
-FOLLOWED = {*ARGUMENTS, "use_cache", "return_dict", "logits_to_keep", "cache_position"}
+FOLLOWED = {*POSITIONAL, "use_cache", "return_dict", "logits_to_keep", "cache_position"}
 
 
 @dataclass
@@ -99,7 +98,7 @@ class GraphedDecoder:
         """What the model's forward would return; None if it has to run itself."""
         if self._has_failed or not self._is_step(model, arguments):
             return None
-        ids, cache = arguments["input_ids"], arguments["past_key_values"]
+        ids, cache = arguments["input_ids"], arguments[CACHE_NAME]
         modules = self._watched_modules(model)
         if modules is None or not self._can_be_static(cache):
             return None
@@ -118,7 +117,7 @@ class GraphedDecoder:
         _fill(prepared.inputs, arguments, seen)
         logits = prepared.run()
         cache.recount(seen + 1)
-        return prepared.output_class(logits=logits.clone(), past_key_values=cache)
+        return prepared.output_class(logits=logits.clone(), **{CACHE_NAME: cache})
 
     def _keep(self, cache: HeadwiseCache, prepared: PreparedStep) -> None:
         while len(self._prepared) >= MOST_GRAPHS:
@@ -127,7 +126,7 @@ class GraphedDecoder:
 
     def _is_step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
         """Whether this is a decoding step, and nothing beyond its logits is asked for."""
-        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        ids, cache = arguments.get("input_ids"), arguments.get(CACHE_NAME)
         if not isinstance(cache, HeadwiseCache) or not isinstance(ids, Tensor):
             return False
         return (
@@ -189,7 +188,7 @@ class GraphedDecoder:
         modules: list[HeadwiseAttention],
         address: int,
     ) -> PreparedStep | None:
-        ids, cache = arguments["input_ids"], arguments["past_key_values"]
+        ids, cache = arguments["input_ids"], arguments[CACHE_NAME]
         reason = unsuited(model, ids.device)
         if reason is not None:
             self._has_failed = True
@@ -204,9 +203,9 @@ class GraphedDecoder:
                 own_forward(model)(
                     input_ids=inputs.input_ids,
                     position_ids=inputs.position_ids,
-                    past_key_values=cache,
                     use_cache=True,
                     return_dict=True,
+                    **{CACHE_NAME: cache},
                 )
             ]
             return outputs[0].logits
@@ -316,11 +315,11 @@ def attach_decoder(model: PreTrainedModel) -> None:
     @wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         decoder = vars(self).get("_rtpurbo_decoder")
-        if decoder is not None and len(args) <= len(ARGUMENTS):
-            output = decoder.step(self, {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs})
-            if output is not None:
-                return output
-        return own_forward(self)(*args, **kwargs)
+        if len(args) > len(POSITIONAL):
+            return own_forward(self)(*args, **kwargs)
+        arguments = named(args, kwargs)
+        output = None if decoder is None else decoder.step(self, arguments)
+        return own_forward(self)(**arguments) if output is None else output
 
     model._rtpurbo_decoder = GraphedDecoder()
     model._rtpurbo_forward = vars(model).get("forward")

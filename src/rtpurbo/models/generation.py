@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.arguments import CACHE_NAME, POSITIONAL, named
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.slots import padding_form
-
-# How every family's base model names what may also be given without a name.
-ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
 
 def attach_cache(model: PreTrainedModel) -> None:
@@ -26,10 +24,10 @@ def attach_cache(model: PreTrainedModel) -> None:
     def prepare_cache(
         generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             generation_config.cache_implementation = None
-            model_kwargs["past_key_values"] = HeadwiseCache(model)
-        cache = model_kwargs.get("past_key_values")
+            model_kwargs[CACHE_NAME] = HeadwiseCache(model)
+        cache = model_kwargs.get(CACHE_NAME)
         if isinstance(cache, HeadwiseCache):
             cache.expected_length = generation_config.max_length or 0
         return prepare(generation_config, model_kwargs, *args, **kwargs)
@@ -37,20 +35,16 @@ def attach_cache(model: PreTrainedModel) -> None:
     def provide_cache(
         module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        kwargs = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        kwargs = named(args, kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = model.config.use_cache
-        if use_cache and kwargs.get("past_key_values") is None:
+        if use_cache and kwargs.get(CACHE_NAME) is None:
             # Training needs no cache, and the model would make one of its own.
-            own = (
-                {"use_cache": False}
-                if module.training
-                else {"past_key_values": HeadwiseCache(model)}
-            )
+            own = {"use_cache": False} if module.training else {CACHE_NAME: HeadwiseCache(model)}
             kwargs = {**kwargs, **own}
         kwargs["attention_mask"] = needed_mask(kwargs)
-        return args[len(ARGUMENTS) :], kwargs
+        return args[len(POSITIONAL) :], kwargs
 
     model._prepare_cache_for_generation = prepare_cache
     model._rtpurbo_hook = model.base_model.register_forward_pre_hook(
@@ -65,7 +59,7 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
     Raises:
         RTPurboError: the mask is not one of tokens.
     """
-    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    mask, cache = arguments.get("attention_mask"), arguments.get(CACHE_NAME)
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise RTPurboError(
             "sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none."
