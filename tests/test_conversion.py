@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,12 +253,15 @@ def test_killed_at_random_moments(whole, tiny_base, tmp_path):
     output, rng = tmp_path / "artifact", random.Random(0)
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
-    command = [sys.executable, "-c", _SCRIPT, str(tiny_base), str(output)]
+    command = [sys.executable, "-c", _SCRIPT, str(tiny_base)]
+    begin = time.perf_counter()
+    subprocess.run([*command, str(tmp_path / "unharmed")], env=environment, cwd=root, check=True)
+    duration = time.perf_counter() - begin
     kills = 0
     while not output.exists():
-        process = subprocess.Popen(command, env=environment, cwd=root)
+        process = subprocess.Popen([*command, str(output)], env=environment, cwd=root)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=rng.uniform(4, 8) + kills)
+            process.wait(timeout=duration * (rng.uniform(0.5, 0.9) + 0.1 * kills))
         if process.poll() is None:
             kills += 1
             process.send_signal(signal.SIGKILL)
