@@ -17,7 +17,7 @@ from rtpurbo.models.artifact import ArtifactConfig
 from rtpurbo.models.base import WHEEL_MODEL
 from rtpurbo.reporting.facts import artifact_facts
 from rtpurbo.reporting.headmap import head_map_picture
-from rtpurbo.reporting.tables import markdown_rows, markdown_table, results_table
+from rtpurbo.reporting.tables import markdown_rows, markdown_tables, results_tables
 from rtpurbo.settings import Progress, no_progress
 
 # Few samples, so that two CPU cores answer them in minutes; `rtpurbo eval` takes any number.
@@ -111,14 +111,14 @@ def run_demo(
     report = _REPORT.format(
         minutes=(time.monotonic() - began) / 60,
         device=device_name(place),
-        table=markdown_table(records, CACHE_LENGTH),
+        table=markdown_tables(records, CACHE_LENGTH),
         samples=samples,
         artifact=artifact,
         facts=markdown_rows(("", ""), artifact_facts(described)),
     )
     write_text_atomically(output_dir / "report.md", report)
     console.print(head_map_picture(described.config.head_map))
-    console.print(results_table(records, CACHE_LENGTH))
+    console.print(*results_tables(records, CACHE_LENGTH))
     console.print(f"Samples: {samples}. Report: {output_dir / 'report.md'}")
     return records
 

@@ -1,5 +1,6 @@
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rtpurbo.cli import OUT_OF_MEMORY, PANELS, app
 from rtpurbo.config import HeadMap
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.records import read_results
+from rtpurbo.evaluation.samples import read_samples
 from rtpurbo.models import artifact as artifacts
 from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, INDEXER_FILE
 from rtpurbo.version import __version__
@@ -78,6 +80,20 @@ def test_eval_prints_and_writes(copy, tmp_path):
     assert [record.policy for record in results.records] == ["full", "rtpurbo"]
     assert results.origin["device"] == "cpu"
     assert "prose 128" in (copy / CARD_FILE).read_text()
+
+
+def test_eval_of_ruler_has_a_table_of_tasks_and_keeps_samples(tiny_artifact, tmp_path):
+    output = tmp_path / "ruler.json"
+    tasks = ["--suite", "ruler:niah_single_1,fwe@600", "--samples", "1", "--device", "cpu"]
+    result = run("eval", tiny_artifact, *tasks, "--policy", "full", "-o", output)
+    assert result.exit_code == 0
+    assert re.search(r"RULER 600 .* full", result.stdout)
+    assert "mean of 2" in result.stdout
+    assert "ruler_words" in read_results(output).origin
+    assert [item.task for item in read_samples(tmp_path / "ruler.samples.jsonl")] == [
+        "niah_single_1",
+        "fwe",
+    ]
 
 
 def test_inspect_shows_the_heads(tiny_artifact):

@@ -49,9 +49,9 @@ def test_accuracy_is_the_share_of_right_answers(monkeypatch, asked, corpus, task
         monkeypatch, asked, lambda number, answers: " and ".join(answers) if number else "1"
     )
     outcome = needle_accuracy(tiny_model(), tiny_tokenizer(), corpus, task, LENGTH, samples=4)
-    assert outcome.accuracy == 75
-    assert [sample.correct for sample in outcome.details] == [False, True, True, True]
-    assert all(len(sample.answers) == TASKS[task]["num_values"] for sample in outcome.details)
+    assert outcome.score == 75
+    assert [sample.score for sample in outcome.samples] == [0, 100, 100, 100]
+    assert all(len(sample.answers) == TASKS[task]["num_values"] for sample in outcome.samples)
 
 
 def test_single_needles_stand_at_even_depths(monkeypatch, asked, corpus):

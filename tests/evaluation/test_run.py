@@ -2,7 +2,7 @@ import pytest
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.policies import POLICIES
-from rtpurbo.evaluation.run import Cell, choose_cells, evaluate
+from rtpurbo.evaluation.run import evaluate
 
 
 def quick(artifact, **options):
@@ -55,6 +55,7 @@ def test_the_seed_gives_the_same_records(tiny_artifact):
         ({"policies": ["fool"]}, "there is no policy 'fool': choose from full, rtpurbo"),
         ({"suites": ["needles"]}, "there is no suite 'needles': choose from needle, perplexity"),
         ({"suites": ["needle:double"]}, "there is no needle task 'double': choose from single"),
+        ({"suites": ["ruler:vt,tv"]}, "there is no ruler task 'tv': choose from niah_single_1"),
         ({"lengths": []}, "needs lengths of at least 2"),
         ({"lengths": {"needle": [512]}}, "the suite 'perplexity' needs lengths"),
         ({"lengths": [2048]}, "2,048 tokens do not fit the model's context of 1,024"),
@@ -67,29 +68,59 @@ def test_mistakes_are_told(tiny_artifact, options, sentence):
         quick(tiny_artifact, **options)
 
 
-def test_suites_have_default_tasks():
-    assert choose_cells(["needle", "needle:multivalue"], [512], 3) == [
-        Cell("needle", task, 512, 3) for task in ("single", "multikey", "multivalue")
-    ]
-
-
-def test_tests_may_stand_beside_suites():
-    cells = [Cell("needle", "single", 300, 1), Cell("perplexity", "prose", 128, 2)]
-    assert choose_cells([*cells, "perplexity@256"], [512], 3) == [
-        *cells,
-        Cell("perplexity", "prose", 256, 3),
-    ]
-
-
 def test_the_cache_may_be_weighed_at_another_length(tiny_artifact):
     [short] = quick(tiny_artifact, policies=["full"])
     [long] = quick(tiny_artifact, policies=["full"], cache_length=1024)
     assert long.kv_bytes == 8 * short.kv_bytes
 
 
-def test_a_suite_may_have_lengths_of_its_own():
-    assert choose_cells(["perplexity@64,128"], [512], 3) == [
-        Cell("perplexity", "prose", length, 3) for length in (64, 128)
+def test_every_policy_gets_the_same_ruler_and_every_sample_is_kept(tiny_artifact):
+    kept, calls = [], []
+    records = evaluate(
+        tiny_artifact,
+        suites=["ruler:niah_single_1,fwe@600"],
+        samples=2,
+        policies=list(POLICIES),
+        device="cpu",
+        keep_sample=kept.append,
+        progress=lambda *call: calls.append(call),
+    )
+    tests = [(record.policy, record.task) for record in records]
+    assert tests == [(policy, task) for policy in POLICIES for task in ("niah_single_1", "fwe")]
+    assert all(0 <= record.score <= 100 and record.samples == 2 for record in records)
+    assert [(item.policy, item.task, item.number) for item in kept] == [
+        (*test, number) for test in tests for number in range(2)
     ]
-    with pytest.raises(RTPurboError, match="perplexity@2048,8192"):
-        choose_cells(["perplexity@long"], [512], 3)
+    # Four prompts, each asked of every policy.
+    prompts = {(item.task, item.number, item.sample.prompt_hash) for item in kept}
+    assert len(prompts) == 4
+    assert calls[1][:3] == ("prompts", 0, 2)
+
+
+def test_needle_samples_are_kept_and_perplexity_has_none(tiny_artifact):
+    kept = []
+    quick(
+        tiny_artifact,
+        suites=["needle:single@512", "perplexity"],
+        policies=["full"],
+        keep_sample=kept.append,
+    )
+    [item] = kept
+    assert (item.suite, item.task, item.context_length) == ("needle", "single", 512)
+
+
+def test_what_does_not_fit_is_told_before_anything_runs(tiny_artifact):
+    calls = []
+    with pytest.raises(RTPurboError, match=r"vt does not fit into 600 tokens: .* at least 2,"):
+        quick(
+            tiny_artifact,
+            suites=["perplexity", "ruler:niah_single_1,vt@600"],
+            progress=lambda *call: calls.append(call),
+        )
+    assert all(done == 0 for stage, done, *_ in calls if stage != "prompts")
+
+
+def test_question_files_that_are_not_there_are_told(tiny_artifact):
+    for option in ("squad", "hotpotqa"):
+        with pytest.raises(RTPurboError, match="there is no file of questions nothing"):
+            quick(tiny_artifact, **{option: "nothing.json"})

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from rtpurbo.models.artifact import CARD_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
 from rtpurbo.reporting.card import model_card, rewrite_card
-from rtpurbo.reporting.tables import markdown_table
+from rtpurbo.reporting.tables import markdown_tables
 from tests.reporting.test_tables import RECORDS
 
 
@@ -45,7 +45,7 @@ def test_a_local_base_does_not_tell_where_it_lay(tiny_artifact, tiny_base):
 def test_the_body_tells_what_it_is_and_how_it_was_made(tiny_artifact):
     card = model_card(ArtifactConfig.read(tiny_artifact), RECORDS, "me/tiny")
     assert 'rtpurbo.load("me/tiny"' in card
-    assert markdown_table(RECORDS) in card
+    assert markdown_tables(RECORDS) in card
     assert "| Retrieval heads | 4 of 12 (33.3 %) |" in card
     assert "| KV heads kept whole | 2 of 6 |" in card
     assert "the last 32 keys and the first 2" in card
@@ -61,4 +61,4 @@ def test_without_records_the_card_says_how_to_measure(tiny_artifact):
 def test_rewriting_puts_figures_into_the_artifact(tiny_artifact, tmp_path):
     folder = shutil.copytree(tiny_artifact, tmp_path / "copy")
     rewrite_card(folder, RECORDS)
-    assert markdown_table(RECORDS) in (folder / CARD_FILE).read_text()
+    assert markdown_tables(RECORDS) in (folder / CARD_FILE).read_text()

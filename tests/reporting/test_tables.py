@@ -6,7 +6,7 @@ from rich.console import Console
 
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.formats import percent, short_bytes, short_length
-from rtpurbo.reporting.tables import markdown_table, results_table
+from rtpurbo.reporting.tables import markdown_tables, results_tables
 
 RECORDS = [
     Record("needle", "single", 4096, "rtpurbo", 20, 80.0, 0.02, 512 * 1024),
@@ -18,14 +18,14 @@ RECORDS = [
 ]
 
 
-def printed(renderable, **options):
+def printed(*renderables, **options):
     console = Console(file=io.StringIO(), width=140, **options)
-    console.print(renderable)
+    console.print(*renderables)
     return console.file.getvalue()
 
 
 def test_markdown_has_the_dense_row_first_and_what_is_missing_as_a_dash():
-    assert markdown_table(RECORDS).splitlines() == [
+    assert markdown_tables(RECORDS).splitlines() == [
         "| policy | single 4K | prose 2K | far tokens read (prose 2K) | KV cache at 4K |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| full | 90 % | 27.90 | 100.0 % | 2.0 MiB |",
@@ -36,7 +36,7 @@ def test_markdown_has_the_dense_row_first_and_what_is_missing_as_a_dash():
 
 
 def test_losses_are_highlighted_in_the_terminal():
-    text = printed(results_table(RECORDS), force_terminal=True, color_system="standard")
+    text = printed(*results_tables(RECORDS), force_terminal=True, color_system="standard")
     names = ("full", "rtpurbo", "local-only", "something-new")
     lines = {name: next(line for line in text.splitlines() if name in line) for name in names}
     red, yellow = re.escape("\x1b[1;31m") + " *", re.escape("\x1b[33m") + " *"
@@ -48,9 +48,38 @@ def test_losses_are_highlighted_in_the_terminal():
 
 
 def test_tables_without_the_dense_model_and_without_records():
-    lone = markdown_table([record for record in RECORDS if record.policy == "rtpurbo"])
+    lone = markdown_tables([record for record in RECORDS if record.policy == "rtpurbo"])
     assert lone.endswith("| rtpurbo | 80 % | 28.20 | 5.0 % | 512.0 KiB |")
-    assert "\x1b" not in printed(results_table([]))
+    assert results_tables([]) == []
+
+
+def test_ruler_has_a_table_for_each_length_with_tasks_as_rows():
+    scores = {"vt": (100.0, 90.0), "niah_single_1": (100.0, 99.0), "cwe": (50.0, None)}
+    records = [
+        Record("ruler", task, 4096, policy, 25, score, 0.5, size * 1024)
+        for task, pair in scores.items()
+        for policy, score, size in zip(("full", "rtpurbo"), pair, (4, 1), strict=True)
+        if score is not None
+    ]
+    whole = [*RECORDS, *records, Record("ruler", "vt", 8192, "full", 25, 80.0)]
+    few, four, eight = markdown_tables(whole).split("\n\n")
+    assert few == markdown_tables(RECORDS)
+    assert four.splitlines() == [
+        "| RULER 4K | full | rtpurbo |",
+        "| --- | ---: | ---: |",
+        "| niah_single_1 | 100 % | 99 % |",
+        "| vt | 100 % | 90 % |",
+        "| cwe | 50 % | - |",
+        "| mean of 3 | 83.3 % | - |",
+        "| far tokens read (mean) | 50.0 % | 50.0 % |",
+        "| KV cache | 4.0 KiB | 1.0 KiB (0.25x) |",
+    ]
+    assert eight.splitlines()[2:] == [
+        "| vt | 80 % |",
+        "| mean of 1 | 80.0 % |",
+        "| far tokens read (mean) | - |",
+        "| KV cache | - |",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="needle (questions about numbers hidden in prose), perplexity, or one task of "
-            "them: needle:single, needle:multikey, needle:multivalue. With lengths of its own: "
-            "perplexity@2048,8192. Repeat it for several.",
+            help="needle (questions about numbers hidden in prose), perplexity, ruler (its 13 "
+            "tasks), or some tasks of them: needle:single,multikey,multivalue or "
+            "ruler:niah_multikey_2,vt. With lengths of its own: ruler@4096,8192. Repeat it for "
+            "several.",
             show_default="needle, perplexity",
         ),
     ] = None,
@@ -42,13 +43,34 @@ def evaluate(
         ),
     ] = None,
     data: options.Data = None,
+    squad: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions of ruler:qa_1: a JSON file in SQuAD's format. Left out: built-in ones.",
+            show_default=False,
+        ),
+    ] = None,
+    hotpotqa: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions of ruler:qa_2: a JSON file in HotpotQA's distractor format. Left out: "
+            "built-in ones.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Type of the weights; auto is float32 on a CPU, bfloat16 on a GPU."),
     ] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="JSON file for the results.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="JSON file for the results; every question with its answer goes to "
+            "NAME.samples.jsonl beside it.",
+            show_default=False,
+        ),
     ] = None,
     write_card: Annotated[
         bool,
@@ -63,6 +85,8 @@ def evaluate(
     Every policy gets the same tests, from the part of the text that conversion does not train on.
 
     `rtpurbo eval smollm2-sparse --suite needle --length 4096 --samples 20`
+
+    `rtpurbo eval smollm2-sparse --suite ruler@4096,8192 --samples 25 -o ruler.json`
     """
     import torch
     from rich.console import Console
@@ -71,15 +95,18 @@ def evaluate(
     from rtpurbo.devices import device_name, resolve_device
     from rtpurbo.evaluation import run
     from rtpurbo.evaluation.records import write_results
+    from rtpurbo.evaluation.ruler.vocabulary import load_vocabulary
+    from rtpurbo.evaluation.samples import SampleRecord, samples_path, write_samples
     from rtpurbo.models.artifact import find_artifact
     from rtpurbo.reporting.card import rewrite_card
-    from rtpurbo.reporting.tables import results_table
+    from rtpurbo.reporting.tables import results_tables
 
     place = resolve_device(device)
+    questions: list[SampleRecord] = []
     with ProgressBars() as progress:
         records = run.evaluate(
             artifact,
-            suites=suite or tuple(run.SUITES),
+            suites=suite or run.DEFAULT_SUITES,
             lengths=length or run.DEFAULT_LENGTHS,
             samples=samples,
             policies=policy or run.DEFAULT_POLICIES,
@@ -88,12 +115,21 @@ def evaluate(
             seed=seed,
             device=place,
             dtype=None if dtype == "auto" else getattr(torch, dtype),
+            squad=squad,
+            hotpotqa=hotpotqa,
+            keep_sample=questions.append,
             progress=progress,
         )
-    Console().print(results_table(records))
+    Console().print(*results_tables(records))
     if output is not None:
         command = shlex.join(["rtpurbo", *sys.argv[1:]])
-        write_results(output, artifact, device_name(place), command, records)
+        # Words are of a package that may not be installed, and other words make other questions.
+        words = load_vocabulary().name
+        extra = {"ruler_words": words} if any(item.suite == "ruler" for item in records) else None
+        write_results(output, artifact, device_name(place), command, records, extra)
         typer.echo(f"Written to {output}.")
+        if questions:
+            write_samples(samples_path(output), questions)
+            typer.echo(f"Every question is in {samples_path(output)}.")
     if write_card:
         rewrite_card(find_artifact(artifact), records)

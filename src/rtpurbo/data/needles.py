@@ -126,31 +126,31 @@ def make_retrieval_example(
     return RetrievalExample.of(conversation, answers, "_".join(kinds) or "single")
 
 
-def needle_sentence(key: str, number: str) -> str:
-    """A sentence that gives a key a number."""
-    return f"One of the special magic numbers for {key} is: {number}."
+def needle_sentence(key: str, value: str, kind: str = "number") -> str:
+    """A sentence that gives a key a number, or a value of another kind."""
+    return f"One of the special magic {kind}s for {key} is: {value}."
 
 
-def needle_question(key: str, numbers: list[str]) -> tuple[str, Question]:
-    """What introduces a text with needles, and the question for all numbers of a key."""
-    if len(numbers) == 1:
+def needle_question(key: str, values: list[str], kind: str = "number") -> tuple[str, Question]:
+    """What introduces a text with needles, and the question for all values of a key."""
+    if len(values) == 1:
         introduction = (
-            "A special magic number is hidden within the following text. Make sure to memorize "
-            "it. I will quiz you about the number afterwards."
+            f"A special magic {kind} is hidden within the following text. Make sure to memorize "
+            f"it. I will quiz you about the {kind} afterwards."
         )
-        question = f"What is the special magic number for {key} mentioned in the provided text?"
-        opening = f"The special magic number for {key} mentioned in the provided text is"
-        answer = f" {numbers[0]}"
+        question = f"What is the special magic {kind} for {key} mentioned in the provided text?"
+        opening = f"The special magic {kind} for {key} mentioned in the provided text is"
+        answer = f" {values[0]}"
     else:
         introduction = (
-            "Some special magic numbers are hidden within the following text. Make sure to "
-            "memorize them. I will quiz you about the numbers afterwards."
+            f"Some special magic {kind}s are hidden within the following text. Make sure to "
+            f"memorize them. I will quiz you about the {kind}s afterwards."
         )
         question = (
-            f"What are all the special magic numbers for {key} mentioned in the provided text?"
+            f"What are all the special magic {kind}s for {key} mentioned in the provided text?"
         )
-        opening = f"The special magic numbers for {key} mentioned in the provided text are"
-        answer = f" {', '.join(numbers[:-1])} and {numbers[-1]}"
+        opening = f"The special magic {kind}s for {key} mentioned in the provided text are"
+        answer = f" {', '.join(values[:-1])} and {values[-1]}"
     return introduction, Question(question, opening, answer)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.needles import is_correct, make_retrieval_example
 from rtpurbo.data.texts import TextCorpus
+from rtpurbo.evaluation.samples import Outcome, Sample
 from rtpurbo.models.text import continue_tokens
 
 TASKS = {
@@ -25,23 +25,6 @@ SLACK_TOKENS = 8
 QUESTIONS_AT_ONCE = 10
 
 
-@dataclass(frozen=True)
-class NeedleSample:
-    """One question: the numbers asked for, what the model wrote, and whether it is right."""
-
-    answers: list[str]
-    generated: str
-    correct: bool
-
-
-@dataclass(frozen=True)
-class NeedleOutcome:
-    """Right answers in percent, and every sample."""
-
-    accuracy: float
-    details: list[NeedleSample]
-
-
 def needle_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -51,7 +34,7 @@ def needle_accuracy(
     samples: int,
     seed: int = 0,
     after_sample: Callable[[], None] = lambda: None,
-) -> NeedleOutcome:
+) -> Outcome:
     """Greedy answers to questions whose keys no training saw.
 
     Questions depend on everything but the model: every policy gets the same ones.
@@ -81,7 +64,7 @@ def needle_accuracy(
         )
         for number in range(samples)
     ]
-    details = []
+    answered = []
     # A GPU answers several questions in the time of one; a CPU does not, and each would wait.
     at_once = QUESTIONS_AT_ONCE if model.device.type == "cuda" else 1
     for first in range(0, samples, at_once):
@@ -91,7 +74,7 @@ def needle_accuracy(
         for example, generated in zip(
             batch, continue_tokens(model, tokenizer, prompts, budget), strict=True
         ):
-            correct = is_correct(example, generated)
-            details.append(NeedleSample(example.answers, generated, correct))
+            score = 100.0 * is_correct(example, generated)
+            answered.append(Sample.of(example.prompt_ids, example.answers, generated, score))
             after_sample()
-    return NeedleOutcome(100 * sum(sample.correct for sample in details) / samples, details)
+    return Outcome.of(answered)

@@ -21,8 +21,8 @@ class Record:
     """One measurement.
 
     Attributes:
-        suite: "needle" or "perplexity".
-        task: what of the suite, such as "single" or "prose".
+        suite: "needle", "perplexity" or "ruler".
+        task: what of the suite, such as "single", "prose" or "niah_single_1".
         context_length: tokens.
         policy: what ran, a name of `rtpurbo.evaluation.policies.POLICIES`.
         samples: examples or windows behind the score.

@@ -5,19 +5,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from rtpurbo.data.texts import TextCorpus, load_texts
+from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import default_dtype, resolve_device
-from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation import needle, perplexity
+from rtpurbo.evaluation.battery import Battery
+from rtpurbo.evaluation.cells import DEFAULT_SUITES, Cell, check_name, choose_cells
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.evaluation.policies import POLICIES, Source
 from rtpurbo.evaluation.records import Record
+from rtpurbo.evaluation.ruler.materials import Materials
+from rtpurbo.evaluation.ruler.suite import RulerSuite
+from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.models.artifact import find_artifact
 from rtpurbo.models.sparsify import counting, is_sparse
 from rtpurbo.settings import Progress, check_context, no_progress
@@ -25,50 +27,11 @@ from rtpurbo.settings import Progress, check_context, no_progress
 DEFAULT_LENGTHS = (2048, 4096)
 DEFAULT_POLICIES = ("full", "rtpurbo")
 
-SUITES: dict[str, tuple[str, ...]] = {
-    "needle": tuple(needle.TASKS),
-    "perplexity": ("prose",),
-}
-"""The tasks of every suite."""
-
-DEFAULT_TASKS = {"needle": ("single", "multikey"), "perplexity": ("prose",)}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One test that every policy takes."""
-
-    suite: str
-    task: str
-    context_length: int
-    samples: int
-
-    def __str__(self) -> str:
-        return f"{self.suite} {self.task} {self.context_length}"
-
-    def score(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        corpus: TextCorpus,
-        seed: int,
-        after_sample: Callable[[], None],
-    ) -> float:
-        """Accuracy in percent, or perplexity."""
-        samples = self.samples
-        if self.suite == "perplexity":
-            return perplexity.prose_perplexity(
-                model, tokenizer, corpus, self.context_length, samples, seed, after_sample
-            )
-        return needle.needle_accuracy(
-            model, tokenizer, corpus, self.task, self.context_length, samples, seed, after_sample
-        ).accuracy
-
 
 def evaluate(
     artifact: str | Path,
     *,
-    suites: Sequence[str | Cell] = tuple(SUITES),
+    suites: Sequence[str | Cell] = DEFAULT_SUITES,
     lengths: Sequence[int] | Mapping[str, Sequence[int]] = DEFAULT_LENGTHS,
     samples: int = 10,
     policies: Sequence[str] = DEFAULT_POLICIES,
@@ -78,14 +41,18 @@ def evaluate(
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
     cache_length: int | None = None,
+    squad: str | Path | None = None,
+    hotpotqa: str | Path | None = None,
+    keep_sample: Callable[[SampleRecord], None] = lambda record: None,
     progress: Progress = no_progress,
 ) -> list[Record]:
     """Measures an artifact: quality, share of far tokens read, and bytes of cache.
 
     Args:
         artifact: a folder, or a name on the Hugging Face Hub.
-        suites: names of `SUITES`; `suite:task` takes one task of a suite, and `suite@2048,8192` has
-            lengths of its own. A `Cell` is one test, with a length and samples of its own.
+        suites: names of `rtpurbo.evaluation.cells.SUITES`; `suite:task,task` takes some tasks of a
+            suite, and `suite@2048,8192` has lengths of its own. A `Cell` is one test, with a length
+            and samples of its own.
         lengths: tokens of a test, for all suites or by the suite's name.
         samples: questions or windows of each test.
         policies: names of `rtpurbo.evaluation.policies.POLICIES`.
@@ -95,11 +62,14 @@ def evaluate(
         dtype: of the weights; None chooses what suits the device.
         base_model: where to take the base model from, if not from where the artifact says.
         cache_length: tokens at which the cache is weighed; None takes each test's.
+        squad: questions of `ruler:qa_1`, a file in SQuAD's format; None takes the built-in ones.
+        hotpotqa: those of `ruler:qa_2`, in HotpotQA's distractor format, likewise.
+        keep_sample: given every question with its answer.
         progress: told after each sample.
 
     Raises:
-        RTPurboError: a name is unknown, the artifact cannot be loaded, or a test is longer than
-            the model's context.
+        RTPurboError: a name is unknown, the artifact or a file cannot be loaded, or a test is
+            longer than the model's context or too short for its task.
     """
     cells = choose_cells(suites, lengths, samples)
     for name in policies:
@@ -109,69 +79,23 @@ def evaluate(
         find_artifact(artifact), device, dtype or default_dtype(device), base_model, seed
     )
     corpus = load_texts(data, "heldout")
+    battery = Battery(corpus, RulerSuite(Materials.of(corpus, squad, hotpotqa), seed), seed)
     return [
         record
         for name in policies
-        for record in _evaluate_policy(name, source, cells, corpus, cache_length, progress)
+        for record in _evaluate_policy(
+            name, source, cells, battery, cache_length, keep_sample, progress
+        )
     ]
-
-
-def choose_cells(
-    suites: Sequence[str | Cell],
-    lengths: Sequence[int] | Mapping[str, Sequence[int]],
-    samples: int,
-) -> list[Cell]:
-    """The tests that the arguments of `evaluate` name.
-
-    Raises:
-        RTPurboError: a suite or task is unknown, a suite has no length, or there are no samples.
-    """
-    if samples < 1:
-        raise RTPurboError(f"the number of samples is {samples}, but it must be at least 1.")
-    cells: list[Cell] = []
-    for given in suites:
-        if isinstance(given, Cell):
-            cells.append(given)
-            continue
-        name, _, own_lengths = given.partition("@")
-        suite, _, task = name.partition(":")
-        check_name("suite", suite, SUITES)
-        if task:
-            check_name(f"{suite} task", task, SUITES[suite])
-        suite_lengths = lengths.get(suite, ()) if isinstance(lengths, Mapping) else lengths
-        if own_lengths:
-            suite_lengths = _parse_lengths(given, own_lengths)
-        if not suite_lengths or min(suite_lengths) < 2:
-            raise RTPurboError(f"the suite '{suite}' needs lengths of at least 2 tokens.")
-        cells += [
-            Cell(suite, each, length, samples)
-            for each in ([task] if task else DEFAULT_TASKS[suite])
-            for length in suite_lengths
-        ]
-    return list(dict.fromkeys(cells))
-
-
-def _parse_lengths(suite: str, lengths: str) -> list[int]:
-    try:
-        return [int(length) for length in lengths.split(",")]
-    except ValueError as error:
-        raise RTPurboError(
-            f"'{suite}' does not name lengths: write them as in perplexity@2048,8192."
-        ) from error
-
-
-def check_name(kind: str, name: str, known: Sequence[str] | Mapping[str, object]) -> None:
-    """Refuses a name that is not among the known ones, and lists them."""
-    if name not in known:
-        raise RTPurboError(f"there is no {kind} '{name}': choose from {', '.join(known)}.")
 
 
 def _evaluate_policy(
     name: str,
     source: Source,
     cells: Sequence[Cell],
-    corpus: TextCorpus,
+    battery: Battery,
     cache_length: int | None,
+    keep_sample: Callable[[SampleRecord], None],
     progress: Progress,
 ) -> Iterator[Record]:
     total, figures = sum(cell.samples for cell in cells), dict[str, float]()
@@ -189,18 +113,22 @@ def _evaluate_policy(
         max(cell.context_length for cell in cells),
         model.config.max_position_embeddings,
     )
+    battery.prepare(tokenizer, cells, progress)
     for cell in cells:
         with _far_tokens_read(model) as share:
-            score = cell.score(model, tokenizer, corpus, source.seed, after_sample)
-        figures = {str(cell): score}
+            outcome = battery.run(cell, model, tokenizer, after_sample)
+        figures = {str(cell): outcome.score}
         progress(name, done, total, figures)
+        test = (cell.suite, cell.task, cell.context_length, name, battery.seed)
+        for number, sample in enumerate(outcome.samples):
+            keep_sample(SampleRecord(*test, number, sample))
         yield Record(
             cell.suite,
             cell.task,
             cell.context_length,
             name,
             cell.samples,
-            score,
+            outcome.score,
             share(),
             cache_bytes(model, cache_length or cell.context_length),
         )

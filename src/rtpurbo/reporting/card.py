@@ -11,7 +11,7 @@ from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
 from rtpurbo.reporting.facts import artifact_facts
-from rtpurbo.reporting.tables import markdown_rows, markdown_table
+from rtpurbo.reporting.tables import markdown_rows, markdown_tables
 
 # By the beginning of the base model's name.
 LICENSES = {"HuggingFaceTB/SmolLM": "apache-2.0"}
@@ -80,7 +80,7 @@ def model_card(
         base="a local model" if local else f"[{base}](https://huggingface.co/{base})",
         name=name,
         base_argument=', base_model="PATH-OF-THE-BASE-MODEL"' if local else "",
-        figures=_FIGURES.format(table=markdown_table(records)).strip()
+        figures=_FIGURES.format(table=markdown_tables(records)).strip()
         if records
         else f"Not measured yet: run `rtpurbo eval {name}`.",
         facts=markdown_rows(("", ""), artifact_facts(artifact)),

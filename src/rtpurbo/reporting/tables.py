@@ -1,48 +1,50 @@
-"""Records as a table: a row for each policy, a column for each test."""
+"""Records as tables: a row for each policy, a column for each test; RULER's the other way round."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from rich.table import Table
 from rich.text import Text
 
-from rtpurbo.evaluation.policies import POLICIES
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.formats import percent, short_bytes, short_length
+from rtpurbo.reporting.entries import (
+    DENSE,
+    Entry,
+    Grid,
+    cache_entry,
+    policy_order,
+    score_entry,
+    share_entry,
+)
+from rtpurbo.reporting.formats import short_length
+from rtpurbo.reporting.ruler import ruler_grid
 
-DENSE = "full"
 
-
-@dataclass(frozen=True)
-class Entry:
-    """What stands in one place of a table, with its rich style."""
-
-    text: str
-    style: str = ""
-
-
-def results_table(records: Sequence[Record], cache_length: int | None = None) -> Table:
-    """A table for the terminal; the dense row first, losses against it in yellow and red.
+def results_tables(records: Sequence[Record], cache_length: int | None = None) -> list[Table]:
+    """Tables for the terminal, with losses against the dense policy in yellow and red.
 
     Args:
         records: measurements of one or more policies.
         cache_length: tokens at which every record's cache was weighed; None if each at its own.
     """
-    header, rows = _grid(records, cache_length)
-    table = Table()
-    for number, title in enumerate(header):
-        table.add_column(title, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*(Text(entry.text, entry.style) for entry in row))
-    return table
+    tables = []
+    for header, rows in _grids(records, cache_length):
+        table = Table()
+        for number, title in enumerate(header):
+            table.add_column(title, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*(Text(entry.text, entry.style) for entry in row))
+        tables.append(table)
+    return tables
 
 
-def markdown_table(records: Sequence[Record], cache_length: int | None = None) -> str:
-    """The same table in Markdown, for model cards and documentation."""
-    header, rows = _grid(records, cache_length)
-    return markdown_rows(header, ([entry.text for entry in row] for row in rows))
+def markdown_tables(records: Sequence[Record], cache_length: int | None = None) -> str:
+    """The same tables in Markdown, for model cards and documentation."""
+    return "\n\n".join(
+        markdown_rows(header, ([entry.text for entry in row] for row in rows))
+        for header, rows in _grids(records, cache_length)
+    )
 
 
 def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -51,16 +53,21 @@ def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ruler, *rows))
 
 
-def _grid(
-    records: Sequence[Record], cache_length: int | None
-) -> tuple[list[str], list[list[Entry]]]:
+def _grids(records: Sequence[Record], cache_length: int | None) -> list[Grid]:
+    """A grid of what has few tasks, and one of RULER's for each length."""
+    ruler = [record for record in records if record.suite == "ruler"]
+    others = [record for record in records if record.suite != "ruler"]
+    lengths = dict.fromkeys(record.context_length for record in ruler)
+    return [
+        *([_grid(others, cache_length)] if others else []),
+        *(ruler_grid([item for item in ruler if item.context_length == each]) for each in lengths),
+    ]
+
+
+def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
     """The header and the rows of the table."""
     scores = {(_test(record), record.policy): record for record in records}
     tests = list(dict.fromkeys(test for test, _ in scores))
-    policies = list(dict.fromkeys(record.policy for record in records))
-    order = list(POLICIES)
-    policies.sort(key=lambda name: order.index(name) if name in order else len(order))
-
     longest = max((record.context_length for record in records), default=0)
     # Prose shows what is read on the average; needle questions only what the answer reads.
     reads = max(tests, key=lambda test: (test[0] == "perplexity", test[2]), default=None)
@@ -70,12 +77,16 @@ def _grid(
     header.append(f"KV cache at {short_length(cache_length or longest)}")
 
     rows = []
-    for policy in policies:
+    for policy in policy_order(records):
         row = [Entry(policy, "bold" if policy == DENSE else "")]
-        row += [_score(scores.get((test, policy)), scores.get((test, DENSE))) for test in tests]
+        row += [
+            score_entry(scores.get((test, policy)), scores.get((test, DENSE))) for test in tests
+        ]
         if reads is not None:
-            row.append(_share(scores.get((reads, policy))))
-        row.append(_cache(_longest(records, policy, longest), _longest(records, DENSE, longest)))
+            row.append(share_entry(scores.get((reads, policy))))
+        row.append(
+            cache_entry(_longest(records, policy, longest), _longest(records, DENSE, longest))
+        )
         rows.append(row)
     return header, rows
 
@@ -87,35 +98,3 @@ def _test(record: Record) -> tuple[str, str, int]:
 def _longest(records: Sequence[Record], policy: str, length: int) -> Record | None:
     found = (item for item in records if (item.policy, item.context_length) == (policy, length))
     return next(found, None)
-
-
-def _score(record: Record | None, dense: Record | None) -> Entry:
-    if record is None:
-        return Entry("-")
-    if record.suite == "perplexity":
-        loss = 0.0 if dense is None else 100 * (record.score / dense.score - 1)
-        return Entry(f"{record.score:.2f}", _loss_style(loss, slight=1))
-    loss = 0.0 if dense is None else dense.score - record.score
-    return Entry(f"{record.score:.0f} %", _loss_style(loss, slight=0))
-
-
-def _loss_style(loss: float, slight: float) -> str:
-    """Red from a loss of 5 (points, or percent of perplexity), yellow above a slight one."""
-    if loss >= 5:
-        return "bold red"
-    return "yellow" if loss > slight else ""
-
-
-def _share(record: Record | None) -> Entry:
-    if record is None or record.far_tokens_read is None:
-        return Entry("-")
-    return Entry(percent(record.far_tokens_read))
-
-
-def _cache(record: Record | None, dense: Record | None) -> Entry:
-    if record is None or record.kv_bytes is None:
-        return Entry("-")
-    text = short_bytes(record.kv_bytes)
-    if dense is not None and dense.kv_bytes and record.policy != DENSE:
-        text += f" ({record.kv_bytes / dense.kv_bytes:.2f}x)"
-    return Entry(text)

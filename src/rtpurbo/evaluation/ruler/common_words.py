@@ -1,0 +1,96 @@
+"""Common words extraction: a numbered list, ten words of which come up far more often."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+
+from rtpurbo.evaluation.ruler.draft import Draft, Request, Stream, offshoot
+
+TOKENS_TO_GENERATE = 120
+NUM_COMMON = 10
+SMALLEST = 10
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """How often words come up in a list.
+
+    Attributes:
+        common: each of the ten common words.
+        uncommon: every other one.
+    """
+
+    common: int
+    uncommon: int
+
+
+LONG, SHORT = Frequencies(30, 3), Frequencies(6, 1)
+LONG_EXAMPLE, SHORT_EXAMPLE = Frequencies(10, 3), Frequencies(3, 1)
+LONG_FROM = 4096
+"""Shorter contexts have no room for the long lists."""
+
+LONG_EXAMPLE_WORDS, SHORT_EXAMPLE_WORDS = 30, 10
+"""Uncommon words of the worked example."""
+
+INTRODUCTION = (
+    "The numbered list below repeats its words, some of them far more often than the others. "
+    "Keep in mind which ones come up most."
+)
+QUESTION = f"Which {NUM_COMMON} words come up most often in the list above?"
+OPENING = f"The {NUM_COMMON} words that come up most often in the list are:"
+
+
+def draft(request: Request) -> Draft:
+    """Draws the words of the list, and others for the worked example before it."""
+    rng, is_long = request.rng, request.context_length >= LONG_FROM
+    frequencies = LONG if is_long else SHORT
+    every = request.materials.vocabulary.words
+    words = iter(rng.sample(every, len(every)))
+    example_common = _apart(words, every)
+    example_uncommon = list(islice(words, LONG_EXAMPLE_WORDS if is_long else SHORT_EXAMPLE_WORDS))
+    common = _apart(words, every)
+    example = _listed(
+        example_common,
+        example_uncommon,
+        LONG_EXAMPLE if is_long else SHORT_EXAMPLE,
+        rng.getrandbits(64),
+    )
+    solved = f"{example}\n\n{QUESTION}\n\n{OPENING} {_numbered(example_common)}"
+    shuffle_seed = rng.getrandbits(64)
+    uncommon = Stream(_uncommon(request, words, common))
+    return Draft(
+        text=lambda size: (
+            f"{solved}\n\n\n{_listed(common, uncommon.first(size), frequencies, shuffle_seed)}"
+        ),
+        question=QUESTION,
+        opening=OPENING,
+        answers=tuple(common),
+        smallest=SMALLEST,
+    )
+
+
+def _apart(words: Iterator[str], every: Sequence[str]) -> list[str]:
+    """The next words that are no part of another, as "sun" is of "sunset": they would be found in it."""
+    together = " ".join(every)
+    return list(islice((word for word in words if together.count(word) == 1), NUM_COMMON))
+
+
+def _uncommon(request: Request, words: Iterator[str], common: Sequence[str]) -> Iterator[str]:
+    """The other words, and compounds without common words when they run out."""
+    compounds = request.materials.vocabulary.compounds(offshoot(request.rng))
+    return chain(words, (word for word in compounds if not any(other in word for other in common)))
+
+
+def _listed(
+    common: Sequence[str], uncommon: Sequence[str], frequencies: Frequencies, seed: int
+) -> str:
+    entries = [*common] * frequencies.common + [*uncommon] * frequencies.uncommon
+    random.Random(seed).shuffle(entries)
+    return f"{INTRODUCTION}\n\n{_numbered(entries)}"
+
+
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))

@@ -1,0 +1,93 @@
+"""What a task is: something that drafts questions whose haystack can grow."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
+
+from rtpurbo.evaluation.ruler.materials import Materials
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Asks a task for one question.
+
+    Attributes:
+        materials: what haystacks are made of.
+        context_length: tokens that prompt and answer may have; some tasks change with it.
+        seed: of the whole test.
+        number: of the question in the test.
+        rng: the source of all randomness, seeded by task, seed and number.
+    """
+
+    materials: Materials
+    context_length: int
+    seed: int
+    number: int
+    rng: random.Random
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question with everything drawn but the size of its haystack.
+
+    Attributes:
+        text: what comes before the question, around a haystack of so many units; the unit is the
+            task's. The same size gives the same text, and a larger one goes on where a smaller ends.
+        question: what is asked at the end.
+        opening: the words that open the answer and give nothing away.
+        answers: strings that a right answer contains.
+        smallest: the least size that leaves a question worth asking.
+    """
+
+    text: Callable[[int], str]
+    question: str
+    opening: str
+    answers: tuple[str, ...]
+    smallest: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the thirteen.
+
+    Attributes:
+        name: RULER's.
+        description: one line.
+        tokens_to_generate: room kept for the answer, and the most that is generated.
+        draft: makes a question.
+        any_answer: one of the answers is enough, as they are ways to say the same.
+    """
+
+    name: str
+    description: str
+    tokens_to_generate: int
+    draft: Callable[[Request], Draft]
+    any_answer: bool = False
+
+
+class Stream(Generic[T]):
+    """Keeps what an endless iterator gave, so that larger haystacks begin with smaller ones.
+
+    Its iterator must not share a random generator with anything that draws later: what it gives
+    must not depend on the sizes that are tried.
+    """
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self._source = source
+        self._given: list[T] = []
+
+    def first(self, count: int) -> list[T]:
+        """The first elements, always the same."""
+        self._given += islice(self._source, max(0, count - len(self._given)))
+        return self._given[:count]
+
+
+def offshoot(rng: random.Random) -> random.Random:
+    """A generator of its own for something that draws at any time."""
+    return random.Random(rng.getrandbits(64))

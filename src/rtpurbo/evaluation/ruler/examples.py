@@ -1,0 +1,107 @@
+"""Prompts as tokens: every question of a test, filled to the length asked for."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rtpurbo.data.prompts import Question, conversation_tokens
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.ruler.draft import Draft, Request, Task
+from rtpurbo.evaluation.ruler.fitting import largest_that_fits
+from rtpurbo.evaluation.ruler.materials import Materials
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question of a test.
+
+    Attributes:
+        prompt_ids: the tokens of the prompt, ending with the opening words of the answer.
+        answers: strings that a right answer contains.
+    """
+
+    prompt_ids: array[int]
+    answers: tuple[str, ...]
+
+
+def make_examples(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    samples: int,
+    seed: int,
+    materials: Materials,
+) -> list[Example]:
+    """The questions of a test; number k is the same whatever else is asked for.
+
+    Prompt and generated tokens together have at most `context_length` tokens, and with the
+    smallest addition to the haystack they would have more.
+
+    Args:
+        task: one of the thirteen.
+        tokenizer: the model's; its chat template is used if it has one.
+        context_length: the most tokens of prompt and answer.
+        samples: questions.
+        seed: of the test.
+        materials: what haystacks are made of.
+
+    Raises:
+        RTPurboError: `context_length` leaves no room for the smallest haystack.
+    """
+    drafts = [_draft(task, context_length, seed, number, materials) for number in range(samples)]
+    limit = context_length - task.tokens_to_generate
+    if any(len(prompt(tokenizer, draft, draft.smallest)) > limit for draft in drafts):
+        least = _least_length(task, tokenizer, context_length, samples, seed, materials)
+        raise RTPurboError(
+            f"the RULER task {task.name} does not fit into {context_length:,} tokens: with this "
+            f"model's tokenizer it needs at least {least:,}."
+        )
+    examples = []
+    for draft in drafts:
+        size = largest_that_fits(
+            lambda size, draft=draft: len(prompt(tokenizer, draft, size)),  # type: ignore[misc]
+            limit,
+            draft.smallest,
+        )
+        examples.append(Example(array("i", prompt(tokenizer, draft, size)), draft.answers))
+    return examples
+
+
+def prompt(tokenizer: PreTrainedTokenizerBase, draft: Draft, size: int) -> list[int]:
+    """The tokens of a question around a haystack of some size."""
+    question = Question(draft.question, draft.opening, "")
+    return conversation_tokens(tokenizer, draft.text(size), [question]).input_ids
+
+
+def _draft(task: Task, context_length: int, seed: int, number: int, materials: Materials) -> Draft:
+    # Without the length: what is asked stays, only the haystack grows.
+    rng = random.Random(f"ruler-{task.name}-{seed}-{number}")
+    return task.draft(Request(materials, context_length, seed, number, rng))
+
+
+def _least_length(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    samples: int,
+    seed: int,
+    materials: Materials,
+) -> int:
+    """The least length that holds every smallest prompt, which may itself grow with the length."""
+    while True:
+        smallest = max(
+            len(prompt(tokenizer, draft, draft.smallest))
+            for draft in (
+                _draft(task, context_length, seed, number, materials) for number in range(samples)
+            )
+        )
+        least = smallest + task.tokens_to_generate
+        if least <= context_length:
+            return context_length
+        context_length = least

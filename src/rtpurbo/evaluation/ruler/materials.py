@@ -1,0 +1,85 @@
+"""What haystacks are made of: words, prose, passages."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+from rtpurbo.data.texts import SENTENCE_END, TextCorpus
+from rtpurbo.evaluation.ruler.questions import (
+    QuestionSet,
+    built_in_questions,
+    read_hotpotqa,
+    read_squad,
+)
+from rtpurbo.evaluation.ruler.vocabulary import Vocabulary, load_vocabulary
+
+MOST_WORDS = 1_000_000
+"""More of a corpus is not used: no context is longer."""
+
+# The next sentence is looked for among so many words; lists and code have none.
+WORDS_TO_A_SENTENCE = 200
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What haystacks are made of.
+
+    Attributes:
+        vocabulary: words of keys and lists.
+        essay: the words of prose, in order, with its punctuation.
+        single_hop: passages that answer a question each.
+        two_hop: passages of which two are needed for an answer.
+    """
+
+    vocabulary: Vocabulary
+    essay: tuple[str, ...]
+    single_hop: QuestionSet
+    two_hop: QuestionSet
+
+    @classmethod
+    def of(
+        cls,
+        corpus: TextCorpus,
+        squad: str | Path | None = None,
+        hotpotqa: str | Path | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> Materials:
+        """Collects them.
+
+        Args:
+            corpus: prose.
+            squad: a file in SQuAD's format for `qa_1`; None takes the built-in questions.
+            hotpotqa: one in HotpotQA's distractor format for `qa_2`, likewise.
+            vocabulary: words; None takes those of `load_vocabulary`.
+
+        Raises:
+            RTPurboError: a file is missing or of another format.
+        """
+        words = (word for document in corpus.documents for word in document.split())
+        return cls(
+            vocabulary or load_vocabulary(),
+            tuple(islice(words, MOST_WORDS)),
+            built_in_questions("single_hop") if squad is None else read_squad(squad),
+            built_in_questions("two_hop") if hotpotqa is None else read_hotpotqa(hotpotqa),
+        )
+
+    def prose(self, rng: random.Random) -> Iterator[str]:
+        """Words of the essay from the start of a random sentence on, over and over again."""
+        start = rng.randrange(len(self.essay))
+        for place in range(start, min(start + WORDS_TO_A_SENTENCE, len(self.essay))):
+            # The pattern wants to see that a word ends there.
+            if SENTENCE_END.search(f"{self.essay[place - 1]} "):
+                start = place
+                break
+        return (self.essay[place % len(self.essay)] for place in count(start))
+
+
+def first_words(text: str, number: int) -> str:
+    """The beginning of a text, its spaces and line breaks kept."""
+    ends = [match.end() for match in islice(re.finditer(r"\S+", text), number)]
+    return text[: ends[-1]] if ends else ""

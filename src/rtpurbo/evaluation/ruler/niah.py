@@ -1,0 +1,105 @@
+"""Needles in a haystack: values of keys, hidden in noise, in prose or among other needles."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from rtpurbo.data.needles import needle_question, needle_sentence
+from rtpurbo.data.prompts import hide
+from rtpurbo.evaluation.ruler.draft import Draft, Request, Stream, offshoot
+from rtpurbo.evaluation.ruler.noise import insert_lines, noise_lines
+
+TOKENS_TO_GENERATE = 128
+
+DEPTHS = tuple(number / 39 for number in range(40))
+"""Where needles may stand, from 0 (the beginning) to 1; no two stand at one depth."""
+
+SMALLEST = {"noise": 20, "needles": 8, "essay": 100}
+"""The smallest haystack: sentences of noise, distracting needles, words of prose."""
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """One kind of needles.
+
+    Attributes:
+        haystack: repeated noise, needles with other keys, or prose.
+        keys: compounds of two words, or UUIDs.
+        values: seven digits, or UUIDs.
+        num_keys: keys with values; those that are not asked for distract.
+        num_values: values of each key.
+        num_queries: keys that are asked for.
+    """
+
+    haystack: Literal["noise", "needles", "essay"]
+    keys: Literal["words", "uuids"] = "words"
+    values: Literal["numbers", "uuids"] = "numbers"
+    num_keys: int = 1
+    num_values: int = 1
+    num_queries: int = 1
+
+    def draft(self, request: Request) -> Draft:
+        """Draws keys, values and depths."""
+        rng, kind = request.rng, self.values.removesuffix("s")
+        keys, values = self._keys(request), self._values(rng)
+        held = {
+            next(keys): [next(values) for _ in range(self.num_values)] for _ in range(self.num_keys)
+        }
+        asked = list(held)[: self.num_queries]
+        answers = [value for key in asked for value in held[key]]
+        sentences = [needle_sentence(key, value, kind) for key in held for value in held[key]]
+        rng.shuffle(sentences)
+        hidden = list(zip(sorted(rng.sample(DEPTHS, len(sentences))), sentences, strict=True))
+        # Keys and values that distract go on drawing from here; nothing else does.
+        distractors = Stream(
+            needle_sentence(*pair, kind) for pair in zip(keys, values, strict=True)
+        )
+        prose = Stream(request.materials.prose(offshoot(rng)))
+
+        def haystack(size: int) -> str:
+            if self.haystack == "essay":
+                return hide(" ".join(prose.first(size)), hidden)
+            lines = noise_lines(size) if self.haystack == "noise" else distractors.first(size)
+            return "\n".join(insert_lines(lines, hidden))
+
+        introduction, question = needle_question(_listed(asked), answers, kind)
+        return Draft(
+            text=lambda size: f"{introduction}\n\n{haystack(size)}",
+            question=question.question,
+            opening=question.opening,
+            answers=tuple(answers),
+            smallest=SMALLEST[self.haystack],
+        )
+
+    def _keys(self, request: Request) -> Iterator[str]:
+        if self.keys == "words":
+            return request.materials.vocabulary.compounds(request.rng)
+        return _distinct(lambda: _random_uuid(request.rng))
+
+    def _values(self, rng: random.Random) -> Iterator[str]:
+        if self.values == "numbers":
+            return _distinct(lambda: str(rng.randrange(1_000_000, 10_000_000)))
+        return _distinct(lambda: _random_uuid(rng))
+
+
+def _random_uuid(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _distinct(draw: Callable[[], str]) -> Iterator[str]:
+    """Draws without end, nothing twice."""
+    given: set[str] = set()
+    while True:
+        drawn = draw()
+        if drawn not in given:
+            given.add(drawn)
+            yield drawn
+
+
+def _listed(keys: list[str]) -> str:
+    """One key, or several as in "a, b, and c"."""
+    return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"

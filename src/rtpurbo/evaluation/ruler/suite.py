@@ -1,0 +1,81 @@
+"""Asks a model the questions of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rtpurbo.evaluation.ruler.examples import Example, make_examples
+from rtpurbo.evaluation.ruler.materials import Materials
+from rtpurbo.evaluation.ruler.scoring import answer_score
+from rtpurbo.evaluation.ruler.tasks import TASKS
+from rtpurbo.evaluation.samples import Outcome, Sample
+from rtpurbo.models.text import continue_tokens
+
+QUESTIONS_AT_ONCE = 10
+# The cache of all of them must fit beside the model.
+TOKENS_AT_ONCE = 2**18
+
+
+class RulerSuite:
+    """The tests of one run, each made once for all policies, which share a tokenizer.
+
+    Args:
+        materials: what haystacks are made of.
+        seed: of the tests.
+    """
+
+    def __init__(self, materials: Materials, seed: int = 0) -> None:
+        self.materials = materials
+        self.seed = seed
+        self._made: dict[tuple[str, int, int], list[Example]] = {}
+
+    def examples(
+        self, tokenizer: PreTrainedTokenizerBase, task: str, context_length: int, samples: int
+    ) -> list[Example]:
+        """The questions of a test."""
+        test = (task, context_length, samples)
+        if test not in self._made:
+            self._made[test] = make_examples(
+                TASKS[task], tokenizer, context_length, samples, self.seed, self.materials
+            )
+        return self._made[test]
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: str,
+        context_length: int,
+        samples: int,
+        after_sample: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """Greedy answers to the questions of a test, and their mean score in percent.
+
+        Args:
+            model: dense or sparse.
+            tokenizer: the model's.
+            task: a name of `TASKS`.
+            context_length: the most tokens of prompt and answer.
+            samples: questions.
+            after_sample: called after each.
+
+        Raises:
+            RTPurboError: `context_length` is too short for the task.
+        """
+        examples = self.examples(tokenizer, task, context_length, samples)
+        kind, answered = TASKS[task], list[Sample]()
+        # As with needles: only a GPU answers several questions in the time of one.
+        is_gpu = model.device.type == "cuda"
+        fitting = max(1, TOKENS_AT_ONCE // context_length)
+        at_once = min(QUESTIONS_AT_ONCE, fitting) if is_gpu else 1
+        for first in range(0, samples, at_once):
+            batch = examples[first : first + at_once]
+            prompts = [example.prompt_ids for example in batch]
+            written = continue_tokens(model, tokenizer, prompts, kind.tokens_to_generate)
+            for example, generated in zip(batch, written, strict=True):
+                score = 100 * answer_score(generated, example.answers, kind.any_answer)
+                answered.append(Sample.of(example.prompt_ids, example.answers, generated, score))
+                after_sample()
+        return Outcome.of(answered)

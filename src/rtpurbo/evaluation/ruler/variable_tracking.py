@@ -1,0 +1,38 @@
+"""Variable tracking: who holds a value in the end of a chain of assignments, strewn over noise."""
+
+from __future__ import annotations
+
+from rtpurbo.data.variables import INTRODUCTION, draw_chains, scatter
+from rtpurbo.evaluation.ruler.draft import Draft, Request
+from rtpurbo.evaluation.ruler.noise import insert_lines, noise_lines
+
+TOKENS_TO_GENERATE = 30
+NUM_CHAINS, NUM_HOPS = 1, 4
+
+# The worked example is some 500 tokens long.
+EXAMPLE_SENTENCES = 75
+SMALLEST = 40
+
+
+def draft(request: Request) -> Draft:
+    """Draws a chain to ask for, and another one for the worked example before it."""
+    rng = request.rng
+    *chains, shown = draw_chains(rng, NUM_CHAINS + 1, NUM_HOPS, "test")
+    question, example = chains[0].question(), shown.question()
+    hidden = scatter(rng, chains)
+    solved = (
+        f"{_tracked(scatter(rng, [shown]), EXAMPLE_SENTENCES)}\n\n"
+        f"{example.question}\n\n{example.opening}{example.answer}"
+    )
+    return Draft(
+        text=lambda size: f"{solved}\n\n\n{_tracked(hidden, size)}",
+        question=question.question,
+        opening=question.opening,
+        answers=chains[0].names,
+        smallest=SMALLEST,
+    )
+
+
+def _tracked(hidden: list[tuple[float, str]], num_sentences: int) -> str:
+    lines = insert_lines(noise_lines(num_sentences), hidden)
+    return f"{INTRODUCTION}\n\n" + "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Every question and answer of a test, so that two runs can be compared one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import write_text_atomically
+
+SUFFIX = ".samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        answers: strings that were expected.
+        generated: what the model wrote.
+        score: 100 if it is right, 0 if not, or between if some answers are.
+        prompt_tokens: the length of the prompt.
+        prompt_hash: tells in a few letters whether two runs had the same prompt.
+    """
+
+    answers: list[str]
+    generated: str
+    score: float
+    prompt_tokens: int
+    prompt_hash: str
+
+    @classmethod
+    def of(
+        cls, prompt_ids: Sequence[int], answers: Sequence[str], generated: str, score: float
+    ) -> Sample:
+        """A sample with what is kept of its prompt."""
+        digest = hashlib.sha256(array("i", prompt_ids).tobytes()).hexdigest()[:16]
+        return cls(list(answers), generated, score, len(prompt_ids), digest)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a test gave.
+
+    Attributes:
+        score: right answers in percent, or perplexity.
+        samples: every question; none for perplexity.
+    """
+
+    score: float
+    samples: tuple[Sample, ...] = ()
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Outcome:
+        """The mean score of at least one sample."""
+        return cls(sum(sample.score for sample in samples) / len(samples), tuple(samples))
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """A sample and where it belongs.
+
+    Attributes:
+        suite: as in `rtpurbo.evaluation.records.Record`, like the next three.
+        task: of the suite.
+        context_length: tokens.
+        policy: what ran.
+        seed: of the test.
+        number: of the question in the test, from 0.
+        sample: the question and the answer.
+    """
+
+    suite: str
+    task: str
+    context_length: int
+    policy: str
+    seed: int
+    number: int
+    sample: Sample
+
+
+def samples_path(results: str | Path) -> Path:
+    """Where the samples behind a file of results lie: beside it."""
+    results = Path(results)
+    return results.with_name(results.name.removesuffix(".json") + SUFFIX)
+
+
+def write_samples(path: str | Path, records: Sequence[SampleRecord]) -> None:
+    """Writes a line of JSON for every sample."""
+    lines = []
+    for record in records:
+        row = asdict(record)
+        row |= row.pop("sample")
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text_atomically(path, "".join(lines))
+
+
+def read_samples(path: str | Path) -> list[SampleRecord]:
+    """Reads what `write_samples` wrote.
+
+    Raises:
+        RTPurboError: the file is missing or corrupt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RTPurboError(f"there is no file of samples {path}; check the path.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [_record(json.loads(line)) for line in lines if line]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RTPurboError(f"{path} holds no samples or is corrupt; evaluate again.") from error
+
+
+def _record(row: dict[str, Any]) -> SampleRecord:
+    sample = Sample(**{name: row.pop(name) for name in Sample.__dataclass_fields__})
+    return SampleRecord(**row, sample=sample)

@@ -1,0 +1,80 @@
+"""RULER at one length: a row for each task, a column for each policy, and the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from rtpurbo.evaluation.records import Record
+from rtpurbo.evaluation.ruler.tasks import TASKS
+from rtpurbo.reporting.entries import (
+    DENSE,
+    Entry,
+    Grid,
+    cache_entry,
+    loss_style,
+    policy_order,
+    score_entry,
+)
+from rtpurbo.reporting.formats import percent, short_length
+
+
+def ruler_grid(records: Sequence[Record]) -> Grid:
+    """The header and the rows.
+
+    Args:
+        records: RULER's, all of one length and at least one.
+    """
+    scores = {(record.task, record.policy): record for record in records}
+    measured = {record.task for record in records}
+    tasks = [task for task in TASKS if task in measured] + sorted(measured - set(TASKS))
+    policies = policy_order(records)
+    header = [f"RULER {short_length(records[0].context_length)}", *policies]
+    rows = [
+        [
+            Entry(task),
+            *(
+                score_entry(scores.get((task, policy)), scores.get((task, DENSE)))
+                for policy in policies
+            ),
+        ]
+        for task in tasks
+    ]
+    means = {policy: _mean(records, policy, len(tasks)) for policy in policies}
+    rows.append(
+        [
+            Entry(f"mean of {len(tasks)}", "bold"),
+            *(_mean_entry(means[policy], means.get(DENSE)) for policy in policies),
+        ]
+    )
+    rows.append(
+        [Entry("far tokens read (mean)"), *(_far_entry(records, name) for name in policies)]
+    )
+    # Every task weighs the cache at the same length.
+    first = {record.policy: record for record in reversed(records)}
+    rows.append(
+        [Entry("KV cache"), *(cache_entry(first[name], first.get(DENSE)) for name in policies)]
+    )
+    return header, rows
+
+
+def _mean(records: Sequence[Record], policy: str, num_tasks: int) -> float | None:
+    """The mean of a policy's tasks; None unless it has all of them."""
+    scores = [record.score for record in records if record.policy == policy]
+    return fmean(scores) if len(scores) == num_tasks else None
+
+
+def _far_entry(records: Sequence[Record], policy: str) -> Entry:
+    shares = [
+        record.far_tokens_read
+        for record in records
+        if record.policy == policy and record.far_tokens_read is not None
+    ]
+    return Entry(percent(fmean(shares)) if shares else "-")
+
+
+def _mean_entry(mean: float | None, dense: float | None) -> Entry:
+    if mean is None:
+        return Entry("-")
+    style = "" if dense is None else loss_style(dense - mean, slight=0)
+    return Entry(f"{mean:.1f} %", style)

@@ -1,0 +1,39 @@
+import pytest
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.cells import Cell, choose_cells
+from rtpurbo.evaluation.ruler.tasks import TASKS
+
+
+def test_suites_have_default_tasks():
+    assert choose_cells(["needle", "needle:multivalue"], [512], 3) == [
+        Cell("needle", task, 512, 3) for task in ("single", "multikey", "multivalue")
+    ]
+
+
+def test_tests_may_stand_beside_suites():
+    cells = [Cell("needle", "single", 300, 1), Cell("perplexity", "prose", 128, 2)]
+    assert choose_cells([*cells, "perplexity@256"], [512], 3) == [
+        *cells,
+        Cell("perplexity", "prose", 256, 3),
+    ]
+
+
+def test_a_suite_may_have_lengths_of_its_own():
+    assert choose_cells(["perplexity@64,128"], [512], 3) == [
+        Cell("perplexity", "prose", length, 3) for length in (64, 128)
+    ]
+    with pytest.raises(RTPurboError, match="perplexity@2048,8192"):
+        choose_cells(["perplexity@long"], [512], 3)
+
+
+def test_ruler_has_thirteen_tasks_or_those_named():
+    assert choose_cells(["ruler@4096,8192"], [512], 25) == [
+        Cell("ruler", task, length, 25) for task in TASKS for length in (4096, 8192)
+    ]
+    assert choose_cells(["ruler:niah_multikey_2,vt@4096", "ruler:vt@4096"], [512], 3) == [
+        Cell("ruler", task, 4096, 3) for task in ("niah_multikey_2", "vt")
+    ]
+    for name in ("ruler:niah_multikey_2,", "ruler:vt,,cwe"):
+        with pytest.raises(RTPurboError, match="there is no ruler task ''"):
+            choose_cells([name], [512], 3)

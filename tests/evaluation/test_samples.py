@@ -1,0 +1,48 @@
+import pytest
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.samples import (
+    Outcome,
+    Sample,
+    SampleRecord,
+    read_samples,
+    samples_path,
+    write_samples,
+)
+
+SAMPLES = [
+    Sample.of([1, 2, 3], ["12", "é"], "it is 12\u2028 and é", 100.0),
+    Sample.of([1, 2, 4], ["13"], "", 0.0),
+]
+RECORDS = [
+    SampleRecord("ruler", "vt", 4096, "full", 0, number, sample)
+    for number, sample in enumerate(SAMPLES)
+]
+
+
+def test_round_trip(tmp_path):
+    path = samples_path(tmp_path / "results.json")
+    assert path.name == "results.samples.jsonl"
+    assert samples_path("top-p-0.9").name == "top-p-0.9.samples.jsonl"
+    write_samples(path, RECORDS)
+    assert read_samples(path) == RECORDS
+    assert len(path.read_text().split("\n")) == 3
+
+
+def test_the_hash_is_of_the_prompt():
+    assert SAMPLES[0].prompt_tokens == 3
+    assert SAMPLES[0].prompt_hash != SAMPLES[1].prompt_hash
+    assert Sample.of((1, 2, 3), [], "", 0.0).prompt_hash == SAMPLES[0].prompt_hash
+
+
+def test_the_outcome_is_the_mean():
+    assert Outcome.of(SAMPLES) == Outcome(50.0, tuple(SAMPLES))
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(RTPurboError, match="there is no file of samples"):
+        read_samples(tmp_path / "nothing.jsonl")
+    for content in ("x", "{}", "[1]", "3"):
+        (tmp_path / "bad.jsonl").write_text(content)
+        with pytest.raises(RTPurboError, match="corrupt"):
+            read_samples(tmp_path / "bad.jsonl")
