@@ -74,6 +74,7 @@ def test_sparse_prefill_equals_eager_and_counts_as_it_does():
         ({"prefill_mode": "top_p"}, (0,), "only 'row_peak' has kernels"),
         ({"prefill_mode": "row_peak", "reading": "paper"}, (0,), "selects no blocks"),
         ({"prefill_mode": "row_peak", "block_size": 24}, (0,), "powers of two"),
+        ({"prefill_mode": "row_peak", "row_stride": 4}, (0,), "fewer than 16 rows"),
         ({}, None, "no known order"),
     ],
     ids=str,

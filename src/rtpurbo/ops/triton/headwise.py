@@ -219,3 +219,5 @@ def refusals(
     sizes = (rule.block_size, rule.query_block_size)
     if any(size & (size - 1) or not 16 <= size <= 128 for size in sizes):
         yield "block_size and query_block_size must be powers of two from 16 to 128"
+    if rule.query_block_size // rule.row_stride < 16:
+        yield "fewer than 16 rows of a tile are asked (query_block_size / row_stride)"
