@@ -52,7 +52,7 @@ def test_dense_retrieval_heads_equal_the_oracle(dtype, retrieval_heads, q_len, k
 
 def test_sparse_prefill_equals_eager_and_counts_as_it_does():
     rule = replace(RULE, prefill_mode="row_peak", row_share=0.05, retrieval_window=20)
-    problem = kernel_problem(100, 190, DTYPES[-1], padding=(0, 31), index_dim=4)
+    problem = kernel_problem(100, 190, torch.float32, padding=(0, 31), index_dim=4)
     layout = HeadLayout.build((0, 3), 4, 2, problem.queries.device)
     counted, expected_counts = SelectionStatistics(), SelectionStatistics()
     output, _ = run(problem, rule, (0, 3), (0, 31), statistics=counted)
@@ -95,7 +95,7 @@ def test_kernels_say_what_they_cannot_do(changes, padding, reason):
 def test_a_chunk_over_pages_equals_one_over_a_tensor(mode, page_size):
     rule = replace(RULE, prefill_mode=mode, row_share=0.2, retrieval_window=20)
     padding = (0, 31)
-    problem = kernel_problem(70, 190, DTYPES[-1], padding=padding, index_dim=4)
+    problem = kernel_problem(70, 190, torch.float32, padding=padding, index_dim=4)
     layout = HeadLayout.build((0, 1, 3), 4, 2, DEVICE)
     queries, _, full, bounded, _, index_queries = problem.layered(
         layout, rule.num_selecting_rows(70)
