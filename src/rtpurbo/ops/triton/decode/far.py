@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, row_offsets, sequence_extent
+from rtpurbo.ops.triton.softmax import fold_lanes, join_lanes
 
 
 @triton.jit
@@ -134,26 +135,11 @@ def far_kernel(
         tile_values = tl.load(values + value_rows[:, None] + dims[None, :], mask=loaded, other=0.0)
         logits = tl.sum(tile_keys.to(tl.float32) * query[None, :], 1) * scale
         logits = tl.where(read, logits, float("-inf"))
-        new_peaks = tl.maximum(peaks, logits)
-        # A lane that has read nothing yet has no peak to measure from.
-        base = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
-        weights = tl.exp2(logits - base)
-        shrink = tl.exp2(peaks - base)
-        totals = totals * shrink + weights
-        accumulators = accumulators * shrink[:, None]
-        accumulators += weights[:, None] * tile_values.to(tl.float32)
-        peaks = new_peaks
+        accumulators, peaks, totals = fold_lanes(
+            accumulators, peaks, totals, logits, tile_values.to(tl.float32)
+        )
 
     place = head * num_programs + program
-    peak_of_all = tl.max(peaks, 0)
-    base_of_all = tl.where(peak_of_all == float("-inf"), 0.0, peak_of_all)
-    shares = tl.exp2(peaks - base_of_all)
-    total = tl.sum(totals * shares, 0)
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    tl.store(log_sums + place, tl.where(empty, float("-inf"), peak_of_all + tl.log2(total)))
-    tl.store(
-        outputs + place.to(tl.int64) * HEAD_DIM + dims,
-        tl.sum(accumulators * shares[:, None], 0) / total,
-        mask=dims < HEAD_DIM,
-    )
+    output, log_sum = join_lanes(accumulators, peaks, totals)
+    tl.store(log_sums + place, log_sum)
+    tl.store(outputs + place.to(tl.int64) * HEAD_DIM + dims, output, mask=dims < HEAD_DIM)

@@ -22,8 +22,7 @@ from rtpurbo.ops.triton.decode.merge import merge_kernel
 from rtpurbo.ops.triton.decode.read import read_kernel
 from rtpurbo.ops.triton.decode.select import select_kernel
 from rtpurbo.ops.triton.decode.states import FullStates, Selection
-
-LOG2_E = 1.4426950408889634
+from rtpurbo.ops.triton.softmax import LOG2_E
 
 # Near keys of one program, and how many tiles of them are in flight or in use; index keys of one.
 SPLIT = 128
@@ -207,7 +206,7 @@ def read(
         rule.near_window,
         rule.sliding_window,
         widest,
-        scaling * LOG2_E,
+        scaling * LOG2_E.value,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         RETRIEVAL_WIDTH=triton.next_power_of_2(max(1, num_retrieval)),
@@ -324,7 +323,7 @@ def read_far(
         segment_entries,
         rule.num_sink_tokens,
         rule.near_window,
-        scaling * LOG2_E,
+        scaling * LOG2_E.value,
         SEGMENT_WIDTH=max(LEAST_SEGMENTS, triton.next_power_of_2(max(1, num_segments))),
         HEAD_DIM=head_dim,
         WIDTH=width,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rtpurbo.ops.triton.softmax import LN_2, fold_lanes, join_lanes
+
 
 @triton.jit
 def _add_parts(
@@ -33,13 +35,7 @@ def _add_parts(
             mask=(parts < num_parts)[:, None] & (dims < HEAD_DIM)[None, :],
             other=0.0,
         )
-        new_peaks = tl.maximum(peaks, log_sum)
-        base = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
-        weights = tl.exp2(log_sum - base)
-        shrink = tl.exp2(peaks - base)
-        totals = totals * shrink + weights
-        accumulators = accumulators * shrink[:, None] + weights[:, None] * part
-        peaks = new_peaks
+        accumulators, peaks, totals = fold_lanes(accumulators, peaks, totals, log_sum, part)
     return peaks, totals, accumulators
 
 
@@ -109,17 +105,11 @@ def merge_kernel(
         HEAD_DIM,
         TILE,
     )
-    peak = tl.max(peaks, 0)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    shares = tl.exp2(peaks - base)
-    total = tl.sum(totals * shares, 0)
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
+    joined, log_sum = join_lanes(accumulators, peaks, totals)
     tl.store(
         output + row.to(tl.int64) * HEAD_DIM + dims,
-        (tl.sum(accumulators * shares[:, None], 0) / total).to(output.dtype.element_ty),
+        joined.to(output.dtype.element_ty),
         mask=dims < HEAD_DIM,
     )
     if (log_sum_exp is not None) and tl.program_id(0) == 0:
-        natural = (peak + tl.log2(total)) * 0.6931471805599453
-        tl.store(log_sum_exp + row, tl.where(empty, float("-inf"), natural))
+        tl.store(log_sum_exp + row, log_sum * LN_2)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, row_offsets
+from rtpurbo.ops.triton.softmax import fold_tile, log_sum_exp
 
 
 @triton.jit
@@ -121,26 +122,12 @@ def attend_split(
         logits = tl.dot(query_rows, tile_keys.T, input_precision="ieee") * scale
         near = (positions < num_sinks)[None, :] | (positions[None, :] > before_window[:, None])
         logits = tl.where(seen[None, :] & near, logits, float("-inf"))
-
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        # A row that has seen nothing yet has no peak to measure from.
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink + tl.sum(weights, 1)
-        accumulator = accumulator * shrink[:, None]
-        accumulator = tl.dot(
-            weights.to(tile_values.dtype), tile_values, accumulator, input_precision="ieee"
-        )
-        peak = new_peak
+        accumulator, peak, total = fold_tile(accumulator, peak, total, logits, tile_values, True)
 
     places = (sequence.to(tl.int64) * num_heads + heads) * num_splits + split
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    log_sum = tl.where(empty, float("-inf"), peak + tl.log2(total))
-    tl.store(log_sums + places, log_sum, mask=in_group)
+    tl.store(log_sums + places, log_sum_exp(peak, total), mask=in_group)
     tl.store(
         outputs + places[:, None] * HEAD_DIM + dims[None, :],
-        accumulator / total[:, None],
+        accumulator / tl.where(total == 0.0, 1.0, total)[:, None],
         mask=in_group[:, None] & in_row,
     )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.decode.levels import DEPTH, DEPTH_WIDTH, LEVEL_WIDTH, LEVELS
+from rtpurbo.ops.triton.softmax import LOG2_E
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _near_mass(near_log_sums, num_splits, score, SPLIT_WIDTH: tl.constexpr):
     """
     splits = tl.arange(0, SPLIT_WIDTH)
     log_sums = tl.load(near_log_sums + splits, mask=splits < num_splits, other=float("-inf"))
-    return tl.sum(tl.exp2(log_sums - score * 1.4426950408889634), 0)
+    return tl.sum(tl.exp2(log_sums - score * LOG2_E), 0)
 
 
 @triton.jit

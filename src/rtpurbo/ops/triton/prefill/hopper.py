@@ -13,7 +13,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from rtpurbo.ops.states import KeyValueStates
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.hopper_kernel import hopper_kernel
-from rtpurbo.ops.triton.prefill.portable import LOG2_E, BlockLists
+from rtpurbo.ops.triton.prefill.portable import BlockLists
+from rtpurbo.ops.triton.softmax import LOG2_E
 
 ROWS = 128
 KEYS = 128
@@ -81,7 +82,7 @@ def _launch(
         tiles,
         row_offset,
         num_sink_tokens,
-        scaling * LOG2_E,
+        scaling * LOG2_E.value,
         *output.stride()[:3],
         *((0, 0) if log_sum_exp is None else log_sum_exp.stride()[:2]),
         0 if lists is None else lists.blocks.shape[-1],

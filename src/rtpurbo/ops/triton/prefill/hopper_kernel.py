@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from rtpurbo.ops.triton.softmax import LN_2, LOG2_E
+
 
 @gluon.jit
 def _window_plan(first_row, window, num_sinks, M: gl.constexpr, N: gl.constexpr):
@@ -250,7 +252,7 @@ def _consume(
             highest = positions - window
             # The near keys' result is where the softmax goes on from.
             peak = gl.load(lse_ptr + call_row + rows, mask=in_call, other=float("-inf"))
-            peak = peak * 1.4426950408889634
+            peak = peak * LOG2_E
             total = gl.where(peak == float("-inf"), 0.0, 1.0)
             accumulator = gl.load(places, mask=(output_rows < T)[:, None], other=0.0).to(gl.float32)
             first, second = _listed_step(0, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
@@ -324,9 +326,7 @@ def _consume(
             mask=(output_rows < T)[:, None],
         )
         if HAS_LSE:
-            log_sum = gl.where(
-                total == 0.0, float("-inf"), (peak + gl.log2(total)) * 0.6931471805599453
-            )
+            log_sum = gl.where(total == 0.0, float("-inf"), (peak + gl.log2(total)) * LN_2)
             gl.store(lse_ptr + call_row + rows, log_sum, mask=in_call)
 
 

@@ -14,8 +14,7 @@ from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import KeyValueStates
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.portable_kernels import listed_kernel, window_kernel
-
-LOG2_E = 1.4426950408889634
+from rtpurbo.ops.triton.softmax import LOG2_E
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def window_attention(
             len(table),
             head_dim,
             num_sink_tokens,
-            scaling * LOG2_E,
+            scaling * LOG2_E.value,
             *output.stride(),
             *((0, 0) if log_sum_exp is None else log_sum_exp.stride()[:2]),
             HAS_SLOTS=slots is not None,
@@ -141,7 +140,7 @@ def listed_attention(
         row_offset,
         head_dim,
         num_sink_tokens,
-        scaling * LOG2_E,
+        scaling * LOG2_E.value,
         *output.stride(),
         *log_sum_exp.stride()[:2],
         *lists.blocks.stride()[:3],

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, row_offsets
+from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, fold_tile, log_sum_exp
 
 
 @triton.jit
@@ -41,28 +42,27 @@ def _load_tile(
 
 
 @triton.jit
-def _fold(accumulator, peak, total, scores, values, MASKED: tl.constexpr):
-    """Adds a tile of scores (in powers of two) and values to a running softmax."""
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    # A row that has seen nothing yet has no peak to measure from.
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(peak - base)
-    total = total * shrink + tl.sum(weights, 1)
-    accumulator = accumulator * shrink[:, None]
-    accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
-    return accumulator, new_peak, total
-
-
-@triton.jit
-def _masked_step(
-    accumulator, peak, total, queries, keys, values, rows, columns, lowest, highest, scale
-):
-    """A tile of keys in which row i sees columns from lowest[i] to highest[i]."""
+def _add_tile(
+    accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
+    block_table, table_stride, sequence, key_value_head, start, shift, length, head_dim,
+    lowest, highest, scale,
+    MASKED: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Adds N keys from a position on; if MASKED, row i sees those from lowest[i] to highest[i]."""
+    keys = _load_tile(
+        key_states, key_strides, block_table, table_stride, sequence, key_value_head,
+        start + shift, length, head_dim, N, D, PAGE_SIZE,
+    )  # fmt: skip
     scores = tl.dot(queries, keys.T, input_precision="ieee") * scale
-    visible = (columns[None, :] >= lowest[:, None]) & (columns[None, :] <= highest[:, None])
-    scores = tl.where(visible, scores, float("-inf"))
-    return _fold(accumulator, peak, total, scores, values, True)
+    values = _load_tile(
+        value_states, value_strides, block_table, table_stride, sequence, key_value_head,
+        start + shift, length, head_dim, N, D, PAGE_SIZE,
+    )  # fmt: skip
+    if MASKED:
+        columns = start + tl.arange(0, N)
+        visible = (columns[None, :] >= lowest[:, None]) & (columns[None, :] <= highest[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    return fold_tile(accumulator, peak, total, scores, values, MASKED)
 
 
 @triton.jit
@@ -79,10 +79,7 @@ def _store(
         mask=in_call[:, None] & (dims < head_dim)[None, :],
     )
     if HAS_LSE:
-        log_sum = tl.where(
-            total == 0.0, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453
-        )
-        tl.store(lse_ptr + lse_offsets, log_sum, mask=in_call)
+        tl.store(lse_ptr + lse_offsets, log_sum_exp(peak, total) * LN_2, mask=in_call)
 
 
 @triton.jit
@@ -122,56 +119,31 @@ def window_kernel(
     edge = interior - tl.cdiv(tl.maximum(interior - first_seen, 0), N) * N
 
     for start in tl.range(first_row, first_row + M, N, num_stages=1):
-        keys = _load_tile(
-            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        accumulator, peak, total = _add_tile(
+            accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            lowest, rows, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
-        values = _load_tile(
-            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
-        )  # fmt: skip
-        columns = start + tl.arange(0, N)
-        accumulator, peak, total = _masked_step(
-            accumulator, peak, total, queries, keys, values, rows, columns, lowest, rows, scale
-        )
     for start in tl.range(edge, interior, N, num_stages=1):
-        keys = _load_tile(
-            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        accumulator, peak, total = _add_tile(
+            accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            lowest, rows, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
-        values = _load_tile(
-            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
-        )  # fmt: skip
-        columns = start + tl.arange(0, N)
-        accumulator, peak, total = _masked_step(
-            accumulator, peak, total, queries, keys, values, rows, columns, lowest, rows, scale
-        )
+    first_key = tl.zeros([M], tl.int32)
+    last_sink = tl.minimum(rows, num_sinks - 1)
     for start in tl.range(0, num_sinks, N, num_stages=1):
-        keys = _load_tile(
-            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
-            start + sink_shift, length, head_dim, N, D, PAGE_SIZE,
-        )  # fmt: skip
-        values = _load_tile(
-            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
-            start + sink_shift, length, head_dim, N, D, PAGE_SIZE,
-        )  # fmt: skip
-        columns = start + tl.arange(0, N)
-        accumulator, peak, total = _masked_step(
-            accumulator, peak, total, queries, keys, values, rows, columns,
-            tl.zeros([M], tl.int32), tl.minimum(rows, num_sinks - 1), scale,
+        accumulator, peak, total = _add_tile(
+            accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
+            block_table, table_stride, sequence, key_value_head, start, sink_shift, length, head_dim,
+            first_key, last_sink, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     for start in tl.range(interior, first_row, N, num_stages=STAGES):
-        keys = _load_tile(
-            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        accumulator, peak, total = _add_tile(
+            accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            lowest, rows, scale, False, N, D, PAGE_SIZE,
         )  # fmt: skip
-        scores = tl.dot(queries, keys.T, input_precision="ieee")
-        values = _load_tile(
-            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
-        )  # fmt: skip
-        accumulator, peak, total = _fold(accumulator, peak, total, scores * scale, values, False)
 
     call_rows = (tile * M + tl.arange(0, M)).to(tl.int64)
     _store(
@@ -225,38 +197,27 @@ def listed_kernel(
         mask=in_call[:, None] & (dims < head_dim)[None, :],
         other=0.0,
     ).to(tl.float32)
-    peak = tl.load(lse_ptr + call_rows, mask=in_call, other=float("-inf")) * 1.4426950408889634
+    peak = tl.load(lse_ptr + call_rows, mask=in_call, other=float("-inf")) * LOG2_E
     total = tl.where(peak == float("-inf"), 0.0, 1.0)
 
     queries = _load_queries(query_descriptor, sequence, head, first_call_row, M, D)
     rows = first_row + tl.arange(0, M)
     lowest = tl.zeros([M], tl.int32) + num_sinks
+    highest = rows - window
     for i in tl.range(0, num_edge, num_stages=1):
         start = tl.load(blocks_ptr + i) * N
-        keys = _load_tile(
-            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
-        )  # fmt: skip
-        values = _load_tile(
-            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
-        )  # fmt: skip
-        columns = start + tl.arange(0, N)
-        accumulator, peak, total = _masked_step(
-            accumulator, peak, total, queries, keys, values, rows, columns, lowest, rows - window, scale
+        accumulator, peak, total = _add_tile(
+            accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            lowest, highest, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     for i in tl.range(EDGE, EDGE + num_whole, num_stages=STAGES):
         start = tl.load(blocks_ptr + i) * N
-        keys = _load_tile(
-            key_states, key_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
+        accumulator, peak, total = _add_tile(
+            accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            lowest, highest, scale, False, N, D, PAGE_SIZE,
         )  # fmt: skip
-        scores = tl.dot(queries, keys.T, input_precision="ieee")
-        values = _load_tile(
-            value_states, value_strides, block_table, table_stride, sequence, key_value_head,
-            start + slot_shift, length, head_dim, N, D, PAGE_SIZE,
-        )  # fmt: skip
-        accumulator, peak, total = _fold(accumulator, peak, total, scores * scale, values, False)
     _store(
         output_ptr, lse_ptr, accumulator, peak, total, in_call, head_dim,
         stride_ot, stride_od, call_rows, call_rows, D, True,

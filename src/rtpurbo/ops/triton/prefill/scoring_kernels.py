@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, row_offsets
+from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, log_sum_exp, measured_from
 
 
 @triton.jit
@@ -135,12 +136,12 @@ def peaks_kernel(
             strongest.to(tl.float16),
             mask=(numbers < num_blocks)[None, :],
         )
-        strongest *= 1.4426950408889634
+        strongest *= LOG2_E
         new_peak = tl.maximum(peak, tl.max(strongest, 1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        base = measured_from(new_peak)
         total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(strongest - base[:, None]), 1)
         peak = new_peak
-    tl.store(sums_ptr + lanes, tl.where(total == 0.0, float("-inf"), peak + tl.log2(total)))
+    tl.store(sums_ptr + lanes, log_sum_exp(peak, total))
 
 
 @triton.jit
@@ -166,16 +167,16 @@ def bars_kernel(
         mask=call_rows < T,
         other=float("-inf"),
     )
-    peak = near * 1.4426950408889634
+    peak = near * LOG2_E
     total = tl.where(near == float("-inf"), 0.0, 1.0)
     sums_ptr += sequence.to(tl.int64) * stride_sb + entry * stride_sh + tile * stride_st
     for part in tl.range(0, ranges):
         partial = tl.load(sums_ptr + part * stride_sr + lanes)
         new_peak = tl.maximum(peak, partial)
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        base = measured_from(new_peak)
         total = total * tl.exp2(peak - base) + tl.exp2(partial - base)
         peak = new_peak
-    bar = (peak + tl.log2(tl.maximum(total, 1e-30))) * 0.6931471805599453 + log_share
+    bar = (peak + tl.log2(tl.maximum(total, 1e-30))) * LN_2 + log_share
     # Rows outside the sequence or the call want nothing.
     wants = (call_rows < T) & (start + call_rows >= 0)
     bar = tl.where(wants, bar, float("inf"))
