@@ -46,19 +46,8 @@ def headwise_attention(
     Arguments and results as in `rtpurbo.ops.eager.headwise.headwise_attention`; the positions of
     the queries follow from the slots of the keys.
     """
-    if query_states.shape[2] == 1:
-        return decode_attention(
-            query_states,
-            full,
-            bounded,
-            layout,
-            index_queries,
-            rule,
-            scaling=scaling,
-            statistics=statistics,
-            return_log_sum_exp=return_log_sum_exp,
-        )
-    return prefill_attention(
+    attend = decode_attention if query_states.shape[2] == 1 else prefill_attention
+    return attend(
         query_states,
         full,
         bounded,

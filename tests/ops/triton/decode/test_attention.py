@@ -7,7 +7,7 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics
-from rtpurbo.ops.triton.decode.attention import decode_attention, paged_decode_attention
+from rtpurbo.ops.triton.decode.attention import decode_attention
 from tests import oracles
 from tests.ops.triton.decode_support import Step, paged
 from tests.ops.triton.support import DEVICE, DTYPES
@@ -150,7 +150,7 @@ def test_pages_hold_the_same(page_size, changes):
     options = {"scaling": step.problem.scaling, "return_log_sum_exp": True}
     expected = decode_attention(queries, full, *others, rule, **options)
     pages = paged(full, padding, page_size)
-    actual = paged_decode_attention(queries, pages, *others, rule, **options)
+    actual = decode_attention(queries, pages, *others, rule, **options)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
 

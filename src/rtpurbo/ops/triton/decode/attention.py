@@ -30,7 +30,7 @@ MAX_BLOCK_SIZE = 1024
 
 def decode_attention(
     query_states: Tensor,
-    full: KeyValueStates,
+    full: KeyValueStates | PagedStates,
     bounded: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
@@ -62,33 +62,6 @@ def decode_attention(
     Returns:
         Output [B, H, 1, D] and the log-sum-exp [B, H, 1] or None.
     """
-    output, log_sum_exp, _ = run_step(
-        query_states,
-        full,
-        bounded,
-        layout,
-        index_queries,
-        rule,
-        scaling,
-        statistics,
-        return_log_sum_exp,
-    )
-    return output, log_sum_exp
-
-
-def paged_decode_attention(
-    query_states: Tensor,
-    full: PagedStates,
-    bounded: KeyValueStates,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    *,
-    scaling: float,
-    statistics: SelectionStatistics | None = None,
-    return_log_sum_exp: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`decode_attention` with the full KV heads in pages, and a length for each sequence."""
     output, log_sum_exp, _ = run_step(
         query_states,
         full,
