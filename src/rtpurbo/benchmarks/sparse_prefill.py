@@ -1,23 +1,20 @@
 """A layer's sparse prefill with lists of our choice: all of the work, and the density that is wanted.
 
-It does what `rtpurbo.ops.triton.headwise` does, scoring included, but reads the blocks of lists made
+It is what `rtpurbo.ops.triton.headwise` does, scoring included, but reads the blocks of lists made
 beforehand: the index of random numbers finds nothing, and would tell nothing about speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rtpurbo.benchmarks.lists import density_of, synthetic_lists
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
-from rtpurbo.ops.triton.heads import HeadTable, query_starts
-from rtpurbo.ops.triton.headwise import listed_attention
-from rtpurbo.ops.triton.prefill import hopper, portable
+from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill.portable import BlockLists
 from rtpurbo.ops.triton.prefill.scoring import block_lists
 
@@ -40,9 +37,6 @@ class SparsePrefill:
         self.layout = layout
         self.rule = rule
         self.lists = lists
-        self._near = HeadTable.build(layout.retrieval, rule.near_window)
-        self._full = self._near.followed_by(HeadTable.build(layout.local_full, rule.sliding_window))
-        self._bounded = HeadTable.build(layout.local_bounded, rule.sliding_window)
 
     def __call__(
         self,
@@ -53,21 +47,12 @@ class SparsePrefill:
         scaling: float,
     ) -> Tensor:
         """Output [batch, num_attention_heads, q_len, head_dim]; arguments as the operator's."""
-        output, log_sum_exp, starts = self._near_keys(queries, full, bounded, scaling)
-        for row, found in self._found(index_queries, full, starts, log_sum_exp):
-            listed_attention(
-                queries,
-                full,
-                self._near,
-                starts,
-                found if self.lists is None else self.lists[row],
-                row,
-                self.rule,
-                scaling,
-                output,
-                log_sum_exp,
-            )
-        return output
+
+        def choose(*asked: Any) -> Iterator[tuple[int, BlockLists]]:
+            for row, found in block_lists(*asked):
+                yield row, found if self.lists is None else self.lists[row]
+
+        return self._attend(choose, queries, full, bounded, index_queries, scaling)
 
     def found_lists(
         self,
@@ -77,9 +62,15 @@ class SparsePrefill:
         index_queries: Tensor,
         scaling: float,
     ) -> Iterator[tuple[int, BlockLists]]:
-        """The lists that the index finds, some rows at a time."""
-        _, log_sum_exp, starts = self._near_keys(queries, full, bounded, scaling)
-        yield from self._found(index_queries, full, starts, log_sum_exp)
+        """The lists that the index finds, for some thousands of rows each."""
+        found: list[tuple[int, BlockLists]] = []
+
+        def keep(*asked: Any) -> Iterator[tuple[int, BlockLists]]:
+            found.extend(block_lists(*asked))
+            return iter(())
+
+        self._attend(keep, queries, full, bounded, index_queries, scaling)
+        return iter(found)
 
     def force(
         self,
@@ -97,27 +88,23 @@ class SparsePrefill:
         self.lists = synthetic_lists(chunks, length, self.rule, heads, density, queries.device)
         return density_of(self.lists, length, self.rule)
 
-    def _near_keys(
-        self, queries: Tensor, full: KeyValueStates, bounded: KeyValueStates, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, heads, q_len, head_dim = queries.shape
-        output = queries.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
-        log_sum_exp = queries.new_empty(batch, heads, q_len, dtype=torch.float32)
-        starts = query_starts(full, q_len)
-        groups = [(full, self._full), (bounded, self._bounded)]
-        kernels: Any = hopper if hopper.suits(queries) else portable
-        kernels.window_attention(
+    def _attend(
+        self,
+        choose_lists: Callable[..., Iterator[tuple[int, BlockLists]]],
+        queries: Tensor,
+        full: KeyValueStates,
+        bounded: KeyValueStates,
+        index_queries: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        output, _ = prefill_attention(
             queries,
-            [(states, table) for states, table in groups if len(table)],
-            starts,
-            self.rule.num_sink_tokens,
-            scaling,
-            output,
-            log_sum_exp,
+            full,
+            bounded,
+            self.layout,
+            index_queries,
+            self.rule,
+            scaling=scaling,
+            choose_lists=choose_lists,
         )
-        return output, log_sum_exp, starts
-
-    def _found(
-        self, index_queries: Tensor, full: KeyValueStates, starts: Tensor, log_sum_exp: Tensor
-    ) -> Iterator[tuple[int, BlockLists]]:
-        return block_lists(index_queries, full, self._near, starts, log_sum_exp, self.rule)
+        return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,11 +71,12 @@ def prefill_attention(
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
+    choose_lists: Callable[..., Iterator[tuple[int, BlockLists]]] = block_lists,
 ) -> tuple[Tensor, Tensor | None]:
     """`headwise_attention` of many rows, the last of each sequence; states may lie in pages.
 
     Retrieval heads select under `row_peak` if there are index queries for every row, and are dense
-    if there are none.
+    if there are none. What they read then is up to `choose_lists`, which is asked as `block_lists` is.
     """
     batch, heads, q_len, head_dim = query_states.shape
     # Heads side by side in memory, as the output projection wants them.
@@ -110,7 +111,7 @@ def prefill_attention(
         assert index_queries is not None
         assert log_sum_exp is not None
         table = tables["near"]
-        for row, lists in block_lists(index_queries, full, table, starts, log_sum_exp, rule):
+        for row, lists in choose_lists(index_queries, full, table, starts, log_sum_exp, rule):
             listed_attention(
                 query_states, full, table, starts, lists, row, rule, scaling, output, log_sum_exp
             )
