@@ -55,3 +55,19 @@ def candidate_range(query_position, num_sinks, near_window, WHOLE: tl.constexpr)
     else:
         first, last = query_position * 0 + num_sinks, query_position - near_window
     return first, last
+
+
+@triton.jit
+def place_of(program, tiles, num_heads, num_dense):
+    """Which head of the table a program of a prefill kernel serves, and which tile of rows.
+
+    Long tiles come first. Heads with a window take turns, and share keys in the L2 cache with their KV
+    head's others. Dense heads, the first ones, come one after the other: programs that begin together
+    then walk through the same keys together, which otherwise would not fit in the L2 cache.
+    """
+    is_dense = program < num_dense * tiles
+    turn = tl.where(is_dense, program, program - num_dense * tiles)
+    others = tl.maximum(num_heads - num_dense, 1)
+    entry = tl.where(is_dense, turn // tiles, num_dense + turn % others)
+    tile = tl.where(is_dense, turn % tiles, turn // others)
+    return entry, tiles - 1 - tile

@@ -22,11 +22,13 @@ class HeadTable:
         heads: int32 [num_heads], query heads of the layer.
         key_value_heads: int32 [num_heads], the KV head that each reads, within its states.
         windows: int32 [num_heads], keys of the window, the query's own counted.
+        num_dense: how many of them see everything; these come first.
     """
 
     heads: Tensor
     key_value_heads: Tensor
     windows: Tensor
+    num_dense: int = 0
 
     def __len__(self) -> int:
         return self.heads.numel()
@@ -36,16 +38,20 @@ class HeadTable:
         """The table of a group of heads with one window, or with int [num_heads] windows."""
         if isinstance(sliding_window, Tensor):
             windows = sliding_window.to(torch.int32)
+            num_dense = 0
         else:
             windows = torch.full_like(group.heads, sliding_window, dtype=torch.int32)
-        return cls(group.heads.to(torch.int32), group.key_value_heads.to(torch.int32), windows)
+            num_dense = len(windows) if sliding_window == EVERYTHING else 0
+        key_value_heads = group.key_value_heads.to(torch.int32)
+        return cls(group.heads.to(torch.int32), key_value_heads, windows, num_dense)
 
     def followed_by(self, other: HeadTable) -> HeadTable:
-        """The heads of this table, then those of another."""
+        """The heads of this table, then those of another, of which none is dense."""
         return HeadTable(
             torch.cat([self.heads, other.heads]),
             torch.cat([self.key_value_heads, other.key_value_heads]),
             torch.cat([self.windows, other.windows]),
+            self.num_dense,
         )
 
 

@@ -79,6 +79,7 @@ def _launch(
         q_len,
         num_heads,
         len(tables[0]),
+        tables[0].num_dense,
         tiles,
         row_offset,
         num_sink_tokens,

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from rtpurbo.ops.triton.addresses import place_of
 from rtpurbo.ops.triton.softmax import LN_2, LOG2_E
 
 
@@ -385,7 +386,7 @@ def hopper_kernel(
     heads_ptr_2, key_value_heads_ptr_2, windows_ptr_2,
     query_starts_ptr, first_slots_ptr, sink_slots_ptr, first_slots_ptr_2, sink_slots_ptr_2,
     blocks_ptr, counts_ptr,
-    T, H, H_1, tiles, row_offset, num_sinks, scale,
+    T, H, H_1, num_dense, tiles, row_offset, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, width,
     HAS_SLOTS: gl.constexpr, HAS_LSE: gl.constexpr, LISTED: gl.constexpr, EDGE: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
@@ -394,9 +395,7 @@ def hopper_kernel(
     """One tile of query rows of one head; `portable` says what each argument means."""
     program = gl.program_id(0)
     sequence = gl.program_id(1)
-    # Heads of one tile run side by side and share keys in the L2 cache; long tiles come first.
-    entry = program % H
-    tile = tiles - 1 - program // H
+    entry, tile = place_of(program, tiles, H, num_dense)
     # The first heads read one pair of keys and values, the others another.
     source = (entry >= H_1).to(gl.int32)
     if source == 1:

@@ -78,6 +78,7 @@ def window_attention(
             starts if sinks is None else sinks,
             q_len,
             len(table),
+            table.num_dense,
             head_dim,
             num_sink_tokens,
             scaling * LOG2_E.value,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.addresses import head_start, row_offsets
+from rtpurbo.ops.triton.addresses import head_start, place_of, row_offsets
 from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, fold_tile, log_sum_exp
 
 
@@ -87,16 +87,14 @@ def window_kernel(
     query_descriptor, key_states, key_strides, value_states, value_strides, block_table, table_stride,
     output_ptr, lse_ptr,
     heads_ptr, key_value_heads_ptr, windows_ptr, query_starts_ptr, first_slots_ptr, sink_slots_ptr,
-    T, H, head_dim, num_sinks, scale,
+    T, H, num_dense, head_dim, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_od, stride_lb, stride_lh,
     HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr, PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sinks and window of one tile of rows of one head; `portable` says what each argument means."""
     program, sequence = tl.program_id(0), tl.program_id(1)
-    # Heads of one tile run side by side and share keys in the L2 cache; long tiles come first.
-    entry = program % H
-    tile = tl.cdiv(T, M) - 1 - program // H
+    entry, tile = place_of(program, tl.cdiv(T, M), H, num_dense)
     head = tl.load(heads_ptr + entry)
     key_value_head = tl.load(key_value_heads_ptr + entry)
     window = tl.load(windows_ptr + entry)
@@ -168,9 +166,7 @@ def listed_kernel(
 ):  # fmt: skip
     """Far keys of listed blocks, added to what the near keys gave a tile of rows of one head."""
     program, sequence = tl.program_id(0), tl.program_id(1)
-    entry = program % H
-    tiles = tl.num_programs(0) // H
-    tile = tiles - 1 - program // H
+    entry, tile = place_of(program, tl.num_programs(0) // H, H, 0)
     head = tl.load(heads_ptr + entry)
     key_value_head = tl.load(key_value_heads_ptr + entry)
     window = tl.load(windows_ptr + entry)
