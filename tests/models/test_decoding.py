@@ -13,7 +13,14 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models import decoding
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.families import convertible_layers
-from rtpurbo.models.sparsify import counting, observing, restore, set_rule, using_rule
+from rtpurbo.models.sparsify import (
+    counting,
+    observing,
+    restore,
+    set_rule,
+    set_selector,
+    using_rule,
+)
 from tests.models.test_generation import WINDOW, generate, greedy_by_recomputation
 from tests.models.test_slots import holes
 from tests.tiny_models import (
@@ -251,6 +258,10 @@ def test_who_watches_sees_every_step(plain_steps, model):
         logits_of(model, ids[:, 45:50], mask[:, :50], [1] * 5, cache)
     assert len(seen) == 10
     assert statistics.rows > 0
+    set_selector(model, lambda rows: torch.zeros_like(rows.logits, dtype=torch.bool))
+    other = HeadwiseCache(model)
+    decoded(model, ids[:, :40], mask[:, :40], other)
+    set_selector(model, None)
     assert plain_steps.runs == runs
     logits = logits_of(model, ids[:, 50:], mask, [1] * 10, cache)
     assert plain_steps.runs == runs + 10

@@ -8,6 +8,7 @@ import torch
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import (
     HeadLayout,
+    SelectionStatistics,
     api,
     causal_attention,
     headwise_attention,
@@ -90,6 +91,33 @@ def test_an_unknown_backend_is_refused(operator, problem):
 def test_shapes_that_do_not_fit_are_refused(operator, spoil, message, problem):
     with pytest.raises(ValueError, match=message):
         CALLS[operator](spoil(problem))
+
+
+@pytest.mark.parametrize(
+    "watched",
+    [
+        {"selector": lambda rows: rows.far.expand(rows.logits.shape)},
+        {"statistics": SelectionStatistics(needs_rows=True)},
+    ],
+    ids=["selector", "statistics"],
+)
+def test_what_kernels_cannot_do_runs_eager_or_is_refused(watched, problem):
+    layout = HeadLayout.build([0, 1, 2, 3], 4, 2)
+    rule = AttentionRule(sliding_window=8, block_size=8, prefill_mode="top_p")
+
+    def call(backend, num_selecting=3):
+        return api.headwise_attention(
+            *problem.layered(layout, num_selecting),
+            rule,
+            scaling=problem.scaling,
+            backend=backend,
+            **watched,
+        )
+
+    torch.testing.assert_close(call("auto"), call("eager"), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="choose backend 'eager' for a selector"):
+        call("triton")
+    call("auto", 0)  # no row selects
 
 
 @pytest.mark.parametrize("operator", CALLS)

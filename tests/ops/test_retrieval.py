@@ -159,6 +159,36 @@ def test_statistics_of_nothing_have_no_share():
     assert SelectionStatistics().share_read is None
 
 
+class Watcher(SelectionStatistics):
+    """Keeps what it is shown."""
+
+    def add_rows(self, rows, selected):
+        self.seen = [*getattr(self, "seen", []), (rows, selected)]
+
+
+@pytest.mark.parametrize("mode", ["top_p", "row_share"])
+@pytest.mark.parametrize("q_len", [1, 33])
+def test_a_selector_takes_the_place_of_the_rule(monkeypatch, mode, q_len):
+    monkeypatch.setattr(visibility, "MAX_CHUNK_ELEMENTS", 2 * 4 * 111 * 16)
+    problem, watcher = random_problem(q_len, 111, padding=(0, 13)), Watcher()
+    near = oracles.near_keys(problem, RULE.sliding_window, RULE.num_sink_tokens)
+    even = (problem.key_positions % 2 == 0)[:, None, None]
+
+    def select(rows):
+        # Near keys too, and what is not there: neither is for a selector to say.
+        return (rows.key_positions % 2 == 0)[:, None, None].expand(rows.logits.shape)
+
+    rule = replace(RULE, prefill_mode=mode)
+    actual = run(problem, rule, selector=select, statistics=watcher)
+    mask = oracles.visible_keys(problem) & (near | even)
+    torch.testing.assert_close(actual, oracles.attend(problem, mask))
+    selected = torch.cat([selected for _, selected in watcher.seen], 2)
+    assert torch.equal(selected, (mask & ~near).expand(selected.shape))
+    rows = watcher.seen[0][0]
+    torch.testing.assert_close(rows.logits.exp().log(), rows.logits)
+    assert rows.score_index().shape == rows.logits.shape
+
+
 def test_states_without_index_keys_are_refused():
     problem = random_problem(1, 9)
     states = problem.states()

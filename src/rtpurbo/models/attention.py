@@ -23,6 +23,7 @@ from rtpurbo.ops import (
     HeadLayout,
     KeyValueStates,
     SelectionStatistics,
+    Selector,
     causal_attention,
     headwise_attention,
 )
@@ -146,6 +147,7 @@ class HeadwiseAttention(nn.Module):
         self.backend = "auto"
         self.used_backend: str | None = None
         self.statistics: SelectionStatistics | None = None
+        self.selector: Selector | None = None
         self.observer: Callable[[LayerObservation], None] | None = None
         self._layouts: dict[torch.device, HeadLayout] = {}
 
@@ -253,7 +255,14 @@ class HeadwiseAttention(nn.Module):
                     )
                 )
             self.used_backend = chosen_backend(
-                self.backend, queries, full, bounded, index_queries, self.rule
+                self.backend,
+                queries,
+                full,
+                bounded,
+                index_queries,
+                self.rule,
+                self.statistics,
+                self.selector,
             )
             output, _ = headwise_attention(
                 queries,
@@ -265,6 +274,7 @@ class HeadwiseAttention(nn.Module):
                 self.rule,
                 scaling=self.scaling,
                 statistics=self.statistics,
+                selector=self.selector,
                 backend=self.used_backend,
             )
         return self.o_proj(output.transpose(1, 2).reshape(batch, q_len, -1)), None

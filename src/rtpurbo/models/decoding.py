@@ -159,6 +159,7 @@ class GraphedDecoder:
             self._modules = [item for item in modules if isinstance(item, HeadwiseAttention)]
         for module in self._modules:
             watched = module.statistics is not None or module.observer is not None
+            watched = watched or module.selector is not None
             if watched or module.dense or module.backend == "eager":
                 return None
         return self._modules

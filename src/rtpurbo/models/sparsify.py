@@ -17,7 +17,7 @@ from rtpurbo.models.attention import IMPLEMENTATION, HeadwiseAttention, LayerObs
 from rtpurbo.models.families import attention_modules, convertible_layers, family_of
 from rtpurbo.models.generation import attach_cache, detach_cache
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
-from rtpurbo.ops import SelectionStatistics
+from rtpurbo.ops import SelectionStatistics, Selector
 
 
 def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
@@ -166,6 +166,12 @@ def set_rule(model: PreTrainedModel, **changes: Any) -> None:
         module.rule = model.rtpurbo_config.attention
 
 
+def set_selector(model: PreTrainedModel, selector: Selector | None) -> None:
+    """Lets something else than the rule choose far keys where rows select; None gives it back."""
+    for module in headwise_modules(model):
+        module.selector = selector
+
+
 @contextmanager
 def using_rule(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
     """Changes fields of the attention rule inside a `with` block, such as `top_p=0.9`."""
@@ -179,9 +185,16 @@ def using_rule(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
 
 
 @contextmanager
-def counting(model: PreTrainedModel) -> Iterator[SelectionStatistics]:
-    """Counts what the retrieval heads select, over every forward inside."""
-    statistics = SelectionStatistics()
+def counting(
+    model: PreTrainedModel, statistics: SelectionStatistics | None = None
+) -> Iterator[SelectionStatistics]:
+    """Counts what the retrieval heads select, over every forward inside.
+
+    Args:
+        model: a sparse model.
+        statistics: what counts; None takes a plain one.
+    """
+    statistics = SelectionStatistics() if statistics is None else statistics
     modules = headwise_modules(model)
     for module in modules:
         module.statistics = statistics

@@ -7,13 +7,22 @@ from rtpurbo.ops.api import (
     local_attention,
     retrieval_attention,
 )
-from rtpurbo.ops.states import HeadGroup, HeadLayout, KeyValueStates, SelectionStatistics
+from rtpurbo.ops.states import (
+    HeadGroup,
+    HeadLayout,
+    KeyValueStates,
+    SelectionRows,
+    SelectionStatistics,
+    Selector,
+)
 
 __all__ = [
     "HeadGroup",
     "HeadLayout",
     "KeyValueStates",
+    "SelectionRows",
     "SelectionStatistics",
+    "Selector",
     "causal_attention",
     "headwise_attention",
     "index_scores",

@@ -35,8 +35,14 @@ BACKENDS: dict[str, dict[str, str]] = {
         "causal_attention": "rtpurbo.ops.eager.local",
         "retrieval_attention": "rtpurbo.ops.eager.retrieval",
         "headwise_attention": "rtpurbo.ops.eager.headwise",
+        "packed_attention": "rtpurbo.ops.eager.packed",
+        "indexer_divergence": "rtpurbo.ops.eager.divergence",
     },
-    "triton": {"headwise_attention": "rtpurbo.ops.triton.headwise"},
+    "triton": {
+        "headwise_attention": "rtpurbo.ops.triton.headwise",
+        "packed_attention": "rtpurbo.ops.triton.packed",
+        "indexer_divergence": "rtpurbo.ops.triton.training.divergence",
+    },
 }
 
 

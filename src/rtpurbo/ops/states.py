@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,6 +127,35 @@ class HeadLayout:
         )
 
 
+@dataclass(frozen=True)
+class SelectionRows:
+    """Query rows of retrieval heads that are about to choose their far keys, and all they know.
+
+    Attributes:
+        query_states: [batch, heads, rows, head_dim], after RoPE.
+        key_states: [batch, heads, k_len, head_dim], the keys that each query head reads.
+        query_positions: int64 [batch, rows], -1 for padding.
+        key_positions: int64 [batch, k_len], -1 where there is no key.
+        logits: exact attention logits [batch, heads, rows, k_len], in at least fp32.
+        near: bool [batch, 1, rows, k_len], sinks and window: read in any case.
+        far: bool [batch, 1, rows, k_len], the other keys that the rows may see.
+        score_index: gives the indexer's estimate of the logits, the same shape.
+    """
+
+    query_states: Tensor
+    key_states: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    logits: Tensor
+    near: Tensor
+    far: Tensor
+    score_index: Callable[[], Tensor]
+
+
+Selector = Callable[[SelectionRows], Tensor]
+"""Chooses far keys in another way than the rule does: bool [batch, heads, rows, k_len]."""
+
+
 @dataclass
 class SelectionStatistics:
     """Counts what retrieval heads read, over every row whose keys were selected by the indexer.
@@ -136,11 +165,18 @@ class SelectionStatistics:
             rows.
         far_keys_read: those that the selection let through.
         rows: rows that had far keys.
+        needs_rows: whether a subclass wants to see rows with their logits (`add_rows`), which kernels
+            do not have: calls that select then run eager.
     """
 
     far_keys: float = 0.0
     far_keys_read: float = 0.0
     rows: int = 0
+    needs_rows: bool = False
+
+    def add_rows(self, rows: SelectionRows, selected: Tensor) -> None:
+        """Adds rows that ran eager, with what they selected: bool [batch, heads, rows, k_len]."""
+        self.add(rows.far, selected)
 
     def add(self, far: Tensor, selected: Tensor) -> None:
         """Adds rows: bool `far` [batch, 1, rows, k_len], `selected` [batch, heads, rows, k_len]."""

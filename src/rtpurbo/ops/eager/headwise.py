@@ -8,7 +8,7 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.local import causal_attention, local_attention
 from rtpurbo.ops.eager.retrieval import retrieval_attention
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
+from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
 
 def headwise_attention(
@@ -23,6 +23,7 @@ def headwise_attention(
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
+    selector: Selector | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retrieval heads over selected keys, local heads over sinks and window.
 
@@ -41,6 +42,7 @@ def headwise_attention(
         scaling: factor on the dot products.
         statistics: counts what retrieval heads select, if given.
         return_log_sum_exp: whether to return it.
+        selector: chooses the far keys of selecting rows instead of the rule.
 
     Returns:
         Output [batch, num_attention_heads, q_len, head_dim] and the log-sum-exp
@@ -59,6 +61,7 @@ def headwise_attention(
                 scaling,
                 statistics,
                 return_log_sum_exp,
+                selector,
             )
         )
     for group, states in ((layout.local_full, full), (layout.local_bounded, bounded)):
@@ -91,6 +94,7 @@ def _retrieval_heads(
     scaling: float,
     statistics: SelectionStatistics | None,
     return_log_sum_exp: bool,
+    selector: Selector | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The last rows, those that have index queries, over selected keys; the rows before them dense."""
     num_selecting = 0 if index_queries is None else index_queries.shape[2]
@@ -119,6 +123,7 @@ def _retrieval_heads(
                 scaling=scaling,
                 statistics=statistics,
                 return_log_sum_exp=return_log_sum_exp,
+                selector=selector,
             )
         )
     output = torch.cat([part for part, _ in parts], 2)

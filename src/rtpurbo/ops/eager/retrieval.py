@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from rtpurbo.ops.eager.selection import (
     select_for_tiles,
 )
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
-from rtpurbo.ops.states import KeyValueStates, SelectionStatistics
+from rtpurbo.ops.states import KeyValueStates, SelectionRows, SelectionStatistics, Selector
 
 
 def retrieval_attention(
@@ -28,6 +30,7 @@ def retrieval_attention(
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
+    selector: Selector | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention over near keys and selected far ones; the selection gets no gradient.
 
@@ -41,6 +44,7 @@ def retrieval_attention(
         scaling: factor on the dot products.
         statistics: counts what is read, if given.
         return_log_sum_exp: whether to return it.
+        selector: chooses the far keys instead of the rule, each row its own.
 
     Returns:
         Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
@@ -60,16 +64,32 @@ def retrieval_attention(
         far = causal_mask(positions, states.positions) & ~near
         logits = attention_logits(query_states[:, :, chunk], keys, scaling)
         with torch.no_grad():
-            index = index_scores(index_queries[:, :, chunk], states.index_keys)
-            estimate = estimated_logits(rule.reading, logits, index, near, far)
-            if share_lists:
-                rows_after = query_states.shape[2] - chunk.stop
-                selected = select_for_tiles(rule, estimate, near, far, states.positions, rows_after)
+            rows = SelectionRows(
+                query_states[:, :, chunk],
+                keys,
+                positions,
+                states.positions,
+                logits.detach(),
+                near,
+                far,
+                partial(index_scores, index_queries[:, :, chunk], states.index_keys),
+            )
+            if selector is not None:
+                selected = selector(rows) & far
             else:
-                selected = select_for_rows(rule, estimate, near, far, states.positions)
-        if statistics is not None:
-            statistics.add(far, selected)
+                rows_after = query_states.shape[2] - chunk.stop if share_lists else None
+                selected = _select_by_rule(rule, rows, rows_after)
+            if statistics is not None:
+                statistics.add_rows(rows, selected)
         output, log_sum_exp = attend_to_logits(logits, values, near | selected)
         outputs.append(output)
         log_sum_exps.append(log_sum_exp)
     return torch.cat(outputs, 2), torch.cat(log_sum_exps, 2) if return_log_sum_exp else None
+
+
+def _select_by_rule(rule: AttentionRule, rows: SelectionRows, rows_after: int | None) -> Tensor:
+    """The far keys by the indexer; `rows_after` rows of the call follow, None if none share a list."""
+    estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), rows.near, rows.far)
+    if rows_after is None:
+        return select_for_rows(rule, estimate, rows.near, rows.far, rows.key_positions)
+    return select_for_tiles(rule, estimate, rows.near, rows.far, rows.key_positions, rows_after)
