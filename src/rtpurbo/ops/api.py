@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.selection import index_scores
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
+from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
 __all__ = [
     "causal_attention",
@@ -64,12 +64,22 @@ def chosen_backend(
     bounded: KeyValueStates,
     index_queries: Tensor | None,
     rule: AttentionRule,
+    statistics: SelectionStatistics | None = None,
+    selector: Selector | None = None,
 ) -> str:
     """The backend that `headwise_attention` will use for such a call.
 
     Raises:
         ValueError: the backend named cannot serve the call.
     """
+    watched = selector is not None or (statistics is not None and statistics.needs_rows)
+    if watched and index_queries is not None:
+        if backend == "triton":
+            raise ValueError(
+                "the kernels select by the rule alone and show no rows: choose backend 'eager' for "
+                "a selector, or for statistics of rows."
+            )
+        return "eager"
     if backend == "auto":
         half = query_states.dtype in (torch.float16, torch.bfloat16)
         if not (query_states.is_cuda and half and has_triton()):
@@ -174,12 +184,17 @@ def headwise_attention(
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
+    selector: Selector | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """A whole layer: `rtpurbo.ops.eager.headwise.headwise_attention`."""
     _check_states(query_states, query_positions, full)
     _check_states(query_states, query_positions, bounded)
-    backend = chosen_backend(backend, query_states, full, bounded, index_queries, rule)
+    backend = chosen_backend(
+        backend, query_states, full, bounded, index_queries, rule, statistics, selector
+    )
+    # Kernels know no selector, and none is needed where no row selects.
+    options = {} if selector is None or backend != "eager" else {"selector": selector}
     return _implementation("headwise_attention", backend)(
         query_states,
         query_positions,
@@ -191,4 +206,5 @@ def headwise_attention(
         scaling=scaling,
         statistics=statistics,
         return_log_sum_exp=return_log_sum_exp,
+        **options,
     )
