@@ -1,0 +1,1 @@
+"""Kernels that training needs: the loss of stage 1 with its gradients."""
