@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -205,7 +206,7 @@ def make_teacher(arguments: argparse.Namespace, device: torch.device) -> None:
                 "losses (step, all, answers)": curve,
             },
         )
-    Path(arguments.output + ".checkpoint").unlink(missing_ok=True)
+    shutil.rmtree(arguments.output + ".checkpoint", ignore_errors=True)
 
 
 def check_teacher(arguments: argparse.Namespace, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from rtpurbo.config import HeadMap
 from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
-from rtpurbo.files import save_tensors_atomically, write_json_atomically
+from rtpurbo.files import write_json_atomically
 from rtpurbo.job import Job, read_head_map
 from rtpurbo.models.artifact import (
     INDEXER_FILE,
@@ -33,8 +33,10 @@ from rtpurbo.settings import (
     preset_settings,
     settings_for_context,
 )
+from rtpurbo.training.interruption import stopping_cleanly
 
 
+@stopping_cleanly()
 def convert(
     model: str | None,
     output_dir: str | Path,
@@ -47,6 +49,8 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
+    parallel: str = "data",
+    report_to: Sequence[str] = (),
 ) -> Path:
     """Makes a sparse model of a dense one: calibration, stage 1, stage 2 and a refresh of the indexers.
 
@@ -61,22 +65,28 @@ def convert(
         resume: continue an interrupted conversion into the same folder.
         force: replace an existing output folder, or start an interrupted conversion anew.
         progress: told after each step.
+        parallel: how the processes that `torchrun` started share the work: `data`, each with the whole model and
+            its part of the texts, or `fsdp`, each with a part of the weights too.
+        report_to: experiment trackers to show figures to, such as `tensorboard`.
 
     Returns:
         The artifact's folder.
 
     Raises:
         RTPurboError: anything about model, data, folder or settings that one sentence can say.
+        StoppedBySignalError: SIGTERM or Ctrl-C, after a checkpoint was saved.
     """
-    job = Job(output_dir, data, device, resume=resume, force=force, progress=progress)
-    base = load_base_model(model, device=job.device)
-    settings = choose_settings(base, job.device, settings, preset, changes)
-    job.open(base, settings, "convert")
-    config = job.calibrate(base)
-    sparsify(base.model, config)
-    job.stage1(base)
-    job.stage2(base)
-    return job.finish(base)
+    with _job(
+        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+    ) as job:
+        base = load_base_model(model, device=job.device)
+        settings = choose_settings(base, job.device, settings, preset, changes)
+        job.open(base, settings, "convert")
+        config = job.calibrate(base)
+        sparsify(base.model, config)
+        base = job.stage1(base)
+        base = job.stage2(base)
+        return job.finish(base)
 
 
 def calibrate_model(
@@ -115,6 +125,7 @@ def calibrate_model(
     return found.head_map
 
 
+@stopping_cleanly()
 def train_indexer_artifact(
     model: str | None,
     head_map: str | Path,
@@ -127,18 +138,23 @@ def train_indexer_artifact(
     force: bool = False,
     resume: bool = False,
     progress: Progress = no_progress,
+    parallel: str = "data",
+    report_to: Sequence[str] = (),
 ) -> Path:
     """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate_model` wrote."""
-    job = Job(output_dir, data, device, resume=resume, force=force, progress=progress)
     found = read_head_map(Path(head_map))
-    base = load_base_model(model, device=job.device)
-    settings = choose_settings(base, job.device, settings, "auto", changes)
-    job.open(base, settings, "train-indexer")
-    sparsify(base.model, job.config(base, found))
-    job.stage1(base)
-    return job.finish(base)
+    with _job(
+        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+    ) as job:
+        base = load_base_model(model, device=job.device)
+        settings = choose_settings(base, job.device, settings, "auto", changes)
+        job.open(base, settings, "train-indexer")
+        sparsify(base.model, job.config(base, found))
+        base = job.stage1(base)
+        return job.finish(base)
 
 
+@stopping_cleanly()
 def distill_artifact(
     artifact: str | Path,
     output_dir: str | Path,
@@ -150,21 +166,58 @@ def distill_artifact(
     force: bool = False,
     resume: bool = False,
     progress: Progress = no_progress,
+    parallel: str = "data",
+    report_to: Sequence[str] = (),
 ) -> Path:
     """Stage 2 alone: adds it, and the refresh, to an artifact that has a trained indexer."""
-    job = Job(output_dir, data, device, resume=resume, force=force, progress=progress)
     folder = find_artifact(artifact)
     config = ArtifactConfig.read(folder).config
     indexers = read_tensors(folder / INDEXER_FILE)
-    base = load_base(folder, device=job.device)
-    settings = choose_settings(base, job.device, settings, "auto", changes)
-    settings = replace(settings, attention=config.attention, indexer=config.indexer)
-    job.open(base, settings, "distill")
-    sparsify(base.model, config)
-    load_indexers(base.model, indexers)
-    save_tensors_atomically(job.work / "indexer_stage1.safetensors", indexers)
-    job.stage2(base)
-    return job.finish(base)
+    with _job(
+        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+    ) as job:
+        base = load_base(folder, device=job.device)
+        settings = choose_settings(base, job.device, settings, "auto", changes)
+        settings = replace(settings, attention=config.attention, indexer=config.indexer)
+        job.open(base, settings, "distill")
+        sparsify(base.model, config)
+        load_indexers(base.model, indexers)
+        job.keep_stage1(indexers)
+        base = job.stage2(base)
+        return job.finish(base)
+
+
+def _job(
+    output_dir: str | Path,
+    data: Sequence[str] | None,
+    device: str,
+    resume: bool,
+    force: bool,
+    progress: Progress,
+    settings: ConversionSettings | None,
+    changes: Mapping[str, Any] | None,
+    parallel: str,
+    report_to: Sequence[str],
+) -> Job:
+    # How texts are read is known before the model is, on which other settings depend.
+    about_texts = {
+        name: value
+        for name, value in (changes or {}).items()
+        if name == "seed" or name.startswith("stream.")
+    }
+    early = change_settings(settings or ConversionSettings(), about_texts)
+    return Job(
+        output_dir,
+        data,
+        device,
+        resume=resume,
+        force=force,
+        progress=progress,
+        stream=early.stream,
+        seed=early.seed,
+        parallel=parallel,
+        report_to=report_to,
+    )
 
 
 def choose_settings(

@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,38 @@ from safetensors.torch import save_file
 
 from rtpurbo.errors import RTPurboError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors and torch report what the system said in words of their own.
+_FULL_IN_WORDS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "PytorchStreamWriter failed writing",
+    "inline_container",
+)
+
+
+@contextmanager
+def explaining_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what a full disk makes of a write into one sentence.
+
+    Args:
+        path: what is being written.
+
+    Raises:
+        RTPurboError: there was no space for it.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors and torch raise classes of their own
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if not (full or any(words in str(error) for words in _FULL_IN_WORDS)):
+            raise
+        raise RTPurboError(
+            f"there is no space left on the disk to write {path}: free some and run the command "
+            "again (a conversion continues with --resume)."
+        ) from error
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -23,14 +56,18 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     at `path` stays as it was.
 
     Raises:
-        RTPurboError: the parent folder cannot be written to.
+        RTPurboError: the parent folder cannot be written to, or the disk is full.
     """
     path = Path(path)
     temporary = _temporary_sibling(path)
     try:
-        new = temporary / path.name
-        yield new
-        new.replace(path)
+        with explaining_a_full_disk(path):
+            new = temporary / path.name
+            yield new
+            # Else a machine that loses power may keep the new name with nothing behind it.
+            with new.open("rb") as written:
+                os.fsync(written.fileno())
+            new.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -101,15 +138,16 @@ def whole_folder(destination: str | os.PathLike[str], overwrite: bool = False) -
         overwrite: replace `destination` if it exists.
 
     Raises:
-        RTPurboError: as `check_output_folder` does.
+        RTPurboError: as `check_output_folder` does, or the disk is full.
     """
     destination = Path(destination)
     check_output_folder(destination, overwrite)
     temporary = _temporary_sibling(destination)
     try:
         new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        yield new
+        with explaining_a_full_disk(destination):
+            new.mkdir()
+            yield new
         # The job may have been long: somebody else may have taken the place meanwhile.
         check_output_folder(destination, overwrite)
         if destination.exists():

@@ -6,14 +6,17 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
 from rtpurbo.calibration.calibrate import calibrate
 from rtpurbo.config import HeadMap, RTPurboConfig, head_map_from_dict
+from rtpurbo.data.stream import open_stream
 from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
@@ -33,14 +36,26 @@ from rtpurbo.models.artifact import (
     read_tensors,
     save_artifact,
 )
-from rtpurbo.models.base import BaseModel
-from rtpurbo.models.sparsify import indexer_weights, load_indexers
+from rtpurbo.models.base import BaseModel, load_base_model
+from rtpurbo.models.sparsify import indexer_weights, load_indexers, sparsify
+from rtpurbo.processes import join_processes
 from rtpurbo.reporting.card import model_card
-from rtpurbo.settings import ConversionSettings, Progress, check_context, settings_for_context
+from rtpurbo.settings import (
+    ConversionSettings,
+    IndexerTrainingSettings,
+    Progress,
+    StreamSettings,
+    check_context,
+    no_progress,
+    settings_for_context,
+)
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
+from rtpurbo.training.sharding import is_divided
+from rtpurbo.training.source import Texts, check_shares, random_access
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
+from rtpurbo.training.trackers import Trackers, check_trackers
 from rtpurbo.version import __version__
 
 PLAN_FILE = "plan.json"
@@ -51,7 +66,7 @@ class Job:
     """One conversion: its work folder, and the stages that read and write it.
 
     Every stage leaves one file when it is done and is skipped if the file is there; while it runs it
-    keeps a checkpoint.
+    keeps checkpoints. Several processes do the same together; the main one writes and talks.
 
     Args:
         output_dir: where the artifact goes.
@@ -60,6 +75,10 @@ class Job:
         resume: continue what an interrupted job left.
         force: replace what exists.
         progress: told after each step.
+        stream: whether and how texts are read while training goes on.
+        seed: of the order of a stream.
+        parallel: how several processes share the work, `data` or `fsdp`.
+        report_to: trackers to show figures to.
     """
 
     def __init__(
@@ -71,34 +90,91 @@ class Job:
         resume: bool,
         force: bool,
         progress: Progress,
+        stream: StreamSettings | None = None,
+        seed: int = 0,
+        parallel: str = "data",
+        report_to: Sequence[str] = (),
     ) -> None:
         self.output_dir = Path(output_dir)
         self.work = self.output_dir.absolute().with_name(self.output_dir.name + ".work")
-        self.resume, self.progress = resume, progress
-        # An interrupted job was allowed to take this place, and may have been stopped just after.
-        self.may_replace = force or (resume and self.work.exists())
-        self.device = resolve_device(device)
+        self.resume = resume
+        place = resolve_device(device)
+        self.processes = join_processes(place, parallel)
+        self.device = self.processes.device(place)
+        self.progress = progress if self.processes.is_main else no_progress
         self.data = list(data) if data else None
-        check_output_folder(self.output_dir, self.may_replace)
-        if self.work.exists() and not (resume or force):
+        self.may_replace = self.processes.from_main(lambda: self._check_places(force))
+        check_trackers(report_to)
+        self._report_to = list(report_to)
+        self.train_text: Texts
+        if stream is not None and stream.enabled:
+            self.train_text = open_stream(
+                self.data, buffer_size=stream.buffer_size, held_out=stream.held_out, seed=seed
+            )
+            self.held_out = self.train_text.held_out
+        else:
+            self.train_text = load_texts(self.data, "train")
+            self.held_out = load_texts(self.data, "heldout")
+        self.log = TrainingLog(None)
+        self.settings = ConversionSettings()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.log.trackers.finish()
+
+    def _check_places(self, force: bool) -> bool:
+        """Checks that artifact and work folder can be made; whether the former may replace another."""
+        # An interrupted job was allowed to take this place, and may have been stopped just after.
+        may_replace = force or (self.resume and self.work.exists())
+        check_output_folder(self.output_dir, may_replace)
+        if self.work.exists() and not (self.resume or force):
             raise RTPurboError(
                 f"a conversion into {self.output_dir} was interrupted: pass --resume to continue it, "
                 "or --force to start anew."
             )
-        self.train_text = load_texts(self.data, "train")
-        self.held_out = load_texts(self.data, "heldout")
-        self.log = TrainingLog(self.work / LOG_FILE)
-        self.settings = ConversionSettings()
+        return may_replace
 
     def open(self, base: BaseModel, settings: ConversionSettings, command: str) -> None:
         """Makes the work folder, or checks that the one to resume was made for the same job.
 
         Raises:
-            RTPurboError: a training sequence would be longer than the model's context or than the text, or the
-                interrupted job was another one.
+            RTPurboError: a training sequence would be longer than the model's context or than the text, the
+                processes cannot share a step, or the interrupted job was another one.
         """
         self._check_lengths(base, settings)
-        self.settings = settings
+        self.settings = self.processes.from_main(lambda: self._plan(base, settings, command))
+        if self.processes.is_main:
+            trackers = Trackers(
+                self._report_to,
+                self.output_dir.absolute().with_name(self.output_dir.name + ".runs"),
+                self.output_dir.name,
+                self.settings.to_dict(),
+            )
+            self.log = TrainingLog(self.work / LOG_FILE, trackers)
+
+    def _plan(
+        self, base: BaseModel, settings: ConversionSettings, command: str
+    ) -> ConversionSettings:
+        """Writes down what is to be done, or compares it; settings with what they left open filled in."""
+        path = self.work / PLAN_FILE
+        resumed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not self.resume:
+            resumed = None
+        for stage in ("stage1", "stage2"):
+            # A resumed job takes as many sequences a step as before, with any number of processes.
+            found = resumed and resumed["settings"][stage].get("sequences_per_step")
+            chosen = getattr(settings, stage)
+            if chosen.sequences_per_step is None:
+                chosen = replace(chosen, sequences_per_step=found or self.processes.count)
+            check_shares(chosen.sequences_per_step, self.processes)
+            settings = replace(settings, **{stage: chosen})
         plan = json.loads(
             json.dumps(
                 {
@@ -110,17 +186,17 @@ class Job:
                 }
             )
         )
-        path = self.work / PLAN_FILE
-        if self.resume and path.is_file():
-            if json.loads(path.read_text(encoding="utf-8")) != plan:
+        if resumed is not None:
+            if resumed != plan:
                 raise RTPurboError(
                     f"the interrupted conversion in {self.work} had another model, data or settings: "
                     "repeat its command, or pass --force to start anew."
                 )
-            return
+            return settings
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         write_json_atomically(path, plan)
+        return settings
 
     def _check_lengths(self, base: BaseModel, settings: ConversionSettings) -> None:
         """What would otherwise be found out after minutes of work."""
@@ -128,7 +204,8 @@ class Job:
             settings.calibration.length, *settings.stage1.lengths, *settings.stage2.lengths
         )
         check_context("sequences", longest, base.model.config.max_position_embeddings)
-        self.train_text.sample_tokens(base.tokenizer, longest, random.Random(0))
+        texts = random_access(self.train_text)
+        texts.sample_tokens(base.tokenizer, longest, random.Random(0))
         self.held_out.sample_tokens(base.tokenizer, max(settings.stage1.lengths), random.Random(0))
 
     def config(self, base: BaseModel, head_map: HeadMap) -> RTPurboConfig:
@@ -139,33 +216,48 @@ class Job:
 
     def calibrate(self, base: BaseModel) -> RTPurboConfig:
         """The head map, from the work folder if it is there."""
+        return self.config(base, self.processes.from_main(lambda: self._calibrate(base)))
+
+    def _calibrate(self, base: BaseModel) -> HeadMap:
         path = self.work / HEAD_MAP_FILE
         if not path.is_file():
             found = calibrate(
                 base.model,
                 base.tokenizer,
-                self.train_text,
+                random_access(self.train_text),
                 self.settings.calibration,
                 seed=self.settings.seed,
                 progress=self.progress,
             )
             write_json_atomically(path, found.to_dict())
-        return self.config(base, read_head_map(path))
+        return read_head_map(path)
 
-    def stage1(self, base: BaseModel) -> None:
-        """Trained indexers, in the model and in the work folder."""
-        self._train_indexers(base, "stage1", self.settings.stage1, on_student=False)
+    def stage1(self, base: BaseModel) -> BaseModel:
+        """Trained indexers, in the model and in the work folder.
 
-    def stage2(self, base: BaseModel) -> None:
-        """Stage 2's weights and refreshed indexers, in the model and in the work folder."""
+        Returns:
+            The model to go on with: the same, or loaded anew where training left it divided.
+        """
+        return self._train_indexers(base, "stage1", self.settings.stage1, on_student=False)
+
+    def keep_stage1(self, indexers: dict[str, Tensor]) -> None:
+        """Takes indexers that were trained before for those of stage 1."""
+        if self.processes.is_main:
+            save_tensors_atomically(self.work / "indexer_stage1.safetensors", indexers)
+
+    def stage2(self, base: BaseModel) -> BaseModel:
+        """Stage 2's weights and refreshed indexers, in the model and in the work folder.
+
+        Returns:
+            The model to go on with, as `stage1` does.
+        """
         settings = self.settings.stage2
         if not settings.steps:
-            return
+            return base
         folder = self.work / "stage2"
-        if not folder.is_dir():
-            checkpoint = Checkpoint(self.work / "stage2.checkpoint", settings.checkpoint_every)
-            self.log.rewind("stage2", checkpoint.steps_done())
-            with whole_folder(folder) as output:
+        if not self.processes.from_main(folder.is_dir):
+            checkpoint = self._checkpoint("stage2", settings.checkpoint_every)
+            with whole_folder(folder) if self.processes.is_main else nullcontext(folder) as output:
                 distill(
                     base.model,
                     base.tokenizer,
@@ -177,7 +269,10 @@ class Job:
                     log=self.log,
                     checkpoint=checkpoint,
                     progress=self.progress,
+                    processes=self.processes,
                 )
+            self.processes.wait()
+            base = self._whole(base)
         apply_stage2(base.model, folder, "lora" if settings.lora_rank else "full")
         if settings.refresh_steps:
             refresh = replace(
@@ -186,17 +281,17 @@ class Job:
                 warmup_steps=min(self.settings.stage1.warmup_steps, settings.refresh_steps // 4),
                 learning_rate=self.settings.stage1.learning_rate / 2,
             )
-            self._train_indexers(base, "refresh", refresh, on_student=True)
+            base = self._train_indexers(base, "refresh", refresh, on_student=True)
+        return base
 
     def _train_indexers(
-        self, base: BaseModel, stage: str, settings: Any, *, on_student: bool
-    ) -> None:
+        self, base: BaseModel, stage: str, settings: IndexerTrainingSettings, *, on_student: bool
+    ) -> BaseModel:
         path = self.work / f"indexer_{stage}.safetensors"
-        if path.is_file():
-            load_indexers(base.model, read_tensors(path))
-            return
-        checkpoint = Checkpoint(self.work / f"{stage}.checkpoint")
-        self.log.rewind(stage, checkpoint.steps_done())
+        done = self.processes.from_main(lambda: read_tensors(path) if path.is_file() else None)
+        if done is not None:
+            load_indexers(base.model, done)
+            return base
         figures = train_indexers(
             base.model,
             base.tokenizer,
@@ -207,14 +302,40 @@ class Job:
             stage=stage,
             on_student=on_student,
             log=self.log,
-            checkpoint=checkpoint,
+            checkpoint=self._checkpoint(stage),
             progress=self.progress,
+            processes=self.processes,
         )
-        write_json_atomically(self.work / f"{stage}_figures.json", figures)
-        save_tensors_atomically(path, indexer_weights(base.model))
+        if self.processes.is_main:
+            write_json_atomically(self.work / f"{stage}_figures.json", figures)
+            save_tensors_atomically(path, indexer_weights(base.model))
+        self.processes.wait()
+        return self._whole(base)
+
+    def _checkpoint(self, stage: str, every: int = 20) -> Checkpoint:
+        """The checkpoints of a stage; the log forgets what came after the last."""
+        checkpoint = Checkpoint(self.work / f"{stage}.checkpoint", every, processes=self.processes)
+        if self.processes.is_main:
+            checkpoint.remove_remains()
+            self.log.rewind(stage, checkpoint.steps_done())
+        return checkpoint
+
+    def _whole(self, base: BaseModel) -> BaseModel:
+        """The model with the indexers it has, loaded anew if its weights are divided among processes."""
+        if not is_divided(base.model):
+            return base
+        config, indexers = base.model.rtpurbo_config, indexer_weights(base.model)
+        revision = base.reference.revision if base.reference.source == "hub" else None
+        fresh = load_base_model(base.reference.name, revision=revision, device=self.device)
+        sparsify(fresh.model, config)
+        load_indexers(fresh.model, indexers)
+        return fresh
 
     def finish(self, base: BaseModel) -> Path:
         """Puts the artifact together from the work folder, in its place, and clears the work away."""
+        return self.processes.from_main(lambda: self._finish(base))
+
+    def _finish(self, base: BaseModel) -> Path:
         stage1 = self.work / "indexer_stage1.safetensors"
         refresh = self.work / "indexer_refresh.safetensors"
         before: dict[str, Tensor] | None = read_tensors(stage1) if refresh.is_file() else None
@@ -239,7 +360,9 @@ class Job:
                 shutil.copyfile(stage2 / FULL_WEIGHTS_FILE, folder / FULL_WEIGHTS_FILE)
             if (self.work / LOG_FILE).is_file():
                 shutil.copyfile(self.work / LOG_FILE, folder / LOG_FILE)
-            (folder / CARD_FILE).write_text(model_card(artifact, None), encoding="utf-8")
+            curves = list(TrainingLog(folder / LOG_FILE).entries())
+            card = model_card(artifact, None, curves=curves)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
         shutil.rmtree(self.work, ignore_errors=True)
         return self.output_dir
 

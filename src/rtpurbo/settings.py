@@ -75,6 +75,9 @@ class IndexerTrainingSettings:
         start: what the weights start from (`covariance` is worth a hundred steps).
         start_sequences: sequences whose covariance makes the start.
         needle_share: share of training sequences that hold needles and a question; the rest is prose.
+        variable_share: share that hold chains of variables and a question.
+        passage_share: share that quote a passage of their prose, to be continued.
+        sequences_per_step: sequences of one step, over all processes; None takes one a process.
         probe_sequences: held-out sequences on which recall is watched.
         probe_every: steps between two looks.
     """
@@ -90,11 +93,14 @@ class IndexerTrainingSettings:
     start: IndexerStart = "covariance"
     start_sequences: int = 3
     needle_share: float = 0.5
+    variable_share: float = 0.0
+    passage_share: float = 0.0
+    sequences_per_step: int | None = None
     probe_sequences: int = 2
     probe_every: int = 50
 
     def __post_init__(self) -> None:
-        _check_training(self.steps, self.lengths)
+        _check_training(self)
         check_choice("start", self.start, IndexerStart)
 
 
@@ -103,7 +109,7 @@ class DistillationSettings:
     """Stage 2: the sparse student against the dense teacher.
 
     Attributes:
-        steps: optimiser steps of one sequence each; 0 leaves stage 2 out.
+        steps: optimiser steps; 0 leaves stage 2 out.
         lengths: tokens of a training sequence; sequences take them in turn.
         learning_rate: peak of AdamW's, after warm-up, before cosine decay.
         weight_decay: AdamW's.
@@ -114,6 +120,9 @@ class DistillationSettings:
         labels_per_sequence: label tokens of a sequence; answer tokens are always among them.
         answer_weight: weight of the answer tokens' mean loss beside the mean over all labels.
         needle_share: share of sequences that hold needles and a question.
+        variable_share: share that hold chains of variables and a question.
+        passage_share: share that quote a passage of their prose, to be continued.
+        sequences_per_step: sequences of one step, over all processes; None takes one a process.
         decode_rows: last rows of prose that select their keys as decoding steps do; the rows that write
             an answer always do, unless this is 0.
         gradient_checkpointing: recompute activations in the backward pass, on a GPU: less memory, a
@@ -134,6 +143,9 @@ class DistillationSettings:
     labels_per_sequence: int = 4096
     answer_weight: float = 1.0
     needle_share: float = 0.5
+    variable_share: float = 0.0
+    passage_share: float = 0.0
+    sequences_per_step: int | None = None
     decode_rows: int = 256
     gradient_checkpointing: bool = True
     prefill_mode: PrefillMode = "dense"
@@ -141,9 +153,29 @@ class DistillationSettings:
     checkpoint_every: int = 20
 
     def __post_init__(self) -> None:
-        _check_training(self.steps, self.lengths)
+        _check_training(self)
         if self.top_logits < 1 or self.labels_per_sequence < 1:
             raise RTPurboError("top_logits and labels_per_sequence must be at least 1.")
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How training texts are read.
+
+    Attributes:
+        enabled: read them while training goes on; else they are read into memory first.
+        buffer_size: documents shuffled at a time.
+        held_out: documents at the beginning that are kept from training; as many after them are
+            kept in memory besides, for calibration and the start of the indexers.
+    """
+
+    enabled: bool = False
+    buffer_size: int = 256
+    held_out: int = 64
+
+    def __post_init__(self) -> None:
+        if self.buffer_size < 1 or self.held_out < 1:
+            raise RTPurboError("buffer_size and held_out of a stream must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -155,6 +187,7 @@ class ConversionSettings:
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     stage1: IndexerTrainingSettings = field(default_factory=IndexerTrainingSettings)
     stage2: DistillationSettings = field(default_factory=DistillationSettings)
+    stream: StreamSettings = field(default_factory=StreamSettings)
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -247,8 +280,20 @@ def _within(lengths: tuple[int, ...], longest: int) -> tuple[int, ...]:
     return tuple(min(length, longest) for length in lengths)
 
 
-def _check_training(steps: int, lengths: tuple[int, ...]) -> None:
-    if steps < 0:
-        raise RTPurboError(f"the number of training steps is {steps}, but it cannot be negative.")
-    if not lengths or min(lengths) < 1:
+def _check_training(settings: IndexerTrainingSettings | DistillationSettings) -> None:
+    if settings.steps < 0:
+        raise RTPurboError(
+            f"the number of training steps is {settings.steps}, but it cannot be negative."
+        )
+    if not settings.lengths or min(settings.lengths) < 1:
         raise RTPurboError("training needs at least one sequence length, in tokens.")
+    shares = (settings.needle_share, settings.variable_share, settings.passage_share)
+    if min(shares) < 0 or sum(shares) > 1 + 1e-9:
+        raise RTPurboError(
+            f"the shares of needles, variables and passages are {shares}, but they must be at "
+            "least 0 and at most 1 together."
+        )
+    if settings.sequences_per_step is not None and settings.sequences_per_step < 1:
+        raise RTPurboError(
+            f"sequences_per_step is {settings.sequences_per_step}, but a step needs at least one."
+        )

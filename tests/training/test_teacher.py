@@ -5,6 +5,7 @@ import torch
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.source import SequenceSource
 from rtpurbo.training.teacher import (
     TeacherCache,
     TeacherTargets,
@@ -74,12 +75,15 @@ def test_label_logits_equal_the_models():
 
 
 def test_targets_are_computed_once(tmp_path, mix):
-    cache = TeacherCache(tmp_path, mix, num_labels=32, top_logits=10)
+    cache = TeacherCache(
+        tmp_path, SequenceSource(mix, mix.corpus, 1), seed=0, num_labels=32, top_logits=10
+    )
     model = tiny_model(vocab_size=512, max_position_embeddings=1024)
     cache.fill(model, 1)
-    before = cache.read(1)
+    sequence, before = cache.read(1)
     cache.fill(None, 1)
-    assert torch.equal(before.token_ids, cache.read(1).token_ids)
-    logits = label_logits(model, mix.sequence(1).input_ids, before.positions)
+    assert torch.equal(before.token_ids, cache.read(1)[1].token_ids)
+    assert sequence == mix.sequence(1)
+    logits = label_logits(model, sequence.input_ids, before.positions)
     assert top_logits_divergence(logits, before).abs().max() < 1e-4
-    assert int(before.answers.sum()) == mix.sequence(1).num_answer_tokens > 0
+    assert int(before.answers.sum()) == sequence.num_answer_tokens > 0

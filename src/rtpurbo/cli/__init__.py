@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from rtpurbo.cli.inspect import inspect
 from rtpurbo.cli.push import push
 from rtpurbo.cli.train_indexer import train_indexer
 from rtpurbo.errors import RTPurboError
+from rtpurbo.launch import is_first_process_of_its_machine, started_by_torchrun
 from rtpurbo.version import __version__
 
 OUT_OF_MEMORY = (
@@ -27,22 +29,34 @@ OUT_OF_MEMORY = (
     "(a GPU with more memory, or cpu)."
 )
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a training that a signal stopped."""
+
 
 class CommandGroup(TyperGroup):
-    """Commands whose foreseeable errors end in one sentence and exit code 1."""
+    """Commands whose foreseeable errors end in one sentence and exit code 1.
+
+    A training that a signal stopped exits with 128 plus the signal's number.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command that was given."""
         try:
             return super().invoke(ctx)
         except RTPurboError as error:
-            message = str(error)
+            message, code = f"error: {error}", 1
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            message = OUT_OF_MEMORY
-        typer.echo(f"error: {message}", err=True)
-        raise typer.Exit(1)
+            message, code = f"error: {OUT_OF_MEMORY}", 1
+        except KeyboardInterrupt as error:
+            code = getattr(error, "exit_code", 0)
+            if not code:
+                raise
+            message = str(error)
+        if is_first_process_of_its_machine():
+            typer.echo(message, err=True)
+        raise typer.Exit(code)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -114,4 +128,12 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Threads of GNU OpenMP that spin while they wait take a shared machine's cores from each other.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        # After an error the others may wait for this process, and it must not wait for them.
+        if started_by_torchrun() and end.code in (None, 0, *STOPPED):
+            from rtpurbo.processes import leave_processes
+
+            leave_processes()
+        raise

@@ -31,6 +31,9 @@ def convert(
     stage1_steps: options.Stage1Steps = None,
     stage2_steps: options.Stage2Steps = None,
     lora_rank: options.LoraRank = None,
+    stream: options.Stream = None,
+    parallel: options.Parallel = "data",
+    report_to: options.ReportTo = None,
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -45,7 +48,7 @@ def convert(
     `rtpurbo convert HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-sparse`
     """
     from rtpurbo import conversion
-    from rtpurbo.cli.progress import ProgressBars
+    from rtpurbo.cli.progress import ProgressBars, say
 
     with ProgressBars() as progress:
         folder = conversion.convert(
@@ -65,6 +68,7 @@ def convert(
                 stage1_steps=stage1_steps,
                 stage2_steps=stage2_steps,
                 lora_rank=lora_rank,
+                stream=stream,
                 seed=seed,
             ),
             data=data or None,
@@ -72,5 +76,7 @@ def convert(
             resume=resume,
             force=force,
             progress=progress,
+            parallel=parallel,
+            report_to=report_to or (),
         )
-    typer.echo(f"Written to {folder}. Try: rtpurbo generate {folder} 'Once upon a time'")
+    say(f"Written to {folder}. Try: rtpurbo generate {folder} 'Once upon a time'")

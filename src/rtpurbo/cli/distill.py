@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from rtpurbo.cli import options
 
 
@@ -13,6 +11,9 @@ def distill(
     data: options.Data = None,
     stage2_steps: options.Stage2Steps = None,
     lora_rank: options.LoraRank = None,
+    stream: options.Stream = None,
+    parallel: options.Parallel = "data",
+    report_to: options.ReportTo = None,
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -24,19 +25,25 @@ def distill(
     Takes an artifact that `rtpurbo train-indexer` wrote and writes another, with adapted weights.
     """
     from rtpurbo import conversion
-    from rtpurbo.cli.progress import ProgressBars
+    from rtpurbo.cli.progress import ProgressBars, say
 
     with ProgressBars() as progress:
         folder = conversion.distill_artifact(
             artifact,
             output_dir,
             changes=options.changed_settings(
-                others, stage2_steps=stage2_steps, lora_rank=lora_rank, seed=seed
+                others,
+                stage2_steps=stage2_steps,
+                lora_rank=lora_rank,
+                stream=stream,
+                seed=seed,
             ),
             data=data or None,
             device=device,
             resume=resume,
             force=force,
             progress=progress,
+            parallel=parallel,
+            report_to=report_to or (),
         )
-    typer.echo(f"Written to {folder}.")
+    say(f"Written to {folder}.")

@@ -141,6 +141,33 @@ LoraRank = Annotated[
         rich_help_panel=_TRAINING,
     ),
 ]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream",
+        help="Read the texts of --data while training goes on, never all at once; for large "
+        "datasets.",
+        show_default=False,
+        rich_help_panel=_TRAINING,
+    ),
+]
+Parallel = Annotated[
+    str,
+    typer.Option(
+        help="How the processes that torchrun starts share the work: data, each with the whole "
+        "model and its part of the texts, or fsdp, each with a part of the weights too.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Show figures to an experiment tracker: tensorboard, wandb, trackio, ... Repeat it "
+        "for several.",
+        show_default=False,
+        rich_help_panel=_TRAINING,
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -165,6 +192,7 @@ _SETTINGS = {
     "stage1_steps": "stage1.steps",
     "stage2_steps": "stage2.steps",
     "lora_rank": "stage2.lora_rank",
+    "stream": "stream.enabled",
     "seed": "seed",
 }
 """The setting, by dotted name, that each option changes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,9 +16,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rtpurbo.launch import is_main_process
+
+
+def say(text: str) -> None:
+    """Prints a line, unless this process is one of several and not the main one."""
+    if is_main_process():
+        typer.echo(text)
+
 
 class ProgressBars:
-    """A bar for each stage: a context manager to pass on as `progress`.
+    """A bar for each stage: a context manager to pass on as `progress`; only the main process draws.
 
     Args:
         console: where to draw; standard error if None.
@@ -33,6 +42,7 @@ class ProgressBars:
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[figures]}"),
             console=console or Console(stderr=True),
+            disable=not is_main_process(),
         )
         self._tasks: dict[str, TaskID] = {}
         self._finished: set[str] = set()
@@ -52,9 +62,12 @@ class ProgressBars:
 
     def __call__(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         """Moves a stage's bar, which its first call makes."""
-        written = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        written = "  ".join(_figure(name, value) for name, value in figures.items())
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, figures=written)
+            # What a resumed stage had done before says nothing about the time it takes now.
+            self._tasks[stage] = self._progress.add_task(
+                stage, total=total, completed=max(0, done - 1), figures=written
+            )
         self._progress.update(self._tasks[stage], completed=done, total=total, figures=written)
         if done >= total and stage not in self._finished:
             self._finished.add(stage)
@@ -66,3 +79,10 @@ class ProgressBars:
         if not console.is_terminal:
             seconds = self._progress.get_time() - self._began
             console.print(f"{seconds:5.0f} s  {text}", markup=False)
+
+
+def _figure(name: str, value: float) -> str:
+    """A figure as people say it: "tokens/s 1,234"."""
+    if name.endswith("_per_second"):
+        return f"{name.removesuffix('_per_second')}/s {value:,.0f}"
+    return f"{name.replace('_', ' ')} {value:.4g}"

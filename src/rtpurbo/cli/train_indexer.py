@@ -21,6 +21,9 @@ def train_indexer(
     index_space: options.IndexSpaceOption = None,
     index_dim: options.IndexDim = None,
     stage1_steps: options.Stage1Steps = None,
+    stream: options.Stream = None,
+    parallel: options.Parallel = "data",
+    report_to: options.ReportTo = None,
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -33,7 +36,7 @@ def train_indexer(
     `rtpurbo distill` makes it better.
     """
     from rtpurbo import conversion
-    from rtpurbo.cli.progress import ProgressBars
+    from rtpurbo.cli.progress import ProgressBars, say
 
     with ProgressBars() as progress:
         folder = conversion.train_indexer_artifact(
@@ -48,6 +51,7 @@ def train_indexer(
                 index_space=index_space,
                 index_dim=index_dim,
                 stage1_steps=stage1_steps,
+                stream=stream,
                 seed=seed,
             ),
             data=data or None,
@@ -55,5 +59,7 @@ def train_indexer(
             resume=resume,
             force=force,
             progress=progress,
+            parallel=parallel,
+            report_to=report_to or (),
         )
-    typer.echo(f"Written to {folder}.")
+    say(f"Written to {folder}.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rtpurbo.data.needles import needle_question, needle_sentence
 from rtpurbo.data.prompts import Conversation, Question, conversation_tokens, fit_prose, hide
-from rtpurbo.data.texts import SENTENCE_END, TextCorpus, begin_ids
+from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids
 from rtpurbo.data.variables import INTRODUCTION, draw_chains, scatter
 from rtpurbo.data.words import Split, key_names
 
@@ -39,7 +39,7 @@ class LongRangeMix:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    corpus: TextCorpus
+    corpus: Prose
     seed: int = 0
     split: Split = "train"
 

@@ -15,7 +15,7 @@ from rtpurbo.data.prompts import (
     fit_prose,
     hide,
 )
-from rtpurbo.data.texts import TextCorpus, begin_ids, encode
+from rtpurbo.data.texts import Prose, begin_ids, encode
 from rtpurbo.data.words import NAMES, Split, key_names, words_of
 from rtpurbo.errors import RTPurboError
 
@@ -65,7 +65,7 @@ class CalibrationDocument:
 
 def make_retrieval_example(
     tokenizer: PreTrainedTokenizerBase,
-    corpus: TextCorpus,
+    corpus: Prose,
     length: int,
     rng: random.Random,
     num_keys: int = 1,
@@ -162,7 +162,7 @@ def is_correct(example: RetrievalExample, generated_text: str) -> bool:
 
 def make_calibration_document(
     tokenizer: PreTrainedTokenizerBase,
-    corpus: TextCorpus,
+    corpus: Prose,
     length: int,
     rng: random.Random,
     depth: float = 0.1,

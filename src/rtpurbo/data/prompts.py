@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rtpurbo.data.texts import SENTENCE_END, TextCorpus, begin_ids, encode
+from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids, encode
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def conversation_tokens(
 
 def fit_prose(
     tokenizer: PreTrainedTokenizerBase,
-    corpus: TextCorpus,
+    corpus: Prose,
     length: int,
     rng: random.Random,
     tokens_around: Callable[[str], Conversation],

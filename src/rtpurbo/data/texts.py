@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rtpurbo.errors import RTPurboError
 
@@ -29,6 +29,15 @@ _SENTENCE_BREAK = re.compile(SENTENCE_END.pattern + r"\s*")
 _PARAGRAPH_BREAK = re.compile(r"\n(?:[ \t]*\n)+")
 _LINES_OF_MARKUP = re.compile(r"^(?:[*=~^#+|-]{3,}.*|[+|].*[+|]|-\[ .* \]-)$\n?", re.MULTILINE)
 _INLINE_MARKUP = re.compile(r"(?<!\w)\*{1,2}(\w[^*\n]*?)\*{1,2}(?!\w)| \[\d+\](?=\W|$)")
+
+
+class Prose(Protocol):
+    """Where prose comes from: a `TextCorpus`, or a part of a stream."""
+
+    def sample_tokens(
+        self, tokenizer: PreTrainedTokenizerBase, num_tokens: int, rng: random.Random
+    ) -> list[int]:
+        """Exactly `num_tokens` tokens of prose."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +252,7 @@ def _read_file(path: Path, source: str) -> list[str]:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             return _read_json_lines(lines, source)
     if path.name.endswith(".parquet"):
-        datasets = _import_datasets(source)
+        datasets = import_datasets(source)
         try:
             dataset = datasets.Dataset.from_parquet(str(path))
         except Exception as error:  # the errors of the Parquet reader have no base of their own
@@ -278,16 +287,24 @@ def _read_json_lines(lines: Iterable[str], source: str) -> list[str]:
     return documents
 
 
-def _read_hub_dataset(source: str) -> list[str]:
+def parse_hub_source(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of a dataset of the Hub, from `hf:NAME[:CONFIGURATION][:SPLIT]`.
+
+    Raises:
+        RTPurboError: it is not written so.
+    """
     name, *options = source.removeprefix("hf:").split(":")
     if not name or len(options) > 2:
         raise RTPurboError(
             f"{source} does not name a dataset; write hf:NAME, hf:NAME:SPLIT "
             "or hf:NAME:CONFIGURATION:SPLIT."
         )
-    datasets = _import_datasets(source)
-    split = options[-1] if options else "train"
-    configuration = options[0] if len(options) == 2 else None
+    return name, options[0] if len(options) == 2 else None, options[-1] if options else "train"
+
+
+def _read_hub_dataset(source: str) -> list[str]:
+    name, configuration, split = parse_hub_source(source)
+    datasets = import_datasets(source)
     try:
         dataset = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # the library raises what its many sources raise
@@ -307,7 +324,12 @@ def _text_column(dataset: Any, source: str) -> list[str]:
     return [text for text in dataset["text"] if text]
 
 
-def _import_datasets(source: str) -> Any:
+def import_datasets(source: str) -> Any:
+    """The package `datasets`, which not everybody needs.
+
+    Raises:
+        RTPurboError: it is not installed.
+    """
     try:
         return importlib.import_module("datasets")
     except ImportError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rtpurbo.data.needles import RetrievalExample
 from rtpurbo.data.prompts import Question, conversation_tokens, fit_prose, hide
-from rtpurbo.data.texts import TextCorpus
+from rtpurbo.data.texts import Prose
 from rtpurbo.data.words import Split
 from rtpurbo.errors import RTPurboError
 
@@ -71,7 +71,7 @@ def scatter(rng: random.Random, chains: Sequence[Chain]) -> list[tuple[float, st
 
 def make_variable_example(
     tokenizer: PreTrainedTokenizerBase,
-    corpus: TextCorpus,
+    corpus: Prose,
     length: int,
     rng: random.Random,
     num_hops: int = 4,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rtpurbo.evaluation.records import Record
 from rtpurbo.files import write_text_atomically
-from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, ArtifactConfig
+from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
+from rtpurbo.reporting.curves import curves_as_text
 from rtpurbo.reporting.facts import artifact_facts
 from rtpurbo.reporting.tables import markdown_rows, markdown_tables
+from rtpurbo.training.log import TrainingLog
 
 # By the beginning of the base model's name.
 LICENSES = {"HuggingFaceTB/SmolLM": "apache-2.0"}
@@ -51,6 +54,14 @@ model, tokenizer = rtpurbo.load("{name}"{base_argument})
 {facts}
 
 Every setting is in `{config_file}`.
+{curves}"""
+
+_CURVES = """
+```text
+{curves}
+```
+
+Every step is in `{log_file}`.
 """
 
 _FIGURES = """{table}
@@ -64,6 +75,7 @@ def model_card(
     artifact: ArtifactConfig,
     records: Sequence[Record] | None = None,
     name: str = "NAME-OF-THIS-REPOSITORY",
+    curves: Iterable[dict[str, Any]] = (),
 ) -> str:
     """The README.md of an artifact, with the Hub's metadata at the top.
 
@@ -71,7 +83,9 @@ def model_card(
         artifact: what the card is about.
         records: what was measured, if anything was.
         name: under which the artifact can be loaded.
+        curves: entries of the training log.
     """
+    drawn = curves_as_text(curves)
     base = DEFAULT_MODEL if artifact.base.name == WHEEL_MODEL else artifact.base.name
     local = artifact.base.source == "local"
     return _CARD.format(
@@ -85,12 +99,15 @@ def model_card(
         else f"Not measured yet: run `rtpurbo eval {name}`.",
         facts=markdown_rows(("", ""), artifact_facts(artifact)),
         config_file=CONFIG_FILE,
+        curves=_CURVES.format(curves=drawn, log_file=LOG_FILE) if drawn else "",
     )
 
 
 def rewrite_card(folder: Path, records: Sequence[Record]) -> None:
     """Puts what was measured into the card of the artifact in `folder`."""
-    write_text_atomically(folder / CARD_FILE, model_card(ArtifactConfig.read(folder), records))
+    curves = TrainingLog(folder / LOG_FILE).entries()
+    card = model_card(ArtifactConfig.read(folder), records, curves=curves)
+    write_text_atomically(folder / CARD_FILE, card)
 
 
 def _metadata(base: str | None) -> str:

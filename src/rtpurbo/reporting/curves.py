@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from io import StringIO
 from itertools import pairwise
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 BARS = "▁▂▃▄▅▆▇█"
-_FIGURES = ("loss", "recall", "tokens_read")
+_FIGURES = ("loss", "answer_loss", "recall", "answer_recall", "tokens_read")
 
 
 def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table:
@@ -30,6 +32,14 @@ def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table
             f"{stage} {figure}", sparkline(values, width), f"{values[0]:.4g} → {values[-1]:.4g}"
         )
     return table
+
+
+def curves_as_text(entries: Iterable[dict[str, Any]], width: int = 40) -> str:
+    """The same as plain text, a line for each stage and figure."""
+    console = Console(file=StringIO(), width=width + 60, color_system=None, force_terminal=False)
+    console.print(training_curves(entries, width))
+    assert isinstance(console.file, StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_file
+from rtpurbo.processes import ALONE, Processes
+from rtpurbo.training.sharding import like, whole
+
+_UNREADABLE = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 
 
 class Checkpoint:
-    """Trained tensors, optimiser and schedule of one stage, in one file written whole or not at all.
+    """Trained tensors, optimiser, schedule and position in the data of one stage.
 
-    Sequences and rows are drawn by step number, so there is no random state to keep.
+    Each is a file of its own, written whole or not at all; only the last few are kept. Tensors are
+    stored whole and in the order of the parameters, so that any number of processes, sharded or not,
+    can continue. Rows and labels are drawn by step number, so there is no random state to keep.
 
     Args:
-        path: the file; None keeps nothing.
+        folder: of the files, which all processes see; None keeps nothing.
         every: steps between two saves.
+        keep: how many saves are kept; one that cannot be read gives way to the one before it.
+        processes: who trains; the main one writes.
     """
 
-    def __init__(self, path: Path | None, every: int = 20) -> None:
-        self.path = path
+    def __init__(
+        self,
+        folder: Path | None,
+        every: int = 20,
+        *,
+        keep: int = 2,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.folder = folder
         self.every = every
+        self.keep = keep
+        self.processes = processes
+        self.position: Any = None
+        """The position in the data of the checkpoint restored last."""
 
     def save(
         self,
@@ -34,35 +57,108 @@ class Checkpoint:
         optimizer: Optimizer,
         schedule: LRScheduler,
         *,
+        position: Callable[[], Any] | None = None,
         force: bool = False,
     ) -> None:
-        """Saves after `step` steps, if it is time."""
-        if self.path is None or (step % self.every and not force):
+        """Saves after `step` steps, if it is time; all processes call it together.
+
+        Args:
+            step: steps done.
+            parameters: what is trained.
+            optimizer: of it.
+            schedule: of the learning rate.
+            position: asked where in the data to go on; answers in plain types.
+            force: save whether it is time or not.
+
+        Raises:
+            RTPurboError: the disk is full; earlier checkpoints stay.
+        """
+        if self.folder is None or (step % self.every and not force):
             return
+        # Sharded tensors are gathered on every process before the main one writes.
         state = {
             "step": step,
-            "parameters": [parameter.detach().cpu() for parameter in parameters],
-            "optimizer": optimizer.state_dict(),
+            "parameters": [whole(parameter.detach()).cpu() for parameter in parameters],
+            "optimizer": _map_tensors(optimizer.state_dict(), whole),
             "schedule": schedule.state_dict(),
+            "position": None if position is None else position(),
         }
-        with whole_file(self.path) as temporary:
-            torch.save(state, temporary)
+        if self.processes.is_main:
+            with whole_file(self.folder / f"step-{step:06d}.checkpoint") as temporary:
+                torch.save(state, temporary)
+            for old in self._files()[: -self.keep]:
+                old.unlink()
 
     def restore(
         self, parameters: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler
     ) -> int:
-        """Loads what was saved last and returns the steps done; 0 if there is nothing."""
-        if self.path is None or not self.path.is_file():
+        """Loads what was saved last and returns the steps done; 0 if there is nothing.
+
+        Raises:
+            RTPurboError: no file can be read, or the processes see different files.
+        """
+        state = self._last()
+        step = 0 if state is None else int(state["step"])
+        if len(set(self.processes.gather_objects(step))) > 1:
+            raise RTPurboError(
+                f"the processes see different checkpoints in {self.folder}: put the output folder "
+                "on a file system that all machines share."
+            )
+        if state is None:
             return 0
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        for parameter, saved in zip(parameters, state["parameters"], strict=True):
-            parameter.data.copy_(saved)
+        with torch.no_grad():
+            for parameter, saved in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(like(saved, parameter))
+        for number, values in state["optimizer"]["state"].items():
+            for name, value in values.items():
+                # Counts of steps are not divided among processes.
+                if isinstance(value, Tensor) and value.dim():
+                    values[name] = like(value, parameters[number])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        return int(state["step"])
+        self.position = state.get("position")
+        return step
 
     def steps_done(self) -> int:
         """Steps that the last save covers; 0 if there is none."""
-        if self.path is None or not self.path.is_file():
-            return 0
-        return int(torch.load(self.path, map_location="cpu", weights_only=True)["step"])
+        state = self._last()
+        return 0 if state is None else int(state["step"])
+
+    def remove_remains(self) -> None:
+        """Removes what killed processes had begun to write."""
+        if self.folder is not None and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.glob("step-*.checkpoint") if path.is_file())
+
+    def _last(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read; its tensors stay on disk until they are used."""
+        files = self._files()
+        for path in reversed(files):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except _UNREADABLE:
+                continue
+        if files:
+            raise RTPurboError(
+                f"no checkpoint in {self.folder} can be read: remove the folder to begin this "
+                "stage anew."
+            )
+        return None
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors went through a function."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_tensors(item, function) for item in value]
+    return value

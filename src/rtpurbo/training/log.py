@@ -7,23 +7,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rtpurbo.files import write_text_atomically
+from rtpurbo.files import explaining_a_full_disk, write_text_atomically
+from rtpurbo.training.trackers import Trackers
 
 
 class TrainingLog:
-    """Appends entries with `stage`, `step` and figures.
+    """Appends entries with `stage`, `step` and figures, and shows them to trackers.
 
     Args:
         path: the file; None keeps nothing.
+        trackers: who else is told.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, trackers: Trackers | None = None) -> None:
         self.path = path
+        self.trackers = trackers or Trackers()
 
-    def write(self, entry: dict[str, Any]) -> None:
-        """Adds a line."""
+    def write(self, entry: dict[str, Any], **fleeting: float) -> None:
+        """Adds a line.
+
+        Args:
+            entry: with `stage`, `step` and figures.
+            fleeting: figures that no two runs share, such as speed: for trackers alone.
+
+        Raises:
+            RTPurboError: the disk is full; what was written of the line is left out by `entries`.
+        """
+        figures = {name: entry[name] for name in entry if name not in ("stage", "step")}
+        self.trackers.log(entry["stage"], entry["step"], {**figures, **fleeting})
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with (
+                explaining_a_full_disk(self.path),
+                self.path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(entry) + "\n")
 
     def entries(self) -> Iterator[dict[str, Any]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from rtpurbo.training.sharding import mixed
+
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[Tensor],
     learning_rate: float,
     weight_decay: float,
     warmup_steps: int,
@@ -26,7 +28,10 @@ def make_optimizer(
         warmup_steps: linear from near 0 to the peak.
         steps: all steps; the cosine ends at 0 after the last.
     """
-    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    parameters = list(parameters)
+    # None leaves the choice to torch.
+    foreach = False if mixed(parameters) else None
+    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=foreach)
 
     def factor(step: int) -> float:
         if step < warmup_steps:

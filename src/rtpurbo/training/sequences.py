@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from rtpurbo.data.long_range import LongRangeMix
 from rtpurbo.data.needles import make_retrieval_example
-from rtpurbo.data.texts import TextCorpus, begin_ids
+from rtpurbo.data.texts import Prose, begin_ids
+from rtpurbo.data.variables import make_variable_example
 
 TOKENS_PER_NEEDLE = 128
+TOKENS_PER_CHAIN = 512
 GOLDEN_RATIO = 0.6180339887498949
 
 
@@ -33,25 +36,39 @@ class TrainingMix:
         needle_share: share of sequences with needles (1 to 8 keys, 1 to 4 values) and a question.
         seed: of everything.
         purpose: sequences of different purposes differ.
+        variable_share: share of sequences with chains of variables (1 to 4, of up to 4 hops) and a
+            question about one.
+        passage_share: share of sequences that quote a passage of their prose, which must be
+            continued.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    corpus: TextCorpus
+    corpus: Prose
     lengths: tuple[int, ...]
     needle_share: float
     seed: int
     purpose: str
+    variable_share: float = 0.0
+    passage_share: float = 0.0
 
     def sequence(self, number: int) -> TrainingSequence:
-        """Sequence `number` of this mix."""
+        """Sequence `number` of this mix; without any share left for a task, it is prose."""
         rng = random.Random(f"{self.purpose}-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
         # Multiples of the golden ratio spread the kinds evenly over a short run, over every length.
-        has_needles = (number + 1) * GOLDEN_RATIO % 1 < self.needle_share
-        if not has_needles:
-            start = begin_ids(self.tokenizer)
-            prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
-            return TrainingSequence([*start, *prose])
+        place = (number + 1) * GOLDEN_RATIO % 1
+        if place < self.needle_share:
+            return self._needles(length, rng)
+        place -= self.needle_share
+        if place < self.variable_share:
+            return self._variables(length, rng)
+        if place - self.variable_share < self.passage_share:
+            return self._passage(length, rng)
+        start = begin_ids(self.tokenizer)
+        prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
+        return TrainingSequence([*start, *prose])
+
+    def _needles(self, length: int, rng: random.Random) -> TrainingSequence:
         # Needles must not crowd out the prose that they hide in.
         fitting = [count for count in (1, 2, 4, 8) if count * TOKENS_PER_NEEDLE <= length]
         example = make_retrieval_example(
@@ -64,3 +81,21 @@ class TrainingMix:
             split="train",
         )
         return TrainingSequence([*example.prompt_ids, *example.answer_ids], len(example.answer_ids))
+
+    def _variables(self, length: int, rng: random.Random) -> TrainingSequence:
+        room = max(1, length // TOKENS_PER_CHAIN)
+        example = make_variable_example(
+            self.tokenizer,
+            self.corpus,
+            length,
+            rng,
+            num_hops=rng.choice((1, 2, 3, 4)),
+            num_chains=rng.choice([count for count in (1, 2, 4) if count <= room]),
+            split="train",
+        )
+        return TrainingSequence([*example.prompt_ids, *example.answer_ids], len(example.answer_ids))
+
+    def _passage(self, length: int, rng: random.Random) -> TrainingSequence:
+        conversation = LongRangeMix(self.tokenizer, self.corpus).passage(length, rng)
+        [(start, end)] = conversation.answer_spans
+        return TrainingSequence(conversation.input_ids, end - start)

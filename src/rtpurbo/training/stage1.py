@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +16,27 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.ops.eager.visibility import query_chunks
+from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import IndexerTrainingSettings, Progress, check_context, no_progress
 from rtpurbo.training.capture import CapturedHeads, capture_heads
 from rtpurbo.training.checkpoint import Checkpoint
+from rtpurbo.training.failure import SequenceResult
 from rtpurbo.training.indexer_loss import indexer_loss, rows_with_far_keys, selection_quality
 from rtpurbo.training.log import TrainingLog
-from rtpurbo.training.optimizer import make_optimizer
+from rtpurbo.training.loop import StageLoop
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.sharding import shard
+from rtpurbo.training.source import SequenceSource, Texts, random_access
 from rtpurbo.training.start import start_indexers
 
 PROBE_ROWS = 128
-LOGGED = ("recall", "answer_recall", "tokens", "oracle_tokens")
+LOGGED = {
+    "recall": "recall",
+    "answer_recall": "answer_recall",
+    "tokens": "tokens_read",
+    "oracle_tokens": "oracle_tokens",
+}
+"""Figures of a probe that are logged, and their names in the log."""
 
 Captured = tuple[list[CapturedHeads], Tensor]
 """States of a sequence, and its rows that answer a question."""
@@ -34,7 +45,7 @@ Captured = tuple[list[CapturedHeads], Tensor]
 def train_indexers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    corpus: TextCorpus,
+    corpus: Texts,
     held_out: TextCorpus,
     settings: IndexerTrainingSettings | None = None,
     *,
@@ -44,6 +55,7 @@ def train_indexers(
     log: TrainingLog | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress = no_progress,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Trains every indexer of a sparse model by forward KL, all retrieval heads of all layers at once.
 
@@ -51,9 +63,10 @@ def train_indexers(
     next `steps_per_sequence` steps scores a few query rows against all keys.
 
     Args:
-        model: sparse; everything but the indexers stays as it is.
+        model: sparse; everything but the indexers stays as it is, but several processes that share by FSDP leave
+            it divided among them.
         tokenizer: the model's.
-        corpus: training text.
+        corpus: training text, in memory or streamed.
         held_out: text of the probe.
         settings: lengths, steps, learning rate, start.
         seed: of data and rows.
@@ -62,70 +75,106 @@ def train_indexers(
         log: where losses go.
         checkpoint: where to continue from and save to.
         progress: told after each step.
+        processes: who trains; each takes its share of every step's sequences.
 
     Returns:
         The last probe's figures: recall, tokens, oracle_tokens and divergence, each a mean over
         heads; answer_recall, of rows that answer a question; and `by_head`.
 
     Raises:
-        RTPurboError: no head retrieves, or sequences leave nothing to select.
+        RTPurboError: no head retrieves, sequences leave nothing to select, or a loss or gradient is not finite.
+        StoppedBySignalError: a signal came; a checkpoint was saved.
     """
     settings = settings or IndexerTrainingSettings()
-    log = log or TrainingLog(None)
-    checkpoint = checkpoint or Checkpoint(None)
     rule: AttentionRule = model.rtpurbo_config.attention
     modules = [module for module in headwise_modules(model) if module.retrieval_heads]
     if not modules:
         return {}
     _check_lengths(model, settings, rule)
-    parameters = [weight for module in modules for weight in module.indexer.parameters()]
+    parameters = {
+        f"layers.{module.layer_idx}.indexer.{name}": weight
+        for module in modules
+        for name, weight in module.indexer.named_parameters()
+    }
 
-    mix = TrainingMix(tokenizer, corpus, settings.lengths, settings.needle_share, seed, stage)
+    mix = TrainingMix(
+        tokenizer,
+        random_access(corpus),
+        settings.lengths,
+        settings.needle_share,
+        seed,
+        stage,
+        settings.variable_share,
+        settings.passage_share,
+    )
+    per_step = settings.sequences_per_step or processes.count
+    source = SequenceSource(mix, corpus, per_step, processes)
     probe_mix = replace(mix, corpus=held_out, purpose=f"{stage}-probe")
     probes = [
         _capture(model, probe_mix.sequence(number), on_student)
         for number in range(settings.probe_sequences)
     ]
-    optimizer, schedule = make_optimizer(
+    loop = StageLoop(
+        stage,
         parameters,
-        settings.learning_rate,
-        settings.weight_decay,
-        settings.warmup_steps,
-        settings.steps,
+        settings,
+        log=log,
+        checkpoint=checkpoint,
+        progress=progress,
+        processes=processes,
     )
-    first = checkpoint.restore(parameters, optimizer, schedule)
+    first = loop.restore()
+    source.seek(loop.checkpoint.position)
     if first == 0 and not on_student:
         starts = [mix.sequence(number).input_ids for number in range(settings.start_sequences)]
         start_indexers(model, settings.start, starts, seed=seed)
+    shard(model, processes)
 
     figures = _probe(probes, rule)
-    captured: Captured | None = None
-    for weight in parameters:
+    captured: list[Captured] | None = None
+    for weight in parameters.values():
         weight.requires_grad_(True)
-    for step in range(first, settings.steps):
-        number, turn = divmod(step, settings.steps_per_sequence)
-        if turn == 0 or captured is None:
-            captured = _capture(model, mix.sequence(number), on_student)
-        loss = _step(captured, rule, settings, f"{stage}-{seed}-{step}")
-        if not torch.isfinite(loss):
-            raise RTPurboError(
-                f"{stage} diverged at step {step} (loss {float(loss)}): lower the learning rate."
+    with loop.steps(first) as steps:
+        for step in steps:
+            group, turn = divmod(step, settings.steps_per_sequence)
+            sequences = source.take(group)
+            if turn == 0 or captured is None:
+                captured = [_capture(model, sequence, on_student) for sequence in sequences]
+            results = [
+                SequenceResult(
+                    number,
+                    sequence.input_ids,
+                    _step(states, rule, settings, _row_seed(stage, seed, step, number % per_step)),
+                )
+                for number, sequence, states in zip(
+                    source.numbers(group), sequences, captured, strict=True
+                )
+            ]
+            entry = {"loss": round(loop.update(step, results)["loss"], 6)}
+            if (step + 1) % settings.probe_every == 0 or step + 1 == settings.steps:
+                figures = _probe(probes, rule)
+                entry |= {
+                    LOGGED[name]: round(figures[name], 4) for name in LOGGED if name in figures
+                }
+            next_group = (step + 1) // settings.steps_per_sequence
+            loop.report(
+                step,
+                entry,
+                shown={
+                    "loss": entry["loss"],
+                    "recall": figures["recall"],
+                    "tokens_read": figures["tokens"],
+                },
+                position=partial(source.position_of_all, next_group),
             )
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        entry: dict[str, Any] = {"stage": stage, "step": step + 1, "loss": round(float(loss), 6)}
-        if (step + 1) % settings.probe_every == 0 or step + 1 == settings.steps:
-            figures = _probe(probes, rule)
-            entry.update({name: round(figures[name], 4) for name in LOGGED if name in figures})
-        log.write(entry)
-        checkpoint.save(step + 1, parameters, optimizer, schedule)
-        progress(
-            stage, step + 1, settings.steps, {"loss": float(loss), "recall": figures["recall"]}
-        )
-    for weight in parameters:
+    for weight in parameters.values():
         weight.requires_grad_(False)
     return figures
+
+
+def _row_seed(stage: str, seed: int, step: int, place: int) -> str:
+    """Of the choice of rows; that of the first sequence of a step has always been without a place."""
+    return f"{stage}-{seed}-{step}" + (f"-{place}" if place else "")
 
 
 def _capture(model: PreTrainedModel, sequence: TrainingSequence, on_student: bool) -> Captured:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.files import save_tensors_atomically
-from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.sequences import TrainingSequence
+from rtpurbo.training.source import SequenceSource
 
 
 @dataclass
@@ -61,18 +65,24 @@ def label_logits(model: PreTrainedModel, input_ids: list[int], positions: Tensor
 
 
 class TeacherCache:
-    """Targets by sequence number, one file each.
+    """Sequences with their targets, one file each: a stream is read once, and training needs no other copy.
+
+    Every process writes the files of its own sequences, and reads them back.
 
     Args:
         folder: where the files live.
-        mix: the sequences.
+        source: the sequences.
+        seed: of the labels.
         num_labels: label tokens of a sequence.
         top_logits: teacher logits kept a label (paper: 10).
     """
 
-    def __init__(self, folder: Path, mix: TrainingMix, num_labels: int, top_logits: int) -> None:
+    def __init__(
+        self, folder: Path, source: SequenceSource, seed: int, num_labels: int, top_logits: int
+    ) -> None:
         self.folder = folder
-        self.mix = mix
+        self.source = source
+        self.seed = seed
         self.num_labels = num_labels
         self.top_logits = top_logits
 
@@ -80,39 +90,65 @@ class TeacherCache:
         return self.folder / f"{number:06d}.safetensors"
 
     @torch.no_grad()
-    def fill(self, teacher: PreTrainedModel, number: int) -> None:
-        """Computes the targets of one sequence, unless they are there.
+    def fill(self, teacher: PreTrainedModel, step: int) -> None:
+        """Computes the targets of this process's sequences of one step, unless they are there.
 
         Args:
             teacher: dense.
-            number: of the sequence.
-        """
-        if self._path(number).is_file():
-            return
-        sequence = self.mix.sequence(number)
-        positions, answers = label_positions(
-            sequence, self.num_labels, f"labels-{self.mix.seed}-{number}"
-        )
-        logits = label_logits(teacher, sequence.input_ids, positions)
-        top = logits.log_softmax(-1).topk(self.top_logits)
-        save_tensors_atomically(
-            self._path(number),
-            {
-                "positions": positions,
-                "answers": answers,
-                "token_ids": top.indices.to(torch.int32).cpu(),
-                "log_probabilities": top.values.cpu(),
-            },
-        )
+            step: steps are filled in order.
 
-    def read(self, number: int) -> TeacherTargets:
-        """The targets of one sequence."""
+        Raises:
+            RTPurboError: texts cannot be read, or the disk is full.
+        """
+        numbers = self.source.numbers(step)
+        if all(self._path(number).is_file() for number in numbers):
+            return
+        if step and not self.source.follows(step):
+            self.source.seek(self._position_before(step))
+        sequences = self.source.take(step)
+        position = json.dumps(self.source.position(step + 1))
+        for number, sequence in zip(numbers, sequences, strict=True):
+            positions, answers = label_positions(
+                sequence, self.num_labels, f"labels-{self.seed}-{number}"
+            )
+            logits = label_logits(teacher, sequence.input_ids, positions)
+            top = logits.log_softmax(-1).topk(self.top_logits)
+            save_tensors_atomically(
+                self._path(number),
+                {
+                    "input_ids": torch.tensor(sequence.input_ids, dtype=torch.int32),
+                    "num_answer_tokens": torch.tensor(sequence.num_answer_tokens),
+                    "positions": positions,
+                    "answers": answers,
+                    "token_ids": top.indices.to(torch.int32).cpu(),
+                    "log_probabilities": top.values.cpu(),
+                },
+                # Where the next sequences stand, for a run that is resumed here.
+                {"position": position},
+            )
+
+    def _position_before(self, step: int) -> dict[str, Any] | None:
+        """Where the sequences of a step stand, as the files of the step before say."""
+        lanes: dict[str, Any] = {}
+        for number in self.source.numbers(step - 1):
+            with safe_open(self._path(number), "pt") as file:
+                position = json.loads(file.metadata()["position"])
+            if position is None:
+                return None
+            lanes |= position["lanes"]
+        return {"group": step, "lanes": lanes}
+
+    def read(self, number: int) -> tuple[TrainingSequence, TeacherTargets]:
+        """One sequence and its targets."""
         tensors = load_file(self._path(number))
-        return TeacherTargets(
-            tensors["positions"],
-            tensors["answers"],
-            tensors["token_ids"].long(),
-            tensors["log_probabilities"],
+        return (
+            TrainingSequence(tensors["input_ids"].tolist(), int(tensors["num_answer_tokens"])),
+            TeacherTargets(
+                tensors["positions"],
+                tensors["answers"],
+                tensors["token_ids"].long(),
+                tensors["log_probabilities"],
+            ),
         )
 
 

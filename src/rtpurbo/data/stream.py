@@ -1,0 +1,257 @@
+"""Texts that are read while training goes on, never all at once, from where they were left.
+
+`datasets` streams files and the Hub's datasets and knows its position in them. Its own shuffle buffer
+is lost on resumption, so documents are shuffled here: a buffer is filled, emptied in random order and
+filled again, and a position is where its filling began and how much of it was taken.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rtpurbo.data.texts import TextCorpus, encode, import_datasets, parse_hub_source
+from rtpurbo.errors import RTPurboError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_READERS = {
+    (".txt", ".md"): ("text", {"sample_by": "document"}),
+    (".jsonl", ".jsonl.gz"): ("json", {}),
+    (".parquet",): ("parquet", {}),
+}
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """Texts to be read in order, with two parts at their beginning that are kept in memory.
+
+    Attributes:
+        name: what error messages call it.
+        held_out: the first documents, which no training sees.
+        opening: the documents after them, which stand for the whole where random access is needed;
+            they are read again in training.
+        documents: all but the held-out ones, as a streaming dataset with a column `text`.
+        buffer_size: documents shuffled at a time.
+        seed: of the shuffle.
+    """
+
+    name: str
+    held_out: TextCorpus
+    opening: TextCorpus
+    documents: Any
+    buffer_size: int
+    seed: int
+
+    def lane(self, number: int, count: int) -> StreamLane:
+        """One of `count` disjoint parts of the stream, each read on its own.
+
+        Whole files go to a part where their number allows it; else each part takes every
+        `count`-th document.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        part = split_dataset_by_node(self.documents, rank=number, world_size=count)
+        return StreamLane(self.name, part, self.buffer_size, f"{self.seed}-{number}")
+
+
+class StreamLane:
+    """A part of a stream, begun anew when it ends; prose is cut from it as from a `TextCorpus`.
+
+    Args:
+        name: what error messages call the stream.
+        documents: a streaming dataset.
+        buffer_size: documents shuffled at a time.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, name: str, documents: Any, buffer_size: int, seed: str) -> None:
+        self.name = name
+        self._dataset = documents
+        self._start_of_data = deepcopy(documents.state_dict())
+        self._buffer_size = buffer_size
+        self._seed = seed
+        self._rows: Iterator[dict[str, Any]] = iter(())
+        self._ended = True
+        self._buffer: list[str] = []
+        # The buffer holds the documents from here on, of which some were taken.
+        self._epoch, self._buffers, self._taken = -1, 0, 0
+        self._start_of_buffer: Any = None
+
+    def position(self) -> dict[str, Any]:
+        """Where the next document stands, of plain types, as `seek` takes it."""
+        return {
+            "epoch": self._epoch,
+            "buffers": self._buffers,
+            "taken": self._taken,
+            "start_of_buffer": deepcopy(self._start_of_buffer),
+        }
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Goes to where another lane of the same stream was."""
+        self._epoch, self._buffers = position["epoch"], position["buffers"]
+        self._buffer, self._taken = [], 0
+        self._start_of_buffer = deepcopy(position["start_of_buffer"])
+        self._ended = True
+        if self._start_of_buffer is not None:
+            self._dataset.load_state_dict(deepcopy(self._start_of_buffer))
+            self._rows, self._ended = iter(self._dataset), False
+            self._fill()
+            self._taken = position["taken"]
+
+    def next_document(self) -> str:
+        """The next text, which is not empty.
+
+        Raises:
+            RTPurboError: there is none, or it cannot be read.
+        """
+        tries = 0
+        while self._taken >= len(self._buffer):
+            if self._ended:
+                tries += 1
+                if tries > 2:
+                    raise RTPurboError(
+                        f"the stream {self.name} has too few documents to train on: give more "
+                        "text, or read it without --stream."
+                    )
+                self._epoch, self._buffers = self._epoch + 1, 0
+                self._dataset.load_state_dict(deepcopy(self._start_of_data))
+                self._rows, self._ended = iter(self._dataset), False
+            else:
+                self._buffers += 1
+            self._start_of_buffer = deepcopy(self._dataset.state_dict())
+            self._fill()
+            self._taken = 0
+        self._taken += 1
+        return self._buffer[self._taken - 1]
+
+    def sample_tokens(
+        self, tokenizer: PreTrainedTokenizerBase, num_tokens: int, rng: random.Random
+    ) -> list[int]:
+        """Cuts exactly `num_tokens` tokens of prose from the next documents, joined if one is too short.
+
+        As `TextCorpus.sample_tokens`, but each document is met once a pass through the stream.
+
+        Raises:
+            RTPurboError: the whole stream is shorter than that.
+        """
+        joined = self.next_document()
+        epoch = self._epoch
+        example = joined[:4096]
+        # A guess from the first document, so that not every joined text is turned into tokens.
+        needed = 1.2 * num_tokens * len(example) / max(1, len(encode(tokenizer, example)))
+        while True:
+            while len(joined) < needed and self._epoch <= epoch + 1:
+                joined += "\n\n" + self.next_document()
+            try:
+                return TextCorpus(self.name, (joined,)).sample_tokens(tokenizer, num_tokens, rng)
+            except RTPurboError:
+                if self._epoch > epoch + 1:
+                    raise
+            needed = 1.2 * len(joined) + 1
+
+    def _fill(self) -> None:
+        self._buffer = []
+        try:
+            while len(self._buffer) < self._buffer_size:
+                row = next(self._rows, None)
+                if row is None:
+                    self._ended = True
+                    break
+                if row["text"] and row["text"].strip():
+                    self._buffer.append(row["text"])
+        except Exception as error:  # files and networks fail in many ways
+            raise _cannot_read(self.name, error) from error
+        random.Random(f"shuffle-{self._seed}-{self._epoch}-{self._buffers}").shuffle(self._buffer)
+
+
+def open_stream(
+    sources: Sequence[str] | None, *, buffer_size: int = 256, held_out: int = 64, seed: int = 0
+) -> TextStream:
+    """Opens texts for reading in order, sources in turn.
+
+    Args:
+        sources: files (`.txt` and `.md`, each one document; `.jsonl`, `.jsonl.gz` and `.parquet`
+            with a field `text`) and datasets of the Hub (`hf:NAME[:CONFIGURATION][:SPLIT]`).
+        buffer_size: documents shuffled at a time.
+        held_out: documents at the beginning that are kept from training; as many follow that are
+            kept in memory besides.
+        seed: of the shuffle.
+
+    Raises:
+        RTPurboError: a source is missing, unreadable or of an unknown kind, has no field `text`, or
+            there are too few documents.
+    """
+    if not sources:
+        raise RTPurboError("a stream needs texts to read: name files or datasets with --data.")
+    if isinstance(sources, str):
+        sources = [sources]
+    datasets = import_datasets(f"the stream {sources[0]}")
+    parts = [_open_source(datasets, source) for source in sources]
+    name = ", ".join(sources)
+    documents = parts[0]
+    if len(parts) > 1:
+        documents = datasets.interleave_datasets(
+            parts, stopping_strategy="all_exhausted_without_replacement"
+        )
+    try:
+        first = [row["text"] for row in documents.take(2 * held_out)]
+    except Exception as error:  # files and networks fail in many ways
+        raise _cannot_read(name, error) from error
+    first = [text if text and text.strip() else "" for text in first]
+    kept, opening = (tuple(filter(None, part)) for part in (first[:held_out], first[held_out:]))
+    if not kept or not opening:
+        raise RTPurboError(
+            f"the stream {name} has no more than the {held_out} documents that are held out "
+            "(stream.held_out): give more text, or read it without --stream."
+        )
+    return TextStream(
+        name,
+        TextCorpus(f"{name} (first {held_out} documents)", kept),
+        TextCorpus(f"{name} (documents {held_out + 1} to {len(first)})", opening),
+        documents.skip(held_out),
+        buffer_size,
+        seed,
+    )
+
+
+def _open_source(datasets: Any, source: str) -> Any:
+    if source.startswith("hf:"):
+        name, configuration, split = parse_hub_source(source)
+        arguments: tuple[str, str | None] = (name, configuration)
+        options: dict[str, Any] = {"split": split}
+    else:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise RTPurboError(f"There is no text file {source}; check the path.")
+        for endings, (reader, extra) in _READERS.items():
+            if path.name.endswith(endings):
+                arguments, options = (reader, None), {"data_files": [str(path)], **extra}
+                break
+        else:
+            raise RTPurboError(
+                f"The text file {source} is of an unknown kind; "
+                "use .txt, .md, .jsonl, .jsonl.gz or .parquet."
+            )
+        options["split"] = "train"
+    try:
+        dataset = datasets.load_dataset(*arguments, streaming=True, **options)
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+    except Exception as error:  # as above
+        raise _cannot_read(source, error) from error
+    if "text" not in columns:
+        raise RTPurboError(
+            f'{source} has no field "text", only {", ".join(columns) or "nothing"}; '
+            "rename the field that holds the text."
+        )
+    return dataset.select_columns(["text"])
+
+
+def _cannot_read(source: str, error: Exception) -> RTPurboError:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return RTPurboError(f"Cannot read the texts {source}: {text}; check them and the network.")

@@ -1,0 +1,97 @@
+"""SIGTERM and Ctrl-C: a training finishes its step, saves a checkpoint and stops."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rtpurbo.launch import started_by_torchrun
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StoppedBySignalError(KeyboardInterrupt):
+    """The job was asked to stop and did; `--resume` continues it.
+
+    Like every KeyboardInterrupt it passes through `except Exception`.
+
+    Args:
+        number: of the signal.
+        where: what was done last, such as "after step 12 of stage1".
+    """
+
+    def __init__(self, number: int, where: str = "") -> None:
+        self.number = number
+        place = f" {where}" if where else ""
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}{place}: pass --resume to the same command "
+            "to continue."
+        )
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal's number, as shells have it: 143 for SIGTERM, 130 for Ctrl-C."""
+        return 128 + self.number
+
+
+class _Requests:
+    """What the signal handlers of this process know."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.pending: int | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        # A second signal is impatience: it stops at once, with the last checkpoint. But torchrun
+        # passes on what its processes may have got already.
+        if self.depth and (self.pending is None or started_by_torchrun()):
+            self.pending = self.pending or number
+            return
+        self.pending = None
+        raise StoppedBySignalError(number)
+
+
+_requests = _Requests()
+
+
+@contextmanager
+def stopping_cleanly() -> Iterator[None]:
+    """Turns SIGTERM and Ctrl-C into `StoppedBySignalError` inside, after a checkpoint where there is one to save.
+
+    Outside the main thread, where Python allows no handlers, signals do what they did before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _requests.receive) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _requests.pending = None
+
+
+@contextmanager
+def steps_undisturbed() -> Iterator[None]:
+    """Inside, a first signal waits until somebody asks `stop_requested`, or until the end.
+
+    Raises:
+        StoppedBySignalError: at the end, if a signal waits and nobody asked.
+    """
+    _requests.depth += 1
+    try:
+        yield
+    finally:
+        _requests.depth -= 1
+        number, _requests.pending = _requests.pending, None
+    if number is not None:
+        raise StoppedBySignalError(number)
+
+
+def stop_requested() -> int | None:
+    """The signal that waits, if one does."""
+    return _requests.pending

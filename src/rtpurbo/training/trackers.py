@@ -1,0 +1,111 @@
+"""Experiment trackers (TensorBoard, Weights & Biases, Trackio, ...), by way of accelerate's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from sys import stderr
+from typing import Any
+
+from rtpurbo.errors import RTPurboError
+
+PROJECT = "rtpurbo"
+
+
+class Trackers:
+    """Shows the figures of every step to trackers, as `stage/figure`.
+
+    Args:
+        names: of trackers, as accelerate knows them; none shows nothing.
+        folder: for those that write files.
+        run: what the run is called.
+        configuration: what the run was started with; nested values are kept by dotted names.
+
+    Raises:
+        RTPurboError: there is no such tracker, its package is missing, or it cannot start.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str] = (),
+        folder: Path | None = None,
+        run: str = "",
+        configuration: dict[str, Any] | None = None,
+    ) -> None:
+        self._trackers: list[Any] = []
+        self._offsets: dict[str, int] = {}
+        self._last = 0
+        if not names:
+            return
+        check_trackers(names)
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        for name in dict.fromkeys(names):
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            options = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
+            try:
+                # What trackers print is not what the command was asked for.
+                with redirect_stdout(stderr):
+                    tracker = kind(run or PROJECT, **options)
+                    tracker.start()
+                    tracker.store_init_configuration(_flat(configuration or {}))
+            except Exception as error:  # each tracker has errors of its own
+                text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+                raise RTPurboError(
+                    f"the tracker '{name}' does not start ({text}): set it up, or leave "
+                    f"--report-to {name} out."
+                ) from error
+            self._trackers.append(tracker)
+
+    def log(self, stage: str, step: int, figures: dict[str, Any]) -> None:
+        """Shows what one step measured; steps count on from stage to stage, as some trackers demand."""
+        if not self._trackers:
+            return
+        if stage not in self._offsets:
+            self._offsets[stage] = self._last
+        self._last = self._offsets[stage] + step
+        values = {f"{stage}/{name}": value for name, value in figures.items()}
+        for tracker in self._trackers:
+            tracker.log(values, step=self._last)
+
+    def finish(self) -> None:
+        """Lets trackers write what they still hold."""
+        for tracker in self._trackers:
+            with redirect_stdout(stderr):
+                tracker.finish()
+        self._trackers = []
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses, before a long job, trackers that are not there.
+
+    Raises:
+        RTPurboError: there is no such tracker, or its package is missing.
+    """
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise RTPurboError(f"there is no tracker '{name}': choose one of {', '.join(known)}.")
+        if name not in available:
+            raise RTPurboError(
+                f"the tracker '{name}' needs a package that is not installed: try "
+                f"pip install {name}."
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, as types that every tracker takes."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            plain = value is None or isinstance(value, (bool, int, float, str))
+            flat[prefix + name] = value if plain else str(value)
+    return flat
