@@ -18,9 +18,8 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from long_tasks import SCORING, TASKS, is_predicted, make_examples
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from rtpurbo.data.long_range import LongRangeMix
@@ -51,7 +51,7 @@ FASTEST_FIRST = [
 
 
 @dataclass(frozen=True)
-class Batches:
+class Batches(Dataset[dict[str, Any]]):
     """Makes batches by number: sequences of one length, and the places in them to learn from.
 
     Attributes:
@@ -66,7 +66,7 @@ class Batches:
     tokens: int
     labels: int
 
-    def batch(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         """Token ids, row by row, and which places of the flattened batch predict what is learnt.
 
         Shorter sequences are filled up at their end, where no other token can see it.
@@ -88,27 +88,25 @@ class Batches:
         return {"ids": rows, "labels": chosen, "answers": answers}
 
 
-@contextmanager
-def prepared(batches: Batches, numbers: range, workers: int) -> Iterator[Iterator[dict[str, Any]]]:
+def prepared(batches: Batches, numbers: range, workers: int) -> Iterator[dict[str, Any]]:
     """The batches of these numbers in order, made ahead by other processes if there are workers."""
-    if not workers:
-        yield map(batches.batch, numbers)
-        return
-    with get_context("spawn").Pool(workers, _start_worker, (batches,)) as pool:
-        yield pool.imap(_make_batch, numbers)
+    # Forked workers begin at once; spawned ones took two minutes to load and unpack everything.
+    context = "fork" if workers else None
+    return iter(
+        DataLoader(
+            batches,
+            sampler=numbers,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=as_it_is,
+            multiprocessing_context=context,
+        )
+    )
 
 
-_worker_batches: Batches
-
-
-def _start_worker(batches: Batches) -> None:
-    global _worker_batches
-    _worker_batches = batches
-    torch.set_num_threads(1)
-
-
-def _make_batch(number: int) -> dict[str, Any]:
-    return _worker_batches.batch(number)
+def as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """Lists stay lists."""
+    return batch
 
 
 def losses(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -141,29 +139,29 @@ def train(model: PreTrainedModel, batches: Batches, arguments: argparse.Namespac
     recent: list[Tensor] = []
     numbers = range(first * parts, arguments.steps * parts)
     began = time.time()
-    with prepared(batches, numbers, arguments.workers) as stream:
-        for step in range(first, arguments.steps):
-            sums = torch.zeros(2, device=model.device)
-            for _ in range(parts):
-                general, answers = losses(model, next(stream))
-                ((general + answers) / parts).backward()
-                sums += torch.stack([general.detach(), answers.detach()]) / parts
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            recent.append(sums)
-            checkpoint.save(step + 1, parameters, optimizer, schedule)
-            # Reading a figure waits for the GPU, so it is not done at every step.
-            if (step + 1) % REPORT_EVERY == 0 or step + 1 == arguments.steps:
-                values = torch.stack(recent).mean(0).tolist()
-                curve.append([step + 1, *(round(value, 4) for value in values)])
-                recent.clear()
-                print(
-                    f"step {step + 1} of {arguments.steps}: loss {values[0]:.3f}, answers "
-                    f"{values[1]:.3f} ({time.time() - began:.0f} s)",
-                    flush=True,
-                )
+    stream = prepared(batches, numbers, arguments.workers)
+    for step in range(first, arguments.steps):
+        sums = torch.zeros(2, device=model.device)
+        for _ in range(parts):
+            general, answers = losses(model, next(stream))
+            ((general + answers) / parts).backward()
+            sums += torch.stack([general.detach(), answers.detach()]) / parts
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(sums)
+        checkpoint.save(step + 1, parameters, optimizer, schedule)
+        # Reading a figure waits for the GPU, so it is not done at every step.
+        if (step + 1) % REPORT_EVERY == 0 or step + 1 == arguments.steps:
+            values = torch.stack(recent).mean(0).tolist()
+            curve.append([step + 1, *(round(value, 4) for value in values)])
+            recent.clear()
+            print(
+                f"step {step + 1} of {arguments.steps}: loss {values[0]:.3f}, answers "
+                f"{values[1]:.3f} ({time.time() - began:.0f} s)",
+                flush=True,
+            )
     model.eval().requires_grad_(False)
     return curve
 
@@ -180,7 +178,9 @@ def change_context(model: PreTrainedModel, context: int, theta: float | None) ->
 
 def make_teacher(arguments: argparse.Namespace, device: torch.device) -> None:
     """Trains the teacher and writes its folder, whole or not at all."""
+    began = time.time()
     base = load_base_model(arguments.model, device=device)
+    print(f"model loaded ({time.time() - began:.0f} s)", flush=True)
     context = arguments.extend or base.model.config.max_position_embeddings
     change_context(base.model, context, arguments.rope_theta)
     longest = arguments.length or context

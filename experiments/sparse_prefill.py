@@ -106,7 +106,7 @@ def questions(arguments: argparse.Namespace, held_out: TextCorpus) -> Examples:
         tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
         make = partial(make_examples, tokenizer, held_out, arguments.length, seed=arguments.seed)
         if arguments.workers:
-            with get_context("spawn").Pool(arguments.workers) as pool:
+            with get_context("fork").Pool(arguments.workers) as pool:
                 rounds = pool.map(make, range(arguments.samples), chunksize=1)
         else:
             rounds = [make(number) for number in range(arguments.samples)]

@@ -14,10 +14,10 @@ LENGTH = 1024
 
 
 class InterruptedBatches(Batches):
-    def batch(self, number):
+    def __getitem__(self, number):
         if number == 3:
             raise KeyboardInterrupt
-        return super().batch(number)
+        return super().__getitem__(number)
 
 
 def batches(kind=Batches):
@@ -26,18 +26,18 @@ def batches(kind=Batches):
 
 def test_a_batch_says_where_to_learn():
     for number in range(4):
-        batch = batches().batch(number)
+        batch = batches()[number]
         ids = torch.tensor(batch["ids"])
         assert ids.shape == ((2, LENGTH) if number % 2 == 0 else (1, 2 * LENGTH))
         assert len(set(batch["labels"])) == 64
         for place in batch["labels"] + batch["answers"]:
             assert (place + 1) % ids.shape[1]
-    assert batches().batch(1) == batches().batch(1)
+    assert batches()[1] == batches()[1]
 
 
 def test_losses_are_those_of_all_logits():
     model = tiny_model(vocab_size=512)
-    batch = next(batch for batch in map(batches().batch, range(9)) if batch["answers"])
+    batch = next(batch for batch in map(batches().__getitem__, range(9)) if batch["answers"])
     ids = torch.tensor(batch["ids"])
     predicted = model(ids).logits.log_softmax(-1).flatten(0, 1)
     for name, loss in zip(("labels", "answers"), losses(model, batch), strict=True):
