@@ -28,6 +28,7 @@ from rtpurbo.ops import (
     headwise_attention,
 )
 from rtpurbo.ops.api import chosen_backend
+from rtpurbo.ops.packed import packed_attention
 
 IMPLEMENTATION = "rtpurbo"
 
@@ -143,6 +144,7 @@ class HeadwiseAttention(nn.Module):
         self.retrieval_heads = list(config.head_map.retrieval_heads[self.layer_idx] or ())
         self.rule = config.attention
         self.dense = False
+        self.document_lengths: tuple[int, ...] | None = None
         self.num_decode_rows = 0
         self.backend = "auto"
         self.used_backend: str | None = None
@@ -231,7 +233,10 @@ class HeadwiseAttention(nn.Module):
                 )
             )
 
-        if self.dense:
+        if self.dense and attention_mask is None:
+            lengths = self.document_lengths or (q_len,)
+            output = packed_attention(queries, keys, values, lengths, scaling=self.scaling)
+        elif self.dense:
             states = KeyValueStates(keys, values, positions, in_order=attention_mask is None)
             readers = torch.arange(self.num_attention_heads, device=keys.device)
             readers = readers // (self.num_attention_heads // self.num_key_value_heads)

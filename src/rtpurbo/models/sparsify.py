@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -232,6 +232,26 @@ def running_dense(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in modules:
             module.dense = False
+
+
+@contextmanager
+def packing(model: PreTrainedModel, document_lengths: Sequence[int] | None) -> Iterator[None]:
+    """Keeps documents that follow each other in every sequence apart while the model runs dense.
+
+    Their `position_ids` have to be given too.
+
+    Args:
+        model: sparse.
+        document_lengths: tokens of each document; None for one document.
+    """
+    modules = headwise_modules(model)
+    for module in modules:
+        module.document_lengths = None if document_lengths is None else tuple(document_lengths)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.document_lengths = None
 
 
 @contextmanager

@@ -41,12 +41,9 @@ def packed_attention(
         raise ValueError(
             f"documents of {list(document_lengths)} tokens do not make up a sequence of {length}."
         )
-    operator = _operator(
-        "packed_attention",
-        backend,
-        query_states.is_cuda and query_states.dtype in HALF,
-        (query_states, key_states, value_states),
-    )
+    is_suited = query_states.is_cuda and query_states.dtype in HALF
+    tensors = (query_states, key_states, value_states)
+    operator = _implementation("packed_attention", backend, is_suited, tensors)
     return operator(query_states, key_states, value_states, document_lengths, scaling=scaling)
 
 
@@ -77,41 +74,50 @@ def indexer_divergence(
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} are {tuple(tensor.shape)}, but must be {shape}.")
-    operator = _operator(
-        "indexer_divergence",
-        backend,
-        query_states.is_cuda,
-        (query_states, key_states, index_queries),
-    )
+    tensors = (query_states, key_states, index_queries)
+    operator = _implementation("indexer_divergence", backend, query_states.is_cuda, tensors)
     return operator(
         query_states, key_states, key_value_heads, index_queries, index_keys, rows, starts, rule,
         scaling=scaling,
     )  # fmt: skip
 
 
-def _operator(name: str, backend: str, is_suited: bool, tensors: tuple[Tensor, ...]) -> Any:
-    """The implementation that a backend names; `auto` takes kernels where they suit and can serve.
+def divergence_backend(
+    query_states: Tensor, key_states: Tensor, index_queries: Tensor, backend: str = "auto"
+) -> str:
+    """The backend that `indexer_divergence` will use for such a call.
+
+    Raises:
+        ValueError: the backend named cannot serve the call.
+    """
+    tensors = (query_states, key_states, index_queries)
+    return _chosen("indexer_divergence", backend, query_states.is_cuda, tensors)
+
+
+def _implementation(name: str, backend: str, is_suited: bool, tensors: tuple[Tensor, ...]) -> Any:
+    chosen = _chosen(name, backend, is_suited, tensors)
+    return getattr(import_module(BACKENDS[chosen][name]), name)
+
+
+def _chosen(name: str, backend: str, is_suited: bool, tensors: tuple[Tensor, ...]) -> str:
+    """The backend named; for `auto`, kernels where they suit and can serve.
 
     Raises:
         ValueError: the backend named is unknown or cannot serve the call.
     """
-    if backend not in ("auto", *BACKENDS) or name not in BACKENDS.get(backend, {name: ""}):
+    if backend == "eager" or (backend == "auto" and not (is_suited and has_triton())):
+        return "eager"
+    if backend not in ("auto", "triton"):
         raise ValueError(
             f"backend '{backend}' has no operator '{name}': choose 'auto', 'eager' or 'triton'."
         )
-    if backend == "triton":
-        if not has_triton():
-            raise ValueError("backend 'triton' needs the package triton: pip install triton.")
-        if not tensors[0].is_cuda and not os.environ.get("TRITON_INTERPRET"):
-            raise ValueError(
-                "backend 'triton' needs a GPU: move the model there, or choose 'eager'."
-            )
-    if backend == "eager" or (backend == "auto" and not (is_suited and has_triton())):
-        return getattr(import_module(BACKENDS["eager"][name]), name)
-    kernels = import_module(BACKENDS["triton"][name])
-    reason = next(kernels.refusals(*tensors), None)
+    if not has_triton():
+        raise ValueError("backend 'triton' needs the package triton: pip install triton.")
+    if not tensors[0].is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("backend 'triton' needs a GPU: move the model there, or choose 'eager'.")
+    reason = next(import_module(BACKENDS["triton"][name]).refusals(*tensors), None)
     if reason is None:
-        return getattr(kernels, name)
+        return "triton"
     if backend == "auto":
-        return getattr(import_module(BACKENDS["eager"][name]), name)
+        return "eager"
     raise ValueError(f"the kernels cannot serve this call: {reason}. Choose backend 'eager'.")

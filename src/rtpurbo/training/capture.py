@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.models.attention import HeadwiseAttention, LayerObservation
-from rtpurbo.models.sparsify import headwise_modules, observing
+from rtpurbo.models.sparsify import headwise_modules, observing, packing
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import index_scores
+from rtpurbo.ops.packed import document_starts
 
 
 @dataclass
 class CapturedHeads:
-    """States of some retrieval heads over one sequence; O(length) memory.
+    """States of some retrieval heads over one sequence of packed documents; O(length) memory.
 
     Attributes:
         names: (layer, head) of each head, in the order of dim 1 below.
@@ -26,7 +28,9 @@ class CapturedHeads:
         keys: the same shape: each head's KV head.
         query_features: [1, heads, length, features], what the indexer projects.
         key_features: likewise.
-        positions: int64 [1, length].
+        positions: int64 [1, length], from 0 on in each document.
+        starts: int64 [length], the place where each token's document begins.
+        num_documents: how many there are.
         scaling: factor on the dot products.
     """
 
@@ -38,17 +42,29 @@ class CapturedHeads:
     query_features: Tensor
     key_features: Tensor
     positions: Tensor
+    starts: Tensor
+    num_documents: int
     scaling: float
 
     def logits(self, rows: Tensor) -> Tensor:
         """Exact attention logits of some query rows: [1, heads, rows, length]."""
         return attention_logits(self.queries[:, :, rows], self.keys, self.scaling)
 
+    def index_queries(self, rows: Tensor) -> Tensor:
+        """Index queries of some rows: [heads, rows, index_dim]; gradients flow to the weights."""
+        return _projected(self.query_features[0, :, rows], self.query_weights)
+
+    def index_keys(self) -> Tensor:
+        """All index keys: [heads, length, index_dim]; gradients flow to the weights."""
+        return _projected(self.key_features[0], self.key_weights)
+
     def index_scores(self, rows: Tensor) -> Tensor:
         """The indexers' scores of some query rows: [1, heads, rows, length]; gradients flow to the weights."""
-        queries = self.query_features[:, :, rows] @ torch.cat(self.query_weights).transpose(-1, -2)
-        keys = self.key_features @ torch.cat(self.key_weights).transpose(-1, -2)
-        return index_scores(queries, keys)
+        return index_scores(self.index_queries(rows), self.index_keys())[None]
+
+
+def _projected(features: Tensor, weights: list[Tensor]) -> Tensor:
+    return features @ torch.cat(weights).to(features.dtype).transpose(-1, -2)
 
 
 def merge_heads(captured: list[CapturedHeads]) -> list[CapturedHeads]:
@@ -66,6 +82,8 @@ def merge_heads(captured: list[CapturedHeads]) -> list[CapturedHeads]:
             torch.cat([seen.query_features for seen in group], 1),
             torch.cat([seen.key_features for seen in group], 1),
             group[0].positions,
+            group[0].starts,
+            group[0].num_documents,
             group[0].scaling,
         )
         for group in groups.values()
@@ -82,34 +100,73 @@ def capture_heads(
         input_ids: the sequence.
         dense: attention of the teacher; False takes the sparse student as it is.
     """
+    captured: list[CapturedHeads] = []
+    run_backbone(model, [input_ids], captured.append, dense=dense)
+    # A CPU is faster on states that fit its caches.
+    return merge_heads(captured) if model.device.type == "cuda" else captured
+
+
+def run_backbone(
+    model: PreTrainedModel,
+    documents: Sequence[Sequence[int]],
+    meet: Callable[[CapturedHeads], None],
+    *,
+    dense: bool = True,
+) -> None:
+    """Runs the frozen model over packed documents and shows the states of each layer as it passes.
+
+    No logits are computed, and no layer's states outlive it, unless `meet` keeps them.
+
+    Args:
+        model: sparse.
+        documents: their tokens; each has positions from 0 on and sees itself alone.
+        meet: called for every layer that has retrieval heads.
+        dense: attention of the teacher; False takes the sparse student as it is, for a single document.
+    """
     modules: dict[int, HeadwiseAttention] = {
         module.layer_idx: module for module in headwise_modules(model)
     }
-    captured: list[CapturedHeads] = []
+    lengths = [len(document) for document in documents]
+    assert dense or len(lengths) == 1, "the student takes documents one by one"
+    device = model.device
+    ids = torch.tensor([[token for document in documents for token in document]], device=device)
+    starts = document_starts(lengths, device)
+    positions = (torch.arange(ids.shape[1], device=device) - starts)[None]
 
-    def keep(seen: LayerObservation) -> None:
+    def observe(seen: LayerObservation) -> None:
         module = modules[seen.layer]
-        if not module.retrieval_heads:
-            return
-        heads = torch.tensor(module.retrieval_heads, device=seen.queries.device)
-        readers = heads // (module.num_attention_heads // module.num_key_value_heads)
-        queries, keys = seen.queries[:, heads], seen.keys[:, readers]
-        indexer = module.indexer
-        captured.append(
-            CapturedHeads(
-                [(seen.layer, head) for head in module.retrieval_heads],
-                [indexer.query_weight],
-                [indexer.key_weight],
-                queries,
-                keys,
-                indexer.features(seen.queries_before_rotation[:, heads], queries).float(),
-                indexer.features(seen.keys_before_rotation[:, readers], keys).float(),
-                seen.positions,
-                seen.scaling,
-            )
-        )
+        if module.retrieval_heads:
+            meet(_heads_of(module, seen, positions, starts, len(lengths)))
 
-    with torch.no_grad(), observing(model, keep, dense=dense):
-        model.base_model(torch.tensor([input_ids], device=model.device), use_cache=False)
-    # A CPU is faster on states that fit its caches.
-    return merge_heads(captured) if model.device.type == "cuda" else captured
+    with (
+        torch.no_grad(),
+        observing(model, observe, dense=dense),
+        packing(model, lengths if len(lengths) > 1 else None),
+    ):
+        model.base_model(ids, position_ids=positions, use_cache=False)
+
+
+def _heads_of(
+    module: HeadwiseAttention,
+    seen: LayerObservation,
+    positions: Tensor,
+    starts: Tensor,
+    num_documents: int,
+) -> CapturedHeads:
+    heads = torch.tensor(module.retrieval_heads, device=seen.queries.device)
+    readers = heads // (module.num_attention_heads // module.num_key_value_heads)
+    queries, keys = seen.queries[:, heads], seen.keys[:, readers]
+    indexer = module.indexer
+    return CapturedHeads(
+        [(seen.layer, head) for head in module.retrieval_heads],
+        [indexer.query_weight],
+        [indexer.key_weight],
+        queries,
+        keys,
+        indexer.features(seen.queries_before_rotation[:, heads], queries).float(),
+        indexer.features(seen.keys_before_rotation[:, readers], keys).float(),
+        positions,
+        starts,
+        num_documents,
+        seen.scaling,
+    )

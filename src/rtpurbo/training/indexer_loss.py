@@ -8,26 +8,9 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
+from rtpurbo.ops.eager.divergence import forward_divergence, near_and_far
 from rtpurbo.ops.eager.selection import estimated_logits, masses, select_for_rows
-from rtpurbo.ops.eager.visibility import causal_mask, near_mask
 from rtpurbo.training.capture import CapturedHeads
-
-
-def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: Tensor) -> Tensor:
-    """Forward KL of each row between two distributions over the visible keys (paper: Eq. 6), in nats.
-
-    Args:
-        teacher_logits: [batch, heads, rows, k_len].
-        student_logits: likewise; gradients flow here.
-        visible: bool, broadcastable to them.
-
-    Returns:
-        [batch, heads, rows], at least 0.
-    """
-    teacher = teacher_logits.masked_fill(~visible, -torch.inf).log_softmax(-1)
-    student = student_logits.masked_fill(~visible, -torch.inf).log_softmax(-1)
-    difference = torch.where(visible, teacher - student, 0.0)
-    return (teacher.exp() * difference).sum(-1)
 
 
 def rows_with_far_keys(seen: CapturedHeads, rule: AttentionRule) -> Tensor:
@@ -39,9 +22,8 @@ def row_logits(
     seen: CapturedHeads, rows: Tensor, rule: AttentionRule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact and estimated logits of some rows [1, heads, rows, length], and the near and far masks."""
-    positions = seen.positions[:, rows]
-    near = near_mask(positions, seen.positions, rule.sliding_window, rule.num_sink_tokens)
-    far = causal_mask(positions, seen.positions) & ~near
+    masks = near_and_far(rows, seen.starts, rule.sliding_window, rule.num_sink_tokens)
+    near, far = (mask[None, None] for mask in masks)
     exact = seen.logits(rows)
     return (
         exact,

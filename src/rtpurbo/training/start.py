@@ -17,7 +17,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.attention import HeadwiseAttention
 from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.settings import IndexerStart
-from rtpurbo.training.capture import capture_heads
+from rtpurbo.training.capture import CapturedHeads, run_backbone
 
 
 def start_indexers(
@@ -82,15 +82,18 @@ def _root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None:
     moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def add_up(seen: CapturedHeads) -> None:
+        for number, name in enumerate(seen.names):
+            query, key = (
+                (states[0, number].T @ states[0, number]).double() / states.shape[2]
+                for states in (seen.query_features, seen.key_features)
+            )
+            query_sum, key_sum = moments.get(name, (0.0, 0.0))
+            moments[name] = (query_sum + query, key_sum + key)
+
     for sequence in sequences:
-        for seen in capture_heads(model, sequence):
-            for number, name in enumerate(seen.names):
-                query, key = (
-                    (states[0, number].T @ states[0, number]).double() / states.shape[2]
-                    for states in (seen.query_features, seen.key_features)
-                )
-                query_sum, key_sum = moments.get(name, (0.0, 0.0))
-                moments[name] = (query_sum + query, key_sum + key)
+        run_backbone(model, [sequence], add_up)
     for module in headwise_modules(model):
         for number, head in enumerate(module.retrieval_heads):
             query_moment, key_moment = moments[module.layer_idx, head]

@@ -66,8 +66,8 @@ def indexer_divergence(
 
     A row sees its own document up to itself. The estimate is that of `estimated_logits`: in all readings but
     `paper`, sinks and window count with their exact logits, so that a row teaches only what lies far.
-    Gradients flow to index queries and index keys. Rows are walked over in chunks, which the backward
-    pass computes again: memory grows with the length, not with its square.
+    Gradients flow to index queries and index keys. Many rows are walked over in chunks, which the
+    backward pass computes again: memory grows with the length, not with its square.
 
     Args:
         query_states: [heads, rows, head_dim], after RoPE, of the rows given.
@@ -94,15 +94,12 @@ def indexer_divergence(
         estimate = estimated_logits(rule.reading, exact, scores, near, far)
         return forward_divergence(exact, estimate, near | far)
 
-    parts = [
-        checkpoint(
-            part,
-            query_states[:, chunk],
-            index_queries[:, chunk],
-            index_keys,
-            rows[chunk],
-            use_reentrant=False,
-        )
-        for chunk in query_chunks(rows.numel(), len(keys) * keys.shape[1])
+    chunks = list(query_chunks(rows.numel(), len(keys) * keys.shape[1]))
+    inputs = [
+        (query_states[:, chunk], index_queries[:, chunk], index_keys, rows[chunk])
+        for chunk in chunks
     ]
-    return torch.cat(parts, -1)
+    if len(chunks) == 1:
+        return part(*inputs[0])
+    parts = [checkpoint(part, *values, use_reentrant=False) for values in inputs]
+    return torch.cat(parts, -1) if parts else index_queries[..., 0] * 1.0

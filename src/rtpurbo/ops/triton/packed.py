@@ -52,6 +52,8 @@ def refusals(query_states: Tensor, key_states: Tensor, value_states: Tensor) -> 
     head_dim = query_states.shape[-1]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         yield "they compute no gradients"
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        yield "queries, keys and values differ in their type"
     if head_dim > 256 or head_dim * query_states.element_size() % 16:
         yield f"head_dim {head_dim} is not a multiple of 8, or above 256"
     if any(tensor.stride(-1) != 1 for tensor in tensors):

@@ -1,0 +1,59 @@
+"""Stage 1 from settings to figures, with states that are kept and with none."""
+
+import math
+
+import pytest
+import torch
+
+from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
+from rtpurbo.data.texts import load_texts
+from rtpurbo.models.sparsify import headwise_modules, indexer_weights, sparsify
+from rtpurbo.settings import IndexerTrainingSettings
+from rtpurbo.training.log import TrainingLog
+from rtpurbo.training.stage1 import train_indexers
+from tests.tiny_models import HEADS, KEY_VALUE_HEADS, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+
+def sparse(dtype=torch.float32):
+    model = tiny_model(vocab_size=512, max_position_embeddings=1024).to(dtype)
+    head_map = HeadMap.uniform((1, 4), [True, True], HEADS, KEY_VALUE_HEADS)
+    rule = AttentionRule(num_sink_tokens=2, sliding_window=16, min_tokens=4, block_size=16)
+    return sparsify(model, RTPurboConfig(head_map, rule, IndexerSettings(index_dim=4)))
+
+
+def train(model, log=None, **settings):
+    settings = {
+        "steps": 6, "lengths": (96, 128), "start": "random", "start_sequences": 1, "warmup_steps": 0,
+        "needle_share": 0.0, "probe_sequences": 1, "probe_every": 3, "rows_per_step": None,
+        "learning_rate": 0.02, **settings,
+    }  # fmt: skip
+    corpus = load_texts(None)
+    return train_indexers(
+        model, tiny_tokenizer(), corpus, corpus, IndexerTrainingSettings(**settings), log=log
+    )
+
+
+def losses_of(path):
+    return [entry["loss"] for entry in TrainingLog(path).entries()]
+
+
+@pytest.mark.parametrize("rows_per_step", [None, 20])
+def test_layers_that_pass_teach_what_kept_states_do(tmp_path, monkeypatch, rows_per_step):
+    passing, kept = sparse(), sparse()
+    options = {"rows_per_step": rows_per_step, "sequences_per_step": 2, "steps_per_sequence": 1}
+    figures = train(passing, TrainingLog(tmp_path / "passing"), **options)
+    monkeypatch.setattr("rtpurbo.training.stage1.keeps_states", lambda settings: True)
+    expected = train(kept, TrainingLog(tmp_path / "kept"), **options)
+    assert losses_of(tmp_path / "passing") == pytest.approx(losses_of(tmp_path / "kept"), rel=1e-3)
+    assert figures["recall"] == pytest.approx(expected["recall"], abs=1e-2)
+    assert losses_of(tmp_path / "passing")[-1] < losses_of(tmp_path / "passing")[0]
+
+
+def test_indexers_of_a_model_in_half_precision_learn_in_single():
+    model = sparse(torch.bfloat16)
+    figures = train(model, steps=2, steps_per_sequence=1)
+    assert math.isfinite(figures["divergence"])
+    weights = [module.indexer.query_weight for module in headwise_modules(model)]
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert all(weight.any() for weight in indexer_weights(model).values())
