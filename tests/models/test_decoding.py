@@ -10,11 +10,12 @@ import torch
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import decoding
+from rtpurbo.models import attention, decoding
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.families import convertible_layers
 from rtpurbo.models.sparsify import (
     counting,
+    headwise_modules,
     observing,
     restore,
     set_rule,
@@ -493,11 +494,20 @@ def in_both_ways(model, monkeypatch, run):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_graphs_say_what_their_steps_say(family, options, batch, gpu_batch, monkeypatch):
     model, (ids, mask) = gpu_model(family), gpu_batch(BATCHES[batch])
-    results = []
+    results, entered = [], []
+
+    def counted(module, *arguments):
+        entered.append(module)
+        return enter(module, *arguments)
+
+    enter = attention.enter
+    monkeypatch.setattr(attention, "enter", counted)
 
     def run():
+        entered.clear()
         result = generate(model, ids, mask, return_dict_in_generate=True, **options)
         results.append((captures(model), result.past_key_values.is_static))
+        assert set(entered) == set(headwise_modules(model))  # by its kernel
         return result.sequences
 
     graphed, plain = in_both_ways(model, monkeypatch, run)

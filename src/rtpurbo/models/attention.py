@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import HeadwiseLayer
+from rtpurbo.models.entering import enter, enters_by_kernel
 from rtpurbo.models.families import Family, window_covers_context
 from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.models.slots import positions_of
@@ -167,7 +168,7 @@ class HeadwiseAttention(nn.Module):
         return self._layouts[device]
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys (normed, before RoPE) and values: [batch, heads, length, head_dim]."""
+        """Queries, keys and values, [batch, heads, length, head_dim], before `normed`."""
         if self.family.fused_projection:
             sizes = [self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads]
             fused = self.qkv_proj(hidden_states)
@@ -181,11 +182,16 @@ class HeadwiseAttention(nn.Module):
         if self.family.query_key_norm == "whole":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value)
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value)
         )
-        if self.family.query_key_norm == "per_head":
-            query, key = self.q_norm(query), self.k_norm(key)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return query, key, value
+
+    def normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as `project` gives them, each head normed if the family does so."""
+        if self.family.query_key_norm != "per_head":
+            return queries, keys
+        queries = self.q_norm(queries.transpose(1, 2)).transpose(1, 2)
+        return queries, self.k_norm(keys.transpose(1, 2)).transpose(1, 2)
 
     def forward(
         self,
@@ -202,87 +208,121 @@ class HeadwiseAttention(nn.Module):
         knows them itself.
         """
         batch, q_len, _ = hidden_states.shape
-        raw_queries, raw_keys, values = self.project(hidden_states)
-        queries, keys = raw_queries, raw_keys
-        if self.uses_rotary:
-            assert position_embeddings is not None
-            queries, keys = (
-                rotate(states, *position_embeddings) for states in (raw_queries, raw_keys)
-            )
-
         past = self._cache_layer(past_key_values if cache is None else cache)
         if past is not None:
             assert past.slots.query_positions is not None
             query_positions = past.slots.query_positions.to(hidden_states.device)
         elif attention_mask is not None:
-            positions = query_positions = attention_mask
+            query_positions = attention_mask
         else:
-            positions = torch.arange(q_len, device=hidden_states.device).expand(batch, q_len)
-            query_positions = positions
-        layout = self.layout(hidden_states.device)
-        if self.observer is not None:
-            self.observer(
-                LayerObservation(
-                    self.layer_idx,
-                    raw_queries,
-                    queries,
-                    raw_keys,
-                    keys,
-                    query_positions,
-                    self.scaling,
-                )
-            )
+            query_positions = torch.arange(q_len, device=hidden_states.device).expand(batch, q_len)
 
-        if self.dense and attention_mask is None:
-            lengths = self.document_lengths or (q_len,)
-            output = packed_attention(queries, keys, values, lengths, scaling=self.scaling)
-        elif self.dense:
-            states = KeyValueStates(keys, values, positions, in_order=attention_mask is None)
-            readers = torch.arange(self.num_attention_heads, device=keys.device)
-            readers = readers // (self.num_attention_heads // self.num_key_value_heads)
-            output, _ = causal_attention(
-                queries, query_positions, states, readers, scaling=self.scaling
-            )
+        queries, keys, values = self.project(hidden_states)
+        if past is not None and enters_by_kernel(self, queries, past):
+            entered = enter(self, queries, keys, values, position_embeddings, past)
+            output = self._attend(query_positions, *entered)
         else:
-            index_queries, index_keys = self._index(
-                raw_queries, queries, raw_keys, keys, layout, past is not None
-            )
-            if past is not None:
-                full, bounded = past.append(keys, values, index_keys, layout)
-            else:
-                full, bounded = (
-                    KeyValueStates(
-                        keys[:, heads], values[:, heads], positions, index, attention_mask is None
-                    )
-                    for heads, index in (
-                        (layout.full_key_value_heads, index_keys),
-                        (layout.bounded_key_value_heads, None),
+            raw_queries, raw_keys = queries, keys = self.normed(queries, keys)
+            if self.uses_rotary:
+                assert position_embeddings is not None
+                queries, keys = (
+                    rotate(states, *position_embeddings) for states in (raw_queries, raw_keys)
+                )
+            if self.observer is not None:
+                self.observer(
+                    LayerObservation(
+                        self.layer_idx,
+                        raw_queries,
+                        queries,
+                        raw_keys,
+                        keys,
+                        query_positions,
+                        self.scaling,
                     )
                 )
-            self.used_backend = chosen_backend(
-                self.backend,
-                queries,
-                full,
-                bounded,
-                index_queries,
-                self.rule,
-                self.statistics,
-                self.selector,
-            )
-            output, _ = headwise_attention(
-                queries,
-                query_positions,
-                full,
-                bounded,
-                layout,
-                index_queries,
-                self.rule,
-                scaling=self.scaling,
-                statistics=self.statistics,
-                selector=self.selector,
-                backend=self.used_backend,
-            )
+            if past is None:
+                in_order = attention_mask is None
+                states = KeyValueStates(keys, values, query_positions, in_order=in_order)
+            if self.dense:
+                output = self._attend_densely(queries, query_positions, states)
+            else:
+                index_queries, index_keys = self._index(
+                    raw_queries, queries, raw_keys, keys, past is not None
+                )
+                layout = self.layout(keys.device)
+                if past is not None:
+                    full, bounded = past.append(keys, values, index_keys, layout)
+                else:
+                    full, bounded = self._divided(states, index_keys)
+                output = self._attend(query_positions, queries, index_queries, full, bounded)
         return self.o_proj(output.transpose(1, 2).reshape(batch, q_len, -1)), None
+
+    def _attend_densely(
+        self, queries: Tensor, query_positions: Tensor, states: KeyValueStates
+    ) -> Tensor:
+        if states.in_order:
+            lengths = self.document_lengths or (queries.shape[2],)
+            return packed_attention(
+                queries, states.keys, states.values, lengths, scaling=self.scaling
+            )
+        readers = torch.arange(self.num_attention_heads, device=queries.device)
+        readers = readers // (self.num_attention_heads // self.num_key_value_heads)
+        output, _ = causal_attention(
+            queries, query_positions, states, readers, scaling=self.scaling
+        )
+        return output
+
+    def _attend(
+        self,
+        query_positions: Tensor,
+        queries: Tensor,
+        index_queries: Tensor | None,
+        full: KeyValueStates,
+        bounded: KeyValueStates,
+    ) -> Tensor:
+        self.used_backend = chosen_backend(
+            self.backend,
+            queries,
+            full,
+            bounded,
+            index_queries,
+            self.rule,
+            self.statistics,
+            self.selector,
+        )
+        output, _ = headwise_attention(
+            queries,
+            query_positions,
+            full,
+            bounded,
+            self.layout(queries.device),
+            index_queries,
+            self.rule,
+            scaling=self.scaling,
+            statistics=self.statistics,
+            selector=self.selector,
+            backend=self.used_backend,
+        )
+        return output
+
+    def _divided(
+        self, states: KeyValueStates, index_keys: Tensor | None
+    ) -> tuple[KeyValueStates, KeyValueStates]:
+        """States of full KV heads and of bounded ones."""
+        layout = self.layout(states.keys.device)
+        full, bounded = (
+            replace(
+                states,
+                keys=states.keys[:, heads],
+                values=states.values[:, heads],
+                index_keys=index,
+            )
+            for heads, index in (
+                (layout.full_key_value_heads, index_keys),
+                (layout.bounded_key_value_heads, None),
+            )
+        )
+        return full, bounded
 
     def _index(
         self,
@@ -290,13 +330,13 @@ class HeadwiseAttention(nn.Module):
         queries: Tensor,
         raw_keys: Tensor,
         keys: Tensor,
-        layout: HeadLayout,
         caching: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Index queries of the rows that select and index keys, where something will read them."""
         selecting = self.rule.num_selecting_rows(queries.shape[2], self.num_decode_rows)
         if not self.retrieval_heads or not (selecting or caching):
             return None, None
+        layout = self.layout(keys.device)
         heads = layout.retrieval.heads
         readers = layout.full_key_value_heads[layout.retrieval.key_value_heads]
         with torch.no_grad():

@@ -128,28 +128,49 @@ class HeadwiseLayer(CacheLayerMixin):
     def _append_full(
         self, keys: Tensor, values: Tensor, index_keys: Tensor | None
     ) -> KeyValueStates:
-        slots, device = self.slots, keys.device
-        assert slots.positions is not None
+        slots = self.slots
 
         def grown(buffer: GrowingBuffer, states: Tensor) -> Tensor:
             return (
                 buffer.append(states) if slots.newest is None else buffer.put(slots.newest, states)
             )
 
+        return self._full_states(
+            grown(self.full_keys, keys),
+            grown(self.full_values, values),
+            None if index_keys is None else grown(self.index_keys, index_keys),
+        )
+
+    def _full_states(
+        self, keys: Tensor, values: Tensor, index_keys: Tensor | None
+    ) -> KeyValueStates:
+        slots, device = self.slots, keys.device
+        assert slots.positions is not None
         # Beyond the tokens in use, fixed slots hold none: so they are not in order.
         in_order = slots.padding == "none" and slots.newest is None
         first_slots = (
             None if in_order or slots.first_slots is None else slots.first_slots.to(device)
         )
         return KeyValueStates(
-            grown(self.full_keys, keys),
-            grown(self.full_values, values),
+            keys,
+            values,
             slots.positions.to(device),
-            None if index_keys is None else grown(self.index_keys, index_keys),
+            index_keys,
             in_order,
             first_slots,
             length=None if slots.newest is None else slots.length,
         )
+
+    def count_entered(self) -> tuple[KeyValueStates, KeyValueStates]:
+        """Follows one token that was written straight into its slots; returns what `append` does."""
+        self.seen += 1
+        for buffer in (self.full_keys, self.full_values, self.index_keys):
+            if buffer.storage is not None:
+                buffer.length += 1
+        keys, values = self.full_keys.storage, self.full_values.storage
+        assert keys is not None
+        assert values is not None
+        return self._full_states(keys, values, self.index_keys.storage), self.ring.states()
 
     def make_static(self, capacity: int) -> None:
         """Gives the full KV heads room for so many tokens at once."""

@@ -20,12 +20,14 @@ class Family:
         fused_projection: query, key and value come from one `qkv_proj`.
         query_key_norm: `per_head` normalises each head, `whole` normalises before the heads are
             split.
+        unit_offset_norms: the factor of its norms is 1 + weight, multiplied in fp32.
         attention_projections: names of the attention's linear layers.
         other_projections: names of the linear layers beside the attention, for LoRA.
     """
 
     fused_projection: bool = False
     query_key_norm: Literal["none", "per_head", "whole"] = "none"
+    unit_offset_norms: bool = False
     attention_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     other_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
@@ -38,7 +40,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(query_key_norm="per_head"),
     # The experts of a mixture are not plain linear layers.
     "qwen3_moe": Family(query_key_norm="per_head", other_projections=()),
-    "gemma3_text": Family(query_key_norm="per_head"),
+    "gemma3_text": Family(query_key_norm="per_head", unit_offset_norms=True),
     "olmo2": Family(query_key_norm="whole"),
     "phi3": Family(
         fused_projection=True,

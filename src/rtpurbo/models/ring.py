@@ -164,7 +164,6 @@ class RingBuffer:
         """
         slots, device = self.slots, keys.device
         assert slots.entering is not None
-        assert slots.labels is not None
         if self.keys is None or self.values is None:
             num_slots = slots.num_sink_tokens + slots.size + 1
             self.keys, self.values = (
@@ -183,7 +182,18 @@ class RingBuffer:
             keys = torch.cat([self.keys[:, :, :sinks], before[0], keys], 2)
             values = torch.cat([self.values[:, :, :sinks], before[1], values], 2)
         elif keys.shape[2] == 1:
-            keys, values = self.keys[:, :, :-1], self.values[:, :, :-1]
+            return self.states()
+        return self._labelled(keys, values)
+
+    def states(self) -> KeyValueStates:
+        """What is held, as the query of one token sees it that entered last."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self._labelled(self.keys[:, :, :-1], self.values[:, :, :-1])
+
+    def _labelled(self, keys: Tensor, values: Tensor) -> KeyValueStates:
+        slots, device = self.slots, keys.device
+        assert slots.labels is not None
         first_slots, sink_slots = (
             None if tensor is None else tensor.to(device)
             for tensor in (slots.first_slots, slots.sink_slots)

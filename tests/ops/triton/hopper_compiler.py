@@ -18,6 +18,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.triton.decode.attention import run_step
+from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
 from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill import hopper
 from rtpurbo.ops.triton.training.divergence import indexer_divergence
@@ -145,6 +146,52 @@ def step(
     )
 
 
+def entrance(
+    heads,
+    key_value_heads,
+    retrieval_heads,
+    *,
+    head_dim=128,
+    rotary_dim=128,
+    index_dim=16,
+    num_features=128,
+    dtype=torch.bfloat16,
+    index_dtype=torch.float16,
+    norm=None,
+    rotated=True,
+    batch=2,
+):
+    """Compiles what one new token launches; `norm` tells whether its weights are less one."""
+    layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
+    full, ranks = len(layout.full_key_value_heads), len(retrieval_heads)
+
+    def states(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype)
+
+    weight, angles = states(head_dim), states(1, 1, rotary_dim)
+    index_weight = states(ranks, index_dim, num_features, dtype=torch.float32)
+    dims = torch.zeros(num_features, dtype=torch.int64)
+    kept, ring = (states(batch, count, 4096, head_dim) for count in (full, key_value_heads - full))
+    enter_token(
+        states(batch, heads, 1, head_dim),
+        states(batch, key_value_heads, 1, head_dim),
+        states(batch, key_value_heads, 1, head_dim),
+        (angles, angles) if rotary_dim else None,
+        None if norm is None else HeadNorm(weight, weight, 1e-6, norm),
+        IndexProjection(index_weight, index_weight, dims, rotated) if ranks else None,
+        layout,
+        FixedSlots(
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(batch, 1, dtype=torch.int64),
+            kept,
+            kept,
+            ring,
+            ring,
+            states(batch, ranks, 4096, index_dim, dtype=index_dtype) if ranks else None,
+        ),
+    )
+
+
 def prompt(
     retrieval_heads,
     *,
@@ -211,6 +258,18 @@ def compile_prompts():
     prompt((0,), heads=6, key_value_heads=2, head_dim=64, for_hopper=False, block_size=32, **sparse)
     prompt((0, 9), head_dim=64, page_size=16)
     prompt((0, 9), head_dim=128, page_size=64)
+
+
+def compile_entrances():
+    """A token that enters, by family."""
+    entrance(32, 8, (0, 9))
+    entrance(32, 8, (0, 9), norm=False, rotated=False, num_features=40, batch=1)
+    entrance(32, 8, (0, 9), norm=False, index_dtype=torch.float8_e4m3fn)
+    entrance(8, 4, (0,), norm=True, head_dim=256, rotary_dim=256, index_dim=64, num_features=256)
+    entrance(32, 32, (3,), head_dim=96, rotary_dim=72, dtype=torch.float16, num_features=96)
+    entrance(16, 4, (), rotary_dim=0)
+    entrance(16, 4, (1,), rotary_dim=0, dtype=torch.float32, index_dtype=torch.float32)
+    entrance(1, 1, (0,), index_dim=1, num_features=1, batch=1)
 
 
 def main():
