@@ -13,7 +13,10 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["prefill", "decode", "model"])
+COMMANDS = ["prefill", "decode", "model", "training"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_benchmark_explains_itself(command):
     result = run("bench", command, "--help")
     assert result.exit_code == 0
@@ -23,11 +26,11 @@ def test_every_benchmark_explains_itself(command):
 
 def test_help_names_it():
     assert "bench" in run("--help").stdout
-    assert all(name in run("bench", "--help").stdout for name in ("prefill", "decode", "model"))
+    assert all(name in run("bench", "--help").stdout for name in COMMANDS)
     assert app.registered_groups
 
 
-@pytest.mark.parametrize("command", ["prefill", "decode", "model"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_without_a_gpu(command, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "benchmarks need an NVIDIA GPU" in error_of("bench", command)
@@ -46,6 +49,8 @@ def test_without_a_gpu(command, monkeypatch):
         (["prefill", "--row-stride", "3"], "row_stride is 3"),
         (["prefill", "--device", "abacus"], "'abacus' is not available"),
         (["model", "--geometry", "giant", "--device", "cpu"], "no geometry 'giant'"),
+        (["training", "--implementation", "flex"], "no implementation 'flex' here"),
+        (["training", "--documents", "9", "--device", "cpu"], "nothing can be learnt"),
         (["prefill", "--profile", "nowhere", "--device", "cpu"], "no artifact 'nowhere'"),
     ],
 )

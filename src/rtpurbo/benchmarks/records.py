@@ -13,7 +13,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.version import library_commit
 
-Phase = Literal["prefill", "decode", "model-prefill", "model-decode"]
+Phase = Literal["prefill", "decode", "model-prefill", "model-decode", "stage1"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SpeedRecord:
     """One measurement.
 
     Attributes:
-        phase: what was timed: one layer's operator, or a forward of a whole model.
+        phase: what was timed: one layer's operator, a forward of a whole model, or a step of training.
         context_length: tokens, the new ones included.
         batch_size: sequences.
         num_attention_heads: query heads of a layer.
@@ -40,6 +40,10 @@ class SpeedRecord:
         peak_memory_bytes: the most memory in use at once, inputs included.
         scratch_bytes: of these, what was neither there before the call nor its result.
         model: geometry of the model, if it was a whole one.
+        tokens_per_second: of training.
+        peak_memory_gib: the peak again, in GiB, of training.
+        loss_milliseconds: of a training step, what computing the loss and its gradients took.
+        loss_share: the same as a share of the step.
         note: what else to know.
     """
 
@@ -60,6 +64,10 @@ class SpeedRecord:
     peak_memory_bytes: int | None = None
     scratch_bytes: int | None = None
     model: str | None = None
+    tokens_per_second: float | None = None
+    peak_memory_gib: float | None = None
+    loss_milliseconds: float | None = None
+    loss_share: float | None = None
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Entry:
         calls: what one call counts for.
         result_bytes: what a call's result weighs.
         note: goes into the record.
+        figures: further fields of its record, asked for once it is measured.
     """
 
     implementation: str
@@ -44,6 +45,7 @@ class Entry:
     calls: int = 1
     result_bytes: int = 0
     note: str = ""
+    figures: Callable[[Measurement], dict[str, Any]] | None = None
 
     @property
     def title(self) -> str:
@@ -171,6 +173,7 @@ class Session:
             scratch_bytes=found.scratch_bytes,
             note="; ".join(filter(None, remarks)) or None,
             **entry.facts,
+            **({} if entry.figures is None else entry.figures(found)),
         )
         self.results.records.append(record)
         self.tell(f"{entry.title}: {record.milliseconds:.4g} ms")

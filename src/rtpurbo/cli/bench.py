@@ -1,4 +1,4 @@
-"""`rtpurbo bench prefill | decode | model`."""
+"""`rtpurbo bench prefill | decode | model | training`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rtpurbo.benchmarks.session import Session
 
 LENGTHS = [8192, 32768, 131072]
+TRAINING_LENGTHS = [49152, 131072]
 PREFILL_DENSITY, DECODE_DENSITY = 0.1, 0.03
 WINDOW, RETRIEVAL_WINDOW = 8192, 512
 
@@ -238,6 +239,47 @@ def model(
         session, geometry, rules, length or LENGTHS, densities, batch or [1], _dtype(dtype), layers
     )
     _finish(session.results, plot)
+
+
+@app.command()
+def training(
+    geometry: Annotated[
+        str, typer.Option(help="qwen3-8b, qwen3-30b-a3b or smollm2-135m, with random weights.")
+    ] = "qwen3-8b",
+    phase: Annotated[Literal["stage1"], typer.Option(help="What to measure.")] = "stage1",
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many of its layers.", show_default=False),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Tokens of a step. Repeat it for several.", show_default="49152, 131072"
+        ),
+    ] = None,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents, equally long, that are packed in these tokens.")
+    ] = 1,
+    window: Window = WINDOW,
+    dtype: Dtype = "bfloat16",
+    implementation: Implementation = None,
+    repeats: Repeats = 5,
+    time_limit: TimeLimit = 60.0,
+    output: Output = None,
+    device: Device = "cuda",
+) -> None:
+    """Measure a step of training: stage 1 of 15 % of the heads, from every row.
+
+    `rtpurbo bench training --geometry qwen3-8b --length 49152 --length 131072 -o training.json`
+    """
+    from rtpurbo.benchmarks.stage1 import IMPLEMENTATIONS, bench_stage1
+
+    session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, None)
+    bench_stage1(
+        session, geometry, _rule(window, None), length or TRAINING_LENGTHS, documents, _dtype(dtype),
+        layers,
+    )  # fmt: skip
+    _finish(session.results, None)
 
 
 def _rule(window: int, retrieval_window: int | None, row_stride: int | None = None) -> Any:

@@ -1,0 +1,202 @@
+"""A step of stage 1 on a whole model of random weights: every row, by kernels and by chunks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
+from rtpurbo.benchmarks.session import Entry, Session, release
+from rtpurbo.benchmarks.timing import Call, Measurement
+from rtpurbo.benchmarks.watch import Watch
+from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.sparsify import headwise_modules, sparsify
+from rtpurbo.settings import IndexerTrainingSettings
+from rtpurbo.training.layerwise import train_as_layers_pass
+from rtpurbo.training.optimizer import make_optimizer
+from rtpurbo.training.sequences import TrainingSequence
+
+IMPLEMENTATIONS = ("rtpurbo", "eager")
+RATIO = 0.15
+# What a first step does once, and whether it is right, is seen on so many tokens more than a window.
+WARM_UP_TOKENS = 4096
+# Largest errors of the kernels' loss and gradient against plain PyTorch, which rounds logits to half precision.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
+
+
+class Stage1Case:
+    """A model whose indexers are trained.
+
+    Args:
+        geometry: a name in `GEOMETRIES`.
+        rule: windows and reading.
+        dtype: of the model's weights; indexers are in fp32.
+        device: where.
+        layers: how many of its layers; None for all.
+    """
+
+    def __init__(
+        self,
+        geometry: str,
+        rule: AttentionRule,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: int | None,
+    ) -> None:
+        self.geometry, self.rule = geometry, rule
+        self.model = build_model(geometry, layers, dtype, device)
+        self.head_map = spread_head_map(self.model.config, RATIO)
+        sparsify(self.model, RTPurboConfig(self.head_map, rule))
+        draw_indexers(self.model)
+        self.weights: list[Tensor] = []
+        for module in headwise_modules(self.model):
+            if module.retrieval_heads:
+                self.weights += module.indexer.float().requires_grad_(True).parameters()
+        self.optimizer, _ = make_optimizer(self.weights, 1e-4, 0.0, 0, 1)
+        self.watch = Watch(device)
+
+    def facts(self, length: int) -> dict[str, Any]:
+        """Fields of a record."""
+        config = self.model.config
+        return {
+            "phase": "stage1",
+            "context_length": length,
+            "batch_size": 1,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "num_retrieval_heads": self.head_map.num_retrieval_heads,
+            "head_dim": config.head_dim,
+            "sliding_window": self.rule.sliding_window,
+            "density": 1.0,
+            "model": f"{self.geometry}, {config.num_hidden_layers} layers",
+        }
+
+    def sequences(self, length: int, documents: int) -> list[TrainingSequence]:
+        """Random tokens, equally divided among documents."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.model.config.vocab_size, (length,), generator=generator)
+        return [TrainingSequence(part.tolist()) for part in ids.tensor_split(documents)]
+
+    def learn(
+        self, sequences: Sequence[TrainingSequence], backend: str, rows: int | None = None
+    ) -> Tensor:
+        """Adds to the gradients; returns the sequences' losses."""
+        total = sum(len(sequence.input_ids) for sequence in sequences)
+        settings = IndexerTrainingSettings(rows_per_step=rows, lengths=(total,))
+        seeds = [str(number) for number in range(len(sequences))]
+        losses = train_as_layers_pass(
+            self.model, sequences, settings, seeds,
+            backend=backend, around_loss=self.watch.around_part,
+        )  # fmt: skip
+        return torch.stack(losses)
+
+    def step(self, sequences: Sequence[TrainingSequence], backend: str) -> Tensor:
+        """A whole step, watched."""
+        with self.watch.around_whole():
+            losses = self.learn(sequences, backend)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def losses_and_gradient(
+        self, sequences: Sequence[TrainingSequence], backend: str, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of some rows: losses, and the gradients of all weights in one vector."""
+        losses = self.learn(sequences, backend, rows)
+        gradient = torch.cat(
+            [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        return losses, gradient
+
+
+def bench_stage1(
+    session: Session,
+    geometry: str,
+    rule: AttentionRule,
+    lengths: Sequence[int],
+    documents: int,
+    dtype: torch.dtype,
+    layers: int | None = None,
+) -> None:
+    """Measures steps of stage 1, in which 15 % of the heads learn from every row.
+
+    Both implementations share the frozen model's forward; `eager` computes the loss by chunks of rows.
+
+    Args:
+        session: the run.
+        geometry: a name in `GEOMETRIES`.
+        rule: windows and reading.
+        lengths: tokens of a step.
+        documents: how many documents are packed in them.
+        dtype: of the model's weights.
+        layers: how many of its layers; None for all.
+
+    Raises:
+        RTPurboError: documents are not longer than a window.
+    """
+    shortest = min(lengths) // documents
+    if shortest <= rule.sliding_window + rule.num_sink_tokens:
+        raise RTPurboError(
+            f"documents of {shortest:,} tokens are not longer than sinks and window "
+            f"({rule.sliding_window + rule.num_sink_tokens:,} tokens), so nothing can be learnt."
+        )
+    session.tell(f"{geometry}: making random weights")
+    case = Stage1Case(geometry, rule, dtype, session.device, layers)
+    kernels = "triton" if session.device.type == "cuda" else "auto"
+    for length in sorted(lengths):
+        for name, backend in zip(IMPLEMENTATIONS, (kernels, "eager"), strict=True):
+            if not session.wants(name):
+                continue
+            entry = Entry(
+                name,
+                {"": partial(_prepare, case, length, documents, backend)},
+                case.facts(length),
+                partial(_check, case) if name == "rtpurbo" else None,
+                is_ours=name == "rtpurbo",
+                note="" if documents == 1 else f"{documents} documents",
+                figures=partial(_figures, session, case, length),
+            )
+            session.run(entry)
+            release(session.device)
+
+
+def _prepare(case: Stage1Case, length: int, documents: int, backend: str) -> Call:
+    short = case.sequences(min(length, case.rule.sliding_window + WARM_UP_TOKENS), 1)
+    case.step(short, backend)
+    return partial(case.step, case.sequences(length, documents), backend)
+
+
+def _check(case: Stage1Case, call: Callable[[], Any]) -> str | None:
+    """Holds loss and gradient of some rows of a short sequence against plain PyTorch."""
+    short = case.sequences(case.rule.sliding_window + WARM_UP_TOKENS, 1)
+    backend = call.args[1] if isinstance(call, partial) else "auto"
+    losses, gradient = case.losses_and_gradient(short, backend, 256)
+    expected, expected_gradient = case.losses_and_gradient(short, "eager", 256)
+    if not bool(losses.isfinite().all() and gradient.isfinite().all()):
+        return "its loss or gradient is not finite"
+    loss_error = float(((losses - expected).abs() / expected.abs()).max())
+    gradient_error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
+    if loss_error > LOSS_TOLERANCE:
+        return f"its loss is off by {loss_error:.2%}"
+    if gradient_error > GRADIENT_TOLERANCE:
+        return f"its gradient is off by {gradient_error:.2%}"
+    return None
+
+
+def _figures(session: Session, case: Stage1Case, length: int, found: Measurement) -> dict[str, Any]:
+    """What a record of training says besides."""
+    whole, loss = case.watch.milliseconds()
+    session.tell(f"  of which the loss: {loss:.4g} ms, {loss / whole:.1%}")
+    peak = found.peak_memory_bytes
+    return {
+        "tokens_per_second": round(1000 * length / found.milliseconds, 1),
+        "peak_memory_gib": None if peak is None else round(peak / 2**30, 2),
+        "loss_milliseconds": round(loss, 3),
+        "loss_share": round(loss / whole, 4),
+    }
