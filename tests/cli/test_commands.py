@@ -182,6 +182,11 @@ def test_eval_of_what_is_not_there(tiny_artifact):
     assert "context of 1,024" in error_of("eval", tiny_artifact, *QUICK, "--length", "4096")
 
 
+    quick = ["eval", tiny_artifact, "--device", "cpu"]
+    assert "no ruler task 'x'" in error_of(*quick, "--suite", "ruler", "--tasks", "x")
+    assert "'lm-eval' needs tasks" in error_of(*quick, "--suite", "lm-eval")
+    assert "--task-data x names no value" in error_of(*quick, "--task-data", "x")
+    assert "nothing.txt" in error_of(*quick, "--data", "nothing.txt")
 def test_generate_beyond_the_context_and_from_nothing(tiny_artifact):
     generate = ["generate", tiny_artifact, "--device", "cpu"]
     assert "context of 1,024" in error_of(*generate, "word " * 3000)

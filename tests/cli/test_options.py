@@ -33,6 +33,30 @@ def test_options_left_out_change_nothing():
     assert options.changed_settings(None, ratio=None, seed=0) == {"seed": 0}
 
 
+def test_tasks_and_lengths_go_to_their_suite():
+    suites = options.suites_with_tasks
+    assert suites(["lm-eval"], "aime24,mmlu_pro_math", None) == ["lm-eval:aime24,mmlu_pro_math"]
+    assert suites(["ruler@4096"], "vt", [512]) == ["ruler:vt@4096"]
+    # Lengths are for all suites but lm-eval, whose tasks have the model's unless named for them.
+    assert suites(["ruler", "lm-eval:ruler"], None, [512, 1024]) == [
+        "ruler",
+        "lm-eval:ruler@512,1024",
+    ]
+    assert suites(("needle", "perplexity"), None, None) == ["needle", "perplexity"]
+    for names in (["ruler:vt"], ["needle", "ruler"]):
+        with pytest.raises(RTPurboError, match="--tasks needs one --suite that names no tasks"):
+            suites(names, "cwe", None)
+
+
+def test_assignments_are_a_dictionary():
+    given = ["aime24=a.jsonl", "aime25=b=c.jsonl"]
+    assert options.assignments("--x", given) == {"aime24": "a.jsonl", "aime25": "b=c.jsonl"}
+    assert options.assignments("--x", None) == {}
+    for wrong in ("aime24", "aime24=", "=a.jsonl"):
+        with pytest.raises(RTPurboError, match=f"--x {wrong} names no value"):
+            options.assignments("--x", [wrong])
+
+
 def test_other_settings_are_json_or_plain_text():
     others = ["stage1.lengths=[2048, 4096]", "stage2.prefill_mode=top_p", "stage2.steps=7"]
     assert options.changed_settings(others, stage2_steps=3) == {

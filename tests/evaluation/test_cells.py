@@ -27,6 +27,26 @@ def test_a_suite_may_have_lengths_of_its_own():
         choose_cells(["perplexity@long"], [512], 3)
 
 
+def test_tasks_of_lm_eval_have_what_they_have_unless_told():
+    assert choose_cells(["lm-eval:aime24,mmlu_pro_math"], [512]) == [
+        Cell("lm-eval", task, 0, 0) for task in ("aime24", "mmlu_pro_math")
+    ]
+    assert choose_cells(["lm-eval:ruler@4096", "needle:single"], {"needle": [512]}, 3) == [
+        Cell("lm-eval", "ruler", 4096, 3),
+        Cell("needle", "single", 512, 3),
+    ]
+    assert choose_cells(["lm-eval:ruler"], {"lm-eval": [8192]}) == [
+        Cell("lm-eval", "ruler", 8192, 0)
+    ]
+    for name in ("lm-eval", "lm-eval:aime24,"):
+        with pytest.raises(RTPurboError, match="'lm-eval' needs tasks, as in lm-eval:aime24"):
+            choose_cells([name], [512])
+
+
+def test_ten_samples_unless_told():
+    assert choose_cells(["perplexity"], [512]) == [Cell("perplexity", "prose", 512, 10)]
+
+
 def test_ruler_has_thirteen_tasks_or_those_named():
     assert choose_cells(["ruler@4096,8192"], [512], 25) == [
         Cell("ruler", task, length, 25) for task in TASKS for length in (4096, 8192)

@@ -24,6 +24,10 @@ def model():
 
 
 def measure(model, corpus, seed=0):
+    return outcome(model, corpus, seed).score
+
+
+def outcome(model, corpus, seed=0):
     return prose_perplexity(model, tiny_tokenizer(), corpus, LENGTH, samples=2, seed=seed)
 
 
@@ -69,3 +73,8 @@ def test_every_row_is_sparse_while_measuring(model, corpus):
 
     set_rule(model, prefill_mode="row_share", row_share=1.0)
     assert measure(model, corpus) != sparse
+
+
+def test_the_interval_holds_the_perplexity(model, corpus):
+    measured = outcome(model, corpus)
+    assert measured.ci95[0] < measured.score < measured.ci95[1]

@@ -1,13 +1,33 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.records import Record, read_results, write_results
 
+PUBLISHED = Path(__file__).parent.parent.parent / "benchmarks" / "results"
+
 RECORDS = [
     Record("needle", "single", 4096, "full", 10, 90.0, 1.0, 1000),
     Record("perplexity", "prose", 4096, "rtpurbo", 10, 28.4, None, None),
+    Record(
+        "ruler",
+        "vt",
+        4096,
+        "quest",
+        25,
+        90.0,
+        0.1,
+        1000,
+        (80.5, 98.0),
+        612.4,
+        600,
+        900,
+        0.93,
+        410,
+        128,
+    ),
 ]
 
 
@@ -29,14 +49,41 @@ def test_round_trip(path):
 
 
 def test_a_newer_format_asks_for_an_upgrade(path):
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(RTPurboError, match=r"format 2, .* upgrade"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3}))
+    with pytest.raises(RTPurboError, match=r"format 3, .* upgrade"):
         read_results(path)
+
+
+def test_format_1_is_read(path):
+    old = {
+        "suite": "needle", "task": "single", "context_length": 2048, "policy": "full",
+        "samples": 20, "score": 100.0, "far_tokens_read": 1.0, "kv_bytes": 94371840,
+    }  # fmt: skip
+    path.write_text(json.dumps({"format_version": 1, "model": "m", "records": [old]}))
+    [record] = read_results(path).records
+    assert record == Record(*old.values())
+    assert record.ci95 is None
+    assert record.tokens_read_mean is None
+
+
+def test_the_published_results_are_read():
+    files = list(PUBLISHED.glob("quality-*.json"))
+    assert files
+    for file in files:
+        assert read_results(file).records
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "3", "{}", '{"format_version": 1}', '{"format_version": 1, "records": [{"a": 1}]}'],
+    [
+        "",
+        "[]",
+        "3",
+        "{}",
+        '{"format_version": 0, "records": []}',
+        '{"format_version": 1}',
+        '{"format_version": 1, "records": [{"a": 1}]}',
+    ],
 )
 def test_corrupt_results_are_refused(path, content):
     path.write_text(content)

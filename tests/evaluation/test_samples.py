@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from rtpurbo.errors import RTPurboError
@@ -36,7 +38,17 @@ def test_the_hash_is_of_the_prompt():
 
 
 def test_the_outcome_is_the_mean():
-    assert Outcome.of(SAMPLES) == Outcome(50.0, tuple(SAMPLES))
+    outcome = Outcome.of(SAMPLES, "exact_match")
+    assert (outcome.score, outcome.count, outcome.samples) == (50.0, 2, tuple(SAMPLES))
+    assert outcome.ci95 == (0.0, 100.0)
+    assert outcome.metric == "exact_match"
+
+
+def test_perplexity_is_of_the_mean_loss():
+    outcome = Outcome.of_losses([2.0, 3.0])
+    assert outcome.score == pytest.approx(math.exp(2.5))
+    assert outcome.ci95 == pytest.approx((math.exp(2), math.exp(3)))
+    assert (outcome.count, outcome.samples) == (2, ())
 
 
 def test_bad_files_are_refused(tmp_path):

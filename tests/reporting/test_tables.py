@@ -1,5 +1,6 @@
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -51,6 +52,26 @@ def test_tables_without_the_dense_model_and_without_records():
     lone = markdown_tables([record for record in RECORDS if record.policy == "rtpurbo"])
     assert lone.endswith("| rtpurbo | 80 % | 28.20 | 5.0 % | 512.0 KiB |")
     assert results_tables([]) == []
+
+
+def test_what_is_measured_row_by_row_has_its_columns():
+    measured = {"tokens_read_mean": 1234.5, "mass_kept": 0.987, "measured_rows": 10}
+    records = [replace(RECORDS[1], **measured), replace(RECORDS[4], metric="a"), RECORDS[0]]
+    lines = markdown_tables(records).splitlines()
+    assert lines[0].endswith(
+        "| far tokens read (prose 2K) | tokens read | mass kept | KV cache at 4K |"
+    )
+    assert lines[3].endswith("| 5.0 % | 1,234 | 98.7 % | 512.0 KiB |")
+    assert "prose a 2K" in lines[0]
+    assert lines[2].endswith("| - | - | - | - |")
+
+    ruler = [
+        Record("ruler", task, 4096, "rtpurbo", 5, 9.0, 0.1, 9, None, tokens, 1, 1, mass, rows)
+        for task, tokens, mass, rows in (("vt", 100.0, 0.9, 10), ("cwe", 400.0, 0.6, 20))
+    ]
+    ruler.append(Record("ruler", "fwe", 4096, "rtpurbo", 5, 9.0))
+    lines = markdown_tables(ruler).splitlines()
+    assert lines[-3:-1] == ["| tokens read (mean) | 300 |", "| mass kept | 70.0 % |"]
 
 
 def test_ruler_has_a_table_for_each_length_with_tasks_as_rows():

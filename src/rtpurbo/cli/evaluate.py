@@ -18,10 +18,18 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="needle (questions about numbers hidden in prose), perplexity, ruler (its 13 "
-            "tasks), or some tasks of them: needle:single,multikey,multivalue or "
-            "ruler:niah_multikey_2,vt. With lengths of its own: ruler@4096,8192. Repeat it for "
-            "several.",
+            "tasks), lm-eval (any task of LM Evaluation Harness), or some tasks of them: "
+            "needle:single,multikey,multivalue, ruler:niah_multikey_2,vt or lm-eval:aime24. With "
+            "lengths of its own: ruler@4096,8192. Repeat it for several.",
             show_default="needle, perplexity",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,TASK",
+            help="Tasks of the one suite named, as in --suite lm-eval --tasks aime24,mmlu_pro_math.",
+            show_default=False,
         ),
     ] = None,
     length: Annotated[
@@ -29,16 +37,24 @@ def evaluate(
         typer.Option(
             min=2,
             help="Tokens of a test, within the model's context. Repeat it for several.",
-            show_default="2048, 4096",
+            show_default="2048, 4096; of lm-eval: the model's context",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Questions or windows of each test.")] = 10,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Questions or windows of each test.",
+            show_default="10; of lm-eval: all that a task has",
+        ),
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to compare: full (the dense model), rtpurbo, rtpurbo-sparse-prefill (sparse "
-            "in the prompt too), rtpurbo-before-stage2, and the controls local-only and "
-            "random-heads. Repeat it for several.",
+            help="What to compare: full (the dense model), rtpurbo, rtpurbo-paper and "
+            "rtpurbo-residual (two readings of top-p), rtpurbo-sparse-prefill (sparse in the prompt "
+            "too), rtpurbo-before-stage2, the peers dense-heads, quest, top-k and oracle-top-p, the "
+            "controls local-only (windows alone) and random-heads, or all. Repeat it for several.",
             show_default="full, rtpurbo",
         ),
     ] = None,
@@ -55,6 +71,23 @@ def evaluate(
         typer.Option(
             help="Questions of ruler:qa_2: a JSON file in HotpotQA's distractor format. Left out: "
             "built-in ones.",
+            show_default=False,
+        ),
+    ] = None,
+    task_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=PATH",
+            help="A file with the questions of a task of lm-eval, in the columns of its data on the "
+            "Hub, or a folder with a file for each split. Repeat it for several.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The most tokens of an answer to lm-eval. Left out: what the task says.",
             show_default=False,
         ),
     ] = None,
@@ -87,6 +120,8 @@ def evaluate(
     `rtpurbo eval smollm2-sparse --suite needle --length 4096 --samples 20`
 
     `rtpurbo eval smollm2-sparse --suite ruler@4096,8192 --samples 25 -o ruler.json`
+
+    `rtpurbo eval smollm2-sparse --suite lm-eval --tasks aime24,mmlu_pro_math`
     """
     import torch
     from rich.console import Console
@@ -106,7 +141,7 @@ def evaluate(
     with ProgressBars() as progress:
         records = run.evaluate(
             artifact,
-            suites=suite or run.DEFAULT_SUITES,
+            suites=options.suites_with_tasks(suite or run.DEFAULT_SUITES, tasks, length),
             lengths=length or run.DEFAULT_LENGTHS,
             samples=samples,
             policies=policy or run.DEFAULT_POLICIES,
@@ -117,6 +152,8 @@ def evaluate(
             dtype=None if dtype == "auto" else getattr(torch, dtype),
             squad=squad,
             hotpotqa=hotpotqa,
+            task_data=options.assignments("--task-data", task_data),
+            max_new_tokens=max_new_tokens,
             keep_sample=questions.append,
             progress=progress,
         )

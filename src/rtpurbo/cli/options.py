@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,6 +197,42 @@ _SETTINGS = {
     "seed": "seed",
 }
 """The setting, by dotted name, that each option changes."""
+
+
+def suites_with_tasks(
+    suites: Sequence[str], tasks: str | None, lengths: Sequence[int] | None
+) -> list[str]:
+    """Suites as `rtpurbo.evaluate` takes them.
+
+    Args:
+        suites: names, perhaps with tasks and lengths of their own.
+        tasks: those of the one suite, separated by commas, if they are named apart.
+        lengths: that the user gave; lm-eval's tasks take no others.
+    """
+    names = list(suites)
+    if tasks is not None:
+        if len(names) != 1 or ":" in names[0]:
+            raise RTPurboError("--tasks needs one --suite that names no tasks itself.")
+        suite, at, own_lengths = names[0].partition("@")
+        names = [f"{suite}:{tasks}{at}{own_lengths}"]
+    if lengths:
+        written = ",".join(str(length) for length in lengths)
+        names = [
+            f"{name}@{written}" if name.startswith("lm-eval") and "@" not in name else name
+            for name in names
+        ]
+    return names
+
+
+def assignments(option: str, given: Sequence[str] | None) -> dict[str, str]:
+    """NAME=VALUE, given several times, as a dictionary."""
+    values = {}
+    for assignment in given or []:
+        name, found, value = assignment.partition("=")
+        if not found or not name or not value:
+            raise RTPurboError(f"{option} {assignment} names no value: write NAME=VALUE.")
+        values[name] = value
+    return values
 
 
 def changed_settings(others: list[str] | None, **options: Any) -> dict[str, Any]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus
-from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.cells import HARNESS, Cell
 from rtpurbo.evaluation.needle import needle_accuracy
 from rtpurbo.evaluation.perplexity import prose_perplexity
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.samples import Outcome
 from rtpurbo.settings import Progress
+
+if TYPE_CHECKING:
+    from rtpurbo.evaluation.harness.suite import Harness
 
 
 @dataclass(frozen=True)
@@ -23,23 +27,50 @@ class Battery:
     Attributes:
         corpus: prose.
         ruler: RULER's tests.
+        harness: those of LM Evaluation Harness; None if no cell asks for them.
         seed: of all tests.
     """
 
     corpus: TextCorpus
     ruler: RulerSuite
+    harness: Harness | None = None
     seed: int = 0
 
     def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, cells: Sequence[Cell], progress: Progress
-    ) -> None:
-        """Makes the prompts that take long to make, and finds out which do not fit their length."""
-        long = [cell for cell in cells if cell.suite == "ruler"]
-        for done, cell in enumerate(long):
-            progress("prompts", done, len(long), {})
-            self.ruler.examples(tokenizer, cell.task, cell.context_length, cell.samples)
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        cells: Sequence[Cell],
+        context_length: int,
+        progress: Progress,
+    ) -> list[Cell]:
+        """Makes the prompts that take long to make, and finds out which do not fit their length.
+
+        Args:
+            tokenizer: the model's.
+            cells: the tests.
+            context_length: the model's.
+            progress: told after each test.
+
+        Returns:
+            The tests to run: groups of tasks have become their tasks.
+
+        Raises:
+            RTPurboError: a task is unknown, its data cannot be had, or it does not fit its length.
+        """
+        long, ready = [cell for cell in cells if cell.suite in ("ruler", HARNESS)], list[Cell]()
+        for cell in cells:
+            if cell in long:
+                progress("prompts", long.index(cell), len(long), {})
+            if cell.suite == HARNESS:
+                assert self.harness is not None
+                ready += self.harness.prepare(tokenizer, cell, context_length)
+                continue
+            if cell.suite == "ruler":
+                self.ruler.examples(tokenizer, cell.task, cell.context_length, cell.samples)
+            ready.append(cell)
         if long:
             progress("prompts", len(long), len(long), {})
+        return ready
 
     def run(
         self,
@@ -47,17 +78,29 @@ class Battery:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         after_sample: Callable[[], None],
-    ) -> Outcome:
-        """What a model makes of a cell."""
+    ) -> list[Outcome]:
+        """What a model makes of a cell: an outcome for each of its metrics."""
         length, samples = cell.context_length, cell.samples
+        if cell.suite == HARNESS:
+            assert self.harness is not None
+            return self.harness.run(model, tokenizer, cell, after_sample)
         if cell.suite == "ruler":
-            return self.ruler.run(model, tokenizer, cell.task, length, samples, after_sample)
+            return [self.ruler.run(model, tokenizer, cell.task, length, samples, after_sample)]
         if cell.suite == "needle":
-            return needle_accuracy(
-                model, tokenizer, self.corpus, cell.task, length, samples, self.seed, after_sample
-            )
-        return Outcome(
+            return [
+                needle_accuracy(
+                    model,
+                    tokenizer,
+                    self.corpus,
+                    cell.task,
+                    length,
+                    samples,
+                    self.seed,
+                    after_sample,
+                )
+            ]
+        return [
             prose_perplexity(
                 model, tokenizer, self.corpus, length, samples, self.seed, after_sample
             )
-        )
+        ]

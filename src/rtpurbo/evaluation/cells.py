@@ -9,12 +9,18 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation import needle
 from rtpurbo.evaluation.ruler.tasks import TASKS as RULER_TASKS
 
+HARNESS = "lm-eval"
+"""The suite of LM Evaluation Harness, which alone knows its tasks."""
+
 SUITES: dict[str, tuple[str, ...]] = {
     "needle": tuple(needle.TASKS),
     "perplexity": ("prose",),
     "ruler": tuple(RULER_TASKS),
+    HARNESS: (),
 }
 """The tasks of every suite."""
+
+DEFAULT_SAMPLES = 10
 
 DEFAULT_SUITES = ("needle", "perplexity")
 DEFAULT_TASKS = {**SUITES, "needle": ("single", "multikey")}
@@ -23,7 +29,14 @@ DEFAULT_TASKS = {**SUITES, "needle": ("single", "multikey")}
 
 @dataclass(frozen=True)
 class Cell:
-    """One test that every policy takes."""
+    """One test that every policy takes.
+
+    Attributes:
+        suite: a name of `SUITES`.
+        task: of the suite.
+        context_length: tokens; 0 for the model's context, in the suite `lm-eval`.
+        samples: questions or windows; 0 for all that there are, likewise.
+    """
 
     suite: str
     task: str
@@ -37,14 +50,15 @@ class Cell:
 def choose_cells(
     suites: Sequence[str | Cell],
     lengths: Sequence[int] | Mapping[str, Sequence[int]],
-    samples: int,
+    samples: int | None = None,
 ) -> list[Cell]:
     """The tests that the arguments of `evaluate` name.
 
     Raises:
-        RTPurboError: a suite or task is unknown, a suite has no length, or there are no samples.
+        RTPurboError: a suite or task is unknown, a suite has no length or no tasks, or there are no
+            samples.
     """
-    if samples < 1:
+    if samples is not None and samples < 1:
         raise RTPurboError(f"the number of samples is {samples}, but it must be at least 1.")
     cells: list[Cell] = []
     for given in suites:
@@ -55,15 +69,34 @@ def choose_cells(
         suite, _, named = name.partition(":")
         check_name("suite", suite, SUITES)
         tasks = named.split(",") if named else DEFAULT_TASKS[suite]
-        for task in tasks:
-            check_name(f"{suite} task", task, SUITES[suite])
-        suite_lengths = lengths.get(suite, ()) if isinstance(lengths, Mapping) else lengths
-        if own_lengths:
-            suite_lengths = _parse_lengths(given, own_lengths)
-        if not suite_lengths or min(suite_lengths) < 2:
+        if suite == HARNESS:
+            if not all(tasks) or not tasks:
+                raise RTPurboError(f"the suite '{suite}' needs tasks, as in {suite}:aime24.")
+            suite_lengths = _own_lengths(given, own_lengths, suite, lengths, (0,))
+            number = samples or 0
+        else:
+            for task in tasks:
+                check_name(f"{suite} task", task, SUITES[suite])
+            everybody = () if isinstance(lengths, Mapping) else lengths
+            suite_lengths = _own_lengths(given, own_lengths, suite, lengths, everybody)
+            number = samples or DEFAULT_SAMPLES
+        if not suite_lengths or (min(suite_lengths) < 2 and suite_lengths != (0,)):
             raise RTPurboError(f"the suite '{suite}' needs lengths of at least 2 tokens.")
-        cells += [Cell(suite, task, length, samples) for task in tasks for length in suite_lengths]
+        cells += [Cell(suite, task, length, number) for task in tasks for length in suite_lengths]
     return list(dict.fromkeys(cells))
+
+
+def _own_lengths(
+    given: str,
+    written: str,
+    suite: str,
+    lengths: Sequence[int] | Mapping[str, Sequence[int]],
+    otherwise: Sequence[int],
+) -> Sequence[int]:
+    """The lengths written behind a suite, else those under its name, else others."""
+    if written:
+        return _parse_lengths(given, written)
+    return lengths.get(suite, otherwise) if isinstance(lengths, Mapping) else otherwise
 
 
 def _parse_lengths(suite: str, lengths: str) -> list[int]:

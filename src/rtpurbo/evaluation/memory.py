@@ -16,8 +16,10 @@ from rtpurbo.models.sparsify import is_sparse
 DEVICE = torch.device("meta")
 
 
-def cache_bytes(model: PreTrainedModel, context_length: int, batch_size: int = 1) -> int:
-    """Bytes of the cache after a prompt, index keys included.
+def cache_bytes(
+    model: PreTrainedModel, context_length: int, batch_size: int = 1, *, index_keys: bool = True
+) -> int:
+    """Bytes of the cache after a prompt.
 
     The model's own kind of cache is filled as its layers would fill it.
 
@@ -25,6 +27,7 @@ def cache_bytes(model: PreTrainedModel, context_length: int, batch_size: int = 1
         model: dense or sparse.
         context_length: tokens of the prompt.
         batch_size: sequences.
+        index_keys: whether those of retrieval heads are held too.
     """
     cache = HeadwiseCache(model) if is_sparse(model) else DynamicCache(config=model.config)
     if isinstance(cache, HeadwiseCache):
@@ -39,10 +42,26 @@ def cache_bytes(model: PreTrainedModel, context_length: int, batch_size: int = 1
         keys = states(model.config.num_key_value_heads, attention.head_dim)
         if isinstance(layer, HeadwiseLayer):
             heads = len(attention.retrieval_heads)
-            index_keys = states(heads, attention.indexer.settings.index_dim) if heads else None
-            layer.append(keys, keys, index_keys, attention.layout(DEVICE))
+            index = None
+            if heads and index_keys:
+                index = states(heads, attention.indexer.settings.index_dim)
+            layer.append(keys, keys, index, attention.layout(DEVICE))
         else:
             layer.update(keys, keys)
     if isinstance(cache, HeadwiseCache):
         return cache.num_bytes()
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def full_key_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the keys, without values, of so many tokens in the KV heads kept whole."""
+    head_map = model.rtpurbo_config.head_map
+    layers = zip(head_map.retrieval_heads, attention_modules(model), strict=True)
+    return (
+        sum(
+            len(head_map.full_key_value_heads(layer)) * attention.head_dim * model.dtype.itemsize
+            for layer, (heads, (_, _, attention)) in enumerate(layers)
+            if heads
+        )
+        * tokens
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus, begin_ids
+from rtpurbo.evaluation.samples import Outcome
 from rtpurbo.models.sparsify import is_sparse, using_rule
 
 # Logits of this many positions are held at once.
@@ -27,7 +27,7 @@ def prose_perplexity(
     samples: int,
     seed: int = 0,
     after_sample: Callable[[], None] = lambda: None,
-) -> float:
+) -> Outcome:
     """The exponential of the mean loss a token over windows of prose.
 
     A sparse model whose rule is dense for several rows at once would measure nothing of the
@@ -46,15 +46,15 @@ def prose_perplexity(
         RTPurboError: the corpus is shorter than a window.
     """
     start = begin_ids(tokenizer)
-    total = 0.0
+    means = []
     with _every_row_sparse(model):
         for number in range(samples):
             rng = random.Random(f"prose-{context_length}-{seed}-{number}")
             window = start + corpus.sample_tokens(tokenizer, context_length - len(start), rng)
             losses = token_losses(model, torch.tensor([window], device=model.device))
-            total += losses.double().mean().item()
+            means.append(losses.double().mean().item())
             after_sample()
-    return math.exp(total / samples)
+    return Outcome.of_losses(means)
 
 
 @torch.no_grad()

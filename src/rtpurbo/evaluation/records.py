@@ -13,7 +13,8 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.version import __version__, library_commit
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Files of format 1 are read too: their records lack what is None by default."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Record:
     """One measurement.
 
     Attributes:
-        suite: "needle", "perplexity" or "ruler".
+        suite: "needle", "perplexity", "ruler" or "lm-eval".
         task: what of the suite, such as "single", "prose" or "niah_single_1".
         context_length: tokens.
         policy: what ran, a name of `rtpurbo.evaluation.policies.POLICIES`.
@@ -30,6 +31,15 @@ class Record:
         far_tokens_read: share of the keys beyond sinks and window that retrieval heads read, where
             they select; None if nothing was beyond.
         kv_bytes: what the key-value cache of one sequence of `context_length` tokens holds.
+        ci95: the 95 % interval of the score, by bootstrap.
+        tokens_read_mean: keys that a row of a retrieval head reads, sinks and window included, over
+            the rows that select; see `rtpurbo.evaluation.reads.Reads`, as for the next four.
+        tokens_read_p50: the median.
+        tokens_read_p95: of 100 rows, 95 read no more.
+        mass_kept: mean share of such a row's full attention that lies on what it reads.
+        measured_rows: rows, each of one head, behind these four.
+        far_token_budget: far tokens that the policy was told to read in a row; None if it decides.
+        metric: what the score is, where a suite has several.
     """
 
     suite: str
@@ -40,6 +50,14 @@ class Record:
     score: float
     far_tokens_read: float | None = None
     kv_bytes: int | None = None
+    ci95: tuple[float, float] | None = None
+    tokens_read_mean: float | None = None
+    tokens_read_p50: float | None = None
+    tokens_read_p95: float | None = None
+    mass_kept: float | None = None
+    measured_rows: int = 0
+    far_token_budget: int | None = None
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +119,20 @@ def read_results(path: str | Path) -> Results:
         raise RTPurboError(f"there is no file of results {path}; check the path.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format_version"] < 1:
+            raise ValueError("there is no such format")
         if data["format_version"] > FORMAT_VERSION:
             raise RTPurboError(
                 f"{path} has results of format {data['format_version']}, but this rtpurbo "
                 f"({__version__}) reads up to {FORMAT_VERSION}: upgrade rtpurbo."
             )
-        records = [Record(**record) for record in data.pop("records")]
+        records = [_record(row) for row in data.pop("records")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no results or is corrupt; evaluate again.") from error
     return Results(data, records)
+
+
+def _record(row: dict[str, Any]) -> Record:
+    if row.get("ci95") is not None:
+        row["ci95"] = tuple(row["ci95"])
+    return Record(**row)

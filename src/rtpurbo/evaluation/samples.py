@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.files import write_text_atomically
 
 SUFFIX = ".samples.jsonl"
@@ -49,16 +52,31 @@ class Outcome:
 
     Attributes:
         score: right answers in percent, or perplexity.
+        ci95: the 95 % interval of the score, by bootstrap over questions or windows;
+            None if the score is no mean of theirs.
+        count: how many of these there were.
         samples: every question; none for perplexity.
+        metric: what the score is, where a suite has several.
     """
 
     score: float
+    ci95: tuple[float, float] | None
+    count: int
     samples: tuple[Sample, ...] = ()
+    metric: str | None = None
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> Outcome:
+    def of(cls, samples: Sequence[Sample], metric: str | None = None) -> Outcome:
         """The mean score of at least one sample."""
-        return cls(sum(sample.score for sample in samples) / len(samples), tuple(samples))
+        scores = [sample.score for sample in samples]
+        interval = bootstrap_interval(scores)
+        return cls(fmean(scores), interval, len(samples), tuple(samples), metric)
+
+    @classmethod
+    def of_losses(cls, losses: Sequence[float]) -> Outcome:
+        """The perplexity of at least one window, of which the mean loss a token is given."""
+        low, high = bootstrap_interval(losses)
+        return cls(math.exp(fmean(losses)), (math.exp(low), math.exp(high)), len(losses))
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,7 @@ class SampleRecord:
         seed: of the test.
         number: of the question in the test, from 0.
         sample: the question and the answer.
+        metric: as in `Record`.
     """
 
     suite: str
@@ -82,6 +101,7 @@ class SampleRecord:
     seed: int
     number: int
     sample: Sample
+    metric: str | None = None
 
 
 def samples_path(results: str | Path) -> Path:

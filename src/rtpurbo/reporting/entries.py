@@ -56,6 +56,20 @@ def share_entry(record: Record | None) -> Entry:
     return Entry(percent(record.far_tokens_read))
 
 
+def tokens_entry(record: Record | None) -> Entry:
+    """The mean number of tokens that a row of a retrieval head read."""
+    if record is None or record.tokens_read_mean is None:
+        return Entry("-")
+    return Entry(f"{record.tokens_read_mean:,.0f}")
+
+
+def mass_entry(record: Record | None) -> Entry:
+    """The share of full attention that lies on what was read."""
+    if record is None or record.mass_kept is None:
+        return Entry("-")
+    return Entry(percent(record.mass_kept))
+
+
 def cache_entry(record: Record | None, dense: Record | None) -> Entry:
     """The bytes of a cache, and how many times those of the dense model's."""
     if record is None or record.kv_bytes is None:

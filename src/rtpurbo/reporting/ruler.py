@@ -50,6 +50,11 @@ def ruler_grid(records: Sequence[Record]) -> Grid:
     rows.append(
         [Entry("far tokens read (mean)"), *(_far_entry(records, name) for name in policies)]
     )
+    if any(record.tokens_read_mean is not None for record in records):
+        rows.append(
+            [Entry("tokens read (mean)"), *(_tokens_entry(records, name) for name in policies)]
+        )
+        rows.append([Entry("mass kept"), *(_mass_entry(records, name) for name in policies)])
     # Every task weighs the cache at the same length.
     first = {record.policy: record for record in reversed(records)}
     rows.append(
@@ -71,6 +76,27 @@ def _far_entry(records: Sequence[Record], policy: str) -> Entry:
         if record.policy == policy and record.far_tokens_read is not None
     ]
     return Entry(percent(fmean(shares)) if shares else "-")
+
+
+def _tokens_entry(records: Sequence[Record], policy: str) -> Entry:
+    mean = _mean_of_rows(records, policy, "tokens_read_mean")
+    return Entry("-" if mean is None else f"{mean:,.0f}")
+
+
+def _mass_entry(records: Sequence[Record], policy: str) -> Entry:
+    mean = _mean_of_rows(records, policy, "mass_kept")
+    return Entry("-" if mean is None else percent(mean))
+
+
+def _mean_of_rows(records: Sequence[Record], policy: str, field: str) -> float | None:
+    """The mean of what every row counts for as much."""
+    measured = [record for record in records if record.policy == policy and record.measured_rows]
+    rows = sum(record.measured_rows for record in measured)
+    return (
+        sum(getattr(record, field) * record.measured_rows for record in measured) / rows
+        if rows
+        else None
+    )
 
 
 def _mean_entry(mean: float | None, dense: float | None) -> Entry:

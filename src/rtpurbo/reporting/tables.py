@@ -13,12 +13,17 @@ from rtpurbo.reporting.entries import (
     Entry,
     Grid,
     cache_entry,
+    mass_entry,
     policy_order,
     score_entry,
     share_entry,
+    tokens_entry,
 )
 from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.ruler import ruler_grid
+
+BY_ROW = [("tokens read", tokens_entry), ("mass kept", mass_entry)]
+"""Of the same test as the far tokens."""
 
 
 def results_tables(records: Sequence[Record], cache_length: int | None = None) -> list[Table]:
@@ -74,6 +79,9 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
     header = ["policy", *(f"{task} {short_length(length)}" for _, task, length in tests)]
     if reads is not None:
         header.append(f"far tokens read ({reads[1]} {short_length(reads[2])})")
+    # Results of format 1 lack what is measured row by row.
+    by_row = [] if all(item.tokens_read_mean is None for item in records) else BY_ROW
+    header += [title for title, _ in by_row]
     header.append(f"KV cache at {short_length(cache_length or longest)}")
 
     rows = []
@@ -84,6 +92,7 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
         ]
         if reads is not None:
             row.append(share_entry(scores.get((reads, policy))))
+            row += [entry(scores.get((reads, policy))) for _, entry in by_row]
         row.append(
             cache_entry(_longest(records, policy, longest), _longest(records, DENSE, longest))
         )
@@ -92,7 +101,8 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
 
 
 def _test(record: Record) -> tuple[str, str, int]:
-    return record.suite, record.task, record.context_length
+    task = record.task if record.metric is None else f"{record.task} {record.metric}"
+    return record.suite, task, record.context_length
 
 
 def _longest(records: Sequence[Record], policy: str, length: int) -> Record | None:

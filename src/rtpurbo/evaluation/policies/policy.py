@@ -1,126 +1,79 @@
-"""What is compared: the dense model, its sparse versions, and controls that should do worse."""
+"""What every policy is: a name, a model made from an artifact, and what its cache weighs."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from rtpurbo.config import HeadMap
-from rtpurbo.models.artifact import load, load_base
-from rtpurbo.models.sparsify import empty_head_map, set_rule, sparsify
+from rtpurbo.evaluation.memory import cache_bytes
+from rtpurbo.evaluation.policies.source import Loaded, Source
+from rtpurbo.models.sparsify import set_rule, set_selector
+from rtpurbo.ops import Selector
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
-
-@dataclass(frozen=True)
-class Source:
-    """An artifact, and how to load models from it.
-
-    Attributes:
-        folder: the artifact's.
-        device: where to put models.
-        dtype: of their weights.
-        base_model: where to take the base model from, if not from where the artifact says.
-        seed: of what a policy draws.
-    """
-
-    folder: Path
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
-    base_model: str | None = None
-    seed: int = 0
-
-    def dense(self) -> Loaded:
-        """The base model."""
-        base = load_base(
-            self.folder, base_model=self.base_model, device=self.device, dtype=self.dtype
-        )
-        return base.model, base.tokenizer
-
-    def sparse(self, *, stage2: bool = True) -> Loaded:
-        """The sparse model, with the weights of stage 2 or those before it."""
-        return load(
-            self.folder,
-            base_model=self.base_model,
-            stage2=stage2,
-            device=self.device,
-            dtype=self.dtype,
-        )
+BUDGET_POLICY = "rtpurbo"
+"""The policy whose mean reading is the budget of each `BudgetPolicy`."""
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(ABC):
     """One of the things compared.
 
     Attributes:
         name: short, for commands and tables.
         description: one line.
-        prepare: makes the model.
+        place: in tables, counted from the top.
+        keeps_index: its cache holds index keys.
     """
 
     name: str
     description: str
-    prepare: Callable[[Source], Loaded]
+    place: int = 100
+    keeps_index: bool = True
+
+    @abstractmethod
+    def prepare(self, source: Source) -> Loaded:
+        """Makes the model."""
+
+    def kv_bytes(self, model: PreTrainedModel, context_length: int) -> int:
+        """What the cache of one sequence weighs."""
+        return cache_bytes(model, context_length, index_keys=self.keeps_index)
 
 
-def _sparse_prefill(source: Source) -> Loaded:
-    model, tokenizer = source.sparse()
-    set_rule(model, prefill_mode="row_share")
-    return model, tokenizer
+@dataclass(frozen=True)
+class RulePolicy(Policy):
+    """The artifact's sparse model with some fields of its attention rule changed.
+
+    Attributes:
+        changes: those fields.
+        stage2: whether with the weights of stage 2.
+    """
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    stage2: bool = True
+
+    def prepare(self, source: Source) -> Loaded:
+        """Makes the model."""
+        model, tokenizer = source.sparse(stage2=self.stage2)
+        set_rule(model, **self.changes)
+        return model, tokenizer
 
 
-def _local_only(source: Source) -> Loaded:
-    model, tokenizer = source.sparse()
-    sparsify(model, replace(model.rtpurbo_config, head_map=empty_head_map(model)))
-    return model, tokenizer
+@dataclass(frozen=True)
+class BudgetPolicy(Policy):
+    """The artifact's sparse model, whose retrieval heads read as many far tokens as they are told."""
 
+    def prepare(self, source: Source) -> Loaded:
+        """Makes the model, which has no budget yet."""
+        return source.sparse()
 
-def _random_heads(source: Source) -> Loaded:
-    model, tokenizer = source.sparse()
-    config = model.rtpurbo_config.with_rule(top_p=1.0)
-    sparsify(model, replace(config, head_map=random_head_map(config.head_map, source.seed)))
-    return model, tokenizer
+    def set_budget(self, model: PreTrainedModel, far_tokens: int) -> None:
+        """Tells the model how many far tokens a row of the next test may read."""
+        set_selector(model, self.selector(far_tokens))
 
-
-def random_head_map(head_map: HeadMap, seed: int) -> HeadMap:
-    """As many retrieval heads in the same layers as `head_map` has, drawn at random."""
-    rng = random.Random(f"random-heads-{seed}")
-    layers = [layer for layer, heads in enumerate(head_map.retrieval_heads) if heads]
-    every = [(layer, head) for layer in layers for head in range(head_map.num_attention_heads)]
-    drawn = sorted(rng.sample(every, head_map.num_retrieval_heads))
-    retrieval_heads = tuple(
-        None if heads is None else tuple(head for place, head in drawn if place == layer)
-        for layer, heads in enumerate(head_map.retrieval_heads)
-    )
-    return replace(head_map, retrieval_heads=retrieval_heads, scores=())
-
-
-POLICIES = {
-    policy.name: policy
-    for policy in (
-        Policy("full", "the dense model before conversion", Source.dense),
-        Policy("rtpurbo", "the sparse model", Source.sparse),
-        Policy(
-            "rtpurbo-sparse-prefill",
-            "the same, selecting in the prompt too: one block list for a tile of rows",
-            _sparse_prefill,
-        ),
-        Policy(
-            "rtpurbo-before-stage2",
-            "the sparse model with the weights of the dense one",
-            lambda source: source.sparse(stage2=False),
-        ),
-        Policy("local-only", "control: no retrieval head, sinks and window alone", _local_only),
-        Policy(
-            "random-heads",
-            "control: as many heads, drawn at random, that read everything",
-            _random_heads,
-        ),
-    )
-}
-"""Every policy by name, in display order."""
+    @abstractmethod
+    def selector(self, far_tokens: int) -> Selector:
+        """What chooses so many far tokens."""

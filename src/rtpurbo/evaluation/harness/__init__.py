@@ -1,0 +1,1 @@
+"""Bridge to LM Evaluation Harness (lm-eval): its tasks, prompts and metrics, our models."""

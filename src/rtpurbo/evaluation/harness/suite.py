@@ -1,0 +1,215 @@
+"""Tasks of lm-eval as cells: found, loaded once for all policies, and asked of a model."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import random
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.cells import HARNESS, Cell
+from rtpurbo.evaluation.harness.local_data import local_config
+from rtpurbo.evaluation.harness.outcomes import outcomes_of
+from rtpurbo.evaluation.harness.package import lm_eval
+from rtpurbo.evaluation.samples import Outcome
+
+# What lm-eval lets a model write where a task does not say.
+DEFAULT_NEW_TOKENS = 256
+QUESTIONS_AT_ONCE = 8
+# The cache of all of them must fit beside the model.
+TOKENS_AT_ONCE = 2**18
+
+
+class Harness:
+    """The tasks of lm-eval in one run.
+
+    Args:
+        task_data: files to take in place of a task's data on the Hub, by the task's name; see
+            `rtpurbo.evaluation.harness.local_data`.
+        max_new_tokens: the most that an answer may have; None leaves it to the task.
+        seed: of prompts that a task makes up.
+
+    Raises:
+        RTPurboError: lm-eval is not installed, or a file is missing.
+    """
+
+    def __init__(
+        self,
+        task_data: Mapping[str, str | Path],
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        lm_eval("tasks")
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.task_data = {name: local_config(name, path) for name, path in task_data.items()}
+        self._singles = {name for name, path in task_data.items() if Path(path).is_file()}
+        self._folder = tempfile.TemporaryDirectory()
+        self._managers: dict[int, Any] = {}
+        self._cells: dict[tuple[Cell, int], list[Cell]] = {}
+        self._tasks: dict[tuple[str, int], Any] = {}
+
+    def prepare(
+        self, tokenizer: PreTrainedTokenizerBase, cell: Cell, context_length: int
+    ) -> list[Cell]:
+        """Loads a task, or all those of a group, with their data.
+
+        Args:
+            tokenizer: the model's; RULER's tasks count with it.
+            cell: names the task; its length, if any, is that of the prompts that a task makes up.
+            context_length: the model's.
+
+        Returns:
+            A cell for each task. Its length is that of its prompts, where it tells, or the model's.
+
+        Raises:
+            RTPurboError: the task is unknown, its data cannot be had, or its answers leave no room for
+                questions.
+        """
+        if (cell, context_length) not in self._cells:
+            manager = self._manager(tokenizer, cell.context_length)
+            cells = []
+            for name, task in self._load(manager, cell.task).items():
+                self._check_room(name, task, context_length)
+                length = _own_length(task) or context_length
+                cells.append(Cell(HARNESS, name, length, cell.samples))
+                self._tasks[name, length] = task
+            self._cells[cell, context_length] = cells
+        return self._cells[cell, context_length]
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cell: Cell,
+        after_sample: Callable[[], None],
+    ) -> list[Outcome]:
+        """Asks a model the questions of one task, through the chat template if there is one.
+
+        Args:
+            model: dense or sparse.
+            tokenizer: the model's.
+            cell: from `prepare`.
+            after_sample: called for each answer, or for each choice that a question offers.
+
+        Returns:
+            An outcome for each of the task's metrics.
+        """
+        task = self._tasks[cell.task, cell.context_length]
+        is_gpu = model.device.type == "cuda"
+        at_once = max(1, min(QUESTIONS_AT_ONCE, TOKENS_AT_ONCE // cell.context_length))
+        wrapped = lm_eval("models.huggingface").HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            max_length=model.config.max_position_embeddings,
+            batch_size=at_once if is_gpu else 1,
+        )
+        wrapped.cache_hook = _AnswerHook(after_sample)
+        limit = {} if self.max_new_tokens is None else {"max_gen_toks": self.max_new_tokens}
+        results = lm_eval("evaluator").simple_evaluate(
+            model=wrapped,
+            tasks=[task],
+            limit=cell.samples or None,
+            bootstrap_iters=0,
+            gen_kwargs=limit or None,
+            apply_chat_template=bool(tokenizer.chat_template),
+            task_manager=next(iter(self._managers.values())),
+            random_seed=self.seed,
+            numpy_random_seed=self.seed,
+            torch_random_seed=self.seed,
+            fewshot_random_seed=self.seed,
+        )
+        return outcomes_of(
+            results["samples"][cell.task],
+            results["results"][cell.task],
+            task.higher_is_better(),
+            tokenizer,
+        )
+
+    def _check_room(self, name: str, task: Any, context_length: int) -> None:
+        if task.config.output_type != "generate_until":
+            return
+        given = task.config.generation_kwargs or {}
+        most = self.max_new_tokens or int(given.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+        if most >= context_length:
+            raise RTPurboError(
+                f"answers to the task {name} may have {most:,} tokens, which leaves no room for "
+                f"questions in the model's context of {context_length:,}: lower --max-new-tokens."
+            )
+
+    def _manager(self, tokenizer: PreTrainedTokenizerBase, length: int) -> Any:
+        if length not in self._managers:
+            # RULER's tasks load the tokenizer themselves, by its name.
+            folder = Path(self._folder.name) / "tokenizer"
+            if not folder.is_dir():
+                tokenizer.save_pretrained(folder)
+            metadata: dict[str, Any] = {"tokenizer": str(folder)}
+            if length:
+                metadata["max_seq_lengths"] = [length]
+            self._managers[length] = lm_eval("tasks").TaskManager(metadata=metadata)
+        return self._managers[length]
+
+    def _load(self, manager: Any, name: str) -> dict[str, Any]:
+        """The tasks behind a name, by theirs."""
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists all."
+            raise RTPurboError(f"lm-eval has no task '{name}': {hint}")
+        spec: Any = name
+        if name in self.task_data:
+            if name not in manager.all_subtasks:
+                raise RTPurboError(
+                    f"'{name}' is a group of tasks: name one of them and give it data of its own."
+                )
+            spec = {"group": "local", "task": [self.task_data[name]]}
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        try:
+            # RULER's tasks print how far they are.
+            with redirect_stdout(io.StringIO()):
+                tasks = manager.load([spec])["tasks"]
+        except Exception as error:  # a task can be code, and a download fail in many ways
+            raise RTPurboError(
+                f"lm-eval cannot load the task {name} ({_summary(error)}): check the network, or "
+                f"give its data with --task-data {name}=FILE."
+            ) from error
+        for task in tasks.values():
+            examples = task.config.fewshot_split
+            if name in self._singles and task.config.num_fewshot and examples:
+                raise RTPurboError(
+                    f"the task {name} shows examples before each question: give it a folder with "
+                    f"{task.config.test_split or task.config.validation_split}.jsonl and "
+                    f"{examples}.jsonl, not one file."
+                )
+        return tasks
+
+
+class _AnswerHook:
+    """Stands where lm-eval would keep answers for another time, and tells of each."""
+
+    def __init__(self, after_sample: Callable[[], None]) -> None:
+        self._after_sample = after_sample
+
+    def add_partial(self, *answer: Any) -> None:
+        """Called by lm-eval for each answer."""
+        self._after_sample()
+
+
+def _own_length(task: Any) -> int | None:
+    """The length that a task has made its prompts for, which RULER's tell with every question."""
+    documents = task.test_docs() if task.has_test_docs() else None
+    length = documents[0].get("max_length") if documents is not None and len(documents) else None
+    return length if isinstance(length, int) else None
+
+
+def _summary(error: Exception) -> str:
+    """The first line of an error's message, without its last full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

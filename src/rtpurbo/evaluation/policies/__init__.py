@@ -1,0 +1,21 @@
+"""What is compared: one file a policy, found by itself. A new one is a file with a `POLICY`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from rtpurbo.evaluation.policies.policy import BUDGET_POLICY, BudgetPolicy, Policy
+from rtpurbo.evaluation.policies.source import Loaded, Source
+
+__all__ = ["BUDGET_POLICY", "POLICIES", "BudgetPolicy", "Loaded", "Policy", "Source"]
+
+
+def _find_policies() -> dict[str, Policy]:
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    found = [module.POLICY for module in modules if hasattr(module, "POLICY")]
+    return {policy.name: policy for policy in sorted(found, key=lambda policy: policy.place)}
+
+
+POLICIES: dict[str, Policy] = _find_policies()
+"""Every policy by name, in display order."""

@@ -1,0 +1,48 @@
+"""Top-p with the true attention instead of the indexer's estimate: how good an index could get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.evaluation.policies.policy import Policy
+from rtpurbo.evaluation.policies.source import Loaded, Source
+from rtpurbo.models.sparsify import set_selector
+from rtpurbo.ops import SelectionRows
+from rtpurbo.ops.eager.selection import estimated_logits, select_for_rows
+
+
+@dataclass(frozen=True)
+class OracleSelector:
+    """Selects by a rule, from exact logits.
+
+    Attributes:
+        rule: reading, p, floor and granularity.
+    """
+
+    rule: AttentionRule
+
+    def __call__(self, rows: SelectionRows) -> Tensor:
+        """The far keys of each row: bool [batch, heads, rows, k_len]."""
+        logits = estimated_logits(self.rule.reading, rows.logits, rows.logits, rows.near, rows.far)
+        return select_for_rows(self.rule, logits, rows.near, rows.far, rows.key_positions)
+
+
+class OracleTopP(Policy):
+    """The artifact's rule; scoring costs as much as dense attention, so it is no way to be fast."""
+
+    def prepare(self, source: Source) -> Loaded:
+        """Makes the model."""
+        model, tokenizer = source.sparse()
+        set_selector(model, OracleSelector(model.rtpurbo_config.attention))
+        return model, tokenizer
+
+
+POLICY = OracleTopP(
+    "oracle-top-p",
+    "the artifact's top-p by the true attention mass, which no index knows",
+    place=23,
+    keeps_index=False,
+)

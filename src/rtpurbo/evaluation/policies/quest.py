@@ -1,0 +1,92 @@
+"""Quest (arXiv 2406.10774): pages of keys, ranked by the most that any key of theirs could score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rtpurbo.evaluation.memory import cache_bytes, full_key_bytes
+from rtpurbo.evaluation.policies.policy import BudgetPolicy
+from rtpurbo.evaluation.policies.top_k import highest
+from rtpurbo.ops import SelectionRows
+from rtpurbo.ops.eager.selection import block_ids, spread_blocks
+
+PAGE_SIZE = 16
+"""Tokens of a page, as in Quest's own evaluation."""
+
+
+class QuestSelector:
+    """The pages of highest bounds.
+
+    The bound of a page sums, over the dimensions of a head, the larger of query times the page's
+    least key element and query times its greatest.
+
+    Args:
+        far_tokens: how many to read; rounded up to whole pages.
+        page_size: tokens of a page; pages are aligned to position 0.
+    """
+
+    def __init__(self, far_tokens: int, page_size: int = PAGE_SIZE) -> None:
+        self.num_pages = -(-far_tokens // page_size)
+        self.page_size = page_size
+
+    def __call__(self, rows: SelectionRows) -> Tensor:
+        """The far keys of each row: bool [batch, heads, rows, k_len]."""
+        pages = block_ids(rows.key_positions, self.page_size)
+        least, greatest = page_bounds(rows.key_states, rows.key_positions, pages)
+        queries = rows.query_states
+        # max(q * least, q * greatest), summed: the sign of q tells which of the two it is.
+        bounds = (queries.clamp(min=0) @ greatest.transpose(-1, -2)).float()
+        bounds += (queries.clamp(max=0) @ least.transpose(-1, -2)).float()
+        has_far = torch.zeros_like(bounds[:, :1], dtype=torch.int32).scatter_reduce(
+            -1, pages[:, None, None].expand(rows.far.shape), rows.far.int(), "amax"
+        )
+        chosen = highest(bounds.masked_fill(has_far == 0, -torch.inf), self.num_pages)
+        return spread_blocks(chosen, pages) & rows.far
+
+
+def page_bounds(keys: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of a page's keys, element by element.
+
+    Args:
+        keys: [batch, heads, k_len, head_dim].
+        positions: int64 [batch, k_len], -1 where there is no key.
+        pages: int64 [batch, k_len], the page of each key.
+
+    Returns:
+        Two tensors [batch, heads, pages, head_dim]; 0 where a page has no key.
+    """
+    num_pages = int(pages.max()) + 1 if pages.numel() else 1
+    shape = (*keys.shape[:2], num_pages, keys.shape[3])
+    ids = pages[:, None, :, None].expand(keys.shape)
+    empty = (positions < 0)[:, None, :, None]
+    least, greatest = (
+        keys.new_full(shape, -extreme)
+        .scatter_reduce(2, ids, keys.masked_fill(empty, -extreme), how)
+        .nan_to_num(posinf=0.0, neginf=0.0)
+        for extreme, how in ((-torch.inf, "amin"), (torch.inf, "amax"))
+    )
+    return least, greatest
+
+
+class Quest(BudgetPolicy):
+    """Page bounds choose what retrieval heads read beyond sinks and window; heads as rtpurbo's."""
+
+    def selector(self, far_tokens: int) -> QuestSelector:
+        """What chooses so many far tokens."""
+        return QuestSelector(far_tokens)
+
+    def kv_bytes(self, model: PreTrainedModel, context_length: int) -> int:
+        """What the cache of one sequence weighs: two keys a page come instead of the index."""
+        pages = -(-context_length // PAGE_SIZE)
+        bounds = 2 * full_key_bytes(model, pages)
+        return cache_bytes(model, context_length, index_keys=False) + bounds
+
+
+POLICY = Quest(
+    "quest",
+    f"pages of {PAGE_SIZE} tokens by Quest's bounds; rtpurbo's mean budget",
+    place=21,
+    keeps_index=False,
+)

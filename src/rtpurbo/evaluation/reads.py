@@ -1,0 +1,244 @@
+"""What retrieval heads read, row by row, and how much of their attention lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rtpurbo.config import AttentionRule, HeadMap
+from rtpurbo.models.arguments import named
+from rtpurbo.models.attention import LayerObservation
+from rtpurbo.models.cache_layers import GrowingBuffer
+from rtpurbo.models.slots import positions_of
+from rtpurbo.models.sparsify import counting, is_sparse, observing
+from rtpurbo.ops import SelectionRows, SelectionStatistics
+from rtpurbo.ops.eager.attend import attention_logits
+from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
+
+# Of rows that come together, every so many is measured.
+ROW_STRIDE = 8
+# Where kernels decode, every so many steps runs eager instead and is measured.
+STEP_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a test's rows read; a row is one query of one head.
+
+    Attributes:
+        tokens_mean: tokens read, sinks and window included; None if no row was measured, as with
+            the two after it.
+        tokens_p50: half of the rows read no more.
+        tokens_p95: of 100 rows, 95 read no more.
+        mass_kept: mean share of a row's full attention that lies on what it reads.
+        far_tokens_mean: tokens read beyond sinks and window, of the rows that have any.
+        far_rows: how many those are.
+        far_share: what share of the tokens at hand they read; None if there are no such rows.
+        rows: how many were measured.
+    """
+
+    tokens_mean: float | None = None
+    tokens_p50: float | None = None
+    tokens_p95: float | None = None
+    mass_kept: float | None = None
+    far_tokens_mean: float = 0.0
+    far_rows: int = 0
+    far_share: float | None = None
+    rows: int = 0
+
+
+@dataclass
+class ReadMeter(SelectionStatistics):
+    """Measures rows that select, while `metering` lets it.
+
+    Figures stay on the device until `reads` is asked, so that nothing waits for them.
+    """
+
+    def __post_init__(self) -> None:
+        # Each [4, rows]: tokens read, far tokens read, far tokens at hand, mass kept.
+        self._measured: list[Tensor] = []
+        self._active: Tensor | None = None
+
+    def begin(self, active: Tensor | None, measure: bool) -> None:
+        """Tells of a forward: which sequences [batch] still write, and whether its rows count."""
+        self._active = active
+        self.needs_rows = measure
+
+    def add(self, far: Tensor, selected: Tensor) -> None:
+        """What kernels count is not what is wanted: they do not see the mass."""
+
+    def add_counts(self, far_keys: float, far_keys_read: float, rows: int) -> None:
+        """Likewise."""
+
+    def add_rows(self, rows: SelectionRows, selected: Tensor) -> None:
+        """Measures rows; see `SelectionStatistics.add_rows`."""
+        if not self.needs_rows:
+            return
+        stride = ROW_STRIDE if rows.logits.shape[2] > 1 else 1
+        near, far, selected, logits = (
+            part[:, :, ::stride] for part in (rows.near, rows.far, selected, rows.logits)
+        )
+        read = near | selected
+        everything = logits.masked_fill(~(near | far), -torch.inf).logsumexp(-1)
+        kept = logits.masked_fill(~read, -torch.inf).logsumexp(-1)
+        self._keep(
+            read.expand(logits.shape).sum(-1),
+            selected.sum(-1),
+            far.sum(-1).expand(kept.shape),
+            (kept - everything).exp(),
+            rows.query_positions[:, None, ::stride].expand(kept.shape),
+        )
+
+    def add_dense_rows(self, positions: Tensor, num_heads: int) -> None:
+        """Adds rows at these positions int64 [batch, rows] that read all they may."""
+        if self.needs_rows:
+            positions = positions[:, None, :: ROW_STRIDE if positions.shape[1] > 1 else 1]
+            positions = positions.expand(-1, num_heads, -1)
+            tokens = positions + 1
+            # A dense model has no window: all that it reads counts as far.
+            self._keep(tokens, tokens, tokens, torch.ones_like(tokens), positions)
+
+    def _keep(
+        self, tokens: Tensor, far_read: Tensor, far: Tensor, mass: Tensor, positions: Tensor
+    ) -> None:
+        real = positions >= 0
+        if self._active is not None:
+            real = real & self._active[:, None, None]
+        parts = [part.float() for part in (tokens, far_read, far, mass)]
+        # Rows that do not count are marked, not taken out: that would wait for the device.
+        parts[0] = parts[0].masked_fill(~real, -1)
+        self._measured.append(torch.stack([part.flatten() for part in parts]))
+
+    def reads(self) -> Reads:
+        """What was measured so far."""
+        if not self._measured:
+            return Reads()
+        measured = torch.cat([part.to("cpu") for part in self._measured], 1).double()
+        tokens, far_read, far, mass = measured[:, measured[0] >= 0]
+        if not tokens.numel():
+            return Reads()
+        with_far = far > 0
+        some_far = bool(with_far.any())
+        # quantile takes at most 2**24 numbers; this takes any.
+        ordered = tokens.sort().values
+        median, high = (
+            float(ordered[max(0, -(-ordered.numel() * part // 100) - 1)]) for part in (50, 95)
+        )
+        return Reads(
+            float(tokens.mean()),
+            median,
+            high,
+            float(mass.mean()),
+            float(far_read[with_far].mean()) if some_far else 0.0,
+            int(with_far.sum()),
+            float(far_read.sum() / far.sum()) if some_far else None,
+            tokens.numel(),
+        )
+
+
+class WindowReader:
+    """Shows a meter what heads would read that have become local: sinks and window.
+
+    Their caches no longer hold the other keys, so this keeps keys of its own.
+
+    Args:
+        meter: measures.
+        head_map: the heads that retrieved before.
+        rule: sinks and window.
+    """
+
+    def __init__(self, meter: ReadMeter, head_map: HeadMap, rule: AttentionRule) -> None:
+        self.meter, self.head_map, self.rule = meter, head_map, rule
+        self._group = head_map.num_attention_heads // head_map.num_key_value_heads
+        self._keys: dict[int, GrowingBuffer] = {}
+        self._positions: dict[int, GrowingBuffer] = {}
+
+    def __call__(self, observation: LayerObservation) -> None:
+        """Takes the states of a layer; more than one row at once begins a new prompt."""
+        layer, positions = observation.layer, observation.positions
+        heads = list(self.head_map.retrieval_heads[layer] or ())
+        if not heads:
+            return
+        if positions.shape[1] > 1 or layer not in self._keys:
+            self._keys[layer], self._positions[layer] = GrowingBuffer(), GrowingBuffer()
+        readers = [head // self._group for head in heads]
+        keys = self._keys[layer].append(observation.keys[:, sorted(set(readers))])
+        labels = self._positions[layer].append(positions[:, None, :, None])[:, 0, :, 0]
+        if not self.meter.needs_rows:
+            return
+        order = {reader: place for place, reader in enumerate(sorted(set(readers)))}
+        keys = keys[:, [order[reader] for reader in readers]]
+        queries = observation.queries[:, heads]
+        per_row = keys.shape[0] * keys.shape[1] * keys.shape[2]
+        for chunk in query_chunks(queries.shape[2], per_row, ROW_STRIDE):
+            rows, own = queries[:, :, chunk], positions[:, chunk]
+            near = near_mask(own, labels, self.rule.near_window, self.rule.num_sink_tokens)
+            logits = attention_logits(rows, keys, observation.scaling)
+            far = causal_mask(own, labels) & ~near
+            selection = SelectionRows(rows, keys, own, labels, logits, near, far, logits.clone)
+            self.meter.add_rows(selection, torch.zeros_like(logits, dtype=torch.bool))
+
+
+@contextmanager
+def metering(
+    model: PreTrainedModel, head_map: HeadMap, stop_ids: Collection[int]
+) -> Iterator[ReadMeter]:
+    """Measures what retrieval heads read in every forward inside.
+
+    Rows count that select, as decoding rows do; without a cache, all rows do. Sequences that have
+    ended and wait for others of their batch do not count. A dense model's rows read everything; where
+    no head of a sparse model retrieves, those of `head_map` read sinks and window.
+
+    Args:
+        model: dense or sparse.
+        head_map: the heads that retrieve, where the model itself has none.
+        stop_ids: tokens that end or pad a sequence.
+    """
+    meter = ReadMeter()
+    stops = torch.tensor(sorted(stop_ids), device=model.device)
+    steps = 0
+
+    def begin(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        nonlocal steps
+        given = named(arguments, keywords)
+        ids = given["input_ids"]
+        alone = given.get("use_cache") is False
+        if ids.shape[1] > 1:
+            steps = 0
+            meter.begin(None, alone)
+        else:
+            stride = STEP_STRIDE if ids.is_cuda else 1
+            meter.begin(~torch.isin(ids[:, 0], stops), steps % stride == 0)
+            steps += 1
+        if not is_sparse(model):
+            meter.add_dense_rows(_positions(given), head_map.num_retrieval_heads)
+
+    hook = model.base_model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+    try:
+        if not is_sparse(model):
+            yield meter
+        elif model.rtpurbo_config.head_map.num_retrieval_heads:
+            with counting(model, meter):
+                yield meter
+        else:
+            reader = WindowReader(meter, head_map, model.rtpurbo_config.attention)
+            with observing(model, reader, dense=False):
+                yield meter
+    finally:
+        hook.remove()
+
+
+def _positions(arguments: dict[str, Any]) -> Tensor:
+    """Positions int64 [batch, new] of what enters a dense model."""
+    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return positions_of(mask)[:, -ids.shape[1] :]
+    if arguments.get("position_ids") is not None:
+        return arguments["position_ids"]
+    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)

@@ -1,0 +1,27 @@
+import torch
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.evaluation.policies.oracle_top_p import OracleSelector
+from tests.evaluation.policies.support import SINKS, WINDOW, every_row, random_rows
+
+
+def test_the_fewest_keys_that_reach_the_true_mass_are_read():
+    rule = AttentionRule(
+        num_sink_tokens=SINKS, sliding_window=WINDOW, block_size=8, top_p=0.9, min_tokens=0
+    )
+    rows = random_rows(31, 111)
+    selected = OracleSelector(rule)(rows)
+    visible = (rows.near | rows.far).expand(rows.logits.shape)
+    mass = rows.logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
+    some = 0
+    for batch, head, row in every_row(rows):
+        read = rows.near[batch, 0, row] | selected[batch, head, row]
+        if not visible[batch, head, row].any():
+            continue
+        kept = mass[batch, head, row][read].sum()
+        assert kept >= rule.top_p - 1e-9
+        of_selected = mass[batch, head, row][selected[batch, head, row]]
+        if len(of_selected):
+            some += 1
+            assert kept - of_selected.min() < rule.top_p
+    assert some > 100

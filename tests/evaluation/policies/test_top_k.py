@@ -1,0 +1,20 @@
+import torch
+
+from rtpurbo.evaluation.policies.top_k import TopKSelector
+from tests.evaluation.policies.support import every_row, random_rows
+
+
+def test_the_highest_index_scores_are_read():
+    rows = random_rows(31, 111)
+    selected = TopKSelector(9)(rows)
+    scores = rows.score_index()
+    for batch, head, row in every_row(rows):
+        far = rows.far[batch, 0, row].nonzero()[:, 0].tolist()
+        best = sorted(far, key=lambda key: -scores[batch, head, row, key])[:9]
+        assert sorted(best) == selected[batch, head, row].nonzero()[:, 0].tolist()
+
+
+def test_fewer_are_read_where_there_are_fewer():
+    rows = random_rows(1, 40)
+    assert torch.equal(TopKSelector(1000)(rows), rows.far.expand(rows.logits.shape))
+    assert not TopKSelector(0)(rows).any()

@@ -1,0 +1,27 @@
+import numpy as np
+import pytest
+
+from rtpurbo.evaluation import bootstrap
+from rtpurbo.evaluation.bootstrap import bootstrap_interval
+
+
+def test_equal_values_leave_no_doubt():
+    assert bootstrap_interval([100.0] * 20) == (100.0, 100.0)
+    assert bootstrap_interval([3.0]) == (3.0, 3.0)
+
+
+def test_the_interval_is_that_of_a_mean():
+    values = np.random.default_rng(1).normal(50, 10, 400)
+    low, high = bootstrap_interval(values)
+    error = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.1)
+
+
+def test_the_same_values_give_the_same_interval(monkeypatch):
+    values = [0.0, 100.0, 100.0, 50.0]
+    once = bootstrap_interval(values)
+    assert once == bootstrap_interval(values)
+    assert once != bootstrap_interval(values, resamples=50)
+    # However many numbers are drawn at once, all means are.
+    monkeypatch.setattr(bootstrap, "_NUMBERS_AT_ONCE", 7)
+    assert bootstrap_interval(values) == pytest.approx(once, abs=3)
