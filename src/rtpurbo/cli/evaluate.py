@@ -100,8 +100,8 @@ def evaluate(
         typer.Option(
             "--output",
             "-o",
-            help="JSON file for the results; every question with its answer goes to "
-            "NAME.samples.jsonl beside it.",
+            help="JSON file for the results, written while they come; every question with its "
+            "answer goes to NAME.samples.jsonl beside it.",
             show_default=False,
         ),
     ] = None,
@@ -129,16 +129,16 @@ def evaluate(
     from rtpurbo.cli.progress import ProgressBars
     from rtpurbo.devices import device_name, resolve_device
     from rtpurbo.evaluation import run
-    from rtpurbo.evaluation.records import write_results
-    from rtpurbo.evaluation.ruler.vocabulary import load_vocabulary
-    from rtpurbo.evaluation.samples import SampleRecord, samples_path, write_samples
+    from rtpurbo.evaluation.results_file import ResultsFile
+    from rtpurbo.evaluation.samples import samples_path
     from rtpurbo.models.artifact import find_artifact
     from rtpurbo.reporting.card import rewrite_card
     from rtpurbo.reporting.tables import results_tables
 
     place = resolve_device(device)
-    questions: list[SampleRecord] = []
-    with ProgressBars() as progress:
+    command = shlex.join(["rtpurbo", *sys.argv[1:]])
+    results = ResultsFile(output, artifact, device_name(place), command)
+    with results, ProgressBars() as progress:
         records = run.evaluate(
             artifact,
             suites=options.suites_with_tasks(suite or run.DEFAULT_SUITES, tasks, length),
@@ -154,19 +154,14 @@ def evaluate(
             hotpotqa=hotpotqa,
             task_data=options.assignments("--task-data", task_data),
             max_new_tokens=max_new_tokens,
-            keep_sample=questions.append,
+            keep_sample=results.add_sample,
+            keep_record=results.add_record,
             progress=progress,
         )
     Console().print(*results_tables(records))
     if output is not None:
-        command = shlex.join(["rtpurbo", *sys.argv[1:]])
-        # Words are of a package that may not be installed, and other words make other questions.
-        words = load_vocabulary().name
-        extra = {"ruler_words": words} if any(item.suite == "ruler" for item in records) else None
-        write_results(output, artifact, device_name(place), command, records, extra)
         typer.echo(f"Written to {output}.")
-        if questions:
-            write_samples(samples_path(output), questions)
+        if results.samples:
             typer.echo(f"Every question is in {samples_path(output)}.")
     if write_card:
         rewrite_card(find_artifact(artifact), records)

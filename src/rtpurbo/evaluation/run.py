@@ -47,7 +47,8 @@ def evaluate(
     hotpotqa: str | Path | None = None,
     task_data: Mapping[str, str | Path] | None = None,
     max_new_tokens: int | None = None,
-    keep_sample: Callable[[SampleRecord], None] = lambda record: None,
+    keep_sample: Callable[[SampleRecord], None] = lambda sample: None,
+    keep_record: Callable[[Record], None] = lambda record: None,
     progress: Progress = no_progress,
 ) -> list[Record]:
     """Measures an artifact: quality, what retrieval heads read, and bytes of cache.
@@ -75,6 +76,7 @@ def evaluate(
             `rtpurbo.evaluation.harness.local_data`.
         max_new_tokens: the most that answers to tasks of lm-eval may have; None leaves it to the task.
         keep_sample: given every question with its answer.
+        keep_record: given every record as soon as it is there.
         progress: told after each sample.
 
     Raises:
@@ -103,7 +105,12 @@ def evaluate(
     ruler = RulerSuite(Materials.of(corpus, squad, hotpotqa), seed)
     battery = Battery(corpus, ruler, harness, seed)
     run = _Run(source, battery, cells, cache_length, keep_sample, progress)
-    return [record for name in names for record in run.policy(name)]
+    records = []
+    for name in names:
+        for record in run.policy(name):
+            records.append(record)
+            keep_record(record)
+    return records
 
 
 def run_order(policies: Sequence[str]) -> list[str]:
