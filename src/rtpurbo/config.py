@@ -12,6 +12,7 @@ from rtpurbo.errors import RTPurboError
 Reading = Literal["paper", "residual", "far"]
 Granularity = Literal["token", "block"]
 PrefillMode = Literal["dense", "top_p", "row_share", "row_peak"]
+IndexStorage = Literal["model", "float8"]
 IndexSpace = Literal["pre_rope", "post_rope", "low_frequency"]
 HeadGranularity = Literal["query_head", "kv_group"]
 
@@ -46,6 +47,8 @@ class AttentionRule:
         row_stride: every so many rows of a tile are asked, the last row of all among them.
         retrieval_window: the window of retrieval heads, which read by their index what lies before
             it; None: `sliding_window`.
+        index_storage: how index keys are kept: `model`, in 16 bits where the model has as many; or
+            `float8`, half as much to hold and to read at every step, for scores that are a little off.
     """
 
     num_sink_tokens: int = 4
@@ -61,6 +64,7 @@ class AttentionRule:
     row_share: float = 0.125
     row_stride: int = 1
     retrieval_window: int | None = None
+    index_storage: IndexStorage = "model"
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
@@ -98,6 +102,7 @@ class AttentionRule:
         check_choice("reading", self.reading, Reading)
         check_choice("granularity", self.granularity, Granularity)
         check_choice("prefill_mode", self.prefill_mode, PrefillMode)
+        check_choice("index_storage", self.index_storage, IndexStorage)
 
     @property
     def near_window(self) -> int:

@@ -27,7 +27,7 @@ def test_everything_that_runs_here_is_measured():
     made = run()
     assert not made.results.errors
     records = found(made)
-    assert set(records) == {"rtpurbo", "rtpurbo-token", "sdpa-flash"}
+    assert set(records) == {"rtpurbo", "rtpurbo-float8-index", "rtpurbo-token", "sdpa-flash"}
     # Selections are rounded up, to whole blocks and to whole bins of scores.
     assert 0.15 < records["rtpurbo"].density < 0.35
     assert 0.2 <= records["rtpurbo-token"].density < 0.3

@@ -4,6 +4,7 @@ from transformers import DynamicCache
 
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.sparsify import set_rule
 from tests.tiny_models import KEY_VALUE_HEADS, make_sparse, sparse_config, tiny_model
 
 LENGTH = 100
@@ -28,8 +29,10 @@ def test_bytes_are_those_of_a_real_cache(family, batch_size):
     assert dense == tensor_bytes(cache)
 
     make_sparse(model, sparse_config(model, heads=[1]))
-    cache = prefilled(model, HeadwiseCache(model), batch_size)
-    assert cache_bytes(model, LENGTH, batch_size) == cache.num_bytes()
+    for storage in ("model", "float8"):
+        set_rule(model, index_storage=storage)
+        cache = prefilled(model, HeadwiseCache(model), batch_size)
+        assert cache_bytes(model, LENGTH, batch_size) == cache.num_bytes()
 
 
 def test_a_dense_cache_holds_every_key_and_value():

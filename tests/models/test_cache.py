@@ -164,6 +164,15 @@ def test_the_cache_is_smaller_than_a_dense_one(model):
     assert cache.num_bytes() < 0.75 * dense_bytes
 
 
+def test_an_index_in_float8_takes_a_byte_a_number(model):
+    ids, mask = padded_batch()
+    with using_rule(model, index_storage="float8"):
+        cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+        for layer in cache.layers:
+            assert layer.index_keys.storage.dtype == torch.float8_e4m3fn
+        check_continuation(model, cache, ids, mask, FAR)
+
+
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 1, 0]])
 def test_reordering_commutes_with_recomputation(model, order):
     ids, mask = padded_batch()

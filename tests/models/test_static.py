@@ -6,6 +6,7 @@ import torch
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
+from rtpurbo.models.sparsify import using_rule
 from tests.models.test_slots import Looks, holes, states_seen  # noqa: F401
 from tests.tiny_models import (
     FAMILIES,
@@ -57,6 +58,14 @@ def test_steps_equal_one_forward_while_every_ring_wraps(family, batch):
     assert cache.is_static
     assert cache.get_seq_length() == LENGTH
     assert cache.slots.length.item() == LENGTH
+
+
+def test_steps_with_an_index_in_float8(model):
+    ids, mask = padded_batch(PADDING, LENGTH)
+    with using_rule(model, index_storage="float8"):
+        cache = static_cache(model, ids, mask)
+        decoded = logits_of(model, ids[:, PROMPT:], mask, [1] * (LENGTH - PROMPT), cache)
+        assert_same_logits(decoded, logits_of(model, ids, mask)[:, PROMPT:], mask)
 
 
 @pytest.mark.parametrize("heads", [(), (1, 4), range(6)], ids=str)

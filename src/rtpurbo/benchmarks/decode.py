@@ -20,13 +20,18 @@ from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.records import stated_density
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, replayed
-from rtpurbo.config import AttentionRule, Granularity
+from rtpurbo.config import AttentionRule, Granularity, IndexStorage
 from rtpurbo.models.ring import RingBuffer, RingSlots
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 from rtpurbo.ops.triton.decode.attention import run_step
 
-IMPLEMENTATIONS = ("rtpurbo", "rtpurbo-token", "sdpa-flash", "sdpa-cudnn")
-GRANULARITIES: dict[str, Granularity] = {"rtpurbo": "block", "rtpurbo-token": "token"}
+# What each of ours selects, and how it keeps its index.
+OURS: dict[str, tuple[Granularity, IndexStorage]] = {
+    "rtpurbo": ("block", "model"),
+    "rtpurbo-float8-index": ("block", "float8"),
+    "rtpurbo-token": ("token", "model"),
+}
+IMPLEMENTATIONS = (*OURS, "sdpa-flash", "sdpa-cudnn")
 
 # Several times what the L2 cache of a Hopper GPU holds.
 BYTES_BETWEEN_READS = 300 * 2**20
@@ -87,6 +92,16 @@ class DecodeCase:
             for seed in range(count)
         ]
         return cls(shape, rule, sets)
+
+    def keeping_index(self, storage: IndexStorage) -> DecodeCase:
+        """The same with index keys kept like this."""
+        if storage == "model":
+            return self
+        sets = [
+            replace(states, index_keys=states.index_keys.to(torch.float8_e4m3fn))
+            for states in self.sets
+        ]
+        return DecodeCase(self.shape, replace(self.rule, index_storage=storage), sets)
 
     @cached_property
     def layout(self) -> HeadLayout:
@@ -174,10 +189,11 @@ def bench_decode(
             release(session.device)
 
 
-def _ours(session: Session, case: DecodeCase, density: float) -> Iterator[Entry]:
-    for name, granularity in GRANULARITIES.items():
+def _ours(session: Session, whole: DecodeCase, density: float) -> Iterator[Entry]:
+    for name, (granularity, storage) in OURS.items():
         if not session.wants(name):
             continue
+        case = whole.keeping_index(storage)
         rule = forced(case.rule, density, case.sets[0].length, granularity)
         mask, selected = step_mask(case, rule)
         length = case.sets[0].length

@@ -33,9 +33,8 @@ def cache_bytes(
     if isinstance(cache, HeadwiseCache):
         cache.enter(None, batch_size, context_length, DEVICE)
 
-    def states(heads: int, dim: int) -> torch.Tensor:
-        shape = (batch_size, heads, context_length, dim)
-        return torch.zeros(shape, dtype=model.dtype, device=DEVICE)
+    def states(heads: int, dim: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
+        return torch.zeros(batch_size, heads, context_length, dim, dtype=dtype, device=DEVICE)
 
     attention: Any
     for layer, (_, _, attention) in zip(cache.layers, attention_modules(model), strict=True):
@@ -44,7 +43,9 @@ def cache_bytes(
             heads = len(attention.retrieval_heads)
             index = None
             if heads and index_keys:
-                index = states(heads, attention.indexer.settings.index_dim)
+                in_float8 = attention.rule.index_storage == "float8"
+                dtype = torch.float8_e4m3fn if in_float8 else model.dtype
+                index = states(heads, attention.indexer.settings.index_dim, dtype)
             layer.append(keys, keys, index, attention.layout(DEVICE))
         else:
             layer.update(keys, keys)

@@ -343,6 +343,8 @@ class HeadwiseAttention(nn.Module):
             index_keys = self.indexer.index_keys(
                 self.indexer.features(raw_keys[:, readers], keys[:, readers])
             )
+            if self.rule.index_storage == "float8":
+                index_keys = index_keys.to(torch.float8_e4m3fn)
             if not selecting:
                 return None, index_keys
             features = self.indexer.features(

@@ -44,7 +44,10 @@ class GrowingBuffer:
     def put(self, slot: Tensor, states: Tensor) -> Tensor:
         """Adds one token at a slot that only the device knows, and returns the whole capacity."""
         assert self.storage is not None
-        self.storage.index_copy_(2, slot, states)
+        target, states = self.storage, states.to(self.storage.dtype)
+        if target.element_size() == 1:  # PyTorch copies bytes so, but no float8
+            target, states = target.view(torch.uint8), states.view(torch.uint8)
+        target.index_copy_(2, slot, states)
         self.length += 1
         return self.storage
 

@@ -25,9 +25,9 @@ def index_scores(index_queries: Tensor, index_keys: Tensor) -> Tensor:
 
     Args:
         index_queries: [batch, heads, q_len, index_dim].
-        index_keys: [batch, heads, k_len, index_dim].
+        index_keys: [batch, heads, k_len, index_dim], perhaps kept in less bits.
     """
-    scores = index_queries @ index_keys.transpose(-1, -2)
+    scores = index_queries @ index_keys.to(index_queries.dtype).transpose(-1, -2)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 

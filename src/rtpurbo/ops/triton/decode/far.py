@@ -17,6 +17,15 @@ from rtpurbo.ops.triton.softmax import fold_lanes, join_lanes
 
 
 @triton.jit
+def listed_entry(lists, ends, number, segment_entries):
+    """The entry of this number, counted through the lists; `ends` [G] sums up their lengths."""
+    passed = ends <= number
+    segment = tl.sum(passed.to(tl.int32), 0)
+    start = tl.max(tl.where(passed, ends, 0), 0)
+    return tl.load(lists + segment.to(tl.int64) * segment_entries + number - start)
+
+
+@triton.jit
 def listed_entries(lists, ends, numbers, listed, segment_entries):
     """The entries of these numbers [N], counted through the lists; `ends` [G] sums up their lengths."""
     passed = ends[None, :] <= numbers[:, None]
@@ -122,6 +131,9 @@ def far_kernel(
         read = tokens < num_tokens
         if EVERYTHING:
             positions = num_sinks + tokens
+        elif BLOCK % TILE == 0:
+            entry = listed_entry(lists, ends, start // BLOCK, segment_entries)
+            positions = entry * BLOCK + start % BLOCK + lanes
         else:
             entries = listed_entries(lists, ends, tokens // BLOCK, read, segment_entries)
             positions = entries * BLOCK + tokens % BLOCK

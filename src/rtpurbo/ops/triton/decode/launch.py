@@ -30,15 +30,16 @@ NEAR_STAGES = 2
 CHUNK_TOKENS = 1024
 # Programs of one warp that list the selected entries of a head, the fewest entries of one, and the most
 # that it looks at together.
-SEGMENTS = 128
+SEGMENTS = 256
 LEAST_SEGMENT = 256
-LISTED_TOGETHER = 1024
+LISTED_TOGETHER = 512
 # Programs that share the far keys of a head: one for so many keys, up to a number for each head, and
 # up to a number for all heads together; and the keys that one gathers together, at the most.
-FAR_TOKENS = 1024
-FAR_PROGRAMS = 128
-FAR_PROGRAMS_IN_ALL = 1024
-FAR_TILE = 32
+FAR_TOKENS = 512
+FAR_PROGRAMS = 256
+FAR_PROGRAMS_IN_ALL = 2048
+FAR_TILE = 16
+FAR_WARPS = 2
 # Elements of an output that one program merges, and of how many parts at a time.
 MERGED_DIMS = 32
 MERGED_PARTS = 128
@@ -331,7 +332,7 @@ def read_far(
         BLOCK=1 if selection is None else selection.block,
         PAGE_SIZE=full.page_size,
         EVERYTHING=selection is None,
-        num_warps=4,
+        num_warps=FAR_WARPS,
     )
     return far
 

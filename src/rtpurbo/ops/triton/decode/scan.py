@@ -92,9 +92,6 @@ def scan_chunk(
             table_row,
             PAGE_SIZE,
         )
-        last_key = tl.load(index_keys + last_row + dims, mask=in_row, other=0.0)
-        reference = tl.sum(last_key.to(tl.float32) * query, 0)
-        tl.store(references + head, reference)
         levels += tl.multiple_of(head.to(tl.int64) * row_entries, 16)
         histogram += head * LEVELS
         tokens = tl.arange(0, TILE)
@@ -113,6 +110,10 @@ def scan_chunk(
                 mask=scored[:, None] & in_row[None, :],
                 other=0.0,
             )
+            # Here, so that this key is fetched beside the others and not before them.
+            last_key = tl.load(index_keys + last_row + dims, mask=in_row, other=0.0)
+            reference = tl.sum(last_key.to(tl.float32) * query, 0)
+            tl.store(references + head, reference)
             scores = tl.sum(tile_keys.to(tl.float32) * query[None, :], 1)
             for plane in tl.static_range(PLANES):
                 kept = scored

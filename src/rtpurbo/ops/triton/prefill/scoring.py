@@ -53,6 +53,8 @@ def block_lists(
         The row at which the lists begin, and the lists.
     """
     index_keys, block_table, capacity = _index_keys(states)
+    # Keys kept in float8 are multiplied as what the queries are: a prompt reads each many times.
+    index_keys = index_keys.to(index_queries.dtype)
     batch, heads, q_len, index_dim = index_queries.shape
     M, N, stride = rule.query_block_size, rule.block_size, rule.row_stride
     lanes = M // stride
