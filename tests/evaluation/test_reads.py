@@ -9,6 +9,7 @@ from rtpurbo.evaluation import reads
 from rtpurbo.evaluation.reads import ReadMeter, Reads, metering
 from rtpurbo.models.sparsify import empty_head_map, set_rule, set_selector, sparsify
 from tests.evaluation.policies.support import every_row, random_rows
+from tests.models.test_decoding import gpu_model
 from tests.tiny_models import (
     RETRIEVAL_HEADS,
     make_sparse,
@@ -157,6 +158,35 @@ def test_sequences_that_have_ended_do_not_count(prompt):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             model(torch.tensor(tokens)[:, None], attention_mask=mask, past_key_values=cache)
     assert meter.reads().rows == 4 * LAYERS * len(RETRIEVAL_HEADS)
+
+
+def test_steps_between_are_not_measured(monkeypatch, prompt):
+    monkeypatch.setattr(reads, "_step_stride", lambda device: 3)
+    model = sparse_model(prefill_mode="dense")
+    head_map = model.rtpurbo_config.head_map
+    options = {"suppress_tokens": [0, STOP]}
+    with metering(model, head_map, [0, STOP]) as meter:
+        for new in (6, 2):  # five steps, of which the first and the fourth count; then one
+            answers(model, *prompt, new=new, min_new_tokens=new, **options)
+    assert meter.reads().rows == (2 + 1) * 3 * LAYERS * len(RETRIEVAL_HEADS)
+
+
+@pytest.mark.gpu
+def test_kernels_and_measured_steps_take_turns():
+    model = gpu_model(max_position_embeddings=1024)
+    ids = torch.randint(2, STOP, (2, 300), device="cuda")
+    backends = []
+    module = model.base_model.layers[0].self_attn
+    module.register_forward_hook(lambda *_: backends.append(module.used_backend))
+    with metering(model, model.rtpurbo_config.head_map, [0, STOP]) as meter:
+        answers(
+            model, ids, torch.ones_like(ids), new=10, min_new_tokens=10, suppress_tokens=[0, STOP]
+        )
+    measured = meter.reads()
+    assert backends[1:] == ["eager" if step % 4 == 0 else "triton" for step in range(9)]
+    assert measured.rows == 3 * 2 * LAYERS * len(RETRIEVAL_HEADS)
+    assert 32 < measured.tokens_mean < 310
+    assert 0 < measured.mass_kept <= 1 + 1e-3
 
 
 def test_everything_is_taken_off_afterwards(prompt):

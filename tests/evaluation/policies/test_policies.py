@@ -1,5 +1,8 @@
 """Every policy makes the model that its description promises."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Source
 from rtpurbo.models.artifact import load
 from rtpurbo.models.sparsify import headwise_modules, is_sparse
 
+ROOT = Path(__file__).parents[3]
 LENGTH = 320
 
 
@@ -40,6 +44,13 @@ def test_display_order():
         "random-heads",
     ]
     assert all(policy.description for policy in POLICIES.values())
+
+
+def test_the_documentation_and_the_help_know_every_policy():
+    for page in ("docs/evaluation.md", "src/rtpurbo/cli/evaluate.py"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        missing = [name for name in POLICIES if not re.search(rf"\b{name}\b", text)]
+        assert missing == [], page
 
 
 def test_those_with_a_budget():

@@ -35,10 +35,14 @@ class QuestSelector:
         """The far keys of each row: bool [batch, heads, rows, k_len]."""
         pages = block_ids(rows.key_positions, self.page_size)
         least, greatest = page_bounds(rows.key_states, rows.key_positions, pages)
-        queries = rows.query_states
+        # Half precision would make ties of pages that are not.
+        precise = torch.promote_types(least.dtype, torch.float32)
+        queries, least, greatest = (
+            part.to(precise) for part in (rows.query_states, least, greatest)
+        )
         # max(q * least, q * greatest), summed: the sign of q tells which of the two it is.
-        bounds = (queries.clamp(min=0) @ greatest.transpose(-1, -2)).float()
-        bounds += (queries.clamp(max=0) @ least.transpose(-1, -2)).float()
+        bounds = queries.clamp(min=0) @ greatest.transpose(-1, -2)
+        bounds += queries.clamp(max=0) @ least.transpose(-1, -2)
         has_far = torch.zeros_like(bounds[:, :1], dtype=torch.int32).scatter_reduce(
             -1, pages[:, None, None].expand(rows.far.shape), rows.far.int(), "amax"
         )
