@@ -1,9 +1,9 @@
 """Conversion from start to end on a tiny model: what it leaves, and what an interruption does to it."""
 
-import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -240,33 +240,74 @@ def test_text_shorter_than_a_sequence(tiny_base, tmp_path):
 
 
 _SCRIPT = """
-import sys
+import resource, sys
 from rtpurbo.conversion import convert
+from rtpurbo.errors import RTPurboError
+from rtpurbo.training.interruption import StoppedBySignalError
 from tests.test_conversion import SETTINGS
-convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
+if len(sys.argv) > 3:
+    # Every file may have this many bytes: a write that goes beyond fails as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
+except StoppedBySignalError as error:
+    sys.exit(error.exit_code)
+except RTPurboError as error:
+    sys.exit(str(error))
 """
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(whole, tiny_base, tmp_path):
-    """SIGKILL, wherever it strikes."""
-    output, rng = tmp_path / "artifact", random.Random(0)
+def command_and_surroundings(*arguments):
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
-    command = [sys.executable, "-c", _SCRIPT, str(tiny_base)]
-    begin = time.perf_counter()
-    subprocess.run([*command, str(tmp_path / "unharmed")], env=environment, cwd=root, check=True)
-    duration = time.perf_counter() - begin
-    kills = 0
+    command = [sys.executable, "-c", _SCRIPT, *(str(argument) for argument in arguments)]
+    return command, {"env": environment, "cwd": root}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_at_random_moments(number, whole, tiny_base, tmp_path):
+    """Wherever the signal strikes."""
+    output, rng = tmp_path / "artifact", random.Random(0)
+    command, surroundings = command_and_surroundings(tiny_base, output)
+    log, codes = tmp_path / "artifact.work" / "training_log.jsonl", []
     while not output.exists():
-        process = subprocess.Popen([*command, str(output)], env=environment, cwd=root)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=duration * (rng.uniform(0.5, 0.9) + 0.1 * kills))
-        if process.poll() is None:
-            kills += 1
-            process.send_signal(signal.SIGKILL)
-        else:
-            assert process.returncode == 0
-        process.wait()
-    assert kills >= 2
+        # A few steps further than the last one got, and any time in a step.
+        steps = number_of_lines(log) + rng.randint(1, 9)
+        process = subprocess.Popen(command, **surroundings)
+        while process.poll() is None and number_of_lines(log) < steps:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(number)
+        codes.append(process.wait())
+    assert len(codes) >= 4
+    # The last signal may have come when all was done.
+    assert set(codes[:-1]) == {143 if number == signal.SIGTERM else -number}
+    assert contents(output) == contents(whole)
+
+
+def number_of_lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_costs_nothing(whole, tiny_base, tmp_path):
+    """Files that cannot grow beyond a limit: first the log, then a checkpoint, then the weights."""
+    output = tmp_path / "artifact"
+    sizes = sorted(len(content) for content in contents(whole).values())
+    said = []
+    for limit in (1500, 4000, 9000, sizes[-1] - 1):
+        command, surroundings = command_and_surroundings(tiny_base, output, limit)
+        finished = subprocess.run(command, **surroundings, capture_output=True, text=True)
+        assert finished.returncode == 1, finished.stderr[-2000:]
+        assert "Traceback" not in finished.stderr
+        said.append(finished.stderr.strip().splitlines()[-1])
+        assert re.search(r"no space left on the disk to write .*--resume", said[-1]), said[-1]
+        assert not output.exists()
+    assert len({line.split(" to write ")[1] for line in said}) > 1, said
+    command, surroundings = command_and_surroundings(tiny_base, output)
+    subprocess.run(command, **surroundings, check=True)
     assert contents(output) == contents(whole)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from rtpurbo.calibration.calibrate import calibrate
+from rtpurbo.calibration.calibrate import calibrate, read_head_map
 from rtpurbo.config import HeadMap
 from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
-from rtpurbo.job import Job, read_head_map
+from rtpurbo.job import Job
 from rtpurbo.models.artifact import (
     INDEXER_FILE,
     ArtifactConfig,

@@ -23,6 +23,7 @@ _FULL_IN_WORDS = (
     "File too large",
     "PytorchStreamWriter failed writing",
     "inline_container",
+    "iostream error",
 )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rtpurbo.calibration.calibrate import calibrate
-from rtpurbo.config import HeadMap, RTPurboConfig, head_map_from_dict
+from rtpurbo.calibration.calibrate import calibrate, read_head_map
+from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.data.stream import open_stream
 from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import resolve_device
@@ -272,6 +272,7 @@ class Job:
                     processes=self.processes,
                 )
             self.processes.wait()
+            self._discard("stage2.checkpoint", "teacher")
             base = self._whole(base)
         apply_stage2(base.model, folder, "lora" if settings.lora_rank else "full")
         if settings.refresh_steps:
@@ -309,7 +310,7 @@ class Job:
         if self.processes.is_main:
             write_json_atomically(self.work / f"{stage}_figures.json", figures)
             save_tensors_atomically(path, indexer_weights(base.model))
-        self.processes.wait()
+        self._discard(f"{stage}.checkpoint")
         return self._whole(base)
 
     def _checkpoint(self, stage: str, every: int = 20) -> Checkpoint:
@@ -319,6 +320,12 @@ class Job:
             checkpoint.remove_remains()
             self.log.rewind(stage, checkpoint.steps_done())
         return checkpoint
+
+    def _discard(self, *names: str) -> None:
+        """Removes folders that a stage, now done, needs no more."""
+        if self.processes.is_main:
+            for name in names:
+                shutil.rmtree(self.work / name, ignore_errors=True)
 
     def _whole(self, base: BaseModel) -> BaseModel:
         """The model with the indexers it has, loaded anew if its weights are divided among processes."""
@@ -383,19 +390,3 @@ class Job:
             if path.is_file():
                 figures[stage] = json.loads(path.read_text(encoding="utf-8"))
         return figures
-
-
-def read_head_map(path: Path) -> HeadMap:
-    """The head map in a file that `calibrate_model` wrote.
-
-    Raises:
-        RTPurboError: the file is missing or is not one.
-    """
-    if not path.is_file():
-        raise RTPurboError(f"there is no head map at {path}: write one with `rtpurbo calibrate`.")
-    try:
-        return head_map_from_dict(json.loads(path.read_text(encoding="utf-8"))["head_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RTPurboError(
-            f"{path} is not a head map of `rtpurbo calibrate`, or it is corrupt."
-        ) from error

@@ -2,6 +2,7 @@ import inspect
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rtpurbo.evaluation.records import read_results
 from rtpurbo.evaluation.samples import read_samples
 from rtpurbo.models import artifact as artifacts
 from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, INDEXER_FILE
+from rtpurbo.training.interruption import StoppedBySignalError
 from rtpurbo.version import __version__
 from tests.tiny_artifact import save_tiny_base
 
@@ -180,13 +182,13 @@ def test_eval_of_what_is_not_there(tiny_artifact):
     assert "there is no policy 'x'" in error_of("eval", tiny_artifact, *QUICK, "--policy", "x")
     assert "there is no suite 'x'" in error_of("eval", tiny_artifact, *QUICK, "--suite", "x")
     assert "context of 1,024" in error_of("eval", tiny_artifact, *QUICK, "--length", "4096")
-
-
     quick = ["eval", tiny_artifact, "--device", "cpu"]
     assert "no ruler task 'x'" in error_of(*quick, "--suite", "ruler", "--tasks", "x")
     assert "'lm-eval' needs tasks" in error_of(*quick, "--suite", "lm-eval")
     assert "--task-data x names no value" in error_of(*quick, "--task-data", "x")
     assert "nothing.txt" in error_of(*quick, "--data", "nothing.txt")
+
+
 def test_generate_beyond_the_context_and_from_nothing(tiny_artifact):
     generate = ["generate", tiny_artifact, "--device", "cpu"]
     assert "context of 1,024" in error_of(*generate, "word " * 3000)
@@ -230,3 +232,28 @@ def test_the_sentence_is_the_errors(monkeypatch):
 
     monkeypatch.setattr(conversion, "convert", fail)
     assert error_of("convert", "-o", "out") == "error: something is wrong."
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_training_that_was_stopped_says_so_with_its_exit_code(monkeypatch, number, code):
+    def stop(*arguments, **options):
+        raise StoppedBySignalError(number, "after step 3 of stage1")
+
+    monkeypatch.setattr(conversion, "convert", stop)
+    result = run("convert", "-o", "out")
+    assert result.exit_code == code
+    assert "after step 3 of stage1: pass --resume" in result.stderr
+
+
+def test_of_several_processes_one_talks(monkeypatch):
+    monkeypatch.setattr(conversion, "convert", lambda *arguments, **options: Path("out"))
+    assert "Written to out" in run("convert", "-o", "out").stdout
+    monkeypatch.setenv("RANK", "1")
+    assert run("convert", "-o", "out").stdout == ""
+
+
+def test_how_processes_share_the_work(tmp_path):
+    arguments = ["-o", tmp_path / "out", "--device", "cpu"]
+    assert "tensor parallelism" in error_of("convert", *arguments, "--parallel", "tensor")
+    assert "no tracker 'x'" in error_of("convert", *arguments, "--report-to", "x")
+    assert "name files or datasets" in error_of("convert", *arguments, "--stream")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.calibration.scores import retrieval_scores
 from rtpurbo.calibration.selection import Stability, choose_heads, measure_stability
-from rtpurbo.config import HeadMap
+from rtpurbo.config import HeadMap, head_map_from_dict
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
+from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import CalibrationSettings, Progress, check_context, no_progress
 
 
@@ -75,3 +78,19 @@ def calibrate(
     head_map = choose_heads(by_layer, model.config.num_key_value_heads, settings)
     stability = measure_stability(by_document.flatten(1), head_map.num_retrieval_heads)
     return Calibration(head_map, stability)
+
+
+def read_head_map(path: Path) -> HeadMap:
+    """The head map in a file that `rtpurbo calibrate` wrote.
+
+    Raises:
+        RTPurboError: the file is missing or is not one.
+    """
+    if not path.is_file():
+        raise RTPurboError(f"there is no head map at {path}: write one with `rtpurbo calibrate`.")
+    try:
+        return head_map_from_dict(json.loads(path.read_text(encoding="utf-8"))["head_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RTPurboError(
+            f"{path} is not a head map of `rtpurbo calibrate`, or it is corrupt."
+        ) from error

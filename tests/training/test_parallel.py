@@ -1,0 +1,183 @@
+"""Two processes against one: the same losses, with whole weights and divided ones, and after a change of number."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rtpurbo.config import AttentionRule, IndexerSettings
+from rtpurbo.conversion import convert
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.artifact import ArtifactConfig, load
+from rtpurbo.processes import Processes, check_parallelism
+from rtpurbo.settings import (
+    CalibrationSettings,
+    ConversionSettings,
+    DistillationSettings,
+    IndexerTrainingSettings,
+    StreamSettings,
+)
+from rtpurbo.training.source import check_shares
+
+SETTINGS = ConversionSettings(
+    attention=AttentionRule(sliding_window=64, min_tokens=8, block_size=16),
+    indexer=IndexerSettings(index_dim=4),
+    calibration=CalibrationSettings(length=384, num_documents=1, count=3),
+    stage1=IndexerTrainingSettings(
+        steps=20, lengths=(420, 500), steps_per_sequence=3, rows_per_step=32, warmup_steps=2,
+        start_sequences=1, probe_sequences=1, probe_every=10, sequences_per_step=2,
+    ),
+    stage2=DistillationSettings(
+        steps=20, lengths=(420, 500), labels_per_sequence=64, warmup_steps=1, lora_rank=2,
+        refresh_steps=3, checkpoint_every=6, sequences_per_step=2,
+    ),
+)  # fmt: skip
+FULL_WEIGHTS = replace(
+    SETTINGS,
+    stage1=replace(SETTINGS.stage1, steps=4),
+    stage2=replace(SETTINGS.stage2, steps=20, lora_rank=0, refresh_steps=0),
+)
+STREAMED = replace(
+    FULL_WEIGHTS,
+    stream=StreamSettings(enabled=True, buffer_size=8, held_out=4),
+    stage1=replace(SETTINGS.stage1, steps=20),
+    stage2=replace(SETTINGS.stage2, steps=6, refresh_steps=0),
+)
+JOBS = {"lora": SETTINGS, "full": FULL_WEIGHTS, "streamed": STREAMED}
+
+# Arguments: base, text, and jobs as OUTPUT,SETTINGS,PARALLELISM or OUTPUT,SETTINGS,PARALLELISM,STAGE,STEP.
+_WORKER = """
+import os, signal, sys
+from rtpurbo.conversion import convert
+from rtpurbo.processes import leave_processes
+from rtpurbo.training.interruption import StoppedBySignalError
+from tests.training.test_parallel import JOBS
+
+base, text, *jobs = sys.argv[1:]
+for job in jobs:
+    output, settings, parallel, *stop = job.split(",")
+    def progress(stage, done, total, figures):
+        # Only the main process is told, and only it gets the signal.
+        if stop == [stage, str(done)]:
+            os.kill(os.getpid(), signal.SIGTERM)
+    data = [text] if settings == "streamed" else None
+    try:
+        convert(base, output, settings=JOBS[settings], data=data, device="cpu", parallel=parallel,
+                progress=progress)
+    except StoppedBySignalError as error:
+        assert stop and error.exit_code == 143, error
+        print(error)
+    else:
+        assert not stop
+leave_processes()
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    lines = [f"Document {n} tells of number {n * n}. " * (20 + 7 * (n % 5)) for n in range(40)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+def in_two_processes(base, text, *jobs):
+    root = Path(__file__).parents[2]
+    paths = [str(root), str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    script = text.with_name("worker.py")
+    script.write_text(_WORKER)
+    finished = subprocess.run(
+        [sys.executable, *command, str(script), str(base), str(text), *jobs],
+        env=environment, cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def entries_of(artifact):
+    return [json.loads(line) for line in (artifact / "training_log.jsonl").read_text().splitlines()]
+
+
+def assert_same_curves(actual, expected):
+    """Every figure of every step to 1e-5, relative."""
+    actual, expected = entries_of(actual), entries_of(expected)
+    assert [(entry["stage"], entry["step"]) for entry in actual] == [
+        (entry["stage"], entry["step"]) for entry in expected
+    ]
+    for one, other in zip(actual, expected, strict=True):
+        figures = [{key: entry[key] for key in entry if key != "stage"} for entry in (one, other)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+def test_two_processes_train_as_one(tiny_base, tmp_path, text):
+    alone = convert(str(tiny_base), tmp_path / "alone", settings=SETTINGS, device="cpu")
+    in_two_processes(
+        tiny_base, text, f"{tmp_path / 'data'},lora,data", f"{tmp_path / 'fsdp'},lora,fsdp"
+    )
+    for name in ("data", "fsdp"):
+        assert_same_curves(tmp_path / name, alone)
+        assert ArtifactConfig.read(tmp_path / name).settings == ArtifactConfig.read(alone).settings
+        load(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_full_weights_in_two_processes(tiny_base, tmp_path, text):
+    alone = convert(str(tiny_base), tmp_path / "alone", settings=FULL_WEIGHTS, device="cpu")
+    in_two_processes(
+        tiny_base, text, f"{tmp_path / 'data'},full,data", f"{tmp_path / 'fsdp'},full,fsdp"
+    )
+    for name in ("data", "fsdp"):
+        assert_same_curves(tmp_path / name, alone)
+        load(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_one_process_continues_what_two_began(tiny_base, tmp_path, text):
+    stopped = {
+        "data": f"{tmp_path / 'data'},lora,data,stage1,7",
+        "fsdp": f"{tmp_path / 'fsdp'},full,fsdp,stage2,9",
+    }
+    for settings in ("lora", "full"):
+        convert(str(tiny_base), tmp_path / settings, settings=JOBS[settings], device="cpu")
+    said = in_two_processes(tiny_base, text, *stopped.values())
+    assert "stopped by SIGTERM after step 8 of stage1" in said
+    for name, settings in (("data", "lora"), ("fsdp", "full")):
+        output = tmp_path / name
+        assert not output.exists()
+        convert(str(tiny_base), output, settings=JOBS[settings], device="cpu", resume=True)
+        assert_same_curves(output, tmp_path / settings)
+
+
+@pytest.mark.slow
+def test_a_stream_is_the_same_for_one_process_and_two_and_after_a_change(tiny_base, tmp_path, text):
+    pytest.importorskip("datasets")
+    common = {"settings": STREAMED, "data": [str(text)], "device": "cpu"}
+    alone = convert(str(tiny_base), tmp_path / "alone", **common)
+    in_two_processes(
+        tiny_base,
+        text,
+        f"{tmp_path / 'two'},streamed,data",
+        f"{tmp_path / 'changed'},streamed,data,stage1,10",
+    )
+    assert_same_curves(tmp_path / "two", alone)
+    convert(str(tiny_base), tmp_path / "changed", resume=True, **common)
+    assert_same_curves(tmp_path / "changed", alone)
+
+
+def test_what_is_not_offered():
+    with pytest.raises(RTPurboError, match="choose --parallel fsdp"):
+        check_parallelism("tensor")
+    with pytest.raises(RTPurboError, match="no parallelism 'pipeline'"):
+        check_parallelism("pipeline")
+    with pytest.raises(RTPurboError, match=r"3 sequences a step .* by 2 processes"):
+        check_shares(3, Processes(count=2))
