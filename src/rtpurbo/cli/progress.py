@@ -78,7 +78,7 @@ class ProgressBars:
         console = self._progress.console
         if not console.is_terminal:
             seconds = self._progress.get_time() - self._began
-            console.print(f"{seconds:5.0f} s  {text}", markup=False)
+            console.print(f"{seconds:5.0f} s  {text}", markup=False, soft_wrap=True)
 
 
 def _figure(name: str, value: float) -> str:

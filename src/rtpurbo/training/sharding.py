@@ -34,7 +34,8 @@ def shard(model: PreTrainedModel, processes: Processes) -> None:
     mesh = init_device_mesh(model.device.type, (processes.count,))
     for layer in model.base_model.layers:
         kept = {weight for name, weight in layer.named_parameters() if ".indexer." in f".{name}"}
-        fully_shard(layer, mesh=mesh, ignored_params=kept)
+        # Stage 1 may run layers one by one, so each has to look after itself.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
 
 
 def is_divided(model: nn.Module) -> bool:
