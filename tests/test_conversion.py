@@ -25,6 +25,7 @@ from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
     IndexerTrainingSettings,
+    StreamSettings,
 )
 
 SETTINGS = ConversionSettings(
@@ -127,6 +128,28 @@ def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_p
     convert(str(tiny_base), output, settings=SETTINGS, device="cpu", resume=True)
     assert contents(output) == contents(whole)
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_streamed_conversion_resumes_the_same(tiny_base, tmp_path):
+    pytest.importorskip("datasets")
+    text = tmp_path / "texts.jsonl"
+    lines = [f"Document {n} tells of number {n * n}. " * (30 + 7 * (n % 5)) for n in range(60)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    settings = replace(
+        SETTINGS,
+        stream=StreamSettings(enabled=True, buffer_size=8, held_out=8),
+        stage1=replace(SETTINGS.stage1, steps_per_sequence=2),
+    )
+    common = {"settings": settings, "data": [str(text)], "device": "cpu"}
+    whole = convert(str(tiny_base), tmp_path / "whole", **common)
+    output = tmp_path / "artifact"
+    for stage, step in (("stage1", 21), ("teacher", 3), ("stage2", 3)):
+        with pytest.raises(InterruptionError):
+            convert(
+                str(tiny_base), output, resume=True, progress=interrupt_at(stage, step), **common
+            )
+    convert(str(tiny_base), output, resume=True, **common)
+    assert contents(output) == contents(whole)
 
 
 def test_stopped_between_the_artifact_and_the_clearing_up(whole, tiny_base, tmp_path, monkeypatch):

@@ -17,3 +17,26 @@ def test_a_bar_for_each_stage_with_its_latest_figures():
     assert "loss 1.235  recall 0.9" in first
     assert "stage2" in second
     assert "0/5" in second
+
+
+def test_speed_is_told_in_words():
+    console = Console(file=io.StringIO(), width=160)
+    with ProgressBars(console) as progress:
+        progress("stage1", 2, 2, {"loss": 1.0, "tokens_read": 93.4, "tokens_per_second": 45678.9})
+    assert "loss 1  tokens read 93.4  tokens/s 45,679" in console.file.getvalue()
+
+
+def test_other_processes_draw_nothing(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    console = Console(file=io.StringIO(), width=160)
+    with ProgressBars(console) as progress:
+        progress("stage1", 1, 2, {"loss": 1.0})
+    assert console.file.getvalue() == ""
+
+
+def test_a_resumed_stage_does_not_guess_from_what_was_done_before():
+    with ProgressBars(Console(file=io.StringIO())) as progress:
+        progress("stage1", 501, 600, {})
+        [task] = progress._progress.tasks
+        assert task.completed == 501
+        assert sum(sample.completed for sample in task._progress) <= 1

@@ -1,9 +1,10 @@
+import json
 import shutil
 from dataclasses import replace
 
 from huggingface_hub import ModelCard
 
-from rtpurbo.models.artifact import CARD_FILE, ArtifactConfig
+from rtpurbo.models.artifact import CARD_FILE, LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
 from rtpurbo.reporting.card import model_card, rewrite_card
 from rtpurbo.reporting.tables import markdown_tables
@@ -62,3 +63,12 @@ def test_rewriting_puts_figures_into_the_artifact(tiny_artifact, tmp_path):
     folder = shutil.copytree(tiny_artifact, tmp_path / "copy")
     rewrite_card(folder, RECORDS)
     assert markdown_tables(RECORDS) in (folder / CARD_FILE).read_text()
+
+
+def test_curves_stand_in_the_card(tiny_artifact, tmp_path):
+    folder = shutil.copytree(tiny_artifact, tmp_path / "copy")
+    entries = [{"stage": "stage1", "step": step, "loss": 4.0 - step} for step in (1, 2, 3)]
+    (folder / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    rewrite_card(folder, RECORDS)
+    assert "stage1 loss  █▅▁  3 → 1" in (folder / CARD_FILE).read_text()
+    assert "→" not in model_card(ArtifactConfig.read(folder))

@@ -120,11 +120,13 @@ class StreamLane:
                         "text, or read it without --stream."
                     )
                 self._epoch, self._buffers = self._epoch + 1, 0
+                # Before the first row is read, the dataset still reports where it was before.
+                self._start_of_buffer = deepcopy(self._start_of_data)
                 self._dataset.load_state_dict(deepcopy(self._start_of_data))
                 self._rows, self._ended = iter(self._dataset), False
             else:
                 self._buffers += 1
-            self._start_of_buffer = deepcopy(self._dataset.state_dict())
+                self._start_of_buffer = deepcopy(self._dataset.state_dict())
             self._fill()
             self._taken = 0
         self._taken += 1

@@ -38,10 +38,9 @@ class Trackers:
         self._last = 0
         if not names:
             return
-        check_trackers(names)
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        for name in dict.fromkeys(names):
+        for name in check_trackers(names):
             kind = LOGGER_TYPE_TO_CLASS[name]
             options = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
             try:
@@ -77,26 +76,35 @@ class Trackers:
         self._trackers = []
 
 
-def check_trackers(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> list[str]:
     """Refuses, before a long job, trackers that are not there.
+
+    Returns:
+        Each tracker once.
 
     Raises:
         RTPurboError: there is no such tracker, or its package is missing.
     """
     if not names:
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
-    available = {str(name) for name in get_available_trackers()}
+    # Trackers ask it which process this is.
+    PartialState()
     for name in names:
-        if name not in known:
-            raise RTPurboError(f"there is no tracker '{name}': choose one of {', '.join(known)}.")
-        if name not in available:
+        try:
+            # A folder is found later, for those that need one.
+            available = filter_trackers([name], logging_dir=".")
+        except ValueError as error:
+            known = ", ".join(sorted(str(known) for known in LOGGER_TYPE_TO_CLASS))
+            raise RTPurboError(f"there is no tracker '{name}': choose one of {known}.") from error
+        if not available:
             raise RTPurboError(
                 f"the tracker '{name}' needs a package that is not installed: try "
                 f"pip install {name}."
             )
+    return list(dict.fromkeys(str(name) for name in filter_trackers(list(names), ".")))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
