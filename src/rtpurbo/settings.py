@@ -65,7 +65,8 @@ class IndexerTrainingSettings:
     Attributes:
         steps: optimiser steps.
         lengths: tokens of a training sequence; sequences take them in turn.
-        steps_per_sequence: optimiser steps on one captured sequence, each with fresh query rows.
+        steps_per_sequence: optimiser steps on one captured sequence, each with fresh query rows; with 1
+            nothing is captured, and every layer learns as it passes: the way for long sequences.
         rows_per_step: query rows a step and head; None takes every row.
         answer_weight: weight of the mean loss of rows that answer a question, beside that of the
             others; they are few and retrieve, and are met at every step.

@@ -153,8 +153,10 @@ def _heads_of(
     starts: Tensor,
     num_documents: int,
 ) -> CapturedHeads:
-    heads = torch.tensor(module.retrieval_heads, device=seen.queries.device)
-    readers = heads // (module.num_attention_heads // module.num_key_value_heads)
+    # Already on the device: making an index there would wait for all that it has to do.
+    layout = module.layout(seen.queries.device)
+    heads = layout.retrieval.heads
+    readers = layout.full_key_value_heads[layout.retrieval.key_value_heads]
     queries, keys = seen.queries[:, heads], seen.keys[:, readers]
     indexer = module.indexer
     return CapturedHeads(
