@@ -75,6 +75,9 @@ def test_tokens_and_mass_of_every_row(monkeypatch, q_len, stride):
     assert measured.far_rows == len(far)
     assert measured.far_tokens_mean == pytest.approx(sum(far_read) / len(far))
     assert measured.far_share == pytest.approx(sum(far_read) / sum(far))
+    bins = [sum(count.bit_length() == size for count in far_read) for size in range(8)]
+    assert measured.far_histogram == tuple(bins[: len(measured.far_histogram)])
+    assert sum(measured.far_histogram) == len(far)
 
 
 def test_nothing_measured_is_nothing_known():

@@ -40,6 +40,8 @@ class Reads:
         far_tokens_mean: tokens read beyond sinks and window, of the rows that have any.
         far_rows: how many those are.
         far_share: what share of the tokens at hand they read; None if there are no such rows.
+        far_histogram: rows that have any by the far tokens that they read: none, 1, 2 to 3, 4 to 7,
+            and so on in powers of two.
         rows: how many were measured.
     """
 
@@ -50,6 +52,7 @@ class Reads:
     far_tokens_mean: float = 0.0
     far_rows: int = 0
     far_share: float | None = None
+    far_histogram: tuple[int, ...] = ()
     rows: int = 0
 
 
@@ -143,8 +146,16 @@ class ReadMeter(SelectionStatistics):
             float(far_read[with_far].mean()) if some_far else 0.0,
             int(with_far.sum()),
             float(far_read.sum() / far.sum()) if some_far else None,
+            _histogram(far_read[with_far]),
             tokens.numel(),
         )
+
+
+def _histogram(counts: Tensor) -> tuple[int, ...]:
+    """How many counts are 0, 1, 2 to 3, 4 to 7, ..."""
+    # The exponent e of m * 2**e with m from 1/2 to 1: 0 for 0, 1 for 1, 2 for 2 and 3.
+    bins = torch.frexp(counts).exponent
+    return tuple(torch.bincount(bins).tolist()) if bins.numel() else ()
 
 
 class WindowReader:

@@ -33,11 +33,13 @@ class Record:
         kv_bytes: what the key-value cache of one sequence of `context_length` tokens holds.
         ci95: the 95 % interval of the score, by bootstrap.
         tokens_read_mean: keys that a row of a retrieval head reads, sinks and window included, over
-            the rows that select; see `rtpurbo.evaluation.reads.Reads`, as for the next four.
+            the rows that select; see `rtpurbo.evaluation.reads.Reads`, as for the next five.
         tokens_read_p50: the median.
         tokens_read_p95: of 100 rows, 95 read no more.
         mass_kept: mean share of such a row's full attention that lies on what it reads.
         measured_rows: rows, each of one head, behind these four.
+        far_tokens_histogram: rows by the tokens that they read beyond sinks and window, of those that
+            have any: none, 1, 2 to 3, 4 to 7, and so on in powers of two.
         far_token_budget: far tokens that the policy was told to read in a row; None if it decides.
         metric: what the score is, where a suite has several.
     """
@@ -56,6 +58,7 @@ class Record:
     tokens_read_p95: float | None = None
     mass_kept: float | None = None
     measured_rows: int = 0
+    far_tokens_histogram: tuple[int, ...] | None = None
     far_token_budget: int | None = None
     metric: str | None = None
 
@@ -133,6 +136,7 @@ def read_results(path: str | Path) -> Results:
 
 
 def _record(row: dict[str, Any]) -> Record:
-    if row.get("ci95") is not None:
-        row["ci95"] = tuple(row["ci95"])
+    for name in ("ci95", "far_tokens_histogram"):
+        if row.get(name) is not None:
+            row[name] = tuple(row[name])
     return Record(**row)

@@ -161,6 +161,8 @@ class _Run:
 
         self.progress(name, 0, total, figures)
         model, tokenizer = policy.prepare(self.source)
+        # What follows an answer in a batch where others go on.
+        ended = {*stop_tokens(model, tokenizer), tokenizer.pad_token_id} - {None}
         context = model.config.max_position_embeddings
         check_context("tests", max(cell.context_length for cell in cells), context)
         for cell in self.battery.prepare(tokenizer, cells, context, self.progress):
@@ -168,7 +170,7 @@ class _Run:
             if isinstance(policy, BudgetPolicy):
                 budget = self._budget(cell)
                 policy.set_budget(model, budget)
-            with metering(model, head_map, stop_tokens(model, tokenizer)) as meter:
+            with metering(model, head_map, ended) as meter:
                 outcomes = self.battery.run(cell, model, tokenizer, after_sample)
             reads = meter.reads()
             if name == BUDGET_POLICY:
@@ -193,6 +195,7 @@ class _Run:
                     reads.tokens_p95,
                     reads.mass_kept,
                     reads.rows,
+                    reads.far_histogram,
                     budget,
                     outcome.metric,
                 )
