@@ -166,3 +166,21 @@ def test_a_probe_measures_the_same_with_kept_states_and_without():
     for name in FIGURES:
         assert kept[name] == pytest.approx(passing[name])
     assert "answer_recall" not in Probe(model, sequences(60)).measure()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_packed_sequences_on_a_gpu(dtype, head_dim):
+    model = tiny_model("qwen3", head_dim=head_dim, max_position_embeddings=4096).to("cuda", dtype)
+    make_sparse(model, sparse_config(model))
+    for module in headwise_modules(model):
+        for weight in module.indexer.float().requires_grad_(True).parameters():
+            weight.data *= 0.1  # larger scores would make much of a rounded index state
+    given, settings = sequences(700, 130, 1000, answers=3), replace(SETTINGS, lengths=(2000,))
+    together, gradients = train(model, given, settings)
+    for options in ({"backend": "eager"}, {"packed": False}):
+        losses, expected = train(model, given, settings, **options)
+        torch.testing.assert_close(together, losses, atol=1e-2, rtol=2e-2)
+        for found, other in zip(gradients, expected, strict=True):
+            assert (found - other).norm() < 0.05 * other.norm()

@@ -69,6 +69,19 @@ def test_rows_that_weigh_little_keep_their_gradient():
     assert not keys.any()
 
 
+def test_rows_that_weigh_little_count_beside_one_that_weighs_much():
+    problem = indexer_problem((260,))
+    weights = torch.full_like(problem.upstream, 1e-6)
+    weights[:, 60] = 1.0
+    problem = replace(problem, upstream=weights)
+    _, _, expected = problem.run(indexer_divergence, RULE, backend="eager")
+    given = problem.to(DEVICE, torch.float16, torch.float32)
+    _, _, found = given.run(indexer_divergence, RULE, backend="triton")
+    # These keys come after the one row.
+    found, expected = found[:, 70:210].double().cpu(), expected[:, 70:210]
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
 def test_sharp_rows_stay_exact():
     problem = indexer_problem((260,))
     sharp = replace(problem, query_states=8 * problem.query_states)

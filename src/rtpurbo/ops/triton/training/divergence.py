@@ -21,6 +21,9 @@ from rtpurbo.ops.triton.training.tiles import tiles_of_keys, tiles_of_rows
 
 LARGEST_HEAD_DIM = 128
 LARGEST_INDEX_DIM = 64
+# What the largest weighted index query becomes for the sweep over rows, and the least that can be scaled so.
+LARGEST_PRODUCT = 2.0**14
+SMALLEST = 1e-30
 
 
 def indexer_divergence(
@@ -185,14 +188,19 @@ class _Divergence(torch.autograd.Function):
             query_gradient = upstream[..., None] * gradient[..., : ctx.index_dim]
             query_gradient = query_gradient.to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            # Relative to the largest, so that they do not vanish in half precision.
-            largest = upstream.abs().amax() if upstream.numel() else upstream.sum()
-            largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
-            weighted = (queries * (upstream / largest)[..., None]).to(queries.dtype)
+            # Scaled to fill the range of half precision, so that rows that count little do not vanish.
+            weighted = queries.float() * upstream[..., None]
+            largest = weighted.abs().amax() if weighted.numel() else weighted.sum()
+            unit = largest.clamp(min=SMALLEST) / LARGEST_PRODUCT
             key_gradient = _columns(
-                ctx.problem, queries, loadable(weighted), keys, teacher_offsets, student_offsets
+                ctx.problem,
+                queries,
+                (weighted / unit).to(queries.dtype),
+                keys,
+                teacher_offsets,
+                student_offsets,
             )
-            key_gradient = key_gradient[..., : ctx.index_dim] * (largest * 2.0**-LIFT.value)
+            key_gradient = key_gradient[..., : ctx.index_dim] * (unit * 2.0**-LIFT.value)
             key_gradient = key_gradient.to(ctx.dtypes[1])
         return query_gradient, key_gradient, None
 
