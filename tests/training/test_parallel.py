@@ -47,7 +47,12 @@ STREAMED = replace(
     stage1=replace(SETTINGS.stage1, steps=20),
     stage2=replace(SETTINGS.stage2, steps=6, refresh_steps=0),
 )
-JOBS = {"lora": SETTINGS, "full": FULL_WEIGHTS, "streamed": STREAMED}
+LAYERWISE = replace(
+    SETTINGS,
+    stage1=replace(SETTINGS.stage1, steps_per_sequence=1, sequences_per_step=4),
+    stage2=replace(SETTINGS.stage2, steps=0),
+)
+JOBS = {"lora": SETTINGS, "full": FULL_WEIGHTS, "streamed": STREAMED, "layerwise": LAYERWISE}
 
 # Arguments: base, text, and jobs as OUTPUT,SETTINGS,PARALLELISM or OUTPUT,SETTINGS,PARALLELISM,STAGE,STEP.
 _WORKER = """
@@ -131,10 +136,11 @@ def test_two_processes_train_as_one(tiny_base, tmp_path, text):
 
 
 @pytest.mark.slow
-def test_full_weights_in_two_processes(tiny_base, tmp_path, text):
-    alone = convert(str(tiny_base), tmp_path / "alone", settings=FULL_WEIGHTS, device="cpu")
+@pytest.mark.parametrize("settings", ["full", "layerwise"])
+def test_other_trainings_in_two_processes(settings, tiny_base, tmp_path, text):
+    alone = convert(str(tiny_base), tmp_path / "alone", settings=JOBS[settings], device="cpu")
     in_two_processes(
-        tiny_base, text, f"{tmp_path / 'data'},full,data", f"{tmp_path / 'fsdp'},full,fsdp"
+        tiny_base, text, *(f"{tmp_path / name},{settings},{name}" for name in ("data", "fsdp"))
     )
     for name in ("data", "fsdp"):
         assert_same_curves(tmp_path / name, alone)

@@ -28,7 +28,8 @@ class TrainingLog:
 
         Args:
             entry: with `stage`, `step` and figures.
-            fleeting: figures that no two runs share, such as speed: for trackers alone.
+            fleeting: what is only watched, such as speed, in which no two runs agree: for trackers
+                alone.
 
         Raises:
             RTPurboError: the disk is full; what was written of the line is left out by `entries`.

@@ -77,6 +77,7 @@ class StageLoop:
             settings.steps,
         )
         self._stop: int | None = None
+        self._fleeting: dict[str, float] = {}
         self._times: deque[tuple[float, int]] = deque(maxlen=STEPS_TIMED + 1)
         self._tokens = 0
 
@@ -122,6 +123,10 @@ class StageLoop:
                 self.processes,
                 None if folder is None else folder.parent,
             )
+        self._fleeting = {
+            "gradient_norm": float(norm),
+            "learning_rate": float(self.schedule.get_last_lr()[0]),
+        }
         if self.max_norm is not None:
             clip_gradients(self._weights, self.max_norm, norm)
         self.optimizer.step()
@@ -159,7 +164,7 @@ class StageLoop:
         done = step + 1
         speed = self._tokens_per_second()
         self.log.write(
-            {"stage": self.stage, "step": done, **figures}, tokens_per_second=round(speed, 1)
+            {"stage": self.stage, "step": done, **figures}, tokens_per_second=speed, **self._fleeting
         )
         self.checkpoint.save(
             done,
