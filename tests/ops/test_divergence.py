@@ -9,6 +9,7 @@ from rtpurbo.ops.eager import divergence, visibility
 from rtpurbo.ops.eager.divergence import near_and_far
 from rtpurbo.ops.packed import document_starts, indexer_divergence
 from tests.ops.divergence_support import RULE, SCALING, indexer_problem
+from tests.ops.triton.support import DEVICE
 
 
 def by_hand(problem, rule):
@@ -96,5 +97,6 @@ def test_misfits_are_explained():
         replace(problem, index_keys=problem.index_keys[:, 1:]).run(indexer_divergence, RULE)
     with pytest.raises(ValueError, match="'magic' has no operator 'indexer_divergence'"):
         problem.run(indexer_divergence, RULE, backend="magic")
+    problem = problem.to(DEVICE, torch.float64, torch.float64)
     with pytest.raises(ValueError, match=r"states are in torch\.float64\. Choose backend 'eager'"):
         problem.run(indexer_divergence, RULE, backend="triton")

@@ -16,6 +16,7 @@ from rtpurbo.training.indexer_loss import indexer_loss, rows_with_far_keys
 from rtpurbo.training.layerwise import train_as_layers_pass
 from rtpurbo.training.probe import FIGURES, Probe
 from rtpurbo.training.sequences import TrainingSequence
+from tests.ops.triton.support import DEVICE
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 
 SETTINGS = IndexerTrainingSettings(rows_per_step=None, lengths=(200,), answer_weight=2.0)
@@ -98,8 +99,8 @@ def test_rows_are_chosen_alike_however_sequences_are_packed():
 
 
 def test_kernels_teach_the_same():
-    model, given = sparse(), sequences(70, 30, answers=2)
-    expected, gradients = train(model, given)
+    model, given = sparse().to(DEVICE), sequences(70, 30, answers=2)
+    expected, gradients = train(model, given, backend="eager")
     losses, found = train(model, given, backend="triton")
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found, gradients, atol=1e-4, rtol=1e-3)

@@ -113,7 +113,7 @@ def _chosen(name: str, backend: str, is_suited: bool, tensors: tuple[Tensor, ...
         )
     if not has_triton():
         raise ValueError("backend 'triton' needs the package triton: pip install triton.")
-    if not tensors[0].is_cuda and not os.environ.get("TRITON_INTERPRET"):
+    if not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         raise ValueError("backend 'triton' needs a GPU: move the model there, or choose 'eager'.")
     reason = next(import_module(BACKENDS["triton"][name]).refusals(*tensors), None)
     if reason is None:
