@@ -520,14 +520,15 @@ def test_graphs_say_what_their_steps_say(family, options, batch, gpu_batch, monk
 def test_graphs_say_what_steps_as_usual_say(batch, gpu_batch):
     model, (ids, mask) = gpu_model(), gpu_batch(BATCHES[batch], 200)
     logits = []
-    for graphs in (True, False):
-        model.rtpurbo_graphs = graphs
-        cache = HeadwiseCache(model)
-        steps = [1] * 60 + [9] + [1] * 107
-        logits.append(decoded(model, ids, mask, cache, steps))
-        assert cache.is_static == graphs
-    # Sums in another order, in half precision, move a key across the edge of a selection.
-    assert_same_logits(logits[0].float(), logits[1].float(), mask, tolerance=0.1)
+    # All that is far is selected: a key at the edge of a selection may fall to either side.
+    with using_rule(model, min_tokens=ids.shape[1]):
+        for graphs in (True, False):
+            model.rtpurbo_graphs = graphs
+            cache = HeadwiseCache(model)
+            steps = [1] * 60 + [9] + [1] * 107
+            logits.append(decoded(model, ids, mask, cache, steps))
+            assert cache.is_static == graphs
+    assert_same_logits(logits[0].float(), logits[1].float(), mask, tolerance=0.05)
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, Granularity, IndexStorage
 from rtpurbo.models.ring import RingBuffer, RingSlots
+from rtpurbo.ops.api import decoding_counters
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 from rtpurbo.ops.triton.decode.attention import run_step
 
@@ -122,7 +123,8 @@ class DecodeCase:
         ring.append(bounded.keys[:, :, :-1], bounded.values[:, :, :-1])
         slots.enter(states.positions[:, -1:])
         held = ring.append(bounded.keys[:, :, -1:], bounded.values[:, :, -1:])
-        return replace(full, length=length), held
+        assert full.index_keys is not None
+        return replace(full, length=length, counters=decoding_counters(full.index_keys)), held
 
     def facts(self, density: float) -> dict[str, Any]:
         """Fields of a record."""

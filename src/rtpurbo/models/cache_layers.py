@@ -13,7 +13,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.ring import RingBuffer
 from rtpurbo.models.slots import TokenSlots
-from rtpurbo.ops import HeadLayout, KeyValueStates
+from rtpurbo.ops import HeadLayout, KeyValueStates, decoding_counters
 
 
 def kept_tokens(seen: int, tokens: int) -> int:
@@ -86,6 +86,7 @@ class HeadwiseLayer(CacheLayerMixin):
             GrowingBuffer(self._reserve) for _ in range(3)
         )
         self.ring = RingBuffer(self.slots.ring)
+        self.counters: Tensor | None = None
         self.seen = 0
         self.is_initialized = False
 
@@ -162,7 +163,18 @@ class HeadwiseLayer(CacheLayerMixin):
             in_order,
             first_slots,
             length=None if slots.newest is None else slots.length,
+            counters=None if slots.newest is None else self._counters(index_keys),
         )
+
+    def _counters(self, index_keys: Tensor | None) -> Tensor | None:
+        """Memory of this cache's own that a step in fixed slots finds as the one before left it."""
+        if index_keys is None:
+            return None
+        held = self.counters
+        heads = index_keys.shape[0] * index_keys.shape[1]
+        if held is None or held.shape[0] != heads or held.device != index_keys.device:
+            self.counters = decoding_counters(index_keys)
+        return self.counters
 
     def count_entered(self) -> tuple[KeyValueStates, KeyValueStates]:
         """Follows one token that was written straight into its slots; returns what `append` does."""

@@ -2,6 +2,7 @@
 
 from rtpurbo.ops.api import (
     causal_attention,
+    decoding_counters,
     headwise_attention,
     index_scores,
     local_attention,
@@ -24,6 +25,7 @@ __all__ = [
     "SelectionStatistics",
     "Selector",
     "causal_attention",
+    "decoding_counters",
     "headwise_attention",
     "index_scores",
     "local_attention",

@@ -22,6 +22,7 @@ from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, 
 __all__ = [
     "causal_attention",
     "chosen_backend",
+    "decoding_counters",
     "headwise_attention",
     "index_scores",
     "local_attention",
@@ -208,3 +209,20 @@ def headwise_attention(
         return_log_sum_exp=return_log_sum_exp,
         **options,
     )
+
+
+def decoding_counters(index_keys: Tensor) -> Tensor | None:
+    """What kernels count in when they decode from these index keys, to be kept from step to step.
+
+    Args:
+        index_keys: [batch, num_retrieval_heads, k_len, index_dim].
+
+    Returns:
+        Zeros, to be handed over as `KeyValueStates.counters`, and not to two steps at once; None
+        where no kernels run.
+    """
+    if not (index_keys.is_cuda and has_triton()):
+        return None
+    from rtpurbo.ops.triton.decode.launch import new_counters
+
+    return new_counters(index_keys.shape[0] * index_keys.shape[1], index_keys.device)

@@ -32,6 +32,8 @@ class KeyValueStates:
         length: int32 [1], how many slots are in use where the tensors are larger than that, so that a
             decoding step has one shape at any length; None if all are. The queries' own keys are the
             last ones in use.
+        counters: what decoding steps of kernels count in, zeros before and after each
+            (`decoding_counters`); None: a step makes its own, which takes a launch.
     """
 
     keys: Tensor
@@ -42,6 +44,7 @@ class KeyValueStates:
     first_slots: Tensor | None = None
     sink_slots: Tensor | None = None
     length: Tensor | None = None
+    counters: Tensor | None = None
 
     def without_last(self, count: int) -> KeyValueStates:
         """The same without the last `count` keys of the tensor."""

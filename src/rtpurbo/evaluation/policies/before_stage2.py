@@ -7,6 +7,6 @@ from rtpurbo.evaluation.policies.policy import RulePolicy
 POLICY = RulePolicy(
     "rtpurbo-before-stage2",
     "the sparse model with the weights of the dense one",
-    place=14,
+    place=15,
     stage2=False,
 )

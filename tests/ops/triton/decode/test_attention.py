@@ -8,6 +8,7 @@ import torch
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics
 from rtpurbo.ops.triton.decode.attention import decode_attention
+from rtpurbo.ops.triton.decode.launch import new_counters
 from tests import oracles
 from tests.ops.triton.decode_support import Step, paged
 from tests.ops.triton.support import DEVICE, DTYPES
@@ -198,13 +199,29 @@ def test_long_sequences_on_a_gpu(dtype, reading, granularity):
     Step.build(20001, rule, (0, 1, 5), dtype=dtype, **options, **shape).check()
 
 
+@pytest.mark.parametrize("reading", ["residual", "paper"])
+@pytest.mark.parametrize("heads", [(0, 1, 2, 3), (2,), ()], ids=str)
+def test_counters_are_left_as_they_were_found(reading, heads):
+    step = Step.build(300, replace(RULE, reading=reading), heads, dtype=DTYPES[0], padding=(0, 40))
+    queries, full, bounded, layout, index_queries = step.arguments
+    counters = new_counters(2 * len(heads), queries.device)
+    for states in (full, replace(full, counters=counters), replace(full, counters=counters)):
+        output, _ = decode_attention(
+            queries, states, bounded, layout, index_queries, step.rule, scaling=step.problem.scaling
+        )
+        if states is full:
+            alone = output
+        assert torch.equal(output, alone)
+        assert not counters.any()
+
+
 @pytest.mark.gpu
 def test_a_step_can_be_captured_and_replayed_as_sequences_grow():
     step = Step.build(4000, RULE, (0, 1, 2, 3), dtype=torch.float16)
     queries, full, bounded, layout, index_queries = step.arguments
     length = torch.tensor([4000], dtype=torch.int32, device=DEVICE)
     options = {"scaling": step.problem.scaling, "return_log_sum_exp": True}
-    grown = replace(full, length=length)
+    grown = replace(full, length=length, counters=new_counters(4, queries.device))
     arguments = (queries, grown, bounded, layout, index_queries, RULE)
     decode_attention(*arguments, **options)
     graph = torch.cuda.CUDAGraph()

@@ -6,7 +6,8 @@
 3. `far`: attention over these;
 4. `merge`: the parts of each head become one.
 
-A fill with zeros precedes them, of what the first one counts in.
+What the first one counts in is zeros before, and the last one leaves zeros there; where the caller
+keeps no counters, a fill precedes them.
 
 B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
 """
@@ -101,7 +102,8 @@ def run_step(
             if rule.top_p < 1:
                 selection = select(queries, states, layout, rule, near, index)
             far = read_far(queries, states, layout, rule, scaling, selection)
-        output, log_sum_exp = merge(queries, layout, near, far, return_log_sum_exp)
+        counters = states.counters if index.histogram is states.counters else None
+        output, log_sum_exp = merge(queries, layout, near, far, counters, return_log_sum_exp)
     if statistics is not None and len(layout.retrieval):
         _count(statistics, states, rule, selection, queries.shape[0], len(layout.retrieval))
     return output, log_sum_exp, selection

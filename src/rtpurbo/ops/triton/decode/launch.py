@@ -39,7 +39,7 @@ FAR_TOKENS = 512
 FAR_PROGRAMS = 256
 FAR_PROGRAMS_IN_ALL = 2048
 FAR_TILE = 16
-FAR_WARPS = 2
+FAR_WARPS = 1
 # Elements of an output that one program merges, and of how many parts at a time.
 MERGED_DIMS = 32
 MERGED_PARTS = 128
@@ -81,7 +81,7 @@ class Index:
     Attributes:
         levels: int16 [planes * B * R, segments * entries of one], scores as `levels` says; in
             whole segments and chunks.
-        histogram: int32 [planes * B * R, LEVELS], how many entries have which level.
+        histogram: int32 [planes * B * R, LEVELS], how many entries have which level; zeros before.
         references: fp32 [B * R], scores that levels are measured from.
         num_chunks: programs that score the entries of a head.
         segment: entries of a program that selects.
@@ -98,7 +98,9 @@ class Index:
     planes: int
 
     @classmethod
-    def allocate(cls, rule: AttentionRule, capacity: int, heads: int, like: Tensor) -> Index:
+    def allocate(
+        cls, rule: AttentionRule, capacity: int, heads: int, like: Tensor, counters: Tensor | None
+    ) -> Index:
         """Room for so many heads, of all sequences, that select from `capacity` tokens."""
         block = rule.block_size if rule.granularity == "block" else 1
         planes = 2 if rule.reading == "paper" else 1
@@ -108,15 +110,22 @@ class Index:
         segment = max(LEAST_SEGMENT, share)
         width = max(chunk, segment)
         row_entries = triton.cdiv(num_entries, width) * width
+        if counters is None or counters.shape[0] != planes * heads:
+            counters = new_counters(planes * heads, like.device)
         return cls(
             like.new_empty(planes * heads, row_entries, dtype=torch.int16),
-            like.new_zeros(planes * heads, LEVELS.value, dtype=torch.int32),
+            counters,
             like.new_empty(heads, dtype=torch.float32),
             triton.cdiv(num_entries, chunk),
             segment,
             block,
             planes,
         )
+
+
+def new_counters(heads: int, device: torch.device) -> Tensor:
+    """Zeros int32 [heads, LEVELS] for the histograms of so many heads of all sequences."""
+    return torch.zeros(heads, LEVELS.value, dtype=torch.int32, device=device)
 
 
 def _entries_of_chunk(block: int) -> int:
@@ -144,7 +153,8 @@ def read(
     num_full, num_ring = layout.full_key_value_heads.numel(), layout.bounded_key_value_heads.numel()
     num_retrieval = len(layout.retrieval)
     scan = num_retrieval > 0 and rule.top_p < 1
-    index = Index.allocate(rule, full.capacity, batch * num_retrieval * scan, queries)
+    heads = batch * num_retrieval * scan
+    index = Index.allocate(rule, full.capacity, heads, queries, full.counters)
 
     widest = max(rule.near_window, rule.sliding_window if len(layout.local_full) else 0)
     num_near = min(rule.num_sink_tokens + widest, full.capacity) if num_full else 0
@@ -342,9 +352,10 @@ def merge(
     layout: HeadLayout,
     near: Parts,
     far: Parts,
+    counters: Tensor | None,
     return_log_sum_exp: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [B, H, 1, D] and log-sum-exp [B, H, 1] of all heads, in head order."""
+    """Output [B, H, 1, D] and log-sum-exp [B, H, 1] of all heads, in head order; zeros in `counters`."""
     batch, num_heads, _, head_dim = queries.shape
     output = queries.new_empty(batch, num_heads, 1, head_dim)
     log_sum_exp = None
@@ -358,6 +369,7 @@ def merge(
         layout.retrieval.heads,
         output,
         log_sum_exp,
+        counters,
         num_heads,
         len(layout.retrieval),
         len(near),

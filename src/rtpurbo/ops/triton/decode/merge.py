@@ -9,7 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rtpurbo.ops.triton.decode.levels import LEVELS
 from rtpurbo.ops.triton.softmax import LN_2, fold_lanes, join_lanes
+
+# Counters that a program clears at once.
+CLEARED = tl.constexpr(512)
 
 
 @triton.jit
@@ -57,6 +61,7 @@ def merge_kernel(
     retrieval_heads,
     output,
     log_sum_exp,
+    counters,
     num_heads,
     num_retrieval,
     num_splits,
@@ -68,7 +73,8 @@ def merge_kernel(
 ):
     """Program (elements, query head, sequence).
 
-    Writes `output` [B, H, D] and `log_sum_exp` [B, H], natural.
+    Writes `output` [B, H, D], `log_sum_exp` [B, H], natural, and zeros to `counters` [B * R, LEVELS],
+    which nobody reads any more, for the next step.
     """
     dims = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     query_head = tl.program_id(1)
@@ -105,6 +111,12 @@ def merge_kernel(
         HEAD_DIM,
         TILE,
     )
+    if counters is not None:
+        first = tl.program_id(0) * CLEARED
+        beyond = tl.where(rank >= 0, LEVELS, 0)
+        counters += (sequence * num_retrieval + rank) * LEVELS + tl.arange(0, CLEARED)
+        for start in range(first, beyond, tl.num_programs(0) * CLEARED):
+            tl.store(counters + start, tl.zeros([CLEARED], tl.int32))
     joined, log_sum = join_lanes(accumulators, peaks, totals)
     tl.store(
         output + row.to(tl.int64) * HEAD_DIM + dims,

@@ -27,6 +27,7 @@ class FullStates:
         first_slots: int32 [B], the slot of position 0; None for 0.
         block_table: int32 [B, max_pages], or None.
         page_size: 0 without pages.
+        counters: int32 [B * R, LEVELS], zeros before and after a step; None: it makes its own.
     """
 
     keys: Tensor
@@ -37,6 +38,7 @@ class FullStates:
     first_slots: Tensor | None
     block_table: Tensor | None = None
     page_size: int = 0
+    counters: Tensor | None = None
 
     @classmethod
     def of_states(cls, states: KeyValueStates) -> FullStates:
@@ -48,6 +50,7 @@ class FullStates:
             states.keys.shape[2],
             states.length,
             states.first_slots,
+            counters=states.counters,
         )
 
     @classmethod
