@@ -1,10 +1,11 @@
+import errno
 import json
 import os
 import stat
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import (
@@ -97,6 +98,30 @@ def test_taken_places(tmp_path, monkeypatch):
     with pytest.raises(RTPurboError, match="contains the current folder"):
         check_output_folder(tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_what_there_was(tmp_path, error):
+    file, folder = tmp_path / "a.txt", tmp_path / "folder"
+    write_text_atomically(file, "old")
+    for whole in (whole_file(file), whole_folder(folder)):
+        message = r"no space left on the disk to write .*--resume"
+        with pytest.raises(RTPurboError, match=message), whole:
+            raise error
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(OSError, match="other"), whole_file(file):
+        raise OSError(errno.EACCES, "other")
 
 
 def test_a_place_taken_meanwhile_is_not_overwritten(tmp_path):

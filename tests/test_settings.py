@@ -30,6 +30,12 @@ def test_values_out_of_range_are_refused():
         change_settings(SETTINGS, {"stage1.steps": -1})
     with pytest.raises(RTPurboError, match="not by both"):
         change_settings(SETTINGS, {"calibration.count": 1, "calibration.threshold": 0.5})
+    with pytest.raises(RTPurboError, match="at most 1 together"):
+        change_settings(SETTINGS, {"stage1.needle_share": 0.6, "stage1.passage_share": 0.5})
+    with pytest.raises(RTPurboError, match="a step needs at least one"):
+        change_settings(SETTINGS, {"stage2.sequences_per_step": 0})
+    with pytest.raises(RTPurboError, match="at least 1"):
+        change_settings(SETTINGS, {"stream.buffer_size": 0})
 
 
 def test_what_is_longer_than_the_context_is_refused():

@@ -234,3 +234,10 @@ def test_an_open_wavelength_becomes_the_context_length():
     fixed = replace(config, indexer=IndexerSettings(4, min_wavelength=50.0))
     sparsify(model, fixed)
     assert model.rtpurbo_config == fixed
+
+
+def test_heads_divided_among_processes_are_refused():
+    model = tiny_model()
+    model._tp_size = 2
+    with pytest.raises(RTPurboError, match="load it without tp_plan"):
+        sparsify(model, sparse_config(model))

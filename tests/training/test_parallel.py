@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from rtpurbo.config import AttentionRule, IndexerSettings
 from rtpurbo.conversion import convert
@@ -52,12 +53,27 @@ LAYERWISE = replace(
     stage1=replace(SETTINGS.stage1, steps_per_sequence=1, sequences_per_step=4),
     stage2=replace(SETTINGS.stage2, steps=0),
 )
-JOBS = {"lora": SETTINGS, "full": FULL_WEIGHTS, "streamed": STREAMED, "layerwise": LAYERWISE}
+# As many sequences a step as there are processes when it begins.
+LEFT_OPEN = replace(
+    SETTINGS,
+    stage1=replace(SETTINGS.stage1, sequences_per_step=None),
+    stage2=replace(SETTINGS.stage2, sequences_per_step=None),
+)
+DIVERGING = replace(SETTINGS, stage1=replace(SETTINGS.stage1, learning_rate=1e30))
+JOBS = {
+    "lora": SETTINGS,
+    "left_open": LEFT_OPEN,
+    "full": FULL_WEIGHTS,
+    "streamed": STREAMED,
+    "layerwise": LAYERWISE,
+    "diverging": DIVERGING,
+}
 
 # Arguments: base, text, and jobs as OUTPUT,SETTINGS,PARALLELISM or OUTPUT,SETTINGS,PARALLELISM,STAGE,STEP.
 _WORKER = """
 import os, signal, sys
 from rtpurbo.conversion import convert
+from rtpurbo.errors import RTPurboError
 from rtpurbo.processes import leave_processes
 from rtpurbo.training.interruption import StoppedBySignalError
 from tests.training.test_parallel import JOBS
@@ -72,12 +88,15 @@ for job in jobs:
     data = [text] if settings == "streamed" else None
     try:
         convert(base, output, settings=JOBS[settings], data=data, device="cpu", parallel=parallel,
-                progress=progress)
+                progress=progress, resume=True)
     except StoppedBySignalError as error:
         assert stop and error.exit_code == 143, error
         print(error)
+    except RTPurboError as error:
+        assert settings == "diverging", error
+        print(error)
     else:
-        assert not stop
+        assert not stop and settings != "diverging"
 leave_processes()
 """
 
@@ -148,20 +167,42 @@ def test_other_trainings_in_two_processes(settings, tiny_base, tmp_path, text):
 
 
 @pytest.mark.slow
-def test_one_process_continues_what_two_began(tiny_base, tmp_path, text):
-    stopped = {
-        "data": f"{tmp_path / 'data'},lora,data,stage1,7",
-        "fsdp": f"{tmp_path / 'fsdp'},full,fsdp,stage2,9",
-    }
+def test_one_process_continues_what_two_began_and_the_other_way_round(tiny_base, tmp_path, text):
     for settings in ("lora", "full"):
         convert(str(tiny_base), tmp_path / settings, settings=JOBS[settings], device="cpu")
-    said = in_two_processes(tiny_base, text, *stopped.values())
+
+    def interrupt(stage, done, total, figures):
+        if (stage, done) == ("stage2", 9):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            str(tiny_base), tmp_path / "one", settings=SETTINGS, device="cpu", progress=interrupt
+        )
+    said = in_two_processes(
+        tiny_base,
+        text,
+        f"{tmp_path / 'data'},left_open,data,stage1,7",
+        f"{tmp_path / 'fsdp'},full,fsdp,stage2,9",
+        f"{tmp_path / 'one'},lora,fsdp",
+    )
     assert "stopped by SIGTERM after step 8 of stage1" in said
-    for name, settings in (("data", "lora"), ("fsdp", "full")):
+    for name, settings, expected in (("data", "left_open", "lora"), ("fsdp", "full", "full")):
         output = tmp_path / name
         assert not output.exists()
         convert(str(tiny_base), output, settings=JOBS[settings], device="cpu", resume=True)
-        assert_same_curves(output, tmp_path / settings)
+        assert_same_curves(output, tmp_path / expected)
+    assert_same_curves(tmp_path / "one", tmp_path / "lora")
+
+
+@pytest.mark.slow
+def test_both_processes_name_the_batch_that_was_not_finite(tiny_base, tmp_path, text):
+    said = in_two_processes(tiny_base, text, f"{tmp_path / 'out'},diverging,data")
+    [path] = (tmp_path / "out.work").glob("stage1-step-*-not-finite.safetensors")
+    assert said.count(f"is not finite; the batch is saved in {path}") == 2
+    sequences = load_file(path)
+    assert sequences
+    assert all(len(ids) > 400 for ids in sequences.values())
 
 
 @pytest.mark.slow

@@ -76,6 +76,17 @@ def test_trackers_that_are_not_there(recorder, monkeypatch, tmp_path):
         Trackers(["recorder"], tmp_path)
 
 
+def test_a_tracker_that_stops_working_is_left_out(recorder, monkeypatch, tmp_path, caplog):
+    def fail(self, values, step=None):
+        raise ConnectionError("no network")
+
+    trackers = Trackers(["recorder"], tmp_path)
+    monkeypatch.setattr(Recorder, "log", fail)
+    for step in (1, 2):
+        trackers.log("stage1", step, {"loss": 2.0})
+    assert caplog.text.count("recorder stopped working (no network)") == 1
+
+
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     trackers = Trackers(["tensorboard"], tmp_path, "run", {"a": {"b": 1}, "c": (1, 2)})

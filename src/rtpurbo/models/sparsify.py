@@ -33,9 +33,15 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
         The same model.
 
     Raises:
-        RTPurboError: the architecture is not supported, or the head map belongs to another model.
+        RTPurboError: the architecture is not supported, the head map belongs to another model, or the heads are
+            divided among processes.
     """
     family = family_of(model.config)
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise RTPurboError(
+            "the model's heads are divided among processes (tensor parallelism), but every head has its own "
+            "window, indexer and part of the cache: load it without tp_plan."
+        )
     _check_head_map(model, config.head_map)
     if is_sparse(model):
         restore(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from rtpurbo.errors import RTPurboError
 
 PROJECT = "rtpurbo"
+
+logger = logging.getLogger(__name__)
 
 
 class Trackers:
@@ -65,8 +68,16 @@ class Trackers:
             self._offsets[stage] = self._last
         self._last = self._offsets[stage] + step
         values = {f"{stage}/{name}": value for name, value in figures.items()}
-        for tracker in self._trackers:
-            tracker.log(values, step=self._last)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(values, step=self._last)
+            except Exception as error:  # a server that is away must not end a training
+                logger.warning(
+                    "The tracker %s stopped working (%s); training goes on without it.",
+                    tracker.name,
+                    error,
+                )
+                self._trackers.remove(tracker)
 
     def finish(self) -> None:
         """Lets trackers write what they still hold."""
