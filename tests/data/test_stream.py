@@ -11,7 +11,7 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
 from tests.tiny_tokenizer import tiny_tokenizer
 
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
 
@@ -93,7 +93,9 @@ def test_prose_is_cut_from_one_document_or_joined_from_several(stream):
         lane.sample_tokens(tokenizer, 100_000, rng)
 
 
-def test_kinds_of_files_and_several_sources(tmp_path, file):
+def test_kinds_of_files_and_several_sources(tmp_path, file, monkeypatch):
+    # The library waits for the threads of its Parquet reader.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     text, table = tmp_path / "book.txt", tmp_path / "table.parquet"
     text.write_text("A book.\n\nWith two paragraphs.")
     rows = pyarrow.table({"text": ["row 1", "row 2", " "], "other": [1, 2, 3]})
