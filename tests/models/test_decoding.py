@@ -520,7 +520,9 @@ def test_graphs_say_what_their_steps_say(family, options, batch, gpu_batch, monk
 def test_graphs_say_what_steps_as_usual_say(batch, gpu_batch):
     model, (ids, mask) = gpu_model(), gpu_batch(BATCHES[batch], 200)
     logits = []
-    # All that is far is selected: a key at the edge of a selection may fall to either side.
+    # All that is far is selected, and has mass: a key at the edge may fall to either side.
+    for module in headwise_modules(model):
+        module.indexer.query_weight.data.mul_(0.005)
     with using_rule(model, min_tokens=ids.shape[1]):
         for graphs in (True, False):
             model.rtpurbo_graphs = graphs
