@@ -177,14 +177,18 @@ def test_one_process_continues_what_two_began_and_the_other_way_round(tiny_base,
 
     with pytest.raises(KeyboardInterrupt):
         convert(
-            str(tiny_base), tmp_path / "one", settings=SETTINGS, device="cpu", progress=interrupt
+            str(tiny_base),
+            tmp_path / "one",
+            settings=FULL_WEIGHTS,
+            device="cpu",
+            progress=interrupt,
         )
     said = in_two_processes(
         tiny_base,
         text,
         f"{tmp_path / 'data'},left_open,data,stage1,7",
         f"{tmp_path / 'fsdp'},full,fsdp,stage2,9",
-        f"{tmp_path / 'one'},lora,fsdp",
+        f"{tmp_path / 'one'},full,fsdp",
     )
     assert "stopped by SIGTERM after step 8 of stage1" in said
     for name, settings, expected in (("data", "left_open", "lora"), ("fsdp", "full", "full")):
@@ -192,7 +196,7 @@ def test_one_process_continues_what_two_began_and_the_other_way_round(tiny_base,
         assert not output.exists()
         convert(str(tiny_base), output, settings=JOBS[settings], device="cpu", resume=True)
         assert_same_curves(output, tmp_path / expected)
-    assert_same_curves(tmp_path / "one", tmp_path / "lora")
+    assert_same_curves(tmp_path / "one", tmp_path / "full")
 
 
 @pytest.mark.slow

@@ -214,8 +214,9 @@ def open_stream(
         )
     return TextStream(
         name,
-        TextCorpus(f"{name} (first {held_out} documents)", kept),
-        TextCorpus(f"{name} (documents {held_out + 1} to {len(first)})", opening),
+        # Where they are too short for a sequence, the message says what to change.
+        TextCorpus(f"{name} (stream.held_out={held_out}, held-out part)", kept),
+        TextCorpus(f"{name} (stream.held_out={held_out}, part kept in memory)", opening),
         documents.skip(held_out),
         buffer_size,
         seed,

@@ -75,11 +75,10 @@ class Checkpoint:
         """
         if self.folder is None or (step % self.every and not force):
             return
-        # Sharded tensors are gathered on every process before the main one writes.
         state = {
             "step": step,
-            "parameters": [whole(parameter.detach()).cpu() for parameter in parameters],
-            "optimizer": _map_tensors(optimizer.state_dict(), whole),
+            "parameters": [self._gathered(parameter) for parameter in parameters],
+            "optimizer": _map_tensors(optimizer.state_dict(), self._gathered),
             "schedule": schedule.state_dict(),
             "position": None if position is None else position(),
         }
@@ -131,6 +130,11 @@ class Checkpoint:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
 
+    def _gathered(self, tensor: Tensor) -> Tensor | None:
+        """The whole of a tensor, on the CPU of the main process; the others do not keep it."""
+        gathered = whole(tensor.detach())
+        return gathered.cpu() if self.processes.is_main else None
+
     def _files(self) -> list[Path]:
         """The checkpoints, oldest first."""
         if self.folder is None or not self.folder.is_dir():
@@ -153,7 +157,7 @@ class Checkpoint:
         return None
 
 
-def _map_tensors(value: Any, function: Any) -> Any:
+def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """A copy of nested dicts and lists whose tensors went through a function."""
     if isinstance(value, Tensor):
         return function(value)
