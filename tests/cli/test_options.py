@@ -19,6 +19,7 @@ from rtpurbo.settings import change_settings, preset_settings
         ("stage1_steps", 3),
         ("stage2_steps", 0),
         ("lora_rank", 4),
+        ("stream", True),
         ("seed", 5),
     ],
 )
