@@ -20,6 +20,8 @@ def test_dense_and_sparse_work():
     assert prefill_flops(RECORD) == pytest.approx(expected)
     assert decode_bytes(DENSE) == 131072 * 4 * 2 * 128 * 2
     assert decode_bytes(RECORD) < decode_bytes(DENSE) / 2
+    in_float8 = decode_bytes(replace(RECORD, implementation="rtpurbo-float8-index"))
+    assert decode_bytes(RECORD) - in_float8 == 131072 * 5 * 16
 
 
 def test_what_was_achieved():

@@ -88,3 +88,19 @@ def test_a_wrong_result_ends_in_an_error(monkeypatch, tmp_path):
 
 class Wrong:
     complaint = "it is wrong"
+
+
+def test_files_are_shown_together(tmp_path):
+    for command in ("prefill", "decode"):
+        options = ["--length", 128, "--implementation", "rtpurbo", "--implementation", "sdpa-flash"]
+        if command == "prefill":
+            options = ["--length", 128, "--implementation", "sdpa-flash"]
+        run("bench", command, *TINY, *options, "-o", tmp_path / f"{command}.json")
+    files = [tmp_path / "prefill.json", tmp_path / "decode.json"]
+    shown = run("bench", "show", *files).stdout
+    assert all(word in shown for word in ("prefill", "decode", "sdpa-flash"))
+    shown = run("bench", "show", *files, "--markdown", "--implementation", "rtpurbo").stdout
+    assert "| rtpurbo |" in shown
+    assert "sdpa-flash" not in shown
+    assert "no record is left" in error_of("bench", "show", *files, "--batch", 7)
+    assert "no file of benchmarks" in error_of("bench", "show", tmp_path / "none.json")

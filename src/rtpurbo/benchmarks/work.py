@@ -34,7 +34,8 @@ def decode_bytes(record: SpeedRecord) -> float:
         read = record.context_length * record.num_key_value_heads * token
     else:
         near = min(record.context_length, record.sliding_window)
-        index = record.num_retrieval_heads * INDEX_DIM * ELEMENT
+        index_element = 1 if "float8" in record.implementation else ELEMENT
+        index = record.num_retrieval_heads * INDEX_DIM * index_element
         selected = record.num_retrieval_heads * record.density * token
         read = near * record.num_key_value_heads * token
         read += int(record.context_length * (index + selected))

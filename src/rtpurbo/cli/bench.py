@@ -282,6 +282,48 @@ def training(
     _finish(session.results, None)
 
 
+@app.command()
+def show(
+    results: Annotated[
+        list[Path], typer.Argument(help="JSON files of other benchmarks.", show_default=False)
+    ],
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Of ours, only this window.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Only so many sequences.", show_default=False)
+    ] = None,
+    implementation: Implementation = None,
+    markdown: Annotated[bool, typer.Option(help="Tables in Markdown.")] = False,
+    plot: Plot = None,
+) -> None:
+    """Show what was measured before, of several files together if they were made alike.
+
+    `rtpurbo bench show prefill.json decode.json --plot speed.png`
+    """
+    from rtpurbo.benchmarks.records import SpeedResults, read_speed
+    from rtpurbo.reporting.speed import check_plots, is_dense, save_plot, speed_markdown
+
+    if plot is not None:
+        check_plots()
+    records = [
+        record
+        for path in results
+        for record in read_speed(path).records
+        if (window is None or is_dense(record) or record.sliding_window == window)
+        and (batch is None or record.batch_size == batch)
+        and (not implementation or record.implementation in implementation)
+    ]
+    if not records:
+        raise RTPurboError("no record is left to show; ask for less, or for other files.")
+    if not markdown:
+        _finish(SpeedResults(records), plot)
+        return
+    typer.echo(speed_markdown(records))
+    if plot is not None:
+        save_plot(records, plot)
+
+
 def _rule(window: int, retrieval_window: int | None, row_stride: int | None = None) -> Any:
     from rtpurbo.config import AttentionRule
 

@@ -132,15 +132,19 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     pictures = list(dict.fromkeys((record.phase, record.batch_size) for record in records))
     figure, axes = pyplot.subplots(
         1, max(1, len(pictures)), figsize=(6 * max(1, len(pictures)), 4.5), squeeze=False
     )
     for (phase, batch), ax in zip(pictures, axes[0], strict=False):
-        for label, points in _lines(records, phase, batch).items():
+        lines = _lines(records, phase, batch)
+        fastest = min(time for points in lines.values() for _, time in points)
+        unit, factor = ("microseconds", 1000) if fastest < 1 else ("milliseconds", 1)
+        for label, points in lines.items():
             lengths, times = zip(*sorted(points), strict=True)
+            times = tuple(factor * time for time in times)
             style = "-" if label.startswith("rtpurbo") else "--"
             ax.plot(lengths, times, style, marker="o", label=label)
         ticks = sorted({record.context_length for record in records if record.phase == phase})
@@ -149,7 +153,10 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
         ax.set_xticks(ticks, [short_length(tick) for tick in ticks])
         ax.set_title(phase if batch == 1 else f"{phase}, batch {batch}")
         ax.set_xlabel("tokens")
-        ax.set_ylabel("milliseconds")
+        ax.set_ylabel(unit)
+        ax.yaxis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
+        ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
     figure.tight_layout()
