@@ -17,12 +17,13 @@ from rtpurbo.ops.triton.softmax import fold_lanes, join_lanes
 
 
 @triton.jit
-def listed_entry(lists, ends, number, segment_entries):
+def listed_entry(lists, ends, number, listed, segment_entries):
     """The entry of this number, counted through the lists; `ends` [G] sums up their lengths."""
     passed = ends <= number
     segment = tl.sum(passed.to(tl.int32), 0)
     start = tl.max(tl.where(passed, ends, 0), 0)
-    return tl.load(lists + segment.to(tl.int64) * segment_entries + number - start)
+    place = segment.to(tl.int64) * segment_entries + number - start
+    return tl.load(lists + place, mask=listed, other=0)
 
 
 @triton.jit
@@ -126,13 +127,16 @@ def far_kernel(
     peaks = tl.full([TILE], float("-inf"), tl.float32)
     totals = tl.zeros([TILE], tl.float32)
     accumulators = tl.zeros([TILE, WIDTH], tl.float32)
+    entry = program * 0
+    if (not EVERYTHING) and BLOCK % TILE == 0:
+        first = program * TILE
+        entry = listed_entry(lists, ends, first // BLOCK, first < num_tokens, segment_entries)
     for start in range(program * TILE, num_tokens, num_programs * TILE):
         tokens = start + lanes
         read = tokens < num_tokens
         if EVERYTHING:
             positions = num_sinks + tokens
         elif BLOCK % TILE == 0:
-            entry = listed_entry(lists, ends, start // BLOCK, segment_entries)
             positions = entry * BLOCK + start % BLOCK + lanes
         else:
             entries = listed_entries(lists, ends, tokens // BLOCK, read, segment_entries)
@@ -145,6 +149,12 @@ def far_kernel(
         value_rows = row_offsets(slots, read, value_strides, block_table, table_row, PAGE_SIZE)
         tile_keys = tl.load(keys + key_rows[:, None] + dims[None, :], mask=loaded, other=0.0)
         tile_values = tl.load(values + value_rows[:, None] + dims[None, :], mask=loaded, other=0.0)
+        if (not EVERYTHING) and BLOCK % TILE == 0:
+            # The next tile's entry is looked up while this one's keys are on their way.
+            following = start + num_programs * TILE
+            entry = listed_entry(
+                lists, ends, following // BLOCK, following < num_tokens, segment_entries
+            )
         logits = tl.sum(tile_keys.to(tl.float32) * query[None, :], 1) * scale
         logits = tl.where(read, logits, float("-inf"))
         accumulators, peaks, totals = fold_lanes(
