@@ -115,8 +115,9 @@ def test_what_kernels_cannot_do_runs_eager_or_is_refused(watched, problem):
         )
 
     torch.testing.assert_close(call("auto"), call("eager"), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="choose backend 'eager' for a selector"):
-        call("triton")
+    for kernels in ("triton", "flex"):
+        with pytest.raises(ValueError, match="choose backend 'eager' for a selector"):
+            call(kernels)
     call("auto", 0)  # no row selects
 
 

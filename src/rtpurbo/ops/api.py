@@ -1,7 +1,8 @@
 """The public operators: check, choose a backend, call it. A backend named is used, or refuses.
 
 Shapes and meaning are documented at the specification, `rtpurbo.ops.eager`; every backend computes
-the same. `auto` takes kernels for half precision on a GPU wherever they can serve the call.
+the same. `auto` takes kernels for half precision on a GPU wherever they can serve the call, and
+FlexAttention for the gradients of long sequences there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ __all__ = [
     "retrieval_attention",
 ]
 
+HALF = (torch.float16, torch.bfloat16)
+
 # Where each backend keeps each operator.
 BACKENDS: dict[str, dict[str, str]] = {
     "eager": {
@@ -44,6 +47,7 @@ BACKENDS: dict[str, dict[str, str]] = {
         "packed_attention": "rtpurbo.ops.triton.packed",
         "indexer_divergence": "rtpurbo.ops.triton.training.divergence",
     },
+    "flex": {"headwise_attention": "rtpurbo.ops.flex.headwise"},
 }
 
 
@@ -75,29 +79,47 @@ def chosen_backend(
     """
     watched = selector is not None or (statistics is not None and statistics.needs_rows)
     if watched and index_queries is not None:
-        if backend == "triton":
+        if backend in ("triton", "flex"):
             raise ValueError(
                 "the kernels select by the rule alone and show no rows: choose backend 'eager' for "
                 "a selector, or for statistics of rows."
             )
         return "eager"
+    call = (query_states, full, bounded, index_queries, rule)
     if backend == "auto":
-        half = query_states.dtype in (torch.float16, torch.bfloat16)
-        if not (query_states.is_cuda and half and has_triton()):
-            return "eager"
-    elif backend != "triton":
+        return _best_backend(*call)
+    if backend not in ("triton", "flex"):
         return backend
-    elif not has_triton():
-        raise ValueError("backend 'triton' needs the package triton: pip install triton.")
-    elif not query_states.is_cuda and not os.environ.get("TRITON_INTERPRET"):
-        raise ValueError("backend 'triton' needs a GPU: move the model there, or choose 'eager'.")
-    kernels = import_module(BACKENDS["triton"]["headwise_attention"])
-    reason = next(kernels.refusals(query_states, full, bounded, index_queries, rule), None)
-    if reason is None:
-        return "triton"
-    if backend == "auto":
+    if backend == "triton":
+        if not has_triton():
+            raise ValueError("backend 'triton' needs the package triton: pip install triton.")
+        if not query_states.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+            raise ValueError(
+                "backend 'triton' needs a GPU: move the model there, or choose 'eager'."
+            )
+    reason = _refusal(backend, *call)
+    if reason is not None:
+        raise ValueError(f"the kernels cannot serve this call: {reason}. Choose backend 'eager'.")
+    return backend
+
+
+def _best_backend(query_states: Tensor, *others: Any) -> str:
+    """The fastest backend that can serve a call."""
+    if not (query_states.is_cuda and has_triton()):
         return "eager"
-    raise ValueError(f"the kernels cannot serve this call: {reason}. Choose backend 'eager'.")
+    if query_states.dtype in HALF and _refusal("triton", query_states, *others) is None:
+        return "triton"
+    from rtpurbo.ops.flex.headwise import pays
+
+    if pays(query_states, *others[:2]) and _refusal("flex", query_states, *others) is None:
+        return "flex"
+    return "eager"
+
+
+def _refusal(backend: str, *call: Any) -> str | None:
+    """Why a backend's kernels cannot serve a call of `headwise_attention`; None if they can."""
+    kernels = import_module(BACKENDS[backend]["headwise_attention"])
+    return next(kernels.refusals(*call), None)
 
 
 @cache

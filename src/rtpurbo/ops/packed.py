@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.api import BACKENDS, has_triton
-
-HALF = (torch.float16, torch.bfloat16)
+from rtpurbo.ops.api import BACKENDS, HALF, has_triton
 
 
 def document_starts(document_lengths: Sequence[int], device: torch.device | str) -> Tensor:

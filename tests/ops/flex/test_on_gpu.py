@@ -1,0 +1,75 @@
+"""Compiled for a GPU: as exact as half precision allows, in memory that grows with the length alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops import headwise_attention
+from rtpurbo.ops.api import chosen_backend
+from tests.ops.flex.support import HEAD_SETS, arguments, eager, leaves, output_and_gradients
+from tests.oracles import random_problem
+
+pytestmark = pytest.mark.gpu
+LONG = AttentionRule(sliding_window=1024)
+
+
+def automatic(*call, **options):
+    return headwise_attention(*call, **options)
+
+
+def on_gpu(length, dtype=torch.bfloat16, **sizes):
+    return random_problem(length, length, head_dim=64, index_dim=16, **sizes)._map(
+        lambda tensor: tensor.to("cuda", dtype if tensor.is_floating_point() else tensor.dtype)
+    )
+
+
+@pytest.mark.parametrize("retrieval_heads", HEAD_SETS, ids=str)
+@pytest.mark.parametrize("num_selecting", [0, 40])
+@pytest.mark.parametrize("length", [1024, 1500])
+def test_equals_the_specification(retrieval_heads, num_selecting, length):
+    problem = on_gpu(length)
+    found = output_and_gradients(automatic, problem, retrieval_heads, num_selecting)
+    exact = on_gpu(length, torch.float32)
+    # Selected by the same numbers, so that the same keys are compared.
+    exact = replace(
+        problem._map(
+            lambda tensor: tensor.detach().float() if tensor.is_floating_point() else tensor
+        ),
+        scaling=exact.scaling,
+    )
+    expected = output_and_gradients(eager, exact, retrieval_heads, num_selecting)
+    for ours, right in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        assert float((ours.float() - right).norm() / right.norm()) < 0.03
+
+
+@pytest.mark.parametrize("num_selecting", [0, 40])
+def test_training_takes_it_where_kernels_have_no_gradients(num_selecting):
+    problem = on_gpu(1024)
+    call = arguments(problem, (0, 3), num_selecting)
+    assert chosen_backend("auto", call[0], *call[2:4], call[5], LONG) != "flex"
+    for leaf in leaves(problem):
+        leaf.requires_grad_()
+    call = arguments(problem, (0, 3), num_selecting)
+    assert chosen_backend("auto", call[0], *call[2:4], call[5], LONG) == "flex"
+    short = arguments(on_gpu(200), (0, 3), num_selecting)
+    short[0].requires_grad_()
+    assert chosen_backend("auto", short[0], *short[2:4], short[5], LONG) == "eager"
+
+
+def test_nothing_waits_and_nothing_is_as_large_as_a_mask():
+    problem = on_gpu(16384)
+    output_and_gradients(automatic, problem, (0, 3), 40, LONG)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call = arguments(problem, (0, 3), 40)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output, _ = automatic(*call, LONG, scaling=problem.scaling)
+        output.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # A byte for each pair of a row and a key of one head would be 256 MiB.
+    assert torch.cuda.max_memory_allocated() - before < 200 * 2**20
