@@ -1,0 +1,233 @@
+"""The two groups of warps of `hopper_kernel` that multiply, 64 rows of a tile each.
+
+The exponentials of one step run beside the products of the next.
+
+M rows of a tile, N keys of a step, D head_dim; a stage holds the keys and values of a step.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from rtpurbo.ops.triton.prefill.hopper_steps import listed_step, window_plan, window_step
+from rtpurbo.ops.triton.softmax import LN_2, LOG2_E
+
+
+@gluon.jit
+def _weights(
+    scores, peak, total, lowest, highest, first, second, scale,
+    MASKED: gl.constexpr, LISTED: gl.constexpr, N: gl.constexpr, SCORES: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """A step's softmax weights, and how much the sums so far shrink."""
+    if MASKED:
+        places = gl.arange(0, N, gl.SliceLayout(0, SCORES))
+        columns = first + places
+        if LISTED:
+            columns = gl.where(places < BLOCK, columns, second - BLOCK + places)
+        visible = (columns[None, :] >= lowest[:, None]) & (columns[None, :] <= highest[:, None])
+        scores = gl.where(visible, scores, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
+    # A row that has seen nothing yet has no peak to measure from.
+    base = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    weights = gl.exp2(scores * scale - base[:, None])
+    shrink = gl.exp2(peak - base)
+    return weights, new_peak, total * shrink + gl.sum(weights, 1), shrink
+
+
+@gluon.jit
+def _step(
+    step, queries, key_buffers, value_buffers, barriers, weights, peak, total, accumulator,
+    lowest, highest, first, second, scale,
+    MASKED: gl.constexpr, LISTED: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    SCORES: gl.constexpr, OUTPUT: gl.constexpr, OPERAND: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Scores of this step; the products of the last one run beside this one's exponentials."""
+    query_ready, key_ready, key_empty, value_ready, value_empty = barriers
+    stage = step % STAGES
+    last_stage = (step - 1) % STAGES
+    mbarrier.wait(key_ready.index(stage), (step // STAGES) & 1)
+    nothing = gl.zeros([64, N], gl.float32, SCORES)
+    keys = key_buffers.index(stage).reshape((N, D)).permute((1, 0))
+    scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
+    mbarrier.wait(value_ready.index(last_stage), ((step - 1) // STAGES) & 1)
+    values = value_buffers.index(last_stage).reshape((N, D))
+    accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
+    scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
+    mbarrier.arrive(key_empty.index(stage), count=1)
+    new_weights, peak, total, shrink = _weights(
+        scores, peak, total, lowest, highest, first, second, scale, MASKED, LISTED, N, SCORES, BLOCK
+    )
+    accumulator = warpgroup_mma_wait(num_outstanding=0, deps=[accumulator])
+    mbarrier.arrive(value_empty.index(last_stage), count=1)
+    accumulator = accumulator * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
+    return gl.convert_layout(new_weights.to(queries.dtype), OPERAND), peak, total, accumulator
+
+
+@gluon.jit
+def _consume(
+    GROUP: gl.constexpr, descriptors, buffers, barriers, pointers, scalars,
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    LISTED: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    query_buffer, key_buffers, value_buffers = buffers
+    query_ready, key_ready, key_empty, value_ready, value_empty = barriers
+    output_ptr, lse_ptr, blocks_ptr = pointers
+    (first_row, call_row, window, num_sinks, sequence, head, key_value_head, source, slot_shift, sink_shift,
+     num_edge, num_whole, T, scale, stride_ot) = scalars  # fmt: skip
+    if LISTED:
+        edge_steps = (num_edge + 1) // 2
+        masked = edge_steps
+        steps = edge_steps + num_whole // 2
+        interior = 0
+        edge = 0
+    else:
+        interior, edge, edge_steps, masked, steps = window_plan(first_row, window, num_sinks, M, N)
+    if steps > 0:
+        rows = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
+        positions = first_row + rows
+        output_rows = call_row + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUTPUT))
+        places = output_ptr + (
+            output_rows.to(gl.int64)[:, None] * stride_ot
+            + gl.arange(0, D, gl.SliceLayout(0, OUTPUT))[None, :]
+        )
+        in_call = call_row + rows < T
+        if LISTED:
+            lowest = gl.zeros([64], gl.int32, gl.SliceLayout(1, SCORES)) + num_sinks
+            highest = positions - window
+            # The near keys' result is where the softmax goes on from.
+            peak = gl.load(lse_ptr + call_row + rows, mask=in_call, other=float("-inf"))
+            peak = peak * LOG2_E
+            total = gl.where(peak == float("-inf"), 0.0, 1.0)
+            accumulator = gl.load(places, mask=(output_rows < T)[:, None], other=0.0).to(gl.float32)
+            first, second = listed_step(0, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
+        else:
+            lowest = gl.maximum(positions - window + 1, num_sinks)
+            highest = positions
+            peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+            total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
+            accumulator = gl.zeros([64, D], gl.float32, OUTPUT)
+            first = first_row
+            second = first_row
+        mbarrier.wait(query_ready, 0)
+        queries = query_buffer.reshape((M, D)).slice(GROUP * 64, 64)
+        mbarrier.wait(key_ready.index(0), 0)
+        keys = key_buffers.index(0).reshape((N, D)).permute((1, 0))
+        nothing = gl.zeros([64, N], gl.float32, SCORES)
+        scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(num_outstanding=0, deps=[scores])
+        mbarrier.arrive(key_empty.index(0), count=1)
+        weights_32, peak, total, shrink = _weights(
+            scores,
+            peak,
+            total,
+            lowest,
+            highest,
+            first,
+            second,
+            scale,
+            True,
+            LISTED,
+            N,
+            SCORES,
+            BLOCK,
+        )
+        accumulator = accumulator * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
+        weights = gl.convert_layout(weights_32.to(queries.dtype), OPERAND)
+        for step in range(1, masked):
+            if LISTED:
+                first, second = listed_step(step, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
+                from_here = lowest
+                to_here = highest
+            else:
+                first, is_sink = window_step(
+                    step, first_row, interior, edge, edge_steps, masked, M, N
+                )
+                second = first
+                from_here = gl.where(is_sink, 0, lowest)
+                to_here = gl.where(is_sink, gl.minimum(highest, num_sinks - 1), highest)
+            weights, peak, total, accumulator = _step(
+                step, queries, key_buffers, value_buffers, barriers, weights, peak, total, accumulator,
+                from_here, to_here, first, second, scale,
+                True, LISTED, N, D, STAGES, SCORES, OUTPUT, OPERAND, BLOCK,
+            )  # fmt: skip
+        for step in range(gl.maximum(masked, 1), steps):
+            weights, peak, total, accumulator = _step(
+                step, queries, key_buffers, value_buffers, barriers, weights, peak, total, accumulator,
+                lowest, highest, 0, 0, scale,
+                False, LISTED, N, D, STAGES, SCORES, OUTPUT, OPERAND, BLOCK,
+            )  # fmt: skip
+        last_stage = (steps - 1) % STAGES
+        mbarrier.wait(value_ready.index(last_stage), ((steps - 1) // STAGES) & 1)
+        values = value_buffers.index(last_stage).reshape((N, D))
+        accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
+        accumulator = warpgroup_mma_wait(num_outstanding=0, deps=[accumulator])
+        inverse = gl.convert_layout(
+            1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, OUTPUT)
+        )
+        gl.store(
+            places,
+            (accumulator * inverse[:, None]).to(queries.dtype),
+            mask=(output_rows < T)[:, None],
+        )
+        if HAS_LSE:
+            log_sum = gl.where(total == 0.0, float("-inf"), (peak + gl.log2(total)) * LN_2)
+            gl.store(lse_ptr + call_row + rows, log_sum, mask=in_call)
+
+
+@gluon.jit
+def first_rows(
+    descriptors, buffers, barriers, pointers, scalars,
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    LISTED: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    """The first 64 rows of a tile."""
+    _consume(
+        0,
+        descriptors,
+        buffers,
+        barriers,
+        pointers,
+        scalars,
+        M,
+        N,
+        D,
+        STAGES,
+        LISTED,
+        EDGE,
+        BLOCK,
+        HAS_LSE,
+    )
+
+
+@gluon.jit
+def second_rows(
+    descriptors, buffers, barriers, pointers, scalars,
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    LISTED: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    """The other 64 rows."""
+    _consume(
+        1,
+        descriptors,
+        buffers,
+        barriers,
+        pointers,
+        scalars,
+        M,
+        N,
+        D,
+        STAGES,
+        LISTED,
+        EDGE,
+        BLOCK,
+        HAS_LSE,
+    )
