@@ -15,14 +15,14 @@ from rtpurbo.training.capture import CapturedHeads
 
 def rows_with_far_keys(seen: CapturedHeads, rule: AttentionRule) -> Tensor:
     """Query rows that have anything to select."""
-    return (seen.positions[0] >= rule.num_sink_tokens + rule.sliding_window).nonzero()[:, 0]
+    return (seen.positions[0] >= rule.num_sink_tokens + rule.near_window).nonzero()[:, 0]
 
 
 def row_logits(
     seen: CapturedHeads, rows: Tensor, rule: AttentionRule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact and estimated logits of some rows [1, heads, rows, length], and the near and far masks."""
-    masks = near_and_far(rows, seen.starts, rule.sliding_window, rule.num_sink_tokens)
+    masks = near_and_far(rows, seen.starts, rule.near_window, rule.num_sink_tokens)
     near, far = (mask[None, None] for mask in masks)
     exact = seen.logits(rows)
     return (

@@ -77,7 +77,7 @@ def choose_rows(
     for number, (sequence, seed) in enumerate(zip(sequences, seeds, strict=True)):
         length = len(sequence.input_ids)
         documents[start : start + length] = number
-        first_far = min(rule.num_sink_tokens + rule.sliding_window, length)
+        first_far = min(rule.num_sink_tokens + rule.near_window, length)
         rows = torch.arange(first_far, length)
         if settings.rows_per_step is not None and settings.rows_per_step < rows.numel():
             generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(56))

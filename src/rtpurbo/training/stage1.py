@@ -214,7 +214,7 @@ def _check_lengths(
     model: PreTrainedModel, settings: IndexerTrainingSettings, rule: AttentionRule
 ) -> None:
     check_context("sequences", max(settings.lengths), model.config.max_position_embeddings)
-    shortest = rule.sliding_window + rule.num_sink_tokens
+    shortest = rule.near_window + rule.num_sink_tokens
     if min(settings.lengths) <= shortest:
         raise RTPurboError(
             f"stage 1 needs sequences longer than sinks and window ({shortest} tokens), "

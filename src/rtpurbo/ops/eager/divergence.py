@@ -88,7 +88,7 @@ def indexer_divergence(
     def part(
         queries: Tensor, part_index_queries: Tensor, keys_of_index: Tensor, at: Tensor
     ) -> Tensor:
-        near, far = near_and_far(at, document_starts, rule.sliding_window, rule.num_sink_tokens)
+        near, far = near_and_far(at, document_starts, rule.near_window, rule.num_sink_tokens)
         exact = attention_logits(queries, keys, scaling)
         scores = index_scores(part_index_queries, keys_of_index)
         estimate = estimated_logits(rule.reading, exact, scores, near, far)

@@ -109,7 +109,7 @@ class _Problem:
             rows,
             document_starts[rows],
             0 if counts_all else rule.num_sink_tokens,
-            0 if counts_all else rule.sliding_window,
+            0 if counts_all else rule.near_window,
             scaling * LOG2_E.value,
         )
 
