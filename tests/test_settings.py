@@ -45,3 +45,16 @@ def test_what_is_longer_than_the_context_is_refused():
     )
     with pytest.raises(RTPurboError, match=sentence):
         check_context("sequences", 4097, 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("labels", "all", "labels is 'all', but it must be one of: both, answers, text"),
+        ("label_stride", 0, "label_stride is 0"),
+        ("cross_entropy_weight", -1, "cannot be negative"),
+    ],
+)
+def test_labels_are_checked(name, value, complaint):
+    with pytest.raises(RTPurboError, match=complaint):
+        change_settings(SETTINGS, {f"stage2.{name}": value})

@@ -17,6 +17,7 @@ from rtpurbo.config import (
 from rtpurbo.errors import RTPurboError
 
 IndexerStart = Literal["covariance", "weight", "random"]
+Labels = Literal["both", "answers", "text"]
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (stage, steps done, steps in all, latest figures); see `rtpurbo.cli.progress` for the bars."""
@@ -118,8 +119,15 @@ class DistillationSettings:
         lora_rank: rank of the LoRA; 0 trains the full weights.
         lora_beyond_attention: LoRA on the MLP's linear layers too.
         top_logits: teacher logits kept for each label token (paper: 10).
-        labels_per_sequence: label tokens of a sequence; answer tokens are always among them.
+        labels: which tokens are learnt from: `answers`, those of answers alone (prose has none, and
+            is learnt from as `text`); `text`, tokens of the whole sequence alike; or `both`, every
+            token of an answer and some of the text before.
+        label_stride: of the text, every so many tokens; None takes a random choice.
+        labels_per_sequence: label tokens of a sequence, where they are a random choice; with `both`,
+            answer tokens are always among them.
         answer_weight: weight of the answer tokens' mean loss beside the mean over all labels.
+        cross_entropy_weight: weight of the mean cross-entropy of the labels themselves, beside the
+            divergence from the teacher.
         needle_share: share of sequences that hold needles and a question.
         variable_share: share that hold chains of variables and a question.
         passage_share: share that quote a passage of their prose, to be continued.
@@ -141,8 +149,11 @@ class DistillationSettings:
     lora_rank: int = 16
     lora_beyond_attention: bool = True
     top_logits: int = 10
+    labels: Labels = "both"
+    label_stride: int | None = None
     labels_per_sequence: int = 4096
     answer_weight: float = 1.0
+    cross_entropy_weight: float = 0.0
     needle_share: float = 0.5
     variable_share: float = 0.0
     passage_share: float = 0.0
@@ -157,6 +168,13 @@ class DistillationSettings:
         _check_training(self)
         if self.top_logits < 1 or self.labels_per_sequence < 1:
             raise RTPurboError("top_logits and labels_per_sequence must be at least 1.")
+        check_choice("labels", self.labels, Labels)
+        if self.label_stride is not None and self.label_stride < 1:
+            raise RTPurboError(f"label_stride is {self.label_stride}, but it must be at least 1.")
+        if self.cross_entropy_weight < 0:
+            raise RTPurboError(
+                f"cross_entropy_weight is {self.cross_entropy_weight}, but it cannot be negative."
+            )
 
 
 @dataclass(frozen=True)

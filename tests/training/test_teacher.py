@@ -4,22 +4,31 @@ import pytest
 import torch
 
 from rtpurbo.data.texts import load_texts
-from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.settings import DistillationSettings
+from rtpurbo.training.labels import label_states
+from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.training.source import SequenceSource
 from rtpurbo.training.teacher import (
     TeacherCache,
     TeacherTargets,
-    label_logits,
-    label_positions,
+    teacher_targets,
     top_logits_divergence,
 )
+from rtpurbo.training.vocabulary import log_probabilities
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
+
+SETTINGS = DistillationSettings(labels_per_sequence=32)
 
 
 @pytest.fixture
 def mix():
     return TrainingMix(tiny_tokenizer(), load_texts(None), (800,), 0.5, 0, "test")
+
+
+@pytest.fixture
+def model():
+    return tiny_model(vocab_size=512, max_position_embeddings=1024)
 
 
 def targets_of(logits, top):
@@ -28,28 +37,19 @@ def targets_of(logits, top):
     return TeacherTargets(torch.arange(count), torch.zeros(count), best.indices, best.values)
 
 
-def test_positions_predict_every_answer_token():
-    positions, answers = label_positions(TrainingSequence(list(range(100)), 7), 20, "seed")
-    assert positions[answers].tolist() == list(range(92, 99))
-    assert len(positions) == 20
-    assert positions.tolist() == sorted(set(positions.tolist()))
-
-
-def test_positions_of_prose_are_all_there_are():
-    positions, answers = label_positions(TrainingSequence(list(range(10))), 20, "seed")
-    assert positions.tolist() == list(range(9))
-    assert not answers.any()
+def divergence(logits, targets):
+    return top_logits_divergence(logits.log_softmax(-1).gather(-1, targets.token_ids), targets)
 
 
 def test_the_teacher_itself_has_no_loss():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    assert top_logits_divergence(logits, targets_of(logits, 10)).abs().max() < 1e-5
+    assert divergence(logits, targets_of(logits, 10)).abs().max() < 1e-5
 
 
 def test_divergence_counts_every_other_token_as_one():
     generator = torch.Generator().manual_seed(0)
     teacher, student = torch.randn(2, 4, 9, generator=generator, dtype=torch.float64)
-    found = top_logits_divergence(student, targets_of(teacher, 3))
+    found = divergence(student, targets_of(teacher, 3))
     p, q = teacher.softmax(-1), student.softmax(-1)
     for row in range(4):
         top = p[row].topk(3).indices
@@ -62,28 +62,53 @@ def test_divergence_counts_every_other_token_as_one():
 def test_mass_moved_outside_the_top_tokens_costs():
     teacher = torch.tensor([[5.0, 4.0, 0.0, 0.0, 0.0]])
     moved = torch.tensor([[5.0, 4.0, 4.0, 0.0, 0.0]])
-    assert top_logits_divergence(moved, targets_of(teacher, 2)) > 0.1
+    assert divergence(moved, targets_of(teacher, 2)) > 0.1
 
 
-def test_label_logits_equal_the_models():
-    model = tiny_model()
-    ids = list(range(40))
-    positions = torch.tensor([3, 17, 38])
+def test_targets_are_the_models_most_likely_tokens(mix, model):
+    sequence = mix.sequence(1)
+    found = teacher_targets(model, sequence, SETTINGS, "seed")
     with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0, positions]
-        torch.testing.assert_close(label_logits(model, ids, positions), expected)
+        logits = model(torch.tensor([sequence.input_ids])).logits[0, found.positions]
+    expected = targets_of(logits, SETTINGS.top_logits)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    torch.testing.assert_close(found.log_probabilities, expected.log_probabilities)
 
 
-def test_targets_are_computed_once(tmp_path, mix):
-    cache = TeacherCache(
-        tmp_path, SequenceSource(mix, mix.corpus, 1), seed=0, num_labels=32, top_logits=10
-    )
-    model = tiny_model(vocab_size=512, max_position_embeddings=1024)
-    cache.fill(model, 1)
-    sequence, before = cache.read(1)
-    cache.fill(None, 1)
-    assert torch.equal(before.token_ids, cache.read(1)[1].token_ids)
-    assert sequence == mix.sequence(1)
-    logits = label_logits(model, sequence.input_ids, before.positions)
-    assert top_logits_divergence(logits, before).abs().max() < 1e-4
+def test_targets_are_computed_once(tmp_path, mix, model):
+    cache = TeacherCache(tmp_path, SequenceSource(mix, mix.corpus, 1), SETTINGS, seed=0)
+    with cache.writing():
+        cache.fill(model, 1)
+        sequence, before = cache.read(1)
+        cache.fill(None, 1)
+    for again in (cache, TeacherCache(tmp_path, cache.source, SETTINGS, seed=0)):
+        again.fill(None, 1)
+        found, targets = again.read(1)
+        assert found == sequence == mix.sequence(1)
+        for name, value in vars(before).items():
+            assert torch.equal(getattr(targets, name), value)
+    states = label_states(model, sequence.input_ids, before.positions)
+    student = log_probabilities(states, model.get_output_embeddings(), before.token_ids)
+    assert top_logits_divergence(student, before).abs().max() < 1e-4
     assert int(before.answers.sum()) == sequence.num_answer_tokens > 0
+
+
+def test_another_number_of_processes_computes_what_is_missing(tmp_path, mix, model, monkeypatch):
+    computed = []
+
+    def watched(teacher, sequence, *others):
+        computed.append(sequence)
+        return teacher_targets(teacher, sequence, *others)
+
+    monkeypatch.setattr("rtpurbo.training.teacher.teacher_targets", watched)
+    first = SequenceSource(mix, mix.corpus, 2)
+    first._lanes = range(0, 2, 2)  # as the first of two processes has them
+    cache = TeacherCache(tmp_path, first, SETTINGS, seed=0)
+    with cache.writing():
+        cache.fill(model, 0)
+    alone = TeacherCache(tmp_path, SequenceSource(mix, mix.corpus, 2), SETTINGS, seed=0)
+    with alone.writing():
+        alone.fill(model, 0)
+    assert computed == [mix.sequence(0), mix.sequence(1)]
+    assert alone.read(0)[0] == mix.sequence(0)
+    assert alone.read(1)[0] == mix.sequence(1)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.files import save_tensors_atomically
+from rtpurbo.settings import DistillationSettings
+from rtpurbo.training.labels import label_positions, label_states
 from rtpurbo.training.sequences import TrainingSequence
+from rtpurbo.training.shards import Shards
 from rtpurbo.training.source import SequenceSource
+from rtpurbo.training.vocabulary import most_likely
 
 
 @dataclass
@@ -40,56 +41,54 @@ class TeacherTargets:
         return TeacherTargets(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def label_positions(
-    sequence: TrainingSequence, num_labels: int, seed: str
-) -> tuple[Tensor, Tensor]:
-    """Which positions are learnt from: all that predict answer tokens, and a random choice of the others.
+@torch.no_grad()
+def teacher_targets(
+    teacher: PreTrainedModel, sequence: TrainingSequence, settings: DistillationSettings, seed: str
+) -> TeacherTargets:
+    """Runs the dense teacher over a sequence.
 
-    Returns:
-        Positions, int64 ascending, and whether each predicts an answer token.
+    Args:
+        teacher: dense.
+        sequence: what it reads.
+        settings: which tokens are labels, and how many of its logits are kept for each.
+        seed: of the choice of labels.
     """
-    last = len(sequence.input_ids) - 1
-    first_answer = last - sequence.num_answer_tokens
-    others = list(range(first_answer))
-    wanted = max(0, min(len(others), num_labels - sequence.num_answer_tokens))
-    chosen = sorted(random.Random(seed).sample(others, wanted))
-    positions = torch.tensor([*chosen, *range(first_answer, last)])
-    return positions, positions >= first_answer
-
-
-def label_logits(model: PreTrainedModel, input_ids: list[int], positions: Tensor) -> Tensor:
-    """Logits at some positions of a sequence, fp32 [labels, vocabulary]; no others are ever computed."""
-    ids = torch.tensor([input_ids], device=model.device)
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, positions.to(model.device)]
-    return model.get_output_embeddings()(hidden).float()
+    positions, answers = label_positions(sequence, settings, seed)
+    states = label_states(teacher, sequence.input_ids, positions)
+    token_ids, values = most_likely(states, teacher.get_output_embeddings(), settings.top_logits)
+    return TeacherTargets(positions, answers, token_ids, values)
 
 
 class TeacherCache:
-    """Sequences with their targets, one file each: a stream is read once, and training needs no other copy.
+    """Sequences with their targets, in shards: a stream is read once, and training needs no other copy.
 
-    Every process writes the files of its own sequences, and reads them back.
+    Every process writes those of its own sequences, and reads them back; another number of processes
+    finds them too.
 
     Args:
-        folder: where the files live.
+        folder: where the shards live.
         source: the sequences.
+        settings: as for `teacher_targets`.
         seed: of the labels.
-        num_labels: label tokens of a sequence.
-        top_logits: teacher logits kept a label (paper: 10).
+
+    Raises:
+        RTPurboError: a shard there cannot be read.
     """
 
     def __init__(
-        self, folder: Path, source: SequenceSource, seed: int, num_labels: int, top_logits: int
+        self, folder: Path, source: SequenceSource, settings: DistillationSettings, seed: int
     ) -> None:
-        self.folder = folder
         self.source = source
+        self.settings = settings
         self.seed = seed
-        self.num_labels = num_labels
-        self.top_logits = top_logits
+        self._shards = Shards(folder)
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.safetensors"
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, `fill` is called; at the end all is on disk, even if something interrupts."""
+        with self._shards.writing():
+            yield
 
-    @torch.no_grad()
     def fill(self, teacher: PreTrainedModel, step: int) -> None:
         """Computes the targets of this process's sequences of one step, unless they are there.
 
@@ -101,46 +100,47 @@ class TeacherCache:
             RTPurboError: texts cannot be read, or the disk is full.
         """
         numbers = self.source.numbers(step)
-        if all(self._path(number).is_file() for number in numbers):
+        if all(number in self._shards for number in numbers):
             return
         if step and not self.source.follows(step):
             self.source.seek(self._position_before(step))
         sequences = self.source.take(step)
-        position = json.dumps(self.source.position(step + 1))
+        position = self.source.position(step + 1)
         for number, sequence in zip(numbers, sequences, strict=True):
-            positions, answers = label_positions(
-                sequence, self.num_labels, f"labels-{self.seed}-{number}"
-            )
-            logits = label_logits(teacher, sequence.input_ids, positions)
-            top = logits.log_softmax(-1).topk(self.top_logits)
-            save_tensors_atomically(
-                self._path(number),
+            if number in self._shards:
+                continue
+            seed = f"labels-{self.seed}-{number}"
+            targets = teacher_targets(teacher, sequence, self.settings, seed)
+            self._shards.add(
+                number,
                 {
                     "input_ids": torch.tensor(sequence.input_ids, dtype=torch.int32),
                     "num_answer_tokens": torch.tensor(sequence.num_answer_tokens),
-                    "positions": positions,
-                    "answers": answers,
-                    "token_ids": top.indices.to(torch.int32).cpu(),
-                    "log_probabilities": top.values.cpu(),
+                    **vars(targets),
+                    "token_ids": targets.token_ids.to(torch.int32),
                 },
-                # Where the next sequences stand, for a run that is resumed here.
-                {"position": position},
+                # Where the next sequence of this lane stands, for a run that is resumed here.
+                None if position is None else position["lanes"][self._lane(number)],
             )
 
+    def _lane(self, number: int) -> str:
+        return str(number % self.source.per_step)
+
     def _position_before(self, step: int) -> dict[str, Any] | None:
-        """Where the sequences of a step stand, as the files of the step before say."""
-        lanes: dict[str, Any] = {}
-        for number in self.source.numbers(step - 1):
-            with safe_open(self._path(number), "pt") as file:
-                position = json.loads(file.metadata()["position"])
-            if position is None:
-                return None
-            lanes |= position["lanes"]
+        """Where the sequences of a step stand, as was noted with those of the step before."""
+        numbers = self.source.numbers(step - 1)
+        lanes = {self._lane(number): self._shards.note(number) for number in numbers}
+        if None in lanes.values():
+            return None
         return {"group": step, "lanes": lanes}
 
     def read(self, number: int) -> tuple[TrainingSequence, TeacherTargets]:
-        """One sequence and its targets."""
-        tensors = load_file(self._path(number))
+        """One sequence and its targets.
+
+        Raises:
+            RTPurboError: its shard cannot be read.
+        """
+        tensors = self._shards.read(number)
         return (
             TrainingSequence(tensors["input_ids"].tolist(), int(tensors["num_answer_tokens"])),
             TeacherTargets(
@@ -152,21 +152,20 @@ class TeacherCache:
         )
 
 
-def top_logits_divergence(student_logits: Tensor, targets: TeacherTargets) -> Tensor:
+def top_logits_divergence(student: Tensor, targets: TeacherTargets) -> Tensor:
     """Forward KL of each label between teacher and student over the teacher's top tokens and "any other token".
 
     The paper matches the top-10 logits; the eleventh outcome keeps the student from moving mass to tokens outside them
     (our reading, docs/experiment-log.md).
 
     Args:
-        student_logits: [labels, vocabulary].
+        student: [labels, top_logits], the student's log-probabilities of the targets' tokens.
         targets: the teacher's, on the same device.
 
     Returns:
         [labels], in nats.
     """
     teacher = targets.log_probabilities
-    student = student_logits.log_softmax(-1).gather(-1, targets.token_ids)
     inside = (teacher.exp() * (teacher - student)).sum(-1)
     tiny = torch.finfo(teacher.dtype).tiny
     teacher_rest = (1 - teacher.exp().sum(-1)).clamp(min=tiny)

@@ -1,0 +1,127 @@
+"""What stage 2 trains: a LoRA or the full weights, on a model that comes back as it was; and their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
+from transformers import PreTrainedModel
+
+from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
+from rtpurbo.models.artifact import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
+from rtpurbo.models.families import family_of
+from rtpurbo.processes import ALONE, Processes
+from rtpurbo.settings import DistillationSettings
+from rtpurbo.training.sharding import own_part, restore_weights, shard, whole
+
+
+@contextmanager
+def trainable(
+    model: PreTrainedModel, settings: DistillationSettings, seed: int, processes: Processes = ALONE
+) -> Iterator[PreTrainedModel | PeftModel]:
+    """The model ready to be trained; its base weights and modules come back afterwards.
+
+    Args:
+        model: sparse.
+        settings: LoRA or full weights, and whether activations are computed again.
+        seed: of the LoRA.
+        processes: who trains; they may divide the weights.
+    """
+    on_gpu = model.device.type == "cuda"
+    checkpointing = settings.gradient_checkpointing and on_gpu
+    if checkpointing:
+        # A layer at a time: what is kept of each is its input alone.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student: PreTrainedModel | PeftModel = model
+    before: dict[str, torch.Tensor] = {}
+    if settings.lora_rank:
+        family = family_of(model.config)
+        names = family.attention_projections + (
+            family.other_projections if settings.lora_beyond_attention else ()
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            student = get_peft_model(
+                model,
+                LoraConfig(
+                    r=settings.lora_rank,
+                    lora_alpha=2 * settings.lora_rank,
+                    target_modules=list(names),
+                    task_type="CAUSAL_LM",
+                ),
+            )
+    else:
+        for name, weight in model.named_parameters():
+            if ".indexer." not in name:
+                weight.requires_grad_(True)
+    shard(model, processes)
+    if not settings.lora_rank:
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                before[name] = own_part(weight.detach()).cpu().clone()
+    model.train()
+    try:
+        # Under autocast, a LoRA's input in the precision of its weights would only be cast back: at
+        # length, gigabytes for nothing.
+        with disable_input_dtype_casting(model, active=on_gpu):
+            yield student
+    finally:
+        model.eval()
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        if isinstance(student, PeftModel):
+            student.unload()
+        restore_weights(model, before)
+        model.requires_grad_(False)
+
+
+def trained_weights(student: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """What is trained, by name, in the order in which checkpoints store it."""
+    return {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+
+
+def save_student(
+    student: PreTrainedModel | PeftModel, folder: Path, processes: Processes = ALONE
+) -> None:
+    """Writes what stage 2 trained: LoRA in bf16 (its rounding is far below its effect), full weights as they are.
+
+    Args:
+        student: inside `trainable`.
+        folder: an open one.
+        processes: who trained; all call this together, and the main one writes.
+
+    Raises:
+        RTPurboError: the disk is full.
+    """
+    if not isinstance(student, PeftModel):
+        # Gathered on all processes, kept where they are written.
+        weights = {}
+        for name, weight in student.named_parameters():
+            if ".indexer." not in name:
+                gathered = whole(weight.detach())
+                if processes.is_main:
+                    weights[name] = gathered.cpu()
+        if processes.is_main:
+            save_tensors_atomically(folder / FULL_WEIGHTS_FILE, weights)
+        return
+    adapter = {name: whole(weight) for name, weight in get_peft_model_state_dict(student).items()}
+    if not processes.is_main:
+        return
+    with whole_folder(folder / ADAPTER_FOLDER, overwrite=True) as temporary:
+        student.peft_config["default"].save_pretrained(str(temporary))
+        # The artifact says which base model it belongs to; a path of one machine would not. PEFT
+        # keeps the modules' names in a set, whose order changes from run to run.
+        described = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+        described["base_model_name_or_path"] = None
+        described["inference_mode"] = True
+        described["target_modules"] = sorted(described["target_modules"])
+        write_json_atomically(temporary / "adapter_config.json", described)
+        save_tensors_atomically(
+            temporary / "adapter_model.safetensors",
+            {name: weight.bfloat16() for name, weight in adapter.items()},
+        )

@@ -1,0 +1,125 @@
+"""The gradients of stage 2 are those of its loss written out over all logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rtpurbo.models.sparsify import decoding_last, headwise_modules, running_dense
+from rtpurbo.settings import DistillationSettings
+from rtpurbo.training.sequences import TrainingSequence
+from rtpurbo.training.stage2 import backpropagate
+from rtpurbo.training.student import trainable, trained_weights
+from rtpurbo.training.teacher import teacher_targets
+from tests.tiny_models import VOCABULARY, sparse_model
+
+SETTINGS = DistillationSettings(labels_per_sequence=30, lora_rank=2, top_logits=5, decode_rows=8)
+IDS = torch.randint(VOCABULARY, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+SEQUENCE = TrainingSequence(IDS, 7)
+
+
+def make_model():
+    return sparse_model(prefill_mode="dense", dtype=torch.float32)
+
+
+def targets_of(model, sequence, settings):
+    with running_dense(model):
+        return teacher_targets(model, sequence, settings, "seed")
+
+
+def open_student(student):
+    """A LoRA that does something: its second half starts at zero."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in student.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.1, generator=generator)
+    return trained_weights(student)
+
+
+def gradients(weights):
+    found = {name: weight.grad for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.grad = None
+    return found
+
+
+def written_out(model, sequence, targets, settings):
+    """Loss and mean divergence, from logits of every token."""
+    rows = min(settings.decode_rows, sequence.num_answer_tokens or settings.decode_rows)
+    with decoding_last(model, rows):
+        logits = model(torch.tensor([sequence.input_ids])).logits[0, targets.positions]
+    student = logits.log_softmax(-1).gather(-1, targets.token_ids)
+    teacher = targets.log_probabilities
+    rest = [(1 - part.exp().sum(-1)).clamp(min=1e-7) for part in (teacher, student)]
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    divergence = divergence + rest[0] * (rest[0] / rest[1]).log()
+    loss = divergence.mean()
+    if targets.answers.any():
+        loss = loss + settings.answer_weight * divergence[targets.answers].mean()
+    following = torch.tensor(sequence.input_ids)[targets.positions + 1]
+    loss = loss + settings.cross_entropy_weight * functional.cross_entropy(logits, following)
+    return loss, divergence.mean()
+
+
+@pytest.mark.parametrize("sequence", [SEQUENCE, TrainingSequence(IDS)], ids=["task", "prose"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora_rank": 0},
+        {"cross_entropy_weight": 0.5, "answer_weight": 2.0},
+        {"labels": "answers"},
+        {"labels": "text", "label_stride": 9},
+        {"decode_rows": 0},
+    ],
+    ids=str,
+)
+def test_loss_and_gradients(sequence, changes):
+    model, settings = make_model(), replace(SETTINGS, **changes)
+    targets = targets_of(model, sequence, settings)
+    with trainable(model, settings, 0) as student:
+        weights = open_student(student)
+        result = backpropagate(model, 3, sequence, targets, settings)
+        found = gradients(weights)
+        loss, divergence = written_out(model, sequence, targets, settings)
+        loss.backward()
+        expected = gradients(weights)
+    assert result.number == 3
+    torch.testing.assert_close(result.loss, divergence.detach())
+    assert ("answer_loss" in result.figures) == bool(targets.answers.any())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected.values())
+
+
+def test_layers_that_are_run_again_select_as_before():
+    model = make_model()
+    targets = targets_of(model, SEQUENCE, SETTINGS)
+    with trainable(model, SETTINGS, 0) as student:
+        weights = open_student(student)
+        backpropagate(model, 0, SEQUENCE, targets, SETTINGS)
+        expected = gradients(weights)
+        calls = []
+        for module in headwise_modules(model):
+            module.register_forward_pre_hook(lambda module, _: calls.append(module.num_decode_rows))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        backpropagate(model, 0, SEQUENCE, targets, SETTINGS)
+        found = gradients(weights)
+        model.gradient_checkpointing_disable()
+    assert calls == [7] * 2 * len(headwise_modules(model))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_the_model_comes_back_as_it_was():
+    for rank in (0, 2):
+        model = make_model()
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with trainable(model, replace(SETTINGS, lora_rank=rank), 0) as student:
+            for weight in trained_weights(student).values():
+                weight.data += 1
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        assert not any(weight.requires_grad for weight in model.parameters())
