@@ -8,6 +8,8 @@ log-sum-exps: the second sweep, over rows, begins with them. No gradient is adde
 
 Near keys that the reading takes from the teacher (s = t) take part in the softmaxes, but count
 neither for the loss nor for gradients; `tiles` says which keys those are and where masks are needed.
+Loops over such tiles load ahead like the others, though they are short: a tile that always lies at the same
+address of shared memory is what ptxas 12.8, which comes with Triton 3.6, can multiply from a wrong one.
 All logits are in powers of two. Two exponentials a pair and sweep are most of the work, so nothing
 else that costs as much is done for a pair.
 
@@ -122,7 +124,7 @@ def rows_kernel(
 
     head_tiles = (far_from - begin) // N
     edge_tiles = (near_from - far_to) // N
-    for i in tl.range(0, head_tiles + edge_tiles + tl.cdiv(end - near_to, N), num_stages=1):
+    for i in tl.range(0, head_tiles + edge_tiles + tl.cdiv(end - near_to, N), num_stages=STAGES):
         start = begin + i * N
         if i >= head_tiles:
             start = far_to + (i - head_tiles) * N
@@ -219,7 +221,7 @@ def columns_kernel(
     columns = tile * N + tl.arange(0, N)
     accumulator = tl.zeros([N, I], tl.float32)
     head_tiles = tl.cdiv(whole_from - first, M)
-    for i in tl.range(0, head_tiles + tl.cdiv(end - whole_to, M), num_stages=1):
+    for i in tl.range(0, head_tiles + tl.cdiv(end - whole_to, M), num_stages=STAGES):
         row = first + i * M
         if i >= head_tiles:
             row = whole_to + (i - head_tiles) * M
