@@ -111,6 +111,7 @@ def test_ruler_has_a_table_for_each_length_with_tasks_as_rows():
         (short_length(1024), "1K"),
         (short_length(7500), "7,500"),
         (short_length(131072), "128K"),
+        (short_length(2**21), "2M"),
         (short_bytes(0), "0 B"),
         (short_bytes(1023), "1023 B"),
         (short_bytes(1536), "1.5 KiB"),

@@ -2,7 +2,9 @@
 
 
 def short_length(tokens: int) -> str:
-    """4096 as "4K"; what is no multiple of 1,024 in full, 7500 as "7,500"."""
+    """4096 as "4K", 1048576 as "1M"; what is no multiple of 1,024 in full, 7500 as "7,500"."""
+    if tokens and tokens % 1024**2 == 0:
+        return f"{tokens // 1024**2:,}M"
     return f"{tokens // 1024:,}K" if tokens and tokens % 1024 == 0 else f"{tokens:,}"
 
 
