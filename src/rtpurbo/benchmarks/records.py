@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.version import library_commit
 
-Phase = Literal["prefill", "decode", "model-prefill", "model-decode", "stage1"]
+Phase = Literal["prefill", "decode", "model-prefill", "model-decode", "stage1", "stage2"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def write_speed(path: str | Path, device: str, command: str, results: SpeedResul
         path,
         {
             "device": device,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "torch": version("torch"),
             "triton": _triton_version(),
             "commit": library_commit(),

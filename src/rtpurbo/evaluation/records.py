@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def write_results(
             "format_version": FORMAT_VERSION,
             "model": model,
             "device": device,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "library_version": __version__,
             "torch": version("torch"),
             "transformers": version("transformers"),
