@@ -1,0 +1,1 @@
+"""The report: artifact and results as one HTML page that needs nothing else."""

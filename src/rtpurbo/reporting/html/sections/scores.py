@@ -1,0 +1,91 @@
+"""Cells with a score and its difference to the dense model, told by sign, number and tint."""
+
+from __future__ import annotations
+
+from rtpurbo.evaluation.records import Record
+from rtpurbo.reporting.entries import DENSE
+from rtpurbo.reporting.html.markup import Markup, tag
+from rtpurbo.reporting.html.tables import NOTHING, cell
+
+LEGEND = (
+    "Small: the difference to the dense model (full), in points, or for perplexity in percent. "
+    "A loss is tinted, strongly from 5 on. Where results have 95 % intervals (in brackets), ▼ is a "
+    "loss, ▲ a gain, with the dense model's score outside the interval; ▽ and △ may be chance, and "
+    "their tint is a step weaker."
+)
+
+_HEAVY = 5.0
+_NO_DIFFERENCE = 0.05
+
+
+def score_cell(record: Record | None, dense: Record | None) -> Markup:
+    """A score with its interval.
+
+    Args:
+        record: what was measured, if it was.
+        dense: the dense model's at the same test, if it was measured.
+    """
+    if record is None:
+        return cell(NOTHING, class_="none")
+    perplexity = record.suite == "perplexity"
+    score = tag("b", f"{record.score:.2f}" if perplexity else _short(record.score))
+    interval = None
+    if record.ci95 is not None:
+        low, high = (f"{end:.2f}" if perplexity else f"{end:.0f}" for end in record.ci95)
+        interval = tag("span", f"[{low}, {high}]", class_="interval")
+    if dense is None or record.policy == DENSE:
+        return cell(score, interval)
+    if perplexity:
+        worse = 100 * (record.score / dense.score - 1) if dense.score else 0.0
+        written, slight = f"{worse:+.1f} %", 1.0
+    else:
+        worse = dense.score - record.score
+        written, slight = f"{-worse:+.1f}", 0.0
+    chance = None
+    if record.ci95 is not None:
+        chance = record.ci95[0] <= dense.score <= record.ci95[1]
+    return _cell(score, interval, worse, written, slight, chance)
+
+
+def mean_cell(mean: float | None, dense: float | None, is_dense: bool) -> Markup:
+    """A mean of scores, which has no interval.
+
+    Args:
+        mean: the policy's, if it has all tests.
+        dense: the dense model's, likewise.
+        is_dense: whether the policy is the dense model.
+    """
+    if mean is None:
+        return cell(NOTHING, class_="none")
+    score = tag("b", f"{mean:.1f}")
+    if dense is None or is_dense:
+        return cell(score)
+    worse = dense - mean
+    return _cell(score, None, worse, f"{-worse:+.1f}", 0.0, None)
+
+
+def _cell(
+    score: Markup,
+    interval: Markup | None,
+    worse: float,
+    written: str,
+    slight: float,
+    chance: bool | None,
+) -> Markup:
+    if abs(worse) < _NO_DIFFERENCE:
+        return cell(score, tag("span", "±0", class_="delta"), interval)
+    sign = ""
+    if chance is not None:
+        sign = ("▽ " if chance else "▼ ") if worse > 0 else ("△ " if chance else "▲ ")
+    difference = tag("span", f"{sign}{written}", class_="delta")
+    return cell(score, difference, interval, class_=_tint(worse, slight, bool(chance)))
+
+
+def _tint(worse: float, slight: float, chance: bool) -> str | None:
+    if worse >= _HEAVY:
+        return "slight" if chance else "heavy"
+    return "slight" if worse > slight + _NO_DIFFERENCE and not chance else None
+
+
+def _short(score: float) -> str:
+    return f"{score:.1f}".removesuffix(".0")

@@ -1,0 +1,186 @@
+"""What this is, in two sentences and a handful of figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from rtpurbo.evaluation.records import Record
+from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
+from rtpurbo.reporting.entries import DENSE
+from rtpurbo.reporting.facts import base_name
+from rtpurbo.reporting.formats import percent, short_length
+from rtpurbo.reporting.html.markup import Markup, join, tag
+from rtpurbo.reporting.html.policies import lengths_of, main_policy
+from rtpurbo.reporting.html.sections.memory import cache_ratio
+from rtpurbo.reporting.html.sections.reads import far_share
+from rtpurbo.reporting.html.sections.speed import best_decode
+from rtpurbo.reporting.html.sources import Quality, Sources
+from rtpurbo.reporting.html.tables import paragraph
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A headline figure.
+
+    Attributes:
+        value: the number.
+        label: what it is, below it.
+        said: the same as a clause, for the sentence.
+    """
+
+    value: str
+    label: str
+    said: str = ""
+
+
+def summary(sources: Sources) -> Markup:
+    """The opening of the report."""
+    figures = [*_of_heads(sources), *_of_quality(sources), *_of_speed(sources)]
+    clauses = [figure.said for figure in figures if figure.said]
+    sentence = f"Beside the dense model, {_listed(clauses)}." if clauses else None
+    tiles = [tag("div", tag("dd", figure.value), tag("dt", figure.label)) for figure in figures]
+    return join(
+        paragraph(_what(sources), class_="lead"),
+        paragraph(sentence, class_="lead") if sentence else None,
+        tag("dl", tiles, class_="figures") if tiles else None,
+    )
+
+
+def title_of(sources: Sources) -> str:
+    """The heading of the page."""
+    if sources.artifact is not None:
+        local = sources.artifact.base.source == "local"
+        return (
+            "A local model, sparse"
+            if local
+            else f"{_base(sources).split()[0].split('/')[-1]}, sparse"
+        )
+    models = list(dict.fromkeys(quality.model for quality in sources.quality))
+    return f"{models[0].rstrip('/').split('/')[-1]}, sparse" if len(models) == 1 else "rtpurbo"
+
+
+def _base(sources: Sources) -> str:
+    assert sources.artifact is not None
+    named = sources.artifact.base.name == WHEEL_MODEL
+    return DEFAULT_MODEL if named else base_name(sources.artifact)
+
+
+def _what(sources: Sources) -> str:
+    if sources.artifact is None:
+        return (
+            "Measurements of models made sparse by RTPurbo, which lets a few retrieval heads find "
+            "what matters anywhere in the context and all others see a window."
+        )
+    head_map, rule = sources.artifact.config.head_map, sources.artifact.config.attention
+    share = percent(head_map.num_retrieval_heads / max(1, head_map.num_heads))
+    return (
+        f"This is {_base(sources)}, made sparse by RTPurbo: "
+        f"{head_map.num_retrieval_heads} of its {head_map.num_heads} attention heads ({share}) find "
+        "what matters anywhere in the context, each led by a token indexer of "
+        f"{sources.artifact.config.indexer.index_dim} dimensions, and all others see the last "
+        f"{rule.sliding_window:,} tokens and the first {rule.num_sink_tokens}."
+    )
+
+
+def _of_heads(sources: Sources) -> list[Figure]:
+    if sources.artifact is None:
+        return []
+    head_map = sources.artifact.config.head_map
+    return [Figure(f"{head_map.num_retrieval_heads} of {head_map.num_heads}", "heads retrieve")]
+
+
+def _of_quality(sources: Sources) -> list[Figure]:
+    if len(sources.quality) != 1:  # of several models, none is the one
+        return []
+    quality = sources.quality[0]
+    policy = main_policy(quality.records)
+    if policy is None:
+        return []
+    figures = [*_answers(quality, policy), *_perplexity(quality, policy)]
+    selecting = [r for r in quality.records if r.policy == policy]
+    longest = [r for r in selecting if r.context_length == max(lengths_of(selecting))]
+    far = far_share(longest, policy)
+    if far is not None:
+        at = short_length(longest[0].context_length)
+        label = f"of the far tokens read by retrieval heads at {at}"
+        said = f"its retrieval heads read {percent(far)} of the far tokens at {at}"
+        figures.append(Figure(percent(far), label, said))
+    ratio = cache_ratio(quality, policy)
+    if ratio is not None:
+        size, length = ratio
+        label = f"the dense key-value cache at {short_length(length)}"
+        said = f"its key-value cache is {size:.2f} times as large at {short_length(length)}"
+        figures.append(Figure(f"{size:.2f}x", label, said))
+    return figures
+
+
+def _answers(quality: Quality, policy: str) -> list[Figure]:
+    """RULER's mean at its longest length, else that of all other questions."""
+    ruler = [record for record in quality.records if record.suite == "ruler"]
+    asked = [r for r in quality.records if r.suite not in ("ruler", "perplexity")]
+    if ruler:
+        length = max(lengths_of(ruler))
+        pair = _means([r for r in ruler if r.context_length == length], policy)
+        where = f"RULER at {short_length(length)}"
+    else:
+        pair = _means(asked, policy)
+        where = "all questions"
+    if pair is None:
+        return []
+    sparse, dense, count = pair
+    tests = f"mean of {count} tests" if count > 1 else "one test"
+    return [
+        Figure(
+            f"{sparse:.1f} %",
+            f"right answers, dense {dense:.1f} % ({where}, {tests})",
+            f"it answers {sparse:.1f} % instead of {dense:.1f} % right ({where}, {tests})",
+        )
+    ]
+
+
+def _perplexity(quality: Quality, policy: str) -> list[Figure]:
+    records = [record for record in quality.records if record.suite == "perplexity"]
+    if not records:
+        return []
+    length = max(lengths_of(records))
+    pair = _means([r for r in records if r.context_length == length], policy)
+    if pair is None:
+        return []
+    change = f"{100 * (pair[0] / pair[1] - 1):+.1f} %"
+    return [
+        Figure(
+            change,
+            f"perplexity at {short_length(length)}: {pair[0]:.2f}, dense {pair[1]:.2f}",
+            f"its perplexity differs by {change} at {short_length(length)}",
+        )
+    ]
+
+
+def _means(records: list[Record], policy: str) -> tuple[float, float, int] | None:
+    """Mean scores of a policy and the dense model over the tests that both have, and their number."""
+    scores = {
+        name: {(r.task, r.metric, r.context_length): r.score for r in records if r.policy == name}
+        for name in (policy, DENSE)
+    }
+    both = scores[policy].keys() & scores[DENSE].keys()
+    if not both:
+        return None
+    sparse, dense = (fmean(scores[name][test] for test in both) for name in (policy, DENSE))
+    return sparse, dense, len(both)
+
+
+def _of_speed(sources: Sources) -> list[Figure]:
+    best = best_decode(sources)
+    if best is None:
+        return []
+    ratio, record = best
+    what = record.model or "one layer"
+    label = f"as fast in decoding as the best dense kernel ({what}, {short_length(record.context_length)})"
+    return [Figure(f"{ratio:.1f}x", label)]
+
+
+def _listed(clauses: list[str]) -> str:
+    if len(clauses) == 1:
+        return clauses[0]
+    return f"{', '.join(clauses[:-1])}, and {clauses[-1]}"

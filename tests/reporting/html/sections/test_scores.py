@@ -1,0 +1,64 @@
+import re
+
+import pytest
+
+from rtpurbo.evaluation.records import Record
+from rtpurbo.reporting.html.sections.scores import mean_cell, score_cell
+
+
+def record(score, interval=None, policy="rtpurbo", suite="ruler"):
+    return Record(suite, "vt", 4096, policy, 25, score, ci95=interval)
+
+
+def read(cell):
+    """The class of a cell, and its text."""
+    found = re.match(r'<td(?: class="(\w+)")?>', cell)
+    return found[1], re.sub(r"<[^>]+>", " ", cell).split()
+
+
+@pytest.mark.parametrize(
+    ("score", "interval", "expected"),
+    [
+        (98.0, None, (None, ["98", "±0"])),
+        (97.5, None, ("slight", ["97.5", "-0.5"])),
+        (90.0, None, ("heavy", ["90", "-8.0"])),
+        (99.0, None, (None, ["99", "+1.0"])),
+        (97.0, (90.0, 99.0), (None, ["97", "▽", "-1.0", "[90,", "99]"])),
+        (97.0, (96.0, 97.8), ("slight", ["97", "▼", "-1.0", "[96,", "98]"])),
+        (92.0, (84.0, 99.0), ("slight", ["92", "▽", "-6.0", "[84,", "99]"])),
+        (92.0, (84.0, 97.0), ("heavy", ["92", "▼", "-6.0", "[84,", "97]"])),
+        (99.0, (97.0, 100.0), (None, ["99", "△", "+1.0", "[97,", "100]"])),
+        (100.0, (99.0, 100.0), (None, ["100", "▲", "+2.0", "[99,", "100]"])),
+    ],
+)
+def test_losses_have_a_number_a_sign_and_a_tint(score, interval, expected):
+    assert read(score_cell(record(score, interval), record(98.0, policy="full"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        (30.0, (None, ["30.00", "±0"])),
+        (30.15, (None, ["30.15", "+0.5", "%"])),
+        (30.6, ("slight", ["30.60", "+2.0", "%"])),
+        (33.0, ("heavy", ["33.00", "+10.0", "%"])),
+        (29.0, (None, ["29.00", "-3.3", "%"])),
+    ],
+)
+def test_more_perplexity_is_a_loss(score, expected):
+    dense = record(30.0, policy="full", suite="perplexity")
+    assert read(score_cell(record(score, suite="perplexity"), dense)) == expected
+
+
+def test_what_has_nothing_beside_it():
+    assert read(score_cell(None, None)) == ("none", ["-"])
+    assert read(score_cell(record(50.0), None)) == (None, ["50"])
+    dense = record(98.0, (96.0, 100.0), "full")
+    assert read(score_cell(dense, dense)) == (None, ["98", "[96,", "100]"])
+
+
+def test_means():
+    assert read(mean_cell(None, 98.0, False)) == ("none", ["-"])
+    assert read(mean_cell(97.96, 98.0, False)) == (None, ["98.0", "±0"])
+    assert read(mean_cell(90.0, 98.0, False)) == ("heavy", ["90.0", "-8.0"])
+    assert read(mean_cell(98.0, 98.0, True)) == (None, ["98.0"])

@@ -1,0 +1,99 @@
+"""The page in a real browser, where there is one: every plot has a size, nothing is fetched."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from rtpurbo.models.artifact import LOG_FILE
+from rtpurbo.reporting.html.page import write_report
+from tests.reporting.html.example_results import write_examples
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+LOG = "".join(f'{{"stage": "stage2", "step": {step}, "loss": {step}}}\n' for step in range(1, 60))
+
+# Asks the page about itself and leaves the answer in it.
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const size = (item) => { const box = item.getBoundingClientRect(); return [box.width, box.height]; };
+  const inside = (svg) => {
+    const outer = svg.getBoundingClientRect();
+    return [...svg.querySelectorAll("text")].every((item) => {
+      const box = item.getBoundingClientRect();
+      return box.left > outer.left - 1 && box.right < outer.right + 1;
+    });
+  };
+  const plots = [...document.querySelectorAll("svg.plot, svg.heat")];
+  const head = document.querySelector(".retrieval");
+  head.dispatchEvent(new PointerEvent("pointerdown", { bubbles: true }));
+  const hint = document.getElementById("hint");
+  const answer = document.createElement("script");
+  answer.type = "text/plain";
+  answer.id = "answer";
+  answer.textContent = JSON.stringify({
+    plots: plots.map(size),
+    cut: plots.filter((svg) => !inside(svg)).map((svg) => svg.getAttribute("aria-label")),
+    marks: [...document.querySelectorAll(".mark:not(.bar)")].map(size),
+    hint: hint.hidden ? null : hint.textContent,
+    loaded: performance.getEntriesByType("resource").map((entry) => entry.name),
+    width: innerWidth,
+    page: document.documentElement.scrollWidth,
+    ground: getComputedStyle(document.body).backgroundColor,
+  });
+  document.body.append(answer);
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    for name in BROWSERS:
+        if shutil.which(name):
+            return name
+    pytest.skip("there is no browser of Chromium's family here")
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_artifact, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("browser")
+    artifact = shutil.copytree(tiny_artifact, folder / "artifact")
+    (artifact / LOG_FILE).write_text(LOG)
+    path = folder / "report.html"
+    write_report([artifact, *write_examples(folder).values()], path)
+    path.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(1280, 900), (500, 800)])
+@pytest.mark.parametrize("dark", [False, True])
+def test_plots_have_a_size_and_nothing_is_loaded(browser, probed, tmp_path, size, dark):
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        f"--window-size={size[0]},{size[1]}",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+        probed.as_uri(),
+    ]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = re.search(r'<script type="text/plain" id="answer">(.*?)</script>', dom, re.DOTALL)
+    assert found, "the page ran no script"
+    answer = json.loads(found[1])
+    assert len(answer["plots"]) == 12
+    assert all(width > 100 and height > 50 for width, height in answer["plots"])
+    assert not answer["cut"]
+    assert len(answer["marks"]) > 60
+    assert all(width > 3 and height > 3 for width, height in answer["marks"])
+    assert answer["hint"].startswith("layer 0, head 0")
+    assert answer["loaded"] == []
+    assert answer["page"] <= answer["width"]
+    assert answer["ground"] == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
