@@ -51,6 +51,11 @@ def test_without_a_gpu(command, monkeypatch):
         (["model", "--geometry", "giant", "--device", "cpu"], "no geometry 'giant'"),
         (["training", "--implementation", "flex"], "no implementation 'flex' here"),
         (["training", "--documents", "9", "--device", "cpu"], "nothing can be learnt"),
+        (["training", "--phase", "stage2", "--documents", "2"], "--documents is for stage 1"),
+        (
+            ["training", "--phase", "stage2", "--length", "99", "--device", "cpu"],
+            "nothing would be sparse",
+        ),
         (["prefill", "--profile", "nowhere", "--device", "cpu"], "no artifact 'nowhere'"),
     ],
 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rtpurbo.benchmarks.session import Session
 
 LENGTHS = [8192, 32768, 131072]
-TRAINING_LENGTHS = [49152, 131072]
+TRAINING_LENGTHS = {"stage1": [49152, 131072], "stage2": [32768]}
 PREFILL_DENSITY, DECODE_DENSITY = 0.1, 0.03
 WINDOW, RETRIEVAL_WINDOW = 8192, 512
 
@@ -246,7 +246,7 @@ def training(
     geometry: Annotated[
         str, typer.Option(help="qwen3-8b, qwen3-30b-a3b or smollm2-135m, with random weights.")
     ] = "qwen3-8b",
-    phase: Annotated[Literal["stage1"], typer.Option(help="What to measure.")] = "stage1",
+    phase: Annotated[Literal["stage1", "stage2"], typer.Option(help="What to measure.")] = "stage1",
     layers: Annotated[
         int | None,
         typer.Option(min=1, help="Only so many of its layers.", show_default=False),
@@ -254,11 +254,16 @@ def training(
     length: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, help="Tokens of a step. Repeat it for several.", show_default="49152, 131072"
+            min=1,
+            help="Tokens of a step. Repeat it for several.",
+            show_default="49152, 131072 in stage 1, 32768 in stage 2",
         ),
     ] = None,
     documents: Annotated[
-        int, typer.Option(min=1, help="Documents, equally long, that are packed in these tokens.")
+        int,
+        typer.Option(
+            min=1, help="Documents, equally long, that are packed in these tokens in stage 1."
+        ),
     ] = 1,
     window: Window = WINDOW,
     dtype: Dtype = "bfloat16",
@@ -268,17 +273,21 @@ def training(
     output: Output = None,
     device: Device = "cuda",
 ) -> None:
-    """Measure a step of training: stage 1 of 15 % of the heads, from every row.
+    """Measure a step of training: stage 1 of 15 % of the heads from every row, or stage 2 of a LoRA.
 
     `rtpurbo bench training --geometry qwen3-8b --length 49152 --length 131072 -o training.json`
     """
     from rtpurbo.benchmarks.stage1 import IMPLEMENTATIONS, bench_stage1
+    from rtpurbo.benchmarks.stage2 import bench_stage2
 
+    if phase == "stage2" and documents > 1:
+        raise RTPurboError("--documents is for stage 1: the student reads documents one by one.")
     session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, None)
-    bench_stage1(
-        session, geometry, _rule(window, None), length or TRAINING_LENGTHS, documents, _dtype(dtype),
-        layers,
-    )  # fmt: skip
+    rule, lengths = _rule(window, None), length or TRAINING_LENGTHS[phase]
+    if phase == "stage1":
+        bench_stage1(session, geometry, rule, lengths, documents, _dtype(dtype), layers)
+    else:
+        bench_stage2(session, geometry, rule, lengths, _dtype(dtype), layers)
     _finish(session.results, None)
 
 

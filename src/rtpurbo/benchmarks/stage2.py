@@ -1,0 +1,209 @@
+"""A step of stage 2 on a whole model of random weights: a LoRA learns from the model itself run dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
+from rtpurbo.benchmarks.session import Entry, Session, release
+from rtpurbo.benchmarks.timing import Call, Measurement
+from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.sparsify import headwise_modules, running_dense, sparsify
+from rtpurbo.settings import DistillationSettings
+from rtpurbo.training.optimizer import make_optimizer
+from rtpurbo.training.sequences import TrainingSequence
+from rtpurbo.training.sharding import clip_gradients, gradient_norm
+from rtpurbo.training.stage2 import MAX_GRADIENT_NORM, autocast, backpropagate
+from rtpurbo.training.student import trainable, trained_weights
+from rtpurbo.training.teacher import TeacherTargets, teacher_targets
+
+IMPLEMENTATIONS = ("rtpurbo", "eager")
+RATIO = 0.15
+SETTINGS = DistillationSettings()
+# As many rows select as may: those of an answer.
+ANSWER_TOKENS = SETTINGS.decode_rows
+# Whether a step is right is seen on so many tokens more than a window.
+CHECKED_TOKENS = 4096
+# Largest errors of loss and gradient against plain PyTorch, both in bf16 through all layers: what one
+# layer rounds differently, the selections of the next layers may turn on.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.02, 0.1
+# Standard deviation of the half of a LoRA that begins at zero: so that both halves get gradients.
+LORA_START = 0.01
+
+
+class Stage2Case:
+    """A sparse model with a LoRA that is trained.
+
+    Args:
+        geometry: a name in `GEOMETRIES`.
+        rule: windows and selection; retrieval heads are dense in the prompt.
+        dtype: of the model's weights; the LoRA is in fp32.
+        device: where.
+        layers: how many of its layers; None for all.
+    """
+
+    def __init__(
+        self,
+        geometry: str,
+        rule: AttentionRule,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: int | None,
+    ) -> None:
+        self.geometry = geometry
+        self.rule = replace(rule, prefill_mode="dense")
+        self.model = build_model(geometry, layers, dtype, device)
+        self.head_map = spread_head_map(self.model.config, RATIO)
+        sparsify(self.model, RTPurboConfig(self.head_map, self.rule))
+        draw_indexers(self.model)
+        self.opened = ExitStack()
+        self.student = self.opened.enter_context(trainable(self.model, SETTINGS, 0))
+        self.weights = list(trained_weights(self.student).values())
+        generator = torch.Generator(device).manual_seed(0)
+        for name, weight in trained_weights(self.student).items():
+            if "lora_B" in name:
+                weight.data.normal_(0.0, LORA_START, generator=generator)
+        self.optimizer, _ = make_optimizer(self.weights, 1e-4, 0.0, 0, 1)
+
+    def facts(self, length: int) -> dict[str, Any]:
+        """Fields of a record."""
+        config = self.model.config
+        return {
+            "phase": "stage2",
+            "context_length": length,
+            "batch_size": 1,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "num_retrieval_heads": self.head_map.num_retrieval_heads,
+            "head_dim": config.head_dim,
+            "sliding_window": self.rule.sliding_window,
+            "density": 1.0,
+            "model": f"{self.geometry}, {config.num_hidden_layers} layers",
+        }
+
+    def sequence(self, length: int) -> tuple[TrainingSequence, TeacherTargets]:
+        """Random tokens, the last of which are an answer, and what the dense model says about them."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.model.config.vocab_size, (length,), generator=generator)
+        sequence = TrainingSequence(ids.tolist(), min(ANSWER_TOKENS, length // 2))
+        assert isinstance(self.student, PeftModel)
+        with self.student.disable_adapter(), running_dense(self.model), autocast(self.model):
+            return sequence, teacher_targets(self.model, sequence, SETTINGS, "labels")
+
+    def learn(self, sequence: TrainingSequence, targets: TeacherTargets, backend: str) -> Tensor:
+        """Adds to the gradients; returns the loss."""
+        for module in headwise_modules(self.model):
+            module.backend = backend
+        return backpropagate(self.model, 0, sequence, targets, SETTINGS).loss
+
+    def step(self, sequence: TrainingSequence, targets: TeacherTargets, backend: str) -> Tensor:
+        """A whole step."""
+        loss = self.learn(sequence, targets, backend)
+        clip_gradients(self.weights, MAX_GRADIENT_NORM, gradient_norm(self.weights))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def loss_and_gradient(
+        self, sequence: TrainingSequence, targets: TeacherTargets, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the gradients of all weights in one vector."""
+        loss = self.learn(sequence, targets, backend)
+        gradient = torch.cat(
+            [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, gradient
+
+
+def bench_stage2(
+    session: Session,
+    geometry: str,
+    rule: AttentionRule,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    layers: int | None = None,
+) -> None:
+    """Measures steps of stage 2, in which a LoRA of rank 16 learns and 15 % of the heads retrieve.
+
+    The teacher's targets are made beforehand, as in training. Both implementations compute layers
+    again for the backward pass, and differ in the attention alone.
+
+    Args:
+        session: the run.
+        geometry: a name in `GEOMETRIES`.
+        rule: windows and selection.
+        lengths: tokens of a step.
+        dtype: of the model's weights.
+        layers: how many of its layers; None for all.
+
+    Raises:
+        RTPurboError: sequences are not longer than a window.
+    """
+    if min(lengths) <= rule.sliding_window + rule.num_sink_tokens:
+        raise RTPurboError(
+            f"sequences of {min(lengths):,} tokens are not longer than sinks and window "
+            f"({rule.sliding_window + rule.num_sink_tokens:,} tokens), so nothing would be sparse."
+        )
+    session.tell(f"{geometry}: making random weights")
+    case = Stage2Case(geometry, rule, dtype, session.device, layers)
+    compiled = "flex" if session.device.type == "cuda" else "auto"
+    with case.opened:
+        for length in sorted(lengths):
+            for name, backend in zip(IMPLEMENTATIONS, (compiled, "eager"), strict=True):
+                if not session.wants(name):
+                    continue
+                is_ours = name == "rtpurbo"
+                entry = Entry(
+                    name,
+                    {"": partial(_prepare, case, length, backend)},
+                    case.facts(length),
+                    partial(_check, case, backend) if is_ours else None,
+                    is_ours=is_ours,
+                    note=f"LoRA of rank {SETTINGS.lora_rank}",
+                    figures=partial(_figures, length),
+                )
+                session.run(entry)
+                release(session.device)
+
+
+def _prepare(case: Stage2Case, length: int, backend: str) -> Call:
+    sequence, targets = case.sequence(length)
+    if backend != "eager":
+        # Compiles for this length, which training does once.
+        case.step(sequence, targets, backend)
+    return partial(case.step, sequence, targets, backend)
+
+
+def _check(case: Stage2Case, backend: str, call: Callable[[], Any]) -> str | None:
+    """Holds loss and gradient of a short sequence against plain PyTorch."""
+    sequence, targets = case.sequence(case.rule.sliding_window + CHECKED_TOKENS)
+    loss, gradient = case.loss_and_gradient(sequence, targets, backend)
+    expected, expected_gradient = case.loss_and_gradient(sequence, targets, "eager")
+    if not bool(loss.isfinite() and gradient.isfinite().all()):
+        return "its loss or gradient is not finite"
+    loss_error = float((loss - expected).abs() / expected.abs())
+    gradient_error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
+    if loss_error > LOSS_TOLERANCE:
+        return f"its loss is off by {loss_error:.2%}"
+    if gradient_error > GRADIENT_TOLERANCE:
+        return f"its gradient is off by {gradient_error:.2%}"
+    return None
+
+
+def _figures(length: int, found: Measurement) -> dict[str, Any]:
+    """What a record of training says besides."""
+    peak = found.peak_memory_bytes
+    return {
+        "tokens_per_second": round(1000 * length / found.milliseconds, 1),
+        "peak_memory_gib": None if peak is None else round(peak / 2**30, 2),
+    }
