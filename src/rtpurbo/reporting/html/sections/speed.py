@@ -22,6 +22,7 @@ _PHASES = {
     "model-prefill": "Prefill of a whole model",
     "model-decode": "One decoding step of a whole model",
     "stage1": "A training step of stage 1",
+    "stage2": "A training step of stage 2",
 }
 
 
@@ -36,16 +37,18 @@ def speed_section(sources: Sources) -> Section | Missing:
         return Missing(_TITLE, "no results of `rtpurbo bench` were given.")
     said = paragraph(
         "Medians of calls; x says how many times faster than the fastest dense kernel of the same "
-        "run. Densities (the share of keys or key blocks that retrieval heads read) are forced, as "
-        "random numbers have nothing to find, and say nothing of quality."
+        "run (in training, than the eager operators). Densities (the share of keys or key blocks "
+        "that retrieval heads read) are forced, as random numbers have nothing to find, and say "
+        "nothing of quality."
     )
     return Section("speed", _TITLE, join(said, parts))
 
 
 def best_ratio(records: Sequence[SpeedRecord], record: SpeedRecord) -> float | None:
     """How many times faster than the fastest dense kernel, or in training than eager operators."""
-    baselines = ("eager",) if record.phase == "stage1" else BASELINES
-    ratios = [speedup(records, record, name) for name in baselines]
+    if _is_baseline(record):
+        return None
+    ratios = [speedup(records, record, name) for name in _baselines(record)]
     known = [ratio for ratio in ratios if ratio is not None]
     return min(known, default=None)
 
@@ -64,6 +67,15 @@ def best_decode(sources: Sources) -> tuple[float, SpeedRecord] | None:
     # A whole model tells more than a layer of it.
     best = max(found, key=lambda entry: entry[:3], default=None)
     return None if best is None else best[2:]
+
+
+def _baselines(record: SpeedRecord) -> tuple[str, ...]:
+    """What a record is held against: no dense kernel trains indexers."""
+    return ("eager",) if record.phase.startswith("stage") else tuple(BASELINES)
+
+
+def _is_baseline(record: SpeedRecord) -> bool:
+    return record.implementation in _baselines(record)
 
 
 def _tasks(records: Sequence[SpeedRecord]) -> list[list[SpeedRecord]]:
@@ -103,7 +115,7 @@ def _lines(records: Sequence[SpeedRecord]) -> dict[str, list[SpeedRecord]]:
     """Records of each implementation, window and density, dense kernels first."""
     windows = {record.sliding_window for record in records if not is_dense(record)}
     lines: dict[str, list[SpeedRecord]] = {}
-    for record in sorted(records, key=lambda r: (not is_dense(r), r.context_length)):
+    for record in sorted(records, key=lambda r: (not _is_baseline(r), r.context_length)):
         label = record.implementation
         if not is_dense(record) and len(windows) > 1:
             label += f", window {short_length(record.sliding_window)}"
@@ -133,28 +145,28 @@ def _plots(
     ratios = []
     for label, found in lines.items():
         known = [(r, ratio) for r in found if (ratio := best_ratio(records, r)) is not None]
-        if known and not is_dense(found[0]):
+        if known:
             points = [(float(r.context_length), ratio) for r, ratio in known]
             hints = [f"{label}: {y:.2f}x at {short_length(round(x))}" for x, y in points]
             ratios.append(Series(label, points, styles[label], hints))
     if ratios:
         values = [ratio for each in ratios for _, ratio in each.points]
-        axis = log_axis("times as fast as the fastest dense", [*values, 1.0], _times)
+        axis = log_axis("times as fast", [*values, 1.0], _times)
         plots.append(line_plot("Ratio", [*ratios, _level(lengths)], x, axis, legend=False))
     return plots
 
 
 def _level(lengths: Sequence[int]) -> Series:
     ends = [(float(lengths[0]), 1.0), (float(lengths[-1]), 1.0)]
-    return Series("as fast as dense", ends, None, markers=False)
+    return Series("as fast", ends, None, markers=False)
 
 
 def _styles(lines: dict[str, list[SpeedRecord]]) -> dict[str, int | None]:
-    """Dense kernels share the style of what others are held against, if there is but one."""
-    dense = [label for label, found in lines.items() if is_dense(found[0])]
-    others = [label for label in lines if label not in dense]
+    """The first of what others are held against looks as the dense model does elsewhere."""
+    baselines = [label for label, found in lines.items() if _is_baseline(found[0])]
+    others = [label for label in lines if label not in baselines]
     styles: dict[str, int | None] = {label: place for place, label in enumerate(others)}
-    for place, label in enumerate(dense):
+    for place, label in enumerate(baselines):
         styles[label] = None if place == 0 else len(others) + place - 1
     return styles
 
@@ -175,14 +187,14 @@ def _table(
             if record is None:
                 cells.append(cell(NOTHING, class_="none"))
                 continue
-            ratio = None if is_dense(record) else best_ratio(all_records, record)
+            ratio = best_ratio(all_records, record)
             slower = ratio is not None and ratio < 0.995
             said = None if ratio is None else tag("span", f"{ratio:.2f}x", class_="delta")
             time = tag("b", _written(factor * record.milliseconds))
             cells.append(cell(time, said, class_="slight" if slower else None))
         rows.append((label, *cells))
     header = ("implementation", *(short_length(length) for length in lengths))
-    return table(f"{title}: {unit}; tinted where slower than dense", header, rows, "scores")
+    return table(f"{title}: {unit}; tinted where slower", header, rows, "scores")
 
 
 def _memory_table(lines: dict[str, list[SpeedRecord]], lengths: Sequence[int]) -> Markup:

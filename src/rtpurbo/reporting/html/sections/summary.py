@@ -176,7 +176,9 @@ def _of_speed(sources: Sources) -> list[Figure]:
         return []
     ratio, record = best
     what = record.model or "one layer"
-    label = f"as fast in decoding as the best dense kernel ({what}, {short_length(record.context_length)})"
+    read = f"reading {percent(record.density)} far back, " if record.density < 1 else ""
+    where = f"{what}, {read}{short_length(record.context_length)}"
+    label = f"as fast in decoding as the best dense kernel ({where})"
     return [Figure(f"{ratio:.1f}x", label)]
 
 
