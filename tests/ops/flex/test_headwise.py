@@ -154,3 +154,15 @@ def test_what_it_cannot_do_is_refused(complaint):
     mode = "top_p" if complaint == "only the last ones select" else "dense"
     with pytest.raises(ValueError, match=f"{complaint}.* Choose backend 'eager'"):
         headwise_attention(*call, replace(RULE, prefill_mode=mode), scaling=0.3, backend="flex")
+
+
+def test_masks_are_truth_values():
+    """A compiler for GPUs takes no numbers for them."""
+    retrieves, windows = torch.tensor([True, False]), torch.tensor([3, 3], dtype=torch.int32)
+    start, bits = torch.tensor(5, dtype=torch.int32), torch.zeros(1, 2, 8, 1, dtype=torch.int32)
+    entry = [torch.tensor(number, dtype=torch.int32) for number in (0, 1, 7, 3)]
+    for mask in (
+        headwise._dense_mask(retrieves, windows, 2),
+        headwise._selecting_mask(retrieves, windows, 2, start, bits),
+    ):
+        assert mask(*entry).dtype == torch.bool

@@ -13,6 +13,6 @@ def test_bits_are_the_mask():
     assert words.shape == (2, 3, 5, 128 // BITS)
     assert words.dtype == torch.int32
     columns = torch.arange(128)
-    found = (words[..., columns >> 5] >> (columns & 31)) & 1 != 0
+    found = ((words[..., columns >> 5] >> (columns & 31)) & 1) != 0
     assert torch.equal(found[..., :77], mask)
     assert not found[..., 77:].any()

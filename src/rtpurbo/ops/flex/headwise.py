@@ -129,7 +129,8 @@ def _selecting_mask(
     def mask(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         is_near = (row - column < windows[head]) | (column < num_sink_tokens)
         selecting = torch.clamp(row - start, 0, last)
-        is_selected = (bits[batch, head, selecting, column >> 5] >> (column & 31)) & 1 != 0
+        word = bits[batch, head, selecting, column >> 5]
+        is_selected = ((word >> (column & 31)) & 1) != 0
         return (column <= row) & (is_near | (retrieves[head] & ((row < start) | is_selected)))
 
     return mask
