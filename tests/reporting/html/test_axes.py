@@ -37,6 +37,20 @@ def test_round_ticks():
     assert [axis.write(tick) for tick in axis.ticks] == ["2 MiB", "4 MiB", "8 MiB"]
 
 
+@pytest.mark.parametrize(
+    ("values", "written"),
+    [
+        ([120.1, 120.4], ["120.1", "120.2", "120.3", "120.4"]),
+        ([0.0, 10.0], ["0", "2.5", "5", "7.5", "10"]),
+        ([0.9965, 0.9972], ["0.9964", "0.9966", "0.9968", "0.997", "0.9972"]),
+        ([0, 4000], ["0", "1,000", "2,000", "3,000", "4,000"]),
+    ],
+)
+def test_ticks_have_the_digits_that_tell_them_apart(values, written):
+    axis = linear_axis("x", values)
+    assert [axis.write(tick) for tick in axis.ticks] == written
+
+
 def test_lengths_are_named_where_there_is_room():
     axis = length_axis([131072, 4096, 7500, 8192])
     assert [axis.write(tick) for tick in axis.ticks] == ["4K", "7,500", "128K"]

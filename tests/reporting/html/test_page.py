@@ -72,7 +72,7 @@ def test_every_part_is_there(whole):
     assert "What is not here" not in titles
     text = whole.text()
     assert "4 of its 12 attention heads (33.3 %)" in text
-    assert "instead of 98.0 % right (RULER at 8K, mean of 2 tests)" in text
+    assert "instead of 98.0 % right (RULER at 8K, 2 tests, 50 samples)" in text
     assert "a <note>" in text
 
 

@@ -49,7 +49,7 @@ def linear_axis(
     Args:
         name: what is measured.
         values: what has to fit.
-        write: how a tick is written; as short as it can be if None.
+        write: how a tick is written; with as many digits as tell ticks apart if None.
         include: more that has to fit, such as 0.
         num_ticks: about how many ticks.
     """
@@ -60,7 +60,9 @@ def linear_axis(
     step = _round_step((high - low) / (num_ticks - 1))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(round(step * count, 12) for count in range(first, last + 1))
-    return Axis(name, ticks[0], ticks[-1], ticks, write or (lambda value: f"{value:,.10g}"))
+    # Ticks are round and end in zeros that are left out; values between them need two digits more.
+    digits = max(0, -math.floor(math.log10(step) + 1e-9)) + 2
+    return Axis(name, ticks[0], ticks[-1], ticks, write or (lambda value: _short(value, digits)))
 
 
 def log_axis(name: str, values: Sequence[float], write: Callable[[float], str]) -> Axis:
@@ -102,6 +104,11 @@ def length_axis(lengths: Sequence[int], name: str = "tokens of context") -> Axis
         if not ticks or axis.share(length) - axis.share(ticks[-1]) > 0.11:
             ticks.append(float(length))
     return Axis(name, low, high, tuple(ticks), axis.write, logarithmic=True)
+
+
+def _short(value: float, digits: int) -> str:
+    written = f"{value:,.{digits}f}"
+    return written.rstrip("0").rstrip(".") if "." in written else written
 
 
 def _round_step(step: float) -> float:

@@ -62,3 +62,8 @@ def test_means():
     assert read(mean_cell(97.96, 98.0, False)) == (None, ["98.0", "±0"])
     assert read(mean_cell(90.0, 98.0, False)) == ("heavy", ["90.0", "-8.0"])
     assert read(mean_cell(98.0, 98.0, True)) == (None, ["98.0"])
+
+
+def test_an_interval_of_no_width_is_not_believed_alone():
+    dense = record(20.0, (0.0, 40.0), "full")
+    assert read(score_cell(record(0.0, (0.0, 0.0)), dense))[1][1] == "▽"

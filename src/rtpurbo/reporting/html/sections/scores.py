@@ -10,8 +10,8 @@ from rtpurbo.reporting.html.tables import NOTHING, cell
 LEGEND = (
     "Small: the difference to the dense model (full), in points, or for perplexity in percent. "
     "A loss is tinted, strongly from 5 on. Where results have 95 % intervals (in brackets), ▼ is a "
-    "loss, ▲ a gain, with the dense model's score outside the interval; ▽ and △ may be chance, and "
-    "their tint is a step weaker."
+    "loss and ▲ a gain in which neither score lies in the other's interval; ▽ and △ may be chance, "
+    "and their tint is a step weaker."
 )
 
 _HEAVY = 5.0
@@ -43,7 +43,8 @@ def score_cell(record: Record | None, dense: Record | None) -> Markup:
         written, slight = f"{-worse:+.1f}", 0.0
     chance = None
     if record.ci95 is not None:
-        chance = record.ci95[0] <= dense.score <= record.ci95[1]
+        # Few equal answers make an interval of no width, which is not to be believed alone.
+        chance = _within(dense.score, record.ci95) or _within(record.score, dense.ci95)
     return _cell(score, interval, worse, written, slight, chance)
 
 
@@ -79,6 +80,10 @@ def _cell(
         sign = ("▽ " if chance else "▼ ") if worse > 0 else ("△ " if chance else "▲ ")
     difference = tag("span", f"{sign}{written}", class_="delta")
     return cell(score, difference, interval, class_=_tint(worse, slight, bool(chance)))
+
+
+def _within(score: float, interval: tuple[float, float] | None) -> bool:
+    return interval is not None and interval[0] <= score <= interval[1]
 
 
 def _tint(worse: float, slight: float, chance: bool) -> str | None:

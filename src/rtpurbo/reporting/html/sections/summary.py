@@ -128,8 +128,9 @@ def _answers(quality: Quality, policy: str) -> list[Figure]:
         where = "all questions"
     if pair is None:
         return []
-    sparse, dense, count = pair
-    tests = f"mean of {count} tests" if count > 1 else "one test"
+    sparse, dense, count, samples = pair
+    tests = f"{count} tests" if count > 1 else "one test"
+    tests += f", {samples} samples"
     return [
         Figure(
             f"{sparse:.1f} %",
@@ -157,17 +158,17 @@ def _perplexity(quality: Quality, policy: str) -> list[Figure]:
     ]
 
 
-def _means(records: list[Record], policy: str) -> tuple[float, float, int] | None:
-    """Mean scores of a policy and the dense model over the tests that both have, and their number."""
-    scores = {
-        name: {(r.task, r.metric, r.context_length): r.score for r in records if r.policy == name}
+def _means(records: list[Record], policy: str) -> tuple[float, float, int, int] | None:
+    """Mean scores of a policy and the dense model over tests that both have, their number and samples."""
+    found = {
+        name: {(r.task, r.metric, r.context_length): r for r in records if r.policy == name}
         for name in (policy, DENSE)
     }
-    both = scores[policy].keys() & scores[DENSE].keys()
+    both = found[policy].keys() & found[DENSE].keys()
     if not both:
         return None
-    sparse, dense = (fmean(scores[name][test] for test in both) for name in (policy, DENSE))
-    return sparse, dense, len(both)
+    sparse, dense = (fmean(found[name][test].score for test in both) for name in (policy, DENSE))
+    return sparse, dense, len(both), sum(found[policy][test].samples for test in both)
 
 
 def _of_speed(sources: Sources) -> list[Figure]:

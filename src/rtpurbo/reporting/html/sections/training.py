@@ -23,11 +23,11 @@ _PLOTS = {
 }
 _MEANING = {
     "loss": "mean over rows",
-    "answer_loss": "rows that answer a question",
-    "recall": "share of the selected mass that the true one has",
-    "answer_recall": "the same, of rows that answer",
-    "tokens": "selected by the index",
-    "oracle_tokens": "selected by the true attention",
+    "answer_loss": "of rows that answer",
+    "recall": "attention mass on what is read",
+    "answer_recall": "of rows that answer",
+    "tokens": "far ones that the index selects",
+    "oracle_tokens": "far ones that exact scores would",
     "tokens_read": "tokens read",
 }
 _SMOOTHED = 24
@@ -77,7 +77,7 @@ def _plot(stage: str, unit: str, curves: dict[str, list[Point]]) -> Markup:
     steps = [x for each in lines for x, _ in each.points]
     values = [y for each in lines for _, y in each.points]
     x = linear_axis("step", steps, include=(0,))
-    y = linear_axis(unit, values, lambda value: f"{value:.3g}")
+    y = linear_axis(unit, values)
     return line_plot(f"{stage}: {unit}", lines, x, y)
 
 
