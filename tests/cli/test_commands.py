@@ -102,6 +102,16 @@ def test_inspect_shows_the_heads(tiny_artifact):
     assert "layer   0  ● ● · ·" in run("inspect", tiny_artifact).stdout
 
 
+def test_report_writes_a_page(tiny_artifact, tmp_path):
+    output = tmp_path / "new" / "report.html"
+    result = run("report", tiny_artifact, "-o", output)
+    assert result.stdout == f"Written to {output}.\n"
+    assert "4 of 12" in output.read_text()
+    assert "no file of results" in error_of("report", tmp_path / "missing.json", "-o", output)
+    assert "is a second one" in error_of("report", tiny_artifact, tiny_artifact)
+    assert "not an rtpurbo artifact" in error_of("report", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("function", "command", "changes"),
     [

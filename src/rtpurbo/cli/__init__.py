@@ -19,6 +19,7 @@ from rtpurbo.cli.evaluate import evaluate
 from rtpurbo.cli.generate import generate
 from rtpurbo.cli.inspect import inspect
 from rtpurbo.cli.push import push
+from rtpurbo.cli.report import report
 from rtpurbo.cli.train_indexer import train_indexer
 from rtpurbo.errors import RTPurboError
 from rtpurbo.launch import is_first_process_of_its_machine, started_by_torchrun
@@ -74,6 +75,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "generate": generate,
         "eval": evaluate,
         "inspect": inspect,
+        "report": report,
         "push": push,
     },
     "The steps of a conversion, one by one": {
