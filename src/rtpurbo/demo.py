@@ -17,6 +17,7 @@ from rtpurbo.models.artifact import ArtifactConfig
 from rtpurbo.models.base import WHEEL_MODEL
 from rtpurbo.reporting.facts import artifact_facts
 from rtpurbo.reporting.headmap import head_map_picture
+from rtpurbo.reporting.html.page import write_report
 from rtpurbo.reporting.tables import markdown_rows, markdown_tables, results_tables
 from rtpurbo.settings import Progress, no_progress
 
@@ -71,7 +72,8 @@ def run_demo(
     """Converts the embedded model, evaluates it beside the dense one, and writes a report.
 
     Args:
-        output_dir: gets `artifact/`, `results.json` and `report.md`; what is there is replaced.
+        output_dir: gets `artifact/`, `results.json`, `report.md` and `report.html`; what is there is
+            replaced.
         device: where to work.
         seed: of everything.
         progress: told after each step.
@@ -117,9 +119,10 @@ def run_demo(
         facts=markdown_rows(("", ""), artifact_facts(described)),
     )
     write_text_atomically(output_dir / "report.md", report)
+    write_report([artifact, output_dir / "results.json"], output_dir / "report.html")
     console.print(head_map_picture(described.config.head_map))
     console.print(*results_tables(records, CACHE_LENGTH))
-    console.print(f"Samples: {samples}. Report: {output_dir / 'report.md'}")
+    console.print(f"Samples: {samples}. Report: {output_dir / 'report.html'}")
     return records
 
 
