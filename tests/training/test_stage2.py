@@ -9,10 +9,10 @@ from torch.nn import functional
 from rtpurbo.models.sparsify import decoding_last, headwise_modules, running_dense
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.stage2 import backpropagate
+from rtpurbo.training.stage2 import autocast, backpropagate
 from rtpurbo.training.student import trainable, trained_weights
 from rtpurbo.training.teacher import teacher_targets
-from tests.tiny_models import VOCABULARY, sparse_model
+from tests.tiny_models import VOCABULARY, make_sparse, sparse_config, sparse_model, tiny_model
 
 SETTINGS = DistillationSettings(labels_per_sequence=30, lora_rank=2, top_logits=5, decode_rows=8)
 IDS = torch.randint(VOCABULARY, (60,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -33,7 +33,7 @@ def open_student(student):
     generator = torch.Generator().manual_seed(0)
     for name, weight in student.named_parameters():
         if "lora_B" in name:
-            weight.data.normal_(0, 0.1, generator=generator)
+            weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
     return trained_weights(student)
 
 
@@ -110,6 +110,34 @@ def test_layers_that_are_run_again_select_as_before():
     assert calls == [7] * 2 * len(headwise_modules(model))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 0}], ids=str)
+def test_on_a_gpu_long_sequences_have_the_gradients_of_plain_pytorch(changes):
+    """In half precision, layers run again, and what selects selects the same."""
+    model = tiny_model("qwen3", head_dim=32, max_position_embeddings=2048)
+    model = make_sparse(model, sparse_config(model, prefill_mode="dense", sliding_window=128))
+    model, settings = model.to("cuda", torch.bfloat16), replace(SETTINGS, **changes)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (1500,), generator=generator).tolist()
+    sequence = TrainingSequence(ids, 7)
+    with autocast(model):
+        targets = targets_of(model, sequence, settings)
+    found = {}
+    with trainable(model, settings, 0) as student:
+        weights = open_student(student)
+        for backend in ("auto", "eager"):
+            for module in headwise_modules(model):
+                module.backend = backend
+            result = backpropagate(model, 0, sequence, targets, settings)
+            of_all = [gradient.float().flatten() for gradient in gradients(weights).values()]
+            found[backend] = float(result.loss), torch.cat(of_all)
+            used = {module.used_backend for module in headwise_modules(model)}
+            assert used == {"flex" if backend == "auto" else "eager"}
+    (loss, gradient), (expected_loss, expected) = found["auto"], found["eager"]
+    assert loss == pytest.approx(expected_loss, rel=0.02)
+    assert float((gradient - expected).norm() / expected.norm()) < 0.1
 
 
 def test_the_model_comes_back_as_it_was():

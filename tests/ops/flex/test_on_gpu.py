@@ -58,16 +58,17 @@ def test_training_takes_it_where_kernels_have_no_gradients(num_selecting):
     assert chosen_backend("auto", short[0], *short[2:4], short[5], LONG) == "eager"
 
 
-def test_nothing_waits_and_nothing_is_as_large_as_a_mask():
-    problem = on_gpu(16384)
-    output_and_gradients(automatic, problem, (0, 3), 40, LONG)  # compiles
+@pytest.mark.parametrize("granularity", ["token", "block"])
+def test_nothing_waits_and_nothing_is_as_large_as_a_mask(granularity):
+    problem, rule = on_gpu(16384), replace(LONG, granularity=granularity)
+    output_and_gradients(automatic, problem, (0, 3), 40, rule)  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call = arguments(problem, (0, 3), 40)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output, _ = automatic(*call, LONG, scaling=problem.scaling)
+        output, _ = automatic(*call, rule, scaling=problem.scaling)
         output.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -97,9 +97,13 @@ def block_ids(key_positions: Tensor, block_size: int) -> Tensor:
     return key_positions.clamp(min=0) // block_size
 
 
-def sum_blocks(mass: Tensor, blocks: Tensor) -> Tensor:
-    """Mass of each block: [batch, heads, q_len, num_blocks] from [batch, heads, q_len, k_len]."""
-    num_blocks = int(blocks.max()) + 1 if blocks.numel() else 1
+def sum_blocks(mass: Tensor, blocks: Tensor, num_blocks: int | None = None) -> Tensor:
+    """Mass of each block: [batch, heads, q_len, num_blocks] from [batch, heads, q_len, k_len].
+
+    Their number, where it is known, saves a GPU from being waited for.
+    """
+    if num_blocks is None:
+        num_blocks = int(blocks.max()) + 1 if blocks.numel() else 1
     ids = blocks[:, None, None, :].expand(mass.shape)
     return mass.new_zeros(*mass.shape[:-1], num_blocks).scatter_add(-1, ids, mass)
 
@@ -111,7 +115,12 @@ def spread_blocks(chosen: Tensor, blocks: Tensor) -> Tensor:
 
 
 def select_for_rows(
-    rule: AttentionRule, logits: Tensor, near: Tensor, far: Tensor, key_positions: Tensor
+    rule: AttentionRule,
+    logits: Tensor,
+    near: Tensor,
+    far: Tensor,
+    key_positions: Tensor,
+    num_blocks: int | None = None,
 ) -> Tensor:
     """Far keys that each row reads, each row its own set: bool [batch, heads, q_len, k_len].
 
@@ -121,6 +130,7 @@ def select_for_rows(
         near: bool, broadcastable to the logits.
         far: likewise.
         key_positions: int64 [batch, k_len].
+        num_blocks: blocks up to the last position, where they are known.
     """
     if rule.top_p >= 1:
         return far.expand(logits.shape)
@@ -130,9 +140,10 @@ def select_for_rows(
     if rule.granularity == "token":
         return (smallest_set(candidates, target) | heaviest(far_shares, rule.min_tokens)) & far
     blocks = block_ids(key_positions, rule.block_size)
-    chosen = smallest_set(sum_blocks(candidates, blocks), target)
+    chosen = smallest_set(sum_blocks(candidates, blocks, num_blocks), target)
     floor = -(-rule.min_tokens // rule.block_size)
-    return spread_blocks(chosen | heaviest(sum_blocks(far_shares, blocks), floor), blocks) & far
+    chosen |= heaviest(sum_blocks(far_shares, blocks, num_blocks), floor)
+    return spread_blocks(chosen, blocks) & far
 
 
 def select_for_tiles(

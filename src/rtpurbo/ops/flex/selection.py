@@ -75,7 +75,9 @@ def selected_bits(
             partial(index_scores, index_queries[:, :, chunk], states.index_keys),
         )
         estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), near, far)
-        selected = select_for_rows(rule, estimate, near, far, states.positions)
+        # Keys lie in order, so their number tells how many blocks there are.
+        num_blocks = -(-length // rule.block_size)
+        selected = select_for_rows(rule, estimate, near, far, states.positions, num_blocks)
         if statistics is not None:
             statistics.add_rows(rows, selected)
         words[:, retrieval.heads, chunk] = packed_bits(selected, num_keys)
