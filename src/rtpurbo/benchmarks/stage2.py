@@ -35,7 +35,7 @@ ANSWER_TOKENS = SETTINGS.decode_rows
 CHECKED_TOKENS = 4096
 # Largest errors of loss and gradient against plain PyTorch, both in bf16 through all layers: what one
 # layer rounds differently, the selections of the next layers may turn on.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.02, 0.1
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 # Standard deviation of the half of a LoRA that begins at zero: so that both halves get gradients, and the
 # student differs from its teacher by far more than rounding, of which gradients would else consist.
 LORA_START = 0.05
