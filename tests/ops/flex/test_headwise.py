@@ -102,7 +102,7 @@ def test_states_of_several_types_meet_in_the_one_that_autocast_asks_for():
 
 
 def test_layers_of_a_length_share_what_is_compiled(monkeypatch, gradients_on_a_cpu):
-    """Whatever their heads, whatever the rows that select: two graphs, and two backward."""
+    """Whatever their heads, whatever the rows that select: one graph, and one backward."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(headwise._attend, backend=counter, dynamic=False, fullgraph=True)
     cases = [
@@ -125,7 +125,7 @@ def test_layers_of_a_length_share_what_is_compiled(monkeypatch, gradients_on_a_c
 
         found = output_and_gradients(again, problem, heads, num_selecting, rule)
         torch.testing.assert_close(found, expected)
-    assert counter.frame_count == 2
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow
@@ -161,8 +161,4 @@ def test_masks_are_truth_values():
     retrieves, windows = torch.tensor([True, False]), torch.tensor([3, 3], dtype=torch.int32)
     start, bits = torch.tensor(5, dtype=torch.int32), torch.zeros(1, 2, 8, 1, dtype=torch.int32)
     entry = [torch.tensor(number, dtype=torch.int32) for number in (0, 1, 7, 3)]
-    for mask in (
-        headwise._dense_mask(retrieves, windows, 2),
-        headwise._selecting_mask(retrieves, windows, 2, start, bits),
-    ):
-        assert mask(*entry).dtype == torch.bool
+    assert headwise._entries(retrieves, windows, 2, start, bits)(*entry).dtype == torch.bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.flex.blocks import block_mask, padded_length
-from rtpurbo.ops.flex.selection import selected_bits
+from rtpurbo.ops.flex.selection import BITS, selected_bits
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
 
 # How newer versions of PyTorch are asked for the log-sum-exp.
@@ -23,7 +23,7 @@ AuxRequest: Any = getattr(flex, "AuxRequest", None)
 HALF = (torch.float16, torch.bfloat16)
 # Shorter sequences are done before their kernels are compiled.
 WORTH_COMPILING = 1024
-# Shapes that are compiled for before PyTorch gives up: lengths, with and without rows that select.
+# Shapes that are compiled for before PyTorch gives up.
 MAX_SHAPES = 64
 
 # Room for rows that select comes in multiples of this, for the same reason as lengths do.
@@ -85,10 +85,11 @@ def _mask(
     padded: int,
 ) -> BlockMask:
     """The block mask of a layer over `padded` rows and keys."""
-    _, num_heads, length, _ = query_states.shape
+    batch, num_heads, length, _ = query_states.shape
     retrieves, windows = _of_heads(layout, rule, num_heads)
     if index_queries is None or not len(layout.retrieval):
-        first, mask = padded, _dense_mask(retrieves, windows, rule.num_sink_tokens)
+        first = padded
+        bits = _nothing_selected(batch, num_heads, padded // BITS, query_states.device)
     else:
         selecting = index_queries.shape[2]
         first = length - selecting
@@ -96,9 +97,8 @@ def _mask(
             query_states, query_positions, full, layout, index_queries, rule, scaling,
             -(-selecting // SELECTING_ROWS) * SELECTING_ROWS, padded, statistics,
         )  # fmt: skip
-        # A number in a tensor: as a plain one it would be compiled in. Filled, not copied, on the device.
-        start = torch.full((), first, dtype=torch.int32, device=query_states.device)
-        mask = _selecting_mask(retrieves, windows, rule.num_sink_tokens, start, bits)
+    # A number in a tensor: as a plain one it would be compiled in. Filled, not copied, on the device.
+    start = torch.full((), first, dtype=torch.int32, device=query_states.device)
     return block_mask(
         retrieves,
         padded,
@@ -106,24 +106,18 @@ def _mask(
         rule.num_sink_tokens,
         rule.sliding_window,
         rule.near_window,
-        mask,
+        _entries(retrieves, windows, rule.num_sink_tokens, start, bits),
     )
 
 
-def _dense_mask(retrieves: Tensor, windows: Tensor, num_sink_tokens: int) -> Mask:
-    """Retrieval heads see everything before, the others sinks and window."""
-
-    def mask(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        is_near = (row - column < windows[head]) | (column < num_sink_tokens)
-        return (column <= row) & (is_near | retrieves[head])
-
-    return mask
-
-
-def _selecting_mask(
+def _entries(
     retrieves: Tensor, windows: Tensor, num_sink_tokens: int, start: Tensor, bits: Tensor
 ) -> Mask:
-    """The same, but rows of retrieval heads from `start` on see what lies near and what they selected."""
+    """Who sees whom: local heads sinks and window, retrieval heads everything before them.
+
+    But rows of retrieval heads from `start` on see what lies near and what they selected. One function
+    for all layers, whether their rows select or not, so that one kernel is compiled for them.
+    """
     last = bits.shape[2] - 1
 
     def mask(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -134,6 +128,15 @@ def _selecting_mask(
         return (column <= row) & (is_near | (retrieves[head] & ((row < start) | is_selected)))
 
     return mask
+
+
+@lru_cache(maxsize=2)
+def _nothing_selected(batch: int, num_heads: int, num_words: int, device: torch.device) -> Tensor:
+    """Bits of rows that select nothing, shared by all layers in which none does."""
+    with torch.inference_mode(False):
+        return torch.zeros(
+            batch, num_heads, SELECTING_ROWS, num_words, dtype=torch.int32, device=device
+        )
 
 
 def _of_heads(layout: HeadLayout, rule: AttentionRule, num_heads: int) -> tuple[Tensor, Tensor]:
