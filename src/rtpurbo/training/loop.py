@@ -164,7 +164,9 @@ class StageLoop:
         done = step + 1
         speed = self._tokens_per_second()
         self.log.write(
-            {"stage": self.stage, "step": done, **figures}, tokens_per_second=speed, **self._fleeting
+            {"stage": self.stage, "step": done, **figures},
+            tokens_per_second=speed,
+            **self._fleeting,
         )
         self.checkpoint.save(
             done,
