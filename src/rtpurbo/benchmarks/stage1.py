@@ -12,6 +12,15 @@ from torch import Tensor
 from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, Measurement
+from rtpurbo.benchmarks.training import (
+    IMPLEMENTATIONS,
+    RATIO,
+    complaint,
+    facts,
+    figures,
+    random_tokens,
+    take_gradient,
+)
 from rtpurbo.benchmarks.watch import Watch
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
@@ -21,12 +30,8 @@ from rtpurbo.training.layerwise import train_as_layers_pass
 from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sequences import TrainingSequence
 
-IMPLEMENTATIONS = ("rtpurbo", "eager")
-RATIO = 0.15
 # What a first step does once, and whether it is right, is seen on so many tokens more than a window.
 WARM_UP_TOKENS = 4096
-# Largest errors of the kernels' loss and gradient against plain PyTorch, which rounds logits to half precision.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 
 
 class Stage1Case:
@@ -62,24 +67,11 @@ class Stage1Case:
 
     def facts(self, length: int) -> dict[str, Any]:
         """Fields of a record."""
-        config = self.model.config
-        return {
-            "phase": "stage1",
-            "context_length": length,
-            "batch_size": 1,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "num_retrieval_heads": self.head_map.num_retrieval_heads,
-            "head_dim": config.head_dim,
-            "sliding_window": self.rule.sliding_window,
-            "density": 1.0,
-            "model": f"{self.geometry}, {config.num_hidden_layers} layers",
-        }
+        return facts("stage1", self.geometry, self.model, self.head_map, self.rule, length)
 
     def sequences(self, length: int, documents: int) -> list[TrainingSequence]:
         """Random tokens, equally divided among documents."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.model.config.vocab_size, (length,), generator=generator)
+        ids = random_tokens(self.model, length)
         return [TrainingSequence(part.tolist()) for part in ids.tensor_split(documents)]
 
     def learn(
@@ -108,11 +100,7 @@ class Stage1Case:
     ) -> tuple[Tensor, Tensor]:
         """Of some rows: losses, and the gradients of all weights in one vector."""
         losses = self.learn(sequences, backend, rows)
-        gradient = torch.cat(
-            [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        return losses, gradient
+        return losses, take_gradient(self.weights, self.optimizer)
 
 
 def bench_stage1(
@@ -176,27 +164,16 @@ def _check(case: Stage1Case, call: Callable[[], Any]) -> str | None:
     """Holds loss and gradient of some rows of a short sequence against plain PyTorch."""
     short = case.sequences(case.rule.sliding_window + WARM_UP_TOKENS, 1)
     backend = call.args[1] if isinstance(call, partial) else "auto"
-    losses, gradient = case.losses_and_gradient(short, backend, 256)
-    expected, expected_gradient = case.losses_and_gradient(short, "eager", 256)
-    if not bool(losses.isfinite().all() and gradient.isfinite().all()):
-        return "its loss or gradient is not finite"
-    loss_error = float(((losses - expected).abs() / expected.abs()).max())
-    gradient_error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
-    if loss_error > LOSS_TOLERANCE:
-        return f"its loss is off by {loss_error:.2%}"
-    if gradient_error > GRADIENT_TOLERANCE:
-        return f"its gradient is off by {gradient_error:.2%}"
-    return None
+    found = case.losses_and_gradient(short, backend, 256)
+    return complaint(found, case.losses_and_gradient(short, "eager", 256))
 
 
 def _figures(session: Session, case: Stage1Case, length: int, found: Measurement) -> dict[str, Any]:
     """What a record of training says besides."""
     whole, loss = case.watch.milliseconds()
     session.tell(f"  of which the loss: {loss:.4g} ms, {loss / whole:.1%}")
-    peak = found.peak_memory_bytes
     return {
-        "tokens_per_second": round(1000 * length / found.milliseconds, 1),
-        "peak_memory_gib": None if peak is None else round(peak / 2**30, 2),
+        **figures(length, found),
         "loss_milliseconds": round(loss, 3),
         "loss_share": round(loss / whole, 4),
     }

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
 from rtpurbo.benchmarks.session import Entry, Session, release
-from rtpurbo.benchmarks.timing import Call, Measurement
+from rtpurbo.benchmarks.timing import Call
+from rtpurbo.benchmarks.training import (
+    IMPLEMENTATIONS,
+    RATIO,
+    complaint,
+    facts,
+    figures,
+    random_tokens,
+    take_gradient,
+)
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import headwise_modules, running_dense, sparsify
@@ -26,16 +35,11 @@ from rtpurbo.training.stage2 import MAX_GRADIENT_NORM, autocast, backpropagate
 from rtpurbo.training.student import trainable, trained_weights
 from rtpurbo.training.teacher import TeacherTargets, teacher_targets
 
-IMPLEMENTATIONS = ("rtpurbo", "eager")
-RATIO = 0.15
 SETTINGS = DistillationSettings()
 # As many rows select as may: those of an answer.
 ANSWER_TOKENS = SETTINGS.decode_rows
 # Whether a step is right is seen on so many tokens more than a window.
 CHECKED_TOKENS = 4096
-# Largest errors of loss and gradient against plain PyTorch, both in bf16 through all layers: what one
-# layer rounds differently, the selections of the next layers may turn on.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 # Standard deviation of the half of a LoRA that begins at zero: so that both halves get gradients, and the
 # student differs from its teacher by far more than rounding, of which gradients would else consist.
 LORA_START = 0.05
@@ -77,24 +81,11 @@ class Stage2Case:
 
     def facts(self, length: int) -> dict[str, Any]:
         """Fields of a record."""
-        config = self.model.config
-        return {
-            "phase": "stage2",
-            "context_length": length,
-            "batch_size": 1,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "num_retrieval_heads": self.head_map.num_retrieval_heads,
-            "head_dim": config.head_dim,
-            "sliding_window": self.rule.sliding_window,
-            "density": 1.0,
-            "model": f"{self.geometry}, {config.num_hidden_layers} layers",
-        }
+        return facts("stage2", self.geometry, self.model, self.head_map, self.rule, length)
 
     def sequence(self, length: int) -> tuple[TrainingSequence, TeacherTargets]:
         """Random tokens, the last of which are an answer, and what the dense model says about them."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.model.config.vocab_size, (length,), generator=generator)
+        ids = random_tokens(self.model, length)
         sequence = TrainingSequence(ids.tolist(), min(ANSWER_TOKENS, length // 2))
         assert isinstance(self.student, PeftModel)
         with self.student.disable_adapter(), running_dense(self.model), autocast(self.model):
@@ -119,11 +110,7 @@ class Stage2Case:
     ) -> tuple[Tensor, Tensor]:
         """The loss, and the gradients of all weights in one vector."""
         loss = self.learn(sequence, targets, backend)
-        gradient = torch.cat(
-            [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, gradient
+        return loss, take_gradient(self.weights, self.optimizer)
 
 
 def bench_stage2(
@@ -171,7 +158,7 @@ def bench_stage2(
                     partial(_check, case, backend) if is_ours else None,
                     is_ours=is_ours,
                     note=f"LoRA of rank {SETTINGS.lora_rank}",
-                    figures=partial(_figures, length),
+                    figures=partial(figures, length),
                 )
                 session.run(entry)
                 release(session.device)
@@ -188,23 +175,5 @@ def _prepare(case: Stage2Case, length: int, backend: str) -> Call:
 def _check(case: Stage2Case, backend: str, call: Callable[[], Any]) -> str | None:
     """Holds loss and gradient of a short sequence against plain PyTorch."""
     sequence, targets = case.sequence(case.rule.sliding_window + CHECKED_TOKENS)
-    loss, gradient = case.loss_and_gradient(sequence, targets, backend)
-    expected, expected_gradient = case.loss_and_gradient(sequence, targets, "eager")
-    if not bool(loss.isfinite() and gradient.isfinite().all()):
-        return "its loss or gradient is not finite"
-    loss_error = float((loss - expected).abs() / expected.abs())
-    gradient_error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
-    if loss_error > LOSS_TOLERANCE:
-        return f"its loss is off by {loss_error:.2%}"
-    if gradient_error > GRADIENT_TOLERANCE:
-        return f"its gradient is off by {gradient_error:.2%}"
-    return None
-
-
-def _figures(length: int, found: Measurement) -> dict[str, Any]:
-    """What a record of training says besides."""
-    peak = found.peak_memory_bytes
-    return {
-        "tokens_per_second": round(1000 * length / found.milliseconds, 1),
-        "peak_memory_gib": None if peak is None else round(peak / 2**30, 2),
-    }
+    found = case.loss_and_gradient(sequence, targets, backend)
+    return complaint(found, case.loss_and_gradient(sequence, targets, "eager"))
