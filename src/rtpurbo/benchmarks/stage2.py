@@ -38,8 +38,10 @@ from rtpurbo.training.teacher import TeacherTargets, teacher_targets
 SETTINGS = DistillationSettings()
 # As many rows select as may: those of an answer.
 ANSWER_TOKENS = SETTINGS.decode_rows
-# Whether a step is right is seen on so many tokens more than a window.
+# Whether a step is right is seen on so many tokens more than a window, and on so many layers: what half
+# precision rounds adds up from layer to layer, and what is wrong is so in each.
 CHECKED_TOKENS = 4096
+CHECKED_LAYERS = 4
 # Standard deviation of the half of a LoRA that begins at zero: so that both halves get gradients, and the
 # student differs from its teacher by far more than rounding, of which gradients would else consist.
 LORA_START = 0.05
@@ -144,6 +146,7 @@ def bench_stage2(
         )
     session.tell(f"{geometry}: making random weights")
     case = Stage2Case(geometry, rule, dtype, session.device, layers)
+    fewer = CHECKED_LAYERS if layers is None else min(layers, CHECKED_LAYERS)
     compiled = "flex" if session.device.type == "cuda" else "auto"
     with case.opened:
         for length in sorted(lengths):
@@ -155,7 +158,9 @@ def bench_stage2(
                     name,
                     {"": partial(_prepare, case, length, backend)},
                     case.facts(length),
-                    partial(_check, case, backend) if is_ours else None,
+                    partial(_check, geometry, rule, dtype, session.device, fewer, backend)
+                    if is_ours
+                    else None,
                     is_ours=is_ours,
                     note=f"LoRA of rank {SETTINGS.lora_rank}",
                     figures=partial(figures, length),
@@ -172,8 +177,18 @@ def _prepare(case: Stage2Case, length: int, backend: str) -> Call:
     return partial(case.step, sequence, targets, backend)
 
 
-def _check(case: Stage2Case, backend: str, call: Callable[[], Any]) -> str | None:
-    """Holds loss and gradient of a short sequence against plain PyTorch."""
-    sequence, targets = case.sequence(case.rule.sliding_window + CHECKED_TOKENS)
-    found = case.loss_and_gradient(sequence, targets, backend)
-    return complaint(found, case.loss_and_gradient(sequence, targets, "eager"))
+def _check(
+    geometry: str,
+    rule: AttentionRule,
+    dtype: torch.dtype,
+    device: torch.device,
+    layers: int,
+    backend: str,
+    call: Callable[[], Any],
+) -> str | None:
+    """Holds loss and gradient of a few layers and a short sequence against plain PyTorch."""
+    case = Stage2Case(geometry, rule, dtype, device, layers)
+    with case.opened:
+        sequence, targets = case.sequence(rule.sliding_window + CHECKED_TOKENS)
+        found = case.loss_and_gradient(sequence, targets, backend)
+        return complaint(found, case.loss_and_gradient(sequence, targets, "eager"))
