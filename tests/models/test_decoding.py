@@ -517,20 +517,26 @@ def test_graphs_say_what_their_steps_say(family, options, batch, gpu_batch, monk
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", BATCHES)
-def test_graphs_say_what_steps_as_usual_say(batch, gpu_batch):
+def test_graphs_are_as_exact_as_steps_as_usual(batch, gpu_batch):
     model, (ids, mask) = gpu_model(), gpu_batch(BATCHES[batch], 200)
-    logits = []
     # All that is far is selected, and has mass: a key at the edge may fall to either side.
     for module in headwise_modules(model):
         module.indexer.query_weight.data.mul_(0.005)
+    steps = [1] * 60 + [9] + [1] * 107
+    logits = []
     with using_rule(model, min_tokens=ids.shape[1]):
         for graphs in (True, False):
             model.rtpurbo_graphs = graphs
             cache = HeadwiseCache(model)
-            steps = [1] * 60 + [9] + [1] * 107
-            logits.append(decoded(model, ids, mask, cache, steps))
+            logits.append(decoded(model, ids, mask, cache, steps).float())
             assert cache.is_static == graphs
-    assert_same_logits(logits[0].float(), logits[1].float(), mask, tolerance=0.05)
+        exact = decoded(model.float(), ids, mask, HeadwiseCache(model), steps)
+    real = mask[:, -exact.shape[1] :].bool()
+    # Half precision alone moves logits of these random weights by several percent at places.
+    by_graphs, as_usual = ((found - exact)[real] for found in logits)
+    assert as_usual.norm() < 0.1 * exact[real].norm()
+    assert by_graphs.norm() < 1.2 * as_usual.norm()
+    assert by_graphs.abs().max() < 2 * as_usual.abs().max()
 
 
 @pytest.mark.gpu
