@@ -1,0 +1,149 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.serving.vllm.layout import (
+    MAX_BOUNDED_GROUPS,
+    TokenBytes,
+    dense_capacity,
+    heads_of_rank,
+    plan_cache,
+)
+
+HEAD_DIM, BYTES = 64, 2
+ARTIFACT = Path(__file__).parents[3] / "artifacts" / "smollm2-135m-instruct"
+
+
+def config_of(layers, heads=8, key_value_heads=4, window=256, sinks=4, **rule):
+    head_map = HeadMap(tuple(map(tuple, layers)), heads, key_value_heads)
+    return RTPurboConfig(
+        head_map, AttentionRule(sliding_window=window, num_sink_tokens=sinks, **rule)
+    )
+
+
+head_maps = st.lists(
+    st.lists(st.integers(0, 7), unique=True, max_size=8).map(sorted), min_size=1, max_size=12
+)
+lengths = st.integers(1, 40_000)
+
+
+def plan_of(config, tokens=8192, in_flight=512, **options):
+    return plan_cache(
+        config,
+        TokenBytes.of(config, HEAD_DIM, BYTES),
+        tokens=tokens,
+        in_flight=in_flight,
+        **options,
+    )
+
+
+@settings(deadline=None)
+@given(head_maps, st.integers(64, 9000), st.sampled_from([1, 2, 4]))
+def test_every_head_of_every_rank_has_room(layers, window, world_size):
+    config = config_of(layers, window=window)
+    token_bytes = TokenBytes.of(config, HEAD_DIM, BYTES)
+    plan = plan_of(config, world_size=world_size)
+    assert len(plan.bounded) <= MAX_BOUNDED_GROUPS
+    placed = [layer for group in plan.bounded for layer in group.layers]
+    assert len(placed) == len(set(placed))
+    for rank in range(world_size):
+        heads = heads_of_rank(config.head_map, rank, world_size)
+        for layer, of_layer in enumerate(heads):
+            if of_layer.num_full:
+                assert layer in plan.full.layers
+            if of_layer.num_bounded:
+                assert layer in placed
+        if plan.full:
+            needed = sum(token_bytes.full(heads[layer]) for layer in plan.full.layers)
+            assert plan.full.token_bytes >= needed
+        for group in plan.bounded:
+            needed = sum(token_bytes.bounded(heads[layer]) for layer in group.layers)
+            assert group.token_bytes >= needed
+    assert all(group.page_bytes <= plan.block_bytes for group in plan.groups)
+    # Parts of a block are aligned to 16 bytes, as kernels load them.
+    assert plan.block_bytes % 16 == 0
+
+
+@settings(deadline=None)
+@given(head_maps, lengths, st.integers(16, 8192))
+def test_never_worse_than_one_group_of_small_blocks(layers, tokens, in_flight):
+    config = config_of(layers)
+    token_bytes = TokenBytes.of(config, HEAD_DIM, BYTES)
+    heads = heads_of_rank(config.head_map)
+    full = sum(map(token_bytes.full, heads))
+    bounded = sum(map(token_bytes.bounded, heads))
+    pages = -(-tokens // 16)
+    held = min(pages, -(-min(255 + in_flight, tokens) // 16) + 2)
+    naive = max(full, bounded) * 16 * (pages * (full > 0) + held * (bounded > 0))
+    plan = plan_of(config, tokens, in_flight)
+    assert plan.request_bytes(tokens, in_flight) <= naive
+
+
+@settings(deadline=None)
+@given(head_maps, lengths)
+def test_a_request_has_room_for_what_it_must_hold(layers, tokens):
+    config = config_of(layers)
+    token_bytes = TokenBytes.of(config, HEAD_DIM, BYTES)
+    plan = plan_of(config)
+    heads = heads_of_rank(config.head_map)
+    rule = config.attention
+    near = min(tokens, rule.sliding_window + rule.num_sink_tokens)
+    needed = sum(
+        token_bytes.full(layer) * tokens + token_bytes.bounded(layer) * near for layer in heads
+    )
+    assert plan.request_bytes(tokens, 512) >= needed
+
+
+def test_blocks_of_a_request_by_hand():
+    # 6 layers, one of them with two full KV heads: blocks of 16 and one bounded group.
+    config = config_of([[0, 2], [], [], [], [], []], window=64)
+    plan = plan_of(config, tokens=512, in_flight=64)
+    full, bounded = plan.full, plan.bounded
+    assert full.token_bytes == 2 * 2 * HEAD_DIM * BYTES + 2 * 16 * BYTES
+    assert sum(group.token_bytes for group in bounded) == 22 * 2 * HEAD_DIM * BYTES
+    expected = -(-512 // full.block_size)
+    for group in bounded:
+        expected += -(-(63 + 64) // group.block_size) + 1 + 1
+    assert plan.blocks_per_request(512, 64) == expected
+    assert plan.capacity(100 * plan.block_bytes, 512, 64) == int(100 / expected * 512)
+
+
+def test_without_retrieval_heads_and_with_nothing_else():
+    all_local, all_full = plan_of(config_of([[], []])), plan_of(config_of([range(8), range(8)]))
+    assert all_local.full is None
+    assert len(all_local.bounded) >= 1
+    assert all_full.bounded == ()
+    assert all_full.full.block_size == 16
+    assert plan_of(config_of([range(8)]), lone_block_size=128).full.block_size == 128
+
+
+def test_float8_index_keys_take_half_the_room():
+    both = [config_of([[0]], index_storage=kind) for kind in ("model", "float8")]
+    half, quarter = (TokenBytes.of(config, HEAD_DIM, BYTES).index for config in both)
+    assert half == 2 * quarter
+
+
+def test_uneven_ranks_share_the_larger_size():
+    plan = plan_of(config_of([[0, 1, 2, 3], [4]]), world_size=2)
+    index = 16 * BYTES
+    assert plan.full.token_bytes == 2 * 2 * HEAD_DIM * BYTES + 4 * index
+
+
+@pytest.mark.parametrize("world_size", [3, 8])
+def test_refuses_heads_that_cannot_be_divided(world_size):
+    with pytest.raises(RTPurboError, match="cannot be divided among"):
+        plan_of(config_of([[0]]), world_size=world_size)
+
+
+def test_holds_more_than_the_dense_model():
+    data = json.loads((ARTIFACT / "rtpurbo_config.json").read_text())
+    config = RTPurboConfig.from_dict(data["config"])
+    token_bytes = TokenBytes.of(config, 64, 4)
+    plan = plan_cache(config, token_bytes, tokens=8192, in_flight=512)
+    ratio = plan.capacity(2**30, 8192, 512) / dense_capacity(config, token_bytes, 2**30)
+    assert ratio > 2
