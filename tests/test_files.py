@@ -6,6 +6,7 @@ import stat
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import (
@@ -122,6 +123,12 @@ def test_a_full_disk_is_named_and_leaves_what_there_was(tmp_path, error):
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(OSError, match="other"), whole_file(file):
         raise OSError(errno.EACCES, "other")
+
+
+def test_no_tensors_are_a_file_too(tmp_path):
+    # A model without retrieval heads has no indexers.
+    save_tensors_atomically(tmp_path / "none.safetensors", {})
+    assert load_file(tmp_path / "none.safetensors") == {}
 
 
 def test_a_place_taken_meanwhile_is_not_overwritten(tmp_path):

@@ -26,10 +26,10 @@ from tests.tiny_tokenizer import tiny_tokenizer
 CONTEXT = 1024
 
 
-def save_tiny_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A Llama of two layers that knows the tiny tokenizer's tokens."""
+def save_tiny_base(folder: Path, seed: int = 0, family: str = "llama", **changes: Any) -> Path:
+    """A model of two or three layers that knows the tiny tokenizer's tokens."""
     changes = {"vocab_size": 512, "max_position_embeddings": CONTEXT} | changes
-    tiny_model("llama", seed, **changes).save_pretrained(folder)
+    tiny_model(family, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

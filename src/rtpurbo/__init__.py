@@ -18,6 +18,7 @@ _HOMES = {
     "train_indexers": "rtpurbo.training.stage1",
     "distill": "rtpurbo.training.stage2",
     "evaluate": "rtpurbo.evaluation.run",
+    "export": "rtpurbo.serving.export",
     "HeadwiseCache": "rtpurbo.models.cache",
     "RTPurboConfig": "rtpurbo.config",
     "AttentionRule": "rtpurbo.config",

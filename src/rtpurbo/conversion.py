@@ -16,13 +16,7 @@ from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.job import Job
-from rtpurbo.models.artifact import (
-    INDEXER_FILE,
-    ArtifactConfig,
-    find_artifact,
-    load_base,
-    read_tensors,
-)
+from rtpurbo.models.artifact import ArtifactConfig, find_artifact, load_base, read_indexers
 from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.sparsify import load_indexers, sparsify
 from rtpurbo.settings import (
@@ -172,7 +166,7 @@ def distill_artifact(
     """Stage 2 alone: adds it, and the refresh, to an artifact that has a trained indexer."""
     folder = find_artifact(artifact)
     config = ArtifactConfig.read(folder).config
-    indexers = read_tensors(folder / INDEXER_FILE)
+    indexers = read_indexers(folder)
     with _job(
         output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
     ) as job:

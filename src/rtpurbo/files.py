@@ -98,7 +98,8 @@ def save_tensors_atomically(
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        # With empty metadata and no tensors it writes a header that it cannot read.
+        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
         # safetensors lets nobody else read what it writes; an artifact is made to be shared.
         temporary.chmod(0o644)
 

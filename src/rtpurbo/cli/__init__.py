@@ -16,6 +16,7 @@ from rtpurbo.cli.convert import convert
 from rtpurbo.cli.demo import demo
 from rtpurbo.cli.distill import distill
 from rtpurbo.cli.evaluate import evaluate
+from rtpurbo.cli.export import export
 from rtpurbo.cli.generate import generate
 from rtpurbo.cli.inspect import inspect
 from rtpurbo.cli.push import push
@@ -78,6 +79,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "report": report,
         "push": push,
     },
+    "Serve it": {"export": export},
     "The steps of a conversion, one by one": {
         "calibrate": calibrate,
         "train-indexer": train_indexer,

@@ -32,7 +32,12 @@ FULL_WEIGHTS_FILE = "stage2_weights.safetensors"
 LOG_FILE = "training_log.jsonl"
 CARD_FILE = "README.md"
 
-Stage2Kind = Literal["none", "lora", "full"]
+CHECKPOINT_CONFIG_FILE = "config.json"
+CHECKPOINT_KEY = "rtpurbo"
+"""Where the configuration stands in a checkpoint for vLLM: this entry of this file."""
+
+Stage2Kind = Literal["none", "lora", "full", "merged"]
+"""`merged`: the folder is an export, a whole model whose weights hold stage 2 already."""
 
 
 @dataclass
@@ -61,27 +66,51 @@ class ArtifactConfig:
             folder / CONFIG_FILE,
             {
                 "format_version": FORMAT_VERSION,
-                "library_version": self.library_version,
-                "base_model": asdict(self.base),
-                "stage2": self.stage2,
+                **self._origin(),
                 "config": self.config.to_dict(),
-                "settings": self.settings,
-                "figures": self.figures,
             },
         )
 
+    def checkpoint_entry(self) -> dict[str, Any]:
+        """The same as an entry of a checkpoint's own configuration, for engines to read.
+
+        What an engine needs is on the first level: `format_version` and what
+        `RTPurboConfig.to_dict` gives.
+        """
+        return {
+            "format_version": FORMAT_VERSION,
+            **self.config.to_dict(),
+            "origin": self._origin(),
+        }
+
+    def _origin(self) -> dict[str, Any]:
+        return {
+            "library_version": self.library_version,
+            "base_model": asdict(self.base),
+            "stage2": self.stage2,
+            "settings": self.settings,
+            "figures": self.figures,
+        }
+
     @classmethod
     def read(cls, folder: Path) -> ArtifactConfig:
-        """Reads the file in `folder`.
+        """Reads the file in `folder`, which is an artifact or an export.
 
         Raises:
             RTPurboError: it is missing, broken, or of a newer format.
         """
         path = folder / CONFIG_FILE
+        in_checkpoint = not path.is_file() and is_checkpoint(folder)
+        if in_checkpoint:
+            path = folder / CHECKPOINT_CONFIG_FILE
         if not path.is_file():
             raise RTPurboError(f"{folder} is not an rtpurbo artifact: it has no {CONFIG_FILE}.")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            if in_checkpoint:
+                entry = data[CHECKPOINT_KEY]
+                data = {"format_version": entry["format_version"], "config": entry}
+                data |= entry["origin"]
             version = int(data["format_version"])
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise RTPurboError(
@@ -105,6 +134,15 @@ class ArtifactConfig:
             raise RTPurboError(
                 f"{path} lacks or misspells a field ({error}); convert again."
             ) from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is an export for vLLM, whose config.json holds what an artifact's would."""
+    try:
+        data = json.loads((folder / CHECKPOINT_CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and isinstance(data.get(CHECKPOINT_KEY), dict)
 
 
 def find_artifact(path_or_name: str | Path) -> Path:
@@ -141,23 +179,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def checkpoint_name(name: str) -> str:
+    """What a checkpoint for vLLM calls an indexer's weight: `model.layers.3.self_attn.indexer...`."""
+    return "model." + name.replace(".indexer.", ".self_attn.indexer.")
+
+
+def read_indexers(folder: Path, *, before_stage2: bool = False) -> dict[str, Tensor]:
+    """The indexers' weights of an artifact or an export, as `load_indexers` takes them.
+
+    Args:
+        folder: the artifact's or the export's.
+        before_stage2: those that stage 1 trained, where the artifact keeps them.
+
+    Raises:
+        RTPurboError: their file is missing, corrupt or truncated.
+    """
+    before = before_stage2 and (folder / INDEXER_BEFORE_STAGE2_FILE).is_file()
+    weights = read_tensors(folder / (INDEXER_BEFORE_STAGE2_FILE if before else INDEXER_FILE))
+    return {
+        name.removeprefix("model.").replace(".self_attn.indexer.", ".indexer."): weight
+        for name, weight in weights.items()
+    }
+
+
 def load(
     path_or_name: str | Path,
     *,
     base_model: str | None = None,
     stage2: bool = True,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a sparse model: a transformers model whose `generate()` works, with its tokenizer.
 
     Args:
-        path_or_name: an artifact's folder, or its name on the Hugging Face Hub.
+        path_or_name: an artifact's folder, or its name on the Hugging Face Hub; or the folder of
+            an export, which needs no base model.
         base_model: where to take the base model from, if not from where the artifact says; its
             weights must be the same.
         stage2: False leaves the weights of stage 2 out and takes the indexers trained before it.
         device: where to put the model.
-        dtype: of the weights.
+        dtype: of the weights; "auto" is the type that the base model is stored in.
 
     Returns:
         The model in eval mode and its tokenizer.
@@ -168,13 +230,19 @@ def load(
     """
     folder = find_artifact(path_or_name)
     artifact = ArtifactConfig.read(folder)
-    with_stage2 = stage2 and artifact.stage2 != "none"
-    before = not stage2 and (folder / INDEXER_BEFORE_STAGE2_FILE).is_file()
-    indexers = read_tensors(folder / (INDEXER_BEFORE_STAGE2_FILE if before else INDEXER_FILE))
+    if artifact.stage2 == "merged" and not stage2:
+        raise RTPurboError(
+            f"{folder} is an export: its weights hold stage 2 and cannot do without it; load the "
+            "artifact that it was made from."
+        )
+    indexers = read_indexers(folder, before_stage2=not stage2)
 
-    base = load_base(folder, base_model=base_model, device=device, dtype=dtype)
+    if artifact.stage2 == "merged":
+        base = load_base_model(str(folder), device=device, dtype=dtype)
+    else:
+        base = load_base(folder, base_model=base_model, device=device, dtype=dtype)
     model = base.model
-    if with_stage2:
+    if stage2 and artifact.stage2 in ("lora", "full"):
         model = apply_stage2(model, folder, artifact.stage2)
     sparsify(model, artifact.config)
     load_indexers(model, indexers)
@@ -186,7 +254,7 @@ def load_base(
     *,
     base_model: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> BaseModel:
     """Loads the dense model that the artifact in `folder` was made for, as `load` does."""
     expected = ArtifactConfig.read(folder).base

@@ -85,7 +85,7 @@ def load_base_model(
     *,
     revision: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> BaseModel:
     """Loads a dense causal language model with its tokenizer.
 
@@ -94,7 +94,7 @@ def load_base_model(
             `DEFAULT_MODEL`, or `WHEEL_MODEL` where the Hub is out of reach.
         revision: a branch, tag or commit on the Hub.
         device: where to put the model.
-        dtype: the type of the weights.
+        dtype: the type of the weights; "auto" is the one that they are stored in.
 
     Raises:
         RTPurboError: there is no such model, it cannot be fetched, it is damaged, its architecture
@@ -211,13 +211,17 @@ def _check_architecture(name: str, **options: Any) -> None:
 
 
 def _load_pretrained(
-    name: str, dtype: torch.dtype, *, quantization: Any = None, **options: Any
+    name: str,
+    dtype: torch.dtype | Literal["auto"],
+    *,
+    quantization: Any = None,
+    **options: Any,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer with transformers, with its errors in one sentence.
 
     Args:
         name: a folder or a name on the Hub.
-        dtype: the type of the weights.
+        dtype: the type of the weights, or "auto".
         quantization: how to read a model that is quantised, only where that must be said.
         options: where to look, for the model and for the tokenizer.
     """
@@ -251,13 +255,15 @@ def _load_pretrained(
 
 
 def _load_wheel_model(
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Loads `WHEEL_MODEL` from the cache, which it fills first where that is needed.
 
     Decoding the quantised file takes long, so a decoded copy is kept beside it. It is float32:
     the decoded values (scale times 4 bits plus an offset) fit into no shorter type.
     """
+    if dtype == "auto":
+        dtype = torch.float32
     folder = _cache_folder() / WHEEL_MODEL.removeprefix("wheel:")
     decoded, origin = folder / "decoded", folder / "decoded" / "origin.json"
     if origin.is_file():

@@ -9,6 +9,7 @@ _STAGE2: dict[Stage2Kind, str] = {
     "none": "none: the weights of the base model",
     "lora": "LoRA, merged when the model is loaded",
     "full": "full weights",
+    "merged": "merged into the weights of this export",
 }
 
 

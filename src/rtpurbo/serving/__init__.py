@@ -1,0 +1,1 @@
+"""Hands a sparse model over to engines that serve it."""

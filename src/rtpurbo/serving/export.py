@@ -1,0 +1,219 @@
+"""Writes a sparse model as a folder that needs neither its base model nor a LoRA."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rtpurbo.config import check_choice
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import (
+    check_output_folder,
+    save_tensors_atomically,
+    whole_folder,
+    write_json_atomically,
+)
+from rtpurbo.models.artifact import (
+    CHECKPOINT_CONFIG_FILE,
+    CHECKPOINT_KEY,
+    INDEXER_FILE,
+    LOG_FILE,
+    ArtifactConfig,
+    checkpoint_name,
+    find_artifact,
+    load,
+    read_indexers,
+)
+from rtpurbo.models.sparsify import restore
+from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
+
+Target = Literal["vllm", "rtp-llm", "transformers"]
+
+VLLM_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+"""Dense architectures whose sparse versions run on vLLM."""
+
+VLLM_PREFIX = "RTPurbo"
+"""Put before the name of the dense architecture: `RTPurboLlamaForCausalLM`."""
+
+HEADWISE_FILE = "headwise_config.json"
+
+_SHARD_SIZE = "5GB"
+_SHARD_INDEX_FILE = "model.safetensors.index.json"
+# Where another export left its mark in a model's configuration.
+_OWN_ENTRIES = (CHECKPOINT_KEY, "rswa_window", ENTRY)
+
+
+def export(
+    artifact: str | Path,
+    destination: str | Path,
+    target: Target,
+    *,
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+    head_map_only: bool = False,
+    sequence_threshold: int = SEQUENCE_THRESHOLD,
+    max_shard_size: str = _SHARD_SIZE,
+    force: bool = False,
+) -> Path:
+    """Writes a standalone folder for an engine, whole or not at all.
+
+    Stage 2 is merged into the weights, and tokenizer, chat template and generation settings come
+    along. What else the folder holds depends on the target:
+
+    - `vllm`: a checkpoint for rtpurbo's vLLM plugin. Its config.json names the architecture
+      `RTPurbo...` and holds head map and rule under `rtpurbo`; the indexers are part of the
+      weights, as `model.layers.N.self_attn.indexer.query_weight` and `key_weight`.
+    - `rtp-llm`: a dense checkpoint whose config.json has RTP-LLM's `headwise_config`.
+    - `transformers`: an artifact with weights of its own. transformers alone sees a dense model.
+
+    `rtpurbo.load` reads the folders for `vllm` and `transformers` too.
+
+    Args:
+        artifact: an artifact's folder or its name on the Hub; an export can be exported again.
+        destination: the folder to make.
+        target: who is to read it.
+        dtype: of the weights; None keeps the type that the base model is stored in. Indexers stay
+            in float32.
+        base_model: where to take the base model from, if not from where the artifact says.
+        head_map_only: for `rtp-llm`, writes `headwise_config.json` without any weights, to be
+            merged into the config.json of a model that is there already.
+        sequence_threshold: for `rtp-llm`, prompts of fewer tokens are read dense.
+        max_shard_size: weights above this size are divided into several files.
+        force: replace `destination` if it exists.
+
+    Returns:
+        `destination`.
+
+    Raises:
+        RTPurboError: the artifact or its base model cannot be loaded, the target cannot run it, or
+            `destination` cannot be written.
+    """
+    check_choice("target", target, Target)
+    destination = Path(destination)
+    check_output_folder(destination, force)
+    folder = find_artifact(artifact)
+    config = ArtifactConfig.read(folder)
+    if target == "vllm":
+        check_runs_on_vllm(config)
+    if head_map_only:
+        if target != "rtp-llm":
+            raise RTPurboError("only an export for rtp-llm can do without weights.")
+        headwise = {ENTRY: headwise_config(config.config, sequence_threshold)}
+        with whole_folder(destination, force) as new:
+            write_json_atomically(new / HEADWISE_FILE, headwise)
+        return destination
+
+    model, tokenizer = load(folder, base_model=base_model, dtype=dtype or "auto")
+    indexers = read_indexers(folder)
+    # With settings that the model decides, such as wavelengths, as they were resolved for it.
+    merged = replace(config, config=model.rtpurbo_config, stage2="merged")
+    restore(model)
+    _refuse_quantised_weights(model)
+    with whole_folder(destination, force) as new:
+        _save_dense(model, tokenizer, new, max_shard_size)
+        if target == "rtp-llm":
+            headwise = {ENTRY: headwise_config(merged.config, sequence_threshold)}
+            _change_config(new, headwise)
+        else:
+            _save_sparse(merged, indexers, new, target)
+            if (folder / LOG_FILE).is_file():
+                shutil.copyfile(folder / LOG_FILE, new / LOG_FILE)
+        for file in new.iterdir():
+            # safetensors lets nobody else read what it writes; a server may be somebody else.
+            file.chmod(0o644)
+    return destination
+
+
+def check_runs_on_vllm(artifact: ArtifactConfig) -> None:
+    """Refuses what rtpurbo's vLLM plugin cannot run.
+
+    Raises:
+        RTPurboError: the architecture is not supported there, or some layers have windows of their
+            own.
+    """
+    architecture = artifact.base.architecture
+    if architecture not in VLLM_ARCHITECTURES:
+        raise RTPurboError(
+            f"{architecture} does not run on vLLM with rtpurbo, only "
+            f"{', '.join(VLLM_ARCHITECTURES)} do: serve it with transformers "
+            "(--to transformers)."
+        )
+    if None in artifact.config.head_map.retrieval_heads:
+        raise RTPurboError(
+            "models of which some layers had a sliding window before conversion do not run on vLLM "
+            "with rtpurbo: serve it with transformers (--to transformers)."
+        )
+
+
+def _refuse_quantised_weights(model: PreTrainedModel) -> None:
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise RTPurboError(
+            "the weights of the base model are quantised, and stage 2 cannot be merged into such: "
+            "export with --base-model and the same model in 16 or 32 bits."
+        )
+
+
+def _save_dense(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_shard_size: str,
+) -> None:
+    """Weights, configuration, generation settings and tokenizer; one shard is copied at a time."""
+    for entry in _OWN_ENTRIES:
+        if hasattr(model.config, entry):
+            delattr(model.config, entry)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_sparse(
+    artifact: ArtifactConfig, indexers: Mapping[str, Tensor], folder: Path, target: Target
+) -> None:
+    """What makes a dense checkpoint sparse: configuration and indexers."""
+    if target == "transformers":
+        save_tensors_atomically(folder / INDEXER_FILE, indexers)
+        artifact.write(folder)
+        return
+    named = {checkpoint_name(name): weight for name, weight in indexers.items()}
+    save_tensors_atomically(folder / INDEXER_FILE, named)
+    _index_shards(folder)
+    changes = {
+        "architectures": [VLLM_PREFIX + artifact.base.architecture],
+        # vLLM tells a model where each prompt ends only if its configuration has this entry;
+        # rtpurbo needs that, since prompts are read dense and answers sparse.
+        "rswa_window": 1,
+        CHECKPOINT_KEY: artifact.checkpoint_entry(),
+    }
+    _change_config(folder, changes)
+
+
+def _index_shards(folder: Path) -> None:
+    """Lists every tensor of the folder's safetensors files in the index that loaders look for."""
+    places: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path.name)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    write_json_atomically(folder / _SHARD_INDEX_FILE, index)
+
+
+def _change_config(folder: Path, changes: Mapping[str, Any]) -> None:
+    path = folder / CHECKPOINT_CONFIG_FILE
+    write_json_atomically(path, json.loads(path.read_text(encoding="utf-8")) | dict(changes))

@@ -1,0 +1,44 @@
+"""The head map as RTP-LLM, the paper's own engine, reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rtpurbo.config import RTPurboConfig
+
+ENTRY = "headwise_config"
+"""The entry of a model's config.json that RTP-LLM looks for."""
+
+SEQUENCE_THRESHOLD = 16384
+"""Shorter prompts are read dense: RTP-LLM's own choice, windows pay only in long ones."""
+
+
+def headwise_config(
+    config: RTPurboConfig, sequence_threshold: int = SEQUENCE_THRESHOLD
+) -> dict[str, Any]:
+    """Which query heads keep a window alone while RTP-LLM reads a prompt.
+
+    RTP-LLM's open code is head-wise in prefill only; it has no token indexer, so retrieval heads
+    are dense, and so is decoding.
+
+    Args:
+        config: head map and attention rule.
+        sequence_threshold: prompts of fewer tokens are read dense.
+
+    Returns:
+        `sink_token_num`, `swa_token_num`, `seqlen_threshold`, and for each converted layer, by its
+        number, 1 for a retrieval head and 0 for a local one. A layer that is left out is dense.
+    """
+    rule, head_map = config.attention, config.head_map
+    # Its window is every key with query - key <= n: one more than n, the query's own.
+    settings: dict[str, Any] = {
+        "sink_token_num": rule.num_sink_tokens,
+        "swa_token_num": rule.sliding_window - 1,
+        "seqlen_threshold": sequence_threshold,
+    }
+    for layer, heads in enumerate(head_map.retrieval_heads):
+        if heads is not None:
+            settings[str(layer)] = [
+                int(head in heads) for head in range(head_map.num_attention_heads)
+            ]
+    return settings
