@@ -2,6 +2,7 @@
 #
 #   make test     lint, types and tests
 #   make demo     a small model turned sparse, from start to end
+#   make docs     the documentation as a site, in site/
 #
 # Choose another torch with e.g. `make test TORCH="torch==2.13.0 --index-url URL"`.
 
@@ -11,8 +12,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test lint demo docs clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -34,6 +36,13 @@ test: lint
 demo: $(READY)
 	$(BIN)/rtpurbo demo
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $(DOCS_READY)
+
+docs: $(DOCS_READY)
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

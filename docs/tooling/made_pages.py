@@ -1,0 +1,123 @@
+"""Pages made from results, from the command line's help and from the shipped artifact.
+
+    python docs/tooling/made_pages.py > results.md
+
+prints the page of results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from typer import Context
+from typer.cli import get_docs_for_click
+from typer.main import get_command
+
+from rtpurbo.benchmarks.records import read_speed
+from rtpurbo.cli import app
+from rtpurbo.evaluation.records import read_results
+from rtpurbo.reporting.html.page import page
+from rtpurbo.reporting.html.sources import read_sources
+from rtpurbo.reporting.speed import speed_markdown
+from rtpurbo.reporting.tables import markdown_tables
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+ARTIFACT = ROOT / "artifacts" / "smollm2-135m-instruct"
+
+_ABOUT_RESULTS = """# Results
+
+Made from the files in `benchmarks/results/` when this site was built; each says which command made it.
+[The report](example-report.html) has the figures of the shipped artifact with plots. How they were measured:
+[evaluation](evaluation.md), [benchmarks](benchmarks.md), [experiment log](experiment-log.md).
+"""
+_ABOUT_QUALITY = """## Quality: the dense model beside every policy
+
+Questions in right answers, prose in perplexity. *Far tokens read* is the share of the tokens beyond
+window and sinks that retrieval heads read where they select. [What the policies are](evaluation.md#policies).
+"""
+_ABOUT_SPEED = """## Speed
+
+[How to read these tables](benchmarks.md#how-to-read-it).
+"""
+_ABOUT_ABLATIONS = """## Ablations
+"""
+
+
+def results_page() -> str:
+    """Every table of results, in Markdown."""
+    kinds: dict[str, list[str]] = {"quality": [], "speed": [], "ablation": []}
+    for path in sorted(RESULTS.rglob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kind = _kind(found)
+        if kind is not None:
+            kinds[kind].append(_TABLES[kind](path, found))
+    parts = [_ABOUT_RESULTS]
+    for kind, about in zip(kinds, (_ABOUT_QUALITY, _ABOUT_SPEED, _ABOUT_ABLATIONS), strict=True):
+        if kinds[kind]:
+            parts += [about, *kinds[kind]]
+    return "\n\n".join(parts) + "\n"
+
+
+def commands_page() -> str:
+    """The help of every command."""
+    command = get_command(app)
+    return get_docs_for_click(obj=command, ctx=Context(command), name="rtpurbo", title="Commands")
+
+
+def report_page() -> str:
+    """The report of the shipped artifact, with all that was measured of it and of layers."""
+    results = [RESULTS / "quality-smollm2-135m-instruct.json"]
+    results += [RESULTS / f"{name}-h100.json" for name in ("prefill", "decode", "model-decode")]
+    return page(read_sources([ARTIFACT, *results]))
+
+
+def _kind(found: dict[str, Any]) -> str | None:
+    """What a file of results holds; None for those of which the experiment log tells."""
+    if "group" in found:
+        return "ablation"
+    record = next(iter(found.get("records", ())), {})
+    return "quality" if "suite" in record else "speed" if "phase" in record else None
+
+
+def _quality(path: Path, found: dict[str, Any]) -> str:
+    results = read_results(path)
+    tables = markdown_tables(results.records, results.origin.get("kv_bytes_at"))
+    return f"### {Path(str(found['model'])).name}\n\n{_origin(path, found)}\n\n{tables}"
+
+
+def _speed(path: Path, found: dict[str, Any]) -> str:
+    notes = "\n".join(f"- {note}" for note in found["notes"])
+    title = f"### {path.stem}\n\n{_origin(path, found)}"
+    return "\n\n".join(
+        part for part in (title, notes, speed_markdown(read_speed(path).records)) if part
+    )
+
+
+def _ablation(path: Path, found: dict[str, Any]) -> str:
+    sys.path.insert(0, str(ROOT / "experiments"))
+    from ablations.tables import group_markdown
+
+    return group_markdown(found)
+
+
+_TABLES = {"quality": _quality, "speed": _speed, "ablation": _ablation}
+
+
+def _origin(path: Path, found: dict[str, Any]) -> str:
+    """Where figures come from, in a line."""
+    commit = found.get("commit")
+    told = [
+        f"`{path.relative_to(RESULTS)}`",
+        found["device"],
+        f"torch {found['torch']}",
+        *([f"commit {commit[:7]}"] if commit else []),
+    ]
+    return f"{', '.join(told)}; `{found['command']}`"
+
+
+if __name__ == "__main__":
+    print(results_page(), end="")
