@@ -21,6 +21,7 @@ from rtpurbo.cli.generate import generate
 from rtpurbo.cli.inspect import inspect
 from rtpurbo.cli.push import push
 from rtpurbo.cli.report import report
+from rtpurbo.cli.serve import serve
 from rtpurbo.cli.train_indexer import train_indexer
 from rtpurbo.errors import RTPurboError
 from rtpurbo.launch import is_first_process_of_its_machine, started_by_torchrun
@@ -79,7 +80,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "report": report,
         "push": push,
     },
-    "Serve it": {"export": export},
+    "Serve it": {"export": export, "serve": serve},
     "The steps of a conversion, one by one": {
         "calibrate": calibrate,
         "train-indexer": train_indexer,
@@ -87,6 +88,9 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
     },
 }
 """Commands by name, under the headings of the help."""
+
+PASSING_ON = {"serve"}
+"""Commands that take options of another program, which they pass on."""
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -98,7 +102,9 @@ app = typer.Typer(
 )
 for _panel, _commands in PANELS.items():
     for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_panel)(_command)
+        _unknown = _name in PASSING_ON
+        _settings = {"allow_extra_args": _unknown, "ignore_unknown_options": _unknown}
+        app.command(_name, rich_help_panel=_panel, context_settings=_settings)(_command)
 app.add_typer(bench.app, name="bench", rich_help_panel="Measure speed")
 
 

