@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_a_signal_that_nobody_asked_for_stops_after_the_last_step():
     with pytest.raises(StoppedBySignalError), stopping_cleanly(), steps_undisturbed():
         send(signal.SIGTERM)
     assert stop_requested() is None
+
+
+def test_a_time_limit_stops_like_sigterm():
+    with pytest.raises(StoppedBySignalError, match="SIGTERM"), stopping_cleanly(0.05):
+        time.sleep(10)
+    with stopping_cleanly(0.2):
+        pass
+    time.sleep(0.4)  # a limit that was not reached sends nothing afterwards
 
 
 def test_a_second_signal_does_not_wait(monkeypatch):

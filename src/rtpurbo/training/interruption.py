@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -58,18 +59,27 @@ _requests = _Requests()
 
 
 @contextmanager
-def stopping_cleanly() -> Iterator[None]:
+def stopping_cleanly(seconds: float | None = None) -> Iterator[None]:
     """Turns SIGTERM and Ctrl-C into `StoppedBySignalError` inside, after a checkpoint where there is one to save.
 
-    Outside the main thread, where Python allows no handlers, signals do what they did before.
+    Outside the main thread, where Python allows no handlers, signals do what they did before, and there
+    is no time limit.
+
+    Args:
+        seconds: after which this process sends itself SIGTERM; None never does.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, _requests.receive) for number in SIGNALS}
+    timer = threading.Timer(seconds or 0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
     try:
+        if seconds is not None:
+            timer.start()
         yield
     finally:
+        timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
         _requests.pending = None
