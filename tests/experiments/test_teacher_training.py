@@ -1,8 +1,6 @@
-import argparse
-
 import pytest
 import torch
-from sharp_teacher import Batches, change_context, losses, train
+from teacher_training import Batches, TeacherSettings, change_context, losses, train
 
 from rtpurbo.data.long_range import LongRangeMix
 from rtpurbo.models.base import load_base_model
@@ -15,7 +13,7 @@ LENGTH = 1024
 
 class InterruptedBatches(Batches):
     def __getitem__(self, number):
-        if number == 3:
+        if number == 5:
             raise KeyboardInterrupt
         return super().__getitem__(number)
 
@@ -49,18 +47,19 @@ def test_losses_are_those_of_all_logits():
 def test_an_interrupted_training_goes_on(tmp_path):
     def trained(output, kind=Batches):
         model = tiny_model(vocab_size=512)
-        train(
-            model,
-            batches(kind),
-            argparse.Namespace(
-                learning_rate=1e-3,
-                steps=4,
-                output=str(tmp_path / output),
-                checkpoint_every=2,
-                tokens=2 * LENGTH,
-                workers=0,
-            ),
+        made = batches(kind)
+        settings = TeacherSettings(
+            steps=4,
+            lengths=made.lengths,
+            learning_rate=1e-3,
+            tokens=2 * made.tokens,
+            tokens_at_once=made.tokens,
+            gradient_checkpointing=True,
+            checkpoint_every=1,
         )
+        log = train(model, made, settings, tmp_path / output)
+        steps = [entry["step"] for entry in log.entries()]
+        assert steps == [1, 2, 3, 4]
         return model.state_dict()
 
     whole = trained("whole")

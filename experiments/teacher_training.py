@@ -1,0 +1,284 @@
+"""Trains all weights of a small model on long-range tasks; used by `sharp_teacher.py` and recipes.
+
+What is learnt is `rtpurbo.data.long_range`: books, needles, chains of variables, quoted passages.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
+
+from rtpurbo.data.long_range import LongRangeMix
+from rtpurbo.data.texts import TextCorpus
+from rtpurbo.devices import device_name
+from rtpurbo.files import whole_folder, write_json_atomically
+from rtpurbo.models.base import BaseModel
+from rtpurbo.settings import Progress, no_progress
+from rtpurbo.training.checkpoint import Checkpoint
+from rtpurbo.training.failure import SequenceResult
+from rtpurbo.training.log import TrainingLog
+from rtpurbo.training.loop import StageLoop
+
+STAGE = "teacher"
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """How a teacher is trained.
+
+    Attributes:
+        steps: optimiser steps.
+        lengths: tokens of a sequence; batches take them in turn.
+        context: the model's longest context afterwards, in tokens; None leaves it.
+        rope_theta: base of the rotary embedding; None leaves it.
+        learning_rate: peak of AdamW's, after warm-up, before cosine decay.
+        tokens: of an optimiser step.
+        tokens_at_once: of a forward; at least the longest sequence.
+        labels: random label tokens of a step, beside all those of answers.
+        gradient_checkpointing: run layers again for the gradients: a third more time, less memory.
+        weight_decay: AdamW's.
+        warmup_steps: linear warm-up.
+        checkpoint_every: steps between two checkpoints.
+        seed: of the data.
+    """
+
+    steps: int
+    lengths: tuple[int, ...]
+    context: int | None = None
+    rope_theta: float | None = None
+    learning_rate: float = 3e-4
+    tokens: int = 65536
+    tokens_at_once: int = 32768
+    labels: int = 4096
+    gradient_checkpointing: bool = False
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a forward."""
+        return max(*self.lengths, self.tokens_at_once)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Forwards of an optimiser step."""
+        return max(1, self.tokens // self.batch_tokens)
+
+
+@dataclass(frozen=True)
+class Batches(Dataset[dict[str, Any]]):
+    """Makes batches by number: sequences of one length, and the places in them to learn from.
+
+    Attributes:
+        mix: draws the sequences.
+        lengths: tokens of a sequence; batches take them in turn.
+        tokens: of a batch.
+        labels: random tokens of a batch to predict, beside all those of answers.
+    """
+
+    mix: LongRangeMix
+    lengths: tuple[int, ...]
+    tokens: int
+    labels: int
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Token ids, row by row, and which places of the flattened batch predict what is learnt.
+
+        Shorter sequences are filled up at their end, where no other token can see it.
+        """
+        length = self.lengths[number % len(self.lengths)]
+        rows: list[list[int]] = []
+        answers: list[int] = []
+        others: list[int] = []
+        for row in range(max(1, self.tokens // length)):
+            sequence = self.mix.sequence(1000 * number + row, length)
+            offset = row * length
+            for start, end in sequence.answer_spans:
+                answers += range(offset + start - 1, offset + end - 1)
+            others += range(offset, offset + len(sequence) - 1)
+            rows.append(sequence.input_ids + [0] * (length - len(sequence)))
+        chosen = random.Random(f"labels-{self.mix.seed}-{number}").sample(
+            others, min(self.labels, len(others))
+        )
+        return {"ids": rows, "labels": chosen, "answers": answers}
+
+
+def prepared(batches: Batches, numbers: range, workers: int) -> Iterator[dict[str, Any]]:
+    """The batches of these numbers in order, made ahead by other processes if there are workers."""
+    # Forked workers begin at once; spawned ones took two minutes to load and unpack everything.
+    context = "fork" if workers else None
+    return iter(
+        DataLoader(
+            batches,
+            sampler=numbers,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=as_it_is,
+            multiprocessing_context=context,
+        )
+    )
+
+
+def as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """Lists stay lists."""
+    return batch
+
+
+def fastest_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Inside, PyTorch takes the fastest kernel; layers that are run again take the same one."""
+    if model.device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel(FASTEST_FIRST, set_priority=True)
+
+
+def losses(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean loss of the random labels and of the answers' tokens (0 without any); no other logits are made."""
+    ids = torch.tensor(batch["ids"]).to(model.device, non_blocking=True)
+    places = torch.tensor([*batch["labels"], *batch["answers"]]).to(model.device, non_blocking=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        logits = model.get_output_embeddings()(hidden[places])
+    each = F.cross_entropy(logits.float(), ids.flatten()[places + 1], reduction="none")
+    general, answers = each.split([len(batch["labels"]), len(batch["answers"])])
+    return general.mean(), answers.sum() / max(1, len(answers))
+
+
+def train(
+    model: PreTrainedModel,
+    batches: Batches,
+    settings: TeacherSettings,
+    work: Path,
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> TrainingLog:
+    """Trains every weight in place, from the last checkpoint on.
+
+    Args:
+        model: dense.
+        batches: what it learns from.
+        settings: of the training.
+        work: folder of checkpoints and log.
+        workers: processes that make batches.
+        progress: told after each step.
+
+    Returns:
+        The log, with the mean losses of every step.
+
+    Raises:
+        RTPurboError: a loss or gradient is not finite.
+        StoppedBySignalError: a signal came or the time was over; a checkpoint was saved.
+    """
+    model.requires_grad_(True).train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    work.mkdir(parents=True, exist_ok=True)
+    log = TrainingLog(work / "training_log.jsonl")
+    loop = StageLoop(
+        STAGE,
+        dict(model.named_parameters()),
+        settings,
+        figures=("answer_loss",),
+        max_norm=1.0,
+        log=log,
+        checkpoint=Checkpoint(work, settings.checkpoint_every, keep=1),
+        progress=progress,
+    )
+    first, parts = loop.restore(), settings.batches_per_step
+    log.rewind(STAGE, first)
+    stream = prepared(batches, range(first * parts, settings.steps * parts), workers)
+    with loop.steps(first) as steps, fastest_attention(model):
+        for step in steps:
+            results = []
+            for part in range(parts):
+                batch = next(stream)
+                general, answers = losses(model, batch)
+                (general + answers).backward()
+                tokens = [token for row in batch["ids"] for token in row]
+                figures = {"answer_loss": answers.detach()} if batch["answers"] else {}
+                results.append(
+                    SequenceResult(step * parts + part, tokens, general.detach(), figures)
+                )
+            loop.report(step, loop.update(step, results))
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.eval().requires_grad_(False)
+    return log
+
+
+def change_context(model: PreTrainedModel, context: int, theta: float | None) -> None:
+    """Sets the longest context and the base of the rotary embedding, in place."""
+    config = model.config
+    config.max_position_embeddings = context
+    if theta is not None:
+        config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
+    rotary = model.base_model.rotary_emb
+    model.base_model.rotary_emb = type(rotary)(config=config).to(model.device)
+
+
+def make_teacher(
+    base: BaseModel,
+    prose: TextCorpus,
+    settings: TeacherSettings,
+    output: Path,
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> None:
+    """Trains a teacher and writes its folder, whole or not at all.
+
+    Args:
+        base: what to start from; changed in place.
+        prose: books to train on.
+        settings: of the training.
+        output: the folder; checkpoints lie beside it until it is there.
+        workers: processes that make batches.
+        progress: told after each step.
+
+    Raises:
+        RTPurboError: a loss or gradient is not finite.
+        StoppedBySignalError: a signal came or the time was over; the same call goes on.
+    """
+    model, device = base.model, base.model.device
+    change_context(
+        model, settings.context or model.config.max_position_embeddings, settings.rope_theta
+    )
+    batches = Batches(
+        LongRangeMix(base.tokenizer, prose, settings.seed),
+        settings.lengths,
+        settings.batch_tokens,
+        settings.labels // settings.batches_per_step,
+    )
+    work = output.with_name(output.name + ".work")
+    log = train(model, batches, settings, work, workers, progress)
+    with whole_folder(output) as folder:
+        model.to(torch.bfloat16).save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        shutil.copy(log.path, folder)
+        write_json_atomically(
+            folder / "training.json",
+            {
+                "base_model": base.reference.name.rsplit("/", 1)[-1],
+                "device": device_name(device),
+                **asdict(settings),
+            },
+        )
+    shutil.rmtree(work, ignore_errors=True)
