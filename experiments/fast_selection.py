@@ -91,7 +91,7 @@ def fast_selection(block_size: int, device: torch.device) -> Iterator[None]:
         device: elsewhere than on a GPU nothing is replaced.
     """
 
-    def sum_blocks(mass: Tensor, blocks: Tensor) -> Tensor:
+    def sum_blocks(mass: Tensor, blocks: Tensor, num_blocks: int | None = None) -> Tensor:
         padded = F.pad(mass, (0, -mass.shape[-1] % block_size))
         return padded.unflatten(-1, (-1, block_size)).sum(-1)
 

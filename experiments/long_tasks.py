@@ -1,9 +1,9 @@
-"""Four long-range tasks, scored by teacher forcing; used by `sharp_teacher.py` and `sparse_prefill.py`."""
+"""Four long-range tasks, scored by teacher forcing; used by `sharp_teacher.py`, `sparse_prefill.py` and `ablate.py`."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -26,12 +26,19 @@ SCORING = (
 
 
 def make_examples(
-    tokenizer: PreTrainedTokenizerBase, corpus: TextCorpus, length: int, number: int, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: TextCorpus,
+    length: int,
+    number: int,
+    seed: int = 0,
+    tasks: Sequence[str] = tuple(TASKS),
 ) -> dict[str, RetrievalExample]:
-    """Example `number` of every task, the same for every model of this tokenizer."""
+    """Example `number` of some tasks, the same for every model of this tokenizer."""
     return {
-        task: make(tokenizer, corpus, length, random.Random(f"{task}-{length}-{seed}-{number}"))
-        for task, make in TASKS.items()
+        task: TASKS[task](
+            tokenizer, corpus, length, random.Random(f"{task}-{length}-{seed}-{number}")
+        )
+        for task in tasks
     }
 
 

@@ -1,0 +1,1 @@
+"""Experiments that settle open questions of the conversion; run by `experiments/ablate.py`."""
