@@ -46,11 +46,10 @@ def prompt():
 
 
 @pytest.mark.parametrize(("q_len", "stride"), [(1, 1), (31, 1), (31, 5)])
-def test_tokens_and_mass_of_every_row(monkeypatch, q_len, stride):
-    monkeypatch.setattr(reads, "ROW_STRIDE", stride)
+def test_tokens_and_mass_of_every_row(q_len, stride):
     rows = random_rows(q_len, 111)
     selected = (torch.rand(rows.logits.shape) < 0.3) & rows.far
-    meter = ReadMeter(needs_rows=True)
+    meter = ReadMeter(needs_rows=True, row_stride=stride)
     meter.add_rows(rows, selected)
 
     tokens, kept, far, far_read = [], [], [], []

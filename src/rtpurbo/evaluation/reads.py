@@ -21,7 +21,7 @@ from rtpurbo.ops import SelectionRows, SelectionStatistics
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 
-# Of rows that come together, every so many is measured.
+# Of rows that come together, every so many is measured unless a meter is told otherwise.
 ROW_STRIDE = 8
 # Where kernels decode, every so many steps runs eager instead and is measured.
 STEP_STRIDE = 4
@@ -61,7 +61,12 @@ class ReadMeter(SelectionStatistics):
     """Measures rows that select, while `metering` lets it.
 
     Figures stay on the device until `reads` is asked, so that nothing waits for them.
+
+    Attributes:
+        row_stride: of rows that come together, every so many is measured.
     """
+
+    row_stride: int = ROW_STRIDE
 
     def __post_init__(self) -> None:
         # Each [4, rows]: tokens read, far tokens read, far tokens at hand, mass kept.
@@ -83,7 +88,7 @@ class ReadMeter(SelectionStatistics):
         """Measures rows; see `SelectionStatistics.add_rows`."""
         if not self.needs_rows:
             return
-        stride = ROW_STRIDE if rows.logits.shape[2] > 1 else 1
+        stride = self.row_stride if rows.logits.shape[2] > 1 else 1
         near, far, selected, logits = (
             part[:, :, ::stride] for part in (rows.near, rows.far, selected, rows.logits)
         )
@@ -101,7 +106,7 @@ class ReadMeter(SelectionStatistics):
     def add_dense_rows(self, positions: Tensor, num_heads: int) -> None:
         """Adds rows at these positions int64 [batch, rows] that read all they may."""
         if self.needs_rows:
-            positions = positions[:, None, :: ROW_STRIDE if positions.shape[1] > 1 else 1]
+            positions = positions[:, None, :: self.row_stride if positions.shape[1] > 1 else 1]
             positions = positions.expand(-1, num_heads, -1)
             tokens = positions + 1
             # A dense model has no window: all that it reads counts as far.
@@ -216,7 +221,7 @@ def metering(
         head_map: the heads that retrieve, where the model itself has none.
         stop_ids: tokens that end or pad a sequence.
     """
-    meter = ReadMeter()
+    meter = ReadMeter(row_stride=ROW_STRIDE)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
     steps = 0
 
