@@ -42,7 +42,7 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
             "the model's heads are divided among processes (tensor parallelism), but every head has its own "
             "window, indexer and part of the cache: load it without tp_plan."
         )
-    _check_head_map(model, config.head_map)
+    check_head_map(model.config, config.head_map)
     if is_sparse(model):
         restore(model)
     config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
@@ -296,8 +296,12 @@ def empty_head_map(model: PreTrainedModel) -> HeadMap:
     )
 
 
-def _check_head_map(model: PreTrainedModel, head_map: HeadMap) -> None:
-    config = model.config
+def check_head_map(config: Any, head_map: HeadMap) -> None:
+    """Refuses a head map that does not fit a transformers configuration.
+
+    Raises:
+        RTPurboError: it has another shape, or leaves out other layers than those with windows.
+    """
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     given = (
         len(head_map.retrieval_heads),

@@ -1,0 +1,190 @@
+"""The caches of a sparse model, as vLLM sees them: one for each group of the plan, not one a layer.
+
+vLLM asks every cache what it stores of a token and hands it a tensor of blocks. What lies where in a
+block is this module's affair: for each layer of the group its keys, its values and, in the full group,
+its index keys, each part contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.serving.vllm.layout import CachePlan, Group, LayerHeads, TokenBytes, plan_cache
+from rtpurbo.serving.vllm.metadata import HeadwiseBackend
+from rtpurbo.serving.vllm.pages import Pages
+from rtpurbo.serving.vllm.specs import SinkWindowSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """Heads of a layer that lie in one piece of each block.
+
+    Attributes:
+        heads: their number.
+        size: elements of a token of one head.
+        dtype: of the elements.
+    """
+
+    heads: int
+    size: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Of all heads."""
+        return self.heads * self.size * self.dtype.itemsize
+
+
+class PagedCache(AttentionLayerBase):
+    """One group's blocks.
+
+    Args:
+        name: under which vLLM knows the cache; holds one number, as vLLM wants.
+        spec: what is stored.
+        parts: for each layer of the group, keys, values and perhaps index keys, in this rank.
+    """
+
+    def __init__(
+        self, name: str, spec: AttentionSpec, parts: Mapping[int, tuple[Part, ...]]
+    ) -> None:
+        self.name = name
+        self.spec = spec
+        self.parts = dict(parts)
+        self.kv_cache = torch.empty(0)
+
+    @property
+    def kv_cache(self) -> Tensor:
+        """The blocks as vLLM gave them, which also takes them back by emptying this."""
+        return self._blocks
+
+    @kv_cache.setter
+    def kv_cache(self, blocks: Tensor) -> None:
+        self._blocks = blocks
+        self.pages = self._divide(blocks) if blocks.numel() else {}
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """Who makes the metadata of a step."""
+        return HeadwiseBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        """What is stored."""
+        return self.spec
+
+    def _divide(self, blocks: Tensor) -> dict[int, Pages]:
+        # [blocks, 1, block_size, elements] of one dtype: a block is one run of bytes.
+        raw = blocks.view(torch.uint8).flatten(1)
+        pages, start = {}, 0
+        for layer, parts in self.parts.items():
+            views = []
+            for part in parts:
+                end = start + part.token_bytes * self.spec.block_size
+                view = raw[:, start:end].view(part.dtype)
+                views.append(view.unflatten(1, (part.heads, self.spec.block_size, part.size)))
+                start = end
+            pages[layer] = Pages(*views)
+        return pages
+
+
+@dataclass(frozen=True)
+class Caches:
+    """All caches of a model.
+
+    Attributes:
+        plan: how they were planned.
+        full: of the full KV heads; None if no head retrieves.
+        bounded: for each layer that has bounded KV heads on some rank, its cache.
+    """
+
+    plan: CachePlan
+    full: PagedCache | None
+    bounded: Mapping[int, PagedCache]
+
+
+def make_caches(
+    config: RTPurboConfig,
+    heads: list[LayerHeads],
+    head_dim: int,
+    prefix: str,
+    vllm_config: VllmConfig,
+) -> Caches:
+    """Plans the caches of a model and makes them known to vLLM.
+
+    Args:
+        config: head map, rule and indexer settings.
+        heads: of each layer, on this rank.
+        head_dim: dimensions of a head.
+        prefix: of the caches' names.
+        vllm_config: of the engine.
+    """
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
+    token_bytes = TokenBytes.of(config, head_dim, dtype.itemsize)
+    longest = vllm_config.model_config.max_model_len
+    in_flight = vllm_config.max_in_flight_tokens
+    plan = plan_cache(
+        config,
+        token_bytes,
+        tokens=longest,
+        in_flight=in_flight,
+        world_size=vllm_config.parallel_config.tensor_parallel_size,
+        lone_block_size=vllm_config.cache_config.block_size,
+    )
+    index_dtype = index_dtype_of(config, dtype)
+
+    def parts_of(layer: int, *, full: bool) -> tuple[Part, ...]:
+        of_layer = heads[layer]
+        states = Part(of_layer.num_full if full else of_layer.num_bounded, head_dim, dtype)
+        index = Part(len(of_layer.retrieval), config.indexer.index_dim, index_dtype)
+        return (states, states, index) if full else (states, states)
+
+    def registered(
+        number: int, planned: Group, spec_type: type[AttentionSpec], *, full: bool, **fields: int
+    ) -> PagedCache:
+        spec = spec_type(
+            block_size=planned.block_size,
+            # To vLLM a token is one head of so many bytes.
+            num_kv_heads=1,
+            num_head_slots=1,
+            head_size=head_dim,
+            state_content_bytes=planned.token_bytes,
+            dtype=dtype,
+            **fields,
+        )
+        parts = {layer: parts_of(layer, full=full) for layer in planned.layers}
+        cache = PagedCache(f"{prefix}.{number}", spec, parts)
+        context = vllm_config.compilation_config.static_forward_context
+        assert cache.name not in context
+        context[cache.name] = cache
+        return cache
+
+    full = registered(0, plan.full, FullAttentionSpec, full=True) if plan.full else None
+    bounded: dict[int, PagedCache] = {}
+    for number, group in enumerate(plan.bounded, start=1):
+        cache = registered(
+            number,
+            group,
+            SinkWindowSpec,
+            full=False,
+            sliding_window=plan.window,
+            num_sink_tokens=plan.sinks,
+            group=number,
+            max_blocks=group.num_bounded_blocks(longest, plan.window, plan.sinks, in_flight),
+        )
+        bounded |= dict.fromkeys(group.layers, cache)
+    return Caches(plan, full, bounded)
+
+
+def index_dtype_of(config: RTPurboConfig, dtype: torch.dtype) -> torch.dtype:
+    """How index keys are kept in a model of this dtype: see `TokenIndexer`."""
+    if config.attention.index_storage == "float8":
+        return torch.float8_e4m3fn
+    return torch.float16 if dtype == torch.bfloat16 else dtype

@@ -1,0 +1,160 @@
+"""Sparse models of every family that is served: vLLM's own models with other attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+from vllm.model_executor.utils import set_weight_attrs
+
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
+from rtpurbo.serving.vllm.attention import OPERATOR, ServedAttention
+from rtpurbo.serving.vllm.caches import make_caches
+from rtpurbo.serving.vllm.checkpoint import EXPORT_AGAIN, read_config
+from rtpurbo.serving.vllm.layout import heads_of_rank
+from rtpurbo.serving.vllm.refusals import check
+
+
+class Sparse(nn.Module):
+    """What makes a model of vLLM's sparse; comes before vLLM's class among the parents.
+
+    Args:
+        vllm_config: of the engine.
+        prefix: of the model's names.
+    """
+
+    # vLLM refuses by itself what these say.
+    supports_lora = False
+    supports_pp = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        make_sparse(self.model, vllm_config, prefix)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Loads a checkpoint.
+
+        Raises:
+            RTPurboError: a tensor of an indexer is missing or has another shape.
+        """
+        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
+        for name, _ in self.named_parameters():
+            if ".indexer." in name and name not in loaded:
+                raise RTPurboError(f"the checkpoint lacks the tensor '{name}': {EXPORT_AGAIN}.")
+        return loaded
+
+
+class RTPurboLlamaForCausalLM(Sparse, LlamaForCausalLM):
+    """Sparse Llama."""
+
+
+class RTPurboMistralForCausalLM(Sparse, MistralForCausalLM):
+    """Sparse Mistral."""
+
+
+class RTPurboQwen2ForCausalLM(Sparse, Qwen2ForCausalLM):
+    """Sparse Qwen2."""
+
+
+class RTPurboQwen3ForCausalLM(Sparse, Qwen3ForCausalLM):
+    """Sparse Qwen3."""
+
+
+class RTPurboQwen3MoeForCausalLM(Sparse, Qwen3MoeForCausalLM):
+    """Sparse Qwen3 with mixtures of experts."""
+
+
+def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
+    """Replaces the attention of every layer in place, and makes the caches known to vLLM.
+
+    Args:
+        model: the decoder of one of vLLM's models, on one rank.
+        vllm_config: of the engine.
+        prefix: of the model's names.
+    """
+    hf_config = vllm_config.model_config.hf_config
+    config = read_config(hf_config)
+    compilation = vllm_config.compilation_config
+    rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    heads = heads_of_rank(config.head_map, rank, world_size)
+    head_dim = model.layers[0].self_attn.head_dim
+    caches = make_caches(config, heads, head_dim, f"{prefix}rtpurbo", vllm_config)
+    features = _feature_dimensions(hf_config, config, head_dim)
+    for number, layer in enumerate(model.layers):
+        original = layer.self_attn
+        retrieval = config.head_map.retrieval_heads[number]
+        indexer = None
+        if retrieval:
+            indexer = _indexer(config, retrieval, rank, heads[number].num_attention_heads, features)
+        # It would else ask for a cache of its own.
+        del compilation.static_forward_context[original.attn.layer_name]
+        layer.self_attn = ServedAttention(original, heads[number], config, indexer, number, caches)
+        compilation.static_forward_context[layer.self_attn.name] = layer.self_attn
+    if compilation.mode == CompilationMode.VLLM_COMPILE and OPERATOR not in (
+        compilation.splitting_ops or []
+    ):
+        compilation.splitting_ops = [*(compilation.splitting_ops or []), OPERATOR]
+
+
+def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) -> list[int]:
+    """The dimensions of a head that indexers project, as in `rtpurbo.models.sparsify`."""
+    if config.indexer.index_space != "low_frequency":
+        return list(range(head_dim))
+    assert config.indexer.min_wavelength is not None
+    # The rotary embeddings of all families served are Llama's.
+    frequencies = LlamaRotaryEmbedding(hf_config).inv_freq
+    return slow_dimensions(
+        frequencies, head_dim, config.indexer.min_wavelength, config.indexer.index_dim
+    )
+
+
+def _indexer(
+    config: RTPurboConfig,
+    retrieval: tuple[int, ...],
+    rank: int,
+    heads_of_rank: int,
+    features: list[int],
+) -> TokenIndexer:
+    """The indexer of a layer's retrieval heads on this rank, which loads its share of the weights."""
+    mine = [number for number, head in enumerate(retrieval) if head // heads_of_rank == rank]
+    indexer = TokenIndexer(
+        config.indexer,
+        len(mine),
+        features,
+        device=torch.get_default_device(),
+        dtype=torch.get_default_dtype(),
+    )
+    for parameter in indexer.parameters():
+        loader = partial(_load_share, mine=mine, num_retrieval_heads=len(retrieval))
+        set_weight_attrs(parameter, {"weight_loader": loader})
+    return indexer
+
+
+def _load_share(
+    parameter: nn.Parameter, loaded: Tensor, *, mine: list[int], num_retrieval_heads: int
+) -> None:
+    """Copies the rows of this rank's retrieval heads, of a layer's [heads, index_dim, features]."""
+    expected = (num_retrieval_heads, *parameter.shape[1:])
+    if loaded.shape != expected:
+        raise RTPurboError(
+            f"an indexer weight of the checkpoint is {tuple(loaded.shape)}, expected {expected}: "
+            f"{EXPORT_AGAIN}."
+        )
+    parameter.data.copy_(loaded[mine])

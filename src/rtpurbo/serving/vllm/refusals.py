@@ -1,0 +1,73 @@
+"""What sparse models cannot be served with, each said in one sentence before the model is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import vllm
+from vllm.config import VllmConfig
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.serving.vllm.checkpoint import read_config
+from rtpurbo.serving.vllm.layout import heads_of_rank
+from rtpurbo.serving.vllm.versions import check_version
+
+
+def check(config: VllmConfig) -> None:
+    """Refuses settings or a checkpoint that cannot be served.
+
+    Raises:
+        RTPurboError: the version of vLLM, the checkpoint or a setting is not supported.
+    """
+    check_version(vllm.__version__)
+    checkpoint = read_config(config.model_config.hf_config)
+    heads_of_rank(checkpoint.head_map, 0, config.parallel_config.tensor_parallel_size)
+    for reason in refusals(config):
+        raise RTPurboError(reason)
+
+
+def refusals(config: VllmConfig) -> Iterator[str]:
+    """Why a sparse model cannot be served with these settings; nothing if it can."""
+    parallel, cache = config.parallel_config, config.cache_config
+    if config.model_config.runner_type != "generate":
+        yield "sparse models generate text and give no embeddings: leave out --runner."
+    if config.speculative_config is not None:
+        yield (
+            "sparse models are served without speculative decoding: leave out --speculative-config."
+        )
+    if config.lora_config is not None:
+        yield (
+            "sparse models are served without LoRA adapters: leave out --enable-lora, and export "
+            "the artifact, which merges the LoRA of stage 2."
+        )
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            "sparse models are divided by heads, not by layers: leave out --pipeline-parallel-size "
+            "and choose --tensor-parallel-size."
+        )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "sparse models do not divide a context among ranks: leave out context parallelism."
+    if parallel.enable_dbo:
+        yield "sparse models are served without overlapping batches: leave out --enable-dbo."
+    if config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
+        yield (
+            "the cache of sparse models stays where it is: leave out --kv-transfer-config and "
+            "--kv-offloading-size."
+        )
+    if cache.cache_dtype != "auto":
+        yield (
+            f"the cache of sparse models has the model's own dtype: leave out --kv-cache-dtype "
+            f"{cache.cache_dtype}."
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield (
+            "sparse models keep two kinds of caches: leave out --disable-hybrid-kv-cache-manager."
+        )
+    if os.environ.get("VLLM_KV_CACHE_LAYOUT"):
+        yield "sparse models choose the layout of their cache: unset VLLM_KV_CACHE_LAYOUT."
+    if cache.block_size is not None and cache.block_size % 16:
+        yield (
+            f"blocks of {cache.block_size} tokens do not fit the kernels: choose a multiple of 16 "
+            "as --block-size, or leave it out."
+        )

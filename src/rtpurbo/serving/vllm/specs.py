@@ -1,0 +1,188 @@
+"""A cache that keeps the first tokens and a recent window, told to vLLM.
+
+vLLM's own sliding window forgets the first tokens, and looks for a prefix in its cache without them. The
+manager here keeps the blocks of the sinks from the first token to the last, and takes a prefix from the
+cache only if they are there. The spec is not vLLM's `SlidingWindowSpec`, because vLLM divides
+and promotes those by rules of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+# Whoever registers first in a process would else leave the built-in specs out.
+KVCacheSpecRegistry._ensure_registered()
+
+
+class SinkWindowManager(SlidingWindowManager):
+    """Blocks of requests in a group that keeps sinks and window."""
+
+    kv_cache_spec: SinkWindowSpec
+
+    def __init__(self, kv_cache_spec: SinkWindowSpec, **options: Any) -> None:
+        # vLLM tells this bound to managers of its own specs only. Without it a prompt whose blocks
+        # exceed the pool while it is read would never be let in.
+        options["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks
+        super().__init__(kv_cache_spec, **options)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest cached prefix whose sinks and whose last window are all there.
+
+        Returns:
+            For each group the prefix's blocks, null where none is needed, and its length in tokens.
+        """
+        assert isinstance(kv_cache_spec, SinkWindowSpec)
+        assert not drop_eagle_block, "speculative decoding is refused at start"
+        block_size = kv_cache_spec.block_size
+        block_hashes = resolve_block_hashes(
+            block_hashes, block_pool.hash_block_size, block_size, alignment_tokens=alignment_tokens
+        )
+
+        def cached(number: int) -> list[KVCacheBlock] | None:
+            return block_pool.get_cached_block(block_hashes[number], kv_cache_group_ids)
+
+        end = max_length // block_size
+        found: dict[int, list[KVCacheBlock]] = {}
+        for number in range(min(kv_cache_spec.num_sink_blocks, end)):
+            blocks = cached(number)
+            if blocks is None:
+                end = number
+                break
+            found[number] = blocks
+
+        aligned = max(1, alignment_tokens // block_size)
+        end = end // aligned * aligned
+        while end:
+            first = max(0, end - kv_cache_spec.num_window_blocks)
+            number = end
+            while number > first and (blocks := cached(number - 1)) is not None:
+                number -= 1
+                found[number] = blocks
+            if number == first:
+                break
+            # The block before `number` is missing: a shorter prefix ends before it.
+            end = (number - 1) // aligned * aligned
+
+        hits = tuple([block_pool.null_block] * end for _ in kv_cache_group_ids)
+        first = max(0, end - kv_cache_spec.num_window_blocks)
+        for number, blocks in found.items():
+            if number < end and (number >= first or number < kv_cache_spec.num_sink_blocks):
+                for hit, block in zip(hits, blocks, strict=True):
+                    hit[number] = block
+        return hits, end * block_size
+
+    @classmethod
+    def reachable_block_mask(cls, *arguments: Any, **options: Any) -> None:
+        """Every block may serve a prefix one day: none is left out of the cache."""
+        return
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        *arguments: Any,
+        **options: Any,
+    ) -> int:
+        """Counts cached sinks too, which leave the queue of free blocks when they are taken."""
+        number = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            *arguments,
+            **options,
+        )
+        skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
+        sinks = new_computed_blocks[: min(self.kv_cache_spec.num_sink_blocks, skipped)]
+        return number + self._get_num_evictable_blocks(sinks)
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        """Keeps cached sinks where the window alone would leave them out."""
+        sinks = list(new_computed_blocks[: self.kv_cache_spec.num_sink_blocks])
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *arguments, **options)
+        held = self.req_to_blocks[request_id]
+        for number, block in enumerate(sinks):
+            if held[number].is_null and not block.is_null:
+                self.block_pool.touch([block])
+                held[number] = block
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Gives back the blocks between sinks and window."""
+        skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
+        end = min(skipped, len(self.req_to_blocks[request_id]))
+        self._remove_blocks_in_range(request_id, self.kv_cache_spec.num_sink_blocks, end)
+
+
+@register_kv_cache_spec(manager_class=SinkWindowManager)
+@dataclass(frozen=True, kw_only=True)
+class SinkWindowSpec(AttentionSpec):
+    """What a group keeps of each request: its first tokens and the last ones.
+
+    Attributes:
+        sliding_window: tokens of the window, the last one counted.
+        num_sink_tokens: first tokens.
+        group: groups of different numbers are kept apart.
+        max_blocks: blocks that a request holds at the most.
+        extra_retained_tokens: for vLLM's manager; none.
+    """
+
+    sliding_window: int
+    num_sink_tokens: int
+    group: int
+    max_blocks: int
+    extra_retained_tokens: int = 0
+
+    @property
+    def num_sink_blocks(self) -> int:
+        """Blocks that hold the sinks."""
+        return -(-self.num_sink_tokens // self.block_size)
+
+    @property
+    def num_window_blocks(self) -> int:
+        """Whole blocks before a token of which its window may need something."""
+        return -(-(self.sliding_window - 1) // self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Of one request."""
+        return self.max_blocks * self.page_size_bytes
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether all of these may share a block table."""
+        return all(
+            isinstance(spec, SinkWindowSpec) and spec.group == self.group
+            for spec in kv_cache_specs.values()
+        )

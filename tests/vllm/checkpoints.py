@@ -1,0 +1,116 @@
+"""Small sparse models of every family, exported for vLLM, and what transformers generates with them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rtpurbo
+from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
+from rtpurbo.files import whole_folder
+from rtpurbo.models.artifact import ArtifactConfig, save_artifact
+from rtpurbo.models.base import load_base_model
+from rtpurbo.models.sparsify import indexer_weights
+from rtpurbo.serving.export import export
+from tests.tiny_models import make_sparse, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+VOCABULARY = 512
+CONTEXT = 2048
+WINDOW, SINKS = 64, 4
+# Layers that differ: one without retrieval heads, one with nothing else, and groups that share a KV
+# head between a retrieval head and a local one.
+LAYERS = ((1, 2, 6), (), (0, 1, 2, 3, 4, 5, 6, 7), (5,))
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": len(LAYERS),
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.15,
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+def save_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    *,
+    layers: Sequence[Sequence[int]] = LAYERS,
+    index_space: str = "low_frequency",
+    rule: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Exports a sparse model of random weights that selects few tokens, and returns its folder."""
+    shape = {**SHAPE, "num_hidden_layers": len(layers), **changes}
+    tiny_model(family, **shape).save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    base = load_base_model(str(folder / "base"))
+    heads = HeadMap(
+        tuple(map(tuple, layers)), shape["num_attention_heads"], shape["num_key_value_heads"]
+    )
+    attention = {
+        "num_sink_tokens": SINKS,
+        "sliding_window": WINDOW,
+        "min_tokens": 8,
+        "top_p": 0.8,
+    }
+    config = RTPurboConfig(
+        heads, AttentionRule(**attention | (rule or {})), IndexerSettings(8, index_space)
+    )
+    model = make_sparse(base.model, config)
+    artifact = ArtifactConfig(base.reference, model.rtpurbo_config)
+    with whole_folder(folder / "artifact") as new:
+        save_artifact(new, artifact, indexer_weights(model))
+    return export(folder / "artifact", folder / "export", "vllm")
+
+
+def change_config(checkpoint: Path, **changes: Any) -> None:
+    """Changes entries of config.json under `rtpurbo`; None takes one away."""
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        if value is None:
+            del config["rtpurbo"][name]
+        else:
+            config["rtpurbo"][name] = value
+    path.write_text(json.dumps(config))
+
+
+def random_prompts(
+    lengths: Sequence[int], vocabulary: int = VOCABULARY, seed: int = 0
+) -> list[list[int]]:
+    """Token ids of prompts of these lengths."""
+    generator = random.Random(seed)
+    return [[generator.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
+
+
+@torch.no_grad()
+def expected_answers(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """What transformers generates greedily, one prompt at a time, without stopping early."""
+    answers = []
+    for prompt in prompts:
+        ids = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        answers.append(ids[0, len(prompt) :].tolist())
+    return answers
+
+
+def load_reference(checkpoint: Path) -> Any:
+    """The same checkpoint as a transformers model."""
+    return rtpurbo.load(checkpoint)[0]
