@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from rtpurbo.cli import bench
 from rtpurbo.cli.calibrate import calibrate
+from rtpurbo.cli.chat import chat
 from rtpurbo.cli.convert import convert
 from rtpurbo.cli.demo import demo
 from rtpurbo.cli.distill import distill
@@ -74,6 +75,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Start here": {"demo": demo, "convert": convert},
     "Use and judge an artifact": {
+        "chat": chat,
         "generate": generate,
         "eval": evaluate,
         "inspect": inspect,

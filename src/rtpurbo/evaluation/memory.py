@@ -17,7 +17,12 @@ DEVICE = torch.device("meta")
 
 
 def cache_bytes(
-    model: PreTrainedModel, context_length: int, batch_size: int = 1, *, index_keys: bool = True
+    model: PreTrainedModel,
+    context_length: int,
+    batch_size: int = 1,
+    *,
+    index_keys: bool = True,
+    dense: bool = False,
 ) -> int:
     """Bytes of the cache after a prompt.
 
@@ -28,8 +33,10 @@ def cache_bytes(
         context_length: tokens of the prompt.
         batch_size: sequences.
         index_keys: whether those of retrieval heads are held too.
+        dense: of a sparse model, what it held before it became sparse.
     """
-    cache = HeadwiseCache(model) if is_sparse(model) else DynamicCache(config=model.config)
+    sparse = is_sparse(model) and not dense
+    cache = HeadwiseCache(model) if sparse else DynamicCache(config=model.config)
     if isinstance(cache, HeadwiseCache):
         cache.enter(None, batch_size, context_length, DEVICE)
 

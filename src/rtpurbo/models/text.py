@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from rtpurbo.errors import RTPurboError
@@ -15,6 +16,35 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     named = model.generation_config.eos_token_id
     stops = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return sorted(token_id for token_id in stops if token_id is not None)
+
+
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """The tokens of a conversation, up to where the model's answer begins.
+
+    Args:
+        tokenizer: of a chat model.
+        messages: each with `role` and `content`.
+
+    Raises:
+        RTPurboError: there is no chat template, or it does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise RTPurboError(
+            "this model has no chat template, so it cannot answer messages: let it continue text "
+            "instead (`rtpurbo generate --no-chat`)."
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise RTPurboError(
+            f"the model's chat template does not take these messages ({error}); some take no "
+            "system message."
+        ) from error
+    return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def continue_tokens(
@@ -84,15 +114,8 @@ def generate_text(
         RTPurboError: the prompt is empty or longer than the model's context, or `chat` is asked of
             a model that has no chat template.
     """
-    if chat and not tokenizer.chat_template:
-        raise RTPurboError("this model has no chat template: leave chat out to continue the text.")
     if chat or (chat is None and tokenizer.chat_template):
-        prompt = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        prompt_ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        prompt_ids = chat_tokens(tokenizer, [{"role": "user", "content": prompt}])
     else:
         prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not prompt_ids:

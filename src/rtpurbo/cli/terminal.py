@@ -1,0 +1,89 @@
+"""A chat in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+
+from rich.console import Console
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.reporting.formats import percent, short_bytes
+from rtpurbo.serving.chat import Answer, Conversation
+
+COMMANDS = {
+    "/reset": "begin a new conversation",
+    "/quit": "leave (so does Ctrl-D)",
+    "/help": "show this",
+}
+
+
+def chat(conversation: Conversation, console: Console, *, show_reads: bool = False) -> None:
+    """Talks until the user leaves or the input ends.
+
+    Ctrl-C stops an answer, and what was written of it stays in the conversation.
+
+    Args:
+        conversation: answers.
+        console: where to write; messages come from standard input.
+        show_reads: tell after each answer what it read and what the cache weighs.
+    """
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        import readline  # noqa: F401  # lets lines be edited and called back
+
+        console.print("Ctrl-C stops an answer; /help tells what else there is.", style="dim")
+    while True:
+        try:
+            message = input("> " if at_terminal else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            console.print("\n/quit or Ctrl-D leaves.", style="dim")
+            continue
+        if message == "/quit":
+            return
+        if message == "/reset":
+            conversation.reset()
+            console.print("A new conversation.", style="dim")
+        elif message.startswith("/"):
+            if message != "/help":
+                console.print(f"There is no command {message}.", style="dim", markup=False)
+            for command, meaning in COMMANDS.items():
+                console.print(f"{command}  {meaning}", style="dim")
+        elif message:
+            _answer(conversation, console, message)
+            if show_reads and conversation.last_answer is not None:
+                console.print(describe(conversation.last_answer), style="dim", highlight=False)
+
+
+def describe(answer: Answer) -> str:
+    """What an answer took, in a line."""
+    parts = [
+        f"{answer.prompt_tokens:,} tokens of conversation, {answer.reused_tokens:,} of them held "
+        f"from before; {answer.new_tokens:,} written"
+    ]
+    if answer.tokens_read is not None and answer.dense_tokens_read:
+        share = percent(answer.tokens_read / answer.dense_tokens_read)
+        parts.append(
+            f"a head read {answer.tokens_read:,.0f} of {answer.dense_tokens_read:,.0f} tokens "
+            f"({share})"
+        )
+    parts.append(
+        f"the cache takes {short_bytes(answer.cache_bytes)}, the dense model's "
+        f"{short_bytes(answer.dense_cache_bytes)}"
+    )
+    return "[" + "; ".join(parts) + "]"
+
+
+def _answer(conversation: Conversation, console: Console, message: str) -> None:
+    try:
+        # Closed at once, an answer that is not read to its end stops being written.
+        with closing(conversation.answer(message)) as pieces:
+            for piece in pieces:
+                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+    except KeyboardInterrupt:
+        console.print(" (stopped)", style="dim")
+    except RTPurboError as error:
+        console.print(f"error: {error}", markup=False, highlight=False)
