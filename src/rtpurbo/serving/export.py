@@ -35,20 +35,15 @@ from rtpurbo.models.artifact import (
 )
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
+from rtpurbo.serving.vllm.plugin import ARCHITECTURES
 
 Target = Literal["vllm", "rtp-llm", "transformers"]
 
-VLLM_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-"""Dense architectures whose sparse versions run on vLLM."""
-
 VLLM_PREFIX = "RTPurbo"
 """Put before the name of the dense architecture: `RTPurboLlamaForCausalLM`."""
+
+VLLM_ARCHITECTURES = tuple(name.removeprefix(VLLM_PREFIX) for name in ARCHITECTURES)
+"""Dense architectures whose sparse versions run on vLLM."""
 
 HEADWISE_FILE = "headwise_config.json"
 
