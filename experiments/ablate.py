@@ -33,10 +33,12 @@ from ablations.tables import group_markdown
 from ablations.workshop import Workshop
 from fast_selection import fast_selection
 
+from rtpurbo.cli.options import changed_settings
 from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.sparsify import is_sparse, set_rule
+from rtpurbo.settings import change_settings
 from rtpurbo.training.interruption import StoppedBySignalError, stopping_cleanly
 
 WINDOWS_OF_PROSE = 6
@@ -150,16 +152,21 @@ def chosen(
     Args:
         groups: the plan.
         names: of groups; None for all.
-        arms: parts of names of arms; None for all.
+        arms: names of arms, or parts of names; None for all.
         quick: the short ones alone.
     """
+    whole = {arm.name for group in groups for arm in group.arms}
     for short in (True,) if quick else (True, False):
         for group in groups:
             for arm in group.arms:
                 if (
                     arm.quick == short
                     and (names is None or group.name in names)
-                    and (arms is None or any(part in arm.name for part in arms))
+                    and (
+                        arms is None
+                        or arm.name in arms
+                        or any(part in arm.name for part in arms if part not in whole)
+                    )
                 ):
                     yield group, arm
 
@@ -230,13 +237,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=8192, help="of the longest sequences")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--groups", nargs="+", choices=list("abcdef"))
-    parser.add_argument("--arms", nargs="+", help="only arms whose name contains one of these")
+    parser.add_argument("--arms", nargs="+", help="names of arms, or parts of names")
     parser.add_argument("--samples", type=int, default=24, help="questions a task")
     parser.add_argument(
         "--float32", action="store_true", help="ask without half precision: slower on a GPU"
     )
     parser.add_argument("--quick", action="store_true", help="the most telling arms alone")
     parser.add_argument("--smoke", action="store_true", help="hardly any training: does it run?")
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a setting that arms depart from, such as stage1.steps=60; may be repeated",
+    )
     parser.add_argument("--time-limit", type=float, help="seconds, after which to stop cleanly")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the plan and stop")
@@ -256,6 +269,7 @@ def run_arms(arguments: argparse.Namespace, pairs: Sequence[tuple[Group, Arm]]) 
         "seed": arguments.seed,
         "smoke": arguments.smoke,
         "float32": arguments.float32,
+        "settings": arguments.set or [],
     }
     files = {group.name: GroupFile(folder, group, origin) for group, _ in pairs}
     left = [(group, arm) for group, arm in pairs if files[group.name].record(arm.name) is None]
@@ -266,7 +280,10 @@ def run_arms(arguments: argparse.Namespace, pairs: Sequence[tuple[Group, Arm]]) 
         arguments.model,
         arguments.data,
         work,
-        base_settings(arguments.length, arguments.window, arguments.seed),
+        change_settings(
+            base_settings(arguments.length, arguments.window, arguments.seed),
+            changed_settings(arguments.set),
+        ),
         resolve_device(arguments.device),
         arguments.smoke,
         say_progress(),

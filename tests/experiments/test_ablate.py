@@ -31,6 +31,19 @@ def records(tmp_path, group):
     return {record["arm"]: record for record in kept["records"]}
 
 
+def test_arms_are_chosen_by_name_or_part():
+    groups = ablate.plan(*LONG)
+
+    def names(*arguments):
+        return [arm.name for _, arm in ablate.chosen(groups, *arguments)]
+
+    assert names(["c"], ["slow pairs, 16"], False) == ["slow pairs, 16"]
+    assert len(names(["c"], ["slow pairs, 1"], False)) > 4
+    every = names(None, None, False)
+    assert len(every) == sum(len(group.arms) for group in groups)
+    assert every[: len(names(None, None, True))] == names(None, None, True)
+
+
 def test_one_arm_of_each_kind(monkeypatch, command, tmp_path, capsys):
     run(monkeypatch, *command, "--groups", "a", "--arms", "residual 0.90, at least 128")
     read, top_k = records(tmp_path, "a").values()
