@@ -21,6 +21,7 @@ BORROWED = {
     "index.md": "README.md",
     "changelog.md": "CHANGELOG.md",
     "experiments.md": "experiments/README.md",
+    "how-to/teacher.md": "recipes/smollm2-64k/README.md",
 }
 """Pages of the site that are files elsewhere in the repository."""
 

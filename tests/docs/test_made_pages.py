@@ -1,0 +1,79 @@
+"""Pages that are made when the site is built, and pictures that a script draws."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs" / "tooling"))
+
+import made_pages  # noqa: E402
+import pictures  # noqa: E402
+
+
+def test_the_page_of_results_has_every_table():
+    page = made_pages.results_page()
+    for path in made_pages.RESULTS.glob("*.json"):
+        found = json.loads(path.read_text())
+        is_shown = made_pages._kind(found) is not None
+        assert (f"`{path.name}`" in page) == is_shown
+        if is_shown:
+            assert found["command"] in page
+    full, sparse = page.index("| full |"), page.index("| rtpurbo |")
+    assert page.index("## Quality") < full < sparse < page.index("## Speed")
+
+
+def test_results_of_one_group_of_ablations_become_tables(tmp_path, monkeypatch):
+    right = {"right": [True, False, True], "divergence": [0.1, 0.2, 0.3], "reads": None}
+    prose = {"loss": [2.0], "teacher_loss": [1.9], "divergence": [0.1], "reads": None}
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    from ablations.results import summary
+
+    answers = {"4 keys": right, "prose": prose}
+    group = {
+        "group": "window",
+        "question": "how long?",
+        "reference": "one",
+        "origin": {"samples": 3},
+        "records": [
+            {
+                "arm": "one",
+                "seconds": 1.0,
+                "answers": {"4096": answers},
+                "summary": {"4096": summary(answers)},
+            }
+        ],
+    }
+    (tmp_path / "window.json").write_text(json.dumps(group))
+    monkeypatch.setattr(made_pages, "RESULTS", tmp_path)
+    page = made_pages.results_page()
+    assert "## Ablations" in page
+    assert "| one | 67 |" in page
+
+
+def test_the_page_of_commands_has_every_option():
+    page = made_pages.commands_page()
+    for text in ("rtpurbo convert", "rtpurbo bench show", "--lora-rank", "--task-data"):
+        assert text in page
+
+
+def test_the_report_is_that_of_the_shipped_artifact():
+    page = made_pages.report_page()
+    assert page.count("<svg") > 5
+    assert "Content-Security-Policy" in page
+    assert "smollm2-135m-instruct" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [
+        ("query.svg", pictures.how_a_query_finds_its_tokens),
+        ("heads.svg", pictures.kinds_of_heads),
+        ("top-p.svg", pictures.dynamic_top_p),
+        ("cache.svg", pictures.what_the_cache_holds),
+    ],
+)
+def test_pictures_are_those_that_the_script_draws(name, draw):
+    assert (pictures.IMAGES / name).read_text(encoding="utf-8") == f"{draw()}\n"
