@@ -30,18 +30,23 @@ def on_gpu(length, dtype=torch.bfloat16, **sizes):
 @pytest.mark.parametrize("length", [1024, 1500])
 def test_equals_the_specification(retrieval_heads, num_selecting, length):
     problem = on_gpu(length)
-    found = output_and_gradients(automatic, problem, retrieval_heads, num_selecting)
-    exact = on_gpu(length, torch.float32)
-    # Selected by the same numbers, so that the same keys are compared.
-    exact = replace(
-        problem._map(
-            lambda tensor: tensor.detach().float() if tensor.is_floating_point() else tensor
-        ),
-        scaling=exact.scaling,
+    exact = problem._map(
+        lambda tensor: tensor.detach().float() if tensor.is_floating_point() else tensor
     )
-    expected = output_and_gradients(eager, exact, retrieval_heads, num_selecting)
-    for ours, right in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
-        assert float((ours.float() - right).norm() / right.norm()) < 0.03
+    call = (retrieval_heads, num_selecting)
+    results = [
+        [output, *gradients]
+        for output, gradients in (
+            output_and_gradients(automatic, problem, *call),
+            output_and_gradients(eager, problem, *call),
+            output_and_gradients(eager, exact, *call),
+        )
+    ]
+    for ours, plain, right in zip(*results, strict=True):
+        # As far off as plain PyTorch is in half precision, which selects other keys at the edge too.
+        error, allowed = ((part.float() - right).norm() / right.norm() for part in (ours, plain))
+        assert error < 1.5 * allowed + 1e-3
+        assert allowed < 0.1
 
 
 @pytest.mark.parametrize("num_selecting", [0, 40])

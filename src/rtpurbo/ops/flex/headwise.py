@@ -150,9 +150,10 @@ def _of_heads(layout: HeadLayout, rule: AttentionRule, num_heads: int) -> tuple[
         with torch.inference_mode(False):
             heads = layout.retrieval.heads
             retrieves = torch.zeros(num_heads, dtype=torch.bool, device=heads.device)
-            retrieves[heads] = True
+            # Filled, as assigning through an index would wait for the device.
+            retrieves.index_fill_(0, heads, True)
             windows = torch.full_like(retrieves, rule.sliding_window, dtype=torch.int32)
-            windows[heads] = rule.near_window
+            windows.index_fill_(0, heads, rule.near_window)
         layout.derived[key] = retrieves, windows
     return layout.derived[key]
 
