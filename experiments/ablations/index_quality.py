@@ -19,7 +19,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import TextCorpus, begin_ids
 from rtpurbo.models.base import BaseModel
 from rtpurbo.ops.eager.divergence import forward_divergence
-from rtpurbo.ops.eager.selection import masses, select_for_rows, select_for_tiles
+from rtpurbo.ops.eager.selection import block_ids, masses, sum_blocks, target_mass
 from rtpurbo.training.capture import CapturedHeads, capture_heads
 from rtpurbo.training.indexer_loss import row_logits
 
@@ -176,26 +176,78 @@ def _logits(seen: CapturedHeads, rows: Tensor, rule: AttentionRule, oracle: bool
 
 def _add_tokens(curve: Curve, logits: Logits, seen: CapturedHeads, rule: AttentionRule) -> None:
     """Each row its own tokens, for every p."""
-    exact, estimate, near, far = logits
-    mass = masses(exact)
-    kept, read = [], []
-    for top_p in TOP_P:
-        asked = replace(rule, top_p=top_p, granularity="token")
-        selected = select_for_rows(asked, estimate, near, far, seen.positions)
-        kept.append(float((mass * (near | selected)).sum()))
-        read.append(float(selected.sum()))
-    curve.add(kept, read, mass.shape[1] * mass.shape[2])
+    curve.add(*swept_top_p(rule, *logits), len(seen.names) * logits[0].shape[2])
 
 
 def _add_blocks(curve: Curve, logits: Logits, seen: CapturedHeads, rule: AttentionRule) -> None:
     """One list a tile, for every share that puts a block on it; the cost is a share of the far keys."""
-    exact, estimate, near, far = logits
-    mass = masses(exact)
-    far_keys = far.sum(-1).clamp(min=1)
+    curve.add(*swept_row_share(rule, *logits, seen.positions), len(seen.names) * logits[0].shape[2])
+
+
+def swept_top_p(
+    rule: AttentionRule, exact: Tensor, estimate: Tensor, near: Tensor, far: Tensor
+) -> tuple[list[float], list[float]]:
+    """What `select_for_rows` keeps and reads at every p, by one sort.
+
+    Args:
+        rule: the reading.
+        exact: logits [1, heads, rows, keys], minus infinity at keys not visible.
+        estimate: likewise.
+        near: bool, broadcastable to them.
+        far: likewise.
+
+    Returns:
+        For each of `TOP_P` the attention mass on near and selected keys, and the far keys selected,
+        both summed over rows and heads.
+    """
+    true, mass = masses(exact), masses(estimate)
+    by_p = [target_mass(replace(rule, top_p=top_p), mass, near, far) for top_p in TOP_P]
+    descending, order = by_p[0][0].sort(dim=-1, descending=True, stable=True)
+    reached_before = descending.cumsum(-1) - descending
+    far_in_order = far.expand(true.shape).gather(-1, order) & (descending > 0)
+    true_in_order = true.gather(-1, order) * far_in_order
+    near_mass = float((true * near).sum())
+    kept, read = [], []
+    for _, target in by_p:
+        taken = reached_before < target[..., None]
+        kept.append(near_mass + float((true_in_order * taken).sum()))
+        read.append(float((far_in_order & taken).sum()))
+    return kept, read
+
+
+def swept_row_share(
+    rule: AttentionRule,
+    exact: Tensor,
+    estimate: Tensor,
+    near: Tensor,
+    far: Tensor,
+    key_positions: Tensor,
+) -> tuple[list[float], list[float]]:
+    """What `select_for_tiles` keeps and reads at every share, for rows that are one tile.
+
+    Args:
+        rule: block size.
+        exact: as in `swept_top_p`, like the next three.
+        estimate: likewise.
+        near: likewise.
+        far: likewise.
+        key_positions: int64 [1, keys].
+
+    Returns:
+        For each of `ROW_SHARES` the attention mass on near and listed keys, and the share of the far
+        keys that is listed, both summed over rows and heads.
+    """
+    true, blocks = masses(exact), block_ids(key_positions, rule.block_size)
+    estimated, held, keys = (
+        sum_blocks(part, blocks)
+        for part in (masses(estimate) * far, true * far, far.expand(true.shape).float())
+    )
+    keys = keys / keys.sum(-1, keepdim=True).clamp(min=1)
+    strongest = estimated.amax(2, keepdim=True)
+    near_mass = float((true * near).sum())
     kept, read = [], []
     for share in ROW_SHARES:
-        asked = replace(rule, prefill_mode="row_share", row_share=share)
-        selected = select_for_tiles(asked, estimate, near, far, seen.positions)
-        kept.append(float((mass * (near | selected)).sum()))
-        read.append(float((selected.sum(-1) / far_keys).sum()))
-    curve.add(kept, read, mass.shape[1] * mass.shape[2])
+        listed = strongest >= share
+        kept.append(near_mass + float((held * listed).sum()))
+        read.append(float((keys * listed).sum()))
+    return kept, read

@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from ablations.arms import Arm, Group
 from ablations.head_choice import chosen_map, even_quota
-from ablations.index_quality import Curve
+from ablations.index_quality import ROW_SHARES, TOP_P, Curve, swept_row_share, swept_top_p
 from ablations.plan import base_settings, plan, shrunk
 from ablations.results import GroupFile, paired_difference, summary
 from ablations.whole_vocabulary import vocabulary_divergence
@@ -13,6 +14,7 @@ from ablations.windows import dealt_windows, use_windows, window_costs
 from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import is_sparse, set_rule
+from rtpurbo.ops.eager.selection import select_for_rows, select_for_tiles
 from rtpurbo.settings import CalibrationSettings, change_settings
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 
@@ -105,6 +107,39 @@ def test_the_whole_vocabulary_counts():
     torch.testing.assert_close(divergence, (expected * (expected / found).log()).sum(-1))
     divergence.sum().backward()
     torch.testing.assert_close(student.grad, (found - expected).detach() @ weight)
+
+
+@pytest.mark.parametrize("reading", ["paper", "residual", "far"])
+def test_sweeps_select_as_rules_do(reading):
+    torch.manual_seed(0)
+    rule = AttentionRule(
+        num_sink_tokens=2, sliding_window=16, block_size=16, query_block_size=8, reading=reading,
+        min_tokens=0, prefill_mode="row_share",
+    )  # fmt: skip
+    keys, queries = torch.arange(83), torch.arange(72, 80)[:, None]
+    near = ((keys > queries - 16) | (keys < 2)) & (keys <= queries)
+    far = (keys <= queries) & ~near
+    exact, estimate = (
+        (torch.randn(1, 2, 8, 83) * 3).masked_fill(keys > queries, -torch.inf) for _ in range(2)
+    )
+    positions = keys[None]
+    tokens = swept_top_p(rule, exact, estimate, near, far)
+    blocks = swept_row_share(rule, exact, estimate, near, far, positions)
+
+    def expected(selected):
+        share = selected.sum(-1) / far.sum(-1)
+        return (exact.softmax(-1) * (near | selected)).sum(), selected.sum(), share.sum()
+
+    for number, top_p in enumerate(TOP_P):
+        asked = replace(rule, top_p=top_p)
+        kept, read, _ = expected(select_for_rows(asked, estimate, near, far, positions))
+        assert tokens[0][number] == pytest.approx(float(kept), rel=1e-5)
+        assert tokens[1][number] == read
+    for number, row_share in enumerate(ROW_SHARES):
+        asked = replace(rule, row_share=row_share)
+        kept, _, share = expected(select_for_tiles(asked, estimate, near, far, positions))
+        assert blocks[0][number] == pytest.approx(float(kept), rel=1e-5)
+        assert blocks[1][number] == pytest.approx(float(share), rel=1e-5)
 
 
 def test_costs_between_settings():
