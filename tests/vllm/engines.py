@@ -1,0 +1,59 @@
+"""vLLM engines in this process, with a look at their blocks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+OPTIONS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "max_num_seqs": 16,
+    "seed": 0,
+}
+
+
+@contextmanager
+def running(checkpoint: Path, **options: Any) -> Iterator[LLM]:
+    """An engine in fp32, gone afterwards."""
+    llm = LLM(str(checkpoint), **{**OPTIONS, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    """So many tokens, always the likeliest one."""
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+
+
+def answers(llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """What the engine generates greedily, all prompts at once."""
+    return [list(output.outputs[0].token_ids) for output in outputs(llm, prompts, max_tokens)]
+
+
+def outputs(llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Any]:
+    """The same with everything that vLLM tells about each request."""
+    given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    return llm.generate(given, greedy(max_tokens), use_tqdm=False)
+
+
+def scheduler(llm: LLM) -> Any:
+    """Of the engine, which runs in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm: LLM) -> int:
+    """Blocks that no request holds."""
+    return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()

@@ -1,0 +1,182 @@
+"""What vLLM generates is what transformers generates, however the work is cut and shared."""
+
+import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from tests.vllm.checkpoints import (
+    FAMILIES,
+    WINDOW,
+    assert_same_answers,
+    expected_answers,
+    load_reference,
+    random_prompts,
+    save_checkpoint,
+)
+from tests.vllm.engines import answers, free_blocks, outputs, running
+
+pytestmark = pytest.mark.vllm
+
+LENGTHS = (10, 70, 200, 333, 600, 17)
+NEW = 40
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def reference(llama):
+    return load_reference(llama)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def expected(reference, prompts):
+    return expected_answers(reference, prompts, NEW)
+
+
+def test_the_answers_need_the_selection(llama, reference, prompts, expected):
+    """Else equal answers would show nothing."""
+    import rtpurbo
+    from rtpurbo.models.sparsify import set_rule
+
+    changed = rtpurbo.load(llama)[0]
+    set_rule(changed, top_p=1.0)
+    assert expected_answers(changed, prompts, NEW) != expected
+    set_rule(changed, top_p=0.8, sliding_window=2 * WINDOW)
+    assert expected_answers(changed, prompts, NEW) != expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, tmp_path, prompts):
+    checkpoint = save_checkpoint(tmp_path, family)
+    reference = load_reference(checkpoint)
+    wanted = expected_answers(reference, prompts, NEW)
+    with running(checkpoint) as llm:
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
+
+
+@pytest.mark.parametrize(
+    ("index_space", "rule"),
+    [
+        ("pre_rope", {}),
+        ("post_rope", {"granularity": "block", "block_size": 16}),
+        ("low_frequency", {"prefill_mode": "top_p"}),
+        ("low_frequency", {"reading": "paper", "num_sink_tokens": 20}),
+        ("low_frequency", {"retrieval_window": 100, "index_storage": "float8"}),
+    ],
+)
+def test_rules(index_space, rule, tmp_path, prompts):
+    checkpoint = save_checkpoint(tmp_path, index_space=index_space, rule=rule)
+    reference = load_reference(checkpoint)
+    wanted = expected_answers(reference, prompts, NEW)
+    with running(checkpoint, max_num_batched_tokens=128) as llm:
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
+
+
+@pytest.mark.parametrize("layers", [((), ()), (range(8), range(8)), ((0,),)])
+def test_layers_of_one_kind(layers, tmp_path, prompts):
+    checkpoint = save_checkpoint(tmp_path, layers=layers)
+    reference = load_reference(checkpoint)
+    wanted = expected_answers(reference, prompts, NEW)
+    with running(checkpoint) as llm:
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
+
+
+@pytest.mark.parametrize("chunk", [1024, 64, 17])
+def test_chunks_and_repeated_prefixes(chunk, llama, reference, prompts, expected):
+    with running(llama, max_num_batched_tokens=chunk) as llm:
+        free = free_blocks(llm)
+        first, second = (outputs(llm, prompts, NEW) for _ in range(2))
+        for found in (first, second):
+            tokens = [list(output.outputs[0].token_ids) for output in found]
+            assert_same_answers(reference, prompts, tokens, expected)
+        assert sum(output.num_cached_tokens for output in first) == 0
+        for output, length in zip(second, LENGTHS, strict=True):
+            assert output.num_cached_tokens == (length - 1) // 16 * 16
+        assert free_blocks(llm) == free
+
+
+def test_without_prefix_caching(llama, reference, prompts, expected):
+    with running(llama, enable_prefix_caching=False, max_num_batched_tokens=100) as llm:
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), expected)
+
+
+def test_compiled(llama, reference, prompts, expected):
+    with running(llama, enforce_eager=False) as llm:
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), expected)
+
+
+def test_diverging_prefixes(llama, prompts, reference):
+    long, other = prompts[4], prompts[3]
+    # Inside the block of the sinks, at edges of blocks, inside the window, near the end.
+    diverging = [long[:same] + other[:50] for same in (3, 15, 16, 64, 300, 304, 590)]
+    wanted = expected_answers(reference, diverging, NEW)
+    with running(llama, max_num_batched_tokens=64) as llm:
+        answers(llm, [long], NEW)
+        for prompt, answer, same in zip(
+            diverging, wanted, (3, 15, 16, 64, 300, 304, 590), strict=True
+        ):
+            (output,) = outputs(llm, [prompt], NEW)
+            tokens = list(output.outputs[0].token_ids)
+            assert_same_answers(reference, [prompt], [tokens], [answer])
+            assert output.num_cached_tokens == same // 16 * 16
+
+
+def test_an_answer_continued(llama, prompts, reference):
+    """A second turn reuses what the first one generated, as transformers does with its cache."""
+    (answer,) = expected_answers(reference, [prompts[2]], NEW)
+    with running(llama) as llm:
+        assert answers(llm, [prompts[2]], NEW) == [answer]
+        (output,) = outputs(llm, [prompts[2] + answer + prompts[1]], NEW)
+        assert output.num_cached_tokens == (200 + NEW - 1) // 16 * 16
+
+
+def test_preemption(llama, reference, monkeypatch):
+    """Short prompts with long answers in a small pool: some must give their blocks back."""
+    preemptions = []
+    preempt = Scheduler._preempt_request
+
+    def counted(self, request, *arguments, **options):
+        preemptions.append(request.request_id)
+        return preempt(self, request, *arguments, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    short = random_prompts((33, 40, 47, 55, 62, 70), seed=1)
+    wanted = expected_answers(reference, short, 150)
+    for caching in (True, False):
+        preemptions.clear()
+        with running(
+            llama,
+            num_gpu_blocks_override=100,
+            max_model_len=512,
+            max_num_batched_tokens=64,
+            enable_prefix_caching=caching,
+        ) as llm:
+            free = free_blocks(llm)
+            assert_same_answers(reference, short, answers(llm, short, 150), wanted)
+            assert free_blocks(llm) == free
+        assert preemptions
+
+
+def test_a_prompt_larger_than_what_is_free(llama, reference, prompts, expected):
+    """It is let in because its old blocks are given back while it is read."""
+    with running(
+        llama, num_gpu_blocks_override=68, max_model_len=704, max_num_batched_tokens=64
+    ) as llm:
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), expected)
+
+
+def test_a_batch_of_sixteen(llama, reference):
+    lengths = [12 + 41 * number % 500 for number in range(16)]
+    batch = random_prompts(lengths, seed=2)
+    wanted = expected_answers(reference, batch, NEW)
+    with running(llama, max_num_seqs=16) as llm:
+        assert_same_answers(reference, batch, answers(llm, batch, NEW), wanted)
