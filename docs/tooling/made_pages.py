@@ -8,6 +8,7 @@ prints the page of results.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ _ABOUT_ABLATIONS = """## Ablations
 """
 
 
+_COMMAND_LIST = re.compile(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+\n?")
+
+
 def results_page() -> str:
     """Every table of results, in Markdown."""
     kinds: dict[str, list[str]] = {"quality": [], "speed": [], "ablation": []}
@@ -65,7 +69,9 @@ def results_page() -> str:
 def commands_page() -> str:
     """The help of every command."""
     command = get_command(app)
-    return get_docs_for_click(obj=command, ctx=Context(command), name="rtpurbo", title="Commands")
+    text = get_docs_for_click(obj=command, ctx=Context(command), name="rtpurbo", title="Commands")
+    # Lists of commands, which cut their first sentences short, are what the page's own menu is.
+    return _COMMAND_LIST.sub("", text)
 
 
 def report_page() -> str:
