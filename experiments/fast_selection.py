@@ -13,73 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from rtpurbo.ops.eager import selection
-
-
-@triton.jit
-def _top_set_kernel(
-    mass_pointer,
-    target_pointer,
-    chosen_pointer,
-    num_entries,
-    SIZE: tl.constexpr,  # noqa: N803
-    COUNTING: tl.constexpr,  # noqa: N803
-):
-    row = tl.program_id(0).to(tl.int64)
-    entries = tl.arange(0, SIZE)
-    inside = entries < num_entries
-    mass = tl.load(mass_pointer + row * num_entries + entries, mask=inside, other=0.0)
-    target = tl.load(target_pointer + row)
-    # Floats that are not negative are ordered as their bits are.
-    bits = mass.to(tl.int32, bitcast=True)
-    worth = mass
-    if COUNTING:
-        worth = tl.where(mass > 0, 1.0, 0.0)
-    # Entries from `high` on do not reach the target. Those from `low` on do, or all that have mass
-    # must be taken; a target that nothing is needed for drives `low` beyond every mass.
-    low = tl.full([], 1, tl.int32)
-    high = tl.full([], 0x7F800000, tl.int32)
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        reached = tl.sum(tl.where(bits >= middle, worth, 0.0), 0) >= target
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle)
-    tl.store(chosen_pointer + row * num_entries + entries, (bits >= low).to(tl.int8), mask=inside)
-
-
-def top_set(mass: Tensor, target: Tensor, *, counting: bool = False) -> Tensor:
-    """The heaviest entries of each row whose sum (or whose number) reaches a target, and no more.
-
-    Args:
-        mass: fp32, non-negative [..., entries].
-        target: [...]; at or below 0 selects nothing, out of reach everything that has mass.
-        counting: reach the target with the number of entries.
-
-    Returns:
-        bool [..., entries].
-    """
-    mass, target = mass.contiguous(), target.float().contiguous()
-    chosen = torch.empty(mass.shape, dtype=torch.int8, device=mass.device)
-    size = triton.next_power_of_2(mass.shape[-1])
-    _top_set_kernel[(target.numel(),)](
-        mass,
-        target,
-        chosen,
-        mass.shape[-1],
-        SIZE=size,
-        COUNTING=counting,
-        num_warps=min(32, max(4, size // 1024)),
-    )
-    return chosen.view(torch.bool)
-
-
-def heaviest(mass: Tensor, count: int) -> Tensor:
-    """As `selection.heaviest`."""
-    return top_set(mass, torch.full_like(mass[..., 0], float(count)), counting=True)
+from rtpurbo.ops.triton.sets import BISECTING
 
 
 @contextmanager
@@ -99,8 +36,7 @@ def fast_selection(block_size: int, device: torch.device) -> Iterator[None]:
         return chosen.repeat_interleave(block_size, -1)[..., : blocks.shape[-1]]
 
     replacements: dict[str, Any] = {
-        "smallest_set": top_set,
-        "heaviest": heaviest,
+        "SORTING": BISECTING,
         "sum_blocks": sum_blocks,
         "spread_blocks": spread_blocks,
     }

@@ -2,10 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fast_selection import fast_selection, heaviest, top_set
+from fast_selection import fast_selection
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager import selection
+from rtpurbo.ops.triton.sets import BISECTING
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -15,15 +16,6 @@ def masses(rows=16, keys=83):
     logits = torch.randn(1, 2, rows, keys, generator=generator) * 3
     logits[..., 60:] = -torch.inf
     return logits.to(DEVICE)
-
-
-def test_top_sets_are_those_of_sorting():
-    mass = masses().softmax(-1)
-    target = torch.rand(mass.shape[:-1], generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    target = target * 1.6 - 0.3
-    assert torch.equal(top_set(mass, target), selection.smallest_set(mass, target))
-    for count in (1, 500):
-        assert torch.equal(heaviest(mass, count), selection.heaviest(mass, count))
 
 
 @pytest.mark.parametrize(
@@ -50,8 +42,8 @@ def test_rules_select_the_same(changes):
     expected = select(*arguments, keys[None])
     # On the CPU the kernel is interpreted, which only this test asks for.
     with fast_selection(rule.block_size, SimpleNamespace(type="cuda")):
-        assert selection.smallest_set is top_set
+        assert selection.SORTING is BISECTING
         actual = select(*arguments, keys[None])
-    assert selection.smallest_set is not top_set
+    assert selection.SORTING is not BISECTING
     assert torch.equal(actual, expected)
     assert 0 < actual.float().mean() < far.float().mean()

@@ -21,6 +21,7 @@ from rtpurbo.ops.triton.decode.attention import run_step
 from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
 from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill import hopper
+from rtpurbo.ops.triton.sets import heaviest, top_set
 from rtpurbo.ops.triton.training.divergence import indexer_divergence
 from tests.ops.triton.hopper_code import strange_descriptors
 
@@ -293,6 +294,9 @@ def main():
     JITFunction.run = compile_only(JITFunction.run)
     compile_prompts()
     compile_losses()
+    for entries in (83, 8192, 40000):
+        top_set(torch.empty(2, entries), torch.empty(2))
+        heaviest(torch.empty(2, entries), 128)
     single = {"capacity": 16, "batch": 1, "window": 64, "head_dim": 64, "index_dim": 1}
     for reading in ("residual", "far", "paper"):
         for granularity in ("token", "block"):

@@ -14,6 +14,9 @@ Three readings of "the smallest set whose mass reaches p" (docs/experiment-log.m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -92,6 +95,16 @@ def heaviest(mass: Tensor, count: int) -> Tensor:
     return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, indices, values > 0)
 
 
+class SetFinder(NamedTuple):
+    """How the two sets are found: by sorting here, otherwise where sorting is slow."""
+
+    smallest_set: Callable[[Tensor, Tensor], Tensor]
+    heaviest: Callable[[Tensor, int], Tensor]
+
+
+SORTING = SetFinder(smallest_set, heaviest)
+
+
 def block_ids(key_positions: Tensor, block_size: int) -> Tensor:
     """The block of each key, int64 [batch, k_len]; empty slots, which have no mass, get block 0."""
     return key_positions.clamp(min=0) // block_size
@@ -121,6 +134,7 @@ def select_for_rows(
     far: Tensor,
     key_positions: Tensor,
     num_blocks: int | None = None,
+    finder: SetFinder | None = None,
 ) -> Tensor:
     """Far keys that each row reads, each row its own set: bool [batch, heads, q_len, k_len].
 
@@ -131,18 +145,21 @@ def select_for_rows(
         far: likewise.
         key_positions: int64 [batch, k_len].
         num_blocks: blocks up to the last position, where they are known.
+        finder: how sets are found; by sorting if None.
     """
+    finder = finder or SORTING
     if rule.top_p >= 1:
         return far.expand(logits.shape)
     candidates, target = target_mass(rule, masses(logits), near, far)
     # A share of the far mass alone: beside a near mass of nearly 1 it would be lost to rounding.
     far_shares = masses(logits.masked_fill(~far, -torch.inf))
     if rule.granularity == "token":
-        return (smallest_set(candidates, target) | heaviest(far_shares, rule.min_tokens)) & far
+        chosen = finder.smallest_set(candidates, target)
+        return (chosen | finder.heaviest(far_shares, rule.min_tokens)) & far
     blocks = block_ids(key_positions, rule.block_size)
-    chosen = smallest_set(sum_blocks(candidates, blocks, num_blocks), target)
+    chosen = finder.smallest_set(sum_blocks(candidates, blocks, num_blocks), target)
     floor = -(-rule.min_tokens // rule.block_size)
-    chosen |= heaviest(sum_blocks(far_shares, blocks, num_blocks), floor)
+    chosen |= finder.heaviest(sum_blocks(far_shares, blocks, num_blocks), floor)
     return spread_blocks(chosen, blocks) & far
 
 
