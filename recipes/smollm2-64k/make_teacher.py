@@ -41,7 +41,7 @@ STAGES = {
         steps=400, lengths=(8192, 32768, 16384, 32768), context=32768, rope_theta=1e6
     ),
     "64k": TeacherSettings(
-        steps=700,
+        steps=500,
         lengths=(16384, 65536, 32768, 65536),
         context=65536,
         learning_rate=2e-4,
