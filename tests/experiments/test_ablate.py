@@ -45,7 +45,7 @@ def test_arms_are_chosen_by_name_or_part():
 
 
 def test_one_arm_of_each_kind(monkeypatch, command, tmp_path, capsys):
-    run(monkeypatch, *command, "--groups", "a", "--arms", "residual 0.90, at least 128")
+    run(monkeypatch, *command, "--groups", "a", "--arms", "residual 0.90, at")
     read, top_k = records(tmp_path, "a").values()
     assert read["arm"].startswith("residual")
     length = str(SHORT[0])
