@@ -16,7 +16,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.ops import HeadLayout
-from rtpurbo.serving.vllm import eager
+from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
@@ -139,7 +139,8 @@ class ServedAttention(nn.Module):
         index_queries = None
         if full is not None:
             index_queries = self._index_queries(unrotated_queries, queries, layout.retrieval.heads)
-        eager.attend(queries, index_queries, full, bounded, layout, self.rule, self.scaling, output)
+        attend = cuda.attend if queries.is_cuda else eager.attend
+        attend(queries, index_queries, full, bounded, layout, self.rule, self.scaling, output)
 
     def _cache(self, cache: PagedCache | None, metadata: Any) -> LayerCache | None:
         if cache is None:

@@ -20,28 +20,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.serving.vllm.layout import CachePlan, Group, LayerHeads, TokenBytes, plan_cache
 from rtpurbo.serving.vllm.metadata import HeadwiseBackend
-from rtpurbo.serving.vllm.pages import Pages
+from rtpurbo.serving.vllm.pages import Part, divide
 from rtpurbo.serving.vllm.specs import SinkWindowSpec
-
-
-@dataclass(frozen=True)
-class Part:
-    """Heads of a layer that lie in one piece of each block.
-
-    Attributes:
-        heads: their number.
-        size: elements of a token of one head.
-        dtype: of the elements.
-    """
-
-    heads: int
-    size: int
-    dtype: torch.dtype
-
-    @property
-    def token_bytes(self) -> int:
-        """Of all heads."""
-        return self.heads * self.size * self.dtype.itemsize
 
 
 class PagedCache(AttentionLayerBase):
@@ -69,7 +49,7 @@ class PagedCache(AttentionLayerBase):
     @kv_cache.setter
     def kv_cache(self, blocks: Tensor) -> None:
         self._blocks = blocks
-        self.pages = self._divide(blocks) if blocks.numel() else {}
+        self.pages = divide(blocks, self.parts) if blocks.numel() else {}
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Who makes the metadata of a step."""
@@ -78,20 +58,6 @@ class PagedCache(AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
         """What is stored."""
         return self.spec
-
-    def _divide(self, blocks: Tensor) -> dict[int, Pages]:
-        # [blocks, 1, block_size, elements] of one dtype: a block is one run of bytes.
-        raw = blocks.view(torch.uint8).flatten(1)
-        pages, start = {}, 0
-        for layer, parts in self.parts.items():
-            views = []
-            for part in parts:
-                end = start + part.token_bytes * self.spec.block_size
-                view = raw[:, start:end].view(part.dtype)
-                views.append(view.unflatten(1, (part.heads, self.spec.block_size, part.size)))
-                start = end
-            pages[layer] = Pages(*views)
-        return pages
 
 
 @dataclass(frozen=True)

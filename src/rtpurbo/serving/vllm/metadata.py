@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
+from rtpurbo.serving.vllm.checkpoint import read_config
 from rtpurbo.serving.vllm.pages import Batch
 
 
@@ -25,8 +26,6 @@ class HeadwiseMetadata(Batch, AttentionMetadata):
 class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
     """Takes from vLLM's description of a batch what `attention` needs."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
-
     def __init__(
         self,
         kv_cache_spec: KVCacheSpec,
@@ -35,6 +34,28 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        largest = max(
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+        )
+        # Graphs read prompt lengths where they were captured.
+        self._prompt_lengths = torch.zeros(largest, dtype=torch.int32, device=device)
+        support = self.get_cudagraph_support(vllm_config, kv_cache_spec)
+        self._serves_uniform = device.type != "cpu" and support != AttentionCGSupport.NEVER
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """Graphs of steps in which every request has one row.
+
+        In a graph kernels must read all keys for the last row of a prompt, which they can do where
+        tokens are selected; blocks at the edges of what is far score lower than whole ones.
+        """
+        rule = read_config(vllm_config.model_config.hf_config).attention
+        if rule.granularity != "token":
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
         self,
@@ -45,17 +66,24 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
         """The metadata of a step."""
         batch = common_attn_metadata
         lengths = batch.seq_lens_cpu_upper_bound
-        prompt_lengths = batch.rswa_prefix_lens
-        # Both runners tell the lengths of prompts to models that have `rswa_window`.
         assert lengths is not None
-        assert prompt_lengths is not None
+        prompt_lengths = batch.rswa_prefix_lens
+        if prompt_lengths is None:
+            # Both runners tell the lengths of prompts, but not of requests made up for a capture.
+            prompt_lengths = torch.zeros(batch.num_reqs, dtype=torch.int32)
+        uniform = self._serves_uniform and batch.max_query_len == 1
+        kept = self._prompt_lengths[: prompt_lengths.shape[0]]
+        kept.copy_(prompt_lengths, non_blocking=True)
         return HeadwiseMetadata(
             batch.query_start_loc_cpu.tolist(),
             lengths.tolist(),
-            prompt_lengths.tolist(),
+            # One runner has them on the GPU: not to be waited for where they are not needed.
+            [] if uniform else prompt_lengths.tolist(),
             batch.block_table_tensor,
             batch.slot_mapping,
             batch.seq_lens,
+            kept,
+            uniform,
         )
 
 

@@ -5,8 +5,10 @@ R requests, T rows of all requests together, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,17 +32,64 @@ class Pages:
 
         Args:
             slots: int64 [T], block number times block size plus place in the block. Negative ones
-                belong to no request; they go to block 0, which nobody reads.
+                belong to no request: they leave zeros in block 0, which is no request's. Tiles of
+                kernels may reach into it from a window, and find nothing that weights of 0 would not
+                take away.
             keys: [T, heads, D].
             values: the same shape.
             index_keys: [T, retrieval heads, index_dim]; None where the pages hold none.
         """
+        nobody = (slots < 0)[:, None, None]
         slots = slots.clamp(min=0)
         blocks, places = slots // self.block_size, slots % self.block_size
-        self.keys[blocks, :, places] = keys
-        self.values[blocks, :, places] = values
-        if self.index_keys is not None and index_keys is not None:
-            self.index_keys[blocks, :, places] = index_keys.to(self.index_keys.dtype)
+        for pages, states in (
+            (self.keys, keys),
+            (self.values, values),
+            (self.index_keys, index_keys),
+        ):
+            if pages is not None and states is not None:
+                pages[blocks, :, places] = states.masked_fill(nobody, 0).to(pages.dtype)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Heads of a layer that lie in one piece of each block.
+
+    Attributes:
+        heads: their number.
+        size: elements of a token of one head.
+        dtype: of the elements.
+    """
+
+    heads: int
+    size: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Of all heads."""
+        return self.heads * self.size * self.dtype.itemsize
+
+
+def divide(blocks: Tensor, parts: Mapping[int, tuple[Part, ...]]) -> dict[int, Pages]:
+    """Each layer's share of a cache's blocks.
+
+    Args:
+        blocks: [num_blocks, 1, block_size, elements], where the bytes of a block follow each other.
+        parts: of each layer keys, values and perhaps index keys; they lie in a block in this order.
+    """
+    block_size = blocks.shape[2]
+    raw = blocks.view(torch.uint8).flatten(1)
+    pages, start = {}, 0
+    for layer, of_layer in parts.items():
+        views = []
+        for part in of_layer:
+            end = start + part.token_bytes * block_size
+            view = raw[:, start:end].view(part.dtype)
+            views.append(view.unflatten(1, (part.heads, block_size, part.size)))
+            start = end
+        pages[layer] = Pages(*views)
+    return pages
 
 
 @dataclass
@@ -54,6 +103,10 @@ class Batch:
         block_table: int32 [R, blocks].
         slots: int64 [rows], where each row's token goes; negative for padding.
         device_lengths: int32 [R], the lengths where the block table is.
+        device_prompt_lengths: int32 [R], likewise; wanted where `uniform`.
+        uniform: every request has one row, or none and no tokens. Tensors alone tell what is to be done,
+            so that it can become a graph, to be replayed when they hold another step.
+        division: what a path works out from all this once a step.
     """
 
     starts: list[int]
@@ -62,6 +115,9 @@ class Batch:
     block_table: Tensor
     slots: Tensor
     device_lengths: Tensor
+    device_prompt_lengths: Tensor | None = None
+    uniform: bool = False
+    division: object = None
 
 
 @dataclass(frozen=True)

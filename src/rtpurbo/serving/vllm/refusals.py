@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import torch
 import vllm
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.serving.vllm import cuda
 from rtpurbo.serving.vllm.checkpoint import read_config
 from rtpurbo.serving.vllm.layout import heads_of_rank
 from rtpurbo.serving.vllm.versions import check_version
@@ -30,6 +33,15 @@ def check(config: VllmConfig) -> None:
 def refusals(config: VllmConfig) -> Iterator[str]:
     """Why a sparse model cannot be served with these settings; nothing if it can."""
     parallel, cache = config.parallel_config, config.cache_config
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        yield "sparse models are served on NVIDIA GPUs and on CPUs: choose such a machine."
+    head_dim, dtype = config.model_config.get_head_size(), config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
+    if current_platform.is_cuda() and not cuda.supports(head_dim, dtype):
+        yield (
+            f"the kernels take heads of up to {cuda.MAX_HEAD_DIM} dimensions in multiples of 16 "
+            f"bytes, but the model's have {head_dim}: serve it with transformers."
+        )
     if config.model_config.runner_type != "generate":
         yield "sparse models generate text and give no embeddings: leave out --runner."
     if config.speculative_config is not None:

@@ -1,0 +1,278 @@
+"""Kernels over pages against the readable operators, in memory laid out as vLLM lays it out."""
+
+import random
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+
+from rtpurbo.config import AttentionRule, Reading
+from rtpurbo.ops import HeadLayout
+from rtpurbo.serving.vllm import cuda, eager
+from rtpurbo.serving.vllm.pages import Batch, LayerCache, Part, divide
+from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
+
+INDEX_DIM = 16
+SINKS, WINDOW = 4, 16
+BLOCK_SIZES = {"full": 32, "bounded": 16}
+# Heads 1 and 2 share a KV head with local ones, and KV head 1 is bounded.
+HEADS, KEY_VALUE_HEADS, RETRIEVAL = 6, 3, (1, 4, 5)
+# Layers before the one that is looked at, so that its parts begin at odd places.
+LAYERS = 3
+
+
+class Step:
+    """A step of an engine: requests in the pages of two groups, and what its attention is given.
+
+    What no request holds is NaN: other blocks, rows behind an end. Block 0, which stands where a request
+    gave its block back, is zeros, as it is in vLLM.
+
+    Args:
+        requests: (tokens, rows of this step, tokens of the prompt) of each.
+        dtype: of the model.
+        rule: of the model.
+        retrieval: heads that retrieve.
+        head_dim: of a head.
+    """
+
+    def __init__(self, requests, dtype, rule, retrieval=RETRIEVAL, head_dim=16):
+        self.rule, self.head_dim, self.dtype = rule, head_dim, dtype
+        self.layout = HeadLayout.build(retrieval, HEADS, KEY_VALUE_HEADS, DEVICE)
+        self.generator = torch.Generator().manual_seed(0)
+        self.requests = requests
+        self.scaling = head_dim**-0.5
+        starts = [0]
+        for _, rows, _ in requests:
+            starts.append(starts[-1] + rows)
+        self.rows = starts[-1]
+        self.queries = self.random(self.rows, HEADS, head_dim) * 2
+        self.index_queries = None
+        if retrieval:
+            self.index_queries = torch.zeros(len(retrieval), self.rows, INDEX_DIM, dtype=dtype)
+            for head, index_queries in enumerate(self.index_queries):
+                index_queries[:, head] = 5
+            self.index_queries = self.index_queries.to(DEVICE)
+        numbers = list(range(1, 2 + sum(-(-tokens // 16) for tokens, *_ in requests) * 2))
+        random.Random(0).shuffle(numbers)
+        full_heads = self.layout.full_key_value_heads.numel()
+        states = Part(full_heads, head_dim, dtype)
+        index = Part(len(retrieval), INDEX_DIM, dtype)
+        bounded = Part(KEY_VALUE_HEADS - full_heads, head_dim, dtype)
+        groups = {"full": (states, states, index), "bounded": (bounded, bounded)}
+        sizes = {
+            name: LAYERS * BLOCK_SIZES[name] * sum(part.token_bytes for part in parts)
+            for name, parts in groups.items()
+        }
+        stride = max(sizes.values())
+        memory = torch.full(((len(numbers) + 2) * stride,), -1, dtype=torch.int8, device=DEVICE)
+        memory[:stride] = 0
+        self.caches = {}
+        for name, parts in groups.items():
+            if not parts[0].heads:
+                self.caches[name] = None
+                continue
+            size = BLOCK_SIZES[name]
+            shape = (memory.numel() // stride, 1, size, sizes[name] // size)
+            strides = (stride, sizes[name], sizes[name] // size, 1)
+            blocks = torch.as_strided(memory, shape, strides).view(dtype)
+            pages = divide(blocks, dict.fromkeys(range(LAYERS), parts))[LAYERS - 1]
+            longest = max(-(-tokens // size) for tokens, *_ in requests)
+            table = torch.zeros(len(requests), longest, dtype=torch.int32)
+            for request, (tokens, rows, _) in enumerate(requests):
+                kept = self.kept_tokens(name, tokens, rows, size)
+                for number in {token // size for token in kept}:
+                    table[request, number] = numbers.pop()
+                self.fill(pages, table[request], kept)
+            batch = Batch(
+                starts,
+                [tokens for tokens, *_ in requests],
+                [prompt for *_, prompt in requests],
+                table.to(DEVICE),
+                torch.empty(0, dtype=torch.int64, device=DEVICE),
+                self.on_device([tokens for tokens, *_ in requests]),
+                self.on_device([prompt for *_, prompt in requests]),
+            )
+            self.caches[name] = LayerCache(pages, batch)
+
+    def random(self, *shape):
+        return torch.randn(*shape, generator=self.generator).to(self.dtype).to(DEVICE)
+
+    def on_device(self, numbers):
+        return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+    def kept_tokens(self, name, tokens, rows, size):
+        """Tokens whose blocks a request holds."""
+        if name == "full":
+            return range(tokens)
+        first = max(0, tokens - rows - self.rule.sliding_window + 1) // size * size
+        sinks = -(-self.rule.num_sink_tokens // size) * size
+        return [token for token in range(tokens) if token < sinks or token >= first]
+
+    def fill(self, pages, table, kept):
+        kept = torch.tensor(list(kept), dtype=torch.int64)
+        size = pages.block_size
+        slots = (table[kept // size].long() * size + kept % size).to(DEVICE)
+        shape = (len(kept), pages.keys.shape[1], self.head_dim)
+        index = None
+        if pages.index_keys is not None:
+            heads = pages.index_keys.shape[1]
+            index = torch.zeros(len(kept), heads, INDEX_DIM, dtype=self.dtype)
+            for head in range(heads):
+                # Every head finds the first far token, and another one if it asks for its neighbour.
+                index[:, head, head] = -4
+                index[kept == SINKS, head, head] = 4
+                index[kept == SINKS + 1, head, (head + 1) % heads] = 8
+            index = index.to(DEVICE)
+        pages.write(slots, self.random(*shape), self.random(*shape), index)
+
+    def attended(self, path, uniform=False, **rule):
+        full, bounded = self.caches["full"], self.caches["bounded"]
+        caches = [
+            cache and replace(cache, batch=replace(cache.batch, uniform=uniform))
+            for cache in (full, bounded)
+        ]
+        output = torch.full_like(self.queries, torch.nan)
+        path.attend(
+            self.queries,
+            self.index_queries,
+            *caches,
+            self.layout,
+            replace(self.rule, **rule),
+            self.scaling,
+            output,
+        )
+        assert not output.isnan().any()
+        return output
+
+
+def rule_of(window=WINDOW, **options):
+    options = {"top_p": 0.9, "min_tokens": 1, "block_size": 16} | options
+    return AttentionRule(num_sink_tokens=SINKS, sliding_window=window, **options)
+
+
+def assert_close(actual, expected):
+    # Each path rounds its result, and what it reads is rounded alike.
+    tolerance = 6 * EPSILON[expected.dtype] * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+# (tokens, rows, prompt): generating, just begun, alone in the first block; a prompt in one piece and the
+# second chunk of one; rows computed again behind a prompt's end; padding.
+MIXED = [(60, 1, 30), (41, 1, 40), (7, 1, 3), (34, 34, 34), (50, 12, 90), (62, 10, 55), (9, 0, 9)]
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "dtype"),
+    [
+        (RETRIEVAL, DTYPES[0]),
+        pytest.param(RETRIEVAL, DTYPES[1], marks=pytest.mark.slow),
+        pytest.param((), DTYPES[0], marks=pytest.mark.slow),
+        pytest.param(range(HEADS), DTYPES[0], marks=pytest.mark.slow),
+    ],
+)
+def test_mixed_batch(retrieval, dtype):
+    step = Step(MIXED, dtype, rule_of(), tuple(retrieval))
+    assert_close(step.attended(cuda), step.attended(eager))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 1.0},
+        {"reading": "paper"},
+        {"retrieval_window": 26},
+        {"retrieval_window": 9},
+        {"prefill_mode": "top_p"},
+        {"granularity": "block", "block_size": 8},
+    ],
+)
+def test_rules(options):
+    step = Step([(60, 1, 30), (46, 6, 43), (20, 20, 20)], DTYPES[0], rule_of(**options))
+    assert_close(step.attended(cuda), step.attended(eager))
+
+
+@pytest.mark.slow
+def test_the_selection_matters():
+    step = Step(MIXED, DTYPES[0], rule_of())
+    selected, everything = step.attended(cuda), step.attended(cuda, top_p=1.0)
+    generating, prompt = selected[:1] - everything[:1], selected[3:37] - everything[3:37]
+    assert generating.abs().max() > 0.02
+    assert prompt.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("reading", "min_tokens"),
+    [
+        ("residual", 8),
+        *(pytest.param(reading, 0, marks=pytest.mark.slow) for reading in get_args(Reading)),
+    ],
+)
+def test_uniform_steps_tell_prompts_from_answers(reading, min_tokens):
+    """The last row of a prompt alone is dense, though kernels are told so by tensors only."""
+    requests = [(60, 1, 30), (60, 1, 60), (40, 1, 39), (40, 1, 80), (5, 1, 5)]
+    step = Step(requests, DTYPES[0], rule_of(reading=reading, min_tokens=min_tokens))
+    uniform = step.attended(cuda, uniform=True)
+    assert_close(uniform, step.attended(cuda, min_tokens=max(1, min_tokens)))
+    assert_close(uniform[[1, 3, 4]], step.attended(eager, top_p=1.0)[[1, 3, 4]])
+
+
+def test_heads_that_kernels_take():
+    assert cuda.supports(128, torch.bfloat16)
+    assert not cuda.supports(512, torch.bfloat16)
+    assert not cuda.supports(36, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_requests(head_dim, dtype):
+    requests = [(20_000, 1, 100), (9_001, 1, 9_000), (1_500, 1_500, 1_500), (6_000, 700, 6_000)]
+    requests += [(3_000, 300, 2_900), (64, 1, 10)]
+    step = Step(requests, dtype, rule_of(1024), head_dim=head_dim)
+    assert_close(step.attended(cuda), step.attended(eager))
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_other_steps():
+    """Captured with one step, replayed with the lengths, tables and prompts of others."""
+    steps = [
+        Step([(900, 1, 30), (500, 1, 500), (2_000, 1, 40)], DTYPES[0], rule_of(256)),
+        Step([(1_900, 1, 1_900), (77, 1, 70), (1_200, 1, 40)], DTYPES[0], rule_of(256)),
+    ]
+    held = steps[0]
+    longest = {
+        name: max(step.caches[name].batch.block_table.shape[1] for step in steps)
+        for name in ("full", "bounded")
+    }
+    for step in steps:
+        for name, cache in step.caches.items():
+            table = cache.batch.block_table
+            table = torch.nn.functional.pad(table, (0, longest[name] - table.shape[1]))
+            batch = replace(cache.batch, block_table=table, uniform=True)
+            step.caches[name] = replace(cache, batch=batch)
+    expected = [step.attended(cuda, uniform=True) for step in steps]
+    # The second step's tokens go where the first step's memory is.
+    held.attended(cuda, uniform=True)
+    graph, output = torch.cuda.CUDAGraph(), torch.empty_like(held.queries)
+    arguments = (held.caches["full"], held.caches["bounded"], held.layout, held.rule, held.scaling)
+    with torch.cuda.graph(graph):
+        cuda.attend(held.queries, held.index_queries, *arguments, output)
+    graph.replay()
+    assert_close(output, expected[0])
+    other = steps[1]
+    held.queries.copy_(other.queries)
+    for name, cache in held.caches.items():
+        theirs = other.caches[name]
+        cache.batch.block_table.copy_(theirs.batch.block_table)
+        cache.batch.device_lengths.copy_(theirs.batch.device_lengths)
+        cache.batch.device_prompt_lengths.copy_(theirs.batch.device_prompt_lengths)
+        pages = min(len(cache.pages.keys), len(theirs.pages.keys))
+        assert len(theirs.pages.keys) == pages, "the first step must have as many blocks"
+        for part in ("keys", "values", "index_keys"):
+            mine, others = getattr(cache.pages, part), getattr(theirs.pages, part)
+            if mine is not None:
+                mine[:pages].copy_(others)
+    graph.replay()
+    assert_close(output, expected[1])
