@@ -10,7 +10,12 @@ from typer.testing import CliRunner
 import rtpurbo
 from rtpurbo.cli import app
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import CONFIG_FILE, is_checkpoint
+from rtpurbo.models.artifact import (
+    CHECKPOINT_CONFIG_FILE,
+    CHECKPOINT_KEY,
+    CONFIG_FILE,
+    is_checkpoint,
+)
 from rtpurbo.serving import server
 from rtpurbo.serving.export import export
 from rtpurbo.serving.installation import Installation
@@ -41,8 +46,8 @@ def checkpoint(tiny_artifact, tmp_path):
     return export(tiny_artifact, tmp_path / "vllm", "vllm")
 
 
-def options_of(settings=None, installation=GPU):
-    command = server_command(Path("folder"), "name", settings or ServerSettings(), installation)
+def options_of(checkpoint, settings=None, installation=GPU):
+    command = server_command(checkpoint, "name", settings or ServerSettings(), installation)
     assert command[:3] == [sys.executable, "-m", SERVER_MODULE]
     return dict(zip(command[3::2], command[4::2], strict=True))
 
@@ -78,20 +83,20 @@ def test_what_cannot_be_exported_is_refused(tiny_base, tmp_path):
         prepare_checkpoint(artifact, base_model=str(tmp_path / "nowhere"))
 
 
-def test_the_command_has_the_right_settings():
-    assert options_of() == {
-        "--model": "folder",
+def test_the_command_has_the_right_settings(checkpoint):
+    assert options_of(checkpoint) == {
+        "--model": str(checkpoint),
         "--served-model-name": "name",
         "--dtype": "auto",
-        "--max-num-batched-tokens": "2048",
+        "--max-num-batched-tokens": "512",
         "--tensor-parallel-size": "1",
     }
-    settings = ServerSettings(8192, 512, 2, "float32", GIB, ("--port", "80"))
-    assert options_of(settings) == {
-        "--model": "folder",
+    settings = ServerSettings(8192, 64, 2, "float32", GIB, ("--port", "80"))
+    assert options_of(checkpoint, settings) == {
+        "--model": str(checkpoint),
         "--served-model-name": "name",
         "--dtype": "float32",
-        "--max-num-batched-tokens": "512",
+        "--max-num-batched-tokens": "64",
         "--tensor-parallel-size": "2",
         "--max-model-len": "8192",
         "--kv-cache-memory-bytes": str(GIB),
@@ -100,22 +105,35 @@ def test_the_command_has_the_right_settings():
 
 
 @pytest.mark.parametrize("spelling", ["--served-model-name", "--served_model_name"])
-def test_options_of_the_user_come_once(spelling):
+def test_options_of_the_user_come_once(checkpoint, spelling):
     settings = ServerSettings(others=(f"{spelling}=mine", "--port=80"))
-    command = server_command(Path("folder"), "name", settings, GPU)
+    command = server_command(checkpoint, "name", settings, GPU)
     assert "--served-model-name" not in command[:-2]
     assert command[-2:] == [f"{spelling}=mine", "--port=80"]
 
 
-def test_without_a_gpu_the_cache_has_a_size(monkeypatch):
+@pytest.mark.parametrize(("window", "tokens"), [(32, 512), (1024, 1024), (8192, 2048)])
+def test_a_step_computes_as_many_tokens_as_the_window_has(checkpoint, window, tokens):
+    path = checkpoint / CHECKPOINT_CONFIG_FILE
+    config = json.loads(path.read_text())
+    config[CHECKPOINT_KEY]["attention"]["sliding_window"] = window
+    path.write_text(json.dumps(config))
+    assert options_of(checkpoint)["--max-num-batched-tokens"] == str(tokens)
+    given = ServerSettings(max_num_batched_tokens=tokens)
+    assert served_capacity(checkpoint, ServerSettings(), GPU) == served_capacity(
+        checkpoint, given, GPU
+    )
+
+
+def test_without_a_gpu_the_cache_has_a_size(checkpoint, monkeypatch):
     size = "--kv-cache-memory-bytes"
-    assert options_of(installation=CPU)[size] == str(CPU_CACHE_BYTES)
-    assert size not in options_of(installation=GPU)
+    assert options_of(checkpoint, installation=CPU)[size] == str(CPU_CACHE_BYTES)
+    assert size not in options_of(checkpoint, installation=GPU)
     others = ("--gpu-memory-utilization", "0.5")
-    assert size not in options_of(ServerSettings(others=others), CPU)
+    assert size not in options_of(checkpoint, ServerSettings(others=others), CPU)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
-    assert options_of(installation=CPU)[size] == str(2 * GIB)
-    assert options_of(ServerSettings(cache_bytes=GIB), CPU)[size] == str(GIB)
+    assert options_of(checkpoint, installation=CPU)[size] == str(2 * GIB)
+    assert options_of(checkpoint, ServerSettings(cache_bytes=GIB), CPU)[size] == str(GIB)
 
 
 def test_capacity_is_that_of_the_settings(checkpoint):

@@ -32,14 +32,15 @@ def serve(
         ),
     ] = None,
     max_num_batched_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             help="Tokens that a step computes at the most; every window is held with room for "
-            "them, so more costs capacity.",
+            "them, so more costs capacity. Left out: the window, from 512 to 2,048.",
+            show_default=False,
             rich_help_panel=_ENGINE,
         ),
-    ] = 2048,
+    ] = None,
     tensor_parallel_size: Annotated[
         int,
         typer.Option(

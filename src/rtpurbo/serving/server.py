@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import find_artifact, is_checkpoint
+from rtpurbo.models.artifact import ArtifactConfig, find_artifact, is_checkpoint
 from rtpurbo.models.base import cache_folder
 from rtpurbo.serving.capacity import GIB, Capacity, capacity_of
 from rtpurbo.serving.export import export
@@ -23,6 +23,9 @@ SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 CPU_CACHE_BYTES = 4 * GIB
 """Cache on machines without a GPU, where vLLM would else want nearly all of the memory."""
 
+BATCHED_TOKENS = (512, 2048)
+"""The least and the most tokens of a step, where nobody says how many."""
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -30,8 +33,9 @@ class ServerSettings:
 
     Attributes:
         max_model_len: longest request, in tokens; None for the model's context.
-        max_num_batched_tokens: tokens that a step computes at the most. Those are held beside every
-            window, so a large number costs capacity.
+        max_num_batched_tokens: tokens that a step computes at the most. They are held beside every
+            window, so a large number costs capacity, and a small one speed in long prompts; None
+            for as many as the window has, within `BATCHED_TOKENS`.
         tensor_parallel_size: devices that share the heads.
         dtype: that the model runs in; "auto" lets vLLM choose, 16 bits.
         cache_bytes: memory for the cache, on each device; None lets vLLM take what is left on a GPU,
@@ -40,7 +44,7 @@ class ServerSettings:
     """
 
     max_model_len: int | None = None
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     tensor_parallel_size: int = 1
     dtype: str = "auto"
     cache_bytes: int | None = None
@@ -88,7 +92,7 @@ def server_command(
         "--model": str(checkpoint),
         "--served-model-name": name,
         "--dtype": settings.dtype,
-        "--max-num-batched-tokens": str(settings.max_num_batched_tokens),
+        "--max-num-batched-tokens": str(_batched_tokens(settings, checkpoint)),
         "--tensor-parallel-size": str(settings.tensor_parallel_size),
     }
     if settings.max_model_len is not None:
@@ -112,7 +116,7 @@ def served_capacity(
     return capacity_of(
         checkpoint,
         _cache_bytes(settings, installation) or GIB,
-        in_flight=batches * settings.max_num_batched_tokens,
+        in_flight=batches * _batched_tokens(settings, checkpoint),
         max_model_len=settings.max_model_len,
         dtype=settings.dtype,
         tensor_parallel_size=settings.tensor_parallel_size,
@@ -129,6 +133,13 @@ def become_server(command: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(command[0], list(command))
+
+
+def _batched_tokens(settings: ServerSettings, checkpoint: Path) -> int:
+    if settings.max_num_batched_tokens is not None:
+        return settings.max_num_batched_tokens
+    least, most = BATCHED_TOKENS
+    return min(most, max(least, ArtifactConfig.read(checkpoint).config.attention.sliding_window))
 
 
 def _cache_bytes(settings: ServerSettings, installation: Installation) -> int | None:
