@@ -89,6 +89,16 @@ def test_a_checkpoint_for_vllm_says_what_an_engine_needs(tiny_artifact, tmp_path
         assert torch.equal(stored[f"model.layers.{layer}.self_attn.indexer.{kind}"], weight)
 
 
+def test_other_engines_find_nothing_but_a_dense_model_in_a_transformers_export(
+    tiny_artifact, tmp_path
+):
+    folder = export(tiny_artifact, tmp_path / "export", "transformers")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    dense = restore(rtpurbo.load(tiny_artifact)[0])
+    assert index.keys() == dense.state_dict().keys()
+    assert config_of(folder)["architectures"] == ["LlamaForCausalLM"]
+
+
 @pytest.mark.parametrize("target", STANDALONE)
 def test_large_models_are_divided_into_files(tiny_artifact, tmp_path, target):
     folder = export(tiny_artifact, tmp_path / "shards", target, max_shard_size="100KB")

@@ -74,7 +74,8 @@ def export(
       `RTPurbo...` and holds head map and rule under `rtpurbo`; the indexers are part of the
       weights, as `model.layers.N.self_attn.indexer.query_weight` and `key_weight`.
     - `rtp-llm`: a dense checkpoint whose config.json has RTP-LLM's `headwise_config`.
-    - `transformers`: an artifact with weights of its own. transformers alone sees a dense model.
+    - `transformers`: an artifact with weights of its own. To transformers alone, and to other
+      engines, it is a dense model.
 
     `rtpurbo.load` reads the folders for `vllm` and `transformers` too.
 
@@ -182,6 +183,8 @@ def _save_sparse(
 ) -> None:
     """What makes a dense checkpoint sparse: configuration and indexers."""
     if target == "transformers":
+        # Engines that would read every safetensors file then leave the indexers alone.
+        _index_shards(folder)
         save_tensors_atomically(folder / INDEXER_FILE, indexers)
         artifact.write(folder)
         return
