@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,24 +167,6 @@ def chosen(
                     yield group, arm
 
 
-@contextmanager
-def limited(seconds: float | None) -> Iterator[None]:
-    """Stops as a signal would, when the time is over.
-
-    Raises:
-        StoppedBySignalError: it is, and a checkpoint was saved if there was one to save.
-    """
-    timer = threading.Timer(seconds or 0.0, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    with stopping_cleanly():
-        if seconds is not None:
-            timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-
 def say_progress() -> Any:
     """A progress that speaks every so many seconds."""
     last = [0.0]
@@ -310,7 +288,7 @@ def main() -> None:
         list_plan(groups, pairs)
     else:
         try:
-            with limited(arguments.time_limit):
+            with stopping_cleanly(arguments.time_limit):
                 run_arms(arguments, pairs)
         except StoppedBySignalError:
             print("stopped: the same command goes on from here", flush=True)
