@@ -1,4 +1,5 @@
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -11,9 +12,16 @@ from tests.serving.vllm_stand_in import write_stand_in
 def install(monkeypatch, tmp_path):
     """Installs a stand-in for vLLM, for the test alone, and hides one that is there."""
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    site = tmp_path / "site"
+
+    def version_of(name):
+        for found in metadata.distributions(name=name, path=[str(site)]):
+            return found.version
+        raise metadata.PackageNotFoundError(name)
 
     def install(version, distribution):
-        monkeypatch.syspath_prepend(write_stand_in(tmp_path / "site", version, distribution))
+        monkeypatch.syspath_prepend(write_stand_in(site, version, distribution))
+        monkeypatch.setattr("rtpurbo.serving.installation.metadata.version", version_of)
         return find_vllm()
 
     return install
