@@ -34,7 +34,7 @@ lint: $(READY)
 	$(BIN)/mypy src
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 # vLLM settles for its own torch and transformers. The packages that are taken away fit another torch
 # than the one it comes with, and importing them would fail.
