@@ -30,7 +30,7 @@ from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.bootstrap import bootstrap_interval
-from rtpurbo.files import write_json_atomically
+from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.models.base import load_base_model
 from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.tables import markdown_rows
@@ -85,7 +85,7 @@ def make_stages(
     return arguments.output / name
 
 
-def test_model(
+def answers_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: TextCorpus,
@@ -149,9 +149,9 @@ def make_all(arguments: argparse.Namespace) -> None:
     print(SCORING, flush=True)
     for name, model in tested.items():
         path = arguments.output / f"answers-{name}.json"
-        found = test_model(model, made.tokenizer, held_out, lengths, arguments.samples, path)
+        found = answers_of(model, made.tokenizer, held_out, lengths, arguments.samples, path)
         print(
-            f"\n{name}, full attention, {arguments.samples} questions a cell:\n\n{table(found)}\n"
+            f"\n{name}, full attention, questions a cell: {arguments.samples}\n\n{table(found)}\n"
         )
     print(f"all done: {teacher}")
 
@@ -160,8 +160,9 @@ def rebuild(arguments: argparse.Namespace) -> None:
     """Makes a model's folder of an adapter and the base model that it was made for."""
     base = load_base_model(arguments.model)
     model = with_difference(base, arguments.rebuild).to(torch.bfloat16)
-    model.save_pretrained(arguments.output)
-    base.tokenizer.save_pretrained(arguments.output)
+    with whole_folder(arguments.output) as folder:
+        model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
     print(f"written to {arguments.output}")
 
 
