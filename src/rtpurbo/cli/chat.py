@@ -87,4 +87,4 @@ def chat(
         sampling=Sampling(temperature, sampling_top_p, sampling_top_k),
         count_reads=show_reads,
     )
-    chat(conversation, Console(), show_reads=show_reads)
+    chat(conversation, Console(highlight=False), show_reads=show_reads)

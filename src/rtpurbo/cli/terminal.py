@@ -54,7 +54,7 @@ def chat(conversation: Conversation, console: Console, *, show_reads: bool = Fal
         elif message:
             _answer(conversation, console, message)
             if show_reads and conversation.last_answer is not None:
-                console.print(describe(conversation.last_answer), style="dim", highlight=False)
+                console.print(describe(conversation.last_answer), style="dim")
 
 
 def describe(answer: Answer) -> str:
@@ -81,9 +81,9 @@ def _answer(conversation: Conversation, console: Console, message: str) -> None:
         # Closed at once, an answer that is not read to its end stops being written.
         with closing(conversation.answer(message)) as pieces:
             for piece in pieces:
-                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+                console.print(piece, end="", markup=False, soft_wrap=True)
         console.print()
     except KeyboardInterrupt:
         console.print(" (stopped)", style="dim")
     except RTPurboError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
+        console.print(f"error: {error}", markup=False)
