@@ -36,7 +36,8 @@ def prompts(loaded):
     lengths = [round(SHORTEST * ratio**number) for number in range(PROMPTS)]
     assert lengths[-1] == LONGEST
     size = len(text) // PROMPTS
-    passages = [text[number * size : number * size + 8 * LONGEST] for number in range(PROMPTS)]
+    starts = [number * size for number in reversed(range(PROMPTS))]
+    passages = [text[start : start + 8 * LONGEST] for start in starts]
     return [
         loaded[1](passage)["input_ids"][:length]
         for passage, length in zip(passages, lengths, strict=True)
