@@ -1,0 +1,51 @@
+import ast
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.serving.export import VLLM_ARCHITECTURES, VLLM_PREFIX
+from rtpurbo.serving.vllm import plugin
+from rtpurbo.serving.vllm.versions import TESTED, check_version
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_exports_and_plugin_name_the_same_architectures():
+    assert {VLLM_PREFIX + name for name in VLLM_ARCHITECTURES} == set(plugin.ARCHITECTURES)
+
+
+def test_every_architecture_has_a_class():
+    source = ROOT / "src" / Path(*plugin.MODELS.split(".")).with_suffix(".py")
+    classes = {
+        node.name for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)
+    }
+    assert set(plugin.ARCHITECTURES) <= classes
+
+
+def test_the_entry_point_is_the_function():
+    tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, name = project["entry-points"]["vllm.general_plugins"]["rtpurbo"].split(":")
+    assert getattr(import_module(module), name) is plugin.register
+
+
+def test_whatever_goes_wrong_is_logged_and_no_more(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    plugin.register()
+    assert "cannot make its sparse models known" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1.dev3+gabc"])
+def test_tested_versions(version):
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.3.2", "1.32.0", "dev"])
+def test_other_versions_are_named_with_the_one_to_install(version):
+    with pytest.raises(
+        RTPurboError, match=f"vLLM {version} is installed: install vllm=={TESTED[-1]}"
+    ):
+        check_version(version)
