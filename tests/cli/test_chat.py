@@ -92,7 +92,16 @@ def test_options_reach_the_conversation(tiny_artifact, monkeypatch):
         init(self, model, tokenizer, **options)
 
     monkeypatch.setattr(Conversation, "__init__", spy)
-    options = ["--system", "S", "--temperature", "0.5", "--sampling-top-p", "0.8", "--sampling-top-k", "9"]
+    options = [
+        "--system",
+        "S",
+        "--temperature",
+        "0.5",
+        "--sampling-top-p",
+        "0.8",
+        "--sampling-top-k",
+        "9",
+    ]
     talk(tiny_artifact, options=[*options, "--show-reads"])
     [options] = made
     assert vars(options.pop("sampling")) == {"temperature": 0.5, "top_p": 0.8, "top_k": 9}
