@@ -54,12 +54,12 @@ def test_all_prompts_in_batches_of_sixteen_and_from_the_cache(
 ):
     with running(checkpoint, max_model_len=CONTEXT, max_num_batched_tokens=1024) as llm:
         free = free_blocks(llm)
-        for number in range(2):
-            found = outputs(llm, prompts, NEW)
+        # All of them need more blocks than there are: only the few that come again at once are still held.
+        for batch in (slice(None), slice(28, 36), slice(28, 36)):
+            found = outputs(llm, prompts[batch], NEW)
             tokens = [list(output.outputs[0].token_ids) for output in found]
-            assert_same_answers(loaded[0], prompts, tokens, expected)
-            # What the cache may still hold of so many prompts is up to the scheduler.
-            assert (sum(output.num_cached_tokens for output in found) > 0) == bool(number)
+            assert_same_answers(loaded[0], prompts[batch], tokens, expected[batch])
+        assert all(output.num_cached_tokens > 0 for output in found)
         assert free_blocks(llm) == free
         diverging = [prompts[45][:2000] + prompts[30], prompts[45][:900] + prompts[31][:100]]
         wanted = expected_answers(loaded[0], diverging, NEW)
