@@ -177,35 +177,25 @@ class Workshop:
             stage1, lambda: self._sparse(BASE_WEIGHTS, config, None), settings.stage1, settings
         )
         if arm.stage == "index":
-            base = self._sparse(BASE_WEIGHTS, config, windows)
-            load_indexers(base.model, read_tensors(_weights_of(stage1)))
-            return base
+            return self._sparse(BASE_WEIGHTS, config, windows, stage1)
 
         learnt = replace(settings.stage2, refresh_steps=0, checkpoint_every=20)
         stage2 = self._path("stage2", "", stage1.name, rule, learnt, windows, arm.objective)
         if not (stage2 / "weights").is_dir():
-            base = self._sparse(BASE_WEIGHTS, config, windows)
-            load_indexers(base.model, read_tensors(_weights_of(stage1)))
+            base = self._sparse(BASE_WEIGHTS, config, windows, stage1)
             self._distill(base, stage2, settings, arm)
         kind = "lora" if settings.stage2.lora_rank else "full"
         trained = replace(rule, reading=arm.refresh_reading or rule.reading)
-        refresh = replace(
-            settings.stage1,
-            steps=settings.stage2.refresh_steps,
-            warmup_steps=min(settings.stage1.warmup_steps, settings.stage2.refresh_steps // 4),
-            learning_rate=settings.stage1.learning_rate / 2,
-        )
-
-        def student() -> BaseModel:
-            base = self._sparse(f"{kind} {stage2}", replace(config, attention=trained), windows)
-            load_indexers(base.model, read_tensors(_weights_of(stage1)))
-            return base
-
+        healed, refresh = f"{kind} {stage2}", settings.refresh
         refreshed = self._path("refresh", "", stage2.name, refresh, trained.reading)
-        self._indexers(refreshed, student, refresh, settings, on_student=True)
-        base = self._sparse(f"{kind} {stage2}", config, windows)
-        load_indexers(base.model, read_tensors(_weights_of(refreshed)))
-        return base
+        self._indexers(
+            refreshed,
+            lambda: self._sparse(healed, replace(config, attention=trained), windows, stage1),
+            refresh,
+            settings,
+            on_student=True,
+        )
+        return self._sparse(healed, config, windows, refreshed)
 
     def figures(self, arm: Arm) -> dict[str, Any]:
         """Facts of the arm's sparse model as `prepare` made it."""
@@ -241,12 +231,18 @@ class Workshop:
         return self._base
 
     def _sparse(
-        self, weights: str, config: RTPurboConfig, windows: list[list[int] | None] | None
+        self,
+        weights: str,
+        config: RTPurboConfig,
+        windows: list[list[int] | None] | None,
+        indexers: Path | None = None,
     ) -> BaseModel:
         base = self._with_weights(weights)
         sparsify(base.model, config)
         if windows is not None:
             use_windows(base.model, windows)
+        if indexers is not None:
+            load_indexers(base.model, read_tensors(_weights_of(indexers)))
         return base
 
     def _indexers(

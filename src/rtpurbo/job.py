@@ -276,12 +276,7 @@ class Job:
             base = self._whole(base)
         apply_stage2(base.model, folder, "lora" if settings.lora_rank else "full")
         if settings.refresh_steps:
-            refresh = replace(
-                self.settings.stage1,
-                steps=settings.refresh_steps,
-                warmup_steps=min(self.settings.stage1.warmup_steps, settings.refresh_steps // 4),
-                learning_rate=self.settings.stage1.learning_rate / 2,
-            )
+            refresh = self.settings.refresh
             base = self._train_indexers(base, "refresh", refresh, on_student=True)
         return base
 

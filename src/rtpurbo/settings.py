@@ -209,6 +209,17 @@ class ConversionSettings:
     stream: StreamSettings = field(default_factory=StreamSettings)
     seed: int = 0
 
+    @property
+    def refresh(self) -> IndexerTrainingSettings:
+        """Stage 1 again on the student: fewer steps, at half the learning rate."""
+        steps = self.stage2.refresh_steps
+        return replace(
+            self.stage1,
+            steps=steps,
+            warmup_steps=min(self.stage1.warmup_steps, steps // 4),
+            learning_rate=self.stage1.learning_rate / 2,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
