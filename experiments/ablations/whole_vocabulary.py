@@ -42,21 +42,16 @@ def backpropagate(
     settings: DistillationSettings,
 ) -> SequenceResult:
     """As `stage2.backpropagate`, with a teacher that runs beside: all its logits would not fit a disk."""
-    positions, answers = targets.positions, targets.answers.to(model.device)
-    decode_rows = min(settings.decode_rows, sequence.num_answer_tokens or settings.decode_rows)
+    positions = targets.positions
     with torch.no_grad(), running_dense(model), without_adapter(model), stage2.autocast(model):
         teacher = label_states(model, sequence.input_ids, positions)
-    with decoding_last(model, decode_rows):
+    with decoding_last(model, stage2.selecting_rows(sequence, settings)):
         with stage2.autocast(model):
             student = label_states(model, sequence.input_ids, positions)
             divergence = vocabulary_divergence(
                 teacher, student, model.get_output_embeddings().weight
             )
-        loss, figures = divergence.mean(), {}
-        if bool(answers.any()):
-            of_answers = divergence[answers].mean()
-            loss = loss + settings.answer_weight * of_answers
-            figures["answer_loss"] = of_answers.detach()
+        loss, figures = stage2.loss_of(divergence, targets.answers, settings)
         loss.backward()
     return SequenceResult(number, sequence.input_ids, divergence.detach().mean(), figures)
 

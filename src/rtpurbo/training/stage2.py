@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.models.sparsify import decoding_last, running_dense, using_rule
@@ -127,29 +128,48 @@ def backpropagate(
     Returns:
         The mean divergence over all labels, and over the answers if there are labels among them.
     """
-    has_answers = bool(targets.answers.any())
+    answers = targets.answers
     targets = targets.to(model.device)
-    decode_rows = min(settings.decode_rows, sequence.num_answer_tokens or settings.decode_rows)
     token_ids = targets.token_ids
     if settings.cross_entropy_weight:
         following = torch.tensor(sequence.input_ids, device=model.device)[targets.positions + 1]
         token_ids = torch.cat([token_ids, following[:, None]], -1)
     # Around the backward pass too, in which layers are run again: rows have to select as before.
-    with decoding_last(model, decode_rows):
+    with decoding_last(model, selecting_rows(sequence, settings)):
         with autocast(model):
             states = label_states(model, sequence.input_ids, targets.positions)
             student = log_probabilities(states, model.get_output_embeddings(), token_ids)
         divergence = top_logits_divergence(student[:, : targets.token_ids.shape[-1]], targets)
-        loss = divergence.mean()
-        figures = {}
-        if has_answers:
-            of_answers = divergence[targets.answers].mean()
-            loss = loss + settings.answer_weight * of_answers
-            figures["answer_loss"] = of_answers.detach()
+        loss, figures = loss_of(divergence, answers, settings)
         if settings.cross_entropy_weight:
             loss = loss - settings.cross_entropy_weight * student[:, -1].mean()
         loss.backward()
     return SequenceResult(number, sequence.input_ids, divergence.detach().mean(), figures)
+
+
+def selecting_rows(sequence: TrainingSequence, settings: DistillationSettings) -> int:
+    """How many of a sequence's last rows select: those of its answer, or the last of prose."""
+    return min(settings.decode_rows, sequence.num_answer_tokens or settings.decode_rows)
+
+
+def loss_of(
+    divergence: Tensor, answers: Tensor, settings: DistillationSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is learnt from labels: their mean, and that of answers beside it.
+
+    Args:
+        divergence: [labels].
+        answers: bool [labels], on the CPU, so that nothing waits for a device.
+        settings: weight of the answers.
+
+    Returns:
+        The loss, and `answer_loss` if there are answers.
+    """
+    loss = divergence.mean()
+    if not answers.any():
+        return loss, {}
+    of_answers = divergence[answers.to(divergence.device)].mean()
+    return loss + settings.answer_weight * of_answers, {"answer_loss": of_answers.detach()}
 
 
 def autocast(model: PreTrainedModel) -> Any:
