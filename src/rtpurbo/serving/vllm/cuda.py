@@ -7,16 +7,14 @@ prompt rows of a request are one call of the prefill kernels. N rows select; for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops import HeadGroup, HeadLayout, KeyValueStates
+from rtpurbo.ops import HeadGroup, HeadLayout
 from rtpurbo.ops.paged import PagedStates
-from rtpurbo.serving.vllm.eager import num_selecting_rows
-from rtpurbo.serving.vllm.pages import Batch, LayerCache
+from rtpurbo.serving.vllm.pages import Batch, LayerCache, no_states
 
 MAX_HEAD_DIM = 256
 
@@ -142,11 +140,8 @@ def _divided(batch: Batch, rule: AttentionRule) -> Division:
         device = batch.block_table.device
         rows: list[tuple[int, int, int]] = []
         prompts: list[tuple[int, int, int, int]] = []
-        for request, (start, end) in enumerate(pairwise(batch.starts)):
-            length = batch.lengths[request]
-            if start == end or length < end - start:
-                continue  # padding
-            first = end - num_selecting_rows(batch, request, rule)
+        for request, start, end, length in batch.requests():
+            first = end - batch.num_selecting_rows(request, rule)
             if start < first:
                 prompts.append((start, first, request, length - (end - first)))
             rows += [(row, request, length - (end - 1 - row)) for row in range(first, end)]
@@ -233,7 +228,7 @@ def _decoded(
         attended, _ = decode_attention(
             queries[:, heads, None],
             states,
-            _nothing(queries),
+            no_states(queries, queries.shape[0]),
             part,
             index_queries[:, :, None] if retrieves and index_queries is not None else None,
             its_rule,
@@ -270,9 +265,3 @@ def _part_of(layout: HeadLayout, kind: str) -> tuple[Tensor, HeadLayout]:
             ),
         )
     return layout.derived[key]
-
-
-def _nothing(like: Tensor) -> KeyValueStates:
-    """States without heads, for [N, H, D] queries."""
-    empty = like.new_empty(like.shape[0], 0, 0, like.shape[-1])
-    return KeyValueStates(empty, empty, empty.new_empty(like.shape[0], 0, dtype=torch.int64))

@@ -6,14 +6,12 @@ heads, D head_dim.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates, headwise_attention
-from rtpurbo.serving.vllm.pages import Batch, LayerCache
+from rtpurbo.serving.vllm.pages import LayerCache, no_states
 
 
 def attend(
@@ -40,11 +38,8 @@ def attend(
     """
     held = full or bounded
     assert held is not None
-    for request, (start, end) in enumerate(pairwise(held.batch.starts)):
-        length = held.batch.lengths[request]
-        if start == end or length < end - start:
-            continue  # padding
-        selecting = num_selecting_rows(held.batch, request, rule)
+    for request, start, end, length in held.batch.requests():
+        selecting = held.batch.num_selecting_rows(request, rule)
         positions = torch.arange(length - (end - start), length, device=queries.device)
         attended, _ = headwise_attention(
             queries[None, start:end].transpose(1, 2),
@@ -62,25 +57,12 @@ def attend(
         output[start:end] = attended[0].transpose(0, 1)
 
 
-def num_selecting_rows(batch: Batch, request: int, rule: AttentionRule) -> int:
-    """How many of a request's last rows select.
-
-    What was generated selects, whether it is computed for the first time or again after the request
-    had to give its blocks back; the prompt is dense under `prefill_mode` dense, in whatever chunks
-    it comes.
-    """
-    rows = batch.starts[request + 1] - batch.starts[request]
-    if rule.prefill_mode != "dense":
-        return rows
-    return max(0, min(rows, batch.lengths[request] - batch.prompt_lengths[request]))
-
-
 def _full_states(
     cache: LayerCache | None, request: int, length: int, like: Tensor
 ) -> KeyValueStates:
     """Every token of a request."""
     if cache is None:
-        return _nothing(like)
+        return no_states(like, 1)
     pages = cache.pages
     table = cache.batch.block_table[request, : -(-length // pages.block_size)]
     keys, values, index_keys = (
@@ -103,7 +85,7 @@ def _bounded_states(
 ) -> KeyValueStates:
     """The blocks of a request that hold sinks, and windows of its last rows."""
     if cache is None:
-        return _nothing(like)
+        return no_states(like, 1)
     pages, size = cache.pages, cache.pages.block_size
     sinks = -(-rule.num_sink_tokens // size)
     window = max(0, length - rows - rule.sliding_window + 1) // size
@@ -123,9 +105,3 @@ def _bounded_states(
 def _gathered(part: Tensor, table: Tensor) -> Tensor:
     """[1, heads, blocks * block_size, dimensions] of pages [num_blocks, heads, block_size, dimensions]."""
     return part[table.long()].transpose(0, 1).flatten(1, 2)[None]
-
-
-def _nothing(like: Tensor) -> KeyValueStates:
-    """States without heads."""
-    empty = like.new_empty(1, 0, 0, like.shape[-1])
-    return KeyValueStates(empty, empty, torch.empty(1, 0, dtype=torch.int64, device=like.device))

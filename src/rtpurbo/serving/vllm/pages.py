@@ -5,11 +5,15 @@ R requests, T rows of all requests together, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops import KeyValueStates
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,25 @@ class Batch:
     uniform: bool = False
     division: object = None
 
+    def requests(self) -> Iterator[tuple[int, int, int, int]]:
+        """Each request that has rows: its number, its first row, the one behind its last, its length."""
+        for request, (start, end) in enumerate(pairwise(self.starts)):
+            length = self.lengths[request]
+            if start < end and end - start <= length:  # the others are padding
+                yield request, start, end, length
+
+    def num_selecting_rows(self, request: int, rule: AttentionRule) -> int:
+        """How many of a request's last rows select.
+
+        What was generated selects, whether it is computed for the first time or again after the
+        request had to give its blocks back; the prompt is dense under `prefill_mode` dense, in
+        whatever chunks it comes.
+        """
+        rows = self.starts[request + 1] - self.starts[request]
+        if rule.prefill_mode != "dense":
+            return rows
+        return max(0, min(rows, self.lengths[request] - self.prompt_lengths[request]))
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -126,3 +149,10 @@ class LayerCache:
 
     pages: Pages
     batch: Batch
+
+
+def no_states(like: Tensor, batch_size: int) -> KeyValueStates:
+    """States without heads, for so many sequences of queries [..., D]."""
+    empty = like.new_empty(batch_size, 0, 0, like.shape[-1])
+    positions = torch.empty(batch_size, 0, dtype=torch.int64, device=like.device)
+    return KeyValueStates(empty, empty, positions)
