@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from rtpurbo.cli import options
+from rtpurbo.serving.rtp_llm import SEQUENCE_THRESHOLD
 
 
 def export(
@@ -31,7 +32,7 @@ def export(
     ] = False,
     sequence_threshold: Annotated[
         int, typer.Option(min=0, help="For rtp-llm: shorter prompts are read dense.")
-    ] = 16384,
+    ] = SEQUENCE_THRESHOLD,
     base_model: options.BaseModel = None,
     force: options.Force = False,
 ) -> None:

@@ -35,6 +35,7 @@ from rtpurbo.models.artifact import (
 )
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
+from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY
 from rtpurbo.serving.vllm.plugin import ARCHITECTURES
 
 Target = Literal["vllm", "rtp-llm", "transformers"]
@@ -50,7 +51,7 @@ HEADWISE_FILE = "headwise_config.json"
 _SHARD_SIZE = "5GB"
 _SHARD_INDEX_FILE = "model.safetensors.index.json"
 # Where another export left its mark in a model's configuration.
-_OWN_ENTRIES = (CHECKPOINT_KEY, "rswa_window", ENTRY)
+_OWN_ENTRIES = (CHECKPOINT_KEY, PROMPT_LENGTHS_KEY, ENTRY)
 
 
 def export(
@@ -193,9 +194,7 @@ def _save_sparse(
     _index_shards(folder)
     changes = {
         "architectures": [VLLM_PREFIX + artifact.base.architecture],
-        # vLLM tells a model where each prompt ends only if its configuration has this entry;
-        # rtpurbo needs that, since prompts are read dense and answers sparse.
-        "rswa_window": 1,
+        PROMPT_LENGTHS_KEY: 1,
         CHECKPOINT_KEY: artifact.checkpoint_entry(),
     }
     _change_config(folder, changes)

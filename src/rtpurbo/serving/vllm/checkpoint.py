@@ -11,8 +11,11 @@ from rtpurbo.models.sparsify import check_head_map
 
 EXPORT_AGAIN = "export the artifact again (rtpurbo export --to vllm)"
 
-# The prompt's lengths, without which a row cannot tell whether it selects, come with this entry only.
-_PROMPT_LENGTHS = "rswa_window"
+PROMPT_LENGTHS_KEY = "rswa_window"
+"""vLLM tells a model where each prompt ends only if its configuration has this entry.
+
+Without it a row could not tell whether it selects: prompts are read dense and answers sparse.
+"""
 
 
 def read_config(hf_config: Any) -> RTPurboConfig:
@@ -26,10 +29,10 @@ def read_config(hf_config: Any) -> RTPurboConfig:
             works in a way that is not served.
     """
     entry = getattr(hf_config, CHECKPOINT_KEY, None)
-    if not isinstance(entry, dict) or getattr(hf_config, _PROMPT_LENGTHS, None) is None:
+    if not isinstance(entry, dict) or getattr(hf_config, PROMPT_LENGTHS_KEY, None) is None:
         raise RTPurboError(
             f"config.json names an rtpurbo architecture but lacks the entry '{CHECKPOINT_KEY}' or "
-            f"'{_PROMPT_LENGTHS}': {EXPORT_AGAIN}."
+            f"'{PROMPT_LENGTHS_KEY}': {EXPORT_AGAIN}."
         )
     version = entry.get("format_version")
     if version != FORMAT_VERSION:
