@@ -167,16 +167,18 @@ class Conversation:
         limit = min(len(self._held), len(prompt) - 1)
         shared = next((at for at in range(limit) if self._held[at] != prompt[at]), limit)
         superfluous = len(self._held) - shared
-        if superfluous:
-            try:
-                if not shared:
-                    raise RTPurboError("nothing is left")
-                self._cache.crop(-superfluous)
-            except RTPurboError:
-                # Windows have forgotten what tokens before would see.
-                self._forget()
-                return 0
-        return shared
+        if not superfluous or (shared and self._crops(superfluous)):
+            return shared
+        self._forget()
+        return 0
+
+    def _crops(self, superfluous: int) -> bool:
+        """Takes back the last tokens, unless windows have forgotten what those before would see."""
+        try:
+            self._cache.crop(-superfluous)
+        except RTPurboError:
+            return False
+        return True
 
     def _describe(self, prompt: int, reused: int, new: int, far_read: float | None) -> Answer:
         tokens = self._cache.get_seq_length()
