@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.core.sched.scheduler import Scheduler
 
 OPTIONS = {
     "dtype": "float32",
@@ -52,6 +53,19 @@ def outputs(llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list
 def scheduler(llm: LLM) -> Any:
     """Of the engine, which runs in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def counted_preemptions(monkeypatch: Any) -> list[str]:
+    """A list that gets the name of every request that has to give its blocks back."""
+    preemptions: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def counted(self: Scheduler, request: Any, *arguments: Any, **options: Any) -> Any:
+        preemptions.append(request.request_id)
+        return preempt(self, request, *arguments, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    return preemptions
 
 
 def free_blocks(llm: LLM) -> int:

@@ -1,7 +1,6 @@
 """What vLLM generates is what transformers generates, however the work is cut and shared."""
 
 import pytest
-from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.vllm.checkpoints import (
     FAMILIES,
@@ -12,7 +11,7 @@ from tests.vllm.checkpoints import (
     random_prompts,
     save_checkpoint,
 )
-from tests.vllm.engines import answers, free_blocks, outputs, running
+from tests.vllm.engines import answers, counted_preemptions, free_blocks, outputs, running
 
 pytestmark = pytest.mark.vllm
 
@@ -141,14 +140,7 @@ def test_an_answer_continued(llama, prompts, reference):
 
 def test_preemption(llama, reference, monkeypatch):
     """Short prompts with long answers in a small pool: some must give their blocks back."""
-    preemptions = []
-    preempt = Scheduler._preempt_request
-
-    def counted(self, request, *arguments, **options):
-        preemptions.append(request.request_id)
-        return preempt(self, request, *arguments, **options)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    preemptions = counted_preemptions(monkeypatch)
     short = random_prompts((33, 40, 47, 55, 62, 70), seed=1)
     wanted = expected_answers(reference, short, 150)
     for caching in (True, False):

@@ -4,12 +4,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-from vllm.v1.core.sched.scheduler import Scheduler
 
 import rtpurbo
 from rtpurbo.serving.capacity import capacity_of
 from tests.vllm.checkpoints import assert_same_answers, expected_answers
-from tests.vllm.engines import answers, free_blocks, outputs, running
+from tests.vllm.engines import answers, counted_preemptions, free_blocks, outputs, running
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -75,14 +74,7 @@ def test_all_prompts_in_chunks_of_sixty_four(checkpoint, loaded, prompts, expect
 
 
 def test_preemption(checkpoint, loaded, prompts, monkeypatch):
-    preemptions = []
-    preempt = Scheduler._preempt_request
-
-    def counted(self, request, *arguments, **options):
-        preemptions.append(request.request_id)
-        return preempt(self, request, *arguments, **options)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    preemptions = counted_preemptions(monkeypatch)
     short = prompts[8:16]
     wanted = expected_answers(loaded[0], short, 160)
     with running(
