@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, row_offsets, sequence_extent
+from rtpurbo.ops.triton.decode.early import let_next_begin, wait_for_earlier
 from rtpurbo.ops.triton.softmax import fold_lanes, join_lanes
 
 
@@ -80,6 +81,7 @@ def far_kernel(
     BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     EVERYTHING: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (share of the tiles, sequence and retrieval head).
 
@@ -87,6 +89,7 @@ def far_kernel(
     [B, retrieval heads, G] count, or EVERYTHING far. Writes `log_sums` [B, retrieval heads, P] to base 2
     and `outputs` [B, retrieval heads, P, D].
     """
+    let_next_begin(EARLY)
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     head = tl.program_id(1)
@@ -96,17 +99,6 @@ def far_kernel(
         sequence, capacity, lengths, first_slots, PAGE_SIZE
     )
     last_far_position = query_position - near_window
-    if EVERYTHING:
-        num_tokens = last_far_position + 1 - num_sinks
-    else:
-        lists += (head * num_segments).to(tl.int64) * segment_entries
-        segments = tl.arange(0, SEGMENT_WIDTH)
-        segment_lengths = tl.load(
-            list_lengths + head * num_segments + segments, mask=segments < num_segments, other=0
-        )
-        ends = tl.cumsum(segment_lengths, 0)
-        num_tokens = tl.max(ends, 0) * BLOCK
-
     dims = tl.arange(0, WIDTH)
     in_row = dims[None, :] < HEAD_DIM
     query = tl.load(
@@ -121,6 +113,18 @@ def far_kernel(
     keys = head_start(keys, sequence, reader, key_strides, PAGE_SIZE)
     values = head_start(values, sequence, reader, value_strides, PAGE_SIZE)
     table_row = sequence * table_stride
+    wait_for_earlier(EARLY)
+    if EVERYTHING:
+        num_tokens = last_far_position + 1 - num_sinks
+    else:
+        lists += (head * num_segments).to(tl.int64) * segment_entries
+        segments = tl.arange(0, SEGMENT_WIDTH)
+        segment_lengths = tl.load(
+            list_lengths + head * num_segments + segments, mask=segments < num_segments, other=0
+        )
+        ends = tl.cumsum(segment_lengths, 0)
+        num_tokens = tl.max(ends, 0) * BLOCK
+
     # Each lane of a tile keeps a softmax of its own; they are joined at the end, so that the loop
     # needs no reduction over the tile.
     lanes = tl.arange(0, TILE)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.triton.decode.early import can_begin_early
 from rtpurbo.ops.triton.decode.far import far_kernel
 from rtpurbo.ops.triton.decode.levels import LEVELS
 from rtpurbo.ops.triton.decode.merge import merge_kernel
@@ -132,6 +133,11 @@ def _entries_of_chunk(block: int) -> int:
     return max(1, CHUNK_TOKENS // triton.next_power_of_2(block))
 
 
+def _depending(queries: Tensor) -> dict[str, bool]:
+    """Options of a launch that reads what the one before it writes."""
+    return {"EARLY": True, "launch_pdl": True} if can_begin_early(queries.device) else {"EARLY": False}
+
+
 def _strides(states: Tensor | None) -> tuple[int, int, int]:
     if states is None:
         return 0, 0, 0
@@ -234,6 +240,7 @@ def read(
         PLANES=index.planes,
         PAGE_SIZE=full.page_size,
         SCAN=scan,
+        EARLY=can_begin_early(queries.device),
         num_warps=4,
         num_stages=NEAR_STAGES,
     )
@@ -285,6 +292,7 @@ def select(
         PLANES=index.planes,
         READING=rule.reading,
         PAGE_SIZE=full.page_size,
+        **_depending(queries),
         num_warps=1,
     )
     return selection
@@ -342,6 +350,7 @@ def read_far(
         BLOCK=1 if selection is None else selection.block,
         PAGE_SIZE=full.page_size,
         EVERYTHING=selection is None,
+        **_depending(queries),
         num_warps=FAR_WARPS,
     )
     return far
@@ -378,6 +387,7 @@ def merge(
         HEAD_DIM=head_dim,
         WIDTH=MERGED_DIMS,
         TILE=MERGED_PARTS,
+        **_depending(queries),
         num_warps=4,
     )
     return output, log_sum_exp

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rtpurbo.ops.triton.decode.early import wait_for_earlier
 from rtpurbo.ops.triton.decode.levels import LEVELS
 from rtpurbo.ops.triton.softmax import LN_2, fold_lanes, join_lanes
 
@@ -70,6 +71,7 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (elements, query head, sequence).
 
@@ -80,6 +82,10 @@ def merge_kernel(
     query_head = tl.program_id(1)
     sequence = tl.program_id(2)
     row = sequence * num_heads + query_head
+    ranks = tl.arange(0, RETRIEVAL_WIDTH)
+    retrieving = tl.load(retrieval_heads + ranks, mask=ranks < num_retrieval, other=-1)
+    rank = tl.max(tl.where(retrieving == query_head, ranks, -1), 0)
+    wait_for_earlier(EARLY)
     peaks = tl.full([TILE], float("-inf"), tl.float32)
     totals = tl.zeros([TILE], tl.float32)
     accumulators = tl.zeros([TILE, WIDTH], tl.float32)
@@ -95,9 +101,6 @@ def merge_kernel(
         HEAD_DIM,
         TILE,
     )
-    ranks = tl.arange(0, RETRIEVAL_WIDTH)
-    retrieving = tl.load(retrieval_heads + ranks, mask=ranks < num_retrieval, other=-1)
-    rank = tl.max(tl.where(retrieving == query_head, ranks, -1), 0)
     # A local head has no far parts: its loop is empty.
     peaks, totals, accumulators = _add_parts(
         peaks,

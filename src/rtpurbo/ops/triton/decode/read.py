@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import sequence_extent
+from rtpurbo.ops.triton.decode.early import let_next_begin
 from rtpurbo.ops.triton.decode.near import attend_split
 from rtpurbo.ops.triton.decode.scan import scan_chunk
 
@@ -97,8 +98,10 @@ def read_kernel(
     PLANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SCAN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs (full KV head, split), then (bounded KV head, split), then (retrieval head, chunk)."""
+    let_next_begin(EARLY)
     program = tl.program_id(0)
     sequence = tl.program_id(1)
     query_position, first_slot = sequence_extent(

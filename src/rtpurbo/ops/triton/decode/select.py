@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import sequence_extent
+from rtpurbo.ops.triton.decode.early import let_next_begin, wait_for_earlier
 from rtpurbo.ops.triton.decode.levels import DEPTH, LEVELS
 from rtpurbo.ops.triton.decode.threshold import lowest_levels
 
@@ -58,12 +59,14 @@ def select_kernel(
     PLANES: tl.constexpr,
     READING: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (segment, sequence and retrieval head).
 
     Writes its selected entries, ascending, to `lists` [B, R, G, segment_entries], and how many they are
     to `list_lengths` [B, R, G].
     """
+    let_next_begin(EARLY)
     segment = tl.program_id(0)
     head = tl.program_id(1)
     sequence = head // num_retrieval
@@ -77,6 +80,7 @@ def select_kernel(
     first_entry = segment * segment_entries
     lanes = tl.arange(0, ENTRIES)
     length = tl.zeros([], tl.int32)
+    wait_for_earlier(EARLY)
     # Segments that hold no far key have no levels either.
     if (last_far_position >= num_sinks) & (first_entry * BLOCK <= last_far_position):
         # Asked for before they are of use: levels and what the threshold needs come at once.
