@@ -43,10 +43,15 @@ def test_equals_the_specification(retrieval_heads, num_selecting, length):
         )
     ]
     for ours, plain, right in zip(*results, strict=True):
-        # As far off as plain PyTorch is in half precision, which selects other keys at the edge too.
         error, allowed = ((part.float() - right).norm() / right.norm() for part in (ours, plain))
-        assert error < 1.5 * allowed + 1e-3
+        # As far off as plain PyTorch is in half precision. At the edge of a selection either takes other
+        # keys than fp32 does, each its own: a few rows of the output, and a little of every gradient.
+        assert error < (4 if num_selecting else 1.5) * allowed + 1e-3
         assert allowed < 0.1
+    [[ours, *_], [plain, *_], [right, *_]] = results
+    rest = slice(length - num_selecting)
+    error, allowed = ((part.float() - right)[:, :, rest].norm() for part in (ours, plain))
+    assert error < 1.5 * allowed + 1e-3 * right.norm()
 
 
 @pytest.mark.parametrize("num_selecting", [0, 40])
