@@ -204,6 +204,18 @@ def test_vllm_does_not_run_layers_with_windows_of_their_own(tmp_path):
         export(artifact, tmp_path / "vllm", "vllm")
 
 
+def test_vllm_does_not_run_lists_that_rows_share(tmp_path):
+    base = save_tiny_base(tmp_path / "base")
+    artifact = save_tiny_artifact(tmp_path / "artifact", base)
+    file = artifact / CONFIG_FILE
+    config = json.loads(file.read_text())
+    config["config"]["attention"]["prefill_mode"] = "row_peak"
+    file.write_text(json.dumps(config))
+    with pytest.raises(RTPurboError, match=r"'row_peak' shares lists .* set it to 'dense'"):
+        export(artifact, tmp_path / "vllm", "vllm")
+    export(artifact, tmp_path / "transformers", "transformers")
+
+
 def test_nothing_is_written_where_something_fails(tiny_artifact, tmp_path, monkeypatch):
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -35,7 +35,7 @@ from rtpurbo.models.artifact import (
 )
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
-from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY
+from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, SERVED_PREFILL_MODES
 from rtpurbo.serving.vllm.plugin import ARCHITECTURES
 
 Target = Literal["vllm", "rtp-llm", "transformers"]
@@ -140,8 +140,8 @@ def check_runs_on_vllm(artifact: ArtifactConfig) -> None:
     """Refuses what rtpurbo's vLLM plugin cannot run.
 
     Raises:
-        RTPurboError: the architecture is not supported there, or some layers have windows of their
-            own.
+        RTPurboError: the architecture is not supported there, some layers have windows of their
+            own, or rows of a prompt share lists of blocks.
     """
     architecture = artifact.base.architecture
     if architecture not in VLLM_ARCHITECTURES:
@@ -154,6 +154,13 @@ def check_runs_on_vllm(artifact: ArtifactConfig) -> None:
         raise RTPurboError(
             "models of which some layers had a sliding window before conversion do not run on vLLM "
             "with rtpurbo: serve it with transformers (--to transformers)."
+        )
+    mode = artifact.config.attention.prefill_mode
+    if mode not in SERVED_PREFILL_MODES:
+        raise RTPurboError(
+            f"prefill_mode '{mode}' shares lists of blocks between rows, and vLLM cuts prompts where it "
+            "likes: set it to 'dense' in the artifact's rtpurbo_config.json, or serve it with "
+            "transformers (--to transformers)."
         )
 
 

@@ -17,6 +17,9 @@ PROMPT_LENGTHS_KEY = "rswa_window"
 Without it a row could not tell whether it selects: prompts are read dense and answers sparse.
 """
 
+SERVED_PREFILL_MODES = ("dense", "top_p")
+"""Other modes share lists of blocks between rows, and vLLM cuts prompts where it likes."""
+
 
 def read_config(hf_config: Any) -> RTPurboConfig:
     """Head map, rule and indexer settings of a checkpoint.
@@ -52,7 +55,7 @@ def _refuse_what_is_not_served(hf_config: Any, config: RTPurboConfig) -> None:
             "some layers of the model keep a sliding window of their own, which is not served on "
             "vLLM: serve it with transformers (rtpurbo export --to transformers)."
         )
-    if config.attention.prefill_mode not in ("dense", "top_p"):
+    if config.attention.prefill_mode not in SERVED_PREFILL_MODES:
         raise RTPurboError(
             f"prefill_mode '{config.attention.prefill_mode}' shares lists of blocks between rows, "
             "and vLLM cuts prompts where it likes: change it to 'dense' in config.json."
