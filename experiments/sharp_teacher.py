@@ -4,7 +4,7 @@
     python experiments/sharp_teacher.py --data books.jsonl.gz --output sharp-32k --steps 467 \
         --extend 32768 --rope-theta 1e6
 
-Trains all weights of SmolLM2-135M-Instruct on books, needles, chains of variables and quoted
+Trains SmolLM2-135M-Instruct on books, needles, chains of variables and quoted
 passages (`rtpurbo.data.long_range`): the kinds of tasks that it is tested on, with other books, words
 and names. Writes a transformers folder that any command of rtpurbo takes as a model, then the share
 of right answers. A run that was cut off goes on from its last checkpoint; a finished one is only
@@ -37,6 +37,7 @@ def settings_of(arguments: argparse.Namespace, context: int) -> TeacherSettings:
         context=context,
         rope_theta=arguments.rope_theta,
         learning_rate=arguments.learning_rate,
+        lora_rank=arguments.lora_rank,
         tokens=arguments.tokens,
         tokens_at_once=arguments.tokens_at_once,
         labels=arguments.labels,
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the teacher's folder")
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--lora-rank", type=int, default=0, help="0 trains all weights")
     parser.add_argument("--extend", type=int, help="a longer context, in tokens")
     parser.add_argument("--rope-theta", type=float, help="another base of the rotary embedding")
     parser.add_argument("--length", type=int, help="longest sequence; the context if left out")

@@ -1,4 +1,4 @@
-"""Trains all weights of a small model on long-range tasks; used by `sharp_teacher.py` and recipes.
+"""Trains a small model on long-range tasks; used by `sharp_teacher.py` and recipes.
 
 What is learnt is `rtpurbo.data.long_range`: books, needles, chains of variables, quoted passages.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
@@ -50,6 +52,8 @@ class TeacherSettings:
         context: the model's longest context afterwards, in tokens; None leaves it.
         rope_theta: base of the rotary embedding; None leaves it.
         learning_rate: peak of AdamW's, after warm-up, before cosine decay.
+        lora_rank: rank of a LoRA on all linear layers of the decoder, trained together with the norms
+            and merged in the end; 0 trains all weights.
         tokens: of an optimiser step.
         tokens_at_once: of a forward; at least the longest sequence.
         labels: random label tokens of a step, beside all those of answers.
@@ -65,6 +69,7 @@ class TeacherSettings:
     context: int | None = None
     rope_theta: float | None = None
     learning_rate: float = 3e-4
+    lora_rank: int = 0
     tokens: int = 65536
     tokens_at_once: int = 32768
     labels: int = 4096
@@ -163,6 +168,44 @@ def losses(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, Tenso
     return general.mean(), answers.sum() / max(1, len(answers))
 
 
+@contextmanager
+def trainable(model: PreTrainedModel, settings: TeacherSettings) -> Iterator[dict[str, Tensor]]:
+    """What is trained, by name; at the end the model has it in its own weights.
+
+    Args:
+        model: dense.
+        settings: all weights or a LoRA, and whether layers are run again for the gradients.
+    """
+    student: PeftModel | None = None
+    if settings.lora_rank:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            adapter = LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=2 * settings.lora_rank,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            student = get_peft_model(model, adapter)
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.requires_grad_(True)
+    else:
+        model.requires_grad_(True)
+    model.train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Under autocast, a LoRA's input in the precision of its weights would only be cast back.
+    on_gpu = model.device.type == "cuda"
+    with disable_input_dtype_casting(model, active=on_gpu) if student else nullcontext():
+        yield {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    if student is not None:
+        student.merge_and_unload()
+    model.eval().requires_grad_(False)
+
+
 def train(
     model: PreTrainedModel,
     batches: Batches,
@@ -171,7 +214,7 @@ def train(
     workers: int = 0,
     progress: Progress = no_progress,
 ) -> TrainingLog:
-    """Trains every weight in place, from the last checkpoint on.
+    """Trains in place, from the last checkpoint on.
 
     Args:
         model: dense.
@@ -188,40 +231,35 @@ def train(
         RTPurboError: a loss or gradient is not finite.
         StoppedBySignalError: a signal came or the time was over; a checkpoint was saved.
     """
-    model.requires_grad_(True).train()
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     work.mkdir(parents=True, exist_ok=True)
     log = TrainingLog(work / "training_log.jsonl")
-    loop = StageLoop(
-        STAGE,
-        dict(model.named_parameters()),
-        settings,
-        figures=("answer_loss",),
-        max_norm=1.0,
-        log=log,
-        checkpoint=Checkpoint(work, settings.checkpoint_every, keep=1),
-        progress=progress,
-    )
-    first, parts = loop.restore(), settings.batches_per_step
-    log.rewind(STAGE, first)
-    stream = prepared(batches, range(first * parts, settings.steps * parts), workers)
-    with loop.steps(first) as steps, fastest_attention(model):
-        for step in steps:
-            results = []
-            for part in range(parts):
-                batch = next(stream)
-                general, answers = losses(model, batch)
-                (general + answers).backward()
-                tokens = [token for row in batch["ids"] for token in row]
-                figures = {"answer_loss": answers.detach()} if batch["answers"] else {}
-                results.append(
-                    SequenceResult(step * parts + part, tokens, general.detach(), figures)
-                )
-            loop.report(step, loop.update(step, results))
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    model.eval().requires_grad_(False)
+    with trainable(model, settings) as weights, fastest_attention(model):
+        loop = StageLoop(
+            STAGE,
+            weights,
+            settings,
+            figures=("answer_loss",),
+            max_norm=1.0,
+            log=log,
+            checkpoint=Checkpoint(work, settings.checkpoint_every, keep=1),
+            progress=progress,
+        )
+        first, parts = loop.restore(), settings.batches_per_step
+        log.rewind(STAGE, first)
+        stream = prepared(batches, range(first * parts, settings.steps * parts), workers)
+        with loop.steps(first) as steps:
+            for step in steps:
+                results = []
+                for part in range(parts):
+                    batch = next(stream)
+                    general, answers = losses(model, batch)
+                    (general + answers).backward()
+                    tokens = [token for row in batch["ids"] for token in row]
+                    figures = {"answer_loss": answers.detach()} if batch["answers"] else {}
+                    results.append(
+                        SequenceResult(step * parts + part, tokens, general.detach(), figures)
+                    )
+                loop.report(step, loop.update(step, results))
     return log
 
 

@@ -79,7 +79,12 @@ def make_stages(
             prose = prose or load_texts(arguments.data, "train")
             base = load_base_model(model, device=device)
             print(f"stage {name}: {settings.steps} steps, {settings.lengths} tokens", flush=True)
-            settings = replace(settings, seed=arguments.seed)
+            settings = replace(
+                settings,
+                seed=arguments.seed,
+                lora_rank=arguments.lora_rank,
+                learning_rate=arguments.learning_rate or settings.learning_rate,
+            )
             make_teacher(base, prose, settings, folder, arguments.workers, say_progress)
         model = str(folder)
     return arguments.output / name
@@ -174,6 +179,10 @@ def main() -> None:
     parser.add_argument("--model", help="folder or name; the default base model if left out")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--time-limit", type=float, help="seconds, after which to stop cleanly")
+    parser.add_argument(
+        "--lora-rank", type=int, default=0, help="train a LoRA in each stage, not all weights"
+    )
+    parser.add_argument("--learning-rate", type=float, help="peak, of both stages")
     parser.add_argument("--adapter-rank", type=int, nargs="*", default=[], help="e.g. 16 64")
     parser.add_argument("--rebuild", type=Path, help="an adapter to make a model's folder of")
     parser.add_argument("--samples", type=int, default=12, help="questions a task and length")

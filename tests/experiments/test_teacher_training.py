@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+from low_rank import save_difference
 from teacher_training import Batches, TeacherSettings, change_context, losses, train
 
 from rtpurbo.data.long_range import LongRangeMix
@@ -44,7 +47,8 @@ def test_losses_are_those_of_all_logits():
         torch.testing.assert_close(loss, expected)
 
 
-def test_an_interrupted_training_goes_on(tmp_path):
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_an_interrupted_training_goes_on(tmp_path, lora_rank):
     def trained(output, kind=Batches):
         model = tiny_model(vocab_size=512)
         made = batches(kind)
@@ -52,6 +56,7 @@ def test_an_interrupted_training_goes_on(tmp_path):
             steps=4,
             lengths=made.lengths,
             learning_rate=1e-3,
+            lora_rank=lora_rank,
             tokens=2 * made.tokens,
             tokens_at_once=made.tokens,
             gradient_checkpointing=True,
@@ -67,6 +72,27 @@ def test_an_interrupted_training_goes_on(tmp_path):
         trained("cut", InterruptedBatches)
     for name, weight in trained("cut").items():
         torch.testing.assert_close(weight, whole[name])
+
+
+def test_what_a_lora_learnt_is_a_difference_of_its_rank(tmp_path):
+    tiny_model(vocab_size=512).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base = load_base_model(str(tmp_path / "base"))
+    model = copy.deepcopy(base.model)
+    made = batches()
+    settings = TeacherSettings(
+        steps=2, lengths=made.lengths, learning_rate=1e-2, lora_rank=2, warmup_steps=0,
+        tokens=made.tokens, tokens_at_once=made.tokens,
+    )  # fmt: skip
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    train(model, made, settings, tmp_path / "work")
+    after = model.state_dict()
+    assert set(after) == set(before)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert any("norm" in name for name in changed)
+    assert any("q_proj" in name for name in changed)
+    assert not any("embed" in name or "lm_head" in name for name in changed)
+    assert save_difference(base, model, tmp_path / "difference", 2)["kept"] > 0.9999
 
 
 def test_a_longer_context_is_saved_with_the_model(tmp_path):
