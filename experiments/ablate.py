@@ -27,7 +27,6 @@ from ablations.questions import Asked, asked_questions
 from ablations.results import GroupFile, summary
 from ablations.tables import group_markdown
 from ablations.workshop import Workshop
-from fast_selection import fast_selection
 
 from rtpurbo.cli.options import changed_settings
 from rtpurbo.devices import device_name, resolve_device
@@ -91,9 +90,7 @@ class Ablation:
         if is_sparse(base.model):
             set_rule(base.model, **arm.rule)
         facts = self.workshop.figures(arm)
-        block_size = self.workshop.rule_of(arm).block_size
-        with fast_selection(block_size, self.workshop.device):
-            return {**facts, **self._figures(arm, base, asked, results)}
+        return {**facts, **self._figures(arm, base, asked, results)}
 
     def _figures(
         self, arm: Arm, base: BaseModel, asked: dict[int, list[Asked]], results: GroupFile

@@ -1,27 +1,24 @@
-"""The selection of `rtpurbo.ops.eager` without its slowest parts on a GPU, for whole prompts of many rows.
+"""The selection of `rtpurbo.ops.eager` without its slowest part on a GPU, for whole prompts of many rows.
 
-Sorting every row of a prompt of 8,192 tokens takes seconds a forward, and adding keys up into blocks by
-scattering them nearly as long. A threshold found by bisection gives the same sets as sorting (ties
-and rounding apart), and keys that lie in order can be added up where they lie.
+Adding the keys of every row of a prompt of 8,192 tokens up into blocks by scattering them takes seconds a
+forward. Keys that lie in order can be added up where they lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.ops.eager import selection
-from rtpurbo.ops.triton.sets import BISECTING
 
 
 @contextmanager
 def fast_selection(block_size: int, device: torch.device) -> Iterator[None]:
-    """Replaces the slow parts inside a `with` block, on a GPU; no sequence may be padded there.
+    """Replaces the slow part inside a `with` block, on a GPU; no sequence may be padded there.
 
     Args:
         block_size: of the attention rule in use.
@@ -35,11 +32,7 @@ def fast_selection(block_size: int, device: torch.device) -> Iterator[None]:
     def spread_blocks(chosen: Tensor, blocks: Tensor) -> Tensor:
         return chosen.repeat_interleave(block_size, -1)[..., : blocks.shape[-1]]
 
-    replacements: dict[str, Any] = {
-        "SORTING": BISECTING,
-        "sum_blocks": sum_blocks,
-        "spread_blocks": spread_blocks,
-    }
+    replacements = {"sum_blocks": sum_blocks, "spread_blocks": spread_blocks}
     if device.type != "cuda":
         replacements = {}
     before = {name: getattr(selection, name) for name in replacements}

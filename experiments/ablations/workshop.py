@@ -95,10 +95,6 @@ class Workshop:
         settings = change_settings(self.settings, arm.changes)
         return shrunk(settings) if self.smoke else settings
 
-    def rule_of(self, arm: Arm) -> AttentionRule:
-        """The rule that the arm's conversion trains for."""
-        return self._rule(self.settings_of(arm))
-
     def calibration(self, settings: ConversionSettings, text: Text = "train") -> Calibration:
         """A head map and its stability; scores are measured once for each length and text."""
         wanted = settings.calibration

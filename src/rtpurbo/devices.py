@@ -1,4 +1,7 @@
-"""Where to compute, and in which type."""
+"""Where to compute, in which type, and by what."""
+
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -25,6 +28,12 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """The type in which a device computes fast enough: float32 on the CPU, else bfloat16."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled here."""
+    return find_spec("triton") is not None
 
 
 def device_name(device: torch.device) -> str:

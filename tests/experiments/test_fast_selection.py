@@ -1,12 +1,9 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from fast_selection import fast_selection
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager import selection
-from rtpurbo.ops.triton.sets import BISECTING
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,7 +20,7 @@ def masses(rows=16, keys=83):
     [
         {"prefill_mode": "row_share", "row_share": 0.2},
         {"prefill_mode": "row_peak", "row_share": 0.2, "row_stride": 2},
-        {"prefill_mode": "top_p", "min_tokens": 5},
+        {"prefill_mode": "top_p", "granularity": "block", "min_tokens": 5},
     ],
 )
 def test_rules_select_the_same(changes):
@@ -40,10 +37,10 @@ def test_rules_select_the_same(changes):
     )
     arguments = (rule, logits.masked_fill(keys > queries, -torch.inf), near, far)
     expected = select(*arguments, keys[None])
-    # On the CPU the kernel is interpreted, which only this test asks for.
-    with fast_selection(rule.block_size, SimpleNamespace(type="cuda")):
-        assert selection.SORTING is BISECTING
+    scattering = selection.sum_blocks
+    with fast_selection(rule.block_size, torch.device("cuda")):
+        assert selection.sum_blocks is not scattering
         actual = select(*arguments, keys[None])
-    assert selection.SORTING is not BISECTING
+    assert selection.sum_blocks is scattering
     assert torch.equal(actual, expected)
     assert 0 < actual.float().mean() < far.float().mean()

@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import index_scores
+from rtpurbo.ops.eager import selection
 from rtpurbo.ops.eager.selection import (
+    SORTING,
     block_ids,
     estimated_logits,
     masses,
     select_for_rows,
     select_for_tiles,
+    set_finder,
     smallest_set,
     spread_blocks,
     sum_blocks,
     target_mass,
 )
+from rtpurbo.ops.triton.sets import BISECTING
 from tests import oracles
 from tests.oracles import random_problem
 
@@ -96,6 +100,30 @@ def test_smallest_set_grows_with_the_target(row, shares):
 def test_ties_go_to_the_earlier_entry():
     chosen = smallest_set(torch.tensor([0.1, 0.3, 0.3, 0.3]), torch.tensor(0.5))
     assert chosen.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "has_triton", "expected"),
+    [
+        ("cuda", torch.float32, True, BISECTING),
+        ("cuda", torch.float32, False, SORTING),
+        ("cuda", torch.float64, True, SORTING),
+        ("cpu", torch.float32, True, SORTING),
+    ],
+)
+def test_sets_are_found_by_a_kernel_on_a_gpu(monkeypatch, device, dtype, has_triton, expected):
+    monkeypatch.setattr(selection, "has_triton", lambda: has_triton)
+    assert set_finder(torch.device(device), dtype) is expected
+
+
+@pytest.mark.parametrize("granularity", ["token", "block"])
+def test_rows_select_the_same_by_the_kernel(monkeypatch, granularity):
+    rule = replace(RULE, granularity=granularity, top_p=0.7, min_tokens=7)
+    problem = random_problem(1, 60, padding=(0, 9), heads=2, key_value_heads=1, seed=3)
+    expected = select(problem, rule)
+    monkeypatch.setattr(selection, "set_finder", lambda device, dtype: BISECTING)
+    assert torch.equal(select(problem, rule), expected)
+    assert expected.any()
 
 
 @given(problem=problems, rule=rules)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rtpurbo.devices import has_triton
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.ops import KeyValueStates
-from rtpurbo.ops.api import has_triton
 
 if TYPE_CHECKING:
     from rtpurbo.models.attention import HeadwiseAttention

@@ -8,15 +8,14 @@ FlexAttention for the gradients of long sequences there.
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
+from rtpurbo.devices import has_triton
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
@@ -120,12 +119,6 @@ def _refusal(backend: str, *call: Any) -> str | None:
     """Why a backend's kernels cannot serve a call of `headwise_attention`; None if they can."""
     kernels = import_module(BACKENDS[backend]["headwise_attention"])
     return next(kernels.refusals(*call), None)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether kernels can be compiled here."""
-    return find_spec("triton") is not None
 
 
 def _check_states(query_states: Tensor, query_positions: Tensor, states: KeyValueStates) -> None:

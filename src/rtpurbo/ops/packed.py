@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.api import BACKENDS, HALF, has_triton
+from rtpurbo.devices import has_triton
+from rtpurbo.ops.api import BACKENDS, HALF
 
 
 def document_starts(document_lengths: Sequence[int], device: torch.device | str) -> Tensor:

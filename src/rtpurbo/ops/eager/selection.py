@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule, Reading
+from rtpurbo.devices import has_triton
 
 
 def index_scores(index_queries: Tensor, index_keys: Tensor) -> Tensor:
@@ -96,13 +97,27 @@ def heaviest(mass: Tensor, count: int) -> Tensor:
 
 
 class SetFinder(NamedTuple):
-    """How the two sets are found: by sorting here, otherwise where sorting is slow."""
+    """How the two sets are found: by sorting here, by a kernel where sorting is slow."""
 
     smallest_set: Callable[[Tensor, Tensor], Tensor]
     heaviest: Callable[[Tensor, int], Tensor]
 
 
 SORTING = SetFinder(smallest_set, heaviest)
+
+
+def set_finder(device: torch.device, dtype: torch.dtype) -> SetFinder:
+    """How sets of masses on a device are found.
+
+    A GPU sorts the rows of a layer for longer than all the rest of it takes. Its kernel finds the
+    same sets in fp32, but for entries of equal mass, which come together, and sums that round otherwise.
+    """
+    if device.type != "cuda" or dtype == torch.float64 or not has_triton():
+        return SORTING
+    # Without Triton there is none of this.
+    from rtpurbo.ops.triton.sets import BISECTING
+
+    return BISECTING
 
 
 def block_ids(key_positions: Tensor, block_size: int) -> Tensor:
@@ -134,7 +149,6 @@ def select_for_rows(
     far: Tensor,
     key_positions: Tensor,
     num_blocks: int | None = None,
-    finder: SetFinder | None = None,
 ) -> Tensor:
     """Far keys that each row reads, each row its own set: bool [batch, heads, q_len, k_len].
 
@@ -145,11 +159,10 @@ def select_for_rows(
         far: likewise.
         key_positions: int64 [batch, k_len].
         num_blocks: blocks up to the last position, where they are known.
-        finder: how sets are found; by sorting if None.
     """
-    finder = finder or SORTING
     if rule.top_p >= 1:
         return far.expand(logits.shape)
+    finder = set_finder(logits.device, logits.dtype)
     candidates, target = target_mass(rule, masses(logits), near, far)
     # A share of the far mass alone: beside a near mass of nearly 1 it would be lost to rounding.
     far_shares = masses(logits.masked_fill(~far, -torch.inf))

@@ -9,13 +9,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.attend import attention_logits
-from rtpurbo.ops.eager.selection import (
-    SORTING,
-    SetFinder,
-    estimated_logits,
-    index_scores,
-    select_for_rows,
-)
+from rtpurbo.ops.eager.selection import estimated_logits, index_scores, select_for_rows
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionRows, SelectionStatistics
 
@@ -63,7 +57,6 @@ def selected_bits(
     keys = states.keys[:, retrieval.key_value_heads]
     length = keys.shape[2]
     words = queries.new_zeros(batch, num_heads, num_rows, num_keys // BITS, dtype=torch.int32)
-    finder = _set_finder(queries.device)
     rows_at_once = max(1, MAX_PAIRS // (batch * len(retrieval) * length))
     for start in range(0, selecting, rows_at_once):
         chunk = slice(start, min(start + rows_at_once, selecting))
@@ -84,20 +77,11 @@ def selected_bits(
         estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), near, far)
         # Keys lie in order, so their number tells how many blocks there are.
         num_blocks = -(-length // rule.block_size)
-        selected = select_for_rows(rule, estimate, near, far, states.positions, num_blocks, finder)
+        selected = select_for_rows(rule, estimate, near, far, states.positions, num_blocks)
         if statistics is not None:
             statistics.add_rows(rows, selected)
         words[:, retrieval.heads, chunk] = packed_bits(selected, num_keys)
     return words
-
-
-def _set_finder(device: torch.device) -> SetFinder:
-    """Sorting the rows of an answer in every layer takes a GPU longer than all the rest of a step."""
-    if device.type != "cuda":
-        return SORTING
-    from rtpurbo.ops.triton.sets import BISECTING
-
-    return BISECTING
 
 
 def packed_bits(mask: Tensor, num_keys: int) -> Tensor:

@@ -75,15 +75,17 @@ def top_set(mass: Tensor, target: Tensor, *, counting: bool = False) -> Tensor:
     chosen = torch.empty(mass.shape, dtype=torch.int8, device=mass.device)
     if mass.numel():
         together = min(MOST_TOGETHER, triton.next_power_of_2(mass.shape[-1]))
-        top_set_kernel[(target.numel(),)](
-            mass,
-            target,
-            chosen,
-            mass.shape[-1],
-            N=together,
-            COUNTING=counting,
-            num_warps=max(1, min(8, together // 512)),
-        )
+        # A model's layers may lie on several devices.
+        with torch.cuda.device_of(mass):
+            top_set_kernel[(target.numel(),)](
+                mass,
+                target,
+                chosen,
+                mass.shape[-1],
+                N=together,
+                COUNTING=counting,
+                num_warps=max(1, min(8, together // 512)),
+            )
     return chosen.view(torch.bool)
 
 
