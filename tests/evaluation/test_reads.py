@@ -1,15 +1,26 @@
 """What is measured of reading, by loops over its definition and on models that generate."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from rtpurbo.evaluation import reads
-from rtpurbo.evaluation.reads import ReadMeter, Reads, metering
-from rtpurbo.models.sparsify import empty_head_map, set_rule, set_selector, sparsify
+from rtpurbo.evaluation.reads import ReadMeter, Reads, metering, step_counts
+from rtpurbo.models import decoding
+from rtpurbo.models.graphs import CudaGraph
+from rtpurbo.models.sparsify import (
+    empty_head_map,
+    headwise_modules,
+    set_rule,
+    set_selector,
+    sparsify,
+)
 from tests.evaluation.policies.support import every_row, random_rows
-from tests.models.test_decoding import gpu_model
+from tests.models.test_decoding import BATCHES, PROMPT, gpu_model, plain_steps  # noqa: F401
+from tests.models.test_generation import WINDOW as ROOMY
+from tests.models.test_generation import greedy_by_recomputation
 from tests.tiny_models import (
     RETRIEVAL_HEADS,
     make_sparse,
@@ -163,7 +174,7 @@ def test_sequences_that_have_ended_do_not_count(prompt):
 
 
 def test_steps_between_are_not_measured(monkeypatch, prompt):
-    monkeypatch.setattr(reads, "_step_stride", lambda device: 3)
+    monkeypatch.setattr(reads, "step_counts", lambda step, device: step % 3 == 0)
     model = sparse_model(prefill_mode="dense")
     head_map = model.rtpurbo_config.head_map
     options = {"suppress_tokens": [0, STOP]}
@@ -171,6 +182,123 @@ def test_steps_between_are_not_measured(monkeypatch, prompt):
         for new in (6, 2):  # five steps, of which the first and the fourth count; then one
             answers(model, *prompt, new=new, min_new_tokens=new, **options)
     assert meter.reads().rows == (2 + 1) * 3 * LAYERS * len(RETRIEVAL_HEADS)
+
+
+def test_on_a_gpu_the_first_steps_of_an_answer_are_enough():
+    counted = [step for step in range(500) if step_counts(step, torch.device("cuda"))]
+    assert counted == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert all(step_counts(step, torch.device("cpu")) for step in range(500))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(
+        reads, "step_counts", lambda step, _: step_counts(step, torch.device("cuda"))
+    )
+
+
+def record_steps(model, monkeypatch, graph_class):
+    """A list to which every layer that measures adds its number, and every replay adds "replayed"."""
+    events = []
+
+    class Recorded(graph_class):
+        def __call__(self):
+            assert all(module.statistics is None for module in headwise_modules(model))
+            events.append("replayed")
+            return super().__call__()
+
+    def add_rows(meter, rows, selected):
+        events.append(rows.query_positions.max().item())
+        return measured_as_ever(meter, rows, selected)
+
+    measured_as_ever = ReadMeter.add_rows
+    monkeypatch.setattr(ReadMeter, "add_rows", add_rows)
+    monkeypatch.setattr(decoding.GraphedDecoder, "graph_class", Recorded)
+    return events
+
+
+def expected_steps(first, count, layers):
+    """What `record_steps` records of an answer, which begins at position `first`."""
+    for step in range(count):
+        if step_counts(step, torch.device("cuda")):
+            yield from [first + step] * layers
+        else:
+            yield "replayed"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_steps_that_are_not_measured_are_replayed(
+    plain_steps, as_on_a_gpu, monkeypatch, family, batch  # noqa: F811
+):  # fmt: skip
+    model, (ids, mask) = sparse_model(family), padded_batch(BATCHES[batch], PROMPT)
+    expected, _ = greedy_by_recomputation(model, ids, mask, 60)
+    events = record_steps(model, monkeypatch, plain_steps)
+    layers = sum(bool(module.retrieval_heads) for module in headwise_modules(model))
+    with (
+        warnings.catch_warnings(),
+        metering(model, model.rtpurbo_config.head_map, [0]) as meter,
+    ):
+        warnings.filterwarnings("error", message="decoding runs without")
+        for number in (1, 2):
+            assert torch.equal(answers(model, ids, mask, new=60), expected)
+            assert plain_steps.prepared == number  # a cache each, captured once
+    assert events == 2 * list(expected_steps(PROMPT, 59, layers))
+    still_writing = (expected[:, PROMPT:-1][:, :32:4] != 0).sum()
+    assert meter.reads().rows == 2 * still_writing * layers * len(RETRIEVAL_HEADS)
+
+
+def test_a_measured_step_may_find_a_cache_that_is_full(
+    plain_steps, as_on_a_gpu, monkeypatch  # noqa: F811
+):  # fmt: skip
+    # Captured at the second step with room for three: the fifth is measured, and makes room.
+    monkeypatch.setattr(decoding, "roomy_capacity", lambda tokens, expected: tokens + 2)
+    model, (ids, mask) = sparse_model(**ROOMY), padded_batch((5, 0), PROMPT)
+    expected, _ = greedy_by_recomputation(model, ids, mask, 60)
+    events = record_steps(model, monkeypatch, plain_steps)
+    with metering(model, model.rtpurbo_config.head_map, [0]):
+        assert torch.equal(answers(model, ids, mask, new=60), expected)
+    assert plain_steps.prepared == 2
+    assert events == list(expected_steps(PROMPT, 59, LAYERS))
+
+
+def test_prose_between_answers_is_measured(plain_steps, as_on_a_gpu):  # noqa: F811
+    """Which asks the base model alone, without its head."""
+    model, (ids, mask) = sparse_model(prefill_mode="top_p"), padded_batch((0,))
+    head_map = model.rtpurbo_config.head_map
+    with metering(model, head_map, [0]) as meter, torch.no_grad():
+        for _ in range(2):
+            answers(model, ids, mask, new=40)
+            rows = meter.reads().rows
+            model.base_model(ids, use_cache=False)
+            prose = -(-ids.shape[1] // reads.ROW_STRIDE) * LAYERS * len(RETRIEVAL_HEADS)
+            assert meter.reads().rows == rows + prose
+    assert plain_steps.prepared == 2
+
+
+def test_a_forward_that_fails_is_over(prompt):
+    model = sparse_model(prefill_mode="dense")
+    with metering(model, model.rtpurbo_config.head_map, [0, STOP]) as meter:
+        with pytest.raises(IndexError):
+            model(prompt[0] + 1000)
+        model.base_model(prompt[0], use_cache=False)
+        assert meter.needs_rows
+
+
+@pytest.mark.gpu
+def test_graphs_and_measured_steps_take_turns(monkeypatch):
+    model = gpu_model(max_position_embeddings=1024)
+    ids = torch.randint(2, STOP, (2, 300), device="cuda")
+    events = record_steps(model, monkeypatch, CudaGraph)
+    options = {"new": 60, "min_new_tokens": 60, "suppress_tokens": [0, STOP]}
+    with metering(model, model.rtpurbo_config.head_map, [0, STOP]) as meter:
+        result = answers(model, ids, torch.ones_like(ids), return_dict_in_generate=True, **options)
+    assert result.past_key_values.is_static
+    assert events == list(expected_steps(300, 59, LAYERS))
+    measured = meter.reads()
+    assert measured.rows == 8 * 2 * LAYERS * len(RETRIEVAL_HEADS)
+    assert 32 < measured.tokens_mean < 360
+    assert 0 < measured.mass_kept <= 1 + 1e-3
 
 
 @pytest.mark.gpu
@@ -191,10 +319,18 @@ def test_kernels_and_measured_steps_take_turns():
     assert 0 < measured.mass_kept <= 1 + 1e-3
 
 
+def hooks_of(model):
+    return [
+        list(hooks)
+        for module in (model, model.base_model)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+
+
 def test_everything_is_taken_off_afterwards(prompt):
     model = sparse_model()
     head_map = model.rtpurbo_config.head_map
-    before = len(model.base_model._forward_pre_hooks)
+    before = hooks_of(model)
     measure(model, head_map, *prompt)
-    assert len(model.base_model._forward_pre_hooks) == before
+    assert hooks_of(model) == before
     assert model.base_model.layers[0].self_attn.statistics is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,17 @@ from rtpurbo.models.arguments import named
 from rtpurbo.models.attention import LayerObservation
 from rtpurbo.models.cache_layers import GrowingBuffer
 from rtpurbo.models.slots import positions_of
-from rtpurbo.models.sparsify import counting, is_sparse, observing
+from rtpurbo.models.sparsify import headwise_modules, is_sparse, observing
 from rtpurbo.ops import SelectionRows, SelectionStatistics
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 
 # Of rows that come together, every so many is measured unless a meter is told otherwise.
 ROW_STRIDE = 8
-# Where kernels decode, every so many steps runs eager instead and is measured.
+# Where kernels decode, a step that is measured runs eager, for many times as long as a replayed graph:
+# every fourth of the first 32 steps of an answer does, so that a long answer costs no more than eight.
 STEP_STRIDE = 4
+STEPS_WATCHED = 32
 
 
 @dataclass(frozen=True)
@@ -206,15 +208,98 @@ class WindowReader:
             self.meter.add_rows(selection, torch.zeros_like(logits, dtype=torch.bool))
 
 
+class ForwardWatch:
+    """Tells a meter of every forward of a model before it runs, and whether its rows count.
+
+    Where kernels decode, a step whose rows do not count must find nobody watching, so that a graph
+    can be replayed. That is decided before anything of the model's own forward, in whose place the
+    graph may stand; no module within is then called. A base model that is called without its head
+    tells of itself.
+
+    Args:
+        model: dense or sparse.
+        meter: measures.
+        head_map: the heads that retrieve, where the model itself has none.
+        stop_ids: tokens that end or pad a sequence.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, meter: ReadMeter, head_map: HeadMap, stop_ids: Collection[int]
+    ) -> None:
+        self.model, self.meter, self.head_map = model, meter, head_map
+        self._is_dense = not is_sparse(model)
+        self._modules = [] if self._is_dense else headwise_modules(model)
+        self._stops = torch.tensor(sorted(stop_ids), device=model.device)
+        self._steps = 0
+        self._is_told = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches the forwards inside a `with` block."""
+        hooks = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
+            self.model.register_forward_hook(self._end, always_call=True),
+            self.model.base_model.register_forward_pre_hook(
+                self._begin_base, with_kwargs=True, prepend=True
+            ),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._count_in(None)
+
+    def _begin(self, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        self._is_told = True
+        self._tell(named(arguments, keywords))
+
+    def _end(self, *_: Any) -> None:
+        self._is_told = False
+
+    def _begin_base(self, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        # A step that is captured calls the base model several times, and is one step.
+        if not self._is_told:
+            self._tell(named(arguments, keywords))
+
+    def _tell(self, given: dict[str, Any]) -> None:
+        ids, active = given["input_ids"], None
+        if ids.shape[1] > 1:
+            self._steps = 0
+            counts = given.get("use_cache") is False
+        else:
+            counts = step_counts(self._steps, ids.device)
+            self._steps += 1
+            if counts:
+                active = ~torch.isin(ids[:, 0], self._stops)
+        if counts != self.meter.needs_rows:
+            self._count_in(self.meter if counts else None)
+        self.meter.begin(active, counts)
+        if self._is_dense:
+            self.meter.add_dense_rows(_positions(given), self.head_map.num_retrieval_heads)
+
+    def _count_in(self, meter: ReadMeter | None) -> None:
+        for module in self._modules:
+            module.statistics = meter
+
+
+def step_counts(step: int, device: torch.device) -> bool:
+    """Whether a decoding step is measured; steps of an answer count from 0."""
+    if device.type != "cuda":
+        return True
+    return step < STEPS_WATCHED and step % STEP_STRIDE == 0
+
+
 @contextmanager
 def metering(
     model: PreTrainedModel, head_map: HeadMap, stop_ids: Collection[int]
 ) -> Iterator[ReadMeter]:
-    """Measures what retrieval heads read in every forward inside.
+    """Measures what retrieval heads read in the forwards inside.
 
-    Rows count that select, as decoding rows do; without a cache, all rows do. Sequences that have
-    ended and wait for others of their batch do not count. A dense model's rows read everything; where
-    no head of a sparse model retrieves, those of `head_map` read sinks and window.
+    Rows count that select, as decoding rows do (on a GPU those of some steps, `step_counts`); without
+    a cache, all rows do. Sequences that have ended and wait for others of their batch do not count. A
+    dense model's rows read everything; where no head of a sparse model retrieves, those of `head_map`
+    read sinks and window.
 
     Args:
         model: dense or sparse.
@@ -222,41 +307,13 @@ def metering(
         stop_ids: tokens that end or pad a sequence.
     """
     meter = ReadMeter(row_stride=ROW_STRIDE)
-    stops = torch.tensor(sorted(stop_ids), device=model.device)
-    steps = 0
-
-    def begin(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        nonlocal steps
-        given = named(arguments, keywords)
-        ids = given["input_ids"]
-        alone = given.get("use_cache") is False
-        if ids.shape[1] > 1:
-            steps = 0
-            meter.begin(None, alone)
-        else:
-            meter.begin(~torch.isin(ids[:, 0], stops), steps % _step_stride(ids.device) == 0)
-            steps += 1
-        if not is_sparse(model):
-            meter.add_dense_rows(_positions(given), head_map.num_retrieval_heads)
-
-    hook = model.base_model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
-    try:
-        if not is_sparse(model):
-            yield meter
-        elif model.rtpurbo_config.head_map.num_retrieval_heads:
-            with counting(model, meter):
-                yield meter
-        else:
-            reader = WindowReader(meter, head_map, model.rtpurbo_config.attention)
-            with observing(model, reader, dense=False):
-                yield meter
-    finally:
-        hook.remove()
-
-
-def _step_stride(device: torch.device) -> int:
-    # Where kernels decode, the steps that they do not do are those that cost.
-    return STEP_STRIDE if device.type == "cuda" else 1
+    observed: AbstractContextManager[None] = nullcontext()
+    if is_sparse(model) and not model.rtpurbo_config.head_map.num_retrieval_heads:
+        # It keeps the keys of every step, so none is replayed.
+        reader = WindowReader(meter, head_map, model.rtpurbo_config.attention)
+        observed = observing(model, reader, dense=False)
+    with ForwardWatch(model, meter, head_map, stop_ids).watching(), observed:
+        yield meter
 
 
 def _positions(arguments: dict[str, Any]) -> Tensor:
