@@ -1,5 +1,7 @@
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from ablations.arms import Arm, Group
 from ablations.head_choice import chosen_map, even_quota
 from ablations.index_quality import ROW_SHARES, TOP_P, Curve, swept_row_share, swept_top_p
 from ablations.plan import base_settings, plan, shrunk
+from ablations.plots import draw
 from ablations.results import GroupFile, paired_difference, summary
 from ablations.whole_vocabulary import vocabulary_divergence
 from ablations.windows import dealt_windows, use_windows, window_costs
@@ -185,3 +188,24 @@ def test_a_group_file_goes_on_or_refuses(tmp_path):
     assert again.record("three") is None
     with pytest.raises(RTPurboError, match="other settings"):
         GroupFile(tmp_path, group, {"seed": 1})
+
+
+def test_a_panel_for_each_group_that_is_there(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "ablations-8k-h100"
+    groups = {path.stem: json.loads(path.read_text()) for path in folder.glob("?.json")}
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    for chosen in ("abcdef", "c", "bf"):
+        path = tmp_path / f"{chosen}.png"
+        draw({letter: groups[letter] for letter in chosen}, path, "title")
+        assert path.stat().st_size > 10_000
+    every, alone, two = ([axis for axis in each.axes if axis.get_visible()] for each in drawn)
+    assert [len(panels) for panels in (every, alone, two)] == [4, 1, 2]
+    spaces = [line.get_label() for line in alone[0].get_lines()]
+    assert spaces == ["slow pairs", "pre-RoPE (paper)", "post-RoPE", "exact scores"]
+    # Every space at all four sizes, and fewer tokens with each.
+    for line in alone[0].get_lines()[:3]:
+        tokens = list(line.get_ydata())
+        assert len(tokens) == 4
+        assert tokens == sorted(tokens, reverse=True)
