@@ -3,6 +3,7 @@
     python experiments/ablate.py sharp-8k --data books.jsonl.gz --output ablations-8k --quick
     python experiments/ablate.py sharp-8k --data books.jsonl.gz --output ablations-8k --time-limit 570
     python experiments/ablate.py sharp-8k --output ablations-8k --table
+    python experiments/ablate.py sharp-8k --output ablations-8k --plot ablations.png
 
 The plan (`--list`) is in `ablations/plan.py`. The short arms of all groups come first. Every group has
 a JSON file in the output folder; models and checkpoints lie in its `work` folder, or where `--work`
@@ -23,6 +24,7 @@ from ablations.answers import answer_all
 from ablations.arms import Arm, Group
 from ablations.index_quality import index_quality
 from ablations.plan import base_settings, plan
+from ablations.plots import draw
 from ablations.questions import Asked, asked_questions
 from ablations.results import GroupFile, summary
 from ablations.tables import group_markdown
@@ -191,10 +193,32 @@ def list_plan(groups: Sequence[Group], pairs: Sequence[tuple[Group, Arm]]) -> No
     print(f"{len(pairs)} arms, {minutes:.0f} minutes on one H100 at 8,192 tokens")
 
 
+def read_groups(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results there are, by the letter of their group."""
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("?.json"))
+    }
+
+
 def show_tables(folder: Path) -> None:
     """Prints the tables of all groups that have results."""
-    for path in sorted(folder.glob("?.json")):
-        print(group_markdown(json.loads(path.read_text(encoding="utf-8"))))
+    for group in read_groups(folder).values():
+        print(group_markdown(group))
+
+
+def draw_results(folder: Path, picture: Path) -> None:
+    """Draws the groups that have results."""
+    groups = read_groups(folder)
+    if not groups:
+        raise SystemExit(f"error: there are no results in {folder}: run the ablations first.")
+    origin = next(iter(groups.values()))["origin"]
+    draw(
+        groups,
+        picture,
+        f"Model {origin['model']}, {origin['length']:,} tokens, window {origin['window']:,}; "
+        "bars: 95 % of questions",
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -229,6 +253,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the plan and stop")
     parser.add_argument("--table", action="store_true", help="print the results and stop")
+    parser.add_argument("--plot", type=Path, help="draw the results to this file and stop")
     return parser.parse_args()
 
 
@@ -281,6 +306,8 @@ def main() -> None:
     pairs = list(chosen(groups, arguments.groups, arguments.arms, arguments.quick))
     if arguments.table:
         show_tables(Path(arguments.output))
+    elif arguments.plot:
+        draw_results(Path(arguments.output), arguments.plot)
     elif arguments.list:
         list_plan(groups, pairs)
     else:

@@ -46,8 +46,8 @@ _ABOUT_SPEED = """## Speed
 """
 _ABOUT_ABLATIONS = """## Ablations
 
-![Right answers by the number of retrieval heads; tokens to read by the dimensions of the index; divergence of answers by what
-their rows read; how much rows read](images/ablations-8k.png)
+![Right answers by the number of retrieval heads; tokens to read by the dimensions of the index;
+divergence of answers by what their rows read; how much rows read](images/ablations-8k.png)
 
 What they mean: [experiment log](experiment-log.md); how they were run: [experiments](experiments.md#ablations).
 """
