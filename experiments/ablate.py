@@ -33,10 +33,10 @@ from ablations.workshop import Workshop
 from rtpurbo.cli.options import changed_settings
 from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.errors import RTPurboError
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.sparsify import is_sparse, set_rule
 from rtpurbo.settings import change_settings
-from rtpurbo.training.interruption import StoppedBySignalError, stopping_cleanly
 
 WINDOWS_OF_PROSE = 6
 REPORT_EVERY = 20.0

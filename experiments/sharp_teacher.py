@@ -22,8 +22,8 @@ from teacher_training import TeacherSettings, make_teacher
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import resolve_device
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.base import load_base_model
-from rtpurbo.training.interruption import StoppedBySignalError, stopping_cleanly
 
 REPORT_EVERY = 25
 

@@ -266,7 +266,7 @@ _SCRIPT = """
 import resource, sys
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
-from rtpurbo.training.interruption import StoppedBySignalError
+from rtpurbo.interruption import StoppedBySignalError
 from tests.test_conversion import SETTINGS
 if len(sys.argv) > 3:
     # Every file may have this many bytes: a write that goes beyond fails as on a full disk.

@@ -10,7 +10,17 @@ SOURCE = Path(__file__).parent.parent / "src" / "rtpurbo"
 # From the ground up. Parts of one floor do not import each other, except on the ground floor and
 # on the top-level one, which are single files.
 FLOORS = (
-    {"config", "devices", "errors", "files", "launch", "processes", "settings", "version"},
+    {
+        "config",
+        "devices",
+        "errors",
+        "files",
+        "interruption",
+        "launch",
+        "processes",
+        "settings",
+        "version",
+    },
     {"ops"},
     {"data", "models"},
     {"calibration", "training", "evaluation"},

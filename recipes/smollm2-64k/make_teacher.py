@@ -31,10 +31,10 @@ from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.files import whole_folder, write_json_atomically
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.base import load_base_model
 from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.tables import markdown_rows
-from rtpurbo.training.interruption import StoppedBySignalError, stopping_cleanly
 
 STAGES = {
     "32k": TeacherSettings(

@@ -15,6 +15,7 @@ from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
+from rtpurbo.interruption import stopping_cleanly
 from rtpurbo.job import Job
 from rtpurbo.models.artifact import ArtifactConfig, find_artifact, load_base, read_indexers
 from rtpurbo.models.base import BaseModel, load_base_model
@@ -27,7 +28,6 @@ from rtpurbo.settings import (
     preset_settings,
     settings_for_context,
 )
-from rtpurbo.training.interruption import stopping_cleanly
 
 
 @stopping_cleanly()

@@ -15,9 +15,9 @@ from rtpurbo.config import HeadMap
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.records import read_results
 from rtpurbo.evaluation.samples import read_samples
+from rtpurbo.interruption import StoppedBySignalError
 from rtpurbo.models import artifact as artifacts
 from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, INDEXER_FILE
-from rtpurbo.training.interruption import StoppedBySignalError
 from rtpurbo.version import __version__
 from tests.tiny_artifact import save_tiny_base
 

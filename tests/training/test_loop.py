@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult
-from rtpurbo.training.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
 

@@ -75,7 +75,7 @@ import os, signal, sys
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
 from rtpurbo.processes import leave_processes
-from rtpurbo.training.interruption import StoppedBySignalError
+from rtpurbo.interruption import StoppedBySignalError
 from tests.training.test_parallel import JOBS
 
 base, text, *jobs = sys.argv[1:]

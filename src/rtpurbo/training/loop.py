@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtpurbo.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import (
     DistillationSettings,
@@ -21,7 +22,6 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult, not_finite
-from rtpurbo.training.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sharding import average_gradients, clip_gradients, gradient_norm

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a training finishes its step, saves a checkpoint and stops."""
+"""SIGTERM and Ctrl-C: a long job finishes the step it is at, saves what it has and stops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StoppedBySignalError(KeyboardInterrupt):
 
     Args:
         number: of the signal.
-        where: what was done last, such as "after step 12 of stage1".
+        where: how far it came, such as "after step 12 of stage1".
     """
 
     def __init__(self, number: int, where: str = "") -> None:
@@ -46,7 +46,7 @@ class _Requests:
         self.pending: int | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        # A second signal is impatience: it stops at once, with the last checkpoint. But torchrun
+        # A second signal is impatience: it stops at once, with what was saved last. But torchrun
         # passes on what its processes may have got already.
         if self.depth and (self.pending is None or started_by_torchrun()):
             self.pending = self.pending or number
@@ -60,7 +60,7 @@ _requests = _Requests()
 
 @contextmanager
 def stopping_cleanly(seconds: float | None = None) -> Iterator[None]:
-    """Turns SIGTERM and Ctrl-C into `StoppedBySignalError` inside, after a checkpoint where there is one to save.
+    """Turns SIGTERM and Ctrl-C into `StoppedBySignalError` inside, at the end of a step where one is under way.
 
     Outside the main thread, where Python allows no handlers, signals do what they did before, and there
     is no time limit.
@@ -89,15 +89,19 @@ def stopping_cleanly(seconds: float | None = None) -> Iterator[None]:
 def steps_undisturbed() -> Iterator[None]:
     """Inside, a first signal waits until somebody asks `stop_requested`, or until the end.
 
+    Of several within one another, the end is that of the outermost.
+
     Raises:
         StoppedBySignalError: at the end, if a signal waits and nobody asked.
     """
+    number = None
     _requests.depth += 1
     try:
         yield
     finally:
         _requests.depth -= 1
-        number, _requests.pending = _requests.pending, None
+        if not _requests.depth:
+            number, _requests.pending = _requests.pending, None
     if number is not None:
         raise StoppedBySignalError(number)
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rtpurbo.training.interruption import (
+from rtpurbo.interruption import (
     StoppedBySignalError,
     steps_undisturbed,
     stop_requested,
@@ -52,6 +52,15 @@ def test_a_signal_that_nobody_asked_for_stops_after_the_last_step():
     with pytest.raises(StoppedBySignalError), stopping_cleanly(), steps_undisturbed():
         send(signal.SIGTERM)
     assert stop_requested() is None
+
+
+def test_within_a_step_a_smaller_one_does_not_end_it():
+    reached = []
+    with pytest.raises(StoppedBySignalError), stopping_cleanly(), steps_undisturbed():
+        with steps_undisturbed():
+            send(signal.SIGTERM)
+        reached.append(stop_requested())
+    assert reached == [signal.SIGTERM]
 
 
 def test_a_time_limit_stops_like_sigterm():
