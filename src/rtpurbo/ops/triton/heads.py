@@ -13,6 +13,14 @@ from rtpurbo.ops.states import HeadGroup, KeyValueStates
 # A window that no context fills.
 EVERYTHING = 2**30
 
+MAX_HEAD_DIM = 256
+"""The largest head that the kernels take."""
+
+
+def takes_head_dim(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels take heads of this size: rows must be loadable 16 bytes at a time."""
+    return head_dim <= MAX_HEAD_DIM and head_dim * dtype.itemsize % 16 == 0
+
 
 @dataclass(frozen=True)
 class HeadTable:

@@ -14,7 +14,13 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
 from rtpurbo.ops.triton.decode.attention import decode_attention
-from rtpurbo.ops.triton.heads import EVERYTHING, HeadTable, query_starts
+from rtpurbo.ops.triton.heads import (
+    EVERYTHING,
+    MAX_HEAD_DIM,
+    HeadTable,
+    query_starts,
+    takes_head_dim,
+)
 from rtpurbo.ops.triton.prefill import hopper, portable
 from rtpurbo.ops.triton.prefill.portable import BlockLists
 from rtpurbo.ops.triton.prefill.scoring import block_lists, far_keys
@@ -192,8 +198,8 @@ def refusals(
     tensors = [query_states, full.keys, full.values, bounded.keys, bounded.values]
     if any(tensor.requires_grad for tensor in tensors) and torch.is_grad_enabled():
         yield "they compute no gradients"
-    if head_dim > 256 or head_dim * query_states.element_size() % 16:
-        yield f"head_dim {head_dim} is not a multiple of 8, or above 256"
+    if not takes_head_dim(head_dim, query_states.dtype):
+        yield f"head_dim {head_dim} is not a multiple of 16 bytes, or above {MAX_HEAD_DIM}"
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         yield "the last dimension of a tensor is not contiguous"
     used = [full] if q_len == 1 else [full, bounded]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, takes_head_dim
 from rtpurbo.ops.triton.headwise import prefill_attention
 
 # Of heads that all read everything, only this is asked: they have no window.
@@ -54,8 +55,8 @@ def refusals(query_states: Tensor, key_states: Tensor, value_states: Tensor) -> 
         yield "they compute no gradients"
     if len({tensor.dtype for tensor in tensors}) > 1:
         yield "queries, keys and values differ in their type"
-    if head_dim > 256 or head_dim * query_states.element_size() % 16:
-        yield f"head_dim {head_dim} is not a multiple of 8, or above 256"
+    if not takes_head_dim(head_dim, query_states.dtype):
+        yield f"head_dim {head_dim} is not a multiple of 16 bytes, or above {MAX_HEAD_DIM}"
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         yield "the last dimension of a tensor is not contiguous"
 

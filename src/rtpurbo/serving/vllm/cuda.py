@@ -16,8 +16,6 @@ from rtpurbo.ops import HeadGroup, HeadLayout
 from rtpurbo.ops.paged import PagedStates
 from rtpurbo.serving.vllm.pages import Batch, LayerCache, no_states
 
-MAX_HEAD_DIM = 256
-
 
 @dataclass(frozen=True)
 class PromptRows:
@@ -51,11 +49,6 @@ class Division:
     requests: Tensor
     lengths: Tensor
     prompts: tuple[PromptRows, ...]
-
-
-def supports(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take heads of this size."""
-    return head_dim <= MAX_HEAD_DIM and head_dim * dtype.itemsize % 16 == 0
 
 
 def attend(

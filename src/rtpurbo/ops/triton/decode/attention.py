@@ -24,8 +24,8 @@ from rtpurbo.ops.paged import PagedStates
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
 from rtpurbo.ops.triton.decode.launch import merge, read, read_far, select
 from rtpurbo.ops.triton.decode.states import FullStates, Selection
+from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
 
-MAX_HEAD_DIM = 256
 MAX_BLOCK_SIZE = 1024
 
 
