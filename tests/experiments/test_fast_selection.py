@@ -5,6 +5,8 @@ from fast_selection import fast_selection
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager import selection
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -23,6 +23,8 @@ from tests.tiny_models import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.kernels
+
 pytest.importorskip("triton")
 
 BATCHES = {"one sequence": (0,), "left-padded batch": PADDING}

@@ -11,6 +11,8 @@ from rtpurbo.ops.packed import document_starts, indexer_divergence
 from tests.ops.divergence_support import RULE, SCALING, indexer_problem
 from tests.ops.triton.support import DEVICE
 
+pytestmark = pytest.mark.kernels
+
 
 def by_hand(problem, rule):
     """The sum over a row's keys, key by key, as the paper writes it: [heads, rows]."""

@@ -19,6 +19,8 @@ from rtpurbo.training.sequences import TrainingSequence
 from tests.ops.triton.support import DEVICE
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 
+pytestmark = pytest.mark.kernels
+
 SETTINGS = IndexerTrainingSettings(rows_per_step=None, lengths=(200,), answer_weight=2.0)
 
 

@@ -19,6 +19,8 @@ from tests.ops.triton.support import (
     slotted,
 )
 
+pytestmark = pytest.mark.kernels
+
 RULE = AttentionRule(
     num_sink_tokens=2, min_tokens=0, sliding_window=40, block_size=16, query_block_size=32
 )

@@ -7,6 +7,8 @@ from rtpurbo.ops.packed import packed_attention
 from tests.ops.test_packed import SCALING, block_diagonal, states
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [(70,), (40, 1, 29)], ids=str)

@@ -9,6 +9,8 @@ from rtpurbo.ops.eager.selection import heaviest as sorted_heaviest
 from rtpurbo.ops.eager.selection import smallest_set
 from rtpurbo.ops.triton import sets
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -13,6 +13,8 @@ from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.pages import Batch, LayerCache, Part, divide
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 
+pytestmark = pytest.mark.kernels
+
 INDEX_DIM = 16
 SINKS, WINDOW = 4, 16
 BLOCK_SIZES = {"full": 32, "bounded": 16}

@@ -13,6 +13,8 @@ from tests import oracles
 from tests.ops.triton.decode_support import Step, paged
 from tests.ops.triton.support import DEVICE, DTYPES
 
+pytestmark = pytest.mark.kernels
+
 RULE = AttentionRule(
     num_sink_tokens=3, sliding_window=24, block_size=8, min_tokens=8, top_p=0.6, far_floor=0.01
 )

@@ -9,6 +9,8 @@ from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 
+pytestmark = pytest.mark.kernels
+
 CAPACITY, RING, NEWEST = 9, 6, 7
 
 

@@ -18,6 +18,8 @@ from tests import oracles
 from tests.ops.triton.decode_support import Step
 from tests.ops.triton.support import DEVICE
 
+pytestmark = pytest.mark.kernels
+
 WIDTH = decode_levels.LEVEL_WIDTH.value
 FINE_DEPTH = (decode_levels.FINE_CELLS.value - 1) * WIDTH
 COARSE_WIDTH = decode_levels.COARSE_STEP.value * WIDTH

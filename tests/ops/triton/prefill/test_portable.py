@@ -20,6 +20,8 @@ from tests.ops.triton.support import (
     slotted,
 )
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

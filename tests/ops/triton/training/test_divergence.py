@@ -9,6 +9,8 @@ from rtpurbo.ops.packed import indexer_divergence
 from tests.ops.divergence_support import RULE, indexer_problem
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 
+pytestmark = pytest.mark.kernels
+
 SIZES = [(64, 4), (96, 16), (128, 16), (128, 32)]
 INDEX_EPSILON = {**EPSILON, torch.bfloat16: EPSILON[torch.float16]}
 
