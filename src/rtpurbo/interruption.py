@@ -12,25 +12,24 @@ from types import FrameType
 from rtpurbo.launch import started_by_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+RESUME = "pass --resume to the same command to continue."
 
 
 class StoppedBySignalError(KeyboardInterrupt):
-    """The job was asked to stop and did; `--resume` continues it.
+    """The job was asked to stop and did.
 
     Like every KeyboardInterrupt it passes through `except Exception`.
 
     Args:
         number: of the signal.
         where: how far it came, such as "after step 12 of stage1".
+        advice: how to go on.
     """
 
-    def __init__(self, number: int, where: str = "") -> None:
+    def __init__(self, number: int, where: str = "", advice: str = RESUME) -> None:
         self.number = number
         place = f" {where}" if where else ""
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}{place}: pass --resume to the same command "
-            "to continue."
-        )
+        super().__init__(f"stopped by {signal.Signals(number).name}{place}: {advice}")
 
     @property
     def exit_code(self) -> int:

@@ -1,5 +1,6 @@
 import inspect
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ from rtpurbo import conversion
 from rtpurbo.cli import OUT_OF_MEMORY, PANELS, app
 from rtpurbo.config import HeadMap
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation import run as evaluation
 from rtpurbo.evaluation.records import read_results
 from rtpurbo.evaluation.samples import read_samples
 from rtpurbo.interruption import StoppedBySignalError
@@ -96,6 +98,33 @@ def test_eval_of_ruler_has_a_table_of_tasks_and_keeps_samples(tiny_artifact, tmp
         "niah_single_1",
         "fwe",
     ]
+
+
+def test_eval_goes_on_where_it_ended(tiny_artifact, tmp_path):
+    output = tmp_path / "results.json"
+    command = ["eval", tiny_artifact, *QUICK, "-o", output, "--resume"]
+    assert run(*command, "--policy", "full").exit_code == 0
+    [of_full] = read_results(output).records
+    result = run(*command)
+    assert result.exit_code == 0
+    assert re.search(r"full .*\n.* rtpurbo ", result.stdout)
+    assert [record.policy for record in read_results(output).records] == ["full", "rtpurbo"]
+    assert read_results(output).records[0] == of_full
+    assert "was measured with --seed 0, not 1" in error_of(*command, "--seed", 1)
+    assert "name it with --output" in error_of("eval", tiny_artifact, *QUICK, "--resume")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_evaluation_that_was_stopped_says_so_with_its_exit_code(
+    tiny_artifact, tmp_path, monkeypatch, number, code
+):
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
+    result = run("eval", tiny_artifact, *QUICK, "-o", tmp_path / "results.json")
+    assert result.exit_code == code
+    assert re.search(r"stopped by SIG\w+: pass --resume to the same command", result.stderr)
+    result = run("eval", tiny_artifact, *QUICK)
+    assert result.exit_code == code
+    assert re.search(r"stopped by SIG\w+: what was measured is lost; name a file", result.stderr)
 
 
 def test_inspect_shows_the_heads(tiny_artifact):

@@ -50,8 +50,8 @@ def test_round_trip(path):
 
 
 def test_a_newer_format_asks_for_an_upgrade(path):
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3}))
-    with pytest.raises(RTPurboError, match=r"format 3, .* upgrade"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 4}))
+    with pytest.raises(RTPurboError, match=r"format 4, .* upgrade"):
         read_results(path)
 
 

@@ -34,13 +34,13 @@ OUT_OF_MEMORY = (
 )
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of a training that a signal stopped."""
+"""Exit codes of a training or an evaluation that a signal stopped."""
 
 
 class CommandGroup(TyperGroup):
     """Commands whose foreseeable errors end in one sentence and exit code 1.
 
-    A training that a signal stopped exits with 128 plus the signal's number.
+    What a signal stopped cleanly exits with 128 plus the signal's number.
     """
 
     def invoke(self, ctx: Any) -> Any:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from rtpurbo.cli import options
+from rtpurbo.errors import RTPurboError
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 
 
 def evaluate(
@@ -106,6 +110,14 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep what the file of --output has and run only what is missing. Artifact, seed, "
+            "samples, data, dtype and kind of device must be the same as before.",
+        ),
+    ] = False,
     write_card: Annotated[
         bool,
         typer.Option("--write-card", help="Put the results into the artifact's README.md."),
@@ -117,6 +129,7 @@ def evaluate(
     """Measure what a sparse model keeps of the dense one, what it reads and what its cache weighs.
 
     Every policy gets the same tests, from the part of the text that conversion does not train on.
+    Ctrl-C and SIGTERM end a run after the question it is at; `--resume` goes on from there.
 
     `rtpurbo eval smollm2-sparse --suite needle --length 4096 --samples 20`
 
@@ -124,6 +137,9 @@ def evaluate(
 
     `rtpurbo eval smollm2-sparse --suite lm-eval --tasks aime24,mmlu_pro_math`
     """
+    if resume and output is None:
+        raise RTPurboError("--resume goes on with a file of results: name it with --output.")
+
     import torch
     from rich.console import Console
 
@@ -138,8 +154,8 @@ def evaluate(
 
     place = resolve_device(device)
     command = shlex.join(["rtpurbo", *sys.argv[1:]])
-    results = ResultsFile(output, artifact, device_name(place), command)
-    with results, ProgressBars() as progress:
+    results = ResultsFile(output, artifact, device_name(place), command, resume=resume)
+    with _stopping_cleanly(output), results, ProgressBars() as progress:
         records = run.evaluate(
             artifact,
             suites=options.suites_with_tasks(suite or run.DEFAULT_SUITES, tasks, length),
@@ -155,8 +171,7 @@ def evaluate(
             hotpotqa=hotpotqa,
             task_data=options.assignments("--task-data", task_data),
             max_new_tokens=max_new_tokens,
-            keep_sample=results.add_sample,
-            keep_record=results.add_record,
+            results=results,
             progress=progress,
         )
     Console().print(*results_tables(records))
@@ -166,3 +181,16 @@ def evaluate(
             typer.echo(f"Every question is in {samples_path(output)}.")
     if write_card:
         rewrite_card(find_artifact(artifact), records)
+
+
+@contextmanager
+def _stopping_cleanly(output: Path | None) -> Iterator[None]:
+    """As `stopping_cleanly`, with advice for those who have no file to resume."""
+    try:
+        with stopping_cleanly():
+            yield
+    except StoppedBySignalError as stopped:
+        if output is not None:
+            raise
+        advice = "what was measured is lost; name a file with --output to keep it the next time."
+        raise StoppedBySignalError(stopped.number, advice=advice) from None

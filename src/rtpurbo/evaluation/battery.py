@@ -42,7 +42,7 @@ class Battery:
         cells: Sequence[Cell],
         context_length: int,
         progress: Progress,
-    ) -> list[Cell]:
+    ) -> dict[Cell, list[Cell]]:
         """Makes the prompts that take long to make, and finds out which do not fit their length.
 
         Args:
@@ -52,22 +52,23 @@ class Battery:
             progress: told after each test.
 
         Returns:
-            The tests to run: groups of tasks have become their tasks.
+            The tests to run, by the cell that asks for them: groups of tasks have become their tasks.
 
         Raises:
             RTPurboError: a task is unknown, its data cannot be had, or it does not fit its length.
         """
-        long, ready = [cell for cell in cells if cell.suite in ("ruler", HARNESS)], list[Cell]()
+        long = [cell for cell in cells if cell.suite in ("ruler", HARNESS)]
+        ready: dict[Cell, list[Cell]] = {}
         for cell in cells:
             if cell in long:
                 progress("prompts", long.index(cell), len(long), {})
             if cell.suite == HARNESS:
                 assert self.harness is not None
-                ready += self.harness.prepare(tokenizer, cell, context_length)
+                ready[cell] = self.harness.prepare(tokenizer, cell, context_length)
                 continue
             if cell.suite == "ruler":
                 self.ruler.examples(tokenizer, cell.task, cell.context_length, cell.samples)
-            ready.append(cell)
+            ready[cell] = [cell]
         if long:
             progress("prompts", len(long), len(long), {})
         return ready

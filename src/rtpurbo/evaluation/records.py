@@ -14,8 +14,8 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.version import __version__, library_commit
 
-FORMAT_VERSION = 2
-"""Files of format 1 are read too: their records lack what is None by default."""
+FORMAT_VERSION = 3
+"""Files of formats 1 and 2 are read too: their records lack what is None by default."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Record:
             have any: none, 1, 2 to 3, 4 to 7, and so on in powers of two.
         far_token_budget: far tokens that the policy was told to read in a row; None if it decides.
         metric: what the score is, where a suite has several.
+        far_tokens_mean: keys beyond sinks and window that such a row reads, of the rows that have any.
+        far_rows: how many those are.
     """
 
     suite: str
@@ -62,6 +64,24 @@ class Record:
     far_tokens_histogram: tuple[int, ...] | None = None
     far_token_budget: int | None = None
     metric: str | None = None
+    far_tokens_mean: float | None = None
+    far_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What a later run must know to go on where this one ended.
+
+    Attributes:
+        conditions: what decides questions and answers, as `Conditions.to_dict` gives it.
+        tests: what was asked for, such as "lm-eval mmlu_pro 0", with the tests that it stands for:
+            suite, task, context length and samples of each.
+        samples: how many belong to the records, in the file beside.
+    """
+
+    conditions: dict[str, Any]
+    tests: dict[str, list[list[Any]]]
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -71,10 +91,12 @@ class Results:
     Attributes:
         origin: what the file says of where the records came from: model, device, versions, command.
         records: the measurements.
+        resumption: how to go on; None if the file does not tell.
     """
 
     origin: dict[str, Any]
     records: list[Record]
+    resumption: Resumption | None = None
 
 
 def write_results(
@@ -84,6 +106,7 @@ def write_results(
     command: str,
     records: Sequence[Record],
     extra: Mapping[str, Any] | None = None,
+    resumption: Resumption | None = None,
 ) -> None:
     """Writes records with all that is needed to measure them again.
 
@@ -94,6 +117,7 @@ def write_results(
         command: how to get the same results.
         records: the measurements.
         extra: more about the origin.
+        resumption: how to go on, where more is to come.
     """
     write_json_atomically(
         path,
@@ -108,6 +132,7 @@ def write_results(
             "commit": library_commit(),
             "command": command,
             **(extra or {}),
+            **({} if resumption is None else {"resumption": asdict(resumption)}),
             "records": [asdict(record) for record in records],
         },
     )
@@ -132,9 +157,10 @@ def read_results(path: str | Path) -> Results:
                 f"({__version__}) reads up to {FORMAT_VERSION}: upgrade rtpurbo."
             )
         records = [_record(row) for row in data.pop("records")]
+        resumption = Resumption(**data.pop("resumption")) if "resumption" in data else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no results or is corrupt; evaluate again.") from error
-    return Results(data, records)
+    return Results(data, records, resumption)
 
 
 def _record(row: dict[str, Any]) -> Record:

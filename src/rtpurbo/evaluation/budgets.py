@@ -1,0 +1,30 @@
+"""How much policies with a budget may read: as much as `rtpurbo` did in the same tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from rtpurbo.evaluation.cells import HARNESS, Cell
+from rtpurbo.evaluation.records import Record
+
+
+def far_token_budget(cell: Cell, records: Iterable[Record]) -> int:
+    """The far tokens that a row may read: the mean of those records that count, rounded up.
+
+    They are those of the suite's tests at the length. Tasks of lm-eval have nothing in common but
+    the model's context, so each has a budget of its own. Nobody gets less than the mean; where no
+    row has anything far, there is nothing to read.
+
+    Args:
+        cell: the test.
+        records: of the policy that sets budgets, one of each test, in the order of the tests.
+    """
+    far_tokens, rows = 0.0, 0
+    for record in records:
+        same = (record.suite, record.context_length) == (cell.suite, cell.context_length)
+        if same and (cell.suite != HARNESS or record.task == cell.task) and record.far_rows:
+            assert record.far_tokens_mean is not None
+            far_tokens += record.far_tokens_mean * record.far_rows
+            rows += record.far_rows
+    return math.ceil(far_tokens / rows) if rows else 0

@@ -1,0 +1,105 @@
+import json
+import shutil
+from dataclasses import fields
+
+import pytest
+import torch
+
+from rtpurbo.data.texts import TextCorpus
+from rtpurbo.evaluation.conditions import Conditions, device_kind
+from rtpurbo.evaluation.policies import Source
+from rtpurbo.evaluation.ruler.materials import Materials
+from rtpurbo.models.artifact import ADAPTER_FOLDER, CARD_FILE, CONFIG_FILE, INDEXER_FILE, LOG_FILE
+from tests.evaluation.support import conditions
+
+CORPUS = TextCorpus("two", ("One document.", "Another document."))
+
+
+@pytest.fixture
+def copy(tiny_artifact, tmp_path):
+    return shutil.copytree(tiny_artifact, tmp_path / "copy")
+
+
+def of(folder, corpus=CORPUS, squad=None, **options):
+    source = Source(folder, torch.device("cpu"), torch.bfloat16, seed=3)
+    return Conditions.of(source, corpus, Materials.of(corpus, squad), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"artifact": "x"}, "another artifact"),
+        ({"prose": "x"}, "other prose (--data)"),
+        ({"words": "wonderwords 3.0.1"}, "the words of rtpurbo in RULER, not of wonderwords 3.0.1"),
+        ({"single_hop": "x"}, "other questions of ruler:qa_1 (--squad)"),
+        ({"two_hop": "x"}, "other questions of ruler:qa_2 (--hotpotqa)"),
+        ({"task_data": {}}, "other data for tasks of lm-eval (--task-data)"),
+        ({"max_new_tokens": 5}, "--max-new-tokens left out, not 5"),
+        ({"seed": 1}, "--seed 0, not 1"),
+        ({"cache_length": 8192}, "caches weighed at the length left out, not 8192"),
+        ({"dtype": "bfloat16"}, "--dtype float32, not bfloat16"),
+        ({"device": "cuda 9.0"}, "a device of the kind cpu, not cuda 9.0"),
+        ({"rtpurbo": "0.2.0"}, "rtpurbo 0.1.0, not 0.2.0"),
+        ({"torch": "2.12.0"}, "torch 2.11.0, not 2.12.0"),
+        ({"transformers": "6.0"}, "transformers 5.17.0, not 6.0"),
+        ({"lm_eval": "0.4.13"}, "lm-eval left out, not 0.4.13"),
+    ],
+)
+def test_every_difference_has_its_words(change, words):
+    before = json.loads(json.dumps(conditions().to_dict()))
+    assert conditions(**change).differences(before) == [words]
+
+
+def test_what_is_the_same_has_none(copy):
+    before = json.loads(json.dumps(conditions().to_dict()))
+    assert conditions().differences(before) == []
+    assert set(before) == {field.name for field in fields(Conditions)}
+    del before["seed"]
+    assert conditions().differences(before) == ["--seed left out, not 0"]
+    assert of(copy) == of(copy)
+
+
+def test_it_is_content_that_counts(copy, tmp_path):
+    first = of(copy)
+    assert (first.seed, first.dtype, first.device) == (3, "bfloat16", "cpu")
+    moved = copy.rename(tmp_path / "moved")
+    for name in (CARD_FILE, LOG_FILE, "results.json"):
+        (moved / name).write_text("new")
+    assert of(moved) == first
+
+
+@pytest.mark.parametrize(
+    "name", [CONFIG_FILE, INDEXER_FILE, f"{ADAPTER_FOLDER}/adapter_model.safetensors"]
+)
+def test_an_artifact_is_all_that_its_models_are_made_of(copy, name):
+    first = of(copy)
+    path = copy / name
+    path.write_bytes(path.read_bytes() + b" ")
+    assert of(copy).artifact != first.artifact
+
+
+def test_documents_are_not_only_their_text(copy):
+    joined = TextCorpus("one", ("".join(CORPUS.documents),))
+    assert of(copy, joined).prose != of(copy).prose
+
+
+def test_questions_and_data_of_tasks(copy, tmp_path):
+    article = {"context": "A fox ran.", "qas": [{"question": "Who?", "answers": [{"text": "fox"}]}]}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"title": "Foxes", "paragraphs": [article]}]}))
+    assert of(copy, squad=path).single_hop != of(copy).single_hop
+    assert of(copy, squad=path).two_hop == of(copy).two_hop
+
+    digests = []
+    for content in ("one", "two"):
+        (tmp_path / "tasks").mkdir(exist_ok=True)
+        (tmp_path / "tasks" / "test.jsonl").write_text(content)
+        data = {"whole": tmp_path / "tasks", "single": str(tmp_path / "tasks" / "test.jsonl")}
+        digests.append(of(copy, task_data=data).task_data)
+    assert all(digests[0][task] != digests[1][task] for task in ("whole", "single"))
+
+
+def test_devices_of_one_kind_run_the_same_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert device_kind(torch.device("cuda:1")) == "cuda 9.0"
+    assert device_kind(torch.device("cpu")) == "cpu"
