@@ -114,6 +114,16 @@ def test_eval_goes_on_where_it_ended(tiny_artifact, tmp_path):
     assert "name it with --output" in error_of("eval", tiny_artifact, *QUICK, "--resume")
 
 
+def test_eval_does_not_replace_results_unless_it_is_told_to(tiny_artifact, tmp_path):
+    output = tmp_path / "results.json"
+    output.write_text("precious")
+    command = ["eval", tiny_artifact, *QUICK, "--policy", "full", "-o", output]
+    assert "pass --resume to go on with it, or --force to replace it" in error_of(*command)
+    assert output.read_text() == "precious"
+    assert run(*command, "--force").exit_code == 0
+    assert len(read_results(output).records) == 1
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_evaluation_that_was_stopped_says_so_with_its_exit_code(
     tiny_artifact, tmp_path, monkeypatch, number, code

@@ -118,6 +118,7 @@ def evaluate(
             "samples, data, dtype and kind of device must be the same as before.",
         ),
     ] = False,
+    force: options.Force = False,
     write_card: Annotated[
         bool,
         typer.Option("--write-card", help="Put the results into the artifact's README.md."),
@@ -139,6 +140,10 @@ def evaluate(
     """
     if resume and output is None:
         raise RTPurboError("--resume goes on with a file of results: name it with --output.")
+    if output is not None and output.exists() and not (resume or force):
+        raise RTPurboError(
+            f"{output} exists: pass --resume to go on with it, or --force to replace it."
+        )
 
     import torch
     from rich.console import Console
