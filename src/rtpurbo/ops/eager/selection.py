@@ -115,9 +115,9 @@ def set_finder(device: torch.device, dtype: torch.dtype) -> SetFinder:
     if device.type != "cuda" or dtype == torch.float64 or not has_triton():
         return SORTING
     # Without Triton there is none of this.
-    from rtpurbo.ops.triton.sets import BISECTING
+    from rtpurbo.ops.triton import sets
 
-    return BISECTING
+    return SetFinder(sets.top_set, sets.heaviest)
 
 
 def block_ids(key_positions: Tensor, block_size: int) -> Tensor:

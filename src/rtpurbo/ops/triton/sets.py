@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rtpurbo.ops.eager.selection import SetFinder
-
 MOST_TOGETHER = 8192
 # Bits of an fp32 number beside its sign.
 NUM_BITS = tl.constexpr(31)
@@ -92,6 +90,3 @@ def top_set(mass: Tensor, target: Tensor, *, counting: bool = False) -> Tensor:
 def heaviest(mass: Tensor, count: int) -> Tensor:
     """As `rtpurbo.ops.eager.selection.heaviest`."""
     return top_set(mass, torch.full_like(mass[..., 0], float(count)), counting=True)
-
-
-BISECTING = SetFinder(top_set, heaviest)
