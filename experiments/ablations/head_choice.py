@@ -24,9 +24,10 @@ def chosen_map(
         scores: for each layer, a score for each query head; None for a layer that is not converted.
         num_key_value_heads: KV heads of a layer.
         settings: how many heads, and by what granularity.
-        choice: `global` is the library's own; `per_layer` gives every layer the same number of heads,
-            as far as it comes out even; `random` draws them, in the layers that `global` takes from;
-            `kv_group_same_memory` takes whole groups, as many as `global` keeps whole KV heads.
+        choice: `global` is the library's own, and so is `divergence`, of other scores; `per_layer` gives
+            every layer the same number of heads, as far as it comes out even; `random` draws them, in
+            the layers that `global` takes from; `kv_group_same_memory` takes whole groups, as many as
+            `global` keeps whole KV heads.
         seed: of `random`.
     """
     best = choose_heads(scores, num_key_value_heads, settings)

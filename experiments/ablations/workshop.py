@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from ablations.arms import Arm, Text
+from ablations.divergence_shares import SHARES, divergence_shares
 from ablations.head_choice import chosen_map
 from ablations.plan import shrunk
 from ablations.whole_vocabulary import whole_vocabulary
 from ablations.windows import dealt_windows, ladder, use_windows, window_costs
 from rtpurbo.calibration.calibrate import Calibration, calibrate
-from rtpurbo.calibration.selection import Stability
+from rtpurbo.calibration.selection import Scores, Stability
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig, head_map_from_dict
 from rtpurbo.data.texts import TextCorpus, begin_ids, load_texts
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
@@ -48,6 +49,7 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
+from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
 
@@ -122,12 +124,30 @@ class Workshop:
         settings = self.settings_of(arm)
         found = self.calibration(settings).head_map
         return chosen_map(
-            found.scores,
+            self.divergence_shares(settings) if arm.choice == "divergence" else found.scores,
             found.num_key_value_heads,
             settings.calibration,
             arm.choice,
             settings.seed,
         )
+
+    def divergence_shares(self, settings: ConversionSettings) -> Scores:
+        """What each head's window costs answers, measured on as many sequences as calibration has documents."""
+        rule, wanted = self._rule(settings), settings.calibration
+        near = (rule.num_sink_tokens, rule.sliding_window)
+        path = self._path(
+            "divergence", ".json", near, wanted.length, wanted.num_documents, settings.seed
+        )
+        if not path.is_file():
+            base = self.dense()
+            mix = TrainingMix(
+                base.tokenizer, self.train_text, (wanted.length,), seed=settings.seed,
+                purpose="divergence", **SHARES,
+            )  # fmt: skip
+            write_json_atomically(
+                path, divergence_shares(base.model, mix, wanted.num_documents, rule)
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def windows(self, arm: Arm) -> list[list[int] | None] | None:
         """A window a head, or None where one serves all."""

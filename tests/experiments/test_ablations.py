@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from ablations.arms import Arm, Group
+from ablations.divergence_shares import SHARES, divergence_shares
 from ablations.head_choice import chosen_map, even_quota
 from ablations.index_quality import ROW_SHARES, TOP_P, Curve, swept_row_share, swept_top_p
 from ablations.plan import base_settings, plan, shrunk
@@ -14,12 +15,15 @@ from ablations.results import GroupFile, paired_difference, summary
 from ablations.whole_vocabulary import vocabulary_divergence
 from ablations.windows import dealt_windows, use_windows, window_costs
 
-from rtpurbo.config import AttentionRule, HeadMap
+from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import is_sparse, set_rule
+from rtpurbo.models.sparsify import empty_head_map, is_sparse, restore, set_rule
 from rtpurbo.ops.eager.selection import select_for_rows, select_for_tiles
 from rtpurbo.settings import CalibrationSettings, change_settings
+from rtpurbo.training.sequences import TrainingMix
+from tests.data.test_needles import corpus
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
 
 SCORES = [[0.9, 0.8, 0.7, 0.1], None, [0.3, 0.2, 0.6, 0.0]]
 
@@ -99,6 +103,39 @@ def test_equal_windows_a_head_are_one_window():
     torch.testing.assert_close(
         model(ids, use_cache=False).logits, tiny_model()(ids, use_cache=False).logits
     )
+
+
+@pytest.fixture
+def mix():
+    return TrainingMix(tiny_tokenizer(), corpus(), (640,), seed=0, purpose="shares", **SHARES)
+
+
+def test_shares_of_heads_add_up_to_what_windows_lose(mix):
+    model, rule = tiny_model(vocab_size=512), AttentionRule(sliding_window=64)
+    before = model(torch.arange(40)[None]).logits
+    points = [(number + 0.5) / 8 for number in range(8)]
+    shares = divergence_shares(model, mix, 2, rule, points)
+    lost = 0.0
+    for number in range(2):
+        sequence = mix.sequence(number)
+        ids = torch.tensor([sequence.input_ids])
+        rows = slice(-sequence.num_answer_tokens - 1, -1)
+        dense = model(ids).logits[0, rows].log_softmax(-1)
+        make_sparse(model, RTPurboConfig(empty_head_map(model), rule))
+        local = model(ids, use_cache=False).logits[0, rows].log_softmax(-1)
+        restore(model)
+        lost += float((dense.exp() * (dense - local)).sum(-1).mean()) / 2
+    assert lost > 1e-6
+    assert sum(map(sum, shares)) == pytest.approx(lost, rel=0.05)
+    torch.testing.assert_close(model(torch.arange(40)[None]).logits, before)
+    assert not any(weight.grad is not None for weight in model.parameters())
+
+
+def test_a_window_that_holds_everything_costs_nothing(mix):
+    shares = divergence_shares(
+        tiny_model(vocab_size=512), mix, 1, AttentionRule(sliding_window=640)
+    )
+    assert torch.tensor(shares).abs().max() < 1e-6
 
 
 def test_the_whole_vocabulary_counts():
