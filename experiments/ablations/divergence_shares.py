@@ -30,6 +30,7 @@ from rtpurbo.models.sparsify import (
 from rtpurbo.ops import KeyValueStates
 from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.stage2 import autocast
 
 SHARES = {"needle_share": 0.4, "variable_share": 0.4, "passage_share": 0.2}
 """Of the kinds of sequences; each ends with an answer that needs what lies far back."""
@@ -121,5 +122,7 @@ def _answer_logits(model: PreTrainedModel, sequence: TrainingSequence) -> Tensor
     """Logits of the tokens that predict the answer: [answer tokens, vocabulary]."""
     last = len(sequence.input_ids) - 1
     positions = torch.arange(last - sequence.num_answer_tokens, last)
-    states = label_states(model, sequence.input_ids, positions)
-    return model.get_output_embeddings()(states).float()
+    # In half precision on a GPU, whose kernels for windows with gradients need no room for logits.
+    with autocast(model):
+        states = label_states(model, sequence.input_ids, positions)
+        return model.get_output_embeddings()(states).float()
