@@ -218,3 +218,57 @@ def test_uniform_steps_tell_prompts_from_answers(reading, min_tokens):
     uniform = step.attended(cuda, uniform=True)
     assert_close(uniform, step.attended(cuda, min_tokens=max(1, min_tokens)))
     assert_close(uniform[[1, 3, 4]], step.attended(eager, top_p=1.0)[[1, 3, 4]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_requests(head_dim, dtype):
+    requests = [(20_000, 1, 100), (9_001, 1, 9_000), (1_500, 1_500, 1_500), (6_000, 700, 6_000)]
+    requests += [(3_000, 300, 2_900), (64, 1, 10)]
+    step = Step(requests, dtype, rule_of(1024), head_dim=head_dim)
+    assert_close(step.attended(cuda), step.attended(eager))
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_other_steps():
+    """Captured with one step, replayed with the lengths, tables and prompts of others."""
+    steps = [
+        Step([(900, 1, 30), (500, 1, 500), (2_000, 1, 40)], DTYPES[0], rule_of(256)),
+        Step([(1_900, 1, 1_900), (77, 1, 70), (1_200, 1, 40)], DTYPES[0], rule_of(256)),
+    ]
+    held = steps[0]
+    longest = {
+        name: max(step.caches[name].batch.block_table.shape[1] for step in steps)
+        for name in ("full", "bounded")
+    }
+    for step in steps:
+        for name, cache in step.caches.items():
+            table = cache.batch.block_table
+            table = torch.nn.functional.pad(table, (0, longest[name] - table.shape[1]))
+            batch = replace(cache.batch, block_table=table, uniform=True)
+            step.caches[name] = replace(cache, batch=batch)
+    expected = [step.attended(cuda, uniform=True) for step in steps]
+    # The second step's tokens go where the first step's memory is.
+    held.attended(cuda, uniform=True)
+    graph, output = torch.cuda.CUDAGraph(), torch.empty_like(held.queries)
+    arguments = (held.caches["full"], held.caches["bounded"], held.layout, held.rule, held.scaling)
+    with torch.cuda.graph(graph):
+        cuda.attend(held.queries, held.index_queries, *arguments, output)
+    graph.replay()
+    assert_close(output, expected[0])
+    other = steps[1]
+    held.queries.copy_(other.queries)
+    for name, cache in held.caches.items():
+        theirs = other.caches[name]
+        cache.batch.block_table.copy_(theirs.batch.block_table)
+        cache.batch.device_lengths.copy_(theirs.batch.device_lengths)
+        cache.batch.device_prompt_lengths.copy_(theirs.batch.device_prompt_lengths)
+        pages = min(len(cache.pages.keys), len(theirs.pages.keys))
+        assert len(theirs.pages.keys) == pages, "the first step must have as many blocks"
+        for part in ("keys", "values", "index_keys"):
+            mine, others = getattr(cache.pages, part), getattr(theirs.pages, part)
+            if mine is not None:
+                mine[:pages].copy_(others)
+    graph.replay()
+    assert_close(output, expected[1])
