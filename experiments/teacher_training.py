@@ -197,7 +197,7 @@ def trainable(model: PreTrainedModel, settings: TeacherSettings) -> Iterator[dic
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # Under autocast, a LoRA's input in the precision of its weights would only be cast back.
     on_gpu = model.device.type == "cuda"
-    with disable_input_dtype_casting(model, active=on_gpu) if student else nullcontext():
+    with disable_input_dtype_casting(model, active=on_gpu):
         yield {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()

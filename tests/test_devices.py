@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rtpurbo.devices import default_dtype, device_name, resolve_device
+from rtpurbo.devices import default_dtype, device_kind, device_name, resolve_device
 from rtpurbo.errors import RTPurboError
 
 
@@ -21,3 +21,9 @@ def test_what_suits_a_device():
     assert default_dtype(torch.device("cpu")) == torch.float32
     assert default_dtype(torch.device("cuda")) == torch.bfloat16
     assert device_name(torch.device("cpu")) == "cpu"
+
+
+def test_devices_of_one_kind_run_the_same_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert device_kind(torch.device("cuda:1")) == "cuda 9.0"
+    assert device_kind(torch.device("cpu")) == "cpu"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.questions import PROSE
+from ablations.results import least_tokens
 
 RECALL = "0.95"
 SPACES = {"slow pairs": "low_frequency", "pre-RoPE (paper)": "pre_rope", "post-RoPE": "post_rope"}
@@ -120,7 +121,8 @@ def draw_rules(axis: Any, groups: Mapping[str, Group]) -> None:
             (summary["answers"]["far_tokens_mean"], summary["answer_divergence"]["mean"])
             for summary in (_only(record["summary"]) for record in found)
         )
-        axis.plot(*zip(*points, strict=True), marker="o", label=name) if points else None
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
     dense = _named(records, DENSE)
     if dense is not None:
         divergence = _only(dense["summary"])["answer_divergence"]["mean"]
@@ -152,7 +154,9 @@ def draw_reads(axis: Any, groups: Mapping[str, Group]) -> None:
         places = [place + number * width for place in range(first, classes)]
         axis.bar(places, shares[first:], width, label=name)
     ticks = range(first, classes)
-    axis.set_xticks([tick + width / 2 for tick in ticks], [f"{_least(tick):,}+" for tick in ticks])
+    axis.set_xticks(
+        [tick + width / 2 for tick in ticks], [f"{least_tokens(tick):,}+" for tick in ticks]
+    )
     axis.set_title(f"How much does a row read at {int(length):,} tokens?")
     axis.set_xlabel("far tokens read")
     axis.set_ylabel("rows, percent")
@@ -181,8 +185,3 @@ def _sums(histograms: Sequence[Sequence[int]]) -> list[int]:
     longest = max(map(len, histograms))
     padded = [[*counts, *[0] * (longest - len(counts))] for counts in histograms]
     return [sum(counts) for counts in zip(*padded, strict=True)]
-
-
-def _least(place: int) -> int:
-    """The least tokens of a class: none, 1, 2 to 3, 4 to 7, and so on."""
-    return 0 if place == 0 else 2 ** (place - 1)

@@ -124,3 +124,8 @@ def paired_difference(
 
 def _mean(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": fmean(values), "ci95": list(bootstrap_interval(values))}
+
+
+def least_tokens(place: int) -> int:
+    """The least tokens of a class of a histogram of reads: none, 1, 2 to 3, 4 to 7, and so on."""
+    return 2 ** (place - 1) if place else 0

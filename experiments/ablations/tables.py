@@ -11,7 +11,7 @@ import torch
 
 from ablations.index_quality import RECALLS
 from ablations.questions import PROSE
-from ablations.results import paired_difference
+from ablations.results import least_tokens, paired_difference
 from rtpurbo.calibration.selection import measure_stability
 from rtpurbo.reporting.formats import percent
 
@@ -195,9 +195,8 @@ def _point(point: Sequence[float] | None) -> str:
 def _histogram(counts: Sequence[int]) -> str:
     """The share of every class that has any rows, named by its least number of tokens."""
     total = sum(counts)
-    classes = [0, *(2**power for power in range(len(counts) - 1))]
     return ", ".join(
-        f"{low}+: {100 * count / total:.0f} %" if low else f"0: {100 * count / total:.0f} %"
-        for low, count in zip(classes, counts, strict=True)
+        f"{least_tokens(place)}{'+' if place else ''}: {100 * count / total:.0f} %"
+        for place, count in enumerate(counts)
         if count
     )

@@ -39,3 +39,11 @@ def has_triton() -> bool:
 def device_name(device: torch.device) -> str:
     """What results say they were measured on, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_kind(device: torch.device) -> str:
+    """What devices that run the same kernels have in common, such as "cuda 9.0" or "cpu"."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda {major}.{minor}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rtpurbo.data.texts import TextCorpus
-from rtpurbo.evaluation.conditions import Conditions, device_kind
+from rtpurbo.evaluation.conditions import Conditions
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.models.artifact import ADAPTER_FOLDER, CARD_FILE, CONFIG_FILE, INDEXER_FILE, LOG_FILE
@@ -97,9 +97,3 @@ def test_questions_and_data_of_tasks(copy, tmp_path):
         data = {"whole": tmp_path / "tasks", "single": str(tmp_path / "tasks" / "test.jsonl")}
         digests.append(of(copy, task_data=data).task_data)
     assert all(digests[0][task] != digests[1][task] for task in ("whole", "single"))
-
-
-def test_devices_of_one_kind_run_the_same_kernels(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert device_kind(torch.device("cuda:1")) == "cuda 9.0"
-    assert device_kind(torch.device("cpu")) == "cpu"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rtpurbo.data.texts import TextCorpus
+from rtpurbo.devices import device_kind
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.questions import QuestionSet
@@ -144,14 +145,6 @@ class Conditions:
             for name, words in _DIFFERENCES.items()
             if before.get(name) != now[name]
         ]
-
-
-def device_kind(device: torch.device) -> str:
-    """What devices that run the same kernels have in common, such as "cuda 9.0" or "cpu"."""
-    if device.type != "cuda":
-        return device.type
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda {major}.{minor}"
 
 
 def _said(value: Any) -> str:

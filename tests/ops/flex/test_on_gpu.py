@@ -46,7 +46,7 @@ def test_equals_the_specification(retrieval_heads, num_selecting, length):
         error, allowed = ((part.float() - right).norm() / right.norm() for part in (ours, plain))
         # As far off as plain PyTorch is in half precision. At the edge of a selection either takes other
         # keys than fp32 does, each its own: a few rows of the output, and a little of every gradient.
-        assert error < (4 if num_selecting else 1.5) * allowed + 1e-3
+        assert error < (2.5 if num_selecting else 1.5) * allowed + 1e-3
         assert allowed < 0.1
     [[ours, *_], [plain, *_], [right, *_]] = results
     rest = slice(length - num_selecting)

@@ -135,9 +135,9 @@ def _entries_of_chunk(block: int) -> int:
 
 def _depending(queries: Tensor) -> dict[str, bool]:
     """Options of a launch that reads what the one before it writes."""
-    return (
-        {"EARLY": True, "launch_pdl": True} if can_begin_early(queries.device) else {"EARLY": False}
-    )
+    # The interpreter does not know the option, so it is given only where it says something.
+    early = can_begin_early(queries.device)
+    return {"EARLY": early, **({"launch_pdl": True} if early else {})}
 
 
 def _strides(states: Tensor | None) -> tuple[int, int, int]:
