@@ -7,6 +7,8 @@ everything has been. A step of short launches that depend on each other is made 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 HOPPER = (9, 0)
 
 
+@cache
 def can_begin_early(device: torch.device) -> bool:
     """Whether launches on this device may begin before those that they depend on have ended."""
     if device.type != "cuda" or torch.version.hip is not None:
