@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
@@ -27,6 +29,7 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.devices import device_name
 from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.models.base import BaseModel
+from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import Progress, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult
@@ -41,6 +44,13 @@ FASTEST_FIRST = [
     SDPBackend.MATH,
 ]
 
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
 
 @dataclass(frozen=True)
 class TeacherSettings:
@@ -48,16 +58,18 @@ class TeacherSettings:
 
     Attributes:
         steps: optimiser steps.
-        lengths: tokens of a sequence; batches take them in turn.
+        lengths: tokens of a sequence; steps take them in turn.
         context: the model's longest context afterwards, in tokens; None leaves it.
         rope_theta: base of the rotary embedding; None leaves it.
         learning_rate: peak of AdamW's, after warm-up, before cosine decay.
         lora_rank: rank of a LoRA on all linear layers of the decoder, trained together with the norms
             and merged in the end; 0 trains all weights.
-        tokens: of an optimiser step.
+        embeddings: train the embeddings too, where all weights are trained.
+        tokens: of an optimiser step; with several processes at least a forward of each.
         tokens_at_once: of a forward; at least the longest sequence.
         labels: random label tokens of a step, beside all those of answers.
-        gradient_checkpointing: run layers again for the gradients: a third more time, less memory.
+        gradient_checkpointing: run layers again for the gradients, all but their attention: less memory,
+            and little more time where sequences are long.
         weight_decay: AdamW's.
         warmup_steps: linear warm-up.
         checkpoint_every: steps between two checkpoints.
@@ -70,6 +82,7 @@ class TeacherSettings:
     rope_theta: float | None = None
     learning_rate: float = 3e-4
     lora_rank: int = 0
+    embeddings: bool = True
     tokens: int = 65536
     tokens_at_once: int = 32768
     labels: int = 4096
@@ -86,7 +99,7 @@ class TeacherSettings:
 
     @property
     def batches_per_step(self) -> int:
-        """Forwards of an optimiser step."""
+        """Forwards of an optimiser step of one process alone."""
         return max(1, self.tokens // self.batch_tokens)
 
 
@@ -96,22 +109,24 @@ class Batches(Dataset[dict[str, Any]]):
 
     Attributes:
         mix: draws the sequences.
-        lengths: tokens of a sequence; batches take them in turn.
+        lengths: tokens of a sequence; steps take them in turn.
         tokens: of a batch.
         labels: random tokens of a batch to predict, beside all those of answers.
+        per_step: batches of a step, all of one length, so that processes that share them finish together.
     """
 
     mix: LongRangeMix
     lengths: tuple[int, ...]
     tokens: int
     labels: int
+    per_step: int = 1
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Token ids, row by row, and which places of the flattened batch predict what is learnt.
 
         Shorter sequences are filled up at their end, where no other token can see it.
         """
-        length = self.lengths[number % len(self.lengths)]
+        length = self.lengths[number // self.per_step % len(self.lengths)]
         rows: list[list[int]] = []
         answers: list[int] = []
         others: list[int] = []
@@ -128,7 +143,7 @@ class Batches(Dataset[dict[str, Any]]):
         return {"ids": rows, "labels": chosen, "answers": answers}
 
 
-def prepared(batches: Batches, numbers: range, workers: int) -> Iterator[dict[str, Any]]:
+def prepared(batches: Batches, numbers: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
     """The batches of these numbers in order, made ahead by other processes if there are workers."""
     # Forked workers begin at once; spawned ones took two minutes to load and unpack everything.
     context = "fork" if workers else None
@@ -168,13 +183,27 @@ def losses(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, Tenso
     return general.mean(), answers.sum() / max(1, len(answers))
 
 
+def keep_attention(
+    _context: object, operation: object, *_: object, **__: object
+) -> CheckpointPolicy:
+    """Running a layer again costs little but for its attention, whose output is small."""
+    kept = operation in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 @contextmanager
-def trainable(model: PreTrainedModel, settings: TeacherSettings) -> Iterator[dict[str, Tensor]]:
+def trainable(
+    model: PreTrainedModel,
+    settings: TeacherSettings,
+    start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[dict[str, Tensor]]:
     """What is trained, by name; at the end the model has it in its own weights.
 
     Args:
         model: dense.
         settings: all weights or a LoRA, and whether layers are run again for the gradients.
+        start: what a LoRA begins from, by the names of the matrices: [out, rank] and [rank, in], whose
+            product is added to the model's; at zero if None.
     """
     student: PeftModel | None = None
     if settings.lora_rank:
@@ -182,7 +211,7 @@ def trainable(model: PreTrainedModel, settings: TeacherSettings) -> Iterator[dic
             torch.manual_seed(settings.seed)
             adapter = LoraConfig(
                 r=settings.lora_rank,
-                lora_alpha=2 * settings.lora_rank,
+                lora_alpha=settings.lora_rank,
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
             )
@@ -190,11 +219,19 @@ def trainable(model: PreTrainedModel, settings: TeacherSettings) -> Iterator[dic
         for weight in model.parameters():
             if weight.dim() == 1:
                 weight.requires_grad_(True)
+        for name, (up, down) in (start or {}).items():
+            layer = student.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+            with torch.no_grad():
+                layer.lora_B["default"].weight.copy_(up)
+                layer.lora_A["default"].weight.copy_(down)
     else:
         model.requires_grad_(True)
+        model.get_input_embeddings().requires_grad_(settings.embeddings)
+        model.get_output_embeddings().requires_grad_(settings.embeddings)
     model.train()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        contexts = partial(create_selective_checkpoint_contexts, keep_attention)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
     # Under autocast, a LoRA's input in the precision of its weights would only be cast back.
     on_gpu = model.device.type == "cuda"
     with disable_input_dtype_casting(model, active=on_gpu):
@@ -213,6 +250,8 @@ def train(
     work: Path,
     workers: int = 0,
     progress: Progress = no_progress,
+    processes: Processes = ALONE,
+    start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> TrainingLog:
     """Trains in place, from the last checkpoint on.
 
@@ -223,6 +262,8 @@ def train(
         work: folder of checkpoints and log.
         workers: processes that make batches.
         progress: told after each step.
+        processes: who trains; each takes its share of a step's batches.
+        start: what a LoRA begins from, as in `trainable`.
 
     Returns:
         The log, with the mean losses of every step.
@@ -232,8 +273,9 @@ def train(
         StoppedBySignalError: a signal came or the time was over; a checkpoint was saved.
     """
     work.mkdir(parents=True, exist_ok=True)
-    log = TrainingLog(work / "training_log.jsonl")
-    with trainable(model, settings) as weights, fastest_attention(model):
+    log = TrainingLog(work / "training_log.jsonl" if processes.is_main else None)
+    parts = batches.per_step // processes.count
+    with trainable(model, settings, start) as weights, fastest_attention(model):
         loop = StageLoop(
             STAGE,
             weights,
@@ -241,24 +283,28 @@ def train(
             figures=("answer_loss",),
             max_norm=1.0,
             log=log,
-            checkpoint=Checkpoint(work, settings.checkpoint_every, keep=1),
+            checkpoint=Checkpoint(work, settings.checkpoint_every, keep=1, processes=processes),
             progress=progress,
+            processes=processes,
         )
-        first, parts = loop.restore(), settings.batches_per_step
+        first = loop.restore()
         log.rewind(STAGE, first)
-        stream = prepared(batches, range(first * parts, settings.steps * parts), workers)
+        numbers = range(
+            first * batches.per_step + processes.index,
+            settings.steps * batches.per_step,
+            processes.count,
+        )
+        stream = prepared(batches, numbers, workers)
         with loop.steps(first) as steps:
             for step in steps:
                 results = []
                 for part in range(parts):
-                    batch = next(stream)
+                    number, batch = numbers[(step - first) * parts + part], next(stream)
                     general, answers = losses(model, batch)
                     (general + answers).backward()
                     tokens = [token for row in batch["ids"] for token in row]
                     figures = {"answer_loss": answers.detach()} if batch["answers"] else {}
-                    results.append(
-                        SequenceResult(step * parts + part, tokens, general.detach(), figures)
-                    )
+                    results.append(SequenceResult(number, tokens, general.detach(), figures))
                 loop.report(step, loop.update(step, results))
     return log
 
@@ -280,6 +326,8 @@ def make_teacher(
     output: Path,
     workers: int = 0,
     progress: Progress = no_progress,
+    processes: Processes = ALONE,
+    start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Trains a teacher and writes its folder, whole or not at all.
 
@@ -290,6 +338,8 @@ def make_teacher(
         output: the folder; checkpoints lie beside it until it is there.
         workers: processes that make batches.
         progress: told after each step.
+        processes: who trains.
+        start: what a LoRA begins from, as in `trainable`.
 
     Raises:
         RTPurboError: a loss or gradient is not finite.
@@ -299,14 +349,18 @@ def make_teacher(
     change_context(
         model, settings.context or model.config.max_position_embeddings, settings.rope_theta
     )
+    per_step = max(processes.count, settings.batches_per_step)
     batches = Batches(
         LongRangeMix(base.tokenizer, prose, settings.seed),
         settings.lengths,
         settings.batch_tokens,
-        settings.labels // settings.batches_per_step,
+        settings.labels // per_step,
+        per_step,
     )
     work = output.with_name(output.name + ".work")
-    log = train(model, batches, settings, work, workers, progress)
+    log = train(model, batches, settings, work, workers, progress, processes, start)
+    if not processes.is_main:
+        return
     with whole_folder(output) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)

@@ -79,6 +79,8 @@ class IndexerTrainingSettings:
         needle_share: share of training sequences that hold needles and a question; the rest is prose.
         variable_share: share that hold chains of variables and a question.
         passage_share: share that quote a passage of their prose, to be continued.
+        haystack_share: share that hide needles or chains in dull repeated sentences, or needles among
+            other needles, and ask a question.
         sequences_per_step: sequences of one step, over all processes; None takes one a process.
         probe_sequences: held-out sequences on which recall is watched.
         probe_every: steps between two looks.
@@ -97,6 +99,7 @@ class IndexerTrainingSettings:
     needle_share: float = 0.5
     variable_share: float = 0.0
     passage_share: float = 0.0
+    haystack_share: float = 0.0
     sequences_per_step: int | None = None
     probe_sequences: int = 2
     probe_every: int = 50
@@ -132,6 +135,8 @@ class DistillationSettings:
         needle_share: share of sequences that hold needles and a question.
         variable_share: share that hold chains of variables and a question.
         passage_share: share that quote a passage of their prose, to be continued.
+        haystack_share: share that hide needles or chains in dull repeated sentences, or needles among
+            other needles, and ask a question.
         sequences_per_step: sequences of one step, over all processes; None takes one a process.
         decode_rows: last rows of prose that select their keys as decoding steps do; the rows that write
             an answer always do, unless this is 0.
@@ -158,6 +163,7 @@ class DistillationSettings:
     needle_share: float = 0.5
     variable_share: float = 0.0
     passage_share: float = 0.0
+    haystack_share: float = 0.0
     sequences_per_step: int | None = None
     decode_rows: int = 256
     gradient_checkpointing: bool = True
@@ -318,11 +324,16 @@ def _check_training(settings: IndexerTrainingSettings | DistillationSettings) ->
         )
     if not settings.lengths or min(settings.lengths) < 1:
         raise RTPurboError("training needs at least one sequence length, in tokens.")
-    shares = (settings.needle_share, settings.variable_share, settings.passage_share)
+    shares = (
+        settings.needle_share,
+        settings.variable_share,
+        settings.passage_share,
+        settings.haystack_share,
+    )
     if min(shares) < 0 or sum(shares) > 1 + 1e-9:
         raise RTPurboError(
-            f"the shares of needles, variables and passages are {shares}, but they must be at "
-            "least 0 and at most 1 together."
+            f"the shares of needles, variables, passages and haystacks are {shares}, but they must "
+            "be at least 0 and at most 1 together."
         )
     if settings.sequences_per_step is not None and settings.sequences_per_step < 1:
         raise RTPurboError(

@@ -3,18 +3,26 @@ import re
 
 import pytest
 
-from rtpurbo.data.long_range import LongRangeMix, passage_question
+from rtpurbo.data.long_range import DULL, HAYSTACKS, LongRangeMix, passage_question
+from rtpurbo.data.variables import INTRODUCTION
 from rtpurbo.data.words import key_names
-from tests.data.test_needles import NEEDLE, corpus
+from rtpurbo.evaluation.ruler.noise import NOISE
+from tests.data.test_needles import corpus
 from tests.tiny_tokenizer import tiny_tokenizer
 
 LENGTH = 6000
 
 
-def parts(mix, kind, seed):
+UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+ANY_NEEDLE = re.compile(
+    rf"One of the special magic (?:number|uuid)s for ([\w-]+) is: (\d{{7}}|{UUID})\."
+)
+
+
+def parts(mix, kind, seed, *options):
     """The text of a sequence, and that of its answers."""
-    sequence = getattr(mix, kind)(LENGTH, random.Random(seed))
-    assert 0.98 * LENGTH <= len(sequence) <= LENGTH
+    sequence = getattr(mix, kind)(LENGTH, random.Random(seed), *options)
+    assert 0.95 * LENGTH <= len(sequence) <= LENGTH
     ids = sequence.input_ids
     assert sequence.answer_spans[-1][1] == len(ids)
     answers = [mix.tokenizer.decode(ids[slice(*span)]) for span in sequence.answer_spans]
@@ -27,21 +35,63 @@ def mix(has_template=True):
 
 
 @pytest.mark.parametrize("has_template", [True, False])
-def test_every_question_about_needles_has_its_numbers(has_template):
+@pytest.mark.parametrize("haystack", HAYSTACKS)
+def test_every_question_about_needles_has_its_values(has_template, haystack):
     most_questions = most_values = 0
-    for seed in range(12):
-        text, answers = parts(mix(has_template), "needles", seed)
-        needles = NEEDLE.findall(text)
-        asked = re.findall(r"What (?:is|are).* numbers? for ([\w-]+) mentioned", text)
+    for seed in range(16):
+        text, answers = parts(mix(has_template), "needles", seed, haystack)
+        needles = ANY_NEEDLE.findall(text)
+        asked = re.findall(r"What (?:is|are).* (?:number|uuid)s? for (.+) mentioned in", text)
         assert len(asked) == len(answers) == len(set(asked))
-        assert set(asked) <= set(key_names("train"))
-        for key, answer in zip(asked, answers, strict=True):
-            numbers = [number for name, number in needles if name == key]
-            assert re.findall(r"\d+", answer) == numbers
-            most_values = max(most_values, len(numbers))
+        for keys, answer in zip(asked, answers, strict=True):
+            keys = re.split(", and |, ", keys)
+            values = [value for key in keys for name, value in needles if name == key]
+            assert re.findall(rf"{UUID}|\b\d{{7}}\b", answer) == values
+            most_values = max(most_values, len(values) if len(keys) == 1 else 0)
         most_questions = max(most_questions, len(asked))
     assert most_questions > 4
     assert most_values > 1
+
+
+def test_needles_hide_among_needles_with_other_keys():
+    kinds = set()
+    for seed in range(8):
+        text, _ = parts(mix(), "needles", seed, "needles")
+        needles = ANY_NEEDLE.findall(text)
+        assert len(needles) > 30
+        assert len({value for _, value in needles}) == len(needles)
+        kinds |= {(len(key) == 36, len(value) == 36) for key, value in needles}
+        assert len({len(key) == 36 for key, _ in needles}) == 1
+    assert kinds == {(False, False), (False, True), (True, True)}
+
+
+def test_keys_do_not_end():
+    keys = mix()._keys(random.Random(0), False)
+    many = [next(keys) for _ in range(10_000)]
+    assert len(set(many)) == 10_000
+    assert set(many) > set(key_names("train"))
+    assert not set(many) & set(key_names("test"))
+
+
+def test_noise_is_not_the_noise_of_tests():
+    assert not set(NOISE) & set(DULL)
+    text, _ = parts(mix(), "needles", 3, "noise")
+    assert sum(text.count(sentence) for sentence in DULL) > 30
+
+
+def test_a_solved_example_has_other_variables():
+    shown = 0
+    for seed in range(12):
+        sequence = mix().variables(LENGTH, random.Random(seed), "noise")
+        text = mix().tokenizer.decode(sequence.input_ids)
+        assert len(sequence) >= 0.95 * LENGTH
+        solved, _, asked = text.rpartition(INTRODUCTION)
+        if "they are:" in solved:
+            shown += 1
+            names = re.findall(r"VAR (\w+) =", solved)
+            assert names
+            assert not set(names) & set(re.findall(r"VAR (\w+) =", asked))
+    assert 0 < shown < 12
 
 
 @pytest.mark.parametrize("has_template", [True, False])
@@ -50,6 +100,7 @@ def test_every_chain_is_asked_for(has_template):
     for seed in range(6):
         text, answers = parts(mix(has_template), "variables", seed)
         counts.add(len(answers))
+        text = text.rpartition(INTRODUCTION)[2]
         for value, answer in zip(re.findall(r"the value (\d+) in", text), answers, strict=True):
             first = answer.split()[0]
             assert f"VAR {first} = {value}." in text
@@ -67,7 +118,7 @@ def test_sequences_are_drawn_by_number():
     draw = mix().sequence
     lengths = {len(draw(number, 1500)) for number in range(20)}
     assert max(lengths) == 1500
-    assert min(lengths) >= 1500 - 16
+    assert min(lengths) >= 1500 - 50
     assert draw(7, 1500) == draw(7, 1500)
     assert draw(7, 1500) != draw(8, 1500)
     assert any(not draw(number, 1500).answer_spans for number in range(6))

@@ -3,7 +3,16 @@ import copy
 import pytest
 import torch
 from low_rank import save_difference
-from teacher_training import Batches, TeacherSettings, change_context, losses, train
+from teacher_training import (
+    ATTENTION,
+    Batches,
+    TeacherSettings,
+    change_context,
+    losses,
+    train,
+    trainable,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtpurbo.data.long_range import LongRangeMix
 from rtpurbo.models.base import load_base_model
@@ -21,8 +30,9 @@ class InterruptedBatches(Batches):
         return super().__getitem__(number)
 
 
-def batches(kind=Batches):
-    return kind(LongRangeMix(tiny_tokenizer(), corpus()), (LENGTH, 2 * LENGTH), 2 * LENGTH, 64)
+def batches(kind=Batches, per_step=1):
+    mix = LongRangeMix(tiny_tokenizer(), corpus())
+    return kind(mix, (LENGTH, 2 * LENGTH), 2 * LENGTH, 64, per_step)
 
 
 def test_a_batch_says_where_to_learn():
@@ -36,6 +46,12 @@ def test_a_batch_says_where_to_learn():
     assert batches()[1] == batches()[1]
 
 
+def test_batches_of_a_step_have_one_length():
+    shared = batches(per_step=2)
+    rows = [len(shared[number]["ids"]) for number in range(8)]
+    assert rows == [2, 2, 1, 1, 2, 2, 1, 1]
+
+
 def test_losses_are_those_of_all_logits():
     model = tiny_model(vocab_size=512)
     batch = next(batch for batch in map(batches().__getitem__, range(9)) if batch["answers"])
@@ -47,11 +63,61 @@ def test_losses_are_those_of_all_logits():
         torch.testing.assert_close(loss, expected)
 
 
+def test_layers_that_are_run_again_have_the_same_gradients():
+    gradients = []
+    for again in (False, True):
+        model = tiny_model(vocab_size=512)
+        model.set_attn_implementation("sdpa")
+        settings = TeacherSettings(steps=1, lengths=(LENGTH,), gradient_checkpointing=again)
+        kept = Counted()
+        with trainable(model, settings) as weights, kept:
+            sum(losses(model, batches()[0])).backward()
+            gradients.append({name: weight.grad for name, weight in weights.items()})
+        # Attention is not run again.
+        assert kept.attention == model.config.num_hidden_layers
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+class Counted(TorchDispatchMode):
+    """Counts how often attention runs."""
+
+    attention = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        self.attention += operation in ATTENTION
+        return operation(*arguments, **(named or {}))
+
+
+def test_embeddings_can_be_left_alone():
+    model = tiny_model(vocab_size=512)
+    settings = TeacherSettings(steps=1, lengths=(LENGTH,), embeddings=False)
+    with trainable(model, settings) as weights:
+        assert weights
+        assert not any("embed" in name or "lm_head" in name for name in weights)
+
+
+def test_a_lora_begins_from_a_difference():
+    model, other = tiny_model(vocab_size=512), tiny_model(vocab_size=512)
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = dict(model.named_parameters())[name].detach().clone()
+    up, down = torch.randn(len(before), 2), torch.randn(2, before.shape[1])
+    with torch.no_grad():
+        dict(other.named_parameters())[name].add_(up @ down)
+    batch = batches()[0]
+    settings = TeacherSettings(steps=1, lengths=(LENGTH,), lora_rank=2)
+    with trainable(model, settings, {name: (up, down)}):
+        for loss, expected in zip(losses(model, batch), losses(other, batch), strict=True):
+            torch.testing.assert_close(loss, expected)
+    merged = dict(model.named_parameters())[name]
+    torch.testing.assert_close(merged, before + up @ down)
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_an_interrupted_training_goes_on(tmp_path, lora_rank):
     def trained(output, kind=Batches):
         model = tiny_model(vocab_size=512)
-        made = batches(kind)
+        made = batches(kind, per_step=2)
         settings = TeacherSettings(
             steps=4,
             lengths=made.lengths,

@@ -1,14 +1,28 @@
-"""Training sequences that reward reading far back: books, needles, chains of variables, quoted passages."""
+"""Training sequences that reward reading far back: books, needles, chains of variables, quoted passages.
+
+Needles hide in prose, in dull repeated sentences or among other needles, and chains of variables in the
+first two, as in RULER's tests, whose words, names and sentences are others.
+"""
 
 from __future__ import annotations
 
 import random
 import re
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count, cycle
 from typing import TYPE_CHECKING
 
-from rtpurbo.data.needles import needle_question, needle_sentence
-from rtpurbo.data.prompts import Conversation, Question, conversation_tokens, fit_prose, hide
+from rtpurbo.data.needles import listed, needle_question, needle_sentence
+from rtpurbo.data.prompts import (
+    Conversation,
+    Question,
+    conversation_tokens,
+    fit_prose,
+    fit_units,
+    hide,
+)
 from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids
 from rtpurbo.data.variables import INTRODUCTION, draw_chains, scatter
 from rtpurbo.data.words import Split, key_names
@@ -16,15 +30,39 @@ from rtpurbo.data.words import Split, key_names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHARES = {"prose": 0.40, "needles": 0.35, "variables": 0.15, "passage": 0.10}
+SHARES = {"prose": 0.35, "needles": 0.40, "variables": 0.15, "passage": 0.10}
 """How many sequences of each kind there are."""
+
+PROSE, NOISE, NEEDLES = "prose", "noise", "needles"
+HAYSTACKS = {PROSE: 0.5, NOISE: 0.2, NEEDLES: 0.3}
+"""How often needles hide in what."""
+
+UUID_SHARE = 0.25
+"""How often values are UUIDs instead of numbers; among other needles, then half of the keys are too."""
+
+LISTED_SHARE = 0.25
+"""How often one question asks for several keys at once."""
+
+EXAMPLE_SHARE = 0.3
+"""How often a solved example comes before chains of variables, where there is room."""
 
 MAX_QUESTIONS = 8
 
 # What is hidden and asked must leave most of a short sequence to prose.
 TOKENS_PER_NEEDLE, TOKENS_PER_QUESTION, TOKENS_PER_CHAIN = 96, 384, 512
 
+ROOM_FOR_EXAMPLE, EXAMPLE_SENTENCES = 4096, 60
+
 QUOTED_WORDS, CONTINUED_WORDS = 24, 48
+
+DULL = (
+    "The rain falls on the roof.", "A door opens and closes.", "The clock strikes again.",
+    "Nobody is in the garden.", "The soup is on the stove.", "Two birds sit on a fence.",
+    "It was the same last week.", "The train leaves on time.", "Someone waters the plants.",
+    "The letter is still unread.", "We walk up and down.", "The window faces the street.",
+    "He counts the steps once more.", "The tea is getting cold.", "There is nothing new today.",
+)  # fmt: skip
+"""Of these, each haystack of noise repeats a few."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +84,7 @@ class LongRangeMix:
     def sequence(self, number: int, length: int) -> Conversation:
         """Sequence `number`, at most `length` tokens long; prose has no answers."""
         rng = random.Random(f"long-range-{self.seed}-{number}")
-        [kind] = rng.choices(list(SHARES), weights=list(SHARES.values()))
+        kind = _draw(SHARES, rng)
         if kind == "needles":
             return self.needles(length, rng)
         if kind == "variables":
@@ -57,39 +95,65 @@ class LongRangeMix:
         prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
         return Conversation([*start, *prose], [])
 
-    def needles(self, length: int, rng: random.Random) -> Conversation:
-        """1 to 32 keys with 1 to 4 numbers each, and up to 8 questions."""
+    def needles(
+        self,
+        length: int,
+        rng: random.Random,
+        haystack: str | None = None,
+        most_questions: int = MAX_QUESTIONS,
+    ) -> Conversation:
+        """1 to 32 keys with 1 to 4 values each, and up to 8 questions.
+
+        Args:
+            length: the most tokens.
+            rng: the source of all randomness.
+            haystack: of `HAYSTACKS`; drawn if None.
+            most_questions: at most so many questions.
+        """
+        haystack = haystack or _draw(HAYSTACKS, rng)
+        kind = "uuid" if rng.random() < UUID_SHARE else "number"
+        keys = self._keys(rng, kind == "uuid" and haystack == NEEDLES and rng.random() < 0.5)
+        values = _values(rng, kind)
         room = max(1, length // TOKENS_PER_NEEDLE)
         num_keys = rng.choice([count for count in (1, 2, 4, 8, 16, 32) if count <= room])
         most = min(4, room // num_keys)
-        counts = [rng.choice((1, rng.randint(1, most))) for _ in range(num_keys)]
-        values = iter(rng.sample(range(1_000_000, 10_000_000), sum(counts)))
         needles = [
-            (rng.random(), key, str(next(values)))
-            for key, count in zip(rng.sample(key_names(self.split), num_keys), counts, strict=True)
-            for _ in range(count)
+            (rng.random(), key, next(values))
+            for key in [next(keys) for _ in range(num_keys)]
+            for _ in range(rng.choice((1, rng.randint(1, most))))
         ]
         needles.sort()
-        numbers: dict[str, list[str]] = {}
-        for _, key, number in needles:
-            numbers.setdefault(key, []).append(number)
-        num_questions = min(num_keys, MAX_QUESTIONS, max(1, length // TOKENS_PER_QUESTION))
-        asked = rng.sample(
-            sorted(numbers), rng.choice((rng.randint(1, num_questions), num_questions))
-        )
-        introductions, questions = zip(
-            *(needle_question(key, numbers[key]) for key in asked), strict=True
-        )
-        hidden = [(depth, needle_sentence(key, number)) for depth, key, number in needles]
-        return self._around_prose(length, rng, introductions[0], hidden, list(questions))
+        held: dict[str, list[str]] = {}
+        for _, key, value in needles:
+            held.setdefault(key, []).append(value)
+        introduction, questions = self._questions(length, rng, held, kind, most_questions)
+        hidden = [(depth, needle_sentence(key, value, kind)) for depth, key, value in needles]
+        distractors = (needle_sentence(*pair, kind) for pair in zip(keys, values, strict=False))
+        return self._around(haystack, length, rng, introduction, hidden, questions, distractors)
 
-    def variables(self, length: int, rng: random.Random) -> Conversation:
-        """Up to 4 chains of up to 4 hops, and a question for each."""
+    def variables(
+        self,
+        length: int,
+        rng: random.Random,
+        haystack: str | None = None,
+        most_questions: int = MAX_QUESTIONS,
+    ) -> Conversation:
+        """Up to 4 chains of up to 4 hops, and a question for each, at most `most_questions`."""
+        haystack = haystack or rng.choice((PROSE, NOISE))
         room = max(1, length // TOKENS_PER_CHAIN)
         num_chains = rng.choice([count for count in (1, 1, 2, 4) if count <= room])
-        chains = draw_chains(rng, num_chains, rng.choice((1, 2, 3, 4, 4, 4)), self.split)
-        questions = [chain.question() for chain in chains]
-        return self._around_prose(length, rng, INTRODUCTION, scatter(rng, chains), questions)
+        num_hops = rng.choice((1, 2, 3, 4, 4, 4))
+        *chains, shown = draw_chains(rng, num_chains + 1, num_hops, self.split)
+        questions = [chain.question() for chain in chains[:most_questions]]
+        introduction = INTRODUCTION
+        if length >= ROOM_FOR_EXAMPLE and rng.random() < EXAMPLE_SHARE:
+            example = hide(_dull_text(rng).first(EXAMPLE_SENTENCES), scatter(rng, [shown]))
+            solved = shown.question()
+            introduction = (
+                f"{INTRODUCTION}\n\n{example}\n\n{solved.question}\n\n{solved.opening}{solved.answer}"
+                f"\n\n\n{INTRODUCTION}"
+            )
+        return self._around(haystack, length, rng, introduction, scatter(rng, chains), questions)
 
     def passage(self, length: int, rng: random.Random) -> Conversation:
         """Prose of which a passage is quoted again at the end and must be continued."""
@@ -106,24 +170,99 @@ class LongRangeMix:
             "A text and a passage of it",
         )
 
-    def _around_prose(
+    def _keys(self, rng: random.Random, uuids: bool) -> Iterator[str]:
+        """Keys without end, no two the same."""
+        if uuids:
+            return _uuids(rng)
+        names = list(key_names(self.split))
+        rng.shuffle(names)
+        return chain(names, (f"{name}-{number}" for number in count(2) for name in names))
+
+    def _questions(
         self,
+        length: int,
+        rng: random.Random,
+        held: dict[str, list[str]],
+        kind: str,
+        most_questions: int,
+    ) -> tuple[str, list[Question]]:
+        """What introduces the text, and questions for some keys, for each or for several at once."""
+        most = min(len(held), most_questions, max(1, length // TOKENS_PER_QUESTION))
+        if len(held) > 1 and rng.random() < LISTED_SHARE:
+            together = rng.sample(sorted(held), min(len(held), rng.randint(2, 4)))
+            every = [value for key in together for value in held[key]]
+            introduction, question = needle_question(listed(together), every, kind)
+            return introduction, [question]
+        asked = rng.sample(sorted(held), rng.choice((rng.randint(1, most), most)))
+        introductions, questions = zip(
+            *(needle_question(key, held[key], kind) for key in asked), strict=True
+        )
+        return introductions[0], list(questions)
+
+    def _around(
+        self,
+        haystack: str,
         length: int,
         rng: random.Random,
         introduction: str,
         hidden: list[tuple[float, str]],
         questions: list[Question],
+        distractors: Iterator[str] | None = None,
     ) -> Conversation:
-        return fit_prose(
-            self.tokenizer,
-            self.corpus,
-            length,
-            rng,
-            lambda prose: conversation_tokens(
-                self.tokenizer, f"{introduction}\n\n{hide(prose, hidden)}", questions
-            ),
-            f"A text with {len(hidden)} hidden sentence(s) and {len(questions)} question(s)",
-        )
+        """A haystack with what is hidden in it, and the questions, as long as may be."""
+
+        def around(text: str) -> Conversation:
+            return conversation_tokens(
+                self.tokenizer, f"{introduction}\n\n{hide(text, hidden)}", questions
+            )
+
+        what = f"A text with {len(hidden)} hidden sentence(s) and {len(questions)} question(s)"
+        if haystack == PROSE:
+            return fit_prose(self.tokenizer, self.corpus, length, rng, around, what)
+        lines = _Lines(distractors) if distractors and haystack == NEEDLES else _dull_text(rng)
+        return fit_units(length, lambda size: around(lines.first(size)), what)
+
+
+class _Lines:
+    """Text that grows by lines, a longer one beginning with a shorter one."""
+
+    def __init__(self, source: Iterator[str]) -> None:
+        self._source = source
+        self._given: list[str] = []
+
+    def first(self, count: int) -> str:
+        for _, line in zip(range(count - len(self._given)), self._source, strict=False):
+            self._given.append(line)
+        return "\n".join(self._given[:count])
+
+
+def _dull_text(rng: random.Random) -> _Lines:
+    """A few short sentences over and over."""
+    chosen = rng.sample(DULL, rng.randint(3, 6))
+    return _Lines(cycle(chosen))
+
+
+def _draw(shares: dict[str, float], rng: random.Random) -> str:
+    [drawn] = rng.choices(list(shares), weights=list(shares.values()))
+    return drawn
+
+
+def _uuids(rng: random.Random) -> Iterator[str]:
+    """By chance, no two are ever the same."""
+    while True:
+        yield str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _values(rng: random.Random, kind: str) -> Iterator[str]:
+    """Values without end, no two the same."""
+    if kind == "uuid":
+        yield from _uuids(rng)
+    given: set[int] = set()
+    while True:
+        value = rng.randrange(1_000_000, 10_000_000)
+        if value not in given:
+            given.add(value)
+            yield str(value)
 
 
 def passage_question(prose: str, depth: float) -> Question:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -152,6 +153,11 @@ def needle_question(key: str, values: list[str], kind: str = "number") -> tuple[
         opening = f"The special magic {kind}s for {key} mentioned in the provided text are"
         answer = f" {', '.join(values[:-1])} and {values[-1]}"
     return introduction, Question(question, opening, answer)
+
+
+def listed(keys: Sequence[str]) -> str:
+    """One key, or several as in "a, b, and c"."""
+    return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
 
 
 def is_correct(example: RetrievalExample, generated_text: str) -> bool:

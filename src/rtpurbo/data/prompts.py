@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rtpurbo.data.fitting import largest_that_fits
 from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids, encode
 from rtpurbo.errors import RTPurboError
 
@@ -128,6 +129,25 @@ def fit_prose(
         if excess <= 0:
             return conversation
         del prose_ids[-excess:]
+
+
+def fit_units(length: int, tokens_around: Callable[[int], Conversation], what: str) -> Conversation:
+    """Fills a conversation with as many units of a haystack as fit, at least one.
+
+    Args:
+        length: the most tokens of the whole.
+        tokens_around: makes the conversation around so many units; more make it longer.
+        what: what error messages call the whole, capitalised.
+
+    Raises:
+        RTPurboError: `length` leaves no room for one unit.
+    """
+    smallest = len(tokens_around(1))
+    if smallest > length:
+        raise RTPurboError(
+            f"{what} does not fit into {length} tokens; ask for a length of at least {smallest}."
+        )
+    return tokens_around(largest_that_fits(lambda size: len(tokens_around(size)), length, 1))
 
 
 def hide(prose: str, sentences: Sequence[tuple[float, str]]) -> str:

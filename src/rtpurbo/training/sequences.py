@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rtpurbo.data.long_range import LongRangeMix
+from rtpurbo.data.long_range import NEEDLES, NOISE, LongRangeMix
 from rtpurbo.data.needles import make_retrieval_example
+from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import Prose, begin_ids
 from rtpurbo.data.variables import make_variable_example
 
@@ -40,6 +41,8 @@ class TrainingMix:
             question about one.
         passage_share: share of sequences that quote a passage of their prose, which must be
             continued.
+        haystack_share: share of sequences that hide needles or chains in dull repeated sentences, or
+            needles among other needles, and ask a question.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,6 +53,7 @@ class TrainingMix:
     purpose: str
     variable_share: float = 0.0
     passage_share: float = 0.0
+    haystack_share: float = 0.0
 
     def sequence(self, number: int) -> TrainingSequence:
         """Sequence `number` of this mix; without any share left for a task, it is prose."""
@@ -62,8 +66,11 @@ class TrainingMix:
         place -= self.needle_share
         if place < self.variable_share:
             return self._variables(length, rng)
-        if place - self.variable_share < self.passage_share:
+        place -= self.variable_share
+        if place < self.passage_share:
             return self._passage(length, rng)
+        if place - self.passage_share < self.haystack_share:
+            return self._haystack(length, rng)
         start = begin_ids(self.tokenizer)
         prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
         return TrainingSequence([*start, *prose])
@@ -96,6 +103,16 @@ class TrainingMix:
         return TrainingSequence([*example.prompt_ids, *example.answer_ids], len(example.answer_ids))
 
     def _passage(self, length: int, rng: random.Random) -> TrainingSequence:
-        conversation = LongRangeMix(self.tokenizer, self.corpus).passage(length, rng)
-        [(start, end)] = conversation.answer_spans
-        return TrainingSequence(conversation.input_ids, end - start)
+        return _with_answer(LongRangeMix(self.tokenizer, self.corpus).passage(length, rng))
+
+    def _haystack(self, length: int, rng: random.Random) -> TrainingSequence:
+        mix = LongRangeMix(self.tokenizer, self.corpus)
+        haystack = rng.choice((NOISE, NEEDLES, NEEDLES))
+        if haystack == NOISE and rng.random() < 0.5:
+            return _with_answer(mix.variables(length, rng, haystack, most_questions=1))
+        return _with_answer(mix.needles(length, rng, haystack, most_questions=1))
+
+
+def _with_answer(conversation: Conversation) -> TrainingSequence:
+    [(start, end)] = conversation.answer_spans
+    return TrainingSequence(conversation.input_ids, end - start)

@@ -107,6 +107,7 @@ def train_indexers(
         stage,
         settings.variable_share,
         settings.passage_share,
+        settings.haystack_share,
     )
     per_step = settings.sequences_per_step or processes.count
     source = SequenceSource(mix, corpus, per_step, processes)

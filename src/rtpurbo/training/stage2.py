@@ -73,6 +73,7 @@ def distill(
         "stage2",
         settings.variable_share,
         settings.passage_share,
+        settings.haystack_share,
     )
     per_step = settings.sequences_per_step or processes.count
     source = SequenceSource(mix, corpus, per_step, processes)

@@ -7,10 +7,10 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rtpurbo.data.fitting import largest_that_fits
 from rtpurbo.data.prompts import Question, conversation_tokens
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.ruler.draft import Draft, Request, Task
-from rtpurbo.evaluation.ruler.fitting import largest_that_fits
 from rtpurbo.evaluation.ruler.materials import Materials
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rtpurbo.data.needles import needle_question, needle_sentence
+from rtpurbo.data.needles import listed, needle_question, needle_sentence
 from rtpurbo.data.prompts import hide
 from rtpurbo.evaluation.ruler.draft import Draft, Request, Stream, offshoot
 from rtpurbo.evaluation.ruler.noise import insert_lines, noise_lines
@@ -66,7 +66,7 @@ class NeedleTask:
             lines = noise_lines(size) if self.haystack == "noise" else distractors.first(size)
             return "\n".join(insert_lines(lines, hidden))
 
-        introduction, question = needle_question(_listed(asked), answers, kind)
+        introduction, question = needle_question(listed(asked), answers, kind)
         return Draft(
             text=lambda size: f"{introduction}\n\n{haystack(size)}",
             question=question.question,
@@ -98,8 +98,3 @@ def _distinct(draw: Callable[[], str]) -> Iterator[str]:
         if drawn not in given:
             given.add(drawn)
             yield drawn
-
-
-def _listed(keys: list[str]) -> str:
-    """One key, or several as in "a, b, and c"."""
-    return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"

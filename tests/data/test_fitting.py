@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtpurbo.evaluation.ruler.fitting import largest_that_fits
+from rtpurbo.data.fitting import largest_that_fits
 
 
 @given(
