@@ -1,7 +1,7 @@
 """The difference between two models of one shape, at a low rank: small enough to ship a teacher.
 
-Matrices are kept as the best product of two thin ones (truncated singular value decomposition), vectors
-whole. Unlike a LoRA that was trained as one, such a difference loses what its rank cannot hold.
+Matrices are kept as the best product of two thin ones (truncated singular value decomposition), in 8
+bits, vectors whole. What a rank cannot hold is lost, unless the difference was trained at that rank.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -22,10 +23,29 @@ TENSORS = "difference.safetensors"
 ORIGIN = "difference.json"
 
 
+def factors(before: Tensor, after: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The two thin matrices whose product is nearest to what was added to a matrix.
+
+    Args:
+        before: [out, in].
+        after: the same shape; decides where to compute.
+        rank: columns of the first and rows of the second.
+
+    Returns:
+        fp32 [out, rank] and [rank, in]; each takes the root of the singular values.
+    """
+    difference = after.detach().float() - before.detach().float().to(after.device)
+    left, values, right = torch.linalg.svd(difference, full_matrices=False)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
 def save_difference(
     base: BaseModel, model: PreTrainedModel, folder: Path, rank: int
 ) -> dict[str, float]:
     """Writes what has to be added to a base model, and the other model's configuration.
+
+    What agrees in bfloat16 is left out: models are saved in it.
 
     Args:
         base: what it will be added to.
@@ -34,28 +54,33 @@ def save_difference(
         rank: of every matrix's difference; one that would not get smaller is kept whole.
 
     Returns:
-        `kept`, the share of the squared difference that the rank holds, and `bytes` of the file.
+        `kept`, the share of the squared difference that is left after rank and rounding, and `bytes`
+        of the file.
     """
     before = dict(base.model.named_parameters())
     tensors: dict[str, Tensor] = {}
-    total = kept = 0.0
-    for name, after in model.named_parameters():
-        difference = after.detach().float() - before[name].detach().float().to(after.device)
-        total += float(difference.square().sum())
-        if difference.dim() != 2 or rank * sum(difference.shape) >= difference.numel():
-            tensors[name] = difference.bfloat16()
-            kept += float(difference.square().sum())
+    total = lost = 0.0
+    for name, parameter in model.named_parameters():
+        after, old = parameter.detach().float().cpu(), before[name].detach().float().cpu()
+        if torch.equal(after.bfloat16(), old.bfloat16()):
             continue
-        left, values, right = torch.linalg.svd(difference, full_matrices=False)
-        root = values[:rank].sqrt()
-        tensors[f"{name}.up"] = (left[:, :rank] * root).bfloat16()
-        tensors[f"{name}.down"] = (root[:, None] * right[:rank]).bfloat16()
-        kept += float(values[:rank].square().sum())
+        difference = after - old
+        if difference.dim() != 2 or rank * sum(difference.shape) >= difference.numel():
+            stored = {name: difference}
+        else:
+            up, down = factors(old, parameter, rank)
+            stored = {
+                **_rounded(f"{name}.up", up.cpu(), 0),
+                **_rounded(f"{name}.down", down.cpu(), 1),
+            }
+        tensors |= stored
+        total += float(difference.square().sum())
+        lost += float((difference.double() - _added(name, stored)).square().sum())
     with whole_folder(folder) as made:
-        save_tensors_atomically(made / TENSORS, {key: each.cpu() for key, each in tensors.items()})
+        save_tensors_atomically(made / TENSORS, tensors)
         model.config.save_pretrained(made)
         base.tokenizer.save_pretrained(made)
-        found = {"kept": kept / total if total else 1.0}
+        found = {"kept": 1 - lost / total if total else 1.0}
         found["bytes"] = (made / TENSORS).stat().st_size
         write_json_atomically(
             made / ORIGIN,
@@ -72,24 +97,46 @@ def save_difference(
 def with_difference(base: BaseModel, folder: Path) -> PreTrainedModel:
     """The base model with a difference added: another model, with the configuration that was saved.
 
+    Sums are made in fp64 on the CPU and rounded once, so that every machine gets the same weights in
+    bfloat16, in whatever order it adds: artifacts know their base model by its weights.
+
     Raises:
-        RTPurboError: the difference belongs to another base model.
+        RTPurboError: the difference belongs to another base model, or its files are damaged.
     """
-    origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-    if fingerprint(base.model) != origin["fingerprint"]:
+    try:
+        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+        config = AutoConfig.from_pretrained(folder)
+        wanted = origin["fingerprint"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise RTPurboError(
+            f"{folder} holds no difference that can be read ({error}): make it again."
+        ) from error
+    if fingerprint(base.model) != wanted:
         raise RTPurboError(
             f"{folder} belongs to other weights than those given: load {origin['base_model']}."
         )
-    config = AutoConfig.from_pretrained(folder)
     model = type(base.model)(config)
     model.load_state_dict(base.model.state_dict())
-    parameters = dict(model.named_parameters())
-    tensors = load_file(folder / TENSORS)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in parameters:
-                parameters[name] += tensor
-            elif name.endswith(".up"):
-                matrix = name.removesuffix(".up")
-                parameters[matrix] += tensor.float() @ tensors[f"{matrix}.down"].float()
+        for name, parameter in model.named_parameters():
+            if name in tensors or f"{name}.up" in tensors:
+                parameter.copy_(parameter.double() + _added(name, tensors))
     return model.to(base.model.device).eval().requires_grad_(False)
+
+
+def _rounded(name: str, factor: Tensor, dim: int) -> dict[str, Tensor]:
+    """A factor in 8 bits, with a scale for each component of the rank; its entries lie along `dim`."""
+    scale = factor.abs().amax(dim, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return {name: (factor / scale).round().to(torch.int8), f"{name}_scale": scale}
+
+
+def _added(name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """What is added to a parameter, fp64."""
+    if name in tensors:
+        return tensors[name].double()
+    up, down = (
+        tensors[f"{name}.{part}"].double() * tensors[f"{name}.{part}_scale"].double()
+        for part in ("up", "down")
+    )
+    return up @ down

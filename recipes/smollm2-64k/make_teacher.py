@@ -1,9 +1,10 @@
-"""Extends SmolLM2-135M-Instruct to 65,536 tokens in two stages and tests what it made.
+"""Extends SmolLM2-135M-Instruct to 65,536 tokens in three stages and tests what it made.
 
-    python recipes/smollm2-64k/make_teacher.py --data books.jsonl.gz --output smollm2-64k --time-limit 570
+    python recipes/smollm2-64k/make_teacher.py --data books.jsonl.gz --output smollm2-64k
 
-The same command goes on where it stopped, until the last line says that all is done. What it does and
-what it takes: README.md beside this file.
+The same command goes on where it stopped, until the last line says that all is done; on two GPUs,
+`torchrun --nproc-per-node 2` stands for `python`. What it does and what it takes: README.md beside
+this file.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
 from long_tasks import SCORING, TASKS, is_predicted, make_examples
-from low_rank import save_difference, with_difference
+from low_rank import factors, save_difference, with_difference
 from sharp_teacher import say_progress
-from teacher_training import TeacherSettings, make_teacher
+from teacher_training import TeacherSettings, change_context, make_teacher
+from torch import Tensor
 
 from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.devices import device_name, resolve_device
@@ -32,35 +34,53 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
-from rtpurbo.models.base import load_base_model
+from rtpurbo.models.base import BaseModel, load_base_model
+from rtpurbo.processes import ALONE, Processes, join_processes, leave_processes
 from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.tables import markdown_rows
 
+ADAPTER_RANK = 48
+
 STAGES = {
+    "8k": TeacherSettings(
+        steps=400,
+        lengths=(2048, 8192, 4096, 8192),
+        context=8192,
+        rope_theta=1e6,
+        embeddings=False,
+    ),
     "32k": TeacherSettings(
-        steps=400, lengths=(8192, 32768, 16384, 32768), context=32768, rope_theta=1e6
+        steps=350,
+        lengths=(8192, 32768, 16384, 32768),
+        context=32768,
+        embeddings=False,
     ),
     "64k": TeacherSettings(
-        steps=500,
+        steps=200,
         lengths=(16384, 65536, 32768, 65536),
         context=65536,
-        learning_rate=2e-4,
+        learning_rate=5e-4,
+        lora_rank=ADAPTER_RANK,
+        tokens=131072,
         gradient_checkpointing=True,
     ),
 }
-"""Each starts from what the one before it made."""
+"""Each starts from what the one before it made; a LoRA from the difference from the base model so far,
+cut to its rank."""
 
 LENGTHS = (8192, 16384, 32768, 65536)
 QUICK_LENGTHS = (1024, 2048)
+SHORTEST = 1024
+"""In fewer tokens there is no room for what is hidden and asked."""
 
 
 def quick(settings: TeacherSettings) -> TeacherSettings:
-    """The same with a sixteenth of the lengths and a handful of steps, to try the machinery."""
+    """The same with about a sixteenth of the lengths and a handful of steps, to try the machinery."""
     return replace(
         settings,
         steps=3,
-        lengths=tuple(length // 16 for length in settings.lengths),
-        tokens=4096,
+        lengths=tuple(max(SHORTEST, length // 16) for length in settings.lengths),
+        tokens=8192,
         tokens_at_once=2048,
         labels=128,
         warmup_steps=1,
@@ -69,25 +89,69 @@ def quick(settings: TeacherSettings) -> TeacherSettings:
 
 
 def make_stages(
-    arguments: argparse.Namespace, stages: dict[str, TeacherSettings], device: torch.device
+    arguments: argparse.Namespace, device: torch.device, processes: Processes = ALONE
 ) -> Path:
     """Makes the stages that are not there yet; returns the last one's folder."""
-    prose, model = None, arguments.model
-    for name, settings in stages.items():
+    prose, before = None, None
+    for name, settings in stages_of(arguments).items():
         folder = arguments.output / name
         if not folder.is_dir():
             prose = prose or load_texts(arguments.data, "train")
-            base = load_base_model(model, device=device)
-            print(f"stage {name}: {settings.steps} steps, {settings.lengths} tokens", flush=True)
-            settings = replace(
-                settings,
-                seed=arguments.seed,
-                lora_rank=arguments.lora_rank,
-                learning_rate=arguments.learning_rate or settings.learning_rate,
+            base = load_base_model(str(before or arguments.model), device=device)
+            start = None
+            if before and settings.lora_rank:
+                made, base = base, load_base_model(arguments.model, device=device)
+                start = begin_with_difference(base.model, made.model, settings.lora_rank)
+            if processes.is_main:
+                print(
+                    f"stage {name}: {settings.steps} steps, {settings.lengths} tokens", flush=True
+                )
+            make_teacher(
+                base, prose, settings, folder, arguments.workers, say_progress, processes, start
             )
-            make_teacher(base, prose, settings, folder, arguments.workers, say_progress)
-        model = str(folder)
-    return arguments.output / name
+            processes.wait()
+        before = folder
+    return folder
+
+
+def begin_with_difference(
+    model: PreTrainedModel, made: PreTrainedModel, rank: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Prepares a base model for a LoRA that goes on from another model of its shape.
+
+    Args:
+        model: the base; gets the other's vectors and configuration.
+        made: the other.
+        rank: of the LoRA.
+
+    Returns:
+        For every matrix that differs, the two factors nearest to the difference.
+    """
+    change_context(
+        model, made.config.max_position_embeddings, made.config.rope_parameters["rope_theta"]
+    )
+    after, start = dict(made.named_parameters()), {}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.copy_(after[name])
+            elif not torch.equal(weight.to(torch.bfloat16), after[name].to(torch.bfloat16)):
+                start[name] = factors(weight, after[name], rank)
+    return start
+
+
+def stages_of(arguments: argparse.Namespace) -> dict[str, TeacherSettings]:
+    """The stages that were asked for."""
+    stages = {}
+    for name, settings in STAGES.items():
+        stages[name] = replace(
+            quick(settings) if arguments.quick else settings,
+            seed=arguments.seed,
+            lora_rank=arguments.rank if settings.lora_rank else 0,
+        )
+        if name == arguments.until:
+            break
+    return stages
 
 
 def answers_of(
@@ -127,48 +191,55 @@ def table(found: dict[str, Any]) -> str:
     return markdown_rows(["tokens", *TASKS, "mean (95 %)"], rows)
 
 
-def make_all(arguments: argparse.Namespace) -> None:
-    """Stages, test, difference, test of the difference."""
-    device = resolve_device(arguments.device)
-    stages, lengths = STAGES, LENGTHS
-    if arguments.quick:
-        stages = {name: quick(settings) for name, settings in STAGES.items()}
-        lengths = QUICK_LENGTHS
-    teacher = make_stages(arguments, stages, device)
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    held_out = load_texts(arguments.data, "heldout")
-    made = load_base_model(str(teacher), device=device, dtype=dtype)
-    tested = {"teacher": made.model}
-    for rank in arguments.adapter_rank:
-        folder = arguments.output / f"adapter-{rank}"
-        base = load_base_model(arguments.model, device=device)
-        if not folder.is_dir():
-            figures = save_difference(base, made.model, folder, rank)
+def make_all(
+    arguments: argparse.Namespace, device: torch.device, processes: Processes = ALONE
+) -> None:
+    """Stages, adapter, the model that it makes, and its test."""
+    last = make_stages(arguments, device, processes)
+    if not processes.is_main or arguments.until:
+        return
+    teacher = last
+    if arguments.rank:
+        teacher, adapter = arguments.output / "teacher", arguments.output / "adapter"
+        base = load_base_model(arguments.model)
+        if not adapter.is_dir():
+            made = load_base_model(str(last), device=device)
+            figures = save_difference(base, made.model, adapter, arguments.rank)
             print(
-                f"{folder}: {figures['bytes'] / 2**20:.1f} MiB, {figures['kept']:.1%} of the squared "
-                "difference",
+                f"{adapter}: {figures['bytes'] / 2**20:.1f} MiB, {figures['kept']:.2%} of the "
+                "squared difference",
                 flush=True,
             )
-        tested[folder.name] = with_difference(base, folder).to(dtype)
-    print(SCORING, flush=True)
-    for name, model in tested.items():
-        path = arguments.output / f"answers-{name}.json"
-        found = answers_of(model, made.tokenizer, held_out, lengths, arguments.samples, path)
-        print(
-            f"\n{name}, full attention, questions a cell: {arguments.samples}\n\n{table(found)}\n"
-        )
+        if not teacher.is_dir():
+            rebuild(base, adapter, teacher)
+    if arguments.samples:
+        test(arguments, teacher, device)
     print(f"all done: {teacher}")
 
 
-def rebuild(arguments: argparse.Namespace) -> None:
+def test(arguments: argparse.Namespace, teacher: Path, device: torch.device) -> None:
+    """Asks the teacher what was not asked yet, and prints a table."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    held_out = load_texts(arguments.data, "heldout")
+    made = load_base_model(str(teacher), device=device, dtype=dtype)
+    found = answers_of(
+        made.model,
+        made.tokenizer,
+        held_out,
+        QUICK_LENGTHS if arguments.quick else LENGTHS,
+        arguments.samples,
+        arguments.output / "answers.json",
+    )
+    print(f"{SCORING}\n\nFull attention, questions a cell: {arguments.samples}\n\n{table(found)}\n")
+
+
+def rebuild(base: BaseModel, adapter: Path, output: Path) -> None:
     """Makes a model's folder of an adapter and the base model that it was made for."""
-    base = load_base_model(arguments.model)
-    model = with_difference(base, arguments.rebuild).to(torch.bfloat16)
-    with whole_folder(arguments.output) as folder:
+    model = with_difference(base, adapter).to(torch.bfloat16)
+    with whole_folder(output) as folder:
         model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-    print(f"written to {arguments.output}")
+    print(f"written to {output}")
 
 
 def main() -> None:
@@ -179,11 +250,13 @@ def main() -> None:
     parser.add_argument("--model", help="folder or name; the default base model if left out")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--time-limit", type=float, help="seconds, after which to stop cleanly")
+    parser.add_argument("--until", choices=STAGES, help="make the stages up to this one, no more")
     parser.add_argument(
-        "--lora-rank", type=int, default=0, help="train a LoRA in each stage, not all weights"
+        "--rank",
+        type=int,
+        default=ADAPTER_RANK,
+        help="of the last stage's LoRA, and so of the adapter; 0 trains all weights and makes none",
     )
-    parser.add_argument("--learning-rate", type=float, help="peak, of both stages")
-    parser.add_argument("--adapter-rank", type=int, nargs="*", default=[], help="e.g. 16 64")
     parser.add_argument("--rebuild", type=Path, help="an adapter to make a model's folder of")
     parser.add_argument("--samples", type=int, default=12, help="questions a task and length")
     parser.add_argument("--workers", type=int, default=8, help="processes that make batches")
@@ -191,15 +264,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only try the machinery")
     arguments = parser.parse_args()
     try:
+        if arguments.rebuild:
+            rebuild(load_base_model(arguments.model), arguments.rebuild, arguments.output)
+            return
+        device = resolve_device(arguments.device)
+        processes = join_processes(device)
         with stopping_cleanly(arguments.time_limit):
-            if arguments.rebuild:
-                rebuild(arguments)
-            else:
-                make_all(arguments)
+            make_all(arguments, processes.device(device), processes)
     except StoppedBySignalError:
         print("stopped: the same command goes on from here", flush=True)
     except RTPurboError as error:
         raise SystemExit(f"error: {error}") from error
+    finally:
+        leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 import copy
 
+import low_rank
 import pytest
 import torch
 from low_rank import save_difference, with_difference
+from safetensors.torch import load_file
 from teacher_training import change_context
 
 from rtpurbo.errors import RTPurboError
@@ -37,14 +39,14 @@ def changed(model, rank):
 def test_a_difference_of_that_rank_is_given_back(base, tmp_path):
     other = changed(base.model, RANK)
     found = save_difference(base, other, tmp_path / "difference", RANK)
-    assert found["kept"] == pytest.approx(1, abs=1e-4)
+    assert 0.9995 < found["kept"] < 1
     again = with_difference(base, tmp_path / "difference")
     ids = torch.randint(0, 512, (1, 300))
     with torch.no_grad():
         expected, got = other(ids).logits, again(ids).logits
     assert again.config.max_position_embeddings == 4096
-    # The factors are kept in bfloat16.
-    assert (got - expected).norm() < 0.03 * (base.model(ids).logits - expected).norm()
+    # The factors are kept in 8 bits.
+    assert (got - expected).norm() < 0.1 * (base.model(ids).logits - expected).norm()
 
 
 def test_more_rank_keeps_more_and_takes_more_room(base, tmp_path):
@@ -52,6 +54,65 @@ def test_more_rank_keeps_more_and_takes_more_room(base, tmp_path):
     found = [save_difference(base, other, tmp_path / f"r{rank}", rank) for rank in (1, 2, 4)]
     assert found[0]["kept"] < found[1]["kept"] < found[2]["kept"] < 1
     assert found[0]["bytes"] < found[1]["bytes"] < found[2]["bytes"]
+
+
+def test_kept_is_what_the_sum_has(base, tmp_path):
+    other = changed(base.model, 8)
+    found = save_difference(base, other, tmp_path / "difference", 4)
+    again = dict(with_difference(base, tmp_path / "difference").named_parameters())
+    total = lost = 0.0
+    for name, weight in base.model.named_parameters():
+        after = dict(other.named_parameters())[name]
+        total += (after - weight).square().sum()
+        lost += (after - again[name]).square().sum()
+    assert found["kept"] == pytest.approx(float(1 - lost / total), abs=1e-4)
+
+
+def test_what_did_not_change_takes_no_room(base, tmp_path):
+    other = copy.deepcopy(base.model)
+    weight = other.base_model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight += 0.1
+        # Rounding as of a model that was saved in bfloat16 is no change.
+        embedding = other.get_input_embeddings().weight
+        embedding.copy_(embedding.bfloat16())
+    save_difference(base, other, tmp_path / "difference", RANK)
+    stored = load_file(tmp_path / "difference" / "difference.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert set(stored) == {f"{name}.{part}" for part in ("up", "up_scale", "down", "down_scale")}
+    assert stored[f"{name}.up"].dtype == torch.int8
+    assert stored[f"{name}.up"].shape == (len(weight), RANK)
+    assert stored[f"{name}.down_scale"].shape == (RANK, 1)
+
+
+def test_every_machine_gets_the_same_weights(base, tmp_path, monkeypatch):
+    other = changed(base.model, 8)
+    save_difference(base, other, tmp_path / "difference", 4)
+    first = with_difference(base, tmp_path / "difference").to(torch.bfloat16).state_dict()
+
+    def in_another_order(name, tensors):
+        if name in tensors:
+            return tensors[name].double()
+        order = [3, 1, 0, 2]
+        up = (tensors[f"{name}.up"].double() * tensors[f"{name}.up_scale"].double())[:, order]
+        down = (tensors[f"{name}.down"].double() * tensors[f"{name}.down_scale"].double())[order]
+        return sum(torch.outer(up[:, k], down[k]) for k in range(4))
+
+    monkeypatch.setattr(low_rank, "_added", in_another_order)
+    again = with_difference(base, tmp_path / "difference").to(torch.bfloat16).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("file", ["difference.json", "difference.safetensors"])
+def test_damaged_files_are_refused(base, tmp_path, file):
+    save_difference(base, changed(base.model, 1), tmp_path / "difference", 1)
+    damaged = tmp_path / "difference" / file
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises(RTPurboError, match="no difference that can be read"):
+        with_difference(base, tmp_path / "difference")
+    damaged.unlink()
+    with pytest.raises(RTPurboError, match="no difference that can be read"):
+        with_difference(base, tmp_path / "difference")
 
 
 def test_another_base_model_is_refused(base, tmp_path):

@@ -1,7 +1,12 @@
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "smollm2-64k"))
 
@@ -26,6 +31,68 @@ def test_each_stage_reaches_its_context_and_goes_beyond_the_one_before():
     for settings in make_teacher.STAGES.values():
         assert max(settings.lengths) == settings.context
         assert settings.batch_tokens * settings.batches_per_step == settings.tokens
+    assert make_teacher.STAGES["64k"].lora_rank == make_teacher.ADAPTER_RANK
+
+
+def recipe(tmp_path, output, *options, processes=1):
+    """Runs it on a tiny model and returns what it printed."""
+    base, data = tmp_path / "base", tmp_path / "walks.jsonl"
+    if not base.is_dir():
+        tiny_model(vocab_size=512).save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+        lines = [json.dumps({"text": document}) for document in corpus().documents * 4]
+        data.write_text("\n".join(lines))
+    root = Path(__file__).parents[2]
+    paths = [str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    finished = subprocess.run(
+        [
+            sys.executable, *(launcher if processes > 1 else []), make_teacher.__file__, "--quick",
+            "--model", base, "--data", data, "--output", tmp_path / output, "--rank", "2",
+            "--workers", "0", "--samples", "1", "--device", "cpu", *options,
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def losses_of(folder):
+    lines = (folder / "training_log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_two_processes_go_on_from_one_and_learn_the_same(tmp_path):
+    alone = recipe(tmp_path, "alone")
+    assert "all done" in alone
+    assert "| 2K |" in alone
+    assert "all done" not in recipe(tmp_path, "together", "--until", "8k")
+    assert "all done" in recipe(tmp_path, "together", processes=2)
+    for stage in make_teacher.STAGES:
+        one, two = losses_of(tmp_path / "alone" / stage), losses_of(tmp_path / "together" / stage)
+        assert len(one) == 3
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_the_adapter_is_the_teacher(tmp_path):
+    recipe(tmp_path, "made")
+    recipe(tmp_path, "again", "--rebuild", tmp_path / "made" / "adapter")
+    teacher, again = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("made/teacher", "again")
+    )
+    assert set(teacher) == set(again)
+    assert all(torch.equal(teacher[name], again[name]) for name in teacher)
+    # What the last stage had learnt is what an adapter of its rank holds, but for rounding to bfloat16.
+    stage = load_file(tmp_path / "made" / "64k" / "model.safetensors")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    for name, weight in stage.items():
+        change = (weight.float() - base[name].float()).norm()
+        assert (
+            teacher[name].float() - weight.float()
+        ).norm() <= 0.1 * change + 2**-8 * weight.float().norm()
+    origin = json.loads((tmp_path / "made" / "adapter" / "difference.json").read_text())
+    assert origin["rank"] == 2
 
 
 def test_questions_that_were_answered_are_not_asked_again(tmp_path, monkeypatch):
