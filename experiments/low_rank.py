@@ -79,7 +79,6 @@ def save_difference(
     with whole_folder(folder) as made:
         save_tensors_atomically(made / TENSORS, tensors)
         model.config.save_pretrained(made)
-        base.tokenizer.save_pretrained(made)
         found = {"kept": 1 - lost / total if total else 1.0}
         found["bytes"] = (made / TENSORS).stat().st_size
         write_json_atomically(
