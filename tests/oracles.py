@@ -201,7 +201,9 @@ def retrieval_keys(problem: Problem, rule: AttentionRule) -> Tensor:
     far = visible_keys(problem) & ~near
     shared = rule.prefill_mode in ("row_share", "row_peak") and problem.queries.shape[2] > 1
     exact = exact_logits(problem).numpy()
-    index = torch.einsum("bhqd,bhkd->bhqk", problem.index_queries, problem.index_keys).numpy()
+    index = torch.einsum(
+        "bhqd,bhkd->bhqk", problem.index_queries.float(), problem.index_keys.float()
+    ).numpy()
     seen = near.clone()
     for batch, head in np.ndindex(*near.shape[:2]):
         positions = problem.key_positions[batch].numpy()

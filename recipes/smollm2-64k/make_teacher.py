@@ -38,6 +38,7 @@ from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.processes import ALONE, Processes, join_processes, leave_processes
 from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.tables import markdown_rows
+from rtpurbo.settings import no_progress
 
 ADAPTER_RANK = 48
 
@@ -97,7 +98,7 @@ def make_stages(
         folder = arguments.output / name
         if not folder.is_dir():
             prose = prose or load_texts(arguments.data, "train")
-            base = load_base_model(str(before or arguments.model), device=device)
+            base = load_base_model(str(before) if before else arguments.model, device=device)
             start = None
             if before and settings.lora_rank:
                 made, base = base, load_base_model(arguments.model, device=device)
@@ -106,8 +107,9 @@ def make_stages(
                 print(
                     f"stage {name}: {settings.steps} steps, {settings.lengths} tokens", flush=True
                 )
+            progress = say_progress if processes.is_main else no_progress
             make_teacher(
-                base, prose, settings, folder, arguments.workers, say_progress, processes, start
+                base, prose, settings, folder, arguments.workers, progress, processes, start
             )
             processes.wait()
         before = folder

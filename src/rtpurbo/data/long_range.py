@@ -49,7 +49,9 @@ EXAMPLE_SHARE = 0.3
 MAX_QUESTIONS = 8
 
 # What is hidden and asked must leave most of a short sequence to prose.
-TOKENS_PER_NEEDLE, TOKENS_PER_QUESTION, TOKENS_PER_CHAIN = 96, 384, 512
+TOKENS_PER_NEEDLE = {"number": 96, "uuid": 256}
+TOKENS_PER_QUESTION = {"number": 384, "uuid": 768}
+TOKENS_PER_CHAIN = 512
 
 ROOM_FOR_EXAMPLE, EXAMPLE_SENTENCES = 4096, 60
 
@@ -114,7 +116,7 @@ class LongRangeMix:
         kind = "uuid" if rng.random() < UUID_SHARE else "number"
         keys = self._keys(rng, kind == "uuid" and haystack == NEEDLES and rng.random() < 0.5)
         values = _values(rng, kind)
-        room = max(1, length // TOKENS_PER_NEEDLE)
+        room = max(1, length // TOKENS_PER_NEEDLE[kind])
         num_keys = rng.choice([count for count in (1, 2, 4, 8, 16, 32) if count <= room])
         most = min(4, room // num_keys)
         needles = [
@@ -187,7 +189,7 @@ class LongRangeMix:
         most_questions: int,
     ) -> tuple[str, list[Question]]:
         """What introduces the text, and questions for some keys, for each or for several at once."""
-        most = min(len(held), most_questions, max(1, length // TOKENS_PER_QUESTION))
+        most = min(len(held), most_questions, max(1, length // TOKENS_PER_QUESTION[kind]))
         if len(held) > 1 and rng.random() < LISTED_SHARE:
             together = rng.sample(sorted(held), min(len(held), rng.randint(2, 4)))
             every = [value for key in together for value in held[key]]
