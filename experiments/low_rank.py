@@ -1,7 +1,8 @@
 """The difference between two models of one shape, at a low rank: small enough to ship a teacher.
 
 Matrices are kept as the best product of two thin ones (truncated singular value decomposition), in 8
-bits, vectors whole. What a rank cannot hold is lost, unless the difference was trained at that rank.
+bits, vectors whole in fp32. What a rank cannot hold is lost, unless the difference was trained at
+that rank.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def factors(before: Tensor, after: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Args:
         before: [out, in].
         after: the same shape; decides where to compute.
-        rank: columns of the first and rows of the second.
+        rank: columns of the first and rows of the second; a smaller matrix has no more than its side.
 
     Returns:
         fp32 [out, rank] and [rank, in]; each takes the root of the singular values.
@@ -51,11 +52,11 @@ def save_difference(
         base: what it will be added to.
         model: what the sum comes near to.
         folder: to make, whole or not at all.
-        rank: of every matrix's difference; one that would not get smaller is kept whole.
+        rank: of every matrix's difference; one that would not get smaller is kept whole, in bfloat16.
 
     Returns:
-        `kept`, the share of the squared difference that is left after rank and rounding, and `bytes`
-        of the file.
+        `kept`, the share of the squared difference that is left after rank and rounding, in what is
+        stored, and `bytes` of the file.
     """
     before = dict(base.model.named_parameters())
     tensors: dict[str, Tensor] = {}
@@ -64,18 +65,20 @@ def save_difference(
         after, old = parameter.detach().float().cpu(), before[name].detach().float().cpu()
         if torch.equal(after.bfloat16(), old.bfloat16()):
             continue
-        difference = after - old
-        if difference.dim() != 2 or rank * sum(difference.shape) >= difference.numel():
-            stored = {name: difference}
-        else:
+        difference = after.double() - old.double()
+        if difference.dim() == 1:
+            stored = {name: difference.float()}
+        elif difference.dim() == 2 and _gets_smaller(difference, rank):
             up, down = factors(old, parameter, rank)
             stored = {
                 **_rounded(f"{name}.up", up.cpu(), 0),
                 **_rounded(f"{name}.down", down.cpu(), 1),
             }
+        else:
+            stored = {name: difference.bfloat16()}
         tensors |= stored
         total += float(difference.square().sum())
-        lost += float((difference.double() - _added(name, stored)).square().sum())
+        lost += float((difference - _added(name, stored)).square().sum())
     with whole_folder(folder) as made:
         save_tensors_atomically(made / TENSORS, tensors)
         model.config.save_pretrained(made)
@@ -99,6 +102,11 @@ def with_difference(base: BaseModel, folder: Path) -> PreTrainedModel:
     Sums are made in fp64 on the CPU and rounded once, so that every machine gets the same weights in
     bfloat16, in whatever order it adds: artifacts know their base model by its weights.
 
+    Args:
+        base: in the precision that the difference was made from; fingerprints do not tell fp32 from
+            bfloat16, sums may.
+        folder: what `save_difference` made.
+
     Raises:
         RTPurboError: the difference belongs to another base model, or its files are damaged.
     """
@@ -106,28 +114,45 @@ def with_difference(base: BaseModel, folder: Path) -> PreTrainedModel:
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
         config = AutoConfig.from_pretrained(folder)
-        wanted = origin["fingerprint"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        name, wanted = origin["base_model"], origin["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RTPurboError(
             f"{folder} holds no difference that can be read ({error}): make it again."
         ) from error
     if fingerprint(base.model) != wanted:
+        raise RTPurboError(f"{folder} belongs to other weights than those given: load {name}.")
+    try:
+        model = type(base.model)(config)
+        model.load_state_dict(base.model.state_dict())
+        _add(model, tensors)
+    except (KeyError, RuntimeError, ValueError) as error:
         raise RTPurboError(
-            f"{folder} belongs to other weights than those given: load {origin['base_model']}."
-        )
-    model = type(base.model)(config)
-    model.load_state_dict(base.model.state_dict())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in tensors or f"{name}.up" in tensors:
-                parameter.copy_(parameter.double() + _added(name, tensors))
+            f"{folder} holds a difference that does not fit its base model: make it again."
+        ) from error
     return model.to(base.model.device).eval().requires_grad_(False)
+
+
+def _gets_smaller(difference: Tensor, rank: int) -> bool:
+    """Whether its factors in 8 bits, with two fp32 scales a component, are below 2 bytes an entry."""
+    components = min(rank, *difference.shape)
+    return components * (sum(difference.shape) + 8) < 2 * difference.numel()
 
 
 def _rounded(name: str, factor: Tensor, dim: int) -> dict[str, Tensor]:
     """A factor in 8 bits, with a scale for each component of the rank; its entries lie along `dim`."""
     scale = factor.abs().amax(dim, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return {name: (factor / scale).round().to(torch.int8), f"{name}_scale": scale}
+
+
+@torch.no_grad()
+def _add(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Adds all that is stored; a part that is missing, or that is nobody's, is an error."""
+    parameters = dict(model.named_parameters())
+    for name in {name if name in parameters else name.rpartition(".")[0] for name in tensors}:
+        parameter, added = parameters[name], _added(name, tensors)
+        if added.shape != parameter.shape:
+            raise ValueError(f"{name} has another shape")
+        parameter.copy_(parameter.double() + added)
 
 
 def _added(name: str, tensors: dict[str, Tensor]) -> Tensor:

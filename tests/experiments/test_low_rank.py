@@ -1,10 +1,11 @@
 import copy
+import json
 
 import low_rank
 import pytest
 import torch
-from low_rank import save_difference, with_difference
-from safetensors.torch import load_file
+from low_rank import factors, save_difference, with_difference
+from safetensors.torch import load_file, save_file
 from teacher_training import change_context
 
 from rtpurbo.errors import RTPurboError
@@ -17,9 +18,13 @@ RANK = 3
 
 @pytest.fixture
 def base(tmp_path):
-    tiny_model(vocab_size=512).save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    return load_base_model(str(tmp_path / "base"))
+    return loaded(tmp_path / "base")
+
+
+def loaded(folder, **changes):
+    tiny_model(vocab_size=512, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return load_base_model(str(folder))
 
 
 def changed(model, rank):
@@ -56,16 +61,70 @@ def test_more_rank_keeps_more_and_takes_more_room(base, tmp_path):
     assert found[0]["bytes"] < found[1]["bytes"] < found[2]["bytes"]
 
 
-def test_kept_is_what_the_sum_has(base, tmp_path):
+def test_factors_are_the_nearest_of_their_rank():
+    torch.manual_seed(0)
+    before, after = torch.randn(2, 20, 30)
+    up, down = factors(before, after, RANK)
+    assert (up.shape, down.shape) == ((20, RANK), (RANK, 30))
+    assert up.dtype == down.dtype == torch.float32
+    values = torch.linalg.svdvals((after - before).double())
+    lost = (after - before - up @ down).square().sum()
+    assert float(lost) == pytest.approx(float(values[RANK:].square().sum()), rel=1e-4)
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))
+
+
+@pytest.mark.parametrize("rank", [4, 40])
+def test_kept_is_what_the_sum_has(base, tmp_path, rank):
     other = changed(base.model, 8)
-    found = save_difference(base, other, tmp_path / "difference", 4)
+    found = save_difference(base, other, tmp_path / "difference", rank)
     again = dict(with_difference(base, tmp_path / "difference").named_parameters())
     total = lost = 0.0
     for name, weight in base.model.named_parameters():
-        after = dict(other.named_parameters())[name]
+        after = dict(other.named_parameters())[name].double()
         total += (after - weight).square().sum()
         lost += (after - again[name]).square().sum()
-    assert found["kept"] == pytest.approx(float(1 - lost / total), abs=1e-4)
+    assert found["kept"] == pytest.approx(float(1 - lost / total), abs=1e-6)
+    origin = json.loads((tmp_path / "difference" / "difference.json").read_text())
+    assert origin == {
+        "base_model": base.reference.name,
+        "fingerprint": base.reference.fingerprint,
+        "rank": rank,
+        **found,
+    }
+
+
+def test_a_factor_takes_a_byte_an_entry(base, tmp_path):
+    # So large a rank that square matrices are smaller whole.
+    found = save_difference(base, changed(base.model, 8), tmp_path / "difference", 47)
+    stored = load_file(tmp_path / "difference" / "difference.safetensors")
+    expected = 0
+    for name, weight in base.model.named_parameters():
+        components = min(47, *weight.shape)
+        if weight.dim() == 1:
+            assert stored[name].dtype == torch.float32
+            expected += 4 * weight.numel()
+        elif weight.shape[0] == weight.shape[1]:
+            assert stored[name].dtype == torch.bfloat16
+            expected += 2 * weight.numel()
+        else:
+            assert stored[f"{name}.up"].dtype == stored[f"{name}.down"].dtype == torch.int8
+            assert stored[f"{name}.up"].shape == (len(weight), components)
+            expected += components * (sum(weight.shape) + 8)
+    assert expected == sum(tensor.nbytes for tensor in stored.values())
+    # The header takes about 100 bytes a tensor.
+    assert expected < found["bytes"] < expected + 150 * len(stored)
+
+
+def test_tied_embeddings_change_once(tmp_path):
+    base = loaded(tmp_path / "base", tie_word_embeddings=True)
+    other = changed(base.model, RANK)
+    assert save_difference(base, other, tmp_path / "difference", RANK)["kept"] > 0.9995
+    again = with_difference(base, tmp_path / "difference")
+    embeddings = again.get_input_embeddings().weight
+    assert again.get_output_embeddings().weight is embeddings
+    change = other.get_input_embeddings().weight - base.model.get_input_embeddings().weight
+    left = other.get_input_embeddings().weight - embeddings
+    assert left.norm() < 0.02 * change.norm()
 
 
 def test_what_did_not_change_takes_no_room(base, tmp_path):
@@ -112,6 +171,31 @@ def test_damaged_files_are_refused(base, tmp_path, file):
         with_difference(base, tmp_path / "difference")
     damaged.unlink()
     with pytest.raises(RTPurboError, match="no difference that can be read"):
+        with_difference(base, tmp_path / "difference")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"fingerprint": ""}', "\x00"])
+def test_an_origin_that_says_nothing_is_refused(base, tmp_path, text):
+    save_difference(base, changed(base.model, 1), tmp_path / "difference", 1)
+    (tmp_path / "difference" / "difference.json").write_text(text)
+    with pytest.raises(RTPurboError, match="no difference that can be read"):
+        with_difference(base, tmp_path / "difference")
+
+
+@pytest.mark.parametrize("part", ["up", "up_scale", "down", "down_scale"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "nobody's"])
+def test_tensors_that_do_not_fit_are_refused(base, tmp_path, part, damage):
+    save_difference(base, changed(base.model, RANK), tmp_path / "difference", RANK)
+    path = tmp_path / "difference" / "difference.safetensors"
+    tensors, name = load_file(path), f"model.layers.0.mlp.up_proj.weight.{part}"
+    stored = tensors.pop(name)
+    if damage == "shorter":
+        dim = 0 if part in ("up", "down_scale") else 1
+        tensors[name] = stored.narrow(dim, 0, 2).contiguous()
+    elif damage == "nobody's":
+        tensors |= {name: stored, f"other.weight.{part}": stored.clone()}
+    save_file(tensors, path)
+    with pytest.raises(RTPurboError, match="does not fit its base model"):
         with_difference(base, tmp_path / "difference")
 
 
