@@ -106,6 +106,8 @@ class LongRangeMix:
     ) -> Conversation:
         """1 to 32 keys with 1 to 4 values each, and up to 8 questions.
 
+        As many values as may be come often: where they are rare, a model learns to stop listing early.
+
         Args:
             length: the most tokens.
             rng: the source of all randomness.
@@ -122,7 +124,7 @@ class LongRangeMix:
         needles = [
             (rng.random(), key, next(values))
             for key in [next(keys) for _ in range(num_keys)]
-            for _ in range(rng.choice((1, rng.randint(1, most))))
+            for _ in range(rng.choice((1, rng.randint(1, most), most)))
         ]
         needles.sort()
         held: dict[str, list[str]] = {}
