@@ -114,6 +114,13 @@ def test_a_passage_goes_on_as_it_does_in_the_text():
     assert passage_question("", 0.5).answer == " "
 
 
+@pytest.mark.parametrize("haystack", HAYSTACKS)
+def test_short_sequences_have_room_for_what_is_asked(haystack):
+    for seed in range(60):
+        assert len(mix().needles(2048, random.Random(seed), haystack)) <= 2048
+        assert len(mix().variables(2048, random.Random(seed))) <= 2048
+
+
 def test_sequences_are_drawn_by_number():
     draw = mix().sequence
     lengths = {len(draw(number, 1500)) for number in range(20)}

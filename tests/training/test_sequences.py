@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from rtpurbo.data.long_range import DULL
 from rtpurbo.data.texts import load_texts
 from rtpurbo.training.sequences import TrainingMix
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -31,3 +32,16 @@ def test_lengths_take_turns(mix):
 def test_needles_have_their_share(mix, share, expected):
     sequences = [replace(mix, needle_share=share).sequence(number) for number in range(8)]
     assert sum(sequence.num_answer_tokens > 0 for sequence in sequences) == expected
+
+
+def test_haystacks_have_their_share_and_one_question(mix):
+    drawn = replace(mix, lengths=(3000,), needle_share=0.0, haystack_share=0.5)
+    sequences = [drawn.sequence(number) for number in range(16)]
+    asking = [sequence for sequence in sequences if sequence.num_answer_tokens]
+    assert len(asking) == 8
+    for sequence in asking:
+        text = mix.tokenizer.decode(sequence.input_ids)
+        assert text.count("<|im_start|>assistant") == 1
+        prose = text.count("special magic") < 20 and sum(map(text.count, DULL)) < 20
+        assert not prose
+        assert len(sequence.input_ids) <= 3000
