@@ -93,7 +93,7 @@ def make_stages(
     arguments: argparse.Namespace, device: torch.device, processes: Processes = ALONE
 ) -> Path:
     """Makes the stages that are not there yet; returns the last one's folder."""
-    prose, before = None, None
+    prose, before = None, arguments.begin
     for name, settings in stages_of(arguments).items():
         folder = arguments.output / name
         if not folder.is_dir():
@@ -145,7 +145,7 @@ def begin_with_difference(
 def stages_of(arguments: argparse.Namespace) -> dict[str, TeacherSettings]:
     """The stages that were asked for."""
     stages = {}
-    for name, settings in STAGES.items():
+    for name, settings in list(STAGES.items())[-1 if arguments.begin else 0 :]:
         stages[name] = replace(
             quick(settings) if arguments.quick else settings,
             seed=arguments.seed,
@@ -252,6 +252,11 @@ def main() -> None:
     parser.add_argument("--model", help="folder or name; the default base model if left out")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--time-limit", type=float, help="seconds, after which to stop cleanly")
+    parser.add_argument(
+        "--begin",
+        type=Path,
+        help="a model that this recipe made, to train the last stage again from",
+    )
     parser.add_argument("--until", choices=STAGES, help="make the stages up to this one, no more")
     parser.add_argument(
         "--rank",

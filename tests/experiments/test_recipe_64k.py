@@ -94,6 +94,15 @@ def test_the_adapter_is_the_teacher(tmp_path):
     origin = json.loads((tmp_path / "made" / "adapter" / "difference.json").read_text())
     assert origin["rank"] == 2
 
+    assert "all done" in recipe(tmp_path, "further", "--begin", tmp_path / "again")
+    assert {path.name for path in (tmp_path / "further").iterdir() if path.is_dir()} == {
+        "64k", "adapter", "teacher",
+    }  # fmt: skip
+    further = load_file(tmp_path / "further" / "teacher" / "model.safetensors")
+    assert any(not torch.equal(further[name], again[name]) for name in again)
+    steps = [losses_of(tmp_path / folder / "64k") for folder in ("made", "further")]
+    assert steps[1][0] < steps[0][0]
+
 
 def test_questions_that_were_answered_are_not_asked_again(tmp_path, monkeypatch):
     whole = answered(tmp_path / "whole.json")
