@@ -349,7 +349,8 @@ def make_teacher(
     change_context(
         model, settings.context or model.config.max_position_embeddings, settings.rope_theta
     )
-    per_step = max(processes.count, settings.batches_per_step)
+    # As many for each process, and at least one.
+    per_step = processes.count * max(1, settings.batches_per_step // processes.count)
     batches = Batches(
         LongRangeMix(base.tokenizer, prose, settings.seed),
         settings.lengths,
