@@ -51,7 +51,7 @@ def test_a_difference_of_that_rank_is_given_back(base, tmp_path):
         expected, got = other(ids).logits, again(ids).logits
     assert again.config.max_position_embeddings == 4096
     # The factors are kept in 8 bits.
-    assert (got - expected).norm() < 0.1 * (base.model(ids).logits - expected).norm()
+    assert (got - expected).norm() < 0.06 * (base.model(ids).logits - expected).norm()
 
 
 def test_more_rank_keeps_more_and_takes_more_room(base, tmp_path):

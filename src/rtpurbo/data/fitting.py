@@ -1,8 +1,12 @@
-"""The largest haystack that fits: bisection, with guesses that make it short."""
+"""The largest haystack that fits: bisection, with guesses that make it short, and what grows so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 REACH = 16
 
@@ -45,3 +49,20 @@ def largest_that_fits(count: Callable[[int], int], limit: int, smallest: int) ->
         else:
             too_large, too_many = guess, guess_count
     return fits
+
+
+class Stream(Generic[T]):
+    """Keeps what an endless iterator gave, so that larger haystacks begin with smaller ones.
+
+    Its iterator must not share a random generator with anything that draws later: what it gives
+    must not depend on the sizes that are tried.
+    """
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self._source = source
+        self._given: list[T] = []
+
+    def first(self, count: int) -> list[T]:
+        """The first elements, always the same."""
+        self._given += islice(self._source, max(0, count - len(self._given)))
+        return self._given[:count]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 import re
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count, cycle
 from typing import TYPE_CHECKING
 
-from rtpurbo.data.needles import listed, needle_question, needle_sentence
+from rtpurbo.data.fitting import Stream
+from rtpurbo.data.needles import listed, needle_question, needle_sentence, random_values
 from rtpurbo.data.prompts import (
     Conversation,
     Question,
@@ -117,7 +117,7 @@ class LongRangeMix:
         haystack = haystack or _draw(HAYSTACKS, rng)
         kind = "uuid" if rng.random() < UUID_SHARE else "number"
         keys = self._keys(rng, kind == "uuid" and haystack == NEEDLES and rng.random() < 0.5)
-        values = _values(rng, kind)
+        values = random_values(rng, kind)
         room = max(1, length // TOKENS_PER_NEEDLE[kind])
         num_keys = rng.choice([count for count in (1, 2, 4, 8, 16, 32) if count <= room])
         most = min(4, room // num_keys)
@@ -132,7 +132,7 @@ class LongRangeMix:
             held.setdefault(key, []).append(value)
         introduction, questions = self._questions(length, rng, held, kind, most_questions)
         hidden = [(depth, needle_sentence(key, value, kind)) for depth, key, value in needles]
-        distractors = (needle_sentence(*pair, kind) for pair in zip(keys, values, strict=False))
+        distractors = (needle_sentence(*pair, kind) for pair in zip(keys, values, strict=True))
         return self._around(haystack, length, rng, introduction, hidden, questions, distractors)
 
     def variables(
@@ -151,7 +151,8 @@ class LongRangeMix:
         questions = [chain.question() for chain in chains[:most_questions]]
         introduction = INTRODUCTION
         if length >= ROOM_FOR_EXAMPLE and rng.random() < EXAMPLE_SHARE:
-            example = hide(_dull_text(rng).first(EXAMPLE_SENTENCES), scatter(rng, [shown]))
+            dull = "\n".join(_dull_lines(rng).first(EXAMPLE_SENTENCES))
+            example = hide(dull, scatter(rng, [shown]))
             solved = shown.question()
             introduction = (
                 f"{INTRODUCTION}\n\n{example}\n\n{solved.question}\n\n{solved.opening}{solved.answer}"
@@ -177,7 +178,7 @@ class LongRangeMix:
     def _keys(self, rng: random.Random, uuids: bool) -> Iterator[str]:
         """Keys without end, no two the same."""
         if uuids:
-            return _uuids(rng)
+            return random_values(rng, "uuid")
         names = list(key_names(self.split))
         rng.shuffle(names)
         return chain(names, (f"{name}-{number}" for number in count(2) for name in names))
@@ -223,50 +224,18 @@ class LongRangeMix:
         what = f"A text with {len(hidden)} hidden sentence(s) and {len(questions)} question(s)"
         if haystack == PROSE:
             return fit_prose(self.tokenizer, self.corpus, length, rng, around, what)
-        lines = _Lines(distractors) if distractors and haystack == NEEDLES else _dull_text(rng)
-        return fit_units(length, lambda size: around(lines.first(size)), what)
+        lines = Stream(distractors) if distractors and haystack == NEEDLES else _dull_lines(rng)
+        return fit_units(length, lambda size: around("\n".join(lines.first(size))), what)
 
 
-class _Lines:
-    """Text that grows by lines, a longer one beginning with a shorter one."""
-
-    def __init__(self, source: Iterator[str]) -> None:
-        self._source = source
-        self._given: list[str] = []
-
-    def first(self, count: int) -> str:
-        for _, line in zip(range(count - len(self._given)), self._source, strict=False):
-            self._given.append(line)
-        return "\n".join(self._given[:count])
-
-
-def _dull_text(rng: random.Random) -> _Lines:
+def _dull_lines(rng: random.Random) -> Stream[str]:
     """A few short sentences over and over."""
-    chosen = rng.sample(DULL, rng.randint(3, 6))
-    return _Lines(cycle(chosen))
+    return Stream(cycle(rng.sample(DULL, rng.randint(3, 6))))
 
 
 def _draw(shares: dict[str, float], rng: random.Random) -> str:
     [drawn] = rng.choices(list(shares), weights=list(shares.values()))
     return drawn
-
-
-def _uuids(rng: random.Random) -> Iterator[str]:
-    """By chance, no two are ever the same."""
-    while True:
-        yield str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
-def _values(rng: random.Random, kind: str) -> Iterator[str]:
-    """Values without end, no two the same."""
-    if kind == "uuid":
-        yield from _uuids(rng)
-    given: set[int] = set()
-    while True:
-        value = rng.randrange(1_000_000, 10_000_000)
-        if value not in given:
-            given.add(value)
-            yield str(value)
 
 
 def passage_question(prose: str, depth: float) -> Question:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -158,6 +159,19 @@ def needle_question(key: str, values: list[str], kind: str = "number") -> tuple[
 def listed(keys: Sequence[str]) -> str:
     """One key, or several as in "a, b, and c"."""
     return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
+
+
+def random_values(rng: random.Random, kind: str = "number") -> Iterator[str]:
+    """Numbers of seven digits or UUIDs (`kind` "uuid"), without end, nothing twice."""
+    given: set[str] = set()
+    while True:
+        if kind == "uuid":
+            drawn = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        else:
+            drawn = str(rng.randrange(1_000_000, 10_000_000))
+        if drawn not in given:
+            given.add(drawn)
+            yield drawn
 
 
 def is_correct(example: RetrievalExample, generated_text: str) -> bool:

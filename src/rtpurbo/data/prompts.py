@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from rtpurbo.data.fitting import largest_that_fits
@@ -142,6 +143,7 @@ def fit_units(length: int, tokens_around: Callable[[int], Conversation], what: s
     Raises:
         RTPurboError: `length` leaves no room for one unit.
     """
+    tokens_around = cache(tokens_around)
     smallest = len(tokens_around(1))
     if smallest > length:
         raise RTPurboError(

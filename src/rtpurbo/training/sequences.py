@@ -61,16 +61,15 @@ class TrainingMix:
         length = self.lengths[number % len(self.lengths)]
         # Multiples of the golden ratio spread the kinds evenly over a short run, over every length.
         place = (number + 1) * GOLDEN_RATIO % 1
-        if place < self.needle_share:
-            return self._needles(length, rng)
-        place -= self.needle_share
-        if place < self.variable_share:
-            return self._variables(length, rng)
-        place -= self.variable_share
-        if place < self.passage_share:
-            return self._passage(length, rng)
-        if place - self.passage_share < self.haystack_share:
-            return self._haystack(length, rng)
+        for share, draw in (
+            (self.needle_share, self._needles),
+            (self.variable_share, self._variables),
+            (self.passage_share, self._passage),
+            (self.haystack_share, self._haystack),
+        ):
+            if place < share:
+                return draw(length, rng)
+            place -= share
         start = begin_ids(self.tokenizer)
         prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
         return TrainingSequence([*start, *prose])

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from rtpurbo.evaluation.ruler.draft import Draft, Request, Stream, offshoot
+from rtpurbo.data.fitting import Stream
+from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
 
 TOKENS_TO_GENERATE = 120
 NUM_COMMON = 10

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from rtpurbo.evaluation.ruler.materials import Materials
 
@@ -69,23 +68,6 @@ class Task:
     tokens_to_generate: int
     draft: Callable[[Request], Draft]
     any_answer: bool = False
-
-
-class Stream(Generic[T]):
-    """Keeps what an endless iterator gave, so that larger haystacks begin with smaller ones.
-
-    Its iterator must not share a random generator with anything that draws later: what it gives
-    must not depend on the sizes that are tried.
-    """
-
-    def __init__(self, source: Iterator[T]) -> None:
-        self._source = source
-        self._given: list[T] = []
-
-    def first(self, count: int) -> list[T]:
-        """The first elements, always the same."""
-        self._given += islice(self._source, max(0, count - len(self._given)))
-        return self._given[:count]
 
 
 def offshoot(rng: random.Random) -> random.Random:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rtpurbo.data.needles import listed, needle_question, needle_sentence
+from rtpurbo.data.fitting import Stream
+from rtpurbo.data.needles import listed, needle_question, needle_sentence, random_values
 from rtpurbo.data.prompts import hide
-from rtpurbo.evaluation.ruler.draft import Draft, Request, Stream, offshoot
+from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
 from rtpurbo.evaluation.ruler.noise import insert_lines, noise_lines
 
 TOKENS_TO_GENERATE = 128
@@ -45,7 +44,7 @@ class NeedleTask:
     def draft(self, request: Request) -> Draft:
         """Draws keys, values and depths."""
         rng, kind = request.rng, self.values.removesuffix("s")
-        keys, values = self._keys(request), self._values(rng)
+        keys, values = self._keys(request), random_values(rng, kind)
         held = {
             next(keys): [next(values) for _ in range(self.num_values)] for _ in range(self.num_keys)
         }
@@ -78,23 +77,4 @@ class NeedleTask:
     def _keys(self, request: Request) -> Iterator[str]:
         if self.keys == "words":
             return request.materials.vocabulary.compounds(request.rng)
-        return _distinct(lambda: _random_uuid(request.rng))
-
-    def _values(self, rng: random.Random) -> Iterator[str]:
-        if self.values == "numbers":
-            return _distinct(lambda: str(rng.randrange(1_000_000, 10_000_000)))
-        return _distinct(lambda: _random_uuid(rng))
-
-
-def _random_uuid(rng: random.Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
-def _distinct(draw: Callable[[], str]) -> Iterator[str]:
-    """Draws without end, nothing twice."""
-    given: set[str] = set()
-    while True:
-        drawn = draw()
-        if drawn not in given:
-            given.add(drawn)
-            yield drawn
+        return random_values(request.rng, "uuid")

@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 
-from rtpurbo.evaluation.ruler.draft import Draft, Request, Stream, offshoot
+from rtpurbo.data.fitting import Stream
+from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
 from rtpurbo.evaluation.ruler.materials import Materials, first_words
 from rtpurbo.evaluation.ruler.questions import PassageQuestion, QuestionSet
 
