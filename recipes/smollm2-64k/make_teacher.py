@@ -57,8 +57,8 @@ STAGES = {
         embeddings=False,
     ),
     "64k": TeacherSettings(
-        steps=200,
-        lengths=(16384, 65536, 32768, 65536),
+        steps=300,
+        lengths=(8192, 65536, 16384, 32768),
         context=65536,
         learning_rate=5e-4,
         lora_rank=ADAPTER_RANK,
