@@ -66,6 +66,16 @@ def test_needles_hide_among_needles_with_other_keys():
     assert kinds == {(False, False), (False, True), (True, True)}
 
 
+@pytest.mark.parametrize("haystack", ["needles", "noise"])
+def test_nothing_in_the_layout_tells_which_lines_are_asked_for(haystack):
+    for seed in range(8):
+        text, _ = parts(mix(), "needles", seed, haystack)
+        haystack_lines = text.partition("afterwards.\n\n")[2].partition("\n\n")[0].split("\n")
+        needles = [line for line in haystack_lines if line not in DULL]
+        assert needles
+        assert all(ANY_NEEDLE.fullmatch(line) for line in needles)
+
+
 def test_keys_do_not_end():
     keys = mix()._keys(random.Random(0), False)
     many = [next(keys) for _ in range(10_000)]

@@ -195,6 +195,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(
         reads, "step_counts", lambda step, _: step_counts(step, torch.device("cuda"))
     )
+    monkeypatch.setattr(reads, "any_step_counts_from", lambda step, _: step < reads.STEPS_WATCHED)
 
 
 def record_steps(model, monkeypatch, graph_class):
@@ -246,6 +247,22 @@ def test_steps_that_are_not_measured_are_replayed(
     assert events == 2 * list(expected_steps(PROMPT, 59, layers))
     still_writing = (expected[:, PROMPT:-1][:, :32:4] != 0).sum()
     assert meter.reads().rows == 2 * still_writing * layers * len(RETRIEVAL_HEADS)
+
+
+def test_local_steps_are_replayed_after_the_last_that_is_measured(
+    plain_steps, as_on_a_gpu, monkeypatch  # noqa: F811
+):  # fmt: skip
+    model, (ids, mask) = sparse_model(), padded_batch((5, 0), PROMPT)
+    head_map = model.rtpurbo_config.head_map
+    sparsify(model, replace(model.rtpurbo_config, head_map=empty_head_map(model)))
+    expected, _ = greedy_by_recomputation(model, ids, mask, 60)
+    events = record_steps(model, monkeypatch, plain_steps)
+    with metering(model, head_map, [0]):
+        for _ in range(2):
+            assert torch.equal(answers(model, ids, mask, new=60), expected)
+    measured = [step for step in expected_steps(PROMPT, 32, LAYERS) if step != "replayed"]
+    assert events == 2 * [*measured, *27 * ["replayed"]]
+    assert all(module.observer is None for module in headwise_modules(model))
 
 
 def test_a_measured_step_may_find_a_cache_that_is_full(

@@ -22,6 +22,7 @@ from rtpurbo.data.prompts import (
     fit_prose,
     fit_units,
     hide,
+    hide_among_lines,
 )
 from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids
 from rtpurbo.data.variables import INTRODUCTION, draw_chains, scatter
@@ -151,8 +152,8 @@ class LongRangeMix:
         questions = [chain.question() for chain in chains[:most_questions]]
         introduction = INTRODUCTION
         if length >= ROOM_FOR_EXAMPLE and rng.random() < EXAMPLE_SHARE:
-            dull = "\n".join(_dull_lines(rng).first(EXAMPLE_SENTENCES))
-            example = hide(dull, scatter(rng, [shown]))
+            dull = _dull_lines(rng).first(EXAMPLE_SENTENCES)
+            example = hide_among_lines(dull, scatter(rng, [shown]))
             solved = shown.question()
             introduction = (
                 f"{INTRODUCTION}\n\n{example}\n\n{solved.question}\n\n{solved.opening}{solved.answer}"
@@ -217,15 +218,22 @@ class LongRangeMix:
         """A haystack with what is hidden in it, and the questions, as long as may be."""
 
         def around(text: str) -> Conversation:
-            return conversation_tokens(
-                self.tokenizer, f"{introduction}\n\n{hide(text, hidden)}", questions
-            )
+            return conversation_tokens(self.tokenizer, f"{introduction}\n\n{text}", questions)
 
         what = f"A text with {len(hidden)} hidden sentence(s) and {len(questions)} question(s)"
         if haystack == PROSE:
-            return fit_prose(self.tokenizer, self.corpus, length, rng, around, what)
+            return fit_prose(
+                self.tokenizer,
+                self.corpus,
+                length,
+                rng,
+                lambda prose: around(hide(prose, hidden)),
+                what,
+            )
         lines = Stream(distractors) if distractors and haystack == NEEDLES else _dull_lines(rng)
-        return fit_units(length, lambda size: around("\n".join(lines.first(size))), what)
+        return fit_units(
+            length, lambda size: around(hide_among_lines(lines.first(size), hidden)), what
+        )
 
 
 def _dull_lines(rng: random.Random) -> Stream[str]:

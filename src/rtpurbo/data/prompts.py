@@ -167,6 +167,14 @@ def hide(prose: str, sentences: Sequence[tuple[float, str]]) -> str:
     return " ".join(piece.strip(" ") for piece in [*pieces, prose[start:]] if piece)
 
 
+def hide_among_lines(lines: Sequence[str], hidden: Sequence[tuple[float, str]]) -> str:
+    """A text of lines and of those hidden among them, each at its depth from 0 to 1, in order."""
+    filled = list(lines)
+    for depth, line in reversed(hidden):
+        filled.insert(round(depth * len(lines)), line)
+    return "\n".join(filled)
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """The text of some tokens, nothing cleaned up."""
     return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.needles import is_correct, make_retrieval_example
 from rtpurbo.data.texts import TextCorpus
+from rtpurbo.evaluation.batching import questions_at_once
 from rtpurbo.evaluation.samples import Outcome, Sample
 from rtpurbo.models.text import continue_tokens
 
@@ -21,8 +22,6 @@ TASKS = {
 
 # An answer may be worded with a few more tokens than expected.
 SLACK_TOKENS = 8
-
-QUESTIONS_AT_ONCE = 10
 
 
 def needle_accuracy(
@@ -65,8 +64,7 @@ def needle_accuracy(
         for number in range(samples)
     ]
     answered = []
-    # A GPU answers several questions in the time of one; a CPU does not, and each would wait.
-    at_once = QUESTIONS_AT_ONCE if model.device.type == "cuda" else 1
+    at_once = questions_at_once(model, context_length)
     for first in range(0, samples, at_once):
         batch = examples[first : first + at_once]
         budget = max(len(example.answer_ids) for example in batch) + SLACK_TOKENS

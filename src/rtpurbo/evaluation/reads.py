@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from rtpurbo.models.arguments import named
 from rtpurbo.models.attention import LayerObservation
 from rtpurbo.models.cache_layers import GrowingBuffer
 from rtpurbo.models.slots import positions_of
-from rtpurbo.models.sparsify import headwise_modules, is_sparse, observing
+from rtpurbo.models.sparsify import headwise_modules, is_sparse
 from rtpurbo.ops import SelectionRows, SelectionStatistics
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
@@ -216,17 +216,25 @@ class ForwardWatch:
     graph may stand; no module within is then called. A base model that is called without its head
     tells of itself.
 
+    A reader needs the keys of every step up to the last that counts, so none before it is replayed.
+
     Args:
         model: dense or sparse.
         meter: measures.
         head_map: the heads that retrieve, where the model itself has none.
         stop_ids: tokens that end or pad a sequence.
+        reader: shown the states of heads that have become local; None where heads retrieve.
     """
 
     def __init__(
-        self, model: PreTrainedModel, meter: ReadMeter, head_map: HeadMap, stop_ids: Collection[int]
+        self,
+        model: PreTrainedModel,
+        meter: ReadMeter,
+        head_map: HeadMap,
+        stop_ids: Collection[int],
+        reader: WindowReader | None = None,
     ) -> None:
-        self.model, self.meter, self.head_map = model, meter, head_map
+        self.model, self.meter, self.head_map, self.reader = model, meter, head_map, reader
         self._is_dense = not is_sparse(model)
         self._modules = [] if self._is_dense else headwise_modules(model)
         self._stops = torch.tensor(sorted(stop_ids), device=model.device)
@@ -249,6 +257,7 @@ class ForwardWatch:
             for hook in hooks:
                 hook.remove()
             self._count_in(None)
+            self._show(None)
 
     def _begin(self, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         self._is_told = True
@@ -267,8 +276,11 @@ class ForwardWatch:
         if ids.shape[1] > 1:
             self._steps = 0
             counts = given.get("use_cache") is False
+            self._show(self.reader)
         else:
             counts = step_counts(self._steps, ids.device)
+            if not any_step_counts_from(self._steps, ids.device):
+                self._show(None)
             self._steps += 1
             if counts:
                 active = ~torch.isin(ids[:, 0], self._stops)
@@ -282,12 +294,22 @@ class ForwardWatch:
         for module in self._modules:
             module.statistics = meter
 
+    def _show(self, reader: WindowReader | None) -> None:
+        if self.reader is not None:
+            for module in self._modules:
+                module.observer = reader
+
 
 def step_counts(step: int, device: torch.device) -> bool:
     """Whether a decoding step is measured; steps of an answer count from 0."""
     if device.type != "cuda":
         return True
-    return step < STEPS_WATCHED and step % STEP_STRIDE == 0
+    return any_step_counts_from(step, device) and step % STEP_STRIDE == 0
+
+
+def any_step_counts_from(step: int, device: torch.device) -> bool:
+    """Whether a decoding step or any after it may be measured."""
+    return device.type != "cuda" or step < STEPS_WATCHED
 
 
 @contextmanager
@@ -307,12 +329,10 @@ def metering(
         stop_ids: tokens that end or pad a sequence.
     """
     meter = ReadMeter(row_stride=ROW_STRIDE)
-    observed: AbstractContextManager[None] = nullcontext()
+    reader = None
     if is_sparse(model) and not model.rtpurbo_config.head_map.num_retrieval_heads:
-        # It keeps the keys of every step, so none is replayed.
         reader = WindowReader(meter, head_map, model.rtpurbo_config.attention)
-        observed = observing(model, reader, dense=False)
-    with ForwardWatch(model, meter, head_map, stop_ids).watching(), observed:
+    with ForwardWatch(model, meter, head_map, stop_ids, reader).watching():
         yield meter
 
 

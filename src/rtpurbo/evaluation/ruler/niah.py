@@ -8,9 +8,9 @@ from typing import Literal
 
 from rtpurbo.data.fitting import Stream
 from rtpurbo.data.needles import listed, needle_question, needle_sentence, random_values
-from rtpurbo.data.prompts import hide
+from rtpurbo.data.prompts import hide, hide_among_lines
 from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
-from rtpurbo.evaluation.ruler.noise import insert_lines, noise_lines
+from rtpurbo.evaluation.ruler.noise import noise_lines
 
 TOKENS_TO_GENERATE = 128
 
@@ -63,7 +63,7 @@ class NeedleTask:
             if self.haystack == "essay":
                 return hide(" ".join(prose.first(size)), hidden)
             lines = noise_lines(size) if self.haystack == "noise" else distractors.first(size)
-            return "\n".join(insert_lines(lines, hidden))
+            return hide_among_lines(lines, hidden)
 
         introduction, question = needle_question(listed(asked), answers, kind)
         return Draft(

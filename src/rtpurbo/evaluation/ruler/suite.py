@@ -6,16 +6,13 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.evaluation.batching import questions_at_once
 from rtpurbo.evaluation.ruler.examples import Example, make_examples
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.scoring import answer_score
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.evaluation.samples import Outcome, Sample
 from rtpurbo.models.text import continue_tokens
-
-QUESTIONS_AT_ONCE = 10
-# The cache of all of them must fit beside the model.
-TOKENS_AT_ONCE = 2**18
 
 
 class RulerSuite:
@@ -66,10 +63,7 @@ class RulerSuite:
         """
         examples = self.examples(tokenizer, task, context_length, samples)
         kind, answered = TASKS[task], list[Sample]()
-        # As with needles: only a GPU answers several questions in the time of one.
-        is_gpu = model.device.type == "cuda"
-        fitting = max(1, TOKENS_AT_ONCE // context_length)
-        at_once = min(QUESTIONS_AT_ONCE, fitting) if is_gpu else 1
+        at_once = questions_at_once(model, context_length)
         for first in range(0, samples, at_once):
             batch = examples[first : first + at_once]
             prompts = [example.prompt_ids for example in batch]

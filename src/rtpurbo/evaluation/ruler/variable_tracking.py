@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from rtpurbo.data.prompts import hide_among_lines
 from rtpurbo.data.variables import INTRODUCTION, draw_chains, scatter
 from rtpurbo.evaluation.ruler.draft import Draft, Request
-from rtpurbo.evaluation.ruler.noise import insert_lines, noise_lines
+from rtpurbo.evaluation.ruler.noise import noise_lines
 
 TOKENS_TO_GENERATE = 30
 NUM_CHAINS, NUM_HOPS = 1, 4
@@ -34,5 +35,4 @@ def draft(request: Request) -> Draft:
 
 
 def _tracked(hidden: list[tuple[float, str]], num_sentences: int) -> str:
-    lines = insert_lines(noise_lines(num_sentences), hidden)
-    return f"{INTRODUCTION}\n\n" + "\n".join(lines)
+    return f"{INTRODUCTION}\n\n{hide_among_lines(noise_lines(num_sentences), hidden)}"

@@ -1,0 +1,32 @@
+"""How many questions a model answers at once."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from rtpurbo.models.sparsify import is_sparse
+
+MOST_AT_ONCE = 32
+# The cache of all of them must fit beside the model.
+TOKENS_AT_ONCE = 2**18
+# Of a dense model's mask, a byte each before attention turns it into its own numbers.
+MASK_ENTRIES = 2**30
+
+
+def questions_at_once(model: PreTrainedModel, context_length: int) -> int:
+    """The questions of a batch whose prompts differ in length.
+
+    A GPU answers several in the time of one; a CPU does not, and each would wait. In a dense model
+    several padded prompts need a mask, [batch, length, length], and one alone needs none: long
+    prompts are slower together, and one batch of eight at 32K took 50 GB (docs/experiment-log.md).
+
+    Args:
+        model: dense or sparse.
+        context_length: tokens of the longest prompt and answer.
+    """
+    if model.device.type != "cuda":
+        return 1
+    fitting = TOKENS_AT_ONCE // context_length
+    if not is_sparse(model):
+        fitting = min(fitting, MASK_ENTRIES // context_length**2)
+    return max(1, min(MOST_AT_ONCE, fitting))
