@@ -79,8 +79,8 @@ class IndexerTrainingSettings:
         needle_share: share of training sequences that hold needles and a question; the rest is prose.
         variable_share: share that hold chains of variables and a question.
         passage_share: share that quote a passage of their prose, to be continued.
-        haystack_share: share that hide needles or chains in dull repeated sentences, or needles among
-            other needles, and ask a question.
+        haystack_share: share that hide needles or chains in dull repeated sentences, needles among
+            other needles, or needles in prose of which several keys' are asked for at once.
         sequences_per_step: sequences of one step, over all processes; None takes one a process.
         probe_sequences: held-out sequences on which recall is watched.
         probe_every: steps between two looks.
@@ -135,8 +135,8 @@ class DistillationSettings:
         needle_share: share of sequences that hold needles and a question.
         variable_share: share that hold chains of variables and a question.
         passage_share: share that quote a passage of their prose, to be continued.
-        haystack_share: share that hide needles or chains in dull repeated sentences, or needles among
-            other needles, and ask a question.
+        haystack_share: share that hide needles or chains in dull repeated sentences, needles among
+            other needles, or needles in prose of which several keys' are asked for at once.
         sequences_per_step: sequences of one step, over all processes; None takes one a process.
         decode_rows: last rows of prose that select their keys as decoding steps do; the rows that write
             an answer always do, unless this is 0.

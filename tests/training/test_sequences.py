@@ -1,5 +1,6 @@
 """Training sequences: drawn by number, the same in every run."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -39,9 +40,14 @@ def test_haystacks_have_their_share_and_one_question(mix):
     sequences = [drawn.sequence(number) for number in range(16)]
     asking = [sequence for sequence in sequences if sequence.num_answer_tokens]
     assert len(asking) == 8
+    in_prose = listed = 0
     for sequence in asking:
         text = mix.tokenizer.decode(sequence.input_ids)
         assert text.count("<|im_start|>assistant") == 1
         prose = text.count("special magic") < 20 and sum(map(text.count, DULL)) < 20
-        assert not prose
+        listed += bool(prose and re.search(r"magic \w+s for [\w-]+,.* and [\w-]+ mentioned", text))
+        in_prose += prose
         assert len(sequence.input_ids) <= 3000
+    # Prose holds one key in a few cases, of which several cannot be asked for.
+    assert 0 < in_prose < len(asking)
+    assert listed >= in_prose / 2

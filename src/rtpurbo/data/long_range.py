@@ -104,6 +104,7 @@ class LongRangeMix:
         rng: random.Random,
         haystack: str | None = None,
         most_questions: int = MAX_QUESTIONS,
+        listed_share: float = LISTED_SHARE,
     ) -> Conversation:
         """1 to 32 keys with 1 to 4 values each, and up to 8 questions.
 
@@ -114,6 +115,7 @@ class LongRangeMix:
             rng: the source of all randomness.
             haystack: of `HAYSTACKS`; drawn if None.
             most_questions: at most so many questions.
+            listed_share: how often one question asks for several keys at once, where there are several.
         """
         haystack = haystack or _draw(HAYSTACKS, rng)
         kind = "uuid" if rng.random() < UUID_SHARE else "number"
@@ -131,7 +133,9 @@ class LongRangeMix:
         held: dict[str, list[str]] = {}
         for _, key, value in needles:
             held.setdefault(key, []).append(value)
-        introduction, questions = self._questions(length, rng, held, kind, most_questions)
+        introduction, questions = self._questions(
+            length, rng, held, kind, most_questions, listed_share
+        )
         hidden = [(depth, needle_sentence(key, value, kind)) for depth, key, value in needles]
         distractors = (needle_sentence(*pair, kind) for pair in zip(keys, values, strict=True))
         return self._around(haystack, length, rng, introduction, hidden, questions, distractors)
@@ -191,10 +195,11 @@ class LongRangeMix:
         held: dict[str, list[str]],
         kind: str,
         most_questions: int,
+        listed_share: float,
     ) -> tuple[str, list[Question]]:
         """What introduces the text, and questions for some keys, for each or for several at once."""
         most = min(len(held), most_questions, max(1, length // TOKENS_PER_QUESTION[kind]))
-        if len(held) > 1 and rng.random() < LISTED_SHARE:
+        if len(held) > 1 and rng.random() < listed_share:
             together = rng.sample(sorted(held), min(len(held), rng.randint(2, 4)))
             every = [value for key in together for value in held[key]]
             introduction, question = needle_question(listed(together), every, kind)

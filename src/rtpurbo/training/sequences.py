@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rtpurbo.data.long_range import NEEDLES, NOISE, LongRangeMix
+from rtpurbo.data.long_range import LISTED_SHARE, NEEDLES, NOISE, PROSE, LongRangeMix
 from rtpurbo.data.needles import make_retrieval_example
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import Prose, begin_ids
 from rtpurbo.data.variables import make_variable_example
+from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
 
 TOKENS_PER_NEEDLE = 128
 TOKENS_PER_CHAIN = 512
@@ -41,8 +42,9 @@ class TrainingMix:
             question about one.
         passage_share: share of sequences that quote a passage of their prose, which must be
             continued.
-        haystack_share: share of sequences that hide needles or chains in dull repeated sentences, or
-            needles among other needles, and ask a question.
+        haystack_share: share of sequences that hide needles or chains in dull repeated sentences,
+            needles among other needles, or needles in prose of which several keys' are asked for at
+            once.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +56,28 @@ class TrainingMix:
     variable_share: float = 0.0
     passage_share: float = 0.0
     haystack_share: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        settings: IndexerTrainingSettings | DistillationSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Prose,
+        seed: int,
+        purpose: str,
+    ) -> TrainingMix:
+        """The mix that a stage's settings ask for."""
+        return cls(
+            tokenizer,
+            corpus,
+            settings.lengths,
+            settings.needle_share,
+            seed,
+            purpose,
+            settings.variable_share,
+            settings.passage_share,
+            settings.haystack_share,
+        )
 
     def sequence(self, number: int) -> TrainingSequence:
         """Sequence `number` of this mix; without any share left for a task, it is prose."""
@@ -106,10 +130,12 @@ class TrainingMix:
 
     def _haystack(self, length: int, rng: random.Random) -> TrainingSequence:
         mix = LongRangeMix(self.tokenizer, self.corpus)
-        haystack = rng.choice((NOISE, NEEDLES, NEEDLES))
+        haystack = rng.choice((NOISE, NEEDLES, PROSE))
         if haystack == NOISE and rng.random() < 0.5:
             return _with_answer(mix.variables(length, rng, haystack, most_questions=1))
-        return _with_answer(mix.needles(length, rng, haystack, most_questions=1))
+        # One key's needles in prose come by a share of their own.
+        listed_share = 1.0 if haystack == PROSE else LISTED_SHARE
+        return _with_answer(mix.needles(length, rng, haystack, 1, listed_share))
 
 
 def _with_answer(conversation: Conversation) -> TrainingSequence:

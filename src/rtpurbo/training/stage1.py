@@ -98,17 +98,7 @@ def train_indexers(
         for name, weight in module.indexer.named_parameters()
     }
 
-    mix = TrainingMix(
-        tokenizer,
-        random_access(corpus),
-        settings.lengths,
-        settings.needle_share,
-        seed,
-        stage,
-        settings.variable_share,
-        settings.passage_share,
-        settings.haystack_share,
-    )
+    mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, stage)
     per_step = settings.sequences_per_step or processes.count
     source = SequenceSource(mix, corpus, per_step, processes)
     probe_mix = replace(mix, corpus=held_out, purpose=f"{stage}-probe")

@@ -64,17 +64,7 @@ def distill(
     """
     settings = settings or DistillationSettings()
     check_context("sequences", max(settings.lengths), model.config.max_position_embeddings)
-    mix = TrainingMix(
-        tokenizer,
-        random_access(corpus),
-        settings.lengths,
-        settings.needle_share,
-        seed,
-        "stage2",
-        settings.variable_share,
-        settings.passage_share,
-        settings.haystack_share,
-    )
+    mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, "stage2")
     per_step = settings.sequences_per_step or processes.count
     source = SequenceSource(mix, corpus, per_step, processes)
     targets = TeacherCache(teacher_folder, source, settings, seed)
