@@ -151,6 +151,8 @@ def stages_of(arguments: argparse.Namespace) -> dict[str, TeacherSettings]:
             seed=arguments.seed,
             lora_rank=arguments.rank if settings.lora_rank else 0,
         )
+        if arguments.steps:
+            stages[name] = replace(stages[name], steps=arguments.steps)
         if name == arguments.until:
             break
     return stages
@@ -257,6 +259,7 @@ def main() -> None:
         type=Path,
         help="a model that this recipe made, to train the last stage again from",
     )
+    parser.add_argument("--steps", type=int, help="of the last stage, with --begin")
     parser.add_argument("--until", choices=STAGES, help="make the stages up to this one, no more")
     parser.add_argument(
         "--rank",
@@ -270,6 +273,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="only try the machinery")
     arguments = parser.parse_args()
+    if arguments.steps is not None and (arguments.steps < 1 or not arguments.begin):
+        parser.error("--steps takes a positive number, and needs --begin")
     try:
         if arguments.rebuild:
             rebuild(load_base_model(arguments.model), arguments.rebuild, arguments.output)

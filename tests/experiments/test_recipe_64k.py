@@ -94,13 +94,16 @@ def test_the_adapter_is_the_teacher(tmp_path):
     origin = json.loads((tmp_path / "made" / "adapter" / "difference.json").read_text())
     assert origin["rank"] == 2
 
-    assert "all done" in recipe(tmp_path, "further", "--begin", tmp_path / "again")
+    assert "all done" in recipe(
+        tmp_path, "further", "--begin", tmp_path / "again", "--steps", "2"
+    )
     assert {path.name for path in (tmp_path / "further").iterdir() if path.is_dir()} == {
         "64k", "adapter", "teacher",
     }  # fmt: skip
     further = load_file(tmp_path / "further" / "teacher" / "model.safetensors")
     assert any(not torch.equal(further[name], again[name]) for name in again)
     steps = [losses_of(tmp_path / folder / "64k") for folder in ("made", "further")]
+    assert [len(losses) for losses in steps] == [3, 2]
     assert steps[1][0] < steps[0][0]
 
 
