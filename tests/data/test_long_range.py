@@ -1,8 +1,10 @@
 import random
 import re
+from collections import Counter
 
 import pytest
 
+from rtpurbo.data.counting import DOTS, LIST_INTRODUCTION
 from rtpurbo.data.long_range import DULL, HAYSTACKS, LongRangeMix, passage_question
 from rtpurbo.data.variables import INTRODUCTION
 from rtpurbo.data.words import key_names
@@ -123,6 +125,39 @@ def test_a_passage_goes_on_as_it_does_in_the_text():
     [quote] = re.findall(r'passage of the text go on\? "(.*)"', text)
     assert f"{quote}{answer}" in text
     assert passage_question("", 0.5).answer == " "
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_who_counts_finds_the_answer(has_template):
+    kinds = set()
+    for seed in range(16):
+        text, [answer] = parts(mix(has_template), "counting", seed)
+        if "code words" in text:
+            body = text.partition("most frequent ones.\n\n")[2].partition("\n\n")[0]
+            ranked = [word for word, _ in Counter(body.split(" ")).most_common()]
+            assert ranked[0] == DOTS
+            assert answer.split() == ranked[1:4]
+            kinds.add("code")
+            continue
+        *examples, last = text.split(LIST_INTRODUCTION)[1:]
+        kinds.add(f"list, {len(examples)} examples")
+        for part in (*examples, last):
+            body, _, asked = part.strip().partition("\n\n")
+            solution = re.findall(r"\d+\. ([\w-]+)", asked)
+            counted = Counter(re.findall(r"\d+\. ([\w-]+)", body))
+            times = dict(counted.most_common(len(solution)))
+            assert set(times) == set(solution)
+            assert len(set(times.values())) == 1
+            assert max(set(counted.values()) - set(times.values())) * 2 <= max(times.values())
+            assert sorted(solution, key=list(counted).index) == solution
+            assert set(counted) <= set(key_names("train"))
+    assert kinds == {"code", "list, 0 examples", "list, 1 examples"}
+
+
+@pytest.mark.parametrize("length", [1024, 4096, 8192])
+def test_counting_fits_lists_of_every_length(length):
+    for seed in range(40):
+        assert len(mix().counting(length, random.Random(seed))) <= length
 
 
 @pytest.mark.parametrize("haystack", HAYSTACKS)

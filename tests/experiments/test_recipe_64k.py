@@ -94,9 +94,7 @@ def test_the_adapter_is_the_teacher(tmp_path):
     origin = json.loads((tmp_path / "made" / "adapter" / "difference.json").read_text())
     assert origin["rank"] == 2
 
-    assert "all done" in recipe(
-        tmp_path, "further", "--begin", tmp_path / "again", "--steps", "2"
-    )
+    assert "all done" in recipe(tmp_path, "further", "--begin", tmp_path / "again", "--steps", "2")
     assert {path.name for path in (tmp_path / "further").iterdir() if path.is_dir()} == {
         "64k", "adapter", "teacher",
     }  # fmt: skip

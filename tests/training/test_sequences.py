@@ -51,3 +51,13 @@ def test_haystacks_have_their_share_and_one_question(mix):
     # Prose holds one key in a few cases, of which several cannot be asked for.
     assert 0 < in_prose < len(asking)
     assert listed >= in_prose / 2
+
+
+def test_counting_has_its_share(mix):
+    drawn = replace(mix, lengths=(3000,), needle_share=0.0, counting_share=0.5)
+    sequences = [drawn.sequence(number) for number in range(8)]
+    asking = [sequence for sequence in sequences if sequence.num_answer_tokens]
+    assert len(asking) == 4
+    for sequence in asking:
+        assert "come up most often" in mix.tokenizer.decode(sequence.input_ids)
+        assert len(sequence.input_ids) <= 3000

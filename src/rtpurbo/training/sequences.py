@@ -45,6 +45,7 @@ class TrainingMix:
         haystack_share: share of sequences that hide needles or chains in dull repeated sentences,
             needles among other needles, or needles in prose of which several keys' are asked for at
             once.
+        counting_share: share of sequences that ask which words of a list or a text come up most often.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ class TrainingMix:
     variable_share: float = 0.0
     passage_share: float = 0.0
     haystack_share: float = 0.0
+    counting_share: float = 0.0
 
     @classmethod
     def of(
@@ -77,6 +79,7 @@ class TrainingMix:
             settings.variable_share,
             settings.passage_share,
             settings.haystack_share,
+            settings.counting_share,
         )
 
     def sequence(self, number: int) -> TrainingSequence:
@@ -90,6 +93,7 @@ class TrainingMix:
             (self.variable_share, self._variables),
             (self.passage_share, self._passage),
             (self.haystack_share, self._haystack),
+            (self.counting_share, self._counting),
         ):
             if place < share:
                 return draw(length, rng)
@@ -136,6 +140,9 @@ class TrainingMix:
         # One key's needles in prose come by a share of their own.
         listed_share = 1.0 if haystack == PROSE else LISTED_SHARE
         return _with_answer(mix.needles(length, rng, haystack, 1, listed_share))
+
+    def _counting(self, length: int, rng: random.Random) -> TrainingSequence:
+        return _with_answer(LongRangeMix(self.tokenizer, self.corpus).counting(length, rng))
 
 
 def _with_answer(conversation: Conversation) -> TrainingSequence:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from rtpurbo.data.counting import LIST_INTRODUCTION, list_question, numbered, shuffled_list
 from rtpurbo.data.fitting import Stream
 from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
 
@@ -36,13 +36,6 @@ LONG_FROM = 4096
 LONG_EXAMPLE_WORDS, SHORT_EXAMPLE_WORDS = 30, 10
 """Uncommon words of the worked example."""
 
-INTRODUCTION = (
-    "The numbered list below repeats its words, some of them far more often than the others. "
-    "Keep in mind which ones come up most."
-)
-QUESTION = f"Which {NUM_COMMON} words come up most often in the list above?"
-OPENING = f"The {NUM_COMMON} words that come up most often in the list are:"
-
 
 def draft(request: Request) -> Draft:
     """Draws the words of the list, and others for the worked example before it."""
@@ -59,15 +52,16 @@ def draft(request: Request) -> Draft:
         LONG_EXAMPLE if is_long else SHORT_EXAMPLE,
         rng.getrandbits(64),
     )
-    solved = f"{example}\n\n{QUESTION}\n\n{OPENING} {_numbered(example_common)}"
+    shown, asked = list_question(example_common), list_question(common)
+    solved = f"{example}\n\n{shown.question}\n\n{shown.opening}{shown.answer}"
     shuffle_seed = rng.getrandbits(64)
     uncommon = Stream(_uncommon(request, words, common))
     return Draft(
         text=lambda size: (
             f"{solved}\n\n\n{_listed(common, uncommon.first(size), frequencies, shuffle_seed)}"
         ),
-        question=QUESTION,
-        opening=OPENING,
+        question=asked.question,
+        opening=asked.opening,
         answers=tuple(common),
         smallest=SMALLEST,
     )
@@ -88,10 +82,5 @@ def _uncommon(request: Request, words: Iterator[str], common: Sequence[str]) -> 
 def _listed(
     common: Sequence[str], uncommon: Sequence[str], frequencies: Frequencies, seed: int
 ) -> str:
-    entries = [*common] * frequencies.common + [*uncommon] * frequencies.uncommon
-    random.Random(seed).shuffle(entries)
-    return f"{INTRODUCTION}\n\n{_numbered(entries)}"
-
-
-def _numbered(words: Sequence[str]) -> str:
-    return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
+    entries = shuffled_list(common, uncommon, frequencies.common, frequencies.uncommon, seed)
+    return f"{LIST_INTRODUCTION}\n\n{numbered(entries)}"
