@@ -6,8 +6,31 @@ import math
 import random
 import string
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
 
-from rtpurbo.data.prompts import Question
+from rtpurbo.data.fitting import Stream
+from rtpurbo.data.prompts import Conversation, Question, conversation_tokens, fit_units
+from rtpurbo.data.texts import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMMON_WORDS = (3, 5, 10, 10)
+"""How many words of a list come up more often than the others, one of these."""
+
+MOST_COMMON = 30
+"""How often common words come up at the most; the others, a fourth as often or less."""
+
+COMMON_ROOM, EXAMPLE_ROOM = 0.4, 0.3
+"""The shares of a sequence that common words may take, and a solved example."""
+
+EXAMPLE_SHARE = 0.5
+"""How often a solved example comes before a list, where there is room."""
+
+EXAMPLE_COUNTS, EXAMPLE_UNCOMMON = (10, 3), 30
+
+TOKENS_TO_A_CODE_WORD, LEAST_CODE_WORDS, NUM_FREQUENT = 50, 10, 3
 
 LIST_INTRODUCTION = (
     "The numbered list below repeats its words, some of them far more often than the others. "
@@ -106,3 +129,60 @@ def zeta(alpha: float, terms: int = 1000) -> float:
     """Riemann's zeta function, by its first terms and the Euler-Maclaurin estimate of the rest."""
     head = math.fsum(rank**-alpha for rank in range(1, terms))
     return head + terms ** (1 - alpha) / (alpha - 1) + terms**-alpha / 2
+
+
+def common_words_list(
+    tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random, words: Iterator[str]
+) -> Conversation:
+    """A numbered list, and the question for the words that come up more often than the others.
+
+    Args:
+        tokenizer: the model's.
+        length: the most tokens.
+        rng: the source of all randomness.
+        words: those of the list, without end, no two the same.
+    """
+    num_common = rng.choice(COMMON_WORDS)
+    shown, common = ([next(words) for _ in range(num_common)] for _ in range(2))
+    entry = len(encode(tokenizer, numbered(common))) / num_common
+    most = min(MOST_COMMON, max(2, int(COMMON_ROOM * length / entry / num_common)))
+    common_count = rng.randint(max(2, most // 3), most)
+    uncommon_count = rng.randint(1, max(1, common_count // 4))
+    introduction = LIST_INTRODUCTION
+    others = [next(words) for _ in range(EXAMPLE_UNCOMMON)]
+    example = shuffled_list(shown, others, *EXAMPLE_COUNTS, rng.getrandbits(64))
+    if rng.random() < EXAMPLE_SHARE and len(example) * entry <= EXAMPLE_ROOM * length:
+        asked = list_question(_as_they_come(example, shown))
+        solved = asked.solved_after(f"{introduction}\n\n{numbered(example)}")
+        introduction = f"{solved}\n\n\n{introduction}"
+    uncommon, seed = Stream(words), rng.getrandbits(64)
+
+    def around(size: int) -> Conversation:
+        entries = shuffled_list(common, uncommon.first(size), common_count, uncommon_count, seed)
+        asked = list_question(_as_they_come(entries, common))
+        return conversation_tokens(tokenizer, f"{introduction}\n\n{numbered(entries)}", [asked])
+
+    return fit_units(length, around, f"A list with {num_common} common words")
+
+
+def code_words_text(
+    tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random
+) -> Conversation:
+    """A text of code words, at most `length` tokens with the question for the most frequent ones."""
+    alpha, seed = rng.uniform(1.6, 2.4), rng.getrandbits(64)
+    num_words = max(LEAST_CODE_WORDS, length // TOKENS_TO_A_CODE_WORD)
+    ranked = list(islice(code_words(rng), num_words))
+    asked = code_question(ranked[:NUM_FREQUENT])
+    introduction = code_introduction(NUM_FREQUENT)
+    smallest = smallest_code_text(NUM_FREQUENT, alpha)
+
+    def around(size: int) -> Conversation:
+        text = code_text(ranked, smallest + size, alpha, seed)
+        return conversation_tokens(tokenizer, f"{introduction}\n\n{text}", [asked])
+
+    return fit_units(length, around, "A text of code words")
+
+
+def _as_they_come(entries: list[str], words: Sequence[str]) -> list[str]:
+    """Words in the order in which they first come up: the one order in which they can be known."""
+    return sorted(words, key=entries.index)

@@ -8,22 +8,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, count, cycle, islice
+from itertools import chain, count, cycle
 from typing import TYPE_CHECKING
 
-from rtpurbo.data.counting import (
-    LIST_INTRODUCTION,
-    code_introduction,
-    code_question,
-    code_text,
-    code_words,
-    list_question,
-    numbered,
-    shuffled_list,
-    smallest_code_text,
-)
+from rtpurbo.data.counting import code_words_text, common_words_list
 from rtpurbo.data.fitting import Stream
 from rtpurbo.data.needles import listed, needle_question, needle_sentence, random_values
 from rtpurbo.data.prompts import (
@@ -35,7 +25,7 @@ from rtpurbo.data.prompts import (
     hide,
     hide_among_lines,
 )
-from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids, encode
+from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids
 from rtpurbo.data.variables import INTRODUCTION, draw_chains, scatter
 from rtpurbo.data.words import Split, key_names
 
@@ -65,25 +55,9 @@ TOKENS_PER_NEEDLE = {"number": 96, "uuid": 256}
 TOKENS_PER_QUESTION = {"number": 384, "uuid": 768}
 TOKENS_PER_CHAIN = 512
 
-COUNTING_EXAMPLE_SHARE = 0.5
-"""How often a solved example comes before a list, where there is room."""
-
 ROOM_FOR_EXAMPLE, EXAMPLE_SENTENCES = 4096, 60
 
 QUOTED_WORDS, CONTINUED_WORDS = 24, 48
-
-COMMON_WORDS = (3, 5, 10, 10)
-"""How many words of a list come up more often than the others."""
-
-MOST_COMMON = 30
-"""How often common words come up at the most; the others, a fourth as often or less."""
-
-COMMON_ROOM, EXAMPLE_ROOM = 0.4, 0.3
-"""The shares of a sequence that common words may take, and a solved example."""
-
-EXAMPLE_COUNTS, EXAMPLE_UNCOMMON = (10, 3), 30
-
-TOKENS_TO_A_CODE_WORD, LEAST_CODE_WORDS, NUM_FREQUENT = 50, 10, 3
 
 DULL = (
     "The rain falls on the roof.", "A door opens and closes.", "The clock strikes again.",
@@ -187,11 +161,8 @@ class LongRangeMix:
         if length >= ROOM_FOR_EXAMPLE and rng.random() < EXAMPLE_SHARE:
             dull = _dull_lines(rng).first(EXAMPLE_SENTENCES)
             example = hide_among_lines(dull, scatter(rng, [shown]))
-            solved = shown.question()
-            introduction = (
-                f"{INTRODUCTION}\n\n{example}\n\n{solved.question}\n\n{solved.opening}{solved.answer}"
-                f"\n\n\n{INTRODUCTION}"
-            )
+            solved = shown.question().solved_after(f"{INTRODUCTION}\n\n{example}")
+            introduction = f"{solved}\n\n\n{INTRODUCTION}"
         return self._around(haystack, length, rng, introduction, scatter(rng, chains), questions)
 
     def passage(self, length: int, rng: random.Random) -> Conversation:
@@ -211,53 +182,9 @@ class LongRangeMix:
 
     def counting(self, length: int, rng: random.Random) -> Conversation:
         """A list some of whose words come up more often, or code words with counts of a Zipf law."""
-        draw = rng.choice((self._common_words, self._code_words))
-        return draw(length, rng)
-
-    def _common_words(self, length: int, rng: random.Random) -> Conversation:
-        num_common = rng.choice(COMMON_WORDS)
-        words = self._keys(rng, uuids=False)
-        shown, common = ([next(words) for _ in range(num_common)] for _ in range(2))
-        entry = len(encode(self.tokenizer, numbered(common))) / num_common
-        most = min(MOST_COMMON, max(2, int(COMMON_ROOM * length / entry / num_common)))
-        common_count = rng.randint(max(2, most // 3), most)
-        uncommon_count = rng.randint(1, max(1, common_count // 4))
-        introduction = LIST_INTRODUCTION
-        others = [next(words) for _ in range(EXAMPLE_UNCOMMON)]
-        entries = shuffled_list(shown, others, *EXAMPLE_COUNTS, rng.getrandbits(64))
-        has_room = len(entries) * entry <= EXAMPLE_ROOM * length
-        if rng.random() < COUNTING_EXAMPLE_SHARE and has_room:
-            solved = list_question(_as_they_come(entries, shown))
-            introduction = (
-                f"{introduction}\n\n{numbered(entries)}\n\n{solved.question}\n\n"
-                f"{solved.opening}{solved.answer}\n\n\n{introduction}"
-            )
-        uncommon, seed = Stream(words), rng.getrandbits(64)
-
-        def around(size: int) -> Conversation:
-            entries = shuffled_list(
-                common, uncommon.first(size), common_count, uncommon_count, seed
-            )
-            asked = list_question(_as_they_come(entries, common))
-            return conversation_tokens(
-                self.tokenizer, f"{introduction}\n\n{numbered(entries)}", [asked]
-            )
-
-        return fit_units(length, around, f"A list with {num_common} common words")
-
-    def _code_words(self, length: int, rng: random.Random) -> Conversation:
-        alpha, seed = rng.uniform(1.6, 2.4), rng.getrandbits(64)
-        num_words = max(LEAST_CODE_WORDS, length // TOKENS_TO_A_CODE_WORD)
-        ranked = list(islice(code_words(rng), num_words))
-        asked = code_question(ranked[:NUM_FREQUENT])
-        introduction = code_introduction(NUM_FREQUENT)
-        smallest = smallest_code_text(NUM_FREQUENT, alpha)
-
-        def around(size: int) -> Conversation:
-            text = code_text(ranked, smallest + size, alpha, seed)
-            return conversation_tokens(self.tokenizer, f"{introduction}\n\n{text}", [asked])
-
-        return fit_units(length, around, "A text of code words")
+        if rng.choice((True, False)):
+            return common_words_list(self.tokenizer, length, rng, self._keys(rng, uuids=False))
+        return code_words_text(self.tokenizer, length, rng)
 
     def _keys(self, rng: random.Random, uuids: bool) -> Iterator[str]:
         """Keys without end, no two the same."""
@@ -323,11 +250,6 @@ class LongRangeMix:
 def _dull_lines(rng: random.Random) -> Stream[str]:
     """A few short sentences over and over."""
     return Stream(cycle(rng.sample(DULL, rng.randint(3, 6))))
-
-
-def _as_they_come(entries: list[str], words: Sequence[str]) -> list[str]:
-    """Words in the order in which they first come up: the one order in which they can be known."""
-    return sorted(words, key=entries.index)
 
 
 def _draw(shares: dict[str, float], rng: random.Random) -> str:

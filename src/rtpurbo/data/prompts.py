@@ -25,6 +25,10 @@ class Question:
     opening: str
     answer: str
 
+    def solved_after(self, text: str) -> str:
+        """What it is about, the question and the answer, as one text."""
+        return f"{text}\n\n{self.question}\n\n{self.opening}{self.answer}"
+
 
 @dataclass(frozen=True)
 class Conversation:

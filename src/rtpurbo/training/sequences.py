@@ -129,11 +129,15 @@ class TrainingMix:
         )
         return TrainingSequence([*example.prompt_ids, *example.answer_ids], len(example.answer_ids))
 
+    @property
+    def _long_range(self) -> LongRangeMix:
+        return LongRangeMix(self.tokenizer, self.corpus)
+
     def _passage(self, length: int, rng: random.Random) -> TrainingSequence:
-        return _with_answer(LongRangeMix(self.tokenizer, self.corpus).passage(length, rng))
+        return _with_answer(self._long_range.passage(length, rng))
 
     def _haystack(self, length: int, rng: random.Random) -> TrainingSequence:
-        mix = LongRangeMix(self.tokenizer, self.corpus)
+        mix = self._long_range
         haystack = rng.choice((NOISE, NEEDLES, PROSE))
         if haystack == NOISE and rng.random() < 0.5:
             return _with_answer(mix.variables(length, rng, haystack, most_questions=1))
@@ -142,7 +146,7 @@ class TrainingMix:
         return _with_answer(mix.needles(length, rng, haystack, 1, listed_share))
 
     def _counting(self, length: int, rng: random.Random) -> TrainingSequence:
-        return _with_answer(LongRangeMix(self.tokenizer, self.corpus).counting(length, rng))
+        return _with_answer(self._long_range.counting(length, rng))
 
 
 def _with_answer(conversation: Conversation) -> TrainingSequence:

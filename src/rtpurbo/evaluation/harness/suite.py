@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.batching import TOKENS_AT_ONCE
 from rtpurbo.evaluation.cells import HARNESS, Cell
 from rtpurbo.evaluation.harness.local_data import local_config
 from rtpurbo.evaluation.harness.outcomes import outcomes_of
@@ -24,8 +25,6 @@ from rtpurbo.evaluation.samples import Outcome
 # What lm-eval lets a model write where a task does not say.
 DEFAULT_NEW_TOKENS = 256
 QUESTIONS_AT_ONCE = 8
-# The cache of all of them must fit beside the model.
-TOKENS_AT_ONCE = 2**18
 
 
 class Harness:

@@ -53,7 +53,7 @@ def draft(request: Request) -> Draft:
         rng.getrandbits(64),
     )
     shown, asked = list_question(example_common), list_question(common)
-    solved = f"{example}\n\n{shown.question}\n\n{shown.opening}{shown.answer}"
+    solved = shown.solved_after(example)
     shuffle_seed = rng.getrandbits(64)
     uncommon = Stream(_uncommon(request, words, common))
     return Draft(

@@ -19,12 +19,10 @@ def draft(request: Request) -> Draft:
     """Draws a chain to ask for, and another one for the worked example before it."""
     rng = request.rng
     *chains, shown = draw_chains(rng, NUM_CHAINS + 1, NUM_HOPS, "test")
-    question, example = chains[0].question(), shown.question()
+    question = chains[0].question()
     hidden = scatter(rng, chains)
-    solved = (
-        f"{_tracked(scatter(rng, [shown]), EXAMPLE_SENTENCES)}\n\n"
-        f"{example.question}\n\n{example.opening}{example.answer}"
-    )
+    example = _tracked(scatter(rng, [shown]), EXAMPLE_SENTENCES)
+    solved = shown.question().solved_after(example)
     return Draft(
         text=lambda size: f"{solved}\n\n\n{_tracked(hidden, size)}",
         question=question.question,
