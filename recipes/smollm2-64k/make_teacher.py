@@ -58,7 +58,7 @@ STAGES = {
     ),
     "64k": TeacherSettings(
         steps=300,
-        lengths=(8192, 65536, 16384, 32768),
+        lengths=(4096, 65536, 16384, 65536, 8192, 32768),
         context=65536,
         learning_rate=5e-4,
         lora_rank=ADAPTER_RANK,

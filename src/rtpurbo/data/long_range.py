@@ -39,8 +39,8 @@ PROSE, NOISE, NEEDLES = "prose", "noise", "needles"
 HAYSTACKS = {PROSE: 0.5, NOISE: 0.2, NEEDLES: 0.3}
 """How often needles hide in what."""
 
-UUID_SHARE = 0.25
-"""How often values are UUIDs instead of numbers; among other needles, then half of the keys are too."""
+UUID_SHARE = {PROSE: 0.2, NOISE: 0.2, NEEDLES: 0.5}
+"""How often values are UUIDs instead of numbers, by haystack; among other needles, then half of the keys are too."""
 
 LISTED_SHARE = 0.25
 """How often one question asks for several keys at once."""
@@ -121,7 +121,7 @@ class LongRangeMix:
             listed_share: how often one question asks for several keys at once, where there are several.
         """
         haystack = haystack or _draw(HAYSTACKS, rng)
-        kind = "uuid" if rng.random() < UUID_SHARE else "number"
+        kind = "uuid" if rng.random() < UUID_SHARE[haystack] else "number"
         keys = self._keys(rng, kind == "uuid" and haystack == NEEDLES and rng.random() < 0.5)
         values = random_values(rng, kind)
         room = max(1, length // TOKENS_PER_NEEDLE[kind])
