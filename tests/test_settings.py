@@ -19,7 +19,18 @@ def test_changes_go_where_their_names_say():
     assert change_settings(SETTINGS, {}) == SETTINGS
 
 
-@pytest.mark.parametrize("name", ["steps", "stage3.steps", "stage1.stops", "seed.x"])
+def test_changes_of_a_part_are_made_together():
+    # One by one, the first of them would make shares of more than 1.
+    shares = {"stage1.haystack_share": 0.6, "stage1.needle_share": 0.1}
+    assert change_settings(SETTINGS, shares).stage1.haystack_share == 0.6
+    limits = change_settings(SETTINGS, {"calibration.threshold": 0.5})
+    other = change_settings(limits, {"calibration.count": 3, "calibration.threshold": None})
+    assert (other.calibration.count, other.calibration.threshold) == (3, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["refresh.steps", "steps", "stage3.steps", "stage1.stops", "seed.x"]
+)
 def test_unknown_settings_are_refused(name):
     with pytest.raises(RTPurboError, match=f"there is no setting '{name}'"):
         change_settings(SETTINGS, {name: 1})

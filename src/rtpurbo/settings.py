@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from rtpurbo.config import (
@@ -306,15 +306,27 @@ def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) ->
     Raises:
         RTPurboError: there is no such field, or its value is out of range.
     """
+    parts: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
-        part, _, item = name.partition(".")
-        try:
-            if item:
-                value = replace(getattr(settings, part) or AttentionRule(), **{item: value})
-            settings = replace(settings, **{part: value})
-        except (AttributeError, TypeError) as error:
-            raise RTPurboError(f"there is no setting '{name}'.") from error
-    return settings
+        part, _, item = name.rpartition(".")
+        if item not in _names_of(_part(settings, part)):
+            raise RTPurboError(f"there is no setting '{name}'.")
+        parts.setdefault(part, {})[item] = value
+    settings = replace(settings, **parts.pop("", {}))
+    # All of a part at once: on the way from one valid state to another, some would not be valid.
+    changed = {part: replace(_part(settings, part), **items) for part, items in parts.items()}
+    return replace(settings, **changed)
+
+
+def _part(settings: ConversionSettings, name: str) -> Any:
+    """The settings of this name, or all for the empty one; None where there are no such ones."""
+    if name == "attention":
+        return settings.attention or AttentionRule()
+    return getattr(settings, name) if name in _names_of(settings) else None if name else settings
+
+
+def _names_of(settings: Any) -> set[str]:
+    return {field.name for field in fields(settings)} if is_dataclass(settings) else set()
 
 
 def _within(lengths: tuple[int, ...], longest: int) -> tuple[int, ...]:

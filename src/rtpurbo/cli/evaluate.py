@@ -100,6 +100,14 @@ def evaluate(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Type of the weights; auto is float32 on a CPU, bfloat16 on a GPU."),
     ] = "auto",
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Take so many tests at a time, each in a process of its own, on all GPUs there are. "
+            "A small model leaves most of a GPU idle while it writes; memory is what limits them.",
+        ),
+    ] = 1,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -176,6 +184,7 @@ def evaluate(
             hotpotqa=hotpotqa,
             task_data=options.assignments("--task-data", task_data),
             max_new_tokens=max_new_tokens,
+            processes=processes,
             results=results,
             progress=progress,
         )

@@ -6,7 +6,19 @@ import math
 from collections.abc import Iterable
 
 from rtpurbo.evaluation.cells import HARNESS, Cell
+from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy
 from rtpurbo.evaluation.records import Record
+
+
+def budget_of(policy: str, cell: Cell, records: Iterable[Record]) -> int | None:
+    """The far tokens that a policy may read in a row of a test; None for those that have no budget.
+
+    Args:
+        policy: its name.
+        cell: the test.
+        records: as `far_token_budget` takes them.
+    """
+    return far_token_budget(cell, records) if isinstance(POLICIES[policy], BudgetPolicy) else None
 
 
 def far_token_budget(cell: Cell, records: Iterable[Record]) -> int:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.battery import Battery
-from rtpurbo.evaluation.budgets import far_token_budget
+from rtpurbo.evaluation.assignment import Assignment
+from rtpurbo.evaluation.budgets import budget_of
 from rtpurbo.evaluation.cells import DEFAULT_SUITES, HARNESS, Cell, check_name, choose_cells
-from rtpurbo.evaluation.conditions import Conditions
+from rtpurbo.evaluation.examiner import Examiner, Taken
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, BudgetPolicy, Source
-from rtpurbo.evaluation.reads import Reads, metering
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.results_file import ResultsFile
-from rtpurbo.evaluation.ruler.materials import Materials
-from rtpurbo.evaluation.ruler.suite import RulerSuite
-from rtpurbo.evaluation.samples import Outcome, SampleRecord
-from rtpurbo.evaluation.stopping import questions_undisturbed
+from rtpurbo.evaluation.samples import SampleRecord
+from rtpurbo.evaluation.workers import Job, Workers, hired
 from rtpurbo.models.artifact import find_artifact
-from rtpurbo.models.text import stop_tokens
-from rtpurbo.settings import Progress, check_context, no_progress
+from rtpurbo.settings import Progress, no_progress
 
 DEFAULT_LENGTHS = (2048, 4096)
 DEFAULT_POLICIES = ("full", "rtpurbo")
@@ -50,6 +46,7 @@ def evaluate(
     hotpotqa: str | Path | None = None,
     task_data: Mapping[str, str | Path] | None = None,
     max_new_tokens: int | None = None,
+    processes: int = 1,
     results: ResultsFile | None = None,
     keep_sample: Callable[[SampleRecord], None] = lambda sample: None,
     progress: Progress = no_progress,
@@ -78,6 +75,8 @@ def evaluate(
         task_data: files for tasks of lm-eval instead of the Hub's, by the task's name; see
             `rtpurbo.evaluation.harness.local_data`.
         max_new_tokens: the most that answers to tasks of lm-eval may have; None leaves it to the task.
+        processes: that take tests side by side, on all GPUs there are where `device` names none of
+            them. A caller that uses several has its own code under `if __name__ == "__main__"`.
         results: given all that a policy makes of a test as soon as it is there; what one that resumes
             has already is not measured again.
         keep_sample: given every question with its answer, as soon as its test is done.
@@ -88,49 +87,47 @@ def evaluate(
 
     Raises:
         RTPurboError: a name is unknown, the artifact or a file cannot be loaded, a test is
-            longer than the model's context or too short for its task, or what is to be resumed was
-            measured otherwise.
+            longer than the model's context or too short for its task, what is to be resumed was
+            measured otherwise, or there is too little memory for so many processes.
         StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`; a
-            test that was under way is lost, unless its last questions were.
+            test that was under way is lost, unless its last questions were and there is one process.
     """
     cells = choose_cells(suites, lengths, samples)
     names = run_order(policies)
+    if processes < 1:
+        raise RTPurboError(f"the number of processes is {processes}, but it must be at least 1.")
     device = resolve_device(device)
-    source = Source(
-        find_artifact(artifact), device, dtype or default_dtype(device), base_model, seed
-    )
     asked = [cell.task for cell in cells if cell.suite == HARNESS]
     for name in task_data or {}:
         if name not in asked:
             raise RTPurboError(
                 f"there is data for the task '{name}' of lm-eval, which is not asked for."
             )
-    harness = None
-    if asked:
-        # Imported where it is asked for: it takes long, and may not be installed.
-        from rtpurbo.evaluation.harness.suite import Harness
-
-        harness = Harness(task_data or {}, max_new_tokens, seed)
-    corpus = load_texts(data, "heldout")
-    materials = Materials.of(corpus, squad, hotpotqa)
+    assignment = Assignment(
+        Source(find_artifact(artifact), device, dtype or default_dtype(device), base_model, seed),
+        bool(asked),
+        data,
+        seed,
+        squad,
+        hotpotqa,
+        task_data,
+        max_new_tokens,
+        cache_length,
+    )
+    battery = assignment.battery()
     if results is None:
         results = ResultsFile()
     if results.path is not None:
-        results.begin(
-            Conditions.of(
-                source,
-                corpus,
-                materials,
-                task_data=task_data,
-                max_new_tokens=max_new_tokens,
-                cache_length=cache_length,
-            )
-        )
+        results.begin(assignment.conditions(battery))
     for cell in cells:
         results.ask(cell)
-    battery = Battery(corpus, RulerSuite(materials, seed), harness, seed)
-    run = _Run(source, battery, cells, cache_length, results, keep_sample, progress)
-    return [record for name in names for record in run.policy(name)]
+    run = _Run(cells, results, keep_sample, progress)
+    if processes == 1:
+        run.one_by_one(names, assignment.examiner(battery))
+    else:
+        with hired(assignment, processes) as workers:
+            run.side_by_side(names, workers)
+    return run.records(names)
 
 
 def run_order(policies: Sequence[str]) -> list[str]:
@@ -180,38 +177,78 @@ class _Bar:
 class _Run:
     """One call of `evaluate`; arguments as its."""
 
-    source: Source
-    battery: Battery
     cells: Sequence[Cell]
-    cache_length: int | None
     results: ResultsFile
     keep_sample: Callable[[SampleRecord], None]
     progress: Progress
 
-    def policy(self, name: str) -> list[Record]:
-        """Takes a policy through the tests that it has not taken; the records of all."""
-        missing = [cell for cell in self.cells if not self._is_complete(cell, name)]
-        bar = self._bar(name)
-        bar.show()
-        if missing:
-            self._take(missing, name, bar)
+    def records(self, names: Sequence[str]) -> list[Record]:
+        """What policies made of all tests."""
         tests = dict.fromkeys(test for cell in self.cells for test in self.results.tests(cell))
-        return [record for test in tests for record in self.results.of(test, name)]
+        return [
+            record for name in names for test in tests for record in self.results.of(test, name)
+        ]
 
-    def _is_complete(self, cell: Cell, name: str) -> bool:
-        tests = self.results.tests(cell)
-        return bool(tests) and all(self._is_done(test, name) for test in tests)
+    def one_by_one(self, names: Sequence[str], examiner: Examiner) -> None:
+        """Takes policies through the tests that they have not taken."""
+        for name in names:
+            bar = self._bar(name)
+            bar.show()
+            if missing := self._missing(name):
+                for cell, tests in examiner.prepare(name, missing, self.progress).items():
+                    self.results.set_tests(cell, tests)
+                for test in (test for cell in missing for test in self.results.tests(cell)):
+                    if not self._is_done(test, name):
+                        budget = budget_of(name, test, self._read())
+                        examiner.take(
+                            name, test, budget, partial(self._keep, bar), bar.after_sample
+                        )
+            examiner.release()
+
+    def side_by_side(self, names: Sequence[str], workers: Workers) -> None:
+        """The same, several at a time: first all that sets budgets, then those that keep to them."""
+        for has_budget, together in groupby(names, self._has_budget):
+            bars, jobs = {}, list[Job]()
+            for name in together:
+                bars[name] = self._bar(name)
+                bars[name].show()
+                # What takes longest does not come last, when nothing is left to do beside it.
+                for cell in sorted(self._missing(name), key=lambda cell: -cell.context_length):
+                    done = {test for test in self.results.tests(cell) if self._is_done(test, name)}
+                    read = self._read() if has_budget else []
+                    jobs.append(Job(name, cell, frozenset(done), tuple(read)))
+            for finished in workers.do(jobs):
+                self.results.set_tests(finished.job.cell, finished.tests)
+                bar = bars[finished.job.policy]
+                for taken in finished.taken:
+                    bar.done += taken.records[0].samples
+                    self._keep(bar, taken)
+
+    @staticmethod
+    def _has_budget(name: str) -> bool:
+        return isinstance(POLICIES[name], BudgetPolicy)
+
+    def _missing(self, name: str) -> list[Cell]:
+        return [
+            cell
+            for cell in self.cells
+            if not self.results.tests(cell)
+            or not all(self._is_done(test, name) for test in self.results.tests(cell))
+        ]
 
     def _is_done(self, test: Cell, name: str) -> bool:
         records = self.results.of(test, name)
         # With more tests beside it, a test has another budget.
-        return bool(records) and records[0].far_token_budget == self._budget(test, name)
+        budget = budget_of(name, test, self._read())
+        return bool(records) and records[0].far_token_budget == budget
 
-    def _budget(self, test: Cell, name: str) -> int | None:
-        if not isinstance(POLICIES[name], BudgetPolicy):
-            return None
-        read = (self.results.of(other, BUDGET_POLICY)[:1] for other in self.results.every_test())
-        return far_token_budget(test, (record for records in read for record in records))
+    def _read(self) -> list[Record]:
+        """What the policy that sets budgets made of all tests."""
+        return [
+            record
+            for test in self.results.every_test()
+            for record in self.results.of(test, BUDGET_POLICY)[:1]
+        ]
 
     def _bar(self, name: str) -> _Bar:
         done = total = 0
@@ -224,70 +261,9 @@ class _Run:
                 total += samples
         return _Bar(name, self.progress, done, total)
 
-    def _take(self, cells: Sequence[Cell], name: str, bar: _Bar) -> None:
-        """Takes a policy through those tests of some cells that it has not taken."""
-        policy = POLICIES[name]
-        model, tokenizer = policy.prepare(self.source)
-        # What follows an answer in a batch where others go on.
-        ended = {*stop_tokens(model, tokenizer), tokenizer.pad_token_id} - {None}
-        context = model.config.max_position_embeddings
-        check_context("tests", max(cell.context_length for cell in cells), context)
-        ready = self.battery.prepare(tokenizer, cells, context, self.progress)
-        for cell, tests in ready.items():
-            self.results.set_tests(cell, tests)
-        for test in (test for tests in ready.values() for test in tests):
-            if self._is_done(test, name):
-                continue
-            budget = self._budget(test, name)
-            if isinstance(policy, BudgetPolicy) and budget is not None:
-                policy.set_budget(model, budget)
-            with questions_undisturbed(model, f"{test} of {name}"):
-                with metering(model, self.source.config.head_map, ended) as meter:
-                    outcomes = self.battery.run(test, model, tokenizer, bar.after_sample)
-                kv_bytes = policy.kv_bytes(model, self.cache_length or test.context_length)
-                self._keep(test, name, outcomes, meter.reads(), kv_bytes, budget)
-                bar.figures = {str(test): outcome.score for outcome in outcomes[-1:]}
-                bar.show()
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def _keep(
-        self,
-        test: Cell,
-        name: str,
-        outcomes: Sequence[Outcome],
-        reads: Reads,
-        kv_bytes: int,
-        budget: int | None,
-    ) -> None:
-        place = (test.suite, test.task, test.context_length, name)
-        samples = [
-            SampleRecord(*place, self.battery.seed, number, sample, outcome.metric)
-            for outcome in outcomes
-            for number, sample in enumerate(outcome.samples)
-        ]
-        records = [
-            Record(
-                *place,
-                outcome.count,
-                outcome.score,
-                reads.far_share,
-                kv_bytes,
-                outcome.ci95,
-                reads.tokens_mean,
-                reads.tokens_p50,
-                reads.tokens_p95,
-                reads.mass_kept,
-                reads.rows,
-                reads.far_histogram,
-                budget,
-                outcome.metric,
-                reads.far_tokens_mean,
-                reads.far_rows,
-            )
-            for outcome in outcomes
-        ]
-        for sample in samples:
+    def _keep(self, bar: _Bar, taken: Taken) -> None:
+        for sample in taken.samples:
             self.keep_sample(sample)
-        self.results.add(records, samples)
+        self.results.add(taken.records, taken.samples)
+        bar.figures = {str(taken.test): record.score for record in taken.records[-1:]}
+        bar.show()

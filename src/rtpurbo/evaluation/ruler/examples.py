@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtpurbo.data.fitting import largest_that_fits
@@ -12,6 +15,7 @@ from rtpurbo.data.prompts import Question, conversation_tokens
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.ruler.draft import Draft, Request, Task
 from rtpurbo.evaluation.ruler.materials import Materials
+from rtpurbo.files import write_text_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +75,18 @@ def make_examples(
         )
         examples.append(Example(array("i", prompt(tokenizer, draft, size)), draft.answers))
     return examples
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Keeps the questions of a test, for `read_examples` in another process."""
+    rows = [(example.prompt_ids.tolist(), example.answers) for example in examples]
+    write_text_atomically(path, json.dumps(rows))
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Reads what `write_examples` wrote."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Example(array("i", prompt_ids), tuple(answers)) for prompt_ids, answers in rows]
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, draft: Draft, size: int) -> list[int]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.evaluation.batching import questions_at_once
-from rtpurbo.evaluation.ruler.examples import Example, make_examples
+from rtpurbo.evaluation.ruler.examples import (
+    Example,
+    make_examples,
+    read_examples,
+    write_examples,
+)
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.scoring import answer_score
 from rtpurbo.evaluation.ruler.tasks import TASKS
@@ -21,11 +27,13 @@ class RulerSuite:
     Args:
         materials: what haystacks are made of.
         seed: of the tests.
+        folder: where other processes of the run leave the tests that they made, and find this one's.
     """
 
-    def __init__(self, materials: Materials, seed: int = 0) -> None:
+    def __init__(self, materials: Materials, seed: int = 0, folder: Path | None = None) -> None:
         self.materials = materials
         self.seed = seed
+        self.folder = folder
         self._made: dict[tuple[str, int, int], list[Example]] = {}
 
     def examples(
@@ -34,9 +42,15 @@ class RulerSuite:
         """The questions of a test."""
         test = (task, context_length, samples)
         if test not in self._made:
-            self._made[test] = make_examples(
-                TASKS[task], tokenizer, context_length, samples, self.seed, self.materials
-            )
+            shared = self.folder and self.folder / f"{task}-{context_length}-{samples}.json"
+            if shared and shared.exists():
+                self._made[test] = read_examples(shared)
+            else:
+                self._made[test] = make_examples(
+                    TASKS[task], tokenizer, context_length, samples, self.seed, self.materials
+                )
+                if shared:
+                    write_examples(shared, self._made[test])
         return self._made[test]
 
     def run(

@@ -1,0 +1,88 @@
+"""What is examined and with what, in words that another process can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rtpurbo.data.texts import load_texts
+from rtpurbo.evaluation.battery import Battery
+from rtpurbo.evaluation.conditions import Conditions
+from rtpurbo.evaluation.examiner import Examiner
+from rtpurbo.evaluation.policies import Source
+from rtpurbo.evaluation.ruler.materials import Materials
+from rtpurbo.evaluation.ruler.suite import RulerSuite
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An examination.
+
+    Attributes:
+        source: the artifact, and how its models are loaded.
+        asks_harness: whether any test is one of lm-eval's.
+        data: as `rtpurbo.evaluation.run.evaluate` takes it, like the rest.
+        seed: of the tests.
+        squad: questions of `ruler:qa_1`.
+        hotpotqa: those of `ruler:qa_2`.
+        task_data: files for tasks of lm-eval.
+        max_new_tokens: the most that answers to these may have.
+        cache_length: tokens at which the cache is weighed.
+    """
+
+    source: Source
+    asks_harness: bool = False
+    data: Sequence[str] | None = None
+    seed: int = 0
+    squad: str | Path | None = None
+    hotpotqa: str | Path | None = None
+    task_data: Mapping[str, str | Path] | None = None
+    max_new_tokens: int | None = None
+    cache_length: int | None = None
+
+    def battery(self, questions: Path | None = None) -> Battery:
+        """Its tests.
+
+        Args:
+            questions: a folder where processes find the questions of RULER that others made.
+
+        Raises:
+            RTPurboError: a file is missing or of another format, or lm-eval is not installed.
+        """
+        harness = None
+        if self.asks_harness:
+            # Imported where it is asked for: it takes long, and may not be installed.
+            from rtpurbo.evaluation.harness.suite import Harness
+
+            harness = Harness(self.task_data or {}, self.max_new_tokens, self.seed)
+        corpus = load_texts(self.data, "heldout")
+        materials = Materials.of(corpus, self.squad, self.hotpotqa)
+        return Battery(corpus, RulerSuite(materials, self.seed, questions), harness, self.seed)
+
+    def conditions(self, battery: Battery) -> Conditions:
+        """What decides its questions and answers.
+
+        Args:
+            battery: its tests.
+        """
+        return Conditions.of(
+            self.source,
+            battery.corpus,
+            battery.ruler.materials,
+            task_data=self.task_data,
+            max_new_tokens=self.max_new_tokens,
+            cache_length=self.cache_length,
+        )
+
+    def examiner(self, battery: Battery, device: torch.device | None = None) -> Examiner:
+        """Somebody who follows it.
+
+        Args:
+            battery: its tests.
+            device: where to put models, if not where it says.
+        """
+        source = self.source if device is None else replace(self.source, device=device)
+        return Examiner(source, battery, self.cache_length)

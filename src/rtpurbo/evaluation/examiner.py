@@ -1,0 +1,143 @@
+"""Takes policies through tests, with one policy's model in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rtpurbo.evaluation.battery import Battery
+from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Loaded, Source
+from rtpurbo.evaluation.reads import metering
+from rtpurbo.evaluation.records import Record
+from rtpurbo.evaluation.samples import SampleRecord
+from rtpurbo.evaluation.stopping import questions_undisturbed
+from rtpurbo.models.text import stop_tokens
+from rtpurbo.settings import Progress, check_context, no_progress
+
+
+@dataclass(frozen=True)
+class Taken:
+    """All that a policy made of a test.
+
+    Attributes:
+        test: which.
+        records: one for each metric.
+        samples: the questions behind them, with their answers.
+    """
+
+    test: Cell
+    records: list[Record]
+    samples: list[SampleRecord]
+
+
+class Examiner:
+    """Asks the questions.
+
+    Args:
+        source: the artifact, and how its models are loaded.
+        battery: the tests.
+        cache_length: tokens at which the cache is weighed; None takes each test's.
+    """
+
+    def __init__(self, source: Source, battery: Battery, cache_length: int | None = None) -> None:
+        self.source, self.battery, self.cache_length = source, battery, cache_length
+        self._policy: str | None = None
+        self._loaded: Loaded | None = None
+
+    def prepare(
+        self, name: str, cells: Sequence[Cell], progress: Progress = no_progress
+    ) -> dict[Cell, list[Cell]]:
+        """Loads a policy's model in place of the one before it, and makes the prompts of its tests.
+
+        Args:
+            name: the policy's.
+            cells: its tests.
+            progress: told after each.
+
+        Returns:
+            The tests to take, by the cell that asks for them, as `Battery.prepare` gives them.
+
+        Raises:
+            RTPurboError: a test is longer than the model's context or too short for its task, or the
+                data of a task cannot be had.
+        """
+        model, tokenizer = self._load(name)
+        context = model.config.max_position_embeddings
+        check_context("tests", max(cell.context_length for cell in cells), context)
+        return self.battery.prepare(tokenizer, cells, context, progress)
+
+    def take(
+        self,
+        name: str,
+        test: Cell,
+        budget: int | None,
+        keep: Callable[[Taken], None],
+        after_sample: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Takes a policy through a test that was prepared.
+
+        Args:
+            name: the policy's.
+            test: which.
+            budget: the far tokens that a `BudgetPolicy` may read in a row; None for the others.
+            keep: given all that comes of it.
+            after_sample: called after each question or window.
+
+        Raises:
+            StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`;
+                nothing is kept then, unless the last questions were under way.
+        """
+        policy, (model, tokenizer) = POLICIES[name], self._load(name)
+        # What follows an answer in a batch where others go on.
+        ended = {*stop_tokens(model, tokenizer), tokenizer.pad_token_id} - {None}
+        if isinstance(policy, BudgetPolicy) and budget is not None:
+            policy.set_budget(model, budget)
+        with questions_undisturbed(model, f"{test} of {name}"):
+            with metering(model, self.source.config.head_map, ended) as meter:
+                outcomes = self.battery.run(test, model, tokenizer, after_sample)
+            reads = meter.reads()
+            kv_bytes = policy.kv_bytes(model, self.cache_length or test.context_length)
+            place = (test.suite, test.task, test.context_length, name)
+            records = [
+                Record(
+                    *place,
+                    outcome.count,
+                    outcome.score,
+                    reads.far_share,
+                    kv_bytes,
+                    outcome.ci95,
+                    reads.tokens_mean,
+                    reads.tokens_p50,
+                    reads.tokens_p95,
+                    reads.mass_kept,
+                    reads.rows,
+                    reads.far_histogram,
+                    budget,
+                    outcome.metric,
+                    reads.far_tokens_mean,
+                    reads.far_rows,
+                )
+                for outcome in outcomes
+            ]
+            samples = [
+                SampleRecord(*place, self.battery.seed, number, sample, outcome.metric)
+                for outcome in outcomes
+                for number, sample in enumerate(outcome.samples)
+            ]
+            keep(Taken(test, records, samples))
+
+    def release(self) -> None:
+        """Takes the model out of memory."""
+        self._policy = self._loaded = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _load(self, name: str) -> Loaded:
+        if self._loaded is None or self._policy != name:
+            self.release()
+            self._policy, self._loaded = name, POLICIES[name].prepare(self.source)
+        return self._loaded

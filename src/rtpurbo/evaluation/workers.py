@@ -1,0 +1,195 @@
+"""Several processes that take policies through tests side by side, on all GPUs there are.
+
+A small model leaves a GPU idle for most of a decoding step, and its tests have nothing to do with one
+another. Each process holds one policy's model; questions of RULER, which take long to make, are made by
+the first that needs them and left in a folder for the others.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.assignment import Assignment
+from rtpurbo.evaluation.budgets import budget_of
+from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.examiner import Examiner, Taken
+from rtpurbo.evaluation.records import Record
+
+
+@dataclass(frozen=True)
+class Job:
+    """A policy and a cell to take it through.
+
+    Attributes:
+        policy: its name.
+        cell: may stand for several tests.
+        done: those of them that were taken before.
+        read: what the policy that sets budgets made of all tests.
+    """
+
+    policy: str
+    cell: Cell
+    done: frozenset[Cell]
+    read: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that was done.
+
+    Attributes:
+        job: which.
+        tests: that its cell stands for.
+        taken: what the policy made of those that it had not taken.
+    """
+
+    job: Job
+    tests: list[Cell]
+    taken: list[Taken]
+
+
+class Workers:
+    """Processes that do jobs; `hired` makes and ends them."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+
+    def do(self, jobs: Sequence[Job]) -> Iterator[Finished]:
+        """Does jobs, begun in this order, and gives each when it is done.
+
+        What found too little memory beside others is done again in the end, one after the other.
+
+        Raises:
+            RTPurboError: of a job, which may find too little memory alone, or a process was killed.
+        """
+        too_large: list[Job] = []
+        try:
+            for future in as_completed([self._pool.submit(_do, job) for job in jobs]):
+                if isinstance(done := future.result(), Finished):
+                    yield done
+                else:
+                    too_large.append(done)
+            for job in too_large:
+                if isinstance(done := self._pool.submit(_do, job).result(), Job):
+                    raise RTPurboError(
+                        f"there is too little memory for {job.policy} at {job.cell} beside other "
+                        "processes: ask for fewer of them with --processes."
+                    )
+                yield done
+        except BrokenProcessPool as error:
+            raise RTPurboError(
+                "one of the processes that measure was killed, perhaps for want of memory: ask for "
+                "fewer of them with --processes."
+            ) from error
+
+
+@contextmanager
+def hired(assignment: Assignment, count: int) -> Iterator[Workers]:
+    """So many processes, until the end of the block, which leaves none of them at work.
+
+    Args:
+        assignment: what they follow. Where its device is `cuda` without a number, they take the GPUs in
+            turn.
+        count: of processes.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as questions:
+        # Each process takes one: which it is in the pool, it is not told.
+        devices: SimpleQueue[torch.device] = context.SimpleQueue()
+        for index in range(count):
+            devices.put(_device(torch.device(assignment.source.device), index))
+        pool = ProcessPoolExecutor(
+            count, context, _begin, (assignment, Path(questions), devices, count)
+        )
+        try:
+            yield Workers(pool)
+        except BaseException:
+            # Nobody waits for tests that are not wanted any more.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _device(device: torch.device, index: int) -> torch.device:
+    """The device of the process of this index."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", index % torch.cuda.device_count())
+    return device
+
+
+@dataclass
+class _Worker:
+    """What a process knows; the rest is made by its first job, whose errors reach the caller."""
+
+    assignment: Assignment
+    questions: Path
+    device: torch.device
+    examiner: Examiner | None = None
+    is_sent_home: bool = False
+
+    def do(self, job: Job) -> Finished | Job:
+        """The job done, or itself if there was too little memory."""
+        if self.is_sent_home:
+            sys.exit()
+        if self.examiner is None:
+            battery = self.assignment.battery(self.questions)
+            self.examiner = self.assignment.examiner(battery, self.device)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+        try:
+            return self._finished(job, self.examiner)
+        except torch.OutOfMemoryError:
+            self.examiner.release()
+            return job
+        finally:
+            # What is kept for later is missing elsewhere.
+            torch.cuda.empty_cache()
+
+    def _finished(self, job: Job, examiner: Examiner) -> Finished:
+        tests = examiner.prepare(job.policy, [job.cell])[job.cell]
+        taken: list[Taken] = []
+        for test in tests:
+            if test not in job.done:
+                budget = budget_of(job.policy, test, job.read)
+                examiner.take(job.policy, test, budget, taken.append)
+        return Finished(job, tests, taken)
+
+    def go_home(self, number: int, frame: FrameType | None) -> None:
+        """Leaves the test under way, and what the pool has handed out beside it."""
+        self.is_sent_home = True
+        sys.exit()
+
+
+_worker: _Worker
+
+
+def _begin(
+    assignment: Assignment, questions: Path, devices: SimpleQueue[torch.device], count: int
+) -> None:
+    global _worker
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    _worker = _Worker(assignment, questions, devices.get())
+    # Ctrl-C reaches all processes of a terminal; the one that hired these ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _worker.go_home)
+
+
+def _do(job: Job) -> Finished | Job:
+    return _worker.do(job)
