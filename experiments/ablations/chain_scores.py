@@ -1,0 +1,137 @@
+"""How far back heads look when they follow a chain of variables: another ranking than calibration's.
+
+Calibration asks which heads look from a sentence back to its copy. A chain asks for more: from an assignment
+the one before it must be found, from the value in the question the first of them, and all from the answer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rtpurbo.calibration.selection import Scores
+from rtpurbo.data.long_range import NOISE, LongRangeMix
+from rtpurbo.data.prompts import decode
+from rtpurbo.data.texts import Prose
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.attention import LayerObservation
+from rtpurbo.models.sparsify import observing
+from rtpurbo.ops.eager.attend import attention_logits
+from rtpurbo.ops.eager.visibility import causal_mask
+
+ASSIGNMENT = re.compile(r"VAR [A-Z]+ = (VAR )?\w+")
+
+NEAR = 256
+"""Tokens so near do not count as looked back at."""
+
+BUSIEST = 0.25
+"""A head may act on one token of a line: of the rows, this share that looks back most counts."""
+
+
+@dataclass(frozen=True)
+class ChainDocument:
+    """Chains in dull sentences, and a question about one with its answer.
+
+    Attributes:
+        input_ids: all of it.
+        hidden: indices of the tokens of assignments.
+        rows: indices of those tokens that have to look back, by what they look for.
+    """
+
+    input_ids: list[int]
+    hidden: list[int]
+    rows: dict[str, list[int]]
+
+
+def make_chain_document(
+    tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
+) -> ChainDocument:
+    """One of training's sequences, with the places of what is hidden and asked.
+
+    Raises:
+        RTPurboError: the tokenizer does not tell which characters its tokens are.
+    """
+    drawn = LongRangeMix(tokenizer, corpus).variables(length, rng, NOISE, most_questions=1)
+    text = decode(tokenizer, drawn.input_ids)
+    if not tokenizer.is_fast:
+        raise RTPurboError("chains can be found with fast tokenizers alone.")
+    found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    if found["input_ids"] != drawn.input_ids:
+        raise RTPurboError("the tokenizer reads the text of its own tokens as other ones.")
+
+    def tokens(match: re.Match[str]) -> list[int]:
+        return [
+            index
+            for index, (first, end) in enumerate(found["offset_mapping"])
+            if first < match.end() and end > match.start()
+        ]
+
+    assignments = list(ASSIGNMENT.finditer(text))
+    asked = re.compile(r"\d{5}").finditer(text, assignments[-1].end())
+    return ChainDocument(
+        drawn.input_ids,
+        [index for match in assignments for index in tokens(match)],
+        {
+            "value": [index for match in asked for index in tokens(match)],
+            "assignment": [i for match in assignments if match.group(1) for i in tokens(match)],
+            "answer": [i for first, end in drawn.answer_spans for i in range(first - 1, end - 1)],
+        },
+    )
+
+
+def chain_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Prose,
+    length: int,
+    num_documents: int,
+    seed: int = 0,
+) -> Scores:
+    """The attention that goes far back to assignments, mean over documents and the three kinds of rows.
+
+    Args:
+        model: dense.
+        tokenizer: the model's, a fast one.
+        corpus: as `LongRangeMix` takes it.
+        length: tokens of a document.
+        num_documents: how many are looked at.
+        seed: of the documents.
+
+    Returns:
+        For each layer a score from 0 to 1 of each head; None for a layer that is not converted.
+    """
+    scores: list[Tensor | None] = [None] * model.config.num_hidden_layers
+    for number in range(num_documents):
+        rng = random.Random(f"chains-{seed}-{number}")
+        document = make_chain_document(tokenizer, corpus, length, rng)
+
+        def add(seen: LayerObservation, document: ChainDocument = document) -> None:
+            looked = [_looked_back(seen, rows, document.hidden) for rows in document.rows.values()]
+            mean = torch.stack(looked).mean(0) / num_documents
+            before = scores[seen.layer]
+            scores[seen.layer] = mean if before is None else before + mean
+
+        with torch.no_grad(), observing(model, add):
+            ids = torch.tensor([document.input_ids], device=model.device)
+            model.base_model(ids, use_cache=False)
+    return [None if row is None else row.tolist() for row in scores]
+
+
+def _looked_back(seen: LayerObservation, rows: Sequence[int], hidden: Sequence[int]) -> Tensor:
+    """The mass on hidden tokens far before these rows, mean over the busiest of them: [heads]."""
+    asked = torch.tensor(rows, device=seen.keys.device)
+    wanted = torch.tensor(hidden, device=seen.keys.device)
+    group = seen.queries.shape[1] // seen.keys.shape[1]
+    keys = seen.keys.repeat_interleave(group, 1)
+    logits = attention_logits(seen.queries[:, :, asked], keys, seen.scaling).float()
+    visible = causal_mask(seen.positions[:, asked], seen.positions)
+    attention = logits.masked_fill(~visible, -torch.inf).softmax(-1)[0]
+    is_far = asked[:, None] - wanted > NEAR
+    mass = (attention[..., wanted] * is_far).sum(-1)
+    return mass.topk(max(1, int(BUSIEST * len(rows))), -1).values.mean(-1).cpu()
