@@ -9,9 +9,7 @@ from typing import Any, Literal
 from rtpurbo.config import Reading
 
 Stage = Literal["teacher", "map", "index", "student"]
-HeadChoice = Literal[
-    "global", "per_layer", "random", "kv_group_same_memory", "divergence", "chains", "turns"
-]
+HeadChoice = Literal["global", "per_layer", "random", "kv_group_same_memory", "divergence"]
 WindowChoice = Literal["one", "output_error", "lost_mass"]
 Objective = Literal["top_logits", "vocabulary"]
 Measure = Literal["answers", "index", "map"]

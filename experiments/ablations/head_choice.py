@@ -24,8 +24,7 @@ def chosen_map(
         scores: for each layer, a score for each query head; None for a layer that is not converted.
         num_key_value_heads: KV heads of a layer.
         settings: how many heads, and by what granularity.
-        choice: `global` is the library's own, and so are `divergence` and `chains`, of other scores, and
-            `turns`, which is made by `in_turn`; `per_layer` gives
+        choice: `global` is the library's own, and so is `divergence`, of other scores; `per_layer` gives
             every layer the same number of heads, as far as it comes out even; `random` draws them, in
             the layers that `global` takes from; `kv_group_same_memory` takes whole groups, as many as
             `global` keeps whole KV heads.
@@ -42,25 +41,6 @@ def chosen_map(
         whole = replace(settings, granularity="kv_group", threshold=None, count=count)
         return choose_heads(scores, num_key_value_heads, whole)
     return best
-
-
-def in_turn(first: Scores, second: Scores) -> Scores:
-    """Scores by which the best of two rankings come in turn: the smaller a head's better rank, the more.
-
-    Args:
-        first: of which the best head comes first.
-        second: for the same heads.
-    """
-    heads = [(layer, head) for layer, row in enumerate(first) for head in range(len(row or ()))]
-    place: dict[tuple[int, int], int] = {}
-    for turn, scores in enumerate((first, second)):
-        best_first = sorted(heads, key=lambda at: -scores[at[0]][at[1]])  # type: ignore[index]
-        for rank, at in enumerate(best_first):
-            place[at] = min(place.get(at, 2 * len(heads)), 2 * rank + turn)
-    return [
-        None if row is None else [-float(place[layer, head]) for head in range(len(row))]
-        for layer, row in enumerate(first)
-    ]
 
 
 def even_quota(scores: Scores, count: int) -> tuple[tuple[int, ...] | None, ...]:

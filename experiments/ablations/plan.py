@@ -140,8 +140,8 @@ def head_arms(length: int) -> tuple[Arm, ...]:
         "15 %, whole KV groups": {"changes": {"calibration.granularity": "kv_group"}},
         "whole KV groups, memory of 15 %": {"choice": "kv_group_same_memory"},
         "15 %, at random": {"choice": "random"},
-        "15 %, by chains": {"choice": "chains"},
-        "15 %, needles and chains in turn": {"choice": "turns"},
+        "15 %, by chains": {"changes": {"calibration.ranking": "chains"}},
+        "15 %, copies and chains in turn": {"changes": {"calibration.ranking": "turns"}},
         **{
             f"{name}, by divergence": {
                 "choice": "divergence", "changes": {"calibration.ratio": ratio},
@@ -155,7 +155,7 @@ def head_arms(length: int) -> tuple[Arm, ...]:
     ]
     healed = ("15 %", "15 %, same number in every layer", "whole KV groups, memory of 15 %",
               "5 %", "30 %", "15 %, by divergence", "5 %, by divergence",
-              "15 %, needles and chains in turn")  # fmt: skip
+              "15 %, copies and chains in turn")  # fmt: skip
     after = [
         Arm(f"{name}, after 100 steps", 75, lengths=(length,),
             **{**kinds[name], "changes": {**kinds[name].get("changes", {}), **SHORT}})

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from ablations.arms import Arm, Text
-from ablations.chain_scores import chain_scores
 from ablations.divergence_shares import SHARES, divergence_shares
-from ablations.head_choice import chosen_map, in_turn
+from ablations.head_choice import chosen_map
 from ablations.plan import shrunk
 from ablations.whole_vocabulary import whole_vocabulary
 from ablations.windows import dealt_windows, ladder, use_windows, window_costs
@@ -102,6 +101,8 @@ class Workshop:
         """A head map and its stability; scores are measured once for each length and text."""
         wanted = settings.calibration
         measured = {"length": wanted.length, "num_documents": wanted.num_documents}
+        if wanted.ranking != "copies":
+            measured["ranking"] = wanted.ranking
         path = self._path("scores", ".json", measured, text, settings.seed)
         if not path.is_file():
             base = self.dense()
@@ -124,15 +125,8 @@ class Workshop:
         """The arm's choice of heads."""
         settings = self.settings_of(arm)
         found = self.calibration(settings).head_map
-        scores: Scores = found.scores
-        if arm.choice == "divergence":
-            scores = self.divergence_shares(settings)
-        elif arm.choice == "chains":
-            scores = self.chain_scores(settings)
-        elif arm.choice == "turns":
-            scores = in_turn(found.scores, self.chain_scores(settings))
         return chosen_map(
-            scores,
+            self.divergence_shares(settings) if arm.choice == "divergence" else found.scores,
             found.num_key_value_heads,
             settings.calibration,
             arm.choice,
@@ -155,21 +149,6 @@ class Workshop:
             write_json_atomically(
                 path, divergence_shares(base.model, mix, wanted.num_documents, rule)
             )
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def chain_scores(self, settings: ConversionSettings) -> Scores:
-        """How far back heads look for chains, measured on as many documents as calibration has."""
-        wanted = settings.calibration
-        path = self._path("chains", ".json", wanted.length, wanted.num_documents, settings.seed)
-        if not path.is_file():
-            base = self.dense()
-            write_json_atomically(
-                path,
-                chain_scores(
-                    base.model, base.tokenizer, self.train_text, wanted.length,
-                    wanted.num_documents, settings.seed,
-                ),
-            )  # fmt: skip
         return json.loads(path.read_text(encoding="utf-8"))
 
     def windows(self, arm: Arm) -> list[list[int] | None] | None:

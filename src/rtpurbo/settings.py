@@ -18,6 +18,7 @@ from rtpurbo.errors import RTPurboError
 
 IndexerStart = Literal["covariance", "weight", "random"]
 Labels = Literal["both", "answers", "text"]
+Ranking = Literal["copies", "chains", "turns"]
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (stage, steps done, steps in all, latest figures); see `rtpurbo.cli.progress` for the bars."""
@@ -38,6 +39,9 @@ class CalibrationSettings:
         threshold: take heads whose score reaches this instead.
         count: take this many heads instead.
         granularity: choose heads one by one (`query_head`) or by whole KV groups (`kv_group`).
+        ranking: by what heads are ranked: `copies`, as in the paper, how much they look from a sentence back
+            to its copy; `chains`, how much they look back where chains of variables are followed; or `turns`,
+            the best of both in turn.
     """
 
     length: int = 4096
@@ -46,6 +50,7 @@ class CalibrationSettings:
     threshold: float | None = None
     count: int | None = None
     granularity: HeadGranularity = "query_head"
+    ranking: Ranking = "copies"
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
@@ -57,6 +62,7 @@ class CalibrationSettings:
         if self.num_documents < 1:
             raise RTPurboError("calibration needs at least one document.")
         check_choice("granularity", self.granularity, HeadGranularity)
+        check_choice("ranking", self.ranking, Ranking)
 
 
 @dataclass(frozen=True)

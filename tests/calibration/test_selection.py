@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rtpurbo.calibration.selection import choose_heads, measure_stability
+from rtpurbo.calibration.selection import choose_heads, in_turn, measure_stability
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import CalibrationSettings
 
@@ -67,3 +67,13 @@ def test_stability_of_equal_and_opposite_documents():
 
 def test_a_single_document_has_no_stability():
     assert measure_stability(torch.rand(1, 10), 3) is None
+
+
+def test_two_rankings_take_turns():
+    first = torch.tensor([[0.9, 0.5], [0.8, 0.1]])
+    second = torch.tensor([[0.1, 0.2], [0.3, 0.9]])
+    taken = in_turn(first, second)
+    # The best of the first, the best of the second, the first's next that is not taken, and so on.
+    assert taken.flatten().argsort(descending=True).tolist() == [0, 3, 2, 1]
+    assert taken.max() == 1
+    assert taken.min() > 0

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.calibration.chains import chain_scores, make_chain_document
 from rtpurbo.calibration.scores import retrieval_scores
-from rtpurbo.calibration.selection import Stability, choose_heads, measure_stability
+from rtpurbo.calibration.selection import Stability, choose_heads, in_turn, measure_stability
 from rtpurbo.config import HeadMap, head_map_from_dict
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
@@ -44,8 +45,8 @@ def calibrate(
 ) -> Calibration:
     """Finds the retrieval heads.
 
-    Scores are means over documents whose needles stand at depths from 5 % to 50 %. Use prose: repeated filler draws
-    attention to every copy (docs/experiment-log.md).
+    Scores are means over documents: of prose whose needles stand at depths from 5 % to 50 % (repeated filler would draw
+    attention to every copy, docs/experiment-log.md), of chains of variables, or of both, whose best heads come in turn.
 
     Args:
         model: dense.
@@ -60,24 +61,48 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     check_context("documents", settings.length, model.config.max_position_embeddings)
-    rows: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {"copies": [], "chains": []}
     layers: list[int] = []
     for number in range(settings.num_documents):
-        rng = random.Random(f"calibration-{seed}-{number}")
-        depth = 0.05 + 0.45 * number / max(1, settings.num_documents - 1)
-        document = make_calibration_document(tokenizer, corpus, settings.length, rng, depth=depth)
-        scores = retrieval_scores(model, document)
-        layers = sorted(scores)
-        rows.append(torch.stack([scores[layer] for layer in layers]))
+        for kind, rows in found.items():
+            if settings.ranking in (kind, "turns"):
+                scores = _scores(kind, model, tokenizer, corpus, settings, seed, number)
+                layers = sorted(scores)
+                rows.append(torch.stack([scores[layer] for layer in layers]))
         progress("calibrate", number + 1, settings.num_documents, {})
-    by_document = torch.stack(rows)
-    mean = by_document.mean(0).tolist()
+    copies, chains = (torch.stack(rows) if rows else None for rows in found.values())
+    by_document = copies if copies is not None else chains
+    assert by_document is not None
+    mean = by_document.mean(0)
+    if copies is not None and chains is not None:
+        mean = in_turn(copies.mean(0), chains.mean(0))
+        by_document = torch.stack([in_turn(*both) for both in zip(copies, chains, strict=True)])
     by_layer: list[list[float] | None] = [None] * model.config.num_hidden_layers
-    for layer, values in zip(layers, mean, strict=True):
+    for layer, values in zip(layers, mean.tolist(), strict=True):
         by_layer[layer] = values
     head_map = choose_heads(by_layer, model.config.num_key_value_heads, settings)
     stability = measure_stability(by_document.flatten(1), head_map.num_retrieval_heads)
     return Calibration(head_map, stability)
+
+
+def _scores(
+    kind: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: TextCorpus,
+    settings: CalibrationSettings,
+    seed: int,
+    number: int,
+) -> dict[int, Tensor]:
+    """The scores that one document gives, by layer."""
+    if kind == "chains":
+        rng = random.Random(f"chains-{seed}-{number}")
+        chained = make_chain_document(tokenizer, corpus, settings.length, rng)
+        return chain_scores(model, chained)
+    rng = random.Random(f"calibration-{seed}-{number}")
+    depth = 0.05 + 0.45 * number / max(1, settings.num_documents - 1)
+    document = make_calibration_document(tokenizer, corpus, settings.length, rng, depth=depth)
+    return retrieval_scores(model, document)
 
 
 def read_head_map(path: Path) -> HeadMap:

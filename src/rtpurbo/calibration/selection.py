@@ -67,6 +67,23 @@ def choose_heads(
     )
 
 
+def in_turn(first: Tensor, second: Tensor) -> Tensor:
+    """Scores by which the best heads of two rankings come in turn.
+
+    Args:
+        first: [layers, heads], of which the best head comes first.
+        second: of the same shape.
+
+    Returns:
+        1 for the best head, then less the worse the better of a head's two ranks is; [layers, heads].
+    """
+    places = []
+    for turn, scores in enumerate((first, second)):
+        best_first = scores.flatten().argsort(descending=True, stable=True)
+        places.append(2 * best_first.argsort() + turn)
+    return (1 - torch.minimum(*places) / (2 * first.numel())).view_as(first)
+
+
 @dataclass(frozen=True)
 class Stability:
     """How much documents agree, as means over all pairs of them.

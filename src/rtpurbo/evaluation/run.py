@@ -105,14 +105,14 @@ def evaluate(
             )
     assignment = Assignment(
         Source(find_artifact(artifact), device, dtype or default_dtype(device), base_model, seed),
-        bool(asked),
-        data,
-        seed,
-        squad,
-        hotpotqa,
-        task_data,
-        max_new_tokens,
-        cache_length,
+        asks_harness=bool(asked),
+        data=data,
+        seed=seed,
+        squad=squad,
+        hotpotqa=hotpotqa,
+        task_data=task_data,
+        max_new_tokens=max_new_tokens,
+        cache_length=cache_length,
     )
     battery = assignment.battery()
     if results is None:

@@ -1,7 +1,8 @@
-"""How far back heads look when they follow a chain of variables: another ranking than calibration's.
+"""The chain score of a query head: how much it looks back where a chain of variables is followed.
 
-Calibration asks which heads look from a sentence back to its copy. A chain asks for more: from an assignment
-the one before it must be found, from the value in the question the first of them, and all from the answer.
+The retrieval score asks which heads look from a sentence back to its copy. A chain asks for more: from an
+assignment the one before it must be found, from the value in the question the first of them, and all from
+the answer. What that needs and copies do not is lost at 32K (docs/experiment-log.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.calibration.selection import Scores
 from rtpurbo.data.long_range import NOISE, LongRangeMix
 from rtpurbo.data.prompts import decode
 from rtpurbo.data.texts import Prose
@@ -85,42 +85,28 @@ def make_chain_document(
     )
 
 
-def chain_scores(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: Prose,
-    length: int,
-    num_documents: int,
-    seed: int = 0,
-) -> Scores:
-    """The attention that goes far back to assignments, mean over documents and the three kinds of rows.
+def chain_scores(model: PreTrainedModel, document: ChainDocument) -> dict[int, Tensor]:
+    """The attention that goes far back to assignments, mean over the three kinds of rows.
+
+    Only these rows are computed, so no n x n matrix is made.
 
     Args:
-        model: dense.
-        tokenizer: the model's, a fast one.
-        corpus: as `LongRangeMix` takes it.
-        length: tokens of a document.
-        num_documents: how many are looked at.
-        seed: of the documents.
+        model: dense, on any device.
+        document: chains and a question.
 
     Returns:
-        For each layer a score from 0 to 1 of each head; None for a layer that is not converted.
+        For each converted layer, fp32 [num_attention_heads] from 0 to 1 on the CPU.
     """
-    scores: list[Tensor | None] = [None] * model.config.num_hidden_layers
-    for number in range(num_documents):
-        rng = random.Random(f"chains-{seed}-{number}")
-        document = make_chain_document(tokenizer, corpus, length, rng)
+    scores: dict[int, Tensor] = {}
 
-        def add(seen: LayerObservation, document: ChainDocument = document) -> None:
-            looked = [_looked_back(seen, rows, document.hidden) for rows in document.rows.values()]
-            mean = torch.stack(looked).mean(0) / num_documents
-            before = scores[seen.layer]
-            scores[seen.layer] = mean if before is None else before + mean
+    def score_layer(seen: LayerObservation) -> None:
+        looked = [_looked_back(seen, rows, document.hidden) for rows in document.rows.values()]
+        scores[seen.layer] = torch.stack(looked).mean(0)
 
-        with torch.no_grad(), observing(model, add):
-            ids = torch.tensor([document.input_ids], device=model.device)
-            model.base_model(ids, use_cache=False)
-    return [None if row is None else row.tolist() for row in scores]
+    input_ids = torch.tensor([document.input_ids], device=model.device)
+    with torch.no_grad(), observing(model, score_layer):
+        model.base_model(input_ids, use_cache=False)
+    return scores
 
 
 def _looked_back(seen: LayerObservation, rows: Sequence[int], hidden: Sequence[int]) -> Tensor:

@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
-from ablations.chain_scores import chain_scores, make_chain_document
-from ablations.head_choice import in_turn
 
+from rtpurbo.calibration.calibrate import calibrate
+from rtpurbo.calibration.chains import chain_scores, make_chain_document
 from rtpurbo.data.prompts import decode
 from rtpurbo.errors import RTPurboError
+from rtpurbo.settings import CalibrationSettings
 from tests.calibration.test_calibrate import copying_model
 from tests.data.test_needles import corpus
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -36,14 +37,28 @@ def test_places_of_a_document_are_what_they_say(number):
 
 
 def test_the_head_that_looks_back_scores_most():
-    scores = chain_scores(copying_model(), tiny_tokenizer(), corpus(), 1000, 2)
-    found = torch.tensor(scores)
+    document = make_chain_document(tiny_tokenizer(), corpus(), 1000, random.Random(0))
+    scores = chain_scores(copying_model(), document)
+    found = torch.stack([scores[layer] for layer in sorted(scores)])
     assert found.flatten().argmax() == found.shape[1] + 3
     assert found.min() >= 0
     assert found.max() <= 1
     assert found[1, 3] > 2 * found[0].max()
-    assert scores == chain_scores(copying_model(), tiny_tokenizer(), corpus(), 1000, 2)
-    assert scores != chain_scores(copying_model(), tiny_tokenizer(), corpus(), 1000, 2, seed=1)
+
+
+@pytest.mark.parametrize("ranking", ["chains", "turns"])
+def test_heads_are_chosen_by_chains(ranking):
+    settings = CalibrationSettings(length=1000, num_documents=2, count=1, ranking=ranking)
+
+    def run(seed):
+        return calibrate(copying_model(), tiny_tokenizer(), corpus(), settings, seed=seed)
+
+    found = run(0)
+    assert found.head_map.retrieval_heads == ((), (3,))
+    assert found.stability.num_documents == 2
+    assert run(0) == found
+    if ranking == "chains":  # places in a ranking may stay, scores do not
+        assert run(1).head_map.scores != found.head_map.scores
 
 
 def test_tokenizers_that_do_not_tell_places_are_refused():
@@ -60,14 +75,3 @@ def test_tokenizers_that_do_not_tell_places_are_refused():
     tokenizer.__class__ = Other
     with pytest.raises(RTPurboError, match="reads the text of its own tokens as other ones"):
         make_chain_document(tokenizer, corpus(), 1500, random.Random(0))
-
-
-def test_two_rankings_take_turns():
-    first = [[0.9, 0.5], None, [0.8, 0.1]]
-    second = [[0.1, 0.2], None, [0.3, 0.9]]
-    taken = in_turn(first, second)
-    assert taken[1] is None
-    order = sorted(((layer, head) for layer in (0, 2) for head in (0, 1)),
-                   key=lambda at: -taken[at[0]][at[1]])  # fmt: skip
-    # The best of the first, the best of the second; then (2, 0) is second in both, and so on.
-    assert order == [(0, 0), (2, 1), (2, 0), (0, 1)]
