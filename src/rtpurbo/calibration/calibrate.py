@@ -61,28 +61,29 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     check_context("documents", settings.length, model.config.max_position_embeddings)
-    found: dict[str, list[Tensor]] = {"copies": [], "chains": []}
+    kinds = ("copies", "chains") if settings.ranking == "turns" else (settings.ranking,)
+    rows: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     layers: list[int] = []
     for number in range(settings.num_documents):
-        for kind, rows in found.items():
-            if settings.ranking in (kind, "turns"):
-                scores = _scores(kind, model, tokenizer, corpus, settings, seed, number)
-                layers = sorted(scores)
-                rows.append(torch.stack([scores[layer] for layer in layers]))
+        for kind in kinds:
+            scores = _scores(kind, model, tokenizer, corpus, settings, seed, number)
+            layers = sorted(scores)
+            rows[kind].append(torch.stack([scores[layer] for layer in layers]))
         progress("calibrate", number + 1, settings.num_documents, {})
-    copies, chains = (torch.stack(rows) if rows else None for rows in found.values())
-    by_document = copies if copies is not None else chains
-    assert by_document is not None
-    mean = by_document.mean(0)
-    if copies is not None and chains is not None:
-        mean = in_turn(copies.mean(0), chains.mean(0))
-        by_document = torch.stack([in_turn(*both) for both in zip(copies, chains, strict=True)])
+    measured = [torch.stack(documents) for documents in rows.values()]
+    mean = _together(*(documents.mean(0) for documents in measured))
+    by_document = torch.stack([_together(*each) for each in zip(*measured, strict=True)])
     by_layer: list[list[float] | None] = [None] * model.config.num_hidden_layers
     for layer, values in zip(layers, mean.tolist(), strict=True):
         by_layer[layer] = values
     head_map = choose_heads(by_layer, model.config.num_key_value_heads, settings)
     stability = measure_stability(by_document.flatten(1), head_map.num_retrieval_heads)
     return Calibration(head_map, stability)
+
+
+def _together(first: Tensor, *second: Tensor) -> Tensor:
+    """Scores of one kind as they are, of two kinds in turn."""
+    return in_turn(first, *second) if second else first
 
 
 def _scores(

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.calibration.scores import attention_of_rows
 from rtpurbo.data.long_range import NOISE, LongRangeMix
 from rtpurbo.data.prompts import decode
 from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.attention import LayerObservation
 from rtpurbo.models.sparsify import observing
-from rtpurbo.ops.eager.attend import attention_logits
-from rtpurbo.ops.eager.visibility import causal_mask
 
 ASSIGNMENT = re.compile(r"VAR [A-Z]+ = (VAR )?\w+")
 
@@ -113,11 +112,6 @@ def _looked_back(seen: LayerObservation, rows: Sequence[int], hidden: Sequence[i
     """The mass on hidden tokens far before these rows, mean over the busiest of them: [heads]."""
     asked = torch.tensor(rows, device=seen.keys.device)
     wanted = torch.tensor(hidden, device=seen.keys.device)
-    group = seen.queries.shape[1] // seen.keys.shape[1]
-    keys = seen.keys.repeat_interleave(group, 1)
-    logits = attention_logits(seen.queries[:, :, asked], keys, seen.scaling).float()
-    visible = causal_mask(seen.positions[:, asked], seen.positions)
-    attention = logits.masked_fill(~visible, -torch.inf).softmax(-1)[0]
     is_far = asked[:, None] - wanted > NEAR
-    mass = (attention[..., wanted] * is_far).sum(-1)
+    mass = (attention_of_rows(seen, asked)[..., wanted] * is_far).sum(-1)
     return mass.topk(max(1, int(BUSIEST * len(rows))), -1).values.mean(-1).cpu()

@@ -31,15 +31,24 @@ def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> d
     early, late = slice(*document.early_span), slice(*document.late_span)
 
     def score_layer(seen: LayerObservation) -> None:
-        queries, keys = seen.queries[:, :, late], seen.keys
-        group = queries.shape[1] // keys.shape[1]
-        logits = attention_logits(queries, keys.repeat_interleave(group, 1), seen.scaling)
-        visible = causal_mask(seen.positions[:, late], seen.positions)
-        attention = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-        mass = attention[..., early].sum(-1).mean(-1)[0]
-        scores[seen.layer] = (mass - (early.stop - early.start) / keys.shape[2]).float().cpu()
+        mass = attention_of_rows(seen, late)[..., early].sum(-1).mean(-1)
+        scores[seen.layer] = (mass - (early.stop - early.start) / seen.keys.shape[2]).float().cpu()
 
     input_ids = torch.tensor([document.input_ids], device=model.device)
     with torch.no_grad(), observing(model, score_layer):
         model.base_model(input_ids, use_cache=False)
     return scores
+
+
+def attention_of_rows(seen: LayerObservation, rows: slice | Tensor) -> Tensor:
+    """The full attention of some rows: [heads, rows, keys], in at least fp32.
+
+    Args:
+        seen: a layer's states of one document.
+        rows: which.
+    """
+    queries, keys = seen.queries[:, :, rows], seen.keys
+    group = queries.shape[1] // keys.shape[1]
+    logits = attention_logits(queries, keys.repeat_interleave(group, 1), seen.scaling)
+    visible = causal_mask(seen.positions[:, rows], seen.positions)
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1)[0]

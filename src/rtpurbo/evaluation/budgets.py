@@ -10,15 +10,20 @@ from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy
 from rtpurbo.evaluation.records import Record
 
 
+def has_budget(policy: str) -> bool:
+    """Whether the policy of this name is told how much it may read."""
+    return isinstance(POLICIES[policy], BudgetPolicy)
+
+
 def budget_of(policy: str, cell: Cell, records: Iterable[Record]) -> int | None:
     """The far tokens that a policy may read in a row of a test; None for those that have no budget.
 
     Args:
         policy: its name.
         cell: the test.
-        records: as `far_token_budget` takes them.
+        records: as `far_token_budget` takes them; not asked for where there is no budget.
     """
-    return far_token_budget(cell, records) if isinstance(POLICIES[policy], BudgetPolicy) else None
+    return far_token_budget(cell, records) if has_budget(policy) else None
 
 
 def far_token_budget(cell: Cell, records: Iterable[Record]) -> int:

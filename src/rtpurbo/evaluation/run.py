@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -13,10 +13,10 @@ import torch
 from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.assignment import Assignment
-from rtpurbo.evaluation.budgets import budget_of
+from rtpurbo.evaluation.budgets import budget_of, has_budget
 from rtpurbo.evaluation.cells import DEFAULT_SUITES, HARNESS, Cell, check_name, choose_cells
 from rtpurbo.evaluation.examiner import Examiner, Taken
-from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, BudgetPolicy, Source
+from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.samples import SampleRecord
@@ -139,7 +139,7 @@ def run_order(policies: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(POLICIES if EVERY_POLICY in policies else policies))
     for name in names:
         check_name("policy", name, [*POLICIES, EVERY_POLICY])
-    budgeted = [name for name in names if isinstance(POLICIES[name], BudgetPolicy)]
+    budgeted = [name for name in names if has_budget(name)]
     free = [name for name in names if name not in budgeted]
     if budgeted and BUDGET_POLICY not in free:
         free.append(BUDGET_POLICY)
@@ -207,7 +207,8 @@ class _Run:
 
     def side_by_side(self, names: Sequence[str], workers: Workers) -> None:
         """The same, several at a time: first all that sets budgets, then those that keep to them."""
-        for has_budget, together in groupby(names, self._has_budget):
+        for keeps_to_it, together in groupby(names, has_budget):
+            read = tuple(self._read()) if keeps_to_it else ()
             bars, jobs = {}, list[Job]()
             for name in together:
                 bars[name] = self._bar(name)
@@ -215,18 +216,13 @@ class _Run:
                 # What takes longest does not come last, when nothing is left to do beside it.
                 for cell in sorted(self._missing(name), key=lambda cell: -cell.context_length):
                     done = {test for test in self.results.tests(cell) if self._is_done(test, name)}
-                    read = self._read() if has_budget else []
-                    jobs.append(Job(name, cell, frozenset(done), tuple(read)))
+                    jobs.append(Job(name, cell, frozenset(done), read))
             for finished in workers.do(jobs):
                 self.results.set_tests(finished.job.cell, finished.tests)
                 bar = bars[finished.job.policy]
                 for taken in finished.taken:
                     bar.done += taken.records[0].samples
                     self._keep(bar, taken)
-
-    @staticmethod
-    def _has_budget(name: str) -> bool:
-        return isinstance(POLICIES[name], BudgetPolicy)
 
     def _missing(self, name: str) -> list[Cell]:
         return [
@@ -242,13 +238,10 @@ class _Run:
         budget = budget_of(name, test, self._read())
         return bool(records) and records[0].far_token_budget == budget
 
-    def _read(self) -> list[Record]:
+    def _read(self) -> Iterator[Record]:
         """What the policy that sets budgets made of all tests."""
-        return [
-            record
-            for test in self.results.every_test()
-            for record in self.results.of(test, BUDGET_POLICY)[:1]
-        ]
+        for test in self.results.every_test():
+            yield from self.results.of(test, BUDGET_POLICY)[:1]
 
     def _bar(self, name: str) -> _Bar:
         done = total = 0
