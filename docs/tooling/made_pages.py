@@ -96,7 +96,8 @@ def _kind(found: dict[str, Any]) -> str | None:
 
 def _quality(path: Path, found: dict[str, Any]) -> str:
     results = read_results(path)
-    tables = markdown_tables(results.records, results.origin.get("kv_bytes_at"))
+    length = results.origin.get("kv_bytes_at")
+    tables = markdown_tables(results.records, length, results.averages)
     return f"### {Path(str(found['model'])).name}\n\n{_origin(path, found)}\n\n{tables}"
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rtpurbo.evaluation import bootstrap
-from rtpurbo.evaluation.bootstrap import bootstrap_interval
+from rtpurbo.evaluation.bootstrap import bootstrap_interval, interval_of_mean
 
 
 def test_equal_values_leave_no_doubt():
@@ -25,3 +25,14 @@ def test_the_same_values_give_the_same_interval(monkeypatch):
     # However many numbers are drawn at once, all means are.
     monkeypatch.setattr(bootstrap, "_NUMBERS_AT_ONCE", 7)
     assert bootstrap_interval(values) == pytest.approx(once, abs=3)
+
+
+def test_groups_are_resampled_within_themselves():
+    # How far groups are apart is no matter of chance.
+    assert interval_of_mean([[0.0] * 5, [100.0] * 3]) == (50.0, 50.0)
+    rng = np.random.default_rng(2)
+    groups = [rng.normal(mean, 10, size) for mean, size in ((0, 200), (80, 400))]
+    low, high = interval_of_mean(groups)
+    error = 1.96 * sum(group.var() / len(group) for group in groups) ** 0.5 / 2
+    mean = sum(group.mean() for group in groups) / 2
+    assert (low, high) == pytest.approx((mean - error, mean + error), abs=0.1)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.records import Record, read_results, write_results
 
 PUBLISHED = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -47,6 +48,19 @@ def test_round_trip(path):
     assert {"model", "device", "library_version", "torch", "transformers", "commit"} <= set(
         results.origin
     )
+
+
+def test_averages_come_back(path):
+    assert read_results(path).averages == []
+    assert "averages" not in json.loads(path.read_text())
+    averages = [
+        Average("ruler", 4096, "full", 2, 50, 80.0, (75.0, 85.0)),
+        Average("ruler", 4096, "rtpurbo", 2, 50, 79.0, (74.0, 84.0), -1.0, (-2.5, 0.5)),
+    ]
+    write_results(path, "model", "cpu", "rtpurbo eval model", RECORDS, averages=averages)
+    results = read_results(path)
+    assert results.averages == averages
+    assert "averages" not in results.origin
 
 
 def test_a_newer_format_asks_for_an_upgrade(path):

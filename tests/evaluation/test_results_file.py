@@ -51,6 +51,26 @@ def test_what_was_there_when_it_was_cut_is_written(tmp_path):
     assert read_samples(samples_path(path)) == [SAMPLE]
 
 
+def test_averages_come_in_the_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(results_file, "SECONDS_BETWEEN", -1)
+    path = tmp_path / "results.json"
+    with opened(path) as results:
+        for policy, score in (("full", 100.0), ("rtpurbo", 90.0)):
+            sample = SampleRecord("ruler", "vt", 4096, policy, 0, 0, Sample.of([1], [], "", score))
+            results.add([Record("ruler", "vt", 4096, policy, 1, score)], [sample])
+        written = read_results(path)
+        assert len(written.records) == 2
+        assert written.averages == []
+    dense, sparse = read_results(path).averages
+    assert (dense.score, dense.difference) == (100.0, None)
+    assert (sparse.score, sparse.difference, sparse.difference_ci95) == (
+        90.0,
+        -10.0,
+        (-10.0, -10.0),
+    )
+    assert results.averages == [dense, sparse]
+
+
 def test_it_grows_while_the_run_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr(results_file, "SECONDS_BETWEEN", -1)
     path, ruler = tmp_path / "results.json", Record("ruler", "vt", 4096, "full", 1, 20.0)

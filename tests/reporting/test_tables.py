@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.formats import percent, short_bytes, short_length
 from rtpurbo.reporting.tables import markdown_tables, results_tables
@@ -72,6 +73,32 @@ def test_what_is_measured_row_by_row_has_its_columns():
     ruler.append(Record("ruler", "fwe", 4096, "rtpurbo", 5, 9.0))
     lines = markdown_tables(ruler).splitlines()
     assert lines[-3:-1] == ["| tokens read (mean) | 300 |", "| mass kept | 70.0 % |"]
+
+
+def test_how_far_a_mean_is_from_the_dense_models():
+    records = [
+        Record("ruler", task, 4096, policy, 25, 80.0)
+        for task in ("vt", "cwe")
+        for policy in ("full", "rtpurbo", "quest", "local-only")
+    ]
+    averages = [
+        Average("ruler", 4096, "full", 2, 50, 80.0, (75.0, 85.0)),
+        Average("ruler", 4096, "rtpurbo", 2, 50, 79.5, (74.0, 84.0), -0.5, (-2.0, 1.0)),
+        Average("ruler", 4096, "quest", 2, 50, 70.0, (64.0, 75.0), -10.0, (-12.0, -8.0)),
+        # Of more tasks than the table shows.
+        Average("ruler", 4096, "local-only", 3, 75, 20.0, (14.0, 24.0), -60.0, (-62.0, -50.0)),
+    ]
+    lines = markdown_tables(records, averages=averages).splitlines()
+    assert lines[0] == "| RULER 4K | full | rtpurbo | quest | local-only |"
+    assert lines[5:7] == [
+        "| minus full (95 %, in pairs) | - | -0.5 (-2.0 to +1.0) | -10.0 (-12.0 to -8.0) | - |",
+        "| far tokens read (mean) | - | - | - | - |",
+    ]
+    assert "minus full" not in markdown_tables(records)
+    tables = results_tables(records, averages=averages)
+    text = printed(*tables, force_terminal=True, color_system="standard")
+    assert re.search(re.escape("\x1b[1;31m") + " *-10.0", text)
+    assert not re.search(r"\x1b\[\d[\d;]*m *-0.5 \(", text)
 
 
 def test_ruler_has_a_table_for_each_length_with_tasks_as_rows():

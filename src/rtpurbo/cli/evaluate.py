@@ -188,7 +188,7 @@ def evaluate(
             results=results,
             progress=progress,
         )
-    Console().print(*results_tables(records))
+    Console().print(*results_tables(records, averages=results.averages))
     if output is not None:
         typer.echo(f"Written to {output}.")
         if results.samples:

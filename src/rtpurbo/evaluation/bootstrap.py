@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -25,17 +26,37 @@ def bootstrap_interval(
         resamples: how many means are drawn.
         seed: of the draws.
     """
-    samples = np.asarray(values, dtype=np.float64)
+    return interval_of_mean([values], resamples, seed)
+
+
+def interval_of_mean(
+    groups: Sequence[Sequence[float]], resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """The same of the mean of several groups' means, each of which is resampled within itself.
+
+    Tasks of a suite are such groups: which there are is no matter of chance, their questions are.
+
+    Args:
+        groups: at least one, of at least one value each.
+        resamples: how many means are drawn.
+        seed: of the draws.
+    """
     rng = np.random.default_rng(seed)
-    at_once = max(1, _NUMBERS_AT_ONCE // len(samples))
-    means = np.concatenate(
-        [
-            samples[
-                rng.integers(0, len(samples), (min(at_once, resamples - start), len(samples)))
-            ].mean(1)
-            for start in range(0, resamples, at_once)
-        ]
-    )
+    means = np.mean([_resampled_means(values, resamples, rng) for values in groups], axis=0)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def _resampled_means(
+    values: Sequence[float], resamples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    samples = np.asarray(values, dtype=np.float64)
+    at_once = max(1, _NUMBERS_AT_ONCE // len(samples))
+    means = [
+        samples[
+            rng.integers(0, len(samples), (min(at_once, resamples - start), len(samples)))
+        ].mean(1)
+        for start in range(0, resamples, at_once)
+    ]
+    return np.concatenate(means)

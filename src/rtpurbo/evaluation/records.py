@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.averages import Average
 from rtpurbo.files import write_json_atomically
 from rtpurbo.version import __version__, library_commit
 
@@ -91,11 +92,13 @@ class Results:
     Attributes:
         origin: what the file says of where the records came from: model, device, versions, command.
         records: the measurements.
+        averages: of RULER's tasks, if it is there with its questions.
         resumption: how to go on; None if the file does not tell.
     """
 
     origin: dict[str, Any]
     records: list[Record]
+    averages: list[Average]
     resumption: Resumption | None = None
 
 
@@ -106,6 +109,7 @@ def write_results(
     command: str,
     records: Sequence[Record],
     extra: Mapping[str, Any] | None = None,
+    averages: Sequence[Average] = (),
     resumption: Resumption | None = None,
 ) -> None:
     """Writes records with all that is needed to measure them again.
@@ -117,6 +121,7 @@ def write_results(
         command: how to get the same results.
         records: the measurements.
         extra: more about the origin.
+        averages: of these records.
         resumption: how to go on, where more is to come.
     """
     write_json_atomically(
@@ -133,6 +138,7 @@ def write_results(
             "command": command,
             **(extra or {}),
             **({} if resumption is None else {"resumption": asdict(resumption)}),
+            **({"averages": [asdict(average) for average in averages]} if averages else {}),
             "records": [asdict(record) for record in records],
         },
     )
@@ -156,15 +162,14 @@ def read_results(path: str | Path) -> Results:
                 f"{path} has results of format {data['format_version']}, but this rtpurbo "
                 f"({__version__}) reads up to {FORMAT_VERSION}: upgrade rtpurbo."
             )
-        records = [_record(row) for row in data.pop("records")]
+        records = [Record(**_with_tuples(row)) for row in data.pop("records")]
+        averages = [Average(**_with_tuples(row)) for row in data.pop("averages", ())]
         resumption = Resumption(**data.pop("resumption")) if "resumption" in data else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no results or is corrupt; evaluate again.") from error
-    return Results(data, records, resumption)
+    return Results(data, records, averages, resumption)
 
 
-def _record(row: dict[str, Any]) -> Record:
-    for name in ("ci95", "far_tokens_histogram"):
-        if row.get(name) is not None:
-            row[name] = tuple(row[name])
-    return Record(**row)
+def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose lists are what JSON makes of tuples."""
+    return {name: tuple(item) if isinstance(item, list) else item for name, item in row.items()}

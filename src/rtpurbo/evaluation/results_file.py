@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.averages import Average, averages_of
 from rtpurbo.evaluation.cells import HARNESS, Cell
 from rtpurbo.evaluation.conditions import Conditions
 from rtpurbo.evaluation.records import Record, Resumption, read_results, write_results
@@ -156,17 +157,26 @@ class ResultsFile:
         """The questions behind it, with their answers."""
         return [sample for taken in self._taken.values() for sample in taken.samples]
 
+    @property
+    def averages(self) -> list[Average]:
+        """Of RULER's tasks, made of these questions."""
+        return averages_of(self.samples)
+
     def add(self, records: Sequence[Record], samples: Sequence[SampleRecord] = ()) -> None:
         """Adds all that a policy made of a test, in place of what it made of it before."""
         self._taken |= {_place(record): _Taken(list(records), list(samples)) for record in records}
         self._is_changed = True
-        if time.monotonic() - self._written > SECONDS_BETWEEN:
-            self.write()
+        if self.path is not None and time.monotonic() - self._written > SECONDS_BETWEEN:
+            # Averages, which take seconds where policies are many, come in the end.
+            self._write(self.path, [])
 
     def write(self) -> None:
         """Writes what there is, if anything is new."""
-        if self.path is None or not self._is_changed:
-            return
+        if self.path is not None and self._is_changed:
+            self._write(self.path, self.averages)
+            self._is_changed = False
+
+    def _write(self, path: Path, averages: Sequence[Average]) -> None:
         records, samples, extra = self.records, self.samples, self._extra
         if any(record.suite == "ruler" for record in records):
             # Words are of a package that may not be installed, and other words make other questions.
@@ -179,9 +189,9 @@ class ResultsFile:
         with steps_undisturbed():
             # First the samples: those that no record speaks of are known to be too many.
             if samples:
-                write_samples(samples_path(self.path), samples)
-            write_results(self.path, *origin, records, extra, resumption)
-            self._written, self._is_changed = time.monotonic(), False
+                write_samples(samples_path(path), samples)
+            write_results(path, *origin, records, extra, averages, resumption)
+            self._written = time.monotonic()
 
     def __enter__(self) -> ResultsFile:
         return self

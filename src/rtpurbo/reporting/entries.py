@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rtpurbo.evaluation.policies import POLICIES
+from rtpurbo.evaluation.policies import DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.formats import percent, short_bytes
-
-DENSE = "full"
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,6 @@ def cache_entry(record: Record | None, dense: Record | None) -> Entry:
     if record is None or record.kv_bytes is None:
         return Entry("-")
     text = short_bytes(record.kv_bytes)
-    if dense is not None and dense.kv_bytes and record.policy != DENSE:
+    if dense is not None and dense.kv_bytes and record.policy != DENSE_POLICY:
         text += f" ({record.kv_bytes / dense.kv_bytes:.2f}x)"
     return Entry(text)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from rtpurbo.evaluation.averages import Average, find_average
+from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.reporting.entries import (
-    DENSE,
     Entry,
     Grid,
     cache_entry,
@@ -19,11 +20,12 @@ from rtpurbo.reporting.entries import (
 from rtpurbo.reporting.formats import percent, short_length
 
 
-def ruler_grid(records: Sequence[Record]) -> Grid:
+def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> Grid:
     """The header and the rows.
 
     Args:
         records: RULER's, all of one length and at least one.
+        averages: of these tasks, if they are there; those of other lengths are passed over.
     """
     scores = {(record.task, record.policy): record for record in records}
     measured = {record.task for record in records}
@@ -34,7 +36,7 @@ def ruler_grid(records: Sequence[Record]) -> Grid:
         [
             Entry(task),
             *(
-                score_entry(scores.get((task, policy)), scores.get((task, DENSE)))
+                score_entry(scores.get((task, policy)), scores.get((task, DENSE_POLICY)))
                 for policy in policies
             ),
         ]
@@ -44,9 +46,14 @@ def ruler_grid(records: Sequence[Record]) -> Grid:
     rows.append(
         [
             Entry(f"mean of {len(tasks)}", "bold"),
-            *(_mean_entry(means[policy], means.get(DENSE)) for policy in policies),
+            *(_mean_entry(means[policy], means.get(DENSE_POLICY)) for policy in policies),
         ]
     )
+    length = records[0].context_length
+    found = {name: find_average(averages, length, name, len(tasks)) for name in policies}
+    if any(one is not None and one.difference is not None for one in found.values()):
+        beside = f"minus {DENSE_POLICY} (95 %, in pairs)"
+        rows.append([Entry(beside), *(_difference_entry(found[name]) for name in policies)])
     rows.append(
         [Entry("far tokens read (mean)"), *(_far_entry(records, name) for name in policies)]
     )
@@ -58,7 +65,10 @@ def ruler_grid(records: Sequence[Record]) -> Grid:
     # Every task weighs the cache at the same length.
     first = {record.policy: record for record in reversed(records)}
     rows.append(
-        [Entry("KV cache"), *(cache_entry(first[name], first.get(DENSE)) for name in policies)]
+        [
+            Entry("KV cache"),
+            *(cache_entry(first[name], first.get(DENSE_POLICY)) for name in policies),
+        ]
     )
     return header, rows
 
@@ -104,3 +114,12 @@ def _mean_entry(mean: float | None, dense: float | None) -> Entry:
         return Entry("-")
     style = "" if dense is None else loss_style(dense - mean, slight=0)
     return Entry(f"{mean:.1f} %", style)
+
+
+def _difference_entry(average: Average | None) -> Entry:
+    """How far a mean is from the dense model's, yellow or red if that is no chance."""
+    if average is None or average.difference is None or average.difference_ci95 is None:
+        return Entry("-")
+    low, high = average.difference_ci95
+    style = loss_style(-average.difference, slight=0) if high < 0 else ""
+    return Entry(f"{average.difference:+.1f} ({low:+.1f} to {high:+.1f})", style)

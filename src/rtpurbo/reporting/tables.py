@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from rtpurbo.evaluation.averages import Average
+from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.entries import (
-    DENSE,
     Entry,
     Grid,
     cache_entry,
@@ -26,15 +27,20 @@ BY_ROW = [("tokens read", tokens_entry), ("mass kept", mass_entry)]
 """Of the same test as the far tokens."""
 
 
-def results_tables(records: Sequence[Record], cache_length: int | None = None) -> list[Table]:
+def results_tables(
+    records: Sequence[Record],
+    cache_length: int | None = None,
+    averages: Sequence[Average] = (),
+) -> list[Table]:
     """Tables for the terminal, with losses against the dense policy in yellow and red.
 
     Args:
         records: measurements of one or more policies.
         cache_length: tokens at which every record's cache was weighed; None if each at its own.
+        averages: of RULER's tasks, if they are there.
     """
     tables = []
-    for header, rows in _grids(records, cache_length):
+    for header, rows in _grids(records, cache_length, averages):
         table = Table()
         for number, title in enumerate(header):
             table.add_column(title, justify="right" if number else "left")
@@ -44,11 +50,15 @@ def results_tables(records: Sequence[Record], cache_length: int | None = None) -
     return tables
 
 
-def markdown_tables(records: Sequence[Record], cache_length: int | None = None) -> str:
+def markdown_tables(
+    records: Sequence[Record],
+    cache_length: int | None = None,
+    averages: Sequence[Average] = (),
+) -> str:
     """The same tables in Markdown, for model cards and documentation."""
     return "\n\n".join(
         markdown_rows(header, ([entry.text for entry in row] for row in rows))
-        for header, rows in _grids(records, cache_length)
+        for header, rows in _grids(records, cache_length, averages)
     )
 
 
@@ -58,14 +68,19 @@ def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ruler, *rows))
 
 
-def _grids(records: Sequence[Record], cache_length: int | None) -> list[Grid]:
+def _grids(
+    records: Sequence[Record], cache_length: int | None, averages: Sequence[Average]
+) -> list[Grid]:
     """A grid of what has few tasks, and one of RULER's for each length."""
     ruler = [record for record in records if record.suite == "ruler"]
     others = [record for record in records if record.suite != "ruler"]
     lengths = dict.fromkeys(record.context_length for record in ruler)
     return [
         *([_grid(others, cache_length)] if others else []),
-        *(ruler_grid([item for item in ruler if item.context_length == each]) for each in lengths),
+        *(
+            ruler_grid([item for item in ruler if item.context_length == each], averages)
+            for each in lengths
+        ),
     ]
 
 
@@ -86,15 +101,18 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
 
     rows = []
     for policy in policy_order(records):
-        row = [Entry(policy, "bold" if policy == DENSE else "")]
+        row = [Entry(policy, "bold" if policy == DENSE_POLICY else "")]
         row += [
-            score_entry(scores.get((test, policy)), scores.get((test, DENSE))) for test in tests
+            score_entry(scores.get((test, policy)), scores.get((test, DENSE_POLICY)))
+            for test in tests
         ]
         if reads is not None:
             row.append(share_entry(scores.get((reads, policy))))
             row += [entry(scores.get((reads, policy))) for _, entry in by_row]
         row.append(
-            cache_entry(_longest(records, policy, longest), _longest(records, DENSE, longest))
+            cache_entry(
+                _longest(records, policy, longest), _longest(records, DENSE_POLICY, longest)
+            )
         )
         rows.append(row)
     return header, rows

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rtpurbo.benchmarks.records import SpeedRecord, SpeedResults, write_speed
+from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.evaluation.ruler.tasks import TASKS
 
@@ -42,6 +43,19 @@ def ruler_records() -> list[Record]:
         for length in LENGTHS
         for policy, (score, share, mass) in POLICIES.items()
         for task in list(TASKS)[:2]
+    ]
+
+
+def ruler_averages() -> list[Average]:
+    """Their means, with intervals of the differences."""
+    dense = POLICIES["full"][0]
+    return [
+        Average("ruler", length, policy, 2, 50, score, (score - 2, score + 2), *difference)
+        for length in LENGTHS
+        for policy, (score, *_) in POLICIES.items()
+        for difference in [
+            () if policy == "full" else (score - dense, (score - dense - 1.5, score - dense + 1.0))
+        ]
     ]
 
 
@@ -89,7 +103,14 @@ def speed_records() -> list[SpeedRecord]:
 def write_examples(folder: Path) -> dict[str, Path]:
     """Files of results: quality of both formats, and speed."""
     paths = {name: folder / f"{name}.json" for name in ("quality", "old", "speed")}
-    write_results(paths["quality"], "some/model", "cpu", "rtpurbo eval", ruler_records())
+    write_results(
+        paths["quality"],
+        "some/model",
+        "cpu",
+        "rtpurbo eval",
+        ruler_records(),
+        averages=ruler_averages(),
+    )
     write_results(paths["old"], "some/model", "cpu", "rtpurbo eval", old_records())
     old = json.loads(paths["old"].read_text())
     kept = ("suite", "task", "context_length", "policy", "samples", "score", "far_tokens_read")

@@ -8,7 +8,7 @@ from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.models.artifact import LOG_FILE
 from rtpurbo.reporting.html.page import page, write_report
 from rtpurbo.reporting.html.sources import Sources, read_sources
-from tests.reporting.html.example_results import write_examples
+from tests.reporting.html.example_results import LENGTHS, write_examples
 from tests.reporting.html.parsed import Page
 
 LOG = "".join(
@@ -74,6 +74,8 @@ def test_every_part_is_there(whole):
     assert "4 of its 12 attention heads (33.3 %)" in text
     assert "instead of 98.0 % right (RULER at 8K, 2 tests, 50 samples)" in text
     assert "a <note>" in text
+    # The mean, its difference to the dense model's, and the interval of that.
+    assert "97.5 ▽ -0.5 [-2.0, +0.5]" in text
 
 
 def test_every_plot_has_shapes_and_words(whole):
@@ -85,6 +87,7 @@ def test_every_plot_has_shapes_and_words(whole):
         assert re.fullmatch(r"0 0 [\d.]+ [\d.]+", plot["viewbox"])
     assert len(whole.of_class("head")) == 12
     assert len(whole.of_class("retrieval")) == len(whole.of_class("dot")) == 4
+    assert len(whole.of_class("whisker")) == len(LENGTHS)  # rtpurbo alone is near the dense model
     assert len(whole.of_class("bar")) == 4 * 3  # rtpurbo at both lengths, quest at the longest
     for shape in (*whole.attributes("circle"), *whole.attributes("rect")):
         numbers = [value for name, value in shape.items() if name in ("x", "y", "cx", "cy")]

@@ -29,6 +29,17 @@ def test_lines_with_markers_hints_legend_and_words():
     assert "mark s1 dashed" in {each["class"] for each in page.attributes("polygon")}
 
 
+def test_intervals_are_strokes_through_their_points():
+    series = Series("sparse", [(4096, 30.0), (8192, 50.0)], intervals=[(10.0, 60.0), None])
+    page = Page(line_plot("How well", [series], X, Y))
+    (stroke,) = (each for each in page.attributes("line") if each["class"] == "whisker s0")
+    x, y = (float(page.attributes("circle")[0][name]) for name in ("cx", "cy"))
+    assert float(stroke["x1"]) == float(stroke["x2"]) == x
+    low, high = float(stroke["y1"]), float(stroke["y2"])
+    assert high < y < low
+    assert (low - high) / (low - y) == pytest.approx(50 / 20, abs=0.01)
+
+
 def test_one_line_needs_no_legend():
     page = Page(line_plot("t", [Series("a", [(4096, 1.0)]), Series("b", [], faint=True)], X, Y))
     assert not page.attributes("ul")

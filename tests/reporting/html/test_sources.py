@@ -4,6 +4,7 @@ import re
 import pytest
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.reporting.html.sources import read_sources
 from tests.reporting.html.example_results import LENGTHS, POLICIES, write_examples
@@ -44,6 +45,24 @@ def test_of_two_measurements_of_the_same_the_later_file_counts_and_says_so(examp
     assert len(quality.records) == 4
     assert record in quality.records
     assert "later.json counts" in sources.remarks[0]
+
+
+def test_averages_of_what_was_measured_again_are_given_up(tmp_path):
+    def average(length, policy):
+        return Average("ruler", length, policy, 1, 25, 80.0, (75.0, 85.0))
+
+    def written(name, records, averages):
+        path = tmp_path / name
+        write_results(path, "some/model", "cpu", "rtpurbo eval", records, averages=averages)
+        return path
+
+    both = [Record("ruler", "vt", length, "full", 25, 80.0) for length in (4096, 8192)]
+    first = written("first.json", both, [average(4096, "full"), average(8192, "full")])
+    again = Record("ruler", "vt", 8192, "full", 25, 70.0)
+    new = Record("ruler", "vt", 16384, "full", 25, 60.0)
+    second = written("second.json", [again, new], [average(16384, "full")])
+    (quality,) = read_sources([first, second]).quality
+    assert quality.averages == [average(4096, "full"), average(16384, "full")]
 
 
 def test_caches_weighed_at_one_length_are_not_mixed_with_others(examples, tmp_path):

@@ -5,10 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from rtpurbo.evaluation.policies.policy import BUDGET_POLICY, BudgetPolicy, Policy
+from rtpurbo.evaluation.policies.policy import BUDGET_POLICY, DENSE_POLICY, BudgetPolicy, Policy
 from rtpurbo.evaluation.policies.source import Loaded, Source
 
-__all__ = ["BUDGET_POLICY", "POLICIES", "BudgetPolicy", "Loaded", "Policy", "Source"]
+__all__ = [
+    "BUDGET_POLICY",
+    "DENSE_POLICY",
+    "POLICIES",
+    "BudgetPolicy",
+    "Loaded",
+    "Policy",
+    "Source",
+]
 
 
 def _find_policies() -> dict[str, Policy]:

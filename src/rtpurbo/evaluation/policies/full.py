@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rtpurbo.evaluation.policies.policy import Policy
+from rtpurbo.evaluation.policies.policy import DENSE_POLICY, Policy
 from rtpurbo.evaluation.policies.source import Loaded, Source
 
 
@@ -14,4 +14,4 @@ class Full(Policy):
         return source.dense()
 
 
-POLICY = Full("full", "the dense model before conversion", place=0)
+POLICY = Full(DENSE_POLICY, "the dense model before conversion", place=0)

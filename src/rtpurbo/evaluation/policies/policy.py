@@ -14,6 +14,9 @@ from rtpurbo.evaluation.policies.source import Loaded, Source
 from rtpurbo.models.sparsify import set_rule, set_selector
 from rtpurbo.ops import Selector
 
+DENSE_POLICY = "full"
+"""The policy that all others are measured against."""
+
 BUDGET_POLICY = "rtpurbo"
 """The policy whose mean reading is the budget of each `BudgetPolicy`."""
 

@@ -40,6 +40,7 @@ class Series:
         hints: what pointing at each point shows; name and values if None.
         markers: whether points are drawn.
         faint: whether the line is only the ground of a smoother one.
+        intervals: ends of an upright stroke through each point; None where a point has none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Series:
     hints: Sequence[str] | None = None
     markers: bool = True
     faint: bool = False
+    intervals: Sequence[tuple[float, float] | None] = ()
 
 
 def line_plot(
@@ -68,9 +70,14 @@ def line_plot(
         places = [_place(point, x, y) for point in points]
         if not places:
             continue
+        color = series_class(each.style)
         if len(places) > 1:
             faint = " faint" if each.faint else ""
-            shapes.append(polyline(places, f"line {series_class(each.style)}{faint}"))
+            shapes.append(polyline(places, f"line {color}{faint}"))
+        shapes += [
+            line(_place((where, low), x, y), _place((where, high), x, y), f"whisker {color}")
+            for (where, _), (low, high) in _intervals(each)
+        ]
         if each.markers:
             hints = each.hints or [
                 f"{each.name}: {y.write(value)} at {x.write(where)}" for where, value in points
@@ -139,6 +146,12 @@ def averaged(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return [
         (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
     ]
+
+
+def _intervals(series: Series) -> list[tuple[Point, tuple[float, float]]]:
+    """Points with their intervals, of those that have one."""
+    both = zip(series.points, series.intervals, strict=False)
+    return [(point, interval) for point, interval in both if interval is not None]
 
 
 def _grid(x: Axis | None, y: Axis) -> list[Markup]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES
+from rtpurbo.evaluation.policies import BUDGET_POLICY, DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.entries import DENSE, policy_order
+from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.html.markup import Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, legend_of
@@ -15,13 +15,13 @@ from rtpurbo.reporting.html.svg import swatch
 
 def style_of(policy: str, policies: Sequence[str]) -> int | None:
     """The number of a policy's colour among some policies; None is the dense model's."""
-    others = [name for name in policies if name != DENSE]
-    return None if policy == DENSE else others.index(policy)
+    others = [name for name in policies if name != DENSE_POLICY]
+    return None if policy == DENSE_POLICY else others.index(policy)
 
 
 def main_policy(records: Sequence[Record]) -> str | None:
     """The policy that the report is about: `rtpurbo`, else the first sparse one."""
-    sparse = [name for name in policy_order(records) if name != DENSE]
+    sparse = [name for name in policy_order(records) if name != DENSE_POLICY]
     return BUDGET_POLICY if BUDGET_POLICY in sparse else next(iter(sparse), None)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rtpurbo.benchmarks.records import SpeedRecord, read_speed
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.averages import AVERAGED, Average
 from rtpurbo.evaluation.records import Record, read_results
 from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig, find_artifact
 from rtpurbo.training.log import TrainingLog
@@ -37,11 +38,13 @@ class Quality:
         model: as the files name it.
         records: the measurements; of two of the same thing, the later file's.
         cache_length: tokens at which every cache was weighed; None if each at its own.
+        averages: of RULER's tasks, where the files have them.
     """
 
     model: str
     records: list[Record]
     cache_length: int | None = None
+    averages: list[Average] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,11 @@ def read_sources(places: Iterable[str | Path]) -> Sources:
 
 
 def with_results(
-    sources: Sources, file: str, facts: dict[str, Any], records: Sequence[Record]
+    sources: Sources,
+    file: str,
+    facts: dict[str, Any],
+    records: Sequence[Record],
+    averages: Sequence[Average] = (),
 ) -> None:
     """Adds measurements of quality to those of the same model."""
     sources.origins.append(Origin(file, facts))
@@ -115,15 +122,20 @@ def with_results(
     for place, known in enumerate(sources.quality):
         if (known.model, known.cache_length) == (model, length):
             merged = {_test(record): record for record in known.records}
-            again = sum(_test(record) in merged for record in records)
+            again = [record for record in records if _test(record) in merged]
             if again:
                 sources.remarks.append(
-                    f"{again} measurements of {file} were in an earlier file too; {file} counts."
+                    f"{len(again)} measurements of {file} were in an earlier file too; {file} counts."
                 )
             merged |= {_test(record): record for record in records}
-            sources.quality[place] = Quality(model, list(merged.values()), length)
+            # A mean of what was measured again, or its distance from that, is not true any more.
+            stale = {record.context_length for record in again if record.suite == AVERAGED}
+            kept = [item for item in known.averages if item.context_length not in stale]
+            sources.quality[place] = Quality(
+                model, list(merged.values()), length, [*kept, *averages]
+            )
             return
-    sources.quality.append(Quality(model, list(records), length))
+    sources.quality.append(Quality(model, list(records), length, list(averages)))
 
 
 def _read_file(path: Path, sources: Sources) -> None:
@@ -131,7 +143,7 @@ def _read_file(path: Path, sources: Sources) -> None:
     if kind == "quality":
         results = read_results(path)
         _check_numbers(path, results.records, ("score",))
-        with_results(sources, path.name, results.origin, results.records)
+        with_results(sources, path.name, results.origin, results.records, results.averages)
     else:
         speed = read_speed(path)
         _check_numbers(path, speed.records, ("milliseconds",))

@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.html.sections.scores import mean_cell, score_cell
 
@@ -58,10 +59,24 @@ def test_what_has_nothing_beside_it():
 
 
 def test_means():
-    assert read(mean_cell(None, 98.0, False)) == ("none", ["-"])
-    assert read(mean_cell(97.96, 98.0, False)) == (None, ["98.0", "±0"])
-    assert read(mean_cell(90.0, 98.0, False)) == ("heavy", ["90.0", "-8.0"])
-    assert read(mean_cell(98.0, 98.0, True)) == (None, ["98.0"])
+    assert read(mean_cell(None, 98.0)) == ("none", ["-"])
+    assert read(mean_cell(97.96, 98.0)) == (None, ["98.0", "±0"])
+    assert read(mean_cell(90.0, 98.0)) == ("heavy", ["90.0", "-8.0"])
+    assert read(mean_cell(98.0, None)) == (None, ["98.0"])
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "expected"),
+    [
+        (96.0, (-4.6, 0.1), (None, ["96.0", "▽", "-2.0", "[-4.6,", "+0.1]"])),
+        (96.0, (-4.6, -0.1), ("slight", ["96.0", "▼", "-2.0", "[-4.6,", "-0.1]"])),
+        (90.0, (-12.0, 1.0), ("slight", ["90.0", "▽", "-8.0", "[-12.0,", "+1.0]"])),
+        (99.0, (0.2, 2.0), (None, ["99.0", "▲", "+1.0", "[+0.2,", "+2.0]"])),
+    ],
+)
+def test_a_mean_is_judged_by_the_interval_of_its_difference(mean, interval, expected):
+    average = Average("ruler", 4096, "rtpurbo", 13, 325, mean, (0.0, 100.0), mean - 98, interval)
+    assert read(mean_cell(mean, 98.0, average)) == expected
 
 
 def test_an_interval_of_no_width_is_not_believed_alone():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.entries import DENSE, policy_order
+from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.formats import percent, short_length
 from rtpurbo.reporting.html.axes import linear_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
@@ -62,7 +63,7 @@ def _selects(records: Sequence[Record]) -> bool:
     return any(
         record.far_tokens_histogram
         and sum(record.far_tokens_histogram)
-        and record.policy != DENSE
+        and record.policy != DENSE_POLICY
         and 0 < (record.far_tokens_read or 0) < 0.999
         for record in records
     )

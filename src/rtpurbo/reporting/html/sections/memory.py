@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.entries import DENSE, cache_entry, policy_order
+from rtpurbo.reporting.entries import cache_entry, policy_order
 from rtpurbo.reporting.formats import short_bytes, short_length
 from rtpurbo.reporting.html.axes import bytes_axis, length_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
@@ -42,7 +43,7 @@ def cache_ratio(quality: Quality, policy: str) -> tuple[float, int] | None:
     """How large a policy's cache is beside the dense one, at the longest context that has both."""
     weights = _weights(quality)
     for length in sorted({length for _, length in weights}, reverse=True):
-        sparse, dense = weights.get((policy, length)), weights.get((DENSE, length))
+        sparse, dense = weights.get((policy, length)), weights.get((DENSE_POLICY, length))
         if sparse and dense and sparse.kv_bytes and dense.kv_bytes:
             return sparse.kv_bytes / dense.kv_bytes, length
     return None
@@ -65,7 +66,7 @@ def _of_model(quality: Quality, weights: Weights) -> list[Content]:
     rows: list[tuple[Content, ...]] = []
     for policy in policies:
         cells = (
-            cache_entry(weights.get((policy, length)), weights.get((DENSE, length))).text
+            cache_entry(weights.get((policy, length)), weights.get((DENSE_POLICY, length))).text
             for length in lengths
         )
         rows.append((policy, *cells))

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from rtpurbo.evaluation.averages import Average, find_average
+from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.ruler.tasks import TASKS
-from rtpurbo.reporting.entries import DENSE, policy_order
+from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.html.axes import Axis, length_axis, linear_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
@@ -72,7 +74,8 @@ def _plots(quality: Quality, policies: Sequence[str]) -> list[Markup]:
             y = linear_axis("right answers, %", values, include=(0, 100))
         plots.append(line_plot(title, lines, length_axis(lengths), y, legend=False))
         if records[0].suite == "ruler":
-            plots += _closely(title, lines, length_axis(lengths))
+            tasks = len({record.task for record in records})
+            plots += _closely(title, lines, length_axis(lengths), quality.averages, tasks)
     return plots
 
 
@@ -90,20 +93,32 @@ def _lines(records: Sequence[Record], policies: Sequence[str]) -> list[Series]:
     return lines
 
 
-def _closely(title: str, lines: Sequence[Series], x: Axis) -> list[Markup]:
+def _closely(
+    title: str, lines: Sequence[Series], x: Axis, averages: Sequence[Average], tasks: int
+) -> list[Markup]:
     """Differences to the dense model of the policies that stay near it, which lie on each other else."""
-    dense = {x: y for each in lines if each.name == DENSE for x, y in each.points}
+    dense = {x: y for each in lines if each.name == DENSE_POLICY for x, y in each.points}
     near = []
     for each in lines:
         points = [(x, y - dense[x]) for x, y in each.points if x in dense]
         if points and all(abs(y) <= _NEAR for _, y in points):
-            hints = [f"{each.name}: {y:+.2f} points at {short_length(round(x))}" for x, y in points]
-            near.append(replace(each, points=points, hints=hints))
+            known = [find_average(averages, round(x), each.name, tasks) for x, _ in points]
+            intervals = [None if one is None else one.difference_ci95 for one in known]
+            hints = [
+                f"{each.name}: {y:+.2f} points at {short_length(round(x))}{_between(interval)}"
+                for (x, y), interval in zip(points, intervals, strict=True)
+            ]
+            near.append(replace(each, points=points, intervals=intervals, hints=hints))
     if len(near) < 2:
         return []
     values = [y for each in near for _, y in each.points]
+    values += [end for each in near for ends in each.intervals for end in ends or ()]
     y = linear_axis("points", values, lambda value: f"{value:+.3g}" if value else "0", include=(0,))
     return [line_plot(f"{title}: difference to full", near, x, y, legend=False)]
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:+.1f} to {interval[1]:+.1f})"
 
 
 def _tables(quality: Quality, policies: Sequence[str]) -> list[Markup]:
@@ -111,14 +126,16 @@ def _tables(quality: Quality, policies: Sequence[str]) -> list[Markup]:
     for suite in dict.fromkeys(record.suite for record in quality.records):
         records = [record for record in quality.records if record.suite == suite]
         if suite == "ruler":
-            tables += _ruler_tables(records, policies)
+            tables += _ruler_tables(records, policies, quality.averages)
         else:
             unit = "lower is better" if suite == "perplexity" else "in %"
-            tables.append(_table(f"{suite}, {unit}", records, policies, with_mean=False))
+            tables.append(_table(f"{suite}, {unit}", records, policies))
     return tables
 
 
-def _ruler_tables(records: Sequence[Record], policies: Sequence[str]) -> list[Markup]:
+def _ruler_tables(
+    records: Sequence[Record], policies: Sequence[str], averages: Sequence[Average]
+) -> list[Markup]:
     """Means by length, then the tasks of each length, all but the longest folded."""
     lengths = lengths_of(records)
     tables = []
@@ -126,20 +143,24 @@ def _ruler_tables(records: Sequence[Record], policies: Sequence[str]) -> list[Ma
         rows = []
         for length in lengths:
             chosen = [record for record in records if record.context_length == length]
-            rows.append((short_length(length), *_mean_cells(chosen, policies)))
+            rows.append((short_length(length), *_mean_cells(chosen, policies, averages)))
         caption = "RULER, mean of all tasks by length, in %"
         tables.append(table(caption, ("length", *policies), rows, "scores"))
     for length in reversed(lengths):
         chosen = [record for record in records if record.context_length == length]
         title = f"RULER at {short_length(length)}"
-        whole = _table(f"{title}, in %", _in_task_order(chosen), policies, with_mean=True)
+        whole = _table(f"{title}, in %", _in_task_order(chosen), policies, averages)
         tables.append(whole if length == lengths[-1] else folded(title, whole))
     return tables
 
 
 def _table(
-    caption: str, records: Sequence[Record], policies: Sequence[str], with_mean: bool
+    caption: str,
+    records: Sequence[Record],
+    policies: Sequence[str],
+    averages: Sequence[Average] | None = None,
 ) -> Markup:
+    """Tests by policy, with their mean at the bottom if averages are given, if only none."""
     scores = {(name_of(record), record.policy): record for record in records}
     tests = list(dict.fromkeys(test for test, _ in scores))
     policies = [name for name in policies if any(record.policy == name for record in records)]
@@ -147,17 +168,28 @@ def _table(
     counted = str(samples[0]) if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
     rows: list[tuple[Content, ...]] = []
     for test in tests:
-        dense = scores.get((test, DENSE))
-        name = name_of(next(r for r in records if name_of(r) == test), not with_mean)
+        dense = scores.get((test, DENSE_POLICY))
+        name = name_of(next(r for r in records if name_of(r) == test), averages is None)
         rows.append((name, *(score_cell(scores.get((test, each)), dense) for each in policies)))
-    if with_mean and len(tests) > 1:
-        rows.append((tag("b", f"mean of {len(tests)}"), *_mean_cells(records, policies)))
+    if averages is not None and len(tests) > 1:
+        rows.append((tag("b", f"mean of {len(tests)}"), *_mean_cells(records, policies, averages)))
     return table(f"{caption}; {counted} samples a test", ("test", *policies), rows, "scores")
 
 
-def _mean_cells(records: Sequence[Record], policies: Sequence[str]) -> list[Markup]:
-    dense = mean_score(records, DENSE)
-    return [mean_cell(mean_score(records, each), dense, each == DENSE) for each in policies]
+def _mean_cells(
+    records: Sequence[Record], policies: Sequence[str], averages: Sequence[Average]
+) -> list[Markup]:
+    """The means of records of one length."""
+    dense = mean_score(records, DENSE_POLICY)
+    tasks, length = len({record.task for record in records}), records[0].context_length
+    return [
+        mean_cell(
+            mean_score(records, each),
+            None if each == DENSE_POLICY else dense,
+            find_average(averages, length, each, tasks),
+        )
+        for each in policies
+    ]
 
 
 def _in_task_order(records: Sequence[Record]) -> list[Record]:

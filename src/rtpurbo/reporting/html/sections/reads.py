@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.entries import DENSE, policy_order
+from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.formats import percent, short_length
 from rtpurbo.reporting.html.axes import length_axis, linear_axis, log_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
@@ -172,7 +173,7 @@ def _by_policy(quality: Quality, policies: Sequence[str]) -> Markup:
                     for record in of_suite
                     if (record.policy, record.context_length) == (policy, length)
                 ]
-                if not chosen or policy == DENSE:
+                if not chosen or policy == DENSE_POLICY:
                     continue
                 tokens = mean_of_rows(chosen, "tokens_read_mean")
                 mass = mean_of_rows(chosen, "mass_kept")

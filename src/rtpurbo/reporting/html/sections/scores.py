@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from rtpurbo.evaluation.averages import Average
+from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.entries import DENSE
 from rtpurbo.reporting.html.markup import Markup, tag
 from rtpurbo.reporting.html.tables import NOTHING, cell
 
@@ -11,7 +12,7 @@ LEGEND = (
     "Small: the difference to the dense model (full), in points, or for perplexity in percent. "
     "A loss is tinted, strongly from 5 on. Where results have 95 % intervals (in brackets), ▼ is a "
     "loss and ▲ a gain in which neither score lies in the other's interval; ▽ and △ may be chance, "
-    "and their tint is a step weaker."
+    "and their tint is a step weaker. The brackets of a mean hold its difference, question by question."
 )
 
 _HEAVY = 5.0
@@ -33,7 +34,7 @@ def score_cell(record: Record | None, dense: Record | None) -> Markup:
     if record.ci95 is not None:
         low, high = (f"{end:.2f}" if perplexity else f"{end:.0f}" for end in record.ci95)
         interval = tag("span", f"[{low}, {high}]", class_="interval")
-    if dense is None or record.policy == DENSE:
+    if dense is None or record.policy == DENSE_POLICY:
         return cell(score, interval)
     if perplexity:
         worse = 100 * (record.score / dense.score - 1) if dense.score else 0.0
@@ -48,21 +49,25 @@ def score_cell(record: Record | None, dense: Record | None) -> Markup:
     return _cell(score, interval, worse, written, slight, chance)
 
 
-def mean_cell(mean: float | None, dense: float | None, is_dense: bool) -> Markup:
-    """A mean of scores, which has no interval.
+def mean_cell(mean: float | None, dense: float | None, average: Average | None = None) -> Markup:
+    """A mean of scores, with the interval of its difference to the dense model's.
 
     Args:
         mean: the policy's, if it has all tests.
-        dense: the dense model's, likewise.
-        is_dense: whether the policy is the dense model.
+        dense: the dense model's, likewise; None of that itself.
+        average: where results tell the same mean with an interval.
     """
     if mean is None:
         return cell(NOTHING, class_="none")
     score = tag("b", f"{mean:.1f}")
-    if dense is None or is_dense:
+    if dense is None:
         return cell(score)
-    worse = dense - mean
-    return _cell(score, None, worse, f"{-worse:+.1f}", 0.0, None)
+    worse, interval, chance = dense - mean, None, None
+    if average is not None and average.difference_ci95 is not None:
+        low, high = average.difference_ci95
+        interval = tag("span", f"[{low:+.1f}, {high:+.1f}]", class_="interval")
+        chance = low <= 0 <= high
+    return _cell(score, interval, worse, f"{-worse:+.1f}", 0.0, chance)
 
 
 def _cell(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
+from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
-from rtpurbo.reporting.entries import DENSE
 from rtpurbo.reporting.facts import base_name
 from rtpurbo.reporting.formats import percent, short_length
 from rtpurbo.reporting.html.markup import Markup, join, tag
@@ -162,12 +162,14 @@ def _means(records: list[Record], policy: str) -> tuple[float, float, int, int] 
     """Mean scores of a policy and the dense model over tests that both have, their number and samples."""
     found = {
         name: {(r.task, r.metric, r.context_length): r for r in records if r.policy == name}
-        for name in (policy, DENSE)
+        for name in (policy, DENSE_POLICY)
     }
-    both = found[policy].keys() & found[DENSE].keys()
+    both = found[policy].keys() & found[DENSE_POLICY].keys()
     if not both:
         return None
-    sparse, dense = (fmean(found[name][test].score for test in both) for name in (policy, DENSE))
+    sparse, dense = (
+        fmean(found[name][test].score for test in both) for name in (policy, DENSE_POLICY)
+    )
     return sparse, dense, len(both), sum(found[policy][test].samples for test in both)
 
 

@@ -1,0 +1,106 @@
+"""RULER's average at a length, and how far it is from the dense model's, question by question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rtpurbo.evaluation.bootstrap import interval_of_mean
+from rtpurbo.evaluation.policies import DENSE_POLICY
+from rtpurbo.evaluation.samples import Sample, SampleRecord
+
+AVERAGED = "ruler"
+"""The suite whose tasks have an average: others mix what has no common scale."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean of the tasks of a suite.
+
+    Policies answer the same questions, so their difference is far surer than either mean: what a
+    question is worth cancels out.
+
+    Attributes:
+        suite: as in `rtpurbo.evaluation.records.Record`, like the next two.
+        context_length: tokens.
+        policy: what ran.
+        tasks: how many; each counts as much.
+        samples: questions of all of them.
+        score: in percent.
+        ci95: the 95 % interval of the score, by bootstrap over the questions of each task.
+        difference: points above the dense model; None of itself, or where it has other questions.
+        difference_ci95: the 95 % interval of the difference, likewise, question by question.
+    """
+
+    suite: str
+    context_length: int
+    policy: str
+    tasks: int
+    samples: int
+    score: float
+    ci95: tuple[float, float]
+    difference: float | None = None
+    difference_ci95: tuple[float, float] | None = None
+
+
+_Answers = dict[str, dict[int, Sample]]
+"""By task and number."""
+
+
+def averages_of(samples: Sequence[SampleRecord]) -> list[Average]:
+    """The averages of all policies that took every task that any of them took at a length.
+
+    Args:
+        samples: of a run; those of other suites than RULER are passed over.
+    """
+    taken: dict[int, dict[str, _Answers]] = {}
+    for item in samples:
+        if item.suite == AVERAGED:
+            answers = taken.setdefault(item.context_length, {}).setdefault(item.policy, {})
+            answers.setdefault(item.task, {})[item.number] = item.sample
+    found = []
+    for length, policies in taken.items():
+        tasks = {task for answers in policies.values() for task in answers}
+        dense = policies.get(DENSE_POLICY)
+        for policy, answers in policies.items():
+            if answers.keys() == tasks:
+                reference = None if policy == DENSE_POLICY else dense
+                found.append(_average(length, policy, answers, reference))
+    return found
+
+
+def find_average(
+    averages: Sequence[Average], context_length: int, policy: str, tasks: int
+) -> Average | None:
+    """The average of so many tasks; None if there is none, or it is of fewer."""
+    place = (context_length, policy, tasks)
+    found = (one for one in averages if (one.context_length, one.policy, one.tasks) == place)
+    return next(found, None)
+
+
+def _average(length: int, policy: str, answers: _Answers, dense: _Answers | None) -> Average:
+    scores = [[sample.score for sample in own.values()] for own in answers.values()]
+    difference, interval = None, None
+    if dense is not None and _questions(answers) == _questions(dense):
+        gains = [
+            [sample.score - dense[task][number].score for number, sample in own.items()]
+            for task, own in answers.items()
+        ]
+        difference, interval = _mean(gains), interval_of_mean(gains)
+    count = sum(map(len, scores))
+    ci95 = interval_of_mean(scores)
+    return Average(
+        AVERAGED, length, policy, len(answers), count, _mean(scores), ci95, difference, interval
+    )
+
+
+def _mean(groups: Sequence[Sequence[float]]) -> float:
+    return fmean(map(fmean, groups))
+
+
+def _questions(answers: _Answers) -> dict[str, dict[int, str]]:
+    return {
+        task: {number: sample.prompt_hash for number, sample in own.items()}
+        for task, own in answers.items()
+    }
