@@ -18,7 +18,7 @@ import torch
 from rtpurbo.config import AttentionRule, IndexerSettings
 from rtpurbo.conversion import calibrate_model, convert, distill_artifact, train_indexer_artifact
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import ArtifactConfig, load
+from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig, load
 from rtpurbo.models.base import load_base_model
 from rtpurbo.settings import (
     CalibrationSettings,
@@ -220,8 +220,37 @@ def test_stages_one_by_one(whole, tiny_base, tmp_path):
     stage1 = train_indexer_artifact(str(tiny_base), head_map, tmp_path / "stage1", **common)
     assert ArtifactConfig.read(stage1).stage2 == "none"
     stage2 = distill_artifact(stage1, tmp_path / "stage2", **common)
-    for name in ("indexer.safetensors", "adapter/adapter_model.safetensors"):
+    for name in ("indexer.safetensors", "adapter/adapter_model.safetensors", LOG_FILE):
         assert (stage2 / name).read_bytes() == (whole / name).read_bytes()
+    told, expected = ArtifactConfig.read(stage2), ArtifactConfig.read(whole)
+    # A wavelength left open is filled in by what comes first.
+    filled = {"indexer": told.settings["indexer"]}
+    assert told.settings == expected.settings | filled
+    assert told.figures == expected.figures
+
+
+def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
+    """What the next command is not told again is what it was; it would else be found out after stage 2."""
+    head_map, common = tmp_path / "head_map.json", {"device": "cpu"}
+    own = {"calibration.length": 600, "calibration.ranking": "turns"}
+    calibrate_model(str(tiny_base), head_map, changes=own, **common)
+    lengths = {"stage1.lengths": (700, 900), "stage1.steps": 2, "attention.sliding_window": 512}
+    stage1 = train_indexer_artifact(
+        str(tiny_base), head_map, tmp_path / "stage1", changes=lengths, **common
+    )
+    few = {"stage2.steps": 1, "stage2.lengths": (800,), "stage2.refresh_steps": 1}
+    stage2 = distill_artifact(stage1, tmp_path / "stage2", changes=few, **common)
+    told = ArtifactConfig.read(stage2).settings
+    assert told["calibration"]["ranking"] == "turns"
+    assert told["calibration"]["length"] == 600
+    assert told["stage1"]["lengths"] == [700, 900]
+    assert told["stage1"]["steps"] == 2
+    assert told["attention"]["sliding_window"] == 512
+    with pytest.raises(RTPurboError, match="longer than sinks and window"):
+        distill_artifact(
+            stage1, tmp_path / "short", changes={**few, "stage1.lengths": (300,)}, **common
+        )
+    assert not (tmp_path / "short.work").exists()
 
 
 def test_full_weights_instead_of_lora(tiny_base, tmp_path):

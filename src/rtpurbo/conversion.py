@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rtpurbo.calibration.calibrate import calibrate, read_head_map
+from rtpurbo.calibration.calibrate import calibrate, read_calibration
 from rtpurbo.config import HeadMap
 from rtpurbo.data.texts import load_texts
 from rtpurbo.devices import resolve_device
@@ -26,6 +26,7 @@ from rtpurbo.settings import (
     change_settings,
     no_progress,
     preset_settings,
+    recorded_changes,
     settings_for_context,
 )
 
@@ -136,14 +137,17 @@ def train_indexer_artifact(
     report_to: Sequence[str] = (),
 ) -> Path:
     """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate_model` wrote."""
-    found = read_head_map(Path(head_map))
+    found = read_calibration(Path(head_map))
     with _job(
         output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
     ) as job:
         base = load_base_model(model, device=job.device)
         settings = choose_settings(base, job.device, settings, "auto", changes)
+        if found.settings is not None:
+            settings = replace(settings, calibration=found.settings)
         job.open(base, settings, "train-indexer")
-        sparsify(base.model, job.config(base, found))
+        job.keep_calibration(found)
+        sparsify(base.model, job.config(base, found.head_map))
         base = job.stage1(base)
         return job.finish(base)
 
@@ -163,20 +167,27 @@ def distill_artifact(
     parallel: str = "data",
     report_to: Sequence[str] = (),
 ) -> Path:
-    """Stage 2 alone: adds it, and the refresh, to an artifact that has a trained indexer."""
+    """Stage 2 alone: adds it, and the refresh, to an artifact that has a trained indexer.
+
+    The refresh goes on as stage 1 went; `changes` count for it too, and `settings` in place of that.
+    """
     folder = find_artifact(artifact)
-    config = ArtifactConfig.read(folder).config
+    before = ArtifactConfig.read(folder)
     indexers = read_indexers(folder)
+    if settings is None:
+        changes = recorded_changes(before.settings, "calibration", "stage1") | dict(changes or {})
     with _job(
         output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
     ) as job:
         base = load_base(folder, device=job.device)
         settings = choose_settings(base, job.device, settings, "auto", changes)
-        settings = replace(settings, attention=config.attention, indexer=config.indexer)
+        settings = replace(
+            settings, attention=before.config.attention, indexer=before.config.indexer
+        )
         job.open(base, settings, "distill")
-        sparsify(base.model, config)
+        sparsify(base.model, before.config)
         load_indexers(base.model, indexers)
-        job.keep_stage1(indexers)
+        job.keep_stage1(folder)
         base = job.stage2(base)
         return job.finish(base)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rtpurbo.calibration.calibrate import calibrate, read_head_map
+from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
 from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.data.stream import open_stream
 from rtpurbo.data.texts import load_texts
@@ -33,6 +33,7 @@ from rtpurbo.models.artifact import (
     LOG_FILE,
     ArtifactConfig,
     apply_stage2,
+    read_indexers,
     read_tensors,
     save_artifact,
 )
@@ -53,7 +54,7 @@ from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.sharding import is_divided
 from rtpurbo.training.source import Texts, check_shares, random_access
-from rtpurbo.training.stage1 import train_indexers
+from rtpurbo.training.stage1 import check_lengths, train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.training.trackers import Trackers, check_trackers
 from rtpurbo.version import __version__
@@ -117,6 +118,7 @@ class Job:
             self.held_out = load_texts(self.data, "heldout")
         self.log = TrainingLog(None)
         self.settings = ConversionSettings()
+        self._figures_before: dict[str, Any] = {}
 
     def __enter__(self) -> Job:
         return self
@@ -203,7 +205,10 @@ class Job:
         longest = max(
             settings.calibration.length, *settings.stage1.lengths, *settings.stage2.lengths
         )
-        check_context("sequences", longest, base.model.config.max_position_embeddings)
+        context_length = base.model.config.max_position_embeddings
+        check_context("sequences", longest, context_length)
+        if rule := settings_for_context(settings, context_length).attention:
+            check_lengths(context_length, settings.stage1, rule)
         texts = random_access(self.train_text)
         texts.sample_tokens(base.tokenizer, longest, random.Random(0))
         self.held_out.sample_tokens(base.tokenizer, max(settings.stage1.lengths), random.Random(0))
@@ -230,7 +235,7 @@ class Job:
                 progress=self.progress,
             )
             write_json_atomically(path, found.to_dict())
-        return read_head_map(path)
+        return read_calibration(path).head_map
 
     def stage1(self, base: BaseModel) -> BaseModel:
         """Trained indexers, in the model and in the work folder.
@@ -240,10 +245,18 @@ class Job:
         """
         return self._train_indexers(base, "stage1", self.settings.stage1, on_student=False)
 
-    def keep_stage1(self, indexers: dict[str, Tensor]) -> None:
-        """Takes indexers that were trained before for those of stage 1."""
+    def keep_calibration(self, found: Calibration) -> None:
+        """Takes what was found before for its own calibration."""
         if self.processes.is_main:
-            save_tensors_atomically(self.work / "indexer_stage1.safetensors", indexers)
+            write_json_atomically(self.work / HEAD_MAP_FILE, found.to_dict())
+
+    def keep_stage1(self, folder: Path) -> None:
+        """Takes the indexers of an artifact for those of stage 1, with what it tells of how they came about."""
+        self._figures_before = ArtifactConfig.read(folder).figures
+        if self.processes.is_main:
+            save_tensors_atomically(self.work / "indexer_stage1.safetensors", read_indexers(folder))
+            if (folder / LOG_FILE).is_file() and not (self.work / LOG_FILE).is_file():
+                shutil.copyfile(folder / LOG_FILE, self.work / LOG_FILE)
 
     def stage2(self, base: BaseModel) -> BaseModel:
         """Stage 2's weights and refreshed indexers, in the model and in the work folder.
@@ -376,7 +389,7 @@ class Job:
 
     def _figures(self) -> dict[str, Any]:
         """What calibration and the indexers measured about themselves."""
-        figures: dict[str, Any] = {}
+        figures = dict(self._figures_before)
         head_map = self.work / HEAD_MAP_FILE
         if head_map.is_file():
             figures["stability"] = json.loads(head_map.read_text(encoding="utf-8"))["stability"]

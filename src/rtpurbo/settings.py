@@ -324,6 +324,24 @@ def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) ->
     return replace(settings, **changed)
 
 
+def recorded_changes(recorded: Mapping[str, Any], *parts: str) -> dict[str, Any]:
+    """The changes that make parts of any settings those of a record, such as an artifact's.
+
+    Sequences a step are left out, because they depend on how many processes there are.
+
+    Args:
+        recorded: what `ConversionSettings.to_dict` gave, of this version or another, or nothing.
+        parts: such as `stage1`.
+    """
+    changes = {}
+    for part in parts:
+        known = _names_of(_part(ConversionSettings(), part)) - {"sequences_per_step"}
+        for name, value in recorded.get(part, {}).items():
+            if name in known:
+                changes[f"{part}.{name}"] = tuple(value) if isinstance(value, list) else value
+    return changes
+
+
 def _part(settings: ConversionSettings, name: str) -> Any:
     """The settings of this name, or all for the empty one; None where there are no such ones."""
     if name == "attention":

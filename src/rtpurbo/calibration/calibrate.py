@@ -24,10 +24,11 @@ from rtpurbo.settings import CalibrationSettings, Progress, check_context, no_pr
 
 @dataclass(frozen=True)
 class Calibration:
-    """A head map and how sure we can be of it."""
+    """A head map, how sure we can be of it, and how it was found; None where that is not known."""
 
     head_map: HeadMap
     stability: Stability | None
+    settings: CalibrationSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -78,7 +79,7 @@ def calibrate(
         by_layer[layer] = values
     head_map = choose_heads(by_layer, model.config.num_key_value_heads, settings)
     stability = measure_stability(by_document.flatten(1), head_map.num_retrieval_heads)
-    return Calibration(head_map, stability)
+    return Calibration(head_map, stability, settings)
 
 
 def _together(first: Tensor, *second: Tensor) -> Tensor:
@@ -106,8 +107,8 @@ def _scores(
     return retrieval_scores(model, document)
 
 
-def read_head_map(path: Path) -> HeadMap:
-    """The head map in a file that `rtpurbo calibrate` wrote.
+def read_calibration(path: Path) -> Calibration:
+    """What `rtpurbo calibrate` wrote into a file.
 
     Raises:
         RTPurboError: the file is missing or is not one.
@@ -115,8 +116,14 @@ def read_head_map(path: Path) -> HeadMap:
     if not path.is_file():
         raise RTPurboError(f"there is no head map at {path}: write one with `rtpurbo calibrate`.")
     try:
-        return head_map_from_dict(json.loads(path.read_text(encoding="utf-8"))["head_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        stability, settings = data.get("stability"), data.get("settings")
+        return Calibration(
+            head_map_from_dict(data["head_map"]),
+            None if stability is None else Stability(**stability),
+            None if settings is None else CalibrationSettings(**settings),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(
             f"{path} is not a head map of `rtpurbo calibrate`, or it is corrupt."
         ) from error

@@ -88,7 +88,7 @@ def train_indexers(
     modules = [module for module in headwise_modules(model) if module.retrieval_heads]
     if not modules:
         return {}
-    _check_lengths(model, settings, rule)
+    check_lengths(model.config.max_position_embeddings, settings, rule)
     for module in modules:
         if module.indexer.query_weight.dtype.itemsize < 4:
             module.indexer.float()  # half precision would round most of an update away
@@ -201,10 +201,15 @@ def _step(
     return total / sum(len(seen.names) for seen in heads)
 
 
-def _check_lengths(
-    model: PreTrainedModel, settings: IndexerTrainingSettings, rule: AttentionRule
+def check_lengths(
+    context_length: int, settings: IndexerTrainingSettings, rule: AttentionRule
 ) -> None:
-    check_context("sequences", max(settings.lengths), model.config.max_position_embeddings)
+    """Checks that sequences fit the model and have something to select from.
+
+    Raises:
+        RTPurboError: one of them does not.
+    """
+    check_context("sequences", max(settings.lengths), context_length)
     shortest = rule.near_window + rule.num_sink_tokens
     if min(settings.lengths) <= shortest:
         raise RTPurboError(
