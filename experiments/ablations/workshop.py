@@ -313,6 +313,7 @@ class Workshop:
                 base.model,
                 base.tokenizer,
                 self.train_text,
+                self.held_out,
                 output,
                 learnt,
                 teacher_folder=targets,

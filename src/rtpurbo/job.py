@@ -211,7 +211,9 @@ class Job:
             check_lengths(context_length, settings.stage1, rule)
         texts = random_access(self.train_text)
         texts.sample_tokens(base.tokenizer, longest, random.Random(0))
-        self.held_out.sample_tokens(base.tokenizer, max(settings.stage1.lengths), random.Random(0))
+        judged = settings.stage2.lengths if settings.stage2.share is None else ()
+        held_out = max([*settings.stage1.lengths, *judged])
+        self.held_out.sample_tokens(base.tokenizer, held_out, random.Random(0))
 
     def config(self, base: BaseModel, head_map: HeadMap) -> RTPurboConfig:
         """The sparse model's configuration."""
@@ -271,10 +273,11 @@ class Job:
         if not self.processes.from_main(folder.is_dir):
             checkpoint = self._checkpoint("stage2", settings.checkpoint_every)
             with whole_folder(folder) if self.processes.is_main else nullcontext(folder) as output:
-                distill(
+                figures = distill(
                     base.model,
                     base.tokenizer,
                     self.train_text,
+                    self.held_out,
                     output,
                     settings,
                     teacher_folder=self.work / "teacher",
@@ -284,6 +287,8 @@ class Job:
                     progress=self.progress,
                     processes=self.processes,
                 )
+                if figures and self.processes.is_main:
+                    write_json_atomically(self.work / "stage2_figures.json", figures)
             self.processes.wait()
             self._discard("stage2.checkpoint", "teacher")
             base = self._whole(base)
@@ -393,7 +398,7 @@ class Job:
         head_map = self.work / HEAD_MAP_FILE
         if head_map.is_file():
             figures["stability"] = json.loads(head_map.read_text(encoding="utf-8"))["stability"]
-        for stage in ("stage1", "refresh"):
+        for stage in ("stage1", "stage2", "refresh"):
             path = self.work / f"{stage}_figures.json"
             if path.is_file():
                 figures[stage] = json.loads(path.read_text(encoding="utf-8"))

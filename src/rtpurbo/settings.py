@@ -130,6 +130,8 @@ class DistillationSettings:
         warmup_steps: linear warm-up.
         lora_rank: rank of the LoRA; 0 trains the full weights.
         lora_beyond_attention: LoRA on the MLP's linear layers too.
+        share: how much of what the LoRA learnt is kept, from 0 to 1; None takes what brings held-out
+            sequences nearest to the teacher.
         top_logits: teacher logits kept for each label token (paper: 10).
         labels: which tokens are learnt from: `answers`, those of answers alone (prose has none, and
             is learnt from as `text`); `text`, tokens of the whole sequence alike; or `both`, every
@@ -163,6 +165,7 @@ class DistillationSettings:
     warmup_steps: int = 10
     lora_rank: int = 16
     lora_beyond_attention: bool = True
+    share: float | None = 1.0
     top_logits: int = 10
     labels: Labels = "both"
     label_stride: int | None = None
@@ -191,6 +194,14 @@ class DistillationSettings:
         if self.cross_entropy_weight < 0:
             raise RTPurboError(
                 f"cross_entropy_weight is {self.cross_entropy_weight}, but it cannot be negative."
+            )
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise RTPurboError(
+                f"share is {self.share}, but it must be from 0 to 1, or null to be found."
+            )
+        if self.share != 1 and not self.lora_rank:
+            raise RTPurboError(
+                "a share of stage 2 is kept of a LoRA alone: with lora_rank 0, set stage2.share to 1."
             )
 
 

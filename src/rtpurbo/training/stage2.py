@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.data.texts import TextCorpus
 from rtpurbo.models.sparsify import decoding_last, running_dense, using_rule
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import DistillationSettings, Progress, check_context, no_progress
@@ -18,6 +20,7 @@ from rtpurbo.training.labels import label_states
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.share import HeldOut, losses_by_share
 from rtpurbo.training.source import SequenceSource, Texts, random_access
 from rtpurbo.training.student import save_student, trainable, trained_weights
 from rtpurbo.training.teacher import TeacherCache, TeacherTargets, top_logits_divergence
@@ -30,6 +33,7 @@ def distill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     corpus: Texts,
+    held_out: TextCorpus,
     output_dir: Path,
     settings: DistillationSettings | None = None,
     *,
@@ -39,7 +43,7 @@ def distill(
     checkpoint: Checkpoint | None = None,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
-) -> None:
+) -> dict[str, Any]:
     """Trains the sparse model against itself run dense, and writes the weights of stage 2 into `output_dir`.
 
     The model comes back with its base weights; `rtpurbo.models.artifact.apply_stage2` applies what was written.
@@ -49,6 +53,7 @@ def distill(
         model: sparse, with trained indexers if the selection is on in training.
         tokenizer: the model's.
         corpus: training text, in memory or streamed.
+        held_out: text of the sequences by which a share is found.
         output_dir: an open folder; gets a PEFT adapter or full weights.
         settings: steps, lengths, LoRA.
         teacher_folder: where the teacher's targets are kept.
@@ -57,6 +62,9 @@ def distill(
         checkpoint: where to continue from and save to.
         progress: told after each step.
         processes: who trains; each takes its share of every step's sequences, and the main one writes.
+
+    Returns:
+        What was found out about a share that was left open: `share`, and `losses_by_share`; else nothing.
 
     Raises:
         RTPurboError: sequences do not fit the model's context, or a loss or gradient is not finite.
@@ -72,6 +80,8 @@ def distill(
         for step in range(settings.steps):
             targets.fill(model, step)
             progress("teacher", step + 1, settings.steps, {})
+        held_out_mix = TrainingMix.of(settings, tokenizer, held_out, seed, "stage2-held-out")
+        judge = HeldOut.of(model, held_out_mix, settings) if settings.share is None else None
 
     with (
         trainable(model, settings, seed, processes) as student,
@@ -97,7 +107,14 @@ def distill(
                     results.append(result)
                 figures = loop.update(step, results)
                 loop.report(step, {name: round(value, 6) for name, value in figures.items()})
-        save_student(student, output_dir, processes)
+        share, found = settings.share, dict[str, Any]()
+        if judge is not None:
+            loss = partial(loss_on, model, settings=settings)
+            losses = losses_by_share(student, judge, loss, progress)
+            share = processes.from_main(lambda: min(losses, key=lambda each: losses[each]))
+            found = {"share": share, "losses_by_share": losses}
+        save_student(student, output_dir, processes, share)
+    return found
 
 
 def backpropagate(
@@ -127,15 +144,35 @@ def backpropagate(
         token_ids = torch.cat([token_ids, following[:, None]], -1)
     # Around the backward pass too, in which layers are run again: rows have to select as before.
     with decoding_last(model, selecting_rows(sequence, settings)):
-        with autocast(model):
-            states = label_states(model, sequence.input_ids, targets.positions)
-            student = log_probabilities(states, model.get_output_embeddings(), token_ids)
+        student = predictions(model, sequence, targets, token_ids)
         divergence = top_logits_divergence(student[:, : targets.token_ids.shape[-1]], targets)
         loss, figures = loss_of(divergence, answers, settings)
         if settings.cross_entropy_weight:
             loss = loss - settings.cross_entropy_weight * student[:, -1].mean()
         loss.backward()
     return SequenceResult(number, sequence.input_ids, divergence.detach().mean(), figures)
+
+
+def loss_on(
+    model: PreTrainedModel,
+    sequence: TrainingSequence,
+    targets: TeacherTargets,
+    settings: DistillationSettings,
+) -> Tensor:
+    """What there would be to learn from a sequence: its loss, without the cross-entropy of labels."""
+    with decoding_last(model, selecting_rows(sequence, settings)):
+        there = targets.to(model.device)
+        student = predictions(model, sequence, there, there.token_ids)
+    return loss_of(top_logits_divergence(student, there), targets.answers, settings)[0]
+
+
+def predictions(
+    model: PreTrainedModel, sequence: TrainingSequence, targets: TeacherTargets, token_ids: Tensor
+) -> Tensor:
+    """The log-probabilities of some tokens at each label: [labels, tokens]."""
+    with autocast(model):
+        states = label_states(model, sequence.input_ids, targets.positions)
+        return log_probabilities(states, model.get_output_embeddings(), token_ids)
 
 
 def selecting_rows(sequence: TrainingSequence, settings: DistillationSettings) -> int:

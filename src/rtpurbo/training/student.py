@@ -86,7 +86,10 @@ def trained_weights(student: PreTrainedModel | PeftModel) -> dict[str, torch.Ten
 
 
 def save_student(
-    student: PreTrainedModel | PeftModel, folder: Path, processes: Processes = ALONE
+    student: PreTrainedModel | PeftModel,
+    folder: Path,
+    processes: Processes = ALONE,
+    share: float | None = None,
 ) -> None:
     """Writes what stage 2 trained: LoRA in bf16 (its rounding is far below its effect), full weights as they are.
 
@@ -94,6 +97,7 @@ def save_student(
         student: inside `trainable`.
         folder: an open one.
         processes: who trained; all call this together, and the main one writes.
+        share: of what a LoRA learnt that it is to apply; None is all.
 
     Raises:
         RTPurboError: the disk is full.
@@ -119,6 +123,9 @@ def save_student(
         described = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
         described["base_model_name_or_path"] = None
         described["inference_mode"] = True
+        # The scale, not the weights: what was learnt stays to be had.
+        if share is not None and share != 1:
+            described["lora_alpha"] *= share
         described["target_modules"] = sorted(described["target_modules"])
         write_json_atomically(temporary / "adapter_config.json", described)
         save_tensors_atomically(
