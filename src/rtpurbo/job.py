@@ -254,7 +254,10 @@ class Job:
 
     def keep_stage1(self, folder: Path) -> None:
         """Takes the indexers of an artifact for those of stage 1, with what it tells of how they came about."""
-        self._figures_before = ArtifactConfig.read(folder).figures
+        told = ArtifactConfig.read(folder).figures
+        self._figures_before = {
+            name: told[name] for name in ("stability", "stage1") if name in told
+        }
         if self.processes.is_main:
             save_tensors_atomically(self.work / "indexer_stage1.safetensors", read_indexers(folder))
             if (folder / LOG_FILE).is_file() and not (self.work / LOG_FILE).is_file():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rtpurbo.conversion import convert
+from rtpurbo.conversion import convert, distill_artifact
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import ADAPTER_FOLDER, ArtifactConfig, load
 from rtpurbo.models.sparsify import running_dense
@@ -105,6 +105,13 @@ def test_the_best_is_what_held_out_sequences_say(kept):
     (whole, _), (best, _) = (adapter(kept[name]) for name in ("all", "best"))
     assert best["lora_alpha"] == whole["lora_alpha"] * found["share"]
     assert "stage2" not in ArtifactConfig.read(kept["all"]).figures
+
+
+def test_another_stage2_does_not_tell_of_the_one_before(kept, tmp_path):
+    again = distill_artifact(kept["best"], tmp_path / "again", settings=SETTINGS, device="cpu")
+    figures = ArtifactConfig.read(again).figures
+    assert set(figures) == {"stability", "stage1", "refresh"}
+    assert figures["stage1"] == ArtifactConfig.read(kept["best"]).figures["stage1"]
 
 
 @pytest.mark.parametrize(
