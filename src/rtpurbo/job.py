@@ -10,11 +10,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from torch import Tensor
-
+from rtpurbo.assembly import HEAD_MAP_FILE, STAGE1_FILE, assemble
 from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
+from rtpurbo.calibration.selection import Stability
 from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.data.stream import open_stream
 from rtpurbo.data.texts import load_texts
@@ -27,20 +26,15 @@ from rtpurbo.files import (
     write_json_atomically,
 )
 from rtpurbo.models.artifact import (
-    ADAPTER_FOLDER,
-    CARD_FILE,
-    FULL_WEIGHTS_FILE,
     LOG_FILE,
     ArtifactConfig,
     apply_stage2,
     read_indexers,
     read_tensors,
-    save_artifact,
 )
 from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.sparsify import indexer_weights, load_indexers, sparsify
 from rtpurbo.processes import join_processes
-from rtpurbo.reporting.card import model_card
 from rtpurbo.settings import (
     ConversionSettings,
     IndexerTrainingSettings,
@@ -60,7 +54,6 @@ from rtpurbo.training.trackers import Trackers, check_trackers
 from rtpurbo.version import __version__
 
 PLAN_FILE = "plan.json"
-HEAD_MAP_FILE = "head_map.json"
 
 
 class Job:
@@ -118,7 +111,6 @@ class Job:
             self.held_out = load_texts(self.data, "heldout")
         self.log = TrainingLog(None)
         self.settings = ConversionSettings()
-        self._figures_before: dict[str, Any] = {}
 
     def __enter__(self) -> Job:
         return self
@@ -253,13 +245,15 @@ class Job:
             write_json_atomically(self.work / HEAD_MAP_FILE, found.to_dict())
 
     def keep_stage1(self, folder: Path) -> None:
-        """Takes the indexers of an artifact for those of stage 1, with what it tells of how they came about."""
-        told = ArtifactConfig.read(folder).figures
-        self._figures_before = {
-            name: told[name] for name in ("stability", "stage1") if name in told
-        }
+        """Takes what an artifact has and tells of calibration and stage 1 for its own."""
+        before = ArtifactConfig.read(folder)
+        stability = before.figures.get("stability")
+        agreed = None if stability is None else Stability(**stability)
+        self.keep_calibration(Calibration(before.config.head_map, agreed))
         if self.processes.is_main:
-            save_tensors_atomically(self.work / "indexer_stage1.safetensors", read_indexers(folder))
+            save_tensors_atomically(self.work / STAGE1_FILE, read_indexers(folder))
+            if "stage1" in before.figures:
+                write_json_atomically(self.work / "stage1_figures.json", before.figures["stage1"])
             if (folder / LOG_FILE).is_file() and not (self.work / LOG_FILE).is_file():
                 shutil.copyfile(folder / LOG_FILE, self.work / LOG_FILE)
 
@@ -356,53 +350,8 @@ class Job:
 
     def finish(self, base: BaseModel) -> Path:
         """Puts the artifact together from the work folder, in its place, and clears the work away."""
-        return self.processes.from_main(lambda: self._finish(base))
-
-    def _finish(self, base: BaseModel) -> Path:
-        stage1 = self.work / "indexer_stage1.safetensors"
-        refresh = self.work / "indexer_refresh.safetensors"
-        before: dict[str, Tensor] | None = read_tensors(stage1) if refresh.is_file() else None
-        stage2 = self.work / "stage2"
-        kind = (
-            "none"
-            if not stage2.is_dir()
-            else ("lora" if self.settings.stage2.lora_rank else "full")
+        return self.processes.from_main(
+            lambda: assemble(
+                self.work, self.output_dir, base, self.settings, self.data, self.may_replace
+            )
         )
-        artifact = ArtifactConfig(
-            base.reference,
-            base.model.rtpurbo_config,
-            kind,  # type: ignore[arg-type]
-            {**self.settings.to_dict(), "data": self._data_names()},
-            self._figures(),
-        )
-        with whole_folder(self.output_dir, self.may_replace) as folder:
-            save_artifact(folder, artifact, indexer_weights(base.model), before)
-            if kind == "lora":
-                shutil.copytree(stage2 / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
-            elif kind == "full":
-                shutil.copyfile(stage2 / FULL_WEIGHTS_FILE, folder / FULL_WEIGHTS_FILE)
-            if (self.work / LOG_FILE).is_file():
-                shutil.copyfile(self.work / LOG_FILE, folder / LOG_FILE)
-            curves = list(TrainingLog(folder / LOG_FILE).entries())
-            card = model_card(artifact, None, curves=curves)
-            (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        shutil.rmtree(self.work, ignore_errors=True)
-        return self.output_dir
-
-    def _data_names(self) -> list[str] | str:
-        """What was trained on; where the files lay is nobody else's concern."""
-        if self.data is None:
-            return "built-in"
-        return [source if source.startswith("hf:") else Path(source).name for source in self.data]
-
-    def _figures(self) -> dict[str, Any]:
-        """What calibration and the indexers measured about themselves."""
-        figures = dict(self._figures_before)
-        head_map = self.work / HEAD_MAP_FILE
-        if head_map.is_file():
-            figures["stability"] = json.loads(head_map.read_text(encoding="utf-8"))["stability"]
-        for stage in ("stage1", "stage2", "refresh"):
-            path = self.work / f"{stage}_figures.json"
-            if path.is_file():
-                figures[stage] = json.loads(path.read_text(encoding="utf-8"))
-        return figures

@@ -1,0 +1,94 @@
+"""The artifact, put together from what the stages of a job left in its work folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rtpurbo.files import whole_folder
+from rtpurbo.models.artifact import (
+    ADAPTER_FOLDER,
+    CARD_FILE,
+    FULL_WEIGHTS_FILE,
+    LOG_FILE,
+    ArtifactConfig,
+    Stage2Kind,
+    read_tensors,
+    save_artifact,
+)
+from rtpurbo.models.base import BaseModel
+from rtpurbo.models.sparsify import indexer_weights
+from rtpurbo.reporting.card import model_card
+from rtpurbo.settings import ConversionSettings
+from rtpurbo.training.log import TrainingLog
+
+HEAD_MAP_FILE = "head_map.json"
+STAGE1_FILE = "indexer_stage1.safetensors"
+REFRESH_FILE = "indexer_refresh.safetensors"
+
+
+def assemble(
+    work: Path,
+    output_dir: Path,
+    base: BaseModel,
+    settings: ConversionSettings,
+    data: Sequence[str] | None,
+    may_replace: bool,
+) -> Path:
+    """Writes the artifact into its place, whole or not at all, and clears the work away.
+
+    Args:
+        work: where head map, indexers, stage 2, figures and log are, as far as there are any.
+        output_dir: the artifact's folder.
+        base: the sparse model, with its final indexers.
+        settings: of the job.
+        data: what it trained on.
+        may_replace: another folder in that place.
+    """
+    kind: Stage2Kind = "none"
+    if (work / "stage2").is_dir():
+        kind = "lora" if settings.stage2.lora_rank else "full"
+    before = read_tensors(work / STAGE1_FILE) if (work / REFRESH_FILE).is_file() else None
+    artifact = ArtifactConfig(
+        base.reference,
+        base.model.rtpurbo_config,
+        kind,
+        {**settings.to_dict(), "data": _names(data)},
+        _figures(work),
+    )
+    with whole_folder(output_dir, may_replace) as folder:
+        save_artifact(folder, artifact, indexer_weights(base.model), before)
+        if kind == "lora":
+            shutil.copytree(work / "stage2" / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
+        elif kind == "full":
+            shutil.copyfile(work / "stage2" / FULL_WEIGHTS_FILE, folder / FULL_WEIGHTS_FILE)
+        if (work / LOG_FILE).is_file():
+            shutil.copyfile(work / LOG_FILE, folder / LOG_FILE)
+        curves = list(TrainingLog(folder / LOG_FILE).entries())
+        card = model_card(artifact, None, curves=curves)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)
+    return output_dir
+
+
+def _names(data: Sequence[str] | None) -> list[str] | str:
+    """What was trained on; where the files lay is nobody else's concern."""
+    if data is None:
+        return "built-in"
+    return [source if source.startswith("hf:") else Path(source).name for source in data]
+
+
+def _figures(work: Path) -> dict[str, Any]:
+    """What calibration and the stages measured about themselves."""
+    figures: dict[str, Any] = {}
+    head_map = work / HEAD_MAP_FILE
+    if head_map.is_file():
+        figures["stability"] = json.loads(head_map.read_text(encoding="utf-8"))["stability"]
+    for stage in ("stage1", "stage2", "refresh"):
+        path = work / f"{stage}_figures.json"
+        if path.is_file():
+            figures[stage] = json.loads(path.read_text(encoding="utf-8"))
+    return figures
