@@ -74,7 +74,7 @@ def _grids(
     """A grid of what has few tasks, and one of RULER's for each length."""
     ruler = [record for record in records if record.suite == "ruler"]
     others = [record for record in records if record.suite != "ruler"]
-    lengths = dict.fromkeys(record.context_length for record in ruler)
+    lengths = sorted({record.context_length for record in ruler})
     return [
         *([_grid(others, cache_length)] if others else []),
         *(
