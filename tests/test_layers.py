@@ -26,7 +26,7 @@ FLOORS = (
     {"calibration", "training", "evaluation"},
     {"benchmarks"},
     {"reporting", "serving"},
-    {"__init__", "conversion", "demo", "job", "publishing"},
+    {"__init__", "assembly", "conversion", "demo", "job", "publishing"},
     {"cli"},
     {"__main__"},
 )
