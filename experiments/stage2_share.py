@@ -55,14 +55,12 @@ KINDS = {
 class Question:
     """Tokens, and the rows whose predictions count."""
 
-    kind: str
-    number: int
     input_ids: Tensor
     rows: Tensor
 
 
 class Questions:
-    """All that is asked, one kind after the other, again and again.
+    """All that is asked.
 
     Args:
         dense: answers RULER's questions.
@@ -70,7 +68,6 @@ class Questions:
         corpus: held-out prose.
         length: tokens.
         window: behind which rows of prose count.
-        kinds: of `KINDS`, or tasks of RULER.
     """
 
     def __init__(
@@ -80,21 +77,20 @@ class Questions:
         corpus: TextCorpus,
         length: int,
         window: int,
-        kinds: list[str],
     ) -> None:
         self.dense, self.tokenizer = dense, tokenizer
-        self.length, self.window, self.kinds = length, window, kinds
+        self.length, self.window = length, window
         self.mix = TrainingMix(tokenizer, corpus, (length,), 0.0, SEED, "share")
         self.ruler = RulerSuite(Materials.of(corpus), SEED)
 
     def draw(self, kind: str, number: int, count: int) -> Question:
-        """One of `count` of a kind."""
+        """One of `count` of a kind of `KINDS`, or of a task of RULER."""
         if kind in KINDS:
             sequence = replace(self.mix, **KINDS[kind]).sequence(number)
             ids, answer = sequence.input_ids, sequence.num_answer_tokens
             if not answer:
                 rows = torch.arange(self.window, len(ids) - 1, ROWS_APART)
-                return Question(kind, number, torch.tensor([ids]), rows)
+                return Question(torch.tensor([ids]), rows)
         else:
             example = self.ruler.examples(self.tokenizer, kind, self.length, count)[number]
             prompt = torch.tensor([list(example.prompt_ids)], device=self.dense.device)
@@ -102,7 +98,7 @@ class Questions:
             written = self.dense.generate(prompt, max_new_tokens=most, do_sample=False)
             ids, answer = written[0].tolist(), written.shape[1] - prompt.shape[1]
         rows = torch.arange(len(ids) - 1 - answer, len(ids) - 1)
-        return Question(kind, number, torch.tensor([ids]), rows)
+        return Question(torch.tensor([ids]), rows)
 
 
 class Shares:
@@ -145,7 +141,10 @@ def divergence(teacher: Tensor, student: Tensor) -> float:
 
 def as_table(records: list[dict[str, Any]]) -> str:
     """Means by kind, in Markdown."""
-    lines = ["| | " + " | ".join(f"{share:g}" for share in SHARES) + " |", "|---" * 6 + "|"]
+    lines = [
+        "| | " + " | ".join(f"{share:g}" for share in SHARES) + " |",
+        "|---" * (len(SHARES) + 1) + "|",
+    ]
     for kind in dict.fromkeys(record["kind"] for record in records):
         own = [record["divergence"] for record in records if record["kind"] == kind]
         means = (fmean(each[f"{share:g}"] for each in own) for share in SHARES)
@@ -169,14 +168,14 @@ def main() -> None:
     if unknown := sorted(set(kinds) - set(KINDS) - set(TASKS)):
         parser.error(f"there is no kind {unknown[0]}: choose of {', '.join([*KINDS, *TASKS])}.")
     device = resolve_device(options.device)
-    place = {"device": device, "dtype": default_dtype(device)}
+    place: dict[str, Any] = {"device": device, "dtype": default_dtype(device)}
     folder = find_artifact(options.artifact)
-    dense = load_base(folder, device=device).model.to(place["dtype"]).eval()
+    dense = load_base(folder, **place).model
     model, tokenizer = load(folder, **place)
     shares = Shares(dense, model)
     window = model.rtpurbo_config.attention.near_window
     corpus = load_texts([options.data], "heldout")
-    questions = Questions(dense, tokenizer, corpus, options.length, window, kinds)
+    questions = Questions(dense, tokenizer, corpus, options.length, window)
 
     records: list[dict[str, Any]] = []
     if options.output.exists():

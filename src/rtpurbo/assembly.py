@@ -26,8 +26,16 @@ from rtpurbo.settings import ConversionSettings
 from rtpurbo.training.log import TrainingLog
 
 HEAD_MAP_FILE = "head_map.json"
-STAGE1_FILE = "indexer_stage1.safetensors"
-REFRESH_FILE = "indexer_refresh.safetensors"
+
+
+def indexers_file(work: Path, stage: str) -> Path:
+    """Where a work folder has the indexers that a stage trained."""
+    return work / f"indexer_{stage}.safetensors"
+
+
+def figures_file(work: Path, stage: str) -> Path:
+    """Where it has what a stage measured."""
+    return work / f"{stage}_figures.json"
 
 
 def assemble(
@@ -51,7 +59,8 @@ def assemble(
     kind: Stage2Kind = "none"
     if (work / "stage2").is_dir():
         kind = "lora" if settings.stage2.lora_rank else "full"
-    before = read_tensors(work / STAGE1_FILE) if (work / REFRESH_FILE).is_file() else None
+    is_refreshed = indexers_file(work, "refresh").is_file()
+    before = read_tensors(indexers_file(work, "stage1")) if is_refreshed else None
     artifact = ArtifactConfig(
         base.reference,
         base.model.rtpurbo_config,
@@ -88,7 +97,7 @@ def _figures(work: Path) -> dict[str, Any]:
     if head_map.is_file():
         figures["stability"] = json.loads(head_map.read_text(encoding="utf-8"))["stability"]
     for stage in ("stage1", "stage2", "refresh"):
-        path = work / f"{stage}_figures.json"
+        path = figures_file(work, stage)
         if path.is_file():
             figures[stage] = json.loads(path.read_text(encoding="utf-8"))
     return figures

@@ -187,7 +187,7 @@ def distill_artifact(
         job.open(base, settings, "distill")
         sparsify(base.model, before.config)
         load_indexers(base.model, indexers)
-        job.keep_stage1(folder)
+        job.keep_stage1(folder, before, indexers)
         base = job.stage2(base)
         return job.finish(base)
 

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from rtpurbo.assembly import HEAD_MAP_FILE, STAGE1_FILE, assemble
+from torch import Tensor
+
+from rtpurbo.assembly import HEAD_MAP_FILE, assemble, figures_file, indexers_file
 from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
 from rtpurbo.calibration.selection import Stability
 from rtpurbo.config import HeadMap, RTPurboConfig
@@ -29,7 +31,6 @@ from rtpurbo.models.artifact import (
     LOG_FILE,
     ArtifactConfig,
     apply_stage2,
-    read_indexers,
     read_tensors,
 )
 from rtpurbo.models.base import BaseModel, load_base_model
@@ -244,16 +245,17 @@ class Job:
         if self.processes.is_main:
             write_json_atomically(self.work / HEAD_MAP_FILE, found.to_dict())
 
-    def keep_stage1(self, folder: Path) -> None:
-        """Takes what an artifact has and tells of calibration and stage 1 for its own."""
-        before = ArtifactConfig.read(folder)
+    def keep_stage1(
+        self, folder: Path, before: ArtifactConfig, indexers: dict[str, Tensor]
+    ) -> None:
+        """Takes what the artifact in `folder` has and tells of calibration and stage 1 for its own."""
         stability = before.figures.get("stability")
         agreed = None if stability is None else Stability(**stability)
         self.keep_calibration(Calibration(before.config.head_map, agreed))
         if self.processes.is_main:
-            save_tensors_atomically(self.work / STAGE1_FILE, read_indexers(folder))
+            save_tensors_atomically(indexers_file(self.work, "stage1"), indexers)
             if "stage1" in before.figures:
-                write_json_atomically(self.work / "stage1_figures.json", before.figures["stage1"])
+                write_json_atomically(figures_file(self.work, "stage1"), before.figures["stage1"])
             if (folder / LOG_FILE).is_file() and not (self.work / LOG_FILE).is_file():
                 shutil.copyfile(folder / LOG_FILE, self.work / LOG_FILE)
 
@@ -285,7 +287,7 @@ class Job:
                     processes=self.processes,
                 )
                 if figures and self.processes.is_main:
-                    write_json_atomically(self.work / "stage2_figures.json", figures)
+                    write_json_atomically(figures_file(self.work, "stage2"), figures)
             self.processes.wait()
             self._discard("stage2.checkpoint", "teacher")
             base = self._whole(base)
@@ -298,7 +300,7 @@ class Job:
     def _train_indexers(
         self, base: BaseModel, stage: str, settings: IndexerTrainingSettings, *, on_student: bool
     ) -> BaseModel:
-        path = self.work / f"indexer_{stage}.safetensors"
+        path = indexers_file(self.work, stage)
         done = self.processes.from_main(lambda: read_tensors(path) if path.is_file() else None)
         if done is not None:
             load_indexers(base.model, done)
@@ -318,7 +320,7 @@ class Job:
             processes=self.processes,
         )
         if self.processes.is_main:
-            write_json_atomically(self.work / f"{stage}_figures.json", figures)
+            write_json_atomically(figures_file(self.work, stage), figures)
             save_tensors_atomically(path, indexer_weights(base.model))
         self._discard(f"{stage}.checkpoint")
         return self._whole(base)

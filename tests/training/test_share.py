@@ -14,7 +14,7 @@ from rtpurbo.models.artifact import ADAPTER_FOLDER, ArtifactConfig, load
 from rtpurbo.models.sparsify import running_dense
 from rtpurbo.settings import DistillationSettings, no_progress
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.share import SHARES, HeldOut, losses_by_share
+from rtpurbo.training.share import SHARES, losses_by_share
 from rtpurbo.training.stage2 import loss_on
 from rtpurbo.training.student import trainable
 from rtpurbo.training.teacher import teacher_targets
@@ -30,12 +30,11 @@ SEQUENCES = [TrainingSequence(IDS[0], 7), TrainingSequence(IDS[1])]
 def test_shares_lie_between_the_model_before_and_after():
     model = sparse_model(prefill_mode="dense", dtype=torch.float32)
     with running_dense(model):
-        targets = [teacher_targets(model, each, LEARNT, "seed") for each in SEQUENCES]
+        held_out = [(each, teacher_targets(model, each, LEARNT, "seed")) for each in SEQUENCES]
 
     def loss():
         with torch.no_grad():
-            both = zip(SEQUENCES, targets, strict=True)
-            return sum(loss_on(model, *each, LEARNT).item() for each in both) / 2
+            return sum(loss_on(model, *each, LEARNT).item() for each in held_out) / 2
 
     before = loss()
     with trainable(model, LEARNT, seed=0) as student:
@@ -43,7 +42,7 @@ def test_shares_lie_between_the_model_before_and_after():
         after = loss()
         found = losses_by_share(
             student,
-            HeldOut(SEQUENCES, targets),
+            held_out,
             partial(loss_on, model, settings=LEARNT),
             no_progress,
         )

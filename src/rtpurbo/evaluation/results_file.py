@@ -69,6 +69,7 @@ class ResultsFile:
         self._tests: dict[str, list[Cell]] = {}
         self._written = time.monotonic()
         self._is_changed = False
+        self._averages: list[Average] | None = None
 
     def begin(self, conditions: Conditions) -> None:
         """Tells what decides questions and answers, and takes up what is there to be resumed.
@@ -160,12 +161,14 @@ class ResultsFile:
     @property
     def averages(self) -> list[Average]:
         """Of RULER's tasks, made of these questions."""
-        return averages_of(self.samples)
+        if self._averages is None:
+            self._averages = averages_of(self.samples)
+        return self._averages
 
     def add(self, records: Sequence[Record], samples: Sequence[SampleRecord] = ()) -> None:
         """Adds all that a policy made of a test, in place of what it made of it before."""
         self._taken |= {_place(record): _Taken(list(records), list(samples)) for record in records}
-        self._is_changed = True
+        self._is_changed, self._averages = True, None
         if self.path is not None and time.monotonic() - self._written > SECONDS_BETWEEN:
             # Averages, which take seconds where policies are many, come in the end.
             self._write(self.path, [])

@@ -7,9 +7,7 @@ lengths and kinds (docs/experiment-log.md); how far its way leads to is measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
 from statistics import fmean
 
 import torch
@@ -29,31 +27,26 @@ HELD_OUT_SEQUENCES = 16
 """At least; as many of each length."""
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Sequences that are not trained on, and what the teacher says about them."""
+HeldOut = list[tuple[TrainingSequence, TeacherTargets]]
+"""Sequences that are not trained on, and what the teacher says about them."""
 
-    sequences: Sequence[TrainingSequence]
-    targets: Sequence[TeacherTargets]
 
-    @classmethod
-    def of(
-        cls, teacher: PreTrainedModel, mix: TrainingMix, settings: DistillationSettings
-    ) -> HeldOut:
-        """Draws them and runs the teacher.
+def draw_held_out(
+    teacher: PreTrainedModel, mix: TrainingMix, settings: DistillationSettings
+) -> HeldOut:
+    """Draws sequences and runs the teacher.
 
-        Args:
-            teacher: dense.
-            mix: of held-out text, otherwise like that of the training.
-            settings: which tokens are labels.
-        """
-        rounds = -(-HELD_OUT_SEQUENCES // len(mix.lengths))
-        sequences = [mix.sequence(number) for number in range(rounds * len(mix.lengths))]
-        targets = [
-            teacher_targets(teacher, sequence, settings, f"labels-{mix.purpose}-{number}")
-            for number, sequence in enumerate(sequences)
-        ]
-        return cls(sequences, targets)
+    Args:
+        teacher: dense.
+        mix: of held-out text, otherwise like that of the training.
+        settings: which tokens are labels.
+    """
+    rounds = -(-HELD_OUT_SEQUENCES // len(mix.lengths))
+    found = []
+    for number in range(rounds * len(mix.lengths)):
+        sequence, seed = mix.sequence(number), f"labels-{mix.purpose}-{number}"
+        found.append((sequence, teacher_targets(teacher, sequence, settings, seed)))
+    return found
 
 
 @torch.no_grad()
@@ -73,8 +66,7 @@ def losses_by_share(
     """
     found = {}
     for number, share in enumerate(SHARES):
-        with rescale_adapter_scale(student, share) if share != 1 else nullcontext():
-            both = zip(held_out.sequences, held_out.targets, strict=True)
-            found[share] = fmean(loss(*each).item() for each in both)
+        with rescale_adapter_scale(student, share):
+            found[share] = fmean(loss(*each).item() for each in held_out)
         progress("share", number + 1, len(SHARES), {"loss": found[share]})
     return found

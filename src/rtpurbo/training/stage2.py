@@ -20,7 +20,7 @@ from rtpurbo.training.labels import label_states
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
-from rtpurbo.training.share import HeldOut, losses_by_share
+from rtpurbo.training.share import HeldOut, draw_held_out, losses_by_share
 from rtpurbo.training.source import SequenceSource, Texts, random_access
 from rtpurbo.training.student import save_student, trainable, trained_weights
 from rtpurbo.training.teacher import TeacherCache, TeacherTargets, top_logits_divergence
@@ -80,8 +80,10 @@ def distill(
         for step in range(settings.steps):
             targets.fill(model, step)
             progress("teacher", step + 1, settings.steps, {})
-        held_out_mix = TrainingMix.of(settings, tokenizer, held_out, seed, "stage2-held-out")
-        judge = HeldOut.of(model, held_out_mix, settings) if settings.share is None else None
+        judge: HeldOut = []
+        if settings.share is None:
+            unseen = TrainingMix.of(settings, tokenizer, held_out, seed, "stage2-held-out")
+            judge = draw_held_out(model, unseen, settings)
 
     with (
         trainable(model, settings, seed, processes) as student,
@@ -108,7 +110,7 @@ def distill(
                 figures = loop.update(step, results)
                 loop.report(step, {name: round(value, 6) for name, value in figures.items()})
         share, found = settings.share, dict[str, Any]()
-        if judge is not None:
+        if share is None:
             loss = partial(loss_on, model, settings=settings)
             losses = losses_by_share(student, judge, loss, progress)
             share = processes.from_main(lambda: min(losses, key=lambda each: losses[each]))

@@ -89,7 +89,7 @@ def save_student(
     student: PreTrainedModel | PeftModel,
     folder: Path,
     processes: Processes = ALONE,
-    share: float | None = None,
+    share: float = 1.0,
 ) -> None:
     """Writes what stage 2 trained: LoRA in bf16 (its rounding is far below its effect), full weights as they are.
 
@@ -97,7 +97,7 @@ def save_student(
         student: inside `trainable`.
         folder: an open one.
         processes: who trained; all call this together, and the main one writes.
-        share: of what a LoRA learnt that it is to apply; None is all.
+        share: of what a LoRA learnt that it is to apply.
 
     Raises:
         RTPurboError: the disk is full.
@@ -124,7 +124,7 @@ def save_student(
         described["base_model_name_or_path"] = None
         described["inference_mode"] = True
         # The scale, not the weights: what was learnt stays to be had.
-        if share is not None and share != 1:
+        if share != 1:
             described["lora_alpha"] *= share
         described["target_modules"] = sorted(described["target_modules"])
         write_json_atomically(temporary / "adapter_config.json", described)
