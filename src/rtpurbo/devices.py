@@ -4,6 +4,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from rtpurbo.errors import RTPurboError
 
@@ -47,3 +48,11 @@ def device_kind(device: torch.device) -> str:
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
     return f"cuda {major}.{minor}"
+
+
+def may_lack_memory(error: RuntimeError) -> bool:
+    """Whether what failed may have found too little memory, if in the words of a library.
+
+    cuDNN beside other programs on a full H100 spoke of an internal error alone (docs/experiment-log.md).
+    """
+    return should_reduce_batch_size(error) or "CUDNN_STATUS_INTERNAL_ERROR" in str(error)

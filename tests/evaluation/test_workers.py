@@ -110,13 +110,14 @@ def test_a_signal_ends_all_processes_and_keeps_what_was_measured(tiny_artifact, 
 class Memory:
     """In place of an examiner: a GPU that is too full so many times."""
 
-    def __init__(self, times):
+    def __init__(self, times, error):
         self.times = times
+        self.error = error
 
     def prepare(self, name, cells):
         if self.times:
             self.times -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise self.error
         return {cell: [] for cell in cells}
 
     def release(self):
@@ -132,22 +133,39 @@ class Pool:
         return future
 
 
-def test_what_found_too_little_memory_is_done_again_in_the_end(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    ],
+)
+def test_what_found_too_little_memory_is_done_again_in_the_end(monkeypatch, error):
     jobs = [
         workers.Job(policy, Cell("ruler", "vt", 32768, 25), frozenset(), ())
         for policy in ("full", "rtpurbo")
     ]
 
     def done(times):
-        worker = workers._Worker(None, None, torch.device("cpu"), Memory(times))
+        worker = workers._Worker(None, None, torch.device("cpu"), Memory(times, error))
         monkeypatch.setattr(workers, "_worker", worker, raising=False)
         return [finished.job for finished in workers.Workers(Pool()).do(jobs)]
 
     first, second = jobs
     assert set(done(0)) == set(done(2)) == {first, second}
     assert done(1) == [second, first]
-    with pytest.raises(RTPurboError, match="at ruler vt 32768 beside other processes: ask for few"):
+    said = f"at ruler vt 32768 beside other processes: ask for fewer .* \\({error}\\)"
+    with pytest.raises(RTPurboError, match=said):
         done(3)
+
+
+def test_what_fails_otherwise_is_not_done_again(monkeypatch):
+    memory = Memory(1, RuntimeError("shapes do not match"))
+    worker = workers._Worker(None, None, torch.device("cpu"), memory)
+    monkeypatch.setattr(workers, "_worker", worker, raising=False)
+    job = workers.Job("full", Cell("ruler", "vt", 32768, 25), frozenset(), ())
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(workers.Workers(Pool()).do([job]))
 
 
 def test_processes_take_the_gpus_in_turn(monkeypatch):

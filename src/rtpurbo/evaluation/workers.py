@@ -23,6 +23,7 @@ from types import FrameType
 
 import torch
 
+from rtpurbo.devices import may_lack_memory
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.assignment import Assignment
 from rtpurbo.evaluation.budgets import budget_of
@@ -63,6 +64,19 @@ class Finished:
     taken: list[Taken]
 
 
+@dataclass(frozen=True)
+class TooLarge:
+    """A job for which there may have been too little memory.
+
+    Attributes:
+        job: which.
+        reason: what was said about it.
+    """
+
+    job: Job
+    reason: str
+
+
 class Workers:
     """Processes that do jobs; `hired` makes and ends them."""
 
@@ -83,12 +97,12 @@ class Workers:
                 if isinstance(done := future.result(), Finished):
                     yield done
                 else:
-                    too_large.append(done)
+                    too_large.append(done.job)
             for job in too_large:
-                if isinstance(done := self._pool.submit(_do, job).result(), Job):
+                if isinstance(done := self._pool.submit(_do, job).result(), TooLarge):
                     raise RTPurboError(
                         f"there is too little memory for {job.policy} at {job.cell} beside other "
-                        "processes: ask for fewer of them with --processes."
+                        f"processes: ask for fewer of them with --processes ({done.reason})"
                     )
                 yield done
         except BrokenProcessPool as error:
@@ -144,8 +158,8 @@ class _Worker:
     examiner: Examiner | None = None
     is_sent_home: bool = False
 
-    def do(self, job: Job) -> Finished | Job:
-        """The job done, or itself if there was too little memory."""
+    def do(self, job: Job) -> Finished | TooLarge:
+        """Does the job, if there is memory for it."""
         if self.is_sent_home:
             sys.exit()
         if self.examiner is None:
@@ -155,9 +169,11 @@ class _Worker:
                 torch.cuda.set_device(self.device)
         try:
             return self._finished(job, self.examiner)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not may_lack_memory(error):
+                raise
             self.examiner.release()
-            return job
+            return TooLarge(job, str(error))
         finally:
             # What is kept for later is missing elsewhere.
             torch.cuda.empty_cache()
@@ -191,5 +207,5 @@ def _begin(
     signal.signal(signal.SIGTERM, _worker.go_home)
 
 
-def _do(job: Job) -> Finished | Job:
+def _do(job: Job) -> Finished | TooLarge:
     return _worker.do(job)
