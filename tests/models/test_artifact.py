@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rtpurbo.models.artifact import (
     find_artifact,
     load,
     load_base,
+    read_indexers,
 )
 from rtpurbo.models.sparsify import indexer_weights, restore
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
@@ -25,6 +27,11 @@ ADAPTER_FILE = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
 @pytest.fixture
 def copy(tiny_artifact, tmp_path):
     return shutil.copytree(tiny_artifact, tmp_path / "copy")
+
+
+SHIPPED = sorted(
+    path.parent for path in Path(__file__).parents[2].glob(f"artifacts/*/{CONFIG_FILE}")
+)
 
 
 def logits(model):
@@ -171,3 +178,18 @@ def test_an_artifact_that_is_nowhere(monkeypatch):
     monkeypatch.setattr(artifact, "snapshot_download", unreachable)
     with pytest.raises(RTPurboError, match="there is no artifact 'somebody/something'"):
         find_artifact("somebody/something")
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_what_is_shipped_is_whole_and_names_no_place_of_its_making(folder):
+    shipped = ArtifactConfig.read(folder)
+    assert not Path(shipped.base.name).is_absolute()
+    heads = sum(len(heads) for heads in shipped.config.head_map.retrieval_heads)
+    for before_stage2 in (False, True):
+        indexers = read_indexers(folder, before_stage2=before_stage2)
+        assert heads == sum(len(weight) for name, weight in indexers.items() if "query" in name)
+    assert (folder / ADAPTER_FILE).is_file()
+
+
+def test_several_are_shipped():
+    assert len(SHIPPED) > 1
