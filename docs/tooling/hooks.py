@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
-from made_pages import commands_page, report_page, results_page  # noqa: E402
+from made_pages import commands_page, report_64k_page, report_page, results_page  # noqa: E402
 
 BORROWED = {
     "index.md": "README.md",
@@ -29,6 +29,7 @@ MADE: dict[str, Callable[[], str]] = {
     "results.md": results_page,
     "reference/commands.md": commands_page,
     "example-report.html": report_page,
+    "report-64k.html": report_64k_page,
 }
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")

@@ -1,4 +1,4 @@
-"""Pages made from results, from the command line's help and from the shipped artifact.
+"""Pages made from results, from the command line's help and from the shipped artifacts.
 
     python docs/tooling/made_pages.py > results.md
 
@@ -27,13 +27,14 @@ from rtpurbo.reporting.tables import markdown_tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-ARTIFACT = ROOT / "artifacts" / "smollm2-135m-instruct"
+ARTIFACTS = ROOT / "artifacts"
 
 _ABOUT_RESULTS = """# Results
 
 Made from the files in `benchmarks/results/` when this site was built; each says which command made it.
-[The report](example-report.html) has the figures of the shipped artifact with plots. How they were measured:
-[evaluation](evaluation.md), [benchmarks](benchmarks.md), [experiment log](experiment-log.md).
+The reports of the shipped artifacts have their figures with plots: [SmolLM2](example-report.html), and
+[SmolLM2 at 64K](report-64k.html) with RULER. How they were measured: [evaluation](evaluation.md),
+[benchmarks](benchmarks.md), [experiment log](experiment-log.md).
 """
 _ABOUT_QUALITY = """## Quality: the dense model beside every policy
 
@@ -80,10 +81,20 @@ def commands_page() -> str:
 
 
 def report_page() -> str:
-    """The report of the shipped artifact, with all that was measured of it and of layers."""
-    results = [RESULTS / "quality-smollm2-135m-instruct.json"]
-    results += [RESULTS / f"{name}-h100.json" for name in ("prefill", "decode", "model-decode")]
-    return page(read_sources([ARTIFACT, *results]))
+    """The report of SmolLM2 made sparse, with all that was measured of it and of layers."""
+    layers = ("prefill-h100", "decode-h100", "model-decode-h100")
+    return _report("smollm2-135m-instruct", "quality-smollm2-135m-instruct", *layers)
+
+
+def report_64k_page() -> str:
+    """The report of SmolLM2 at 64K made sparse, with RULER."""
+    return _report("smollm2-64k-sparse", "quality-smollm2-64k-attention-h100")
+
+
+def _report(artifact: str, *results: str) -> str:
+    return page(
+        read_sources([ARTIFACTS / artifact, *(RESULTS / f"{name}.json" for name in results)])
+    )
 
 
 def _kind(found: dict[str, Any]) -> str | None:

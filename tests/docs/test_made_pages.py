@@ -60,11 +60,18 @@ def test_the_page_of_commands_has_every_option():
     assert "**Commands**" not in page  # these lists cut sentences short
 
 
-def test_the_report_is_that_of_the_shipped_artifact():
-    page = made_pages.report_page()
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (made_pages.report_page, "smollm2-135m-instruct"),
+        (made_pages.report_64k_page, "smollm2-64k-sparse"),
+    ],
+)
+def test_reports_are_those_of_the_shipped_artifacts(make, name):
+    page = make()
     assert page.count("<svg") > 5
     assert "Content-Security-Policy" in page
-    assert "smollm2-135m-instruct" in page
+    assert name in page
 
 
 @pytest.mark.parametrize(

@@ -23,5 +23,11 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
     assert len(pages) > 20
     for page in pages:
         assert not FETCHED.search(page.read_text(encoding="utf-8")), page
-    for page in ("index.html", "concepts/index.html", "results/index.html", "example-report.html"):
+    for page in (
+        "index.html",
+        "concepts/index.html",
+        "results/index.html",
+        "example-report.html",
+        "report-64k.html",
+    ):
         assert (tmp_path / page).is_file()

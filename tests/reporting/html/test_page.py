@@ -1,6 +1,7 @@
 import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,14 @@ def assert_stands_alone(whole):
 
 def test_nothing_is_loaded(whole):
     assert_stands_alone(whole)
+
+
+def test_the_heading_is_a_name_that_readers_know(whole, tiny_artifact):
+    # Where the base model is a folder, the artifact's own name, as results have it.
+    assert whole.text("h1") == "model"
+    assert Page(page(read_sources([tiny_artifact]))).text("h1") == "A local model, sparse"
+    shipped = Path(__file__).parents[3] / "artifacts" / "smollm2-135m-instruct"
+    assert Page(page(read_sources([shipped]))).text("h1") == "SmolLM2-135M-Instruct, sparse"
 
 
 def test_every_part_is_there(whole):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from rtpurbo.evaluation.policies import DENSE_POLICY
@@ -48,16 +49,13 @@ def summary(sources: Sources) -> Markup:
 
 
 def title_of(sources: Sources) -> str:
-    """The heading of the page."""
-    if sources.artifact is not None:
-        local = sources.artifact.base.source == "local"
-        return (
-            "A local model, sparse"
-            if local
-            else f"{_base(sources).split()[0].split('/')[-1]}, sparse"
-        )
-    models = list(dict.fromkeys(quality.model for quality in sources.quality))
-    return f"{models[0].rstrip('/').split('/')[-1]}, sparse" if len(models) == 1 else "rtpurbo"
+    """The heading of the page: by the base model where others know it, else as results name the artifact."""
+    if sources.artifact is not None and sources.artifact.base.source != "local":
+        return f"{_base(sources).split()[0].split('/')[-1]}, sparse"
+    models = {Path(quality.model).name for quality in sources.quality}
+    if len(models) == 1:
+        return models.pop()
+    return "rtpurbo" if sources.artifact is None else "A local model, sparse"
 
 
 def _base(sources: Sources) -> str:
