@@ -4,7 +4,6 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from rtpurbo.errors import RTPurboError
 
@@ -51,8 +50,8 @@ def device_kind(device: torch.device) -> str:
 
 
 def may_lack_memory(error: RuntimeError) -> bool:
-    """Whether what failed may have found too little memory, if in the words of a library.
+    """Whether what failed may have found too little memory: it says so, or is cuDNN's way of saying it.
 
-    cuDNN beside other programs on a full H100 spoke of an internal error alone (docs/experiment-log.md).
+    cuDNN beside other programs on a full H100 spoke of an internal error (docs/experiment-log.md).
     """
-    return should_reduce_batch_size(error) or "CUDNN_STATUS_INTERNAL_ERROR" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "CUDNN_STATUS_INTERNAL_ERROR" in str(error)
