@@ -88,6 +88,7 @@ class IndexerTrainingSettings:
         haystack_share: share that hide needles or chains in dull repeated sentences, needles among
             other needles, or needles in prose of which several keys' are asked for at once.
         counting_share: share that ask which words of a list or a text come up most often.
+        reading_share: share that ask a plain question about one or two of many paragraphs.
         sequences_per_step: sequences of one step, over all processes; None takes one a process.
         probe_sequences: held-out sequences on which recall is watched.
         probe_every: steps between two looks.
@@ -108,6 +109,7 @@ class IndexerTrainingSettings:
     passage_share: float = 0.0
     haystack_share: float = 0.0
     counting_share: float = 0.0
+    reading_share: float = 0.0
     sequences_per_step: int | None = None
     probe_sequences: int = 2
     probe_every: int = 50
@@ -148,6 +150,7 @@ class DistillationSettings:
         haystack_share: share that hide needles or chains in dull repeated sentences, needles among
             other needles, or needles in prose of which several keys' are asked for at once.
         counting_share: share that ask which words of a list or a text come up most often.
+        reading_share: share that ask a plain question about one or two of many paragraphs.
         sequences_per_step: sequences of one step, over all processes; None takes one a process.
         decode_rows: last rows of prose that select their keys as decoding steps do; the rows that write
             an answer always do, unless this is 0.
@@ -177,6 +180,7 @@ class DistillationSettings:
     passage_share: float = 0.0
     haystack_share: float = 0.0
     counting_share: float = 0.0
+    reading_share: float = 0.0
     sequences_per_step: int | None = None
     decode_rows: int = 256
     gradient_checkpointing: bool = True
@@ -381,11 +385,12 @@ def _check_training(settings: IndexerTrainingSettings | DistillationSettings) ->
         settings.passage_share,
         settings.haystack_share,
         settings.counting_share,
+        settings.reading_share,
     )
     if min(shares) < 0 or sum(shares) > 1 + 1e-9:
         raise RTPurboError(
-            f"the shares of needles, variables, passages, haystacks and counting are {shares}, but they "
-            "must be at least 0 and at most 1 together."
+            f"the shares of needles, variables, passages, haystacks, counting and reading are {shares}, "
+            "but they must be at least 0 and at most 1 together."
         )
     if settings.sequences_per_step is not None and settings.sequences_per_step < 1:
         raise RTPurboError(

@@ -173,10 +173,15 @@ def hide(prose: str, sentences: Sequence[tuple[float, str]]) -> str:
 
 def hide_among_lines(lines: Sequence[str], hidden: Sequence[tuple[float, str]]) -> str:
     """A text of lines and of those hidden among them, each at its depth from 0 to 1, in order."""
-    filled = list(lines)
-    for depth, line in reversed(hidden):
-        filled.insert(round(depth * len(lines)), line)
-    return "\n".join(filled)
+    return "\n".join(placed_among(lines, hidden))
+
+
+def placed_among(texts: Sequence[str], placed: Sequence[tuple[float, str]]) -> list[str]:
+    """Texts and others among them, each at its depth from 0 to 1, in order."""
+    filled = list(texts)
+    for depth, text in reversed(placed):
+        filled.insert(round(depth * len(texts)), text)
+    return filled
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

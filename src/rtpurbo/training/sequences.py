@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rtpurbo.data.long_range import LISTED_SHARE, NEEDLES, NOISE, PROSE, LongRangeMix
 from rtpurbo.data.needles import make_retrieval_example
 from rtpurbo.data.prompts import Conversation
+from rtpurbo.data.reading import reading_example
 from rtpurbo.data.texts import Prose, begin_ids
 from rtpurbo.data.variables import make_variable_example
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
@@ -46,6 +47,7 @@ class TrainingMix:
             needles among other needles, or needles in prose of which several keys' are asked for at
             once.
         counting_share: share of sequences that ask which words of a list or a text come up most often.
+        reading_share: share of sequences that ask a plain question about one or two of many paragraphs.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +60,7 @@ class TrainingMix:
     passage_share: float = 0.0
     haystack_share: float = 0.0
     counting_share: float = 0.0
+    reading_share: float = 0.0
 
     @classmethod
     def of(
@@ -80,6 +83,7 @@ class TrainingMix:
             settings.passage_share,
             settings.haystack_share,
             settings.counting_share,
+            settings.reading_share,
         )
 
     def sequence(self, number: int) -> TrainingSequence:
@@ -94,6 +98,7 @@ class TrainingMix:
             (self.passage_share, self._passage),
             (self.haystack_share, self._haystack),
             (self.counting_share, self._counting),
+            (self.reading_share, self._reading),
         ):
             if place < share:
                 return draw(length, rng)
@@ -147,6 +152,9 @@ class TrainingMix:
 
     def _counting(self, length: int, rng: random.Random) -> TrainingSequence:
         return _with_answer(self._long_range.counting(length, rng))
+
+    def _reading(self, length: int, rng: random.Random) -> TrainingSequence:
+        return _with_answer(reading_example(self.tokenizer, self.corpus, length, rng))
 
 
 def _with_answer(conversation: Conversation) -> TrainingSequence:
