@@ -46,6 +46,7 @@ KINDS = {
     "variables": {"variable_share": 1.0},
     "passage": {"passage_share": 1.0},
     "counting": {"counting_share": 1.0},
+    "reading": {"reading_share": 1.0},
     "prose": {},
 }
 """Of stage 2's own sequences."""

@@ -302,8 +302,7 @@ class Workshop:
         learnt = settings.stage2
         # Sequences and labels do not depend on how many there are, nor on the student.
         about = ("lengths", "labels", "label_stride", "labels_per_sequence", "top_logits",
-                 "needle_share", "variable_share", "passage_share", "haystack_share",
-                 "counting_share")  # fmt: skip
+                 *learnt.shares())  # fmt: skip
         targets = self._path(
             "teacher", "", [getattr(learnt, name) for name in about], settings.seed
         )

@@ -66,12 +66,42 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True)
-class IndexerTrainingSettings:
-    """Stage 1: the indexers, on the frozen model.
+class SequenceSettings:
+    """What a stage trains on: some kinds of sequences with a question, and prose for the rest.
+
+    Attributes:
+        lengths: tokens of a training sequence; sequences take them in turn.
+        needle_share: share of sequences that hold needles and a question.
+        variable_share: share that hold chains of variables and a question.
+        passage_share: share that quote a passage of their prose, to be continued.
+        haystack_share: share that hide needles or chains in dull repeated sentences, needles among
+            other needles, or needles in prose of which several keys' are asked for at once.
+        counting_share: share that ask which words of a list or a text come up most often.
+        reading_share: share that ask a plain question about one or two of many paragraphs.
+        sequences_per_step: sequences of one step, over all processes; None takes one a process.
+    """
+
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    needle_share: float = 0.5
+    variable_share: float = 0.0
+    passage_share: float = 0.0
+    haystack_share: float = 0.0
+    counting_share: float = 0.0
+    reading_share: float = 0.0
+    sequences_per_step: int | None = None
+
+    def shares(self) -> dict[str, float]:
+        """How much of each kind there is, by the name of its setting."""
+        names = (each.name for each in fields(SequenceSettings))
+        return {name: getattr(self, name) for name in names if name.endswith("_share")}
+
+
+@dataclass(frozen=True)
+class IndexerTrainingSettings(SequenceSettings):
+    """Stage 1: the indexers, on the frozen model. It has the attributes of `SequenceSettings` too.
 
     Attributes:
         steps: optimiser steps.
-        lengths: tokens of a training sequence; sequences take them in turn.
         steps_per_sequence: optimiser steps on one captured sequence, each with fresh query rows; with 1
             nothing is captured, and every layer learns as it passes: the way for long sequences.
         rows_per_step: query rows a step and head; None takes every row.
@@ -82,20 +112,11 @@ class IndexerTrainingSettings:
         warmup_steps: linear warm-up.
         start: what the weights start from (`covariance` is worth a hundred steps).
         start_sequences: sequences whose covariance makes the start.
-        needle_share: share of training sequences that hold needles and a question; the rest is prose.
-        variable_share: share that hold chains of variables and a question.
-        passage_share: share that quote a passage of their prose, to be continued.
-        haystack_share: share that hide needles or chains in dull repeated sentences, needles among
-            other needles, or needles in prose of which several keys' are asked for at once.
-        counting_share: share that ask which words of a list or a text come up most often.
-        reading_share: share that ask a plain question about one or two of many paragraphs.
-        sequences_per_step: sequences of one step, over all processes; None takes one a process.
         probe_sequences: held-out sequences on which recall is watched.
         probe_every: steps between two looks.
     """
 
     steps: int = 400
-    lengths: tuple[int, ...] = (2048, 4096, 8192)
     steps_per_sequence: int = 8
     rows_per_step: int | None = 192
     answer_weight: float = 1.0
@@ -104,13 +125,6 @@ class IndexerTrainingSettings:
     warmup_steps: int = 20
     start: IndexerStart = "covariance"
     start_sequences: int = 3
-    needle_share: float = 0.5
-    variable_share: float = 0.0
-    passage_share: float = 0.0
-    haystack_share: float = 0.0
-    counting_share: float = 0.0
-    reading_share: float = 0.0
-    sequences_per_step: int | None = None
     probe_sequences: int = 2
     probe_every: int = 50
 
@@ -120,13 +134,12 @@ class IndexerTrainingSettings:
 
 
 @dataclass(frozen=True)
-class DistillationSettings:
-    """Stage 2: the sparse student against the dense teacher.
+class DistillationSettings(SequenceSettings):
+    """Stage 2: the sparse student against the dense teacher. It has the attributes of `SequenceSettings` too.
 
     Attributes:
         steps: optimiser steps; 0 leaves stage 2 out. Three times as many drifted from the teacher on
             questions of other words (docs/experiment-log.md).
-        lengths: tokens of a training sequence; sequences take them in turn.
         learning_rate: peak of AdamW's, after warm-up, before cosine decay.
         weight_decay: AdamW's.
         warmup_steps: linear warm-up.
@@ -144,14 +157,6 @@ class DistillationSettings:
         answer_weight: weight of the answer tokens' mean loss beside the mean over all labels.
         cross_entropy_weight: weight of the mean cross-entropy of the labels themselves, beside the
             divergence from the teacher.
-        needle_share: share of sequences that hold needles and a question.
-        variable_share: share that hold chains of variables and a question.
-        passage_share: share that quote a passage of their prose, to be continued.
-        haystack_share: share that hide needles or chains in dull repeated sentences, needles among
-            other needles, or needles in prose of which several keys' are asked for at once.
-        counting_share: share that ask which words of a list or a text come up most often.
-        reading_share: share that ask a plain question about one or two of many paragraphs.
-        sequences_per_step: sequences of one step, over all processes; None takes one a process.
         decode_rows: last rows of prose that select their keys as decoding steps do; the rows that write
             an answer always do, unless this is 0.
         gradient_checkpointing: recompute activations in the backward pass, on a GPU: less memory, a
@@ -175,13 +180,6 @@ class DistillationSettings:
     labels_per_sequence: int = 4096
     answer_weight: float = 1.0
     cross_entropy_weight: float = 0.0
-    needle_share: float = 0.5
-    variable_share: float = 0.0
-    passage_share: float = 0.0
-    haystack_share: float = 0.0
-    counting_share: float = 0.0
-    reading_share: float = 0.0
-    sequences_per_step: int | None = None
     decode_rows: int = 256
     gradient_checkpointing: bool = True
     prefill_mode: PrefillMode = "dense"
@@ -379,18 +377,10 @@ def _check_training(settings: IndexerTrainingSettings | DistillationSettings) ->
         )
     if not settings.lengths or min(settings.lengths) < 1:
         raise RTPurboError("training needs at least one sequence length, in tokens.")
-    shares = (
-        settings.needle_share,
-        settings.variable_share,
-        settings.passage_share,
-        settings.haystack_share,
-        settings.counting_share,
-        settings.reading_share,
-    )
-    if min(shares) < 0 or sum(shares) > 1 + 1e-9:
+    shares = settings.shares()
+    if min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
         raise RTPurboError(
-            f"the shares of needles, variables, passages, haystacks, counting and reading are {shares}, "
-            "but they must be at least 0 and at most 1 together."
+            f"the shares of sequences are {shares}, but they must be at least 0 and at most 1 together."
         )
     if settings.sequences_per_step is not None and settings.sequences_per_step < 1:
         raise RTPurboError(

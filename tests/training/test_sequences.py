@@ -7,6 +7,7 @@ import pytest
 
 from rtpurbo.data.long_range import DULL
 from rtpurbo.data.texts import load_texts
+from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
 from rtpurbo.training.sequences import TrainingMix
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -61,3 +62,26 @@ def test_counting_has_its_share(mix):
     for sequence in asking:
         assert "come up most often" in mix.tokenizer.decode(sequence.input_ids)
         assert len(sequence.input_ids) <= 3000
+
+
+def test_reading_has_its_share(mix):
+    drawn = replace(mix, lengths=(3000,), needle_share=0.0, reading_share=0.5)
+    sequences = [drawn.sequence(number) for number in range(8)]
+    asking = [sequence for sequence in sequences if sequence.num_answer_tokens]
+    assert len(asking) == 4
+    for sequence in asking:
+        assert "Several short texts follow" in mix.tokenizer.decode(sequence.input_ids)
+        assert len(sequence.input_ids) <= 3000
+
+
+def test_a_stage_gives_the_mix_its_shares(mix):
+    shares = {
+        "needle_share": 0.1, "variable_share": 0.11, "passage_share": 0.12, "haystack_share": 0.13,
+        "counting_share": 0.14, "reading_share": 0.15,
+    }  # fmt: skip
+    for stage in (IndexerTrainingSettings, DistillationSettings):
+        settings = stage(lengths=(500, 700), **shares)
+        assert settings.shares() == shares
+        drawn = TrainingMix.of(settings, mix.tokenizer, mix.corpus, 3, "test")
+        assert {name: getattr(drawn, name) for name in shares} == shares
+        assert (drawn.lengths, drawn.seed, drawn.purpose) == ((500, 700), 3, "test")

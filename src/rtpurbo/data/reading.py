@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from rtpurbo.data.prompts import (
     fit_units,
     placed_among,
 )
-from rtpurbo.data.texts import Prose
+from rtpurbo.data.texts import Prose, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,11 +29,14 @@ TWO_HOP_SHARE = 0.4
 NUM_OTHERS = (0, 2, 6, 20)
 """How many pairs of paragraphs there are like those asked for, one of these, where there is room."""
 
-TOKENS_PER_PAIR = 256
-"""Of a sequence for each such pair: paragraphs must not crowd out the prose."""
+TOLD_ROOM = 0.4
+"""The share of a sequence that paragraphs may take: they must not crowd out the prose."""
 
 WORDS_TO_A_PIECE = (40, 160)
 """Of prose, from the first to the second."""
+
+WORD = re.compile(r" ?\S{1,24}")
+"""With the space before it; where none are written, so many characters stand for a word."""
 
 HEADINGS = ("[{}]", "Text {}:", "Section {}", "({})")
 INTRODUCTION = (
@@ -55,16 +59,16 @@ def reading_example(
     Raises:
         RTPurboError: `length` leaves no room for the question, or `corpus` is too short.
     """
-    most = max(0, length // TOKENS_PER_PAIR - 1)
-    num_others = rng.choice([count for count in NUM_OTHERS if count <= most])
-    asked, *others = islice(subjects(rng), 1 + num_others)
-    question = _question(*asked, rng)
+    pairs = subjects(rng)
     titled = rng.random() < 0.5
-    told = [
-        (rng.random(), _paragraph(subject, titled, rng))
-        for pair in (asked, *others)
-        for subject in pair
-    ]
+    asked = next(pairs)
+    question = _question(*asked, rng)
+    told = _told(asked, titled, rng)
+    tokens = sum(len(encode(tokenizer, paragraph)) for _, paragraph in told)
+    most = max(0, int(TOLD_ROOM * length / tokens) - 1)
+    num_others = rng.choice([count for count in NUM_OTHERS if count <= most])
+    for pair in islice(pairs, num_others):
+        told += _told(pair, titled, rng)
     told.sort()
     heading, seed = rng.choice(HEADINGS), rng.getrandbits(64)
     prose = Stream(_pieces(tokenizer, corpus, length, random.Random(seed)))
@@ -86,9 +90,16 @@ def _question(first: Subject, second: Subject, rng: random.Random) -> Question:
     return Question(fact.question.format(name=name), "The texts say:", f" {value}")
 
 
-def _paragraph(subject: Subject, titled: bool, rng: random.Random) -> str:
-    text = subject.paragraph(rng)
-    return f"{subject.name}\n{text}" if titled else text
+def _told(
+    pair: tuple[Subject, Subject], titled: bool, rng: random.Random
+) -> list[tuple[float, str]]:
+    """A paragraph about each of a pair, and its depth."""
+    paragraphs = [subject.paragraph(rng) for subject in pair]
+    if titled:
+        paragraphs = [
+            f"{subject.name}\n{text}" for subject, text in zip(pair, paragraphs, strict=True)
+        ]
+    return [(rng.random(), text) for text in paragraphs]
 
 
 def _pieces(
@@ -96,7 +107,8 @@ def _pieces(
 ) -> Iterator[list[str]]:
     """The words of pieces of prose, without end; `length` tokens of it go on where they began."""
     while True:
-        words = decode(tokenizer, corpus.sample_tokens(tokenizer, length, rng)).split()
+        prose = decode(tokenizer, corpus.sample_tokens(tokenizer, length, rng))
+        words = WORD.findall(" ".join(prose.split()))
         while words:
             size = rng.randint(*WORDS_TO_A_PIECE)
             yield words[:size]
@@ -109,5 +121,5 @@ def _first_words(pieces: Stream[list[str]], num_words: int) -> list[str]:
     while num_words > 0:
         piece = pieces.first(len(texts) + 1)[-1][:num_words]
         num_words -= len(piece)
-        texts.append(" ".join(piece))
+        texts.append("".join(piece).strip())
     return texts

@@ -13,7 +13,7 @@ from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.reading import reading_example
 from rtpurbo.data.texts import Prose, begin_ids
 from rtpurbo.data.variables import make_variable_example
-from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
+from rtpurbo.settings import SequenceSettings
 
 TOKENS_PER_NEEDLE = 128
 TOKENS_PER_CHAIN = 512
@@ -65,7 +65,7 @@ class TrainingMix:
     @classmethod
     def of(
         cls,
-        settings: IndexerTrainingSettings | DistillationSettings,
+        settings: SequenceSettings,
         tokenizer: PreTrainedTokenizerBase,
         corpus: Prose,
         seed: int,
@@ -76,14 +76,9 @@ class TrainingMix:
             tokenizer,
             corpus,
             settings.lengths,
-            settings.needle_share,
-            seed,
-            purpose,
-            settings.variable_share,
-            settings.passage_share,
-            settings.haystack_share,
-            settings.counting_share,
-            settings.reading_share,
+            seed=seed,
+            purpose=purpose,
+            **settings.shares(),
         )
 
     def sequence(self, number: int) -> TrainingSequence:
