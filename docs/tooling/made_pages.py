@@ -88,7 +88,7 @@ def report_page() -> str:
 
 def report_64k_page() -> str:
     """The report of SmolLM2 at 64K made sparse, with RULER."""
-    return _report("smollm2-64k-sparse", "quality-smollm2-64k-attention-h100")
+    return _report("smollm2-64k-sparse", "quality-smollm2-64k-reading-h100")
 
 
 def _report(artifact: str, *results: str) -> str:

@@ -82,3 +82,15 @@ def test_a_mean_is_judged_by_the_interval_of_its_difference(mean, interval, expe
 def test_an_interval_of_no_width_is_not_believed_alone():
     dense = record(20.0, (0.0, 40.0), "full")
     assert read(score_cell(record(0.0, (0.0, 0.0)), dense))[1][1] == "▽"
+
+
+@pytest.mark.parametrize(
+    ("ci95", "expected"),
+    [
+        ((95.0, 99.0), (None, ["97.0", "▽", "-1.0"])),
+        ((96.0, 97.5), ("slight", ["97.0", "▼", "-1.0"])),
+    ],
+)
+def test_a_mean_of_another_run_is_compared_by_its_own_interval(ci95, expected):
+    average = Average("ruler", 4096, "rtpurbo", 13, 325, 97.0, ci95)
+    assert read(mean_cell(97.0, 98.0, average)) == expected

@@ -67,6 +67,9 @@ def mean_cell(mean: float | None, dense: float | None, average: Average | None =
         low, high = average.difference_ci95
         interval = tag("span", f"[{low:+.1f}, {high:+.1f}]", class_="interval")
         chance = low <= 0 <= high
+    elif average is not None:
+        # The dense model's answers are of another run: its mean alone can be looked for.
+        chance = _within(dense, average.ci95)
     return _cell(score, interval, worse, f"{-worse:+.1f}", 0.0, chance)
 
 
