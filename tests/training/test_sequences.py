@@ -54,23 +54,17 @@ def test_haystacks_have_their_share_and_one_question(mix):
     assert listed >= in_prose / 2
 
 
-def test_counting_has_its_share(mix):
-    drawn = replace(mix, lengths=(3000,), needle_share=0.0, counting_share=0.5)
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [("counting_share", "come up most often"), ("reading_share", "Several short texts follow")],
+)
+def test_kinds_with_one_wording_have_their_share(mix, share, words):
+    drawn = replace(mix, lengths=(3000,), needle_share=0.0, **{share: 0.5})
     sequences = [drawn.sequence(number) for number in range(8)]
     asking = [sequence for sequence in sequences if sequence.num_answer_tokens]
     assert len(asking) == 4
     for sequence in asking:
-        assert "come up most often" in mix.tokenizer.decode(sequence.input_ids)
-        assert len(sequence.input_ids) <= 3000
-
-
-def test_reading_has_its_share(mix):
-    drawn = replace(mix, lengths=(3000,), needle_share=0.0, reading_share=0.5)
-    sequences = [drawn.sequence(number) for number in range(8)]
-    asking = [sequence for sequence in sequences if sequence.num_answer_tokens]
-    assert len(asking) == 4
-    for sequence in asking:
-        assert "Several short texts follow" in mix.tokenizer.decode(sequence.input_ids)
+        assert words in mix.tokenizer.decode(sequence.input_ids)
         assert len(sequence.input_ids) <= 3000
 
 
