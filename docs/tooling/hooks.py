@@ -15,7 +15,13 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
-from made_pages import commands_page, report_64k_page, report_page, results_page  # noqa: E402
+from made_pages import (  # noqa: E402
+    commands_page,
+    report_64k_page,
+    report_page,
+    report_policies_page,
+    results_page,
+)
 
 BORROWED = {
     "index.md": "README.md",
@@ -30,6 +36,7 @@ MADE: dict[str, Callable[[], str]] = {
     "reference/commands.md": commands_page,
     "example-report.html": report_page,
     "report-64k.html": report_64k_page,
+    "report-policies.html": report_policies_page,
 }
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")

@@ -32,9 +32,9 @@ ARTIFACTS = ROOT / "artifacts"
 _ABOUT_RESULTS = """# Results
 
 Made from the files in `benchmarks/results/` when this site was built; each says which command made it.
-The reports of the shipped artifacts have their figures with plots: [SmolLM2](example-report.html), and
-[SmolLM2 at 64K](report-64k.html) with RULER. How they were measured: [evaluation](evaluation.md),
-[benchmarks](benchmarks.md), [experiment log](experiment-log.md).
+The reports have their figures with plots: [SmolLM2](example-report.html), and [SmolLM2 at 64K](report-64k.html)
+with RULER, on which [every policy](report-policies.html) was compared too. How they were measured:
+[evaluation](evaluation.md), [benchmarks](benchmarks.md), [experiment log](experiment-log.md).
 """
 _ABOUT_QUALITY = """## Quality: the dense model beside every policy
 
@@ -88,13 +88,17 @@ def report_page() -> str:
 
 def report_64k_page() -> str:
     """The report of SmolLM2 at 64K made sparse, with RULER."""
-    return _report("smollm2-64k-sparse", "quality-smollm2-64k-reading-h100")
+    return _report("smollm2-64k-sparse", "quality-smollm2-64k-h200")
 
 
-def _report(artifact: str, *results: str) -> str:
-    return page(
-        read_sources([ARTIFACTS / artifact, *(RESULTS / f"{name}.json" for name in results)])
-    )
+def report_policies_page() -> str:
+    """The report of every policy on the same model, which a part of the questions were put to."""
+    return _report(None, "quality-smollm2-64k-controls-h200")
+
+
+def _report(artifact: str | None, *results: str) -> str:
+    places = [RESULTS / f"{name}.json" for name in results]
+    return page(read_sources(places if artifact is None else [ARTIFACTS / artifact, *places]))
 
 
 def _kind(found: dict[str, Any]) -> str | None:

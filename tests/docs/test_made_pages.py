@@ -65,6 +65,7 @@ def test_the_page_of_commands_has_every_option():
     [
         (made_pages.report_page, "smollm2-135m-instruct"),
         (made_pages.report_64k_page, "smollm2-64k-sparse"),
+        (made_pages.report_policies_page, "random-heads"),
     ],
 )
 def test_reports_are_those_of_the_shipped_artifacts(make, name):

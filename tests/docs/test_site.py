@@ -29,5 +29,6 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
         "results/index.html",
         "example-report.html",
         "report-64k.html",
+        "report-policies.html",
     ):
         assert (tmp_path / page).is_file()
