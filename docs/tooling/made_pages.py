@@ -92,7 +92,7 @@ def report_64k_page() -> str:
 
 
 def report_policies_page() -> str:
-    """The report of every policy on the same model, which a part of the questions were put to."""
+    """The report of every policy on that model, asked a part of the same questions."""
     return _report(None, "quality-smollm2-64k-controls-h200")
 
 
