@@ -7,24 +7,37 @@ embedding, index states, and `HeadwiseLayer.append`.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtpurbo.devices import has_triton
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.ops import KeyValueStates
-
-if TYPE_CHECKING:
-    from rtpurbo.models.attention import HeadwiseAttention
+from rtpurbo.models.families import Family
+from rtpurbo.models.indexer import TokenIndexer
+from rtpurbo.ops import HeadLayout, KeyValueStates
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def enters_by_kernel(
-    module: HeadwiseAttention, queries: Tensor, past: HeadwiseLayer | None
-) -> bool:
+class EnteredLayer(Protocol):
+    """What is read of a layer, a `HeadwiseAttention`."""
+
+    family: Family
+    q_norm: nn.Module
+    k_norm: nn.Module
+    indexer: TokenIndexer
+    retrieval_heads: list[int]
+    uses_rotary: bool
+    backend: str
+    observer: Any
+
+    def layout(self, device: torch.device) -> HeadLayout:
+        """The layer's heads as index tensors on a device."""
+
+
+def enters_by_kernel(module: EnteredLayer, queries: Tensor, past: HeadwiseLayer | None) -> bool:
     """Whether `enter` serves this call: the kernel suits it, and nobody watches or wants gradients.
 
     Args:
@@ -55,7 +68,7 @@ def _has_kernels(backend: str, queries: Tensor) -> bool:
     )
 
 
-def _knows_norms(module: HeadwiseAttention, dtype: torch.dtype) -> bool:
+def _knows_norms(module: EnteredLayer, dtype: torch.dtype) -> bool:
     """Whether norms of heads, if any, are the family's own, with nothing put around them."""
     if module.family.query_key_norm != "per_head":
         return True
@@ -98,7 +111,7 @@ def _has_slots(past: HeadwiseLayer, queries: Tensor) -> bool:
 
 
 def enter(
-    module: HeadwiseAttention,
+    module: EnteredLayer,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
