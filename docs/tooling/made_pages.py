@@ -93,12 +93,13 @@ def report_64k_page() -> str:
 
 def report_policies_page() -> str:
     """The report of every policy on that model, asked a part of the same questions."""
-    return _report(None, "quality-smollm2-64k-controls-h200")
+    return page(read_sources([RESULTS / "quality-smollm2-64k-controls-h200.json"]))
 
 
-def _report(artifact: str | None, *results: str) -> str:
-    places = [RESULTS / f"{name}.json" for name in results]
-    return page(read_sources(places if artifact is None else [ARTIFACTS / artifact, *places]))
+def _report(artifact: str, *results: str) -> str:
+    return page(
+        read_sources([ARTIFACTS / artifact, *(RESULTS / f"{name}.json" for name in results)])
+    )
 
 
 def _kind(found: dict[str, Any]) -> str | None:
