@@ -226,6 +226,7 @@ class Job:
                 base.tokenizer,
                 random_access(self.train_text),
                 self.settings.calibration,
+                rule=self.settings.attention,
                 seed=self.settings.seed,
                 progress=self.progress,
             )

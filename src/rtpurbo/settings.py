@@ -18,7 +18,7 @@ from rtpurbo.errors import RTPurboError
 
 IndexerStart = Literal["covariance", "weight", "random"]
 Labels = Literal["both", "answers", "text"]
-Ranking = Literal["copies", "chains", "turns"]
+Ranking = Literal["copies", "chains", "turns", "gates"]
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (stage, steps done, steps in all, latest figures); see `rtpurbo.cli.progress` for the bars."""

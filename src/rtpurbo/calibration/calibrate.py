@@ -13,13 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.calibration.chains import chain_scores, make_chain_document
+from rtpurbo.calibration.gates import MIX, train_gates
 from rtpurbo.calibration.scores import retrieval_scores
 from rtpurbo.calibration.selection import Stability, choose_heads, in_turn, measure_stability
-from rtpurbo.config import HeadMap, head_map_from_dict
+from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_map_from_dict
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import CalibrationSettings, Progress, check_context, no_progress
+from rtpurbo.training.sequences import TrainingMix
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,22 @@ def calibrate(
     corpus: TextCorpus,
     settings: CalibrationSettings | None = None,
     *,
+    rule: AttentionRule | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Finds the retrieval heads.
 
-    Scores are means over documents: of prose whose needles stand at depths from 5 % to 50 % (repeated filler would draw
-    attention to every copy, docs/experiment-log.md), of chains of variables, or of both, whose best heads come in turn.
+    Scores are gates trained on long-range tasks, or means over documents: of prose whose needles stand at depths from
+    5 % to 50 % (repeated filler would draw attention to every copy, docs/experiment-log.md), of chains of variables, or
+    of both, whose best heads come in turn.
 
     Args:
         model: dense.
         tokenizer: the model's.
         corpus: prose that the needles are hidden in.
         settings: documents and choice.
+        rule: sinks and window that gates compare full attention with; the default for the context if None.
         seed: of the documents.
         progress: told after each document.
 
@@ -62,6 +67,8 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     check_context("documents", settings.length, model.config.max_position_embeddings)
+    if settings.ranking == "gates":
+        return _by_gates(model, tokenizer, corpus, settings, rule, seed, progress)
     kinds = ("copies", "chains") if settings.ranking == "turns" else (settings.ranking,)
     rows: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     layers: list[int] = []
@@ -74,12 +81,42 @@ def calibrate(
     measured = [torch.stack(documents) for documents in rows.values()]
     mean = _together(*(documents.mean(0) for documents in measured))
     by_document = torch.stack([_together(*each) for each in zip(*measured, strict=True)])
-    by_layer: list[list[float] | None] = [None] * model.config.num_hidden_layers
-    for layer, values in zip(layers, mean.tolist(), strict=True):
-        by_layer[layer] = values
-    head_map = choose_heads(by_layer, model.config.num_key_value_heads, settings)
+    head_map = _chosen(model, dict(zip(layers, mean, strict=True)), settings)
     stability = measure_stability(by_document.flatten(1), head_map.num_retrieval_heads)
     return Calibration(head_map, stability, settings)
+
+
+def _by_gates(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: TextCorpus,
+    settings: CalibrationSettings,
+    rule: AttentionRule | None,
+    seed: int,
+    progress: Progress,
+) -> Calibration:
+    """The heads whose gates stay open longest."""
+    window = default_sliding_window(model.config.max_position_embeddings)
+    scores = train_gates(
+        model,
+        TrainingMix(tokenizer, corpus, (settings.length,), seed=seed, purpose="gates", **MIX),
+        rule or AttentionRule(sliding_window=window),
+        steps=settings.num_documents,
+        ratio=settings.ratio,
+        per_group=settings.granularity == "kv_group",
+        progress=progress,
+    )
+    return Calibration(_chosen(model, scores, settings), None, settings)
+
+
+def _chosen(
+    model: PreTrainedModel, scores: dict[int, Tensor], settings: CalibrationSettings
+) -> HeadMap:
+    """The head map of these scores, given by layer."""
+    by_layer: list[list[float] | None] = [None] * model.config.num_hidden_layers
+    for layer, values in scores.items():
+        by_layer[layer] = values.tolist()
+    return choose_heads(by_layer, model.config.num_key_value_heads, settings)
 
 
 def _together(first: Tensor, *second: Tensor) -> Tensor:

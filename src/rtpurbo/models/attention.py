@@ -152,6 +152,7 @@ class HeadwiseAttention(nn.Module):
         self.statistics: SelectionStatistics | None = None
         self.selector: Selector | None = None
         self.observer: Callable[[LayerObservation], None] | None = None
+        self.gates: Tensor | None = None
         self._layouts: dict[torch.device, HeadLayout] = {}
 
     @property
@@ -243,7 +244,9 @@ class HeadwiseAttention(nn.Module):
             if past is None:
                 in_order = attention_mask is None
                 states = KeyValueStates(keys, values, query_positions, in_order=in_order)
-            if self.dense:
+            if self.gates is not None and not self.dense:
+                output = self._attend_gated(queries, query_positions, states, self.gates)
+            elif self.dense:
                 output = self._attend_densely(queries, query_positions, states)
             else:
                 index_queries, index_keys = self._index(
@@ -271,6 +274,22 @@ class HeadwiseAttention(nn.Module):
             queries, query_positions, states, readers, scaling=self.scaling
         )
         return output
+
+    def _attend_gated(
+        self, queries: Tensor, query_positions: Tensor, states: KeyValueStates, gates: Tensor
+    ) -> Tensor:
+        """Full attention times the gate of a head plus windowed attention times what is left.
+
+        Args:
+            queries: [batch, num_attention_heads, q_len, head_dim].
+            query_positions: int64 [batch, q_len].
+            states: keys and values of all KV heads.
+            gates: [num_key_value_heads] or [num_attention_heads], from 0 to 1.
+        """
+        full = self._attend_densely(queries, query_positions, states)
+        windowed = self._attend(query_positions, queries, None, *self._divided(states, None))
+        each = gates.repeat_interleave(self.num_attention_heads // gates.numel())
+        return windowed + each.to(full.dtype)[None, :, None, None] * (full - windowed)
 
     def _attend(
         self,

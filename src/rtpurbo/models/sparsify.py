@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -238,6 +238,24 @@ def running_dense(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in modules:
             module.dense = False
+
+
+@contextmanager
+def gated_heads(model: PreTrainedModel, gates: Mapping[int, Tensor]) -> Iterator[None]:
+    """Mixes full and windowed attention of every head by a gate inside a `with` block.
+
+    Args:
+        model: sparse, without retrieval heads and without a cache.
+        gates: by layer, [num_key_value_heads] or [num_attention_heads]: 1 is full, 0 windowed.
+    """
+    modules = headwise_modules(model)
+    for module in modules:
+        module.gates = gates[module.layer_idx]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gates = None
 
 
 @contextmanager
