@@ -70,7 +70,8 @@ def gguf_config(header: GgufHeader) -> PretrainedConfig:
         if (value := header.hyperparameter(theirs)) is not None
     }
     for theirs, ours in _TOKENS.items():
-        values[ours] = header.metadata.get(f"tokenizer.ggml.{theirs}")
+        if (token := header.metadata.get(f"tokenizer.ggml.{theirs}")) is not None:
+            values[ours] = token
     # Padded vocabularies have more rows than tokens.
     values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     # llama.cpp writes an output layer only where it is not the embedding.

@@ -198,7 +198,7 @@ WHEEL_MODELS = {
                 "intermediate_size": 8960,
                 "num_hidden_layers": 28,
                 "num_attention_heads": 12,
-                "tie_word_embeddings": True,
+                "tie_word_embeddings": False,
             },
         ),
         WheelModel(
