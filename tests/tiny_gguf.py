@@ -101,7 +101,9 @@ def write_tiny_gguf(
         values = _as_llama_cpp_has_it(name, weights.float().numpy(), config, known)
         matrix = KINDS[kind] if values.ndim > 1 else GGMLQuantizationType.F32
         stem, suffix = name.rsplit(".", 1)
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", quantize(values, matrix), None, matrix)
+        writer.add_tensor(
+            f"{names.get_name(stem)}.{suffix}", quantize(values, matrix), None, matrix
+        )
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()

