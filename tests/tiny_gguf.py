@@ -20,7 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny_tokenizer import tiny_tokenizer
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+}
 KINDS = {kind.name: kind for kind in GGMLQuantizationType}
 
 
@@ -34,7 +41,7 @@ def tiny_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> PreT
         "num_hidden_layers": 2,
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
-        "head_dim": 32 if model_type in ("qwen3", "gemma3_text") else 16,
+        "head_dim": 32 if model_type in ("qwen3", "qwen3_moe", "gemma3_text") else 16,
         "max_position_embeddings": 256,
         "initializer_range": 0.3,
         "tie_word_embeddings": model_type == "gemma3_text",
@@ -43,6 +50,11 @@ def tiny_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> PreT
     if model_type == "gemma3_text":
         # Every sixth layer has full attention, in files too.
         values |= {"num_hidden_layers": 6, "sliding_window": 8}
+    if model_type == "qwen3_moe":
+        values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        values |= {"norm_topk_prob": True}
+    if model_type == "phi3":
+        values |= {"pad_token_id": None, "original_max_position_embeddings": 256}
     config = AutoConfig.for_model(model_type, **values | changes)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -81,11 +93,15 @@ def write_tiny_gguf(
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if known == "llama":
         writer.add_rope_dimension_count(config.head_dim)
-    if known in ("qwen3", "gemma3"):
+    if known in ("qwen3", "qwen3moe", "gemma3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if known == "gemma3":
         writer.add_sliding_window(config.sliding_window)
+    if known == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     for key, value in (metadata or {}).items():
         key = known + key if key.startswith(".") else key
         (writer.add_string if isinstance(value, str) else _adder(writer, value))(key, value)
@@ -95,15 +111,14 @@ def write_tiny_gguf(
         next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == known),
         config.num_hidden_layers,
     )
-    for name, weights in model.state_dict().items():
+    for name, weights in _split_experts(model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = _as_llama_cpp_has_it(name, weights.float().numpy(), config, known)
         matrix = KINDS[kind] if values.ndim > 1 else GGMLQuantizationType.F32
-        stem, suffix = name.rsplit(".", 1)
-        writer.add_tensor(
-            f"{names.get_name(stem)}.{suffix}", quantize(values, matrix), None, matrix
-        )
+        suffix = ".bias" if name.endswith(".bias") else ".weight"
+        stored = names.get_name(name.removesuffix(suffix)) + suffix
+        writer.add_tensor(stored, quantize(values, matrix), None, matrix)
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()
@@ -111,6 +126,18 @@ def write_tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _split_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gate and up projections of experts apart, as files have them."""
+    split = {}
+    for name, tensor in weights.items():
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            split[stem + "gate_proj"], split[stem + "up_proj"] = tensor.chunk(2, dim=1)
+        else:
+            split[name] = tensor
+    return split
 
 
 def _adder(writer: GGUFWriter, value: float) -> Any:

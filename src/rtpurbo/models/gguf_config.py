@@ -44,6 +44,7 @@ _TOKENS = {
     "eos_token_id": "eos_token_id",
     "padding_token_id": "pad_token_id",
 }
+_WITH_HEAD_DIM = ("llama", "qwen3", "qwen3moe", "gemma3")
 _GEMMA3_27B_LAYERS = 62
 
 
@@ -70,8 +71,8 @@ def gguf_config(header: GgufHeader) -> PretrainedConfig:
         if (value := header.hyperparameter(theirs)) is not None
     }
     for theirs, ours in _TOKENS.items():
-        if (token := header.metadata.get(f"tokenizer.ggml.{theirs}")) is not None:
-            values[ours] = token
+        # None where the file has none: a family's defaults are tokens of another vocabulary.
+        values[ours] = header.metadata.get(f"tokenizer.ggml.{theirs}")
     # Padded vocabularies have more rows than tokens.
     values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     # llama.cpp writes an output layer only where it is not the embedding.
@@ -86,11 +87,10 @@ def gguf_config(header: GgufHeader) -> PretrainedConfig:
 def _family_values(architecture: str, header: GgufHeader) -> dict[str, Any]:
     """What only some families have."""
     values: dict[str, Any] = {}
-    head_dim = header.hyperparameter("attention.key_length")
-    if head_dim is None and architecture == "llama":
-        head_dim = header.hyperparameter("rope.dimension_count")
-    if head_dim is not None and architecture != "phi3":
-        values["head_dim"] = head_dim
+    queries = header.tensors.get("blk.0.attn_q.weight")
+    if queries is not None and architecture in _WITH_HEAD_DIM:
+        # Old files do not tell it otherwise.
+        values["head_dim"] = queries.shape[0] // header.hyperparameter("attention.head_count")
     if architecture == "llama":
         values["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     if architecture == "qwen3moe":

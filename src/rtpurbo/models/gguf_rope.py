@@ -28,6 +28,10 @@ def set_rope_scaling(config: PretrainedConfig, header: GgufHeader) -> None:
     Raises:
         RTPurboError: the file scales its frequencies in a way that is not supported.
     """
+    dimensions = header.hyperparameter("rope.dimension_count")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if dimensions not in (None, head_dim):
+        raise _unsupported(header, f"{dimensions} of {head_dim} dimensions")
     kind = header.hyperparameter("rope.scaling.type")
     factor = header.hyperparameter("rope.scaling.factor")
     if _LLAMA3_TENSOR in header.tensors:
@@ -60,11 +64,11 @@ def _set_llama3(config: PretrainedConfig, header: GgufHeader) -> None:
     unscaled = theta ** -(torch.arange(0, dimensions, 2) / dimensions)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     if scaled.shape != unscaled.shape or not torch.allclose(scaled, unscaled / factors, rtol=1e-3):
-        raise _unsupported(header, "other than that of Llama 3")
+        raise _unsupported(header, "frequencies other than those of Llama 3")
 
 
 def _unsupported(header: GgufHeader, kind: object) -> RTPurboError:
     return RTPurboError(
-        f"{header.path} scales its rotary frequencies ({kind}) in a way that is not supported for "
-        "GGUF files; use the model's safetensors files."
+        f"The rotary embedding of {header.path} ({kind}) is not supported for GGUF files; use the "
+        "model's safetensors files."
     )

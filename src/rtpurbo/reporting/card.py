@@ -16,7 +16,12 @@ from rtpurbo.reporting.tables import markdown_rows, markdown_tables
 from rtpurbo.training.log import TrainingLog
 
 # By the beginning of the base model's name.
-LICENSES = {"HuggingFaceTB/SmolLM": "apache-2.0"}
+LICENSES = {
+    "HuggingFaceTB/SmolLM": "apache-2.0",
+    "Qwen/Qwen2.5-Coder-0.5B": "apache-2.0",
+    "Qwen/Qwen2.5-Coder-1.5B": "apache-2.0",
+    "google/gemma-3": "gemma",
+}
 
 _CARD = """---
 {metadata}
