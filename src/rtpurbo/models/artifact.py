@@ -18,13 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
-from rtpurbo.models.base import BaseModel, BaseReference, fingerprint, load_base_model
+from rtpurbo.models.base import (
+    ARTIFACT_FILE,
+    BaseModel,
+    BaseReference,
+    load_base_model,
+    load_referenced,
+)
 from rtpurbo.models.sparsify import load_indexers, sparsify
 from rtpurbo.version import __version__
 
 FORMAT_VERSION = 1
 
-CONFIG_FILE = "rtpurbo_config.json"
+CONFIG_FILE = ARTIFACT_FILE
 INDEXER_FILE = "indexer.safetensors"
 INDEXER_BEFORE_STAGE2_FILE = "indexer_before_stage2.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -258,23 +264,21 @@ def load_base(
 ) -> BaseModel:
     """Loads the dense model that the artifact in `folder` was made for, as `load` does."""
     expected = ArtifactConfig.read(folder).base
-    # Only the Hub has revisions to choose from.
-    revision = expected.revision if base_model is None and expected.source == "hub" else None
-    base = load_base_model(
-        base_model or expected.name, revision=revision, device=device, dtype=dtype
-    )
-    check_base(base.model, expected, str(folder))
+    if base_model is None:
+        base = load_referenced(expected, device=device, dtype=dtype)
+    else:
+        base = load_base_model(base_model, device=device, dtype=dtype)
+    check_base(base.reference, expected, str(folder))
     return base
 
 
-def check_base(model: PreTrainedModel, expected: BaseReference, artifact_name: str) -> None:
+def check_base(found: BaseReference, expected: BaseReference, artifact_name: str) -> None:
     """Refuses a base model whose weights are not those the artifact was made for."""
-    architecture = type(model).__name__
-    if architecture != expected.architecture or fingerprint(model) != expected.fingerprint:
+    if (found.architecture, found.fingerprint) != (expected.architecture, expected.fingerprint):
         raise RTPurboError(
             f"the artifact {artifact_name} belongs to another base model: it was made for "
             f"{expected.name} ({expected.architecture}), and the weights at hand "
-            f"({architecture}) differ."
+            f"({found.architecture}) differ."
         )
 
 

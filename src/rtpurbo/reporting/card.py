@@ -10,14 +10,18 @@ from typing import Any
 from rtpurbo.evaluation.records import Record
 from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, LOG_FILE, ArtifactConfig
-from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
 from rtpurbo.reporting.curves import curves_as_text
 from rtpurbo.reporting.facts import artifact_facts
 from rtpurbo.reporting.tables import markdown_rows, markdown_tables
 from rtpurbo.training.log import TrainingLog
 
 # By the beginning of the base model's name.
-LICENSES = {"HuggingFaceTB/SmolLM": "apache-2.0"}
+LICENSES = {
+    "HuggingFaceTB/SmolLM": "apache-2.0",
+    "Qwen/Qwen2.5-Coder-0.5B": "apache-2.0",
+    "Qwen/Qwen2.5-Coder-1.5B": "apache-2.0",
+    "google/gemma-3": "gemma",
+}
 
 _CARD = """---
 {metadata}
@@ -86,8 +90,7 @@ def model_card(
         curves: entries of the training log.
     """
     drawn = curves_as_text(curves)
-    base = DEFAULT_MODEL if artifact.base.name == WHEEL_MODEL else artifact.base.name
-    local = artifact.base.source == "local"
+    base, local = artifact.base.public_name, artifact.base.is_local
     return _CARD.format(
         metadata=_metadata(None if local else base),
         title="A local model" if local else base.split("/")[-1],

@@ -54,6 +54,6 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
 def base_name(artifact: ArtifactConfig) -> str:
     """The base model as others can find it; where a folder lay is nobody else's concern."""
     base = artifact.base
-    if base.source == "local":
+    if base.is_local:
         return f"a local model (weights {base.fingerprint[:12]})"
     return f"{base.name} ({base.revision})" if base.revision else base.name

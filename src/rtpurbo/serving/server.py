@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.files import cache_folder
 from rtpurbo.models.artifact import ArtifactConfig, find_artifact, is_checkpoint
-from rtpurbo.models.base import cache_folder
 from rtpurbo.serving.capacity import GIB, Capacity, capacity_of
 from rtpurbo.serving.export import export
 from rtpurbo.serving.installation import Installation

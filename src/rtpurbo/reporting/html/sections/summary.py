@@ -8,7 +8,6 @@ from statistics import fmean
 
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
-from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
 from rtpurbo.reporting.facts import base_name
 from rtpurbo.reporting.formats import percent, short_length
 from rtpurbo.reporting.html.markup import Markup, join, tag
@@ -50,7 +49,7 @@ def summary(sources: Sources) -> Markup:
 
 def title_of(sources: Sources) -> str:
     """The heading of the page: by the base model where others know it, else as results name the artifact."""
-    if sources.artifact is not None and sources.artifact.base.source != "local":
+    if sources.artifact is not None and not sources.artifact.base.is_local:
         return f"{_base(sources).split()[0].split('/')[-1]}, sparse"
     models = {Path(quality.model).name for quality in sources.quality}
     if len(models) == 1:
@@ -60,8 +59,8 @@ def title_of(sources: Sources) -> str:
 
 def _base(sources: Sources) -> str:
     assert sources.artifact is not None
-    named = sources.artifact.base.name == WHEEL_MODEL
-    return DEFAULT_MODEL if named else base_name(sources.artifact)
+    base = sources.artifact.base
+    return base.public_name if base.source == "wheel" else base_name(sources.artifact)
 
 
 def _what(sources: Sources) -> str:

@@ -1,0 +1,117 @@
+"""GGUF files as base models: the configuration, and weights and tokenizer as transformers decodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.gguf_config import gguf_config
+from rtpurbo.models.gguf_header import GgufHeader, read_gguf_header
+from rtpurbo.models.pretrained import load_pretrained
+from rtpurbo.settings import Progress
+
+SUFFIX = ".gguf"
+
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+"""Tokens that end an answer or a text, in whichever model has them."""
+
+Item = TypeVar("Item")
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is or, as a folder without a transformers model, holds.
+
+    Raises:
+        RTPurboError: the folder holds several.
+    """
+    if path.is_file():
+        return path if path.suffix.lower() == SUFFIX else None
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
+        raise RTPurboError(
+            f"The folder {path} holds {len(files)} GGUF files ({names}); give the path of one."
+        )
+    return files[0] if files else None
+
+
+def read_gguf_config(path: Path) -> PretrainedConfig:
+    """Reads the configuration of the model in a GGUF file, with the type it is decoded to.
+
+    Raises:
+        RTPurboError: the file is damaged, or its model is not supported.
+    """
+    return gguf_config(read_gguf_header(path))
+
+
+def decode_gguf(
+    path: Path, progress: Progress, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Decodes a GGUF file on the CPU.
+
+    Args:
+        path: the file.
+        progress: told after each tensor.
+        dtype: of the weights; None is `GgufHeader.decoded_dtype`.
+
+    Raises:
+        RTPurboError: the file is damaged, or its model is not supported.
+    """
+    header = read_gguf_header(path)
+    config = gguf_config(header)
+    # Old versions of transformers have no such option, and always dequantise.
+    quantization = getattr(transformers, "GgufConfig", None)
+    with _reporting_tensors(progress):
+        model, tokenizer = load_pretrained(
+            str(path.parent),
+            dtype or header.decoded_dtype(),
+            config=config,
+            quantization=quantization and quantization(dequantize=True),
+            gguf_file=path.name,
+        )
+    model.generation_config.eos_token_id = _end_token_ids(header, tokenizer)
+    return model, tokenizer
+
+
+def _end_token_ids(header: GgufHeader, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end generation: a GGUF file names one, and models have several.
+
+    An instruct model whose file names the end of a text would not stop at the end of its turn.
+    """
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    named = [header.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
+    vocabulary = tokenizer.get_vocab()
+    # Only special tokens count; the same characters could be a piece of text elsewhere.
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known = [vocabulary[token] for token in _END_TOKENS if vocabulary.get(token) in special]
+    return list(dict.fromkeys(int(token) for token in [*named, *known] if token is not None))
+
+
+@contextmanager
+def _reporting_tensors(progress: Progress) -> Iterator[None]:
+    """Has transformers report each decoded tensor to `progress`, and not print a bar of its own.
+
+    It offers no option for this bar.
+    """
+
+    def report(tensors: Sequence[Item], *_: Any, **__: Any) -> Iterable[Item]:
+        for done, tensor in enumerate(tensors, start=1):
+            yield tensor
+            progress("decoding", done, len(tensors), {})
+
+    original = getattr(gguf_reader, "tqdm", None)
+    gguf_reader.tqdm = report
+    try:
+        yield
+    finally:
+        gguf_reader.tqdm = original

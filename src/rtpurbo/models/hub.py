@@ -1,0 +1,58 @@
+"""Models on the Hugging Face Hub: the commit to load, and errors that tell the causes apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from rtpurbo.errors import RTPurboError
+
+_TIMEOUT_SECONDS = 5
+
+
+class HubUnreachableError(RTPurboError):
+    """A model is not in the cache, and the Hub cannot be asked."""
+
+
+def find_on_hub(name: str, revision: str | None) -> tuple[str | None, bool]:
+    """Returns the commit of a model on the Hub, and whether only the local cache can be used.
+
+    The Hub is asked once, with a short timeout: loading would first retry for half a minute.
+
+    Raises:
+        HubUnreachableError: the Hub cannot be reached and the model is not in the cache.
+        RTPurboError: the Hub has no such model or revision, or the model is gated.
+    """
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
+        return info.sha, False
+    except GatedRepoError as error:
+        raise RTPurboError(
+            f"The model {name} is gated; ask for access on its page on the Hugging Face Hub and "
+            "log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise RTPurboError(
+            f"The model {name} has no revision {revision}; check it on the Hugging Face Hub."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError, EntryNotFoundError) as error:
+        raise RTPurboError(
+            f"There is no model {name}, neither a folder nor on the Hugging Face Hub; check the "
+            "name (for a private model, log in with `hf auth login`)."
+        ) from error
+    except Exception as error:  # no network shows itself in many ways, none of them lasting
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(config, str):
+            raise HubUnreachableError(
+                f"{name} is not a folder, and the Hugging Face Hub cannot be reached to look for "
+                "it there; check the path or the network."
+            ) from error
+        return Path(config).parent.name, True
