@@ -85,7 +85,10 @@ def test_a_context_without_room_is_refused(context):
     ("max_length", "sentence"),
     [
         (65536, "--max-length is 65,536 tokens, but the model's context is 32,768"),
-        (4100, r"longer than sinks and window \(4,100 tokens\): raise it or choose a smaller --win"),
+        (
+            4100,
+            r"longer than sinks and window \(4,100 tokens\): raise it or choose a smaller --win",
+        ),
         (-1, "--max-length is -1 tokens"),
     ],
 )

@@ -77,7 +77,7 @@ def test_values_become_what_the_setting_is():
 def test_a_whole_part_can_be_given_in_python():
     rule = AttentionRule(sliding_window=128)
     assert change_settings(SETTINGS, {"attention": rule}).attention == rule
-    with pytest.raises(RTPurboError, match="attention is .* but it must be AttentionRule"):
+    with pytest.raises(RTPurboError, match=r"attention is .* but it must be AttentionRule"):
         change_settings(SETTINGS, {"attention": IndexerSettings()})
 
 
