@@ -6,7 +6,6 @@ import math
 import types
 from collections.abc import Sequence
 from dataclasses import is_dataclass
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rtpurbo.errors import RTPurboError
@@ -22,7 +21,6 @@ _EXPECTED = {
 }
 
 
-@cache
 def field_types(settings: type) -> dict[str, Any]:
     """The resolved type of each field of a settings dataclass, by the field's name."""
     return get_type_hints(settings)
@@ -85,7 +83,7 @@ def _description(expected: Any) -> str:
         return "a list of whole numbers, such as [4096,8192]"
     if expected is type(None):
         return "null"
-    if is_dataclass(expected):
+    if is_dataclass(expected) and isinstance(expected, type):
         return f"{expected.__name__}; name one of its settings instead"
     return _EXPECTED[expected]
 
