@@ -150,6 +150,14 @@ def test_estimates_of_a_large_model(h200):
     assert longer.peak_gib >= shorter.peak_gib
 
 
+def test_fsdp_divides_the_weights(h200):
+    whole = planned(shape_of_qwen3_8b(), GPU)
+    divided = planned(shape_of_qwen3_8b(), GPU, shards=4)
+    assert whole.peak_gib - divided.peak_gib >= 0.75 * 2 * whole.parameters / 2**30
+    assert "at the peak in each of 4 processes" in str(divided)
+    assert "processes" not in str(whole)
+
+
 def test_experts_count_by_use(h200):
     """A token is computed by two of four experts, while all of them are in memory."""
     used = planned(tiny_config("qwen3_moe", hidden_size=512, moe_intermediate_size=2048), GPU)

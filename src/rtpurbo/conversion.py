@@ -105,6 +105,7 @@ def convert(
             max_length=max_length,
             data=data,
             device=device,
+            shards=job.processes.count if parallel == "fsdp" else 1,
         )
         on_plan(plan)
         job.read_texts(plan.settings)
@@ -127,6 +128,7 @@ def plan_conversion(
     data: Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    shards: int = 1,
 ) -> Plan:
     """Plans a conversion and checks its settings; reads the model's configuration alone.
 
@@ -139,6 +141,7 @@ def plan_conversion(
         data: likewise; the texts are not read.
         device: likewise.
         dtype: of the frozen weights, as `rtpurbo.plan.make_plan` takes it.
+        shards: likewise.
 
     Raises:
         RTPurboError: as `convert`, about model, device or settings.
@@ -147,7 +150,15 @@ def plan_conversion(
     config = _dense_config(model)
     settings = choose_settings(config, place, settings, effort, max_length, changes)
     check_lengths(settings, config.max_position_embeddings)
-    return make_plan(model or DEFAULT_MODEL, config, settings, data=data, device=place, dtype=dtype)
+    return make_plan(
+        model or DEFAULT_MODEL,
+        config,
+        settings,
+        data=data,
+        device=place,
+        dtype=dtype,
+        shards=shards,
+    )
 
 
 def calibrate_model(

@@ -149,6 +149,7 @@ def peak_bytes(
     retrieval_heads: int,
     itemsize: int,
     on_gpu: bool,
+    shards: int = 1,
 ) -> float:
     """Expected peak memory of a conversion in one process, in bytes.
 
@@ -158,13 +159,16 @@ def peak_bytes(
         retrieval_heads: of all layers together.
         itemsize: bytes of a weight.
         on_gpu: whether stage 2 may recompute activations and run in bf16.
+        shards: processes among which FSDP divides weights, gradients and optimiser states.
     """
     longest = max(settings.calibration.length, *settings.stage1.lengths, *settings.stage2.lengths)
     forward = longest * _layer_values(shape) * itemsize
-    return shape.parameters * itemsize + max(
-        forward + _stage1_bytes(shape, settings.stage1, retrieval_heads, itemsize),
-        _stage2_bytes(shape, settings.stage2, on_gpu) if settings.stage2.steps else 0.0,
-    )
+    weights, stage2_bytes = shape.parameters * itemsize / shards, 0.0
+    if settings.stage2.steps:
+        states = trained_parameters(shape, settings.stage2) * _ADAMW_BYTES / shards
+        stage2_bytes = states + _activation_bytes(shape, settings.stage2, on_gpu)
+    stage1_bytes = _stage1_bytes(shape, settings.stage1, retrieval_heads, itemsize)
+    return weights + max(forward + stage1_bytes, stage2_bytes)
 
 
 def _layer_values(shape: ModelShape) -> int:
@@ -189,8 +193,8 @@ def _stage1_bytes(
     return kept + 3 * queries * longest * heads * _FP32
 
 
-def _stage2_bytes(shape: ModelShape, settings: DistillationSettings, on_gpu: bool) -> float:
-    """Optimiser states, activations with gradients, and logits of the target positions."""
+def _activation_bytes(shape: ModelShape, settings: DistillationSettings, on_gpu: bool) -> float:
+    """Activations of stage 2 with their gradients, and logits of the target positions."""
     longest, itemsize = max(settings.lengths), 2 if on_gpu else _FP32
     if on_gpu and settings.gradient_checkpointing:
         inputs, layers = shape.num_layers * shape.hidden_size * _FP32, 1
@@ -200,7 +204,7 @@ def _stage2_bytes(shape: ModelShape, settings: DistillationSettings, on_gpu: boo
     activations = longest * (inputs + (layers + 1) * _layer_values(shape) * itemsize)
     labels = min(settings.labels_per_sequence, longest)
     logits = 2 * labels * min(shape.vocabulary, 8192) * _FP32
-    return trained_parameters(shape, settings) * _ADAMW_BYTES + activations + logits
+    return activations + logits
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ _RIGHT_COLUMN = 13
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion is going to do.
+    """Settings and expected cost of a conversion.
 
     Attributes:
         model: name or folder.
@@ -33,7 +33,8 @@ class Plan:
         num_retrieval_heads: query heads asked for; None where a threshold decides.
         settings: all hyper-parameters.
         data: sources of the training texts; None for the built-in text.
-        peak_gib: expected peak memory of a process, in GiB.
+        shards: processes among which FSDP divides the model; 1 without FSDP.
+        peak_gib: expected peak memory of each process, in GiB.
         seconds: expected seconds of each stage.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     num_retrieval_heads: int | None
     settings: ConversionSettings
     data: tuple[str, ...] | None
+    shards: int
     peak_gib: float
     seconds: StageSeconds
 
@@ -83,10 +85,11 @@ class Plan:
             refresh = settings.refresh
             lines.append(("refresh", f"{refresh.steps} steps at {_lengths(refresh.lengths)}"))
         data = "documentation of Python (built in)" if self.data is None else ", ".join(self.data)
+        memory = f"about {_rounded(self.peak_gib)} GiB expected at the peak"
         return [
             *lines,
             ("data", data),
-            ("memory", f"about {_rounded(self.peak_gib)} GiB expected at the peak"),
+            ("memory", memory + (f" in each of {self.shards} processes" * (self.shards > 1))),
             ("time", self._time()),
         ]
 
@@ -122,6 +125,7 @@ def make_plan(
     data: Sequence[str] | None = None,
     device: torch.device,
     dtype: str = "auto",
+    shards: int = 1,
 ) -> Plan:
     """Plans a conversion from the model's configuration alone; weights are not needed.
 
@@ -133,6 +137,7 @@ def make_plan(
         device: where to work.
         dtype: of the frozen weights; `auto` is the checkpoint's on a GPU, float32 on a CPU or where
             the configuration does not say.
+        shards: processes among which FSDP divides the model.
 
     Raises:
         RTPurboError: more heads are asked for than there are.
@@ -149,6 +154,7 @@ def make_plan(
         retrieval_heads=retrieval_heads,
         itemsize=resolved.itemsize,
         on_gpu=on_gpu,
+        shards=shards,
     )
     return Plan(
         model=model,
@@ -162,6 +168,7 @@ def make_plan(
         num_retrieval_heads=asked,
         settings=settings,
         data=None if data is None else tuple(data),
+        shards=shards,
         peak_gib=memory / 2**30,
         seconds=stage_seconds(shape, settings, retrieval_heads=retrieval_heads, device_name=name),
     )
