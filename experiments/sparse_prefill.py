@@ -66,6 +66,8 @@ def conversion_settings(arguments: argparse.Namespace) -> ConversionSettings:
         stage2=DistillationSettings(
             steps=arguments.stage2_steps,
             lengths=(longest // 4, longest, longest // 2, longest),
+            learning_rate=1e-3,
+            lora_beyond_attention=True,
             refresh_steps=arguments.refresh_steps,
         ),
         seed=arguments.seed,

@@ -12,13 +12,16 @@ SOURCE = Path(__file__).parent.parent / "src" / "rtpurbo"
 FLOORS = (
     {
         "config",
+        "defaults",
         "devices",
         "errors",
         "files",
         "interruption",
         "launch",
+        "lengths",
         "processes",
         "settings",
+        "validation",
         "version",
     },
     {"ops"},
@@ -27,7 +30,7 @@ FLOORS = (
     {"calibration"},
     {"benchmarks"},
     {"reporting", "serving"},
-    {"__init__", "assembly", "conversion", "demo", "job", "publishing"},
+    {"__init__", "assembly", "conversion", "demo", "estimates", "job", "plan", "publishing"},
     {"cli"},
     {"__main__"},
 )

@@ -1,9 +1,10 @@
 import pytest
 
+from rtpurbo.defaults import default_settings
 from rtpurbo.errors import RTPurboError
-from rtpurbo.settings import change_settings, check_context, preset_settings
+from rtpurbo.settings import change_settings, check_context
 
-SETTINGS = preset_settings("quick", 4096)
+SETTINGS = default_settings("quick", 4096)
 
 
 def test_changes_go_where_their_names_say():
@@ -47,6 +48,23 @@ def test_values_out_of_range_are_refused():
         change_settings(SETTINGS, {"stage2.sequences_per_step": 0})
     with pytest.raises(RTPurboError, match="at least 1"):
         change_settings(SETTINGS, {"stream.buffer_size": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stage1.steps_per_sequence", 0),
+        ("stage1.probe_every", 0),
+        ("stage1.rows_per_step", 0),
+        ("stage2.checkpoint_every", 0),
+        ("stage2.lora_rank", -1),
+        ("stage2.learning_rate", -1e-4),
+        ("calibration.count", -1),
+    ],
+)
+def test_values_below_their_bound_are_refused(name, value):
+    with pytest.raises(RTPurboError, match=f"{name.split('.')[1]} is {value}, but it must be at"):
+        change_settings(SETTINGS, {name: value})
 
 
 def test_what_is_longer_than_the_context_is_refused():

@@ -36,6 +36,8 @@ def base_settings(length: int, window: int, seed: int) -> ConversionSettings:
         stage2=DistillationSettings(
             steps=300,
             lengths=(quarter, length, half, length),
+            learning_rate=1e-3,
+            lora_beyond_attention=True,
             gradient_checkpointing=False,
             refresh_steps=100,
             **shares,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,36 @@ from typing import Any
 import torch
 
 from rtpurbo.calibration.calibrate import calibrate, read_calibration
-from rtpurbo.config import HeadMap
+from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window
 from rtpurbo.data.texts import load_texts
+from rtpurbo.defaults import default_settings, resolve_effort
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.interruption import stopping_cleanly
 from rtpurbo.job import Job
-from rtpurbo.models.artifact import ArtifactConfig, find_artifact, load_base, read_indexers
-from rtpurbo.models.base import BaseModel, load_base_model
+from rtpurbo.lengths import check_lengths
+from rtpurbo.models.artifact import (
+    ArtifactConfig,
+    check_is_dense,
+    find_artifact,
+    load_base,
+    read_indexers,
+)
+from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
 from rtpurbo.models.sparsify import load_indexers, sparsify
+from rtpurbo.plan import Plan, make_plan
 from rtpurbo.settings import (
     ConversionSettings,
     Progress,
     change_settings,
     no_progress,
-    preset_settings,
     recorded_changes,
-    settings_for_context,
 )
+
+
+def ignore_plan(plan: Plan) -> None:
+    """The default of `on_plan`: does nothing."""
 
 
 @stopping_cleanly()
@@ -38,7 +49,8 @@ def convert(
     *,
     settings: ConversionSettings | None = None,
     changes: Mapping[str, Any] | None = None,
-    preset: str = "auto",
+    effort: str = "auto",
+    max_length: int | None = None,
     data: Sequence[str] | None = None,
     device: str = "auto",
     resume: bool = False,
@@ -46,15 +58,18 @@ def convert(
     progress: Progress = no_progress,
     parallel: str = "data",
     report_to: Sequence[str] = (),
+    on_plan: Callable[[Plan], None] = ignore_plan,
 ) -> Path:
     """Makes a sparse model of a dense one: calibration, stage 1, stage 2 and a refresh of the indexers.
 
     Args:
         model: name on the Hugging Face Hub, folder, or None for the embedded default.
         output_dir: where the artifact goes; written whole or not at all. Until then the work lives beside it.
-        settings: all hyper-parameters; the preset's if None.
+        settings: all hyper-parameters; those of `effort` if None.
         changes: fields to change on them, as `rtpurbo.settings.change_settings` takes them.
-        preset: `quick` (two CPU cores), `standard` (a GPU), or `auto`, which takes what suits the device.
+        effort: `quick` (two CPU cores), `standard` (a GPU), `thorough` (more steps, longer sequences), or
+            `auto`, which takes `quick` on a CPU and `standard` on a GPU.
+        max_length: tokens of the longest training sequence; the effort's if None.
         data: files or `hf:NAME` to train on; Python's own documentation if None.
         device: `auto`, `cpu`, `cuda`, ...
         resume: continue an interrupted conversion into the same folder.
@@ -63,6 +78,7 @@ def convert(
         parallel: how the processes that `torchrun` started share the work: `data`, each with the whole model and
             its part of the texts, or `fsdp`, each with a part of the weights too.
         report_to: experiment trackers to show figures to, such as `tensorboard`.
+        on_plan: receives the plan before texts and weights are read.
 
     Returns:
         The artifact's folder.
@@ -71,17 +87,78 @@ def convert(
         RTPurboError: anything about model, data, folder or settings that one sentence can say.
         StoppedBySignalError: SIGTERM or Ctrl-C, after a checkpoint was saved.
     """
-    with _job(
-        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+    with Job(
+        output_dir,
+        data,
+        device,
+        resume=resume,
+        force=force,
+        progress=progress,
+        parallel=parallel,
+        report_to=report_to,
     ) as job:
+        plan = plan_conversion(
+            model,
+            settings=settings,
+            changes=changes,
+            effort=effort,
+            max_length=max_length,
+            data=data,
+            device=device,
+            shards=job.processes.count if parallel == "fsdp" else 1,
+        )
+        on_plan(plan)
+        job.read_texts(plan.settings)
         base = load_base_model(model, device=job.device, progress=job.progress)
-        settings = choose_settings(base, job.device, settings, preset, changes)
-        job.open(base, settings, "convert")
+        job.open(base, plan.settings, "convert")
         config = job.calibrate(base)
         sparsify(base.model, config)
         base = job.stage1(base)
         base = job.stage2(base)
         return job.finish(base)
+
+
+def plan_conversion(
+    model: str | None,
+    *,
+    settings: ConversionSettings | None = None,
+    changes: Mapping[str, Any] | None = None,
+    effort: str = "auto",
+    max_length: int | None = None,
+    data: Sequence[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    shards: int = 1,
+) -> Plan:
+    """Plans a conversion and checks its settings; reads the model's configuration alone.
+
+    Args:
+        model: as `convert` takes it.
+        settings: likewise.
+        changes: likewise.
+        effort: likewise.
+        max_length: likewise.
+        data: likewise; the texts are not read.
+        device: likewise.
+        dtype: of the frozen weights, as `rtpurbo.plan.make_plan` takes it.
+        shards: likewise.
+
+    Raises:
+        RTPurboError: as `convert`, about model, device or settings.
+    """
+    place = resolve_device(device)
+    config = _dense_config(model)
+    settings = choose_settings(config, place, settings, effort, max_length, changes)
+    check_lengths(settings, config.max_position_embeddings)
+    return make_plan(
+        model or DEFAULT_MODEL,
+        config,
+        settings,
+        data=data,
+        device=place,
+        dtype=dtype,
+        shards=shards,
+    )
 
 
 def calibrate_model(
@@ -90,6 +167,8 @@ def calibrate_model(
     *,
     settings: ConversionSettings | None = None,
     changes: Mapping[str, Any] | None = None,
+    effort: str = "auto",
+    max_length: int | None = None,
     data: Sequence[str] | None = None,
     device: str = "auto",
     force: bool = False,
@@ -106,8 +185,10 @@ def calibrate_model(
             f"{output} exists already; choose another file or pass --force to replace it."
         )
     place = resolve_device(device)
+    config = _dense_config(model)
+    settings = choose_settings(config, place, settings, effort, max_length, changes)
+    check_lengths(settings, config.max_position_embeddings, ["calibration"])
     base = load_base_model(model, device=place, progress=progress)
-    settings = choose_settings(base, place, settings, "auto", changes)
     found = calibrate(
         base.model,
         base.tokenizer,
@@ -128,6 +209,8 @@ def train_indexer_artifact(
     *,
     settings: ConversionSettings | None = None,
     changes: Mapping[str, Any] | None = None,
+    effort: str = "auto",
+    max_length: int | None = None,
     data: Sequence[str] | None = None,
     device: str = "auto",
     force: bool = False,
@@ -138,16 +221,26 @@ def train_indexer_artifact(
 ) -> Path:
     """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate_model` wrote."""
     found = read_calibration(Path(head_map))
-    with _job(
-        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+    with Job(
+        output_dir,
+        data,
+        device,
+        resume=resume,
+        force=force,
+        progress=progress,
+        parallel=parallel,
+        report_to=report_to,
     ) as job:
-        base = load_base_model(model, device=job.device, progress=job.progress)
-        settings = choose_settings(base, job.device, settings, "auto", changes)
+        config = _dense_config(model)
+        settings = choose_settings(config, job.device, settings, effort, max_length, changes)
         if found.settings is not None:
             settings = replace(settings, calibration=found.settings)
-        job.open(base, settings, "train-indexer")
+        check_lengths(settings, config.max_position_embeddings, ["stage1"])
+        job.read_texts(settings)
+        base = load_base_model(model, device=job.device, progress=job.progress)
+        job.open(base, settings, "train-indexer", ["stage1"])
         job.keep_calibration(found)
-        sparsify(base.model, job.config(base, found.head_map))
+        sparsify(base.model, job.config(found.head_map))
         base = job.stage1(base)
         return job.finish(base)
 
@@ -159,6 +252,8 @@ def distill_artifact(
     *,
     settings: ConversionSettings | None = None,
     changes: Mapping[str, Any] | None = None,
+    effort: str = "auto",
+    max_length: int | None = None,
     data: Sequence[str] | None = None,
     device: str = "auto",
     force: bool = False,
@@ -176,15 +271,25 @@ def distill_artifact(
     indexers = read_indexers(folder)
     if settings is None:
         changes = recorded_changes(before.settings, "calibration", "stage1") | dict(changes or {})
-    with _job(
-        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+    revision = before.base.revision if before.base.source == "hub" else None
+    with Job(
+        output_dir,
+        data,
+        device,
+        resume=resume,
+        force=force,
+        progress=progress,
+        parallel=parallel,
+        report_to=report_to,
     ) as job:
+        config = read_config(before.base.name, revision=revision)
+        rule = before.config.attention
+        settings = choose_settings(config, job.device, settings, effort, max_length, changes, rule)
+        settings = replace(settings, attention=rule, indexer=before.config.indexer)
+        check_lengths(settings, config.max_position_embeddings, ["stage1", "stage2"])
+        job.read_texts(settings)
         base = load_base(folder, device=job.device)
-        settings = choose_settings(base, job.device, settings, "auto", changes)
-        settings = replace(
-            settings, attention=before.config.attention, indexer=before.config.indexer
-        )
-        job.open(base, settings, "distill")
+        job.open(base, settings, "distill", ["stage1", "stage2"])
         sparsify(base.model, before.config)
         load_indexers(base.model, indexers)
         job.keep_stage1(folder, before, indexers)
@@ -192,50 +297,46 @@ def distill_artifact(
         return job.finish(base)
 
 
-def _job(
-    output_dir: str | Path,
-    data: Sequence[str] | None,
-    device: str,
-    resume: bool,
-    force: bool,
-    progress: Progress,
-    settings: ConversionSettings | None,
-    changes: Mapping[str, Any] | None,
-    parallel: str,
-    report_to: Sequence[str],
-) -> Job:
-    # How texts are read is known before the model is, on which other settings depend.
-    about_texts = {
-        name: value
-        for name, value in (changes or {}).items()
-        if name == "seed" or name.startswith("stream.")
-    }
-    early = change_settings(settings or ConversionSettings(), about_texts)
-    return Job(
-        output_dir,
-        data,
-        device,
-        resume=resume,
-        force=force,
-        progress=progress,
-        stream=early.stream,
-        seed=early.seed,
-        parallel=parallel,
-        report_to=report_to,
-    )
+def _dense_config(model: str | None) -> Any:
+    """The text configuration of the model to convert; refuses an artifact in its place."""
+    if model is not None:
+        check_is_dense(model)
+    return read_config(model)
 
 
 def choose_settings(
-    base: BaseModel,
+    config: Any,
     device: torch.device,
     settings: ConversionSettings | None,
-    preset: str,
+    effort: str,
+    max_length: int | None,
     changes: Mapping[str, Any] | None,
+    rule: AttentionRule | None = None,
 ) -> ConversionSettings:
-    """The settings given, or the preset that was asked for or suits the device; and the changes to them."""
-    context = base.model.config.max_position_embeddings
+    """Returns the settings given, or those of an effort, with changes made to them.
+
+    Args:
+        config: text configuration of the model.
+        device: where to work.
+        settings: that were given.
+        effort: as `convert` takes it.
+        max_length: likewise.
+        changes: likewise.
+        rule: of an artifact that exists already; lengths that are left out follow its window.
+
+    Raises:
+        RTPurboError: there is no such effort or setting, or a value is of the wrong type or out of range.
+    """
+    changes = changes or {}
+    resolved = resolve_effort(effort, device.type)
     if settings is None:
-        if preset == "auto":
-            preset = "quick" if device.type == "cpu" else "standard"
-        settings = preset_settings(preset, context)
-    return change_settings(settings_for_context(settings, context), changes or {})
+        context = config.max_position_embeddings
+        if rule is None:
+            # Lengths follow the window, so it is changed before they are chosen.
+            rule = AttentionRule(sliding_window=default_sliding_window(context))
+            ours = {name: changes[name] for name in changes if name.startswith("attention.")}
+            rule = change_settings(ConversionSettings(attention=rule), ours).attention
+        settings = default_settings(resolved, context, max_length=max_length, rule=rule)
+    elif max_length is not None:
+        raise RTPurboError("max_length has no effect on given settings: change their lengths.")
+    return change_settings(settings, changes)

@@ -89,7 +89,7 @@ def run_demo(
     artifact = convert(
         WHEEL_MODEL,
         output_dir / "artifact",
-        preset="quick",
+        effort="quick",
         changes={"seed": seed},
         device=device,
         force=True,

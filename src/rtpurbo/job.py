@@ -18,7 +18,7 @@ from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibrati
 from rtpurbo.calibration.selection import Stability
 from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.data.stream import open_stream
-from rtpurbo.data.texts import load_texts
+from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import (
@@ -27,6 +27,7 @@ from rtpurbo.files import (
     whole_folder,
     write_json_atomically,
 )
+from rtpurbo.lengths import STAGES, Stage, lengths_of
 from rtpurbo.models.artifact import (
     LOG_FILE,
     ArtifactConfig,
@@ -40,16 +41,13 @@ from rtpurbo.settings import (
     ConversionSettings,
     IndexerTrainingSettings,
     Progress,
-    StreamSettings,
-    check_context,
     no_progress,
-    settings_for_context,
 )
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.sharding import is_divided
 from rtpurbo.training.source import Texts, check_shares, random_access
-from rtpurbo.training.stage1 import check_lengths, train_indexers
+from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.training.trackers import Trackers, check_trackers
 from rtpurbo.version import __version__
@@ -70,8 +68,6 @@ class Job:
         resume: continue what an interrupted job left.
         force: replace what exists.
         progress: told after each step.
-        stream: whether and how texts are read while training goes on.
-        seed: of the order of a stream.
         parallel: how several processes share the work, `data` or `fsdp`.
         report_to: trackers to show figures to.
     """
@@ -85,8 +81,6 @@ class Job:
         resume: bool,
         force: bool,
         progress: Progress,
-        stream: StreamSettings | None = None,
-        seed: int = 0,
         parallel: str = "data",
         report_to: Sequence[str] = (),
     ) -> None:
@@ -102,14 +96,7 @@ class Job:
         check_trackers(report_to)
         self._report_to = list(report_to)
         self.train_text: Texts
-        if stream is not None and stream.enabled:
-            self.train_text = open_stream(
-                self.data, buffer_size=stream.buffer_size, held_out=stream.held_out, seed=seed
-            )
-            self.held_out = self.train_text.held_out
-        else:
-            self.train_text = load_texts(self.data, "train")
-            self.held_out = load_texts(self.data, "heldout")
+        self.held_out: TextCorpus
         self.log = TrainingLog(None)
         self.settings = ConversionSettings()
 
@@ -136,14 +123,45 @@ class Job:
             )
         return may_replace
 
-    def open(self, base: BaseModel, settings: ConversionSettings, command: str) -> None:
-        """Makes the work folder, or checks that the one to resume was made for the same job.
+    def read_texts(self, settings: ConversionSettings) -> None:
+        """Reads the training and the held-out text, or opens their stream; needs no model.
 
         Raises:
-            RTPurboError: a training sequence would be longer than the model's context or than the text, the
-                processes cannot share a step, or the interrupted job was another one.
+            RTPurboError: a source is missing, unreadable or empty.
         """
-        self._check_lengths(base, settings)
+        stream = settings.stream
+        if stream.enabled:
+            self.train_text = open_stream(
+                self.data,
+                buffer_size=stream.buffer_size,
+                held_out=stream.held_out,
+                seed=settings.seed,
+            )
+            self.held_out = self.train_text.held_out
+        else:
+            self.train_text = load_texts(self.data, "train")
+            self.held_out = load_texts(self.data, "heldout")
+
+    def open(
+        self,
+        base: BaseModel,
+        settings: ConversionSettings,
+        command: str,
+        stages: Sequence[Stage] = STAGES,
+    ) -> None:
+        """Makes the work folder, or checks that the one to resume was made for the same job.
+
+        Args:
+            base: the dense model.
+            settings: of the conversion.
+            command: its name.
+            stages: stages that will run, for which the texts must be long enough.
+
+        Raises:
+            RTPurboError: a training sequence would be longer than the text, the processes cannot share a step, or
+                the interrupted job was another one.
+        """
+        self._check_texts(base, settings, stages)
         self.settings = self.processes.from_main(lambda: self._plan(base, settings, command))
         if self.processes.is_main:
             trackers = Trackers(
@@ -193,30 +211,28 @@ class Job:
         write_json_atomically(path, plan)
         return settings
 
-    def _check_lengths(self, base: BaseModel, settings: ConversionSettings) -> None:
-        """What would otherwise be found out after minutes of work."""
-        longest = max(
-            settings.calibration.length, *settings.stage1.lengths, *settings.stage2.lengths
+    def _check_texts(
+        self, base: BaseModel, settings: ConversionSettings, stages: Sequence[Stage]
+    ) -> None:
+        """Refuses texts that are shorter than a sequence, before minutes of work."""
+        lengths = lengths_of(settings, stages)
+        random_access(self.train_text).sample_tokens(
+            base.tokenizer, max(max(each) for each in lengths.values()), random.Random(0)
         )
-        context_length = base.model.config.max_position_embeddings
-        check_context("sequences", longest, context_length)
-        if rule := settings_for_context(settings, context_length).attention:
-            check_lengths(context_length, settings.stage1, rule)
-        texts = random_access(self.train_text)
-        texts.sample_tokens(base.tokenizer, longest, random.Random(0))
-        judged = settings.stage2.lengths if settings.stage2.share is None else ()
-        held_out = max([*settings.stage1.lengths, *judged])
-        self.held_out.sample_tokens(base.tokenizer, held_out, random.Random(0))
+        # The probe of stage 1 reads held-out text, and so does stage 2 where it finds its share.
+        held_out = [*lengths.get("stage1", ())]
+        if settings.stage2.share is None:
+            held_out += lengths.get("stage2", ())
+        if held_out:
+            self.held_out.sample_tokens(base.tokenizer, max(held_out), random.Random(0))
 
-    def config(self, base: BaseModel, head_map: HeadMap) -> RTPurboConfig:
+    def config(self, head_map: HeadMap) -> RTPurboConfig:
         """The sparse model's configuration."""
-        settings = settings_for_context(self.settings, base.model.config.max_position_embeddings)
-        assert settings.attention is not None
-        return RTPurboConfig(head_map, settings.attention, settings.indexer)
+        return RTPurboConfig(head_map, self.settings.attention, self.settings.indexer)
 
     def calibrate(self, base: BaseModel) -> RTPurboConfig:
         """The head map, from the work folder if it is there."""
-        return self.config(base, self.processes.from_main(lambda: self._calibrate(base)))
+        return self.config(self.processes.from_main(lambda: self._calibrate(base)))
 
     def _calibrate(self, base: BaseModel) -> HeadMap:
         path = self.work / HEAD_MAP_FILE

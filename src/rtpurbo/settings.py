@@ -1,4 +1,4 @@
-"""Every hyper-parameter of a conversion, stage by stage, with presets for a laptop and for a GPU."""
+"""Every hyper-parameter of a conversion, stage by stage."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rtpurbo.config import (
     IndexerSettings,
     PrefillMode,
     check_choice,
-    default_sliding_window,
 )
 from rtpurbo.errors import RTPurboError
+from rtpurbo.validation import checked_value, field_types
 
 IndexerStart = Literal["covariance", "weight", "random"]
 Labels = Literal["both", "answers", "text"]
@@ -61,6 +61,8 @@ class CalibrationSettings:
             raise RTPurboError("choose retrieval heads by threshold or by count, not by both.")
         if self.num_documents < 1:
             raise RTPurboError("calibration needs at least one document.")
+        _check_at_least(1, self, "length")
+        _check_at_least(0, self, "count")
         check_choice("granularity", self.granularity, HeadGranularity)
         check_choice("ranking", self.ranking, Ranking)
 
@@ -131,6 +133,10 @@ class IndexerTrainingSettings(SequenceSettings):
     def __post_init__(self) -> None:
         _check_training(self)
         check_choice("start", self.start, IndexerStart)
+        _check_at_least(
+            1, self, "steps_per_sequence", "rows_per_step", "start_sequences", "probe_sequences",
+            "probe_every",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,11 +174,11 @@ class DistillationSettings(SequenceSettings):
 
     steps: int = 100
     lengths: tuple[int, ...] = (2048, 8192, 4096, 8192)
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     weight_decay: float = 0.0
     warmup_steps: int = 10
     lora_rank: int = 16
-    lora_beyond_attention: bool = True
+    lora_beyond_attention: bool = False
     share: float | None = 1.0
     top_logits: int = 10
     labels: Labels = "both"
@@ -188,6 +194,8 @@ class DistillationSettings(SequenceSettings):
 
     def __post_init__(self) -> None:
         _check_training(self)
+        _check_at_least(0, self, "lora_rank", "decode_rows", "refresh_steps")
+        _check_at_least(1, self, "checkpoint_every")
         if self.top_logits < 1 or self.labels_per_sequence < 1:
             raise RTPurboError("top_logits and labels_per_sequence must be at least 1.")
         check_choice("labels", self.labels, Labels)
@@ -229,9 +237,9 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """All of a conversion; the attention rule's window is filled in from the model's context if None."""
+    """All of a conversion; `rtpurbo.defaults.default_settings` fits them to a model's context."""
 
-    attention: AttentionRule | None = None
+    attention: AttentionRule = field(default_factory=AttentionRule)
     indexer: IndexerSettings = field(default_factory=IndexerSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     stage1: IndexerTrainingSettings = field(default_factory=IndexerTrainingSettings)
@@ -253,52 +261,6 @@ class ConversionSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
-
-
-PRESETS = ("quick", "standard")
-
-
-def preset_settings(name: str, context_length: int) -> ConversionSettings:
-    """Settings that suit a machine: `quick` for two CPU cores and minutes, `standard` for a GPU.
-
-    Args:
-        name: one of `PRESETS`.
-        context_length: the model's, in tokens; lengths stay within it.
-
-    Raises:
-        RTPurboError: there is no such preset.
-    """
-    if name not in PRESETS:
-        raise RTPurboError(f"there is no preset '{name}': choose one of {', '.join(PRESETS)}.")
-    settings = settings_for_context(ConversionSettings(), context_length)
-    if name == "quick":
-        settings = replace(
-            settings,
-            calibration=CalibrationSettings(length=2048, num_documents=3),
-            stage1=IndexerTrainingSettings(
-                steps=60, lengths=(2048,), steps_per_sequence=15, rows_per_step=128, warmup_steps=5,
-                start_sequences=2, probe_sequences=2, probe_every=30,
-            ),
-            stage2=DistillationSettings(
-                steps=10, lengths=(1536,), labels_per_sequence=512, warmup_steps=2, lora_rank=8,
-                refresh_steps=15, checkpoint_every=5,
-            ),
-        )  # fmt: skip
-    longest = context_length
-    return replace(
-        settings,
-        calibration=replace(settings.calibration, length=min(settings.calibration.length, longest)),
-        stage1=replace(settings.stage1, lengths=_within(settings.stage1.lengths, longest)),
-        stage2=replace(settings.stage2, lengths=_within(settings.stage2.lengths, longest)),
-    )
-
-
-def settings_for_context(settings: ConversionSettings, context_length: int) -> ConversionSettings:
-    """The same settings with an attention rule, whose window suits the context, if they have none."""
-    if settings.attention is not None:
-        return settings
-    rule = AttentionRule(sliding_window=default_sliding_window(context_length))
-    return replace(settings, attention=rule)
 
 
 def check_context(what: str, length: int, context_length: int) -> None:
@@ -323,14 +285,16 @@ def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) ->
     """Settings with some fields changed, by dotted name: `{"stage1.steps": 100, "seed": 1}`.
 
     Raises:
-        RTPurboError: there is no such field, or its value is out of range.
+        RTPurboError: there is no such field, or its value is of the wrong type or out of range.
     """
     parts: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         part, _, item = name.rpartition(".")
-        if item not in _names_of(_part(settings, part)):
+        owner = _part(settings, part)
+        if item not in _names_of(owner):
             raise RTPurboError(f"there is no setting '{name}'.")
-        parts.setdefault(part, {})[item] = value
+        checked = checked_value(name, value, field_types(type(owner))[item])
+        parts.setdefault(part, {})[item] = checked
     settings = replace(settings, **parts.pop("", {}))
     # All of a part at once: on the way from one valid state to another, some would not be valid.
     changed = {part: replace(_part(settings, part), **items) for part, items in parts.items()}
@@ -351,23 +315,17 @@ def recorded_changes(recorded: Mapping[str, Any], *parts: str) -> dict[str, Any]
         known = _names_of(_part(ConversionSettings(), part)) - {"sequences_per_step"}
         for name, value in recorded.get(part, {}).items():
             if name in known:
-                changes[f"{part}.{name}"] = tuple(value) if isinstance(value, list) else value
+                changes[f"{part}.{name}"] = value
     return changes
 
 
 def _part(settings: ConversionSettings, name: str) -> Any:
     """The settings of this name, or all for the empty one; None where there are no such ones."""
-    if name == "attention":
-        return settings.attention or AttentionRule()
     return getattr(settings, name) if name in _names_of(settings) else None if name else settings
 
 
 def _names_of(settings: Any) -> set[str]:
     return {field.name for field in fields(settings)} if is_dataclass(settings) else set()
-
-
-def _within(lengths: tuple[int, ...], longest: int) -> tuple[int, ...]:
-    return tuple(min(length, longest) for length in lengths)
 
 
 def _check_training(settings: IndexerTrainingSettings | DistillationSettings) -> None:
@@ -382,7 +340,16 @@ def _check_training(settings: IndexerTrainingSettings | DistillationSettings) ->
         raise RTPurboError(
             f"the shares of sequences are {shares}, but they must be at least 0 and at most 1 together."
         )
+    _check_at_least(0, settings, "learning_rate", "weight_decay", "warmup_steps", "answer_weight")
     if settings.sequences_per_step is not None and settings.sequences_per_step < 1:
         raise RTPurboError(
             f"sequences_per_step is {settings.sequences_per_step}, but a step needs at least one."
         )
+
+
+def _check_at_least(least: int, settings: Any, *names: str) -> None:
+    """Refuses fields below a bound; None has no bound."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise RTPurboError(f"{name} is {value}, but it must be at least {least}.")

@@ -156,7 +156,7 @@ def test_report_writes_a_page(tiny_artifact, tmp_path):
     [
         (
             "convert",
-            "convert M -o out --preset quick --ratio .2 --window 64 --top-p .9 --reading far "
+            "convert M -o out --effort quick --max-length 512 --ratio .2 --window 64 --top-p .9 --reading far "
             "--index-space pre_rope --index-dim 8 --stage1-steps 3 --stage2-steps 0 --lora-rank 4",
             {
                 "calibration.ratio": 0.2,
@@ -301,8 +301,8 @@ def test_of_several_processes_one_talks(monkeypatch):
     assert run("convert", "-o", "out").stdout == ""
 
 
-def test_how_processes_share_the_work(tmp_path):
-    arguments = ["-o", tmp_path / "out", "--device", "cpu"]
+def test_how_processes_share_the_work(tiny_base, tmp_path):
+    arguments = [tiny_base, "-o", tmp_path / "out", "--device", "cpu"]
     assert "tensor parallelism" in error_of("convert", *arguments, "--parallel", "tensor")
     assert "no tracker 'x'" in error_of("convert", *arguments, "--report-to", "x")
     assert "name files or datasets" in error_of("convert", *arguments, "--stream")

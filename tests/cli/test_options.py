@@ -1,8 +1,9 @@
 import pytest
 
 from rtpurbo.cli import options
+from rtpurbo.defaults import default_settings
 from rtpurbo.errors import RTPurboError
-from rtpurbo.settings import change_settings, preset_settings
+from rtpurbo.settings import change_settings
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from rtpurbo.settings import change_settings, preset_settings
     ],
 )
 def test_every_option_changes_a_setting(option, value):
-    before = preset_settings("quick", 4096)
+    before = default_settings("quick", 4096)
     after = change_settings(before, options.changed_settings(None, **{option: value}))
     assert str(value) in str(after)
     assert after != before
@@ -61,9 +62,21 @@ def test_assignments_are_a_dictionary():
 def test_other_settings_are_json_or_plain_text():
     others = ["stage1.lengths=[2048, 4096]", "stage2.prefill_mode=top_p", "stage2.steps=7"]
     assert options.changed_settings(others, stage2_steps=3) == {
-        "stage1.lengths": (2048, 4096),
+        "stage1.lengths": [2048, 4096],
         "stage2.prefill_mode": "top_p",
         "stage2.steps": 7,
     }
     with pytest.raises(RTPurboError, match="--set seed names no value"):
         options.changed_settings(["seed"])
+
+
+def test_heads_are_chosen_in_one_way():
+    for others, given in (
+        (None, {"ratio": 0.2, "threshold": 0.5}),
+        (None, {"threshold": 0.5, "count": 3}),
+        (["calibration.count=3"], {"ratio": 0.2}),
+    ):
+        with pytest.raises(RTPurboError, match="exclude each other: choose retrieval heads by one"):
+            options.changed_settings(others, **given)
+    # Unset in so many words, a setting is no second choice.
+    assert options.changed_settings(["calibration.count=null"], ratio=0.2)["calibration.ratio"]

@@ -13,6 +13,8 @@ from rtpurbo.cli import options
 def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")],
     model: options.Model = None,
+    effort: options.Effort = "auto",
+    max_length: options.MaxLength = None,
     data: options.Data = None,
     ratio: options.Ratio = None,
     threshold: options.Threshold = None,
@@ -40,6 +42,8 @@ def calibrate(
             changes=options.changed_settings(
                 others, ratio=ratio, threshold=threshold, count=count, seed=seed
             ),
+            effort=effort,
+            max_length=max_length,
             data=data or None,
             device=device,
             force=force,

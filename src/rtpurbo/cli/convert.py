@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from rtpurbo.cli import options
+from rtpurbo.errors import RTPurboError
 
 
 def convert(
-    output_dir: options.OutputFolder,
     model: options.Model = None,
-    preset: Annotated[
-        Literal["auto", "quick", "standard"],
+    output_dir: Annotated[
+        Path | None,
         typer.Option(
-            help="Settings to start from: quick suits two CPU cores and minutes, standard a GPU; "
-            "auto takes what suits the device."
+            "--output-dir",
+            "-o",
+            help="Folder to make; written whole or not at all. Needed unless --dry-run is given.",
+            show_default=False,
         ),
-    ] = "auto",
+    ] = None,
+    effort: options.Effort = "auto",
+    max_length: options.MaxLength = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan and stop; reads the model's configuration, but no weights.",
+        ),
+    ] = False,
     data: options.Data = None,
     ratio: options.Ratio = None,
     threshold: options.Threshold = None,
@@ -39,38 +51,58 @@ def convert(
     device: options.Device = "auto",
     resume: options.Resume = False,
     force: options.Force = False,
+    preset: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Make a model sparse: find the heads that retrieve, train their indexers, adapt the rest.
 
     The result is a small folder, an *artifact*, that turns the dense model into its sparse version
-    wherever both are. Options that are left out take the preset's values.
+    wherever both are. Settings suit the model's context; the plan is printed first.
 
     `rtpurbo convert HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-sparse`
     """
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
 
+    if preset is not None:
+        raise RTPurboError(
+            "--preset was replaced by --effort: choose quick, standard, thorough or auto."
+        )
+    changes = options.changed_settings(
+        others,
+        ratio=ratio,
+        threshold=threshold,
+        count=count,
+        window=window,
+        top_p=top_p,
+        reading=reading,
+        index_space=index_space,
+        index_dim=index_dim,
+        stage1_steps=stage1_steps,
+        stage2_steps=stage2_steps,
+        lora_rank=lora_rank,
+        stream=stream,
+        seed=seed,
+    )
+    if dry_run:
+        plan = conversion.plan_conversion(
+            model,
+            changes=changes,
+            effort=effort,
+            max_length=max_length,
+            data=data or None,
+            device=device,
+        )
+        say(str(plan))
+        return
+    if output_dir is None:
+        raise RTPurboError("there is no folder to write to: name one with --output-dir.")
     with ProgressBars() as progress:
         folder = conversion.convert(
             model,
             output_dir,
-            preset=preset,
-            changes=options.changed_settings(
-                others,
-                ratio=ratio,
-                threshold=threshold,
-                count=count,
-                window=window,
-                top_p=top_p,
-                reading=reading,
-                index_space=index_space,
-                index_dim=index_dim,
-                stage1_steps=stage1_steps,
-                stage2_steps=stage2_steps,
-                lora_rank=lora_rank,
-                stream=stream,
-                seed=seed,
-            ),
+            changes=changes,
+            effort=effort,
+            max_length=max_length,
             data=data or None,
             device=device,
             resume=resume,
@@ -78,5 +110,6 @@ def convert(
             progress=progress,
             parallel=parallel,
             report_to=report_to or (),
+            on_plan=lambda plan: say(str(plan)),
         )
     say(f"Written to {folder}. Try: rtpurbo generate {folder} 'Once upon a time'")

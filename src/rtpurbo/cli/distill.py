@@ -8,6 +8,8 @@ from rtpurbo.cli import options
 def distill(
     artifact: options.Artifact,
     output_dir: options.OutputFolder,
+    effort: options.Effort = "auto",
+    max_length: options.MaxLength = None,
     data: options.Data = None,
     stage2_steps: options.Stage2Steps = None,
     lora_rank: options.LoraRank = None,
@@ -38,6 +40,8 @@ def distill(
                 stream=stream,
                 seed=seed,
             ),
+            effort=effort,
+            max_length=max_length,
             data=data or None,
             device=device,
             resume=resume,

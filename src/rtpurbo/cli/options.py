@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -75,6 +75,22 @@ Threshold = Annotated[
 Count = Annotated[
     int | None,
     typer.Option(help="Instead, this many heads.", show_default=False, rich_help_panel=_HEADS),
+]
+Effort = Annotated[
+    Literal["auto", "quick", "standard", "thorough"],
+    typer.Option(
+        help="How much work to spend: quick suits two CPU cores and minutes, standard a GPU, "
+        "thorough takes more steps and longer sequences; auto is quick on a CPU and standard on a "
+        "GPU."
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the longest training sequence. Left out: what the effort takes, at most the "
+        "model's context.",
+        show_default=False,
+    ),
 ]
 Window = Annotated[
     int | None,
@@ -198,6 +214,9 @@ _SETTINGS = {
 }
 """The setting, by dotted name, that each option changes."""
 
+_CHOICES_OF_HEADS = ("calibration.ratio", "calibration.threshold", "calibration.count")
+"""Settings of which one alone decides how many heads retrieve."""
+
 
 def suites_with_tasks(
     suites: Sequence[str], tasks: str | None, lengths: Sequence[int] | None
@@ -251,5 +270,9 @@ def changed_settings(others: list[str] | None, **options: Any) -> dict[str, Any]
             value = json.loads(text)
         except ValueError:
             value = text
-        changes[name] = tuple(value) if isinstance(value, list) else value
+        changes[name] = value
+    given = [name for name in _CHOICES_OF_HEADS if changes.get(name) is not None]
+    if len(given) > 1:
+        names = " and ".join(name.replace("calibration.", "--") for name in given)
+        raise RTPurboError(f"{names} exclude each other: choose retrieval heads by one of them.")
     return changes

@@ -169,6 +169,22 @@ def find_artifact(path_or_name: str | Path) -> Path:
         ) from error
 
 
+def check_is_dense(name: str) -> None:
+    """Refuses the folder of an artifact or an export where a dense model is expected.
+
+    Raises:
+        RTPurboError: the folder holds one.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / CONFIG_FILE).is_file() and not is_checkpoint(folder):
+        return
+    base = ArtifactConfig.read(folder).base.name
+    raise RTPurboError(
+        f"{name} is an artifact of rtpurbo, not a dense model: convert the dense model that it was "
+        f"made from ({base}), or run stage 2 on it with `rtpurbo distill {name}`."
+    )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file.
 

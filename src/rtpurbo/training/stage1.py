@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import TextCorpus
-from rtpurbo.errors import RTPurboError
+from rtpurbo.lengths import check_stage1_lengths
 from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.processes import ALONE, Processes
-from rtpurbo.settings import IndexerTrainingSettings, Progress, check_context, no_progress
+from rtpurbo.settings import IndexerTrainingSettings, Progress, no_progress
 from rtpurbo.training.backpropagation import backpropagate
 from rtpurbo.training.capture import CapturedHeads, capture_heads
 from rtpurbo.training.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def train_indexers(
     modules = [module for module in headwise_modules(model) if module.retrieval_heads]
     if not modules:
         return {}
-    check_lengths(model.config.max_position_embeddings, settings, rule)
+    check_stage1_lengths(settings, model.config.max_position_embeddings, rule)
     for module in modules:
         if module.indexer.query_weight.dtype.itemsize < 4:
             module.indexer.float()  # half precision would round most of an update away
@@ -199,20 +199,3 @@ def _step(
     choice = choose_rows([sequence], rule, settings, [seed], heads[0].queries.device)
     total = torch.stack([backpropagate(seen, choice, rule) for seen in heads]).sum()
     return total / sum(len(seen.names) for seen in heads)
-
-
-def check_lengths(
-    context_length: int, settings: IndexerTrainingSettings, rule: AttentionRule
-) -> None:
-    """Checks that sequences fit the model and have something to select from.
-
-    Raises:
-        RTPurboError: one of them does not.
-    """
-    check_context("sequences", max(settings.lengths), context_length)
-    shortest = rule.near_window + rule.num_sink_tokens
-    if min(settings.lengths) <= shortest:
-        raise RTPurboError(
-            f"stage 1 needs sequences longer than sinks and window ({shortest} tokens), "
-            f"but one length is {min(settings.lengths)}."
-        )

@@ -1,0 +1,142 @@
+"""Default settings of a conversion, from the model's context and the effort to spend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from rtpurbo.config import AttentionRule, default_sliding_window
+from rtpurbo.errors import RTPurboError
+from rtpurbo.settings import (
+    CalibrationSettings,
+    ConversionSettings,
+    DistillationSettings,
+    IndexerTrainingSettings,
+)
+
+Effort = Literal["quick", "standard", "thorough"]
+EFFORTS: tuple[Effort, ...] = ("quick", "standard", "thorough")
+
+_LONGEST: dict[Effort, tuple[int, int]] = {
+    "quick": (0, 2),
+    "standard": (32768, 4),
+    "thorough": (65536, 8),
+}
+"""Tokens of the longest training sequence: at least the first number, and the second in windows."""
+
+_STAGES: dict[Effort, ConversionSettings] = {
+    "quick": ConversionSettings(
+        calibration=CalibrationSettings(num_documents=3),
+        stage1=IndexerTrainingSettings(
+            steps=60, steps_per_sequence=15, rows_per_step=128, warmup_steps=5,
+            start_sequences=2, probe_sequences=2, probe_every=30,
+        ),
+        stage2=DistillationSettings(
+            steps=8, labels_per_sequence=512, warmup_steps=2, lora_rank=8, refresh_steps=15,
+            checkpoint_every=4,
+        ),
+    ),
+    "standard": ConversionSettings(),
+    "thorough": ConversionSettings(
+        calibration=CalibrationSettings(num_documents=8),
+        stage1=IndexerTrainingSettings(steps=800),
+        stage2=DistillationSettings(steps=200, refresh_steps=200),
+    ),
+}  # fmt: skip
+"""Steps and sizes of each effort; lengths and the window are filled in by `default_settings`."""
+
+
+def resolve_effort(name: str, device_type: str) -> Effort:
+    """The effort of this name; `auto` is `quick` on a CPU and `standard` on a GPU.
+
+    Args:
+        name: `auto` or one of `EFFORTS`.
+        device_type: such as `cpu` or `cuda`.
+
+    Raises:
+        RTPurboError: there is no such effort.
+    """
+    if name == "auto":
+        return "quick" if device_type == "cpu" else "standard"
+    for effort in EFFORTS:
+        if name == effort:
+            return effort
+    raise RTPurboError(f"there is no effort '{name}': choose auto, {', '.join(EFFORTS)}.")
+
+
+def default_settings(
+    effort: Effort,
+    context_length: int,
+    *,
+    max_length: int | None = None,
+    rule: AttentionRule | None = None,
+) -> ConversionSettings:
+    """Settings for a model of this context: window, lengths and steps of every stage.
+
+    Sequences of both stages range from twice the window to `max_length`, by powers of two; stage 2
+    takes the longest every other time. Calibration documents are half as long as the longest
+    sequence, and at least two windows.
+
+    Args:
+        effort: `quick` suits two CPU cores and minutes, `standard` one GPU, `thorough` twice the
+            steps on longer sequences.
+        context_length: the model's, in tokens.
+        max_length: tokens of the longest training sequence. None: two windows with `quick`, 32,768
+            with `standard` or four windows if that is more, 65,536 with `thorough` or eight
+            windows; at most the context.
+        rule: of attention; its window decides which lengths are worth training on. None: the default
+            rule with the window of `rtpurbo.config.default_sliding_window`.
+
+    Raises:
+        RTPurboError: the context is too short for the window, or `max_length` does not lie between
+            the window and the context.
+    """
+    if rule is None:
+        rule = AttentionRule(sliding_window=default_sliding_window(context_length))
+    window, near = rule.sliding_window, rule.sliding_window + rule.num_sink_tokens
+    # A query always selects `min_tokens` far tokens: with no more of them, attention stays dense.
+    if context_length <= near + rule.min_tokens:
+        raise RTPurboError(
+            f"a context of {context_length:,} tokens leaves nothing to select beyond a window of "
+            f"{window:,} and {rule.num_sink_tokens} sinks: choose a model with a longer context or "
+            "a smaller --window."
+        )
+    at_least, windows = _LONGEST[effort]
+    if max_length is None:
+        max_length = min(max(at_least, windows * window), context_length)
+    elif max_length > context_length:
+        raise RTPurboError(
+            f"--max-length is {max_length:,} tokens, but the model's context is "
+            f"{context_length:,}: choose a shorter one."
+        )
+    elif max_length <= near:
+        raise RTPurboError(
+            f"--max-length is {max_length:,} tokens, but training needs sequences longer than "
+            f"sinks and window ({near:,} tokens): raise it or choose a smaller --window."
+        )
+    lengths = _halvings(max_length, 2 * window)
+    stages = _STAGES[effort]
+    return replace(
+        stages,
+        attention=rule,
+        calibration=replace(
+            stages.calibration, length=min(max_length, max(2 * window, max_length // 2))
+        ),
+        stage1=replace(stages.stage1, lengths=lengths),
+        stage2=replace(stages.stage2, lengths=_with_last_between(lengths)),
+    )
+
+
+def _halvings(longest: int, shortest: int) -> tuple[int, ...]:
+    """The longest length and its halves down to the shortest, in ascending order."""
+    lengths = [longest]
+    while lengths[0] // 2 >= shortest:
+        lengths.insert(0, lengths[0] // 2)
+    return tuple(lengths)
+
+
+def _with_last_between(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """(a, b, c) as (a, c, b, c), so that half of the sequences are of the last length."""
+    if len(lengths) == 1:
+        return lengths
+    return tuple(length for shorter in lengths[:-1] for length in (shorter, lengths[-1]))

@@ -1,0 +1,216 @@
+"""The plan of a conversion: model, settings, and expected memory and time, before weights are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rtpurbo.devices import device_name
+from rtpurbo.errors import RTPurboError
+from rtpurbo.estimates import ModelShape, StageSeconds, peak_bytes, stage_seconds
+from rtpurbo.settings import CalibrationSettings, ConversionSettings
+
+_RIGHT_COLUMN = 13
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings and expected cost of a conversion.
+
+    Attributes:
+        model: name or folder.
+        architecture: type of the model, such as "qwen3".
+        parameters: of the model.
+        dtype: of the frozen weights, such as "bfloat16".
+        device: its name.
+        context_length: the model's, in tokens.
+        num_heads: query heads of all layers that are converted.
+        num_kv_heads: KV heads of these layers.
+        num_retrieval_heads: query heads asked for; None where a threshold decides.
+        settings: all hyper-parameters.
+        data: sources of the training texts; None for the built-in text.
+        shards: processes among which FSDP divides the model; 1 without FSDP.
+        peak_gib: expected peak memory of each process, in GiB.
+        seconds: expected seconds of each stage.
+    """
+
+    model: str
+    architecture: str
+    parameters: int
+    dtype: str
+    device: str
+    context_length: int
+    num_heads: int
+    num_kv_heads: int
+    num_retrieval_heads: int | None
+    settings: ConversionSettings
+    data: tuple[str, ...] | None
+    shards: int
+    peak_gib: float
+    seconds: StageSeconds
+
+    def lines(self) -> list[tuple[str, str]]:
+        """A name and a description for each part of the plan."""
+        settings, stage2 = self.settings, self.settings.stage2
+        rule, calibration = settings.attention, settings.calibration
+        lines = [
+            ("model", f"{self.model} ({self.architecture})"),
+            ("parameters", f"{_count(self.parameters)}, weights in {self.dtype}"),
+            ("device", self.device),
+            ("context", f"{self.context_length:,} tokens"),
+            ("window", f"{rule.sliding_window:,} tokens, after {rule.num_sink_tokens} sinks"),
+            ("heads", self._heads()),
+            (
+                "calibration",
+                f"{calibration.num_documents} documents of {calibration.length:,} tokens",
+            ),
+            ("stage 1", f"{settings.stage1.steps} steps at {_lengths(settings.stage1.lengths)}"),
+        ]
+        if stage2.steps:
+            trained = f"LoRA of rank {stage2.lora_rank}" if stage2.lora_rank else "all weights"
+            lines.append(
+                (
+                    "stage 2",
+                    f"{stage2.steps} steps at {_lengths(stage2.lengths)}, {trained}, "
+                    f"learning rate {stage2.learning_rate:g}",
+                )
+            )
+        else:
+            lines.append(("stage 2", "left out"))
+        if stage2.steps and stage2.refresh_steps:
+            refresh = settings.refresh
+            lines.append(("refresh", f"{refresh.steps} steps at {_lengths(refresh.lengths)}"))
+        data = "documentation of Python (built in)" if self.data is None else ", ".join(self.data)
+        memory = f"about {_rounded(self.peak_gib)} GiB expected at the peak"
+        return [
+            *lines,
+            ("data", data),
+            ("memory", memory + (f" in each of {self.shards} processes" * (self.shards > 1))),
+            ("time", self._time()),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<{_RIGHT_COLUMN}}{text}" for name, text in self.lines())
+
+    def _heads(self) -> str:
+        every = f"{self.num_heads:,} query heads ({self.num_kv_heads:,} KV heads)"
+        calibration = self.settings.calibration
+        if self.num_retrieval_heads is None:
+            return f"retrieval heads: a score of {calibration.threshold:g} or more, of {every}"
+        unit = ", by KV group" if calibration.granularity == "kv_group" else ""
+        return f"{self.num_retrieval_heads:,} retrieval heads of {every}{unit}"
+
+    def _time(self) -> str:
+        stages = {
+            "calibration": self.seconds.calibration,
+            "stage 1": self.seconds.stage1,
+            "stage 2": self.seconds.stage2,
+            "refresh": self.seconds.refresh,
+        }
+        parts = ", ".join(
+            f"{name} {_rounded(seconds / 60)}" for name, seconds in stages.items() if seconds
+        )
+        return f"about {_rounded(sum(stages.values()) / 60)} minutes expected: {parts}"
+
+
+def make_plan(
+    model: str,
+    config: Any,
+    settings: ConversionSettings,
+    *,
+    data: Sequence[str] | None = None,
+    device: torch.device,
+    dtype: str = "auto",
+    shards: int = 1,
+) -> Plan:
+    """Plans a conversion from the model's configuration alone; weights are not needed.
+
+    Args:
+        model: name or folder, to be shown.
+        config: text configuration of the model.
+        settings: with lengths that fit the model.
+        data: sources of the training texts; None for the built-in text.
+        device: where to work.
+        dtype: of the frozen weights; `auto` is the checkpoint's on a GPU, float32 on a CPU or where
+            the configuration does not say.
+        shards: processes among which FSDP divides the model.
+
+    Raises:
+        RTPurboError: more heads are asked for than there are.
+    """
+    shape = ModelShape.of(config)
+    num_heads = shape.num_heads * shape.full_layers
+    asked = _heads_asked_for(settings.calibration, num_heads)
+    retrieval_heads = num_heads if asked is None else asked
+    resolved = _dtype(config, dtype, device)
+    name, on_gpu = device_name(device), device.type != "cpu"
+    memory = peak_bytes(
+        shape,
+        settings,
+        retrieval_heads=retrieval_heads,
+        itemsize=resolved.itemsize,
+        on_gpu=on_gpu,
+        shards=shards,
+    )
+    return Plan(
+        model=model,
+        architecture=config.model_type,
+        parameters=shape.parameters,
+        dtype=str(resolved).removeprefix("torch."),
+        device=name,
+        context_length=config.max_position_embeddings,
+        num_heads=num_heads,
+        num_kv_heads=shape.num_kv_heads * shape.full_layers,
+        num_retrieval_heads=asked,
+        settings=settings,
+        data=None if data is None else tuple(data),
+        shards=shards,
+        peak_gib=memory / 2**30,
+        seconds=stage_seconds(shape, settings, retrieval_heads=retrieval_heads, device_name=name),
+    )
+
+
+def _heads_asked_for(settings: CalibrationSettings, num_heads: int) -> int | None:
+    if settings.threshold is not None:
+        return None
+    if settings.count is None:
+        return math.ceil(settings.ratio * num_heads)
+    if settings.count > num_heads:
+        raise RTPurboError(
+            f"{settings.count} retrieval heads were asked for, but the model has {num_heads} query "
+            "heads in layers with full attention: lower --count."
+        )
+    return settings.count
+
+
+def _dtype(config: Any, name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    stored = getattr(config, "dtype", None)
+    if device.type == "cpu" or stored is None:
+        return torch.float32
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored))
+
+
+def _count(parameters: int) -> str:
+    """A number of parameters as people say it: "8.2 billion"."""
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.1f} billion"
+    return f"{parameters / 1e6:.3g} million"
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    """Distinct lengths in ascending order, with their unit."""
+    *shorter, longest = (f"{length:,}" for length in sorted(set(lengths)))
+    return f"{', '.join(shorter)} and {longest} tokens" if shorter else f"{longest} tokens"
+
+
+def _rounded(value: float) -> str:
+    """Two significant digits, since more would not be known."""
+    if value >= 10:
+        return f"{float(f'{value:.2g}'):,.0f}"
+    return f"{value:.1f}" if value >= 0.1 else "0.1"

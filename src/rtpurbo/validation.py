@@ -1,0 +1,96 @@
+"""Type checks of setting values, derived from the annotations of their dataclasses."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from rtpurbo.errors import RTPurboError
+
+_WRONG = object()
+"""Returned for a value that is not of the expected type; None may be a right value."""
+
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
+
+
+def field_types(settings: type) -> dict[str, Any]:
+    """The resolved type of each field of a settings dataclass, by the field's name."""
+    return get_type_hints(settings)
+
+
+def checked_value(name: str, value: Any, expected: Any) -> Any:
+    """Returns a value as the type of its setting.
+
+    A whole float becomes an int, an int a float, a list a tuple, and a single value a tuple of one.
+
+    Args:
+        name: dotted name of the setting, for the message.
+        value: of JSON's types, or of the setting's own.
+        expected: type of the setting: bool, int, float, str, a Literal, a tuple of any length, a
+            dataclass, or one of these or None.
+
+    Raises:
+        RTPurboError: the value is of another type.
+    """
+    converted = _converted(value, expected)
+    if converted is _WRONG:
+        raise RTPurboError(f"{name} is {_shown(value)}, but it must be {_description(expected)}.")
+    return converted
+
+
+def _converted(value: Any, expected: Any) -> Any:
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, types.UnionType):
+        candidates = (_converted(value, argument) for argument in arguments)
+        return next((found for found in candidates if found is not _WRONG), _WRONG)
+    if origin is Literal:
+        return value if isinstance(value, str) and value in arguments else _WRONG
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        converted = [_converted(item, arguments[0]) for item in items]
+        return _WRONG if any(item is _WRONG for item in converted) else tuple(converted)
+    if expected is type(None):
+        return None if value is None else _WRONG
+    if expected in (int, float):
+        return _number(value, expected)
+    return value if isinstance(value, expected) else _WRONG
+
+
+def _number(value: Any, expected: type) -> Any:
+    # A bool is an int to Python, but no number to whoever writes `steps=true`.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _WRONG
+    if not math.isfinite(value) or (expected is int and value != int(value)):
+        return _WRONG
+    return expected(value)
+
+
+def _description(expected: Any) -> str:
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_description(argument) for argument in arguments)
+    if origin is Literal:
+        return f"one of: {', '.join(arguments)}"
+    if origin is tuple:
+        return "a list of whole numbers, such as [4096,8192]"
+    if expected is type(None):
+        return "null"
+    if is_dataclass(expected) and isinstance(expected, type):
+        return f"{expected.__name__}; name one of its settings instead"
+    return _EXPECTED[expected]
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(_shown, value))}]"
+    return repr(value)

@@ -1,0 +1,105 @@
+import pytest
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.defaults import EFFORTS, default_settings, resolve_effort
+from rtpurbo.errors import RTPurboError
+from rtpurbo.lengths import STAGES, check_lengths, lengths_of
+
+CONTEXTS = [2048, 4096, 8192, 16384, 32768, 40960, 131072, 262144, 1048576]
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_stage_learns_at_every_context(context, effort):
+    settings = default_settings(effort, context)
+    check_lengths(settings, context)
+    window = settings.attention.sliding_window
+    lengths = lengths_of(settings)
+    assert set(lengths) == set(STAGES)
+    for each in lengths.values():
+        assert min(each) >= 2 * window > window + settings.attention.num_sink_tokens
+        assert max(each) <= context
+    longest = max(settings.stage1.lengths)
+    assert longest == max(settings.stage2.lengths) >= settings.calibration.length
+    assert settings.attention.retrieval_window is None
+
+
+@pytest.mark.parametrize(
+    ("effort", "context", "longest"),
+    [
+        ("quick", 8192, 2048),
+        ("quick", 131072, 16384),
+        ("standard", 8192, 8192),
+        ("standard", 131072, 32768),
+        ("thorough", 40960, 40960),
+        ("thorough", 1048576, 65536),
+    ],
+)
+def test_the_longest_sequence_follows_effort_and_context(effort, context, longest):
+    assert max(default_settings(effort, context).stage2.lengths) == longest
+
+
+def test_a_longer_window_makes_longer_sequences():
+    rule = AttentionRule(sliding_window=16384)
+    settings = default_settings("standard", 262144, rule=rule)
+    assert settings.attention == rule
+    assert settings.stage1.lengths == (32768, 65536)
+
+
+def test_lengths_are_spread_up_to_the_longest():
+    settings = default_settings("quick", 32768, max_length=32768)
+    assert settings.stage1.lengths == (8192, 16384, 32768)
+    assert settings.stage2.lengths == (8192, 32768, 16384, 32768)
+    assert settings.calibration.length == 16384
+    # Between one and two windows, all sequences are as long as may be.
+    short = default_settings("thorough", 32768, max_length=6000)
+    assert short.stage1.lengths == short.stage2.lengths == (6000,)
+    assert short.calibration.length == 6000
+
+
+def test_quick_stays_cheap_for_a_short_context():
+    settings = default_settings("quick", 8192)
+    assert settings.attention.sliding_window == 1024
+    calibration, stage1, stage2 = settings.calibration, settings.stage1, settings.stage2
+    assert calibration.length * calibration.num_documents <= 3 * 2048
+    assert stage1.steps / stage1.steps_per_sequence * max(stage1.lengths) <= 4 * 2048
+    assert stage2.steps * max(stage2.lengths) <= 1.1 * 10 * 1536
+
+
+def test_more_effort_is_more_work():
+    work = [
+        sum(s.stage2.lengths) / len(s.stage2.lengths) * s.stage2.steps
+        for s in (default_settings(effort, 131072) for effort in EFFORTS)
+    ]
+    assert work == sorted(work)
+    assert len(set(work)) == len(work)
+
+
+@pytest.mark.parametrize("context", [64, 300, 388])
+def test_a_context_without_room_is_refused(context):
+    with pytest.raises(RTPurboError, match=f"context of {context} tokens leaves nothing to select"):
+        default_settings("standard", context)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "sentence"),
+    [
+        (65536, "--max-length is 65,536 tokens, but the model's context is 32,768"),
+        (
+            4100,
+            r"longer than sinks and window \(4,100 tokens\): raise it or choose a smaller --win",
+        ),
+        (-1, "--max-length is -1 tokens"),
+    ],
+)
+def test_a_longest_sequence_out_of_range_is_refused(max_length, sentence):
+    with pytest.raises(RTPurboError, match=sentence):
+        default_settings("standard", 32768, max_length=max_length)
+
+
+def test_auto_is_by_device():
+    assert resolve_effort("auto", "cpu") == "quick"
+    assert resolve_effort("auto", "cuda") == "standard"
+    assert resolve_effort("thorough", "cpu") == "thorough"
+    with pytest.raises(RTPurboError, match="no effort 'slow': choose auto, quick, standard, thor"):
+        resolve_effort("slow", "cpu")

@@ -1,0 +1,195 @@
+"""Plans and their checks for every family, context and effort, without weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from rtpurbo import plan as plans
+from rtpurbo.conversion import choose_settings
+from rtpurbo.defaults import EFFORTS
+from rtpurbo.errors import RTPurboError
+from rtpurbo.lengths import check_lengths, lengths_of
+from rtpurbo.models.families import FAMILIES
+from rtpurbo.plan import make_plan
+from rtpurbo.settings import change_settings
+from tests.test_defaults import CONTEXTS
+from tests.tiny_models import COMMON
+from tests.tiny_models import FAMILIES as TINY
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
+
+
+def tiny_config(family="llama", context=4096, **changes):
+    return CONFIG_MAPPING[family](
+        **{**COMMON, **TINY[family], "max_position_embeddings": context, **changes}
+    )
+
+
+def planned(config, device=CPU, effort="auto", max_length=None, changes=None, **options):
+    settings = choose_settings(config, device, None, effort, max_length, changes)
+    check_lengths(settings, config.max_position_embeddings)
+    return make_plan("some/model", config, settings, device=device, **options)
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """A GPU by name only."""
+    monkeypatch.setattr(
+        plans, "device_name", lambda device: "cpu" if device == CPU else "NVIDIA H200"
+    )
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_model_has_a_plan(family, context, effort):
+    plan = planned(tiny_config(family, context), effort=effort)
+    rule = plan.settings.attention
+    for lengths in lengths_of(plan.settings).values():
+        assert rule.sliding_window + rule.num_sink_tokens < min(lengths)
+        assert max(lengths) <= max(plan.settings.stage2.lengths) <= context
+    assert plan.context_length == context
+    assert 0 < plan.num_retrieval_heads <= plan.num_heads
+    assert plan.peak_gib > 0
+    for seconds in vars(plan.seconds).values():
+        assert seconds > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_heads_are_those_of_the_model(family):
+    config = tiny_config(family)
+    plan = planned(config)
+    model = AutoModelForCausalLM.from_config(config)
+    assert plan.parameters == sum(parameter.numel() for parameter in model.parameters())
+    full_layers = 1 if family == "gemma3_text" else 2
+    assert plan.num_heads == full_layers * config.num_attention_heads
+    assert plan.num_kv_heads == full_layers * config.num_key_value_heads
+
+
+def test_the_text_names_what_will_be_done():
+    text = str(
+        planned(tiny_config(context=8192), changes={"calibration.ratio": 0.25}, data=["a", "b"])
+    )
+    for part in (
+        "some/model (llama)",
+        "weights in float32",
+        "8,192 tokens",
+        "1,024 tokens, after 4 sinks",
+        "3 retrieval heads of 12 query heads (6 KV heads)",
+        "3 documents of 2,048 tokens",
+        "60 steps at 2,048 tokens",
+        "8 steps at 2,048 tokens, LoRA of rank 8, learning rate 0.0002",
+        "15 steps at 2,048 tokens",
+        "a, b",
+        "GiB expected at the peak",
+        "minutes expected: calibration 0.1",
+    ):
+        assert part in text
+
+
+def test_the_text_of_other_choices():
+    changes = {"calibration.threshold": 0.5, "stage2.steps": 0}
+    text = str(planned(tiny_config(), changes=changes))
+    assert "a score of 0.5 or more, of 12 query heads" in text
+    assert "stage 2      left out" in text
+    assert "refresh" not in text
+    assert "documentation of Python" in text
+    changes = {"calibration.count": 5, "calibration.granularity": "kv_group", "stage2.lora_rank": 0}
+    text = str(planned(tiny_config(context=32768), changes=changes, max_length=32768))
+    assert "5 retrieval heads of 12 query heads (6 KV heads), by KV group" in text
+    assert "8 steps at 8,192, 16,384 and 32,768 tokens, all weights" in text
+
+
+def test_more_heads_than_there_are():
+    with pytest.raises(
+        RTPurboError, match="13 retrieval heads were asked for, but the model has 12"
+    ):
+        planned(tiny_config(), changes={"calibration.count": 13})
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "stored", "expected"),
+    [
+        (CPU, "auto", "bfloat16", "float32"),
+        (GPU, "auto", "bfloat16", "bfloat16"),
+        (GPU, "auto", None, "float32"),
+        (GPU, "float16", "bfloat16", "float16"),
+    ],
+)
+def test_the_type_of_the_weights(h200, device, dtype, stored, expected):
+    config = tiny_config(dtype=stored)
+    assert planned(config, device, dtype=dtype).dtype == expected
+
+
+def shape_of_qwen3_8b():
+    return CONFIG_MAPPING["qwen3"](
+        num_hidden_layers=36, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, intermediate_size=12288, vocab_size=151936, max_position_embeddings=40960,
+        tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def test_estimates_of_a_large_model(h200):
+    plan = planned(shape_of_qwen3_8b(), GPU)
+    assert plan.parameters == 8_190_735_360  # of the published checkpoint
+    weights = 2 * plan.parameters / 2**30
+    assert weights < plan.peak_gib < 80
+    assert 60 < sum(vars(plan.seconds).values()) < 3600
+    assert "8.2 billion, weights in bfloat16" in str(plan)
+    whole = planned(shape_of_qwen3_8b(), GPU, changes={"stage2.lora_rank": 0})
+    assert whole.peak_gib > weights + 16 * plan.parameters / 2**30
+    assert whole.seconds.stage2 > plan.seconds.stage2
+    # Twice the length costs more than twice: attention is quadratic.
+    longer = planned(shape_of_qwen3_8b(), GPU, changes={"stage2.lengths": (40960,)})
+    shorter = planned(shape_of_qwen3_8b(), GPU, changes={"stage2.lengths": (20480,)})
+    assert longer.seconds.stage2 > 2 * shorter.seconds.stage2
+    assert longer.peak_gib >= shorter.peak_gib
+
+
+def test_fsdp_divides_the_weights(h200):
+    whole = planned(shape_of_qwen3_8b(), GPU)
+    divided = planned(shape_of_qwen3_8b(), GPU, shards=4)
+    assert whole.peak_gib - divided.peak_gib >= 0.75 * 2 * whole.parameters / 2**30
+    assert "at the peak in each of 4 processes" in str(divided)
+    assert "processes" not in str(whole)
+
+
+def test_experts_count_by_use(h200):
+    """A token is computed by two of four experts, while all of them are in memory."""
+    used = planned(tiny_config("qwen3_moe", hidden_size=512, moe_intermediate_size=2048), GPU)
+    config = tiny_config(
+        "qwen3_moe", hidden_size=512, moe_intermediate_size=2048, num_experts_per_tok=4
+    )
+    every = planned(config, GPU)
+    assert used.parameters == every.parameters
+    assert used.seconds.stage2 < every.seconds.stage2
+
+
+def test_keeping_no_states_saves_memory(h200):
+    settings = choose_settings(shape_of_qwen3_8b(), GPU, None, "standard", None, {})
+    settings = change_settings(settings, {"stage2.steps": 0})
+    layerwise = replace(settings, stage1=replace(settings.stage1, steps_per_sequence=1))
+    kept, passing = (
+        make_plan("m", shape_of_qwen3_8b(), each, device=GPU) for each in (settings, layerwise)
+    )
+    assert passing.peak_gib < kept.peak_gib
+
+
+def test_given_settings_take_no_longest_length():
+    config = tiny_config()
+    settings = choose_settings(config, CPU, None, "quick", None, {})
+    assert choose_settings(config, CPU, settings, "auto", None, {"seed": 3}).seed == 3
+    with pytest.raises(RTPurboError, match="max_length has no effect on given settings"):
+        choose_settings(config, CPU, settings, "auto", 2048, {})
+
+
+def test_lengths_follow_a_window_that_is_changed():
+    config = tiny_config(context=32768)
+    wide = choose_settings(config, CPU, None, "quick", None, {"attention.sliding_window": 8192})
+    assert wide.stage2.lengths == (16384,)
+    narrow = {"attention.sliding_window": 32, "attention.block_size": 16}
+    assert choose_settings(config, CPU, None, "quick", None, narrow).stage1.lengths == (64,)
