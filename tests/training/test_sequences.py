@@ -7,7 +7,8 @@ import pytest
 from rtpurbo.data.texts import load_texts
 from rtpurbo.data.wordings import templates
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
-from rtpurbo.training.sequences import TrainingMix
+from rtpurbo.training.pools import Pools
+from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from tests.data.readers import filler, keys_and_values
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -76,11 +77,14 @@ def test_other_kinds_have_their_share(mix, share, kinds):
 def test_a_stage_gives_the_mix_its_shares(mix):
     shares = {
         "needle_share": 0.1, "variable_share": 0.11, "passage_share": 0.12, "haystack_share": 0.13,
-        "counting_share": 0.14, "reading_share": 0.15,
+        "counting_share": 0.14, "reading_share": 0.15, "document_share": 0.08,
     }  # fmt: skip
+    pools = Pools((TrainingSequence([1, 2]),), (TrainingSequence([3, 4]),))
     for stage in (IndexerTrainingSettings, DistillationSettings):
+        if stage is DistillationSettings:
+            shares["conversation_share"] = 0.04
         settings = stage(lengths=(500, 700), **shares)
         assert settings.shares() == shares
-        drawn = TrainingMix.of(settings, mix.tokenizer, mix.corpus, 3, "test")
+        drawn = TrainingMix.of(settings, mix.tokenizer, mix.corpus, 3, "test", pools)
         assert {name: getattr(drawn, name) for name in shares} == shares
         assert (drawn.lengths, drawn.seed, drawn.purpose) == ((500, 700), 3, "test")
