@@ -77,6 +77,7 @@ def convert(
         base = load_base_model(model, device=job.device)
         settings = choose_settings(base, job.device, settings, preset, changes)
         job.open(base, settings, "convert")
+        job.write_pools(base, job.settings.stage1, job.settings.stage2, job.settings.refresh)
         config = job.calibrate(base)
         sparsify(base.model, config)
         base = job.stage1(base)
@@ -147,6 +148,7 @@ def train_indexer_artifact(
             settings = replace(settings, calibration=found.settings)
         job.open(base, settings, "train-indexer")
         job.keep_calibration(found)
+        job.write_pools(base, job.settings.stage1)
         sparsify(base.model, job.config(base, found.head_map))
         base = job.stage1(base)
         return job.finish(base)
@@ -185,6 +187,7 @@ def distill_artifact(
             settings, attention=before.config.attention, indexer=before.config.indexer
         )
         job.open(base, settings, "distill")
+        job.write_pools(base, job.settings.stage2, job.settings.refresh)
         sparsify(base.model, before.config)
         load_indexers(base.model, indexers)
         job.keep_stage1(folder, before, indexers)

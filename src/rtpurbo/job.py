@@ -38,6 +38,7 @@ from rtpurbo.models.sparsify import indexer_weights, load_indexers, sparsify
 from rtpurbo.processes import join_processes
 from rtpurbo.settings import (
     ConversionSettings,
+    DistillationSettings,
     IndexerTrainingSettings,
     Progress,
     StreamSettings,
@@ -47,11 +48,13 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
+from rtpurbo.training.pools import Pools
 from rtpurbo.training.sharding import is_divided
 from rtpurbo.training.source import Texts, check_shares, random_access
 from rtpurbo.training.stage1 import check_lengths, train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.training.trackers import Trackers, check_trackers
+from rtpurbo.training.written import read_pools, write_pools
 from rtpurbo.version import __version__
 
 PLAN_FILE = "plan.json"
@@ -111,6 +114,7 @@ class Job:
             self.train_text = load_texts(self.data, "train")
             self.held_out = load_texts(self.data, "heldout")
         self.log = TrainingLog(None)
+        self.pools = Pools()
         self.settings = ConversionSettings()
 
     def __enter__(self) -> Job:
@@ -214,6 +218,31 @@ class Job:
         assert settings.attention is not None
         return RTPurboConfig(head_map, settings.attention, settings.indexer)
 
+    def write_pools(
+        self, base: BaseModel, *stages: IndexerTrainingSettings | DistillationSettings
+    ) -> None:
+        """Sequences for training that the dense model writes, in the work folder if they are not there.
+
+        Args:
+            base: dense.
+            stages: those to be run that may have a share of such sequences.
+
+        Raises:
+            RTPurboError: documents do not fit their lengths, or the model writes no usable conversation.
+        """
+        self.processes.from_main(
+            lambda: write_pools(
+                base.model,
+                base.tokenizer,
+                random_access(self.train_text),
+                stages,
+                self.work,
+                seed=self.settings.seed,
+                progress=self.progress,
+            )
+        )
+        self.pools = read_pools(self.work)
+
     def calibrate(self, base: BaseModel) -> RTPurboConfig:
         """The head map, from the work folder if it is there."""
         return self.config(base, self.processes.from_main(lambda: self._calibrate(base)))
@@ -285,6 +314,7 @@ class Job:
                     checkpoint=checkpoint,
                     progress=self.progress,
                     processes=self.processes,
+                    pools=self.pools,
                 )
                 if figures and self.processes.is_main:
                     write_json_atomically(figures_file(self.work, "stage2"), figures)
@@ -318,6 +348,7 @@ class Job:
             checkpoint=self._checkpoint(stage),
             progress=self.progress,
             processes=self.processes,
+            pools=self.pools,
         )
         if self.processes.is_main:
             write_json_atomically(figures_file(self.work, stage), figures)
