@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from rtpurbo.settings import (
     IndexerTrainingSettings,
     StreamSettings,
 )
+from rtpurbo.training import written
 
 SETTINGS = ConversionSettings(
     attention=AttentionRule(sliding_window=64, min_tokens=8, block_size=16),
@@ -149,6 +151,51 @@ def test_a_streamed_conversion_resumes_the_same(tiny_base, tmp_path):
                 str(tiny_base), output, resume=True, progress=interrupt_at(stage, step), **common
             )
     convert(str(tiny_base), output, resume=True, **common)
+    assert contents(output) == contents(whole)
+
+
+def test_what_the_model_writes_is_trained_on_and_kept_for_a_resumed_conversion(
+    tiny_base, tmp_path, monkeypatch
+):
+    shorter = partial(written.write_conversations, max_user_tokens=16, max_answer_tokens=16)
+    monkeypatch.setattr(written, "write_conversations", shorter)
+    common = {
+        "settings": SETTINGS,
+        "changes": {
+            "stage1.needle_share": 0.0,
+            "stage1.document_share": 1.0,
+            "stage2.needle_share": 0.2,
+            "stage2.document_share": 0.4,
+            "stage2.conversation_share": 0.4,
+            "stage2.share": None,
+        },
+        "device": "cpu",
+    }
+    stages = []
+    whole = convert(
+        str(tiny_base),
+        tmp_path / "whole",
+        progress=lambda stage, *_: stages.append(stage),
+        **common,
+    )
+    assert list(dict.fromkeys(stages))[:4] == [
+        "documents",
+        "user turns",
+        "conversations",
+        "calibrate",
+    ]
+    output = tmp_path / "artifact"
+    with pytest.raises(InterruptionError):
+        convert(str(tiny_base), output, progress=interrupt_at("stage2", 3), **common)
+    stages.clear()
+    convert(
+        str(tiny_base),
+        output,
+        resume=True,
+        progress=lambda stage, *_: stages.append(stage),
+        **common,
+    )
+    assert not {"documents", "user turns", "conversations"} & set(stages)
     assert contents(output) == contents(whole)
 
 

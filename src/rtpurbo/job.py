@@ -39,17 +39,20 @@ from rtpurbo.models.sparsify import indexer_weights, load_indexers, sparsify
 from rtpurbo.processes import join_processes
 from rtpurbo.settings import (
     ConversionSettings,
+    DistillationSettings,
     IndexerTrainingSettings,
     Progress,
     no_progress,
 )
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
+from rtpurbo.training.pools import Pools
 from rtpurbo.training.sharding import is_divided
 from rtpurbo.training.source import Texts, check_shares, random_access
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.training.trackers import Trackers, check_trackers
+from rtpurbo.training.written import read_pools, write_pools
 from rtpurbo.version import __version__
 
 PLAN_FILE = "plan.json"
@@ -98,6 +101,7 @@ class Job:
         self.train_text: Texts
         self.held_out: TextCorpus
         self.log = TrainingLog(None)
+        self.pools = Pools()
         self.settings = ConversionSettings()
 
     def __enter__(self) -> Job:
@@ -230,6 +234,31 @@ class Job:
         """The sparse model's configuration."""
         return RTPurboConfig(head_map, self.settings.attention, self.settings.indexer)
 
+    def write_pools(
+        self, base: BaseModel, *stages: IndexerTrainingSettings | DistillationSettings
+    ) -> None:
+        """Sequences for training that the dense model writes, in the work folder if they are not there.
+
+        Args:
+            base: dense.
+            stages: those to be run that may have a share of such sequences.
+
+        Raises:
+            RTPurboError: documents do not fit their lengths, or the model writes no usable conversation.
+        """
+        self.processes.from_main(
+            lambda: write_pools(
+                base.model,
+                base.tokenizer,
+                random_access(self.train_text),
+                stages,
+                self.work,
+                seed=self.settings.seed,
+                progress=self.progress,
+            )
+        )
+        self.pools = read_pools(self.work)
+
     def calibrate(self, base: BaseModel) -> RTPurboConfig:
         """The head map, from the work folder if it is there."""
         return self.config(self.processes.from_main(lambda: self._calibrate(base)))
@@ -302,6 +331,7 @@ class Job:
                     checkpoint=checkpoint,
                     progress=self.progress,
                     processes=self.processes,
+                    pools=self.pools,
                 )
                 if figures and self.processes.is_main:
                     write_json_atomically(figures_file(self.work, "stage2"), figures)
@@ -335,6 +365,7 @@ class Job:
             checkpoint=self._checkpoint(stage),
             progress=self.progress,
             processes=self.processes,
+            pools=self.pools,
         )
         if self.processes.is_main:
             write_json_atomically(figures_file(self.work, stage), figures)

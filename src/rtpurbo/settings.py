@@ -80,6 +80,7 @@ class SequenceSettings:
             other needles, or needles in prose of which several keys' are asked for at once.
         counting_share: share that ask which words of a list or a text come up most often.
         reading_share: share that ask a plain question about one or two of many paragraphs.
+        document_share: share of long documents with an instruction of many kinds and the model's own answer.
         sequences_per_step: sequences of one step, over all processes; None takes one a process.
     """
 
@@ -90,11 +91,12 @@ class SequenceSettings:
     haystack_share: float = 0.0
     counting_share: float = 0.0
     reading_share: float = 0.0
+    document_share: float = 0.0
     sequences_per_step: int | None = None
 
     def shares(self) -> dict[str, float]:
         """How much of each kind there is, by the name of its setting."""
-        names = (each.name for each in fields(SequenceSettings))
+        names = (each.name for each in fields(self))
         return {name: getattr(self, name) for name in names if name.endswith("_share")}
 
 
@@ -146,6 +148,7 @@ class DistillationSettings(SequenceSettings):
     Attributes:
         steps: optimiser steps; 0 leaves stage 2 out. Three times as many drifted from the teacher on
             questions of other words (docs/experiment-log.md).
+        conversation_share: share of short conversations in which the model wrote both sides.
         learning_rate: peak of AdamW's, after warm-up, before cosine decay.
         weight_decay: AdamW's.
         warmup_steps: linear warm-up.
@@ -174,6 +177,7 @@ class DistillationSettings(SequenceSettings):
 
     steps: int = 100
     lengths: tuple[int, ...] = (2048, 8192, 4096, 8192)
+    conversation_share: float = 0.0
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     warmup_steps: int = 10

@@ -8,6 +8,7 @@ import torch
 
 from rtpurbo.calibration.calibrate import calibrate
 from rtpurbo.calibration.chains import chain_scores, make_chain_document
+from rtpurbo.data.long_range import NOISE, LongRangeMix
 from rtpurbo.data.prompts import decode
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import CalibrationSettings
@@ -16,23 +17,30 @@ from tests.data.test_needles import corpus
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(12))
 def test_places_of_a_document_are_what_they_say(number):
     tokenizer = tiny_tokenizer()
     document = make_chain_document(tokenizer, corpus(), 1500, random.Random(number))
+    mix = LongRangeMix(tokenizer, corpus())
+    sequence = mix.chains(1500, random.Random(number), NOISE, most_questions=1)
+    assert document.input_ids == sequence.conversation.input_ids
 
     def text(indices):
         return decode(tokenizer, [document.input_ids[index] for index in indices])
 
-    hidden = re.findall(r"VAR [A-Z]{5} = (?:VAR [A-Z]{5}|\d{5})", text(document.hidden))
-    values = [line[-5:] for line in hidden if line[-1].isdigit()]
-    assert len(hidden) >= 2
-    assert text(document.rows["assignment"]).count("= VAR") == len(hidden) - len(values)
-    assert any(value in text(document.rows["value"]) for value in values)
+    hidden = [each for each in sequence.assignments if each in text(document.hidden)]
+    assert len(hidden) == len(sequence.assignments) >= 2
+    copies = text(document.rows["assignment"])
+    assert [each for each in hidden if each in copies] == list(sequence.copies)
+    # Tokens may reach over the edges of what they cover.
+    assert len(text(document.hidden)) <= sum(len(each) + 4 for each in hidden)
+    [value] = sequence.values
+    assert text(document.rows["value"]).strip(' .\n"') == value
     # Rows of the answer are those that predict it.
-    answer = text(index + 1 for index in document.rows["answer"]).split()
-    assert answer
-    assert all(any(f"VAR {name} =" in line for line in hidden) for name in answer)
+    answer = re.findall(r"[A-Za-z]\w+", text(index + 1 for index in document.rows["answer"]))
+    names = [name for name in answer if name != "and"]
+    assert names
+    assert all(any(name in line for line in hidden) for name in names)
     assert max(document.hidden) < min(document.rows["value"]) < min(document.rows["answer"])
 
 

@@ -4,21 +4,15 @@ from collections import Counter
 
 import pytest
 
-from rtpurbo.data.counting import DOTS, LIST_INTRODUCTION
-from rtpurbo.data.long_range import DULL, HAYSTACKS, LongRangeMix, passage_question
-from rtpurbo.data.variables import INTRODUCTION
+from rtpurbo.data.counting import DOTS
+from rtpurbo.data.long_range import HAYSTACKS, LongRangeMix, passage_question
+from rtpurbo.data.wordings import fill, templates
 from rtpurbo.data.words import key_names
-from rtpurbo.evaluation.ruler.noise import NOISE
+from tests.data.readers import UUID, VALUE, filler, follow, keys_and_values, read_needles, values_of
 from tests.data.test_needles import corpus
 from tests.tiny_tokenizer import tiny_tokenizer
 
 LENGTH = 6000
-
-
-UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-ANY_NEEDLE = re.compile(
-    rf"One of the special magic (?:number|uuid)s for ([\w-]+) is: (\d{{7}}|{UUID})\."
-)
 
 
 def parts(mix, kind, seed, *options):
@@ -36,46 +30,76 @@ def mix(has_template=True):
     return LongRangeMix(tokenizer, corpus())
 
 
+def haystack_of(mix, sequence):
+    """The text before the first question."""
+    first, _ = sequence.answer_spans[0]
+    text = mix.tokenizer.decode(sequence.input_ids[:first])
+    before, _, question = text.rpartition("\n\n") if "<|im_start|>" in text else cut(text)
+    assert question
+    return before
+
+
+def cut(text):
+    """Without a chat template, the opening of the answer follows the question after an empty line."""
+    before, _, opening = text.rpartition("\n\n")
+    before, _, question = before.rpartition("\n\n")
+    return before, "", f"{question}\n\n{opening}"
+
+
 @pytest.mark.parametrize("has_template", [True, False])
 @pytest.mark.parametrize("haystack", HAYSTACKS)
 def test_every_question_about_needles_has_its_values(has_template, haystack):
+    drawn = mix(has_template)
     most_questions = most_values = 0
-    for seed in range(16):
-        text, answers = parts(mix(has_template), "needles", seed, haystack)
-        needles = ANY_NEEDLE.findall(text)
-        asked = re.findall(r"What (?:is|are).* (?:number|uuid)s? for (.+) mentioned in", text)
-        assert len(asked) == len(answers) == len(set(asked))
-        for keys, answer in zip(asked, answers, strict=True):
-            keys = re.split(", and |, ", keys)
-            assert all(key in key_names("train") or re.fullmatch(UUID, key) for key in keys)
-            values = [value for key in keys for name, value in needles if name == key]
-            assert re.findall(rf"{UUID}|\b\d{{7}}\b", answer) == values
-            most_values = max(most_values, len(values) if len(keys) == 1 else 0)
-        most_questions = max(most_questions, len(asked))
+    for seed in range(40):
+        sequence = drawn.needles(LENGTH, random.Random(seed), haystack)
+        assert 0.98 * LENGTH <= len(sequence) <= LENGTH
+        needles = read_needles(haystack_of(drawn, sequence))
+        end = len(drawn.tokenizer.encode(haystack_of(drawn, sequence)))
+        asked = set()
+        for start, stop in sequence.answer_spans:
+            question = drawn.tokenizer.decode(sequence.input_ids[end:start])
+            answer = drawn.tokenizer.decode(sequence.input_ids[start:stop])
+            end = stop
+            names = {name for pair in needles for name in pair}
+            keys = [each for each in keys_and_values(question) if each in names]
+            held = values_of(needles, keys)
+            assert held
+            assert not asked & set(held)
+            asked |= set(held)
+            assert re.findall(VALUE, answer) == [value for each in held.values() for value in each]
+            assert all(key in key_names("train") or re.fullmatch(UUID, key) for key in held)
+            most_values = max(most_values, *map(len, held.values()))
+        most_questions = max(most_questions, len(sequence.answer_spans))
     assert most_questions > 4
     assert most_values > 1
 
 
 def test_needles_hide_among_needles_with_other_keys():
     kinds = set()
-    for seed in range(8):
-        text, _ = parts(mix(), "needles", seed, "needles")
-        needles = ANY_NEEDLE.findall(text)
+    for seed in range(16):
+        drawn = mix()
+        sequence = drawn.needles(LENGTH, random.Random(seed), "needles")
+        needles = read_needles(haystack_of(drawn, sequence))
         assert len(needles) > 30
-        assert len({value for _, value in needles}) == len(needles)
-        kinds |= {(len(key) == 36, len(value) == 36) for key, value in needles}
-        assert len({len(key) == 36 for key, _ in needles}) == 1
+        assert len({each for pair in needles for each in pair}) > len(needles)
+        kinds.add(tuple(sorted(len(each) == 36 for each in needles[0])))
+        assert len({tuple(len(each) == 36 for each in pair) for pair in needles}) == 1
     assert kinds == {(False, False), (False, True), (True, True)}
 
 
 @pytest.mark.parametrize("haystack", ["needles", "noise"])
 def test_nothing_in_the_layout_tells_which_lines_are_asked_for(haystack):
-    for seed in range(8):
-        text, _ = parts(mix(), "needles", seed, haystack)
-        haystack_lines = text.partition("afterwards.\n\n")[2].partition("\n\n")[0].split("\n")
-        needles = [line for line in haystack_lines if line not in DULL]
+    for seed in range(16):
+        drawn = mix()
+        text = haystack_of(drawn, drawn.needles(LENGTH, random.Random(seed), haystack))
+        lines = text.partition("\n\n")[2].split("\n")
+        needles = [line for line in lines if not filler(line)]
         assert needles
-        assert all(ANY_NEEDLE.fullmatch(line) for line in needles)
+        shapes = {
+            re.sub(rf"{UUID}|\b\d{{6,9}}\b|[a-z]+-[a-z]+(-\d+)?", "_", line) for line in needles
+        }
+        assert len(shapes) == 1
 
 
 def test_keys_do_not_end():
@@ -86,72 +110,117 @@ def test_keys_do_not_end():
     assert not set(many) & set(key_names("test"))
 
 
-def test_noise_is_not_the_noise_of_tests():
-    assert not set(NOISE) & set(DULL)
-    text, _ = parts(mix(), "needles", 3, "noise")
-    assert sum(text.count(sentence) for sentence in DULL) > 30
+def test_filler_is_repeated_between_the_needles():
+    different = set()
+    for seed in range(30):
+        drawn = mix()
+        text = haystack_of(drawn, drawn.needles(LENGTH, random.Random(seed), "noise"))
+        lines = [line for line in text.split("\n") if filler(line)]
+        assert len(lines) > 60
+        different.add(len(set(lines)))
+    assert {3, 4, 5, 6, 30} <= different
+    assert max(different) > 60
 
 
 def test_a_solved_example_has_other_variables():
     shown = 0
-    for seed in range(12):
-        sequence = mix().variables(LENGTH, random.Random(seed), "noise")
-        text = mix().tokenizer.decode(sequence.input_ids)
-        assert len(sequence) >= 0.98 * LENGTH
-        solved, _, asked = text.rpartition(INTRODUCTION)
-        if "they are:" in solved:
-            shown += 1
-            names = re.findall(r"VAR (\w+) =", solved)
-            assert names
-            assert not set(names) & set(re.findall(r"VAR (\w+) =", asked))
-    assert 0 < shown < 12
+    for seed in range(30):
+        drawn = mix()
+        sequence = drawn.chains(LENGTH, random.Random(seed), "noise")
+        text = drawn.tokenizer.decode(sequence.conversation.input_ids)
+        assert 0.98 * LENGTH <= len(sequence.conversation) <= LENGTH
+        solved, separator, asked = text.partition("\n\n\n")
+        shown += bool(separator)
+        if separator:
+            assert all(each not in solved for each in sequence.assignments)
+        assert all((asked or text).count(each) == 1 for each in sequence.assignments)
+    assert 0 < shown < 30
 
 
 @pytest.mark.parametrize("has_template", [True, False])
-def test_every_chain_is_asked_for(has_template):
+def test_whoever_follows_the_assignments_knows_the_answer(has_template):
     counts = set()
-    for seed in range(6):
-        text, answers = parts(mix(has_template), "variables", seed)
-        counts.add(len(answers))
-        text = text.rpartition(INTRODUCTION)[2]
-        for value, answer in zip(re.findall(r"the value (\d+) in", text), answers, strict=True):
-            first = answer.split()[0]
-            assert f"VAR {first} = {value}." in text
+    for seed in range(60):
+        drawn = mix(has_template)
+        sequence = drawn.chains(LENGTH, random.Random(seed))
+        ids, spans = sequence.conversation.input_ids, sequence.conversation.answer_spans
+        counts.add(len(spans))
+        text = drawn.tokenizer.decode(ids)
+        in_order = sorted(sequence.assignments, key=text.index)
+        answers = [re.findall(r"[A-Za-z]\w+", drawn.tokenizer.decode(ids[slice(*span)]))
+                   for span in spans]  # fmt: skip
+        for value, (start, _), answer in zip(sequence.values, spans, answers, strict=True):
+            names = [name for name in answer if name != "and"]
+            # Other chains share no name with this one.
+            own = [each for each in in_order if re.search("|".join(map(re.escape, names)), each)]
+            assert follow(own, names) == dict.fromkeys(names, value)
+            assert value in drawn.tokenizer.decode(ids[start - 80 : start])
     assert len(counts) > 1
 
 
 def test_a_passage_goes_on_as_it_does_in_the_text():
-    text, [answer] = parts(mix(), "passage", 0)
-    [quote] = re.findall(r'passage of the text go on\? "(.*)"', text)
-    assert f"{quote}{answer}" in text
-    assert passage_question("", 0.5).answer == " "
+    asked = set()
+    for seed in range(30):
+        text, [answer] = parts(mix(), "passage", seed)
+        # The quotation ends where the answer goes on, in the text itself.
+        before, found, _ = text.partition(answer.strip())
+        assert found
+        quote = " ".join(before.split()[-20:])
+        question = " ".join(text.rpartition("<|im_start|>assistant")[0].split())
+        assert question.count(quote) == 2
+        asked.add(question.rpartition("knocked.")[2])
+    assert len(asked) > 4
+    assert passage_question("", 0.5, "Next: {quote}", "It is").answer == " "
 
 
 @pytest.mark.parametrize("has_template", [True, False])
-def test_who_counts_finds_the_answer(has_template):
-    kinds = set()
-    for seed in range(16):
+@pytest.mark.parametrize("kind", ["lists", "code_words"])
+def test_whoever_counts_finds_the_answer(has_template, kind):
+    layouts, examples = set(), 0
+    word = r"[a-z]+-[a-z]+" if kind == "lists" else r"\b[a-z]{4,8}\b|\.\.\."
+    kinds = [fill(each, count="(.*)") for each in templates("train")[kind]["introductions"]]
+    for seed in range(80):
         text, [answer] = parts(mix(has_template), "counting", seed)
-        if "code words" in text:
-            body = text.partition("most frequent ones.\n\n")[2].partition("\n\n")[0]
-            ranked = [word for word, _ in Counter(body.split(" ")).most_common()]
-            assert ranked[0] == DOTS
-            assert answer.split() == ranked[1:4]
-            kinds.add("code")
+        *_, text = text.rpartition("\n\n\n")[1:] if "\n\n\n" in text else (text,)
+        introduction, _, rest = text.removeprefix("<|im_start|>user\n").partition("\n\n")
+        if introduction not in kinds:
             continue
-        *examples, last = text.split(LIST_INTRODUCTION)[1:]
-        kinds.add(f"list, {len(examples)} examples")
-        for part in (*examples, last):
-            body, _, asked = part.strip().partition("\n\n")
-            solution = re.findall(r"\d+\. ([\w-]+)", asked)
-            counted = Counter(re.findall(r"\d+\. ([\w-]+)", body))
-            times = dict(counted.most_common(len(solution)))
-            assert set(times) == set(solution)
-            assert len(set(times.values())) == 1
-            assert max(set(counted.values()) - set(times.values())) * 2 <= max(times.values())
-            assert sorted(solution, key=list(counted).index) == solution
-            assert set(counted) <= set(key_names("train"))
-    assert kinds == {"code", "list, 0 examples", "list, 1 examples"}
+        body, _, question = rest.partition("\n\n")
+        layouts.add(re.sub(word, "_", body)[:3])
+        counted = Counter(re.findall(word, body))
+        solution = re.findall(word, answer)
+        assert all(each not in question.partition(answer)[0] for each in solution)
+        if kind == "code_words":
+            ranked = [each for each, _ in counted.most_common()]
+            assert ranked[0] == DOTS
+            assert solution == ranked[1:4]
+            continue
+        times = dict(counted.most_common(len(solution)))
+        assert set(times) == set(solution)
+        assert len(set(times.values())) == 1
+        assert max(set(counted.values()) - set(times.values())) * 2 <= max(times.values())
+        assert sorted(solution, key=list(counted).index) == solution
+        assert set(counted) <= set(key_names("train"))
+        examples += 1
+    assert len(layouts) > 2
+    assert kind == "code_words" or examples > 20
+
+
+def test_solved_examples_of_lists_are_right():
+    found = 0
+    for seed in range(60):
+        drawn = mix()
+        ids = drawn.counting(2 * LENGTH, random.Random(seed)).input_ids
+        text = drawn.tokenizer.decode(ids)
+        example, separator, _ = text.partition("\n\n\n")
+        if separator:
+            found += 1
+            _, body, question, solution = example.split("\n\n")
+            words = re.findall(r"[a-z]+-[a-z]+", solution)
+            counted = Counter(re.findall(r"[a-z]+-[a-z]+", body))
+            assert {word for word, _ in counted.most_common(len(words))} == set(words)
+            assert str(len(words)) in question
+    assert found > 5
 
 
 @pytest.mark.parametrize("length", [1024, 4096, 8192])
@@ -178,7 +247,7 @@ def test_sequences_are_drawn_by_number():
     lengths = {len(draw(number, 1500)) for number in range(20)}
     assert max(lengths) == 1500
     # Haystacks grow by a line, prose by a token.
-    assert min(lengths) >= 1500 - 50
+    assert min(lengths) >= 1500 - 100
     assert all(len(sequence) >= 1500 - 16 for sequence in of_prose(1500))
     assert draw(7, 1500) == draw(7, 1500)
     assert draw(7, 1500) != draw(8, 1500)

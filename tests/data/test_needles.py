@@ -10,6 +10,7 @@ from rtpurbo.data.needles import is_correct, make_calibration_document, make_ret
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.data.words import key_names
 from rtpurbo.errors import RTPurboError
+from tests.data.readers import read_needles
 from tests.tiny_tokenizer import tiny_tokenizer
 
 NEEDLE = re.compile(r"One of the special magic numbers for ([\w-]+) is: (\d{7})\.")
@@ -80,8 +81,15 @@ def test_same_seed_same_example_and_other_split_other_key():
         tokenizer, corpus(), 1200, random.Random(5), **options
     )
     assert make() == make()
-    train = tokenizer.decode(make(split="train").prompt_ids)
-    assert NEEDLE.search(train)[1] in key_names("train")
+    example = make(split="train", num_keys=3)
+    train = tokenizer.decode(example.prompt_ids)
+    assert not NEEDLE.search(train)
+    needles = read_needles(train.rpartition("\n\n")[0])
+    assert len(needles) == 3
+    [needle] = [needle for needle in needles if example.answers[0] in needle]
+    key = next(each for each in needle if each != example.answers[0])
+    assert key in key_names("train")
+    assert key in train.rpartition("\n\n")[2]
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])

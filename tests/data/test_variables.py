@@ -5,6 +5,7 @@ import pytest
 
 from rtpurbo.data.needles import is_correct
 from rtpurbo.data.variables import draw_chains, make_variable_example, scatter
+from rtpurbo.data.wordings import ChainWording
 from rtpurbo.errors import RTPurboError
 from tests.data.test_needles import corpus
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -39,10 +40,25 @@ def test_splits_share_no_name_and_chains_keep_their_order():
     names = [{name for chain in chains for name in chain.names} for chains in (train, test)]
     assert len(names[0]) == len(names[1]) == 200
     assert not names[0] & names[1]
-    sentences = [sentence for _, sentence in scatter(random.Random(0), train)]
+    wording = ChainWording.draw(random.Random(0), "train")
+    sentences = [sentence for _, sentence in scatter(random.Random(0), train, wording)]
     for chain in train:
-        places = [sentences.index(sentence) for sentence in chain.assignments()]
+        places = [sentences.index(sentence) for sentence in chain.assignments(wording)]
         assert places == sorted(places)
+
+
+def test_training_has_names_of_many_styles_and_none_contains_another():
+    shapes = set()
+    for seed in range(60):
+        names = [
+            name
+            for chain in draw_chains(random.Random(seed), 4, 4, "train")
+            for name in chain.names
+        ]
+        assert not any(a in b for a in names for b in names if a != b)
+        assert len(set(names)) == len(names)
+        shapes.add(re.sub(r"[a-z]+", "a", re.sub(r"[A-Z]+", "A", re.sub(r"\d+", "0", names[0]))))
+    assert shapes == {"A", "a", "a_0", "a0", "aAa"}
 
 
 def test_no_chain_is_refused():

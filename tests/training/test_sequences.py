@@ -1,14 +1,15 @@
 """Training sequences: drawn by number, the same in every run."""
 
-import re
 from dataclasses import replace
 
 import pytest
 
-from rtpurbo.data.long_range import DULL
 from rtpurbo.data.texts import load_texts
+from rtpurbo.data.wordings import templates
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
-from rtpurbo.training.sequences import TrainingMix
+from rtpurbo.training.pools import Pools
+from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from tests.data.readers import filler, keys_and_values
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -45,8 +46,9 @@ def test_haystacks_have_their_share_and_one_question(mix):
     for sequence in asking:
         text = mix.tokenizer.decode(sequence.input_ids)
         assert text.count("<|im_start|>assistant") == 1
-        prose = text.count("special magic") < 20 and sum(map(text.count, DULL)) < 20
-        listed += bool(prose and re.search(r"magic \w+s for [\w-]+,.* and [\w-]+ mentioned", text))
+        needles, _, question = text.rpartition("\n\n")
+        prose = len(keys_and_values(needles)) < 40 and filler(text) < 20
+        listed += prose and len(keys_and_values(question.partition("<|im_end|>")[0])) > 1
         in_prose += prose
         assert len(sequence.input_ids) <= 3000
     # Prose holds one key in a few cases, of which several cannot be asked for.
@@ -55,27 +57,34 @@ def test_haystacks_have_their_share_and_one_question(mix):
 
 
 @pytest.mark.parametrize(
-    ("share", "words"),
-    [("counting_share", "come up most often"), ("reading_share", "Several short texts follow")],
+    ("share", "kinds"),
+    [("counting_share", ("lists", "code_words")), ("reading_share", ("reading",))],
 )
-def test_kinds_with_one_wording_have_their_share(mix, share, words):
+def test_other_kinds_have_their_share(mix, share, kinds):
     drawn = replace(mix, lengths=(3000,), needle_share=0.0, **{share: 0.5})
     sequences = [drawn.sequence(number) for number in range(8)]
     asking = [sequence for sequence in sequences if sequence.num_answer_tokens]
     assert len(asking) == 4
     for sequence in asking:
-        assert words in mix.tokenizer.decode(sequence.input_ids)
+        text = mix.tokenizer.decode(sequence.input_ids)
+        introductions = [
+            each for kind in kinds for each in templates("train")[kind]["introductions"]
+        ]
+        assert any(f"{each}\n\n" in text for each in introductions)
         assert len(sequence.input_ids) <= 3000
 
 
 def test_a_stage_gives_the_mix_its_shares(mix):
     shares = {
         "needle_share": 0.1, "variable_share": 0.11, "passage_share": 0.12, "haystack_share": 0.13,
-        "counting_share": 0.14, "reading_share": 0.15,
+        "counting_share": 0.14, "reading_share": 0.15, "document_share": 0.08,
     }  # fmt: skip
+    pools = Pools((TrainingSequence([1, 2]),), (TrainingSequence([3, 4]),))
     for stage in (IndexerTrainingSettings, DistillationSettings):
+        if stage is DistillationSettings:
+            shares["conversation_share"] = 0.04
         settings = stage(lengths=(500, 700), **shares)
         assert settings.shares() == shares
-        drawn = TrainingMix.of(settings, mix.tokenizer, mix.corpus, 3, "test")
+        drawn = TrainingMix.of(settings, mix.tokenizer, mix.corpus, 3, "test", pools)
         assert {name: getattr(drawn, name) for name in shares} == shares
         assert (drawn.lengths, drawn.seed, drawn.purpose) == ((500, 700), 3, "test")

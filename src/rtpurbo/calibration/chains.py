@@ -8,8 +8,7 @@ the answer. What that needs and copies do not is lost at 32K (docs/experiment-lo
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,6 @@ from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.attention import LayerObservation
 from rtpurbo.models.sparsify import observing
-
-ASSIGNMENT = re.compile(r"VAR [A-Z]+ = (VAR )?\w+")
 
 NEAR = 256
 """Tokens so near do not count as looked back at."""
@@ -56,7 +53,8 @@ def make_chain_document(
     Raises:
         RTPurboError: the tokenizer does not tell which characters its tokens are.
     """
-    drawn = LongRangeMix(tokenizer, corpus).variables(length, rng, NOISE, most_questions=1)
+    sequence = LongRangeMix(tokenizer, corpus).chains(length, rng, NOISE, most_questions=1)
+    drawn = sequence.conversation
     text = decode(tokenizer, drawn.input_ids)
     if not tokenizer.is_fast:
         raise RTPurboError("chains can be found with fast tokenizers alone.")
@@ -64,24 +62,32 @@ def make_chain_document(
     if found["input_ids"] != drawn.input_ids:
         raise RTPurboError("the tokenizer reads the text of its own tokens as other ones.")
 
-    def tokens(match: re.Match[str]) -> list[int]:
+    def tokens(places: Iterable[tuple[int, int]]) -> list[int]:
         return [
             index
+            for start, stop in places
             for index, (first, end) in enumerate(found["offset_mapping"])
-            if first < match.end() and end > match.start()
+            if first < stop and end > start
         ]
 
-    assignments = list(ASSIGNMENT.finditer(text))
-    asked = re.compile(r"\d{5}").finditer(text, assignments[-1].end())
+    assigned = {each: _place(text, each, 0) for each in sequence.assignments}
+    after = max(end for _, end in assigned.values())
+    [value] = sequence.values
     return ChainDocument(
         drawn.input_ids,
-        [index for match in assignments for index in tokens(match)],
+        tokens(sorted(assigned.values())),
         {
-            "value": [index for match in asked for index in tokens(match)],
-            "assignment": [i for match in assignments if match.group(1) for i in tokens(match)],
+            "value": tokens([_place(text, value, after)]),
+            "assignment": tokens(sorted(assigned[each] for each in sequence.copies)),
             "answer": [i for first, end in drawn.answer_spans for i in range(first - 1, end - 1)],
         },
     )
+
+
+def _place(text: str, part: str, after: int) -> tuple[int, int]:
+    """The first and the one-past-the-last character of a part of a text, from a place on."""
+    start = text.index(part, after)
+    return start, start + len(part)
 
 
 def chain_scores(model: PreTrainedModel, document: ChainDocument) -> dict[int, Tensor]:

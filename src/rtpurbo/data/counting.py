@@ -10,8 +10,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from rtpurbo.data.fitting import Stream
-from rtpurbo.data.prompts import Conversation, Question, conversation_tokens, fit_units
+from rtpurbo.data.prompts import Conversation, conversation_tokens, fit_units
 from rtpurbo.data.texts import encode
+from rtpurbo.data.wordings import CountingWording, lay_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,20 +33,11 @@ EXAMPLE_COUNTS, EXAMPLE_UNCOMMON = (10, 3), 30
 
 TOKENS_TO_A_CODE_WORD, LEAST_CODE_WORDS, NUM_FREQUENT = 50, 10, 3
 
-LIST_INTRODUCTION = (
-    "The numbered list below repeats its words, some of them far more often than the others. "
-    "Keep in mind which ones come up most."
-)
-
 DOTS = "..."
 """The most frequent of all in a text of code words, and none of them."""
 
-CODE_WORD_LENGTH = 6
-
-
-def numbered(words: Sequence[str]) -> str:
-    """A list on one line."""
-    return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
+CODE_WORD_LENGTH, TRAINING_LENGTHS = 6, (4, 5, 6, 7, 8)
+"""Letters of a code word of tests, and those of training, where they differ by sequence."""
 
 
 def shuffled_list(
@@ -61,51 +53,24 @@ def shuffled_list(
     return entries
 
 
-def list_question(common: Sequence[str]) -> Question:
-    """Asks for the common words of a list, of which there are several."""
-    return Question(
-        f"Which {len(common)} words come up most often in the list above?",
-        f"The {len(common)} words that come up most often in the list are:",
-        f" {numbered(common)}",
-    )
-
-
-def code_introduction(num_frequent: int) -> str:
-    """What comes before a text of code words."""
-    return (
-        "The text below is written in code words. Keep count of how often each code word comes up, "
-        f"and find the {num_frequent} most frequent ones."
-    )
-
-
-def code_question(frequent: Sequence[str]) -> Question:
-    """Asks for the most frequent code words, of which there are several."""
-    return Question(
-        f"Which {len(frequent)} code words come up most often in the text above? Dots ('{DOTS}') are "
-        "not a code word. Give the words without any explanation.",
-        f"The {len(frequent)} code words that come up most often in the text above are:",
-        f" {' '.join(frequent)}",
-    )
-
-
-def code_words(rng: random.Random) -> Iterator[str]:
-    """Code words without end, none twice."""
+def code_words(rng: random.Random, length: int = CODE_WORD_LENGTH) -> Iterator[str]:
+    """Code words of so many letters, without end, none twice."""
     given: set[str] = set()
     while True:
-        word = "".join(rng.choices(string.ascii_lowercase, k=CODE_WORD_LENGTH))
+        word = "".join(rng.choices(string.ascii_lowercase, k=length))
         if word not in given:
             given.add(word)
             yield word
 
 
-def code_text(ranked: Sequence[str], size: int, alpha: float, seed: int) -> str:
+def code_text(ranked: Sequence[str], size: int, alpha: float, seed: int) -> list[str]:
     """Some `size` words in a random order: dots most often, then the code words by their rank."""
     counts = zipf_counts(size, len(ranked) + 1, alpha)
     words = [
         word for word, count in zip([DOTS, *ranked], counts, strict=False) for _ in range(count)
     ]
     random.Random(seed).shuffle(words)
-    return " ".join(words)
+    return words
 
 
 def zipf_counts(size: int, vocabulary: int, alpha: float) -> Sequence[int]:
@@ -134,7 +99,7 @@ def zeta(alpha: float, terms: int = 1000) -> float:
 def common_words_list(
     tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random, words: Iterator[str]
 ) -> Conversation:
-    """A numbered list, and the question for the words that come up more often than the others.
+    """A list, and the question for the words that come up more often than the others.
 
     Args:
         tokenizer: the model's.
@@ -142,25 +107,26 @@ def common_words_list(
         rng: the source of all randomness.
         words: those of the list, without end, no two the same.
     """
+    wording = CountingWording.draw(rng, "train", "lists")
     num_common = rng.choice(COMMON_WORDS)
     shown, common = ([next(words) for _ in range(num_common)] for _ in range(2))
-    entry = len(encode(tokenizer, numbered(common))) / num_common
+    entry = len(encode(tokenizer, lay_out(common, wording.layout))) / num_common
     most = min(MOST_COMMON, max(2, int(COMMON_ROOM * length / entry / num_common)))
     common_count = rng.randint(max(2, most // 3), most)
     uncommon_count = rng.randint(1, max(1, common_count // 4))
-    introduction = LIST_INTRODUCTION
+    before = ""
     others = [next(words) for _ in range(EXAMPLE_UNCOMMON)]
     example = shuffled_list(shown, others, *EXAMPLE_COUNTS, rng.getrandbits(64))
     if rng.random() < EXAMPLE_SHARE and len(example) * entry <= EXAMPLE_ROOM * length:
-        asked = list_question(_as_they_come(example, shown))
-        solved = asked.solved_after(f"{introduction}\n\n{numbered(example)}")
-        introduction = f"{solved}\n\n\n{introduction}"
+        asked = wording.ask(_as_they_come(example, shown))
+        before = asked.solved_after(wording.text(example, num_common)) + "\n\n\n"
     uncommon, seed = Stream(words), rng.getrandbits(64)
 
     def around(size: int) -> Conversation:
         entries = shuffled_list(common, uncommon.first(size), common_count, uncommon_count, seed)
-        asked = list_question(_as_they_come(entries, common))
-        return conversation_tokens(tokenizer, f"{introduction}\n\n{numbered(entries)}", [asked])
+        asked = wording.ask(_as_they_come(entries, common))
+        text = f"{before}{wording.text(entries, num_common)}"
+        return conversation_tokens(tokenizer, text, [asked])
 
     return fit_units(length, around, f"A list with {num_common} common words")
 
@@ -171,14 +137,14 @@ def code_words_text(
     """A text of code words, at most `length` tokens with the question for the most frequent ones."""
     alpha, seed = rng.uniform(1.6, 2.4), rng.getrandbits(64)
     num_words = max(LEAST_CODE_WORDS, length // TOKENS_TO_A_CODE_WORD)
-    ranked = list(islice(code_words(rng), num_words))
-    asked = code_question(ranked[:NUM_FREQUENT])
-    introduction = code_introduction(NUM_FREQUENT)
+    ranked = list(islice(code_words(rng, rng.choice(TRAINING_LENGTHS)), num_words))
+    wording = CountingWording.draw(rng, "train", "code_words")
+    asked = wording.ask(ranked[:NUM_FREQUENT])
     smallest = smallest_code_text(NUM_FREQUENT, alpha)
 
     def around(size: int) -> Conversation:
-        text = code_text(ranked, smallest + size, alpha, seed)
-        return conversation_tokens(tokenizer, f"{introduction}\n\n{text}", [asked])
+        words = code_text(ranked, smallest + size, alpha, seed)
+        return conversation_tokens(tokenizer, wording.text(words, NUM_FREQUENT), [asked])
 
     return fit_units(length, around, "A text of code words")
 

@@ -1,7 +1,7 @@
 """Training sequences that reward reading far back: needles, chains of variables, passages, counting, books.
 
-Needles hide in prose, in dull repeated sentences or among other needles, and chains of variables in the
-first two, as in RULER's tests, whose words, names and sentences are others; so are the words counted.
+Needles hide in prose, in repeated filler sentences or among other needles, and chains of variables in the
+first two. The kinds are those of RULER's tests; wordings, formats, keys, names and filler are not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rtpurbo.data.counting import code_words_text, common_words_list
 from rtpurbo.data.fitting import Stream
-from rtpurbo.data.needles import listed, needle_question, needle_sentence, random_values
+from rtpurbo.data.needles import random_values
 from rtpurbo.data.prompts import (
     Conversation,
     Question,
@@ -26,7 +26,14 @@ from rtpurbo.data.prompts import (
     hide_among_lines,
 )
 from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids
-from rtpurbo.data.variables import INTRODUCTION, draw_chains, scatter
+from rtpurbo.data.variables import draw_chains, scatter
+from rtpurbo.data.wordings import (
+    ChainWording,
+    NeedleWording,
+    filler_sentences,
+    pose,
+    templates,
+)
 from rtpurbo.data.words import Split, key_names
 
 if TYPE_CHECKING:
@@ -59,14 +66,28 @@ ROOM_FOR_EXAMPLE, EXAMPLE_SENTENCES = 4096, 60
 
 QUOTED_WORDS, CONTINUED_WORDS = 24, 48
 
-DULL = (
-    "The rain falls on the roof.", "A door opens and closes.", "The clock strikes again.",
-    "Nobody is in the garden.", "The soup is on the stove.", "Two birds sit on a fence.",
-    "It was the same last week.", "The train leaves on time.", "Someone waters the plants.",
-    "The letter is still unread.", "We walk up and down.", "The window faces the street.",
-    "He counts the steps once more.", "The tea is getting cold.", "There is nothing new today.",
-)  # fmt: skip
-"""Of these, each haystack of noise repeats a few."""
+FILLER_SENTENCES = (3, 4, 5, 6, 30, 300)
+"""A haystack of noise repeats so many different sentences, one of these."""
+
+NUMBER_DIGITS = (6, 7, 8, 9)
+"""Of the values of one sequence, one of these."""
+
+
+@dataclass(frozen=True)
+class ChainSequence:
+    """A sequence with chains of variables, and where they are.
+
+    Attributes:
+        conversation: its tokens.
+        assignments: as the text has them, each once.
+        copies: those of `assignments` that copy another variable.
+        values: those asked for.
+    """
+
+    conversation: Conversation
+    assignments: tuple[str, ...]
+    copies: tuple[str, ...]
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,8 @@ class LongRangeMix:
         haystack = haystack or _draw(HAYSTACKS, rng)
         kind = "uuid" if rng.random() < UUID_SHARE[haystack] else "number"
         keys = self._keys(rng, kind == "uuid" and haystack == NEEDLES and rng.random() < 0.5)
-        values = random_values(rng, kind)
+        values = random_values(rng, kind, rng.choice(NUMBER_DIGITS))
+        wording = NeedleWording.draw(rng, "train", kind)
         room = max(1, length // TOKENS_PER_NEEDLE[kind])
         num_keys = rng.choice([count for count in (1, 2, 4, 8, 16, 32) if count <= room])
         most = min(4, room // num_keys)
@@ -137,11 +159,13 @@ class LongRangeMix:
         for _, key, value in needles:
             held.setdefault(key, []).append(value)
         introduction, questions = self._questions(
-            length, rng, held, kind, most_questions, listed_share
+            length, rng, held, wording, most_questions, listed_share
         )
-        hidden = [(depth, needle_sentence(key, value, kind)) for depth, key, value in needles]
-        distractors = (needle_sentence(*pair, kind) for pair in zip(keys, values, strict=True))
-        return self._around(haystack, length, rng, introduction, hidden, questions, distractors)
+        hidden = [(depth, wording.state(key, value)) for depth, key, value in needles]
+        distractors = (wording.state(*pair) for pair in zip(keys, values, strict=True))
+        return self._around(
+            haystack, length, rng, introduction, hidden, questions, wording.is_record, distractors
+        )
 
     def variables(
         self,
@@ -151,31 +175,57 @@ class LongRangeMix:
         most_questions: int = MAX_QUESTIONS,
     ) -> Conversation:
         """Up to 4 chains of up to 4 hops, and a question for each, at most `most_questions`."""
+        return self.chains(length, rng, haystack, most_questions).conversation
+
+    def chains(
+        self,
+        length: int,
+        rng: random.Random,
+        haystack: str | None = None,
+        most_questions: int = MAX_QUESTIONS,
+    ) -> ChainSequence:
+        """Draws a sequence of `variables`, with what is hidden in it."""
         haystack = haystack or rng.choice((PROSE, NOISE))
         room = max(1, length // TOKENS_PER_CHAIN)
         num_chains = rng.choice([count for count in (1, 1, 2, 4) if count <= room])
         num_hops = rng.choice((1, 2, 3, 4, 4, 4))
         *chains, shown = draw_chains(rng, num_chains + 1, num_hops, self.split)
-        questions = [chain.question() for chain in chains[:most_questions]]
-        introduction = INTRODUCTION
+        wording = ChainWording.draw(rng, "train")
+        asked = chains[:most_questions]
+        questions = [wording.ask(rng, chain.value, chain.names) for chain in asked]
+        introduction, before = wording.introduce(rng), ""
         if length >= ROOM_FOR_EXAMPLE and rng.random() < EXAMPLE_SHARE:
-            dull = _dull_lines(rng).first(EXAMPLE_SENTENCES)
-            example = hide_among_lines(dull, scatter(rng, [shown]))
-            solved = shown.question().solved_after(f"{INTRODUCTION}\n\n{example}")
-            introduction = f"{solved}\n\n\n{INTRODUCTION}"
-        return self._around(haystack, length, rng, introduction, scatter(rng, chains), questions)
+            filler = _filler(rng).first(EXAMPLE_SENTENCES)
+            example = hide_among_lines(filler, scatter(rng, [shown], wording))
+            question = wording.ask(rng, shown.value, shown.names)
+            before = question.solved_after(f"{introduction}\n\n{example}") + "\n\n\n"
+        hidden = scatter(rng, chains, wording)
+        conversation = self._around(
+            haystack, length, rng, before + introduction, hidden, questions, wording.is_record
+        )
+        assigned = [tuple(chain.assignments(wording)) for chain in chains]
+        return ChainSequence(
+            conversation,
+            tuple(text for chain in assigned for text in chain),
+            tuple(text for chain in assigned for text in chain[1:]),
+            tuple(chain.value for chain in asked),
+        )
 
     def passage(self, length: int, rng: random.Random) -> Conversation:
         """Prose of which a passage is quoted again at the end and must be continued."""
         depth = 0.9 * rng.random()
-        introduction = "Read the following text. I will quote a passage of it afterwards."
+        worded = templates("train")["passages"]
+        introduction = rng.choice(worded["introductions"])
+        question, opening = rng.choice(worded["questions"]), rng.choice(worded["openings"])
         return fit_prose(
             self.tokenizer,
             self.corpus,
             length,
             rng,
             lambda prose: conversation_tokens(
-                self.tokenizer, f"{introduction}\n\n{prose}", [passage_question(prose, depth)]
+                self.tokenizer,
+                f"{introduction}\n\n{prose}",
+                [passage_question(prose, depth, question, opening)],
             ),
             "A text and a passage of it",
         )
@@ -199,22 +249,20 @@ class LongRangeMix:
         length: int,
         rng: random.Random,
         held: dict[str, list[str]],
-        kind: str,
+        wording: NeedleWording,
         most_questions: int,
         listed_share: float,
     ) -> tuple[str, list[Question]]:
         """What introduces the text, and questions for some keys, for each or for several at once."""
-        most = min(len(held), most_questions, max(1, length // TOKENS_PER_QUESTION[kind]))
+        most = min(len(held), most_questions, max(1, length // TOKENS_PER_QUESTION[wording.kind]))
         if len(held) > 1 and rng.random() < listed_share:
             together = rng.sample(sorted(held), min(len(held), rng.randint(2, 4)))
             every = [value for key in together for value in held[key]]
-            introduction, question = needle_question(listed(together), every, kind)
-            return introduction, [question]
+            return wording.introduce(rng, len(every)), [wording.ask(rng, together, every)]
         asked = rng.sample(sorted(held), rng.choice((rng.randint(1, most), most)))
-        introductions, questions = zip(
-            *(needle_question(key, held[key], kind) for key in asked), strict=True
-        )
-        return introductions[0], list(questions)
+        num_values = sum(len(held[key]) for key in asked)
+        questions = [wording.ask(rng, [key], held[key]) for key in asked]
+        return wording.introduce(rng, num_values), questions
 
     def _around(
         self,
@@ -224,6 +272,7 @@ class LongRangeMix:
         introduction: str,
         hidden: list[tuple[float, str]],
         questions: list[Question],
+        on_lines: bool,
         distractors: Iterator[str] | None = None,
     ) -> Conversation:
         """A haystack with what is hidden in it, and the questions, as long as may be."""
@@ -238,18 +287,18 @@ class LongRangeMix:
                 self.corpus,
                 length,
                 rng,
-                lambda prose: around(hide(prose, hidden)),
+                lambda prose: around(hide(prose, hidden, on_lines=on_lines)),
                 what,
             )
-        lines = Stream(distractors) if distractors and haystack == NEEDLES else _dull_lines(rng)
+        lines = Stream(distractors) if distractors and haystack == NEEDLES else _filler(rng)
         return fit_units(
             length, lambda size: around(hide_among_lines(lines.first(size), hidden)), what
         )
 
 
-def _dull_lines(rng: random.Random) -> Stream[str]:
-    """A few short sentences over and over."""
-    return Stream(cycle(rng.sample(DULL, rng.randint(3, 6))))
+def _filler(rng: random.Random) -> Stream[str]:
+    """The same short sentences over and over."""
+    return Stream(cycle(filler_sentences(rng, rng.choice(FILLER_SENTENCES))))
 
 
 def _draw(shares: dict[str, float], rng: random.Random) -> str:
@@ -257,8 +306,15 @@ def _draw(shares: dict[str, float], rng: random.Random) -> str:
     return drawn
 
 
-def passage_question(prose: str, depth: float) -> Question:
-    """Quotes the beginning of a sentence near a depth from 0 to 1 and asks how it goes on."""
+def passage_question(prose: str, depth: float, question: str, opening: str) -> Question:
+    """Quotes the beginning of a sentence near a depth from 0 to 1 and asks how it goes on.
+
+    Args:
+        prose: the text.
+        depth: of the sentence.
+        question: a template with a field `quote`.
+        opening: the opening words of the answer.
+    """
     ends = [match.end() for match in SENTENCE_END.finditer(prose)]
     start = min([0, *ends], key=lambda place: abs(place - depth * len(prose)))
     words = []
@@ -269,6 +325,4 @@ def passage_question(prose: str, depth: float) -> Question:
     quoted, continued = words[:QUOTED_WORDS], words[QUOTED_WORDS:]
     quote = prose[start + quoted[0].start() : start + quoted[-1].end()] if quoted else ""
     rest = prose[start + continued[0].start() : start + continued[-1].end()] if continued else ""
-    return Question(
-        f'How does this passage of the text go on? "{quote}"', "It goes on:", f" {rest}"
-    )
+    return pose(question, opening, rest, quote=quote)

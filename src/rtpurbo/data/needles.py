@@ -5,19 +5,19 @@ from __future__ import annotations
 import random
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rtpurbo.data.prompts import (
     Conversation,
-    Question,
     conversation_tokens,
     decode,
     fit_prose,
     hide,
 )
 from rtpurbo.data.texts import Prose, begin_ids, encode
+from rtpurbo.data.wordings import NeedleWording, fill, pick, templates
 from rtpurbo.data.words import NAMES, Split, key_names, words_of
 from rtpurbo.errors import RTPurboError
 
@@ -75,7 +75,9 @@ def make_retrieval_example(
     depth: float | None = None,
     split: Split = "test",
 ) -> RetrievalExample:
-    """Hides magic numbers in prose and asks for those of one key, as RULER does.
+    """Hides numbers in prose and asks for those of one key.
+
+    The test split is worded as RULER is, the training split in one of many other ways.
 
     A tokenizer with a chat template gets the text and the question as the user's turn and the
     opening words of the answer as the assistant's.
@@ -90,7 +92,7 @@ def make_retrieval_example(
         num_values: how many numbers the queried key has.
         depth: where the (first) needle of the queried key stands, from 0 (the beginning of the
             prose) to 1 (its end); random if None.
-        split: which keys to draw from.
+        split: whose keys and wordings to draw from.
 
     Raises:
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
@@ -100,6 +102,7 @@ def make_retrieval_example(
     if depth is not None and not 0 <= depth <= 1:
         raise RTPurboError(f"The depth of a needle must lie between 0 and 1, not be {depth}.")
 
+    wording = NeedleWording.draw(rng, split)
     queried, *distractors = rng.sample(key_names(split), num_keys)
     keys = [queried] * num_values + distractors
     numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), len(keys))]
@@ -107,20 +110,23 @@ def make_retrieval_example(
     if depth is not None:
         depths[0] = depth
     needles = sorted(
-        (place, needle_sentence(key, number), key, number)
+        (place, wording.state(key, number), key, number)
         for place, key, number in zip(depths, keys, numbers, strict=True)
     )
     answers = [number for _, _, key, number in needles if key == queried]
     hidden = [(place, sentence) for place, sentence, _, _ in needles]
 
-    introduction, question = needle_question(queried, answers)
+    introduction = wording.introduce(rng, len(answers))
+    question = wording.ask(rng, [queried], answers)
     conversation = fit_prose(
         tokenizer,
         corpus,
         length,
         rng,
         lambda prose: conversation_tokens(
-            tokenizer, f"{introduction}\n\n{hide(prose, hidden)}", [question]
+            tokenizer,
+            f"{introduction}\n\n{hide(prose, hidden, on_lines=wording.is_record)}",
+            [question],
         ),
         f"A retrieval example with {len(keys)} needle(s)",
     )
@@ -128,47 +134,14 @@ def make_retrieval_example(
     return RetrievalExample.of(conversation, answers, "_".join(kinds) or "single")
 
 
-def needle_sentence(key: str, value: str, kind: str = "number") -> str:
-    """A sentence that gives a key a number, or a value of another kind."""
-    return f"One of the special magic {kind}s for {key} is: {value}."
-
-
-def needle_question(key: str, values: list[str], kind: str = "number") -> tuple[str, Question]:
-    """What introduces a text with needles, and the question for all values of a key."""
-    if len(values) == 1:
-        introduction = (
-            f"A special magic {kind} is hidden within the following text. Make sure to memorize "
-            f"it. I will quiz you about the {kind} afterwards."
-        )
-        question = f"What is the special magic {kind} for {key} mentioned in the provided text?"
-        opening = f"The special magic {kind} for {key} mentioned in the provided text is"
-        answer = f" {values[0]}"
-    else:
-        introduction = (
-            f"Some special magic {kind}s are hidden within the following text. Make sure to "
-            f"memorize them. I will quiz you about the {kind}s afterwards."
-        )
-        question = (
-            f"What are all the special magic {kind}s for {key} mentioned in the provided text?"
-        )
-        opening = f"The special magic {kind}s for {key} mentioned in the provided text are"
-        answer = f" {', '.join(values[:-1])} and {values[-1]}"
-    return introduction, Question(question, opening, answer)
-
-
-def listed(keys: Sequence[str]) -> str:
-    """One key, or several as in "a, b, and c"."""
-    return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
-
-
-def random_values(rng: random.Random, kind: str = "number") -> Iterator[str]:
-    """Numbers of seven digits or UUIDs (`kind` "uuid"), without end, nothing twice."""
+def random_values(rng: random.Random, kind: str = "number", num_digits: int = 7) -> Iterator[str]:
+    """Numbers of so many digits or UUIDs (`kind` "uuid"), without end, nothing twice."""
     given: set[str] = set()
     while True:
         if kind == "uuid":
             drawn = str(uuid.UUID(int=rng.getrandbits(128), version=4))
         else:
-            drawn = str(rng.randrange(1_000_000, 10_000_000))
+            drawn = str(rng.randrange(10 ** (num_digits - 1), 10**num_digits))
         if drawn not in given:
             given.add(drawn)
             yield drawn
@@ -233,18 +206,18 @@ def _calibration_needle(rng: random.Random) -> str:
     adjective, other_adjective = rng.sample(adjectives, 2)
     noun, other_noun, third_noun = rng.sample(nouns, 3)
     year, price, code = rng.randint(1700, 1999), rng.randint(100, 999), rng.randint(10**5, 10**6)
-    return rng.choice(
-        [
-            f"In {year}, {first_name} sold the {adjective} {noun} to {second_name} for {price} "
-            f"silver coins and a {other_adjective} {other_noun}. The number of the {third_noun} "
-            f"is {code}.",
-            f"{first_name} keeps a {adjective} {noun} under the {other_noun}, and only "
-            f"{second_name} knows that the {other_adjective} {third_noun} opens with {code}, the "
-            f"number from {year}, page {price}.",
-            f"The {adjective} {noun} number {code} was found by {first_name} in {year}. It weighs "
-            f"{price} grams and belongs to {second_name}, beside the {other_adjective} "
-            f"{other_noun} and the {third_noun}.",
-        ]
+    return fill(
+        pick(templates("train")["calibration"], rng),
+        first=first_name,
+        second=second_name,
+        adjective=adjective,
+        other_adjective=other_adjective,
+        noun=noun,
+        other_noun=other_noun,
+        third_noun=third_noun,
+        year=year,
+        price=price,
+        code=code,
     )
 
 

@@ -156,8 +156,14 @@ def fit_units(length: int, tokens_around: Callable[[int], Conversation], what: s
     return tokens_around(largest_that_fits(lambda size: len(tokens_around(size)), length, 1))
 
 
-def hide(prose: str, sentences: Sequence[tuple[float, str]]) -> str:
-    """Puts sentences between those of `prose`, each at its depth from 0 to 1, in order."""
+def hide(prose: str, sentences: Sequence[tuple[float, str]], *, on_lines: bool = False) -> str:
+    """Puts sentences between those of `prose`, each at its depth from 0 to 1, in order.
+
+    Args:
+        prose: the haystack.
+        sentences: depths and what is hidden there.
+        on_lines: gives each a line of its own.
+    """
     ends = [match.end() for match in SENTENCE_END.finditer(prose)]
     # Text without sentences, such as a list of words, is cut between words, and without words
     # anywhere.
@@ -168,7 +174,8 @@ def hide(prose: str, sentences: Sequence[tuple[float, str]]) -> str:
         place = min(places, key=lambda place: abs(place - depth * len(prose)))
         pieces += [prose[start:place], sentence]
         start = place
-    return " ".join(piece.strip(" ") for piece in [*pieces, prose[start:]] if piece)
+    separator = "\n" if on_lines else " "
+    return separator.join(piece.strip(" ") for piece in [*pieces, prose[start:]] if piece)
 
 
 def hide_among_lines(lines: Sequence[str], hidden: Sequence[tuple[float, str]]) -> str:

@@ -19,6 +19,7 @@ from rtpurbo.data.prompts import (
     placed_among,
 )
 from rtpurbo.data.texts import Prose, encode
+from rtpurbo.data.wordings import fill, pose, templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +38,6 @@ WORDS_TO_A_PIECE = (40, 160)
 
 WORD = re.compile(r" ?\S{1,24}")
 """With the space before it; where none are written, so many characters stand for a word."""
-
-HEADINGS = ("[{}]", "Text {}:", "Section {}", "({})")
-INTRODUCTION = (
-    "Several short texts follow, each under a number. Read all of them: what is asked in the end "
-    "stands in one or two of them. A few words are enough for an answer."
-)
 
 
 def reading_example(
@@ -70,13 +65,17 @@ def reading_example(
     for pair in islice(pairs, num_others):
         told += _told(pair, titled, rng)
     told.sort()
-    heading, seed = rng.choice(HEADINGS), rng.getrandbits(64)
+    worded = templates("train")["reading"]
+    heading, introduction = rng.choice(worded["headings"]), rng.choice(worded["introductions"])
+    seed = rng.getrandbits(64)
     prose = Stream(_pieces(tokenizer, corpus, length, random.Random(seed)))
 
     def around(num_words: int) -> Conversation:
         texts = placed_among(_first_words(prose, num_words), told)
-        numbered = (f"{heading.format(number)}\n{text}" for number, text in enumerate(texts, 1))
-        return conversation_tokens(tokenizer, "\n\n".join([INTRODUCTION, *numbered]), [question])
+        numbered = (
+            f"{fill(heading, number=number)}\n{text}" for number, text in enumerate(texts, 1)
+        )
+        return conversation_tokens(tokenizer, "\n\n".join([introduction, *numbered]), [question])
 
     return fit_units(length, around, f"A question about {len(told)} paragraphs amid prose")
 
@@ -87,7 +86,13 @@ def _question(first: Subject, second: Subject, rng: random.Random) -> Question:
     subject = second if two_hops else first
     name = first.paraphrase_of_other() if two_hops else first.name
     fact, value = rng.choice(subject.facts)
-    return Question(fact.question.format(name=name), "The texts say:", f" {value}")
+    worded = templates("train")["reading"]
+    return pose(
+        rng.choice(worded["questions"]),
+        rng.choice(worded["openings"]),
+        value,
+        question=fact.question.format(name=name),
+    )
 
 
 def _told(

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rtpurbo.data.needles import RetrievalExample
-from rtpurbo.data.prompts import Question, conversation_tokens, fit_prose, hide
+from rtpurbo.data.prompts import conversation_tokens, fit_prose, hide
 from rtpurbo.data.texts import Prose
-from rtpurbo.data.words import Split
+from rtpurbo.data.wordings import ChainWording, pick
+from rtpurbo.data.words import Split, words_of
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 NAME_LENGTH = 5
 
-INTRODUCTION = "Memorize and track the chains of variable assignments hidden in the following text."
+VALUE_DIGITS = {"train": (4, 5, 6), "test": (5,)}
+"""The possible lengths of a value; those of one sequence are equally long."""
 
 
 @dataclass(frozen=True)
@@ -29,43 +31,40 @@ class Chain:
     value: str
     names: tuple[str, ...]
 
-    def assignments(self) -> Iterator[str]:
+    def assignments(self, wording: ChainWording) -> Iterator[str]:
         """A sentence for each variable, in an order in which they can be followed."""
-        yield f"VAR {self.names[0]} = {self.value}."
+        yield wording.assign(self.names[0], self.value)
         for name, before in zip(self.names[1:], self.names, strict=False):
-            yield f"VAR {name} = VAR {before}."
-
-    def question(self) -> Question:
-        """Asks for all variables that hold the value."""
-        return Question(
-            f"Find all variables that are assigned the value {self.value} in the text above.",
-            "According to the chains of variable assignments in the text above, "
-            f"{len(self.names)} variables are assigned the value {self.value}, they are:",
-            f" {' '.join(self.names)}",
-        )
+            yield wording.copy(name, before)
 
 
 def draw_chains(rng: random.Random, num_chains: int, num_hops: int, split: Split) -> list[Chain]:
     """Chains that share neither names nor values; the two splits share no name."""
     if num_chains < 1 or num_hops < 0:
         raise RTPurboError("Variable tracking needs at least one chain and no fewer than 0 hops.")
+    style = rng.choice(_TRAINING_NAMES) if split == "train" else _capitals
     names: list[str] = []
     while len(names) < num_chains * (num_hops + 1):
-        name = "".join(rng.choices(string.ascii_uppercase, k=NAME_LENGTH))
-        if name not in names and _split_of(name) == split:
+        name = style(rng)
+        # Where one contained another, an assignment could be found inside another one.
+        is_apart = not any(other in name or name in other for other in names)
+        if is_apart and (style is not _capitals or _split_of(name) == split):
             names.append(name)
-    values = rng.sample(range(10_000, 100_000), num_chains)
+    digits = pick(VALUE_DIGITS[split], rng)
+    values = rng.sample(range(10 ** (digits - 1), 10**digits), num_chains)
     return [
         Chain(str(value), tuple(names[number::num_chains])) for number, value in enumerate(values)
     ]
 
 
-def scatter(rng: random.Random, chains: Sequence[Chain]) -> list[tuple[float, str]]:
+def scatter(
+    rng: random.Random, chains: Sequence[Chain], wording: ChainWording
+) -> list[tuple[float, str]]:
     """The assignments at random depths, those of a chain in their order, as `hide` takes them."""
     placed: list[tuple[float, str]] = []
     for chain in chains:
         depths = sorted(rng.random() for _ in chain.names)
-        placed += zip(depths, chain.assignments(), strict=True)
+        placed += zip(depths, chain.assignments(wording), strict=True)
     return sorted(placed)
 
 
@@ -78,7 +77,9 @@ def make_variable_example(
     num_chains: int = 1,
     split: Split = "test",
 ) -> RetrievalExample:
-    """Hides chains of assignments in prose and asks which variables hold the value of one, as RULER does.
+    """Hides chains of assignments in prose and asks which variables hold the value of one.
+
+    The test split is worded as RULER is, the training split in one of many other ways.
 
     Args:
         tokenizer: turns the text into tokens; its chat template is used if it has one.
@@ -88,26 +89,59 @@ def make_variable_example(
         rng: the source of all randomness.
         num_hops: assignments from variable to variable in a chain.
         num_chains: chains in the text; all but one distract.
-        split: which names to draw from.
+        split: whose names and wordings to draw from.
 
     Raises:
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
     """
+    wording = ChainWording.draw(rng, split)
     chains = draw_chains(rng, num_chains, num_hops, split)
-    hidden = scatter(rng, chains)
+    hidden = scatter(rng, chains, wording)
+    introduction = wording.introduce(rng)
+    question = wording.ask(rng, chains[0].value, chains[0].names)
     conversation = fit_prose(
         tokenizer,
         corpus,
         length,
         rng,
         lambda prose: conversation_tokens(
-            tokenizer, f"{INTRODUCTION}\n\n{hide(prose, hidden)}", [chains[0].question()]
+            tokenizer,
+            f"{introduction}\n\n{hide(prose, hidden, on_lines=wording.is_record)}",
+            [question],
         ),
         f"An example with {num_chains} chain(s) of variables",
     )
     return RetrievalExample.of(conversation, list(chains[0].names), "variable_tracking")
 
 
+def _capitals(rng: random.Random) -> str:
+    return "".join(rng.choices(string.ascii_uppercase, k=NAME_LENGTH))
+
+
+def _letters(rng: random.Random) -> str:
+    return "".join(rng.choices(string.ascii_lowercase, k=6))
+
+
+def _indexed(rng: random.Random) -> str:
+    return f"{rng.choice(string.ascii_lowercase)}_{rng.randrange(10, 100)}"
+
+
+def _register(rng: random.Random) -> str:
+    return f"reg{rng.randrange(100, 1000)}"
+
+
+def _noun(rng: random.Random) -> str:
+    return f"{rng.choice(words_of('train')[1])}_{rng.randrange(10, 100)}"
+
+
+def _camel_case(rng: random.Random) -> str:
+    adjectives, nouns = words_of("train")
+    return f"{rng.choice(adjectives)}{rng.choice(nouns).capitalize()}"
+
+
+_TRAINING_NAMES = (_capitals, _letters, _indexed, _register, _noun, _camel_case)
+
+
 def _split_of(name: str) -> Split:
-    """Half of all names belong to each split."""
+    """Half of all names of capitals belong to each split."""
     return "train" if sum(map(ord, name)) % 2 == 0 else "test"

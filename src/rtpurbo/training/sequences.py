@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +15,11 @@ from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.reading import reading_example
 from rtpurbo.data.texts import Prose, begin_ids
 from rtpurbo.data.variables import make_variable_example
+from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import SequenceSettings
+
+if TYPE_CHECKING:
+    from rtpurbo.training.pools import Pools
 
 TOKENS_PER_NEEDLE = 128
 TOKENS_PER_CHAIN = 512
@@ -48,6 +54,13 @@ class TrainingMix:
             once.
         counting_share: share of sequences that ask which words of a list or a text come up most often.
         reading_share: share of sequences that ask a plain question about one or two of many paragraphs.
+        document_share: share of sequences from the pool of documents.
+        conversation_share: share of sequences from the pool of conversations; these have lengths of
+            their own, most of them short.
+        pools: sequences that the model wrote; each pool is used up before any of it comes again.
+
+    Raises:
+        RTPurboError: a pool with a share is empty.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -61,6 +74,17 @@ class TrainingMix:
     haystack_share: float = 0.0
     counting_share: float = 0.0
     reading_share: float = 0.0
+    document_share: float = 0.0
+    conversation_share: float = 0.0
+    pools: Pools | None = None
+
+    def __post_init__(self) -> None:
+        for share, name in self._pooled():
+            if share and not self._pool(name):
+                raise RTPurboError(
+                    f"the training mix has a share of {name} that the model writes, but none are "
+                    f"written: write them before training, or set {name[:-1]}_share to 0."
+                )
 
     @classmethod
     def of(
@@ -70,6 +94,7 @@ class TrainingMix:
         corpus: Prose,
         seed: int,
         purpose: str,
+        pools: Pools | None = None,
     ) -> TrainingMix:
         """The mix that a stage's settings ask for."""
         return cls(
@@ -78,6 +103,7 @@ class TrainingMix:
             settings.lengths,
             seed=seed,
             purpose=purpose,
+            pools=pools,
             **settings.shares(),
         )
 
@@ -85,8 +111,7 @@ class TrainingMix:
         """Sequence `number` of this mix; without any share left for a task, it is prose."""
         rng = random.Random(f"{self.purpose}-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
-        # Multiples of the golden ratio spread the kinds evenly over a short run, over every length.
-        place = (number + 1) * GOLDEN_RATIO % 1
+        place, begin = _place(number), 0.0
         for share, draw in (
             (self.needle_share, self._needles),
             (self.variable_share, self._variables),
@@ -95,12 +120,25 @@ class TrainingMix:
             (self.counting_share, self._counting),
             (self.reading_share, self._reading),
         ):
-            if place < share:
+            if place < begin + share:
                 return draw(length, rng)
-            place -= share
+            begin += share
+        for share, name in self._pooled():
+            if place < begin + share:
+                pool = self._pool(name)
+                earlier = sum(begin <= _place(each) < begin + share for each in range(number))
+                return pool[earlier % len(pool)]
+            begin += share
         start = begin_ids(self.tokenizer)
         prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
         return TrainingSequence([*start, *prose])
+
+    def _pooled(self) -> tuple[tuple[float, str], ...]:
+        """The shares of the pools, by the names of these."""
+        return (self.document_share, "documents"), (self.conversation_share, "conversations")
+
+    def _pool(self, name: str) -> Sequence[TrainingSequence]:
+        return getattr(self.pools, name, ())
 
     def _needles(self, length: int, rng: random.Random) -> TrainingSequence:
         # Needles must not crowd out the prose that they hide in.
@@ -150,6 +188,11 @@ class TrainingMix:
 
     def _reading(self, length: int, rng: random.Random) -> TrainingSequence:
         return _with_answer(reading_example(self.tokenizer, self.corpus, length, rng))
+
+
+def _place(number: int) -> float:
+    """A place from 0 to 1: multiples of the golden ratio spread kinds evenly over a short run and every length."""
+    return (number + 1) * GOLDEN_RATIO % 1
 
 
 def _with_answer(conversation: Conversation) -> TrainingSequence:

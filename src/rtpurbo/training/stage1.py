@@ -24,6 +24,7 @@ from rtpurbo.training.layerwise import train_as_layers_pass
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
 from rtpurbo.training.packing import choose_rows
+from rtpurbo.training.pools import Pools
 from rtpurbo.training.probe import Probe
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from rtpurbo.training.sharding import is_divided, shard
@@ -53,6 +54,7 @@ def train_indexers(
     checkpoint: Checkpoint | None = None,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
+    pools: Pools | None = None,
 ) -> dict[str, Any]:
     """Trains every indexer of a sparse model by forward KL, all retrieval heads of all layers at once.
 
@@ -74,6 +76,7 @@ def train_indexers(
         checkpoint: where to continue from and save to.
         progress: told after each step.
         processes: who trains; each takes its share of every step's sequences.
+        pools: sequences that the dense model wrote, for `document_share`; some of them are held out.
 
     Returns:
         The last probe's figures: recall, tokens, oracle_tokens and divergence, each a mean over
@@ -98,10 +101,11 @@ def train_indexers(
         for name, weight in module.indexer.named_parameters()
     }
 
-    mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, stage)
+    written, unseen_written = (pools or Pools()).split()
+    mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, stage, written)
     per_step = settings.sequences_per_step or processes.count
     source = SequenceSource(mix, corpus, per_step, processes)
-    probe_mix = replace(mix, corpus=held_out, purpose=f"{stage}-probe")
+    probe_mix = replace(mix, corpus=held_out, purpose=f"{stage}-probe", pools=unseen_written)
     probe = Probe(
         model,
         [probe_mix.sequence(number) for number in range(settings.probe_sequences)],

@@ -19,6 +19,7 @@ from rtpurbo.training.failure import SequenceResult
 from rtpurbo.training.labels import label_states
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
+from rtpurbo.training.pools import Pools
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from rtpurbo.training.share import HeldOut, draw_held_out, losses_by_share
 from rtpurbo.training.source import SequenceSource, Texts, random_access
@@ -43,6 +44,7 @@ def distill(
     checkpoint: Checkpoint | None = None,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
+    pools: Pools | None = None,
 ) -> dict[str, Any]:
     """Trains the sparse model against itself run dense, and writes the weights of stage 2 into `output_dir`.
 
@@ -62,17 +64,21 @@ def distill(
         checkpoint: where to continue from and save to.
         progress: told after each step.
         processes: who trains; each takes its share of every step's sequences, and the main one writes.
+        pools: sequences that the dense model wrote, for `conversation_share` and `document_share`; some of
+            them are held out.
 
     Returns:
         What was found out about a share that was left open: `share`, and `losses_by_share`; else nothing.
 
     Raises:
-        RTPurboError: sequences do not fit the model's context, or a loss or gradient is not finite.
+        RTPurboError: sequences do not fit the model's context, a pool is missing, or a loss or gradient is not
+            finite.
         StoppedBySignalError: a signal came; a checkpoint was saved.
     """
     settings = settings or DistillationSettings()
     check_context("sequences", max(settings.lengths), model.config.max_position_embeddings)
-    mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, "stage2")
+    written, unseen_written = (pools or Pools()).split()
+    mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, "stage2", written)
     per_step = settings.sequences_per_step or processes.count
     source = SequenceSource(mix, corpus, per_step, processes)
     targets = TeacherCache(teacher_folder, source, settings, seed)
@@ -82,7 +88,9 @@ def distill(
             progress("teacher", step + 1, settings.steps, {})
         judge: HeldOut = []
         if settings.share is None:
-            unseen = TrainingMix.of(settings, tokenizer, held_out, seed, "stage2-held-out")
+            unseen = TrainingMix.of(
+                settings, tokenizer, held_out, seed, "stage2-held-out", unseen_written
+            )
             judge = draw_held_out(model, unseen, settings)
 
     with (

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from rtpurbo.data.counting import LIST_INTRODUCTION, list_question, numbered, shuffled_list
+from rtpurbo.data.counting import shuffled_list
 from rtpurbo.data.fitting import Stream
+from rtpurbo.data.wordings import CountingWording
 from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
 
 TOKENS_TO_GENERATE = 120
@@ -46,19 +47,22 @@ def draft(request: Request) -> Draft:
     example_common = _apart(words, every)
     example_uncommon = list(islice(words, LONG_EXAMPLE_WORDS if is_long else SHORT_EXAMPLE_WORDS))
     common = _apart(words, every)
+    wording = CountingWording.draw(rng, "test", "lists")
     example = _listed(
+        wording,
         example_common,
         example_uncommon,
         LONG_EXAMPLE if is_long else SHORT_EXAMPLE,
         rng.getrandbits(64),
     )
-    shown, asked = list_question(example_common), list_question(common)
+    shown, asked = wording.ask(example_common), wording.ask(common)
     solved = shown.solved_after(example)
     shuffle_seed = rng.getrandbits(64)
     uncommon = Stream(_uncommon(request, words, common))
     return Draft(
         text=lambda size: (
-            f"{solved}\n\n\n{_listed(common, uncommon.first(size), frequencies, shuffle_seed)}"
+            f"{solved}\n\n\n"
+            f"{_listed(wording, common, uncommon.first(size), frequencies, shuffle_seed)}"
         ),
         question=asked.question,
         opening=asked.opening,
@@ -80,7 +84,11 @@ def _uncommon(request: Request, words: Iterator[str], common: Sequence[str]) -> 
 
 
 def _listed(
-    common: Sequence[str], uncommon: Sequence[str], frequencies: Frequencies, seed: int
+    wording: CountingWording,
+    common: Sequence[str],
+    uncommon: Sequence[str],
+    frequencies: Frequencies,
+    seed: int,
 ) -> str:
     entries = shuffled_list(common, uncommon, frequencies.common, frequencies.uncommon, seed)
-    return f"{LIST_INTRODUCTION}\n\n{numbered(entries)}"
+    return wording.text(entries, NUM_COMMON)

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from itertools import islice
 
-from rtpurbo.data.counting import (
-    code_introduction,
-    code_question,
-    code_text,
-    code_words,
-    smallest_code_text,
-)
+from rtpurbo.data.counting import code_text, code_words, smallest_code_text
+from rtpurbo.data.wordings import CountingWording
 from rtpurbo.evaluation.ruler.draft import Draft, Request
 
 TOKENS_TO_GENERATE = 50
@@ -30,10 +25,10 @@ def draft(request: Request) -> Draft:
     num_words = max(LEAST_VOCABULARY, room // TOKENS_TO_A_WORD) - 1
     ranked = list(islice(code_words(rng), num_words))
     frequent = ranked[:NUM_FREQUENT]
-    asked = code_question(frequent)
-    introduction = code_introduction(NUM_FREQUENT)
+    wording = CountingWording.draw(rng, "test", "code_words")
+    asked = wording.ask(frequent)
     return Draft(
-        lambda size: f"{introduction}\n\n{code_text(ranked, size, ALPHA, shuffle_seed)}",
+        lambda size: wording.text(code_text(ranked, size, ALPHA, shuffle_seed), NUM_FREQUENT),
         asked.question,
         asked.opening,
         tuple(frequent),

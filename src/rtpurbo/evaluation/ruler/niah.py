@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rtpurbo.data.fitting import Stream
-from rtpurbo.data.needles import listed, needle_question, needle_sentence, random_values
+from rtpurbo.data.needles import random_values
 from rtpurbo.data.prompts import hide, hide_among_lines
+from rtpurbo.data.wordings import NeedleWording
 from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
 from rtpurbo.evaluation.ruler.noise import noise_lines
 
@@ -44,19 +45,18 @@ class NeedleTask:
     def draft(self, request: Request) -> Draft:
         """Draws keys, values and depths."""
         rng, kind = request.rng, self.values.removesuffix("s")
+        wording = NeedleWording.draw(rng, "test", kind)
         keys, values = self._keys(request), random_values(rng, kind)
         held = {
             next(keys): [next(values) for _ in range(self.num_values)] for _ in range(self.num_keys)
         }
         asked = list(held)[: self.num_queries]
         answers = [value for key in asked for value in held[key]]
-        sentences = [needle_sentence(key, value, kind) for key in held for value in held[key]]
+        sentences = [wording.state(key, value) for key in held for value in held[key]]
         rng.shuffle(sentences)
         hidden = list(zip(sorted(rng.sample(DEPTHS, len(sentences))), sentences, strict=True))
         # Keys and values that distract go on drawing from here; nothing else does.
-        distractors = Stream(
-            needle_sentence(*pair, kind) for pair in zip(keys, values, strict=True)
-        )
+        distractors = Stream(wording.state(*pair) for pair in zip(keys, values, strict=True))
         prose = Stream(request.materials.prose(offshoot(rng)))
 
         def haystack(size: int) -> str:
@@ -65,7 +65,8 @@ class NeedleTask:
             lines = noise_lines(size) if self.haystack == "noise" else distractors.first(size)
             return hide_among_lines(lines, hidden)
 
-        introduction, question = needle_question(listed(asked), answers, kind)
+        introduction = wording.introduce(rng, len(answers))
+        question = wording.ask(rng, asked, answers)
         return Draft(
             text=lambda size: f"{introduction}\n\n{haystack(size)}",
             question=question.question,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rtpurbo.data.prompts import hide_among_lines
-from rtpurbo.data.variables import INTRODUCTION, draw_chains, scatter
+from rtpurbo.data.variables import draw_chains, scatter
+from rtpurbo.data.wordings import ChainWording
 from rtpurbo.evaluation.ruler.draft import Draft, Request
 from rtpurbo.evaluation.ruler.noise import noise_lines
 
@@ -18,13 +19,17 @@ SMALLEST = 40
 def draft(request: Request) -> Draft:
     """Draws a chain to ask for, and another one for the worked example before it."""
     rng = request.rng
+    wording = ChainWording.draw(rng, "test")
+    introduction = wording.introduce(rng)
     *chains, shown = draw_chains(rng, NUM_CHAINS + 1, NUM_HOPS, "test")
-    question = chains[0].question()
-    hidden = scatter(rng, chains)
-    example = _tracked(scatter(rng, [shown]), EXAMPLE_SENTENCES)
-    solved = shown.question().solved_after(example)
+    question, solution = (
+        wording.ask(rng, chain.value, chain.names) for chain in (chains[0], shown)
+    )
+    hidden = scatter(rng, chains, wording)
+    example = _tracked(introduction, scatter(rng, [shown], wording), EXAMPLE_SENTENCES)
+    solved = solution.solved_after(example)
     return Draft(
-        text=lambda size: f"{solved}\n\n\n{_tracked(hidden, size)}",
+        text=lambda size: f"{solved}\n\n\n{_tracked(introduction, hidden, size)}",
         question=question.question,
         opening=question.opening,
         answers=chains[0].names,
@@ -32,5 +37,5 @@ def draft(request: Request) -> Draft:
     )
 
 
-def _tracked(hidden: list[tuple[float, str]], num_sentences: int) -> str:
-    return f"{INTRODUCTION}\n\n{hide_among_lines(noise_lines(num_sentences), hidden)}"
+def _tracked(introduction: str, hidden: list[tuple[float, str]], num_sentences: int) -> str:
+    return f"{introduction}\n\n{hide_among_lines(noise_lines(num_sentences), hidden)}"

@@ -1,0 +1,219 @@
+"""Conversations in which a model writes both sides, to be trained on as it speaks."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rtpurbo.data.texts import begin_ids, encode
+from rtpurbo.data.wordings import templates
+from rtpurbo.errors import RTPurboError
+from rtpurbo.settings import Progress, no_progress
+from rtpurbo.training.generation import GREEDY, Sampling, generate_tokens
+from rtpurbo.training.sequences import TrainingSequence
+from rtpurbo.training.turns import UserTurn
+
+USER_SAMPLING = Sampling(1.0, 0.95)
+ANSWER_SAMPLING = Sampling(0.7, 0.95)
+
+OPENED_SHARE = 0.5
+"""Share of user turns that begin with given words, of a random kind such as code or translation."""
+
+MAX_ROUNDS = 6
+"""Rounds of sampling after which fewer conversations than asked for are returned."""
+
+MIN_DISTINCT = 0.5
+"""Least share of distinct word trigrams in a user turn; below, it repeats itself."""
+
+
+def write_conversations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    max_user_tokens: int = 192,
+    max_answer_tokens: int = 384,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+) -> list[TrainingSequence]:
+    """Samples user turns after the chat template's user header, then the model's own answers.
+
+    Half of the user turns begin with a few given words of a random kind. Half of the answers are
+    greedy, the others sampled; each ends with its end-of-turn token unless it is too long. For a
+    tokenizer without a chat template, free text is sampled instead.
+
+    Args:
+        model: dense, before it is made sparse: generation needs a cache, which `running_dense` has not.
+        tokenizer: the model's.
+        count: conversations to write; there may be fewer if the model repeats itself.
+        max_user_tokens: the most tokens of a user turn.
+        max_answer_tokens: the most tokens of an answer, and of free text.
+        seed: of everything; the same one gives the same conversations on a CPU.
+        batch_size: prompts generated from at once.
+        progress: called as ("conversations", written, count, {}) after each batch.
+
+    Raises:
+        RTPurboError: the chat template does not take a user message, or no turn of a user is usable.
+    """
+    rng = random.Random(f"conversations-{seed}")
+    if tokenizer.chat_template:
+        turn = UserTurn.of(tokenizer)
+        said = _user_turns(
+            model, tokenizer, turn, count, max_user_tokens, rng, batch_size, progress
+        )
+        prompts = [encode(tokenizer, f"{turn.before}{text}{turn.after}") for text in said]
+    else:
+        prompts = [_beginning_of_text(tokenizer, rng) for _ in range(count)]
+    return write_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_answer_tokens,
+        ANSWER_SAMPLING if tokenizer.chat_template else USER_SAMPLING,
+        rng,
+        batch_size=batch_size,
+        stage="conversations",
+        progress=progress,
+    )
+
+
+def write_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_answer_tokens: int,
+    sampling: Sampling,
+    rng: random.Random,
+    *,
+    batch_size: int,
+    stage: str,
+    progress: Progress,
+) -> list[TrainingSequence]:
+    """The model's own answers to prompts, every second batch greedy.
+
+    Prompts are batched by length, so that little or no padding is needed.
+
+    Args:
+        model: dense.
+        tokenizer: the model's.
+        prompts: tokens up to where an answer begins.
+        max_answer_tokens: the most tokens of an answer.
+        sampling: of the batches that are not greedy.
+        rng: gives each batch its seed.
+        batch_size: prompts generated from at once.
+        stage: name for `progress`.
+        progress: called as (stage, answered, prompts, {}) after each batch.
+
+    Returns:
+        Prompts with their answers, in the order of the prompts.
+    """
+    written: dict[int, TrainingSequence] = {}
+    # Random halves, so that both have prompts of all kinds and lengths.
+    halves = list(range(len(prompts)))
+    rng.shuffle(halves)
+    middle = len(halves) // 2
+    for numbers, chosen in ((halves[:middle], GREEDY), (halves[middle:], sampling)):
+        numbers = sorted(numbers, key=lambda number: (len(prompts[number]), number))
+        for first in range(0, len(numbers), batch_size):
+            batch = numbers[first : first + batch_size]
+            answers = generate_tokens(
+                model,
+                tokenizer,
+                [prompts[number] for number in batch],
+                max_answer_tokens,
+                chosen,
+                seed=rng.getrandbits(31),
+            )
+            for number, answer in zip(batch, answers, strict=True):
+                written[number] = TrainingSequence([*prompts[number], *answer], len(answer))
+            progress(stage, len(written), len(prompts), {})
+    return [written[number] for number in sorted(written)]
+
+
+def _user_turns(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    turn: UserTurn,
+    count: int,
+    max_tokens: int,
+    rng: random.Random,
+    batch_size: int,
+    progress: Progress,
+) -> list[str]:
+    """Different user turns that are neither empty nor repetitive.
+
+    Raises:
+        RTPurboError: there is none.
+    """
+    stops, header = turn.stop_tokens(tokenizer), encode(tokenizer, turn.before)
+    kinds = templates("train")["user_turns"]
+    said: dict[str, str] = {}
+    most_batches = MAX_ROUNDS * -(-count // batch_size)
+    for _ in range(most_batches):
+        if len(said) >= count:
+            break
+        openings = [
+            rng.choice(kinds[rng.choice(sorted(kinds))]) if rng.random() < OPENED_SHARE else ""
+            for _ in range(min(batch_size, count))
+        ]
+        prompts = [
+            encode(tokenizer, turn.before + opening) if opening else header for opening in openings
+        ]
+        batch = generate_tokens(
+            model,
+            tokenizer,
+            prompts,
+            max_tokens,
+            USER_SAMPLING,
+            seed=rng.getrandbits(31),
+            stops=stops,
+        )
+        for opening, token_ids in zip(openings, batch, strict=True):
+            has_ended = token_ids[-1] in stops or len(token_ids) < max_tokens
+            # Decoded together: alone, some tokenizers drop the space before the first word.
+            text = tokenizer.decode(
+                [*encode(tokenizer, opening), *token_ids],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+            text = turn.words_of(str(text))
+            if not has_ended:
+                text = _up_to_sentence_end(text)
+            if is_usable(text, opening):
+                said.setdefault(" ".join(text.lower().split()), text)
+        progress("user turns", min(len(said), count), count, {})
+    if not said:
+        raise RTPurboError(
+            "the model writes no usable user turn after its chat template's header: train without "
+            "conversations (conversation_share=0)."
+        )
+    return list(said.values())[:count]
+
+
+def is_usable(text: str, opening: str = "") -> bool:
+    """Whether a sampled user turn says something beyond its opening and does not repeat itself."""
+    words = text.split()
+    if len(text) <= len(opening.strip()) or not re.search(r"\w", text):
+        return False
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    return len(set(trigrams)) >= MIN_DISTINCT * len(trigrams)
+
+
+def _up_to_sentence_end(text: str) -> str:
+    """Text that was cut off, up to the last end of a sentence or line in its second half."""
+    ends = [match.end() for match in re.finditer(r"[.!?\u3002\uff01\uff1f](?=\s)|(?=\n)", text)]
+    return text[: ends[-1]] if ends and ends[-1] > len(text) / 2 else text
+
+
+def _beginning_of_text(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[int]:
+    """The begin token, if there is one, and often a few words of a text."""
+    start = begin_ids(tokenizer)
+    options = templates("train")["openings_of_text"]
+    opening = encode(tokenizer, rng.choice(options))
+    while not start and not opening:
+        opening = encode(tokenizer, rng.choice(options))
+    return [*start, *opening]

@@ -1,0 +1,107 @@
+"""Batched generation of token sequences with a dense model, for training data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rtpurbo.models.text import stop_tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The way in which tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: probability mass that is sampled from.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+
+
+GREEDY = Sampling(0.0)
+
+
+def generate_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int,
+    stops: Sequence[int] = (),
+) -> list[list[int]]:
+    """Continuations of a batch of prompts.
+
+    A batch that does not fit the GPU's memory is halved.
+
+    Args:
+        model: dense; a sparse model inside `running_dense` has no cache to generate with.
+        tokenizer: the model's.
+        prompts: of at least one token each; those of equal length need no padding and no mask.
+        max_new_tokens: the most tokens of a continuation.
+        sampling: temperature and top-p.
+        seed: of the sampling; the global random state is left as it was.
+        stops: tokens that end a continuation, besides those of the model and the tokenizer.
+
+    Returns:
+        The new tokens of each prompt, the first stop token included.
+    """
+    ends = {*stop_tokens(model, tokenizer), *stops}
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = min(ends, default=0)
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), padding)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, longest - len(prompt) :] = 1
+    choice = (
+        {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.temperature
+        else {"do_sample": False, "temperature": None, "top_p": None}
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            output = model.generate(
+                input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=padding,
+                # The distribution that the model is trained towards has neither.
+                top_k=0 if sampling.temperature else None,
+                repetition_penalty=1.0,
+                **choice,
+            )
+    except torch.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise
+    else:
+        return [_up_to_stop(row, ends) for row in output[:, longest:].tolist()]
+    half = len(prompts) // 2
+    parts = (prompts[:half], prompts[half:])
+    return [
+        written
+        for number, part in enumerate(parts)
+        for written in generate_tokens(
+            model, tokenizer, part, max_new_tokens, sampling, seed=2 * seed + number, stops=stops
+        )
+    ]
+
+
+def _up_to_stop(token_ids: list[int], ends: set[int]) -> list[int]:
+    """Tokens up to the first that ends them, which is kept; padding follows it."""
+    for index, token_id in enumerate(token_ids):
+        if token_id in ends:
+            return token_ids[: index + 1]
+    return token_ids

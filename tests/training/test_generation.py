@@ -1,0 +1,68 @@
+"""Generation in batches."""
+
+import pytest
+import torch
+
+from rtpurbo.training.generation import GREEDY, Sampling, generate_tokens
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+PROMPTS = [[5, 6, 7], [9, 10], [11, 12, 13, 14, 15]]
+
+
+def writer():
+    """A model with the tiny tokenizer's vocabulary."""
+    return tiny_model("llama", vocab_size=len(tiny_tokenizer()))
+
+
+def written(sampling, prompts=PROMPTS, model=None, **options):
+    options = {"seed": 0, **options}
+    return generate_tokens(model or writer(), tiny_tokenizer(), prompts, 12, sampling, **options)
+
+
+def test_greedy_tokens_are_the_most_likely_ones_in_any_batch():
+    model = writer()
+    together = written(GREEDY, model=model)
+    assert together == [written(GREEDY, [prompt], model)[0] for prompt in PROMPTS]
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *found]])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == found
+
+
+def test_samples_depend_on_the_seed_and_leave_the_random_state():
+    sampling = Sampling(1.0, 0.95)
+    before = torch.get_rng_state()
+    assert written(sampling) == written(sampling)
+    assert written(sampling) != written(sampling, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tokens_end_with_the_first_stop():
+    free = written(GREEDY)
+    stop = free[0][4]
+    found = written(GREEDY, stops=[stop])
+    assert found[0] == free[0][: free[0].index(stop) + 1]
+    for each, whole in zip(found, free, strict=True):
+        assert each == (whole[: whole.index(stop) + 1] if stop in whole else whole)
+
+
+def test_a_batch_that_is_too_large_is_halved(monkeypatch):
+    model = writer()
+    whole, sizes = written(GREEDY, model=model), []
+    generate = model.generate
+
+    def limited(input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("too large")
+        return generate(input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", limited)
+    assert written(GREEDY, model=model) == whole
+    assert sizes == [3, 1, 2, 1, 1]
+    monkeypatch.setattr(
+        model, "generate", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError)
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        written(GREEDY, model=model)
