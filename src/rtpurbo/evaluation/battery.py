@@ -12,6 +12,9 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.evaluation.cells import HARNESS, Cell
 from rtpurbo.evaluation.needle import needle_accuracy
 from rtpurbo.evaluation.perplexity import prose_perplexity
+from rtpurbo.evaluation.questions import babilong
+from rtpurbo.evaluation.questions.bank import QuestionBank
+from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.samples import Outcome
 from rtpurbo.settings import Progress
@@ -27,14 +30,23 @@ class Battery:
     Attributes:
         corpus: prose.
         ruler: RULER's tests.
+        babilong: those of BABILong; without its questions, it has no tasks.
+        questions: the suites whose questions have their own length.
         harness: those of LM Evaluation Harness; None if no cell asks for them.
         seed: of all tests.
     """
 
     corpus: TextCorpus
     ruler: RulerSuite
+    babilong: RulerSuite
+    questions: QuestionBank
     harness: Harness | None = None
     seed: int = 0
+
+    @property
+    def _filled(self) -> dict[str, RulerSuite]:
+        """Suites whose prompts are filled to a length, by name."""
+        return {"ruler": self.ruler, babilong.SUITE: self.babilong}
 
     def prepare(
         self,
@@ -57,7 +69,7 @@ class Battery:
         Raises:
             RTPurboError: a task is unknown, its data cannot be had, or it does not fit its length.
         """
-        long = [cell for cell in cells if cell.suite in ("ruler", HARNESS)]
+        long = [cell for cell in cells if cell.suite in (*self._filled, *SHORT, HARNESS)]
         ready: dict[Cell, list[Cell]] = {}
         for cell in cells:
             if cell in long:
@@ -66,8 +78,11 @@ class Battery:
                 assert self.harness is not None
                 ready[cell] = self.harness.prepare(tokenizer, cell, context_length)
                 continue
-            if cell.suite == "ruler":
-                self.ruler.examples(tokenizer, cell.task, cell.context_length, cell.samples)
+            if cell.suite in self._filled:
+                suite = self._filled[cell.suite]
+                suite.examples(tokenizer, cell.task, cell.context_length, cell.samples)
+            elif cell.suite in SHORT:
+                self.questions.prepare(tokenizer, cell.suite, cell.samples, context_length)
             ready[cell] = [cell]
         if long:
             progress("prompts", len(long), len(long), {})
@@ -85,8 +100,11 @@ class Battery:
         if cell.suite == HARNESS:
             assert self.harness is not None
             return self.harness.run(model, tokenizer, cell, after_sample)
-        if cell.suite == "ruler":
-            return [self.ruler.run(model, tokenizer, cell.task, length, samples, after_sample)]
+        if cell.suite in self._filled:
+            suite = self._filled[cell.suite]
+            return [suite.run(model, tokenizer, cell.task, length, samples, after_sample)]
+        if cell.suite in SHORT:
+            return [self.questions.run(model, tokenizer, cell.suite, samples, after_sample)]
         if cell.suite == "needle":
             return [
                 needle_accuracy(

@@ -100,7 +100,9 @@ class Examiner:
             with metering(model, self.source.config.head_map, ended) as meter:
                 outcomes = self.battery.run(test, model, tokenizer, after_sample)
             reads = meter.reads()
-            kv_bytes = policy.kv_bytes(model, self.cache_length or test.context_length)
+            # Questions with lengths of their own have no cache size in common.
+            length = self.cache_length or test.context_length
+            kv_bytes = policy.kv_bytes(model, length) if length else None
             place = (test.suite, test.task, test.context_length, name)
             records = [
                 Record(

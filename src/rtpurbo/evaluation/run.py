@@ -14,9 +14,18 @@ from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.assignment import Assignment
 from rtpurbo.evaluation.budgets import budget_of, has_budget
-from rtpurbo.evaluation.cells import DEFAULT_SUITES, HARNESS, Cell, check_name, choose_cells
+from rtpurbo.evaluation.cells import (
+    DEFAULT_SUITES,
+    HARNESS,
+    Cell,
+    check_name,
+    choose_cells,
+    suite_of,
+)
 from rtpurbo.evaluation.examiner import Examiner, Taken
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
+from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
+from rtpurbo.evaluation.questions.suites import QuestionData, check_opt_in
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.samples import SampleRecord
@@ -46,6 +55,7 @@ def evaluate(
     hotpotqa: str | Path | None = None,
     task_data: Mapping[str, str | Path] | None = None,
     max_new_tokens: int | None = None,
+    run_code: bool = False,
     processes: int = 1,
     results: ResultsFile | None = None,
     keep_sample: Callable[[SampleRecord], None] = lambda sample: None,
@@ -61,7 +71,8 @@ def evaluate(
         lengths: tokens of a test, for all suites or by the suite's name. Tasks of lm-eval have the
             model's context, unless lengths are named for them; RULER's among them, which makes
             prompts to measure, needs one.
-        samples: questions or windows of each test; None takes 10, and all that tasks of lm-eval have.
+        samples: questions or windows of each test; None takes 10, and all questions of `gsm8k`,
+            `math`, `mmlu_pro`, `humaneval` and tasks of lm-eval.
         policies: names of `rtpurbo.evaluation.policies.POLICIES`, or `all`. Those that read as much as
             `rtpurbo` on the mean of a suite's tests at a length make it run before them.
         data: prose, as `load_texts` takes it; its held-out part is used.
@@ -72,9 +83,12 @@ def evaluate(
         cache_length: tokens at which the cache is weighed; None takes each test's.
         squad: questions of `ruler:qa_1`, a file in SQuAD's format; None takes the built-in ones.
         hotpotqa: those of `ruler:qa_2`, in HotpotQA's distractor format, likewise.
-        task_data: files for tasks of lm-eval instead of the Hub's, by the task's name; see
-            `rtpurbo.evaluation.harness.local_data`.
-        max_new_tokens: the most that answers to tasks of lm-eval may have; None leaves it to the task.
+        task_data: files with the questions of `gsm8k`, `math`, `mmlu_pro`, `humaneval` and `babilong`,
+            by the suite's name; and files for tasks of lm-eval instead of the Hub's, by the task's
+            name, see `rtpurbo.evaluation.harness.local_data`.
+        max_new_tokens: the most tokens of answers to questions of these suites (but for BABILong) and
+            to tasks of lm-eval; None leaves it to the suite or task.
+        run_code: agree that `humaneval` executes code that the model writes, in a limited process.
         processes: that take tests side by side, on all GPUs there are where `device` names none of
             them. A caller that uses several has its own code under `if __name__ == "__main__"`.
         results: given all that a policy makes of a test as soon as it is there; what one that resumes
@@ -92,13 +106,16 @@ def evaluate(
         StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`; a
             test that was under way is lost, unless its last questions were and there is one process.
     """
-    cells = choose_cells(suites, lengths, samples)
     names = run_order(policies)
+    harness_data, question_data = _split_task_data(suites, task_data or {})
+    questions = QuestionData.read(question_data, seed)
+    cells = choose_cells(suites, lengths, samples, questions.counts())
+    check_opt_in({cell.suite: cell for cell in cells}, run_code)
     if processes < 1:
         raise RTPurboError(f"the number of processes is {processes}, but it must be at least 1.")
     device = resolve_device(device)
     asked = [cell.task for cell in cells if cell.suite == HARNESS]
-    for name in task_data or {}:
+    for name in harness_data:
         if name not in asked:
             raise RTPurboError(
                 f"there is data for the task '{name}' of lm-eval, which is not asked for."
@@ -110,7 +127,8 @@ def evaluate(
         seed=seed,
         squad=squad,
         hotpotqa=hotpotqa,
-        task_data=task_data,
+        task_data=harness_data,
+        question_data=question_data,
         max_new_tokens=max_new_tokens,
         cache_length=cache_length,
     )
@@ -128,6 +146,23 @@ def evaluate(
         with hired(assignment, processes) as workers:
             run.side_by_side(names, workers)
     return run.records(names)
+
+
+def _split_task_data(
+    suites: Sequence[str | Cell], task_data: Mapping[str, str | Path]
+) -> tuple[dict[str, str | Path], dict[str, str | Path]]:
+    """Files for tasks of lm-eval, and files for question suites.
+
+    Both know tasks such as gsm8k. A file goes to the suite unless only lm-eval's task is asked for.
+    """
+    asked = {suite_of(given) for given in suites}
+    questions = {
+        name: path
+        for name, path in task_data.items()
+        if name in QUESTION_SUITES and (name in asked or HARNESS not in asked)
+    }
+    others = {name: path for name, path in task_data.items() if name not in questions}
+    return others, questions
 
 
 def run_order(policies: Sequence[str]) -> list[str]:
