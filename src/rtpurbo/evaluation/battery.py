@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,10 @@ from rtpurbo.settings import Progress
 
 if TYPE_CHECKING:
     from rtpurbo.evaluation.harness.suite import Harness
+
+
+# Fewer leave a GPU idle, as a step takes about as long for many questions as for few.
+QUESTIONS_OF_A_PART = 48
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,17 @@ class Battery:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         after_sample: Callable[[], None],
+        questions: range | None = None,
     ) -> list[Outcome]:
-        """What a model makes of a cell: an outcome for each of its metrics."""
+        """Returns an outcome for each metric of a cell.
+
+        Args:
+            cell: one that was prepared.
+            model: dense or sparse.
+            tokenizer: the model's.
+            after_sample: called after each question or window.
+            questions: consecutive questions of the cell, where `in_parts` has several; None asks all.
+        """
         length, samples = cell.context_length, cell.samples
         if cell.suite == HARNESS:
             assert self.harness is not None
@@ -104,7 +118,8 @@ class Battery:
             suite = self._filled[cell.suite]
             return [suite.run(model, tokenizer, cell.task, length, samples, after_sample)]
         if cell.suite in SHORT:
-            return [self.questions.run(model, tokenizer, cell.suite, samples, after_sample)]
+            asked = range(samples) if questions is None else questions
+            return [self.questions.run(model, tokenizer, cell.suite, asked, after_sample)]
         if cell.suite == "needle":
             return [
                 needle_accuracy(
@@ -123,3 +138,20 @@ class Battery:
                 model, tokenizer, self.corpus, length, samples, self.seed, after_sample
             )
         ]
+
+
+def in_parts(cell: Cell, most: int) -> list[range]:
+    """Divides the questions of a cell, for several processes to share.
+
+    Suites of short questions have one task and many questions, which take long together. Other tests
+    are one part.
+
+    Args:
+        cell: the test.
+        most: the most parts.
+    """
+    if cell.suite not in SHORT:
+        return [range(cell.samples)]
+    parts = max(1, min(most, cell.samples // QUESTIONS_OF_A_PART))
+    bounds = [round(cell.samples * part / parts) for part in range(parts + 1)]
+    return [range(*pair) for pair in pairwise(bounds)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.assignment import Assignment
+from rtpurbo.evaluation.battery import in_parts
 from rtpurbo.evaluation.budgets import budget_of, has_budget
 from rtpurbo.evaluation.cells import (
     DEFAULT_SUITES,
@@ -22,14 +24,15 @@ from rtpurbo.evaluation.cells import (
     choose_cells,
     suite_of,
 )
-from rtpurbo.evaluation.examiner import Examiner, Taken
+from rtpurbo.evaluation.examiner import Examiner
+from rtpurbo.evaluation.parts import Part, Taken, joined
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
 from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
-from rtpurbo.evaluation.questions.suites import QuestionData, check_opt_in
+from rtpurbo.evaluation.questions.suites import SHORT, QuestionData, check_opt_in
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.samples import SampleRecord
-from rtpurbo.evaluation.workers import Job, Workers, hired
+from rtpurbo.evaluation.workers import Finished, Job, Workers, hired
 from rtpurbo.models.artifact import find_artifact
 from rtpurbo.settings import Progress, no_progress
 
@@ -248,16 +251,26 @@ class _Run:
             for name in together:
                 bars[name] = self._bar(name)
                 bars[name].show()
-                # What takes longest does not come last, when nothing is left to do beside it.
-                for cell in sorted(self._missing(name), key=lambda cell: -cell.context_length):
+                for cell in sorted(self._missing(name), key=_order_of_work):
                     done = {test for test in self.results.tests(cell) if self._is_done(test, name)}
-                    jobs.append(Job(name, cell, frozenset(done), read))
+                    job = Job(name, cell, frozenset(done), read)
+                    parts = in_parts(cell, workers.count)
+                    jobs += [replace(job, questions=part) for part in parts] if parts[1:] else [job]
+            unfinished: dict[Job, list[Finished]] = {}
             for finished in workers.do(jobs):
                 self.results.set_tests(finished.job.cell, finished.tests)
                 bar = bars[finished.job.policy]
                 for taken in finished.taken:
                     bar.done += taken.records[0].samples
                     self._keep(bar, taken)
+                if finished.job.questions is not None:
+                    bar.done += len(finished.job.questions)
+                    bar.show()
+                    whole = replace(finished.job, questions=None)
+                    parts_done = unfinished.setdefault(whole, [])
+                    parts_done.append(finished)
+                    if len(parts_done) == len(in_parts(whole.cell, workers.count)):
+                        self._keep(bar, joined(_parts_in_order(unfinished.pop(whole))))
 
     def _missing(self, name: str) -> list[Cell]:
         return [
@@ -295,3 +308,19 @@ class _Run:
         self.results.add(taken.records, taken.samples)
         bar.figures = {str(taken.test): record.score for record in taken.records[-1:]}
         bar.show()
+
+
+def _order_of_work(cell: Cell) -> float:
+    """Sorts cells so that the longest jobs do not come last, with nothing left to run beside them.
+
+    Short questions have the longest answers.
+    """
+    return -math.inf if cell.suite in SHORT else -cell.context_length
+
+
+def _parts_in_order(parts: Sequence[Finished]) -> list[Part]:
+    return [
+        finished.part
+        for finished in sorted(parts, key=lambda each: (each.job.questions or range(1)).start)
+        if finished.part is not None
+    ]

@@ -59,7 +59,7 @@ class QuestionBank:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         suite: str,
-        samples: int,
+        questions: range,
         after_sample: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Greedy answers to the questions of a suite, and their score in percent.
@@ -68,22 +68,24 @@ class QuestionBank:
             model: dense or sparse.
             tokenizer: the model's.
             suite: a name of `SHORT`.
-            samples: the first so many questions are asked.
+            questions: their numbers, at least one.
             after_sample: called after each.
         """
         kind = SHORT[suite]
         limit = self._limit(kind)
-        prompts = self._rendered(tokenizer, suite)[:samples]
-        rows = self.data.shuffled(suite)[:samples]
+        rendered, rows = self._rendered(tokenizer, suite), self.data.shuffled(suite)
         answered: dict[int, Sample] = {}
-        for batch in batches_by_length(model, [len(prompt) + limit for prompt in prompts]):
-            written = continue_tokens(model, tokenizer, [prompts[item] for item in batch], limit)
-            correct = _scores(kind, [rows[item] for item in batch], written)
-            for item, generated, right in zip(batch, written, correct, strict=True):
-                answers = kind.answers(rows[item])
-                answered[item] = Sample.of(prompts[item], answers, generated, 100.0 * right)
+        lengths = [len(rendered[number]) + limit for number in questions]
+        for batch in batches_by_length(model, lengths):
+            numbers = [questions[place] for place in batch]
+            prompts = [rendered[number] for number in numbers]
+            written = continue_tokens(model, tokenizer, prompts, limit)
+            correct = _scores(kind, [rows[number] for number in numbers], written)
+            for number, generated, right in zip(numbers, written, correct, strict=True):
+                answers = kind.answers(rows[number])
+                answered[number] = Sample.of(rendered[number], answers, generated, 100.0 * right)
                 after_sample()
-        return Outcome.of([answered[item] for item in range(len(prompts))])
+        return Outcome.of([answered[number] for number in questions])
 
     def _limit(self, kind: QuestionSuite) -> int:
         return self.max_new_tokens or kind.max_new_tokens
