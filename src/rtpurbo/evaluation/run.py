@@ -34,7 +34,7 @@ from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.evaluation.workers import Finished, Job, Workers, hired
 from rtpurbo.models.artifact import find_artifact
-from rtpurbo.settings import Progress, no_progress
+from rtpurbo.settings import Progress, check_context, no_progress
 
 DEFAULT_LENGTHS = (2048, 4096)
 DEFAULT_POLICIES = ("full", "rtpurbo")
@@ -135,6 +135,9 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         cache_length=cache_length,
     )
+    # Before texts and weights are read.
+    if (context := assignment.source.context_length) is not None:
+        check_context("tests", max(cell.context_length for cell in cells), context)
     battery = assignment.battery()
     if results is None:
         results = ResultsFile()
