@@ -12,6 +12,7 @@ from typing import Any
 from rtpurbo.benchmarks.records import SpeedRecord, read_speed
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
+from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record, read_results
 from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig, find_artifact
 from rtpurbo.training.log import TrainingLog
@@ -176,9 +177,9 @@ def _check_numbers(path: Path, records: Sequence[Any], fields: Sequence[str]) ->
         for name in ("context_length", *fields):
             value = getattr(record, name)
             number = isinstance(value, int | float) and math.isfinite(value)
-            # Questions may have a length of their own, which is recorded as 0.
-            least = 0 if name == "context_length" and hasattr(record, "suite") else 1e-9
-            if not number or (name != "score" and value < least):
+            # Questions of some suites have their own length, which is recorded as 0.
+            may_be_zero = name == "score" or getattr(record, "suite", None) in SHORT
+            if not number or (not may_be_zero and value <= 0):
                 raise RTPurboError(f"{path} is corrupt: a record's {name} is {value!r}.")
 
 
