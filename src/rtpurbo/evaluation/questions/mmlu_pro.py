@@ -29,7 +29,7 @@ _LETTER = r"[\s*_`(\[{$\\]*(?:\\?(?:boxed|text|textbf)\{)*\(?([A-J])(?![A-Za-z])
 _MARKED = re.compile(
     rf"(?:(?i:answer|option|choice)(?:\s+(?i:is))?\s*[*_]*:?|\\boxed\{{(?:\\text\{{)?){_LETTER}"
 )
-_ALONE = re.compile(r"^[\s*(]*([A-J])(?:[\s*).:]|$)", re.MULTILINE)
+_ALONE = re.compile(r"^[\s*(]*([A-J])(?:[*).:]|[ \t]*$)", re.MULTILINE)
 
 
 def extract_letter(generated: str, options: int = len(LETTERS)) -> str | None:
