@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rtpurbo.evaluation.averages import Average, find_average
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.entries import Entry, Grid, policy_order, score_entry
+from rtpurbo.reporting.entries import Entry, Grid, policy_order
 from rtpurbo.reporting.formats import suite_title
-from rtpurbo.reporting.ruler import difference_entry
+from rtpurbo.reporting.ruler import difference_entry, mean_entry
 
 
 def questions_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> Grid:
@@ -20,18 +20,13 @@ def questions_grid(records: Sequence[Record], averages: Sequence[Average] = ()) 
         averages: of these suites, if they are there.
     """
     policies = policy_order(records)
-    scores = {(record.suite, record.policy): record for record in records}
+    scores = {(record.suite, record.policy): record.score for record in records}
     rows = []
     for suite in dict.fromkeys(record.suite for record in records):
-        found = [scores.get((suite, policy)) for policy in policies]
-        samples = max(record.samples for record in found if record is not None)
+        samples = max(record.samples for record in records if record.suite == suite)
         dense = scores.get((suite, DENSE_POLICY))
-        rows.append(
-            [
-                Entry(f"{suite_title(suite)} ({samples:,})"),
-                *(score_entry(record, dense) for record in found),
-            ]
-        )
+        means = [mean_entry(scores.get((suite, policy)), dense) for policy in policies]
+        rows.append([Entry(f"{suite_title(suite)} ({samples:,})"), *means])
         pairs = [find_average(averages, 0, policy, 1, suite) for policy in policies]
         if any(pair is not None and pair.difference is not None for pair in pairs):
             title = f"  minus {DENSE_POLICY} (95 %, in pairs)"

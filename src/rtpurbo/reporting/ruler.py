@@ -47,7 +47,7 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
     rows.append(
         [
             Entry(f"mean of {len(tasks)}", "bold"),
-            *(_mean_entry(means[policy], means.get(DENSE_POLICY)) for policy in policies),
+            *(mean_entry(means[policy], means.get(DENSE_POLICY)) for policy in policies),
         ]
     )
     found = {name: find_average(averages, length, name, len(tasks), suite) for name in policies}
@@ -109,7 +109,8 @@ def _mean_of_rows(records: Sequence[Record], policy: str, field: str) -> float |
     )
 
 
-def _mean_entry(mean: float | None, dense: float | None) -> Entry:
+def mean_entry(mean: float | None, dense: float | None) -> Entry:
+    """Returns a mean in percent, with the loss against the dense policy as a colour."""
     if mean is None:
         return Entry("-")
     style = "" if dense is None else loss_style(dense - mean, slight=0)
