@@ -21,6 +21,7 @@ from rtpurbo.interruption import StoppedBySignalError
 from rtpurbo.models import artifact as artifacts
 from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, INDEXER_FILE
 from rtpurbo.version import __version__
+from tests.evaluation.questions.support import write_questions
 from tests.tiny_artifact import save_tiny_base
 
 COMMANDS = [name for commands in PANELS.values() for name in commands]
@@ -98,6 +99,28 @@ def test_eval_of_ruler_has_a_table_of_tasks_and_keeps_samples(tiny_artifact, tmp
         "niah_single_1",
         "fwe",
     ]
+
+
+def test_eval_of_questions_from_files(tiny_artifact, tmp_path):
+    paths = write_questions(tmp_path)
+    data = [item for suite, path in paths.items() for item in ("--task-data", f"{suite}={path}")]
+    suites = ["--suite", "mmlu_pro", "--suite", "humaneval", "--suite", "babilong:qa1@1024"]
+    output = tmp_path / "questions.json"
+    command = ["eval", tiny_artifact, *suites, *data, "--samples", 1, "--device", "cpu"]
+    assert "agree to that with --run-code" in error_of(*command)
+    limits = ["--run-code", "--max-new-tokens", 4]
+    result = run(*command, *limits, "--policy", "full", "-o", output)
+    assert result.exit_code == 0
+    assert "MMLU-Pro (1)" in result.stdout
+    assert "BABILong 1K" in result.stdout
+    assert {average.suite for average in read_results(output).averages} == {
+        "mmlu_pro",
+        "humaneval",
+        "babilong",
+    }
+    page = tmp_path / "report.html"
+    assert run("report", output, "-o", page).exit_code == 0
+    assert "HumanEval (1)" in page.read_text()
 
 
 def test_eval_goes_on_where_it_ended(tiny_artifact, tmp_path):

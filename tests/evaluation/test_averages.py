@@ -70,3 +70,14 @@ def test_the_average_of_so_many_tasks():
     assert find_average([average], 4096, "quest", 12) is None
     assert find_average([average], 4096, "full", 13) is None
     assert find_average([average], 8192, "quest", 13) is None
+
+
+def test_suites_of_questions_have_averages_of_their_own():
+    full = samples("full", {"all": [100.0, 0.0]}, length=0, suite="gsm8k")
+    sparse = samples("rtpurbo", {"all": [0.0, 0.0]}, length=0, suite="gsm8k")
+    other = samples("full", {"all": [100.0]}, length=0, suite="math")
+    found = averages_of([*full, *sparse, *other, *FULL])
+    assert find_average(found, 0, "rtpurbo", 1, "gsm8k").difference == -50
+    assert find_average(found, 0, "full", 1, "math").score == 100
+    assert find_average(found, 4096, "full", 2).score == 40
+    assert find_average(found, 0, "full", 1) is None

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rtpurbo.evaluation.batching import questions_at_once
+from rtpurbo.evaluation.batching import batches_by_length, questions_at_once
 
 
 def model(device, sparse):
@@ -22,3 +22,17 @@ def test_a_gpu_answers_as_many_as_fit(context_length, dense, sparse):
 
 def test_a_cpu_answers_one_by_one():
     assert questions_at_once(model("cpu", True), 512) == 1
+
+
+def test_short_questions_share_large_batches_by_length():
+    lengths = [100, 900, 500] * 100
+    batches = batches_by_length(model("cuda", True), lengths)
+    assert sorted(place for batch in batches for place in batch) == list(range(300))
+    assert [len(batch) for batch in batches] == [128, 128, 44]
+    assert [lengths[batch[0]] for batch in batches] == [900, 500, 100]
+    # The longest decides how many fit.
+    assert [len(batch) for batch in batches_by_length(model("cuda", False), [30000, 50, 50])] == [
+        1,
+        2,
+    ]
+    assert batches_by_length(model("cpu", True), [1, 3, 2]) == [[1], [2], [0]]

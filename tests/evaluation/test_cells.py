@@ -57,3 +57,20 @@ def test_ruler_has_thirteen_tasks_or_those_named():
     for name in ("ruler:niah_multikey_2,", "ruler:vt,,cwe"):
         with pytest.raises(RTPurboError, match="there is no ruler task ''"):
             choose_cells([name], [512], 3)
+
+
+def test_questions_from_files_decide_tasks_and_the_most_samples():
+    questions = {"gsm8k": {"all": 500}, "babilong": {"qa2": 100, "qa4": 4}}
+    assert choose_cells(["gsm8k", "babilong@4096"], [512], None, questions) == [
+        Cell("gsm8k", "all", 0, 500),
+        Cell("babilong", "qa2", 4096, 10),
+        Cell("babilong", "qa4", 4096, 4),
+    ]
+    assert choose_cells(["gsm8k", "babilong:qa4"], [512], 3, questions) == [
+        Cell("gsm8k", "all", 0, 3),
+        Cell("babilong", "qa4", 512, 3),
+    ]
+    with pytest.raises(RTPurboError, match="there are 500 questions of gsm8k all, not 501"):
+        choose_cells([Cell("gsm8k", "all", 0, 501)], [512], None, questions)
+    with pytest.raises(RTPurboError, match="there are 0 questions of babilong qa1"):
+        choose_cells(["babilong:qa1"], [512], None, questions)

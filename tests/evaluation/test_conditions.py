@@ -33,7 +33,7 @@ def of(folder, corpus=CORPUS, squad=None, **options):
         ({"words": "wonderwords 3.0.1"}, "the words of rtpurbo in RULER, not of wonderwords 3.0.1"),
         ({"single_hop": "x"}, "other questions of ruler:qa_1 (--squad)"),
         ({"two_hop": "x"}, "other questions of ruler:qa_2 (--hotpotqa)"),
-        ({"task_data": {}}, "other data for tasks of lm-eval (--task-data)"),
+        ({"task_data": {}}, "other questions (--task-data)"),
         ({"max_new_tokens": 5}, "--max-new-tokens left out, not 5"),
         ({"seed": 1}, "--seed 0, not 1"),
         ({"cache_length": 8192}, "caches weighed at the length left out, not 8192"),

@@ -149,3 +149,29 @@ def test_ruler_has_a_table_for_each_length_with_tasks_as_rows():
 )
 def test_numbers_as_people_write_them(written, expected):
     assert written == expected
+
+
+def test_short_questions_have_a_table_of_suites_with_their_pairs():
+    records = [
+        Record("gsm8k", "all", 0, "rtpurbo", 500, 59.8),
+        Record("gsm8k", "all", 0, "full", 500, 60.4),
+        Record("mmlu_pro", "all", 0, "full", 560, 33.25),
+    ]
+    pair = Average("gsm8k", 0, "rtpurbo", 1, 500, 59.8, (55.0, 64.0), -0.6, (-2.4, 1.2))
+    assert markdown_tables(records, averages=[pair]).splitlines() == [
+        "| questions | full | rtpurbo |",
+        "| --- | ---: | ---: |",
+        "| GSM8K (500) | 60.4 % | 59.8 % |",
+        "|   minus full (95 %, in pairs) | - | -0.6 (-2.4 to +1.2) |",
+        "| MMLU-Pro (560) | 33.2 % | - |",
+    ]
+
+
+def test_babilong_has_a_table_for_each_length_after_those_of_ruler():
+    records = [
+        Record(suite, task, length, "full", 10, 50.0, kv_bytes=1024)
+        for suite, task in (("babilong", "qa1"), ("babilong", "qa2"), ("ruler", "vt"))
+        for length in (8192, 4096)
+    ]
+    titles = [table.columns[0].header for table in results_tables(records)]
+    assert titles == ["RULER 4K", "RULER 8K", "BABILong 4K", "BABILong 8K"]

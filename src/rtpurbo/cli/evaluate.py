@@ -22,7 +22,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="needle (questions about numbers hidden in prose), perplexity, ruler (its 13 "
-            "tasks), lm-eval (any task of LM Evaluation Harness), or some tasks of them: "
+            "tasks), gsm8k, math, mmlu_pro, humaneval and babilong (questions from files, see "
+            "--task-data), lm-eval (any task of LM Evaluation Harness), or some tasks of them: "
             "needle:single,multikey,multivalue, ruler:niah_multikey_2,vt or lm-eval:aime24. With "
             "lengths of its own: ruler@4096,8192. Repeat it for several.",
             show_default="needle, perplexity",
@@ -49,7 +50,7 @@ def evaluate(
         typer.Option(
             min=1,
             help="Questions or windows of each test.",
-            show_default="10; of lm-eval: all that a task has",
+            show_default="10; of gsm8k, math, mmlu_pro, humaneval and lm-eval: all",
         ),
     ] = None,
     policy: Annotated[
@@ -82,9 +83,10 @@ def evaluate(
     task_data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TASK=PATH",
-            help="A file with the questions of a task of lm-eval, in the columns of its data on the "
-            "Hub, or a folder with a file for each split. Repeat it for several.",
+            metavar="NAME=PATH",
+            help="The questions of gsm8k, math, mmlu_pro, humaneval or babilong: a .jsonl or .jsonl.gz "
+            "file with the columns of the data on the Hub. Or those of a task of lm-eval: such a file, "
+            "or a folder with a file for each split. Repeat it for several.",
             show_default=False,
         ),
     ] = None,
@@ -92,10 +94,19 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="The most tokens of an answer to lm-eval. Left out: what the task says.",
+            help="The most tokens of an answer to lm-eval, gsm8k, math, mmlu_pro and humaneval. Left "
+            "out: what the task says.",
             show_default=False,
         ),
     ] = None,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code",
+            help="Let humaneval execute the code that the model writes, in a limited process without "
+            "network. It is untrusted: docs/evaluation.md says how far it is contained.",
+        ),
+    ] = False,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Type of the weights; auto is float32 on a CPU, bfloat16 on a GPU."),
@@ -184,6 +195,7 @@ def evaluate(
             hotpotqa=hotpotqa,
             task_data=options.assignments("--task-data", task_data),
             max_new_tokens=max_new_tokens,
+            run_code=run_code,
             processes=processes,
             results=results,
             progress=progress,

@@ -13,6 +13,8 @@ from rtpurbo.evaluation.battery import Battery
 from rtpurbo.evaluation.conditions import Conditions
 from rtpurbo.evaluation.examiner import Examiner
 from rtpurbo.evaluation.policies import Source
+from rtpurbo.evaluation.questions.bank import QuestionBank
+from rtpurbo.evaluation.questions.suites import QuestionData
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 
@@ -29,7 +31,9 @@ class Assignment:
         squad: questions of `ruler:qa_1`.
         hotpotqa: those of `ruler:qa_2`.
         task_data: files for tasks of lm-eval.
-        max_new_tokens: the most that answers to these may have.
+        question_data: files for the suites of `rtpurbo.evaluation.questions`, by suite.
+        max_new_tokens: the most that answers to tasks of lm-eval and to questions of these suites may
+            have.
         cache_length: tokens at which the cache is weighed.
     """
 
@@ -40,6 +44,7 @@ class Assignment:
     squad: str | Path | None = None
     hotpotqa: str | Path | None = None
     task_data: Mapping[str, str | Path] | None = None
+    question_data: Mapping[str, str | Path] | None = None
     max_new_tokens: int | None = None
     cache_length: int | None = None
 
@@ -47,7 +52,7 @@ class Assignment:
         """Its tests.
 
         Args:
-            questions: a folder where processes find the questions of RULER that others made.
+            questions: a folder where processes find the prompts that others made.
 
         Raises:
             RTPurboError: a file is missing or of another format, or lm-eval is not installed.
@@ -60,7 +65,15 @@ class Assignment:
             harness = Harness(self.task_data or {}, self.max_new_tokens, self.seed)
         corpus = load_texts(self.data, "heldout")
         materials = Materials.of(corpus, self.squad, self.hotpotqa)
-        return Battery(corpus, RulerSuite(materials, self.seed, questions), harness, self.seed)
+        data = QuestionData.read(self.question_data or {}, self.seed)
+        return Battery(
+            corpus,
+            RulerSuite(materials, self.seed, questions),
+            RulerSuite(materials, self.seed, questions, data.babilong),
+            QuestionBank(data, self.max_new_tokens),
+            harness,
+            self.seed,
+        )
 
     def conditions(self, battery: Battery) -> Conditions:
         """What decides its questions and answers.
@@ -72,7 +85,7 @@ class Assignment:
             self.source,
             battery.corpus,
             battery.ruler.materials,
-            task_data=self.task_data,
+            task_data={**(self.task_data or {}), **(self.question_data or {})},
             max_new_tokens=self.max_new_tokens,
             cache_length=self.cache_length,
         )

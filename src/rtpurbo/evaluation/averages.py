@@ -1,4 +1,4 @@
-"""RULER's average at a length, and how far it is from the dense model's, question by question."""
+"""Averages of suites at a length, and their paired differences from the dense model's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from statistics import fmean
 
 from rtpurbo.evaluation.bootstrap import interval_of_mean
 from rtpurbo.evaluation.policies import DENSE_POLICY
+from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
 from rtpurbo.evaluation.samples import Sample, SampleRecord
 
-AVERAGED = "ruler"
-"""The suite whose tasks have an average: others mix what has no common scale."""
+AVERAGED = ("ruler", *QUESTION_SUITES)
+"""The suites whose tasks have an average: others mix what has no common scale."""
 
 
 @dataclass(frozen=True)
@@ -52,34 +53,43 @@ def averages_of(samples: Sequence[SampleRecord]) -> list[Average]:
     """The averages of all policies that took every task that any of them took at a length.
 
     Args:
-        samples: of a run; those of other suites than RULER are passed over.
+        samples: of a run; those of suites that are not `AVERAGED` are passed over.
     """
-    taken: dict[int, dict[str, _Answers]] = {}
+    taken: dict[tuple[str, int], dict[str, _Answers]] = {}
     for item in samples:
-        if item.suite == AVERAGED:
-            answers = taken.setdefault(item.context_length, {}).setdefault(item.policy, {})
+        if item.suite in AVERAGED:
+            place = (item.suite, item.context_length)
+            answers = taken.setdefault(place, {}).setdefault(item.policy, {})
             answers.setdefault(item.task, {})[item.number] = item.sample
     found = []
-    for length, policies in taken.items():
+    for place, policies in taken.items():
         tasks = {task for answers in policies.values() for task in answers}
         dense = policies.get(DENSE_POLICY)
         for policy, answers in policies.items():
             if answers.keys() == tasks:
                 reference = None if policy == DENSE_POLICY else dense
-                found.append(_average(length, policy, answers, reference))
+                found.append(_average(*place, policy, answers, reference))
     return found
 
 
 def find_average(
-    averages: Sequence[Average], context_length: int, policy: str, tasks: int
+    averages: Sequence[Average],
+    context_length: int,
+    policy: str,
+    tasks: int,
+    suite: str = "ruler",
 ) -> Average | None:
-    """The average of so many tasks; None if there is none, or it is of fewer."""
-    place = (context_length, policy, tasks)
-    found = (one for one in averages if (one.context_length, one.policy, one.tasks) == place)
+    """The average of so many tasks of a suite; None if there is none, or it is of fewer."""
+    place = (suite, context_length, policy, tasks)
+    found = (
+        one for one in averages if (one.suite, one.context_length, one.policy, one.tasks) == place
+    )
     return next(found, None)
 
 
-def _average(length: int, policy: str, answers: _Answers, dense: _Answers | None) -> Average:
+def _average(
+    suite: str, length: int, policy: str, answers: _Answers, dense: _Answers | None
+) -> Average:
     scores = [[sample.score for sample in own.values()] for own in answers.values()]
     difference, interval = None, None
     if dense is not None and _questions(answers) == _questions(dense):
@@ -91,7 +101,7 @@ def _average(length: int, policy: str, answers: _Answers, dense: _Answers | None
     count = sum(map(len, scores))
     ci95 = interval_of_mean(scores)
     return Average(
-        AVERAGED, length, policy, len(answers), count, _mean(scores), ci95, difference, interval
+        suite, length, policy, len(answers), count, _mean(scores), ci95, difference, interval
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedModel
 
 from rtpurbo.models.sparsify import is_sparse
 
 MOST_AT_ONCE = 32
+# Short questions with long answers: a step takes about as long for many as for one.
+MOST_SHORT_AT_ONCE = 128
 # The cache of all of them must fit beside the model.
 TOKENS_AT_ONCE = 2**18
 # Of a dense model's mask, a byte each before attention turns it into its own numbers.
 MASK_ENTRIES = 2**30
 
 
-def questions_at_once(model: PreTrainedModel, context_length: int) -> int:
+def questions_at_once(model: PreTrainedModel, context_length: int, most: int = MOST_AT_ONCE) -> int:
     """The questions of a batch whose prompts differ in length.
 
     A GPU answers several in the time of one; a CPU does not, and each would wait. In a dense model
@@ -23,10 +27,33 @@ def questions_at_once(model: PreTrainedModel, context_length: int) -> int:
     Args:
         model: dense or sparse.
         context_length: tokens of the longest prompt and answer.
+        most: the limit of short ones.
     """
     if model.device.type != "cuda":
         return 1
     fitting = TOKENS_AT_ONCE // context_length
     if not is_sparse(model):
         fitting = min(fitting, MASK_ENTRIES // context_length**2)
-    return max(1, min(MOST_AT_ONCE, fitting))
+    return max(1, min(most, fitting))
+
+
+def batches_by_length(
+    model: PreTrainedModel, lengths: Sequence[int], most: int = MOST_SHORT_AT_ONCE
+) -> list[list[int]]:
+    """Batches of questions of similar length, the longest first.
+
+    Args:
+        model: dense or sparse.
+        lengths: tokens of each question's prompt and answer, at least one.
+        most: the limit of a batch.
+
+    Returns:
+        The places of the questions in `lengths`, by batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    batches = []
+    while order:
+        size = questions_at_once(model, lengths[order[0]], most)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches

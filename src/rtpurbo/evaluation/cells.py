@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation import needle
+from rtpurbo.evaluation.questions import babilong
+from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
+from rtpurbo.evaluation.questions.suites import ONE_TASK, SHORT
 from rtpurbo.evaluation.ruler.tasks import TASKS as RULER_TASKS
 
 HARNESS = "lm-eval"
@@ -16,6 +20,8 @@ SUITES: dict[str, tuple[str, ...]] = {
     "needle": tuple(needle.TASKS),
     "perplexity": ("prose",),
     "ruler": tuple(RULER_TASKS),
+    **dict.fromkeys(SHORT, (ONE_TASK,)),
+    babilong.SUITE: babilong.TASKS,
     HARNESS: (),
 }
 """The tasks of every suite."""
@@ -34,8 +40,9 @@ class Cell:
     Attributes:
         suite: a name of `SUITES`.
         task: of the suite.
-        context_length: tokens; 0 for the model's context, in the suite `lm-eval`.
-        samples: questions or windows; 0 for all that there are, likewise.
+        context_length: tokens; 0 for the model's context in the suite `lm-eval`, and for the length
+            that the questions themselves have in those of `rtpurbo.evaluation.questions`.
+        samples: questions or windows; 0 for all that there are, in the suite `lm-eval`.
     """
 
     suite: str
@@ -51,12 +58,19 @@ def choose_cells(
     suites: Sequence[str | Cell],
     lengths: Sequence[int] | Mapping[str, Sequence[int]],
     samples: int | None = None,
+    questions: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[Cell]:
     """The tests that the arguments of `evaluate` name.
 
+    Args:
+        suites: as `evaluate` takes them, like the next two.
+        lengths: tokens.
+        samples: of each test.
+        questions: how many there are for the tasks of suites that take theirs from files.
+
     Raises:
-        RTPurboError: a suite or task is unknown, a suite has no length or no tasks, or there are no
-            samples.
+        RTPurboError: a suite or task is unknown, a suite has no length, no tasks or no questions,
+            or there are no samples.
     """
     if samples is not None and samples < 1:
         raise RTPurboError(f"the number of samples is {samples}, but it must be at least 1.")
@@ -68,7 +82,10 @@ def choose_cells(
         name, _, own_lengths = given.partition("@")
         suite, _, named = name.partition(":")
         check_name("suite", suite, SUITES)
-        tasks = named.split(",") if named else DEFAULT_TASKS[suite]
+        if suite in SHORT:
+            cells += _question_cells(given, suite, named, own_lengths, samples, questions or {})
+            continue
+        tasks: Sequence[str] = named.split(",") if named else DEFAULT_TASKS[suite]
         if suite == HARNESS:
             if not all(tasks) or not tasks:
                 raise RTPurboError(f"the suite '{suite}' needs tasks, as in {suite}:aime24.")
@@ -82,8 +99,62 @@ def choose_cells(
             number = samples or DEFAULT_SAMPLES
         if not suite_lengths or (min(suite_lengths) < 2 and suite_lengths != (0,)):
             raise RTPurboError(f"the suite '{suite}' needs lengths of at least 2 tokens.")
-        cells += [Cell(suite, task, length, number) for task in tasks for length in suite_lengths]
+        if suite == babilong.SUITE:
+            counts = _counts(suite, questions or {})
+            tasks = tasks if named else list(counts)
+            number_of = {task: min(number, counts.get(task, 0)) for task in tasks}
+        else:
+            number_of = dict.fromkeys(tasks, number)
+        cells += [
+            Cell(suite, task, length, number_of[task]) for task in tasks for length in suite_lengths
+        ]
+    for cell in cells:
+        if cell.suite in QUESTION_SUITES:
+            _check_count(cell, _counts(cell.suite, questions or {}))
     return list(dict.fromkeys(cells))
+
+
+def suite_of(given: str | Cell) -> str:
+    """Returns the name of the suite of an argument of `evaluate`."""
+    return given.suite if isinstance(given, Cell) else re.split("[:@]", given, maxsplit=1)[0]
+
+
+def _question_cells(
+    given: str,
+    suite: str,
+    named: str,
+    own_lengths: str,
+    samples: int | None,
+    questions: Mapping[str, Mapping[str, int]],
+) -> list[Cell]:
+    """The tests of a suite whose questions have their own length."""
+    if own_lengths:
+        raise RTPurboError(
+            f"the questions of {suite} have their own length: write {suite}, not {given}."
+        )
+    counts = _counts(suite, questions)
+    tasks = named.split(",") if named else list(counts)
+    for task in tasks:
+        check_name(f"{suite} task", task, SUITES[suite])
+    return [Cell(suite, task, 0, min(samples or counts[task], counts[task])) for task in tasks]
+
+
+def _counts(suite: str, questions: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
+    if suite not in questions:
+        raise RTPurboError(
+            f"the suite '{suite}' takes its questions from a file: name it with "
+            f"--task-data {suite}=FILE."
+        )
+    return questions[suite]
+
+
+def _check_count(cell: Cell, counts: Mapping[str, int]) -> None:
+    there = counts.get(cell.task, 0)
+    if not 1 <= cell.samples <= there:
+        raise RTPurboError(
+            f"there are {there} questions of {cell.suite} {cell.task}, not {cell.samples or 'any'}: "
+            "name another task, or ask for fewer."
+        )
 
 
 def _own_lengths(

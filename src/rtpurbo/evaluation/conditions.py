@@ -37,7 +37,7 @@ _DIFFERENCES = {
     "words": "the words of {before} in RULER, not of {now}",
     "single_hop": "other questions of ruler:qa_1 (--squad)",
     "two_hop": "other questions of ruler:qa_2 (--hotpotqa)",
-    "task_data": "other data for tasks of lm-eval (--task-data)",
+    "task_data": "other questions (--task-data)",
     "max_new_tokens": "--max-new-tokens {before}, not {now}",
     "seed": "--seed {before}, not {now}",
     "cache_length": "caches weighed at the length {before}, not {now}",
@@ -62,8 +62,8 @@ class Conditions:
         words: where those of RULER come from.
         single_hop: a digest of the questions of `ruler:qa_1`.
         two_hop: one of those of `ruler:qa_2`.
-        task_data: digests of the files given for tasks of lm-eval, by the task.
-        max_new_tokens: the most that answers to tasks of lm-eval may have.
+        task_data: digests of the files given for suites and tasks of lm-eval, by their names.
+        max_new_tokens: the most that answers to their questions may have.
         seed: of the tests.
         cache_length: tokens at which caches are weighed; None for each test's.
         dtype: of the weights.
@@ -107,7 +107,7 @@ class Conditions:
             source: the artifact, and how its models are loaded.
             corpus: prose.
             materials: of RULER.
-            task_data: files for tasks of lm-eval, by the task.
+            task_data: files for suites and tasks of lm-eval, by their names.
             max_new_tokens: as the attribute, like the next.
             cache_length: likewise.
         """

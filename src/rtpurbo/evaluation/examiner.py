@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from rtpurbo.evaluation.battery import Battery
 from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.parts import Part, Taken, joined
 from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Loaded, Source
 from rtpurbo.evaluation.reads import metering
-from rtpurbo.evaluation.records import Record
-from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.evaluation.stopping import questions_undisturbed
 from rtpurbo.models.text import stop_tokens
 from rtpurbo.settings import Progress, check_context, no_progress
-
-
-@dataclass(frozen=True)
-class Taken:
-    """All that a policy made of a test.
-
-    Attributes:
-        test: which.
-        records: one for each metric.
-        samples: the questions behind them, with their answers.
-    """
-
-    test: Cell
-    records: list[Record]
-    samples: list[SampleRecord]
 
 
 class Examiner:
@@ -91,44 +74,45 @@ class Examiner:
             StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`;
                 nothing is kept then, unless the last questions were under way.
         """
+        model, _ = self._load(name)
+        with questions_undisturbed(model, f"{test} of {name}"):
+            keep(joined([self._measured(name, test, budget, after_sample)]))
+
+    def take_part(self, name: str, test: Cell, budget: int | None, questions: range) -> Part:
+        """Takes a policy through some questions of a test that was prepared.
+
+        Args:
+            name: the policy's.
+            test: which; `Battery.run` says which tests have parts.
+            budget: as in `take`.
+            questions: consecutive ones.
+
+        Raises:
+            StoppedBySignalError: as in `take`.
+        """
+        model, _ = self._load(name)
+        with questions_undisturbed(model, f"{test} of {name}"):
+            return self._measured(name, test, budget, questions=questions)
+
+    def _measured(
+        self,
+        name: str,
+        test: Cell,
+        budget: int | None,
+        after_sample: Callable[[], None] = lambda: None,
+        questions: range | None = None,
+    ) -> Part:
         policy, (model, tokenizer) = POLICIES[name], self._load(name)
         # What follows an answer in a batch where others go on.
         ended = {*stop_tokens(model, tokenizer), tokenizer.pad_token_id} - {None}
         if isinstance(policy, BudgetPolicy) and budget is not None:
             policy.set_budget(model, budget)
-        with questions_undisturbed(model, f"{test} of {name}"):
-            with metering(model, self.source.config.head_map, ended) as meter:
-                outcomes = self.battery.run(test, model, tokenizer, after_sample)
-            reads = meter.reads()
-            kv_bytes = policy.kv_bytes(model, self.cache_length or test.context_length)
-            place = (test.suite, test.task, test.context_length, name)
-            records = [
-                Record(
-                    *place,
-                    outcome.count,
-                    outcome.score,
-                    reads.far_share,
-                    kv_bytes,
-                    outcome.ci95,
-                    reads.tokens_mean,
-                    reads.tokens_p50,
-                    reads.tokens_p95,
-                    reads.mass_kept,
-                    reads.rows,
-                    reads.far_histogram,
-                    budget,
-                    outcome.metric,
-                    reads.far_tokens_mean,
-                    reads.far_rows,
-                )
-                for outcome in outcomes
-            ]
-            samples = [
-                SampleRecord(*place, self.battery.seed, number, sample, outcome.metric)
-                for outcome in outcomes
-                for number, sample in enumerate(outcome.samples)
-            ]
-            keep(Taken(test, records, samples))
+        with metering(model, self.source.config.head_map, ended) as meter:
+            outcomes = self.battery.run(test, model, tokenizer, after_sample, questions)
+        # Questions with lengths of their own have no cache size in common.
+        length = self.cache_length or test.context_length
+        kv_bytes = policy.kv_bytes(model, length) if length else None
+        return Part(test, name, self.battery.seed, budget, outcomes, meter.measured(), kv_bytes)
 
     def release(self) -> None:
         """Takes the model out of memory."""

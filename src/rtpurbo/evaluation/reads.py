@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -125,37 +127,48 @@ class ReadMeter(SelectionStatistics):
         parts[0] = parts[0].masked_fill(~real, -1)
         self._measured.append(torch.stack([part.flatten() for part in parts]))
 
-    def reads(self) -> Reads:
-        """What was measured so far."""
-        if not self._measured:
-            return Reads()
+    def measured(self) -> NDArray[np.float32]:
+        """Returns the measurements so far, float32 [4, queries].
+
+        They are: tokens read, far tokens read, far tokens at hand, attention recall.
+        """
         # Few and large tensors leave a device faster than many small ones.
         by_device: dict[torch.device, list[Tensor]] = {}
         for part in self._measured:
             by_device.setdefault(part.device, []).append(part)
         joined = [torch.cat(parts, 1).to("cpu") for parts in by_device.values()]
-        measured = torch.cat(joined, 1).double()
-        tokens, far_read, far, mass = measured[:, measured[0] >= 0]
-        if not tokens.numel():
-            return Reads()
-        with_far = far > 0
-        some_far = bool(with_far.any())
-        # quantile takes at most 2**24 numbers; this takes any.
-        ordered = tokens.sort().values
-        median, high = (
-            float(ordered[max(0, -(-ordered.numel() * part // 100) - 1)]) for part in (50, 95)
-        )
-        return Reads(
-            float(tokens.mean()),
-            median,
-            high,
-            float(mass.mean()),
-            float(far_read[with_far].mean()) if some_far else 0.0,
-            int(with_far.sum()),
-            float(far_read.sum() / far.sum()) if some_far else None,
-            _histogram(far_read[with_far]),
-            tokens.numel(),
-        )
+        measured = torch.cat(joined, 1) if joined else torch.zeros(4, 0)
+        array: NDArray[np.float32] = measured[:, measured[0] >= 0].numpy()
+        return array
+
+    def reads(self) -> Reads:
+        """What was measured so far."""
+        return reads_of(self.measured())
+
+
+def reads_of(measured: NDArray[np.float32]) -> Reads:
+    """Returns the figures of an array that `ReadMeter.measured` returned."""
+    tokens, far_read, far, mass = torch.from_numpy(measured).double()
+    if not tokens.numel():
+        return Reads()
+    with_far = far > 0
+    some_far = bool(with_far.any())
+    # quantile takes at most 2**24 numbers; this takes any.
+    ordered = tokens.sort().values
+    median, high = (
+        float(ordered[max(0, -(-ordered.numel() * part // 100) - 1)]) for part in (50, 95)
+    )
+    return Reads(
+        float(tokens.mean()),
+        median,
+        high,
+        float(mass.mean()),
+        float(far_read[with_far].mean()) if some_far else 0.0,
+        int(with_far.sum()),
+        float(far_read.sum() / far.sum()) if some_far else None,
+        _histogram(far_read[with_far]),
+        tokens.numel(),
+    )
 
 
 def _histogram(counts: Tensor) -> tuple[int, ...]:

@@ -24,9 +24,9 @@ class Record:
     """One measurement.
 
     Attributes:
-        suite: "needle", "perplexity", "ruler" or "lm-eval".
+        suite: a name of `rtpurbo.evaluation.cells.SUITES`.
         task: what of the suite, such as "single", "prose" or "niah_single_1".
-        context_length: tokens.
+        context_length: tokens; 0 where questions have their own length.
         policy: what ran, a name of `rtpurbo.evaluation.policies.POLICIES`.
         samples: examples or windows behind the score.
         score: right answers in percent, or perplexity.
@@ -92,7 +92,7 @@ class Results:
     Attributes:
         origin: what the file says of where the records came from: model, device, versions, command.
         records: the measurements.
-        averages: of RULER's tasks, if it is there with its questions.
+        averages: of suites that are there with their questions.
         resumption: how to go on; None if the file does not tell.
     """
 

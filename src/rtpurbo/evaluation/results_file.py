@@ -160,7 +160,7 @@ class ResultsFile:
 
     @property
     def averages(self) -> list[Average]:
-        """Of RULER's tasks, made of these questions."""
+        """Of the suites that have averages, made of these questions."""
         if self._averages is None:
             self._averages = averages_of(self.samples)
         return self._averages

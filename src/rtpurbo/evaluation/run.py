@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -13,16 +14,27 @@ import torch
 from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.assignment import Assignment
+from rtpurbo.evaluation.battery import in_parts
 from rtpurbo.evaluation.budgets import budget_of, has_budget
-from rtpurbo.evaluation.cells import DEFAULT_SUITES, HARNESS, Cell, check_name, choose_cells
-from rtpurbo.evaluation.examiner import Examiner, Taken
+from rtpurbo.evaluation.cells import (
+    DEFAULT_SUITES,
+    HARNESS,
+    Cell,
+    check_name,
+    choose_cells,
+    suite_of,
+)
+from rtpurbo.evaluation.examiner import Examiner
+from rtpurbo.evaluation.parts import Part, Taken, joined
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
+from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
+from rtpurbo.evaluation.questions.suites import SHORT, QuestionData, check_opt_in
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.samples import SampleRecord
-from rtpurbo.evaluation.workers import Job, Workers, hired
+from rtpurbo.evaluation.workers import Finished, Job, Workers, hired
 from rtpurbo.models.artifact import find_artifact
-from rtpurbo.settings import Progress, no_progress
+from rtpurbo.settings import Progress, check_context, no_progress
 
 DEFAULT_LENGTHS = (2048, 4096)
 DEFAULT_POLICIES = ("full", "rtpurbo")
@@ -46,6 +58,7 @@ def evaluate(
     hotpotqa: str | Path | None = None,
     task_data: Mapping[str, str | Path] | None = None,
     max_new_tokens: int | None = None,
+    run_code: bool = False,
     processes: int = 1,
     results: ResultsFile | None = None,
     keep_sample: Callable[[SampleRecord], None] = lambda sample: None,
@@ -61,7 +74,8 @@ def evaluate(
         lengths: tokens of a test, for all suites or by the suite's name. Tasks of lm-eval have the
             model's context, unless lengths are named for them; RULER's among them, which makes
             prompts to measure, needs one.
-        samples: questions or windows of each test; None takes 10, and all that tasks of lm-eval have.
+        samples: questions or windows of each test; None takes 10, and all questions of `gsm8k`,
+            `math`, `mmlu_pro`, `humaneval` and tasks of lm-eval.
         policies: names of `rtpurbo.evaluation.policies.POLICIES`, or `all`. Those that read as much as
             `rtpurbo` on the mean of a suite's tests at a length make it run before them.
         data: prose, as `load_texts` takes it; its held-out part is used.
@@ -72,9 +86,12 @@ def evaluate(
         cache_length: tokens at which the cache is weighed; None takes each test's.
         squad: questions of `ruler:qa_1`, a file in SQuAD's format; None takes the built-in ones.
         hotpotqa: those of `ruler:qa_2`, in HotpotQA's distractor format, likewise.
-        task_data: files for tasks of lm-eval instead of the Hub's, by the task's name; see
-            `rtpurbo.evaluation.harness.local_data`.
-        max_new_tokens: the most that answers to tasks of lm-eval may have; None leaves it to the task.
+        task_data: files with the questions of `gsm8k`, `math`, `mmlu_pro`, `humaneval` and `babilong`,
+            by the suite's name; and files for tasks of lm-eval instead of the Hub's, by the task's
+            name, see `rtpurbo.evaluation.harness.local_data`.
+        max_new_tokens: the most tokens of answers to questions of these suites (but for BABILong) and
+            to tasks of lm-eval; None leaves it to the suite or task.
+        run_code: agree that `humaneval` executes code that the model writes, in a limited process.
         processes: that take tests side by side, on all GPUs there are where `device` names none of
             them. A caller that uses several has its own code under `if __name__ == "__main__"`.
         results: given all that a policy makes of a test as soon as it is there; what one that resumes
@@ -92,13 +109,16 @@ def evaluate(
         StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`; a
             test that was under way is lost, unless its last questions were and there is one process.
     """
-    cells = choose_cells(suites, lengths, samples)
     names = run_order(policies)
+    harness_data, question_data = _split_task_data(suites, task_data or {})
+    questions = QuestionData.read(question_data, seed)
+    cells = choose_cells(suites, lengths, samples, questions.counts())
+    check_opt_in({cell.suite: cell for cell in cells}, run_code)
     if processes < 1:
         raise RTPurboError(f"the number of processes is {processes}, but it must be at least 1.")
     device = resolve_device(device)
     asked = [cell.task for cell in cells if cell.suite == HARNESS]
-    for name in task_data or {}:
+    for name in harness_data:
         if name not in asked:
             raise RTPurboError(
                 f"there is data for the task '{name}' of lm-eval, which is not asked for."
@@ -110,10 +130,14 @@ def evaluate(
         seed=seed,
         squad=squad,
         hotpotqa=hotpotqa,
-        task_data=task_data,
+        task_data=harness_data,
+        question_data=question_data,
         max_new_tokens=max_new_tokens,
         cache_length=cache_length,
     )
+    # Before texts and weights are read.
+    if (context := assignment.source.context_length) is not None:
+        check_context("tests", max(cell.context_length for cell in cells), context)
     battery = assignment.battery()
     if results is None:
         results = ResultsFile()
@@ -128,6 +152,23 @@ def evaluate(
         with hired(assignment, processes) as workers:
             run.side_by_side(names, workers)
     return run.records(names)
+
+
+def _split_task_data(
+    suites: Sequence[str | Cell], task_data: Mapping[str, str | Path]
+) -> tuple[dict[str, str | Path], dict[str, str | Path]]:
+    """Files for tasks of lm-eval, and files for question suites.
+
+    Both know tasks such as gsm8k. A file goes to the suite unless only lm-eval's task is asked for.
+    """
+    asked = {suite_of(given) for given in suites}
+    questions = {
+        name: path
+        for name, path in task_data.items()
+        if name in QUESTION_SUITES and (name in asked or HARNESS not in asked)
+    }
+    others = {name: path for name, path in task_data.items() if name not in questions}
+    return others, questions
 
 
 def run_order(policies: Sequence[str]) -> list[str]:
@@ -213,16 +254,26 @@ class _Run:
             for name in together:
                 bars[name] = self._bar(name)
                 bars[name].show()
-                # What takes longest does not come last, when nothing is left to do beside it.
-                for cell in sorted(self._missing(name), key=lambda cell: -cell.context_length):
+                for cell in sorted(self._missing(name), key=_order_of_work):
                     done = {test for test in self.results.tests(cell) if self._is_done(test, name)}
-                    jobs.append(Job(name, cell, frozenset(done), read))
+                    job = Job(name, cell, frozenset(done), read)
+                    parts = in_parts(cell, workers.count)
+                    jobs += [replace(job, questions=part) for part in parts] if parts[1:] else [job]
+            unfinished: dict[Job, list[Finished]] = {}
             for finished in workers.do(jobs):
                 self.results.set_tests(finished.job.cell, finished.tests)
                 bar = bars[finished.job.policy]
                 for taken in finished.taken:
                     bar.done += taken.records[0].samples
                     self._keep(bar, taken)
+                if finished.job.questions is not None:
+                    bar.done += len(finished.job.questions)
+                    bar.show()
+                    whole = replace(finished.job, questions=None)
+                    parts_done = unfinished.setdefault(whole, [])
+                    parts_done.append(finished)
+                    if len(parts_done) == len(in_parts(whole.cell, workers.count)):
+                        self._keep(bar, joined(_parts_in_order(unfinished.pop(whole))))
 
     def _missing(self, name: str) -> list[Cell]:
         return [
@@ -260,3 +311,19 @@ class _Run:
         self.results.add(taken.records, taken.samples)
         bar.figures = {str(taken.test): record.score for record in taken.records[-1:]}
         bar.show()
+
+
+def _order_of_work(cell: Cell) -> float:
+    """Sorts cells so that the longest jobs do not come last, with nothing left to run beside them.
+
+    Short questions have the longest answers.
+    """
+    return -math.inf if cell.suite in SHORT else -cell.context_length
+
+
+def _parts_in_order(parts: Sequence[Finished]) -> list[Part]:
+    return [
+        finished.part
+        for finished in sorted(parts, key=lambda each: (each.job.questions or range(1)).start)
+        if finished.part is not None
+    ]

@@ -28,7 +28,8 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.assignment import Assignment
 from rtpurbo.evaluation.budgets import budget_of
 from rtpurbo.evaluation.cells import Cell
-from rtpurbo.evaluation.examiner import Examiner, Taken
+from rtpurbo.evaluation.examiner import Examiner
+from rtpurbo.evaluation.parts import Part, Taken
 from rtpurbo.evaluation.records import Record
 
 
@@ -41,12 +42,14 @@ class Job:
         cell: may stand for several tests.
         done: those of them that were taken before.
         read: what the policy that sets budgets made of all tests.
+        questions: a part of the cell's, if it is divided; None for the whole cell.
     """
 
     policy: str
     cell: Cell
     done: frozenset[Cell]
     read: tuple[Record, ...]
+    questions: range | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,13 @@ class Finished:
         job: which.
         tests: that its cell stands for.
         taken: what the policy made of those that it had not taken.
+        part: of a job that is a part of a cell, its measurements; the rest of the cell is in other jobs.
     """
 
     job: Job
     tests: list[Cell]
     taken: list[Taken]
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,14 @@ class TooLarge:
 
 
 class Workers:
-    """Processes that do jobs; `hired` makes and ends them."""
+    """Processes that do jobs; `hired` makes and ends them.
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
+    Attributes:
+        count: how many they are.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor, count: int = 1) -> None:
+        self._pool, self.count = pool, count
 
     def do(self, jobs: Sequence[Job]) -> Iterator[Finished]:
         """Does jobs, begun in this order, and gives each when it is done.
@@ -131,7 +140,7 @@ def hired(assignment: Assignment, count: int) -> Iterator[Workers]:
             count, context, _begin, (assignment, Path(questions), devices, count)
         )
         try:
-            yield Workers(pool)
+            yield Workers(pool, count)
         except BaseException:
             # Nobody waits for tests that are not wanted any more.
             for process in multiprocessing.active_children():
@@ -180,6 +189,10 @@ class _Worker:
 
     def _finished(self, job: Job, examiner: Examiner) -> Finished:
         tests = examiner.prepare(job.policy, [job.cell])[job.cell]
+        if job.questions is not None:
+            budget = budget_of(job.policy, job.cell, job.read)
+            part = examiner.take_part(job.policy, job.cell, budget, job.questions)
+            return Finished(job, tests, [], part)
         taken: list[Taken] = []
         for test in tests:
             if test not in job.done:

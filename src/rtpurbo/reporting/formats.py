@@ -1,5 +1,25 @@
 """Numbers as people write them."""
 
+_TITLES = {
+    "ruler": "RULER",
+    "babilong": "BABILong",
+    "gsm8k": "GSM8K",
+    "math": "MATH",
+    "mmlu_pro": "MMLU-Pro",
+    "humaneval": "HumanEval",
+}
+
+
+def suite_title(suite: str) -> str:
+    """Returns the name of a suite as its authors write it."""
+    return _TITLES.get(suite, suite)
+
+
+def suite_at(suite: str, context_length: int) -> str:
+    """Returns the title of a suite with its length, unless questions have their own."""
+    title = suite_title(suite)
+    return f"{title} {short_length(context_length)}" if context_length else title
+
 
 def short_length(tokens: int) -> str:
     """4096 as "4K", 1048576 as "1M"; what is no multiple of 1,024 in full, 7500 as "7,500"."""

@@ -1,4 +1,4 @@
-"""RULER at one length: a row for each task, a column for each policy, and the mean."""
+"""RULER or BABILong at one length: a row for each task, a column for each policy, and the mean."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from rtpurbo.reporting.entries import (
     policy_order,
     score_entry,
 )
-from rtpurbo.reporting.formats import percent, short_length
+from rtpurbo.reporting.formats import percent, short_length, suite_title
 
 
 def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> Grid:
     """The header and the rows.
 
     Args:
-        records: RULER's, all of one length and at least one.
+        records: of one of them, all of one length and at least one.
         averages: of these tasks, if they are there; those of other lengths are passed over.
     """
     scores = {(record.task, record.policy): record for record in records}
     measured = {record.task for record in records}
     tasks = [task for task in TASKS if task in measured] + sorted(measured - set(TASKS))
     policies = policy_order(records)
-    header = [f"RULER {short_length(records[0].context_length)}", *policies]
+    suite, length = records[0].suite, records[0].context_length
+    header = [f"{suite_title(suite)} {short_length(length)}", *policies]
     rows = [
         [
             Entry(task),
@@ -46,14 +47,13 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
     rows.append(
         [
             Entry(f"mean of {len(tasks)}", "bold"),
-            *(_mean_entry(means[policy], means.get(DENSE_POLICY)) for policy in policies),
+            *(mean_entry(means[policy], means.get(DENSE_POLICY)) for policy in policies),
         ]
     )
-    length = records[0].context_length
-    found = {name: find_average(averages, length, name, len(tasks)) for name in policies}
+    found = {name: find_average(averages, length, name, len(tasks), suite) for name in policies}
     if any(one is not None and one.difference is not None for one in found.values()):
         beside = f"minus {DENSE_POLICY} (95 %, in pairs)"
-        rows.append([Entry(beside), *(_difference_entry(found[name]) for name in policies)])
+        rows.append([Entry(beside), *(difference_entry(found[name]) for name in policies)])
     rows.append(
         [Entry("far tokens read (mean)"), *(_far_entry(records, name) for name in policies)]
     )
@@ -109,14 +109,15 @@ def _mean_of_rows(records: Sequence[Record], policy: str, field: str) -> float |
     )
 
 
-def _mean_entry(mean: float | None, dense: float | None) -> Entry:
+def mean_entry(mean: float | None, dense: float | None) -> Entry:
+    """Returns a mean in percent, with the loss against the dense policy as a colour."""
     if mean is None:
         return Entry("-")
     style = "" if dense is None else loss_style(dense - mean, slight=0)
     return Entry(f"{mean:.1f} %", style)
 
 
-def _difference_entry(average: Average | None) -> Entry:
+def difference_entry(average: Average | None) -> Entry:
     """How far a mean is from the dense model's, yellow or red if that is no chance."""
     if average is None or average.difference is None or average.difference_ci95 is None:
         return Entry("-")

@@ -1,4 +1,4 @@
-"""Records as tables: a row for each policy, a column for each test; RULER's the other way round."""
+"""Records as tables: a row for each policy, a column for each test; suites of many tasks transposed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from rich.text import Text
 
 from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.policies import DENSE_POLICY
+from rtpurbo.evaluation.questions import babilong
+from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.entries import (
     Entry,
@@ -21,7 +23,11 @@ from rtpurbo.reporting.entries import (
     tokens_entry,
 )
 from rtpurbo.reporting.formats import short_length
+from rtpurbo.reporting.questions import questions_grid
 from rtpurbo.reporting.ruler import ruler_grid
+
+BY_TASK = ("ruler", babilong.SUITE)
+"""Suites with a table for each length."""
 
 BY_ROW = [("tokens read", tokens_entry), ("mass kept", mass_entry)]
 """Of the same test as the far tokens."""
@@ -37,7 +43,7 @@ def results_tables(
     Args:
         records: measurements of one or more policies.
         cache_length: tokens at which every record's cache was weighed; None if each at its own.
-        averages: of RULER's tasks, if they are there.
+        averages: of suites, if they are there.
     """
     tables = []
     for header, rows in _grids(records, cache_length, averages):
@@ -71,17 +77,19 @@ def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _grids(
     records: Sequence[Record], cache_length: int | None, averages: Sequence[Average]
 ) -> list[Grid]:
-    """A grid of what has few tasks, and one of RULER's for each length."""
-    ruler = [record for record in records if record.suite == "ruler"]
-    others = [record for record in records if record.suite != "ruler"]
-    lengths = sorted({record.context_length for record in ruler})
-    return [
-        *([_grid(others, cache_length)] if others else []),
-        *(
-            ruler_grid([item for item in ruler if item.context_length == each], averages)
-            for each in lengths
-        ),
-    ]
+    """A grid of what has few tasks, one of short questions, and one of each long suite and length."""
+    questions = [record for record in records if record.suite in SHORT]
+    long = [record for record in records if record.suite in BY_TASK]
+    others = [record for record in records if record.suite not in (*SHORT, *BY_TASK)]
+    grids = [_grid(others, cache_length)] if others else []
+    if questions:
+        grids.append(questions_grid(questions, averages))
+    for suite in BY_TASK:
+        own = [record for record in long if record.suite == suite]
+        for length in sorted({record.context_length for record in own}):
+            at_length = [record for record in own if record.context_length == length]
+            grids.append(ruler_grid(at_length, averages))
+    return grids
 
 
 def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:

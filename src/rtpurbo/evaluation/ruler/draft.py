@@ -1,13 +1,14 @@
-"""What a task is: something that drafts questions whose haystack can grow."""
+"""Definition of a task: it drafts questions whose haystack can grow, and scores answers."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from rtpurbo.evaluation.ruler.materials import Materials
+from rtpurbo.evaluation.ruler.scoring import answer_score
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ class Draft:
         opening: the words that open the answer and give nothing away.
         answers: strings that a right answer contains.
         smallest: the least size that leaves a question worth asking.
+        rejected: strings that a right answer does not contain, for tasks that look at them.
     """
 
     text: Callable[[int], str]
@@ -49,18 +51,20 @@ class Draft:
     opening: str
     answers: tuple[str, ...]
     smallest: int
+    rejected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the thirteen.
+    """A task of RULER, or of another suite whose prompts are filled to a length.
 
     Attributes:
-        name: RULER's.
+        name: the suite's.
         description: one line.
         tokens_to_generate: room kept for the answer, and the most that is generated.
         draft: makes a question.
         any_answer: one of the answers is enough, as they are ways to say the same.
+        suite: the suite's name in messages.
     """
 
     name: str
@@ -68,6 +72,17 @@ class Task:
     tokens_to_generate: int
     draft: Callable[[Request], Draft]
     any_answer: bool = False
+    suite: str = "RULER"
+
+    def score(self, generated: str, answers: Sequence[str], rejected: Sequence[str]) -> float:
+        """Returns the score of an answer, from 0 to 1.
+
+        Args:
+            generated: the model's answer.
+            answers: as in `Draft`.
+            rejected: as in `Draft`.
+        """
+        return answer_score(generated, answers, self.any_answer)
 
 
 def offshoot(rng: random.Random) -> random.Random:

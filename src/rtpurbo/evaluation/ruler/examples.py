@@ -28,10 +28,12 @@ class Example:
     Attributes:
         prompt_ids: the tokens of the prompt, ending with the opening words of the answer.
         answers: strings that a right answer contains.
+        rejected: strings that a right answer does not contain, for tasks that look at them.
     """
 
     prompt_ids: array[int]
     answers: tuple[str, ...]
+    rejected: tuple[str, ...] = ()
 
 
 def make_examples(
@@ -48,7 +50,7 @@ def make_examples(
     smallest addition to the haystack they would have more.
 
     Args:
-        task: one of the thirteen.
+        task: of RULER or another suite.
         tokenizer: the model's; its chat template is used if it has one.
         context_length: the most tokens of prompt and answer.
         samples: questions.
@@ -63,7 +65,7 @@ def make_examples(
     if any(len(prompt(tokenizer, draft, draft.smallest)) > limit for draft in drafts):
         least = _least_length(task, tokenizer, context_length, samples, seed, materials)
         raise RTPurboError(
-            f"the RULER task {task.name} does not fit into {context_length:,} tokens: with this "
+            f"the {task.suite} task {task.name} does not fit into {context_length:,} tokens: with this "
             f"model's tokenizer it needs at least {least:,}."
         )
     examples = []
@@ -73,20 +75,26 @@ def make_examples(
             limit,
             draft.smallest,
         )
-        examples.append(Example(array("i", prompt(tokenizer, draft, size)), draft.answers))
+        prompt_ids = array("i", prompt(tokenizer, draft, size))
+        examples.append(Example(prompt_ids, draft.answers, draft.rejected))
     return examples
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Keeps the questions of a test, for `read_examples` in another process."""
-    rows = [(example.prompt_ids.tolist(), example.answers) for example in examples]
+    rows = [
+        (example.prompt_ids.tolist(), example.answers, example.rejected) for example in examples
+    ]
     write_text_atomically(path, json.dumps(rows))
 
 
 def read_examples(path: Path) -> list[Example]:
     """Reads what `write_examples` wrote."""
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return [Example(array("i", prompt_ids), tuple(answers)) for prompt_ids, answers in rows]
+    return [
+        Example(array("i", prompt_ids), tuple(answers), tuple(rejected))
+        for prompt_ids, answers, rejected in rows
+    ]
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, draft: Draft, size: int) -> list[int]:
@@ -97,7 +105,7 @@ def prompt(tokenizer: PreTrainedTokenizerBase, draft: Draft, size: int) -> list[
 
 def _draft(task: Task, context_length: int, seed: int, number: int, materials: Materials) -> Draft:
     # Without the length: what is asked stays, only the haystack grows.
-    rng = random.Random(f"ruler-{task.name}-{seed}-{number}")
+    rng = random.Random(f"{task.suite.lower()}-{task.name}-{seed}-{number}")
     return task.draft(Request(materials, context_length, seed, number, rng))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.evaluation.batching import questions_at_once
+from rtpurbo.evaluation.ruler.draft import Task
 from rtpurbo.evaluation.ruler.examples import (
     Example,
     make_examples,
@@ -15,7 +16,6 @@ from rtpurbo.evaluation.ruler.examples import (
     write_examples,
 )
 from rtpurbo.evaluation.ruler.materials import Materials
-from rtpurbo.evaluation.ruler.scoring import answer_score
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.evaluation.samples import Outcome, Sample
 from rtpurbo.models.text import continue_tokens
@@ -28,12 +28,20 @@ class RulerSuite:
         materials: what haystacks are made of.
         seed: of the tests.
         folder: where other processes of the run leave the tests that they made, and find this one's.
+        tasks: by name; RULER's unless another suite is filled to a length in the same way.
     """
 
-    def __init__(self, materials: Materials, seed: int = 0, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        materials: Materials,
+        seed: int = 0,
+        folder: Path | None = None,
+        tasks: Mapping[str, Task] = TASKS,
+    ) -> None:
         self.materials = materials
         self.seed = seed
         self.folder = folder
+        self.tasks = tasks
         self._made: dict[tuple[str, int, int], list[Example]] = {}
 
     def examples(
@@ -47,7 +55,7 @@ class RulerSuite:
                 self._made[test] = read_examples(shared)
             else:
                 self._made[test] = make_examples(
-                    TASKS[task], tokenizer, context_length, samples, self.seed, self.materials
+                    self.tasks[task], tokenizer, context_length, samples, self.seed, self.materials
                 )
                 if shared:
                     write_examples(shared, self._made[test])
@@ -67,7 +75,7 @@ class RulerSuite:
         Args:
             model: dense or sparse.
             tokenizer: the model's.
-            task: a name of `TASKS`.
+            task: the name of one of the tasks.
             context_length: the most tokens of prompt and answer.
             samples: questions.
             after_sample: called after each.
@@ -76,14 +84,14 @@ class RulerSuite:
             RTPurboError: `context_length` is too short for the task.
         """
         examples = self.examples(tokenizer, task, context_length, samples)
-        kind, answered = TASKS[task], list[Sample]()
+        kind, answered = self.tasks[task], list[Sample]()
         at_once = questions_at_once(model, context_length)
         for first in range(0, samples, at_once):
             batch = examples[first : first + at_once]
             prompts = [example.prompt_ids for example in batch]
             written = continue_tokens(model, tokenizer, prompts, kind.tokens_to_generate)
             for example, generated in zip(batch, written, strict=True):
-                score = 100 * answer_score(generated, example.answers, kind.any_answer)
+                score = 100 * kind.score(generated, example.answers, example.rejected)
                 answered.append(Sample.of(example.prompt_ids, example.answers, generated, score))
                 after_sample()
         return Outcome.of(answered)

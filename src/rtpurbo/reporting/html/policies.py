@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rtpurbo.evaluation.policies import BUDGET_POLICY, DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.formats import short_length
+from rtpurbo.reporting.formats import short_length, suite_title
 from rtpurbo.reporting.html.markup import Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, legend_of
 from rtpurbo.reporting.html.svg import swatch
@@ -33,6 +33,9 @@ def lengths_of(records: Iterable[Record]) -> list[int]:
 def name_of(record: Record, with_length: bool = True) -> str:
     """What was asked: task, metric where there are several, and length."""
     name = record.task if record.metric is None else f"{record.task} {record.metric}"
+    # Questions with lengths of their own have none to name.
+    if record.context_length == 0:
+        return suite_title(record.suite)
     return f"{name} {short_length(record.context_length)}" if with_length else name
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from rtpurbo.benchmarks.records import SpeedRecord, read_speed
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.averages import AVERAGED, Average
+from rtpurbo.evaluation.averages import Average
+from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record, read_results
 from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig, find_artifact
 from rtpurbo.training.log import TrainingLog
@@ -129,8 +130,10 @@ def with_results(
                 )
             merged |= {_test(record): record for record in records}
             # A mean of what was measured again, or its distance from that, is not true any more.
-            stale = {record.context_length for record in again if record.suite == AVERAGED}
-            kept = [item for item in known.averages if item.context_length not in stale]
+            stale = {(record.suite, record.context_length) for record in again}
+            kept = [
+                item for item in known.averages if (item.suite, item.context_length) not in stale
+            ]
             sources.quality[place] = Quality(
                 model, list(merged.values()), length, [*kept, *averages]
             )
@@ -174,7 +177,9 @@ def _check_numbers(path: Path, records: Sequence[Any], fields: Sequence[str]) ->
         for name in ("context_length", *fields):
             value = getattr(record, name)
             number = isinstance(value, int | float) and math.isfinite(value)
-            if not number or (name != "score" and value <= 0):
+            # Questions of some suites have their own length, which is recorded as 0.
+            may_be_zero = name == "score" or getattr(record, "suite", None) in SHORT
+            if not number or (not may_be_zero and value <= 0):
                 raise RTPurboError(f"{path} is corrupt: a record's {name} is {value!r}.")
 
 

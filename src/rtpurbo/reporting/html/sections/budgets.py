@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.formats import percent, short_length
+from rtpurbo.reporting.formats import percent, short_length, suite_at
 from rtpurbo.reporting.html.axes import linear_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
 from rtpurbo.reporting.html.plots import bar_plot
@@ -52,8 +52,7 @@ def _plots(quality: Quality) -> list[Markup]:
                     if (record.policy, record.context_length) == (policy, length)
                 ]
                 if _selects(chosen) and (policy == main or length == lengths[-1]):
-                    name = "RULER" if suite == "ruler" else suite
-                    title = f"{policy}: {name} {short_length(length)}"
+                    title = f"{policy}: {suite_at(suite, length)}"
                     plots.append(_plot(title, chosen, style_of(policy, policies)))
     return plots
 

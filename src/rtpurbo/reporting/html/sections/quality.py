@@ -8,10 +8,11 @@ from statistics import fmean
 
 from rtpurbo.evaluation.averages import Average, find_average
 from rtpurbo.evaluation.policies import DENSE_POLICY
+from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.formats import short_length
+from rtpurbo.reporting.formats import short_length, suite_title
 from rtpurbo.reporting.html.axes import Axis, length_axis, linear_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, line_plot
@@ -26,6 +27,7 @@ from rtpurbo.reporting.html.sections.scores import LEGEND, mean_cell, score_cell
 from rtpurbo.reporting.html.sections.section import Missing, Section
 from rtpurbo.reporting.html.sources import Quality, Sources
 from rtpurbo.reporting.html.tables import folded, paragraph, table
+from rtpurbo.reporting.tables import BY_TASK
 
 _TITLE = "What it keeps"
 _NEAR = 5.0
@@ -61,7 +63,9 @@ def _plots(quality: Quality, policies: Sequence[str]) -> list[Markup]:
     plots = []
     groups: dict[str, list[Record]] = {}
     for record in quality.records:
-        name = "RULER, mean of tasks" if record.suite == "ruler" else name_of(record, False)
+        name = name_of(record, False)
+        if record.suite in BY_TASK:
+            name = f"{suite_title(record.suite)}, mean of tasks"
         groups.setdefault(name, []).append(record)
     for title, records in groups.items():
         lengths, lines = lengths_of(records), _lines(records, policies)
@@ -73,9 +77,11 @@ def _plots(quality: Quality, policies: Sequence[str]) -> list[Markup]:
         else:
             y = linear_axis("right answers, %", values, include=(0, 100))
         plots.append(line_plot(title, lines, length_axis(lengths), y, legend=False))
-        if records[0].suite == "ruler":
+        suite = records[0].suite
+        if suite in BY_TASK:
             tasks = len({record.task for record in records})
-            plots += _closely(title, lines, length_axis(lengths), quality.averages, tasks)
+            averages = [average for average in quality.averages if average.suite == suite]
+            plots += _closely(title, lines, length_axis(lengths), averages, tasks, suite)
     return plots
 
 
@@ -94,7 +100,12 @@ def _lines(records: Sequence[Record], policies: Sequence[str]) -> list[Series]:
 
 
 def _closely(
-    title: str, lines: Sequence[Series], x: Axis, averages: Sequence[Average], tasks: int
+    title: str,
+    lines: Sequence[Series],
+    x: Axis,
+    averages: Sequence[Average],
+    tasks: int,
+    suite: str,
 ) -> list[Markup]:
     """Differences to the dense model of the policies that stay near it, which lie on each other else."""
     dense = {x: y for each in lines if each.name == DENSE_POLICY for x, y in each.points}
@@ -102,7 +113,7 @@ def _closely(
     for each in lines:
         points = [(x, y - dense[x]) for x, y in each.points if x in dense]
         if points and all(abs(y) <= _NEAR for _, y in points):
-            known = [find_average(averages, round(x), each.name, tasks) for x, _ in points]
+            known = [find_average(averages, round(x), each.name, tasks, suite) for x, _ in points]
             intervals = [None if one is None else one.difference_ci95 for one in known]
             hints = [
                 f"{each.name}: {y:+.2f} points at {short_length(round(x))}{_between(interval)}"
@@ -123,9 +134,14 @@ def _between(interval: tuple[float, float] | None) -> str:
 
 def _tables(quality: Quality, policies: Sequence[str]) -> list[Markup]:
     tables = []
+    short = [record for record in quality.records if record.suite in SHORT]
+    if short:
+        tables.append(_questions_table(short, policies, quality.averages))
     for suite in dict.fromkeys(record.suite for record in quality.records):
         records = [record for record in quality.records if record.suite == suite]
-        if suite == "ruler":
+        if suite in SHORT:
+            continue
+        if suite in BY_TASK:
             tables += _ruler_tables(records, policies, quality.averages)
         else:
             unit = "lower is better" if suite == "perplexity" else "in %"
@@ -133,22 +149,34 @@ def _tables(quality: Quality, policies: Sequence[str]) -> list[Markup]:
     return tables
 
 
+def _questions_table(
+    records: Sequence[Record], policies: Sequence[str], averages: Sequence[Average]
+) -> Markup:
+    """Suites of short questions down, policies across, with paired differences."""
+    rows = []
+    for suite in dict.fromkeys(record.suite for record in records):
+        own = [record for record in records if record.suite == suite]
+        name = f"{suite_title(suite)} ({max(record.samples for record in own):,})"
+        rows.append((name, *_mean_cells(own, policies, averages)))
+    return table("Questions, in %", ("suite (questions)", *policies), rows, "scores")
+
+
 def _ruler_tables(
     records: Sequence[Record], policies: Sequence[str], averages: Sequence[Average]
 ) -> list[Markup]:
     """Means by length, then the tasks of each length, all but the longest folded."""
-    lengths = lengths_of(records)
+    lengths, suite = lengths_of(records), suite_title(records[0].suite)
     tables = []
     if len(lengths) > 1:
         rows = []
         for length in lengths:
             chosen = [record for record in records if record.context_length == length]
             rows.append((short_length(length), *_mean_cells(chosen, policies, averages)))
-        caption = "RULER, mean of all tasks by length, in %"
+        caption = f"{suite}, mean of all tasks by length, in %"
         tables.append(table(caption, ("length", *policies), rows, "scores"))
     for length in reversed(lengths):
         chosen = [record for record in records if record.context_length == length]
-        title = f"RULER at {short_length(length)}"
+        title = f"{suite} at {short_length(length)}"
         whole = _table(f"{title}, in %", _in_task_order(chosen), policies, averages)
         tables.append(whole if length == lengths[-1] else folded(title, whole))
     return tables
@@ -186,7 +214,7 @@ def _mean_cells(
         mean_cell(
             mean_score(records, each),
             None if each == DENSE_POLICY else dense,
-            find_average(averages, length, each, tasks),
+            find_average(averages, length, each, tasks, records[0].suite),
         )
         for each in policies
     ]

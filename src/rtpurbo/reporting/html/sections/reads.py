@@ -8,7 +8,7 @@ from statistics import fmean
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.formats import percent, short_length
+from rtpurbo.reporting.formats import percent, short_length, suite_at, suite_title
 from rtpurbo.reporting.html.axes import length_axis, linear_axis, log_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, line_plot
@@ -61,7 +61,7 @@ def _of_model(quality: Quality) -> list[Content]:
     for suite in dict.fromkeys(record.suite for record in quality.records):
         records = [record for record in quality.records if record.suite == suite]
         if len(lengths_of(records)) > 1:
-            plots += _plots("RULER" if suite == "ruler" else suite, records, policies)
+            plots += _plots(suite_title(suite), records, policies)
     parts: list[Content] = [plots_of_policies(plots, policies)] if plots else []
     main = main_policy(quality.records)
     if main is not None:
@@ -122,13 +122,14 @@ def _by_test(records: Sequence[Record], policy: str) -> Markup:
         (task, *(_reading(found.get((task, length))) for length in lengths))
         for task in dict.fromkeys(task for task, _ in found)
     ]
-    suite = "RULER" if records[0].suite == "ruler" else records[0].suite
+    suite = suite_title(records[0].suite)
     if any(record.tokens_read_mean is not None for record in records):
         said = "mean tokens; median / 95th percentile; share of far tokens; mass kept"
     else:
         said = "share of far tokens"
     caption = f"{suite}: what a row of {policy} reads ({said})"
-    return table(caption, ("task", *map(short_length, lengths)), rows)
+    columns = (short_length(length) if length else "own length" for length in lengths)
+    return table(caption, ("task", *columns), rows)
 
 
 def _reading(record: Record | None) -> Content:
@@ -180,7 +181,7 @@ def _by_policy(quality: Quality, policies: Sequence[str]) -> Markup:
                 far = far_share(chosen, policy)
                 rows.append(
                     (
-                        f"{suite} {short_length(length)}: {policy}",
+                        f"{suite_at(suite, length)}: {policy}",
                         NOTHING if tokens is None else f"{tokens:,.0f}",
                         NOTHING if far is None else percent(far),
                         NOTHING if mass is None else percent(mass),

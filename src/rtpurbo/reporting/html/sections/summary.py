@@ -158,7 +158,9 @@ def _perplexity(quality: Quality, policy: str) -> list[Figure]:
 def _means(records: list[Record], policy: str) -> tuple[float, float, int, int] | None:
     """Mean scores of a policy and the dense model over tests that both have, their number and samples."""
     found = {
-        name: {(r.task, r.metric, r.context_length): r for r in records if r.policy == name}
+        name: {
+            (r.suite, r.task, r.metric, r.context_length): r for r in records if r.policy == name
+        }
         for name in (policy, DENSE_POLICY)
     }
     both = found[policy].keys() & found[DENSE_POLICY].keys()

@@ -1,0 +1,101 @@
+"""The question suites by name, and their questions from files."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.questions import (
+    babilong,
+    competition_math,
+    gsm8k,
+    humaneval,
+    mmlu_pro,
+)
+from rtpurbo.evaluation.questions.babilong import BabilongTask, babilong_tasks
+from rtpurbo.evaluation.questions.files import Row, read_rows
+
+SHORT = {
+    module.SUITE.name: module.SUITE for module in (gsm8k, competition_math, mmlu_pro, humaneval)
+}
+"""Suites whose questions have their own length, by name."""
+
+ONE_TASK = "all"
+"""The task of each of them."""
+
+NAMES = (*SHORT, babilong.SUITE)
+
+
+@dataclass(frozen=True)
+class QuestionData:
+    """The questions of a run.
+
+    Attributes:
+        rows: by suite, in the order of the files.
+        seed: of the order in which tests take them.
+    """
+
+    rows: Mapping[str, list[Row]]
+    seed: int = 0
+
+    @classmethod
+    def read(cls, paths: Mapping[str, str | Path], seed: int = 0) -> QuestionData:
+        """Reads the questions of suites.
+
+        Args:
+            paths: files by suite, names of `NAMES`.
+            seed: of the order in which tests take them.
+
+        Raises:
+            RTPurboError: a file is missing, empty or of another kind, or a line is malformed.
+        """
+        data = cls(
+            {
+                name: read_rows(
+                    name, path, SHORT[name].columns if name in SHORT else babilong.COLUMNS
+                )
+                for name, path in paths.items()
+            },
+            seed,
+        )
+        data.counts()
+        return data
+
+    @cached_property
+    def babilong(self) -> dict[str, BabilongTask]:
+        """Tasks of BABILong; empty without its file."""
+        rows = self.rows.get(babilong.SUITE)
+        return {} if rows is None else babilong_tasks(rows, self.seed)
+
+    def shuffled(self, suite: str) -> list[Row]:
+        """Returns the questions of a suite of `SHORT` in the order in which tests take them."""
+        rows = list(self.rows[suite])
+        random.Random(f"{suite}-{self.seed}").shuffle(rows)
+        return rows
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Returns the number of questions by suite and task."""
+        found = {
+            suite: {ONE_TASK: len(rows)} for suite, rows in self.rows.items() if suite in SHORT
+        }
+        if babilong.SUITE in self.rows:
+            found[babilong.SUITE] = {name: len(task.rows) for name, task in self.babilong.items()}
+        return found
+
+
+def check_opt_in(suites: Mapping[str, object], run_code: bool) -> None:
+    """Refuses suites that execute generated code, unless the user has agreed to that.
+
+    Raises:
+        RTPurboError: a suite runs code, and `run_code` is not set.
+    """
+    for name in suites:
+        if name in SHORT and SHORT[name].runs_code and not run_code:
+            raise RTPurboError(
+                f"the suite '{name}' executes code that the model writes, in a limited process: "
+                "agree to that with --run-code."
+            )
