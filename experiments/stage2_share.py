@@ -3,7 +3,7 @@
     python experiments/stage2_share.py ARTIFACT --data books.jsonl.gz --length 4096 --count 4 --output share.json
 
 The weights are those before stage 2 and a share of the way to those after it; the artifact has to be one
-that keeps all of it (`stage2.share` 1). Each is charged with the divergence of its predictions from those
+that keeps all of it (`stage2.lora_scale` 1). Each is charged with the divergence of its predictions from those
 of the dense model, in nats a token: on held-out sequences of the kinds that stage 2 trains on, along their
 answers or, in prose, on every sixteenth row behind a window; and on RULER's questions, of another seed than
 `rtpurbo eval` has by default, along what the dense model answers. Retrieval heads are dense: what is
@@ -34,7 +34,7 @@ from rtpurbo.files import write_json_atomically
 from rtpurbo.models.artifact import find_artifact, load, load_base
 from rtpurbo.models.sparsify import using_rule
 from rtpurbo.training.sequences import TrainingMix
-from rtpurbo.training.share import SHARES
+from rtpurbo.training.lora_scale import SCALES as SHARES
 from rtpurbo.version import library_commit
 
 SEED = 1_000

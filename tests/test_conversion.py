@@ -167,7 +167,7 @@ def test_what_the_model_writes_is_trained_on_and_kept_for_a_resumed_conversion(
             "stage2.needle_share": 0.2,
             "stage2.document_share": 0.4,
             "stage2.conversation_share": 0.4,
-            "stage2.share": None,
+            "stage2.lora_scale": None,
         },
         "device": "cpu",
     }

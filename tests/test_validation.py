@@ -32,7 +32,7 @@ def value_of(settings, name):
         ("stage2.steps", 1.5, "stage2.steps is 1.5, but it must be a whole number."),
         ("stage2.steps", float("inf"), "stage2.steps is inf, but it must be a whole number."),
         ("stage2.learning_rate", float("nan"), "learning_rate is nan, but it must be a number."),
-        ("stage2.share", "all", "stage2.share is 'all', but it must be a number or null."),
+        ("stage2.lora_scale", "all", "stage2.lora_scale is 'all', but it must be a number or null."),
         ("stage2.lengths", "abc", "is 'abc', but it must be a list of whole numbers, such as"),
         ("stage2.lengths", [2048, "x"], "is [2048, 'x'], but it must be a list of whole numbers"),
         ("stage2.lengths", [[2048]], "is [[2048]], but it must be a list of whole numbers"),
@@ -71,7 +71,7 @@ def test_values_become_what_the_setting_is():
     assert changed.stage1.lengths == (8192,)
     assert (changed.stage2.steps, changed.seed) == (100, 3)
     assert all(type(each) is int for each in (*changed.stage1.lengths, changed.stage2.steps))
-    assert type(change_settings(SETTINGS, {"stage2.share": 1}).stage2.share) is float
+    assert type(change_settings(SETTINGS, {"stage2.lora_scale": 1}).stage2.lora_scale) is float
 
 
 def test_a_whole_part_can_be_given_in_python():

@@ -38,6 +38,13 @@ def figures_file(work: Path, stage: str) -> Path:
     return work / f"{stage}_figures.json"
 
 
+def stage2_kind(work: Path) -> Stage2Kind:
+    """Returns the kind of weights that stage 2 left in a work folder."""
+    if (work / "stage2" / ADAPTER_FOLDER).is_dir():
+        return "lora"
+    return "full" if (work / "stage2" / FULL_WEIGHTS_FILE).is_file() else "none"
+
+
 def assemble(
     work: Path,
     output_dir: Path,
@@ -56,9 +63,7 @@ def assemble(
         data: what it trained on.
         may_replace: another folder in that place.
     """
-    kind: Stage2Kind = "none"
-    if (work / "stage2").is_dir():
-        kind = "lora" if settings.stage2.lora_rank else "full"
+    kind = stage2_kind(work)
     is_refreshed = indexers_file(work, "refresh").is_file()
     before = read_tensors(indexers_file(work, "stage1")) if is_refreshed else None
     artifact = ArtifactConfig(

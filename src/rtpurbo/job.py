@@ -13,7 +13,7 @@ from types import TracebackType
 
 from torch import Tensor
 
-from rtpurbo.assembly import HEAD_MAP_FILE, assemble, figures_file, indexers_file
+from rtpurbo.assembly import HEAD_MAP_FILE, assemble, figures_file, indexers_file, stage2_kind
 from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
 from rtpurbo.calibration.selection import Stability
 from rtpurbo.config import HeadMap, RTPurboConfig
@@ -225,7 +225,7 @@ class Job:
         )
         # The probe of stage 1 reads held-out text, and so does stage 2 where it finds its share.
         held_out = [*lengths.get("stage1", ())]
-        if settings.stage2.share is None:
+        if settings.stage2.lora_scale is None:
             held_out += lengths.get("stage2", ())
         if held_out:
             self.held_out.sample_tokens(base.tokenizer, max(held_out), random.Random(0))
@@ -338,7 +338,7 @@ class Job:
             self.processes.wait()
             self._discard("stage2.checkpoint", "teacher")
             base = self._whole(base)
-        apply_stage2(base.model, folder, "lora" if settings.lora_rank else "full")
+        apply_stage2(base.model, folder, stage2_kind(self.work))
         if settings.refresh_steps:
             refresh = self.settings.refresh
             base = self._train_indexers(base, "refresh", refresh, on_student=True)

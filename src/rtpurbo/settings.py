@@ -154,8 +154,8 @@ class DistillationSettings(SequenceSettings):
         warmup_steps: linear warm-up.
         lora_rank: rank of the LoRA; 0 trains the full weights.
         lora_beyond_attention: LoRA on the MLP's linear layers too.
-        share: how much of what the LoRA learnt is kept, from 0 to 1; None takes what brings held-out
-            sequences nearest to the teacher.
+        lora_scale: factor at which the trained LoRA is applied, from 0 to 1; None takes what brings
+            held-out sequences nearest to the dense model and harms no kind of them.
         top_logits: teacher logits kept for each label token (paper: 10).
         labels: which tokens are learnt from: `answers`, those of answers alone (prose has none, and
             is learnt from as `text`); `text`, tokens of the whole sequence alike; or `both`, every
@@ -183,7 +183,7 @@ class DistillationSettings(SequenceSettings):
     warmup_steps: int = 10
     lora_rank: int = 16
     lora_beyond_attention: bool = False
-    share: float | None = 1.0
+    lora_scale: float | None = 1.0
     top_logits: int = 10
     labels: Labels = "both"
     label_stride: int | None = None
@@ -209,13 +209,13 @@ class DistillationSettings(SequenceSettings):
             raise RTPurboError(
                 f"cross_entropy_weight is {self.cross_entropy_weight}, but it cannot be negative."
             )
-        if self.share is not None and not 0 <= self.share <= 1:
+        if self.lora_scale is not None and not 0 <= self.lora_scale <= 1:
             raise RTPurboError(
-                f"share is {self.share}, but it must be from 0 to 1, or null to be found."
+                f"lora_scale is {self.lora_scale}, but it must be from 0 to 1, or null to be found."
             )
-        if self.share != 1 and not self.lora_rank:
+        if self.lora_scale != 1 and not self.lora_rank:
             raise RTPurboError(
-                "a share of stage 2 is kept of a LoRA alone: with lora_rank 0, set stage2.share to 1."
+                "only a LoRA can be scaled: with lora_rank 0, set stage2.lora_scale to 1."
             )
 
 

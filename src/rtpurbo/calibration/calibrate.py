@@ -20,7 +20,13 @@ from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
-from rtpurbo.settings import CalibrationSettings, Progress, check_context, no_progress
+from rtpurbo.settings import (
+    CalibrationSettings,
+    IndexerTrainingSettings,
+    Progress,
+    check_context,
+    no_progress,
+)
 from rtpurbo.training.sequences import TrainingMix
 
 
@@ -99,7 +105,13 @@ def _by_gates(
     window = default_sliding_window(model.config.max_position_embeddings)
     scores = train_gates(
         model,
-        TrainingMix(tokenizer, corpus, (settings.length,), seed=seed, purpose="gates", **MIX),
+        TrainingMix.of(
+            IndexerTrainingSettings(lengths=(settings.length,), **MIX),
+            tokenizer,
+            corpus,
+            seed,
+            "gates",
+        ),
         rule or AttentionRule(sliding_window=window),
         steps=settings.num_documents,
         ratio=settings.ratio,

@@ -299,7 +299,9 @@ def check_base(found: BaseReference, expected: BaseReference, artifact_name: str
 
 
 def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreTrainedModel:
-    """Merges the weights of stage 2 into a dense base model."""
+    """Merges the weights of stage 2 into a dense base model; of kind `none` there are none."""
+    if kind == "none":
+        return model
     if kind == "full":
         weights = read_tensors(folder / FULL_WEIGHTS_FILE)
         missing, unexpected = model.load_state_dict(weights, strict=False)

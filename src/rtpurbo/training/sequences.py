@@ -25,6 +25,9 @@ TOKENS_PER_NEEDLE = 128
 TOKENS_PER_CHAIN = 512
 GOLDEN_RATIO = 0.6180339887498949
 
+POOLED = ("documents", "conversations")
+"""Kinds of sequences that the model wrote before training."""
+
 
 @dataclass(frozen=True)
 class TrainingSequence:
@@ -79,8 +82,8 @@ class TrainingMix:
     pools: Pools | None = None
 
     def __post_init__(self) -> None:
-        for share, name in self._pooled():
-            if share and not self._pool(name):
+        for name in POOLED:
+            if self._shares()[name] and not self._pool(name):
                 raise RTPurboError(
                     f"the training mix has a share of {name} that the model writes, but none are "
                     f"written: write them before training, or set {name[:-1]}_share to 0."
@@ -109,33 +112,51 @@ class TrainingMix:
 
     def sequence(self, number: int) -> TrainingSequence:
         """Sequence `number` of this mix; without any share left for a task, it is prose."""
+        kind = self._kind_at(number)
+        if kind in POOLED:
+            # Each pool is used up before any of it comes again.
+            return self.of_kind(kind, sum(self._kind_at(each) == kind for each in range(number)))
+        return self.of_kind(kind, number)
+
+    def kinds(self) -> list[str]:
+        """The kinds of sequences that have a share, prose with what is left among them."""
+        shares = self._shares()
+        kinds = [kind for kind, share in shares.items() if share]
+        return kinds if sum(shares.values()) > 1 - 1e-9 else [*kinds, PROSE]
+
+    def of_kind(self, kind: str, number: int) -> TrainingSequence:
+        """Sequence `number` of one kind, a name of `kinds`."""
+        if kind in POOLED:
+            pool = self._pool(kind)
+            return pool[number % len(pool)]
         rng = random.Random(f"{self.purpose}-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
-        place, begin = _place(number), 0.0
-        for share, draw in (
-            (self.needle_share, self._needles),
-            (self.variable_share, self._variables),
-            (self.passage_share, self._passage),
-            (self.haystack_share, self._haystack),
-            (self.counting_share, self._counting),
-            (self.reading_share, self._reading),
-        ):
-            if place < begin + share:
-                return draw(length, rng)
-            begin += share
-        for share, name in self._pooled():
-            if place < begin + share:
-                pool = self._pool(name)
-                earlier = sum(begin <= _place(each) < begin + share for each in range(number))
-                return pool[earlier % len(pool)]
-            begin += share
-        start = begin_ids(self.tokenizer)
-        prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
-        return TrainingSequence([*start, *prose])
+        if kind == PROSE:
+            start = begin_ids(self.tokenizer)
+            prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
+            return TrainingSequence([*start, *prose])
+        return getattr(self, f"_{kind}")(length, rng)
 
-    def _pooled(self) -> tuple[tuple[float, str], ...]:
-        """The shares of the pools, by the names of these."""
-        return (self.document_share, "documents"), (self.conversation_share, "conversations")
+    def _shares(self) -> dict[str, float]:
+        """Shares by kind, in the order in which they divide the numbers from 0 to 1."""
+        return {
+            "needles": self.needle_share,
+            "variables": self.variable_share,
+            "passage": self.passage_share,
+            "haystack": self.haystack_share,
+            "counting": self.counting_share,
+            "reading": self.reading_share,
+            "documents": self.document_share,
+            "conversations": self.conversation_share,
+        }
+
+    def _kind_at(self, number: int) -> str:
+        place, begin = _place(number), 0.0
+        for kind, share in self._shares().items():
+            if place < begin + share:
+                return kind
+            begin += share
+        return PROSE
 
     def _pool(self, name: str) -> Sequence[TrainingSequence]:
         return getattr(self.pools, name, ())

@@ -19,9 +19,9 @@ from rtpurbo.training.failure import SequenceResult
 from rtpurbo.training.labels import label_states
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
+from rtpurbo.training.lora_scale import HeldOut, choose_scale, draw_held_out, losses_by_scale
 from rtpurbo.training.pools import Pools
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
-from rtpurbo.training.share import HeldOut, draw_held_out, losses_by_share
 from rtpurbo.training.source import SequenceSource, Texts, random_access
 from rtpurbo.training.student import save_student, trainable, trained_weights
 from rtpurbo.training.teacher import TeacherCache, TeacherTargets, top_logits_divergence
@@ -55,7 +55,7 @@ def distill(
         model: sparse, with trained indexers if the selection is on in training.
         tokenizer: the model's.
         corpus: training text, in memory or streamed.
-        held_out: text of the sequences by which a share is found.
+        held_out: text of the sequences by which the LoRA scale is found.
         output_dir: an open folder; gets a PEFT adapter or full weights.
         settings: steps, lengths, LoRA.
         teacher_folder: where the teacher's targets are kept.
@@ -68,7 +68,8 @@ def distill(
             them are held out.
 
     Returns:
-        What was found out about a share that was left open: `share`, and `losses_by_share`; else nothing.
+        `lora_scale` and `losses_by_scale` where the scale was to be found; else nothing. At a scale of 0 nothing is
+        written: the model is better off without stage 2.
 
     Raises:
         RTPurboError: sequences do not fit the model's context, a pool is missing, or a loss or gradient is not
@@ -86,8 +87,8 @@ def distill(
         for step in range(settings.steps):
             targets.fill(model, step)
             progress("teacher", step + 1, settings.steps, {})
-        judge: HeldOut = []
-        if settings.share is None:
+        judge: HeldOut = {}
+        if settings.lora_scale is None:
             unseen = TrainingMix.of(
                 settings, tokenizer, held_out, seed, "stage2-held-out", unseen_written
             )
@@ -117,13 +118,14 @@ def distill(
                     results.append(result)
                 figures = loop.update(step, results)
                 loop.report(step, {name: round(value, 6) for name, value in figures.items()})
-        share, found = settings.share, dict[str, Any]()
-        if share is None:
+        scale, found = settings.lora_scale, dict[str, Any]()
+        if scale is None:
             loss = partial(loss_on, model, settings=settings)
-            losses = losses_by_share(student, judge, loss, progress)
-            share = processes.from_main(lambda: min(losses, key=lambda each: losses[each]))
-            found = {"share": share, "losses_by_share": losses}
-        save_student(student, output_dir, processes, share)
+            losses = losses_by_scale(student, judge, loss, progress)
+            scale = processes.from_main(lambda: choose_scale(losses))
+            found = {"lora_scale": scale, "losses_by_scale": losses}
+        if scale:
+            save_student(student, output_dir, processes, scale)
     return found
 
 

@@ -89,7 +89,7 @@ def save_student(
     student: PreTrainedModel | PeftModel,
     folder: Path,
     processes: Processes = ALONE,
-    share: float = 1.0,
+    lora_scale: float = 1.0,
 ) -> None:
     """Writes what stage 2 trained: LoRA in bf16 (its rounding is far below its effect), full weights as they are.
 
@@ -97,7 +97,7 @@ def save_student(
         student: inside `trainable`.
         folder: an open one.
         processes: who trained; all call this together, and the main one writes.
-        share: of what a LoRA learnt that it is to apply.
+        lora_scale: factor at which a LoRA is to be applied.
 
     Raises:
         RTPurboError: the disk is full.
@@ -124,8 +124,8 @@ def save_student(
         described["base_model_name_or_path"] = None
         described["inference_mode"] = True
         # The scale, not the weights: what was learnt stays to be had.
-        if share != 1:
-            described["lora_alpha"] *= share
+        if lora_scale != 1:
+            described["lora_alpha"] *= lora_scale
         described["target_modules"] = sorted(described["target_modules"])
         write_json_atomically(temporary / "adapter_config.json", described)
         save_tensors_atomically(
