@@ -80,7 +80,7 @@ def test_the_text_names_what_will_be_done():
         "8,192 tokens",
         "1,024 tokens, after 4 sinks",
         "3 retrieval heads of 12 query heads (6 KV heads)",
-        "3 documents of 2,048 tokens",
+        "3 documents at 2,048 tokens",
         "60 steps at 2,048 tokens",
         "8 steps at 2,048 tokens, LoRA of rank 8, learning rate 0.0002",
         "15 steps at 2,048 tokens",

@@ -261,7 +261,9 @@ def stage_seconds(
     )
     has_refresh = stage2.steps > 0 and stage2.refresh_steps > 0
     calibration = settings.calibration
-    documents = calibration.num_documents * (2 if calibration.ranking == "turns" else 1)
+    # A step of gates: the dense model, a mix of it and of windows, and the gradients of that.
+    passes = {"turns": 2, "gates": 6}.get(calibration.ranking, 1)
+    documents = calibration.num_documents * passes
     return StageSeconds(
         calibration=seconds(documents * shape.forward_flops(calibration.length), documents),
         stage1=indexers(settings.stage1, dense=True),

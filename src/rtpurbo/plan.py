@@ -66,7 +66,9 @@ class Plan:
             ("heads", self._heads()),
             (
                 "calibration",
-                f"{calibration.num_documents} documents of {calibration.length:,} tokens",
+                f"{calibration.num_documents} "
+                f"{'steps of gates' if calibration.ranking == 'gates' else 'documents'} at "
+                f"{calibration.length:,} tokens",
             ),
             ("stage 1", f"{settings.stage1.steps} steps at {_lengths(settings.stage1.lengths)}"),
         ]

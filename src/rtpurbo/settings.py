@@ -34,14 +34,17 @@ class CalibrationSettings:
 
     Attributes:
         length: tokens of a calibration document.
-        num_documents: documents, each with a needle at another depth.
-        ratio: share of the query heads to take; used unless `threshold` or `count` is set.
+        num_documents: documents, each with a needle at another depth; with `gates`, training steps of one
+            sequence each.
+        ratio: share of the query heads, or of the KV heads by whole groups, to take; used unless
+            `threshold` or `count` is set.
         threshold: take heads whose score reaches this instead.
         count: take this many heads instead.
         granularity: choose heads one by one (`query_head`) or by whole KV groups (`kv_group`).
         ranking: by what heads are ranked: `copies`, as in the paper, how much they look from a sentence back
-            to its copy; `chains`, how much they look back where chains of variables are followed; or `turns`,
-            the best of both in turn.
+            to its copy; `chains`, how much they look back where chains of variables are followed; `turns`,
+            the best of both in turn; or `gates`, how much the answers of long-range tasks need them
+            (`rtpurbo.calibration.gates`).
     """
 
     length: int = 4096

@@ -59,7 +59,8 @@ Resume = Annotated[
 Ratio = Annotated[
     float | None,
     typer.Option(
-        help="Share of the query heads that retrieve; the paper takes 0.15.",
+        help="Share of the heads that retrieve: of the query heads, or of the KV heads where these are "
+        "kept whole (calibration.granularity=kv_group, the default on a GPU). The paper takes 0.15 of the query heads.",
         show_default=False,
         rich_help_panel=_HEADS,
     ),

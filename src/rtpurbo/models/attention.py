@@ -33,6 +33,8 @@ from rtpurbo.ops.packed import packed_attention
 
 IMPLEMENTATION = "rtpurbo"
 
+FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
 
 def key_positions_as_mask(
     kv_length: int,
@@ -363,7 +365,8 @@ class HeadwiseAttention(nn.Module):
                 self.indexer.features(raw_keys[:, readers], keys[:, readers])
             )
             if self.rule.index_storage == "float8":
-                index_keys = index_keys.to(torch.float8_e4m3fn)
+                # Beyond the largest number of the format lies NaN.
+                index_keys = index_keys.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
             if not selecting:
                 return None, index_keys
             features = self.indexer.features(

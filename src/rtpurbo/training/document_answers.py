@@ -33,7 +33,7 @@ def write_document_answers(
     *,
     max_answer_tokens: int = 128,
     seed: int = 0,
-    batch_tokens: int = 65536,
+    batch_tokens: int = 131072,
     progress: Progress = no_progress,
 ) -> list[TrainingSequence]:
     """Prose of given lengths, an instruction after it, and the model's own answer.
