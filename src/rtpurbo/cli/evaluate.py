@@ -164,6 +164,24 @@ def evaluate(
             f"{output} exists: pass --resume to go on with it, or --force to replace it."
         )
 
+    from rtpurbo.evaluation import request
+    from rtpurbo.evaluation.cells import DEFAULT_SUITES
+
+    suites = options.suites_with_tasks(suite or DEFAULT_SUITES, tasks, length)
+    lengths = length or request.DEFAULT_LENGTHS
+    policies = policy or request.DEFAULT_POLICIES
+    files = options.assignments("--task-data", task_data)
+    # Mistakes are told before torch is imported, which takes seconds.
+    request.Request.of(
+        suites,
+        lengths,
+        policies,
+        samples=samples,
+        task_data=files,
+        seed=seed,
+        run_code=run_code,
+    ).check_lengths(artifact, base_model)
+
     import torch
     from rich.console import Console
 
@@ -182,10 +200,10 @@ def evaluate(
     with _stopping_cleanly(output), results, ProgressBars() as progress:
         records = run.evaluate(
             artifact,
-            suites=options.suites_with_tasks(suite or run.DEFAULT_SUITES, tasks, length),
-            lengths=length or run.DEFAULT_LENGTHS,
+            suites=suites,
+            lengths=lengths,
             samples=samples,
-            policies=policy or run.DEFAULT_POLICIES,
+            policies=policies,
             data=data or None,
             base_model=base_model,
             seed=seed,
@@ -193,7 +211,7 @@ def evaluate(
             dtype=None if dtype == "auto" else getattr(torch, dtype),
             squad=squad,
             hotpotqa=hotpotqa,
-            task_data=options.assignments("--task-data", task_data),
+            task_data=files,
             max_new_tokens=max_new_tokens,
             run_code=run_code,
             processes=processes,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation import needle
+from rtpurbo.evaluation import needle_tasks
 from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
 from rtpurbo.evaluation.questions.suites import ONE_TASK, SHORT
@@ -17,7 +17,7 @@ HARNESS = "lm-eval"
 """The suite of LM Evaluation Harness, which alone knows its tasks."""
 
 SUITES: dict[str, tuple[str, ...]] = {
-    "needle": tuple(needle.TASKS),
+    "needle": tuple(needle_tasks.TASKS),
     "perplexity": ("prose",),
     "ruler": tuple(RULER_TASKS),
     **dict.fromkeys(SHORT, (ONE_TASK,)),

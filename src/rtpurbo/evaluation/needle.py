@@ -10,15 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.data.needles import is_correct, make_retrieval_example
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.evaluation.batching import questions_at_once
+from rtpurbo.evaluation.needle_tasks import TASKS
 from rtpurbo.evaluation.samples import Outcome, Sample
 from rtpurbo.models.text import continue_tokens
-
-TASKS = {
-    "single": {"num_keys": 1, "num_values": 1},
-    "multikey": {"num_keys": 4, "num_values": 1},
-    "multivalue": {"num_keys": 1, "num_values": 4},
-}
-"""What each task hides, as `make_retrieval_example` takes it."""
 
 # An answer may be worded with a few more tokens than expected.
 SLACK_TOKENS = 8

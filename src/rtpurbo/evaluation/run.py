@@ -16,29 +16,23 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.assignment import Assignment
 from rtpurbo.evaluation.battery import in_parts
 from rtpurbo.evaluation.budgets import budget_of, has_budget
-from rtpurbo.evaluation.cells import (
-    DEFAULT_SUITES,
-    HARNESS,
-    Cell,
-    check_name,
-    choose_cells,
-    suite_of,
-)
+from rtpurbo.evaluation.cells import DEFAULT_SUITES, HARNESS, Cell, check_name
 from rtpurbo.evaluation.examiner import Examiner
 from rtpurbo.evaluation.parts import Part, Taken, joined
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
-from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
-from rtpurbo.evaluation.questions.suites import SHORT, QuestionData, check_opt_in
+from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
+from rtpurbo.evaluation.request import (
+    DEFAULT_LENGTHS,
+    DEFAULT_POLICIES,
+    EVERY_POLICY,
+    Request,
+)
 from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.evaluation.workers import Finished, Job, Workers, hired
 from rtpurbo.models.artifact import find_artifact
-from rtpurbo.settings import Progress, check_context, no_progress
-
-DEFAULT_LENGTHS = (2048, 4096)
-DEFAULT_POLICIES = ("full", "rtpurbo")
-EVERY_POLICY = "all"
+from rtpurbo.settings import Progress, no_progress
 
 
 def evaluate(
@@ -110,34 +104,33 @@ def evaluate(
             test that was under way is lost, unless its last questions were and there is one process.
     """
     names = run_order(policies)
-    harness_data, question_data = _split_task_data(suites, task_data or {})
-    questions = QuestionData.read(question_data, seed)
-    cells = choose_cells(suites, lengths, samples, questions.counts())
-    check_opt_in({cell.suite: cell for cell in cells}, run_code)
+    request = Request.of(
+        suites,
+        lengths,
+        policies,
+        samples=samples,
+        task_data=task_data,
+        seed=seed,
+        run_code=run_code,
+    )
     if processes < 1:
         raise RTPurboError(f"the number of processes is {processes}, but it must be at least 1.")
     device = resolve_device(device)
-    asked = [cell.task for cell in cells if cell.suite == HARNESS]
-    for name in harness_data:
-        if name not in asked:
-            raise RTPurboError(
-                f"there is data for the task '{name}' of lm-eval, which is not asked for."
-            )
+    folder = find_artifact(artifact)
+    request.check_lengths(folder, base_model)
+    cells = request.cells
     assignment = Assignment(
-        Source(find_artifact(artifact), device, dtype or default_dtype(device), base_model, seed),
-        asks_harness=bool(asked),
+        Source(folder, device, dtype or default_dtype(device), base_model, seed),
+        asks_harness=any(cell.suite == HARNESS for cell in cells),
         data=data,
         seed=seed,
         squad=squad,
         hotpotqa=hotpotqa,
-        task_data=harness_data,
-        question_data=question_data,
+        task_data=request.harness_data,
+        question_data=request.question_data,
         max_new_tokens=max_new_tokens,
         cache_length=cache_length,
     )
-    # Before texts and weights are read.
-    if (context := assignment.source.context_length) is not None:
-        check_context("tests", max(cell.context_length for cell in cells), context)
     battery = assignment.battery()
     if results is None:
         results = ResultsFile()
@@ -152,23 +145,6 @@ def evaluate(
         with hired(assignment, processes) as workers:
             run.side_by_side(names, workers)
     return run.records(names)
-
-
-def _split_task_data(
-    suites: Sequence[str | Cell], task_data: Mapping[str, str | Path]
-) -> tuple[dict[str, str | Path], dict[str, str | Path]]:
-    """Files for tasks of lm-eval, and files for question suites.
-
-    Both know tasks such as gsm8k. A file goes to the suite unless only lm-eval's task is asked for.
-    """
-    asked = {suite_of(given) for given in suites}
-    questions = {
-        name: path
-        for name, path in task_data.items()
-        if name in QUESTION_SUITES and (name in asked or HARNESS not in asked)
-    }
-    others = {name: path for name, path in task_data.items() if name not in questions}
-    return others, questions
 
 
 def run_order(policies: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,22 +36,6 @@ class Source:
     def config(self) -> RTPurboConfig:
         """The artifact's head map, rule and indexer settings."""
         return ArtifactConfig.read(self.folder).config
-
-    @property
-    def context_length(self) -> int | None:
-        """The model's context in tokens; None where only loading the model tells it.
-
-        Of a base model in a folder, or an export, the configuration is read without the weights.
-        """
-        artifact = ArtifactConfig.read(self.folder)
-        folder = self.folder if artifact.stage2 == "merged" else None
-        path = Path(folder or self.base_model or artifact.base.name) / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            return int(config.get("text_config", config)["max_position_embeddings"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # Loading says what is wrong with it, if anything is.
-            return None
 
     def dense(self) -> Loaded:
         """The base model."""

@@ -1,0 +1,129 @@
+"""What a user asks to evaluate, checked in a moment: nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.cells import HARNESS, Cell, check_name, choose_cells, suite_of
+from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
+from rtpurbo.evaluation.questions.suites import QuestionData, check_opt_in
+from rtpurbo.settings import check_context
+
+DEFAULT_LENGTHS = (2048, 4096)
+DEFAULT_POLICIES = ("full", "rtpurbo")
+EVERY_POLICY = "all"
+
+POLICY_NAMES = (
+    "full",
+    "rtpurbo",
+    "rtpurbo-paper",
+    "rtpurbo-residual",
+    "rtpurbo-sparse-prefill",
+    "rtpurbo-float8-index",
+    "rtpurbo-before-stage2",
+    "dense-heads",
+    "quest",
+    "top-k",
+    "oracle-top-p",
+    "local-only",
+    "random-heads",
+)
+"""The names of `rtpurbo.evaluation.policies.POLICIES`, which take seconds to import."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The tests to run, and the files with their questions.
+
+    Attributes:
+        cells: the tests.
+        harness_data: files for tasks of lm-eval, by task.
+        question_data: files for question suites, by suite.
+    """
+
+    cells: list[Cell]
+    harness_data: dict[str, str | Path]
+    question_data: dict[str, str | Path]
+
+    @classmethod
+    def of(
+        cls,
+        suites: Sequence[str | Cell],
+        lengths: Sequence[int] | Mapping[str, Sequence[int]],
+        policies: Sequence[str],
+        *,
+        samples: int | None = None,
+        task_data: Mapping[str, str | Path] | None = None,
+        seed: int = 0,
+        run_code: bool = False,
+    ) -> Request:
+        """Checks the arguments of `rtpurbo.evaluation.run.evaluate` of the same names.
+
+        Raises:
+            RTPurboError: a name is unknown, questions are missing or malformed, or a suite runs code
+                without `run_code`.
+        """
+        for name in policies:
+            check_name("policy", name, [*POLICY_NAMES, EVERY_POLICY])
+        harness_data, question_data = _split(suites, task_data or {})
+        questions = QuestionData.read(question_data, seed)
+        cells = choose_cells(suites, lengths, samples, questions.counts())
+        check_opt_in({cell.suite: cell for cell in cells}, run_code)
+        asked = [cell.task for cell in cells if cell.suite == HARNESS]
+        for name in harness_data:
+            if name not in asked:
+                raise RTPurboError(
+                    f"there is data for the task '{name}' of lm-eval, which is not asked for."
+                )
+        return cls(cells, harness_data, question_data)
+
+    def check_lengths(self, artifact: str | Path, base_model: str | None = None) -> None:
+        """Refuses tests beyond the context of the model, where a folder here tells it.
+
+        Args:
+            artifact: the artifact or export.
+            base_model: as in `evaluate`.
+
+        Raises:
+            RTPurboError: a test is too long.
+        """
+        context = _context_length(Path(artifact), base_model)
+        if context is not None:
+            check_context("tests", max(cell.context_length for cell in self.cells), context)
+
+
+def _split(
+    suites: Sequence[str | Cell], task_data: Mapping[str, str | Path]
+) -> tuple[dict[str, str | Path], dict[str, str | Path]]:
+    """Returns files for tasks of lm-eval, and files for question suites.
+
+    Both know tasks such as gsm8k. A file goes to the suite unless only lm-eval's task is asked for.
+    """
+    asked = {suite_of(given) for given in suites}
+    questions = {
+        name: path
+        for name, path in task_data.items()
+        if name in QUESTION_SUITES and (name in asked or HARNESS not in asked)
+    }
+    others = {name: path for name, path in task_data.items() if name not in questions}
+    return others, questions
+
+
+def _context_length(artifact: Path, base_model: str | None) -> int | None:
+    """The context in tokens by the configuration in a folder; None if loading has to tell it."""
+    try:
+        written = artifact / "rtpurbo_config.json"
+        base: str | Path = artifact  # an export, unless it names its base
+        if written.is_file():
+            entry = json.loads(written.read_text(encoding="utf-8"))
+            if entry["stage2"] != "merged":
+                base = base_model or entry["base_model"]["name"]
+        config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+        return int(config.get("text_config", config)["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # Loading says what is wrong, if anything is.
+        return None
