@@ -245,7 +245,7 @@ def test_a_newer_artifact(copy):
 
 def test_an_artifact_of_another_base(tiny_artifact, tmp_path):
     other = save_tiny_base(tmp_path / "other", seed=1)
-    for command in (["generate", tiny_artifact, "x"], ["eval", tiny_artifact]):
+    for command in (["generate", tiny_artifact, "x"], ["eval", tiny_artifact, *QUICK]):
         message = error_of(*command, "--base-model", other, "--device", "cpu")
         assert "belongs to another base model" in message
 
@@ -254,7 +254,7 @@ def test_eval_of_what_is_not_there(tiny_artifact):
     assert "there is no policy 'x'" in error_of("eval", tiny_artifact, *QUICK, "--policy", "x")
     assert "there is no suite 'x'" in error_of("eval", tiny_artifact, *QUICK, "--suite", "x")
     assert "context of 1,024" in error_of("eval", tiny_artifact, *QUICK, "--length", "4096")
-    quick = ["eval", tiny_artifact, "--device", "cpu"]
+    quick = ["eval", tiny_artifact, "--length", "512", "--device", "cpu"]
     assert "no ruler task 'x'" in error_of(*quick, "--suite", "ruler", "--tasks", "x")
     assert "'lm-eval' needs tasks" in error_of(*quick, "--suite", "lm-eval")
     assert "--task-data x names no value" in error_of(*quick, "--task-data", "x")

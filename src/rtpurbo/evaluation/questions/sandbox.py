@@ -35,8 +35,9 @@ def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BY
     """
     # A program that exits early has status 0 too; it cannot print what it does not know.
     marker = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
             [sys.executable, "-I", str(_RUNNER), str(seconds), str(memory_bytes)],
             cwd=folder,
             env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"},
@@ -44,7 +45,8 @@ def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BY
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-        )
+        ) as process,
+    ):
         try:
             output, _ = process.communicate(
                 f"{marker}\n{program}".encode("utf-8", "replace"), timeout=1.5 * seconds
@@ -55,5 +57,4 @@ def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BY
             # Processes that the program may have left are of its group too.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
     return output.endswith(marker.encode())
