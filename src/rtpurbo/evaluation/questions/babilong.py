@@ -31,8 +31,8 @@ KINDS = (
 """The answers of qa1 to qa5: places, people and objects."""
 
 _INTRODUCTION = (
-    "Somewhere in the book below, sentences about {about} have been inserted, in the order in which "
-    "things happened. Only these sentences matter for the question after the book."
+    "Somewhere in the book below, sentences about {about} have been inserted in chronological order. "
+    "Only these sentences matter for the question after the book."
 )
 _EXAMPLE = 'For example, after the sentences "{facts}" the question "{question}" has the answer "{answer}".'
 
