@@ -152,10 +152,19 @@ def test_progress_is_told_and_bars_are_drawn_in_terminals_alone(file, capfd, own
     steps = []
     load_base_model(str(file), progress=lambda *step: steps.append(step))
     assert [step[0] for step in steps] == ["decoding"] * len(steps)
-    assert steps[-1][1] == steps[-1][2] == len(steps) == 21
+    assert [step[1] for step in steps] == list(range(22))
+    assert {step[2] for step in steps} == {21}
     shutil.rmtree(own_cache)
     load_base_model(str(file))
     assert capfd.readouterr() == ("", "")
+
+
+def test_other_files_may_lie_beside_a_gguf_file(file, tmp_path):
+    """Folders of the Hub hold a configuration and a licence too."""
+    tiny_model("qwen2").config.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("")
+    assert read_config(str(tmp_path)).model_type == "llama"
+    assert load_base_model(str(tmp_path)).reference.source == "gguf"
 
 
 def test_a_folder_with_a_model_is_not_a_folder_of_a_gguf_file(file, tmp_path):

@@ -27,16 +27,19 @@ Item = TypeVar("Item")
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is or, as a folder without a transformers model, holds.
+    """The GGUF file that `path` is or, as a folder without weights of another format, holds.
 
     Raises:
         RTPurboError: the folder holds several.
     """
     if path.is_file():
         return path if path.suffix.lower() == SUFFIX else None
-    if not path.is_dir() or (path / "config.json").is_file():
+    if not path.is_dir():
         return None
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
+    content = sorted(path.iterdir())
+    if any(file.suffix in (".safetensors", ".bin") for file in content):
+        return None
+    files = [file for file in content if file.suffix.lower() == SUFFIX]
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
         raise RTPurboError(
@@ -71,6 +74,8 @@ def decode_gguf(
     config = gguf_config(header)
     # Old versions of transformers have no such option, and always dequantise.
     quantization = getattr(transformers, "GgufConfig", None)
+    # Reading the vocabulary comes first, and takes a while.
+    progress("decoding", 0, len(header.tensors), {})
     with _reporting_tensors(progress):
         model, tokenizer = load_pretrained(
             str(path.parent),
@@ -79,7 +84,7 @@ def decode_gguf(
             quantization=quantization and quantization(dequantize=True),
             gguf_file=path.name,
         )
-    model.generation_config.eos_token_id = _end_token_ids(header, tokenizer)
+    model.generation_config.eos_token_id = _end_token_ids(header, tokenizer) or None
     return model, tokenizer
 
 
