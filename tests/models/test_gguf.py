@@ -336,7 +336,7 @@ def test_files_and_folders_that_do_not_say_which_model(file, tmp_path):
 
 def test_no_tokens_to_make_a_tokenizer_of(file):
     content = file.read_bytes()
-    file.write_bytes(content.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.mode_"))
+    file.write_bytes(content.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_"))
     with pytest.raises(RTPurboError, match="The tokenizer of"):
         load_base_model(str(file))
 
