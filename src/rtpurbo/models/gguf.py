@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import gguf
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +78,7 @@ def decode_gguf(
     quantization = getattr(transformers, "GgufConfig", None)
     # Reading the vocabulary comes first, and takes a while.
     progress("decoding", 0, len(header.tensors), {})
-    with _reporting_tensors(progress):
+    with _reading_once(), _reporting_tensors(progress):
         model, tokenizer = load_pretrained(
             str(path.parent),
             dtype or header.decoded_dtype(),
@@ -100,6 +102,20 @@ def _end_token_ids(header: GgufHeader, tokenizer: PreTrainedTokenizerBase) -> li
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     known = [vocabulary[token] for token in _END_TOKENS if vocabulary.get(token) in special]
     return list(dict.fromkeys(int(token) for token in [*named, *known] if token is not None))
+
+
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """Has transformers parse a file once, where it would for the weights and for the tokenizer.
+
+    Each time takes half a minute where a vocabulary is large.
+    """
+    original = gguf.GGUFReader
+    gguf.GGUFReader = cache(original)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 @contextmanager
