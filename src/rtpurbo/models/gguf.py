@@ -110,12 +110,13 @@ def _reading_once() -> Iterator[None]:
 
     Each time takes half a minute where a vocabulary is large.
     """
-    original = gguf.GGUFReader
-    gguf.GGUFReader = cache(original)
+    package: Any = gguf
+    original = package.GGUFReader
+    package.GGUFReader = cache(original)
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        package.GGUFReader = original
 
 
 @contextmanager
