@@ -169,7 +169,12 @@ def _add_tokenizer(writer: GGUFWriter) -> None:
     writer.add_token_types(
         [TokenType.CONTROL if number in special else TokenType.NORMAL for _, number in tokens]
     )
+    writer.add_token_scores([-float(number) for _, number in tokens])
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     # As in files that name the end of a text, and not of an answer.
-    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    writer.add_eos_token_id(end)
+    writer.add_bos_token_id(end)
+    writer.add_pad_token_id(end)
+    writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)

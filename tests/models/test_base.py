@@ -223,6 +223,12 @@ def test_unknown_names_and_no_network_are_told_apart(monkeypatch, no_hub):
         load_base_model()
 
 
+@pytest.mark.parametrize("name", ["", " ", "x" * 300, "a\0b"])
+def test_names_that_are_none(no_hub, name):
+    with pytest.raises(RTPurboError, match=r"name of the model is empty|is not a folder"):
+        read_config(name)
+
+
 def test_a_path_that_is_not_there():
     with pytest.raises(RTPurboError, match=r"(There is no model|is not a folder)"):
         load_base_model("./no/such/folder")

