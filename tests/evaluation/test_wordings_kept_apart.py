@@ -74,9 +74,13 @@ def strings_of(data):
 
 
 def literals_of(source):
-    """Every string of a module, values of f-strings as fields; adjacent literals are one string."""
-    texts = []
-    for node in ast.walk(ast.parse(source)):
+    """Every string of a module but docstrings, values of f-strings as fields; adjacent literals are one."""
+    tree, texts = ast.parse(source), []
+    # A string that is a statement of its own documents what it follows or opens.
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if id(node) in documentation:
+            continue
         if isinstance(node, ast.JoinedStr):
             parts = [
                 part.value if isinstance(part, ast.Constant) else "{x}" for part in node.values
