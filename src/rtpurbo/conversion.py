@@ -12,7 +12,7 @@ import torch
 from rtpurbo.calibration.calibrate import calibrate, read_calibration
 from rtpurbo.config import HeadMap
 from rtpurbo.data.texts import load_texts
-from rtpurbo.devices import resolve_device
+from rtpurbo.devices import base_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.interruption import stopping_cleanly
@@ -46,6 +46,7 @@ def convert(
     progress: Progress = no_progress,
     parallel: str = "data",
     report_to: Sequence[str] = (),
+    dtype: str = "auto",
 ) -> Path:
     """Makes a sparse model of a dense one: calibration, stage 1, stage 2 and a refresh of the indexers.
 
@@ -63,6 +64,8 @@ def convert(
         parallel: how the processes that `torchrun` started share the work: `data`, each with the whole model and
             its part of the texts, or `fsdp`, each with a part of the weights too.
         report_to: experiment trackers to show figures to, such as `tensorboard`.
+        dtype: of the frozen base model: `float32`, `bfloat16`, `float16`, or `auto`, the checkpoint's on a GPU and
+            float32 on a CPU. What is trained is float32.
 
     Returns:
         The artifact's folder.
@@ -72,15 +75,25 @@ def convert(
         StoppedBySignalError: SIGTERM or Ctrl-C, after a checkpoint was saved.
     """
     with _job(
-        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+        output_dir,
+        data,
+        device,
+        resume,
+        force,
+        progress,
+        settings,
+        changes,
+        parallel,
+        report_to,
+        dtype,
     ) as job:
-        base = load_base_model(model, device=job.device)
+        base = load_base_model(model, device=job.device, dtype=job.dtype, processes=job.processes)
         settings = choose_settings(base, job.device, settings, preset, changes)
         job.open(base, settings, "convert")
         config = job.calibrate(base)
         sparsify(base.model, config)
-        base = job.stage1(base)
-        base = job.stage2(base)
+        job.stage1(base)
+        job.stage2(base)
         return job.finish(base)
 
 
@@ -94,6 +107,7 @@ def calibrate_model(
     device: str = "auto",
     force: bool = False,
     progress: Progress = no_progress,
+    dtype: str = "auto",
 ) -> HeadMap:
     """Finds the retrieval heads and writes the head map, its scores and their stability as JSON.
 
@@ -106,7 +120,7 @@ def calibrate_model(
             f"{output} exists already; choose another file or pass --force to replace it."
         )
     place = resolve_device(device)
-    base = load_base_model(model, device=place)
+    base = load_base_model(model, device=place, dtype=base_dtype(dtype, place))
     settings = choose_settings(base, place, settings, "auto", changes)
     found = calibrate(
         base.model,
@@ -135,20 +149,31 @@ def train_indexer_artifact(
     progress: Progress = no_progress,
     parallel: str = "data",
     report_to: Sequence[str] = (),
+    dtype: str = "auto",
 ) -> Path:
     """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate_model` wrote."""
     found = read_calibration(Path(head_map))
     with _job(
-        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+        output_dir,
+        data,
+        device,
+        resume,
+        force,
+        progress,
+        settings,
+        changes,
+        parallel,
+        report_to,
+        dtype,
     ) as job:
-        base = load_base_model(model, device=job.device)
+        base = load_base_model(model, device=job.device, dtype=job.dtype, processes=job.processes)
         settings = choose_settings(base, job.device, settings, "auto", changes)
         if found.settings is not None:
             settings = replace(settings, calibration=found.settings)
         job.open(base, settings, "train-indexer")
         job.keep_calibration(found)
         sparsify(base.model, job.config(base, found.head_map))
-        base = job.stage1(base)
+        job.stage1(base)
         return job.finish(base)
 
 
@@ -166,6 +191,7 @@ def distill_artifact(
     progress: Progress = no_progress,
     parallel: str = "data",
     report_to: Sequence[str] = (),
+    dtype: str = "auto",
 ) -> Path:
     """Stage 2 alone: adds it, and the refresh, to an artifact that has a trained indexer.
 
@@ -177,9 +203,19 @@ def distill_artifact(
     if settings is None:
         changes = recorded_changes(before.settings, "calibration", "stage1") | dict(changes or {})
     with _job(
-        output_dir, data, device, resume, force, progress, settings, changes, parallel, report_to
+        output_dir,
+        data,
+        device,
+        resume,
+        force,
+        progress,
+        settings,
+        changes,
+        parallel,
+        report_to,
+        dtype,
     ) as job:
-        base = load_base(folder, device=job.device)
+        base = load_base(folder, device=job.device, dtype=job.dtype, processes=job.processes)
         settings = choose_settings(base, job.device, settings, "auto", changes)
         settings = replace(
             settings, attention=before.config.attention, indexer=before.config.indexer
@@ -188,7 +224,7 @@ def distill_artifact(
         sparsify(base.model, before.config)
         load_indexers(base.model, indexers)
         job.keep_stage1(folder, before, indexers)
-        base = job.stage2(base)
+        job.stage2(base)
         return job.finish(base)
 
 
@@ -203,6 +239,7 @@ def _job(
     changes: Mapping[str, Any] | None,
     parallel: str,
     report_to: Sequence[str],
+    dtype: str,
 ) -> Job:
     # How texts are read is known before the model is, on which other settings depend.
     about_texts = {
@@ -222,6 +259,7 @@ def _job(
         seed=early.seed,
         parallel=parallel,
         report_to=report_to,
+        dtype=dtype,
     )
 
 

@@ -20,6 +20,7 @@ def calibrate(
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     force: options.Force = False,
 ) -> None:
     """Step 1: find the heads that retrieve, and show them.
@@ -42,6 +43,7 @@ def calibrate(
             ),
             data=data or None,
             device=device,
+            dtype=dtype,
             force=force,
             progress=progress,
         )

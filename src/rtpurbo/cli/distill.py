@@ -17,6 +17,7 @@ def distill(
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     resume: options.Resume = False,
     force: options.Force = False,
 ) -> None:
@@ -40,6 +41,7 @@ def distill(
             ),
             data=data or None,
             device=device,
+            dtype=dtype,
             resume=resume,
             force=force,
             progress=progress,

@@ -27,6 +27,7 @@ def train_indexer(
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     resume: options.Resume = False,
     force: options.Force = False,
 ) -> None:
@@ -56,6 +57,7 @@ def train_indexer(
             ),
             data=data or None,
             device=device,
+            dtype=dtype,
             resume=resume,
             force=force,
             progress=progress,

