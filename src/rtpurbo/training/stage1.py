@@ -141,9 +141,24 @@ def train_indexers(
                 )
             else:
                 if turn == 0 or captured is None:
+                    captured = None  # before the next ones exist
+                    group_steps = range(step, step + settings.steps_per_sequence - turn)
                     captured = [
-                        capture_heads(model, sequence.input_ids, dense=not on_student)
-                        for sequence in sequences
+                        capture_heads(
+                            model,
+                            sequence.input_ids,
+                            dense=not on_student,
+                            rows=_rows_of_steps(
+                                sequence,
+                                rule,
+                                settings,
+                                [
+                                    _row_seed(stage, seed, each, number % per_step)
+                                    for each in group_steps
+                                ],
+                            ).to(model.device),
+                        )
+                        for number, sequence in zip(numbers, sequences, strict=True)
                     ]
                 losses = [
                     _step(heads, sequence, rule, settings, row_seed)
@@ -183,6 +198,17 @@ def keeps_states(settings: IndexerTrainingSettings) -> bool:
 def _row_seed(stage: str, seed: int, step: int, place: int) -> str:
     """Of the choice of rows; that of the first sequence of a step has always been without a place."""
     return f"{stage}-{seed}-{step}" + (f"-{place}" if place else "")
+
+
+def _rows_of_steps(
+    sequence: TrainingSequence,
+    rule: AttentionRule,
+    settings: IndexerTrainingSettings,
+    seeds: list[str],
+) -> Tensor:
+    """All rows that the steps on one sequence will learn from, ascending."""
+    rows = [choose_rows([sequence], rule, settings, [seed], "cpu").rows for seed in seeds]
+    return torch.cat(rows).unique()
 
 
 def _step(

@@ -87,8 +87,11 @@ def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None
     def add_up(seen: CapturedHeads) -> None:
         for number, name in enumerate(seen.names):
             query, key = (
-                (states[0, number].T @ states[0, number]).double() / states.shape[2]
-                for states in (seen.query_features, seen.key_features)
+                (states.T @ states).double() / len(states)
+                for states in (
+                    seen.query_features[0, number].float(),
+                    seen.key_features[0, number].float(),
+                )
             )
             query_sum, key_sum = moments.get(name, (0.0, 0.0))
             moments[name] = (query_sum + query, key_sum + key)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.models.sharding import is_sharded
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.labels import label_positions, label_states
 from rtpurbo.training.sequences import TrainingSequence
@@ -103,7 +102,7 @@ class TeacherCache:
         numbers = self.source.numbers(step)
         missing = torch.tensor([number not in self._shards for number in numbers])
         needed = missing
-        if is_sharded(teacher):
+        if self.source.processes.shard_weights:
             # The processes run every layer together, also for what this one has already.
             needed = self.source.processes.gather(missing.int().to(teacher.device)).cpu().any(0)
         if not needed.any():
