@@ -8,7 +8,7 @@ from rtpurbo.processes import Processes
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.two_processes import run_in_two_processes
 
-_COMPARE = """
+_COMPARE = r"""
 import sys
 import torch
 from rtpurbo.models.artifact import ArtifactConfig, apply_stage2, load_base
@@ -45,7 +45,7 @@ for kind, folder in (argument.split("=") for argument in sys.argv[1:]):
     assert list(part.model.state_dict()) == list(one.model.state_dict())
     assert abs(held(part.model) / held(one.model) - 0.5) < 0.01
     assert torch.equal(logits(part.model), logits(one.model)), folder
-    print("same", folder.name)
+    print(f"same {folder.name}\n", end="", flush=True)
 """
 
 

@@ -246,7 +246,9 @@ def _load_pretrained(
         _check_architecture(name, **options)
         try:
             if sharing is not None:
-                model, loading = load_sharded(name, *sharing, dtype=dtype, **quantized, **options)
+                model, loading = load_sharded(
+                    name, sharing[0], sharing[1], dtype=dtype, **quantized, **options
+                )
             else:
                 model, loading = AutoModelForCausalLM.from_pretrained(
                     name, dtype=dtype, output_loading_info=True, **quantized, **options

@@ -61,7 +61,12 @@ def _with_sharded_layers(
     """The same model and tensors, with sharded decoder layers and everything else replicated."""
     config = source.config
     del config.distributed_config
-    plain_class = next(each for each in type(source).__mro__ if not issubclass(each, FSDPModule))
+    # fully_shard replaced the class by a subclass of it.
+    plain_class: type[PreTrainedModel] = next(
+        each
+        for each in type(source).__mro__
+        if issubclass(each, PreTrainedModel) and not issubclass(each, FSDPModule)
+    )
     with torch.device("meta"):
         model = plain_class(config)
     loaded = dict(source.named_parameters())
