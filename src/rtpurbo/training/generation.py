@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.models.sharding import from_main, is_sharded
 from rtpurbo.models.text import stop_tokens
 
 
@@ -39,7 +40,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continuations of a batch of prompts.
 
-    A batch that does not fit the GPU's memory is halved.
+    A batch that does not fit the GPU's memory is halved. Processes that hold parts of the model call
+    this together and all get the main one's tokens.
 
     Args:
         model: dense; a sparse model inside `running_dense` has no cache to generate with.
@@ -81,13 +83,16 @@ def generate_tokens(
                 # The distribution that the model is trained towards has neither.
                 top_k=0 if sampling.temperature else None,
                 repetition_penalty=1.0,
+                # A process that is done goes on with its part of every layer.
+                synced_gpus=is_sharded(model),
                 **choice,
             )
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
             raise
     else:
-        return [_up_to_stop(row, ends) for row in output[:, longest:].tolist()]
+        written = from_main(model, output[:, longest:].tolist())
+        return [_up_to_stop(row, ends) for row in written]
     half = len(prompts) // 2
     parts = (prompts[:half], prompts[half:])
     return [
