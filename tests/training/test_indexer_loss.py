@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rtpurbo.config import AttentionRule
+from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.training.capture import capture_heads, merge_heads
 from rtpurbo.training.indexer_loss import (
     forward_divergence,
@@ -114,3 +115,26 @@ def test_quality_of_exact_scores_is_the_oracles(captured, monkeypatch):
     assert torch.equal(quality.tokens, quality.oracle_tokens)
     assert (quality.recall >= RULE.top_p).all()
     assert quality.divergence.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(0, 1, 2, 3), (0, 1, 3), (2,)])
+def test_heads_share_the_keys_of_their_group(heads):
+    """One copy of the keys gives the scores of keys that are repeated for every head."""
+    model = tiny_model(num_attention_heads=4, num_key_value_heads=2)
+    make_sparse(model, RTPurboConfig(HeadMap((heads, (1,)), 4, 2), RULE))
+    ids = torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    by_layer = capture_heads(model, ids)
+    assert [seen.keys.shape[1] for seen in by_layer] == [len({head // 2 for head in heads}), 1]
+    rows = torch.tensor([20, 39])
+    all_logits, all_index_keys = [], []
+    for seen in by_layer:
+        readers, [key_weight] = seen.key_value_heads, seen.key_weights
+        logits = attention_logits(seen.queries_of(rows), seen.keys[:, readers], seen.scaling)
+        index_keys = seen.key_features[0, readers] @ key_weight.transpose(-1, -2)
+        torch.testing.assert_close(seen.logits(rows), logits)
+        torch.testing.assert_close(seen.index_keys(), index_keys)
+        all_logits.append(logits)
+        all_index_keys.append(index_keys)
+    [together] = merge_heads(by_layer)
+    torch.testing.assert_close(together.logits(rows), torch.cat(all_logits, 1))
+    torch.testing.assert_close(together.index_keys(), torch.cat(all_index_keys))

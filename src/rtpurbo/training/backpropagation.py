@@ -40,7 +40,7 @@ def backpropagate(
             divergence = indexer_divergence(
                 seen.queries_of(part.rows)[0],
                 seen.keys[0],
-                torch.arange(len(seen.names), device=seen.keys.device),
+                seen.key_value_heads,
                 index_queries[:, chunk],
                 index_keys,
                 part.rows,

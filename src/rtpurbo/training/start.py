@@ -85,12 +85,13 @@ def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None
     moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def add_up(seen: CapturedHeads) -> None:
+        readers = seen.key_value_heads.tolist()
         for number, name in enumerate(seen.names):
             query, key = (
                 (states.T @ states).double() / len(states)
                 for states in (
                     seen.query_features[0, number].float(),
-                    seen.key_features[0, number].float(),
+                    seen.key_features[0, readers[number]].float(),
                 )
             )
             query_sum, key_sum = moments.get(name, (0.0, 0.0))
