@@ -50,6 +50,18 @@ LAYERWISE = replace(
     stage1=replace(SETTINGS.stage1, steps_per_sequence=1, sequences_per_step=4),
     stage2=replace(SETTINGS.stage2, steps=0),
 )
+# Heads by gates, and sequences that the model writes before it is trained.
+WRITTEN = replace(
+    SETTINGS,
+    calibration=CalibrationSettings(
+        ranking="gates", length=384, num_documents=4, granularity="kv_group", ratio=0.42
+    ),
+    stage1=replace(SETTINGS.stage1, steps=4, document_share=0.5),
+    stage2=replace(
+        SETTINGS.stage2, steps=6, needle_share=0.2, document_share=0.3, conversation_share=0.4,
+        lora_scale=None,
+    ),
+)  # fmt: skip
 # As many sequences a step as there are processes when it begins.
 LEFT_OPEN = replace(
     SETTINGS,
@@ -63,6 +75,7 @@ JOBS = {
     "full": FULL_WEIGHTS,
     "streamed": STREAMED,
     "layerwise": LAYERWISE,
+    "written": WRITTEN,
     "diverging": DIVERGING,
 }
 
@@ -192,6 +205,25 @@ def test_other_trainings_in_two_processes(settings, tiny_base, tmp_path, text):
     for name in ("data", "fsdp"):
         assert_same_curves(tmp_path / name, alone)
         load(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_gates_and_writes_sequences(tiny_base, tmp_path, text):
+    """Samples differ with the number of processes; heads and the number of sequences do not."""
+    options = {"settings": WRITTEN, "device": "cpu"}
+    alone = convert(str(tiny_base), tmp_path / "alone", **options)
+    in_two_processes(tiny_base, text, f"{tmp_path / 'fsdp'},written,fsdp")
+    configs = [ArtifactConfig.read(folder).config for folder in (alone, tmp_path / "fsdp")]
+    maps = [config.head_map for config in configs]
+    assert maps[0].retrieval_heads == maps[1].retrieval_heads
+    for one, other in zip(maps[0].scores, maps[1].scores, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    steps = [
+        [(entry["stage"], entry["step"]) for entry in entries_of(folder)]
+        for folder in (alone, tmp_path / "fsdp")
+    ]
+    assert steps[0] == steps[1]
+    load(tmp_path / "fsdp")
 
 
 @pytest.mark.slow

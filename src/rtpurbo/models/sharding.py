@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.processes import Processes, Result
+from rtpurbo.processes import Processes
 
 
 class Sharding(NamedTuple):
@@ -143,15 +142,6 @@ def whole(tensor: Tensor) -> Tensor:
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: a view, all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def from_main(model: nn.Module, value: Result) -> Result:
-    """The main process's value, on all processes that hold parts of a model; the value if it is whole."""
-    if not is_sharded(model):
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
