@@ -36,6 +36,7 @@ from rtpurbo.settings import (
     no_progress,
     recorded_changes,
 )
+from rtpurbo.training.student import check_trainable
 
 
 def ignore_plan(plan: Plan) -> None:
@@ -162,7 +163,7 @@ def plan_conversion(
     config = _dense_config(model)
     settings = choose_settings(config, place, settings, effort, max_length, changes)
     check_lengths(settings, config.max_position_embeddings)
-    return make_plan(
+    plan = make_plan(
         model or DEFAULT_MODEL,
         config,
         settings,
@@ -171,6 +172,8 @@ def plan_conversion(
         dtype=dtype,
         shards=shards,
     )
+    check_trainable(getattr(torch, plan.dtype), settings.stage2)
+    return plan
 
 
 def calibrate_model(

@@ -54,7 +54,7 @@ LAYERWISE = replace(
 WRITTEN = replace(
     SETTINGS,
     calibration=CalibrationSettings(
-        ranking="gates", length=384, num_documents=4, granularity="kv_group", ratio=0.42
+        ranking="gates", length=500, num_documents=4, granularity="kv_group", ratio=0.42
     ),
     stage1=replace(SETTINGS.stage1, steps=4, document_share=0.5),
     stage2=replace(
