@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rtpurbo.devices import default_dtype, device_kind, device_name, resolve_device
+from rtpurbo.devices import base_dtype, default_dtype, device_kind, device_name, resolve_device
 from rtpurbo.errors import RTPurboError
 
 
@@ -21,6 +21,14 @@ def test_what_suits_a_device():
     assert default_dtype(torch.device("cpu")) == torch.float32
     assert default_dtype(torch.device("cuda")) == torch.bfloat16
     assert device_name(torch.device("cpu")) == "cpu"
+
+
+def test_a_base_model_keeps_its_type_on_a_gpu():
+    assert base_dtype("auto", torch.device("cuda")) == "auto"
+    assert base_dtype("auto", torch.device("cpu")) == torch.float32
+    assert base_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(RTPurboError, match="no dtype 'bf16'"):
+        base_dtype("bf16", torch.device("cuda"))
 
 
 def test_devices_of_one_kind_run_the_same_kernels(monkeypatch):

@@ -13,7 +13,7 @@ from rtpurbo.calibration.calibrate import calibrate, read_calibration
 from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window
 from rtpurbo.data.texts import load_texts
 from rtpurbo.defaults import default_settings, resolve_effort
-from rtpurbo.devices import resolve_device
+from rtpurbo.devices import base_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.interruption import stopping_cleanly
@@ -36,6 +36,7 @@ from rtpurbo.settings import (
     no_progress,
     recorded_changes,
 )
+from rtpurbo.training.student import check_trainable
 
 
 def ignore_plan(plan: Plan) -> None:
@@ -58,6 +59,7 @@ def convert(
     progress: Progress = no_progress,
     parallel: str = "data",
     report_to: Sequence[str] = (),
+    dtype: str = "auto",
     on_plan: Callable[[Plan], None] = ignore_plan,
 ) -> Path:
     """Makes a sparse model of a dense one: calibration, stage 1, stage 2 and a refresh of the indexers.
@@ -78,6 +80,8 @@ def convert(
         parallel: how the processes that `torchrun` started share the work: `data`, each with the whole model and
             its part of the texts, or `fsdp`, each with a part of the weights too.
         report_to: experiment trackers to show figures to, such as `tensorboard`.
+        dtype: of the frozen base model: `float32`, `bfloat16`, `float16`, or `auto`, the checkpoint's on a GPU and
+            float32 on a CPU. What is trained is float32.
         on_plan: receives the plan before texts and weights are read.
 
     Returns:
@@ -96,6 +100,7 @@ def convert(
         progress=progress,
         parallel=parallel,
         report_to=report_to,
+        dtype=dtype,
     ) as job:
         plan = plan_conversion(
             model,
@@ -105,17 +110,24 @@ def convert(
             max_length=max_length,
             data=data,
             device=device,
-            shards=job.processes.count if parallel == "fsdp" else 1,
+            dtype=dtype,
+            shards=job.processes.count if job.processes.shard_weights else 1,
         )
         on_plan(plan)
         job.read_texts(plan.settings)
-        base = load_base_model(model, device=job.device, progress=job.progress)
+        base = load_base_model(
+            model,
+            device=job.device,
+            dtype=job.dtype,
+            progress=job.progress,
+            processes=job.processes,
+        )
         job.open(base, plan.settings, "convert")
         job.write_pools(base, job.settings.stage1, job.settings.stage2, job.settings.refresh)
         config = job.calibrate(base)
         sparsify(base.model, config)
-        base = job.stage1(base)
-        base = job.stage2(base)
+        job.stage1(base)
+        job.stage2(base)
         return job.finish(base)
 
 
@@ -151,7 +163,7 @@ def plan_conversion(
     config = _dense_config(model)
     settings = choose_settings(config, place, settings, effort, max_length, changes)
     check_lengths(settings, config.max_position_embeddings)
-    return make_plan(
+    plan = make_plan(
         model or DEFAULT_MODEL,
         config,
         settings,
@@ -160,6 +172,8 @@ def plan_conversion(
         dtype=dtype,
         shards=shards,
     )
+    check_trainable(getattr(torch, plan.dtype), settings.stage2)
+    return plan
 
 
 def calibrate_model(
@@ -174,6 +188,7 @@ def calibrate_model(
     device: str = "auto",
     force: bool = False,
     progress: Progress = no_progress,
+    dtype: str = "auto",
 ) -> HeadMap:
     """Finds the retrieval heads and writes the head map, its scores and their stability as JSON.
 
@@ -189,7 +204,7 @@ def calibrate_model(
     config = _dense_config(model)
     settings = choose_settings(config, place, settings, effort, max_length, changes)
     check_lengths(settings, config.max_position_embeddings, ["calibration"])
-    base = load_base_model(model, device=place, progress=progress)
+    base = load_base_model(model, device=place, dtype=base_dtype(dtype, place), progress=progress)
     found = calibrate(
         base.model,
         base.tokenizer,
@@ -219,6 +234,7 @@ def train_indexer_artifact(
     progress: Progress = no_progress,
     parallel: str = "data",
     report_to: Sequence[str] = (),
+    dtype: str = "auto",
 ) -> Path:
     """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate_model` wrote."""
     found = read_calibration(Path(head_map))
@@ -231,6 +247,7 @@ def train_indexer_artifact(
         progress=progress,
         parallel=parallel,
         report_to=report_to,
+        dtype=dtype,
     ) as job:
         config = _dense_config(model)
         settings = choose_settings(config, job.device, settings, effort, max_length, changes)
@@ -238,12 +255,18 @@ def train_indexer_artifact(
             settings = replace(settings, calibration=found.settings)
         check_lengths(settings, config.max_position_embeddings, ["stage1"])
         job.read_texts(settings)
-        base = load_base_model(model, device=job.device, progress=job.progress)
+        base = load_base_model(
+            model,
+            device=job.device,
+            dtype=job.dtype,
+            progress=job.progress,
+            processes=job.processes,
+        )
         job.open(base, settings, "train-indexer", ["stage1"])
         job.keep_calibration(found)
         job.write_pools(base, job.settings.stage1)
         sparsify(base.model, job.config(found.head_map))
-        base = job.stage1(base)
+        job.stage1(base)
         return job.finish(base)
 
 
@@ -263,6 +286,7 @@ def distill_artifact(
     progress: Progress = no_progress,
     parallel: str = "data",
     report_to: Sequence[str] = (),
+    dtype: str = "auto",
 ) -> Path:
     """Stage 2 alone: adds it, and the refresh, to an artifact that has a trained indexer.
 
@@ -283,6 +307,7 @@ def distill_artifact(
         progress=progress,
         parallel=parallel,
         report_to=report_to,
+        dtype=dtype,
     ) as job:
         config = read_config(before.base.name, revision=revision)
         rule = before.config.attention
@@ -290,13 +315,13 @@ def distill_artifact(
         settings = replace(settings, attention=rule, indexer=before.config.indexer)
         check_lengths(settings, config.max_position_embeddings, ["stage1", "stage2"])
         job.read_texts(settings)
-        base = load_base(folder, device=job.device)
+        base = load_base(folder, device=job.device, dtype=job.dtype, processes=job.processes)
         job.open(base, settings, "distill", ["stage1", "stage2"])
         job.write_pools(base, job.settings.stage2, job.settings.refresh)
         sparsify(base.model, before.config)
         load_indexers(base.model, indexers)
         job.keep_stage1(folder, before, indexers)
-        base = job.stage2(base)
+        job.stage2(base)
         return job.finish(base)
 
 

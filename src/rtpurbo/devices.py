@@ -2,10 +2,14 @@
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
 from rtpurbo.errors import RTPurboError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types of a base model's weights, by the names that `--dtype` takes."""
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -28,6 +32,28 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """The type in which a device computes fast enough: float32 on the CPU, else bfloat16."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def base_dtype(name: str, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """The type that a base model is loaded in for training.
+
+    Args:
+        name: one of `DTYPES`; `auto` is the checkpoint's on a GPU, and float32 on a CPU, which gains
+            nothing from a shorter type.
+        device: where the model runs.
+
+    Returns:
+        The type, or "auto" for that of the checkpoint.
+
+    Raises:
+        RTPurboError: there is no such type.
+    """
+    if name not in DTYPES:
+        raise RTPurboError(f"there is no dtype '{name}': choose one of {', '.join(DTYPES)}.")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 @cache

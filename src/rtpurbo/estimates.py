@@ -1,9 +1,10 @@
 """Expected memory and time of a conversion, from the sizes of a model and simple formulas.
 
-Memory is the weights and the larger of two working sets: one decoder layer of the longest sequence
-with the attention states that stage 1 keeps, or the layer inputs, gradients and optimiser states of
-stage 2. Time is floating-point operations over a nominal throughput, and a fixed cost for
-every layer of every pass on a GPU. Both are meant to be right within a factor of about two.
+Memory is the weights and the largest working set of a stage: the gates' or stage 2's layer inputs
+and gradients, the caches of the sequences that the model writes, or the attention states that stage 1
+keeps. Time is floating-point operations over a nominal throughput, and a fixed cost for every layer of
+every pass on a GPU. Both are meant to be right within a factor of about two. Formulas in words are in
+docs/how-to/memory.md.
 """
 
 from __future__ import annotations
@@ -17,17 +18,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rtpurbo.models.families import attention_modules, convertible_layers, family_of
+from rtpurbo.ops.eager.visibility import MAX_CHUNK_ELEMENTS
 from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
     IndexerTrainingSettings,
 )
+from rtpurbo.training.document_answers import BATCH_TOKENS
+from rtpurbo.training.probe import PROBE_ROWS
+from rtpurbo.training.vocabulary import COLUMNS
 
 THROUGHPUT = {"H100": 4e14, "H200": 4e14, "A100": 2e14, "cuda": 1e14, "cpu": 1e11}
 """Nominal operations per second, by a part of the device's name; `cuda` for other GPUs."""
 
 LAYER_SECONDS = 0.003
 """Fixed cost of one decoder layer in one pass on a GPU: launches, and data that is prepared meanwhile."""
+
+_SELECTION_BYTES = 64
+"""Bytes of a score in plain PyTorch: exact and estimated, masks, probabilities, and sorted with their places."""
 
 _FP32 = 4
 _ADAMW_BYTES = 16
@@ -40,6 +48,7 @@ class ModelShape:
 
     Attributes:
         parameters: of the whole model.
+        decoder_parameters: of all decoder layers, which FSDP divides.
         layer_parameters: parameters of all decoder layers that one token uses; of a mixture of
             experts, those of the experts it is routed to.
         lora_features: inputs and outputs of all linear layers that a LoRA adapts, by whether those
@@ -56,6 +65,7 @@ class ModelShape:
     """
 
     parameters: int
+    decoder_parameters: int
     layer_parameters: int
     lora_features: dict[bool, int]
     num_layers: int
@@ -79,8 +89,9 @@ class ModelShape:
             model = AutoModelForCausalLM.from_config(config)
         experts = getattr(config, "num_experts", None) or 1
         active_experts = getattr(config, "num_experts_per_tok", None) or 1
-        used = 0
+        used = decoder_parameters = 0
         for name, parameter in model.base_model.layers.named_parameters():
+            decoder_parameters += parameter.numel()
             share = active_experts / experts if ".experts." in name else 1
             used += round(share * parameter.numel())
         family = family_of(config)
@@ -102,6 +113,7 @@ class ModelShape:
             mlp_size = active_experts * config.moe_intermediate_size
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            decoder_parameters=decoder_parameters,
             layer_parameters=used,
             lora_features=features,
             num_layers=config.num_hidden_layers,
@@ -158,17 +170,36 @@ def peak_bytes(
         settings: of the conversion.
         retrieval_heads: of all layers together.
         itemsize: bytes of a weight.
-        on_gpu: whether stage 2 may recompute activations and run in bf16.
-        shards: processes among which FSDP divides weights, gradients and optimiser states.
+        on_gpu: whether kernels and the recomputation of activations are at hand.
+        shards: processes among which FSDP divides the weights of the decoder layers.
     """
-    longest = max(settings.calibration.length, *settings.stage1.lengths, *settings.stage2.lengths)
-    forward = longest * _layer_values(shape) * itemsize
-    weights, stage2_bytes = shape.parameters * itemsize / shards, 0.0
-    if settings.stage2.steps:
-        states = trained_parameters(shape, settings.stage2) * _ADAMW_BYTES / shards
-        stage2_bytes = states + _activation_bytes(shape, settings.stage2, on_gpu)
-    stage1_bytes = _stage1_bytes(shape, settings.stage1, retrieval_heads, itemsize)
-    return weights + max(forward + stage1_bytes, stage2_bytes)
+    weights = shape.parameters * itemsize
+    if shards > 1:
+        # Embeddings stay whole, and the layer that runs is gathered.
+        divided = shape.decoder_parameters * itemsize
+        weights += divided * (1 / shards - 1) + divided / shape.num_layers
+    calibration, stage2 = settings.calibration, settings.stage2
+    stages = [calibration.length * _layer_values(shape) * itemsize]
+    if calibration.ranking == "gates":
+        stages.append(_activation_bytes(shape, calibration.length, itemsize, on_gpu, on_gpu))
+    stages.append(_stage1_bytes(shape, settings, retrieval_heads, itemsize, on_gpu))
+    if any(stage.document_share and stage.steps for stage in (settings.stage1, stage2)):
+        # The cache of documents that the model answers, and a layer of the prefill.
+        tokens = max(*settings.stage1.lengths, *stage2.lengths, BATCH_TOKENS // shards)
+        states = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
+        stages.append(tokens * (states + _layer_values(shape)) * itemsize)
+    if stage2.steps:
+        states = trained_parameters(shape, stage2) * _ADAMW_BYTES
+        if not stage2.lora_rank:
+            # These weights are counted already, and FSDP divides the rest of it.
+            states = (states - shape.parameters * itemsize) / shards
+        longest = max(stage2.lengths)
+        labels = min(stage2.labels_per_sequence, longest)
+        logits = 2 * labels * min(shape.vocabulary, COLUMNS) * _FP32
+        checkpointing = on_gpu and stage2.gradient_checkpointing
+        activations = _activation_bytes(shape, longest, itemsize, on_gpu, checkpointing)
+        stages.append(states + activations + logits)
+    return weights + max(stages)
 
 
 def _layer_values(shape: ModelShape) -> int:
@@ -178,33 +209,56 @@ def _layer_values(shape: ModelShape) -> int:
 
 
 def _stage1_bytes(
-    shape: ModelShape, settings: IndexerTrainingSettings, retrieval_heads: int, itemsize: int
+    shape: ModelShape,
+    settings: ConversionSettings,
+    retrieval_heads: int,
+    itemsize: int,
+    on_gpu: bool,
 ) -> float:
-    """States that stage 1 keeps, and the scores of one step in fp32."""
-    longest = max(settings.lengths)
-    queries = settings.rows_per_step or longest
-    heads = retrieval_heads
-    sequences = settings.probe_sequences + 1
-    if settings.steps_per_sequence == 1:
+    """States that stage 1 keeps, with a forward that captures them, a step, or a look of the probe."""
+    stage, longest = settings.stage1, max(settings.stage1.lengths)
+    heads, kv_heads = retrieval_heads, shape.full_layers * shape.num_kv_heads
+    if settings.calibration.granularity == "kv_group":
+        kv_heads = math.ceil(heads * shape.num_kv_heads / shape.num_heads)
+    kv_heads = min(kv_heads, heads)
+    sequences = 1 + stage.probe_sequences
+    rows = stage.rows_per_step or longest
+    kept_rows = min(longest, rows * stage.steps_per_sequence)
+    if stage.steps_per_sequence == 1:
         # Layers learn as they pass, and no layer's states outlive it.
-        heads, sequences = math.ceil(retrieval_heads / shape.full_layers), 1
-    # Queries, keys and their features: about three head dimensions a token and head.
-    kept = sequences * longest * heads * 3 * shape.head_dim * itemsize
-    return kept + 3 * queries * longest * heads * _FP32
+        heads, kv_heads = (math.ceil(count / shape.full_layers) for count in (heads, kv_heads))
+        sequences, kept_rows = 1, longest
+    # States and the features of them that the indexer projects.
+    kept = (kv_heads * longest + heads * kept_rows) * 2 * shape.head_dim * itemsize
+    scored = heads if on_gpu else math.ceil(retrieval_heads / shape.full_layers)
+    # Index keys, the copy that is multiplied, their gradients twice; features of KV heads in fp32.
+    step = longest * (4 * scored * settings.indexer.index_dim + kv_heads * shape.head_dim) * _FP32
+    # The probe computes scores, masks and sorted keys in plain PyTorch, so many rows at a time.
+    chunk = max(scored * longest, min(MAX_CHUNK_ELEMENTS, PROBE_ROWS * scored * longest))
+    forward = longest * _layer_values(shape) * itemsize
+    working = (step, chunk * _SELECTION_BYTES)
+    if stage.steps_per_sequence == 1:
+        return kept + forward + max(working)
+    return sequences * kept + max(forward, *working)
 
 
-def _activation_bytes(shape: ModelShape, settings: DistillationSettings, on_gpu: bool) -> float:
-    """Activations of stage 2 with their gradients, and logits of the target positions."""
-    longest, itemsize = max(settings.lengths), 2 if on_gpu else _FP32
-    if on_gpu and settings.gradient_checkpointing:
-        inputs, layers = shape.num_layers * shape.hidden_size * _FP32, 1
-    else:
-        inputs, layers = 0, shape.num_layers
+def _activation_bytes(
+    shape: ModelShape, length: int, itemsize: int, on_gpu: bool, checkpointing: bool
+) -> float:
+    """Activations of a sequence with their gradients: of one layer, beside the inputs of all, or of all layers.
+
+    Args:
+        shape: of the model.
+        length: tokens.
+        itemsize: bytes of a weight; the residual stream has their type.
+        on_gpu: whether layers run in bf16.
+        checkpointing: whether activations are computed again in the backward pass.
+    """
+    inputs, layers = 0, shape.num_layers
+    if checkpointing:
+        inputs, layers = shape.num_layers * shape.hidden_size * itemsize, 1
     # The gradients of a layer are as large as its activations.
-    activations = longest * (inputs + (layers + 1) * _layer_values(shape) * itemsize)
-    labels = min(settings.labels_per_sequence, longest)
-    logits = 2 * labels * min(shape.vocabulary, 8192) * _FP32
-    return activations + logits
+    return length * (inputs + (layers + 1) * _layer_values(shape) * (2 if on_gpu else _FP32))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from rtpurbo.calibration.selection import Stability
 from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.data.stream import open_stream
 from rtpurbo.data.texts import TextCorpus, load_texts
-from rtpurbo.devices import resolve_device
+from rtpurbo.devices import base_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import (
     check_output_folder,
@@ -34,9 +34,10 @@ from rtpurbo.models.artifact import (
     apply_stage2,
     read_tensors,
 )
-from rtpurbo.models.base import BaseModel, load_referenced
-from rtpurbo.models.sparsify import indexer_weights, load_indexers, sparsify
-from rtpurbo.processes import join_processes
+from rtpurbo.models.base import BaseModel
+from rtpurbo.models.sharding import is_sharded
+from rtpurbo.models.sparsify import indexer_weights, indexers_in_float32, load_indexers
+from rtpurbo.processes import ALONE, Result, join_processes
 from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
@@ -47,10 +48,10 @@ from rtpurbo.settings import (
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.pools import Pools
-from rtpurbo.training.sharding import is_divided
 from rtpurbo.training.source import Texts, check_shares, random_access
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
+from rtpurbo.training.student import check_trainable
 from rtpurbo.training.trackers import Trackers, check_trackers
 from rtpurbo.training.written import read_pools, write_pools
 from rtpurbo.version import __version__
@@ -73,6 +74,7 @@ class Job:
         progress: told after each step.
         parallel: how several processes share the work, `data` or `fsdp`.
         report_to: trackers to show figures to.
+        dtype: of the base model, as `rtpurbo.devices.base_dtype` takes it.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Job:
         progress: Progress,
         parallel: str = "data",
         report_to: Sequence[str] = (),
+        dtype: str = "auto",
     ) -> None:
         self.output_dir = Path(output_dir)
         self.work = self.output_dir.absolute().with_name(self.output_dir.name + ".work")
@@ -93,6 +96,7 @@ class Job:
         place = resolve_device(device)
         self.processes = join_processes(place, parallel)
         self.device = self.processes.device(place)
+        self.dtype = base_dtype(dtype, self.device)
         self.progress = progress if self.processes.is_main else no_progress
         self.data = list(data) if data else None
         self.may_replace = self.processes.from_main(lambda: self._check_places(force))
@@ -162,9 +166,11 @@ class Job:
             stages: stages that will run, for which the texts must be long enough.
 
         Raises:
-            RTPurboError: a training sequence would be longer than the text, the processes cannot share a step, or
-                the interrupted job was another one.
+            RTPurboError: a training sequence would be longer than the text, all weights of a model in half
+                precision are to be trained, the processes cannot share a step, or the interrupted job was another.
         """
+        if "stage2" in stages:
+            check_trainable(base.model.dtype, settings.stage2)
         self._check_texts(base, settings, stages)
         self.settings = self.processes.from_main(lambda: self._plan(base, settings, command))
         if self.processes.is_main:
@@ -198,6 +204,7 @@ class Job:
                     "command": command,
                     "library_version": __version__,
                     "base_model": vars(base.reference),
+                    "dtype": str(base.model.dtype).removeprefix("torch."),
                     "data": self.data,
                     "settings": settings.to_dict(),
                 }
@@ -246,7 +253,8 @@ class Job:
         Raises:
             RTPurboError: documents do not fit their lengths, or the model writes no usable conversation.
         """
-        self.processes.from_main(
+        self._with_model(
+            base,
             lambda: write_pools(
                 base.model,
                 base.tokenizer,
@@ -255,36 +263,38 @@ class Job:
                 self.work,
                 seed=self.settings.seed,
                 progress=self.progress,
-            )
+                processes=self.processes if is_sharded(base.model) else ALONE,
+            ),
         )
         self.pools = read_pools(self.work)
 
     def calibrate(self, base: BaseModel) -> RTPurboConfig:
         """The head map, from the work folder if it is there."""
-        return self.config(self.processes.from_main(lambda: self._calibrate(base)))
-
-    def _calibrate(self, base: BaseModel) -> HeadMap:
         path = self.work / HEAD_MAP_FILE
-        if not path.is_file():
-            found = calibrate(
-                base.model,
-                base.tokenizer,
-                random_access(self.train_text),
-                self.settings.calibration,
-                rule=self.settings.attention,
-                seed=self.settings.seed,
-                progress=self.progress,
-            )
-            write_json_atomically(path, found.to_dict())
-        return read_calibration(path).head_map
+        if not self.processes.from_main(path.is_file):
+            found = self._with_model(base, lambda: self._calibrate(base))
+            if self.processes.is_main:
+                write_json_atomically(path, found.to_dict())
+        return self.config(self.processes.from_main(lambda: read_calibration(path).head_map))
 
-    def stage1(self, base: BaseModel) -> BaseModel:
-        """Trained indexers, in the model and in the work folder.
+    def _calibrate(self, base: BaseModel) -> Calibration:
+        return calibrate(
+            base.model,
+            base.tokenizer,
+            random_access(self.train_text),
+            self.settings.calibration,
+            rule=self.settings.attention,
+            seed=self.settings.seed,
+            progress=self.progress,
+        )
 
-        Returns:
-            The model to go on with: the same, or loaded anew where training left it divided.
-        """
-        return self._train_indexers(base, "stage1", self.settings.stage1, on_student=False)
+    def _with_model(self, base: BaseModel, function: Callable[[], Result]) -> Result:
+        """Runs the model on the main process alone, or on every process that holds a part of it."""
+        return function() if is_sharded(base.model) else self.processes.from_main(function)
+
+    def stage1(self, base: BaseModel) -> None:
+        """Trained indexers, in the model and in the work folder."""
+        self._train_indexers(base, "stage1", self.settings.stage1, on_student=False)
 
     def keep_calibration(self, found: Calibration) -> None:
         """Takes what was found before for its own calibration."""
@@ -305,15 +315,11 @@ class Job:
             if (folder / LOG_FILE).is_file() and not (self.work / LOG_FILE).is_file():
                 shutil.copyfile(folder / LOG_FILE, self.work / LOG_FILE)
 
-    def stage2(self, base: BaseModel) -> BaseModel:
-        """Stage 2's weights and refreshed indexers, in the model and in the work folder.
-
-        Returns:
-            The model to go on with, as `stage1` does.
-        """
+    def stage2(self, base: BaseModel) -> None:
+        """Stage 2's weights and refreshed indexers, in the model and in the work folder."""
         settings = self.settings.stage2
         if not settings.steps:
-            return base
+            return
         folder = self.work / "stage2"
         if not self.processes.from_main(folder.is_dir):
             checkpoint = self._checkpoint("stage2", settings.checkpoint_every)
@@ -337,21 +343,20 @@ class Job:
                     write_json_atomically(figures_file(self.work, "stage2"), figures)
             self.processes.wait()
             self._discard("stage2.checkpoint", "teacher")
-            base = self._whole(base)
         apply_stage2(base.model, folder, stage2_kind(self.work))
         if settings.refresh_steps:
             refresh = self.settings.refresh
-            base = self._train_indexers(base, "refresh", refresh, on_student=True)
-        return base
+            self._train_indexers(base, "refresh", refresh, on_student=True)
 
     def _train_indexers(
         self, base: BaseModel, stage: str, settings: IndexerTrainingSettings, *, on_student: bool
-    ) -> BaseModel:
+    ) -> None:
         path = indexers_file(self.work, stage)
+        indexers_in_float32(base.model)
         done = self.processes.from_main(lambda: read_tensors(path) if path.is_file() else None)
         if done is not None:
             load_indexers(base.model, done)
-            return base
+            return
         figures = train_indexers(
             base.model,
             base.tokenizer,
@@ -371,7 +376,6 @@ class Job:
             write_json_atomically(figures_file(self.work, stage), figures)
             save_tensors_atomically(path, indexer_weights(base.model))
         self._discard(f"{stage}.checkpoint")
-        return self._whole(base)
 
     def _checkpoint(self, stage: str, every: int = 20) -> Checkpoint:
         """The checkpoints of a stage; the log forgets what came after the last."""
@@ -386,16 +390,6 @@ class Job:
         if self.processes.is_main:
             for name in names:
                 shutil.rmtree(self.work / name, ignore_errors=True)
-
-    def _whole(self, base: BaseModel) -> BaseModel:
-        """The model with the indexers it has, loaded anew if its weights are divided among processes."""
-        if not is_divided(base.model):
-            return base
-        config, indexers = base.model.rtpurbo_config, indexer_weights(base.model)
-        fresh = load_referenced(base.reference, device=self.device, progress=self.progress)
-        sparsify(fresh.model, config)
-        load_indexers(fresh.model, indexers)
-        return fresh
 
     def finish(self, base: BaseModel) -> Path:
         """Puts the artifact together from the work folder, in its place, and clears the work away."""

@@ -61,6 +61,11 @@ class Processes:
     parallelism: Parallelism = "data"
 
     @property
+    def shard_weights(self) -> bool:
+        """Whether each process holds only a part of the model's weights."""
+        return self.count > 1 and self.parallelism == "fsdp"
+
+    @property
     def is_main(self) -> bool:
         """Whether this one writes and talks."""
         return self.index == 0

@@ -6,6 +6,7 @@ import torch
 from rtpurbo.training.generation import GREEDY, Sampling, generate_tokens
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
+from tests.two_processes import run_in_two_processes
 
 PROMPTS = [[5, 6, 7], [9, 10], [11, 12, 13, 14, 15]]
 
@@ -66,3 +67,34 @@ def test_a_batch_that_is_too_large_is_halved(monkeypatch):
     )
     with pytest.raises(torch.OutOfMemoryError):
         written(GREEDY, model=model)
+
+
+_SHARDED = """
+import sys
+import torch
+from rtpurbo.models.base import load_base_model
+from rtpurbo.processes import join_processes
+from rtpurbo.training.generation import GREEDY, Sampling, generate_tokens
+
+processes = join_processes(torch.device("cpu"), "fsdp")
+whole, part = (load_base_model(sys.argv[1], **options)
+               for options in ({}, {"processes": processes}))
+prompts = [[5, 6, 7], [9, 10], [11, 12, 13, 14, 15]]
+
+def written(base, sampling, count, **options):
+    return generate_tokens(base.model, base.tokenizer, prompts[:count], 12, sampling, seed=0, **options)
+
+# A stop that the processes meet at different steps.
+stop = written(whole, GREEDY, 3)[0][4]
+for count in (1, 3):  # fewer prompts than processes, and not a multiple of them
+    for stops in ([], [stop]):
+        greedy = [written(base, GREEDY, count, stops=stops) for base in (whole, part)]
+        assert greedy[0] == greedy[1], greedy
+sampled = written(part, Sampling(1.0), 3)
+assert processes.gather_objects(sampled) == [sampled] * 2
+print("same", flush=True)
+"""
+
+
+def test_a_sharded_model_writes_what_the_whole_one_does(tiny_base, tmp_path):
+    assert run_in_two_processes(_SHARDED, tmp_path, tiny_base).count("same") == 2

@@ -1,9 +1,12 @@
 """The loss of stage 1: a forward KL over visible keys."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from rtpurbo.config import AttentionRule
+from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.training.capture import capture_heads, merge_heads
 from rtpurbo.training.indexer_loss import (
     forward_divergence,
@@ -60,14 +63,14 @@ def test_gradient_by_finite_differences(logits):
 
 
 def test_only_rows_with_far_keys_teach(captured):
-    rows = rows_with_far_keys(captured[0], RULE)
+    rows = rows_with_far_keys(captured[0].positions[0], RULE)
     assert rows.tolist() == list(range(10, 60))
 
 
 @pytest.mark.parametrize("reading", ["paper", "residual", "far"])
 def test_merged_heads_lose_and_learn_the_same(captured, reading):
     rule = AttentionRule(num_sink_tokens=2, sliding_window=8, block_size=8, reading=reading)
-    rows = rows_with_far_keys(captured[0], rule)
+    rows = rows_with_far_keys(captured[0].positions[0], rule)
     weights = [weight for seen in captured for weight in seen.query_weights + seen.key_weights]
 
     def loss_and_gradients(parts):
@@ -77,15 +80,61 @@ def test_merged_heads_lose_and_learn_the_same(captured, reading):
         losses.sum().backward()
         return losses.detach(), [weight.grad for weight in weights]
 
-    torch.testing.assert_close(
-        loss_and_gradients(captured), loss_and_gradients(merge_heads(captured))
-    )
+    merged = merge_heads([replace(seen) for seen in captured])
+    torch.testing.assert_close(loss_and_gradients(captured), loss_and_gradients(merged))
+
+
+def test_some_rows_of_a_sequence_are_all_that_their_steps_need():
+    model = make_sparse(tiny_model(), sparse_config(tiny_model()))
+    ids = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    kept = torch.tensor([12, 31, 44, 59])
+    rows = torch.tensor([31, 59])
+    for some, every in zip(
+        capture_heads(model, ids, rows=kept), capture_heads(model, ids), strict=True
+    ):
+        assert some.queries.shape[2] == some.query_features.shape[2] == 4
+        torch.testing.assert_close(some.logits(rows), every.logits(rows))
+        torch.testing.assert_close(some.index_scores(rows), every.index_scores(rows))
+        assert torch.equal(indexer_loss(some, rows, RULE), indexer_loss(every, rows, RULE))
+
+
+def test_chunks_of_rows_measure_the_same(captured, monkeypatch):
+    rows = rows_with_far_keys(captured[0].positions[0], RULE)
+    whole = selection_quality(captured[0], rows, RULE)
+    # Seven rows of two heads at a time.
+    monkeypatch.setattr("rtpurbo.ops.eager.visibility.MAX_CHUNK_ELEMENTS", 7 * 2 * 60)
+    chunked = selection_quality(captured[0], rows, RULE)
+    for name, values in vars(whole).items():
+        torch.testing.assert_close(getattr(chunked, name), values)
 
 
 def test_quality_of_exact_scores_is_the_oracles(captured, monkeypatch):
     seen = captured[0]
     monkeypatch.setattr(type(seen), "index_scores", type(seen).logits)
-    quality = selection_quality(seen, rows_with_far_keys(seen, RULE), RULE)
+    quality = selection_quality(seen, rows_with_far_keys(seen.positions[0], RULE), RULE)
     assert torch.equal(quality.tokens, quality.oracle_tokens)
     assert (quality.recall >= RULE.top_p).all()
     assert quality.divergence.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(0, 1, 2, 3), (0, 1, 3), (2,)])
+def test_heads_share_the_keys_of_their_group(heads):
+    """One copy of the keys gives the scores of keys that are repeated for every head."""
+    model = tiny_model(num_attention_heads=4, num_key_value_heads=2)
+    make_sparse(model, RTPurboConfig(HeadMap((heads, (1,)), 4, 2), RULE))
+    ids = torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    by_layer = capture_heads(model, ids)
+    assert [seen.keys.shape[1] for seen in by_layer] == [len({head // 2 for head in heads}), 1]
+    rows = torch.tensor([20, 39])
+    all_logits, all_index_keys = [], []
+    for seen in by_layer:
+        readers, [key_weight] = seen.key_value_heads, seen.key_weights
+        logits = attention_logits(seen.queries_of(rows), seen.keys[:, readers], seen.scaling)
+        index_keys = seen.key_features[0, readers] @ key_weight.transpose(-1, -2)
+        torch.testing.assert_close(seen.logits(rows), logits)
+        torch.testing.assert_close(seen.index_keys(), index_keys)
+        all_logits.append(logits)
+        all_index_keys.append(index_keys)
+    [together] = merge_heads(by_layer)
+    torch.testing.assert_close(together.logits(rows), torch.cat(all_logits, 1))
+    torch.testing.assert_close(together.index_keys(), torch.cat(all_index_keys))

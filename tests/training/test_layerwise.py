@@ -69,7 +69,7 @@ def test_it_learns_what_kept_states_teach(reading):
     losses, gradients = train(model, given)
     rule: AttentionRule = model.rtpurbo_config.attention
     heads = capture_heads(model, sequence.input_ids)
-    rows = rows_with_far_keys(heads[0], rule)
+    rows = rows_with_far_keys(heads[0].positions[0], rule)
     loss = sum(indexer_loss(seen, rows, rule).sum() for seen in heads)
     answers = sum(indexer_loss(seen, torch.arange(56, 59), rule).sum() for seen in heads)
     (loss + SETTINGS.answer_weight * answers).backward()

@@ -1,11 +1,7 @@
 """Two processes against one: the same losses, with whole weights and divided ones, and after a change of number."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -23,6 +19,7 @@ from rtpurbo.settings import (
     StreamSettings,
 )
 from rtpurbo.training.source import check_shares
+from tests.two_processes import run_in_two_processes
 
 SETTINGS = ConversionSettings(
     attention=AttentionRule(sliding_window=64, min_tokens=8, block_size=16),
@@ -53,6 +50,18 @@ LAYERWISE = replace(
     stage1=replace(SETTINGS.stage1, steps_per_sequence=1, sequences_per_step=4),
     stage2=replace(SETTINGS.stage2, steps=0),
 )
+# Heads by gates, and sequences that the model writes before it is trained.
+WRITTEN = replace(
+    SETTINGS,
+    calibration=CalibrationSettings(
+        ranking="gates", length=500, num_documents=4, granularity="kv_group", ratio=0.42
+    ),
+    stage1=replace(SETTINGS.stage1, steps=4, document_share=0.5),
+    stage2=replace(
+        SETTINGS.stage2, steps=6, needle_share=0.2, document_share=0.3, conversation_share=0.4,
+        lora_scale=None,
+    ),
+)  # fmt: skip
 # As many sequences a step as there are processes when it begins.
 LEFT_OPEN = replace(
     SETTINGS,
@@ -66,6 +75,7 @@ JOBS = {
     "full": FULL_WEIGHTS,
     "streamed": STREAMED,
     "layerwise": LAYERWISE,
+    "written": WRITTEN,
     "diverging": DIVERGING,
 }
 
@@ -74,7 +84,6 @@ _WORKER = """
 import os, signal, sys
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
-from rtpurbo.processes import leave_processes
 from rtpurbo.interruption import StoppedBySignalError
 from tests.training.test_parallel import JOBS
 
@@ -97,10 +106,6 @@ for job in jobs:
         print(error)
     else:
         assert not stop and settings != "diverging"
-leave_processes()
-# Threads of PyTorch sometimes abort an interpreter that comes down; the work is done by now.
-sys.stdout.flush()
-os._exit(0)
 """
 
 
@@ -113,22 +118,7 @@ def text(tmp_path):
 
 
 def in_two_processes(base, text, *jobs):
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    script = text.with_name("worker.py")
-    script.write_text(_WORKER)
-    finished = subprocess.run(
-        [sys.executable, *command, str(script), str(base), str(text), *jobs],
-        env=environment, cwd=root, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
+    return run_in_two_processes(_WORKER, text.parent, base, text, *jobs)
 
 
 def entries_of(artifact):
@@ -157,6 +147,54 @@ def test_two_processes_train_as_one(tiny_base, tmp_path, text):
         load(tmp_path / name)
 
 
+_STAGES = """
+import sys
+from pathlib import Path
+from rtpurbo.job import Job
+from rtpurbo.models.base import load_base_model
+from rtpurbo.models.sharding import is_sharded, own_part
+from rtpurbo.models.sparsify import sparsify
+from tests.training.test_parallel import SETTINGS
+
+def held(stage, done, total, figures):
+    layers = base.model.base_model.layers
+    base_weights = [(own_part(weight), weight) for name, weight in layers.named_parameters()
+                    if "indexer" not in name and "lora" not in name]
+    # FSDP gathers a layer's weights while it runs, and no layer runs now.
+    share = sum(part.nbytes for part, _ in base_weights) / sum(w.nbytes for _, w in base_weights)
+    assert is_sharded(base.model) and 0.49 < share < 0.51, (stage, share)
+    seen.add(stage)
+
+seen = set()
+with Job(Path(sys.argv[2]), None, "cpu", resume=False, force=False, progress=held,
+         parallel="fsdp", dtype=sys.argv[3]) as job:
+    job.progress = held  # on both processes
+    job.read_texts(SETTINGS)
+    base = load_base_model(sys.argv[1], dtype=job.dtype, processes=job.processes)
+    job.open(base, SETTINGS, "convert")
+    sparsify(base.model, job.calibrate(base))
+    job.stage1(base)
+    job.stage2(base)
+    job.finish(base)
+assert seen == {"calibrate", "stage1", "teacher", "stage2", "refresh"}, seen
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_each_process_holds_half_of_the_layers_in_every_stage(dtype, tiny_base, tmp_path):
+    run_in_two_processes(_STAGES, tmp_path, tiny_base, tmp_path / "fsdp", dtype)
+    alone = convert(
+        str(tiny_base), tmp_path / "alone", settings=SETTINGS, device="cpu", dtype=dtype
+    )
+    if dtype == "float32":
+        assert_same_curves(tmp_path / "fsdp", alone)
+    else:
+        # Sums in another order, rounded to 8 bits.
+        last, expected = (entries_of(folder)[-1]["loss"] for folder in (tmp_path / "fsdp", alone))
+        assert last == pytest.approx(expected, rel=0.05)
+    assert ArtifactConfig.read(tmp_path / "fsdp").base == ArtifactConfig.read(alone).base
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", ["full", "layerwise"])
 def test_other_trainings_in_two_processes(settings, tiny_base, tmp_path, text):
@@ -167,6 +205,25 @@ def test_other_trainings_in_two_processes(settings, tiny_base, tmp_path, text):
     for name in ("data", "fsdp"):
         assert_same_curves(tmp_path / name, alone)
         load(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_gates_and_writes_sequences(tiny_base, tmp_path, text):
+    """Samples differ with the number of processes; heads and the number of sequences do not."""
+    options = {"settings": WRITTEN, "device": "cpu"}
+    alone = convert(str(tiny_base), tmp_path / "alone", **options)
+    in_two_processes(tiny_base, text, f"{tmp_path / 'fsdp'},written,fsdp")
+    configs = [ArtifactConfig.read(folder).config for folder in (alone, tmp_path / "fsdp")]
+    maps = [config.head_map for config in configs]
+    assert maps[0].retrieval_heads == maps[1].retrieval_heads
+    for one, other in zip(maps[0].scores, maps[1].scores, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    steps = [
+        [(entry["stage"], entry["step"]) for entry in entries_of(folder)]
+        for folder in (alone, tmp_path / "fsdp")
+    ]
+    assert steps[0] == steps[1]
+    load(tmp_path / "fsdp")
 
 
 @pytest.mark.slow

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch.nn import functional
 
+from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import decoding_last, headwise_modules, running_dense
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, backpropagate
-from rtpurbo.training.student import trainable, trained_weights
+from rtpurbo.training.student import check_trainable, trainable, trained_weights
 from rtpurbo.training.teacher import teacher_targets
 from tests.tiny_models import VOCABULARY, make_sparse, sparse_config, sparse_model, tiny_model
 
@@ -110,6 +112,44 @@ def test_layers_that_are_run_again_select_as_before():
     assert calls == [7] * 2 * len(headwise_modules(model))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_a_bfloat16_base_trains_a_float32_lora(family, as_on_a_gpu):
+    """Only the LoRA is in float32, and its gradients are close to those on a float32 base."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        # All experts, or rounding would send tokens to others.
+        changes = {"num_experts_per_tok": 4} if family == "qwen3_moe" else {}
+        model = tiny_model(family, initializer_range=0.1, **changes).to(torch.bfloat16).to(dtype)
+        make_sparse(model, sparse_config(model, prefill_mode="dense"))
+        base = [weight for name, weight in model.named_parameters() if ".indexer." not in name]
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=as_on_a_gpu)
+        with autocast:
+            targets = targets_of(model, SEQUENCE, SETTINGS)
+        with trainable(model, SETTINGS, 0) as student, autocast:
+            weights = open_student(student)
+            with disable_input_dtype_casting(student, active=as_on_a_gpu):
+                result = backpropagate(model, 0, SEQUENCE, targets, SETTINGS)
+            assert {weight.dtype for weight in base} == {dtype}
+            assert {weight.dtype for weight in weights.values()} == {torch.float32}
+            assert all(weight.grad.dtype == torch.float32 for weight in weights.values())
+            assert result.loss.dtype == torch.float32
+            gradient = torch.cat([part.flatten() for part in gradients(weights).values()])
+        assert sum(weight.nbytes for weight in model.parameters() if weight.dtype != dtype) == 0
+        found[dtype] = gradient
+    expected = found[torch.float32]
+    assert float((found[torch.bfloat16] - expected).norm() / expected.norm()) < 0.2
+
+
+def test_weights_of_half_precision_are_not_trained_themselves():
+    full = replace(SETTINGS, lora_rank=0)
+    check_trainable(torch.float32, full)
+    check_trainable(torch.bfloat16, SETTINGS)
+    check_trainable(torch.bfloat16, replace(full, steps=0))
+    with pytest.raises(RTPurboError, match="model is bfloat16: pass --dtype float32"):
+        check_trainable(torch.bfloat16, full)
 
 
 @pytest.mark.gpu

@@ -29,6 +29,17 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
         },
     ),
+    "qwen3-14b": (
+        "qwen3",
+        {
+            **_QWEN3,
+            "hidden_size": 5120,
+            "intermediate_size": 17408,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+        },
+    ),
     "qwen3-30b-a3b": (
         "qwen3_moe",
         {
@@ -63,7 +74,11 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build_model(
-    geometry: str, layers: int | None, dtype: torch.dtype, device: torch.device
+    geometry: str,
+    layers: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: int = CONTEXT,
 ) -> PreTrainedModel:
     """A dense model of this shape with random weights, in evaluation mode.
 
@@ -72,6 +87,7 @@ def build_model(
         layers: how many of its layers; None for all.
         dtype: of the weights.
         device: where to make it.
+        context: longest sequence, in tokens.
 
     Raises:
         RTPurboError: there is no such geometry.
@@ -81,7 +97,7 @@ def build_model(
             f"there is no geometry '{geometry}'; choose one of: {', '.join(GEOMETRIES)}."
         )
     family, sizes = GEOMETRIES[geometry]
-    config = CONFIG_MAPPING[family](**{**sizes, "max_position_embeddings": CONTEXT})
+    config = CONFIG_MAPPING[family](**{**sizes, "max_position_embeddings": context})
     if layers is not None:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)
         if getattr(config, "layer_types", None):

@@ -22,6 +22,7 @@ def calibrate(
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     force: options.Force = False,
 ) -> None:
     """Step 1: find the heads that retrieve, and show them.
@@ -46,6 +47,7 @@ def calibrate(
             max_length=max_length,
             data=data or None,
             device=device,
+            dtype=dtype,
             force=force,
             progress=progress,
         )

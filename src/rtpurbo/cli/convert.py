@@ -49,6 +49,7 @@ def convert(
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     resume: options.Resume = False,
     force: options.Force = False,
     preset: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -91,6 +92,7 @@ def convert(
             max_length=max_length,
             data=data or None,
             device=device,
+            dtype=dtype,
         )
         say(str(plan))
         return
@@ -105,6 +107,7 @@ def convert(
             max_length=max_length,
             data=data or None,
             device=device,
+            dtype=dtype,
             resume=resume,
             force=force,
             progress=progress,

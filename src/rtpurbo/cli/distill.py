@@ -19,6 +19,7 @@ def distill(
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     resume: options.Resume = False,
     force: options.Force = False,
 ) -> None:
@@ -44,6 +45,7 @@ def distill(
             max_length=max_length,
             data=data or None,
             device=device,
+            dtype=dtype,
             resume=resume,
             force=force,
             progress=progress,

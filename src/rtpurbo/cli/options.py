@@ -50,6 +50,13 @@ BaseModel = Annotated[
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is the GPU if there is one.")
 ]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        help="Type of the frozen base model's weights; auto is the checkpoint's on a GPU and float32 "
+        "on a CPU. What is trained is float32."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 Resume = Annotated[

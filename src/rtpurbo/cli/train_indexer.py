@@ -29,6 +29,7 @@ def train_indexer(
     others: options.Set = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     resume: options.Resume = False,
     force: options.Force = False,
 ) -> None:
@@ -60,6 +61,7 @@ def train_indexer(
             max_length=max_length,
             data=data or None,
             device=device,
+            dtype=dtype,
             resume=resume,
             force=force,
             progress=progress,

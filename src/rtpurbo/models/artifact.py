@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +26,9 @@ from rtpurbo.models.base import (
     load_base_model,
     load_referenced,
 )
+from rtpurbo.models.sharding import is_sharded, like
 from rtpurbo.models.sparsify import load_indexers, sparsify
+from rtpurbo.processes import ALONE, Processes
 from rtpurbo.version import __version__
 
 FORMAT_VERSION = 1
@@ -277,13 +280,22 @@ def load_base(
     base_model: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | Literal["auto"] = torch.float32,
+    processes: Processes = ALONE,
 ) -> BaseModel:
-    """Loads the dense model that the artifact in `folder` was made for, as `load` does."""
+    """Loads the dense model that the artifact in `folder` was made for, as `load` does.
+
+    Args:
+        folder: the artifact's.
+        base_model: as for `load`.
+        device: where to put the model.
+        dtype: of the weights.
+        processes: those that load the model together, as for `load_base_model`.
+    """
     expected = ArtifactConfig.read(folder).base
     if base_model is None:
-        base = load_referenced(expected, device=device, dtype=dtype)
+        base = load_referenced(expected, device=device, dtype=dtype, processes=processes)
     else:
-        base = load_base_model(base_model, device=device, dtype=dtype)
+        base = load_base_model(base_model, device=device, dtype=dtype, processes=processes)
     check_base(base.reference, expected, str(folder))
     return base
 
@@ -299,11 +311,20 @@ def check_base(found: BaseReference, expected: BaseReference, artifact_name: str
 
 
 def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreTrainedModel:
-    """Merges the weights of stage 2 into a dense base model; of kind `none` there are none."""
+    """Merges the weights of stage 2 into a base model; of kind `none` there are none.
+
+    Each process may hold a part of the model; all of them call this together.
+    """
     if kind == "none":
         return model
     if kind == "full":
         weights = read_tensors(folder / FULL_WEIGHTS_FILE)
+        if is_sharded(model):
+            shapes = dict(model.named_parameters())
+            weights = {
+                name: like(weight, shapes[name]) if name in shapes else weight
+                for name, weight in weights.items()
+            }
         missing, unexpected = model.load_state_dict(weights, strict=False)
         # Indexers have a file of their own, and tied weights are stored once.
         missing = [name for name in missing if ".indexer." not in name]
@@ -315,11 +336,22 @@ def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreT
     # Read first, so that a broken file is named as such.
     read_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
     try:
-        return PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER)).merge_and_unload()
+        student = PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
+        return _merge_sharded(student) if is_sharded(model) else student.merge_and_unload()
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise RTPurboError(
             f"the adapter in {folder / ADAPTER_FOLDER} cannot be applied: {error}"
         ) from error
+
+
+@torch.no_grad()
+def _merge_sharded(student: PeftModel) -> PreTrainedModel:
+    """Adds each process's part of the LoRA's product to its part of the weights."""
+    for module in student.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            weight.add_(like(module.get_delta_weight("default").to(weight.dtype), weight))
+    return student.unload()
 
 
 def save_artifact(

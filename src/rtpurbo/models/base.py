@@ -20,7 +20,9 @@ from rtpurbo.models.gguf import SUFFIX, find_gguf, read_gguf_config
 from rtpurbo.models.hub import HubUnreachableError, find_on_hub
 from rtpurbo.models.pretrained import Loaded, load_pretrained_config, load_with_fingerprint
 from rtpurbo.models.progress import shown_in_terminal
+from rtpurbo.models.sharding import Sharding
 from rtpurbo.models.wheels import PREFIX, WHEEL_MODELS, WheelModel, find_wheel_model
+from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import Progress
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -84,14 +86,15 @@ class _Origin:
     Attributes:
         name: see `BaseReference`, like `source` and `revision`.
         read_config: reads the configuration alone.
-        load: loads the model, given the type of its weights and whom to tell of downloads.
+        load: loads the model, given the type of its weights, whom to tell of downloads, and the
+            processes that each keep a part of it, if any.
     """
 
     name: str
     source: Literal["hub", "local", "gguf", "wheel"]
     revision: str | None
     read_config: Callable[[], PretrainedConfig]
-    load: Callable[[Dtype, Progress], Loaded]
+    load: Callable[[Dtype, Progress, Sharding | None], Loaded]
 
 
 def load_base_model(
@@ -101,6 +104,7 @@ def load_base_model(
     device: str | torch.device = "cpu",
     dtype: Dtype = torch.float32,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> BaseModel:
     """Loads a dense causal language model with its tokenizer.
 
@@ -112,6 +116,7 @@ def load_base_model(
         device: where to put the model.
         dtype: the type of the weights; "auto" is the one that they are stored in.
         progress: told of downloads and of decoding; None draws a bar in a terminal.
+        processes: those that load the model together; each keeps a part of it if they share by FSDP.
 
     Raises:
         RTPurboError: there is no such model, it cannot be fetched, it is damaged, its architecture
@@ -125,7 +130,7 @@ def load_base_model(
             WHEEL_MODEL,
             DEFAULT_MODEL,
         )
-    return _load(origin, device, dtype, progress)
+    return _load(origin, device, dtype, progress, processes)
 
 
 def load_referenced(
@@ -134,6 +139,7 @@ def load_referenced(
     device: str | torch.device = "cpu",
     dtype: Dtype = torch.float32,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> BaseModel:
     """Loads the model that a reference names. A local GGUF file is found by its copy in the cache.
 
@@ -144,14 +150,15 @@ def load_referenced(
     if reference.source != "gguf":
         # Only the Hub has revisions to choose from.
         revision = reference.revision if reference.source == "hub" else None
-        return _load(_find(reference.name, revision), device, dtype, progress)
+        return _load(_find(reference.name, revision), device, dtype, progress, processes)
     copy = find_decoded(_gguf_cache(), reference.fingerprint)
     if copy is None:
         raise RTPurboError(
             f"The base model is the local file {reference.name}, which this machine has not loaded "
             "before; give its path as the base model."
         )
-    return _frozen(load_checked(copy, dtype), device, reference.name, "gguf", None)
+    loaded = load_checked(copy, dtype, _sharding(processes, device))
+    return _frozen(loaded, device, reference.name, "gguf", None)
 
 
 def read_config(name: str | None, *, revision: str | None = None) -> PretrainedConfig:
@@ -213,7 +220,9 @@ def _from_hub(name: str, revision: str | None) -> _Origin:
         "hub",
         revision,
         lambda: load_pretrained_config(name, **options),
-        lambda dtype, progress: load_with_fingerprint(name, dtype, **options),
+        lambda dtype, progress, sharding: load_with_fingerprint(
+            name, dtype, sharding=sharding, **options
+        ),
     )
 
 
@@ -234,7 +243,7 @@ def _from_folder(folder: Path) -> _Origin:
         "local",
         None,
         lambda: load_pretrained_config(name),
-        lambda dtype, progress: load_with_fingerprint(name, dtype),
+        lambda dtype, progress, sharding: load_with_fingerprint(name, dtype, sharding=sharding),
     )
 
 
@@ -280,11 +289,19 @@ def _gguf_cache() -> Path:
 
 
 def _load(
-    origin: _Origin, device: torch.device, dtype: Dtype, progress: Progress | None
+    origin: _Origin,
+    device: torch.device,
+    dtype: Dtype,
+    progress: Progress | None,
+    processes: Processes,
 ) -> BaseModel:
     with shown_in_terminal(progress) as shown:
-        loaded = origin.load(dtype, shown)
+        loaded = origin.load(dtype, shown, _sharding(processes, device))
     return _frozen(loaded, device, origin.name, origin.source, origin.revision)
+
+
+def _sharding(processes: Processes, device: torch.device) -> Sharding | None:
+    return Sharding(processes, device) if processes.shard_weights else None
 
 
 def _frozen(

@@ -18,6 +18,7 @@ from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.gguf import decode_gguf
 from rtpurbo.models.pretrained import Loaded, load_with_fingerprint, quiet_transformers
+from rtpurbo.models.sharding import Sharding
 from rtpurbo.settings import Progress
 
 ORIGIN_FILE = "origin.json"
@@ -42,21 +43,31 @@ class DecodedCopy:
     provide: Callable[[Progress], Path]
     dtype: torch.dtype | None = None
 
-    def load(self, dtype: torch.dtype | Literal["auto"], progress: Progress) -> Loaded:
+    def load(
+        self,
+        dtype: torch.dtype | Literal["auto"],
+        progress: Progress,
+        sharding: Sharding | None = None,
+    ) -> Loaded:
         """Loads the copy, which is made first if it is missing, damaged or of another file.
+
+        Args:
+            dtype: of the weights.
+            progress: told of downloads and of decoding.
+            sharding: processes that each keep a part of the weights; None loads the whole model.
 
         Raises:
             RTPurboError: there is no GGUF file, or it cannot be decoded.
         """
         if self.is_current():
             try:
-                return load_checked(self.folder, dtype)
+                return load_checked(self.folder, dtype, sharding)
             except RTPurboError:
                 logger.warning("The cached model in %s is damaged; making it again.", self.folder)
                 self._make(progress, again=True)
         else:
             self._make(progress)
-        return load_checked(self.folder, dtype)
+        return load_checked(self.folder, dtype, sharding)
 
     def is_current(self) -> bool:
         """Whether there is a copy, made from this file; its weights are not looked at."""
@@ -89,13 +100,15 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
     return origin if isinstance(origin, dict) else None
 
 
-def load_checked(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Loaded:
+def load_checked(
+    folder: Path, dtype: torch.dtype | Literal["auto"], sharding: Sharding | None = None
+) -> Loaded:
     """Loads a decoded copy and checks its fingerprint.
 
     Raises:
         RTPurboError: the copy is damaged.
     """
-    loaded = load_with_fingerprint(str(folder), dtype)
+    loaded = load_with_fingerprint(str(folder), dtype, sharding=sharding)
     origin = read_origin(folder)
     if origin is None or origin.get("fingerprint") != loaded.fingerprint:
         raise RTPurboError(f"The decoded model in {folder} is damaged; remove the folder.")

@@ -20,6 +20,7 @@ from transformers import (
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.families import family_of
 from rtpurbo.models.fingerprint import fingerprint
+from rtpurbo.models.sharding import Sharding, load_sharded
 
 
 class Loaded(NamedTuple):
@@ -56,6 +57,7 @@ def load_pretrained(
     *,
     config: PretrainedConfig | None = None,
     quantization: Any = None,
+    sharding: Sharding | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer; the architecture is checked before weights are read.
@@ -65,6 +67,7 @@ def load_pretrained(
         dtype: the type of the weights, or "auto" for the one that they are stored in.
         config: the model's configuration, if it is known or changed.
         quantization: how to read a quantised model, only where that must be said.
+        sharding: processes that each keep a part of the weights; None loads the whole model.
         options: for `from_pretrained` of model and tokenizer: where to look.
 
     Raises:
@@ -73,18 +76,19 @@ def load_pretrained(
     """
     if config is None:
         config = load_pretrained_config(name, **options)
-    quantized = {} if quantization is None else {"quantization_config": quantization}
+    loading_options = {**options, "config": config, "dtype": dtype, "trust_remote_code": False}
+    if quantization is not None:
+        loading_options["quantization_config"] = quantization
     with quiet_transformers():
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                trust_remote_code=False,
-                **quantized,
-                **options,
-            )
+            if sharding is None:
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    name, output_loading_info=True, **loading_options
+                )
+            else:
+                model, loading = load_sharded(name, sharding, **loading_options)
+        except RTPurboError:
+            raise
         except Exception as error:  # as above
             _refuse(name, error)
         if loading["missing_keys"]:
@@ -105,14 +109,24 @@ def load_pretrained(
 
 
 def load_with_fingerprint(
-    name: str, dtype: torch.dtype | Literal["auto"], **options: Any
+    name: str,
+    dtype: torch.dtype | Literal["auto"],
+    *,
+    sharding: Sharding | None = None,
+    **options: Any,
 ) -> Loaded:
     """Loads a model as `load_pretrained` does; its fingerprint does not depend on `dtype`."""
     # A fingerprint rounds to bfloat16, so only float16, which has other values, would change it.
     narrow = dtype == torch.float16
-    model, tokenizer = load_pretrained(name, "auto" if narrow else dtype, **options)
+    model, tokenizer = load_pretrained(
+        name, "auto" if narrow else dtype, sharding=sharding, **options
+    )
     found = fingerprint(model)
-    if narrow:
+    if narrow and sharding is not None:
+        # FSDP holds on to the parameters that it divided: read them again in the other type.
+        del model
+        model, tokenizer = load_pretrained(name, dtype, sharding=sharding, **options)
+    elif narrow:
         # Not `model.half()`, which would round the frequencies of the rotary embedding as well.
         for parameter in model.parameters():
             parameter.data = parameter.data.half()

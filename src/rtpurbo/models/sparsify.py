@@ -130,6 +130,13 @@ def inverse_frequencies(model: PreTrainedModel) -> Tensor:
     return rotary.inv_freq if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
 
 
+def indexers_in_float32(model: PreTrainedModel) -> None:
+    """Makes the indexers' weights float32 where they are shorter, for training: updates would be rounded away."""
+    for module in headwise_modules(model):
+        if module.retrieval_heads and module.indexer.query_weight.dtype.itemsize < 4:
+            module.indexer.float()
+
+
 def indexer_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The indexers' weights by name, on the CPU in fp32, as `load_indexers` takes them."""
     weights = {}

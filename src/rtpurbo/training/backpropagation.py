@@ -38,9 +38,9 @@ def backpropagate(
         for chunk in _chunks(seen, choice.rows, index_queries, backend):
             part = choice.part(chunk)
             divergence = indexer_divergence(
-                seen.queries[0, :, part.rows],
+                seen.queries_of(part.rows)[0],
                 seen.keys[0],
-                torch.arange(len(seen.names), device=seen.keys.device),
+                seen.key_value_heads,
                 index_queries[:, chunk],
                 index_keys,
                 part.rows,

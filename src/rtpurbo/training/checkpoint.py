@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_file
+from rtpurbo.models.sharding import like, whole
 from rtpurbo.processes import ALONE, Processes
-from rtpurbo.training.sharding import like, whole
 
 _UNREADABLE = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 

@@ -20,6 +20,9 @@ from rtpurbo.training.turns import UserTurn
 LEAST_PROSE = 0.5
 """Least share of a prompt that is prose; a shorter document asks for a larger length."""
 
+BATCH_TOKENS = 131072
+"""Tokens of all prompts that are answered at a time."""
+
 PHRASE_WORDS, PHRASE_CHARACTERS = (4, 8), 80
 """Words of a phrase that an instruction quotes, from the first to the second, and its most characters."""
 
@@ -33,7 +36,7 @@ def write_document_answers(
     *,
     max_answer_tokens: int = 128,
     seed: int = 0,
-    batch_tokens: int = 131072,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress = no_progress,
 ) -> list[TrainingSequence]:
     """Prose of given lengths, an instruction after it, and the model's own answer.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
+from rtpurbo.models.sharding import own_part
 from rtpurbo.processes import Processes
-from rtpurbo.training.sharding import own_part
 
 
 @dataclass(frozen=True)

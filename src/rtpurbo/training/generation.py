@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.text import stop_tokens
 
 
@@ -39,7 +41,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continuations of a batch of prompts.
 
-    A batch that does not fit the GPU's memory is halved.
+    A batch that does not fit the GPU's memory is halved. Processes that hold parts of the model call
+    this together, share the prompts out and all get the tokens of all.
 
     Args:
         model: dense; a sparse model inside `running_dense` has no cache to generate with.
@@ -53,6 +56,27 @@ def generate_tokens(
     Returns:
         The new tokens of each prompt, the first stop token included.
     """
+    if not is_sharded(model):
+        return _generate(model, tokenizer, prompts, max_new_tokens, sampling, seed, stops)
+    rank, count = dist.get_rank(), dist.get_world_size()
+    # Every process runs its part of each layer for the others, so none may be without a prompt.
+    own = prompts[rank::count] or prompts[:1]
+    written = _generate(model, tokenizer, own, max_new_tokens, sampling, seed + rank, stops)
+    parts: list[list[list[int]]] = [[]] * count
+    dist.all_gather_object(parts, written)
+    return [parts[number % count][number // count] for number in range(len(prompts))]
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stops: Sequence[int],
+) -> list[list[int]]:
+    """The continuations of this process's prompts."""
     ends = {*stop_tokens(model, tokenizer), *stops}
     padding = tokenizer.pad_token_id
     if padding is None:
@@ -81,11 +105,13 @@ def generate_tokens(
                 # The distribution that the model is trained towards has neither.
                 top_k=0 if sampling.temperature else None,
                 repetition_penalty=1.0,
+                # A process that is done goes on with its part of each layer.
+                synced_gpus=is_sharded(model),
                 **choice,
             )
     except torch.OutOfMemoryError:
-        if len(prompts) == 1:
-            raise
+        if len(prompts) == 1 or is_sharded(model):
+            raise  # the other processes of a sharded model would wait for this one
     else:
         return [_up_to_stop(row, ends) for row in output[:, longest:].tolist()]
     half = len(prompts) // 2
@@ -93,8 +119,8 @@ def generate_tokens(
     return [
         written
         for number, part in enumerate(parts)
-        for written in generate_tokens(
-            model, tokenizer, part, max_new_tokens, sampling, seed=2 * seed + number, stops=stops
+        for written in _generate(
+            model, tokenizer, part, max_new_tokens, sampling, 2 * seed + number, stops
         )
     ]
 

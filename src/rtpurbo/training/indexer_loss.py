@@ -10,12 +10,18 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.divergence import forward_divergence, near_and_far
 from rtpurbo.ops.eager.selection import estimated_logits, masses, select_for_rows
+from rtpurbo.ops.eager.visibility import query_chunks
 from rtpurbo.training.capture import CapturedHeads
 
 
-def rows_with_far_keys(seen: CapturedHeads, rule: AttentionRule) -> Tensor:
-    """Query rows that have anything to select."""
-    return (seen.positions[0] >= rule.num_sink_tokens + rule.near_window).nonzero()[:, 0]
+def rows_with_far_keys(positions: Tensor, rule: AttentionRule) -> Tensor:
+    """Query rows that have anything to select, ascending.
+
+    Args:
+        positions: int64 [length], of each row in its document.
+        rule: sinks and window, beyond which keys are far.
+    """
+    return (positions >= rule.num_sink_tokens + rule.near_window).nonzero()[:, 0]
 
 
 def row_logits(
@@ -58,14 +64,19 @@ class SelectionQuality:
 
 @torch.no_grad()
 def selection_quality(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) -> SelectionQuality:
-    """Compares the indexers' selection with the oracle's on some rows."""
-    exact, estimate, near, far = row_logits(seen, rows, rule)
-    exact = exact.masked_fill(~(near | far), -torch.inf)
-    selected = select_for_rows(rule, estimate, near, far, seen.positions)
-    oracle = select_for_rows(rule, exact, near, far, seen.positions)
-    return SelectionQuality(
-        (masses(exact) * (near | selected)).sum(-1).mean(-1)[0],
-        selected.sum(-1).float().mean(-1)[0],
-        oracle.sum(-1).float().mean(-1)[0],
-        forward_divergence(exact.masked_fill(~(near | far), 0.0), estimate, near | far).mean(-1)[0],
-    )
+    """Compares the indexers' selection with the oracle's on some rows, so many at a time as bound the memory."""
+    total = torch.zeros(4, len(seen.names), device=seen.keys.device)
+    for chunk in query_chunks(rows.numel(), len(seen.names) * seen.keys.shape[2]):
+        exact, estimate, near, far = row_logits(seen, rows[chunk], rule)
+        exact = exact.masked_fill(~(near | far), -torch.inf)
+        selected = select_for_rows(rule, estimate, near, far, seen.positions)
+        oracle = select_for_rows(rule, exact, near, far, seen.positions)
+        visible = exact.masked_fill(~(near | far), 0.0)
+        figures = (
+            (masses(exact) * (near | selected)).sum(-1),
+            selected.sum(-1).float(),
+            oracle.sum(-1).float(),
+            forward_divergence(visible, estimate, near | far),
+        )
+        total += torch.stack([values[0].sum(-1).float() for values in figures])
+    return SelectionQuality(*(total / rows.numel()).unbind())

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically
+from rtpurbo.processes import ALONE, Processes
 from rtpurbo.training.sequences import TrainingSequence
 
 HELD_OUT = 16
@@ -41,19 +42,23 @@ class Pools:
 
 
 def kept_sequences(
-    path: Path, write: Callable[[], Sequence[TrainingSequence]]
+    path: Path,
+    write: Callable[[], Sequence[TrainingSequence]],
+    processes: Processes = ALONE,
 ) -> tuple[TrainingSequence, ...]:
     """The sequences in a file; written now if it is not there.
 
     Args:
         path: the file, written whole or not at all.
         write: makes the sequences.
+        processes: those that call this together; the main one writes the file.
 
     Raises:
         RTPurboError: the file cannot be read, or the disk is full.
     """
-    if not path.is_file():
-        save_sequences(path, write())
+    if not processes.from_main(path.is_file):
+        sequences = write()
+        processes.from_main(lambda: save_sequences(path, sequences))
     return read_sequences(path)
 
 

@@ -43,7 +43,12 @@ class Probe:
         self._kept: list[list[CapturedHeads]] | None = None
         if keep:
             self._kept = [
-                capture_heads(model, sequence.input_ids, dense=not on_student)
+                capture_heads(
+                    model,
+                    sequence.input_ids,
+                    dense=not on_student,
+                    rows=torch.cat(self._rows(sequence)).unique(),
+                )
                 for sequence in sequences
             ]
 
@@ -59,14 +64,11 @@ class Probe:
         answer_recalls: list[float] = []
         rule: AttentionRule = self.model.rtpurbo_config.attention
         for number, sequence in enumerate(self.sequences):
-            last = len(sequence.input_ids) - 1
-            answer_rows = torch.arange(
-                last - sequence.num_answer_tokens, last, device=self.model.device
-            )
+            rows, answer_rows = self._rows(sequence)
 
-            def look(seen: CapturedHeads, answer_rows: Tensor = answer_rows) -> None:
-                rows = rows_with_far_keys(seen, rule)
-                rows = rows[:: max(1, rows.numel() // PROBE_ROWS)]
+            def look(
+                seen: CapturedHeads, rows: Tensor = rows, answer_rows: Tensor = answer_rows
+            ) -> None:
                 quality = selection_quality(seen, rows, rule)
                 values = {name: getattr(quality, name).tolist() for name in FIGURES}
                 for place, (layer, head) in enumerate(seen.names):
@@ -89,3 +91,11 @@ class Probe:
         if answer_recalls:
             figures["answer_recall"] = sum(answer_recalls) / len(answer_recalls)
         return {**figures, "by_head": by_head}
+
+    def _rows(self, sequence: TrainingSequence) -> tuple[Tensor, Tensor]:
+        """Rows of a sequence on which selection is measured: some that have far keys, and those that answer."""
+        rule: AttentionRule = self.model.rtpurbo_config.attention
+        length, device = len(sequence.input_ids), self.model.device
+        rows = rows_with_far_keys(torch.arange(length, device=device), rule)
+        answers = torch.arange(length - 1 - sequence.num_answer_tokens, length - 1, device=device)
+        return rows[:: max(1, rows.numel() // PROBE_ROWS)].contiguous(), answers

@@ -1,9 +1,4 @@
-"""Weights divided among processes (FSDP), and what training needs to do with such weights.
-
-Every decoder layer is divided, whose weights a process then gathers while the layer runs. Embeddings
-and the final norm stay whole: tied embeddings are read in two places. Indexers stay whole too: they
-are small, and stage 1 reads them outside their layer.
-"""
+"""Gradients and copies of weights of which each process may hold a part."""
 
 from __future__ import annotations
 
@@ -11,58 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import PreTrainedModel
 
+from rtpurbo.models.sharding import own_part, whole
 from rtpurbo.processes import Processes
-
-
-def shard(model: PreTrainedModel, processes: Processes) -> None:
-    """Divides the decoder layers of a model among the processes, if they share their work so.
-
-    The model stays divided: load it anew to use it whole.
-
-    Args:
-        model: the same on all processes; what is trained is known by `requires_grad`.
-        processes: who trains.
-    """
-    if processes.count == 1 or processes.parallelism != "fsdp":
-        return
-    mesh = init_device_mesh(model.device.type, (processes.count,))
-    for layer in model.base_model.layers:
-        kept = {weight for name, weight in layer.named_parameters() if ".indexer." in f".{name}"}
-        # Stage 1 may run layers one by one, so each has to look after itself.
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
-
-
-def is_divided(model: nn.Module) -> bool:
-    """Whether `shard` divided the model."""
-    return any(isinstance(weight, DTensor) for weight in model.parameters())
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which each process may hold a part; all processes call it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: a view, all of it if it is not divided."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same on all processes, on the device of a parameter and divided as it is."""
-    if not isinstance(parameter, DTensor):
-        return tensor.to(parameter.device)
-    return distribute_tensor(
-        tensor.to(parameter.device),
-        parameter.device_mesh,
-        parameter.placements,
-        src_data_rank=None,
-    )
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.lengths import check_stage1_lengths
-from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.models.sharding import is_sharded
+from rtpurbo.models.sparsify import headwise_modules, indexers_in_float32
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import IndexerTrainingSettings, Progress, no_progress
 from rtpurbo.training.backpropagation import backpropagate
@@ -27,7 +28,6 @@ from rtpurbo.training.packing import choose_rows
 from rtpurbo.training.pools import Pools
 from rtpurbo.training.probe import Probe
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
-from rtpurbo.training.sharding import is_divided, shard
 from rtpurbo.training.source import SequenceSource, Texts, random_access
 from rtpurbo.training.start import start_indexers
 
@@ -63,8 +63,8 @@ def train_indexers(
     kept: a layer's indexers learn as it passes, and the sequences of a step are packed.
 
     Args:
-        model: sparse; everything but the indexers stays as it is, but several processes that share by FSDP leave
-            it divided among them.
+        model: sparse; everything but the indexers stays as it is. Of a model that each process loaded a part of,
+            all processes run every layer together.
         tokenizer: the model's.
         corpus: training text, in memory or streamed.
         held_out: text of the probe.
@@ -92,9 +92,7 @@ def train_indexers(
     if not modules:
         return {}
     check_stage1_lengths(settings, model.config.max_position_embeddings, rule)
-    for module in modules:
-        if module.indexer.query_weight.dtype.itemsize < 4:
-            module.indexer.float()  # half precision would round most of an update away
+    indexers_in_float32(model)
     parameters = {
         f"layers.{module.layer_idx}.indexer.{name}": weight
         for module in modules
@@ -126,7 +124,6 @@ def train_indexers(
     if first == 0 and not on_student:
         starts = [mix.sequence(number).input_ids for number in range(settings.start_sequences)]
         start_indexers(model, settings.start, starts, seed=seed)
-    shard(model, processes)
 
     figures = probe.measure()
     captured: list[list[CapturedHeads]] | None = None
@@ -144,13 +141,28 @@ def train_indexers(
                     settings,
                     seeds,
                     on_student=on_student,
-                    packed=not is_divided(model),
+                    packed=not is_sharded(model),
                 )
             else:
                 if turn == 0 or captured is None:
+                    captured = None  # before the next ones exist
+                    group_steps = range(step, step + settings.steps_per_sequence - turn)
                     captured = [
-                        capture_heads(model, sequence.input_ids, dense=not on_student)
-                        for sequence in sequences
+                        capture_heads(
+                            model,
+                            sequence.input_ids,
+                            dense=not on_student,
+                            rows=_rows_of_steps(
+                                sequence,
+                                rule,
+                                settings,
+                                [
+                                    _row_seed(stage, seed, each, number % per_step)
+                                    for each in group_steps
+                                ],
+                            ).to(model.device),
+                        )
+                        for number, sequence in zip(numbers, sequences, strict=True)
                     ]
                 losses = [
                     _step(heads, sequence, rule, settings, row_seed)
@@ -190,6 +202,17 @@ def keeps_states(settings: IndexerTrainingSettings) -> bool:
 def _row_seed(stage: str, seed: int, step: int, place: int) -> str:
     """Of the choice of rows; that of the first sequence of a step has always been without a place."""
     return f"{stage}-{seed}-{step}" + (f"-{place}" if place else "")
+
+
+def _rows_of_steps(
+    sequence: TrainingSequence,
+    rule: AttentionRule,
+    settings: IndexerTrainingSettings,
+    seeds: list[str],
+) -> Tensor:
+    """All rows that the steps on one sequence will learn from, ascending."""
+    rows = [choose_rows([sequence], rule, settings, [seed], "cpu").rows for seed in seeds]
+    return torch.cat(rows).unique()
 
 
 def _step(

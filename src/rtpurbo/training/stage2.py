@@ -23,7 +23,7 @@ from rtpurbo.training.lora_scale import HeldOut, choose_scale, draw_held_out, lo
 from rtpurbo.training.pools import Pools
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from rtpurbo.training.source import SequenceSource, Texts, random_access
-from rtpurbo.training.student import save_student, trainable, trained_weights
+from rtpurbo.training.student import check_trainable, save_student, trainable, trained_weights
 from rtpurbo.training.teacher import TeacherCache, TeacherTargets, top_logits_divergence
 from rtpurbo.training.vocabulary import log_probabilities
 
@@ -49,7 +49,6 @@ def distill(
     """Trains the sparse model against itself run dense, and writes the weights of stage 2 into `output_dir`.
 
     The model comes back with its base weights; `rtpurbo.models.artifact.apply_stage2` applies what was written.
-    Several processes that share by FSDP leave the model divided among them: load it anew for that.
 
     Args:
         model: sparse, with trained indexers if the selection is on in training.
@@ -72,11 +71,12 @@ def distill(
         written: the model is better off without stage 2.
 
     Raises:
-        RTPurboError: sequences do not fit the model's context, a pool is missing, or a loss or gradient is not
-            finite.
+        RTPurboError: sequences do not fit the model's context, a pool is missing, full weights are in half
+            precision, or a loss or gradient is not finite.
         StoppedBySignalError: a signal came; a checkpoint was saved.
     """
     settings = settings or DistillationSettings()
+    check_trainable(model.dtype, settings)
     check_context("sequences", max(settings.lengths), model.config.max_position_embeddings)
     written, unseen_written = (pools or Pools()).split()
     mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, "stage2", written)
@@ -95,7 +95,7 @@ def distill(
             judge = draw_held_out(model, unseen, settings)
 
     with (
-        trainable(model, settings, seed, processes) as student,
+        trainable(model, settings, seed) as student,
         using_rule(model, prefill_mode=settings.prefill_mode),
     ):
         loop = StageLoop(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.attention import HeadwiseAttention
+from rtpurbo.models.sharding import whole
 from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.settings import IndexerStart
 from rtpurbo.training.capture import CapturedHeads, run_backbone
@@ -84,10 +85,14 @@ def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None
     moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def add_up(seen: CapturedHeads) -> None:
+        readers = seen.key_value_heads.tolist()
         for number, name in enumerate(seen.names):
             query, key = (
-                (states[0, number].T @ states[0, number]).double() / states.shape[2]
-                for states in (seen.query_features, seen.key_features)
+                (states.T @ states).double() / len(states)
+                for states in (
+                    seen.query_features[0, number].float(),
+                    seen.key_features[0, readers[number]].float(),
+                )
             )
             query_sum, key_sum = moments.get(name, (0.0, 0.0))
             moments[name] = (query_sum + query, key_sum + key)
@@ -131,7 +136,9 @@ def _projection_rows(module: HeadwiseAttention, head: int) -> tuple[Tensor, Tens
     size, group = module.head_dim, module.num_attention_heads // module.num_key_value_heads
     key_head = head // group
     projections = ("qkv_proj",) * 2 if module.family.fused_projection else ("q_proj", "k_proj")
-    query_weight, key_weight = (module.get_parameter(f"{name}.weight") for name in projections)
+    query_weight, key_weight = (
+        whole(module.get_parameter(f"{name}.weight")) for name in projections
+    )
     offset = module.num_attention_heads * size if module.family.fused_projection else 0
     return (
         query_weight[head * size : (head + 1) * size].double(),

@@ -12,25 +12,43 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel
 
+from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
 from rtpurbo.models.artifact import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
 from rtpurbo.models.families import family_of
+from rtpurbo.models.sharding import own_part, require_gradients, whole
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.sharding import own_part, restore_weights, shard, whole
+from rtpurbo.training.sharding import restore_weights
+
+
+def check_trainable(dtype: torch.dtype, settings: DistillationSettings) -> None:
+    """Refuses to train weights in a type that would round most of an update away.
+
+    Args:
+        dtype: of the base model.
+        settings: of stage 2.
+
+    Raises:
+        RTPurboError: all weights are to be trained, and they have less than 32 bits.
+    """
+    if settings.steps and not settings.lora_rank and dtype.itemsize < 4:
+        raise RTPurboError(
+            f"stage 2 trains all weights (lora_rank 0), which needs float32, but the model is "
+            f"{str(dtype).removeprefix('torch.')}: pass --dtype float32, or train a LoRA."
+        )
 
 
 @contextmanager
 def trainable(
-    model: PreTrainedModel, settings: DistillationSettings, seed: int, processes: Processes = ALONE
+    model: PreTrainedModel, settings: DistillationSettings, seed: int
 ) -> Iterator[PreTrainedModel | PeftModel]:
     """The model ready to be trained; its base weights and modules come back afterwards.
 
     Args:
         model: sparse.
         settings: LoRA or full weights, and whether activations are computed again.
-        seed: of the LoRA.
-        processes: who trains; they may divide the weights.
+        seed: of the LoRA, whose weights are float32 whatever the model's.
     """
     on_gpu = model.device.type == "cuda"
     checkpointing = settings.gradient_checkpointing and on_gpu
@@ -56,14 +74,11 @@ def trainable(
                 ),
             )
     else:
-        for name, weight in model.named_parameters():
-            if ".indexer." not in name:
-                weight.requires_grad_(True)
-    shard(model, processes)
-    if not settings.lora_rank:
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                before[name] = own_part(weight.detach()).cpu().clone()
+        require_gradients(model)
+        before = {
+            name: own_part(weight.detach()).cpu().clone()
+            for name, weight in trained_weights(model).items()
+        }
     model.train()
     try:
         # Under autocast, a LoRA's input in the precision of its weights would only be cast back: at

@@ -100,17 +100,24 @@ class TeacherCache:
             RTPurboError: texts cannot be read, or the disk is full.
         """
         numbers = self.source.numbers(step)
-        if all(number in self._shards for number in numbers):
+        missing = torch.tensor([number not in self._shards for number in numbers])
+        needed = missing
+        if self.source.processes.shard_weights:
+            # The processes run every layer together, also for what this one has already.
+            needed = self.source.processes.gather(missing.int().to(teacher.device)).cpu().any(0)
+        if not needed.any():
             return
         if step and not self.source.follows(step):
             self.source.seek(self._position_before(step))
         sequences = self.source.take(step)
         position = self.source.position(step + 1)
-        for number, sequence in zip(numbers, sequences, strict=True):
-            if number in self._shards:
+        for place, (number, sequence) in enumerate(zip(numbers, sequences, strict=True)):
+            if not needed[place]:
                 continue
             seed = f"labels-{self.seed}-{number}"
             targets = teacher_targets(teacher, sequence, self.settings, seed)
+            if not missing[place]:
+                continue
             self._shards.add(
                 number,
                 {

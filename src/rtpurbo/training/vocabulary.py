@@ -107,7 +107,9 @@ class _ChosenLogits(torch.autograd.Function):
         of_bias = torch.empty_like(bias) if needed[2] else None
         for columns in _slices(len(weight), COLUMNS):
             # Sums over labels, which may be many, in full precision.
-            part_of_weight = torch.zeros_like(weight[columns], dtype=total.dtype)
+            part_of_weight = None
+            if of_weight is not None:
+                part_of_weight = torch.zeros_like(weight[columns], dtype=total.dtype)
             part_of_bias = total.new_zeros(len(weight[columns]))
             for rows in _slices(len(states), ROWS):
                 logits = _logits(states[rows], weight, bias, columns)
@@ -118,9 +120,9 @@ class _ChosenLogits(torch.autograd.Function):
                 gradient = gradient.to(states.dtype)
                 if of_states is not None:
                     of_states[rows] += gradient @ weight[columns].to(states.dtype)
-                if of_weight is not None:
+                if part_of_weight is not None:
                     part_of_weight += gradient.T @ states[rows]
-            if of_weight is not None:
+            if of_weight is not None and part_of_weight is not None:
                 of_weight[columns] = part_of_weight.to(weight.dtype)
             if of_bias is not None:
                 of_bias[columns] = part_of_bias.to(bias.dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import Prose
+from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import (
     DistillationSettings,
     IndexerTrainingSettings,
@@ -34,6 +35,7 @@ def write_pools(
     *,
     seed: int = 0,
     progress: Progress = no_progress,
+    processes: Processes = ALONE,
 ) -> None:
     """Writes the sequences that the stages have a share of, unless the folder has them.
 
@@ -45,6 +47,7 @@ def write_pools(
         folder: gets a file for each pool.
         seed: of everything.
         progress: called after each batch.
+        processes: those that hold parts of the model and call this together.
 
     Raises:
         RTPurboError: documents do not fit their lengths, the model writes no usable conversation, or
@@ -64,6 +67,7 @@ def write_pools(
                 seed=seed,
                 progress=progress,
             ),
+            processes,
         )
     talking = [
         stage
@@ -82,6 +86,7 @@ def write_pools(
                 batch_size=128 if model.device.type == "cuda" else 16,
                 progress=progress,
             ),
+            processes,
         )
 
 

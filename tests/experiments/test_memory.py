@@ -1,0 +1,47 @@
+import json
+import sys
+
+import memory
+import pytest
+
+
+def test_a_tiny_shape_is_measured_in_a_process_of_its_own(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "memory.json"
+    command = ["tiny", "--length", "512", "--context", "1024", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *command, "--output", str(output)])
+    memory.main()
+    written = json.loads(output.read_text())
+    assert written["device"] == "cpu"
+    assert written["command"].startswith("python experiments/memory.py tiny --length 512")
+    assert [record["stage"] for record in written["records"]] == [
+        "calibrate", "stage1", "stage2", "refresh",
+    ]  # fmt: skip
+    for record in written["records"]:
+        assert record["parameters"] > 300_000
+        assert record["weights_gib"] * memory.GIB == pytest.approx(2 * record["parameters"])
+        assert record["minutes"] * 60 > record["seconds_per_step"] > 0
+        assert record["peak_allocated_gib"] is None
+    assert "| tiny | 0.0 | - | - | - | - |" in capsys.readouterr().out
+
+
+def test_lengths_are_those_of_a_long_context():
+    settings = memory.standard_settings(40960, 32768)
+    assert settings.attention.sliding_window == 4096
+    assert settings.calibration.length == 16384
+    assert settings.stage1.lengths == (8192, 16384, 32768)
+    assert settings.stage2.lengths == (8192, 32768, 16384, 32768)
+
+
+def test_minutes_are_those_of_all_steps(monkeypatch):
+    meter = memory.Meter("tiny", memory.torch.device("cpu"))
+    # The first turn of two steps took 10 s, the second 4 s; what comes after them took 3 s.
+    times = iter([0, 6, 10, 11, 14, 17])
+    monkeypatch.setattr(memory.time, "perf_counter", lambda: next(times))
+    meter.start()
+    for _ in range(4):
+        meter.step("stage2", 0, 0, {})
+    meter.step("share", 0, 0, {})
+    meter.finish("stage2", 2, 20, (8, 16))
+    [record] = meter.records
+    assert record["seconds_per_step"] == 2
+    assert record["minutes"] * 60 == 10 + 18 * 2 + 3
