@@ -23,7 +23,9 @@ class CapturedHeads:
     Attributes:
         names: (layer, head) of each head, in the order of dim 1 below.
         query_weights: the indexer weights to be trained, [heads of a layer, index_dim, features] for each layer.
-        key_weights: likewise.
+        key_weights: likewise; with shared keys [full KV heads of a layer, index_dim, features].
+        key_weight_heads: for each layer, int64 [heads of a layer], the entry of its key weight that
+            each head uses; None if each has its own.
         queries: [1, heads, length, head_dim], after RoPE.
         keys: the same shape: each head's KV head.
         query_features: [1, heads, length, features], what the indexer projects.
@@ -37,6 +39,7 @@ class CapturedHeads:
     names: list[tuple[int, int]]
     query_weights: list[Tensor]
     key_weights: list[Tensor]
+    key_weight_heads: list[Tensor | None]
     queries: Tensor
     keys: Tensor
     query_features: Tensor
@@ -56,7 +59,11 @@ class CapturedHeads:
 
     def index_keys(self) -> Tensor:
         """All index keys: [heads, length, index_dim]; gradients flow to the weights."""
-        return _projected(self.key_features[0], self.key_weights)
+        weights = [
+            weight if heads is None else weight[heads]
+            for weight, heads in zip(self.key_weights, self.key_weight_heads, strict=True)
+        ]
+        return _projected(self.key_features[0], weights)
 
     def index_scores(self, rows: Tensor) -> Tensor:
         """The indexers' scores of some query rows: [1, heads, rows, length]; gradients flow to the weights."""
@@ -77,6 +84,7 @@ def merge_heads(captured: list[CapturedHeads]) -> list[CapturedHeads]:
             [name for seen in group for name in seen.names],
             [weight for seen in group for weight in seen.query_weights],
             [weight for seen in group for weight in seen.key_weights],
+            [heads for seen in group for heads in seen.key_weight_heads],
             torch.cat([seen.queries for seen in group], 1),
             torch.cat([seen.keys for seen in group], 1),
             torch.cat([seen.query_features for seen in group], 1),
@@ -163,6 +171,7 @@ def _heads_of(
         [(seen.layer, head) for head in module.retrieval_heads],
         [indexer.query_weight],
         [indexer.key_weight],
+        [layout.retrieval.key_value_heads if indexer.settings.shared_keys else None],
         queries,
         keys,
         indexer.features(seen.queries_before_rotation[:, heads], queries).float(),
