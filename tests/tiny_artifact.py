@@ -35,11 +35,17 @@ def save_tiny_base(folder: Path, seed: int = 0, family: str = "llama", **changes
 
 
 def save_tiny_artifact(
-    folder: Path, base: Path, heads: Sequence[int] = (0, 1), stage2: Stage2Kind = "none"
+    folder: Path,
+    base: Path,
+    heads: Sequence[int] = (0, 1),
+    stage2: Stage2Kind = "none",
+    *,
+    shared_keys: bool = False,
 ) -> Path:
     """An artifact of `save_tiny_base`'s model: random indexers, and random changes as stage 2."""
     loaded = load_base_model(str(base))
-    model = make_sparse(loaded.model, sparse_config(loaded.model, heads, sliding_window=32))
+    config = sparse_config(loaded.model, heads, shared_keys=shared_keys, sliding_window=32)
+    model = make_sparse(loaded.model, config)
     config, before = model.rtpurbo_config, indexer_weights(model)
     after = {name: weight + 1 for name, weight in before.items()}
     restore(model)

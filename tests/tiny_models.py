@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.models.families import convertible_layers
-from rtpurbo.models.sparsify import headwise_modules, sparsify
+from rtpurbo.models.sparsify import headwise_modules, restore, sparsify
 
 VOCABULARY = 64
 HEADS, KEY_VALUE_HEADS = 6, 3
@@ -71,14 +73,14 @@ def sparse_config(
     model: PreTrainedModel,
     heads: Sequence[int] = RETRIEVAL_HEADS,
     index_space: str = "low_frequency",
+    shared_keys: bool = False,
     **rule: Any,
 ) -> RTPurboConfig:
     """These retrieval heads in every convertible layer; a small window unless told otherwise."""
     head_map = HeadMap.uniform(heads, convertible_layers(model.config), HEADS, KEY_VALUE_HEADS)
     rule = {"num_sink_tokens": 2, "sliding_window": 8, "min_tokens": 1, "block_size": 8} | rule
-    return RTPurboConfig(
-        head_map, AttentionRule(**rule), IndexerSettings(index_dim=4, index_space=index_space)
-    )
+    indexer = IndexerSettings(4, index_space, shared_keys=shared_keys)
+    return RTPurboConfig(head_map, AttentionRule(**rule), indexer)
 
 
 def make_sparse(model: PreTrainedModel, config: RTPurboConfig, seed: int = 1) -> PreTrainedModel:
@@ -105,6 +107,22 @@ def sparse_model(
     model = tiny_model(family).to(dtype)
     rule = {"prefill_mode": "top_p", "top_p": 0.6} | rule
     return make_sparse(model, sparse_config(model, heads, **rule))
+
+
+def with_own_keys(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model with shared index keys in which each retrieval head has its own, equal ones."""
+    config = model.rtpurbo_config
+    twin = restore(copy.deepcopy(model))
+    sparsify(twin, replace(config, indexer=replace(config.indexer, shared_keys=False)))
+    for module, shared in zip(headwise_modules(twin), headwise_modules(model), strict=True):
+        group = module.num_attention_heads // module.num_key_value_heads
+        full = sorted({head // group for head in module.retrieval_heads})
+        if module.retrieval_heads:
+            module.indexer.query_weight.data.copy_(shared.indexer.query_weight)
+        for number, head in enumerate(module.retrieval_heads):
+            shared_weight = shared.indexer.key_weight[full.index(head // group)]
+            module.indexer.key_weight.data[number].copy_(shared_weight)
+    return twin
 
 
 def padded_batch(

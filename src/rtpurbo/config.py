@@ -196,11 +196,14 @@ class IndexerSettings:
         index_space: what is projected: `pre_rope` (the paper), `post_rope`, or `low_frequency`, the
             rotary pairs whose wavelength is at least `min_wavelength`, after RoPE.
         min_wavelength: in tokens; None until conversion fixes it to the model's context length.
+        shared_keys: one index key for each full KV head, which all retrieval heads that read the KV
+            head share, instead of one for each retrieval head.
     """
 
     index_dim: int = 16
     index_space: IndexSpace = "low_frequency"
     min_wavelength: float | None = None
+    shared_keys: bool = False
 
     def __post_init__(self) -> None:
         if self.index_dim < 1:

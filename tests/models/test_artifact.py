@@ -20,6 +20,7 @@ from rtpurbo.models.artifact import (
 )
 from rtpurbo.models.sparsify import indexer_weights, restore
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
+from tests.tiny_models import with_own_keys
 
 ADAPTER_FILE = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
 
@@ -54,6 +55,23 @@ def test_round_trip_gives_the_same_model(tiny_base, tmp_path):
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert tokenizer.decode(tokenizer("magic numbers")["input_ids"]) == "magic numbers"
+
+
+def test_shared_index_keys_survive_saving_and_loading(tiny_base, tmp_path):
+    folder = save_tiny_artifact(tmp_path / "artifact", tiny_base, (0, 1, 4), shared_keys=True)
+    model, _ = load(folder)
+    assert model.rtpurbo_config.indexer.shared_keys
+    assert read_indexers(folder)["layers.0.indexer.query_weight"].shape[0] == 3
+    assert read_indexers(folder)["layers.0.indexer.key_weight"].shape[0] == 2
+    torch.testing.assert_close(logits(model), logits(with_own_keys(model)))
+
+
+def test_a_config_written_before_shared_keys_has_own_ones(tiny_artifact, copy):
+    path = copy / CONFIG_FILE
+    data = json.loads(path.read_text())
+    del data["config"]["indexer"]["shared_keys"]
+    path.write_text(json.dumps(data))
+    assert ArtifactConfig.read(copy) == ArtifactConfig.read(tiny_artifact)
 
 
 def test_config_survives_writing_and_reading(tiny_artifact, tmp_path):

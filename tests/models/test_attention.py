@@ -96,13 +96,16 @@ def layer_problem(model, layer, ids, mask):
         view.scaling,
     ).to(torch.float64)
     kept = module.indexer.feature_dimensions
+    full = sorted({int(problem.readers[head]) for head in module.retrieval_heads})
     for rank, head in enumerate(module.retrieval_heads):
         key_value_head = int(problem.readers[head])
+        shared = module.indexer.settings.shared_keys
+        key_rank = full.index(key_value_head) if shared else rank
         for source, target, weight in (
-            (queries[:, head], problem.index_queries, module.indexer.query_weight),
-            (keys[:, key_value_head], problem.index_keys, module.indexer.key_weight),
+            (queries[:, head], problem.index_queries, module.indexer.query_weight[rank]),
+            (keys[:, key_value_head], problem.index_keys, module.indexer.key_weight[key_rank]),
         ):
-            target[:, head] = source[..., kept].double() @ weight[rank].double().T
+            target[:, head] = source[..., kept].double() @ weight.double().T
     output = seen["output"].unflatten(-1, (len(problem.readers), -1)).transpose(1, 2)
     return module, problem, output
 
@@ -128,6 +131,15 @@ def test_every_index_space_and_prefill_mode_equals_the_oracle(index_space, mode)
     model = tiny_model()
     rule = {"prefill_mode": mode, "top_p": 0.6, "query_block_size": 16}
     make_sparse(model, sparse_config(model, (2, 5), index_space, **rule))
+    check_layer(model, 1)
+
+
+@pytest.mark.parametrize("heads", [(0, 1, 4), range(6), (1, 4)], ids=str)
+@pytest.mark.parametrize("mode", ["dense", "top_p", "row_share", "row_peak"])
+def test_shared_index_keys_equal_the_oracle(heads, mode):
+    model = tiny_model()
+    rule = {"prefill_mode": mode, "top_p": 0.6, "query_block_size": 16}
+    make_sparse(model, sparse_config(model, heads, shared_keys=True, **rule))
     check_layer(model, 1)
 
 

@@ -132,11 +132,12 @@ def test_what_enters_equals_pytorch_in_every_family(entered, family, batch, dtyp
     assert entered == [module.layer_idx for module in headwise_modules(model)] * 3
 
 
-@pytest.mark.parametrize("heads", [(), (1, 4), range(6)], ids=str)
+@pytest.mark.parametrize("heads", [(), (1, 4), (0, 2, 3), range(6)], ids=str)
 @pytest.mark.parametrize("index_space", ["pre_rope", "post_rope", "low_frequency"])
-def test_heads_and_index_spaces(entered, heads, index_space):
+@pytest.mark.parametrize("shared_keys", [False, True])
+def test_heads_and_index_spaces(entered, heads, index_space, shared_keys):
     model = tiny_model("qwen3")
-    config = sparse_config(model, heads, index_space)
+    config = sparse_config(model, heads, index_space, shared_keys)
     model = by_kernel(make_sparse(model, config).to(DEVICE))
     ids, mask = batch_of((0, 3), PROMPT + 3)
     decode(model, static_cache(model, ids, mask), ids, mask)

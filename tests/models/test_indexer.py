@@ -42,7 +42,7 @@ def test_slow_dimensions_are_slow_pairs_and_what_never_turns(
 
 def make_indexer(index_space, features=(0, 2, 5)):
     torch.manual_seed(0)
-    indexer = TokenIndexer(IndexerSettings(4, index_space), 3, list(features))
+    indexer = TokenIndexer(IndexerSettings(4, index_space), 3, 2, list(features))
     for parameter in indexer.parameters():
         parameter.data.normal_()
     return indexer
@@ -84,9 +84,16 @@ def test_index_states_keep_all_the_bits_that_two_bytes_allow(states, index):
 
 
 def test_weights_start_at_zero_and_frozen():
-    indexer = TokenIndexer(IndexerSettings(4), 2, [0, 1])
+    indexer = TokenIndexer(IndexerSettings(4), 2, 1, [0, 1])
     assert all(not p.any() and not p.requires_grad for p in indexer.parameters())
     assert set(indexer.state_dict()) == {"query_weight", "key_weight"}
+
+
+def test_shared_keys_have_one_weight_for_each_full_kv_head():
+    indexer = TokenIndexer(IndexerSettings(4, shared_keys=True), 6, 2, [0, 1, 3])
+    assert indexer.query_weight.shape == (6, 4, 3)
+    assert indexer.key_weight.shape == (2, 4, 3)
+    assert indexer.index_keys(torch.randn(1, 2, 5, 3)).shape == (1, 2, 5, 4)
 
 
 def dimensions(family, index_space, min_wavelength=None, **changes):

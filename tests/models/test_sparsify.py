@@ -141,6 +141,14 @@ def test_indexer_weights_that_do_not_fit_are_refused(spoil, message):
     assert torch.equal(logits_of(model, *padded_batch()), before)
 
 
+def test_indexers_with_shared_keys_do_not_fit_a_model_with_own_ones():
+    source, target = (sparse_model(heads=(0, 1, 4)) for _ in range(2))
+    config = target.rtpurbo_config
+    sparsify(target, replace(config, indexer=replace(config.indexer, shared_keys=True)))
+    with pytest.raises(RTPurboError, match=r"key_weight' is \(3, 4, \d\), expected \(2, 4, \d\)"):
+        load_indexers(target, indexer_weights(source))
+
+
 @pytest.mark.parametrize(
     "head_map",
     [

@@ -19,10 +19,10 @@ from tests.tiny_models import make_sparse, sparse_config, tiny_model
 RULE = AttentionRule(num_sink_tokens=2, sliding_window=8, min_tokens=0, block_size=8, top_p=0.9)
 
 
-@pytest.fixture(scope="module")
-def captured():
+@pytest.fixture(scope="module", params=[False, True], ids=["own keys", "shared keys"])
+def captured(request):
     model = tiny_model()
-    make_sparse(model, sparse_config(model))
+    make_sparse(model, sparse_config(model, (0, 1, 4), shared_keys=request.param))
     ids = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     return capture_heads(model, ids)
 

@@ -17,16 +17,19 @@ from rtpurbo.training.layerwise import train_as_layers_pass
 from rtpurbo.training.probe import FIGURES, Probe
 from rtpurbo.training.sequences import TrainingSequence
 from tests.ops.triton.support import DEVICE
-from tests.tiny_models import make_sparse, sparse_config, tiny_model
+from tests.tiny_models import make_sparse, sparse_config, tiny_model, with_own_keys
 
 pytestmark = pytest.mark.kernels
 
 SETTINGS = IndexerTrainingSettings(rows_per_step=None, lengths=(200,), answer_weight=2.0)
 
 
-def sparse(family="llama", **rule):
+def sparse(family="llama", **options):
     model = tiny_model(family)
-    make_sparse(model, sparse_config(model, **rule))
+    return trainable(make_sparse(model, sparse_config(model, **options)))
+
+
+def trainable(model):
     for module in headwise_modules(model):
         if module.retrieval_heads:
             module.indexer.requires_grad_(True)
@@ -62,9 +65,13 @@ def added(first, second):
     return [one + other for one, other in zip(first, second, strict=True)]
 
 
-@pytest.mark.parametrize("reading", ["paper", "residual"])
-def test_it_learns_what_kept_states_teach(reading):
-    model = sparse(reading=reading)
+@pytest.mark.parametrize(
+    "options",
+    [{"reading": "paper"}, {"reading": "residual"}, {"heads": (0, 1, 2, 3), "shared_keys": True}],
+    ids=str,
+)
+def test_it_learns_what_kept_states_teach(options):
+    model = sparse(**options)
     [sequence] = given = sequences(60, answers=3)
     losses, gradients = train(model, given)
     rule: AttentionRule = model.rtpurbo_config.attention
@@ -74,7 +81,23 @@ def test_it_learns_what_kept_states_teach(reading):
     answers = sum(indexer_loss(seen, torch.arange(56, 59), rule).sum() for seen in heads)
     (loss + SETTINGS.answer_weight * answers).backward()
     torch.testing.assert_close(gradients, take_gradients(model), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(losses, (loss / 4).detach()[None], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        losses, (loss / (2 * len(heads[0].names))).detach()[None], atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_shared_key_learns_the_sum_of_what_its_heads_learn(backend):
+    """The heads of one KV head come first, then one head alone."""
+    model = sparse(heads=(0, 1, 4), shared_keys=True).to(DEVICE)
+    own, given = trainable(with_own_keys(model)), sequences(50, 37, answers=2)
+    losses, gradients = train(model, given, backend=backend)
+    expected_losses, expected = train(own, given, backend=backend)
+    for layer in (0, 1):
+        keys = expected[2 * layer + 1]
+        expected[2 * layer + 1] = torch.stack([keys[0] + keys[1], keys[2]])
+    torch.testing.assert_close(losses, expected_losses)
+    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
 
 
 # Gemma's own windowed layers are masked by transformers, which knows packed documents by positions.

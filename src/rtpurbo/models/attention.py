@@ -358,8 +358,10 @@ class HeadwiseAttention(nn.Module):
         if not self.retrieval_heads or not (selecting or caching):
             return None, None
         layout = self.layout(keys.device)
-        heads = layout.retrieval.heads
-        readers = layout.full_key_value_heads[layout.retrieval.key_value_heads]
+        heads, readers = layout.retrieval.heads, layout.full_key_value_heads
+        shared = self.indexer.settings.shared_keys
+        if not shared:
+            readers = readers[layout.retrieval.key_value_heads]
         with torch.no_grad():
             index_keys = self.indexer.index_keys(
                 self.indexer.features(raw_keys[:, readers], keys[:, readers])
@@ -367,6 +369,8 @@ class HeadwiseAttention(nn.Module):
             if self.rule.index_storage == "float8":
                 # Beyond the largest number of the format lies NaN.
                 index_keys = index_keys.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+            if shared:
+                index_keys = index_keys[:, layout.retrieval.key_value_heads]
             if not selecting:
                 return None, index_keys
             features = self.indexer.features(

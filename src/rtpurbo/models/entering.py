@@ -148,9 +148,12 @@ def enter(
             module.family.unit_offset_norms,
         )
     if module.retrieval_heads:
+        key_weight: Tensor = module.indexer.key_weight
+        if module.indexer.settings.shared_keys:
+            key_weight = key_weight[module.layout(queries.device).retrieval.key_value_heads]
         projection = IndexProjection(
             module.indexer.query_weight,
-            module.indexer.key_weight,
+            key_weight,
             module.indexer.feature_dimensions,
             module.indexer.settings.index_space != "pre_rope",
         )

@@ -43,9 +43,13 @@ class TokenIndexer(nn.Module):
     Features are chosen before the projection, so cache and operators need not know the index space.
     (Paper: indexer, `s_h(m, n) = (W^Q_h q(m))^T (W^K_h k(n))`.)
 
+    Each retrieval head has a query weight. Key weights are per retrieval head too, or, with
+    `shared_keys`, per full KV head: heads that read the same keys then share their index keys.
+
     Args:
-        settings: index_dim and index_space.
+        settings: index_dim, index_space and shared_keys.
         num_retrieval_heads: retrieval query heads of the layer.
+        num_full_key_value_heads: KV heads that the retrieval heads read.
         feature_dimensions: the dimensions of a head that are projected.
         device: where the weights live.
         dtype: of the weights.
@@ -57,6 +61,7 @@ class TokenIndexer(nn.Module):
         self,
         settings: IndexerSettings,
         num_retrieval_heads: int,
+        num_full_key_value_heads: int,
         feature_dimensions: list[int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -66,12 +71,13 @@ class TokenIndexer(nn.Module):
         self.register_buffer(
             "feature_dimensions", torch.tensor(feature_dimensions, device=device), persistent=False
         )
-        shape = (num_retrieval_heads, settings.index_dim, len(feature_dimensions))
-        self.query_weight = nn.Parameter(
-            torch.zeros(shape, device=device, dtype=dtype), requires_grad=False
-        )
-        self.key_weight = nn.Parameter(
-            torch.zeros(shape, device=device, dtype=dtype), requires_grad=False
+        num_keys = num_full_key_value_heads if settings.shared_keys else num_retrieval_heads
+        shape = (settings.index_dim, len(feature_dimensions))
+        self.query_weight, self.key_weight = (
+            nn.Parameter(
+                torch.zeros(heads, *shape, device=device, dtype=dtype), requires_grad=False
+            )
+            for heads in (num_retrieval_heads, num_keys)
         )
 
     def features(self, before_rotation: Tensor, after_rotation: Tensor) -> Tensor:
@@ -84,7 +90,11 @@ class TokenIndexer(nn.Module):
         return _projected(features, self.query_weight)
 
     def index_keys(self, features: Tensor) -> Tensor:
-        """[batch, num_retrieval_heads, k_len, index_dim] from their KV heads' key features."""
+        """Index keys [batch, heads, k_len, index_dim] from key features of as many heads.
+
+        Args:
+            features: of the full KV heads with `shared_keys`, else of each retrieval head's KV head.
+        """
         return _projected(features, self.key_weight)
 
 

@@ -55,7 +55,10 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
             weight = next(original.parameters())
             features = feature_dimensions(model, original, config.indexer)
             dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-            indexer = TokenIndexer(config.indexer, len(heads), features, weight.device, dtype)
+            num_full = len(config.head_map.full_key_value_heads(original.layer_idx))
+            indexer = TokenIndexer(
+                config.indexer, len(heads), num_full, features, weight.device, dtype
+            )
         module = HeadwiseAttention(original, family, config, indexer)
         module.train(original.training)
         setattr(layer, name, module)

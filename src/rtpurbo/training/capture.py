@@ -25,7 +25,9 @@ class CapturedHeads:
     Attributes:
         names: (layer, head) of each head, in the order of dim 1 below.
         query_weights: the indexer weights to be trained, [heads of a layer, index_dim, features] for each layer.
-        key_weights: likewise.
+        key_weights: likewise; with shared keys [full KV heads of a layer, index_dim, features].
+        key_weight_heads: for each layer, int64 [heads of a layer], the entry of its key weight that
+            each head uses; None if each has its own.
         queries: [1, heads, rows, head_dim], after RoPE.
         keys: [1, KV heads, length, head_dim], of KV heads that a retrieval head reads: query heads share them.
         query_features: [1, heads, rows, features], what the indexer projects.
@@ -43,6 +45,7 @@ class CapturedHeads:
     names: list[tuple[int, int]]
     query_weights: list[Tensor]
     key_weights: list[Tensor]
+    key_weight_heads: list[Tensor | None]
     queries: Tensor
     keys: Tensor
     query_features: Tensor
@@ -74,7 +77,11 @@ class CapturedHeads:
     def index_keys(self) -> Tensor:
         """All index keys: [heads, length, index_dim]; gradients flow to the weights."""
         features = _exact(self.key_features[0])
-        weights = self._by_group(torch.cat(self.key_weights).to(features.dtype))
+        of_heads = [
+            weight if heads is None else weight[heads]
+            for weight, heads in zip(self.key_weights, self.key_weight_heads, strict=True)
+        ]
+        weights = self._by_group(torch.cat(of_heads).to(features.dtype))
         # One product for each KV head: copies of its features for every query head would be larger.
         keys = features @ weights.flatten(1, 2).transpose(-1, -2)
         return self._by_head(keys.unflatten(-1, weights.shape[1:3]).movedim(1, 2))
@@ -125,6 +132,7 @@ def _merged(group: list[CapturedHeads]) -> CapturedHeads:
         names=[name for seen in group for name in seen.names],
         query_weights=[weight for seen in group for weight in seen.query_weights],
         key_weights=[weight for seen in group for weight in seen.key_weights],
+        key_weight_heads=[heads for seen in group for heads in seen.key_weight_heads],
         # Before the keys, whose number these depend on, are released.
         key_value_heads=torch.cat(
             [
@@ -243,6 +251,7 @@ def _heads_of(
         [(seen.layer, head) for head in module.retrieval_heads],
         [indexer.query_weight],
         [indexer.key_weight],
+        [layout.retrieval.key_value_heads if indexer.settings.shared_keys else None],
         queries,
         keys,
         indexer.features(seen.queries_before_rotation[:, heads], queries),

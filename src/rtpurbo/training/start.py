@@ -4,7 +4,8 @@ A head's logit is `s * f(q) . f(k)`, if the features f were all that counts. The
 closest to it, weighing every direction by how much queries and keys use it, is the truncated SVD of
 `C_q^1/2 (s I) C_k^1/2`, where C are second moments of the features: from data (`covariance`), or from
 the projections as if their inputs were white (`weight`). Starting from data is worth a hundred steps
-(docs/experiment-log.md).
+(docs/experiment-log.md). Heads that share an index key are estimated
+together (`shared_projections`).
 """
 
 from __future__ import annotations
@@ -81,6 +82,61 @@ def _root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
 
 
+def shared_projections(
+    query_moments: Tensor, key_moment: Tensor, scaling: float, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The projections that best estimate the logits of heads that share an index key.
+
+    With `D = W_K C_k^1/2` and `B_h = C_h^1/2 W_h^T`, the mean squared error of the logits, summed over
+    the heads h, is
+
+        sum_h |C_h^1/2 (s I - W_h^T W_K) C_k^1/2|^2 = sum_h |A_h - B_h D|^2,  A_h = s C_h^1/2 C_k^1/2,
+
+    which stacked over the heads is `|A - B D|^2`. Its minimum is the truncated SVD of the stacked A:
+    the rows of D span the leading right-singular vectors, and B_h is the least-squares solution
+    given D. Two facts make this the problem of a single head:
+
+    - `A^T A = s^2 C_k^1/2 (sum_h C_h) C_k^1/2`, so D is that of a head whose query moment is the sum;
+    - the least-squares solution is `W_h^T = s C_k^1/2 D^+`, whatever C_h is. All heads start with the
+      same query weight, which training then fits to each.
+
+    Args:
+        query_moments: second moments C_h of the heads' query features, [heads, features, features].
+        key_moment: second moment C_k of the key features, [features, features].
+        scaling: factor s on the dot products.
+        rank: index_dim.
+
+    Returns:
+        W_h, the same for every head, and W_K, [rank, features].
+    """
+    return low_rank_projections(query_moments.sum(0), key_moment, scaling, rank)
+
+
+def _set_weights(module: HeadwiseAttention, query_moments: Tensor, key_moments: Tensor) -> None:
+    """Sets the indexer of a layer from second moments.
+
+    Args:
+        module: the layer.
+        query_moments: of its retrieval heads, [heads, features, features].
+        key_moments: of the keys that each of them reads.
+    """
+    indexer, device = module.indexer, query_moments.device
+    entries = torch.arange(len(module.retrieval_heads), device=device)
+    if indexer.settings.shared_keys:
+        entries = module.layout(device).retrieval.key_value_heads
+    for entry in range(indexer.key_weight.shape[0]):
+        heads = entries == entry
+        # Heads that share an index key read the same keys.
+        query, key = shared_projections(
+            query_moments[heads],
+            key_moments[heads][0],
+            module.scaling,
+            indexer.settings.index_dim,
+        )
+        indexer.query_weight.data[heads] = query.to(indexer.query_weight.dtype)
+        indexer.key_weight.data[entry].copy_(key)
+
+
 def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None:
     moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -100,31 +156,27 @@ def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None
     for sequence in sequences:
         run_backbone(model, [sequence], add_up)
     for module in headwise_modules(model):
-        for number, head in enumerate(module.retrieval_heads):
-            query_moment, key_moment = moments[module.layer_idx, head]
-            query, key = low_rank_projections(
-                query_moment / len(sequences),
-                key_moment / len(sequences),
-                module.scaling,
-                module.indexer.settings.index_dim,
+        if module.retrieval_heads:
+            of_heads = [moments[module.layer_idx, head] for head in module.retrieval_heads]
+            queries, keys = (
+                torch.stack(part) / len(sequences) for part in zip(*of_heads, strict=True)
             )
-            module.indexer.query_weight.data[number].copy_(query)
-            module.indexer.key_weight.data[number].copy_(key)
+            _set_weights(module, queries, keys)
 
 
 def _start_from_weights(model: PreTrainedModel) -> None:
     for module in headwise_modules(model):
-        for number, head in enumerate(module.retrieval_heads):
-            query_rows, key_rows = _projection_rows(module, head)
+        if module.retrieval_heads:
             dimensions = module.indexer.feature_dimensions
-            query, key = low_rank_projections(
-                (query_rows @ query_rows.T)[dimensions][:, dimensions],
-                (key_rows @ key_rows.T)[dimensions][:, dimensions],
-                module.scaling,
-                module.indexer.settings.index_dim,
-            )
-            module.indexer.query_weight.data[number].copy_(query)
-            module.indexer.key_weight.data[number].copy_(key)
+            of_heads = [
+                [
+                    (rows @ rows.T)[dimensions][:, dimensions]
+                    for rows in _projection_rows(module, head)
+                ]
+                for head in module.retrieval_heads
+            ]
+            queries, keys = (torch.stack(part) for part in zip(*of_heads, strict=True))
+            _set_weights(module, queries, keys)
 
 
 def _projection_rows(module: HeadwiseAttention, head: int) -> tuple[Tensor, Tensor]:

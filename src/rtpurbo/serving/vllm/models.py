@@ -27,7 +27,7 @@ from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.serving.vllm.attention import OPERATOR, ServedAttention
 from rtpurbo.serving.vllm.caches import make_caches
 from rtpurbo.serving.vllm.checkpoint import EXPORT_AGAIN, read_config
-from rtpurbo.serving.vllm.layout import heads_of_rank
+from rtpurbo.serving.vllm.layout import LayerHeads, heads_of_rank
 from rtpurbo.serving.vllm.refusals import check
 
 
@@ -102,7 +102,7 @@ def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
         retrieval = config.head_map.retrieval_heads[number]
         indexer = None
         if retrieval:
-            indexer = _indexer(config, retrieval, rank, heads[number].num_attention_heads, features)
+            indexer = _indexer(config, retrieval, rank, heads[number], features)
         # It would else ask for a cache of its own.
         del compilation.static_forward_context[original.attn.layer_name]
         layer.self_attn = ServedAttention(original, heads[number], config, indexer, number, caches)
@@ -129,14 +129,17 @@ def _indexer(
     config: RTPurboConfig,
     retrieval: tuple[int, ...],
     rank: int,
-    heads_of_rank: int,
+    heads: LayerHeads,
     features: list[int],
 ) -> TokenIndexer:
     """The indexer of a layer's retrieval heads on this rank, which loads its share of the weights."""
-    mine = [number for number, head in enumerate(retrieval) if head // heads_of_rank == rank]
+    mine = [
+        number for number, head in enumerate(retrieval) if head // heads.num_attention_heads == rank
+    ]
     indexer = TokenIndexer(
         config.indexer,
         len(mine),
+        heads.num_full,
         features,
         device=torch.get_default_device(),
         dtype=torch.get_default_dtype(),
