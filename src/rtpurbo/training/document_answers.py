@@ -50,7 +50,7 @@ def write_document_answers(
         corpus: where the prose comes from.
         lengths: tokens of prompt and longest answer together; documents take them in turn.
         count: documents.
-        max_answer_tokens: the most tokens of an answer.
+        max_answer_tokens: the most tokens of an answer; a quarter of a short length.
         seed: of everything; the same one gives the same sequences on a CPU.
         batch_tokens: the most tokens of all prompts of a batch, if it has more than one.
         progress: called as ("documents", written, count, {}) after each batch.
@@ -70,7 +70,7 @@ def write_document_answers(
             document_prompt(
                 tokenizer,
                 corpus,
-                length - max_answer_tokens,
+                length - _answer_tokens(length, max_answer_tokens),
                 random.Random(f"documents-{seed}-{number}"),
             )
             for number in numbers
@@ -80,7 +80,7 @@ def write_document_answers(
             model,
             tokenizer,
             prompts,
-            max_answer_tokens,
+            _answer_tokens(length, max_answer_tokens),
             ANSWER_SAMPLING,
             random.Random(f"document-answers-{seed}-{length}"),
             batch_size=max(1, batch_tokens // length),
@@ -91,6 +91,10 @@ def write_document_answers(
         )
         written.update(zip(numbers, sequences, strict=True))
     return [written[number] for number in range(count)]
+
+
+def _answer_tokens(length: int, most: int) -> int:
+    return min(most, length // 4)
 
 
 def document_prompt(

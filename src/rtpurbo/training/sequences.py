@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,17 +126,23 @@ class TrainingMix:
         return kinds if sum(shares.values()) > 1 - 1e-9 else [*kinds, PROSE]
 
     def of_kind(self, kind: str, number: int) -> TrainingSequence:
-        """Sequence `number` of one kind, a name of `kinds`."""
+        """Sequence `number` of one kind, a name of `kinds`; prose if the kind does not fit the length.
+
+        Raises:
+            RTPurboError: the corpus is too short.
+        """
         if kind in POOLED:
             pool = self._pool(kind)
             return pool[number % len(pool)]
         rng = random.Random(f"{self.purpose}-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
-        if kind == PROSE:
-            start = begin_ids(self.tokenizer)
-            prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
-            return TrainingSequence([*start, *prose])
-        return getattr(self, f"_{kind}")(length, rng)
+        if kind != PROSE:
+            # Default shares serve contexts of any length, and a short one has no room for some tasks.
+            with suppress(RTPurboError):
+                return getattr(self, f"_{kind}")(length, rng)
+        start = begin_ids(self.tokenizer)
+        prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
+        return TrainingSequence([*start, *prose])
 
     def _shares(self) -> dict[str, float]:
         """Shares by kind, in the order in which they divide the numbers from 0 to 1."""
