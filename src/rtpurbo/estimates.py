@@ -173,23 +173,23 @@ def peak_bytes(
         on_gpu: whether kernels and the recomputation of activations are at hand.
         shards: processes among which FSDP divides the weights of the decoder layers.
     """
-    weights = shape.parameters * itemsize
+    weights: float = shape.parameters * itemsize
     if shards > 1:
         # Embeddings stay whole, and the layer that runs is gathered.
         divided = shape.decoder_parameters * itemsize
         weights += divided * (1 / shards - 1) + divided / shape.num_layers
     calibration, stage2 = settings.calibration, settings.stage2
-    stages = [calibration.length * _layer_values(shape) * itemsize]
+    stages: list[float] = [calibration.length * _layer_values(shape) * itemsize]
     if calibration.ranking == "gates":
         stages.append(_activation_bytes(shape, calibration.length, itemsize, on_gpu, on_gpu))
     stages.append(_stage1_bytes(shape, settings, retrieval_heads, itemsize, on_gpu))
     if any(stage.document_share and stage.steps for stage in (settings.stage1, stage2)):
         # The cache of documents that the model answers, and a layer of the prefill.
         tokens = max(*settings.stage1.lengths, *stage2.lengths, BATCH_TOKENS // shards)
-        states = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
-        stages.append(tokens * (states + _layer_values(shape)) * itemsize)
+        cached = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
+        stages.append(tokens * (cached + _layer_values(shape)) * itemsize)
     if stage2.steps:
-        states = trained_parameters(shape, stage2) * _ADAMW_BYTES
+        states: float = trained_parameters(shape, stage2) * _ADAMW_BYTES
         if not stage2.lora_rank:
             # These weights are counted already, and FSDP divides the rest of it.
             states = (states - shape.parameters * itemsize) / shards

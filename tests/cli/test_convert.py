@@ -54,19 +54,22 @@ def test_a_dry_run_needs_the_configuration_alone(config_only):
     assert lines["model"] == f"{config_only} (llama)"
     assert lines["context"] == "32,768 tokens"
     assert lines["window"].startswith("4,096 tokens")
-    assert lines["calibration"] == "3 documents of 8,192 tokens"
+    assert lines["calibration"] == "3 documents at 8,192 tokens"
     assert lines["data"] == "missing.txt"
+    assert lines["parameters"].endswith("weights in float32")
     assert list(config_only.iterdir()) == [config_only / "config.json"]
+    half = run("convert", config_only, "--dry-run", "--device", "cpu", "--dtype", "float16")
+    assert "weights in float16" in half.stdout
 
 
 def test_effort_and_longest_length_shape_the_plan(config_only):
     arguments = ("convert", config_only, "--dry-run", "--device", "cpu")
     result = run(*arguments, "--effort", "standard", "--max-length", 16384, "--window", 2048)
-    assert "400 steps at 4,096, 8,192 and 16,384 tokens" in result.stdout
+    assert "200 steps at 4,096, 8,192 and 16,384 tokens" in result.stdout
     assert "2,048 tokens, after" in result.stdout
     result = run(*arguments, "--effort", "thorough", "--set", "stage2.lengths=9000")
     assert "200 steps at 9,000 tokens" in result.stdout
-    assert "800 steps at 8,192, 16,384 and 32,768 tokens" in result.stdout
+    assert "400 steps at 8,192, 16,384 and 32,768 tokens" in result.stdout
 
 
 def test_the_plan_is_printed_before_texts_are_read(config_only, tmp_path):
@@ -105,6 +108,7 @@ def test_the_plan_is_printed_before_texts_are_read(config_only, tmp_path):
         (["--count", "99"], "99 retrieval heads were asked for, but the model has 12 query heads"),
         (["--preset", "standard"], "--preset was replaced by --effort: choose quick, standard"),
         (["--device", "abacus"], "'abacus' is not available"),
+        (["--lora-rank", "0", "--dtype", "bfloat16"], "is bfloat16: pass --dtype float32, or train"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dry_run", [True, False])

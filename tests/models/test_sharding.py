@@ -8,6 +8,7 @@ from rtpurbo.models import sharding
 from rtpurbo.models.sharding import Sharding
 from rtpurbo.processes import Processes
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
+from tests.tiny_models import FAMILIES
 from tests.two_processes import run_in_two_processes
 
 _COMPARE = r"""
@@ -21,6 +22,8 @@ from pathlib import Path
 
 processes = join_processes(torch.device("cpu"), "fsdp")
 ids = torch.arange(40)[None]
+DTYPES = {"base": "auto", "half": torch.float16}
+STORED = {"base": torch.bfloat16, "half": torch.float16}
 
 def logits(model):
     with torch.no_grad():
@@ -34,8 +37,8 @@ for kind, folder in (argument.split("=") for argument in sys.argv[1:]):
     loaded = []
     for each in (None, processes):
         options = {} if each is None else {"processes": each}
-        if kind == "base":
-            loaded.append(load_base_model(str(folder), dtype="auto", **options))
+        if kind in DTYPES:
+            loaded.append(load_base_model(str(folder), dtype=DTYPES[kind], **options))
         else:
             loaded.append(load_base(folder, **options))
             apply_stage2(loaded[-1].model, folder, kind)
@@ -43,7 +46,7 @@ for kind, folder in (argument.split("=") for argument in sys.argv[1:]):
     assert is_sharded(part.model) and not is_sharded(one.model)
     assert part.reference == one.reference
     assert part.model.config.to_dict() == one.model.config.to_dict()
-    assert part.model.dtype == one.model.dtype == (torch.bfloat16 if kind == "base" else torch.float32)
+    assert part.model.dtype == one.model.dtype == STORED.get(kind, torch.float32)
     assert list(part.model.state_dict()) == list(one.model.state_dict())
     assert abs(held(part.model) / held(one.model) - 0.5) < 0.01
     assert torch.equal(logits(part.model), logits(one.model)), folder
@@ -52,22 +55,20 @@ for kind, folder in (argument.split("=") for argument in sys.argv[1:]):
 
 
 def test_logits_of_every_kind_of_model_are_those_of_the_whole(tmp_path):
-    bases = {
-        "tied": {"tie_word_embeddings": True},
-        "qwen3_moe": {"family": "qwen3_moe"},
-        # Odd sizes, and buffers for two kinds of layers.
-        "gemma3_text": {"family": "gemma3_text", "intermediate_size": 51},
-    }
+    bases = {family: {"family": family} for family in FAMILIES}
+    bases["llama"] |= {"tie_word_embeddings": True}
+    bases["qwen3"] |= {"intermediate_size": 51}  # which two processes cannot share evenly
     arguments = [
         f"base={save_tiny_base(tmp_path / name, **kind, dtype='bfloat16')}"
         for name, kind in bases.items()
     ]
+    arguments.append(f"half={save_tiny_base(tmp_path / 'half', dtype='bfloat16')}")
     base = save_tiny_base(tmp_path / "base")
     for kind in ("lora", "full"):
         arguments.append(f"{kind}={save_tiny_artifact(tmp_path / kind, base, stage2=kind)}")
     said = run_in_two_processes(_COMPARE, tmp_path, *arguments)
-    for name in (*bases, "lora", "full"):
-        assert said.count(f"same {name}") == 2
+    for name in (*bases, "half", "lora", "full"):
+        assert said.splitlines().count(f"same {name}") == 2
 
 
 def test_old_transformers_are_refused(monkeypatch):

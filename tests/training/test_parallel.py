@@ -195,6 +195,52 @@ def test_each_process_holds_half_of_the_layers_in_every_stage(dtype, tiny_base, 
     assert ArtifactConfig.read(tmp_path / "fsdp").base == ArtifactConfig.read(alone).base
 
 
+_TEACHER = """
+import sys
+from pathlib import Path
+import torch
+from rtpurbo.data.texts import load_texts
+from rtpurbo.models.base import load_base_model
+from rtpurbo.processes import join_processes
+from rtpurbo.training.sequences import TrainingMix
+from rtpurbo.training.source import SequenceSource
+from rtpurbo.training.teacher import TeacherCache
+from tests.training.test_parallel import SETTINGS
+
+processes = join_processes(torch.device("cpu"), "fsdp")
+whole, part = (load_base_model(sys.argv[1], **options) for options in ({}, {"processes": processes}))
+corpus = load_texts(None)
+
+def fill(base, folder, processes):
+    mix = TrainingMix.of(SETTINGS.stage2, base.tokenizer, corpus, 0, "stage2")
+    cache = TeacherCache(folder, SequenceSource(mix, corpus, 2, processes), SETTINGS.stage2, 0)
+    with cache.writing():
+        cache.fill(base.model, 0)
+    return cache
+
+class Alone(type(processes)):
+    shard_weights = False
+
+alone = Alone(processes.index, 2, processes.local_index, "data")
+expected = fill(whole, Path(sys.argv[2], f"expected-{processes.index}"), alone)
+shared = Path(sys.argv[2], "shared")
+if processes.is_main:
+    fill(whole, shared, alone)  # what an interrupted run has left
+processes.wait()
+found = fill(part, shared, processes)
+sequence, targets = found.read(processes.index)
+assert sequence == expected.read(processes.index)[0]
+for name, value in vars(expected.read(processes.index)[1]).items():
+    torch.testing.assert_close(getattr(targets, name), value)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_helps_with_targets_that_it_has_itself(tiny_base, tmp_path):
+    """All processes run every layer of a sharded teacher, also where only one lacks its targets."""
+    run_in_two_processes(_TEACHER, tmp_path, tiny_base, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", ["full", "layerwise"])
 def test_other_trainings_in_two_processes(settings, tiny_base, tmp_path, text):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ CLOSING_STEPS = 0.7
 
 LEARNING_RATE = 0.03
 
-MIX = {
+MIX: dict[str, Any] = {
     "needle_share": 0.15,
     "variable_share": 0.2,
     "passage_share": 0.1,
