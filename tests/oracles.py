@@ -16,7 +16,10 @@ from rtpurbo.ops import HeadLayout, KeyValueStates
 
 @dataclass
 class Problem:
-    """Random inputs of one layer; index keys are one a query head, as if every head retrieved."""
+    """Random inputs of one layer; index keys are one a query head, as if every head retrieved.
+
+    With `shared_index`, the query heads of a KV head have equal ones, and states hold one for each KV head.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -26,6 +29,7 @@ class Problem:
     query_positions: Tensor
     key_positions: Tensor
     scaling: float
+    shared_index: bool = False
 
     @property
     def readers(self) -> Tensor:
@@ -39,6 +43,8 @@ class Problem:
         """What the operators take, of these KV heads and with index keys of these query heads."""
         kept = slice(None) if key_value_heads is None else key_value_heads
         indexed = slice(None) if index_heads is None else index_heads
+        if self.shared_index:
+            indexed = torch.arange(self.keys.shape[1])[kept] * int((self.readers == 0).sum())
         return KeyValueStates(
             self.keys[:, kept],
             self.values[:, kept],
@@ -92,6 +98,7 @@ def random_problem(
     head_dim: int = 8,
     index_dim: int = 4,
     seed: int = 0,
+    shared_index: bool = False,
 ) -> Problem:
     """The last `q_len` tokens of sequences of `k_len`, with so many places of left padding in each.
 
@@ -106,17 +113,24 @@ def random_problem(
 
     positions = left_padded_positions(padding, k_len)
     queries, keys = normal(heads, q_len, head_dim) * 2, normal(key_value_heads, k_len, head_dim) * 2
-    per_head = keys.repeat_interleave(heads // key_value_heads, 1)
+    group = heads // key_value_heads
+    per_head = keys.repeat_interleave(group, 1)
     scaling = head_dim**-0.5
+    values = normal(key_value_heads, k_len, head_dim)
+    index_queries = queries[..., :index_dim] * scaling + 0.3 * normal(heads, q_len, index_dim)
+    index_keys = per_head[..., :index_dim] + 0.3 * normal(heads, k_len, index_dim)
+    if shared_index:
+        index_keys = index_keys[:, ::group].repeat_interleave(group, 1)
     return Problem(
         queries,
         keys,
-        normal(key_value_heads, k_len, head_dim),
-        queries[..., :index_dim] * scaling + 0.3 * normal(heads, q_len, index_dim),
-        per_head[..., :index_dim] + 0.3 * normal(heads, k_len, index_dim),
+        values,
+        index_queries,
+        index_keys,
         positions[:, k_len - q_len :],
         positions,
         scaling,
+        shared_index,
     )
 
 

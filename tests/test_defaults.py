@@ -66,6 +66,12 @@ def test_quick_stays_cheap_for_a_short_context():
     assert stage2.steps * max(stage2.lengths) <= 1.1 * 10 * 1536
 
 
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_index_keys_are_shared_where_whole_groups_retrieve(effort):
+    settings = default_settings(effort, 32768)
+    assert settings.indexer.shared_keys == (settings.calibration.granularity == "kv_group")
+
+
 def test_more_effort_is_more_work():
     work = [
         sum(s.stage2.lengths) / len(s.stage2.lengths) * s.stage2.steps

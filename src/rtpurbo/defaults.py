@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from rtpurbo.config import AttentionRule, default_sliding_window
+from rtpurbo.config import AttentionRule, IndexerSettings, default_sliding_window
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import (
     CalibrationSettings,
@@ -27,10 +27,13 @@ _LONGEST: dict[Effort, tuple[int, int]] = {
 _KEPT: dict[str, Any] = {"granularity": "kv_group", "ratio": 0.42}
 """KV heads kept in full, with all of their query heads.
 
-With a window of an eighth of the context and an index in float8, that is a cache of .6 of the dense model's for 6 query
-heads a KV head, and less for fewer. Of Qwen2.5-Coder-1.5B's 56 KV heads, 21 lose a twelfth of what the windows alone
+With a window of an eighth of the context and one index key a KV head in float8, that is about half of the dense cache,
+however many query heads a KV head has. Of Qwen2.5-Coder-1.5B's 56 KV heads, 21 lose a twelfth of what the windows alone
 lose and 28 a thirtieth (docs/experiment-log.md).
 """
+
+_INDEXER = IndexerSettings(shared_keys=True)
+"""Whole KV groups retrieve, so one index key serves all query heads of a KV head."""
 
 _LONG_RANGE: dict[str, Any] = {
     "needle_share": 0.1,
@@ -68,11 +71,13 @@ _STAGES: dict[Effort, ConversionSettings] = {
         ),
     ),
     "standard": ConversionSettings(
+        indexer=_INDEXER,
         calibration=CalibrationSettings(ranking="gates", num_documents=100, **_KEPT),
         stage1=IndexerTrainingSettings(steps=200, **_LONG_RANGE),
         stage2=DistillationSettings(steps=100, refresh_steps=100, **_DISTILLED),
     ),
     "thorough": ConversionSettings(
+        indexer=_INDEXER,
         calibration=CalibrationSettings(ranking="gates", num_documents=200, **_KEPT),
         stage1=IndexerTrainingSettings(steps=400, **_LONG_RANGE),
         stage2=DistillationSettings(steps=200, refresh_steps=200, **_DISTILLED),

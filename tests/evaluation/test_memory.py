@@ -28,11 +28,24 @@ def test_bytes_are_those_of_a_real_cache(family, batch_size):
     cache = prefilled(model, DynamicCache(config=model.config), batch_size)
     assert dense == tensor_bytes(cache)
 
-    make_sparse(model, sparse_config(model, heads=[1]))
-    for storage in ("model", "float8"):
-        set_rule(model, index_storage=storage)
-        cache = prefilled(model, HeadwiseCache(model), batch_size)
-        assert cache_bytes(model, LENGTH, batch_size) == cache.num_bytes()
+    for heads, shared_keys in (([1], False), ([0, 1, 4], False), ([0, 1, 4], True)):
+        make_sparse(model, sparse_config(model, heads, shared_keys=shared_keys))
+        for storage in ("model", "float8"):
+            set_rule(model, index_storage=storage)
+            cache = prefilled(model, HeadwiseCache(model), batch_size)
+            assert cache_bytes(model, LENGTH, batch_size) == cache.num_bytes()
+
+
+def test_shared_index_keys_take_the_room_of_one_a_kv_head():
+    sizes = {}
+    for shared_keys in (False, True):
+        model = tiny_model()
+        make_sparse(model, sparse_config(model, range(6), shared_keys=shared_keys))
+        without = cache_bytes(model, LENGTH, index_keys=False)
+        sizes[shared_keys] = cache_bytes(model, LENGTH) - without
+    # layers, index keys of a token, index_dim, bytes of float32
+    assert sizes[False] == 2 * 6 * LENGTH * 4 * 4
+    assert sizes[True] == 2 * KEY_VALUE_HEADS * LENGTH * 4 * 4
 
 
 def test_a_dense_cache_holds_every_key_and_value():

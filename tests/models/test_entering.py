@@ -155,9 +155,13 @@ def test_steps_equal_one_forward_while_the_ring_wraps(entered):
     assert cache.slots.length.item() == 30
 
 
-def test_steps_by_kernels_alone():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"heads": (0, 1, 4), "shared_keys": True}, {"heads": range(6), "shared_keys": True}],
+)
+def test_steps_by_kernels_alone(options):
     """Nothing stands between the kernel by which a token enters and those that attend."""
-    model = sparse_model("qwen3", dtype=torch.float32).to(DEVICE)
+    model = sparse_model("qwen3", dtype=torch.float32, **options).to(DEVICE)
     ids, mask = batch_of((0, 3), PROMPT + 3)
     expected = logits_of(model, ids, mask)[:, PROMPT:]
     cache = static_cache(model, ids, mask)

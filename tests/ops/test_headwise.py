@@ -59,15 +59,15 @@ def test_last_rows_select_as_in_decoding(num_decode_rows, padding):
     group=st.integers(1, 3),
     padding=st.lists(st.integers(0, 20), min_size=1, max_size=2),
     lengths=st.tuples(st.integers(1, 25), st.integers(0, 15)),
+    shared_index=st.booleans(),
     data=st.data(),
 )
 @settings(deadline=None, max_examples=40)
-def test_equals_the_oracle_for_arbitrary_heads(groups, group, padding, lengths, data):
+def test_equals_the_oracle_for_arbitrary_heads(groups, group, padding, lengths, shared_index, data):
     heads = groups * group
     chosen = sorted(data.draw(st.sets(st.integers(0, heads - 1))))
-    problem = random_problem(
-        lengths[0], sum(lengths), padding=padding, heads=heads, key_value_heads=groups
-    )
+    shape = {"heads": heads, "key_value_heads": groups, "shared_index": shared_index}
+    problem = random_problem(lengths[0], sum(lengths), padding=padding, **shape)
     rule = replace(RULE, prefill_mode="top_p", sliding_window=4, block_size=4)
     mask = oracles.headwise_keys(problem, rule, chosen)
     torch.testing.assert_close(run(problem, rule, chosen)[0], oracles.attend(problem, mask)[0])

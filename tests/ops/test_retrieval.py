@@ -63,6 +63,15 @@ def test_equals_the_oracle(name, q_len, k_len):
         assert (oracles.visible_keys(problem) & ~mask).any()
 
 
+@pytest.mark.parametrize(("heads", "key_value_heads"), [(3, 3), (4, 2), (6, 2), (6, 1)])
+@pytest.mark.parametrize("name", RULES)
+def test_shared_index_keys_equal_the_oracle(name, heads, key_value_heads):
+    shape = {"heads": heads, "key_value_heads": key_value_heads, "shared_index": True}
+    problem = random_problem(31, 111, padding=(0, 27), **shape)
+    assert problem.states().index_keys.shape[1] == key_value_heads
+    check(problem, RULES[name])
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(
     "changes",
@@ -187,6 +196,13 @@ def test_a_selector_takes_the_place_of_the_rule(monkeypatch, mode, q_len):
     rows = watcher.seen[0][0]
     torch.testing.assert_close(rows.logits.exp().log(), rows.logits)
     assert rows.score_index().shape == rows.logits.shape
+
+
+def test_index_keys_of_another_number_of_heads_are_refused():
+    problem = random_problem(5, 60)
+    problem.index_keys = problem.index_keys[:, :3]
+    with pytest.raises(ValueError, match="of 3 heads, but must be of 4 retrieval heads or of 2 KV"):
+        run(problem, RULE)
 
 
 def test_states_without_index_keys_are_refused():

@@ -123,8 +123,10 @@ class DecodeCase:
         ring.append(bounded.keys[:, :, :-1], bounded.values[:, :, :-1])
         slots.enter(states.positions[:, -1:])
         held = ring.append(bounded.keys[:, :, -1:], bounded.values[:, :, -1:])
-        assert full.index_keys is not None
-        return replace(full, length=length, counters=decoding_counters(full.index_keys)), held
+        counters = decoding_counters(
+            full.keys.shape[0], len(self.layout.retrieval), full.keys.device
+        )
+        return replace(full, length=length, counters=counters), held
 
     def facts(self, density: float) -> dict[str, Any]:
         """Fields of a record."""
@@ -154,7 +156,7 @@ def num_sets(
     """Sets of inputs whose reading pushes the first one out of the GPU's cache, if memory allows."""
     size = dtype.itemsize
     token = 2 * shape.head_dim * size
-    index = len(shape.retrieval_heads) * shape.index_dim * min(size, 2)
+    index = shape.num_index_keys * shape.index_dim * min(size, 2)
     selected = len(shape.retrieval_heads) * density * token
     window = shape.num_key_value_heads * min(length, rule.sliding_window) * token
     lean = batch * (length * (index + selected) + window)

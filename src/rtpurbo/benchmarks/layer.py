@@ -22,6 +22,8 @@ class LayerShape:
         head_dim: dimensions of a head.
         retrieval_heads: which query heads retrieve, ascending.
         index_dim: dimensions of the index.
+        shared_keys: one index key for each KV head that a retrieval head reads, not for each
+            retrieval head.
     """
 
     num_attention_heads: int
@@ -29,6 +31,7 @@ class LayerShape:
     head_dim: int
     retrieval_heads: tuple[int, ...]
     index_dim: int = 16
+    shared_keys: bool = False
 
     @classmethod
     def spread(
@@ -69,6 +72,13 @@ class LayerShape:
         """Factor on the dot products."""
         return self.head_dim**-0.5
 
+    @property
+    def num_index_keys(self) -> int:
+        """Index keys of a token."""
+        if not self.shared_keys:
+            return len(self.retrieval_heads)
+        return len({head // self.group for head in self.retrieval_heads})
+
     def whole_groups(self) -> tuple[int, ...]:
         """The query heads of every group that holds a retrieval head."""
         groups = {head // self.group for head in self.retrieval_heads}
@@ -93,7 +103,7 @@ class LayerStates:
         keys: [batch, num_key_value_heads, k_len, head_dim].
         values: likewise.
         index_queries: [batch, num_retrieval_heads, q_len, index_dim].
-        index_keys: [batch, num_retrieval_heads, k_len, index_dim].
+        index_keys: [batch, num_index_keys, k_len, index_dim].
         scaling: factor on the dot products.
     """
 
@@ -123,13 +133,12 @@ class LayerStates:
             return torch.randn(size, generator=generator, dtype=kind, device=device)
 
         index_dtype = index_dtype_of(dtype)
-        retrieval = len(shape.retrieval_heads)
         return cls(
             normal(shape.num_attention_heads, q_len, shape.head_dim, dtype),
             normal(shape.num_key_value_heads, k_len, shape.head_dim, dtype),
             normal(shape.num_key_value_heads, k_len, shape.head_dim, dtype),
-            normal(retrieval, q_len, shape.index_dim, index_dtype),
-            normal(retrieval, k_len, shape.index_dim, index_dtype),
+            normal(len(shape.retrieval_heads), q_len, shape.index_dim, index_dtype),
+            normal(shape.num_index_keys, k_len, shape.index_dim, index_dtype),
             shape.scaling,
         )
 

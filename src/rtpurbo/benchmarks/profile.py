@@ -87,6 +87,7 @@ def observe(
         module.head_dim,
         tuple(module.retrieval_heads),
         states.index_keys.shape[-1],
+        module.indexer.settings.shared_keys,
     )
     own = replace(
         rule,
@@ -102,8 +103,10 @@ def observe(
 
 
 def _states(seen: LayerObservation, module: HeadwiseAttention, dtype: torch.dtype) -> LayerStates:
-    heads = torch.tensor(module.retrieval_heads, device=seen.queries.device)
-    readers = heads // (module.num_attention_heads // module.num_key_value_heads)
+    layout = module.layout(seen.queries.device)
+    heads, readers = layout.retrieval.heads, layout.full_key_value_heads
+    if not module.indexer.settings.shared_keys:
+        readers = readers[layout.retrieval.key_value_heads]
     indexer, index_dtype = module.indexer, index_dtype_of(dtype)
     raw_queries, queries = seen.queries_before_rotation, seen.queries
     raw_keys, keys = seen.keys_before_rotation, seen.keys

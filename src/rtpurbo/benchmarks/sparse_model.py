@@ -90,8 +90,8 @@ def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) ->
     for module, layer in zip(headwise_modules(model), cache.layers, strict=True):
         index_keys = None
         if module.retrieval_heads:
-            index_dim = module.indexer.settings.index_dim
-            index_keys = states(len(module.retrieval_heads), index_dim, index_dtype)
+            num_keys, index_dim, _ = module.indexer.key_weight.shape
+            index_keys = states(num_keys, index_dim, index_dtype)
         layer.append(
             states(module.num_key_value_heads, module.head_dim, dtype),
             states(module.num_key_value_heads, module.head_dim, dtype),

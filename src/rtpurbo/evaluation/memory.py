@@ -47,12 +47,12 @@ def cache_bytes(
     for layer, (_, _, attention) in zip(cache.layers, attention_modules(model), strict=True):
         keys = states(model.config.num_key_value_heads, attention.head_dim)
         if isinstance(layer, HeadwiseLayer):
-            heads = len(attention.retrieval_heads)
             index = None
-            if heads and index_keys:
+            if attention.retrieval_heads and index_keys:
                 in_float8 = attention.rule.index_storage == "float8"
                 dtype = torch.float8_e4m3fn if in_float8 else model.dtype
-                index = states(heads, attention.indexer.settings.index_dim, dtype)
+                num_keys, index_dim, _ = attention.indexer.key_weight.shape
+                index = states(num_keys, index_dim, dtype)
             layer.append(keys, keys, index, attention.layout(DEVICE))
         else:
             layer.update(keys, keys)

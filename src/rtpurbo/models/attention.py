@@ -359,8 +359,7 @@ class HeadwiseAttention(nn.Module):
             return None, None
         layout = self.layout(keys.device)
         heads, readers = layout.retrieval.heads, layout.full_key_value_heads
-        shared = self.indexer.settings.shared_keys
-        if not shared:
+        if not self.indexer.settings.shared_keys:
             readers = readers[layout.retrieval.key_value_heads]
         with torch.no_grad():
             index_keys = self.indexer.index_keys(
@@ -369,8 +368,6 @@ class HeadwiseAttention(nn.Module):
             if self.rule.index_storage == "float8":
                 # Beyond the largest number of the format lies NaN.
                 index_keys = index_keys.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
-            if shared:
-                index_keys = index_keys[:, layout.retrieval.key_value_heads]
             if not selecting:
                 return None, index_keys
             features = self.indexer.features(

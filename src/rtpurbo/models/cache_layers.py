@@ -115,7 +115,7 @@ class HeadwiseLayer(CacheLayerMixin):
         Args:
             key_states: [batch, num_key_value_heads, new, head_dim], after RoPE.
             value_states: likewise.
-            index_keys: [batch, num_retrieval_heads, new, index_dim] or None.
+            index_keys: [batch, num_index_keys, new, index_dim] or None.
             layout: the layer's heads.
 
         Returns:
@@ -125,12 +125,12 @@ class HeadwiseLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         full, bounded = layout.full_key_value_heads, layout.bounded_key_value_heads
         return (
-            self._append_full(key_states[:, full], value_states[:, full], index_keys),
+            self._append_full(key_states[:, full], value_states[:, full], index_keys, layout),
             self.ring.append(key_states[:, bounded], value_states[:, bounded]),
         )
 
     def _append_full(
-        self, keys: Tensor, values: Tensor, index_keys: Tensor | None
+        self, keys: Tensor, values: Tensor, index_keys: Tensor | None, layout: HeadLayout
     ) -> KeyValueStates:
         slots = self.slots
 
@@ -143,10 +143,11 @@ class HeadwiseLayer(CacheLayerMixin):
             grown(self.full_keys, keys),
             grown(self.full_values, values),
             None if index_keys is None else grown(self.index_keys, index_keys),
+            layout,
         )
 
     def _full_states(
-        self, keys: Tensor, values: Tensor, index_keys: Tensor | None
+        self, keys: Tensor, values: Tensor, index_keys: Tensor | None, layout: HeadLayout
     ) -> KeyValueStates:
         slots, device = self.slots, keys.device
         assert slots.positions is not None
@@ -163,20 +164,19 @@ class HeadwiseLayer(CacheLayerMixin):
             in_order,
             first_slots,
             length=None if slots.newest is None else slots.length,
-            counters=None if slots.newest is None else self._counters(index_keys),
+            counters=None if slots.newest is None else self._counters(index_keys, layout),
         )
 
-    def _counters(self, index_keys: Tensor | None) -> Tensor | None:
+    def _counters(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:
         """Memory of this cache's own that a step in fixed slots finds as the one before left it."""
         if index_keys is None:
             return None
-        held = self.counters
-        heads = index_keys.shape[0] * index_keys.shape[1]
-        if held is None or held.shape[0] != heads or held.device != index_keys.device:
-            self.counters = decoding_counters(index_keys)
+        held, batch, heads = self.counters, index_keys.shape[0], len(layout.retrieval)
+        if held is None or held.shape[0] != batch * heads or held.device != index_keys.device:
+            self.counters = decoding_counters(batch, heads, index_keys.device)
         return self.counters
 
-    def count_entered(self) -> tuple[KeyValueStates, KeyValueStates]:
+    def count_entered(self, layout: HeadLayout) -> tuple[KeyValueStates, KeyValueStates]:
         """Follows one token that was written straight into its slots; returns what `append` does."""
         self.seen += 1
         for buffer in (self.full_keys, self.full_values, self.index_keys):
@@ -185,7 +185,8 @@ class HeadwiseLayer(CacheLayerMixin):
         keys, values = self.full_keys.storage, self.full_values.storage
         assert keys is not None
         assert values is not None
-        return self._full_states(keys, values, self.index_keys.storage), self.ring.states()
+        full = self._full_states(keys, values, self.index_keys.storage, layout)
+        return full, self.ring.states()
 
     def make_static(self, capacity: int) -> None:
         """Gives the full KV heads room for so many tokens at once."""

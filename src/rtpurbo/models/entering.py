@@ -148,12 +148,9 @@ def enter(
             module.family.unit_offset_norms,
         )
     if module.retrieval_heads:
-        key_weight: Tensor = module.indexer.key_weight
-        if module.indexer.settings.shared_keys:
-            key_weight = key_weight[module.layout(queries.device).retrieval.key_value_heads]
         projection = IndexProjection(
             module.indexer.query_weight,
-            key_weight,
+            module.indexer.key_weight,
             module.indexer.feature_dimensions,
             module.indexer.settings.index_space != "pre_rope",
         )
@@ -164,6 +161,7 @@ def enter(
     assert past.full_values.storage is not None
     assert ring.keys is not None
     assert ring.values is not None
+    layout = module.layout(queries.device)
     entered, index_queries = enter_token(
         queries,
         keys,
@@ -171,7 +169,7 @@ def enter(
         position_embeddings if module.uses_rotary else None,
         norm,
         projection,
-        module.layout(queries.device),
+        layout,
         FixedSlots(
             slots.newest,
             slots.ring.entering,
@@ -182,4 +180,4 @@ def enter(
             past.index_keys.storage,
         ),
     )
-    return entered, index_queries, *past.count_entered()
+    return entered, index_queries, *past.count_entered(layout)

@@ -226,18 +226,20 @@ def headwise_attention(
     )
 
 
-def decoding_counters(index_keys: Tensor) -> Tensor | None:
-    """What kernels count in when they decode from these index keys, to be kept from step to step.
+def decoding_counters(batch: int, num_retrieval_heads: int, device: torch.device) -> Tensor | None:
+    """What kernels count in when they decode, to be kept from step to step.
 
     Args:
-        index_keys: [batch, num_retrieval_heads, k_len, index_dim].
+        batch: sequences.
+        num_retrieval_heads: of the layer.
+        device: where the cache is.
 
     Returns:
         Zeros, to be handed over as `KeyValueStates.counters`, and not to two steps at once; None
         where no kernels run.
     """
-    if not (index_keys.is_cuda and has_triton()):
+    if device.type != "cuda" or not has_triton():
         return None
     from rtpurbo.ops.triton.decode.launch import new_counters
 
-    return new_counters(index_keys.shape[0] * index_keys.shape[1], index_keys.device)
+    return new_counters(batch * num_retrieval_heads, device)

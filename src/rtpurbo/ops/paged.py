@@ -20,8 +20,8 @@ class PagedStates:
         value_pages: the same shape.
         block_table: int32 [batch, max_pages], rows contiguous; entries behind a sequence's end are not read.
         lengths: int32 [batch]; 0 for an empty place in the batch.
-        index_pages: [num_pages, num_retrieval_heads, page_size, index_dim], or None where nothing
-            retrieves.
+        index_pages: [num_pages, num_index_keys, page_size, index_dim], as `KeyValueStates.index_keys`;
+            None where nothing retrieves.
     """
 
     key_pages: Tensor

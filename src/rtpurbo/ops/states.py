@@ -22,7 +22,9 @@ class KeyValueStates:
         values: the same shape (the last size may differ).
         positions: int64 [batch, k_len], 0 for the first real token of a sequence, -1 for padding
             and for slots that hold nothing.
-        index_keys: [batch, num_retrieval_heads, k_len, index_dim], or None where nothing retrieves.
+        index_keys: [batch, num_index_keys, k_len, index_dim], one for each retrieval head, or one for
+            each of the KV heads, which its retrieval heads share (`index_key_heads`); None where
+            nothing retrieves.
         in_order: positions are 0..k_len-1 in every row, which lets a dense kernel skip the mask.
         first_slots: int32 [batch], where the slots run on with the positions: the key at position p
             lies in slot p + first_slots. So it is with left padding, and in a chunk behind a ring
@@ -56,6 +58,33 @@ class KeyValueStates:
             positions=self.positions[:, :end],
             index_keys=None if self.index_keys is None else self.index_keys[:, :, :end],
         )
+
+
+def index_key_heads(
+    index_keys: Tensor, num_key_value_heads: int, key_value_heads: Tensor
+) -> Tensor | None:
+    """The entry along dim 1 of the index keys that each retrieval head reads.
+
+    Args:
+        index_keys: [batch or pages, num_index_keys, length, index_dim].
+        num_key_value_heads: KV heads of the states that hold them.
+        key_value_heads: int [num_retrieval_heads], which of these KV heads each retrieval head reads.
+
+    Returns:
+        `key_value_heads` if index keys are shared, or None if each retrieval head has its own.
+
+    Raises:
+        ValueError: there are neither as many index keys as retrieval heads nor as KV heads.
+    """
+    count, num_retrieval_heads = index_keys.shape[1], key_value_heads.numel()
+    if count == num_retrieval_heads:
+        return None
+    if count == num_key_value_heads:
+        return key_value_heads
+    raise ValueError(
+        f"there are index keys of {count} heads, but must be of {num_retrieval_heads} retrieval heads "
+        f"or of {num_key_value_heads} KV heads."
+    )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,11 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
             f"by {rule.granularity}; "
             f"in the prompt: {rule.prefill_mode}",
         ),
-        ("Token indexer", f"{indexer.index_dim} dimensions ({indexer.index_space})"),
+        (
+            "Token indexer",
+            f"{indexer.index_dim} dimensions ({indexer.index_space}), one key for each "
+            f"{'KV head kept whole' if indexer.shared_keys else 'retrieval head'}",
+        ),
         ("Stage 2", _STAGE2[artifact.stage2]),
     ]
     steps = {stage: artifact.settings.get(stage, {}).get("steps") for stage in ("stage1", "stage2")}

@@ -73,7 +73,8 @@ def export(
 
     - `vllm`: a checkpoint for rtpurbo's vLLM plugin. Its config.json names the architecture
       `RTPurbo...` and holds head map and rule under `rtpurbo`; the indexers are part of the
-      weights, as `model.layers.N.self_attn.indexer.query_weight` and `key_weight`.
+      weights, as `model.layers.N.self_attn.indexer.query_weight` and `key_weight`. The plugin's
+      caches hold an index key for each retrieval head: shared key weights are repeated for each.
     - `rtp-llm`: a dense checkpoint whose config.json has RTP-LLM's `headwise_config`.
     - `transformers`: an artifact with weights of its own. To transformers alone, and to other
       engines, it is a dense model.
@@ -120,6 +121,8 @@ def export(
     # With settings that the model decides, such as wavelengths, as they were resolved for it.
     merged = replace(config, config=model.rtpurbo_config, stage2="merged")
     restore(model)
+    if target == "vllm":
+        merged, indexers = _with_own_keys(merged, indexers)
     _refuse_quantised_weights(model)
     with whole_folder(destination, force) as new:
         _save_dense(model, tokenizer, new, max_shard_size)
@@ -170,6 +173,23 @@ def _refuse_quantised_weights(model: PreTrainedModel) -> None:
             "the weights of the base model are quantised, and stage 2 cannot be merged into such: "
             "export with --base-model and the same model in 16 or 32 bits."
         )
+
+
+def _with_own_keys(
+    artifact: ArtifactConfig, indexers: Mapping[str, Tensor]
+) -> tuple[ArtifactConfig, dict[str, Tensor]]:
+    """The same indexers with a key weight for each retrieval head, whether they were shared or not."""
+    config, own = artifact.config, dict(indexers)
+    if not config.indexer.shared_keys:
+        return artifact, own
+    group = config.head_map.num_attention_heads // config.head_map.num_key_value_heads
+    for layer, heads in enumerate(config.head_map.retrieval_heads):
+        if heads:
+            full = config.head_map.full_key_value_heads(layer)
+            name = f"layers.{layer}.indexer.key_weight"
+            own[name] = own[name][[full.index(head // group) for head in heads]]
+    config = replace(config, indexer=replace(config.indexer, shared_keys=False))
+    return replace(artifact, config=config), own
 
 
 def _save_dense(

@@ -24,8 +24,10 @@ def gradients_on_a_cpu(monkeypatch):
 @pytest.mark.parametrize("retrieval_heads", HEAD_SETS, ids=str)
 @pytest.mark.parametrize("num_selecting", [0, 1, 50])
 @pytest.mark.parametrize("length", [63, 150])
-def test_equals_the_specification(retrieval_heads, num_selecting, length):
-    call = arguments(random_problem(length, length), retrieval_heads, num_selecting)
+@pytest.mark.parametrize("shared_index", [False, True])
+def test_equals_the_specification(retrieval_heads, num_selecting, length, shared_index):
+    problem = random_problem(length, length, shared_index=shared_index)
+    call = arguments(problem, retrieval_heads, num_selecting)
     expected = eager(*call, RULE, scaling=0.3, return_log_sum_exp=True)
     found = flex(*call, RULE, scaling=0.3, return_log_sum_exp=True)
     torch.testing.assert_close(found, expected)

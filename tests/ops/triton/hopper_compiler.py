@@ -111,11 +111,13 @@ def step(
     index_dtype=torch.float16,
     batch=2,
     page_size=0,
+    shared_keys=False,
     **rule,
 ):
     """Compiles what a step of this shape launches."""
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
     full, ranks = len(layout.full_key_value_heads), len(retrieval_heads)
+    index_keys = full if shared_keys else ranks
 
     def states(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype)
@@ -127,14 +129,14 @@ def step(
             states(pages, full, page_size, head_dim),
             torch.zeros(batch, pages, dtype=torch.int32),
             torch.zeros(batch, dtype=torch.int32),
-            states(pages, ranks, page_size, index_dim, dtype=index_dtype),
+            states(pages, index_keys, page_size, index_dim, dtype=index_dtype),
         )
     else:
         held = KeyValueStates(
             states(batch, full, capacity, head_dim),
             states(batch, full, capacity, head_dim),
             torch.zeros(batch, capacity, dtype=torch.int64),
-            states(batch, ranks, capacity, index_dim, dtype=index_dtype),
+            states(batch, index_keys, capacity, index_dim, dtype=index_dtype),
             first_slots=torch.zeros(batch, dtype=torch.int32),
             length=torch.zeros(1, dtype=torch.int32),
         )
@@ -167,16 +169,20 @@ def entrance(
     norm=None,
     rotated=True,
     batch=2,
+    shared_keys=False,
 ):
     """Compiles what one new token launches; `norm` tells whether its weights are less one."""
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
     full, ranks = len(layout.full_key_value_heads), len(retrieval_heads)
+    index_keys = full if shared_keys else ranks
 
     def states(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype)
 
     weight, angles = states(head_dim), states(1, 1, rotary_dim)
-    index_weight = states(ranks, index_dim, num_features, dtype=torch.float32)
+    index_weights = [
+        states(count, index_dim, num_features, dtype=torch.float32) for count in (ranks, index_keys)
+    ]
     dims = torch.zeros(num_features, dtype=torch.int64)
     kept, ring = (states(batch, count, 4096, head_dim) for count in (full, key_value_heads - full))
     enter_token(
@@ -185,7 +191,7 @@ def entrance(
         states(batch, key_value_heads, 1, head_dim),
         (angles, angles) if rotary_dim else None,
         None if norm is None else HeadNorm(weight, weight, 1e-6, norm),
-        IndexProjection(index_weight, index_weight, dims, rotated) if ranks else None,
+        IndexProjection(*index_weights, dims, rotated) if ranks else None,
         layout,
         FixedSlots(
             torch.zeros(1, dtype=torch.int64),
@@ -194,7 +200,7 @@ def entrance(
             kept,
             ring,
             ring,
-            states(batch, ranks, 4096, index_dim, dtype=index_dtype) if ranks else None,
+            states(batch, index_keys, 4096, index_dim, dtype=index_dtype) if ranks else None,
         ),
     )
 
@@ -210,6 +216,7 @@ def prompt(
     page_size=0,
     for_hopper=True,
     log_sum_exp=False,
+    shared_keys=False,
     **rule,
 ):
     """Compiles what the last 300 tokens of a prompt launch."""
@@ -224,7 +231,8 @@ def prompt(
         positions = torch.zeros(batch, length, dtype=torch.int64)
         return KeyValueStates(keys, keys, positions, index, not padded, slots, slots)
 
-    index_keys = torch.empty(batch, len(retrieval_heads), length, 16, dtype=torch.float16)
+    num_keys = len(layout.full_key_value_heads if shared_keys else retrieval_heads)
+    index_keys = torch.empty(batch, num_keys, length, 16, dtype=torch.float16)
     full = states(len(layout.full_key_value_heads), index_keys)
     if page_size:
         pages = (batch * length // page_size, -1, page_size)
@@ -263,6 +271,7 @@ def compile_prompts():
         prompt((0, 9), head_dim=head_dim, for_hopper=False, log_sum_exp=True)
     prompt((0, 9), for_hopper=False, padded=True, **sparse)
     prompt((0,), heads=6, key_value_heads=2, head_dim=64, for_hopper=False, block_size=32, **sparse)
+    prompt((0, 9, 10), shared_keys=True, **sparse)
     prompt((0, 9), head_dim=64, page_size=16)
     prompt((0, 9), head_dim=128, page_size=64)
 
@@ -282,6 +291,7 @@ def compile_entrances():
     entrance(32, 8, (0, 9))
     entrance(32, 8, (0, 9), norm=False, rotated=False, num_features=40, batch=1)
     entrance(32, 8, (0, 9), norm=False, index_dtype=torch.float8_e4m3fn)
+    entrance(12, 2, range(6), norm=False, index_dtype=torch.float8_e4m3fn, shared_keys=True)
     entrance(8, 4, (0,), norm=True, head_dim=256, rotary_dim=256, index_dim=64, num_features=256)
     entrance(32, 32, (3,), head_dim=96, rotary_dim=72, dtype=torch.float16, num_features=96)
     entrance(16, 4, (), rotary_dim=0)
@@ -311,6 +321,8 @@ def main():
     step(40, 1, (3,), head_dim=256, index_dim=64, dtype=torch.float32)
     step(8, 8, (1,), page_size=16)
     step(32, 4, (0, 9), index_dtype=torch.float8_e4m3fn)
+    step(12, 2, range(6), index_dtype=torch.float8_e4m3fn, shared_keys=True)
+    step(12, 2, (0, 6, 7), page_size=16, shared_keys=True, reading="paper")
     step(1, 1, (0,), page_size=16, reading="paper", **single)
 
 

@@ -16,7 +16,13 @@ from rtpurbo.ops.eager.selection import (
     select_for_tiles,
 )
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
-from rtpurbo.ops.states import KeyValueStates, SelectionRows, SelectionStatistics, Selector
+from rtpurbo.ops.states import (
+    KeyValueStates,
+    SelectionRows,
+    SelectionStatistics,
+    Selector,
+    index_key_heads,
+)
 
 
 def retrieval_attention(
@@ -50,10 +56,11 @@ def retrieval_attention(
         Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
 
     Raises:
-        ValueError: the states hold no index keys.
+        ValueError: the states hold no index keys, or of another number of heads.
     """
     if states.index_keys is None:
         raise ValueError("retrieval_attention needs states with index keys.")
+    key_heads = index_key_heads(states.index_keys, states.keys.shape[1], key_value_heads)
     share_lists = rule.prefill_mode in ("row_share", "row_peak") and query_states.shape[2] > 1
     keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
     elements_per_query = query_states.shape[0] * query_states.shape[1] * keys.shape[2]
@@ -72,7 +79,7 @@ def retrieval_attention(
                 logits.detach(),
                 near,
                 far,
-                partial(index_scores, index_queries[:, :, chunk], states.index_keys),
+                partial(index_scores, index_queries[:, :, chunk], states.index_keys, key_heads),
             )
             if selector is not None:
                 selected = selector(rows) & far

@@ -24,14 +24,21 @@ from rtpurbo.config import AttentionRule, Reading
 from rtpurbo.devices import has_triton
 
 
-def index_scores(index_queries: Tensor, index_keys: Tensor) -> Tensor:
+def index_scores(
+    index_queries: Tensor, index_keys: Tensor, key_heads: Tensor | None = None
+) -> Tensor:
     """The indexer's estimate of the logits: [batch, heads, q_len, k_len] in at least fp32.
 
     Args:
         index_queries: [batch, heads, q_len, index_dim].
-        index_keys: [batch, heads, k_len, index_dim], perhaps kept in less bits.
+        index_keys: [batch, num_index_keys, k_len, index_dim], perhaps kept in less bits.
+        key_heads: int [heads], the entry along dim 1 of the index keys that each head reads; None if
+            each has its own.
     """
-    scores = index_queries @ index_keys.to(index_queries.dtype).transpose(-1, -2)
+    index_keys = index_keys.to(index_queries.dtype)
+    if key_heads is not None:
+        index_keys = index_keys[:, key_heads]
+    scores = index_queries @ index_keys.transpose(-1, -2)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 

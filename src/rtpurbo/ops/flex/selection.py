@@ -11,7 +11,13 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import estimated_logits, index_scores, select_for_rows
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionRows, SelectionStatistics
+from rtpurbo.ops.states import (
+    HeadLayout,
+    KeyValueStates,
+    SelectionRows,
+    SelectionStatistics,
+    index_key_heads,
+)
 
 BITS = 32
 # Scores of so many pairs of rows and keys are looked at together.
@@ -55,6 +61,7 @@ def selected_bits(
     queries = query_states[:, retrieval.heads, -selecting:]
     positions = query_positions[:, -selecting:]
     keys = states.keys[:, retrieval.key_value_heads]
+    key_heads = index_key_heads(states.index_keys, states.keys.shape[1], retrieval.key_value_heads)
     length = keys.shape[2]
     words = queries.new_zeros(batch, num_heads, num_rows, num_keys // BITS, dtype=torch.int32)
     rows_at_once = max(1, MAX_PAIRS // (batch * len(retrieval) * length))
@@ -72,7 +79,7 @@ def selected_bits(
             attention_logits(queries[:, :, chunk], keys, scaling),
             near,
             far,
-            partial(index_scores, index_queries[:, :, chunk], states.index_keys),
+            partial(index_scores, index_queries[:, :, chunk], states.index_keys, key_heads),
         )
         estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), near, far)
         # Keys lie in order, so their number tells how many blocks there are.

@@ -53,6 +53,47 @@ def test_groups_and_head_dims(heads, key_value_heads, head_dim, dtype):
     step.check()
 
 
+SHARED = [
+    (3, 3, (0, 2)),
+    (4, 2, (0, 2, 3)),
+    (6, 2, (1, 3, 4, 5)),
+    (12, 2, range(12)),
+    (12, 2, (6, 8, 11)),
+]
+"""Query heads, KV heads and retrieval heads, of groups of 1, 2, 3 and 6."""
+
+
+@pytest.mark.parametrize(("heads", "key_value_heads", "retrieval_heads"), SHARED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shared_index_keys(heads, key_value_heads, retrieval_heads, dtype):
+    shape = {"heads": heads, "key_value_heads": key_value_heads, "shared_index": True}
+    options = {"padding": (0, 41, 100), "spare": 5, **shape}
+    step = Step.build(157, RULE, retrieval_heads, dtype=dtype, **options)
+    assert step.arguments[1].index_keys.shape[1] == len(step.layout.full_key_value_heads)
+    step.check()
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("reading", READINGS)
+def test_shared_index_keys_in_pages(page_size, granularity, reading):
+    rule, padding = replace(RULE, granularity=granularity, reading=reading), (0, 47, 192)
+    options = {"heads": 6, "key_value_heads": 2, "shared_index": True, "padding": padding}
+    step = Step.build(192, rule, (0, 3, 4), dtype=torch.float16, **options)
+    expected = step.run()[0]
+    queries, full, *others = step.arguments
+    pages = paged(full, padding, page_size)
+    assert torch.equal(step.replaced(arguments=[queries, pages, *others]).run()[0], expected)
+
+
+def test_index_keys_of_another_number_of_heads_are_refused():
+    step = Step.build(90, RULE, (0, 1, 2), dtype=torch.float16, key_value_heads=2)
+    full = step.arguments[1]
+    step.arguments[1] = replace(full, index_keys=full.index_keys[:, :1])
+    with pytest.raises(ValueError, match="of 1 heads, but must be of 3 retrieval heads or of 2 KV"):
+        step.run()
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_retrieval_heads_may_have_another_window(granularity):
     for window in (1, 9, 60):

@@ -36,6 +36,7 @@ class Entrance:
         norm="none",
         rotated=True,
         index_dtype=torch.float16,
+        shared_keys=False,
     ):
         torch.manual_seed(0)
         self.dtype, self.batch, self.norm = dtype, batch, None
@@ -54,12 +55,15 @@ class Entrance:
             self.norm = HeadNorm(*weights, 1e-2, norm == "unit_offset")
         self.layout = HeadLayout.build(retrieval_heads, heads, key_value_heads, DEVICE)
         num_full, ranks = len(self.layout.full_key_value_heads), len(retrieval_heads)
-        self.projection, index_keys = None, None
+        self.projection, index_keys, self.shared_keys = None, None, shared_keys
         if ranks:
             dims = torch.randperm(head_dim)[:num_features].to(DEVICE)
-            weights = [normal(ranks, index_dim, num_features, dtype=dtype) for _ in range(2)]
+            num_keys = num_full if shared_keys else ranks
+            weights = [
+                normal(count, index_dim, num_features, dtype=dtype) for count in (ranks, num_keys)
+            ]
             self.projection = IndexProjection(*weights, dims, rotated)
-            index_keys = normal(batch, ranks, CAPACITY, index_dim, dtype=index_dtype)
+            index_keys = normal(batch, num_keys, CAPACITY, index_dim, dtype=index_dtype)
         full = normal(2, batch, num_full, CAPACITY, head_dim, dtype=dtype)
         ring = normal(2, batch, key_value_heads - num_full, RING, head_dim, dtype=dtype)
         newest = torch.tensor([NEWEST], device=DEVICE)
@@ -106,7 +110,7 @@ class Entrance:
             return
         rotated, dims = self.projection.rotated, self.projection.feature_dimensions
         heads = layout.retrieval.heads
-        readers = full[layout.retrieval.key_value_heads]
+        readers = full if self.shared_keys else full[layout.retrieval.key_value_heads]
         features = (expected if rotated else raw_queries)[:, heads][..., dims]
         index = torch.einsum("brn,rin->bri", features, self.projection.query_weight.double())
         is_wide = self.dtype == torch.bfloat16
@@ -151,8 +155,24 @@ def test_norms_and_rotations(dtype, norm, rotary_dim, rotated):
 
 @pytest.mark.parametrize("retrieval_heads", [(), (0,), (1, 2, 5), range(6)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_sets_of_heads(retrieval_heads, batch):
-    Entrance(torch.float16, retrieval_heads=retrieval_heads, batch=batch, norm="weight").check()
+@pytest.mark.parametrize("shared_keys", [False, True])
+def test_sets_of_heads(retrieval_heads, batch, shared_keys):
+    options = {"batch": batch, "norm": "weight", "shared_keys": shared_keys}
+    Entrance(torch.float16, retrieval_heads=retrieval_heads, **options).check()
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_value_heads", "retrieval_heads"),
+    [(3, 3, (0, 2)), (4, 2, (2, 3)), (6, 2, (0, 2, 4)), (12, 2, range(12)), (12, 2, (7, 8, 11))],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_index_keys_shared_by_the_heads_of_a_kv_head(
+    dtype, heads, key_value_heads, retrieval_heads
+):
+    Entrance(
+        dtype, heads, key_value_heads, retrieval_heads=retrieval_heads, shared_keys=True
+    ).check()
 
 
 @pytest.mark.parametrize(

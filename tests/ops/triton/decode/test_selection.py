@@ -154,6 +154,17 @@ def test_a_selection_is_the_exact_one_rounded_to_levels(
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
+@pytest.mark.parametrize("reading", ["residual", "far", "paper"])
+def test_heads_that_share_index_keys_select_by_their_own_queries(granularity, reading):
+    rule = replace(RULE, granularity=granularity, reading=reading, min_tokens=10)
+    shape = {"heads": 12, "key_value_heads": 2, "shared_index": True}
+    step = Step.build(1100, rule, (0, 6, 7, 11), dtype=torch.float32, padding=(0, 301), **shape)
+    assert check_bounds(step) > 0
+    first, second = step.selected(step.run()[2])[:, 1:3].unbind(1)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("granularity", ["token", "block"])
 def test_many_programs_share_a_head(granularity):
     rule = replace(RULE, granularity=granularity, min_tokens=100, reading="far")
     step = Step.build(4200, rule, (0,), dtype=torch.float32, heads=1, key_value_heads=1)

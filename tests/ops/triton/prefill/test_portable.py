@@ -69,12 +69,17 @@ def test_windows_of_every_head(dtype, q_len, k_len, padding, heads, key_value_he
     [(200, 200, (0,)), (70, 333, (0, 41)), (129, 129, (100, 3))],
     ids=str,
 )
-def test_block_lists_and_what_they_add(dtype, row_share, row_stride, q_len, k_len, padding):
+@pytest.mark.parametrize("shared_index", [False, True])
+def test_block_lists_and_what_they_add(
+    dtype, row_share, row_stride, q_len, k_len, padding, shared_index
+):
     rule = AttentionRule(
         num_sink_tokens=3, min_tokens=0, sliding_window=40, block_size=16, query_block_size=32,
         prefill_mode="row_peak", row_share=row_share, row_stride=row_stride, retrieval_window=24,
     )  # fmt: skip
-    problem = kernel_problem(q_len, k_len, dtype, padding=padding, index_dim=4)
+    problem = kernel_problem(
+        q_len, k_len, dtype, padding=padding, index_dim=4, shared_index=shared_index
+    )
     layout = HeadLayout.build((0, 1, 3), 4, 2, DEVICE)
     states = slotted(problem.states(layout.full_key_value_heads, layout.retrieval.heads), padding)
     index_queries = problem.index_queries[:, layout.retrieval.heads]

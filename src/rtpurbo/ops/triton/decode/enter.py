@@ -45,7 +45,7 @@ class IndexProjection:
 
     Attributes:
         query_weight: [R, I, N].
-        key_weight: likewise.
+        key_weight: [R, I, N], or [F, I, N] if the retrieval heads of a KV head share their index keys.
         feature_dimensions: int64 [N], the dimensions of a head that are projected.
         rotated: they are taken after the rotation, not before it.
     """
@@ -67,7 +67,7 @@ class FixedSlots:
         full_values: likewise.
         ring_keys: [B, K - F, slots, D].
         ring_values: likewise.
-        index_keys: [B, R, capacity, I], in any floating dtype; None if nothing retrieves.
+        index_keys: [B, R or F, capacity, I], in any floating dtype; None if nothing retrieves.
     """
 
     newest: Tensor
@@ -220,6 +220,7 @@ def enter_kernel(
     INDEX_DIM: tl.constexpr,
     INDEX_WIDTH: tl.constexpr,
     INDEX_TILE: tl.constexpr,
+    SHARED_KEYS: tl.constexpr,
 ):
     """Programs (query head), (full KV head), (bounded KV head), (index query), (index key); sequences.
 
@@ -282,7 +283,11 @@ def enter_kernel(
             )  # fmt: skip
         else:
             rank -= num_retrieval
-            head = tl.load(retrieval_heads + rank) // GROUP
+            head = (
+                tl.load(full_heads + rank)
+                if SHARED_KEYS
+                else tl.load(retrieval_heads + rank) // GROUP
+            )
             slot = tl.load(newest)
             target = index_keys + sequence.to(tl.int64) * index_key_strides[0]
             target += rank.to(tl.int64) * index_key_strides[1] + slot * index_key_strides[2]
@@ -322,7 +327,9 @@ def enter_token(
     """
     batch, num_heads, _, head_dim = queries.shape
     num_full, num_ring = layout.full_key_value_heads.numel(), layout.bounded_key_value_heads.numel()
-    num_retrieval = 0 if projection is None else len(layout.retrieval)
+    num_retrieval = num_index_keys = 0
+    if projection is not None:
+        num_retrieval, num_index_keys = len(layout.retrieval), projection.key_weight.shape[0]
     entered = queries.new_empty(batch, num_heads, 1, head_dim)
     index_queries = None
     index_dim = num_features = 1
@@ -340,7 +347,8 @@ def enter_token(
     feature_width = triton.next_power_of_2(num_features)
     index_strides = (0, 0, 0) if slots.index_keys is None else slots.index_keys.stride()[:3]
     with torch.cuda.device_of(queries):
-        enter_kernel[(num_heads + num_full + num_ring + 2 * num_retrieval, batch)](
+        programs = num_heads + num_full + num_ring + num_retrieval + num_index_keys
+        enter_kernel[(programs, batch)](
             queries,
             queries.stride()[:2],
             keys,
@@ -389,6 +397,7 @@ def enter_token(
             INDEX_DIM=index_dim,
             INDEX_WIDTH=index_width,
             INDEX_TILE=max(1, min(index_width, INDEX_ELEMENTS // feature_width)),
+            SHARED_KEYS=num_index_keys != num_retrieval,
             num_warps=1,
         )
     return entered, index_queries

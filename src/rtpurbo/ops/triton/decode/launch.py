@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.states import HeadLayout, KeyValueStates, index_key_heads
 from rtpurbo.ops.triton.decode.early import can_begin_early
 from rtpurbo.ops.triton.decode.far import far_kernel
 from rtpurbo.ops.triton.decode.levels import LEVELS
@@ -161,6 +161,10 @@ def read(
     num_full, num_ring = layout.full_key_value_heads.numel(), layout.bounded_key_value_heads.numel()
     num_retrieval = len(layout.retrieval)
     scan = num_retrieval > 0 and rule.top_p < 1
+    key_heads = None
+    if scan:
+        assert full.index_keys is not None
+        key_heads = index_key_heads(full.index_keys, num_full, layout.retrieval.key_value_heads)
     heads = batch * num_retrieval * scan
     index = Index.allocate(rule, full.capacity, heads, queries, full.counters)
 
@@ -199,6 +203,7 @@ def read(
         (0, 0) if index_queries is None else index_queries.stride()[:2],
         full.index_keys,
         _strides(full.index_keys),
+        key_heads,
         table,
         0 if table is None else table.stride(0),
         full.lengths,

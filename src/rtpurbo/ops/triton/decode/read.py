@@ -55,6 +55,7 @@ def read_kernel(
     index_query_strides,
     index_keys,
     index_key_strides,
+    index_key_heads,
     block_table,
     table_stride,
     lengths,
@@ -100,7 +101,10 @@ def read_kernel(
     SCAN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Programs (full KV head, split), then (bounded KV head, split), then (retrieval head, chunk)."""
+    """Programs (full KV head, split), then (bounded KV head, split), then (chunk, retrieval head).
+
+    Heads that share index keys follow each other, so that they find a chunk of them in the L2 cache.
+    """
     let_next_begin(EARLY)
     program = tl.program_id(0)
     sequence = tl.program_id(1)
@@ -198,11 +202,12 @@ def read_kernel(
             index_query_strides,
             index_keys,
             index_key_strides,
+            index_key_heads,
             block_table,
             table_row,
             sequence,
-            (program - near_programs) // num_chunks,
-            (program - near_programs) % num_chunks,
+            (program - near_programs) % num_retrieval,
+            (program - near_programs) // num_retrieval,
             query_position,
             first_slot,
             num_sinks,

@@ -35,6 +35,7 @@ def scan_chunk(
     index_query_strides,
     index_keys,
     index_key_strides,
+    index_key_heads,
     block_table,
     table_row,
     sequence,
@@ -59,7 +60,10 @@ def scan_chunk(
     PLANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """Scores the entries of one chunk of TILES tiles.
+    """Scores the entries of one chunk of TILES tiles for retrieval head `rank`.
+
+    `index_key_heads` is int [retrieval heads], the entry of the index keys that each reads; None if each
+    has its own.
 
     Where tiles hold candidates, it writes `levels` int16 [planes, B, retrieval heads, row_entries], adds to
     `histogram` [planes, B, retrieval heads, LEVELS], which is zero before, and writes `references`
@@ -83,7 +87,10 @@ def scan_chunk(
             mask=in_row,
             other=0.0,
         ).to(tl.float32)
-        index_keys = head_start(index_keys, sequence, rank, index_key_strides, PAGE_SIZE)
+        key_head = rank
+        if index_key_heads is not None:
+            key_head = tl.load(index_key_heads + rank).to(tl.int32)
+        index_keys = head_start(index_keys, sequence, key_head, index_key_strides, PAGE_SIZE)
         last_row = row_offsets(
             dims * 0 + last_far + first_slot,
             in_row,

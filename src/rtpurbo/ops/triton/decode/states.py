@@ -21,7 +21,8 @@ class FullStates:
     Attributes:
         keys: [B, full KV heads, capacity, D], or [pages, full KV heads, page_size, D].
         values: likewise.
-        index_keys: [B, R, capacity, I], or [pages, R, page_size, I]; None if nothing retrieves.
+        index_keys: [B, R, capacity, I], or [pages, R, page_size, I], or with full KV heads for R if
+            index keys are shared; None if nothing retrieves.
         capacity: slots of a sequence.
         lengths: int32 [1], slots in use, or [B] with pages; None if all are.
         first_slots: int32 [B], the slot of position 0; None for 0.

@@ -12,7 +12,7 @@ from triton import knobs
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.states import KeyValueStates, index_key_heads
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.portable import BlockLists, page_size, slot_shifts
 from rtpurbo.ops.triton.prefill.scoring_kernels import (
@@ -53,6 +53,8 @@ def block_lists(
         The row at which the lists begin, and the lists.
     """
     index_keys, block_table, capacity = _index_keys(states)
+    keys = states.key_pages if isinstance(states, PagedStates) else states.keys
+    key_heads = index_key_heads(index_keys, keys.shape[1], table.key_value_heads)
     # Keys kept in float8 are multiplied as what the queries are: a prompt reads each many times.
     index_keys = index_keys.to(index_queries.dtype)
     batch, heads, q_len, index_dim = index_queries.shape
@@ -89,7 +91,7 @@ def block_lists(
             row = row_offset + tile * M
             bars = torch.empty(batch, heads, scored, lanes, dtype=torch.float32, device=device)
             peaks_kernel[(scored * ranges, batch * heads)](
-                index_queries, index_keys, index_keys.stride()[:3],
+                index_queries, index_keys, index_keys.stride()[:3], key_heads,
                 block_table, 0 if block_table is None else block_table.stride(0), peaks, sums,
                 table.windows, starts, slots if has_slots else starts,
                 q_len, heads, ranges, row, index_dim, rule.num_sink_tokens,

@@ -62,7 +62,7 @@ def _strongest(scores, M: tl.constexpr, G: tl.constexpr, N: tl.constexpr, PACKED
 
 @triton.jit
 def peaks_kernel(
-    index_queries_ptr, index_keys, index_strides, block_table, table_stride, peaks_ptr, sums_ptr,
+    index_queries_ptr, index_keys, index_strides, key_heads_ptr, block_table, table_stride, peaks_ptr, sums_ptr,
     windows_ptr, query_starts_ptr, first_slots_ptr,
     T, H, ranges, row_offset, index_dim, num_sinks,
     stride_qb, stride_qh, stride_qt,
@@ -82,7 +82,10 @@ def peaks_kernel(
         return
     slot_shift = tl.load(first_slots_ptr + sequence) if HAS_SLOTS else 0
     index_queries_ptr += sequence.to(tl.int64) * stride_qb + entry.to(tl.int64) * stride_qh
-    index_keys = head_start(index_keys, sequence, entry, index_strides, PAGE_SIZE)
+    key_head = entry
+    if key_heads_ptr is not None:
+        key_head = tl.load(key_heads_ptr + entry)
+    index_keys = head_start(index_keys, sequence, key_head, index_strides, PAGE_SIZE)
     peaks_ptr += (
         sequence.to(tl.int64) * stride_pb + entry.to(tl.int64) * stride_ph + tile.to(tl.int64) * stride_pt
     )  # fmt: skip
