@@ -33,8 +33,8 @@ from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.files import write_json_atomically
 from rtpurbo.models.artifact import find_artifact, load, load_base
 from rtpurbo.models.sparsify import using_rule
-from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.training.lora_scale import SCALES as SHARES
+from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.version import library_commit
 
 SEED = 1_000

@@ -1,9 +1,13 @@
 import pytest
 
-from rtpurbo.config import AttentionRule
+from rtpurbo.calibration.selection import choose_heads
+from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.defaults import EFFORTS, default_settings, resolve_effort
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.lengths import STAGES, check_lengths, lengths_of
+from rtpurbo.models.sparsify import sparsify
+from tests.tiny_models import tiny_model
 
 CONTEXTS = [2048, 4096, 8192, 16384, 32768, 40960, 131072, 262144, 1048576]
 
@@ -109,3 +113,30 @@ def test_auto_is_by_device():
     assert resolve_effort("thorough", "cpu") == "thorough"
     with pytest.raises(RTPurboError, match="no effort 'slow': choose auto, quick, standard, thor"):
         resolve_effort("slow", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(12, 2, 128), (14, 2, 64), (32, 8, 128), (4, 1, 256)]
+)
+def test_the_cache_is_at_most_sixty_percent_of_the_dense_one(heads, kv_heads, head_dim):
+    context, layers = 32768, 4
+    model = tiny_model(
+        "qwen2",
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+    ).bfloat16()
+    settings = default_settings("standard", context, head_dim=head_dim)
+    # Scores that tell all KV heads apart.
+    group = heads // kv_heads
+    scores = [
+        [float(layer * kv_heads + head // group) for head in range(heads)]
+        for layer in range(layers)
+    ]
+    head_map = choose_heads(scores, kv_heads, settings.calibration)
+    dense = cache_bytes(model, context)
+    sparsify(model, RTPurboConfig(head_map, settings.attention, settings.indexer))
+    assert head_map.num_full_key_value_heads == settings.calibration.ratio * layers * kv_heads
+    assert 0.5 < cache_bytes(model, context) / dense <= 0.6

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from rtpurbo.calibration.calibrate import calibrate, read_calibration
-from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window
+from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.data.texts import load_texts
-from rtpurbo.defaults import default_settings, resolve_effort
+from rtpurbo.defaults import default_rule, default_settings, resolve_effort
 from rtpurbo.devices import base_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
@@ -27,6 +27,7 @@ from rtpurbo.models.artifact import (
     read_indexers,
 )
 from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
+from rtpurbo.models.families import head_dim_of
 from rtpurbo.models.sparsify import load_indexers, sparsify
 from rtpurbo.plan import Plan, make_plan
 from rtpurbo.settings import (
@@ -361,10 +362,12 @@ def choose_settings(
         context = config.max_position_embeddings
         if rule is None:
             # Lengths follow the window, so it is changed before they are chosen.
-            rule = AttentionRule(sliding_window=default_sliding_window(context))
+            rule = default_rule(resolved, context)
             ours = {name: changes[name] for name in changes if name.startswith("attention.")}
             rule = change_settings(ConversionSettings(attention=rule), ours).attention
-        settings = default_settings(resolved, context, max_length=max_length, rule=rule)
+        settings = default_settings(
+            resolved, context, head_dim=head_dim_of(config), max_length=max_length, rule=rule
+        )
     elif max_length is not None:
         raise RTPurboError("max_length has no effect on given settings: change their lengths.")
     return change_settings(settings, changes)

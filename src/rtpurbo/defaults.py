@@ -24,16 +24,13 @@ _LONGEST: dict[Effort, tuple[int, int]] = {
 }
 """Tokens of the longest training sequence: at least the first number, and the second in windows."""
 
-_KEPT: dict[str, Any] = {"granularity": "kv_group", "ratio": 0.42}
+_KEPT: dict[str, Any] = {"granularity": "kv_group", "ratio": 0.5}
 """KV heads kept in full, with all of their query heads.
 
-With a window of an eighth of the context and one index key a KV head in float8, that is about half of the dense cache,
-however many query heads a KV head has. Of Qwen2.5-Coder-1.5B's 56 KV heads, 21 lose a twelfth of what the windows alone
-lose and 28 a thirtieth (docs/experiment-log.md).
+With a window of an eighth of the context and one index key a KV head in float8, the cache is .6 of the dense model's.
+Of Qwen2.5-Coder-1.5B's 56 KV heads, 21 lose a twelfth of what the windows alone lose and 28 a thirtieth
+(docs/experiment-log.md).
 """
-
-_INDEXER = IndexerSettings(shared_keys=True)
-"""Whole KV groups retrieve, so one index key serves all query heads of a KV head."""
 
 _LONG_RANGE: dict[str, Any] = {
     "needle_share": 0.1,
@@ -71,13 +68,11 @@ _STAGES: dict[Effort, ConversionSettings] = {
         ),
     ),
     "standard": ConversionSettings(
-        indexer=_INDEXER,
         calibration=CalibrationSettings(ranking="gates", num_documents=100, **_KEPT),
         stage1=IndexerTrainingSettings(steps=200, **_LONG_RANGE),
         stage2=DistillationSettings(steps=100, refresh_steps=100, **_DISTILLED),
     ),
     "thorough": ConversionSettings(
-        indexer=_INDEXER,
         calibration=CalibrationSettings(ranking="gates", num_documents=200, **_KEPT),
         stage1=IndexerTrainingSettings(steps=400, **_LONG_RANGE),
         stage2=DistillationSettings(steps=200, refresh_steps=200, **_DISTILLED),
@@ -104,10 +99,31 @@ def resolve_effort(name: str, device_type: str) -> Effort:
     raise RTPurboError(f"there is no effort '{name}': choose auto, {', '.join(EFFORTS)}.")
 
 
+def default_rule(effort: Effort, context_length: int) -> AttentionRule:
+    """Windows for a model of this context, and how index keys are stored."""
+    return AttentionRule(
+        sliding_window=default_sliding_window(context_length),
+        index_storage="model" if effort == "quick" else "float8",
+    )
+
+
+def default_indexer(effort: Effort, head_dim: int) -> IndexerSettings:
+    """Size of the index keys.
+
+    Whole KV groups retrieve, except with `quick`, so one index key serves all query heads of a KV head; with a
+    quarter of the dimensions of a head it selects better than one of 16 dimensions for each query head
+    (docs/experiment-log.md).
+    """
+    if effort == "quick":
+        return IndexerSettings()
+    return IndexerSettings(shared_keys=True, index_dim=max(16, head_dim // 4))
+
+
 def default_settings(
     effort: Effort,
     context_length: int,
     *,
+    head_dim: int = 128,
     max_length: int | None = None,
     rule: AttentionRule | None = None,
 ) -> ConversionSettings:
@@ -121,21 +137,19 @@ def default_settings(
         effort: `quick` suits two CPU cores and minutes, `standard` one GPU, `thorough` twice the
             steps on longer sequences.
         context_length: the model's, in tokens.
+        head_dim: dimensions of a head.
         max_length: tokens of the longest training sequence. None: two windows with `quick`, 32,768
             with `standard` or four windows if that is more, 65,536 with `thorough` or eight
             windows; at most the context.
-        rule: of attention; its window decides which lengths are worth training on. None: the default
-            rule with the window of `rtpurbo.config.default_sliding_window`.
+        rule: of attention; its window decides which lengths are worth training on. None:
+            `default_rule`.
 
     Raises:
         RTPurboError: the context is too short for the window, or `max_length` does not lie between
             the window and the context.
     """
     if rule is None:
-        rule = AttentionRule(
-            sliding_window=default_sliding_window(context_length),
-            index_storage="model" if effort == "quick" else "float8",
-        )
+        rule = default_rule(effort, context_length)
     window, near = rule.sliding_window, rule.sliding_window + rule.num_sink_tokens
     # A query always selects `min_tokens` far tokens: with no more of them, attention stays dense.
     if context_length <= near + rule.min_tokens:
@@ -162,6 +176,7 @@ def default_settings(
     return replace(
         stages,
         attention=rule,
+        indexer=default_indexer(effort, head_dim),
         calibration=replace(
             stages.calibration, length=min(max_length, max(2 * window, max_length // 2))
         ),

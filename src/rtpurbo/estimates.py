@@ -17,7 +17,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rtpurbo.models.families import attention_modules, convertible_layers, family_of
+from rtpurbo.models.families import (
+    attention_modules,
+    convertible_layers,
+    family_of,
+    head_dim_of,
+)
 from rtpurbo.ops.eager.visibility import MAX_CHUNK_ELEMENTS
 from rtpurbo.settings import (
     ConversionSettings,
@@ -121,7 +126,7 @@ class ModelShape:
             layer_window=getattr(config, "sliding_window", None) or 0,
             num_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim_of(config),
             hidden_size=config.hidden_size,
             mlp_size=mlp_size,
             vocabulary=config.vocab_size,

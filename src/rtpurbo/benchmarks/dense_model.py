@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 from rtpurbo.benchmarks import sdpa
+from rtpurbo.models.families import head_dim_of
 
 IMPLEMENTATION = "rtpurbo-benchmark"
 
@@ -118,7 +119,7 @@ class FullLayer(CacheLayerMixin):
 def full_cache(model: PreTrainedModel, length: int, batch: int) -> Cache:
     """A dense model's cache full of random states."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     shape = (batch, config.num_key_value_heads, length, head_dim)
 
     def states() -> Tensor:

@@ -83,6 +83,11 @@ def convertible_layers(config: Any) -> list[bool]:
     return [kind == "full_attention" or window_covers_context(config, window) for kind in types]
 
 
+def head_dim_of(config: Any) -> int:
+    """Dimensions of a head, which older configurations leave to be worked out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def window_covers_context(config: Any, window: int) -> bool:
     """Whether a model's own sliding window is as long as its context, and so no window at all."""
     return window >= config.max_position_embeddings
