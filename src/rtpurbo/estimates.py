@@ -42,6 +42,16 @@ LAYER_SECONDS = 0.003
 _SELECTION_BYTES = 64
 """Bytes of a score in plain PyTorch: exact and estimated, masks, probabilities, and sorted with their places."""
 
+STEP_SECONDS = 0.0015
+"""Fixed cost of one decoder layer in one step of generation on a GPU."""
+
+# Sequences that the model writes before training: steps of generation of one batch of conversations (user
+# turns in about three rounds, answers in two halves) and of one batch of documents, and tokens of such a batch.
+_CONVERSATION_STEPS, _DOCUMENT_STEPS, _DOCUMENT_TOKENS = 3 * 192 + 2 * 384, 128, 131072
+_HELD_OUT = 16
+_SCALE_PASSES = 5 * 4 * 9
+"""Forwards that choose the LoRA scale: scales, sequences of a kind, and kinds."""
+
 _FP32 = 4
 _ADAMW_BYTES = 16
 """Bytes of a trained parameter: fp32 weight, gradient and two moments."""
@@ -270,6 +280,7 @@ def _activation_bytes(
 class StageSeconds:
     """Expected seconds of each stage, without loading the model and reading texts."""
 
+    writing: float
     calibration: float
     stage1: float
     stage2: float
@@ -318,17 +329,45 @@ def stage_seconds(
         shape.forward_flops(length) + student_passes * shape.forward_flops(length, window, share)
         for length in stage2.lengths
     )
+    judged = 0.0
+    if stage2.steps and stage2.lora_scale is None:
+        judged = seconds(
+            _SCALE_PASSES
+            * _mean(shape.forward_flops(each, window, share) for each in stage2.lengths),
+            _SCALE_PASSES,
+        )
     has_refresh = stage2.steps > 0 and stage2.refresh_steps > 0
     calibration = settings.calibration
     # A step of gates: the dense model, a mix of it and of windows, and the gradients of that.
     passes = {"turns": 2, "gates": 6}.get(calibration.ranking, 1)
     documents = calibration.num_documents * passes
     return StageSeconds(
+        writing=_writing_seconds(shape, stage2, device_name),
         calibration=seconds(documents * shape.forward_flops(calibration.length), documents),
         stage1=indexers(settings.stage1, dense=True),
-        stage2=seconds(sequences * (flops + logits), sequences * (1 + student_passes)),
+        stage2=seconds(sequences * (flops + logits), sequences * (1 + student_passes)) + judged,
         refresh=indexers(settings.refresh, dense=False) if has_refresh else 0.0,
     )
+
+
+def _writing_seconds(shape: ModelShape, stage2: DistillationSettings, device_name: str) -> float:
+    """Seconds of the conversations and document answers that the model writes."""
+    generated = read = tokens = 0.0
+    if stage2.steps and stage2.conversation_share:
+        generated += _CONVERSATION_STEPS
+        tokens += (stage2.conversation_share * stage2.steps + _HELD_OUT) * _CONVERSATION_STEPS / 2
+    if stage2.steps and stage2.document_share:
+        documents = stage2.document_share * stage2.steps + _HELD_OUT
+        each = documents / len(stage2.lengths)
+        batches = sum(
+            2 * math.ceil(each * length / 2 / _DOCUMENT_TOKENS) for length in stage2.lengths
+        )
+        generated += batches * _DOCUMENT_STEPS
+        tokens += documents * _DOCUMENT_STEPS
+        read = documents * _mean(shape.forward_flops(length) for length in stage2.lengths)
+    flops = read + 2 * shape.parameters * tokens
+    fixed = 0.0 if device_name == "cpu" else generated * shape.num_layers * STEP_SECONDS
+    return flops / throughput(device_name) + fixed
 
 
 def throughput(device_name: str) -> float:

@@ -108,6 +108,7 @@ class Plan:
 
     def _time(self) -> str:
         stages = {
+            "writing": self.seconds.writing,
             "calibration": self.seconds.calibration,
             "stage 1": self.seconds.stage1,
             "stage 2": self.seconds.stage2,
