@@ -20,6 +20,7 @@ from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.families import convertible_layers
 from rtpurbo.settings import (
     CalibrationSettings,
     IndexerTrainingSettings,
@@ -103,6 +104,10 @@ def _by_gates(
 ) -> Calibration:
     """The heads whose gates stay open longest."""
     window = default_sliding_window(model.config.max_position_embeddings)
+    ratio = settings.ratio
+    if settings.count is not None:
+        heads = model.config.num_attention_heads * sum(convertible_layers(model.config))
+        ratio = min(1.0, settings.count / heads)
     scores = train_gates(
         model,
         TrainingMix.of(
@@ -114,7 +119,7 @@ def _by_gates(
         ),
         rule or AttentionRule(sliding_window=window),
         steps=settings.num_documents,
-        ratio=settings.ratio,
+        ratio=ratio,
         per_group=settings.granularity == "kv_group",
         progress=progress,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import (
     empty_head_map,
     gated_heads,
@@ -74,7 +75,10 @@ def train_gates(
         steps: optimiser steps, one sequence each.
         ratio: share of the gates that may stay open in the end.
         per_group: one gate for each KV head, shared by its query heads, instead of each query head.
-        progress: told after each step.
+        progress: called after each step.
+
+    Raises:
+        RTPurboError: a loss is not finite.
 
     Returns:
         For each converted layer, fp32 [num_attention_heads] from 0 to 1 on the CPU.
@@ -89,6 +93,11 @@ def train_gates(
             with running_dense(model), autocast(model):
                 targets = teacher_targets(model, sequence, TARGETS, f"gates-{step}")
             loss = loss_on(model, sequence, targets, TARGETS)
+            if not loss.isfinite():
+                raise RTPurboError(
+                    f"the loss of step {step + 1} of the gates is {loss.item()}: try --dtype float32, or "
+                    "--set calibration.ranking=copies."
+                )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

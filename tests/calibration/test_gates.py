@@ -1,0 +1,167 @@
+"""Gates of heads, on random models and on a model whose retrieval head is known."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rtpurbo.calibration.calibrate import calibrate
+from rtpurbo.calibration.gates import project, train_gates
+from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.data.texts import load_texts
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.sparsify import (
+    empty_head_map,
+    gated_heads,
+    is_sparse,
+    running_dense,
+    sparsify,
+)
+from rtpurbo.settings import CalibrationSettings
+from rtpurbo.training.sequences import TrainingSequence
+from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+RULE = AttentionRule(num_sink_tokens=2, sliding_window=64)
+LENGTH = 256
+
+
+def logits(model, seed=0, length=LENGTH):
+    ids = torch.randint(64, (1, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_open_gates_are_dense_and_closed_ones_windows(family):
+    model = tiny_model(family)
+    dense = logits(model)
+    sparsify(model, RTPurboConfig(empty_head_map(model), RULE))
+    windows = logits(model)
+    layers = range(model.config.num_hidden_layers)
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    for value, expected in ((1.0, dense), (0.0, windows)):
+        for count in (heads, kv_heads):
+            with gated_heads(model, {layer: torch.full((count,), value) for layer in layers}):
+                torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+                with running_dense(model):  # gates do not reach the dense model
+                    torch.testing.assert_close(logits(model), dense, atol=1e-4, rtol=1e-4)
+    assert (windows - dense).abs().max() > 0.01
+    assert torch.equal(logits(model), windows)
+
+
+def test_a_gate_of_a_kv_head_is_that_of_all_its_query_heads():
+    model = tiny_model()
+    sparsify(model, RTPurboConfig(empty_head_map(model), RULE))
+    by_group = torch.tensor([0.2, 0.9, 0.5])
+    found = []
+    for gates in (by_group, by_group.repeat_interleave(2)):
+        with gated_heads(model, {0: gates, 1: gates}):
+            found.append(logits(model))
+    assert torch.equal(*found)
+
+
+values = st.lists(st.floats(-2, 3, width=32), min_size=1, max_size=12)
+
+
+@given(values, st.floats(0, 1))
+def test_projection(numbers, share):
+    budget = share * len(numbers)
+    before = torch.tensor(numbers)
+    gates = [before[:1].clone(), before[1:].clone()]
+    project(gates, budget)
+    after = torch.cat(gates)
+    assert ((after >= 0) & (after <= 1)).all()
+    assert after.sum() <= budget + 1e-4
+    clamped = before.clamp(0, 1)
+    if clamped.sum() <= budget:
+        assert torch.equal(after, clamped)
+    else:
+        # All of the budget is used, and the order is kept.
+        assert after.sum() == pytest.approx(budget, abs=1e-3)
+        order = before.argsort()
+        assert (after[order].diff() >= -1e-6).all()
+
+
+class Copies:
+    """Sequences whose answer repeats the tokens after an early mark, far before the window."""
+
+    def sequence(self, number):
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(8, 500, (LENGTH,), generator=generator)
+        ids[-24:] = ids[8:32]
+        return TrainingSequence(ids.tolist(), 23)
+
+
+def copying_model():
+    """KV head 1 of layer 1 copies the token after equal ones; nothing else has any effect.
+
+    Its queries and keys are embeddings without rotation, its values and output go straight to the
+    logits; the attention of all other heads is multiplied by zero.
+    """
+    model = tiny_model(vocab_size=512, max_position_embeddings=1024, rope_parameters=None)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    attention = model.model.layers[1].self_attn
+    size, kv_head, head = attention.head_dim, 1, 3
+    rows = slice(head * size, (head + 1) * size)
+    key = attention.k_proj.weight.data[kv_head * size : (kv_head + 1) * size]
+    attention.q_proj.weight.data[rows] = 4 * key
+    value = attention.v_proj.weight.data[kv_head * size : (kv_head + 1) * size]
+    attention.o_proj.weight.data[:, rows] = 4 * value.T
+    model.model.rotary_emb.inv_freq.zero_()
+    return model
+
+
+@pytest.mark.parametrize("per_group", [True, False])
+def test_the_head_that_answers_need_stays_open(per_group):
+    model = copying_model()
+    gates = train_gates(
+        model, Copies(), RULE, steps=30, ratio=1 / (6 if per_group else 12), per_group=per_group
+    )
+    scores = torch.stack([gates[0], gates[1]])
+    needed = scores[1, 3]
+    others = torch.cat([scores[0], scores[1, :2], scores[1, 4:]])
+    assert needed > others.max() + 0.1
+    assert (scores >= 0).all()
+    assert (scores <= 1).all()
+    if per_group:
+        assert torch.equal(scores[1, 2], scores[1, 3])
+    assert not is_sparse(model)
+    assert not model.training
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_the_head_map_that_gates_give():
+    corpus = load_texts(None, "train")
+    model = tiny_model(vocab_size=512, max_position_embeddings=1024)
+    settings = CalibrationSettings(
+        length=512, num_documents=3, ratio=0.5, granularity="kv_group", ranking="gates"
+    )
+
+    def found(seed=0):
+        return calibrate(model, tiny_tokenizer(), corpus, settings, rule=RULE, seed=seed).head_map
+
+    head_map = found()
+    assert head_map.num_full_key_value_heads == 3
+    assert head_map.num_retrieval_heads == 6  # whole groups
+    assert found() == head_map
+    assert found(seed=1).scores != head_map.scores
+
+
+def test_a_model_without_finite_numbers():
+    model = tiny_model()
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(RTPurboError, match="step 1 of the gates is nan: try --dtype float32"):
+        train_gates(model, Copies64(), RULE, steps=2, ratio=0.5, per_group=True)
+    assert not is_sparse(model)
+
+
+class Copies64(Copies):
+    """The same of 64 tokens of vocabulary."""
+
+    def sequence(self, number):
+        drawn = super().sequence(number)
+        return TrainingSequence([token % 64 for token in drawn.input_ids], 23)
