@@ -40,4 +40,8 @@ def test_lengths_are_compared_with_the_context(tiny_artifact, tiny_base, tmp_pat
     Request.of(["needle"], [1024], ["full"]).check_lengths(tiny_artifact)
     # What is not here is found out by loading.
     request.check_lengths(tiny_artifact, "hub/name")
+    with pytest.raises(RTPurboError, match="context of 8,192"):
+        Request.of(["needle"], [9000], ["full"]).check_lengths(
+            tiny_artifact, "wheel:smollm2-135m-instruct"
+        )
     request.check_lengths(tmp_path)

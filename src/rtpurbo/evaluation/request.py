@@ -1,4 +1,4 @@
-"""What a user asks to evaluate, checked in a moment: nothing here imports torch."""
+"""Checks of what is to be evaluated; only the name of a wheel imports torch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Request:
         return cls(cells, harness_data, question_data)
 
     def check_lengths(self, artifact: str | Path, base_model: str | None = None) -> None:
-        """Refuses tests beyond the context of the model, where a folder here tells it.
+        """Refuses tests beyond the context of the model, where a folder or a wheel's name tells it.
 
         Args:
             artifact: the artifact or export.
@@ -114,7 +114,7 @@ def _split(
 
 
 def _context_length(artifact: Path, base_model: str | None) -> int | None:
-    """The context in tokens by the configuration in a folder; None if loading has to tell it."""
+    """The context in tokens, by a configuration that is at hand; None if loading has to tell it."""
     try:
         written = artifact / "rtpurbo_config.json"
         base: str | Path = artifact  # an export, unless it names its base
@@ -122,8 +122,13 @@ def _context_length(artifact: Path, base_model: str | None) -> int | None:
             entry = json.loads(written.read_text(encoding="utf-8"))
             if entry["stage2"] != "merged":
                 base = base_model or entry["base_model"]["name"]
+        if str(base).startswith("wheel:"):
+            # Imports torch, which a model in a folder does not need.
+            from rtpurbo.models.wheels import find_wheel_model
+
+            return int(find_wheel_model(str(base)).config["max_position_embeddings"])
         config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
         return int(config.get("text_config", config)["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RTPurboError):
         # Loading says what is wrong, if anything is.
         return None
