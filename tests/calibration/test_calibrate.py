@@ -7,6 +7,7 @@ from rtpurbo.calibration.calibrate import calibrate
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import CalibrationSettings
+from tests.calibration.silent import silent_model
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -18,20 +19,13 @@ def corpus():
 
 def copying_model():
     """Head 3 of layer 1 attends to equal tokens; every other head of the model to all alike."""
-    model = tiny_model(vocab_size=512, max_position_embeddings=1024, rope_parameters=None)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.zero_()
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.mlp.down_proj.weight.data.zero_()
+    model = silent_model()
     attention = model.model.layers[1].self_attn
     size = attention.head_dim
     head, key_value_head = 3, 1
     attention.q_proj.weight.data[head * size : (head + 1) * size] = (
         3 * attention.k_proj.weight.data[key_value_head * size : (key_value_head + 1) * size]
     )
-    # Without rotation, the same token gives the same key wherever it stands.
-    inverse = model.model.rotary_emb.inv_freq
-    inverse.zero_()
     return model
 
 

@@ -19,6 +19,7 @@ from rtpurbo.models.sparsify import (
 )
 from rtpurbo.settings import CalibrationSettings
 from rtpurbo.training.sequences import TrainingSequence
+from tests.calibration.silent import silent_model
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -99,11 +100,7 @@ def copying_model():
     Its queries and keys are embeddings without rotation, its values and output go straight to the
     logits; the attention of all other heads is multiplied by zero.
     """
-    model = tiny_model(vocab_size=512, max_position_embeddings=1024, rope_parameters=None)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.zero_()
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.mlp.down_proj.weight.data.zero_()
+    model = silent_model()
     attention = model.model.layers[1].self_attn
     size, kv_head, head = attention.head_dim, 1, 3
     rows = slice(head * size, (head + 1) * size)
@@ -111,7 +108,6 @@ def copying_model():
     attention.q_proj.weight.data[rows] = 4 * key
     value = attention.v_proj.weight.data[kv_head * size : (kv_head + 1) * size]
     attention.o_proj.weight.data[:, rows] = 4 * value.T
-    model.model.rotary_emb.inv_freq.zero_()
     return model
 
 
