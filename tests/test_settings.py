@@ -87,3 +87,8 @@ def test_what_is_longer_than_the_context_is_refused():
 def test_labels_are_checked(name, value, complaint):
     with pytest.raises(RTPurboError, match=complaint):
         change_settings(SETTINGS, {f"stage2.{name}": value})
+
+
+def test_a_setting_that_was_renamed_is_named():
+    with pytest.raises(RTPurboError, match=r"'stage2.share' is called 'stage2.lora_scale' now"):
+        change_settings(SETTINGS, {"stage2.share": None})

@@ -288,6 +288,9 @@ def check_context(what: str, length: int, context_length: int) -> None:
         )
 
 
+_RENAMED = {"stage2.share": "stage2.lora_scale"}
+
+
 def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) -> ConversionSettings:
     """Settings with some fields changed, by dotted name: `{"stage1.steps": 100, "seed": 1}`.
 
@@ -298,6 +301,8 @@ def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) ->
     for name, value in changes.items():
         part, _, item = name.rpartition(".")
         owner = _part(settings, part)
+        if name in _RENAMED:
+            raise RTPurboError(f"the setting '{name}' is called '{_RENAMED[name]}' now.")
         if item not in _names_of(owner):
             raise RTPurboError(f"there is no setting '{name}'.")
         checked = checked_value(name, value, field_types(type(owner))[item])
