@@ -30,6 +30,8 @@ from rtpurbo.settings import (
     IndexerTrainingSettings,
 )
 from rtpurbo.training.document_answers import BATCH_TOKENS
+from rtpurbo.training.lora_scale import SCALES, SEQUENCES_PER_KIND
+from rtpurbo.training.pools import HELD_OUT
 from rtpurbo.training.probe import PROBE_ROWS
 from rtpurbo.training.vocabulary import COLUMNS
 
@@ -45,12 +47,9 @@ _SELECTION_BYTES = 64
 STEP_SECONDS = 0.0015
 """Fixed cost of one decoder layer in one step of generation on a GPU."""
 
-# Sequences that the model writes before training: steps of generation of one batch of conversations (user
-# turns in about three rounds, answers in two halves) and of one batch of documents, and tokens of such a batch.
-_CONVERSATION_STEPS, _DOCUMENT_STEPS, _DOCUMENT_TOKENS = 3 * 192 + 2 * 384, 128, 131072
-_HELD_OUT = 16
-_SCALE_PASSES = 5 * 4 * 9
-"""Forwards that choose the LoRA scale: scales, sequences of a kind, and kinds."""
+# Steps of generation before training: of one batch of conversations (user turns in about three rounds, answers
+# in two halves) and of one batch of documents.
+_CONVERSATION_STEPS, _DOCUMENT_STEPS = 3 * 192 + 2 * 384, 128
 
 _FP32 = 4
 _ADAMW_BYTES = 16
@@ -331,11 +330,10 @@ def stage_seconds(
     )
     judged = 0.0
     if stage2.steps and stage2.lora_scale is None:
-        judged = seconds(
-            _SCALE_PASSES
-            * _mean(shape.forward_flops(each, window, share) for each in stage2.lengths),
-            _SCALE_PASSES,
-        )
+        kinds = sum(each > 0 for each in stage2.shares().values()) + 1  # prose
+        forwards = len(SCALES) * SEQUENCES_PER_KIND * kinds
+        forward = _mean(shape.forward_flops(each, window, share) for each in stage2.lengths)
+        judged = seconds(forwards * forward, forwards)
     has_refresh = stage2.steps > 0 and stage2.refresh_steps > 0
     calibration = settings.calibration
     # A step of gates: the dense model, a mix of it and of windows, and the gradients of that.
@@ -355,13 +353,11 @@ def _writing_seconds(shape: ModelShape, stage2: DistillationSettings, device_nam
     generated = read = tokens = 0.0
     if stage2.steps and stage2.conversation_share:
         generated += _CONVERSATION_STEPS
-        tokens += (stage2.conversation_share * stage2.steps + _HELD_OUT) * _CONVERSATION_STEPS / 2
+        tokens += (stage2.conversation_share * stage2.steps + HELD_OUT) * _CONVERSATION_STEPS / 2
     if stage2.steps and stage2.document_share:
-        documents = stage2.document_share * stage2.steps + _HELD_OUT
+        documents = stage2.document_share * stage2.steps + HELD_OUT
         each = documents / len(stage2.lengths)
-        batches = sum(
-            2 * math.ceil(each * length / 2 / _DOCUMENT_TOKENS) for length in stage2.lengths
-        )
+        batches = sum(2 * math.ceil(each * length / 2 / BATCH_TOKENS) for length in stage2.lengths)
         generated += batches * _DOCUMENT_STEPS
         tokens += documents * _DOCUMENT_STEPS
         read = documents * _mean(shape.forward_flops(length) for length in stage2.lengths)

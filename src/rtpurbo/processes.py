@@ -62,7 +62,7 @@ class Processes:
 
     @property
     def shard_weights(self) -> bool:
-        """Whether each process holds only a part of the model's weights."""
+        """True if each process holds only a part of the model's weights."""
         return self.count > 1 and self.parallelism == "fsdp"
 
     @property

@@ -94,7 +94,7 @@ class NeedleWording:
 
     @property
     def is_record(self) -> bool:
-        """Whether a needle takes a line of its own instead of being a sentence."""
+        """True if a needle takes a line of its own instead of being a sentence."""
         return self.statement in templates(self.split)["needles"]["records"]
 
     def state(self, key: str, value: str) -> str:
@@ -141,7 +141,7 @@ class ChainWording:
 
     @property
     def is_record(self) -> bool:
-        """Whether an assignment takes a line of its own instead of being a sentence."""
+        """True if an assignment takes a line of its own instead of being a sentence."""
         return self.statement in templates(self.split)["chains"]["records"]
 
     def assign(self, name: str, value: str) -> str:

@@ -142,7 +142,7 @@ class ReadMeter(SelectionStatistics):
         return array
 
     def reads(self) -> Reads:
-        """What was measured so far."""
+        """Figures measured so far."""
         return reads_of(self.measured())
 
 

@@ -60,7 +60,7 @@ class BaseReference:
 
     @property
     def is_local(self) -> bool:
-        """Whether only its owner has the model, so that `name` means nothing to others."""
+        """True if only its owner has the model, so that `name` means nothing to others."""
         return self.source in ("local", "gguf")
 
     @property

@@ -70,7 +70,7 @@ class DecodedCopy:
         return load_checked(self.folder, dtype, sharding)
 
     def is_current(self) -> bool:
-        """Whether there is a copy, made from this file; its weights are not looked at."""
+        """True if there is a copy, made from this file; its weights are not looked at."""
         origin = read_origin(self.folder)
         return origin is not None and all(
             origin.get(key) == value for key, value in self.identity.items()

@@ -85,7 +85,7 @@ def gguf_config(header: GgufHeader) -> PretrainedConfig:
 
 
 def _family_values(architecture: str, header: GgufHeader) -> dict[str, Any]:
-    """What only some families have."""
+    """Parts that only some families have."""
     values: dict[str, Any] = {}
     queries = header.tensors.get("blk.0.attn_q.weight")
     if queries is not None and architecture in _WITH_HEAD_DIM:

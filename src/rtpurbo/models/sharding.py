@@ -110,7 +110,7 @@ def _with_sharded_layers(source: PreTrainedModel, sharding: Sharding) -> PreTrai
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only a part of the model's weights."""
+    """True if a process holds only a part of the model's weights."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
@@ -140,7 +140,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: a view, all of it if it is not sharded."""
+    """The part of a tensor that this process holds: a view, all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -227,7 +227,7 @@ def headwise_attention(
 
 
 def decoding_counters(batch: int, num_retrieval_heads: int, device: torch.device) -> Tensor | None:
-    """What kernels count in when they decode, to be kept from step to step.
+    """Histogram workspace of the decode kernels, to be kept from step to step.
 
     Args:
         batch: sequences.

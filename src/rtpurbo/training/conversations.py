@@ -195,7 +195,7 @@ def _user_turns(
 
 
 def is_usable(text: str, opening: str = "") -> bool:
-    """Whether a sampled user turn says something beyond its opening and does not repeat itself."""
+    """True if a sampled user turn says something beyond its opening and does not repeat itself."""
     words = text.split()
     if len(text) <= len(opening.strip()) or not re.search(r"\w", text):
         return False

@@ -56,6 +56,6 @@ class UserTurn:
         return [token_id for token_id in following if token_id in special]
 
     def words_of(self, text: str) -> str:
-        """What a user says in sampled text: up to the end of the turn, if it comes."""
+        """The user's words in sampled text: up to the end of the turn, if it comes."""
         end = self.after.strip().split("\n")[0]
         return (text.partition(end)[0] if end else text).strip()

@@ -84,7 +84,7 @@ def normalise(answer: str) -> str:
 
 
 def is_equivalent(given: str, expected: str) -> bool:
-    """Whether two answers agree after normalisation, or are equal numbers."""
+    """True if two answers agree after normalisation, or are equal numbers."""
     one, other = normalise(given), normalise(expected)
     value = _number(one)
     return one == other or (value is not None and value == _number(other))

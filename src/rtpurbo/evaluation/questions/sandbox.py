@@ -26,7 +26,7 @@ _RUNNER = Path(__file__).with_name("sandbox_runner.py")
 
 
 def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
-    """Whether a Python program runs to its end without an error within its limits.
+    """True if a Python program runs to its end without an error within its limits.
 
     Args:
         program: source text.
