@@ -6,8 +6,11 @@ at the answers. That is a far finer measure than right or wrong answers to a few
 
     python experiments/loss_sources.py rank MODEL --data books.jsonl.gz --by gates-group -o gates.json
     python experiments/loss_sources.py measure MODEL --data books.jsonl.gz --map gates.json:kv_group:0.375 -o table.json
+    python experiments/loss_sources.py distill MODEL --data books.jsonl.gz --map gates.json:kv_group:0.5 -o stage2.json
 
-Run `measure` once a GPU with `--part I/N`: each takes its share of the questions.
+`measure` takes a window and sinks with a map (FILE:GRANULARITY:RATIO:WINDOW:SINKS). Run it once a GPU with
+`--part I/N`: each takes its share of the questions. `distill` trains a LoRA on synthetic tasks and prose with dense
+retrieval heads, and measures the same questions, and prose within the window, before and after.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,25 +28,29 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoTokenizer
 
 from rtpurbo.calibration.calibrate import calibrate
 from rtpurbo.calibration.selection import choose_heads
-from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig, default_sliding_window
+from rtpurbo.config import AttentionRule, RTPurboConfig, default_sliding_window
 from rtpurbo.data.texts import load_texts
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.files import write_json_atomically
-from rtpurbo.models.artifact import load
+from rtpurbo.models.artifact import ADAPTER_FOLDER, load
 from rtpurbo.models.base import BaseModel, load_base_model
-from rtpurbo.models.sparsify import decoding_last, is_sparse, restore, set_rule, sparsify
+from rtpurbo.models.sparsify import decoding_last, empty_head_map, restore, set_rule, sparsify
 from rtpurbo.settings import CalibrationSettings, DistillationSettings
 from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.stage2 import predictions
+from rtpurbo.training.stage2 import distill, predictions
 from rtpurbo.training.teacher import TeacherTargets, teacher_targets, top_logits_divergence
 from rtpurbo.training.vocabulary import most_likely
+
+PROSE_LENGTH = 1024
 
 ANSWERS = DistillationSettings(labels="answers", decode_rows=1 << 20)
 
@@ -102,15 +111,18 @@ def rule_of(base: BaseModel, arguments: argparse.Namespace) -> AttentionRule:
     return AttentionRule(sliding_window=window, top_p=1.0)
 
 
-def head_maps(base: BaseModel, names: list[str]) -> Iterator[tuple[str, HeadMap]]:
-    """Head maps from FILE:GRANULARITY:RATIO."""
+def configurations(
+    base: BaseModel, names: list[str], rule: AttentionRule
+) -> Iterator[tuple[str, RTPurboConfig]]:
+    """Configurations from FILE:GRANULARITY:RATIO[:WINDOW[:SINKS]]."""
     heads = base.model.config.num_key_value_heads
     for name in names:
-        file, granularity, ratio = name.split(":")
-        settings = CalibrationSettings(ratio=float(ratio), granularity=granularity)  # type: ignore[arg-type]
+        file, granularity, ratio, *places = name.split(":")
+        settings = CalibrationSettings(ratio=float(ratio), granularity=granularity)
         scores = json.loads(Path(file).read_text(encoding="utf-8"))["scores"]
-        found = choose_heads(scores, heads, settings)
-        yield f"{Path(file).stem}:{granularity}:{ratio}", found
+        fields = zip(("sliding_window", "num_sink_tokens"), map(int, places), strict=False)
+        found = RTPurboConfig(choose_heads(scores, heads, settings), replace(rule, **dict(fields)))
+        yield Path(file).stem + name.removeprefix(file), found
 
 
 def make_questions(arguments: argparse.Namespace) -> None:
@@ -148,7 +160,20 @@ def ask(base: BaseModel, arguments: argparse.Namespace) -> list[Asked]:
                 targets = teacher_targets(base.model, sequence, ANSWERS, "")
                 asked.append(Asked(task, length, sequence, targets))
             print("asked", length, task, flush=True)
-    return asked
+    return asked + prose(base, arguments)
+
+
+def prose(base: BaseModel, arguments: argparse.Namespace) -> list[Asked]:
+    """Held-out prose within the window: before stage 2 every variant reads it as the dense model does."""
+    corpus = load_texts(arguments.data, "heldout")
+    rng = random.Random(arguments.seed)
+    read = []
+    for _ in range(arguments.samples):
+        token_ids = corpus.sample_tokens(base.tokenizer, PROSE_LENGTH, rng)
+        sequence = TrainingSequence(list(token_ids), 0)
+        targets = teacher_targets(base.model, sequence, ANSWERS, "")
+        read.append(Asked("prose", PROSE_LENGTH, sequence, targets))
+    return read
 
 
 @torch.no_grad()
@@ -172,61 +197,98 @@ def compare(model: torch.nn.Module, asked: list[Asked], selecting: bool) -> dict
     }
 
 
+class Table:
+    """The figures of all variants, written after each.
+
+    Args:
+        path: JSON file.
+        lengths: tokens of the questions, whose means are printed.
+    """
+
+    def __init__(self, path: Path, lengths: list[int]) -> None:
+        self.path, self.lengths = path, lengths
+        self.rows: dict[str, dict[str, list[float]]] = {}
+
+    def add(
+        self, name: str, model: torch.nn.Module, asked: list[Asked], selecting: bool = False
+    ) -> None:
+        """Measures a variant."""
+        began = time.monotonic()
+        figures = compare(model, asked, selecting)
+        self.rows[name] = figures
+        mean = {
+            length: round(fmean(row[0] for key, row in figures.items() if key.startswith(f"{length} ")), 4)
+            for length in self.lengths
+        }  # fmt: skip
+        print(f"{name}: {mean} in {time.monotonic() - began:.0f} s", flush=True)
+        write_json_atomically(self.path, self.rows)
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """Every variant on the questions of this part, as JSON."""
     base = load_model(arguments.model, arguments.device)
     asked = ask(base, arguments)
+    table = Table(arguments.output, arguments.lengths)
     rule = rule_of(base, arguments)
-    table = {}
-
-    def note(name: str, began: float, figures: dict[str, list[float]]) -> None:
-        table[name] = figures
-        mean = {
-            length: [
-                round(
-                    fmean(
-                        row[column] for key, row in figures.items() if key.startswith(f"{length} ")
-                    ),
-                    4,
-                )
-                for column in range(3)
-            ]
-            for length in arguments.lengths
-        }
-        print(f"{name}: {mean} in {time.monotonic() - began:.0f} s", flush=True)
-        write_json_atomically(arguments.output, table)
-
-    for name, head_map in head_maps(base, arguments.map):
-        began = time.monotonic()
-        sparsify(base.model, RTPurboConfig(head_map, rule))
-        note(name, began, compare(base.model, asked, selecting=False))
-        if not arguments.artifact and name == arguments.map[-1]:
-            restore(base.model)
-    if is_sparse(base.model):
+    for name, config in configurations(base, arguments.map, rule):
+        sparsify(base.model, config)
+        table.add(name, base.model, asked)
         restore(base.model)
-    began = time.monotonic()
-    empty = replace(
-        next(head_maps(base, arguments.map[:1]))[1],
-        retrieval_heads=((),) * base.model.config.num_hidden_layers,
-    )
-    sparsify(base.model, RTPurboConfig(empty, rule))
-    note("windows", began, compare(base.model, asked, selecting=False))
+    if arguments.map:
+        sparsify(base.model, RTPurboConfig(empty_head_map(base.model), rule))
+        table.add("windows", base.model, asked)
+        restore(base.model)
     base.model.cpu()
     for artifact in arguments.artifact:
         for stage2 in (False, True):
             for top_p in (None, 1.0):
-                began = time.monotonic()
                 dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
                 model, _ = load(artifact, device=arguments.device, dtype=dtype, stage2=stage2)
                 if top_p:
                     set_rule(model, top_p=top_p)
                 name = f"{Path(artifact).name} stage2={stage2} {'dense' if top_p else 'selection'}"
-                note(name, began, compare(model, asked, selecting=not top_p))
+                table.add(name, model, asked, selecting=not top_p)
                 del model
 
 
+def train_lora(arguments: argparse.Namespace) -> None:
+    """A stage 2 with dense retrieval heads; divergences before and after at three scales, as JSON."""
+    base = load_model(arguments.model, arguments.device)
+    asked = ask(base, arguments)
+    table = Table(arguments.output, arguments.lengths)
+    [(name, config)] = configurations(base, arguments.map, rule_of(base, arguments))
+    shares = dict(share.split("=") for share in arguments.shares)
+    settings = DistillationSettings(
+        steps=arguments.steps,
+        lengths=tuple(arguments.train_lengths),
+        learning_rate=arguments.learning_rate,
+        lora_rank=arguments.rank,
+        lora_beyond_attention=arguments.mlp,
+        decode_rows=0,
+        **{f"{kind}_share": float(share) for kind, share in shares.items()},
+    )
+    sparsify(base.model, config)
+    table.add(f"{name} before", base.model, asked)
+    corpus, held_out = (load_texts(arguments.data, part) for part in ("train", "heldout"))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        output, teacher = Path(folder) / "student", Path(folder) / "teacher"
+        output.mkdir()
+        distill(
+            base.model, base.tokenizer, corpus, held_out, output, settings,
+            teacher_folder=teacher,
+            progress=lambda stage, done, total, figures: print(
+                stage, done, total, figures, round(time.monotonic() - began), flush=True
+            ),
+        )  # fmt: skip
+        student = PeftModel.from_pretrained(base.model, str(output / ADAPTER_FOLDER))
+        for scale in (0.5, 1.0):
+            with rescale_adapter_scale(student, scale):
+                table.add(f"{name} stage 2, scale {scale}", base.model, asked)
+
+
 def main() -> None:
-    """Parses arguments and runs one of the two steps."""
+    """Parses arguments and runs one of the steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     steps = parser.add_subparsers(required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -254,6 +316,16 @@ def main() -> None:
     measuring.add_argument("--artifact", action="append", default=[])
     measuring.add_argument("--part", default="0/1")
     measuring.set_defaults(run=measure)
+    training = steps.add_parser("distill", parents=[common, questions])
+    training.add_argument("--map", action="append", required=True)
+    training.add_argument("--part", default="0/1")
+    training.add_argument("--steps", type=int, default=100)
+    training.add_argument("--learning-rate", type=float, default=2e-4)
+    training.add_argument("--rank", type=int, default=16)
+    training.add_argument("--mlp", action="store_true")
+    training.add_argument("--train-lengths", type=int, nargs="+", default=[8192, 16384])
+    training.add_argument("--shares", nargs="+", default=[], metavar="KIND=SHARE")
+    training.set_defaults(run=train_lora)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

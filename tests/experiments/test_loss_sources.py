@@ -38,11 +38,58 @@ def test_variants_are_compared_with_the_dense_model(monkeypatch, model, tmp_path
     table = json.loads(output.read_text())
     assert set(table) == {"gates:kv_group:1", "copies:query_head:0.25", "windows"}
     for figures in table.values():
-        assert set(figures) == {f"2048 {task}" for task in TASKS}
-    for key in table["windows"]:
+        assert set(figures) == {"1024 prose", *(f"2048 {task}" for task in TASKS)}
+    for key in set(table["windows"]) - {"1024 prose"}:
         divergence, agreement, _, questions = table["gates:kv_group:1"][key]
         # Every head is kept, so only rounding is left.
         assert divergence < 1e-4
         assert agreement == 1
         assert questions == 2
         assert table["windows"][key][0] > 0.01
+
+
+def test_stage_2_is_measured_before_and_after(monkeypatch, model, tmp_path):
+    common = ["--device", "cpu", "--window", 128]
+    run(
+        monkeypatch,
+        "rank",
+        model,
+        *common,
+        "--by",
+        "copies",
+        "--length",
+        512,
+        "-o",
+        tmp_path / "a.json",
+    )
+    options = [
+        "--lengths",
+        1024,
+        "--tasks",
+        TASKS[0],
+        "--samples",
+        1,
+        "--map",
+        f"{tmp_path}/a.json:kv_group:0.5:64:8",
+    ]
+    training = [
+        "--steps",
+        2,
+        "--train-lengths",
+        512,
+        "--shares",
+        "needle=.5",
+        "--learning-rate",
+        0.1,
+    ]
+    output = tmp_path / "table.json"
+    run(monkeypatch, "distill", model, *common, *options, *training, "-o", output)
+    table = json.loads(output.read_text())
+    name = "a:kv_group:0.5:64:8"
+    assert list(table) == [
+        f"{name} before",
+        f"{name} stage 2, scale 0.5",
+        f"{name} stage 2, scale 1.0",
+    ]
+    before, half, whole = (figures["1024 niah_single_1"][0] for figures in table.values())
+    assert len({before, half, whole}) == 3
