@@ -343,8 +343,9 @@ class Job:
                     write_json_atomically(figures_file(self.work, "stage2"), figures)
             self.processes.wait()
             self._discard("stage2.checkpoint", "teacher")
-        apply_stage2(base.model, folder, stage2_kind(self.work))
-        if settings.refresh_steps:
+        kind = stage2_kind(self.work)
+        apply_stage2(base.model, folder, kind)
+        if settings.refresh_steps and kind != "none":
             refresh = self.settings.refresh
             self._train_indexers(base, "refresh", refresh, on_student=True)
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtpurbo.calibration.calibrate import calibrate
-from rtpurbo.calibration.gates import project, train_gates
+from rtpurbo.calibration.gates import SharedScaleDescent, project, train_gates
 from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import (
@@ -18,7 +19,6 @@ from rtpurbo.models.sparsify import (
     sparsify,
 )
 from rtpurbo.settings import CalibrationSettings
-from rtpurbo.training.sequences import TrainingSequence
 from tests.calibration.silent import silent_model
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -84,6 +84,42 @@ def test_projection(numbers, share):
         assert (after[order].diff() >= -1e-6).all()
 
 
+def descend(gradients):
+    """Two gates of .5 after steps with these gradients."""
+    gates = [torch.tensor([0.5], requires_grad=True), torch.tensor([0.5], requires_grad=True)]
+    descent = SharedScaleDescent(gates)
+    for step in gradients:
+        for gate, gradient in zip(gates, step, strict=True):
+            gate.grad = torch.tensor([gradient])
+        descent.step()
+        project(gates, 1.0)
+        assert all(gate.grad is None for gate in gates)
+    return [gate.item() for gate in gates]
+
+
+def test_a_rare_large_effect_outweighs_a_constant_small_one():
+    rare, constant = descend([(0.0 if step % 8 else -1.0, -0.03) for step in range(60)])
+    assert rare > 0.8
+    assert constant < 0.2
+
+
+def test_one_sequence_does_not_decide_alone():
+    # The last gradient is a thousand times the others' size, and counts five times.
+    before, _ = descend([(-0.1, 0.0)] * 5)
+    after, other = descend([(-0.1, 0.0)] * 5 + [(0.0, -100.0)])
+    assert after - other > 0.5 * (2 * before - 1)
+
+
+def test_open_gates_do_not_set_the_scale():
+    gates = [torch.ones(1, requires_grad=True), torch.tensor([0.5], requires_grad=True)]
+    descent = SharedScaleDescent(gates)
+    gates[0].grad, gates[1].grad = torch.tensor([-1000.0]), torch.tensor([-0.1])
+    descent.step()
+    project(gates, 2.0)
+    assert gates[0].item() == 1
+    assert gates[1].item() > 0.52
+
+
 class Copies:
     """Sequences whose answer repeats the tokens after an early mark, far before the window."""
 
@@ -91,7 +127,7 @@ class Copies:
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(8, 500, (LENGTH,), generator=generator)
         ids[-24:] = ids[8:32]
-        return TrainingSequence(ids.tolist(), 23)
+        return Conversation(ids.tolist(), [(LENGTH - 23, LENGTH)])
 
 
 def copying_model():
@@ -160,4 +196,4 @@ class Copies64(Copies):
 
     def sequence(self, number):
         drawn = super().sequence(number)
-        return TrainingSequence([token % 64 for token in drawn.input_ids], 23)
+        return Conversation([token % 64 for token in drawn.input_ids], drawn.answer_spans)

@@ -122,3 +122,18 @@ def test_what_is_told_stands_at_any_depth():
 def test_too_short_a_length_is_said():
     with pytest.raises(RTPurboError, match=r"about 2 paragraphs .* does not fit into 40 tokens"):
         text_and_answer(40, 0)
+
+
+def test_several_questions_ask_about_different_paragraphs():
+    tokenizer = tiny_tokenizer()
+    counts = set()
+    for seed in range(20):
+        example = reading_example(tokenizer, PLAIN, 8000, Random(seed), most_questions=4)
+        answers = [
+            tokenizer.decode(example.input_ids[slice(*s)]).strip() for s in example.answer_spans
+        ]
+        text = tokenizer.decode(example.input_ids[: example.answer_spans[0][0]])
+        assert len(example) <= 8000
+        assert all(answer.strip(" .") in text for answer in answers)
+        counts.add(len(answers))
+    assert max(counts) == 4

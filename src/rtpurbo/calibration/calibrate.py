@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.calibration.chains import chain_scores, make_chain_document
-from rtpurbo.calibration.gates import MIX, train_gates
+from rtpurbo.calibration.gate_sequences import GateSequences
+from rtpurbo.calibration.gates import train_gates
 from rtpurbo.calibration.scores import retrieval_scores
 from rtpurbo.calibration.selection import Stability, choose_heads, in_turn, measure_stability
 from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_map_from_dict
@@ -23,12 +24,10 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.families import convertible_layers
 from rtpurbo.settings import (
     CalibrationSettings,
-    IndexerTrainingSettings,
     Progress,
     check_context,
     no_progress,
 )
-from rtpurbo.training.sequences import TrainingMix
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _by_gates(
     seed: int,
     progress: Progress,
 ) -> Calibration:
-    """The heads whose gates stay open longest."""
+    """The heads whose gates stay open."""
     window = default_sliding_window(model.config.max_position_embeddings)
     ratio = settings.ratio
     if settings.count is not None:
@@ -110,13 +109,7 @@ def _by_gates(
         ratio = min(1.0, settings.count / heads)
     scores = train_gates(
         model,
-        TrainingMix.of(
-            IndexerTrainingSettings(lengths=(settings.length,), **MIX),
-            tokenizer,
-            corpus,
-            seed,
-            "gates",
-        ),
+        GateSequences(tokenizer, corpus, (settings.length,), seed),
         rule or AttentionRule(sliding_window=window),
         steps=settings.num_documents,
         ratio=ratio,

@@ -9,15 +9,18 @@ Unlike attention scores, gates rank a head by its effect on the output and see t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rtpurbo.calibration.gate_sequences import target_positions
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import (
     empty_head_map,
@@ -28,9 +31,9 @@ from rtpurbo.models.sparsify import (
     sparsify,
 )
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
-from rtpurbo.training.sequences import TrainingMix
+from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, loss_on
-from rtpurbo.training.teacher import teacher_targets
+from rtpurbo.training.teacher import targets_at
 
 INITIAL_GATE = 0.95
 """Below 1: where every gate is open the divergence and its gradient are zero."""
@@ -39,24 +42,24 @@ CLOSING_STEPS = 0.7
 """Share of the steps over which the budget shrinks; in the rest heads compete at the final budget."""
 
 LEARNING_RATE = 0.03
+"""Change of a gate whose gradient is the root mean square of all gates' gradients."""
 
-MIX: dict[str, Any] = {
-    "needle_share": 0.15,
-    "variable_share": 0.2,
-    "passage_share": 0.1,
-    "haystack_share": 0.3,
-    "counting_share": 0.1,
-    "reading_share": 0.1,
-}
-"""Shares of the kinds of training sequences; the rest is prose."""
+MOMENTUM, SCALE_DECAY, MAX_GRADIENT = 0.9, 0.99, 5.0
+"""Averages of the gradient and of its square over steps; a gradient is clipped to so many times its usual size."""
 
-TARGETS = DistillationSettings(labels_per_sequence=1024, answer_weight=2.0, decode_rows=0)
-"""Target positions: every token of the answer and some of the text before it."""
+TARGETS = DistillationSettings(answer_weight=2.0, decode_rows=0)
+
+
+class Sequences(Protocol):
+    """A source of training sequences."""
+
+    def sequence(self, number: int) -> Conversation:
+        """Sequence `number`, with the spans of its answers."""
 
 
 def train_gates(
     model: PreTrainedModel,
-    mix: TrainingMix,
+    sequences: Sequences,
     rule: AttentionRule,
     *,
     steps: int,
@@ -66,11 +69,11 @@ def train_gates(
 ) -> dict[int, Tensor]:
     """Trains a gate for each query head or KV head and returns each head's mean gate.
 
-    The mean over all steps ranks heads for any budget: the longer a head resists, the higher.
+    The mean is taken over the last steps, in which the gates compete at the final budget.
 
     Args:
         model: dense, on any device.
-        mix: training sequences, longer than sinks and window.
+        sequences: longer than sinks and window.
         rule: sinks and window of a closed head.
         steps: optimiser steps, one sequence each.
         ratio: share of the gates that may stay open in the end.
@@ -86,13 +89,16 @@ def train_gates(
     with _gated(model, rule, per_group) as gates:
         parameters = list(gates.values())
         count = sum(gate.numel() for gate in parameters)
+        optimizer = SharedScaleDescent(parameters)
+        last = [step for step in range(steps) if step + 1 >= CLOSING_STEPS * steps]
         total = {layer: torch.zeros_like(gate) for layer, gate in gates.items()}
-        optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
         for step in range(steps):
-            sequence = mix.sequence(step)
+            conversation = sequences.sequence(step)
+            positions, answers = target_positions(conversation, f"gates-{step}")
+            ids = conversation.input_ids
             with running_dense(model), autocast(model):
-                targets = teacher_targets(model, sequence, TARGETS, f"gates-{step}")
-            loss = loss_on(model, sequence, targets, TARGETS)
+                targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
+            loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)
             if not loss.isfinite():
                 raise RTPurboError(
                     f"the loss of step {step + 1} of the gates is {loss.item()}: try --dtype float32, or "
@@ -100,18 +106,59 @@ def train_gates(
                 )
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             closed = min(1.0, (step + 1) / max(1, CLOSING_STEPS * steps))
             budget = count * (INITIAL_GATE + (ratio - INITIAL_GATE) * closed)
             project(parameters, budget)
-            for layer, gate in gates.items():
-                total[layer] += gate.detach()
+            if step in last:
+                for layer, gate in gates.items():
+                    total[layer] += gate.detach() / len(last)
             progress("gates", step + 1, steps, {"loss": loss.item(), "open": budget})
         heads = model.config.num_attention_heads
         return {
-            layer: (value / steps).repeat_interleave(heads // value.numel()).cpu()
+            layer: value.repeat_interleave(heads // value.numel()).cpu()
             for layer, value in total.items()
         }
+
+
+class SharedScaleDescent:
+    """Gradient descent with momentum, scaled by one root mean square over all gates.
+
+    Adam scales each gate by its own gradients, which makes a small effect on every sequence worth more than
+    a large one on few: heads that a rare task needs were closed (docs/experiment-log.md).
+
+    Args:
+        gates: fp32 tensors that require gradients.
+    """
+
+    def __init__(self, gates: Sequence[Tensor]) -> None:
+        self.gates = gates
+        self.momentum = [torch.zeros_like(gate) for gate in gates]
+        self.mean_square, self.steps = 0.0, 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Updates the gates in place and clears their gradients."""
+        gradients = [torch.zeros_like(g) if g.grad is None else g.grad for g in self.gates]
+        pulls = torch.cat([_free(*each) for each in zip(self.gates, gradients, strict=True)])
+        square = pulls.square().mean().item() if len(pulls) else 0.0
+        if self.steps and square:
+            usual = self.mean_square / (1 - SCALE_DECAY**self.steps)
+            clip = min(1.0, MAX_GRADIENT * math.sqrt(usual / square))
+            gradients, square = [clip * g for g in gradients], clip**2 * square
+        self.steps += 1
+        self.mean_square = SCALE_DECAY * self.mean_square + (1 - SCALE_DECAY) * square
+        scale = math.sqrt(self.mean_square / (1 - SCALE_DECAY**self.steps)) + 1e-12
+        for gate, average, gradient in zip(self.gates, self.momentum, gradients, strict=True):
+            average.lerp_(gradient, 1 - MOMENTUM)
+            gate.sub_(LEARNING_RATE / scale / (1 - MOMENTUM**self.steps) * average)
+            gate.grad = None
+
+
+def _free(gate: Tensor, gradient: Tensor) -> Tensor:
+    """The gradients of gates that can follow them: neither open nor closed already."""
+    return gradient[
+        (gate > 0) & (gate < 1) | (gate == 0) & (gradient < 0) | (gate == 1) & (gradient > 0)
+    ]
 
 
 @torch.no_grad()

@@ -41,15 +41,20 @@ WORD = re.compile(r" ?\S{1,24}")
 
 
 def reading_example(
-    tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Prose,
+    length: int,
+    rng: random.Random,
+    most_questions: int = 1,
 ) -> Conversation:
-    """Numbered paragraphs about invented people and places among pieces of prose, and a question.
+    """Numbered paragraphs about invented people and places among pieces of prose, and questions.
 
     Args:
         tokenizer: the model's.
         corpus: prose.
         length: the most tokens.
         rng: the source of all randomness.
+        most_questions: at most so many questions, about different pairs of paragraphs.
 
     Raises:
         RTPurboError: `length` leaves no room for the question, or `corpus` is too short.
@@ -57,13 +62,15 @@ def reading_example(
     pairs = subjects(rng)
     titled = rng.random() < 0.5
     asked = next(pairs)
-    question = _question(*asked, rng)
+    questions = [_question(*asked, rng)]
     told = _told(asked, titled, rng)
     tokens = sum(len(encode(tokenizer, paragraph)) for _, paragraph in told)
     most = max(0, int(TOLD_ROOM * length / tokens) - 1)
     num_others = rng.choice([count for count in NUM_OTHERS if count <= most])
     for pair in islice(pairs, num_others):
         told += _told(pair, titled, rng)
+        if len(questions) < most_questions:
+            questions.append(_question(*pair, rng))
     told.sort()
     worded = templates("train")["reading"]
     heading, introduction = rng.choice(worded["headings"]), rng.choice(worded["introductions"])
@@ -75,7 +82,7 @@ def reading_example(
         numbered = (
             f"{fill(heading, number=number)}\n{text}" for number, text in enumerate(texts, 1)
         )
-        return conversation_tokens(tokenizer, "\n\n".join([introduction, *numbered]), [question])
+        return conversation_tokens(tokenizer, "\n\n".join([introduction, *numbered]), questions)
 
     return fit_units(length, around, f"A question about {len(told)} paragraphs amid prose")
 

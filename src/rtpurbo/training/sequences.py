@@ -158,7 +158,7 @@ class TrainingMix:
         }
 
     def _kind_at(self, number: int) -> str:
-        place, begin = _place(number), 0.0
+        place, begin = golden_place(number), 0.0
         for kind, share in self._shares().items():
             if place < begin + share:
                 return kind
@@ -218,7 +218,7 @@ class TrainingMix:
         return _with_answer(reading_example(self.tokenizer, self.corpus, length, rng))
 
 
-def _place(number: int) -> float:
+def golden_place(number: int) -> float:
     """A place from 0 to 1: multiples of the golden ratio spread kinds evenly over a short run and every length."""
     return (number + 1) * GOLDEN_RATIO % 1
 

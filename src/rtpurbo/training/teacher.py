@@ -41,7 +41,6 @@ class TeacherTargets:
         return TeacherTargets(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-@torch.no_grad()
 def teacher_targets(
     teacher: PreTrainedModel, sequence: TrainingSequence, settings: DistillationSettings, seed: str
 ) -> TeacherTargets:
@@ -54,8 +53,28 @@ def teacher_targets(
         seed: of the choice of labels.
     """
     positions, answers = label_positions(sequence, settings, seed)
-    states = label_states(teacher, sequence.input_ids, positions)
-    token_ids, values = most_likely(states, teacher.get_output_embeddings(), settings.top_logits)
+    return targets_at(teacher, sequence.input_ids, positions, answers, settings.top_logits)
+
+
+@torch.no_grad()
+def targets_at(
+    teacher: PreTrainedModel,
+    input_ids: list[int],
+    positions: Tensor,
+    answers: Tensor,
+    top_logits: int,
+) -> TeacherTargets:
+    """Runs the dense teacher over a sequence and returns its most likely next tokens at some positions.
+
+    Args:
+        teacher: dense.
+        input_ids: what it reads.
+        positions: int64 [labels].
+        answers: bool [labels], whether each predicts an answer token.
+        top_logits: tokens kept for each.
+    """
+    states = label_states(teacher, input_ids, positions)
+    token_ids, values = most_likely(states, teacher.get_output_embeddings(), top_logits)
     return TeacherTargets(positions, answers, token_ids, values)
 
 

@@ -1,0 +1,96 @@
+"""Sequences that gates are trained on: long-range tasks with several questions each, and some prose."""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rtpurbo.data.long_range import MAX_QUESTIONS, LongRangeMix
+from rtpurbo.data.prompts import Conversation
+from rtpurbo.data.reading import reading_example
+from rtpurbo.data.texts import Prose, begin_ids
+from rtpurbo.errors import RTPurboError
+from rtpurbo.training.sequences import golden_place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARES = {
+    "needles": 0.25,
+    "variables": 0.25,
+    "reading": 0.25,
+    "passage": 0.1,
+    "counting": 0.1,
+    "prose": 0.05,
+}
+"""Shares of the kinds of sequences."""
+
+TEXT_LABELS = 256
+"""Target positions outside of answers."""
+
+
+@dataclass(frozen=True)
+class GateSequences:
+    """Draws sequences by number; several questions about one text cost no more than one.
+
+    Attributes:
+        tokenizer: the model's.
+        corpus: prose.
+        lengths: tokens of a sequence; sequences take them in turn.
+        seed: of everything.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Prose
+    lengths: tuple[int, ...]
+    seed: int = 0
+
+    def sequence(self, number: int) -> Conversation:
+        """Sequence `number`; prose if its kind does not fit the length.
+
+        Raises:
+            RTPurboError: the corpus is too short.
+        """
+        rng = random.Random(f"gates-{self.seed}-{number}")
+        length = self.lengths[number % len(self.lengths)]
+        mix = LongRangeMix(self.tokenizer, self.corpus)
+        kind = _kind_at(golden_place(number))
+        with suppress(RTPurboError):
+            if kind == "reading":
+                return reading_example(self.tokenizer, self.corpus, length, rng, MAX_QUESTIONS)
+            if kind != "prose":
+                drawn: Conversation = getattr(mix, kind)(length, rng)
+                return drawn
+        start = begin_ids(self.tokenizer)
+        prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
+        return Conversation([*start, *prose], [])
+
+
+def _kind_at(place: float) -> str:
+    for kind, share in SHARES.items():
+        place -= share
+        if place < 0:
+            return kind
+    return "prose"
+
+
+def target_positions(conversation: Conversation, seed: str) -> tuple[Tensor, Tensor]:
+    """Positions whose logits predict every token of the answers and some of the text before them.
+
+    Args:
+        conversation: at least two tokens.
+        seed: of the choice of text.
+
+    Returns:
+        int64 [labels], ascending in text and answers each, and bool [labels], true for answer tokens.
+    """
+    answers = [place - 1 for span in conversation.answer_spans for place in range(*span)]
+    end = min(answers, default=len(conversation) - 1)
+    text = sorted(random.Random(seed).sample(range(end), min(end, TEXT_LABELS)))
+    is_answer = torch.tensor([False] * len(text) + [True] * len(answers))
+    return torch.tensor([*text, *answers]), is_answer
