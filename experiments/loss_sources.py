@@ -40,7 +40,7 @@ from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.files import write_json_atomically
-from rtpurbo.models.artifact import ADAPTER_FOLDER, load
+from rtpurbo.models.artifact import ADAPTER_FOLDER, ArtifactConfig, load
 from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.sparsify import decoding_last, empty_head_map, restore, set_rule, sparsify
 from rtpurbo.settings import CalibrationSettings, DistillationSettings
@@ -240,7 +240,8 @@ def measure(arguments: argparse.Namespace) -> None:
         restore(base.model)
     base.model.cpu()
     for artifact in arguments.artifact:
-        for stage2 in (False, True):
+        has_stage2 = ArtifactConfig.read(Path(artifact)).stage2 != "none"
+        for stage2 in (False, True)[: 1 + has_stage2]:
             for top_p in (None, 1.0):
                 dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
                 model, _ = load(artifact, device=arguments.device, dtype=dtype, stage2=stage2)

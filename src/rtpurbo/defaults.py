@@ -75,7 +75,7 @@ _STAGES: dict[Effort, ConversionSettings] = {
         ),
     ),
     "standard": ConversionSettings(
-        calibration=CalibrationSettings(num_documents=200, **_KEPT),
+        calibration=CalibrationSettings(num_documents=150, **_KEPT),
         stage1=IndexerTrainingSettings(steps=200, **_LONG_RANGE),
         stage2=DistillationSettings(steps=0, refresh_steps=100, **_DISTILLED),
     ),
