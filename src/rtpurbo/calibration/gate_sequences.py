@@ -30,6 +30,9 @@ SHARES = {
 }
 """Shares of the kinds of sequences."""
 
+CANDIDATES = {"needles": 3, "variables": 3, "reading": 3}
+"""Draws of each sequence of a kind, of which the one with the most questions is taken."""
+
 TEXT_LABELS = 256
 """Target positions outside of answers."""
 
@@ -58,17 +61,21 @@ class GateSequences:
         """
         rng = random.Random(f"gates-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
-        mix = LongRangeMix(self.tokenizer, self.corpus)
         kind = _kind_at(golden_place(number))
         with suppress(RTPurboError):
-            if kind == "reading":
-                return reading_example(self.tokenizer, self.corpus, length, rng, MAX_QUESTIONS)
-            if kind != "prose":
-                drawn: Conversation = getattr(mix, kind)(length, rng)
-                return drawn
-        start = begin_ids(self.tokenizer)
-        prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
-        return Conversation([*start, *prose], [])
+            drawn = [self._draw(kind, length, rng) for _ in range(CANDIDATES.get(kind, 1))]
+            return max(drawn, key=lambda conversation: len(conversation.answer_spans))
+        return self._draw("prose", length, rng)
+
+    def _draw(self, kind: str, length: int, rng: random.Random) -> Conversation:
+        if kind == "prose":
+            start = begin_ids(self.tokenizer)
+            prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
+            return Conversation([*start, *prose], [])
+        if kind == "reading":
+            return reading_example(self.tokenizer, self.corpus, length, rng, MAX_QUESTIONS)
+        drawn: Conversation = getattr(LongRangeMix(self.tokenizer, self.corpus), kind)(length, rng)
+        return drawn
 
 
 def _kind_at(place: float) -> str:

@@ -92,10 +92,10 @@ def train_gates(
         optimizer = SharedScaleDescent(parameters)
         last = [step for step in range(steps) if step + 1 >= CLOSING_STEPS * steps]
         total = {layer: torch.zeros_like(gate) for layer, gate in gates.items()}
+        upcoming = sequences.sequence(0)
         for step in range(steps):
-            conversation = sequences.sequence(step)
-            positions, answers = target_positions(conversation, f"gates-{step}")
-            ids = conversation.input_ids
+            positions, answers = target_positions(upcoming, f"gates-{step}")
+            ids = upcoming.input_ids
             with running_dense(model), autocast(model):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
             loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)
@@ -105,6 +105,9 @@ def train_gates(
                     "--set calibration.ranking=copies."
                 )
             loss.backward()
+            if step + 1 < steps:
+                # Drawn while the GPU is busy with the gradients.
+                upcoming = sequences.sequence(step + 1)
             optimizer.step()
             closed = min(1.0, (step + 1) / max(1, CLOSING_STEPS * steps))
             budget = count * (INITIAL_GATE + (ratio - INITIAL_GATE) * closed)
