@@ -19,6 +19,7 @@ from rtpurbo.models.artifact import (
     save_artifact,
 )
 from rtpurbo.models.base import load_base_model
+from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import indexer_weights, restore
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -52,6 +53,8 @@ def save_tiny_artifact(
     artifact = ArtifactConfig(loaded.reference, config, stage2, settings={"stage1": {"steps": 7}})
     with whole_folder(folder) as new:
         save_artifact(new, artifact, *((before,) if stage2 == "none" else (after, before)))
+        write_model_config(new, loaded.model.config)
+        loaded.tokenizer.save_pretrained(new)
         if stage2 != "none":
             save_stage2(model, new, stage2)
     return folder

@@ -20,6 +20,7 @@ from rtpurbo.models.artifact import (
     save_artifact,
 )
 from rtpurbo.models.base import BaseModel
+from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import indexer_weights
 from rtpurbo.reporting.card import model_card
 from rtpurbo.settings import ConversionSettings
@@ -75,6 +76,8 @@ def assemble(
     )
     with whole_folder(output_dir, may_replace) as folder:
         save_artifact(folder, artifact, indexer_weights(base.model), before)
+        write_model_config(folder, base.model.config)
+        base.tokenizer.save_pretrained(folder)
         if kind == "lora":
             shutil.copytree(work / "stage2" / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
         elif kind == "full":

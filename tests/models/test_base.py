@@ -242,7 +242,12 @@ def test_a_cached_model_needs_no_network(monkeypatch, no_hub, model_folder):
     def load_with_fingerprint(name, dtype, **options):
         assert (name, options) == (
             DEFAULT_MODEL,
-            {"sharding": None, "revision": "0123abc", "local_files_only": True},
+            {
+                "sharding": None,
+                "model_options": {},
+                "revision": "0123abc",
+                "local_files_only": True,
+            },
         )
         return load(str(model_folder), dtype)
 

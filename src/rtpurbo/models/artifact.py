@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
 from rtpurbo.models.base import (
@@ -25,6 +27,14 @@ from rtpurbo.models.base import (
     BaseReference,
     load_base_model,
     load_referenced,
+)
+from rtpurbo.models.pretrained import (
+    NO_OPTIONS,
+    LoadingOptions,
+    load_pretrained_config,
+    load_tokenizer,
+    load_weights,
+    refuse_offloading,
 )
 from rtpurbo.models.sharding import is_sharded, like
 from rtpurbo.models.sparsify import load_indexers, sparsify
@@ -113,6 +123,8 @@ class ArtifactConfig:
         if in_checkpoint:
             path = folder / CHECKPOINT_CONFIG_FILE
         if not path.is_file():
+            if _is_dense(folder):
+                raise RTPurboError(_dense_in_words(str(folder)))
             raise RTPurboError(f"{folder} is not an rtpurbo artifact: it has no {CONFIG_FILE}.")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -154,22 +166,51 @@ def is_checkpoint(folder: Path) -> bool:
     return isinstance(data, dict) and isinstance(data.get(CHECKPOINT_KEY), dict)
 
 
-def find_artifact(path_or_name: str | Path) -> Path:
-    """The artifact's folder: a local one, or the Hub's downloaded.
+def find_artifact(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None, **hub: Any
+) -> Path:
+    """The folder of an artifact or an export: a local one, or the Hub's downloaded.
+
+    Args:
+        path_or_name: a folder, or a name on the Hub.
+        revision: a branch, tag or commit on the Hub.
+        hub: further arguments of `snapshot_download`, such as `token`.
 
     Raises:
-        RTPurboError: neither exists.
+        RTPurboError: neither exists, or it is a dense model.
     """
     folder = Path(path_or_name)
     if folder.is_dir():
         return folder
+    name = str(path_or_name)
     try:
-        return Path(snapshot_download(str(path_or_name)))
+        # A dense model is found out before its weights are downloaded.
+        files = ("*.json", "*.md")
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, **hub))
+        if not _is_dense(folder):
+            return Path(snapshot_download(name, revision=revision, **hub))
     except Exception as error:
         raise RTPurboError(
             f"there is no artifact '{path_or_name}': no such folder here, and the Hugging "
             "Face Hub has no such repository or cannot be reached."
         ) from error
+    raise RTPurboError(_dense_in_words(name))
+
+
+def _is_dense(folder: Path) -> bool:
+    """Whether a folder holds a model, but neither an artifact nor an export."""
+    return (
+        (folder / CHECKPOINT_CONFIG_FILE).is_file()
+        and not (folder / CONFIG_FILE).is_file()
+        and not is_checkpoint(folder)
+    )
+
+
+def _dense_in_words(name: str) -> str:
+    return (
+        f"{name} is a dense model, not an rtpurbo artifact (it has no {CONFIG_FILE}): convert it with "
+        f"`rtpurbo convert {name}`, and load what that writes."
+    )
 
 
 def check_is_dense(name: str) -> None:
@@ -254,6 +295,35 @@ def load(
             each other.
     """
     folder = find_artifact(path_or_name)
+    model, tokenizer = load_model(
+        folder, base_model=base_model, stage2=stage2, device=device, dtype=dtype
+    )
+    # An export has no other base than itself.
+    return model, load_tokenizer(str(folder)) if tokenizer is None else tokenizer
+
+
+def load_model(
+    folder: Path,
+    *,
+    base_model: str | None = None,
+    stage2: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    options: LoadingOptions = NO_OPTIONS,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Loads the model of an artifact or an export, as `load` does.
+
+    Args:
+        folder: the artifact's or the export's.
+        base_model: as for `load`, like the next three.
+        stage2: False leaves stage 2 out.
+        device: where to put the model.
+        dtype: of the weights.
+        options: further arguments for transformers; a device map in them overrides `device`.
+
+    Returns:
+        The model, and the tokenizer of its base model; None for an export.
+    """
     artifact = ArtifactConfig.read(folder)
     if artifact.stage2 == "merged" and not stage2:
         raise RTPurboError(
@@ -262,16 +332,37 @@ def load(
         )
     indexers = read_indexers(folder, before_stage2=not stage2)
 
+    tokenizer = None
     if artifact.stage2 == "merged":
-        base = load_base_model(str(folder), device=device, dtype=dtype)
+        model = _load_export(folder, resolve_device(device), dtype, options)
     else:
-        base = load_base(folder, base_model=base_model, device=device, dtype=dtype)
-    model = base.model
-    if stage2 and artifact.stage2 in ("lora", "full"):
-        model = apply_stage2(model, folder, artifact.stage2)
+        if options.model.get("quantization_config") is not None:
+            raise RTPurboError(
+                f"{folder} is checked against the weights of its base model, and stage 2 is merged "
+                "into them, which quantised weights do not allow: export it first (`rtpurbo export "
+                "--to transformers`), and load the export with quantization_config."
+            )
+        base = load_base(folder, base_model=base_model, device=device, dtype=dtype, options=options)
+        model, tokenizer = base.model, base.tokenizer
+        if stage2:
+            model = apply_stage2(model, folder, artifact.stage2)
     sparsify(model, artifact.config)
     load_indexers(model, indexers)
-    return model.eval().requires_grad_(False), base.tokenizer
+    model._rtpurbo_artifact = artifact
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _load_export(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    options: LoadingOptions,
+) -> PreTrainedModel:
+    """The dense model in the folder of an export."""
+    config = load_pretrained_config(str(folder), sparse=True)
+    model = load_weights(str(folder), config=config, dtype=dtype, **options.model)
+    refuse_offloading(model)
+    return model if options.places_model else model.to(device)
 
 
 def load_base(
@@ -281,6 +372,7 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     processes: Processes = ALONE,
+    options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
     """Loads the dense model that the artifact in `folder` was made for, as `load` does.
 
@@ -290,12 +382,17 @@ def load_base(
         device: where to put the model.
         dtype: of the weights.
         processes: those that load the model together, as for `load_base_model`.
+        options: as for `load_base_model`.
     """
     expected = ArtifactConfig.read(folder).base
     if base_model is None:
-        base = load_referenced(expected, device=device, dtype=dtype, processes=processes)
+        base = load_referenced(
+            expected, device=device, dtype=dtype, processes=processes, options=options
+        )
     else:
-        base = load_base_model(base_model, device=device, dtype=dtype, processes=processes)
+        base = load_base_model(
+            base_model, device=device, dtype=dtype, processes=processes, options=options
+        )
     check_base(base.reference, expected, str(folder))
     return base
 
