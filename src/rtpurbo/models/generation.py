@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -78,12 +79,41 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
         raise RTPurboError(
             "sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none."
         )
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments["inputs_embeds"]
     if isinstance(cache, HeadwiseCache):
-        tokens = arguments.get("input_ids")
-        if tokens is None:
-            tokens = arguments["inputs_embeds"]
+        _check_rows(cache, tokens.shape[0])
+        if not torch.is_inference_mode_enabled():
+            leave_inference_mode(cache, tokens.shape[0])
         return cache.enter(mask, tokens.shape[0], tokens.shape[1], tokens.device)
+    batch, length = tokens.shape[:2]
+    if mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
+        raise RTPurboError(
+            f"the attention mask is {tuple(mask.shape)}, but must be {(batch, length)}: without a "
+            "cache it covers the tokens given."
+        )
     return None if mask is None or padding_form(mask)[0] == "none" else mask
+
+
+def _check_rows(cache: HeadwiseCache, batch: int) -> None:
+    """Refuses a cache of another number of sequences.
+
+    Raises:
+        RTPurboError: it holds more or fewer.
+    """
+    positions = cache.slots.ring.positions
+    if cache.get_seq_length() and positions is not None and positions.shape[0] != batch:
+        raise RTPurboError(
+            f"the cache holds {positions.shape[0]} sequences, but the forward has {batch}: call "
+            "cache.batch_repeat_interleave first to give each beam or sample its own copy."
+        )
+
+
+def leave_inference_mode(cache: HeadwiseCache, batch: int) -> None:
+    """Copies what a cache was given in inference mode, which cannot be written to outside of it."""
+    if any(tensor.is_inference() for tensor in cache.slots.tensors()):
+        cache.batch_select_indices(torch.arange(batch))
 
 
 def detach_cache(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME
-from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.cache import DEFAULT_CROP_SLACK, HeadwiseCache
 from rtpurbo.models.decoding import attach_decoder
 from rtpurbo.models.pretrained import refuse_offloading
 
@@ -54,7 +54,10 @@ class SparseModel(PreTrainedModel, GenerationMixin):
         """Makes `generate` use a HeadwiseCache wherever it would make a cache of its own."""
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             generation_config.cache_implementation = None
-            model_kwargs[CACHE_NAME] = HeadwiseCache(self)
+            # A prompt's own tokens, proposed as its continuation, are taken back if they are not.
+            proposed = generation_config.prompt_lookup_num_tokens or 0
+            slack = max(DEFAULT_CROP_SLACK, proposed + 1)
+            model_kwargs[CACHE_NAME] = HeadwiseCache(self, crop_slack=slack)
         cache = model_kwargs.get(CACHE_NAME)
         if isinstance(cache, HeadwiseCache):
             cache.expected_length = generation_config.max_length or 0
