@@ -10,7 +10,6 @@ import rtpurbo
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import (
-    ADAPTER_FOLDER,
     CHECKPOINT_CONFIG_FILE,
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -18,6 +17,7 @@ from rtpurbo.models.artifact import (
     ArtifactConfig,
 )
 from rtpurbo.models.sparsify import restore
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.serving.export import HEADWISE_FILE, VLLM_ARCHITECTURES, export
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.tiny_models import FAMILIES

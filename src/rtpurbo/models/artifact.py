@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,13 +9,10 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo import strict_json
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
@@ -36,9 +32,10 @@ from rtpurbo.models.pretrained import (
     load_weights,
     refuse_offloading,
 )
-from rtpurbo.models.sharding import is_sharded, like
 from rtpurbo.models.sparsify import load_indexers, sparsify
+from rtpurbo.models.stage2_weights import Stage2Kind, apply_stage2, read_tensors
 from rtpurbo.processes import ALONE, Processes
+from rtpurbo.strict_json import check_fields
 from rtpurbo.version import __version__
 
 FORMAT_VERSION = 1
@@ -46,17 +43,12 @@ FORMAT_VERSION = 1
 CONFIG_FILE = ARTIFACT_FILE
 INDEXER_FILE = "indexer.safetensors"
 INDEXER_BEFORE_STAGE2_FILE = "indexer_before_stage2.safetensors"
-ADAPTER_FOLDER = "adapter"
-FULL_WEIGHTS_FILE = "stage2_weights.safetensors"
 LOG_FILE = "training_log.jsonl"
 CARD_FILE = "README.md"
 
 CHECKPOINT_CONFIG_FILE = "config.json"
 CHECKPOINT_KEY = "rtpurbo"
 """Where the configuration stands in a checkpoint for vLLM: this entry of this file."""
-
-Stage2Kind = Literal["none", "lora", "full", "merged"]
-"""`merged`: the folder is an export, a whole model whose weights hold stage 2 already."""
 
 
 @dataclass
@@ -127,24 +119,31 @@ class ArtifactConfig:
                 raise RTPurboError(_dense_in_words(str(folder)))
             raise RTPurboError(f"{folder} is not an rtpurbo artifact: it has no {CONFIG_FILE}.")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = strict_json.read(path)
             if in_checkpoint:
                 entry = data[CHECKPOINT_KEY]
                 data = {"format_version": entry["format_version"], "config": entry}
                 data |= entry["origin"]
-            version = int(data["format_version"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            version = data["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise RTPurboError(
-                f"{path} is corrupt or truncated; convert or download the artifact again."
+                f"{path} is corrupt or truncated{reason}; convert or download the artifact again."
             ) from error
+        if type(version) is not int or version < 1:
+            raise RTPurboError(
+                f"{path} has format_version {version!r}, which no rtpurbo writes; convert or "
+                "download the artifact again."
+            )
         if version > FORMAT_VERSION:
             raise RTPurboError(
                 f"{folder} has artifact format {version}, but this rtpurbo ({__version__}) reads "
                 f"up to {FORMAT_VERSION}: upgrade rtpurbo."
             )
         try:
+            check_fields(cls, data)
             return cls(
-                BaseReference(**data["base_model"]),
+                BaseReference.from_dict(data["base_model"]),
                 RTPurboConfig.from_dict(data["config"]),
                 data["stage2"],
                 data.get("settings", {}),
@@ -155,12 +154,14 @@ class ArtifactConfig:
             raise RTPurboError(
                 f"{path} lacks or misspells a field ({error}); convert again."
             ) from error
+        except RTPurboError as error:
+            raise RTPurboError(f"{path} cannot be used: {error}") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` is an export for vLLM, whose config.json holds what an artifact's would."""
     try:
-        data = json.loads((folder / CHECKPOINT_CONFIG_FILE).read_text(encoding="utf-8"))
+        data = strict_json.read(folder / CHECKPOINT_CONFIG_FILE)
     except (OSError, ValueError):
         return False
     return isinstance(data, dict) and isinstance(data.get(CHECKPOINT_KEY), dict)
@@ -227,22 +228,6 @@ def check_is_dense(name: str) -> None:
         f"{name} is an artifact of rtpurbo, not a dense model: convert the dense model that it was "
         f"made from ({base}), or run stage 2 on it with `rtpurbo distill {name}`."
     )
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises:
-        RTPurboError: it is missing, corrupt or truncated.
-    """
-    if not path.is_file():
-        raise RTPurboError(f"the artifact is not complete: {path} is missing.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RTPurboError(
-            f"{path} is corrupt or truncated ({error}); convert or download it again."
-        ) from error
 
 
 def checkpoint_name(name: str) -> str:
@@ -405,50 +390,6 @@ def check_base(found: BaseReference, expected: BaseReference, artifact_name: str
             f"{expected.name} ({expected.architecture}), and the weights at hand "
             f"({found.architecture}) differ."
         )
-
-
-def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreTrainedModel:
-    """Merges the weights of stage 2 into a base model; of kind `none` there are none.
-
-    Each process may hold a part of the model; all of them call this together.
-    """
-    if kind == "none":
-        return model
-    if kind == "full":
-        weights = read_tensors(folder / FULL_WEIGHTS_FILE)
-        if is_sharded(model):
-            shapes = dict(model.named_parameters())
-            weights = {
-                name: like(weight, shapes[name]) if name in shapes else weight
-                for name, weight in weights.items()
-            }
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        # Indexers have a file of their own, and tied weights are stored once.
-        missing = [name for name in missing if ".indexer." not in name]
-        if unexpected or (missing and not model.config.tie_word_embeddings):
-            raise RTPurboError(
-                f"{folder / FULL_WEIGHTS_FILE} does not fit the base model; convert again."
-            )
-        return model
-    # Read first, so that a broken file is named as such.
-    read_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
-    try:
-        student = PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
-        return _merge_sharded(student) if is_sharded(model) else student.merge_and_unload()
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-        raise RTPurboError(
-            f"the adapter in {folder / ADAPTER_FOLDER} cannot be applied: {error}"
-        ) from error
-
-
-@torch.no_grad()
-def _merge_sharded(student: PeftModel) -> PreTrainedModel:
-    """Adds each process's part of the LoRA's product to its part of the weights."""
-    for module in student.modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            weight.add_(like(module.get_delta_weight("default").to(weight.dtype), weight))
-    return student.unload()
 
 
 def save_artifact(

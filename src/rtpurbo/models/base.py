@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from rtpurbo.models.sharding import Sharding
 from rtpurbo.models.wheels import PREFIX, WHEEL_MODELS, WheelModel, find_wheel_model
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import Progress
+from rtpurbo.strict_json import check_fields
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """A small model for first steps, on the Hugging Face Hub."""
@@ -41,6 +43,9 @@ ARTIFACT_FILE = "rtpurbo_config.json"
 """In the folder of an artifact, which is no base model."""
 
 logger = logging.getLogger(__name__)
+
+# As long as a path may be.
+_LONGEST_NAME = 4096
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -63,6 +68,19 @@ class BaseReference:
     revision: str | None
     fingerprint: str
     architecture: str
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BaseReference:
+        """Reads a reference from plain JSON types.
+
+        Raises:
+            RTPurboError: a field is of another type, or the name cannot be one.
+        """
+        check_fields(cls, data)
+        name = data["name"]
+        if not name.strip() or name.startswith("~") or len(name) > _LONGEST_NAME:
+            raise RTPurboError(f"'{name[:60]}' cannot be the name of the base model.")
+        return cls(**data)
 
     @property
     def is_local(self) -> bool:
@@ -160,6 +178,12 @@ def load_referenced(
         RTPurboError: as `load_base_model` does.
     """
     device = resolve_device(device)
+    # Never the Hub, where the name may be somebody else's.
+    if reference.source == "local" and not os.path.isdir(reference.name):  # noqa: PTH112
+        raise RTPurboError(
+            f"The base model is the local folder {reference.name[:200]}, which is not here; give the "
+            "place of the same model as the base model."
+        )
     if reference.source != "gguf":
         # Only the Hub has revisions to choose from.
         revision = reference.revision if reference.source == "hub" else None
