@@ -17,6 +17,7 @@ from rtpurbo.config import RTPurboConfig
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
+from rtpurbo.models.auto import CONFIG_FILE as MODEL_CONFIG_FILE
 from rtpurbo.models.base import (
     ARTIFACT_FILE,
     BaseModel,
@@ -24,6 +25,7 @@ from rtpurbo.models.base import (
     load_base_model,
     load_referenced,
 )
+from rtpurbo.models.base_config import check_base_config
 from rtpurbo.models.pretrained import (
     NO_OPTIONS,
     LoadingOptions,
@@ -46,7 +48,7 @@ INDEXER_BEFORE_STAGE2_FILE = "indexer_before_stage2.safetensors"
 LOG_FILE = "training_log.jsonl"
 CARD_FILE = "README.md"
 
-CHECKPOINT_CONFIG_FILE = "config.json"
+CHECKPOINT_CONFIG_FILE = MODEL_CONFIG_FILE
 CHECKPOINT_KEY = "rtpurbo"
 """Where the configuration stands in a checkpoint for vLLM: this entry of this file."""
 
@@ -379,6 +381,7 @@ def load_base(
             base_model, device=device, dtype=dtype, processes=processes, options=options
         )
     check_base(base.reference, expected, str(folder))
+    check_base_config(base.model.config, folder)
     return base
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MODEL_TYPE = "rtpurbo (pip install rtpurbo; import transformers, then rtpurbo)"
 """The `model_type` in config.json, which is all that transformers tells of a type it does not know."""
 
+CONFIG_FILE = "config.json"
+
 # Arguments that `AutoModelForCausalLM` adds to those of its caller.
 _OF_AUTO_CLASSES = ("config", "adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash")
 # Where and how to look on the Hugging Face Hub; for the artifact and for its base model.

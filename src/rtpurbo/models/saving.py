@@ -93,7 +93,10 @@ def write_model_config(folder: Path, config: PretrainedConfig) -> None:
         folder: an artifact's or an export's, being written.
         config: of the dense model; it is kept inside.
     """
-    dense = json.loads(config.to_json_string())
+    # All of it, so that a later transformers with other defaults reads the same.
+    dense = json.loads(config.to_json_string(use_diff=False))
+    # The path of one machine, where the model was local.
+    dense.pop("_name_or_path", None)
     write_json_atomically(
         folder / CHECKPOINT_CONFIG_FILE,
         {
