@@ -36,6 +36,7 @@ from rtpurbo.models.artifact import (
 )
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
+from rtpurbo.publishing import check_stays_inside
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
 from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, SERVED_PREFILL_MODES
 from rtpurbo.serving.vllm.plugin import ARCHITECTURES
@@ -123,7 +124,8 @@ def export(
     model, tokenizer = load(folder, base_model=base_model, dtype=dtype or "auto")
     indexers = read_indexers(folder)
     # With settings that the model decides, such as wavelengths, as they were resolved for it.
-    merged = replace(config, config=model.rtpurbo_config, stage2="merged")
+    base = config.base.without_path()
+    merged = replace(config, base=base, config=model.rtpurbo_config, stage2="merged")
     restore(model)
     if target == "vllm":
         merged, indexers = _with_own_keys(merged, indexers)
@@ -136,6 +138,7 @@ def export(
         else:
             _save_sparse(merged, indexers, model.config, new, target)
             if (folder / LOG_FILE).is_file():
+                check_stays_inside(folder, folder / LOG_FILE)
                 shutil.copyfile(folder / LOG_FILE, new / LOG_FILE)
         for file in new.iterdir():
             # safetensors lets nobody else read what it writes; a server may be somebody else.
