@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtpurbo.data.texts import TextCorpus, encode, import_datasets, parse_hub_source
+from rtpurbo.data.texts import (
+    TextCorpus,
+    check_is_file,
+    encode,
+    import_datasets,
+    parse_hub_source,
+    text_of_line,
+)
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
@@ -22,7 +29,8 @@ if TYPE_CHECKING:
 
 _READERS = {
     (".txt", ".md"): ("text", {"sample_by": "document"}),
-    (".jsonl", ".jsonl.gz"): ("json", {}),
+    # Lines are parsed here: the reader of JSON crashes on what is nested deeply.
+    (".jsonl", ".jsonl.gz"): ("text", {"sample_by": "line"}),
     (".parquet",): ("parquet", {}),
 }
 
@@ -230,8 +238,7 @@ def _open_source(datasets: Any, source: str) -> Any:
         options: dict[str, Any] = {"split": split}
     else:
         path = Path(source).expanduser()
-        if not path.is_file():
-            raise RTPurboError(f"There is no text file {source}; check the path.")
+        check_is_file(path, source)
         for endings, (reader, extra) in _READERS.items():
             if path.name.endswith(endings):
                 arguments, options = (reader, None), {"data_files": [str(path)], **extra}
@@ -244,6 +251,8 @@ def _open_source(datasets: Any, source: str) -> Any:
         options["split"] = "train"
     try:
         dataset = datasets.load_dataset(*arguments, streaming=True, **options)
+        if not source.startswith("hf:") and path.name.endswith((".jsonl", ".jsonl.gz")):
+            dataset = dataset.map(_Parse(source))
         columns = dataset.column_names or list(next(iter(dataset), {}))
     except Exception as error:  # as above
         raise _cannot_read(source, error) from error
@@ -255,6 +264,19 @@ def _open_source(datasets: Any, source: str) -> Any:
     return dataset.select_columns(["text"])
 
 
+class _Parse:
+    """Takes the text out of rows that hold a line of JSON each."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        line = row["text"]
+        return {"text": text_of_line(line, f"a line of {self.source}") if line.strip() else ""}
+
+
 def _cannot_read(source: str, error: Exception) -> RTPurboError:
+    if isinstance(error, RTPurboError):
+        return error
     text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return RTPurboError(f"Cannot read the texts {source}: {text}; check them and the network.")
