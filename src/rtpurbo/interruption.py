@@ -125,8 +125,8 @@ def signals_held() -> Iterator[None]:
         for number, handler in before.items():
             # None stands for a handler that is not Python's.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for number in waiting:
-            signal.raise_signal(number)
+        for received in waiting:
+            signal.raise_signal(received)
 
 
 def stop_requested() -> int | None:

@@ -188,7 +188,7 @@ def find_artifact(
     name = str(path_or_name)
     try:
         # A dense model is found out before its weights are downloaded.
-        files = ("*.json", "*.md")
+        files = ["*.json", "*.md"]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, **hub))
         if not _is_dense(folder):
             return Path(snapshot_download(name, revision=revision, **hub))

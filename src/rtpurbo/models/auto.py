@@ -8,6 +8,7 @@ need.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -73,7 +74,7 @@ class AutoRTPurboModelForCausalLM:
         device_map: Any = None,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
         quantization_config: Any = None,
         **kwargs: Any,
     ) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from transformers import GenerationMixin, PreTrainedModel
@@ -15,6 +14,9 @@ from rtpurbo.models.pretrained import refuse_offloading
 
 # Set on the instance by `attach_decoder`; a copy gets its own.
 _DECODER = ("_rtpurbo_decoder", "_rtpurbo_forward", "forward")
+
+
+_sparse_classes: dict[type, type] = {}
 
 
 class SparseModel(PreTrainedModel, GenerationMixin):
@@ -80,17 +82,19 @@ class SparseModel(PreTrainedModel, GenerationMixin):
         attach_decoder(self)
 
 
-@cache
-def sparse_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def sparse_class(dense: type) -> type:
     """The sparse subclass of a dense model's class, under the same name."""
-    # transformers looks classes up by name and module: in configurations, and in their source.
-    own = {"__module__": dense.__module__, "__qualname__": dense.__qualname__}
-    return type(dense.__name__, (SparseModel, dense), {**own, "__doc__": dense.__doc__})
+    if dense not in _sparse_classes:
+        # transformers looks classes up by name and module: in configurations, and in their source.
+        own = {"__module__": dense.__module__, "__qualname__": dense.__qualname__}
+        bases: tuple[Any, ...] = (SparseModel, dense)
+        _sparse_classes[dense] = type(dense.__name__, bases, {**own, "__doc__": dense.__doc__})
+    return _sparse_classes[dense]
 
 
-def dense_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+def dense_class(model: PreTrainedModel) -> type:
     """The class that a sparse model had before."""
-    dense: type[PreTrainedModel] = type(model).__mro__[2]
+    dense: type = type(model).__mro__[2]
     return dense
 
 
@@ -138,6 +142,5 @@ def check_can_be_sparse(model: Any) -> None:
             )
 
 
-def _new(dense: type[PreTrainedModel]) -> PreTrainedModel:
-    sparse = sparse_class(dense)
-    return sparse.__new__(sparse)
+def _new(dense: type) -> Any:
+    return object.__new__(sparse_class(dense))
