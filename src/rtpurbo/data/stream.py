@@ -20,7 +20,6 @@ from rtpurbo.data.texts import (
     encode,
     import_datasets,
     parse_hub_source,
-    text_of_line,
 )
 from rtpurbo.errors import RTPurboError
 
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 
 _READERS = {
     (".txt", ".md"): ("text", {"sample_by": "document"}),
-    # Lines are parsed here: the reader of JSON crashes on what is nested deeply.
-    (".jsonl", ".jsonl.gz"): ("text", {"sample_by": "line"}),
+    (".jsonl", ".jsonl.gz"): ("json", {}),
     (".parquet",): ("parquet", {}),
 }
 
@@ -251,8 +249,6 @@ def _open_source(datasets: Any, source: str) -> Any:
         options["split"] = "train"
     try:
         dataset = datasets.load_dataset(*arguments, streaming=True, **options)
-        if not source.startswith("hf:") and path.name.endswith((".jsonl", ".jsonl.gz")):
-            dataset = dataset.map(_Parse(source))
         columns = dataset.column_names or list(next(iter(dataset), {}))
     except Exception as error:  # as above
         raise _cannot_read(source, error) from error
@@ -264,19 +260,6 @@ def _open_source(datasets: Any, source: str) -> Any:
     return dataset.select_columns(["text"])
 
 
-class _Parse:
-    """Takes the text out of rows that hold a line of JSON each."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        line = row["text"]
-        return {"text": text_of_line(line, f"a line of {self.source}") if line.strip() else ""}
-
-
 def _cannot_read(source: str, error: Exception) -> RTPurboError:
-    if isinstance(error, RTPurboError):
-        return error
     text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return RTPurboError(f"Cannot read the texts {source}: {text}; check them and the network.")

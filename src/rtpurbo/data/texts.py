@@ -303,13 +303,13 @@ def _bounded(lines: TextIO, path: Path, source: str) -> Iterator[str]:
 
 def _read_json_lines(lines: Iterable[str], source: str) -> list[str]:
     return [
-        text_of_line(line, f"Line {number} of {source}")
+        _text_of_line(line, f"Line {number} of {source}")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
 
 
-def text_of_line(line: str, place: str) -> str:
+def _text_of_line(line: str, place: str) -> str:
     """The text in a line of JSON.
 
     Args:
