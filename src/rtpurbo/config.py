@@ -146,21 +146,6 @@ class HeadMap:
     granularity: HeadGranularity = "query_head"
 
     def __post_init__(self) -> None:
-        check_choice("granularity", self.granularity, HeadGranularity)
-        query, key_value = self.num_attention_heads, self.num_key_value_heads
-        if key_value < 1 or query < 1 or query % key_value:
-            raise RTPurboError(
-                f"the head map has {query} query heads and {key_value} KV heads, but the first must "
-                "be a multiple of the second."
-            )
-        if self.scores and (
-            len(self.scores) != len(self.retrieval_heads)
-            or any(row is not None and len(row) != query for row in self.scores)
-        ):
-            raise RTPurboError(
-                f"the head map's scores must hold {query} numbers for each of its "
-                f"{len(self.retrieval_heads)} layers."
-            )
         for layer, heads in enumerate(self.retrieval_heads):
             if heads and not all(0 <= head < self.num_attention_heads for head in heads):
                 raise RTPurboError(
@@ -294,7 +279,22 @@ def head_map_from_dict(data: dict[str, Any]) -> HeadMap:
         name: tuple(None if row is None else tuple(row) for row in data.get(name) or ())
         for name in ("retrieval_heads", "scores")
     }
-    return HeadMap(**{**data, **rows})
+    head_map = HeadMap(**{**data, **rows})
+    query, key_value = head_map.num_attention_heads, head_map.num_key_value_heads
+    if key_value < 1 or query < 1 or query % key_value:
+        raise RTPurboError(
+            f"the head map has {query} query heads and {key_value} KV heads, but the first must be a "
+            "multiple of the second."
+        )
+    if head_map.scores and (
+        len(head_map.scores) != len(head_map.retrieval_heads)
+        or any(row is not None and len(row) != query for row in head_map.scores)
+    ):
+        raise RTPurboError(
+            f"the head map's scores must hold {query} numbers for each of its "
+            f"{len(head_map.retrieval_heads)} layers."
+        )
+    return head_map
 
 
 def default_sliding_window(context_length: int) -> int:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import rtpurbo
@@ -185,3 +186,45 @@ def test_the_base_model_can_be_named(tiny_base, tmp_path):
     moved = base.rename(tmp_path / "moved")
     model = AutoRTPurboModelForCausalLM.from_pretrained(folder, base_model=str(moved))
     assert is_sparse(model)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoPeftModelForCausalLM])
+def test_an_adapter_trained_on_a_sparse_model_finds_it_again(tiny_artifact, tmp_path, auto):
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    student = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_artifact), lora).eval()
+    student.save_pretrained(tmp_path / "lora")
+    again = auto.from_pretrained(str(tmp_path / "lora")).eval()
+    assert again.rtpurbo_config == student.rtpurbo_config
+    assert torch.equal(logits(again), logits(student))
+    assert not torch.equal(logits(again), logits(rtpurbo.load(tiny_artifact)[0]))
+
+
+def test_merged_adapters_are_saved_with_the_sparse_model(tiny_artifact, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    student = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_artifact), lora)
+    merged = student.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(again), logits(merged))
+
+
+def test_what_the_auto_classes_cannot_do_is_refused(tiny_artifact):
+    with pytest.raises(RTPurboError, match="output_loading_info"):
+        AutoModelForCausalLM.from_pretrained(tiny_artifact, output_loading_info=True)
+    with pytest.raises(RTPurboError, match="use from_pretrained"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_artifact))
+    with pytest.raises(OSError, match="from_pretrained"):
+        AutoRTPurboModelForCausalLM()
+
+
+def test_an_artifact_from_before_has_no_config_json_and_loads_by_our_class(tiny_artifact, tmp_path):
+    folder = shutil.copytree(tiny_artifact, tmp_path / "old")
+    (folder / "config.json").unlink()
+    model = AutoRTPurboModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(model), logits(rtpurbo.load(tiny_artifact)[0]))
+    # The one command that makes it loadable by transformers' own.
+    model.save_pretrained(tmp_path / "new")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert torch.equal(logits(again), logits(model))

@@ -36,7 +36,7 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize(("outer", "inner"), itertools.product(CONTEXTS, repeat=2))
+@pytest.mark.parametrize(("outer", "inner"), list(itertools.product(CONTEXTS, repeat=2)))
 def test_every_context_restores_what_it_found(outer, inner):
     model = sparse_model()
     runtime, before = model.rtpurbo, settings(model)

@@ -25,7 +25,7 @@ MODEL_TYPE = "rtpurbo (pip install rtpurbo; import transformers, then rtpurbo)"
 CONFIG_FILE = "config.json"
 
 # Arguments that `AutoModelForCausalLM` adds to those of its caller.
-_OF_AUTO_CLASSES = ("config", "adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash")
+_OF_AUTO_CLASSES = ("config", "trust_remote_code", "_from_auto", "_commit_hash")
 # Where and how to look on the Hugging Face Hub; for the artifact and for its base model.
 _HUB = ("token", "cache_dir", "local_files_only", "force_download")
 
@@ -103,6 +103,12 @@ class AutoRTPurboModelForCausalLM:
         from rtpurbo.models.artifact import find_artifact, load_model
         from rtpurbo.models.pretrained import LoadingOptions, torch_dtype
 
+        if kwargs.pop("output_loading_info", False):
+            raise RTPurboError("output_loading_info is not given for sparse models: leave it out.")
+        # What the Auto class found when it was given the folder of an adapter for a sparse model.
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)
+        adapter_name = kwargs.pop("adapter_name", "default")
         kwargs = {
             name: value
             for name, value in kwargs.items()
@@ -124,7 +130,18 @@ class AutoRTPurboModelForCausalLM:
         )
         # Adapters trained on the model name this as their base.
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        if adapter is not None:
+            model.load_adapter(adapter, adapter_name=adapter_name, adapter_kwargs=adapter_kwargs)
         return model
+
+    @classmethod
+    def _from_config(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Refuses: `from_config` of the Auto classes would make a model of random weights.
+
+        Raises:
+            RTPurboError: always.
+        """
+        raise RTPurboError("a sparse model is not made from a configuration: use from_pretrained.")
 
 
 AutoConfig.register(MODEL_TYPE, RTPurboModelConfig, exist_ok=True)
