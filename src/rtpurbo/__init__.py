@@ -56,6 +56,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'rtpurbo' has no attribute '{name}'")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
+    _register_auto_classes()
     return value
 
 
@@ -63,6 +64,10 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# Importing transformers for this alone would take seconds.
-if "transformers" in sys.modules:
-    import_module("rtpurbo.models.auto")
+def _register_auto_classes() -> None:
+    """Makes sparse models known to transformers, unless that would have to be imported first."""
+    if "transformers" in sys.modules:
+        import_module("rtpurbo.models.auto")
+
+
+_register_auto_classes()

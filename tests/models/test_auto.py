@@ -71,7 +71,14 @@ def test_a_pipeline_generates_with_the_sparse_model(tiny_artifact, tiny_export):
         assert answer["generated_text"] == tokenizer.decode(expected[0])
 
 
-@pytest.mark.parametrize("order", ["rtpurbo, transformers; rtpurbo.load", "transformers, rtpurbo"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "transformers, rtpurbo",
+        "rtpurbo, transformers; rtpurbo.load",
+        "rtpurbo, transformers; rtpurbo.RTPurboError",
+    ],
+)
 def test_a_fresh_process_knows_sparse_models_once_rtpurbo_is_in_use(tiny_artifact, order):
     code = (
         f"import {order}; "
