@@ -35,8 +35,8 @@ from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.defaults import default_settings
 from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.files import write_json_atomically
-from rtpurbo.models.artifact import apply_stage2
 from rtpurbo.models.sparsify import sparsify
+from rtpurbo.models.stage2_weights import apply_stage2
 from rtpurbo.settings import ConversionSettings
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill

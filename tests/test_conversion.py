@@ -81,9 +81,13 @@ def test_an_artifact_is_complete_and_loads(whole):
         "README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "chat_template.jinja",
+        "config.json",
         "indexer.safetensors",
         "indexer_before_stage2.safetensors",
         "rtpurbo_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "training_log.jsonl",
     }
     assert not whole.with_name("artifact.work").exists()
@@ -410,3 +414,13 @@ def test_a_full_disk_is_named_and_costs_nothing(whole, tiny_base, tmp_path):
     command, surroundings = command_and_surroundings(tiny_base, output)
     subprocess.run(command, **surroundings, check=True)
     assert contents(output) == contents(whole)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {"stage1": 5}}', "[" * 100_000])
+def test_a_broken_plan_of_an_interrupted_conversion_is_named(tiny_base, tmp_path, content):
+    work = tmp_path / "artifact.work"
+    work.mkdir()
+    (work / "plan.json").write_text(content)
+    with pytest.raises(RTPurboError, match=r"plan\.json is broken"):
+        convert(str(tiny_base), tmp_path / "artifact", settings=SETTINGS, resume=True)
+    assert not list(tmp_path.glob("*.lock"))

@@ -1,7 +1,9 @@
 import errno
 import json
 import os
+import signal
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +146,68 @@ def test_unwritable_parent(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(RTPurboError, match="Cannot write to the folder"):
         check_output_folder(tmp_path / "result", overwrite=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("rename", [1, 2])
+def test_a_signal_between_the_renames_waits_for_both(tmp_path, monkeypatch, number, rename):
+    folder, seen, renames = tmp_path / "folder", [], []
+    before = signal.signal(number, lambda received, frame: seen.append((received, folder.exists())))
+    with whole_folder(folder) as new:
+        (new / "file").write_text("old")
+    original = Path.rename
+
+    def rename_and_signal(self, target):
+        result = original(self, target)
+        renames.append(target)
+        if len(renames) == rename:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(Path, "rename", rename_and_signal)
+    try:
+        with whole_folder(folder, overwrite=True) as new:
+            (new / "file").write_text("new")
+    finally:
+        handler = signal.signal(number, before)
+    assert (folder / "file").read_text() == "new"
+    assert seen == [(number, True)]
+    assert len(renames) == 2
+    assert handler is not before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_ctrl_c_between_the_renames_ends_the_job_with_the_new_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    with whole_folder(folder) as new:
+        (new / "file").write_text("old")
+    original = Path.rename
+
+    def rename_and_signal(self, target):
+        result = original(self, target)
+        if target.name == "old":
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(Path, "rename", rename_and_signal)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder, overwrite=True) as new:
+        (new / "file").write_text("new")
+    assert (folder / "file").read_text() == "new"
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    with whole_folder(folder) as new:
+        (new / "file").write_text("old")
+    original = Path.rename
+
+    def rename_away_alone(self, target):
+        if target == folder:
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_away_alone)
+    with pytest.raises(OSError, match="Input/output"), whole_folder(folder, overwrite=True) as new:
+        (new / "file").write_text("new")
+    (kept,) = tmp_path.glob(".folder.*/old/file")
+    assert kept.read_text() == "old"

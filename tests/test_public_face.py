@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,13 @@ import rtpurbo
 def test_every_public_name_is_there(name):
     assert getattr(rtpurbo, name) is not None
     assert name in dir(rtpurbo)
+
+
+def test_types_are_told_where_the_names_are():
+    source = Path(rtpurbo.__file__).read_text()
+    for name, home in rtpurbo._HOMES.items():
+        assert f"    from {home} import {name} as {name}\n" in source
+    assert Path(rtpurbo.__file__).with_name("py.typed").is_file()
 
 
 def test_other_names_are_not():

@@ -11,15 +11,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from rtpurbo.files import whole_folder
-from rtpurbo.models.artifact import (
-    ADAPTER_FOLDER,
-    FULL_WEIGHTS_FILE,
-    ArtifactConfig,
-    Stage2Kind,
-    save_artifact,
-)
+from rtpurbo.models.artifact import ArtifactConfig, save_artifact
 from rtpurbo.models.base import load_base_model
+from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import indexer_weights, restore
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE, Stage2Kind
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -52,6 +48,8 @@ def save_tiny_artifact(
     artifact = ArtifactConfig(loaded.reference, config, stage2, settings={"stage1": {"steps": 7}})
     with whole_folder(folder) as new:
         save_artifact(new, artifact, *((before,) if stage2 == "none" else (after, before)))
+        write_model_config(new, loaded.model.config)
+        loaded.tokenizer.save_pretrained(new)
         if stage2 != "none":
             save_stage2(model, new, stage2)
     return folder
@@ -68,5 +66,7 @@ def save_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> None:
                 parameter.data += 0.1 * torch.randn_like(parameter)
         save_file(model.state_dict(), folder / FULL_WEIGHTS_FILE)
         return
-    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     get_peft_model(model, lora).save_pretrained(str(folder / ADAPTER_FOLDER))

@@ -30,7 +30,6 @@ from rtpurbo.calibration.selection import Scores, Stability
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig, head_map_from_dict
 from rtpurbo.data.texts import TextCorpus, begin_ids, load_texts
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
-from rtpurbo.models.artifact import apply_stage2, read_tensors
 from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.sparsify import (
     indexer_weights,
@@ -40,6 +39,7 @@ from rtpurbo.models.sparsify import (
     restore,
     sparsify,
 )
+from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.settings import (
     ConversionSettings,
     IndexerTrainingSettings,

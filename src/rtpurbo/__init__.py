@@ -1,17 +1,39 @@
 """RTPurbo turns full-attention language models sparse, with a few hundred training steps.
 
-`convert` does it all, `load` gives the result back as a transformers model. What is named here is
-loaded when it is first used, so that `import rtpurbo` takes no time.
+`convert` does it all, `load` and `AutoRTPurboModelForCausalLM` give the result back as a transformers
+model. What is named here is loaded when it is first used, so that `import rtpurbo` takes no time.
+
+transformers' own Auto classes load sparse models too, from the moment on that transformers is imported
+before this package, or that anything named here has been used.
 """
 
+import sys
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rtpurbo.version import __version__
+
+if TYPE_CHECKING:
+    from rtpurbo.calibration.calibrate import calibrate as calibrate
+    from rtpurbo.config import AttentionRule as AttentionRule
+    from rtpurbo.config import HeadMap as HeadMap
+    from rtpurbo.config import RTPurboConfig as RTPurboConfig
+    from rtpurbo.conversion import convert as convert
+    from rtpurbo.errors import RTPurboError as RTPurboError
+    from rtpurbo.evaluation.run import evaluate as evaluate
+    from rtpurbo.models.artifact import load as load
+    from rtpurbo.models.auto import AutoRTPurboModelForCausalLM as AutoRTPurboModelForCausalLM
+    from rtpurbo.models.cache import HeadwiseCache as HeadwiseCache
+    from rtpurbo.models.sparsify import restore as restore
+    from rtpurbo.models.sparsify import sparsify as sparsify
+    from rtpurbo.serving.export import export as export
+    from rtpurbo.training.stage1 import train_indexers as train_indexers
+    from rtpurbo.training.stage2 import distill as distill
 
 _HOMES = {
     "convert": "rtpurbo.conversion",
     "load": "rtpurbo.models.artifact",
+    "AutoRTPurboModelForCausalLM": "rtpurbo.models.auto",
     "sparsify": "rtpurbo.models.sparsify",
     "restore": "rtpurbo.models.sparsify",
     "calibrate": "rtpurbo.calibration.calibrate",
@@ -34,8 +56,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'rtpurbo' has no attribute '{name}'")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
+    _register_auto_classes()
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _register_auto_classes() -> None:
+    """Makes sparse models known to transformers, unless that would have to be imported first."""
+    if "transformers" in sys.modules:
+        import_module("rtpurbo.models.auto")
+
+
+_register_auto_classes()

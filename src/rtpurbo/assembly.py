@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo.files import whole_folder
-from rtpurbo.models.artifact import (
+from rtpurbo.models.artifact import CARD_FILE, LOG_FILE, ArtifactConfig, save_artifact
+from rtpurbo.models.base import BaseModel
+from rtpurbo.models.saving import write_model_config
+from rtpurbo.models.sparsify import indexer_weights
+from rtpurbo.models.stage2_weights import (
     ADAPTER_FOLDER,
-    CARD_FILE,
     FULL_WEIGHTS_FILE,
-    LOG_FILE,
-    ArtifactConfig,
     Stage2Kind,
     read_tensors,
-    save_artifact,
 )
-from rtpurbo.models.base import BaseModel
-from rtpurbo.models.sparsify import indexer_weights
 from rtpurbo.reporting.card import model_card
 from rtpurbo.settings import ConversionSettings
 from rtpurbo.training.log import TrainingLog
@@ -75,6 +73,8 @@ def assemble(
     )
     with whole_folder(output_dir, may_replace) as folder:
         save_artifact(folder, artifact, indexer_weights(base.model), before)
+        write_model_config(folder, base.model.config)
+        base.tokenizer.save_pretrained(folder)
         if kind == "lora":
             shutil.copytree(work / "stage2" / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
         elif kind == "full":

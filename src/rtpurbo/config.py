@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.strict_json import check_fields
 
 Reading = Literal["paper", "residual", "far"]
 Granularity = Literal["token", "block"]
@@ -15,6 +16,10 @@ PrefillMode = Literal["dense", "top_p", "row_share", "row_peak"]
 IndexStorage = Literal["model", "float8"]
 IndexSpace = Literal["pre_rope", "post_rope", "low_frequency"]
 HeadGranularity = Literal["query_head", "kv_group"]
+
+
+MAX_INDEX_DIM = 1024
+"""More dimensions than any head has; an index of more would cost more than it saves."""
 
 
 def check_choice(name: str, value: str, allowed: Any) -> None:
@@ -206,8 +211,14 @@ class IndexerSettings:
     shared_keys: bool = False
 
     def __post_init__(self) -> None:
-        if self.index_dim < 1:
-            raise RTPurboError(f"index_dim is {self.index_dim}, but it must be at least 1.")
+        if not 1 <= self.index_dim <= MAX_INDEX_DIM:
+            raise RTPurboError(
+                f"index_dim is {self.index_dim}, but it must be from 1 to {MAX_INDEX_DIM}."
+            )
+        if self.min_wavelength is not None and not 0 < self.min_wavelength < math.inf:
+            raise RTPurboError(
+                f"min_wavelength is {self.min_wavelength}, but it must be above 0 and finite."
+            )
         check_choice("index_space", self.index_space, IndexSpace)
 
 
@@ -235,6 +246,8 @@ class RTPurboConfig:
             RTPurboError: a field is missing, unknown or out of range.
         """
         try:
+            check_fields(AttentionRule, data["attention"])
+            check_fields(IndexerSettings, data["indexer"])
             return cls(
                 head_map_from_dict(data["head_map"]),
                 AttentionRule(**data["attention"]),
@@ -247,12 +260,41 @@ class RTPurboConfig:
 
 
 def head_map_from_dict(data: dict[str, Any]) -> HeadMap:
-    """Reads a head map from plain JSON types."""
+    """Reads a head map from plain JSON types.
+
+    Raises:
+        RTPurboError: a field holds a value of another type or out of range.
+    """
+    check_fields(HeadMap, data)
+    for name, kinds in (("retrieval_heads", (int,)), ("scores", (int, float))):
+        for row in data.get(name) or ():
+            if row is not None and not (
+                isinstance(row, list | tuple)
+                and all(type(value) in kinds and math.isfinite(value) for value in row)
+            ):
+                raise RTPurboError(
+                    f"{name} must hold a list of finite numbers or null for each layer."
+                )
     rows = {
         name: tuple(None if row is None else tuple(row) for row in data.get(name) or ())
         for name in ("retrieval_heads", "scores")
     }
-    return HeadMap(**{**data, **rows})
+    head_map = HeadMap(**{**data, **rows})
+    query, key_value = head_map.num_attention_heads, head_map.num_key_value_heads
+    if key_value < 1 or query < 1 or query % key_value:
+        raise RTPurboError(
+            f"the head map has {query} query heads and {key_value} KV heads, but the first must be a "
+            "multiple of the second."
+        )
+    if head_map.scores and (
+        len(head_map.scores) != len(head_map.retrieval_heads)
+        or any(row is not None and len(row) != query for row in head_map.scores)
+    ):
+        raise RTPurboError(
+            f"the head map's scores must hold {query} numbers for each of its "
+            f"{len(head_map.retrieval_heads)} layers."
+        )
+    return head_map
 
 
 def default_sliding_window(context_length: int) -> int:

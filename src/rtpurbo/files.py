@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.interruption import signals_held
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors and torch report what the system said in words of their own.
@@ -152,16 +153,18 @@ def whole_folder(destination: str | os.PathLike[str], overwrite: bool = False) -
             yield new
         # The job may have been long: somebody else may have taken the place meanwhile.
         check_output_folder(destination, overwrite)
-        if destination.exists():
-            destination.rename(old)
-        try:
-            new.rename(destination)
-        except OSError:
-            if old.exists():
-                old.rename(destination)
-            raise
+        with signals_held():
+            if destination.exists():
+                destination.rename(old)
+            try:
+                new.rename(destination)
+            except OSError:
+                if old.exists():
+                    old.rename(destination)
+                raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if destination.exists() or not (temporary / "old").exists():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _temporary_sibling(path: Path) -> Path:

@@ -105,6 +105,30 @@ def steps_undisturbed() -> Iterator[None]:
         raise StoppedBySignalError(number)
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C wait until the end, whoever handles them: for a few short steps.
+
+    Outside the main thread, where Python allows no handlers, they do not.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = {
+        number: signal.signal(number, lambda received, frame: waiting.append(received))
+        for number in SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None stands for a handler that is not Python's.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for received in waiting:
+            signal.raise_signal(received)
+
+
 def stop_requested() -> int | None:
     """The signal that waits, if one does."""
     return _requests.pending

@@ -10,9 +10,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
 
+from rtpurbo import strict_json
 from rtpurbo.assembly import HEAD_MAP_FILE, assemble, figures_file, indexers_file, stage2_kind
 from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
 from rtpurbo.calibration.selection import Stability
@@ -28,15 +30,12 @@ from rtpurbo.files import (
     write_json_atomically,
 )
 from rtpurbo.lengths import STAGES, Stage, lengths_of
-from rtpurbo.models.artifact import (
-    LOG_FILE,
-    ArtifactConfig,
-    apply_stage2,
-    read_tensors,
-)
+from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparsify import indexer_weights, indexers_in_float32, load_indexers
+from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
+from rtpurbo.output_lock import OutputLock
 from rtpurbo.processes import ALONE, Result, join_processes
 from rtpurbo.settings import (
     ConversionSettings,
@@ -57,6 +56,23 @@ from rtpurbo.training.written import read_pools, write_pools
 from rtpurbo.version import __version__
 
 PLAN_FILE = "plan.json"
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """What an interrupted job wrote down.
+
+    Raises:
+        RTPurboError: the file is broken.
+    """
+    try:
+        plan: dict[str, Any] = strict_json.read(path)
+        for stage in ("stage1", "stage2"):
+            _ = plan["settings"][stage]["sequences_per_step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RTPurboError(
+            f"{path} is broken, so the conversion cannot be continued: pass --force to start anew."
+        ) from error
+    return plan
 
 
 class Job:
@@ -92,6 +108,7 @@ class Job:
     ) -> None:
         self.output_dir = Path(output_dir)
         self.work = self.output_dir.absolute().with_name(self.output_dir.name + ".work")
+        self.lock = OutputLock(self.output_dir)
         self.resume = resume
         place = resolve_device(device)
         self.processes = join_processes(place, parallel)
@@ -118,12 +135,14 @@ class Job:
         trace: TracebackType | None,
     ) -> None:
         self.log.trackers.finish()
+        self.lock.release()
 
     def _check_places(self, force: bool) -> bool:
         """Checks that artifact and work folder can be made; whether the former may replace another."""
         # An interrupted job was allowed to take this place, and may have been stopped just after.
         may_replace = force or (self.resume and self.work.exists())
         check_output_folder(self.output_dir, may_replace)
+        self.lock.acquire()
         if self.work.exists() and not (self.resume or force):
             raise RTPurboError(
                 f"a conversion into {self.output_dir} was interrupted: pass --resume to continue it, "
@@ -187,12 +206,10 @@ class Job:
     ) -> ConversionSettings:
         """Writes down what is to be done, or compares it; settings with what they left open filled in."""
         path = self.work / PLAN_FILE
-        resumed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if not self.resume:
-            resumed = None
+        resumed = _read_plan(path) if self.resume and path.is_file() else None
         for stage in ("stage1", "stage2"):
             # A resumed job takes as many sequences a step as before, with any number of processes.
-            found = resumed and resumed["settings"][stage].get("sequences_per_step")
+            found = resumed and resumed["settings"][stage]["sequences_per_step"]
             chosen = getattr(settings, stage)
             if chosen.sequences_per_step is None:
                 chosen = replace(chosen, sequences_per_step=found or self.processes.count)

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import json
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import ArtifactConfig
+from rtpurbo.models.base import BaseReference
+
+PUBLISHED_FILES = (
+    "rtpurbo_config.json",
+    "indexer*.safetensors",
+    "stage2_weights.safetensors",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "headwise_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "README.md",
+    "training_log.jsonl",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What an artifact or an export consists of; whatever else lies in its folder is not uploaded."""
+
+_TEXTS = (".json", ".jsonl", ".md")
 
 
 def push_artifact(folder: str | Path, name: str, *, private: bool = False) -> str:
     """Uploads an artifact to a model repository, which is made where it is missing.
+
+    Only `PUBLISHED_FILES` are uploaded, and the path of a local base model is shortened to the name of
+    its folder.
 
     Args:
         folder: the artifact's.
@@ -22,13 +55,16 @@ def push_artifact(folder: str | Path, name: str, *, private: bool = False) -> st
         Where to see it.
 
     Raises:
-        RTPurboError: `folder` holds no artifact, or the Hub refuses or cannot be reached.
+        RTPurboError: `folder` holds no artifact, a file is a link that leaves it, or the Hub refuses
+            or cannot be reached.
     """
-    ArtifactConfig.read(Path(folder))
+    folder = Path(folder)
+    base = ArtifactConfig.read(folder).base
+    operations = [_addition(folder, path, base) for path in published_files(folder)]
     api = HfApi()
     try:
         url = str(api.create_repo(name, private=private, exist_ok=True))
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload with rtpurbo")
+        api.create_commit(name, operations, commit_message="Upload with rtpurbo")
     except Exception as error:  # the network fails in many ways
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RTPurboError(
@@ -36,3 +72,46 @@ def push_artifact(folder: str | Path, name: str, *, private: bool = False) -> st
             "with `hf auth login`."
         ) from error
     return url
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The files of an artifact or an export, in order of their names.
+
+    Raises:
+        RTPurboError: one is a link that leaves the folder.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # In a pattern, * would match a slash too.
+        patterns = [pattern for pattern in PUBLISHED_FILES if pattern.count("/") == name.count("/")]
+        if path.is_file() and any(fnmatch(name, pattern) for pattern in patterns):
+            check_stays_inside(folder, path)
+            found.append(path)
+    return found
+
+
+def check_stays_inside(folder: Path, path: Path) -> None:
+    """Refuses a file that is a link out of its folder; those of the Hub's cache are allowed.
+
+    Raises:
+        RTPurboError: it is one.
+    """
+    target, inside = path.resolve(), folder.resolve()
+    blobs = inside.parent.parent / "blobs"
+    if not target.is_relative_to(inside) and target.parent != blobs:
+        raise RTPurboError(
+            f"{path} is a link to a file outside of the folder; put the file itself in its place, or "
+            "remove it."
+        )
+
+
+def _addition(folder: Path, path: Path, base: BaseReference) -> CommitOperationAdd:
+    content: str | bytes = str(path)
+    public = base.without_path().name
+    if public != base.name and path.suffix in _TEXTS:
+        text = path.read_bytes()
+        for place, short in ((base.name, public), (json.dumps(base.name), json.dumps(public))):
+            text = text.replace(place.encode(), short.encode())
+        content = text
+    return CommitOperationAdd(path.relative_to(folder).as_posix(), content)

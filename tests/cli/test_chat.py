@@ -126,3 +126,8 @@ def test_without_a_chat_template_there_is_a_sentence(tiny_base, tiny_artifact, t
     assert (
         result.stderr.strip().splitlines()[-1].startswith("error: this model has no chat template")
     )
+
+
+def test_escape_codes_in_an_answer_are_shown_and_not_sent(tiny_artifact, monkeypatch):
+    monkeypatch.setattr(Conversation, "answer", lambda self, text: (x for x in ["a \x1b[2J", "b"]))
+    assert "a \\x1b[2Jb" in talk(tiny_artifact, "magic")

@@ -329,3 +329,26 @@ def test_how_processes_share_the_work(tiny_base, tmp_path):
     assert "tensor parallelism" in error_of("convert", *arguments, "--parallel", "tensor")
     assert "no tracker 'x'" in error_of("convert", *arguments, "--report-to", "x")
     assert "name files or datasets" in error_of("convert", *arguments, "--stream")
+
+
+def test_escape_codes_in_an_artifact_are_shown_and_not_sent(copy):
+    path = copy / CONFIG_FILE
+    data = json.loads(path.read_text())
+    data["base_model"] |= {"architecture": "Evil\x1b[31m\x9b2J[bold]ForCausalLM"}
+    path.write_text(json.dumps(data))
+    (copy / "file\x1b]0;title\x07").write_text("")
+    shown = run("inspect", copy).stdout
+    assert "Evil\\x1b[31m\\x9b2J[bold]ForCausalLM" in shown
+    assert "file\\x1b]0;title\\x07" in shown
+    assert not {"\x1b", "\x9b", "\x07"} & set(shown)
+    assert "\\x1b[2J" in error_of("inspect", "nowhere\x1b[2J")
+
+
+def test_escape_codes_in_an_answer_are_shown_and_not_sent(tiny_artifact, monkeypatch):
+    def decode(self, *args, **options):
+        return "an answer \x1b[2J\n"
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.decode", decode)
+    shown = run("generate", tiny_artifact, "x", "--max-new-tokens", 3, "--device", "cpu").stdout
+    assert "\\x1b[2J" in shown
+    assert "\x1b" not in shown

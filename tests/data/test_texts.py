@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import random
 import sys
 from itertools import pairwise
@@ -159,3 +160,40 @@ def test_missing_package_is_explained(monkeypatch, tmp_path):
     for source in ("hf:a/b", str(tmp_path / "a.parquet")):
         with pytest.raises(RTPurboError, match=r"rtpurbo\[data\]"):
             load_texts([source])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "\\ud800 half"}', "Line 2 of .* surrogate pair"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "Line 2 of .*4300 digits"),
+        ("[" * 100_000, "Line 2 of .* nested too deeply"),
+    ],
+)
+def test_lines_that_cannot_be_text_are_named(tmp_path, line, message):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(RTPurboError, match=message):
+        load_texts([str(path)])
+
+
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for name in ("pipe.txt", "zero.txt"):
+        with pytest.raises(RTPurboError, match="not a regular file"):
+            load_texts([str(tmp_path / name)])
+
+
+def test_a_compressed_text_out_of_all_proportion_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.jsonl.gz"
+    monkeypatch.setattr("rtpurbo.data.texts._LEAST_EXPANDED", 1000)
+    line = json.dumps({"text": "word " * 20}) + "\n"
+    with gzip.open(path, "wt") as file:
+        file.write(line * 8)
+    assert len(load_texts([str(path)]).documents) > 0
+    for bomb in (line * 10_000, '{"text": "' + "a" * 2_000_000 + '"}'):
+        with gzip.open(path, "wt") as file:
+            file.write(bomb)
+        with pytest.raises(RTPurboError, match="expands to more than 200 times its size"):
+            load_texts([str(path)])

@@ -8,7 +8,6 @@ import torch
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import artifact
 from rtpurbo.models.artifact import (
-    ADAPTER_FOLDER,
     CONFIG_FILE,
     INDEXER_BEFORE_STAGE2_FILE,
     INDEXER_FILE,
@@ -19,6 +18,7 @@ from rtpurbo.models.artifact import (
     read_indexers,
 )
 from rtpurbo.models.sparsify import indexer_weights, restore
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.tiny_models import with_own_keys
 
@@ -130,7 +130,7 @@ def test_truncated_indexers_of_before_stage2_are_met_only_when_needed(copy):
 
 @pytest.mark.parametrize(
     "content",
-    [b"[]", b"null", b'"text"', b"{}", b'{"format_version": "x"}', b"\xff\xfe", b"{nonsense"],
+    [b"[]", b"null", b'"text"', b"{}", b"\xff\xfe", b"{nonsense"],
 )
 def test_a_config_of_another_kind_is_corrupt(copy, content):
     (copy / CONFIG_FILE).write_bytes(content)
@@ -177,7 +177,7 @@ def test_a_broken_adapter_config_is_refused(copy, content):
     path.unlink()
     if content is not None:
         path.write_text(content)
-    with pytest.raises(RTPurboError, match="cannot be applied"):
+    with pytest.raises(RTPurboError, match=r"is missing or corrupt|is of the kind None"):
         load(copy)
 
 
@@ -212,3 +212,73 @@ def test_what_is_shipped_is_whole_and_names_no_place_of_its_making(folder):
 
 def test_several_are_shipped():
     assert len(SHIPPED) > 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("stage2", "evil", "stage2 is 'evil', but it must be one of"),
+        ("stage2", None, "stage2 is None"),
+        ("stage2", 5, "stage2 is 5"),
+        ("format_version", -5, "format_version -5"),
+        ("format_version", 0, "format_version 0"),
+        ("format_version", 1.9, r"format_version 1\.9"),
+        ("format_version", True, "format_version True"),
+        ("settings", [1], "settings is"),
+        ("library_version", 5, "library_version is 5"),
+        ("base_model.name", "", "'' cannot be the name"),
+        ("base_model.name", "~", "'~' cannot be the name"),
+        ("base_model.name", 5, "name is 5, but it must be a string"),
+        ("base_model.name", ["a"], "name is"),
+        ("base_model.name", "a" * 300, "the local folder a{200}, which is not here"),
+        ("base_model.name", "a" * 5000, "cannot be the name"),
+        ("base_model.source", "evil", "source is 'evil'"),
+        ("base_model.revision", 5, "revision is 5"),
+        ("config.indexer.min_wavelength", "x", "min_wavelength is 'x'"),
+        ("config.indexer.min_wavelength", float("nan"), "min_wavelength is nan"),
+        ("config.indexer.min_wavelength", -1.0, r"min_wavelength is -1\.0"),
+        ("config.indexer.index_dim", 10**9, "index_dim is 1000000000"),
+        ("config.indexer.shared_keys", "x", "shared_keys is 'x'"),
+        ("config.attention.sliding_window", 8.5, r"sliding_window is 8\.5"),
+        ("config.attention.sliding_window", "8", "sliding_window is '8'"),
+        ("config.attention.top_p", float("inf"), "top_p is inf"),
+        ("config.head_map.granularity", "evil", "granularity is 'evil'"),
+        ("config.head_map.num_key_value_heads", 0, "0 KV heads"),
+        ("config.head_map.num_key_value_heads", 4, "4 KV heads"),
+        ("config.head_map.scores", [[1.0]], "scores must hold 6 numbers for each of its 2 layers"),
+        ("config.head_map.scores", "abc", "scores must hold"),
+        ("config.head_map.scores", [[float("nan")] * 6] * 2, "scores must hold"),
+        ("config.head_map.retrieval_heads", [["a"], [0]], "retrieval_heads must hold"),
+        ("config.head_map.retrieval_heads", 5, "not complete"),
+        ("config.attention", [], "not complete"),
+        ("config", None, "not complete"),
+        ("format_version", "x", "format_version 'x'"),
+    ],
+)
+def test_values_that_nobody_wrote_are_named(copy, path, value, message):
+    file = copy / CONFIG_FILE
+    data = json.loads(file.read_text())
+    *parents, last = path.split(".")
+    place = data
+    for name in parents:
+        place = place[name]
+    place[last] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(RTPurboError, match=message):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: b"[" * 100_000, "nested too deeply"),
+        (lambda text: text.replace(b'"stage2"', b'"stage2": "none", "stage2"'), "'stage2' twice"),
+        (lambda text: b'{"format_version": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (lambda text: text + b"\xff", "utf-8"),
+    ],
+)
+def test_json_that_nobody_wrote_is_named(copy, change, message):
+    file = copy / CONFIG_FILE
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(RTPurboError, match=message):
+        load(copy)

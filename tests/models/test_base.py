@@ -1,6 +1,8 @@
+import contextlib
 import copy
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -242,7 +244,12 @@ def test_a_cached_model_needs_no_network(monkeypatch, no_hub, model_folder):
     def load_with_fingerprint(name, dtype, **options):
         assert (name, options) == (
             DEFAULT_MODEL,
-            {"sharding": None, "revision": "0123abc", "local_files_only": True},
+            {
+                "sharding": None,
+                "model_options": {},
+                "revision": "0123abc",
+                "local_files_only": True,
+            },
         )
         return load(str(model_folder), dtype)
 
@@ -253,3 +260,25 @@ def test_a_cached_model_needs_no_network(monkeypatch, no_hub, model_folder):
         "hub",
         "0123abc",
     )
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_models_folder_is_not_run_even_if_asked_for(
+    model_folder, tmp_path, monkeypatch, file
+):
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    (folder / "evil.py").write_text("raise SystemExit('the code ran')")
+    own = {
+        "config.json": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.C", None]}},
+    }
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | own[file]))
+    monkeypatch.setattr("builtins.input", lambda *args: "yes")
+    if file == "config.json":
+        with pytest.raises(RTPurboError, match="contains custom code"):
+            load_base_model(str(folder))
+    else:
+        # transformers may know a tokenizer of its own for the model.
+        with contextlib.suppress(RTPurboError):
+            load_base_model(str(folder))

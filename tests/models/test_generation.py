@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import restore, using_rule
 from tests.tiny_models import (
@@ -246,3 +247,65 @@ def test_dense_prefill_differs_only_in_how_prompts_are_read(model):
         whole = logits_of(model, torch.cat([ids, token], 1), longer)[:, -1:]
     assert not torch.allclose(prompt, logits_of(model, ids, mask), atol=1e-3)
     assert not torch.allclose(decoded, whole, atol=1e-3)
+
+
+def test_a_prompt_read_in_inference_mode_is_continued():
+    model = sparse_model()
+    ids, _ = padded_batch((0,))
+    expected = generate(model, ids, torch.ones_like(ids), max_new_tokens=6)
+    with torch.inference_mode():
+        cache = model(ids[:, :-4], use_cache=True).past_key_values
+    options = {CACHE_NAME: cache, "max_new_tokens": 6}
+    assert torch.equal(generate(model, ids, torch.ones_like(ids), **options), expected)
+
+
+@pytest.mark.parametrize("prompt_under_autocast", [True, False])
+def test_prompt_and_steps_may_differ_in_autocast(prompt_under_autocast):
+    model = sparse_model(dtype=torch.float32)
+    ids, mask = padded_batch()
+    expected = logits_of(model, ids, mask)[:, -4:]
+
+    def read(tokens, seen, cache, autocast):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(tokens, attention_mask=mask[:, :seen], **{CACHE_NAME: cache})
+
+    length = ids.shape[1]
+    output = read(ids[:, : length - 4], length - 4, HeadwiseCache(model), prompt_under_autocast)
+    steps = []
+    for seen in range(length - 3, length + 1):
+        output = read(
+            ids[:, seen - 1 : seen], seen, output.past_key_values, not prompt_under_autocast
+        )
+        steps.append(output.logits.float())
+    steps = torch.cat(steps, 1)
+    # Rounding to bfloat16 moves a few keys across the edge of a selection.
+    error = (steps - expected).abs().mean() / expected.abs().mean()
+    assert error < 0.1
+
+
+def test_a_mask_of_another_shape_is_refused_without_a_cache_too():
+    model, (ids, mask) = sparse_model(), padded_batch()
+    for wrong in (mask[:, :20], mask[:1]):
+        with pytest.raises(RTPurboError, match="the attention mask is"):
+            model(ids, attention_mask=wrong, use_cache=False)
+
+
+def test_beams_over_the_cache_of_one_row_are_told_how_to_repeat_it():
+    model = sparse_model()
+    ids, _ = padded_batch((0,))
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    options = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(RTPurboError, match="batch_repeat_interleave"):
+        model.generate(ids[:, :12], **{CACHE_NAME: cache}, **options)
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(3)
+    answer = model.generate(ids[:, :12], **{CACHE_NAME: cache}, **options)
+    assert torch.equal(answer, model.generate(ids[:, :12], **options))
+
+
+def test_more_tokens_can_be_looked_up_in_the_prompt_than_the_usual_slack():
+    model = sparse_model()
+    ids = torch.arange(2, 60).repeat(4)[None]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=100, **options), expected)

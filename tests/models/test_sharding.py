@@ -14,7 +14,8 @@ from tests.two_processes import run_in_two_processes
 _COMPARE = r"""
 import sys
 import torch
-from rtpurbo.models.artifact import ArtifactConfig, apply_stage2, load_base
+from rtpurbo.models.artifact import ArtifactConfig, load_base
+from rtpurbo.models.stage2_weights import apply_stage2
 from rtpurbo.models.base import load_base_model
 from rtpurbo.models.sharding import is_sharded, own_part
 from rtpurbo.processes import join_processes

@@ -53,7 +53,7 @@ def test_heads_without_a_size_of_their_own_share_the_hidden_size(checkpoint, tmp
     assert capacity_of(tmp_path, GIB, in_flight=64) == capacity_of(checkpoint, GIB, in_flight=64)
     del config[CHECKPOINT_KEY]
     (tmp_path / CHECKPOINT_CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(RTPurboError, match="is not an rtpurbo artifact"):
+    with pytest.raises(RTPurboError, match="not an rtpurbo artifact"):
         capacity_of(tmp_path, GIB, in_flight=64)
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from rtpurbo.conversion import convert, distill_artifact
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import ADAPTER_FOLDER, ArtifactConfig, load
+from rtpurbo.models.artifact import ArtifactConfig, load
 from rtpurbo.models.sparsify import running_dense
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import DistillationSettings, no_progress
 from rtpurbo.training.lora_scale import SCALES, TOLERANCE, choose_scale, losses_by_scale
 from rtpurbo.training.sequences import TrainingSequence

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -10,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.version import library_commit
@@ -130,7 +130,7 @@ def read_speed(path: str | Path) -> SpeedResults:
     if not path.is_file():
         raise RTPurboError(f"there is no file of benchmarks {path}; check the path.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json.read(path)
         records = [SpeedRecord(**record) for record in data.pop("records")]
         if any(record.phase not in get_args(Phase) for record in records):
             raise ValueError

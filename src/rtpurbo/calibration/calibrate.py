@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo import strict_json
 from rtpurbo.calibration.chains import chain_scores, make_chain_document
 from rtpurbo.calibration.gate_sequences import GateSequences
 from rtpurbo.calibration.gates import train_gates
@@ -163,7 +163,7 @@ def read_calibration(path: Path) -> Calibration:
     if not path.is_file():
         raise RTPurboError(f"there is no head map at {path}: write one with `rtpurbo calibrate`.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json.read(path)
         stability, settings = data.get("stability"), data.get("settings")
         return Calibration(
             head_map_from_dict(data["head_map"]),

@@ -27,6 +27,7 @@ from rtpurbo.cli.train_indexer import train_indexer
 from rtpurbo.errors import RTPurboError
 from rtpurbo.launch import is_first_process_of_its_machine, started_by_torchrun
 from rtpurbo.version import __version__
+from rtpurbo.visible import visible
 
 OUT_OF_MEMORY = (
     "out of memory: use shorter sequences (--length), a smaller model, or another --device "
@@ -59,7 +60,7 @@ class CommandGroup(TyperGroup):
                 raise
             message = str(error)
         if is_first_process_of_its_machine():
-            typer.echo(message, err=True)
+            typer.echo(visible(message), err=True)
         raise typer.Exit(code)
 
 

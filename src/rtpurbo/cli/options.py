@@ -276,7 +276,7 @@ def changed_settings(others: list[str] | None, **options: Any) -> dict[str, Any]
             raise RTPurboError(f"--set {assignment} names no value: write NAME=VALUE.")
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
         changes[name] = value
     given = [name for name in _CHOICES_OF_HEADS if changes.get(name) is not None]

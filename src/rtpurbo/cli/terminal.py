@@ -10,6 +10,7 @@ from rich.console import Console
 from rtpurbo.errors import RTPurboError
 from rtpurbo.reporting.formats import percent, short_bytes
 from rtpurbo.serving.chat import Answer, Conversation
+from rtpurbo.visible import visible
 
 COMMANDS = {
     "/reset": "begin a new conversation",
@@ -81,9 +82,9 @@ def _answer(conversation: Conversation, console: Console, message: str) -> None:
         # Closed at once, an answer that is not read to its end stops being written.
         with closing(conversation.answer(message)) as pieces:
             for piece in pieces:
-                console.print(piece, end="", markup=False, soft_wrap=True)
+                console.print(visible(piece), end="", markup=False, soft_wrap=True)
         console.print()
     except KeyboardInterrupt:
         console.print(" (stopped)", style="dim")
     except RTPurboError as error:
-        console.print(f"error: {error}", markup=False)
+        console.print(visible(f"error: {error}"), markup=False)

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtpurbo.data.texts import TextCorpus, encode, import_datasets, parse_hub_source
+from rtpurbo.data.texts import (
+    TextCorpus,
+    check_is_file,
+    encode,
+    import_datasets,
+    parse_hub_source,
+)
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
@@ -230,8 +236,7 @@ def _open_source(datasets: Any, source: str) -> Any:
         options: dict[str, Any] = {"split": split}
     else:
         path = Path(source).expanduser()
-        if not path.is_file():
-            raise RTPurboError(f"There is no text file {source}; check the path.")
+        check_is_file(path, source)
         for endings, (reader, extra) in _READERS.items():
             if path.name.endswith(endings):
                 arguments, options = (reader, None), {"data_files": [str(path)], **extra}

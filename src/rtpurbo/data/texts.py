@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import json
 import random
 import re
 import textwrap
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
+from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
@@ -25,6 +25,12 @@ HELD_OUT_SHARE = 0.2
 SENTENCE_END = re.compile(r"(?:[.!?][\"')\]]*(?=\s)|[\u3002\uff01\uff1f])")
 """Where a sentence ends, in Latin and in Chinese and Japanese punctuation."""
 
+# A compressed text of so many characters is never too large; a larger one, if it is so many times as
+# large as its file, is no text.
+_LEAST_EXPANDED = 2**28
+_MOST_EXPANSION = 200
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SENTENCE_BREAK = re.compile(SENTENCE_END.pattern + r"\s*")
 _PARAGRAPH_BREAK = re.compile(r"\n(?:[ \t]*\n)+")
 _LINES_OF_MARKUP = re.compile(r"^(?:[*=~^#+|-]{3,}.*|[+|].*[+|]|-\[ .* \]-)$\n?", re.MULTILINE)
@@ -230,8 +236,7 @@ def _read_source(source: str) -> list[str]:
         documents = _read_hub_dataset(source)
     else:
         path = Path(source).expanduser()
-        if not path.exists():
-            raise RTPurboError(f"There is no text file {source}; check the path.")
+        check_is_file(path, source)
         try:
             documents = _read_file(path, source)
         except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
@@ -250,7 +255,7 @@ def _read_file(path: Path, source: str) -> list[str]:
             return _read_json_lines(lines, source)
     if path.name.endswith(".jsonl.gz"):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
-            return _read_json_lines(lines, source)
+            return _read_json_lines(_bounded(lines, path, source), source)
     if path.name.endswith(".parquet"):
         datasets = import_datasets(source)
         try:
@@ -267,24 +272,67 @@ def _read_file(path: Path, source: str) -> list[str]:
     )
 
 
-def _read_json_lines(lines: Iterable[str], source: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+def check_is_file(path: Path, source: str) -> None:
+    """Refuses what cannot be read to an end, such as a pipe or a device.
+
+    Raises:
+        RTPurboError: there is no such file, or it is not a regular one.
+    """
+    if not path.exists():
+        raise RTPurboError(f"There is no text file {source}; check the path.")
+    if not path.is_file():
+        raise RTPurboError(f"The text source {source} is not a regular file; name one.")
+
+
+def _bounded(lines: TextIO, path: Path, source: str) -> Iterator[str]:
+    """The lines of a compressed file, as long as they are not out of all proportion to its size.
+
+    Raises:
+        RTPurboError: they are, as in a file that was made to fill the memory.
+    """
+    allowed = max(_LEAST_EXPANDED, _MOST_EXPANSION * path.stat().st_size)
+    while line := lines.readline(allowed + 1):
+        allowed -= len(line)
+        if allowed < 0:
             raise RTPurboError(
-                f"Line {number} of {source} is not JSON ({error}); every line must be an object."
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise RTPurboError(
-                f'Line {number} of {source} has no field "text" with a string; '
-                "every line must have one."
+                f"{source} expands to more than {_MOST_EXPANSION} times its size; decompress it, and "
+                "name the result if you trust it."
             )
-        documents.append(row["text"])
-    return documents
+        yield line
+
+
+def _read_json_lines(lines: Iterable[str], source: str) -> list[str]:
+    return [
+        _text_of_line(line, f"Line {number} of {source}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _text_of_line(line: str, place: str) -> str:
+    """The text in a line of JSON.
+
+    Args:
+        line: an object with a field `text`.
+        place: what to call the line.
+
+    Raises:
+        RTPurboError: it is no such object, or its text is none.
+    """
+    try:
+        row = strict_json.parse(line)
+    except ValueError as error:
+        raise RTPurboError(
+            f"{place} is not JSON ({error}); every line must be an object."
+        ) from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise RTPurboError(f'{place} has no field "text" with a string; every line must have one.')
+    text: str = row["text"]
+    if _SURROGATE.search(text):
+        raise RTPurboError(
+            f"{place} holds half of a surrogate pair, which is no text; write the file again as UTF-8."
+        )
+    return text
 
 
 def parse_hub_source(source: str) -> tuple[str, str | None, str]:

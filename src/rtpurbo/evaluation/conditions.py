@@ -17,7 +17,8 @@ from rtpurbo.devices import device_kind
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.questions import QuestionSet
-from rtpurbo.models.artifact import ADAPTER_FOLDER, CHECKPOINT_CONFIG_FILE, CONFIG_FILE
+from rtpurbo.models.artifact import CHECKPOINT_CONFIG_FILE, CONFIG_FILE
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.version import __version__
 
 # Of an artifact or an export: what its models are made of, but neither its card nor its log.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -10,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
 from rtpurbo.files import write_json_atomically
@@ -154,7 +154,7 @@ def read_results(path: str | Path) -> Results:
     if not path.is_file():
         raise RTPurboError(f"there is no file of results {path}; check the path.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json.read(path)
         if data["format_version"] < 1:
             raise ValueError("there is no such format")
         if data["format_version"] > FORMAT_VERSION:

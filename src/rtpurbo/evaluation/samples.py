@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.files import write_text_atomically
@@ -131,7 +132,7 @@ def read_samples(path: str | Path) -> list[SampleRecord]:
         raise RTPurboError(f"there is no file of samples {path}; check the path.")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [_record(json.loads(line)) for line in lines if line]
+        return [_record(strict_json.parse(line)) for line in lines if line]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no samples or is corrupt; evaluate again.") from error
 

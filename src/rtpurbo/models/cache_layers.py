@@ -57,7 +57,8 @@ class GrowingBuffer:
             self._move(self.storage, capacity)
 
     def _move(self, like: Tensor, capacity: int) -> None:
-        storage = like.new_zeros(like.shape[0], like.shape[1], capacity, like.shape[3])
+        held = like if self.storage is None else self.storage
+        storage = held.new_zeros(like.shape[0], like.shape[1], capacity, like.shape[3])
         if self.storage is not None:
             storage[:, :, : self.length] = self.storage[:, :, : self.length]
         self.storage = storage

@@ -17,7 +17,13 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.gguf import decode_gguf
-from rtpurbo.models.pretrained import Loaded, load_with_fingerprint, quiet_transformers
+from rtpurbo.models.pretrained import (
+    NO_OPTIONS,
+    Loaded,
+    LoadingOptions,
+    load_with_fingerprint,
+    quiet_transformers,
+)
 from rtpurbo.models.sharding import Sharding
 from rtpurbo.settings import Progress
 
@@ -48,6 +54,7 @@ class DecodedCopy:
         dtype: torch.dtype | Literal["auto"],
         progress: Progress,
         sharding: Sharding | None = None,
+        options: LoadingOptions = NO_OPTIONS,
     ) -> Loaded:
         """Loads the copy, which is made first if it is missing, damaged or of another file.
 
@@ -55,19 +62,20 @@ class DecodedCopy:
             dtype: of the weights.
             progress: told of downloads and of decoding.
             sharding: processes that each keep a part of the weights; None loads the whole model.
+            options: further arguments for transformers.
 
         Raises:
             RTPurboError: there is no GGUF file, or it cannot be decoded.
         """
         if self.is_current():
             try:
-                return load_checked(self.folder, dtype, sharding)
+                return load_checked(self.folder, dtype, sharding, options)
             except RTPurboError:
                 logger.warning("The cached model in %s is damaged; making it again.", self.folder)
                 self._make(progress, again=True)
         else:
             self._make(progress)
-        return load_checked(self.folder, dtype, sharding)
+        return load_checked(self.folder, dtype, sharding, options)
 
     def is_current(self) -> bool:
         """True if there is a copy, made from this file; its weights are not looked at."""
@@ -101,14 +109,19 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
 
 
 def load_checked(
-    folder: Path, dtype: torch.dtype | Literal["auto"], sharding: Sharding | None = None
+    folder: Path,
+    dtype: torch.dtype | Literal["auto"],
+    sharding: Sharding | None = None,
+    options: LoadingOptions = NO_OPTIONS,
 ) -> Loaded:
     """Loads a decoded copy and checks its fingerprint.
 
     Raises:
         RTPurboError: the copy is damaged.
     """
-    loaded = load_with_fingerprint(str(folder), dtype, sharding=sharding)
+    loaded = load_with_fingerprint(
+        str(folder), dtype, sharding=sharding, model_options=options.model
+    )
     origin = read_origin(folder)
     if origin is None or origin.get("fingerprint") != loaded.fingerprint:
         raise RTPurboError(f"The decoded model in {folder} is damaged; remove the folder.")

@@ -1,4 +1,4 @@
-"""Makes `generate` and plain calls of a sparse model use a HeadwiseCache without being told.
+"""Gives plain calls of a sparse model a HeadwiseCache without being told.
 
 Every forward passes here first: so this is also where padding is looked at, once for all layers.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,41 +15,55 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME, POSITIONAL, named
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.decoding import attach_decoder, detach_decoder
+from rtpurbo.models.pretrained import refuse_offloading
 from rtpurbo.models.slots import padding_form
+
+
+class CacheProvider:
+    """Forward pre-hook of a sparse model's decoder: provides a cache, and the mask that is needed.
+
+    An object rather than a closure, so that a copy of the model has a provider for itself.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """The arguments of the decoder's forward, with a cache where it would make its own."""
+        kwargs = named(args, kwargs)
+        self._check(kwargs)
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = self.model.config.use_cache
+        if use_cache and kwargs.get(CACHE_NAME) is None:
+            # Training needs no cache, and the model would make one of its own.
+            cached = {CACHE_NAME: HeadwiseCache(self.model)}
+            kwargs = {**kwargs, **({"use_cache": False} if module.training else cached)}
+        kwargs["attention_mask"] = needed_mask(kwargs)
+        return args[len(POSITIONAL) :], kwargs
+
+    def _check(self, arguments: dict[str, Any]) -> None:
+        """Refuses what the decoder would do wrongly, or fail to do, without a word.
+
+        Raises:
+            RTPurboError: attention weights are asked for, or weights were offloaded meanwhile.
+        """
+        asked = arguments.get("output_attentions")
+        if self.model.config.output_attentions if asked is None else asked:
+            raise RTPurboError(
+                "a sparse model has no attention weights to return: leave output_attentions out, or "
+                "restore the dense model with rtpurbo.restore."
+            )
+        if hasattr(self.model, "_hf_hook"):
+            refuse_offloading(self.model)
 
 
 def attach_cache(model: PreTrainedModel) -> None:
     """Gives this one model (no class is touched) a HeadwiseCache wherever it would make its own."""
-    prepare = model._prepare_cache_for_generation
-
-    def prepare_cache(
-        generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
-            generation_config.cache_implementation = None
-            model_kwargs[CACHE_NAME] = HeadwiseCache(model)
-        cache = model_kwargs.get(CACHE_NAME)
-        if isinstance(cache, HeadwiseCache):
-            cache.expected_length = generation_config.max_length or 0
-        return prepare(generation_config, model_kwargs, *args, **kwargs)
-
-    def provide_cache(
-        module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        kwargs = named(args, kwargs)
-        use_cache = kwargs.get("use_cache")
-        if use_cache is None:
-            use_cache = model.config.use_cache
-        if use_cache and kwargs.get(CACHE_NAME) is None:
-            # Training needs no cache, and the model would make one of its own.
-            own = {"use_cache": False} if module.training else {CACHE_NAME: HeadwiseCache(model)}
-            kwargs = {**kwargs, **own}
-        kwargs["attention_mask"] = needed_mask(kwargs)
-        return args[len(POSITIONAL) :], kwargs
-
-    model._prepare_cache_for_generation = prepare_cache
     model._rtpurbo_hook = model.base_model.register_forward_pre_hook(
-        provide_cache, with_kwargs=True
+        CacheProvider(model), with_kwargs=True
     )
     attach_decoder(model)
 
@@ -64,17 +79,45 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
         raise RTPurboError(
             "sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none."
         )
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments["inputs_embeds"]
     if isinstance(cache, HeadwiseCache):
-        tokens = arguments.get("input_ids")
-        if tokens is None:
-            tokens = arguments["inputs_embeds"]
+        _check_rows(cache, tokens.shape[0])
+        if not torch.is_inference_mode_enabled():
+            leave_inference_mode(cache, tokens.shape[0])
         return cache.enter(mask, tokens.shape[0], tokens.shape[1], tokens.device)
+    batch, length = tokens.shape[:2]
+    if mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
+        raise RTPurboError(
+            f"the attention mask is {tuple(mask.shape)}, but must be {(batch, length)}: without a "
+            "cache it covers the tokens given."
+        )
     return None if mask is None or padding_form(mask)[0] == "none" else mask
+
+
+def _check_rows(cache: HeadwiseCache, batch: int) -> None:
+    """Refuses a cache of another number of sequences.
+
+    Raises:
+        RTPurboError: it holds more or fewer.
+    """
+    positions = cache.slots.ring.positions
+    if cache.get_seq_length() and positions is not None and positions.shape[0] != batch:
+        raise RTPurboError(
+            f"the cache holds {positions.shape[0]} sequences, but the forward has {batch}: call "
+            "cache.batch_repeat_interleave first to give each beam or sample its own copy."
+        )
+
+
+def leave_inference_mode(cache: HeadwiseCache, batch: int) -> None:
+    """Copies what a cache was given in inference mode, which cannot be written to outside of it."""
+    if any(tensor.is_inference() for tensor in cache.slots.tensors()):
+        cache.batch_select_indices(torch.arange(batch))
 
 
 def detach_cache(model: PreTrainedModel) -> None:
     """Undoes `attach_cache`."""
     detach_decoder(model)
-    del model._prepare_cache_for_generation
     model._rtpurbo_hook.remove()
     del model._rtpurbo_hook

@@ -83,7 +83,7 @@ def decode_gguf(
             str(path.parent),
             dtype or header.decoded_dtype(),
             config=config,
-            quantization=quantization and quantization(dequantize=True),
+            model_options=quantization and {"quantization_config": quantization(dequantize=True)},
             gguf_file=path.name,
         )
     model.generation_config.eos_token_id = _end_token_ids(header, tokenizer) or None

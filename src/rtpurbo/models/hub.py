@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -22,17 +24,34 @@ class HubUnreachableError(RTPurboError):
     """A model is not in the cache, and the Hub cannot be asked."""
 
 
-def find_on_hub(name: str, revision: str | None) -> tuple[str | None, bool]:
+def find_on_hub(
+    name: str,
+    revision: str | None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **_: Any,
+) -> tuple[str | None, bool]:
     """Returns the commit of a model on the Hub, and whether only the local cache can be used.
 
     The Hub is asked once, with a short timeout: loading would first retry for half a minute.
+
+    Args:
+        name: of the model's repository.
+        revision: a branch, tag or commit; None for the default branch.
+        token: for private and gated models; None takes the one of `hf auth login`.
+        cache_dir: the local cache, if not the usual one.
+        local_files_only: do not ask the Hub.
 
     Raises:
         HubUnreachableError: the Hub cannot be reached and the model is not in the cache.
         RTPurboError: the Hub has no such model or revision, or the model is gated.
     """
     try:
-        info = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
+        if local_files_only:
+            raise OfflineModeIsEnabled("only local files are to be used")
+        info = HfApi(token=token).model_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
         return info.sha, False
     except GatedRepoError as error:
         raise RTPurboError(
@@ -49,7 +68,7 @@ def find_on_hub(name: str, revision: str | None) -> tuple[str | None, bool]:
             "name (for a private model, log in with `hf auth login`)."
         ) from error
     except Exception as error:  # no network shows itself in many ways, none of them lasting
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        config = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
         if not isinstance(config, str):
             raise HubUnreachableError(
                 f"{name} is not a folder, and the Hugging Face Hub cannot be reached to look for "

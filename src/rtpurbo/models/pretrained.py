@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -18,9 +19,31 @@ from transformers import (
 )
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.auto import RTPurboModelConfig
 from rtpurbo.models.families import family_of
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.sharding import Sharding, load_sharded
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """Arguments of `from_pretrained` that a caller adds.
+
+    Attributes:
+        hub: where and how to look on the Hugging Face Hub, such as `token` and `cache_dir`.
+        model: of `AutoModelForCausalLM`, such as `device_map`.
+    """
+
+    hub: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def places_model(self) -> bool:
+        """Whether the model's weights are put on their devices while they are loaded."""
+        return self.model.get("device_map") is not None
+
+
+NO_OPTIONS = LoadingOptions()
 
 
 class Loaded(NamedTuple):
@@ -31,11 +54,12 @@ class Loaded(NamedTuple):
     fingerprint: str
 
 
-def load_pretrained_config(name: str, **options: Any) -> PretrainedConfig:
+def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -> PretrainedConfig:
     """Loads the configuration of a model that can be made sparse, without its weights.
 
     Args:
         name: a folder or a name on the Hub.
+        sparse: whether `name` may be a sparse model, whose dense configuration is returned.
         options: for `AutoConfig.from_pretrained`: where to look.
 
     Raises:
@@ -47,6 +71,13 @@ def load_pretrained_config(name: str, **options: Any) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         except Exception as error:  # a damaged file can raise anything
             _refuse(name, error)
+    if isinstance(config, RTPurboModelConfig):
+        if not sparse:
+            raise RTPurboError(
+                f"{name} is a sparse model of rtpurbo, not a dense one; give the dense model that it "
+                "was made from, which `rtpurbo inspect` shows."
+            )
+        config = config.dense()
     family_of(config)
     return config
 
@@ -56,7 +87,7 @@ def load_pretrained(
     dtype: torch.dtype | Literal["auto"],
     *,
     config: PretrainedConfig | None = None,
-    quantization: Any = None,
+    model_options: Mapping[str, Any] | None = None,
     sharding: Sharding | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -66,7 +97,7 @@ def load_pretrained(
         name: a folder or a name on the Hub.
         dtype: the type of the weights, or "auto" for the one that they are stored in.
         config: the model's configuration, if it is known or changed.
-        quantization: how to read a quantised model, only where that must be said.
+        model_options: for `from_pretrained` of the model alone.
         sharding: processes that each keep a part of the weights; None loads the whole model.
         options: for `from_pretrained` of model and tokenizer: where to look.
 
@@ -76,36 +107,63 @@ def load_pretrained(
     """
     if config is None:
         config = load_pretrained_config(name, **options)
-    loading_options = {**options, "config": config, "dtype": dtype, "trust_remote_code": False}
-    if quantization is not None:
-        loading_options["quantization_config"] = quantization
+    loading_options = {**options, **(model_options or {}), "config": config, "dtype": dtype}
+    model = load_weights(name, sharding, **loading_options)
+    return model, load_tokenizer(name, **options)
+
+
+def load_weights(name: str, sharding: Sharding | None = None, **options: Any) -> PreTrainedModel:
+    """Loads a model whose configuration has been checked.
+
+    Args:
+        name: a folder or a name on the Hub.
+        sharding: as for `load_pretrained`.
+        options: for `AutoModelForCausalLM.from_pretrained`, its `config` among them.
+
+    Raises:
+        RTPurboError: it cannot be loaded, or weights are missing.
+    """
+    options["trust_remote_code"] = False
     with quiet_transformers():
         try:
             if sharding is None:
                 model, loading = AutoModelForCausalLM.from_pretrained(
-                    name, output_loading_info=True, **loading_options
+                    name, output_loading_info=True, **options
                 )
             else:
-                model, loading = load_sharded(name, sharding, **loading_options)
+                model, loading = load_sharded(name, sharding, **options)
         except RTPurboError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # a damaged file can raise anything
             _refuse(name, error)
-        if loading["missing_keys"]:
-            # transformers would go on with random weights.
-            missing = sorted(loading["missing_keys"])
-            raise RTPurboError(
-                f"The files of the model {name} lack {len(missing)} weights, such as "
-                f"{missing[0]}; fetch or save the model again."
-            )
+    if loading["missing_keys"]:
+        # transformers would go on with random weights.
+        missing = sorted(loading["missing_keys"])
+        raise RTPurboError(
+            f"The files of the model {name} lack {len(missing)} weights, such as "
+            f"{missing[0]}; fetch or save the model again."
+        )
+    return model
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder or the Hub.
+
+    Args:
+        name: a folder or a name on the Hub.
+        options: for `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        RTPurboError: it cannot be loaded.
+    """
+    with quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-        except Exception as error:  # as above
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        except Exception as error:  # a damaged file can raise anything
             raise RTPurboError(
                 f"The tokenizer of {name} cannot be loaded ({_first_line(error)}); "
                 "put the tokenizer's files beside the model's."
             ) from error
-    return model, tokenizer
 
 
 def load_with_fingerprint(
@@ -115,12 +173,17 @@ def load_with_fingerprint(
     sharding: Sharding | None = None,
     **options: Any,
 ) -> Loaded:
-    """Loads a model as `load_pretrained` does; its fingerprint does not depend on `dtype`."""
+    """Loads a model as `load_pretrained` does; its fingerprint does not depend on `dtype`.
+
+    Raises:
+        RTPurboError: as `load_pretrained` does, or weights are offloaded.
+    """
     # A fingerprint rounds to bfloat16, so only float16, which has other values, would change it.
     narrow = dtype == torch.float16
     model, tokenizer = load_pretrained(
         name, "auto" if narrow else dtype, sharding=sharding, **options
     )
+    refuse_offloading(model)
     found = fingerprint(model)
     if narrow and sharding is not None:
         # FSDP holds on to the parameters that it divided: read them again in the other type.
@@ -132,6 +195,38 @@ def load_with_fingerprint(
             parameter.data = parameter.data.half()
         model.config.dtype = torch.float16
     return Loaded(model, tokenizer, found)
+
+
+def refuse_offloading(model: PreTrainedModel) -> None:
+    """Refuses a model of which accelerate moves weights to a device only while they are used.
+
+    Raises:
+        RTPurboError: some are offloaded to the CPU or the disk.
+    """
+    # A model on the meta device without such hooks is there for its shapes.
+    offloaded = any(weight.is_meta for weight in model.parameters()) and any(
+        hasattr(module, "_hf_hook") for module in model.modules()
+    )
+    if offloaded:
+        raise RTPurboError(
+            "weights of the model are offloaded to the CPU or the disk, and sparse attention needs "
+            "them on the device where it runs: choose a device_map without offloading, a smaller "
+            "dtype, or more devices."
+        )
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
+    """A type of weights by its name, as transformers takes it; "auto" stays.
+
+    Raises:
+        RTPurboError: there is no such type.
+    """
+    if dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise RTPurboError(f"there is no dtype '{dtype}': pass a torch type, its name or 'auto'.")
+    return found
 
 
 @contextmanager

@@ -169,6 +169,8 @@ class RingBuffer:
             self.keys, self.values = (
                 part.new_zeros(*part.shape[:2], num_slots, part.shape[3]) for part in (keys, values)
             )
+        # Under autocast, and without it, states come in different types.
+        keys, values = keys.to(self.keys.dtype), values.to(self.values.dtype)
         before = None
         if slots.window is not None:
             # Before it is overwritten.

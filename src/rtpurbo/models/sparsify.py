@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,13 @@ from rtpurbo.models.attention import IMPLEMENTATION, HeadwiseAttention, LayerObs
 from rtpurbo.models.families import attention_modules, convertible_layers, family_of
 from rtpurbo.models.generation import attach_cache, detach_cache
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
+from rtpurbo.models.runtime import Runtime
+from rtpurbo.models.sparse_model import (
+    check_can_be_sparse,
+    check_is_not_wrapped,
+    dense_class,
+    sparse_class,
+)
 from rtpurbo.ops import SelectionStatistics, Selector
 
 
@@ -33,15 +40,11 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
         The same model.
 
     Raises:
-        RTPurboError: the architecture is not supported, the head map belongs to another model, or the heads are
-            divided among processes.
+        RTPurboError: the architecture is not supported, the head map belongs to another model, or the
+            model is wrapped, offloaded or of another kind (`check_can_be_sparse`).
     """
+    check_can_be_sparse(model)
     family = family_of(model.config)
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise RTPurboError(
-            "the model's heads are divided among processes (tensor parallelism), but every head has its own "
-            "window, indexer and part of the cache: load it without tp_plan."
-        )
     check_head_map(model.config, config.head_map)
     if is_sparse(model):
         restore(model)
@@ -65,7 +68,9 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     model._rtpurbo_dense_implementation = model.config._attn_implementation
     model.config._attn_implementation = IMPLEMENTATION
     model.rtpurbo_config = config
+    model.__class__ = sparse_class(type(model))
     attach_cache(model)
+    model.rtpurbo = runtime(model)
     return model
 
 
@@ -83,7 +88,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     assert modules
     detach_cache(model)
     model.config._attn_implementation = model._rtpurbo_dense_implementation
-    del model._rtpurbo_dense_implementation, model.rtpurbo_config
+    model.__class__ = dense_class(model)
+    for name in ("_rtpurbo_dense_implementation", "_rtpurbo_artifact", "rtpurbo_config", "rtpurbo"):
+        vars(model).pop(name, None)
     return model
 
 
@@ -98,6 +105,7 @@ def headwise_modules(model: PreTrainedModel) -> list[HeadwiseAttention]:
     Raises:
         RTPurboError: the model is not sparse.
     """
+    check_is_not_wrapped(model)
     if not is_sparse(model):
         raise RTPurboError(
             "the model is dense: pass it through rtpurbo.sparsify or rtpurbo.load first."
@@ -174,12 +182,18 @@ def load_indexers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
                 parameter.data.copy_(weights[f"layers.{module.layer_idx}.indexer.{name}"])
 
 
+def runtime(model: PreTrainedModel) -> Runtime:
+    """The runtime settings of a sparse model, which are also `model.rtpurbo`.
+
+    Raises:
+        RTPurboError: the model is not sparse.
+    """
+    return Runtime(model, headwise_modules(model))
+
+
 def set_rule(model: PreTrainedModel, **changes: Any) -> None:
     """Changes fields of the attention rule: `set_rule(model, top_p=0.9)`."""
-    modules = headwise_modules(model)
-    model.rtpurbo_config = model.rtpurbo_config.with_rule(**changes)
-    for module in modules:
-        module.rule = model.rtpurbo_config.attention
+    runtime(model).set_rule(**changes)
 
 
 def set_selector(model: PreTrainedModel, selector: Selector | None) -> None:
@@ -188,104 +202,40 @@ def set_selector(model: PreTrainedModel, selector: Selector | None) -> None:
         module.selector = selector
 
 
-@contextmanager
-def using_rule(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
-    """Changes fields of the attention rule inside a `with` block, such as `top_p=0.9`."""
-    headwise_modules(model)  # a dense model has no rule, and this says so
-    before = vars(model.rtpurbo_config.attention)
-    set_rule(model, **changes)
-    try:
-        yield
-    finally:
-        set_rule(model, **before)
+def using_rule(model: PreTrainedModel, **changes: Any) -> AbstractContextManager[None]:
+    """As `Runtime.rule`."""
+    return runtime(model).rule(**changes)
 
 
-@contextmanager
 def counting(
     model: PreTrainedModel, statistics: SelectionStatistics | None = None
-) -> Iterator[SelectionStatistics]:
-    """Counts what the retrieval heads select, over every forward inside.
-
-    Args:
-        model: a sparse model.
-        statistics: what counts; None takes a plain one.
-    """
-    statistics = SelectionStatistics() if statistics is None else statistics
-    modules = headwise_modules(model)
-    for module in modules:
-        module.statistics = statistics
-    try:
-        yield statistics
-    finally:
-        for module in modules:
-            module.statistics = None
+) -> AbstractContextManager[SelectionStatistics]:
+    """As `Runtime.counting`."""
+    return runtime(model).counting(statistics)
 
 
-@contextmanager
-def decoding_last(model: PreTrainedModel, num_decode_rows: int) -> Iterator[None]:
-    """Treats the last rows of every forward as decoding steps: they select where prefill is dense.
-
-    So training can meet what `generate` does, prompt dense and answer sparse, in one forward.
-    """
-    modules = headwise_modules(model)
-    for module in modules:
-        module.num_decode_rows = num_decode_rows
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.num_decode_rows = 0
+def decoding_last(model: PreTrainedModel, num_decode_rows: int) -> AbstractContextManager[None]:
+    """As `Runtime.decoding_last`."""
+    return runtime(model).decoding_last(num_decode_rows)
 
 
-@contextmanager
-def running_dense(model: PreTrainedModel) -> Iterator[None]:
-    """Runs a sparse model's attention dense for a while, as the original would, without a cache."""
-    modules = headwise_modules(model)
-    for module in modules:
-        module.dense = True
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.dense = False
+def running_dense(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """As `Runtime.dense`."""
+    return runtime(model).dense()
 
 
-@contextmanager
-def gated_heads(model: PreTrainedModel, gates: Mapping[int, Tensor]) -> Iterator[None]:
-    """Mixes full and windowed attention of every head by a gate inside a `with` block.
-
-    Args:
-        model: sparse, without retrieval heads and without a cache.
-        gates: by layer, [num_key_value_heads] or [num_attention_heads]: 1 is full, 0 windowed.
-    """
-    modules = headwise_modules(model)
-    for module in modules:
-        module.gates = gates[module.layer_idx]
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gates = None
+def gated_heads(
+    model: PreTrainedModel, gates: Mapping[int, Tensor]
+) -> AbstractContextManager[None]:
+    """As `Runtime.gated`."""
+    return runtime(model).gated(gates)
 
 
-@contextmanager
-def packing(model: PreTrainedModel, document_lengths: Sequence[int] | None) -> Iterator[None]:
-    """Keeps documents that follow each other in every sequence apart while the model runs dense.
-
-    Their `position_ids` have to be given too.
-
-    Args:
-        model: sparse.
-        document_lengths: tokens of each document; None for one document.
-    """
-    modules = headwise_modules(model)
-    for module in modules:
-        module.document_lengths = None if document_lengths is None else tuple(document_lengths)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.document_lengths = None
+def packing(
+    model: PreTrainedModel, document_lengths: Sequence[int] | None
+) -> AbstractContextManager[None]:
+    """As `Runtime.packed`."""
+    return runtime(model).packed(document_lengths)
 
 
 @contextmanager
@@ -304,14 +254,10 @@ def observing(
     borrowed = not is_sparse(model)
     if borrowed:
         sparsify(model, RTPurboConfig(empty_head_map(model)))
-    modules = headwise_modules(model)
-    for module in modules:
-        module.observer, module.dense = observer, dense
     try:
-        yield
+        with runtime(model).observed(observer, dense=dense):
+            yield
     finally:
-        for module in modules:
-            module.observer, module.dense = None, False
         if borrowed:
             restore(model)
 

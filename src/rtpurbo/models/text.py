@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.visible import visible
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -89,6 +90,14 @@ def continue_tokens(
     return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
 
 
+class _VisibleStreamer(TextStreamer):
+    """Writes to standard output, which may be a terminal, without control characters."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Writes a piece of text."""
+        super().on_finalized_text(visible(text), stream_end)
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -127,7 +136,7 @@ def generate_text(
             f"not fit into the model's context of {context:,}."
         )
     streamer = (
-        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        _VisibleStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
     [text] = continue_tokens(
         model, tokenizer, [prompt_ids], max_new_tokens, sample=sample, streamer=streamer

@@ -206,12 +206,14 @@ def headwise_attention(
     """A whole layer: `rtpurbo.ops.eager.headwise.headwise_attention`."""
     _check_states(query_states, query_positions, full)
     _check_states(query_states, query_positions, bounded)
+    # A cache may have been filled under autocast and be read without it, or the reverse.
+    asked_dtype, query_states = query_states.dtype, query_states.to(full.keys.dtype)
     backend = chosen_backend(
         backend, query_states, full, bounded, index_queries, rule, statistics, selector
     )
     # Kernels know no selector, and none is needed where no row selects.
     options = {} if selector is None or backend != "eager" else {"selector": selector}
-    return _implementation("headwise_attention", backend)(
+    output, log_sum_exp = _implementation("headwise_attention", backend)(
         query_states,
         query_positions,
         full,
@@ -224,6 +226,7 @@ def headwise_attention(
         return_log_sum_exp=return_log_sum_exp,
         **options,
     )
+    return output.to(asked_dtype), log_sum_exp
 
 
 def decoding_counters(batch: int, num_retrieval_heads: int, device: torch.device) -> Tensor | None:

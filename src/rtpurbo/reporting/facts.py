@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rtpurbo.models.artifact import ArtifactConfig, Stage2Kind
+from rtpurbo.models.artifact import ArtifactConfig
+from rtpurbo.models.stage2_weights import Stage2Kind
 from rtpurbo.reporting.formats import percent
 
 _STAGE2: dict[Stage2Kind, str] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from rtpurbo.reporting.facts import artifact_facts
 from rtpurbo.reporting.formats import short_bytes
 from rtpurbo.reporting.headmap import head_map_picture
 from rtpurbo.training.log import TrainingLog
+from rtpurbo.visible import visible
 
 
 def inspect_artifact(folder: Path) -> Group:
@@ -42,5 +44,6 @@ def _two_columns(rows: list[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     for row in rows:
-        table.add_row(*row)
+        # Names in an artifact are somebody else's, and no markup.
+        table.add_row(*(escape(visible(text)) for text in row))
     return table

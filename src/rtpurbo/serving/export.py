@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.config import check_choice
 from rtpurbo.errors import RTPurboError
@@ -32,8 +32,11 @@ from rtpurbo.models.artifact import (
     find_artifact,
     load,
     read_indexers,
+    save_artifact,
 )
+from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
+from rtpurbo.publishing import check_stays_inside
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
 from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, SERVED_PREFILL_MODES
 from rtpurbo.serving.vllm.plugin import ARCHITECTURES
@@ -76,10 +79,12 @@ def export(
       weights, as `model.layers.N.self_attn.indexer.query_weight` and `key_weight`. The plugin's
       caches hold an index key for each retrieval head: shared key weights are repeated for each.
     - `rtp-llm`: a dense checkpoint whose config.json has RTP-LLM's `headwise_config`.
-    - `transformers`: an artifact with weights of its own. To transformers alone, and to other
-      engines, it is a dense model.
+    - `transformers`: an artifact with weights of its own, as `save_pretrained` of a sparse model
+      writes it. transformers loads it where rtpurbo is imported; alone it refuses it, and so do
+      other engines.
 
-    `rtpurbo.load` reads the folders for `vllm` and `transformers` too.
+    `rtpurbo.load` and `AutoRTPurboModelForCausalLM` read the folders for `vllm` and `transformers`
+    too. transformers' own `AutoModelForCausalLM` takes the one for `vllm` for a dense model.
 
     Args:
         artifact: an artifact's folder or its name on the Hub; an export can be exported again.
@@ -119,7 +124,8 @@ def export(
     model, tokenizer = load(folder, base_model=base_model, dtype=dtype or "auto")
     indexers = read_indexers(folder)
     # With settings that the model decides, such as wavelengths, as they were resolved for it.
-    merged = replace(config, config=model.rtpurbo_config, stage2="merged")
+    base = config.base.without_path()
+    merged = replace(config, base=base, config=model.rtpurbo_config, stage2="merged")
     restore(model)
     if target == "vllm":
         merged, indexers = _with_own_keys(merged, indexers)
@@ -130,8 +136,9 @@ def export(
             headwise = {ENTRY: headwise_config(merged.config, sequence_threshold)}
             _change_config(new, headwise)
         else:
-            _save_sparse(merged, indexers, new, target)
+            _save_sparse(merged, indexers, model.config, new, target)
             if (folder / LOG_FILE).is_file():
+                check_stays_inside(folder, folder / LOG_FILE)
                 shutil.copyfile(folder / LOG_FILE, new / LOG_FILE)
         for file in new.iterdir():
             # safetensors lets nobody else read what it writes; a server may be somebody else.
@@ -207,14 +214,16 @@ def _save_dense(
 
 
 def _save_sparse(
-    artifact: ArtifactConfig, indexers: Mapping[str, Tensor], folder: Path, target: Target
+    artifact: ArtifactConfig,
+    indexers: Mapping[str, Tensor],
+    config: PretrainedConfig,
+    folder: Path,
+    target: Target,
 ) -> None:
     """What makes a dense checkpoint sparse: configuration and indexers."""
     if target == "transformers":
-        # Engines that would read every safetensors file then leave the indexers alone.
-        _index_shards(folder)
-        save_tensors_atomically(folder / INDEXER_FILE, indexers)
-        artifact.write(folder)
+        save_artifact(folder, artifact, dict(indexers))
+        write_model_config(folder, config)
         return
     named = {checkpoint_name(name): weight for name, weight in indexers.items()}
     save_tensors_atomically(folder / INDEXER_FILE, named)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rtpurbo import strict_json
 from rtpurbo.files import explaining_a_full_disk, write_text_atomically
 from rtpurbo.training.trackers import Trackers
 
@@ -44,14 +45,17 @@ class TrainingLog:
                 file.write(json.dumps(entry) + "\n")
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """The lines so far; a last one that was cut off is left out."""
+        """The lines so far, up to a last one that was cut off, or one that no log has."""
         if self.path is None or not self.path.is_file():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(line)
+                entry = strict_json.parse(line)
             except ValueError:
                 return
+            if not isinstance(entry, dict) or not {"stage", "step"} <= entry.keys():
+                return
+            yield entry
 
     def rewind(self, stage: str, steps: int) -> None:
         """Forgets what a stage wrote after its last checkpoint, and every later stage."""

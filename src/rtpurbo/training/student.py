@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
-from rtpurbo.models.artifact import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
 from rtpurbo.models.families import family_of
 from rtpurbo.models.sharding import own_part, require_gradients, whole
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sharding import restore_weights

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 
 Row = Mapping[str, Any]
@@ -52,7 +52,7 @@ def read_rows(suite: str, path: str | Path, columns: Mapping[str, type]) -> list
 
 def _row(line: str, place: str, suite: str, columns: Mapping[str, type]) -> Row:
     try:
-        row = json.loads(line)
+        row = strict_json.parse(line)
     except ValueError as error:
         raise RTPurboError(f"{place} is not JSON ({error}).") from error
     if not isinstance(row, dict):

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 
 
@@ -101,7 +102,7 @@ def _read(
         raise RTPurboError(f"there is no file of questions {path}; check the path.")
     passages = _Passages()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json.read(path)
         questions = [item for item in questions_of(data, passages) if item.answers]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} is not in {expected}; choose another file.") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rtpurbo import strict_json
 from rtpurbo.benchmarks.records import SpeedRecord, read_speed
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
@@ -160,7 +160,7 @@ def _kind(path: Path) -> str:
     if not path.is_file():
         raise RTPurboError(f"there is no file of results {path}; check the path.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json.read(path)
     except (ValueError, OSError) as error:
         raise RTPurboError(f"{path} is not JSON or is truncated; measure again.") from error
     if isinstance(data, dict) and "format_version" in data and "records" in data:

@@ -1,0 +1,148 @@
+"""transformers' Auto classes for sparse models.
+
+The module is imported, and so registers the classes, with the first public name of rtpurbo that is
+used, or with rtpurbo itself if transformers is imported already. It imports no more than these two
+need.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from rtpurbo.errors import RTPurboError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+MODEL_TYPE = "rtpurbo (pip install rtpurbo; import transformers, then rtpurbo)"
+"""The `model_type` in config.json, which is all that transformers tells of a type it does not know."""
+
+CONFIG_FILE = "config.json"
+
+# Arguments that `AutoModelForCausalLM` adds to those of its caller.
+_OF_AUTO_CLASSES = ("config", "trust_remote_code", "_from_auto", "_commit_hash")
+# Where and how to look on the Hugging Face Hub; for the artifact and for its base model.
+_HUB = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+class RTPurboModelConfig(PretrainedConfig):
+    """The config.json of a sparse model, which holds the configuration of the dense one."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, base_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.base_config = base_config or {}
+        super().__init__(**kwargs)
+
+    def dense(self) -> PretrainedConfig:
+        """The configuration of the dense model.
+
+        Raises:
+            RTPurboError: it is broken, or of a model type that transformers does not know.
+        """
+        settings = dict(self.base_config)
+        try:
+            return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        except Exception as error:  # a damaged file can raise anything
+            raise RTPurboError(
+                f"the configuration of the dense model in config.json cannot be read ({error})."
+            ) from error
+
+
+class AutoRTPurboModelForCausalLM:
+    """Loads sparse models the way `AutoModelForCausalLM` loads dense ones."""
+
+    config_class = RTPurboModelConfig
+
+    def __init__(self) -> None:
+        raise OSError(
+            f"{type(self).__name__} is made with {type(self).__name__}.from_pretrained(NAME)."
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        base_model: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        device_map: Any = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        quantization_config: Any = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Loads an artifact, an export or a saved sparse model.
+
+        The tokenizer comes from `AutoTokenizer.from_pretrained` with the same name.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name on the Hugging Face Hub.
+            base_model: where to take an artifact's base model from, if not from where it says.
+            dtype: of the weights, as a torch type or its name; "auto" is the one they are stored in.
+            device_map: as for transformers; nothing may be offloaded.
+            revision: branch, tag or commit of the artifact; its base model has a revision of its own.
+            token: for the Hub, like `cache_dir`.
+            cache_dir: where downloads are kept.
+            quantization_config: as for transformers; for an export or a saved model, not for an
+                artifact whose stage 2 has yet to be merged.
+            kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+        Returns:
+            The model in eval mode, frozen.
+
+        Raises:
+            RTPurboError: it is a dense model, or the artifact or its base model cannot be loaded.
+        """
+        from rtpurbo.models.artifact import find_artifact, load_model
+        from rtpurbo.models.pretrained import LoadingOptions, torch_dtype
+
+        if kwargs.pop("output_loading_info", False):
+            raise RTPurboError("output_loading_info is not given for sparse models: leave it out.")
+        # What the Auto class found when it was given the folder of an adapter for a sparse model.
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)
+        adapter_name = kwargs.pop("adapter_name", "default")
+        kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in _OF_AUTO_CLASSES and value is not None
+        }
+        hub = {"token": token, "cache_dir": cache_dir}
+        hub |= {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+        hub = {name: value for name, value in hub.items() if value is not None}
+        model_options = {"device_map": device_map, "quantization_config": quantization_config}
+        model_options = {name: value for name, value in model_options.items() if value is not None}
+        if "torch_dtype" in kwargs:
+            dtype = kwargs.pop("torch_dtype")
+        folder = find_artifact(pretrained_model_name_or_path, revision=revision, **hub)
+        model, _ = load_model(
+            folder,
+            base_model=base_model,
+            dtype=torch_dtype(dtype),
+            options=LoadingOptions(hub, {**kwargs, **model_options}),
+        )
+        # Adapters trained on the model name this as their base.
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        if adapter is not None:
+            model.load_adapter(adapter, adapter_name=adapter_name, adapter_kwargs=adapter_kwargs)
+        return model
+
+    @classmethod
+    def _from_config(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Refuses: `from_config` of the Auto classes would make a model of random weights.
+
+        Raises:
+            RTPurboError: always.
+        """
+        raise RTPurboError("a sparse model is not made from a configuration: use from_pretrained.")
+
+
+AutoConfig.register(MODEL_TYPE, RTPurboModelConfig, exist_ok=True)
+AutoModelForCausalLM.register(RTPurboModelConfig, AutoRTPurboModelForCausalLM, exist_ok=True)

@@ -1,0 +1,135 @@
+"""Runtime settings of a sparse model: context managers that change how its attention runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops import SelectionStatistics
+
+
+class Runtime:
+    """Context managers over the sparse attention layers of one model, as `model.rtpurbo`.
+
+    They nest in any combination, also within themselves: each restores what it found.
+
+    Args:
+        model: a sparse model.
+        layers: its sparse attention layers in layer order.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[Any]) -> None:
+        self._model = model
+        self._layers = list(layers)
+
+    def set_rule(self, **changes: Any) -> None:
+        """Changes fields of the attention rule for good: `set_rule(top_p=0.9)`."""
+        self._apply_rule(self._model.rtpurbo_config.with_rule(**changes).attention)
+
+    @contextmanager
+    def rule(self, **changes: Any) -> Iterator[None]:
+        """Changes fields of the attention rule, such as `top_p=0.9`."""
+        before = self._model.rtpurbo_config.attention
+        self.set_rule(**changes)
+        try:
+            yield
+        finally:
+            self._apply_rule(before)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Runs attention dense, as in the original model, without a cache."""
+        with self._layers_with(dense=True):
+            yield
+
+    @contextmanager
+    def counting(
+        self, statistics: SelectionStatistics | None = None
+    ) -> Iterator[SelectionStatistics]:
+        """Counts what the retrieval heads select, over every forward inside.
+
+        Args:
+            statistics: collects the counts; None makes a plain one.
+        """
+        statistics = SelectionStatistics() if statistics is None else statistics
+        with self._layers_with(statistics=statistics):
+            yield statistics
+
+    @contextmanager
+    def decoding_last(self, num_decode_rows: int) -> Iterator[None]:
+        """Treats the last rows of every forward as decoding steps, which select while prefill is dense.
+
+        Training can then meet what `generate` does, prompt dense and answer sparse, in one forward.
+        """
+        with self._layers_with(num_decode_rows=num_decode_rows):
+            yield
+
+    @contextmanager
+    def gated(self, gates: Mapping[int, Tensor]) -> Iterator[None]:
+        """Mixes full and windowed attention of every head by a gate.
+
+        The model must have no retrieval heads, and runs without a cache.
+
+        Args:
+            gates: by layer, [num_key_value_heads] or [num_attention_heads]: 1 is full, 0 windowed.
+        """
+        with _attributes((layer, {"gates": gates[layer.layer_idx]}) for layer in self._layers):
+            yield
+
+    @contextmanager
+    def packed(self, document_lengths: Sequence[int] | None) -> Iterator[None]:
+        """Keeps documents that follow each other in a sequence apart while attention runs dense.
+
+        Their `position_ids` have to be given too.
+
+        Args:
+            document_lengths: tokens of each document; None for one document.
+        """
+        lengths = None if document_lengths is None else tuple(document_lengths)
+        with self._layers_with(document_lengths=lengths):
+            yield
+
+    @contextmanager
+    def observed(self, observer: Callable[[Any], None], *, dense: bool = True) -> Iterator[None]:
+        """Shows every layer's queries and keys to `observer`.
+
+        Args:
+            observer: called with a `LayerObservation` once a layer and forward.
+            dense: run attention dense, as in the original model; False leaves it as it is.
+        """
+        changes: dict[str, Any] = {"observer": observer, **({"dense": True} if dense else {})}
+        with self._layers_with(**changes):
+            yield
+
+    def _apply_rule(self, rule: AttentionRule) -> None:
+        self._model.rtpurbo_config = self._model.rtpurbo_config.with_rule(**vars(rule))
+        for layer in self._layers:
+            layer.rule = rule
+
+    @contextmanager
+    def _layers_with(self, **values: Any) -> Iterator[None]:
+        """Gives all layers the same values of these attributes."""
+        with _attributes((layer, values) for layer in self._layers):
+            yield
+
+
+@contextmanager
+def _attributes(changes: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[None]:
+    """Sets attributes of objects, and restores the values found."""
+    changes = list(changes)
+    before = [(item, {name: getattr(item, name) for name in values}) for item, values in changes]
+    _assign(changes)
+    try:
+        yield
+    finally:
+        _assign(before)
+
+
+def _assign(changes: Iterable[tuple[Any, Mapping[str, Any]]]) -> None:
+    for item, values in changes:
+        for name, value in values.items():
+            setattr(item, name, value)

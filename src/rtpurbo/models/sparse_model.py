@@ -1,0 +1,146 @@
+"""The class that a model has while it is sparse: a subclass of its own, with what sparsity changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationMixin, PreTrainedModel
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.arguments import CACHE_NAME
+from rtpurbo.models.cache import DEFAULT_CROP_SLACK, HeadwiseCache
+from rtpurbo.models.decoding import attach_decoder
+from rtpurbo.models.pretrained import refuse_offloading
+
+# Set on the instance by `attach_decoder`; a copy gets its own.
+_DECODER = ("_rtpurbo_decoder", "_rtpurbo_forward", "forward")
+
+
+_sparse_classes: dict[type, type] = {}
+
+
+class SparseModel(PreTrainedModel, GenerationMixin):
+    """What a sparse model does otherwise than its dense class, which comes behind it in the MRO.
+
+    Attributes of an instance: `rtpurbo_config` (an `RTPurboConfig`) and `rtpurbo` (a `Runtime`).
+    """
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Writes a folder that loads as the same sparse model, with or without its base model.
+
+        `push_to_hub` and `Trainer.save_model` write the same. The folder loads with
+        `AutoRTPurboModelForCausalLM`, and with `AutoModelForCausalLM` where rtpurbo is imported.
+
+        Args:
+            save_directory: the folder; other files in it stay.
+            kwargs: as for `PreTrainedModel.save_pretrained`.
+        """
+        from rtpurbo.models.saving import save_sparse
+
+        save_sparse(self, super().save_pretrained, save_directory, **kwargs)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: the layers that are sparse have an implementation of their own.
+
+        Raises:
+            RTPurboError: always.
+        """
+        raise RTPurboError(
+            "the attention implementation of a sparse model cannot be changed: restore the dense "
+            "model with rtpurbo.restore first."
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Makes `generate` use a HeadwiseCache wherever it would make a cache of its own."""
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
+            generation_config.cache_implementation = None
+            # A prompt's own tokens, proposed as its continuation, are taken back if they are not.
+            proposed = generation_config.prompt_lookup_num_tokens or 0
+            slack = max(DEFAULT_CROP_SLACK, proposed + 1)
+            model_kwargs[CACHE_NAME] = HeadwiseCache(self, crop_slack=slack)
+        cache = model_kwargs.get(CACHE_NAME)
+        if isinstance(cache, HeadwiseCache):
+            cache.expected_length = generation_config.max_length or 0
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles by the dense class: this one exists in no module."""
+        return _new, (dense_class(self),), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name not in _DECODER}
+        if vars(self)["_rtpurbo_forward"] is not None:
+            state["forward"] = vars(self)["_rtpurbo_forward"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        attach_decoder(self)
+
+
+def sparse_class(dense: type) -> type:
+    """The sparse subclass of a dense model's class, under the same name."""
+    if dense not in _sparse_classes:
+        # transformers looks classes up by name and module: in configurations, and in their source.
+        own = {"__module__": dense.__module__, "__qualname__": dense.__qualname__}
+        bases: tuple[Any, ...] = (SparseModel, dense)
+        _sparse_classes[dense] = type(dense.__name__, bases, {**own, "__doc__": dense.__doc__})
+    return _sparse_classes[dense]
+
+
+def dense_class(model: PreTrainedModel) -> type:
+    """The class that a sparse model had before."""
+    dense: type = type(model).__mro__[2]
+    return dense
+
+
+def check_is_not_wrapped(model: Any) -> None:
+    """Refuses a model inside a wrapper, which forwards attributes but does not set them.
+
+    Raises:
+        RTPurboError: PEFT, torch.compile or data parallelism wraps it.
+    """
+    kind = type(model).__name__
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise RTPurboError(f"a {kind} wraps the transformers model: pass model.get_base_model().")
+    inner = next(
+        (name for name in ("_orig_mod", "module") if name in vars(model)["_modules"]), None
+    )
+    if inner is not None:
+        raise RTPurboError(f"a {kind} wraps the transformers model: pass model.{inner}.")
+
+
+def check_can_be_sparse(model: Any) -> None:
+    """Refuses what is no transformers model with a language-modelling head, in one piece.
+
+    Raises:
+        RTPurboError: it is of another kind, its heads are divided among processes, or its weights are
+            offloaded or packed away by a quantisation.
+    """
+    check_is_not_wrapped(model)
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise RTPurboError(
+            f"a {kind} has no language-modelling head that generates: load the checkpoint with "
+            "AutoModelForCausalLM."
+        )
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise RTPurboError(
+            "the model's heads are divided among processes (tensor parallelism), but every head has its own "
+            "window, indexer and part of the cache: load it without tp_plan."
+        )
+    refuse_offloading(model)
+    for name, module in model.base_model.named_modules():
+        if name.endswith("self_attn") and next(module.parameters(), None) is None:
+            raise RTPurboError(
+                f"{name} has no weights as parameters, so it was quantised in a way that sparse "
+                "attention does not know: quantise while loading, with a quantization_config."
+            )
+
+
+def _new(dense: type) -> Any:
+    return object.__new__(sparse_class(dense))
