@@ -27,7 +27,7 @@ from rtpurbo.models.artifact import (
     read_indexers,
 )
 from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
-from rtpurbo.models.families import head_dim_of
+from rtpurbo.models.architecture import head_dim_of
 from rtpurbo.models.sparsify import load_indexers, sparsify
 from rtpurbo.plan import Plan, make_plan
 from rtpurbo.settings import (

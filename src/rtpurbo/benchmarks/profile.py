@@ -17,7 +17,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import load
-from rtpurbo.models.attention import HeadwiseAttention, LayerObservation
+from rtpurbo.models.attention import SparseAttention, LayerObservation
 from rtpurbo.models.sparsify import headwise_modules, observing
 
 
@@ -102,16 +102,15 @@ def observe(
     return states, PrefillCase(shape, own, states), note
 
 
-def _states(seen: LayerObservation, module: HeadwiseAttention, dtype: torch.dtype) -> LayerStates:
+def _states(seen: LayerObservation, module: SparseAttention, dtype: torch.dtype) -> LayerStates:
     layout = module.layout(seen.queries.device)
     heads, readers = layout.retrieval.heads, layout.full_key_value_heads
     if not module.indexer.settings.shared_keys:
         readers = readers[layout.retrieval.key_value_heads]
     indexer, index_dtype = module.indexer, index_dtype_of(dtype)
-    raw_queries, queries = seen.queries_before_rotation, seen.queries
-    raw_keys, keys = seen.keys_before_rotation, seen.keys
-    index_queries = indexer.features(raw_queries[:, heads], queries[:, heads])
-    index_keys = indexer.features(raw_keys[:, readers], keys[:, readers])
+    queries, keys = seen.queries, seen.keys
+    index_queries = indexer.features(queries[:, heads], seen.undo_rotation)
+    index_keys = indexer.features(keys[:, readers], seen.undo_rotation)
     with torch.no_grad():
         return LayerStates(
             queries.to(dtype),

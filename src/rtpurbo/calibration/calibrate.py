@@ -20,7 +20,7 @@ from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.families import convertible_layers
+from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.settings import (
     CalibrationSettings,
     IndexerTrainingSettings,

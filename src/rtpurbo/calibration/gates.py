@@ -157,7 +157,7 @@ def _gated(
     model.train()
     gates = {
         module.layer_idx: torch.full(
-            (count,), INITIAL_GATE, device=next(module.parameters()).device, requires_grad=True
+            (count,), INITIAL_GATE, device=module.device, requires_grad=True
         )
         for module in headwise_modules(model)
     }

@@ -1,25 +1,32 @@
-"""HeadwiseAttention: the one module that stands in for every family's self-attention."""
+"""The attention function registered with transformers, and the sparse layer it finds on a converted module.
+
+A model's own attention modules stay: their projections, norms, rotary embeddings and gates run as ever.
+They call this function with queries and keys after the rotation, or, where there is a cache, with the
+`EnteringStates` that `HeadwiseLayer.update` returned in the place of keys and values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.entering import enter, enters_by_kernel
-from rtpurbo.models.families import Family, window_covers_context
+from rtpurbo.models.architecture import window_covers_context
+from rtpurbo.models.cache_layers import EnteringStates, HeadwiseLayer
 from rtpurbo.models.indexer import TokenIndexer
+from rtpurbo.models.probe import AttentionTraits
+from rtpurbo.models.rotation import Embeddings
 from rtpurbo.models.slots import positions_of
+from rtpurbo.models.unconverted import unconverted_attention
 from rtpurbo.ops import (
     HeadLayout,
     KeyValueStates,
@@ -27,6 +34,7 @@ from rtpurbo.ops import (
     Selector,
     causal_attention,
     headwise_attention,
+    with_sinks,
 )
 from rtpurbo.ops.api import chosen_backend
 from rtpurbo.ops.packed import packed_attention
@@ -41,42 +49,90 @@ def key_positions_as_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     config: Any = None,
+    mask_function: Callable[..., Any] = causal_mask_function,
     **kwargs: Any,
 ) -> Tensor | None:
     """What transformers hands to the layers as their attention mask: the position of every key.
 
-    Positions are all a head-wise layer needs, and they cost k_len numbers where a mask costs
+    Positions are all a sparse layer needs, and they cost k_len numbers where a mask costs
     q_len x k_len.
 
     Returns:
-        int64 [batch, kv_length], -1 for padding; None without a mask; or the usual mask for a layer
-        that keeps its own sliding window.
+        int64 [batch, kv_length], -1 for padding; None without a mask; an empty tensor [0] for a mask that
+        is not causal, such as that of packed sequences; or the usual mask for a layer that keeps its own
+        window.
     """
     if local_size is not None and not window_covers_context(config, local_size):
         return sdpa_mask(
             kv_length=kv_length,
             attention_mask=attention_mask,
             local_size=local_size,
+            mask_function=mask_function,
             **kwargs,
         )
+    if local_size is None and mask_function is not causal_mask_function:
+        return torch.empty(0)
     return None if attention_mask is None else positions_of(attention_mask[:, :kv_length])
 
 
-AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)
+def sparse_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | EnteringStates,
+    value: Tensor | EnteringStates,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of a sparse model, as transformers calls it.
+
+    Args:
+        module: the attention module that calls.
+        query: [batch, num_attention_heads, q_len, head_dim], after RoPE.
+        key: [batch, num_key_value_heads, k_len, head_dim], after RoPE, or what `update` returned.
+        value: likewise.
+        attention_mask: from `key_positions_as_mask`.
+        dropout: of attention weights.
+        s_aux: learned sinks [num_attention_heads], logits that take part in the softmax.
+        kwargs: of other layers' attention.
+
+    Returns:
+        Output [batch, q_len, num_attention_heads, value_dim], and None for the weights.
+
+    Raises:
+        RTPurboError: a sparse layer cannot serve the call.
+    """
+    layer = sparse_layer_of(module)
+    if layer is None:
+        assert isinstance(key, Tensor)
+        assert isinstance(value, Tensor)
+        return unconverted_attention(
+            module, query, key, value, attention_mask, dropout=dropout, s_aux=s_aux, **kwargs
+        )
+    if dropout:
+        raise RTPurboError(
+            f"sparse attention has no dropout, but the model trains with attention_dropout {dropout}: "
+            "load it with attention_dropout=0."
+        )
+    output = layer.forward(query, key, value, attention_mask, s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(IMPLEMENTATION, sparse_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, key_positions_as_mask)
 
 
-def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary embedding of states [batch, heads, length, head_dim].
+def sparse_layer_of(module: nn.Module) -> SparseAttention | None:
+    """The sparse layer that hangs on an attention module."""
+    return vars(module).get("_rtpurbo")
 
-    Cosines and sines are [batch, length, rotary_dim].
-    """
-    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
-    rotary_dim = cosines.shape[-1]
-    turned, kept = states[..., :rotary_dim], states[..., rotary_dim:]
-    first, second = turned.chunk(2, -1)
-    turned = turned * cosines + torch.cat([-second, first], -1) * sines
-    return torch.cat([turned.to(states.dtype), kept], -1)
+
+def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of attention modules: keeps what rotates the heads, for features before it."""
+    layer = sparse_layer_of(module)
+    assert layer is not None
+    layer.embeddings = kwargs.get("position_embeddings")
 
 
 @dataclass
@@ -85,66 +141,63 @@ class LayerObservation:
 
     Attributes:
         layer: the layer's number.
-        queries_before_rotation: [batch, num_attention_heads, q_len, head_dim], after QK-norm,
-            before RoPE.
-        queries: the same after RoPE.
-        keys_before_rotation: [batch, num_key_value_heads, q_len, head_dim].
-        keys: the same after RoPE.
+        queries: [batch, num_attention_heads, q_len, head_dim], after RoPE.
+        keys: [batch, num_key_value_heads, q_len, head_dim], after RoPE.
         positions: int64 [batch, q_len], -1 for padding.
         scaling: factor on the dot products.
+        undo_rotation: gives such states as they were before RoPE, after QK-norm.
+        sinks: learned sinks [num_attention_heads]; None if the model has none.
     """
 
     layer: int
-    queries_before_rotation: Tensor
     queries: Tensor
-    keys_before_rotation: Tensor
     keys: Tensor
     positions: Tensor
     scaling: float
+    undo_rotation: Callable[[Tensor], Tensor]
+    sinks: Tensor | None = None
 
 
-class HeadwiseAttention(nn.Module):
-    """Self-attention in which each query head sees what it needs.
+class SparseAttention:
+    """What makes an attention module sparse: it hangs on the module, which stays as it is.
 
-    It takes over the projections and norms of the original module (the same objects under the same
-    names, so state-dict keys do not change), computes pre-RoPE states itself, applies the model's
-    own rotary embedding, fills the cache and calls `rtpurbo.ops`.
+    The indexer alone becomes a submodule of the attention module, so that it is part of the model's
+    state dict.
 
     Args:
-        original: the family's own attention module.
-        family: how it is built.
+        traits: of the layer's attention.
+        layer: the layer's number.
         config: head map, rule and indexer settings of the whole model.
-        indexer: the layer's token indexer; None if no head of the layer retrieves.
+
+    Attributes:
+        module: the attention module.
+        layer_idx: the layer's number.
+        rule: windows and selection.
+        dense: run as the original, for a while.
+        document_lengths: tokens of packed documents; only where `dense`.
+        num_decode_rows: last rows of a forward that select as decoding steps do.
+        backend: of `rtpurbo.ops`.
+        used_backend: which one the last call took.
+        statistics: counts what is selected.
+        selector: chooses far keys in the place of the rule.
+        observer: is shown the states of each forward.
+        gates: mix full and windowed attention, [num_key_value_heads] or [num_attention_heads].
+        embeddings: what rotates the heads in the forward that is running.
+        hook: that of `note_rotation`.
     """
 
-    # Which of them there are depends on the family.
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    qkv_proj: nn.Module
-    o_proj: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
-    indexer: TokenIndexer
+    hook: RemovableHandle
 
-    def __init__(
-        self, original: Any, family: Family, config: RTPurboConfig, indexer: TokenIndexer | None
-    ) -> None:
-        super().__init__()
-        for name, child in original.named_children():
-            setattr(self, name, child)
-        if indexer is not None:
-            self.indexer = indexer
-        # In a tuple, so that it does not become a submodule and add keys to the state dict.
-        self._original = (original,)
-        self.family = family
-        self.layer_idx: int = original.layer_idx
-        self.head_dim: int = original.head_dim
-        self.scaling: float = original.scaling
-        self.uses_rotary: bool = bool(getattr(original, "use_rope", True))
-        self.num_attention_heads = config.head_map.num_attention_heads
-        self.num_key_value_heads = config.head_map.num_key_value_heads
-        self.retrieval_heads = list(config.head_map.retrieval_heads[self.layer_idx] or ())
+    def __init__(self, traits: AttentionTraits, layer: int, config: RTPurboConfig) -> None:
+        self.module = traits.module
+        self.layer_idx = layer
+        self.num_attention_heads = traits.num_attention_heads
+        self.num_key_value_heads = traits.num_key_value_heads
+        self.head_dim = traits.head_dim
+        self.value_dim = traits.value_dim
+        self.scaling = traits.scaling
+        self.rotation = traits.rotation
+        self.retrieval_heads = list(config.head_map.retrieval_heads[layer] or ())
         self.rule = config.attention
         self.dense = False
         self.document_lengths: tuple[int, ...] | None = None
@@ -155,12 +208,19 @@ class HeadwiseAttention(nn.Module):
         self.selector: Selector | None = None
         self.observer: Callable[[LayerObservation], None] | None = None
         self.gates: Tensor | None = None
+        self.embeddings: Embeddings | None = None
         self._layouts: dict[torch.device, HeadLayout] = {}
 
     @property
-    def original(self) -> nn.Module:
-        """The dense module this one stands in for."""
-        return self._original[0]
+    def indexer(self) -> TokenIndexer:
+        """The layer's token indexer; there is none if no head retrieves."""
+        indexer: TokenIndexer = self.module.get_submodule("indexer")  # type: ignore[assignment]
+        return indexer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the attention module is."""
+        return next(self.module.parameters()).device
 
     def layout(self, device: torch.device) -> HeadLayout:
         """The layer's heads as index tensors on a device."""
@@ -170,137 +230,113 @@ class HeadwiseAttention(nn.Module):
             )
         return self._layouts[device]
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [batch, heads, length, head_dim], before `normed`."""
-        if self.family.fused_projection:
-            sizes = [self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads]
-            fused = self.qkv_proj(hidden_states)
-            query, key, value = fused.split([heads * self.head_dim for heads in sizes], -1)
-        else:
-            query, key, value = (
-                self.q_proj(hidden_states),
-                self.k_proj(hidden_states),
-                self.v_proj(hidden_states),
-            )
-        if self.family.query_key_norm == "whole":
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value)
-        )
-        return query, key, value
-
-    def normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys as `project` gives them, each head normed if the family does so."""
-        if self.family.query_key_norm != "per_head":
-            return queries, keys
-        queries = self.q_norm(queries.transpose(1, 2)).transpose(1, 2)
-        return queries, self.k_norm(keys.transpose(1, 2)).transpose(1, 2)
-
     def forward(
         self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        cache: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """As the original's, whichever name its cache goes by.
+        queries: Tensor,
+        keys: Tensor | EnteringStates,
+        values: Tensor | EnteringStates,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of one forward; arguments as in `sparse_attention`.
 
-        Without a cache, `attention_mask` holds key positions (`key_positions_as_mask`); a cache
-        knows them itself.
+        Returns:
+            [batch, num_attention_heads, q_len, value_dim].
         """
-        batch, q_len, _ = hidden_states.shape
-        past = self._cache_layer(past_key_values if cache is None else cache)
+        embeddings, self.embeddings = self.embeddings, None
+        if mask is not None and mask.ndim != 2 and self.document_lengths is None:
+            raise RTPurboError(
+                "sparse attention is causal over whole sequences: give each document a row of its own, "
+                "instead of position_ids that restart, and no mask of another kind."
+            )
+        past: HeadwiseLayer | None = None
+        if isinstance(keys, EnteringStates):
+            past, keys, values = keys.layer, keys.keys, keys.values
+            self._check_cache(past)
+        assert isinstance(values, Tensor)
+        positions = self._query_positions(queries, mask, past)
+        undo_rotation = partial(self._undo_rotation, embeddings=embeddings)
+        if self.observer is not None:
+            self.observer(
+                LayerObservation(
+                    self.layer_idx, queries, keys, positions, self.scaling, undo_rotation, sinks
+                )
+            )
+        if past is None:
+            states = KeyValueStates(keys, values, positions, in_order=mask is None or mask.ndim != 2)
+            if self.dense:
+                return self._attend_densely(queries, positions, states, sinks)
+            if self.gates is not None:
+                return self._attend_gated(queries, positions, states, self.gates, sinks)
+        index_queries, index_keys = self.index(queries, keys, undo_rotation, past is not None)
+        if past is not None:
+            full, bounded = past.append(keys, values, index_keys, self.layout(keys.device))
+        else:
+            full, bounded = self._divided(states, index_keys)
+        return self.attend(positions, queries, index_queries, full, bounded, sinks)
+
+    def _check_cache(self, past: HeadwiseLayer) -> None:
+        if self.dense:
+            raise RTPurboError(
+                "a model that is being observed runs without a cache: pass use_cache=False."
+            )
+        past.check_rule(self.rule)
+
+    @staticmethod
+    def _query_positions(
+        queries: Tensor, mask: Tensor | None, past: HeadwiseLayer | None
+    ) -> Tensor:
         if past is not None:
             assert past.slots.query_positions is not None
-            query_positions = past.slots.query_positions.to(hidden_states.device)
-        elif attention_mask is not None:
-            query_positions = attention_mask
-        else:
-            query_positions = torch.arange(q_len, device=hidden_states.device).expand(batch, q_len)
+            return past.slots.query_positions.to(queries.device)
+        if mask is not None and mask.ndim == 2:
+            return mask.to(queries.device)
+        batch, length = queries.shape[0], queries.shape[2]
+        return torch.arange(length, device=queries.device).expand(batch, length)
 
-        queries, keys, values = self.project(hidden_states)
-        if past is not None and enters_by_kernel(self, queries, past):
-            entered = enter(self, queries, keys, values, position_embeddings, past)
-            output = self._attend(query_positions, *entered)
-        else:
-            raw_queries, raw_keys = queries, keys = self.normed(queries, keys)
-            if self.uses_rotary:
-                assert position_embeddings is not None
-                queries, keys = (
-                    rotate(states, *position_embeddings) for states in (raw_queries, raw_keys)
-                )
-            if self.observer is not None:
-                self.observer(
-                    LayerObservation(
-                        self.layer_idx,
-                        raw_queries,
-                        queries,
-                        raw_keys,
-                        keys,
-                        query_positions,
-                        self.scaling,
-                    )
-                )
-            if past is None:
-                in_order = attention_mask is None
-                states = KeyValueStates(keys, values, query_positions, in_order=in_order)
-            if self.gates is not None and not self.dense:
-                output = self._attend_gated(queries, query_positions, states, self.gates)
-            elif self.dense:
-                output = self._attend_densely(queries, query_positions, states)
-            else:
-                index_queries, index_keys = self._index(
-                    raw_queries, queries, raw_keys, keys, past is not None
-                )
-                layout = self.layout(keys.device)
-                if past is not None:
-                    full, bounded = past.append(keys, values, index_keys, layout)
-                else:
-                    full, bounded = self._divided(states, index_keys)
-                output = self._attend(query_positions, queries, index_queries, full, bounded)
-        return self.o_proj(output.transpose(1, 2).reshape(batch, q_len, -1)), None
-
-    def _attend_densely(
-        self, queries: Tensor, query_positions: Tensor, states: KeyValueStates
-    ) -> Tensor:
-        if states.in_order:
-            lengths = self.document_lengths or (queries.shape[2],)
-            return packed_attention(
-                queries, states.keys, states.values, lengths, scaling=self.scaling
+    def _undo_rotation(self, states: Tensor, embeddings: Embeddings | None) -> Tensor:
+        if self.rotation is None or self.rotation.partners is None or embeddings is None:
+            raise RTPurboError(
+                f"the rotary embedding of layer {self.layer_idx} cannot be undone, so index_space "
+                "'pre_rope' does not suit this model: choose 'low_frequency'."
             )
-        readers = torch.arange(self.num_attention_heads, device=queries.device)
-        readers = readers // (self.num_attention_heads // self.num_key_value_heads)
-        output, _ = causal_attention(
-            queries, query_positions, states, readers, scaling=self.scaling
-        )
-        return output
+        return self.rotation.undo(states, embeddings)
 
-    def _attend_gated(
-        self, queries: Tensor, query_positions: Tensor, states: KeyValueStates, gates: Tensor
-    ) -> Tensor:
-        """Full attention times the gate of a head plus windowed attention times what is left.
+    def index(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        undo_rotation: Callable[[Tensor], Tensor],
+        caching: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Index queries of the rows that select and index keys, where something will read them."""
+        selecting = self.rule.num_selecting_rows(queries.shape[2], self.num_decode_rows)
+        if not self.retrieval_heads or not (selecting or caching):
+            return None, None
+        layout, indexer = self.layout(keys.device), self.indexer
+        readers = layout.full_key_value_heads
+        if not indexer.settings.shared_keys:
+            readers = readers[layout.retrieval.key_value_heads]
+        with torch.no_grad():
+            index_keys = indexer.index_keys(indexer.features(keys[:, readers], undo_rotation))
+            if self.rule.index_storage == "float8":
+                # Beyond the largest number of the format lies NaN.
+                index_keys = index_keys.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+            if not selecting:
+                return None, index_keys
+            rows = queries[:, layout.retrieval.heads, -selecting:]
+            return indexer.index_queries(indexer.features(rows, undo_rotation)), index_keys
 
-        Args:
-            queries: [batch, num_attention_heads, q_len, head_dim].
-            query_positions: int64 [batch, q_len].
-            states: keys and values of all KV heads.
-            gates: [num_key_value_heads] or [num_attention_heads], from 0 to 1.
-        """
-        full = self._attend_densely(queries, query_positions, states)
-        windowed = self._attend(query_positions, queries, None, *self._divided(states, None))
-        each = gates.repeat_interleave(self.num_attention_heads // gates.numel())
-        return windowed + each.to(full.dtype)[None, :, None, None] * (full - windowed)
-
-    def _attend(
+    def attend(
         self,
         query_positions: Tensor,
         queries: Tensor,
         index_queries: Tensor | None,
         full: KeyValueStates,
         bounded: KeyValueStates,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        """Sparse attention of one forward, whose tokens have entered the cache if there is one."""
         self.used_backend = chosen_backend(
             self.backend,
             queries,
@@ -310,6 +346,7 @@ class HeadwiseAttention(nn.Module):
             self.rule,
             self.statistics,
             self.selector,
+            sinks,
         )
         output, _ = headwise_attention(
             queries,
@@ -322,9 +359,55 @@ class HeadwiseAttention(nn.Module):
             scaling=self.scaling,
             statistics=self.statistics,
             selector=self.selector,
+            sinks=sinks,
             backend=self.used_backend,
         )
         return output
+
+    def _attend_densely(
+        self, queries: Tensor, positions: Tensor, states: KeyValueStates, sinks: Tensor | None
+    ) -> Tensor:
+        lengths = self.document_lengths or (queries.shape[2],)
+        if states.in_order and sinks is None:
+            return packed_attention(
+                queries, states.keys, states.values, lengths, scaling=self.scaling
+            )
+        readers = torch.arange(self.num_attention_heads, device=queries.device)
+        readers = readers // (self.num_attention_heads // self.num_key_value_heads)
+        parts, start = [], 0
+        for length in lengths:
+            rows = slice(start, start + length)
+            document = replace(
+                states,
+                keys=states.keys[:, :, rows],
+                values=states.values[:, :, rows],
+                positions=states.positions[:, rows],
+            )
+            part = causal_attention(
+                queries[:, :, rows],
+                positions[:, rows],
+                document,
+                readers,
+                scaling=self.scaling,
+                return_log_sum_exp=sinks is not None,
+            )
+            parts.append(part[0] if sinks is None else with_sinks(*part, sinks)[0])
+            start += length
+        return torch.cat(parts, 2)
+
+    def _attend_gated(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        states: KeyValueStates,
+        gates: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Full attention times the gate of a head plus windowed attention times what is left."""
+        full = self._attend_densely(queries, positions, states, sinks)
+        windowed = self.attend(positions, queries, None, *self._divided(states, None), sinks)
+        each = gates.repeat_interleave(self.num_attention_heads // gates.numel())
+        return windowed + each.to(full.dtype)[None, :, None, None] * (full - windowed)
 
     def _divided(
         self, states: KeyValueStates, index_keys: Tensor | None
@@ -344,49 +427,3 @@ class HeadwiseAttention(nn.Module):
             )
         )
         return full, bounded
-
-    def _index(
-        self,
-        raw_queries: Tensor,
-        queries: Tensor,
-        raw_keys: Tensor,
-        keys: Tensor,
-        caching: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Index queries of the rows that select and index keys, where something will read them."""
-        selecting = self.rule.num_selecting_rows(queries.shape[2], self.num_decode_rows)
-        if not self.retrieval_heads or not (selecting or caching):
-            return None, None
-        layout = self.layout(keys.device)
-        heads, readers = layout.retrieval.heads, layout.full_key_value_heads
-        if not self.indexer.settings.shared_keys:
-            readers = readers[layout.retrieval.key_value_heads]
-        with torch.no_grad():
-            index_keys = self.indexer.index_keys(
-                self.indexer.features(raw_keys[:, readers], keys[:, readers])
-            )
-            if self.rule.index_storage == "float8":
-                # Beyond the largest number of the format lies NaN.
-                index_keys = index_keys.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
-            if not selecting:
-                return None, index_keys
-            features = self.indexer.features(
-                raw_queries[:, heads, -selecting:], queries[:, heads, -selecting:]
-            )
-            return self.indexer.index_queries(features), index_keys
-
-    def _cache_layer(self, past_key_values: Any) -> HeadwiseLayer | None:
-        if past_key_values is None:
-            return None
-        if self.dense:
-            raise RTPurboError(
-                "a model that is being observed runs without a cache: pass use_cache=False."
-            )
-        if not isinstance(past_key_values, HeadwiseCache):
-            raise RTPurboError(
-                f"a sparse model needs a HeadwiseCache, not a {type(past_key_values).__name__}: "
-                "pass rtpurbo.HeadwiseCache(model), or none."
-            )
-        past = past_key_values.layers[self.layer_idx]
-        past.check_rule(self.rule)
-        return past

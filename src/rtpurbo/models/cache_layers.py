@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +62,26 @@ class GrowingBuffer:
         if self.storage is not None:
             storage[:, :, : self.length] = self.storage[:, :, : self.length]
         self.storage = storage
+
+
+@dataclass(frozen=True)
+class EnteringStates:
+    """New tokens on their way from a cache layer, through a model's own code, to the attention function.
+
+    Attributes:
+        layer: the cache layer that they enter.
+        keys: [batch, num_key_value_heads, new, head_dim], after RoPE.
+        values: likewise.
+    """
+
+    layer: HeadwiseLayer
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Asked for by the attention of dense models alone."""
+        raise RTPurboError("a HeadwiseCache only works with a model that rtpurbo made sparse.")
 
 
 class HeadwiseLayer(CacheLayerMixin):
@@ -200,11 +221,12 @@ class HeadwiseLayer(CacheLayerMixin):
             if buffer.storage is not None:
                 buffer.length = seen
 
-    def update(
+    def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Not how a head-wise layer is filled: `append` needs to know the heads and positions."""
-        raise RTPurboError("a HeadwiseCache only works with a model that rtpurbo made sparse.")
+    ) -> tuple[EnteringStates, EnteringStates]:
+        """Hands new tokens on to the attention function, which knows the heads and calls `append`."""
+        states = EnteringStates(self, key_states, value_states)
+        return states, states
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Buffers are made by the first `append`."""
@@ -223,10 +245,6 @@ class HeadwiseLayer(CacheLayerMixin):
                 tensor.copy_(change(tensor))
             else:
                 setattr(owner, name, change(tensor))
-
-    def num_bytes(self) -> int:
-        """Bytes of the tensors held, capacity and index keys included."""
-        return sum(tensor.nbytes for _, _, tensor in self.held_tensors())
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
@@ -308,8 +326,8 @@ class WindowedLayer(DynamicSlidingWindowLayer):
     def _is_ring(self) -> bool:
         return self.ring is not None and self.keys is self.ring[0]
 
-    def make_static(self) -> None:
-        """Turns keys and values into rings of fixed size."""
+    def make_static(self, capacity: int = 0) -> None:
+        """Turns keys and values into rings of fixed size, that of the window."""
         if not self.is_initialized or self._is_ring:
             return
         held = self._held_slots()

@@ -5,13 +5,14 @@ Every forward passes here first: so this is also where padding is looked at, onc
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.arguments import CACHE_NAME, POSITIONAL, named
+from rtpurbo.models.arguments import CACHE_NAME, named
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.slots import padding_form
@@ -20,6 +21,7 @@ from rtpurbo.models.slots import padding_form
 def attach_cache(model: PreTrainedModel) -> None:
     """Gives this one model (no class is touched) a HeadwiseCache wherever it would make its own."""
     prepare = model._prepare_cache_for_generation
+    names = list(signature(type(model.base_model).forward).parameters)[1:]
 
     def prepare_cache(
         generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -35,7 +37,7 @@ def attach_cache(model: PreTrainedModel) -> None:
     def provide_cache(
         module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        kwargs = named(args, kwargs)
+        kwargs = named(args, kwargs, names)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = model.config.use_cache
@@ -44,7 +46,7 @@ def attach_cache(model: PreTrainedModel) -> None:
             own = {"use_cache": False} if module.training else {CACHE_NAME: HeadwiseCache(model)}
             kwargs = {**kwargs, **own}
         kwargs["attention_mask"] = needed_mask(kwargs)
-        return args[len(POSITIONAL) :], kwargs
+        return args[len(names) :], kwargs
 
     model._prepare_cache_for_generation = prepare_cache
     model._rtpurbo_hook = model.base_model.register_forward_pre_hook(
@@ -64,7 +66,12 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
         raise RTPurboError(
             "sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none."
         )
-    if isinstance(cache, HeadwiseCache):
+    if cache is not None and not isinstance(cache, HeadwiseCache):
+        raise RTPurboError(
+            f"a sparse model needs a HeadwiseCache, not a {type(cache).__name__}: "
+            "pass rtpurbo.HeadwiseCache(model), or none."
+        )
+    if cache is not None:
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments["inputs_embeds"]

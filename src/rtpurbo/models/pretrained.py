@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.families import family_of
+from rtpurbo.models.architecture import check_architecture
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.sharding import Sharding, load_sharded
 
@@ -47,7 +47,7 @@ def load_pretrained_config(name: str, **options: Any) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         except Exception as error:  # a damaged file can raise anything
             _refuse(name, error)
-    family_of(config)
+    check_architecture(config)
     return config
 
 

@@ -7,6 +7,7 @@ from rtpurbo.ops.api import (
     index_scores,
     local_attention,
     retrieval_attention,
+    with_sinks,
 )
 from rtpurbo.ops.states import (
     HeadGroup,
@@ -30,4 +31,5 @@ __all__ = [
     "index_scores",
     "local_attention",
     "retrieval_attention",
+    "with_sinks",
 ]

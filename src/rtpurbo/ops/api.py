@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
+from rtpurbo.ops.eager.attend import with_sinks
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
@@ -27,6 +28,7 @@ __all__ = [
     "index_scores",
     "local_attention",
     "retrieval_attention",
+    "with_sinks",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -70,6 +72,7 @@ def chosen_backend(
     rule: AttentionRule,
     statistics: SelectionStatistics | None = None,
     selector: Selector | None = None,
+    sinks: Tensor | None = None,
 ) -> str:
     """The backend that `headwise_attention` will use for such a call.
 
@@ -77,11 +80,11 @@ def chosen_backend(
         ValueError: the backend named cannot serve the call.
     """
     watched = selector is not None or (statistics is not None and statistics.needs_rows)
-    if watched and index_queries is not None:
+    if (watched or sinks is not None) and index_queries is not None:
         if backend in ("triton", "flex"):
             raise ValueError(
-                "the kernels select by the rule alone and show no rows: choose backend 'eager' for "
-                "a selector, or for statistics of rows."
+                "the kernels select by the rule alone, without learned sinks, and show no rows: choose "
+                "backend 'eager' for a selector, for learned sinks, or for statistics of rows."
             )
         return "eager"
     call = (query_states, full, bounded, index_queries, rule)
@@ -201,17 +204,18 @@ def headwise_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     selector: Selector | None = None,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """A whole layer: `rtpurbo.ops.eager.headwise.headwise_attention`."""
     _check_states(query_states, query_positions, full)
     _check_states(query_states, query_positions, bounded)
     backend = chosen_backend(
-        backend, query_states, full, bounded, index_queries, rule, statistics, selector
+        backend, query_states, full, bounded, index_queries, rule, statistics, selector, sinks
     )
-    # Kernels know no selector, and none is needed where no row selects.
-    options = {} if selector is None or backend != "eager" else {"selector": selector}
-    return _implementation("headwise_attention", backend)(
+    # Kernels know neither selectors nor sinks, and need not where no row selects.
+    options = {"selector": selector, "sinks": sinks} if backend == "eager" else {}
+    output, log_sum_exp = _implementation("headwise_attention", backend)(
         query_states,
         query_positions,
         full,
@@ -221,9 +225,12 @@ def headwise_attention(
         rule,
         scaling=scaling,
         statistics=statistics,
-        return_log_sum_exp=return_log_sum_exp,
+        return_log_sum_exp=return_log_sum_exp or sinks is not None,
         **options,
     )
+    if sinks is not None and backend != "eager":
+        output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
+    return output, log_sum_exp if return_log_sum_exp else None
 
 
 def decoding_counters(batch: int, num_retrieval_heads: int, device: torch.device) -> Tensor | None:

@@ -21,7 +21,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.families import convertible_layers
+from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.sparsify import counting
 from rtpurbo.models.text import chat_tokens, stop_tokens
 from rtpurbo.ops import SelectionStatistics

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.models.attention import HeadwiseAttention, LayerObservation
+from rtpurbo.models.attention import SparseAttention, LayerObservation
 from rtpurbo.models.sparsify import headwise_modules, observing, packing
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import index_scores
@@ -208,7 +208,7 @@ def run_backbone(
         meet: called for every layer that has retrieval heads.
         dense: attention of the teacher; False takes the sparse student as it is, for a single document.
     """
-    modules: dict[int, HeadwiseAttention] = {
+    modules: dict[int, SparseAttention] = {
         module.layer_idx: module for module in headwise_modules(model)
     }
     lengths = [len(document) for document in documents]
@@ -232,7 +232,7 @@ def run_backbone(
 
 
 def _heads_of(
-    module: HeadwiseAttention,
+    module: SparseAttention,
     seen: LayerObservation,
     positions: Tensor,
     starts: Tensor,
@@ -254,8 +254,8 @@ def _heads_of(
         [layout.retrieval.key_value_heads if indexer.settings.shared_keys else None],
         queries,
         keys,
-        indexer.features(seen.queries_before_rotation[:, heads], queries),
-        indexer.features(seen.keys_before_rotation[:, kv_heads], keys),
+        indexer.features(queries, seen.undo_rotation),
+        indexer.features(keys, seen.undo_rotation),
         layout.retrieval.key_value_heads,
         places,
         size,
@@ -266,7 +266,7 @@ def _heads_of(
     )
 
 
-def _group_places(module: HeadwiseAttention, device: torch.device) -> tuple[Tensor, int]:
+def _group_places(module: SparseAttention, device: torch.device) -> tuple[Tensor, int]:
     """The place of each retrieval head among those of its KV head, and the most heads of a KV head."""
     group = module.num_attention_heads // module.num_key_value_heads
     counts: Counter[int] = Counter()

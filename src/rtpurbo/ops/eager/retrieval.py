@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
@@ -37,6 +38,7 @@ def retrieval_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     selector: Selector | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention over near keys and selected far ones; the selection gets no gradient.
 
@@ -51,6 +53,7 @@ def retrieval_attention(
         statistics: counts what is read, if given.
         return_log_sum_exp: whether to return it.
         selector: chooses the far keys instead of the rule, each row its own.
+        sinks: learned sinks [heads], whose mass the selection counts as near; the output is without them.
 
     Returns:
         Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
@@ -85,7 +88,7 @@ def retrieval_attention(
                 selected = selector(rows) & far
             else:
                 rows_after = query_states.shape[2] - chunk.stop if share_lists else None
-                selected = _select_by_rule(rule, rows, rows_after)
+                selected = _select_by_rule(rule, rows, rows_after, sinks)
             if statistics is not None:
                 statistics.add_rows(rows, selected)
         output, log_sum_exp = attend_to_logits(logits, values, near | selected)
@@ -94,9 +97,20 @@ def retrieval_attention(
     return torch.cat(outputs, 2), torch.cat(log_sum_exps, 2) if return_log_sum_exp else None
 
 
-def _select_by_rule(rule: AttentionRule, rows: SelectionRows, rows_after: int | None) -> Tensor:
+def _select_by_rule(
+    rule: AttentionRule, rows: SelectionRows, rows_after: int | None, sinks: Tensor | None
+) -> Tensor:
     """The far keys by the indexer; `rows_after` rows of the call follow, None if none share a list."""
     estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), rows.near, rows.far)
+    near, far, key_positions = rows.near, rows.far, rows.key_positions
+    if sinks is not None:
+        # A learned sink is one more near key, of position 0, with a logit and no value.
+        logit = sinks.to(estimate.dtype)[None, :, None, None].expand_as(estimate[..., :1])
+        estimate = torch.cat([logit, estimate], -1)
+        near, far = F.pad(near, (1, 0), value=True), F.pad(far, (1, 0), value=False)
+        key_positions = F.pad(key_positions, (1, 0), value=0)
     if rows_after is None:
-        return select_for_rows(rule, estimate, rows.near, rows.far, rows.key_positions)
-    return select_for_tiles(rule, estimate, rows.near, rows.far, rows.key_positions, rows_after)
+        selected = select_for_rows(rule, estimate, near, far, key_positions)
+    else:
+        selected = select_for_tiles(rule, estimate, near, far, key_positions, rows_after)
+    return selected if sinks is None else selected[..., 1:]

@@ -1,0 +1,128 @@
+"""What a configuration says of a decoder's layers, before any weights are loaded.
+
+A probe of the loaded model confirms it (`rtpurbo.models.probe`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rtpurbo.errors import RTPurboError
+
+# Layer types of transformers whose attention sees every earlier token; `hybrid` layers have a recurrent
+# state beside it.
+FULL_ATTENTION = ("full_attention", "hybrid")
+
+
+def layer_types(config: Any) -> list[str]:
+    """The type of each layer, as transformers names it.
+
+    Layers that read the cache of another layer are `shared`.
+
+    Args:
+        config: of a text decoder.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        kind = "full_attention"
+        if getattr(config, "sliding_window", None) is not None:
+            kind = "sliding_attention"
+        elif getattr(config, "attention_chunk_size", None) is not None:
+            kind = "chunked_attention"
+        types = [kind] * config.num_hidden_layers
+    sharing = getattr(config, "kv_sharing_modes", None) or ["none"] * len(types)
+    return [
+        kind if mode in (None, "none") else "shared"
+        for kind, mode in zip(types, sharing, strict=True)
+    ]
+
+
+def convertible_layers(config: Any) -> list[bool]:
+    """For each layer, whether it has full attention; all others stay as they are."""
+    window = getattr(config, "sliding_window", None)
+    is_full = window is None or window_covers_context(config, window)
+    return [
+        kind in FULL_ATTENTION or (kind == "sliding_attention" and is_full)
+        for kind in layer_types(config)
+    ]
+
+
+def check_architecture(config: Any) -> None:
+    """Refuses a model that cannot be made sparse, as far as its configuration tells.
+
+    Args:
+        config: of a causal language model.
+
+    Raises:
+        RTPurboError: with the reason.
+    """
+    reason = _refusal(config)
+    if reason is not None:
+        raise RTPurboError(f"this {config.model_type} model cannot be made sparse: {reason}.")
+
+
+def _refusal(config: Any) -> str | None:
+    if getattr(config, "num_hidden_layers", None) is None or num_attention_heads(config) is None:
+        return "its configuration is not that of a text decoder; give a causal language model"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder, and only decoders are supported"
+    if not getattr(config, "is_causal", True) or getattr(
+        config, "use_bidirectional_attention", False
+    ):
+        return "its attention is not causal (is_causal or use_bidirectional_attention)"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps its attention logits (attn_logit_softcapping), which is not supported"
+    if getattr(config, "kv_lora_rank", None):
+        return "it caches a latent instead of keys and values (multi-head latent attention)"
+    if getattr(config, "alibi", False):
+        return "it biases its attention logits by distance (ALiBi), which is not supported"
+    if any(convertible_layers(config)):
+        return None
+    window = getattr(config, "sliding_window", None)
+    if window is not None and set(layer_types(config)) == {"sliding_attention"}:
+        return (
+            f"every layer already attends to a sliding window of {window} keys, so there is nothing "
+            "to make sparse"
+        )
+    return f"no layer has full attention of its own (layers are {sorted(set(layer_types(config)))})"
+
+
+def num_attention_heads(config: Any) -> Any:
+    """Query heads of a layer; None if the configuration names none."""
+    return getattr(config, "num_attention_heads", None)
+
+
+def num_key_value_heads(config: Any) -> int:
+    """KV heads of a full-attention layer."""
+    full = next((i for i, full in enumerate(convertible_layers(config)) if full), None)
+    own = getattr(config, "per_layer_config", None)  # transformers >= 5.20
+    if own is not None and full is not None:
+        config = own[full]
+    heads = getattr(config, "num_key_value_heads", None)
+    return int(heads or config.num_attention_heads)
+
+
+def head_dim_of(config: Any) -> int:
+    """Dimensions of a head, which older configurations leave to be worked out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def context_length(config: Any) -> int:
+    """The longest sequence that a model is made for, with the extension that its configuration asks for.
+
+    Checkpoints that are extended by YaRN often keep the context of their training in
+    `max_position_embeddings`.
+    """
+    length = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Some models have one set of parameters for each type of layer.
+    for parameters in (rope, rope.get("full_attention")):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "yarn":
+            original = parameters.get("original_max_position_embeddings") or length
+            length = max(length, int(original * parameters.get("factor", 1.0)))
+    return length
+
+
+def window_covers_context(config: Any, window: int) -> bool:
+    """Whether a model's own sliding window is as long as its context, and so no window at all."""
+    return window >= context_length(config)
