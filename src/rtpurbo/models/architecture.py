@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
 from rtpurbo.errors import RTPurboError
 
 # Layer types of transformers whose attention sees every earlier token; `hybrid` layers have a recurrent
@@ -62,10 +67,16 @@ def check_architecture(config: Any) -> None:
 
 
 def _refusal(config: Any) -> str | None:
-    if getattr(config, "num_hidden_layers", None) is None or num_attention_heads(config) is None:
-        return "its configuration is not that of a text decoder; give a causal language model"
-    if getattr(config, "is_encoder_decoder", False):
+    kind = config.model_type
+    is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    )
+    if is_encoder or getattr(config, "is_encoder_decoder", False):
         return "it has an encoder, and only decoders are supported"
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get_text_config() is not config:
+        return "it is not a causal language model of text alone"
+    if getattr(config, "num_attention_heads", None) is None:
+        return "it has no attention heads"
     if not getattr(config, "is_causal", True) or getattr(
         config, "use_bidirectional_attention", False
     ):
@@ -85,11 +96,6 @@ def _refusal(config: Any) -> str | None:
             "to make sparse"
         )
     return f"no layer has full attention of its own (layers are {sorted(set(layer_types(config)))})"
-
-
-def num_attention_heads(config: Any) -> Any:
-    """Query heads of a layer; None if the configuration names none."""
-    return getattr(config, "num_attention_heads", None)
 
 
 def num_key_value_heads(config: Any) -> int:

@@ -157,7 +157,7 @@ def _run(model: PreTrainedModel) -> dict[nn.Module, _Record]:
         "attention_mask": torch.ones_like(places),
         "use_cache": False,
     }
-    if "position_ids" in signature(type(model).forward).parameters:
+    if "position_ids" in signature(type(model.base_model).forward).parameters:
         # Frequencies may depend on the length: those of the whole context are wanted.
         positions = places.clone()
         positions[0, -1] = context_length(config) - 1
@@ -172,7 +172,7 @@ def _run(model: PreTrainedModel) -> dict[nn.Module, _Record]:
                 hook = module.register_forward_pre_hook(_in_float32)
             if hook is not None:
                 hooks.callback(hook.remove)
-        model(**arguments)
+        model.base_model(**arguments)
     return {module: record for module, record in records.items() if record.calls}
 
 
