@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from rtpurbo.config import IndexerSettings
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.models.sparsify import headwise_modules, observing
-from tests.tiny_models import DROPPED, any_model, make_sparse, padded_batch, sparse_config, tiny_model
+from tests.tiny_models import (
+    DROPPED,
+    any_model,
+    make_sparse,
+    padded_batch,
+    sparse_config,
+    tiny_model,
+)
 
 
 @given(

@@ -22,7 +22,7 @@ FULL_ATTENTION = ("full_attention", "hybrid")
 def layer_types(config: Any) -> list[str]:
     """The type of each layer, as transformers names it.
 
-    Layers that read the cache of another layer are `shared`.
+    Layers that read the keys and values of another layer, and those that are so read, are `shared`.
 
     Args:
         config: of a text decoder.
@@ -35,11 +35,10 @@ def layer_types(config: Any) -> list[str]:
         elif getattr(config, "attention_chunk_size", None) is not None:
             kind = "chunked_attention"
         types = [kind] * config.num_hidden_layers
-    sharing = getattr(config, "kv_sharing_modes", None) or ["none"] * len(types)
-    return [
-        kind if mode in (None, "none") else "shared"
-        for kind, mode in zip(types, sharing, strict=True)
-    ]
+    sharing = getattr(config, "kv_sharing_modes", None) or ()
+    if "reuse" not in sharing:
+        return list(types)
+    return [kind if mode is None else "shared" for kind, mode in zip(types, sharing, strict=True)]
 
 
 def convertible_layers(config: Any) -> list[bool]:
@@ -77,9 +76,8 @@ def _refusal(config: Any) -> str | None:
         return "it is not a causal language model of text alone"
     if getattr(config, "num_attention_heads", None) is None:
         return "it has no attention heads"
-    if not getattr(config, "is_causal", True) or getattr(
-        config, "use_bidirectional_attention", False
-    ):
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    if not getattr(config, "is_causal", True) or bidirectional in (True, "all"):
         return "its attention is not causal (is_causal or use_bidirectional_attention)"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention logits (attn_logit_softcapping), which is not supported"

@@ -263,7 +263,9 @@ class SparseAttention:
                 )
             )
         if past is None:
-            states = KeyValueStates(keys, values, positions, in_order=mask is None or mask.ndim != 2)
+            states = KeyValueStates(
+                keys, values, positions, in_order=mask is None or mask.ndim != 2
+            )
             if self.dense:
                 return self._attend_densely(queries, positions, states, sinks)
             if self.gates is not None:

@@ -10,6 +10,13 @@ from transformers import PreTrainedModel
 from rtpurbo.errors import RTPurboError
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The module that runs the decoder layers, which a causal language model calls."""
+    decoder = model.get_decoder()
+    # Some models call their output embedding so.
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a model's decoder.
 
@@ -17,7 +24,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         RTPurboError: the model has none.
     """
     count = model.config.num_hidden_layers
-    for module in model.base_model.modules():
+    for module in decoder_of(model).modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return child

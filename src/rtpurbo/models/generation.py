@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME, named
 from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.slots import padding_form
 
@@ -21,7 +22,8 @@ from rtpurbo.models.slots import padding_form
 def attach_cache(model: PreTrainedModel) -> None:
     """Gives this one model (no class is touched) a HeadwiseCache wherever it would make its own."""
     prepare = model._prepare_cache_for_generation
-    names = list(signature(type(model.base_model).forward).parameters)[1:]
+    decoder = decoder_of(model)
+    names = list(signature(type(decoder).forward).parameters)[1:]
 
     def prepare_cache(
         generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -49,9 +51,7 @@ def attach_cache(model: PreTrainedModel) -> None:
         return args[len(names) :], kwargs
 
     model._prepare_cache_for_generation = prepare_cache
-    model._rtpurbo_hook = model.base_model.register_forward_pre_hook(
-        provide_cache, with_kwargs=True
-    )
+    model._rtpurbo_hook = decoder.register_forward_pre_hook(provide_cache, with_kwargs=True)
     attach_decoder(model)
 
 

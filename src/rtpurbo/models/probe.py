@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers
-from rtpurbo.models.decoder import decoder_layers
+from rtpurbo.models.decoder import decoder_layers, decoder_of
 from rtpurbo.models.rotation import Embeddings, RotaryLayout, measure
 from rtpurbo.models.unconverted import unconverted_attention
 
@@ -157,7 +157,7 @@ def _run(model: PreTrainedModel) -> dict[nn.Module, _Record]:
         "attention_mask": torch.ones_like(places),
         "use_cache": False,
     }
-    if "position_ids" in signature(type(model.base_model).forward).parameters:
+    if "position_ids" in signature(type(decoder_of(model)).forward).parameters:
         # Frequencies may depend on the length: those of the whole context are wanted.
         positions = places.clone()
         positions[0, -1] = context_length(config) - 1
@@ -172,7 +172,7 @@ def _run(model: PreTrainedModel) -> dict[nn.Module, _Record]:
                 hook = module.register_forward_pre_hook(_in_float32)
             if hook is not None:
                 hooks.callback(hook.remove)
-        model.base_model(**arguments)
+        decoder_of(model)(**arguments)
     return {module: record for module, record in records.items() if record.calls}
 
 
@@ -220,5 +220,3 @@ def _rotation(model: PreTrainedModel, module: nn.Module, record: _Record) -> Rot
         return torch.cat([query, key], 1)
 
     return measure(kwargs["position_embeddings"], run)
-
-

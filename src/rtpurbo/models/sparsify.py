@@ -30,6 +30,7 @@ from rtpurbo.models.entering import attach_fast_entry, detach_fast_entry
 from rtpurbo.models.generation import attach_cache, detach_cache
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.models.probe import AttentionTraits, probe
+from rtpurbo.models.verification import NUM_TOKENS, check_equal, logits_over_cache, needs_check
 from rtpurbo.ops import SelectionStatistics, Selector
 
 
@@ -62,12 +63,21 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     _check_traits(traits, config)
     if is_sparse(model):
         restore(model)
+    expected = logits_over_cache(model) if needs_check(model) else None
     for number, found in traits.items():
         _attach(SparseAttention(found, number, config), config.indexer)
     model._rtpurbo_dense_implementation = model.config._attn_implementation
     model.config._attn_implementation = IMPLEMENTATION
     model.rtpurbo_config = config
     attach_cache(model)
+    if expected is not None:
+        try:
+            window = max(NUM_TOKENS, config.attention.sliding_window)
+            with using_rule(model, sliding_window=window):
+                check_equal(model, expected)
+        except RTPurboError:
+            restore(model)
+            raise
     return model
 
 
@@ -79,8 +89,8 @@ def _check_traits(traits: Mapping[int, AttentionTraits], config: RTPurboConfig) 
         heads = (found.num_attention_heads, found.num_key_value_heads)
         if heads != expected:
             raise RTPurboError(
-                f"layer {number} has {heads[0]} query heads on {heads[1]} KV heads, other than the "
-                f"{expected[0]} on {expected[1]} of the head map: such models are not supported."
+                f"layer {number} cannot be made sparse: it attends with {heads[0]} query heads on "
+                f"{heads[1]} KV heads, not with the {expected[0]} on {expected[1]} of the head map."
             )
         undone = found.rotation is not None and found.rotation.partners is not None
         if config.indexer.index_space == "pre_rope" and not undone:
@@ -162,9 +172,7 @@ def feature_dimensions(layer: SparseAttention, settings: IndexerSettings) -> lis
     if settings.index_space != "low_frequency" or layer.rotation is None:
         return list(range(layer.head_dim))
     assert settings.min_wavelength is not None
-    return slow_dimensions(
-        layer.rotation.frequencies, settings.min_wavelength, settings.index_dim
-    )
+    return slow_dimensions(layer.rotation.frequencies, settings.min_wavelength, settings.index_dim)
 
 
 def indexers_in_float32(model: PreTrainedModel) -> None:

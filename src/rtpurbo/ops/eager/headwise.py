@@ -53,7 +53,10 @@ def headwise_attention(
         [batch, num_attention_heads, q_len] or None.
     """
     parts: list[tuple[Tensor, Tensor | None]] = []
-    wants_log_sum_exp, return_log_sum_exp = return_log_sum_exp, return_log_sum_exp or sinks is not None
+    wants_log_sum_exp, return_log_sum_exp = (
+        return_log_sum_exp,
+        return_log_sum_exp or sinks is not None,
+    )
     if len(layout.retrieval):
         parts.append(
             _retrieval_heads(

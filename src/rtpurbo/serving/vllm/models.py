@@ -122,9 +122,7 @@ def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) ->
     of_pairs = LlamaRotaryEmbedding(hf_config).inv_freq
     frequencies = torch.zeros(head_dim)
     frequencies[: 2 * of_pairs.numel()] = of_pairs.repeat(2)
-    return slow_dimensions(
-        frequencies, config.indexer.min_wavelength, config.indexer.index_dim
-    )
+    return slow_dimensions(frequencies, config.indexer.min_wavelength, config.indexer.index_dim)
 
 
 def _indexer(
