@@ -11,8 +11,8 @@ import torch
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import decoding, entering
-from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.architecture import convertible_layers
+from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import (
     counting,
     headwise_modules,

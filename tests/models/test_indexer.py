@@ -193,12 +193,11 @@ def test_the_context_of_yarn_is_the_extended_one():
 )
 def test_measured_rotations_can_be_undone(family, changes):
     """Interleaved pairs, partial rotation, complex numbers, halves."""
-    ids, mask = padded_batch()
+    ids, _ = padded_batch()
     model = any_model(family, **changes)
     seen = []
-    shift = 5
     with observing(model, seen.append):
-        for first in (0, shift):
+        for first in (0, 5):
             positions = torch.arange(ids.shape[1])[None].expand_as(ids) + first
             model(ids, position_ids=positions, use_cache=False)
     views = [view for view in seen if view.layer == 0]

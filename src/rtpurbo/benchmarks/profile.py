@@ -16,8 +16,9 @@ from rtpurbo.benchmarks.session import Session, release
 from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import context_length
 from rtpurbo.models.artifact import load
-from rtpurbo.models.attention import SparseAttention, LayerObservation
+from rtpurbo.models.attention import LayerObservation, SparseAttention
 from rtpurbo.models.sparsify import headwise_modules, observing
 
 
@@ -69,7 +70,7 @@ def observe(
     module = max(modules, key=lambda one: len(one.retrieval_heads))
     if not module.retrieval_heads:
         raise RTPurboError(f"{artifact} has no retrieval heads, so there is nothing to measure.")
-    tokens = min(length, model.config.max_position_embeddings)
+    tokens = min(length, context_length(model.config))
     corpus = load_texts(list(data) if data else None, "heldout")
     ids = corpus.sample_tokens(tokenizer, tokens, random.Random(0))
     observations: list[LayerObservation] = []

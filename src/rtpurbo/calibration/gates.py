@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import num_key_value_heads
 from rtpurbo.models.sparsify import (
     empty_head_map,
     gated_heads,
@@ -148,7 +149,7 @@ def _gated(
         The gates by layer: fp32 [num_key_value_heads] or [num_attention_heads].
     """
     config = model.config
-    count = config.num_key_value_heads if per_group else config.num_attention_heads
+    count = num_key_value_heads(config) if per_group else config.num_attention_heads
     head_map: HeadMap = empty_head_map(model)
     sparsify(model, RTPurboConfig(head_map, rule))
     on_gpu = model.device.type == "cuda"

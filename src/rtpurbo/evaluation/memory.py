@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from rtpurbo.models.architecture import head_dim_of, num_key_value_heads
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.architecture import head_dim_of, num_key_value_heads
 from rtpurbo.models.sparsify import headwise_modules, is_sparse
 
 # Tensors of this device have shapes but no memory, so that any length can be counted anywhere.

@@ -87,4 +87,3 @@ def _difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
         return float(error.abs().max() / expected.float().abs().max()), TOLERANCE
     relative = error.norm(dim=-1) / expected.float().norm(dim=-1)
     return float(relative.median()), HALF_TOLERANCE
-

@@ -7,8 +7,8 @@ from rtpurbo.ops.api import (
     index_scores,
     local_attention,
     retrieval_attention,
-    with_sinks,
 )
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import (
     HeadGroup,
     HeadLayout,

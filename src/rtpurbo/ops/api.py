@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
-from rtpurbo.ops.eager.attend import with_sinks
 from rtpurbo.ops.eager.selection import index_scores
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "index_scores",
     "local_attention",
     "retrieval_attention",
-    "with_sinks",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -80,16 +79,16 @@ def chosen_backend(
         ValueError: the backend named cannot serve the call.
     """
     watched = selector is not None or (statistics is not None and statistics.needs_rows)
-    if (watched or sinks is not None) and index_queries is not None:
+    if watched and index_queries is not None:
         if backend in ("triton", "flex"):
             raise ValueError(
-                "the kernels select by the rule alone, without learned sinks, and show no rows: choose "
-                "backend 'eager' for a selector, for learned sinks, or for statistics of rows."
+                "the kernels select by the rule alone and show no rows: choose backend 'eager' for "
+                "a selector, or for statistics of rows."
             )
         return "eager"
     call = (query_states, full, bounded, index_queries, rule)
     if backend == "auto":
-        return _best_backend(*call)
+        return _best_backend(sinks, *call)
     if backend not in ("triton", "flex"):
         return backend
     if backend == "triton":
@@ -99,27 +98,32 @@ def chosen_backend(
             raise ValueError(
                 "backend 'triton' needs a GPU: move the model there, or choose 'eager'."
             )
-    reason = _refusal(backend, *call)
+    reason = _refusal(backend, sinks, *call)
     if reason is not None:
         raise ValueError(f"the kernels cannot serve this call: {reason}. Choose backend 'eager'.")
     return backend
 
 
-def _best_backend(query_states: Tensor, *others: Any) -> str:
+def _best_backend(sinks: Tensor | None, query_states: Tensor, *others: Any) -> str:
     """The fastest backend that can serve a call."""
     if not (query_states.is_cuda and has_triton()):
         return "eager"
-    if query_states.dtype in HALF and _refusal("triton", query_states, *others) is None:
+    call = (sinks, query_states, *others)
+    if query_states.dtype in HALF and _refusal("triton", *call) is None:
         return "triton"
     from rtpurbo.ops.flex.headwise import pays
 
-    if pays(query_states, *others[:2]) and _refusal("flex", query_states, *others) is None:
+    if pays(query_states, *others[:2]) and _refusal("flex", *call) is None:
         return "flex"
     return "eager"
 
 
-def _refusal(backend: str, *call: Any) -> str | None:
+def _refusal(backend: str, sinks: Tensor | None, *call: Any) -> str | None:
     """Why a backend's kernels cannot serve a call of `headwise_attention`; None if they can."""
+    *_, index_queries, rule = call
+    selects = index_queries is not None
+    if sinks is not None and selects and (backend == "flex" or rule.reading == "paper"):
+        return "learned sinks take part in the selection"
     kernels = import_module(BACKENDS[backend]["headwise_attention"])
     return next(kernels.refusals(*call), None)
 
@@ -213,8 +217,11 @@ def headwise_attention(
     backend = chosen_backend(
         backend, query_states, full, bounded, index_queries, rule, statistics, selector, sinks
     )
-    # Kernels know neither selectors nor sinks, and need not where no row selects.
-    options = {"selector": selector, "sinks": sinks} if backend == "eager" else {}
+    options: dict[str, Any] = {}
+    if backend in ("eager", "triton"):
+        options["sinks"] = sinks
+    if backend == "eager":
+        options["selector"] = selector
     output, log_sum_exp = _implementation("headwise_attention", backend)(
         query_states,
         query_positions,
@@ -228,7 +235,7 @@ def headwise_attention(
         return_log_sum_exp=return_log_sum_exp or sinks is not None,
         **options,
     )
-    if sinks is not None and backend != "eager":
+    if sinks is not None and not options:
         output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
     return output, log_sum_exp if return_log_sum_exp else None
 

@@ -318,8 +318,10 @@ EQUAL: Zoo = {
     "Nemotron-H": (
         "nemotron_h",
         {
-            "layers_block_type": ["linear_attention", "full_attention", "mlp"]
-            + ["linear_attention", "full_attention", "moe"],
+            "layers_block_type": [
+                *("linear_attention", "full_attention", "mlp"),
+                *("linear_attention", "full_attention", "moe"),
+            ],
             "mamba_num_heads": 12,
             "mamba_head_dim": 8,
             "ssm_state_size": 8,

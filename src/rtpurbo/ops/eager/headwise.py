@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.eager.attend import with_sinks
 from rtpurbo.ops.eager.local import causal_attention, local_attention
 from rtpurbo.ops.eager.retrieval import retrieval_attention
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
 
