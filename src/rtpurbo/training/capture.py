@@ -40,6 +40,7 @@ class CapturedHeads:
         num_documents: how many there are.
         scaling: factor on the dot products.
         rows: int64 [rows], ascending, those whose queries were kept; None for all of them.
+        sinks: learned sinks [heads], logits that take part in the teacher's softmax; None if there are none.
     """
 
     names: list[tuple[int, int]]
@@ -58,6 +59,7 @@ class CapturedHeads:
     num_documents: int
     scaling: float
     rows: Tensor | None = None
+    sinks: Tensor | None = None
 
     def queries_of(self, rows: Tensor) -> Tensor:
         """Queries of some rows: [1, heads, rows, head_dim]."""
@@ -146,6 +148,9 @@ def _merged(group: list[CapturedHeads]) -> CapturedHeads:
         keys=_joined(group, "keys"),
         query_features=_joined(group, "query_features"),
         key_features=_joined(group, "key_features"),
+        sinks=None
+        if group[0].sinks is None
+        else torch.cat([seen.sinks for seen in group if seen.sinks is not None]),
     )
 
 
@@ -263,6 +268,7 @@ def _heads_of(
         starts,
         num_documents,
         seen.scaling,
+        sinks=None if seen.sinks is None else seen.sinks.detach()[heads],
     )
 
 

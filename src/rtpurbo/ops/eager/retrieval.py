@@ -17,6 +17,7 @@ from rtpurbo.ops.eager.selection import (
     select_for_tiles,
 )
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
+from rtpurbo.ops.sinks import with_sink_column
 from rtpurbo.ops.states import (
     KeyValueStates,
     SelectionRows,
@@ -102,13 +103,9 @@ def _select_by_rule(
 ) -> Tensor:
     """The far keys by the indexer; `rows_after` rows of the call follow, None if none share a list."""
     estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), rows.near, rows.far)
-    near, far, key_positions = rows.near, rows.far, rows.key_positions
-    if sinks is not None:
-        # A learned sink is one more near key, of position 0, with a logit and no value.
-        logit = sinks.to(estimate.dtype)[None, :, None, None].expand_as(estimate[..., :1])
-        estimate = torch.cat([logit, estimate], -1)
-        near, far = F.pad(near, (1, 0), value=True), F.pad(far, (1, 0), value=False)
-        key_positions = F.pad(key_positions, (1, 0), value=0)
+    _, estimate, near, far = with_sink_column(estimate, estimate, rows.near, rows.far, sinks)
+    # A learned sink counts to the first block.
+    key_positions = F.pad(rows.key_positions, (0 if sinks is None else 1, 0))
     if rows_after is None:
         selected = select_for_rows(rule, estimate, near, far, key_positions)
     else:
