@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.packed import indexer_divergence
 from rtpurbo.training.capture import capture_heads, merge_heads
@@ -144,6 +145,9 @@ def test_heads_share_the_keys_of_their_group(heads):
 def test_learned_sinks_take_part_in_teacher_and_student():
     model = any_model("gpt_oss", layer_types=["full_attention"] * 2, num_local_experts=4)
     make_sparse(model, sparse_config(model))
+    for module in headwise_modules(model):
+        module.indexer.query_weight.data *= 0.02
+        module.module.sinks.data += 20.0  # logits of these weights are as large
     ids = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = torch.tensor([20, 41, 59])
     for layer, seen in enumerate(capture_heads(model, ids)):

@@ -251,8 +251,10 @@ class SparseAttention:
             )
         past: HeadwiseLayer | None = None
         if isinstance(keys, EnteringStates):
-            past, keys, values = keys.layer, keys.keys, keys.values
+            entering = keys
+            past, keys, values = entering.layer, entering.keys, entering.values
             self._check_cache(past)
+        assert isinstance(keys, Tensor)
         assert isinstance(values, Tensor)
         positions = self._query_positions(queries, mask, past)
         undo_rotation = partial(self._undo_rotation, embeddings=embeddings)
@@ -385,7 +387,7 @@ class SparseAttention:
                 values=states.values[:, :, rows],
                 positions=states.positions[:, rows],
             )
-            part = causal_attention(
+            part, log_sum_exp = causal_attention(
                 queries[:, :, rows],
                 positions[:, rows],
                 document,
@@ -393,7 +395,10 @@ class SparseAttention:
                 scaling=self.scaling,
                 return_log_sum_exp=sinks is not None,
             )
-            parts.append(part[0] if sinks is None else with_sinks(*part, sinks)[0])
+            if sinks is not None:
+                assert log_sum_exp is not None
+                part, _ = with_sinks(part, log_sum_exp, sinks)
+            parts.append(part)
             start += length
         return torch.cat(parts, 2)
 

@@ -221,7 +221,7 @@ class HeadwiseLayer(CacheLayerMixin):
             if buffer.storage is not None:
                 buffer.length = seen
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[EnteringStates, EnteringStates]:
         """Hands new tokens on to the attention function, which knows the heads and calls `append`."""

@@ -30,8 +30,8 @@ def attach_fast_entry(layer: SparseAttention) -> None:
 
     A module whose forward somebody else has replaced, as accelerate does to load weights, keeps it.
     """
-    module = layer.module
-    if layer.module.config.model_type in FAMILIES and "forward" not in vars(module):
+    module: Any = layer.module
+    if module.config.model_type in FAMILIES and "forward" not in vars(module):
         # A bound method, which a copy of the model binds to the copy.
         module.forward = MethodType(_forward, module)
 
@@ -44,7 +44,8 @@ def detach_fast_entry(module: nn.Module) -> None:
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """The module's forward: one kernel and the attention of a step, or all of its own code."""
-    layer: SparseAttention = sparse_layer_of(module)
+    layer = sparse_layer_of(module)
+    assert layer is not None
     hidden_states = kwargs.get("hidden_states")
     cache = kwargs.get(CACHE_NAME)
     if isinstance(cache, Cache) and hidden_states is not None:

@@ -69,7 +69,7 @@ _records: list[dict[nn.Module, _Record]] = []
 
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function while a model is probed."""
     record = _records[-1].setdefault(module, _Record())
     record.calls.append((query, key, value, kwargs))

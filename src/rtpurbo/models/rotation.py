@@ -56,11 +56,13 @@ class RotaryLayout:
         if not self.is_rotated:
             return states
         device = states.device
+        parts = _parts(embeddings)
+        assert parts is not None
         columns, partners = self.columns.to(device), self.partners.to(device)
         signs = self.signs.to(device)
         cosines, sines = (
             part[:, -states.shape[2] :][..., columns].unsqueeze(1).to(torch.float32)
-            for part in _parts(embeddings)
+            for part in parts
         )
         rotated = signs != 0
         # Cosines and sines may hold a factor of their own (YaRN), which is undone too.
