@@ -118,7 +118,11 @@ def _costs_of(
     visible = causal_mask(own, states.positions)
     whole, total = attend_to_logits(logits, values, visible)
     # [heads, head_dim, hidden_size]: what each head's output is turned into.
-    mixing = module.o_proj.weight.T.unflatten(0, (queries.shape[1], -1)).to(whole.dtype)
+    mixing = (
+        module.module.get_parameter("o_proj.weight")
+        .T.unflatten(0, (queries.shape[1], -1))
+        .to(whole.dtype)
+    )
     errors, lost = [], []
     for window in windows:
         near = near_mask(own, states.positions, window, num_sink_tokens)
@@ -185,7 +189,7 @@ def use_windows(model: PreTrainedModel, windows: Sequence[Sequence[int] | None])
     """
     for module in headwise_modules(model):
         sizes = torch.tensor(windows[module.layer_idx], device=model.device)
-        module._attend = (  # type: ignore[method-assign]
+        module.attend = (  # type: ignore[method-assign]
             lambda *call, module=module, sizes=sizes: _attend(module, sizes, *call)
         )
 
@@ -198,8 +202,9 @@ def _attend(
     index_queries: Tensor | None,
     full: KeyValueStates,
     bounded: KeyValueStates,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `SparseAttention._attend`, with a window a head."""
+    """As `SparseAttention.attend`, with a window a head."""
     layout, parts = module.layout(queries.device), []
     if len(layout.retrieval):
         retrieving, _ = headwise_attention(

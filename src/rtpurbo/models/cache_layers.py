@@ -332,9 +332,11 @@ class WindowedLayer(DynamicSlidingWindowLayer):
             return
         held = self._held_slots()
         if self.ring is None or self.ring[0].shape[0] != self.keys.shape[0]:
-            batch, heads, _, dim = self.keys.shape
-            shape = (batch, heads, self.sliding_window, dim)
-            self.ring = self.keys.new_zeros(shape), self.values.new_zeros(shape)
+            keys, values = (
+                part.new_zeros(*part.shape[:2], self.sliding_window, part.shape[3])
+                for part in (self.keys, self.values)
+            )
+            self.ring = keys, values
         for ring, part in zip(self.ring, (self.keys, self.values), strict=True):
             ring[:, :, held] = part[:, :, part.shape[2] - held.numel() :]
         self.keys, self.values = self.ring

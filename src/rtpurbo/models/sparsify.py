@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +63,7 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     _check_traits(traits, config)
     if is_sparse(model):
         restore(model)
-    expected = logits_over_cache(model) if needs_check(model) else None
+    expected = logits_over_cache(model) if needs_check(model, config) else None
     for number, found in traits.items():
         _attach(SparseAttention(found, number, config), config.indexer)
     model._rtpurbo_dense_implementation = model.config._attn_implementation
@@ -243,6 +243,20 @@ def using_rule(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _changed(model: PreTrainedModel, **attributes: Any) -> Iterator[None]:
+    """Sets attributes of every sparse layer inside a `with` block; those before come back after it."""
+    layers = headwise_modules(model)
+    before = [{name: getattr(layer, name) for name in attributes} for layer in layers]
+    for layer in layers:
+        vars(layer).update(attributes)
+    try:
+        yield
+    finally:
+        for layer, values in zip(layers, before, strict=True):
+            vars(layer).update(values)
+
+
+@contextmanager
 def counting(
     model: PreTrainedModel, statistics: SelectionStatistics | None = None
 ) -> Iterator[SelectionStatistics]:
@@ -253,43 +267,21 @@ def counting(
         statistics: what counts; None takes a plain one.
     """
     statistics = SelectionStatistics() if statistics is None else statistics
-    modules = headwise_modules(model)
-    for module in modules:
-        module.statistics = statistics
-    try:
+    with _changed(model, statistics=statistics):
         yield statistics
-    finally:
-        for module in modules:
-            module.statistics = None
 
 
-@contextmanager
-def decoding_last(model: PreTrainedModel, num_decode_rows: int) -> Iterator[None]:
+def decoding_last(model: PreTrainedModel, num_decode_rows: int) -> AbstractContextManager[None]:
     """Treats the last rows of every forward as decoding steps: they select where prefill is dense.
 
     So training can meet what `generate` does, prompt dense and answer sparse, in one forward.
     """
-    modules = headwise_modules(model)
-    for module in modules:
-        module.num_decode_rows = num_decode_rows
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.num_decode_rows = 0
+    return _changed(model, num_decode_rows=num_decode_rows)
 
 
-@contextmanager
-def running_dense(model: PreTrainedModel) -> Iterator[None]:
+def running_dense(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Runs a sparse model's attention dense for a while, as the original would, without a cache."""
-    modules = headwise_modules(model)
-    for module in modules:
-        module.dense = True
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.dense = False
+    return _changed(model, dense=True)
 
 
 @contextmanager
@@ -300,18 +292,15 @@ def gated_heads(model: PreTrainedModel, gates: Mapping[int, Tensor]) -> Iterator
         model: sparse, without retrieval heads and without a cache.
         gates: by layer, [num_key_value_heads] or [num_attention_heads]: 1 is full, 0 windowed.
     """
-    modules = headwise_modules(model)
-    for module in modules:
-        module.gates = gates[module.layer_idx]
-    try:
+    with _changed(model, gates=None):
+        for layer in headwise_modules(model):
+            layer.gates = gates[layer.layer_idx]
         yield
-    finally:
-        for module in modules:
-            module.gates = None
 
 
-@contextmanager
-def packing(model: PreTrainedModel, document_lengths: Sequence[int] | None) -> Iterator[None]:
+def packing(
+    model: PreTrainedModel, document_lengths: Sequence[int] | None
+) -> AbstractContextManager[None]:
     """Keeps documents that follow each other in every sequence apart while the model runs dense.
 
     Their `position_ids` have to be given too.
@@ -320,14 +309,8 @@ def packing(model: PreTrainedModel, document_lengths: Sequence[int] | None) -> I
         model: sparse.
         document_lengths: tokens of each document; None for one document.
     """
-    modules = headwise_modules(model)
-    for module in modules:
-        module.document_lengths = None if document_lengths is None else tuple(document_lengths)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.document_lengths = None
+    lengths = None if document_lengths is None else tuple(document_lengths)
+    return _changed(model, document_lengths=lengths)
 
 
 @contextmanager
@@ -346,14 +329,10 @@ def observing(
     borrowed = not is_sparse(model)
     if borrowed:
         sparsify(model, RTPurboConfig(empty_head_map(model)))
-    modules = headwise_modules(model)
-    for module in modules:
-        module.observer, module.dense = observer, dense
     try:
-        yield
+        with _changed(model, observer=observer, dense=dense):
+            yield
     finally:
-        for module in modules:
-            module.observer, module.dense = None, False
         if borrowed:
             restore(model)
 

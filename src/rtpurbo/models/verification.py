@@ -6,10 +6,13 @@ second continues the cache, and is compared with the dense model.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.families import FAMILIES
@@ -24,9 +27,15 @@ TOLERANCE = 1e-3
 HALF_TOLERANCE = 5e-2
 
 
-def needs_check(model: PreTrainedModel) -> bool:
-    """Whether the model's type is not among those that the tests of this version cover for certain."""
-    return model.config.model_type not in FAMILIES
+# Models that were found equal, and whether with retrieval heads: nobody waits for the same check twice.
+_checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def needs_check(model: PreTrainedModel, config: RTPurboConfig) -> bool:
+    """Whether a model is to be checked: its type has no tests of its own, and it was not checked before."""
+    retrieves = config.head_map.num_retrieval_heads > 0
+    is_checked = model in _checked and _checked[model] >= retrieves
+    return model.config.model_type not in FAMILIES and not is_checked
 
 
 @torch.no_grad()
@@ -74,6 +83,7 @@ def check_equal(model: PreTrainedModel, expected: Tensor) -> None:
             f"{_prefix(model)} with a window over everything its logits differ from those of the dense "
             f"model by {difference:.1e} of their size, and at most {limit:g} is allowed."
         )
+    _checked[model] = model.rtpurbo_config.head_map.num_retrieval_heads > 0
 
 
 def _prefix(model: PreTrainedModel) -> str:
