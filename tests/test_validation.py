@@ -32,7 +32,11 @@ def value_of(settings, name):
         ("stage2.steps", 1.5, "stage2.steps is 1.5, but it must be a whole number."),
         ("stage2.steps", float("inf"), "stage2.steps is inf, but it must be a whole number."),
         ("stage2.learning_rate", float("nan"), "learning_rate is nan, but it must be a number."),
-        ("stage2.lora_scale", "all", "stage2.lora_scale is 'all', but it must be a number or null."),
+        (
+            "stage2.lora_scale",
+            "all",
+            "stage2.lora_scale is 'all', but it must be a number or null.",
+        ),
         ("stage2.lengths", "abc", "is 'abc', but it must be a list of whole numbers, such as"),
         ("stage2.lengths", [2048, "x"], "is [2048, 'x'], but it must be a list of whole numbers"),
         ("stage2.lengths", [[2048]], "is [[2048]], but it must be a list of whole numbers"),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.calibration.selection import Scores
 from rtpurbo.config import AttentionRule, RTPurboConfig
-from rtpurbo.models.attention import SparseAttention
+from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparsify import (
     empty_head_map,
     headwise_modules,

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.config import HeadMap, RTPurboConfig
-from rtpurbo.models.attention import SparseAttention
+from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparsify import (
     empty_head_map,
     headwise_modules,

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from rtpurbo.models import attention, entering
+from rtpurbo.models import entering, sparse_layer
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.families import FAMILIES as FAST
 from rtpurbo.models.sparsify import headwise_modules, observing
@@ -97,7 +97,7 @@ def entered(monkeypatch):
 
     enter = entering.enter
     monkeypatch.setattr(entering, "enter", compared)
-    monkeypatch.setattr(attention, "chosen_backend", lambda *_: "eager")
+    monkeypatch.setattr(sparse_layer, "chosen_backend", lambda *_: "eager")
     return calls
 
 

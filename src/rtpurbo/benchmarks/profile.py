@@ -18,7 +18,7 @@ from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.artifact import load
-from rtpurbo.models.attention import LayerObservation, SparseAttention
+from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
 from rtpurbo.models.sparsify import headwise_modules, observing
 
 

@@ -20,7 +20,7 @@ from rtpurbo.data.long_range import NOISE, LongRangeMix
 from rtpurbo.data.prompts import decode
 from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.attention import LayerObservation
+from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparsify import observing
 
 NEAR = 256

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.data.needles import CalibrationDocument
-from rtpurbo.models.attention import LayerObservation
+from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparsify import observing
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask

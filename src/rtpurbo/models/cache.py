@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import layer_types
-from rtpurbo.models.cache_layers import HeadwiseLayer, WindowedLayer, kept_tokens
+from rtpurbo.models.cache_layers import HeadwiseLayer, kept_tokens
 from rtpurbo.models.ring import RingSlots
 from rtpurbo.models.slots import Padding, TokenSlots
+from rtpurbo.models.windowed_layer import WindowedLayer
 
 # Tokens that can be taken back (assisted decoding) after a ring has wrapped.
 DEFAULT_CROP_SLACK = 64

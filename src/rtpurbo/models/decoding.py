@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME, POSITIONAL, named
-from rtpurbo.models.attention import SparseAttention, sparse_layer_of
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.graphs import CudaGraph
+from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
 
 # A capture takes about as long as these many steps without a graph.
 STEPS_THAT_PAY = 16

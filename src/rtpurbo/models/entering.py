@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache
 
 from rtpurbo.devices import has_triton
 from rtpurbo.models.arguments import CACHE_NAME
-from rtpurbo.models.attention import SparseAttention, sparse_layer_of
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.families import FAMILIES
+from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
 from rtpurbo.ops import KeyValueStates
 
 HALF = (torch.float16, torch.bfloat16)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rtpurbo.models.attention import SparseAttention
+from rtpurbo.models.sparse_layer import SparseAttention
 
 
 class CudaGraph:

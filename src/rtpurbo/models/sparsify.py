@@ -19,17 +19,17 @@ from rtpurbo.models.architecture import (
     convertible_layers,
     num_key_value_heads,
 )
-from rtpurbo.models.attention import (
-    IMPLEMENTATION,
+from rtpurbo.models.attention import IMPLEMENTATION
+from rtpurbo.models.entering import attach_fast_entry, detach_fast_entry
+from rtpurbo.models.generation import attach_cache, detach_cache
+from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
+from rtpurbo.models.probe import AttentionTraits, probe
+from rtpurbo.models.sparse_layer import (
     LayerObservation,
     SparseAttention,
     note_rotation,
     sparse_layer_of,
 )
-from rtpurbo.models.entering import attach_fast_entry, detach_fast_entry
-from rtpurbo.models.generation import attach_cache, detach_cache
-from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
-from rtpurbo.models.probe import AttentionTraits, probe
 from rtpurbo.models.verification import NUM_TOKENS, check_equal, logits_over_cache, needs_check
 from rtpurbo.ops import SelectionStatistics, Selector
 

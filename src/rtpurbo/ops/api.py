@@ -21,6 +21,7 @@ from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
 __all__ = [
+    "attend_by",
     "causal_attention",
     "chosen_backend",
     "decoding_counters",
@@ -217,12 +218,8 @@ def headwise_attention(
     backend = chosen_backend(
         backend, query_states, full, bounded, index_queries, rule, statistics, selector, sinks
     )
-    options: dict[str, Any] = {}
-    if backend in ("eager", "triton"):
-        options["sinks"] = sinks
-    if backend == "eager":
-        options["selector"] = selector
-    output, log_sum_exp = _implementation("headwise_attention", backend)(
+    return attend_by(
+        backend,
         query_states,
         query_positions,
         full,
@@ -232,10 +229,32 @@ def headwise_attention(
         rule,
         scaling=scaling,
         statistics=statistics,
-        return_log_sum_exp=return_log_sum_exp or sinks is not None,
+        return_log_sum_exp=return_log_sum_exp,
+        selector=selector,
+        sinks=sinks,
+    )
+
+
+def attend_by(
+    backend: str,
+    *states: Any,
+    return_log_sum_exp: bool = False,
+    selector: Selector | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`headwise_attention` by the backend that `chosen_backend` has chosen for the call."""
+    knows_sinks = backend in ("eager", "triton")
+    if knows_sinks:
+        options["sinks"] = sinks
+    if backend == "eager":
+        options["selector"] = selector
+    output, log_sum_exp = _implementation("headwise_attention", backend)(
+        *states,
+        return_log_sum_exp=return_log_sum_exp or not (knows_sinks or sinks is None),
         **options,
     )
-    if sinks is not None and not options:
+    if sinks is not None and not knows_sinks:
         output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
     return output, log_sum_exp if return_log_sum_exp else None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.models.attention import LayerObservation, SparseAttention
+from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
 from rtpurbo.models.sparsify import headwise_modules, observing, packing
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import index_scores
