@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.data.needles import CalibrationDocument
+from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparsify import observing
 from rtpurbo.ops.eager.attend import attention_logits
@@ -36,7 +37,7 @@ def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> d
 
     input_ids = torch.tensor([document.input_ids], device=model.device)
     with torch.no_grad(), observing(model, score_layer):
-        model.base_model(input_ids, use_cache=False)
+        decoder_of(model)(input_ids, use_cache=False)
     return scores
 
 

@@ -41,7 +41,8 @@ def cache_bytes(
     def states(heads: int, dim: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
         return torch.zeros(batch_size, heads, context_length, dim, dtype=dtype, device=DEVICE)
 
-    keys = states(num_key_value_heads(model.config), head_dim_of(model.config))
+    heads, head_dim = num_key_value_heads(model.config), head_dim_of(model.config)
+    keys = states(heads, head_dim)
     attention = {each.layer_idx: each for each in headwise_modules(model)} if sparse else {}
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, HeadwiseLayer):
@@ -51,7 +52,7 @@ def cache_bytes(
                 dtype = torch.float8_e4m3fn if in_float8 else model.dtype
                 num_keys, index_dim, _ = own.indexer.key_weight.shape
                 index = states(num_keys, index_dim, dtype)
-            layer.append(keys, keys, index, own.layout(DEVICE))
+            layer.append(keys, states(heads, own.value_dim), index, own.layout(DEVICE))
         else:
             layer.update(keys, keys)
     if isinstance(cache, HeadwiseCache):

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.families import FAMILIES
 
 # Layer types of transformers whose attention sees every earlier token; `hybrid` layers have a recurrent
 # state beside it.
@@ -49,6 +50,16 @@ def convertible_layers(config: Any) -> list[bool]:
         kind in FULL_ATTENTION or (kind == "sliding_attention" and is_full)
         for kind in layer_types(config)
     ]
+
+
+def takes_packed_documents(config: Any) -> bool:
+    """Whether every layer keeps documents apart that share a row.
+
+    Sparse layers do; recurrent states run on, and not every model tells its windowed layers of documents.
+    """
+    types = layer_types(config)
+    is_sparse = all(convertible_layers(config)) and "hybrid" not in types
+    return is_sparse or config.model_type in FAMILIES
 
 
 def check_architecture(config: Any) -> None:
@@ -97,18 +108,22 @@ def _refusal(config: Any) -> str | None:
 
 
 def num_key_value_heads(config: Any) -> int:
-    """KV heads of a full-attention layer."""
-    full = next((i for i, full in enumerate(convertible_layers(config)) if full), None)
-    own = getattr(config, "per_layer_config", None)  # transformers >= 5.20
-    if own is not None and full is not None:
-        config = own[full]
-    heads = getattr(config, "num_key_value_heads", None)
+    """KV heads of the full-attention layers."""
+    heads = getattr(_full_attention_config(config), "num_key_value_heads", None)
     return int(heads or config.num_attention_heads)
 
 
 def head_dim_of(config: Any) -> int:
-    """Dimensions of a head, which older configurations leave to be worked out."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Dimensions of a head of the full-attention layers; older configurations leave it to be worked out."""
+    head_dim = getattr(_full_attention_config(config), "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _full_attention_config(config: Any) -> Any:
+    """The configuration of the first full-attention layer, where sizes may differ by layer (Gemma 4)."""
+    of_layers = getattr(config, "per_layer_config", None)  # transformers >= 5.20
+    full = [number for number, is_full in enumerate(convertible_layers(config)) if is_full]
+    return of_layers[full[0]] if of_layers is not None and full else config
 
 
 def context_length(config: Any) -> int:

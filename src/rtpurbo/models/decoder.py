@@ -13,8 +13,10 @@ from rtpurbo.errors import RTPurboError
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The module that runs the decoder layers, which a causal language model calls."""
     decoder = model.get_decoder()
-    # Some models call their output embedding so.
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    if isinstance(decoder, PreTrainedModel) and decoder is not model:
+        return decoder
+    # Some models find themselves, others their output embedding.
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
 from rtpurbo.models.sparsify import headwise_modules, observing, packing
 from rtpurbo.ops.eager.attend import attention_logits
@@ -233,7 +234,7 @@ def run_backbone(
         observing(model, observe, dense=dense),
         packing(model, lengths if len(lengths) > 1 else None),
     ):
-        model.base_model(ids, position_ids=positions, use_cache=False)
+        decoder_of(model)(ids, position_ids=positions, use_cache=False)
 
 
 def _heads_of(

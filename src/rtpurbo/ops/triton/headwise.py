@@ -208,6 +208,8 @@ def refusals(
         yield "they compute no gradients"
     if not takes_head_dim(head_dim, query_states.dtype):
         yield f"head_dim {head_dim} is not a multiple of 16 bytes, or above {MAX_HEAD_DIM}"
+    if any(states.values.shape[-1] != head_dim for states in (full, bounded)):
+        yield f"values have other dimensions than the {head_dim} of keys"
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         yield "the last dimension of a tensor is not contiguous"
     used = [full] if q_len == 1 else [full, bounded]
