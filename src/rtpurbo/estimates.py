@@ -121,7 +121,7 @@ class ModelShape:
         heads, full_layers = config.num_attention_heads, sum(convertible_layers(config))
         mlp_size = config.intermediate_size
         if experts > 1:
-            mlp_size = active_experts * config.moe_intermediate_size
+            mlp_size = active_experts * getattr(config, "moe_intermediate_size", mlp_size)
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             decoder_parameters=decoder_parameters,

@@ -52,4 +52,8 @@ def attention_of_rows(seen: LayerObservation, rows: slice | Tensor) -> Tensor:
     group = queries.shape[1] // keys.shape[1]
     logits = attention_logits(queries, keys.repeat_interleave(group, 1), seen.scaling)
     visible = causal_mask(seen.positions[:, rows], seen.positions)
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1)[0]
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if seen.sinks is None:
+        return logits.softmax(-1)[0]
+    column = seen.sinks.to(logits.dtype)[None, :, None, None].expand_as(logits[..., :1])
+    return torch.cat([logits, column], -1).softmax(-1)[0, ..., :-1]

@@ -7,7 +7,7 @@ itself there for one forward and notes what it is given; nothing has to be known
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers
 from rtpurbo.models.decoder import decoder_layers, decoder_of
-from rtpurbo.models.rotation import Embeddings, RotaryLayout, measure
+from rtpurbo.models.rotation import Embeddings, RotaryLayout, RotaryProbe
 from rtpurbo.models.unconverted import unconverted_attention
 
 IMPLEMENTATION = "rtpurbo-probe"
@@ -58,21 +58,45 @@ class AttentionTraits:
 
 @dataclass
 class _Record:
-    """What was seen of one attention module."""
+    """What was seen of one attention module: calls of the attention function, and what rotates the heads."""
 
     calls: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = field(default_factory=list)
-    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    embeddings: Embeddings | None = None
+
+    @property
+    def states(self) -> Tensor:
+        """Queries and keys of the first call."""
+        query, key, _, _ = self.calls[0]
+        return torch.cat([query, key], 1)
 
 
-_records: list[dict[nn.Module, _Record]] = []
+@dataclass
+class _Recording:
+    """One forward of the probe.
+
+    Attributes:
+        records: what was seen of each attention module.
+        embeddings: what to rotate the heads with instead, by attention module. Attention then gives
+            zeros, so that hidden states do not depend on it.
+    """
+
+    records: dict[nn.Module, _Record] = field(default_factory=dict)
+    embeddings: dict[nn.Module, Embeddings] | None = None
+
+
+_recordings: list[_Recording] = []
 
 
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function while a model is probed."""
-    record = _records[-1].setdefault(module, _Record())
+    recording = _recordings[-1]
+    record = recording.records.setdefault(module, _Record())
     record.calls.append((query, key, value, kwargs))
+    if recording.embeddings is not None:
+        batch, heads, length, _ = query.shape
+        return value.new_zeros(batch, length, heads, value.shape[-1]), None
     # The probe's rotary embedding is in float32, whatever the model's type.
     query, key = query.to(value.dtype), key.to(value.dtype)
     return unconverted_attention(module, query, key, value, attention_mask, **kwargs)
@@ -98,22 +122,35 @@ def probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
         if not converted[number]:
             continue
         seen = [(module, records[module]) for module in layer.modules() if module in records]
+        prefix = f"layer {number} of this {model.config.model_type} model cannot be made sparse:"
         if len(seen) != 1:
             raise RTPurboError(
-                f"layer {number} of this {model.config.model_type} model cannot be made sparse: it calls "
-                f"transformers' attention interface {len(seen)} times."
+                f"{prefix} it calls transformers' attention interface {len(seen)} times."
             )
-        module, record = seen[0]
-        found = _traits(module, record)
-        if found.refusal is not None:
-            raise RTPurboError(
-                f"layer {number} of this {model.config.model_type} model cannot be made sparse: "
-                f"{found.refusal}."
-            )
-        traits[number] = found
-        if record.inputs is not None:
-            found.rotation = _rotation(model, module, record)
+        traits[number] = _traits(*seen[0])
+        if traits[number].refusal is not None:
+            raise RTPurboError(f"{prefix} {traits[number].refusal}.")
+    _measure_rotations(model, records, list(traits.values()))
     return traits
+
+
+def _measure_rotations(
+    model: PreTrainedModel, records: dict[nn.Module, _Record], traits: list[AttentionTraits]
+) -> None:
+    """Finds out how each layer rotates its heads, in two more forwards."""
+    probes = {}
+    for found in traits:
+        rotary = RotaryProbe.of(records[found.module].embeddings)
+        if rotary is not None:
+            probes[found.module] = rotary
+    if not probes:
+        return
+    plain = _run(model, {module: rotary.plain for module, rotary in probes.items()})
+    coded = _run(model, {module: rotary.coded for module, rotary in probes.items()})
+    for found in traits:
+        module = found.module
+        if module in probes:
+            found.rotation = probes[module].layout(plain[module].states, coded[module].states)
 
 
 def _traits(module: nn.Module, record: _Record) -> AttentionTraits:
@@ -147,9 +184,11 @@ def _traits(module: nn.Module, record: _Record) -> AttentionTraits:
     return found
 
 
-def _run(model: PreTrainedModel) -> dict[nn.Module, _Record]:
+def _run(
+    model: PreTrainedModel, embeddings: dict[nn.Module, Embeddings] | None = None
+) -> dict[nn.Module, _Record]:
     """One forward, with the last token at the end of the context."""
-    config = model.config
+    config, decoder = model.config, decoder_of(model)
     device = model.get_input_embeddings().weight.device
     places = torch.arange(NUM_TOKENS, device=device)[None]
     arguments: dict[str, Any] = {
@@ -157,66 +196,57 @@ def _run(model: PreTrainedModel) -> dict[nn.Module, _Record]:
         "attention_mask": torch.ones_like(places),
         "use_cache": False,
     }
-    if "position_ids" in signature(type(decoder_of(model)).forward).parameters:
+    if "position_ids" in signature(type(decoder).forward).parameters:
         # Frequencies may depend on the length: those of the whole context are wanted.
         positions = places.clone()
         positions[0, -1] = context_length(config) - 1
         arguments["position_ids"] = positions
-    records: dict[nn.Module, _Record] = {}
-    with probing(model, records), ExitStack() as hooks:
-        for module in model.modules():
-            hook = None
-            if "layer_idx" in vars(module):
-                hook = module.register_forward_pre_hook(partial(_note, records), with_kwargs=True)
-            elif "rotary" in type(module).__name__.lower():
-                hook = module.register_forward_pre_hook(_in_float32)
-            if hook is not None:
-                hooks.callback(hook.remove)
-        decoder_of(model)(**arguments)
-    return {module: record for module, record in records.items() if record.calls}
-
-
-def _note(
-    records: dict[nn.Module, _Record], module: nn.Module, args: tuple[Any, ...], kwargs: Any
-) -> None:
-    if kwargs.get("position_embeddings") is not None:
-        records.setdefault(module, _Record()).inputs = (args, dict(kwargs))
-
-
-def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> Any:
-    """Half precision would round slow frequencies."""
-    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-        return (args[0].float(), *args[1:])
-    return None
+    recording = _Recording(embeddings=embeddings)
+    with _probing(model, recording):
+        decoder(**arguments)
+    return {module: record for module, record in recording.records.items() if record.calls}
 
 
 @contextmanager
-def probing(model: PreTrainedModel, records: dict[nn.Module, _Record]) -> Iterator[None]:
-    """Notes every call of the attention function inside a `with` block."""
+def _probing(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
+    """Records every call of the attention function inside a `with` block."""
     before = model.config._attn_implementation
     training = [module for module in model.modules() if module.training]
+    hooks = []
+    for module in model.modules():
+        if "layer_idx" in vars(module):
+            note = partial(_note, recording)
+            hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        elif "rotary" in type(module).__name__.lower():
+            hooks.append(module.register_forward_pre_hook(_in_float32))
     model.eval()
-    _records.append(records)
+    _recordings.append(recording)
     model.config._attn_implementation = IMPLEMENTATION
     try:
         with torch.no_grad():
             yield
     finally:
         model.config._attn_implementation = before
-        _records.pop()
+        _recordings.pop()
+        for hook in hooks:
+            hook.remove()
         for module in training:
             module.training = True
 
 
-def _rotation(model: PreTrainedModel, module: nn.Module, record: _Record) -> RotaryLayout | None:
-    assert record.inputs is not None
-    args, kwargs = record.inputs
+def _note(
+    recording: _Recording, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Keeps what rotates the heads of a module, or puts something else in its place."""
+    given = kwargs.get("position_embeddings")
+    recording.records.setdefault(module, _Record()).embeddings = given
+    if recording.embeddings is None or module not in recording.embeddings:
+        return None
+    return args, {**kwargs, "position_embeddings": recording.embeddings[module]}
 
-    def run(embeddings: Embeddings) -> Tensor:
-        records: dict[nn.Module, _Record] = {}
-        with probing(model, records):
-            module(*args, **{**kwargs, "position_embeddings": embeddings})
-        query, key, _, _ = records[module].calls[0]
-        return torch.cat([query, key], 1)
 
-    return measure(kwargs["position_embeddings"], run)
+def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Half precision would round slow frequencies."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        return (args[0].float(), *args[1:])
+    return None

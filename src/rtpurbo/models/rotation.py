@@ -1,13 +1,12 @@
 """The rotary embedding of a layer, measured by running the layer's own attention module.
 
 Models differ in which dimensions they rotate, in which pairs, and in what they call cosines and sines.
-The attention module is therefore run with cosines and sines of our choice, and its queries and keys
-show which of their columns rotates which dimension.
+A layer is therefore run with cosines and sines of our choice, and its queries and keys show which of
+their columns rotates which dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,34 +81,57 @@ def unrotated(head_dim: int) -> RotaryLayout:
     )
 
 
-def measure(embeddings: Embeddings, run: Callable[[Embeddings], Tensor]) -> RotaryLayout | None:
-    """Finds out how an attention module rotates its heads.
+@dataclass(frozen=True)
+class RotaryProbe:
+    """Cosines and sines whose effect on a layer's queries and keys shows how it rotates them.
 
-    Args:
-        embeddings: what the module received for tokens of which the second has position 1.
-        run: runs the module on the same tokens with other embeddings, and returns its queries and keys
-            after the rotation, [batch, heads, tokens, head_dim].
-
-    Returns:
-        None if the rotation is of no known kind.
+    Attributes:
+        plain: embeddings that rotate nothing.
+        coded: embeddings in which a column rotates by a right angle at those tokens whose bit is set in
+            the column's code, and not at the others.
+        codes: int64 [columns]; 0 for columns that never rotate. Equal columns have equal codes.
+        angles: float64 [columns], radians a token.
     """
-    parts = _parts(embeddings)
-    if parts is None:
-        return None
-    cosines, sines = (part[0].double().cpu() for part in parts)
-    # Equal columns are one rotation: a pair of dimensions often has a column for each.
-    _, inverse = torch.cat([cosines, sines]).unique(dim=1, return_inverse=True)
-    angles = torch.atan2(sines[1], cosines[1]).abs()
-    codes = torch.where(angles == 0, 0, inverse + 1)
-    length = cosines.shape[0]
-    if int(codes.max()) >= 1 << CODE_BITS or length < CODE_BITS:
-        return None
 
-    bits = torch.arange(length)[:, None] % CODE_BITS
-    turned = (codes >> bits) & 1
-    plain = run(_like(embeddings, torch.ones_like(cosines), torch.zeros_like(sines)))
-    coded = run(_like(embeddings, (1 - turned).double(), turned.double()))
-    return _decode(plain[0].double().cpu(), coded[0].double().cpu(), codes, angles)
+    plain: Embeddings
+    coded: Embeddings
+    codes: Tensor
+    angles: Tensor
+
+    @classmethod
+    def of(cls, embeddings: Embeddings) -> RotaryProbe | None:
+        """The probe in the form of a layer's own embeddings, of tokens of which the second has position 1.
+
+        Returns:
+            None if the embeddings are of no known form.
+        """
+        parts = _parts(embeddings)
+        if parts is None:
+            return None
+        cosines, sines = (part[0].double().cpu() for part in parts)
+        # Equal columns are one rotation: a pair of dimensions often has a column for each.
+        _, inverse = torch.cat([cosines, sines]).unique(dim=1, return_inverse=True)
+        angles = torch.atan2(sines[1], cosines[1]).abs()
+        codes = torch.where(angles == 0, 0, inverse + 1)
+        length = cosines.shape[0]
+        if int(codes.max()) >= 1 << CODE_BITS or length < CODE_BITS:
+            return None
+        bits = torch.arange(length)[:, None] % CODE_BITS
+        turned = ((codes >> bits) & 1).double()
+        plain = _like(embeddings, torch.ones_like(cosines), torch.zeros_like(sines))
+        return cls(plain, _like(embeddings, 1 - turned, turned), codes, angles)
+
+    def layout(self, plain: Tensor, coded: Tensor) -> RotaryLayout | None:
+        """The rotation that explains a layer's states under both embeddings.
+
+        Args:
+            plain: queries and keys [batch, heads, tokens, head_dim] under `plain`.
+            coded: those of the same hidden states under `coded`.
+
+        Returns:
+            None if no rotation explains them.
+        """
+        return _decode(plain[0].double().cpu(), coded[0].double().cpu(), self.codes, self.angles)
 
 
 def _decode(plain: Tensor, coded: Tensor, codes: Tensor, angles: Tensor) -> RotaryLayout | None:
