@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
-from rtpurbo.models.families import convertible_layers
+from rtpurbo.models.architecture import convertible_layers, num_key_value_heads
 from rtpurbo.models.sparsify import headwise_modules, restore, sparsify
 
 VOCABULARY = 64
@@ -56,6 +56,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# A field of `COMMON` that a configuration does not take.
+DROPPED = object()
+
 PADDING = (5, 0, 11)
 LENGTH = 44
 
@@ -69,6 +72,19 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
     return model.eval().requires_grad_(False)
 
 
+def any_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A frozen fp32 model of any type, whose norms, biases and sinks are no neutral values."""
+    values = {name: value for name, value in (COMMON | changes).items() if value is not DROPPED}
+    config = CONFIG_MAPPING[model_type](**values)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    generator = torch.Generator().manual_seed(seed + 7)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim <= 2 and any(part in name for part in ("norm", "bias", "sink")):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
 def sparse_config(
     model: PreTrainedModel,
     heads: Sequence[int] = RETRIEVAL_HEADS,
@@ -77,7 +93,9 @@ def sparse_config(
     **rule: Any,
 ) -> RTPurboConfig:
     """These retrieval heads in every convertible layer; a small window unless told otherwise."""
-    head_map = HeadMap.uniform(heads, convertible_layers(model.config), HEADS, KEY_VALUE_HEADS)
+    head_map = HeadMap.uniform(
+        heads, convertible_layers(model.config), HEADS, num_key_value_heads(model.config)
+    )
     rule = {"num_sink_tokens": 2, "sliding_window": 8, "min_tokens": 1, "block_size": 8} | rule
     indexer = IndexerSettings(4, index_space, shared_keys=shared_keys)
     return RTPurboConfig(head_map, AttentionRule(**rule), indexer)

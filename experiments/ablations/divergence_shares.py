@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.calibration.selection import Scores
 from rtpurbo.config import AttentionRule, RTPurboConfig
-from rtpurbo.models.attention import HeadwiseAttention
+from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparsify import (
     empty_head_map,
     headwise_modules,
@@ -101,12 +101,14 @@ def gated(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
             del module._attend_densely
 
 
-def _through(module: HeadwiseAttention, gate: Tensor) -> Callable[..., Tensor]:
+def _through(module: SparseAttention, gate: Tensor) -> Callable[..., Tensor]:
     attend = module._attend_densely
 
-    def attend_between(queries: Tensor, positions: Tensor, states: KeyValueStates) -> Tensor:
-        whole = attend(queries, positions, states)
-        windowed = module._attend(positions, queries, None, *module._divided(states, None))
+    def attend_between(
+        queries: Tensor, positions: Tensor, states: KeyValueStates, sinks: Tensor | None
+    ) -> Tensor:
+        whole = attend(queries, positions, states, sinks)
+        windowed = module.attend(positions, queries, None, *module._divided(states, None), sinks)
         return whole + gate[:, None, None].to(whole.dtype) * (windowed - whole)
 
     return attend_between

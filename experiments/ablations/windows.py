@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.config import HeadMap, RTPurboConfig
-from rtpurbo.models.attention import HeadwiseAttention
+from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparsify import (
     empty_head_map,
     headwise_modules,
@@ -60,8 +60,8 @@ def window_costs(
     sums: dict[int, dict[str, Tensor]] = {}
     residuals: dict[int, Tensor] = {}
 
-    def measure(module: HeadwiseAttention, attend: Callable[..., Tensor], *call: Any) -> Tensor:
-        queries, positions, states = call
+    def measure(module: SparseAttention, attend: Callable[..., Tensor], *call: Any) -> Tensor:
+        queries, positions, states, _ = call
         costs = _costs_of(module, queries, positions, states, windows, num_sink_tokens)
         scale = residuals[module.layer_idx].float().square().sum(-1).mean()
         found = {"output_error": costs["output_error"] / scale, "lost_mass": costs["lost_mass"]}
@@ -73,7 +73,8 @@ def window_costs(
 
     sparsify(model, RTPurboConfig(empty_head_map(model)))
     hooks = []
-    for layer, module in zip(_layers(model), headwise_modules(model), strict=True):
+    for module in headwise_modules(model):
+        layer = model.base_model.layers[module.layer_idx]
 
         def keep(_: Any, inputs: Any, number: int = module.layer_idx) -> None:
             residuals[number] = inputs[0]
@@ -100,14 +101,8 @@ def window_costs(
     }
 
 
-def _layers(model: PreTrainedModel) -> list[Any]:
-    return [
-        layer for layer in model.base_model.layers if isinstance(layer.self_attn, HeadwiseAttention)
-    ]
-
-
 def _costs_of(
-    module: HeadwiseAttention,
+    module: SparseAttention,
     queries: Tensor,
     positions: Tensor,
     states: KeyValueStates,
@@ -123,7 +118,11 @@ def _costs_of(
     visible = causal_mask(own, states.positions)
     whole, total = attend_to_logits(logits, values, visible)
     # [heads, head_dim, hidden_size]: what each head's output is turned into.
-    mixing = module.o_proj.weight.T.unflatten(0, (queries.shape[1], -1)).to(whole.dtype)
+    mixing = (
+        module.module.get_parameter("o_proj.weight")
+        .T.unflatten(0, (queries.shape[1], -1))
+        .to(whole.dtype)
+    )
     errors, lost = [], []
     for window in windows:
         near = near_mask(own, states.positions, window, num_sink_tokens)
@@ -190,21 +189,22 @@ def use_windows(model: PreTrainedModel, windows: Sequence[Sequence[int] | None])
     """
     for module in headwise_modules(model):
         sizes = torch.tensor(windows[module.layer_idx], device=model.device)
-        module._attend = (  # type: ignore[method-assign]
+        module.attend = (  # type: ignore[method-assign]
             lambda *call, module=module, sizes=sizes: _attend(module, sizes, *call)
         )
 
 
 def _attend(
-    module: HeadwiseAttention,
+    module: SparseAttention,
     windows: Tensor,
     query_positions: Tensor,
     queries: Tensor,
     index_queries: Tensor | None,
     full: KeyValueStates,
     bounded: KeyValueStates,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `HeadwiseAttention._attend`, with a window a head."""
+    """As `SparseAttention.attend`, with a window a head."""
     layout, parts = module.layout(queries.device), []
     if len(layout.retrieval):
         retrieving, _ = headwise_attention(

@@ -19,6 +19,7 @@ from rtpurbo.files import write_json_atomically
 from rtpurbo.interruption import stopping_cleanly
 from rtpurbo.job import Job
 from rtpurbo.lengths import check_lengths
+from rtpurbo.models.architecture import context_length, head_dim_of
 from rtpurbo.models.artifact import (
     ArtifactConfig,
     check_is_dense,
@@ -27,7 +28,6 @@ from rtpurbo.models.artifact import (
     read_indexers,
 )
 from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
-from rtpurbo.models.families import head_dim_of
 from rtpurbo.models.sparsify import load_indexers, sparsify
 from rtpurbo.plan import Plan, make_plan
 from rtpurbo.settings import (
@@ -163,7 +163,7 @@ def plan_conversion(
     place = resolve_device(device)
     config = _dense_config(model)
     settings = choose_settings(config, place, settings, effort, max_length, changes)
-    check_lengths(settings, config.max_position_embeddings)
+    check_lengths(settings, context_length(config))
     plan = make_plan(
         model or DEFAULT_MODEL,
         config,
@@ -204,7 +204,7 @@ def calibrate_model(
     place = resolve_device(device)
     config = _dense_config(model)
     settings = choose_settings(config, place, settings, effort, max_length, changes)
-    check_lengths(settings, config.max_position_embeddings, ["calibration"])
+    check_lengths(settings, context_length(config), ["calibration"])
     base = load_base_model(model, device=place, dtype=base_dtype(dtype, place), progress=progress)
     found = calibrate(
         base.model,
@@ -254,7 +254,7 @@ def train_indexer_artifact(
         settings = choose_settings(config, job.device, settings, effort, max_length, changes)
         if found.settings is not None:
             settings = replace(settings, calibration=found.settings)
-        check_lengths(settings, config.max_position_embeddings, ["stage1"])
+        check_lengths(settings, context_length(config), ["stage1"])
         job.read_texts(settings)
         base = load_base_model(
             model,
@@ -314,7 +314,7 @@ def distill_artifact(
         rule = before.config.attention
         settings = choose_settings(config, job.device, settings, effort, max_length, changes, rule)
         settings = replace(settings, attention=rule, indexer=before.config.indexer)
-        check_lengths(settings, config.max_position_embeddings, ["stage1", "stage2"])
+        check_lengths(settings, context_length(config), ["stage1", "stage2"])
         job.read_texts(settings)
         base = load_base(folder, device=job.device, dtype=job.dtype, processes=job.processes)
         job.open(base, settings, "distill", ["stage1", "stage2"])
@@ -359,7 +359,7 @@ def choose_settings(
     changes = changes or {}
     resolved = resolve_effort(effort, device.type)
     if settings is None:
-        context = config.max_position_embeddings
+        context = context_length(config)
         if rule is None:
             # Lengths follow the window, so it is changed before they are chosen.
             rule = default_rule(resolved, context)

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rtpurbo.models.families import (
-    attention_modules,
+from rtpurbo.models.architecture import (
+    check_architecture,
     convertible_layers,
-    family_of,
     head_dim_of,
+    num_key_value_heads,
 )
+from rtpurbo.models.decoder import decoder_layers, projections
 from rtpurbo.ops.eager.visibility import MAX_CHUNK_ELEMENTS
 from rtpurbo.settings import (
     ConversionSettings,
@@ -99,32 +99,29 @@ class ModelShape:
         Args:
             config: text configuration of a supported model.
         """
+        check_architecture(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         experts = getattr(config, "num_experts", None) or 1
         active_experts = getattr(config, "num_experts_per_tok", None) or 1
         used = decoder_parameters = 0
-        for name, parameter in model.base_model.layers.named_parameters():
+        layers = decoder_layers(model)
+        for name, parameter in layers.named_parameters():
             decoder_parameters += parameter.numel()
             share = active_experts / experts if ".experts." in name else 1
             used += round(share * parameter.numel())
-        family = family_of(config)
-        features = {False: 0, True: 0}
-        for layer, _, _ in attention_modules(model):
-            for name, module in layer.named_modules():
-                last = name.rpartition(".")[2]
-                if not isinstance(module, nn.Linear):
-                    continue
-                size = module.in_features + module.out_features
-                if last in family.attention_projections:
-                    features[False] += size
-                    features[True] += size
-                elif last in family.other_projections:
-                    features[True] += size
+        features = {
+            beyond: sum(
+                module.in_features + module.out_features
+                for layer in layers
+                for _, module in projections(layer, beyond_attention=beyond)
+            )
+            for beyond in (False, True)
+        }
         heads, full_layers = config.num_attention_heads, sum(convertible_layers(config))
         mlp_size = config.intermediate_size
         if experts > 1:
-            mlp_size = active_experts * config.moe_intermediate_size
+            mlp_size = active_experts * getattr(config, "moe_intermediate_size", mlp_size)
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             decoder_parameters=decoder_parameters,
@@ -134,7 +131,7 @@ class ModelShape:
             full_layers=full_layers,
             layer_window=getattr(config, "sliding_window", None) or 0,
             num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            num_kv_heads=num_key_value_heads(config),
             head_dim=head_dim_of(config),
             hidden_size=config.hidden_size,
             mlp_size=mlp_size,

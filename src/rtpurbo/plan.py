@@ -12,6 +12,7 @@ import torch
 from rtpurbo.devices import device_name
 from rtpurbo.errors import RTPurboError
 from rtpurbo.estimates import ModelShape, StageSeconds, peak_bytes, stage_seconds
+from rtpurbo.models.architecture import context_length
 from rtpurbo.settings import CalibrationSettings, ConversionSettings
 
 _RIGHT_COLUMN = 13
@@ -165,7 +166,7 @@ def make_plan(
         parameters=shape.parameters,
         dtype=str(resolved).removeprefix("torch."),
         device=name,
-        context_length=config.max_position_embeddings,
+        context_length=context_length(config),
         num_heads=num_heads,
         num_kv_heads=shape.num_kv_heads * shape.full_layers,
         num_retrieval_heads=asked,

@@ -350,4 +350,4 @@ def test_everything_is_taken_off_afterwards(prompt):
     before = hooks_of(model)
     measure(model, head_map, *prompt)
     assert hooks_of(model) == before
-    assert model.base_model.layers[0].self_attn.statistics is None
+    assert headwise_modules(model)[0].statistics is None

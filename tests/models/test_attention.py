@@ -1,17 +1,18 @@
-"""HeadwiseAttention: masks as positions, rotation, and a whole layer against the fp64 oracle."""
+"""The attention function: masks as positions, observations, and a whole layer against the fp64 oracle."""
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.attention import key_positions_as_mask, rotate
+from rtpurbo.models.attention import key_positions_as_mask
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import headwise_modules, observing
 from tests import oracles
 from tests.oracles import Problem, left_padded_positions
 from tests.tiny_models import (
     FAMILIES,
+    KEY_VALUE_HEADS,
     LENGTH,
     PADDING,
     logits_of,
@@ -54,37 +55,33 @@ def test_a_windowed_layer_gets_its_usual_mask():
     assert as_mask(mask, LENGTH, local_size=256).shape == mask.shape
 
 
-@pytest.mark.parametrize("rotary_dim", [8, 4])
-def test_rotation_turns_pairs_as_complex_numbers(rotary_dim):
-    half = rotary_dim // 2
-    states, angles = torch.randn(2, 3, 5, 8), torch.randn(2, 5, half)
-    both = torch.cat([angles, angles], -1)
-    rotated = rotate(states, both.cos(), both.sin())
-    pairs = torch.complex(states[..., :half], states[..., half:rotary_dim])
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    expected = torch.cat([turned.real, turned.imag, states[..., rotary_dim:]], -1)
-    torch.testing.assert_close(rotated, expected)
-
-
 def layer_problem(model, layer, ids, mask):
     """A layer, its inputs on these tokens as a problem for the oracle, and its output."""
     module, seen = headwise_modules(model)[layer], {}
     observations = []
+    projected = module.module.get_submodule(
+        "qkv_proj" if hasattr(module.module, "qkv_proj") else "v_proj"
+    )
     hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.update(hidden=kwargs["hidden_states"]), with_kwargs=True
-        ),
-        module.o_proj.register_forward_pre_hook(lambda _, args: seen.update(output=args[0])),
+        projected.register_forward_hook(lambda _, args, output: seen.update(values=output)),
+        module.module.o_proj.register_forward_pre_hook(lambda _, args: seen.update(output=args[0])),
     ]
-    with observing(model, observations.append, dense=False):
+
+    def observe(view):
+        observations.append(view)
+        if view.layer == layer:
+            seen["before"] = view.undo_rotation(view.queries), view.undo_rotation(view.keys)
+
+    with observing(model, observe, dense=False):
         logits_of(model, ids, mask)
     for hook in hooks:
         hook.remove()
     view = observations[layer]
-    _, _, values = module.project(seen["hidden"])
+    values = seen["values"][..., -KEY_VALUE_HEADS * module.head_dim :]
+    values = values.unflatten(-1, (KEY_VALUE_HEADS, -1)).transpose(1, 2)
     raw = module.indexer.settings.index_space == "pre_rope"
-    queries = view.queries_before_rotation if raw else view.queries
-    keys = view.keys_before_rotation if raw else view.keys
+    queries = seen["before"][0] if raw else view.queries
+    keys = seen["before"][1] if raw else view.keys
     problem = Problem(
         view.queries,
         view.keys,
@@ -143,23 +140,37 @@ def test_shared_index_keys_equal_the_oracle(heads, mode):
     check_layer(model, 1)
 
 
-def test_observations_tell_states_before_and_after_rotation():
+def test_observations_show_states_after_the_rotation_and_how_to_undo_it():
     model, (ids, mask) = sparse_model(), padded_batch()
-    seen = []
+    projected, seen = {}, []
+    for name in ("q_proj", "k_proj"):
+        model.model.layers[0].self_attn.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: projected.update({name: output})
+        )
     with observing(model, seen.append, dense=False):
         logits_of(model, ids, mask)
     assert [view.layer for view in seen] == [0, 1]
+    logits_of(model, ids, mask)
     view, module = seen[0], headwise_modules(model)[0]
     assert torch.equal(view.positions, left_padded_positions(PADDING, LENGTH))
     assert view.scaling == module.scaling
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    embeddings = model.base_model.rotary_emb(view.queries, places)
-    for before, after in (
-        (view.queries_before_rotation, view.queries),
-        (view.keys_before_rotation, view.keys),
-    ):
-        torch.testing.assert_close(rotate(before, *embeddings), after)
-        assert not torch.allclose(before, after)
+    for name, states in (("q_proj", view.queries), ("k_proj", view.keys)):
+        before = projected[name].unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        torch.testing.assert_close(view.undo_rotation(states), before, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(states, before)
+
+
+def test_documents_in_one_row_are_refused():
+    model, (ids, _) = sparse_model(), padded_batch((0,))
+    positions = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])[None]
+    with pytest.raises(RTPurboError, match="a row of its own"):
+        model(ids, position_ids=positions, use_cache=False)
+
+
+def test_dropout_is_refused():
+    model = make_sparse(tiny_model(attention_dropout=0.5), sparse_config(tiny_model())).train()
+    with pytest.raises(RTPurboError, match="attention_dropout=0"):
+        model(padded_batch()[0])
 
 
 def test_a_four_dimensional_mask_is_refused():
@@ -197,7 +208,8 @@ def test_gradients_reach_the_projections_and_not_the_indexers():
     model.requires_grad_(True)
     model(ids, attention_mask=mask, use_cache=False).logits.square().mean().backward()
     for module in headwise_modules(model):
-        for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            projection = module.module.get_submodule(name)
             gradient = projection.weight.grad
             assert gradient.isfinite().all()
             assert gradient.any()

@@ -10,9 +10,9 @@ import torch
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import attention, decoding
+from rtpurbo.models import decoding, entering
+from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.families import convertible_layers
 from rtpurbo.models.sparsify import (
     counting,
     headwise_modules,
@@ -500,8 +500,8 @@ def test_graphs_say_what_their_steps_say(family, options, batch, gpu_batch, monk
         entered.append(module)
         return enter(module, *arguments)
 
-    enter = attention.enter
-    monkeypatch.setattr(attention, "enter", counted)
+    enter = entering.enter
+    monkeypatch.setattr(entering, "enter", counted)
 
     def run():
         entered.clear()

@@ -1,13 +1,14 @@
 """The kernel by which a token enters leaves what PyTorch leaves, in every family."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from rtpurbo.models import attention
-from rtpurbo.models.attention import rotate
+from rtpurbo.models import entering, sparse_layer
 from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.families import FAMILIES as FAST
 from rtpurbo.models.sparsify import headwise_modules, observing
 from tests.models.test_decoding import plain_steps  # noqa: F401
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
@@ -40,13 +41,26 @@ def assert_as_rounded(actual, expected, dtype):
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def in_pytorch(module, queries, keys, values, position_embeddings, past):
+def rotated(states, cosines, sines):
+    """Rotary embedding of states [batch, heads, length, head_dim], in halves."""
+    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
+    turned, kept = states.split([cosines.shape[-1], states.shape[-1] - cosines.shape[-1]], -1)
+    first, second = turned.chunk(2, -1)
+    turned = turned * cosines + torch.cat([-second, first], -1) * sines
+    return torch.cat([turned.to(states.dtype), kept], -1)
+
+
+def in_pytorch(layer, queries, keys, values, position_embeddings, past):
     """What `enter` stands for."""
-    raw_queries, raw_keys = queries, keys = module.normed(queries, keys)
-    if module.uses_rotary:
-        queries, keys = (rotate(states, *position_embeddings) for states in (queries, keys))
-    index_queries, index_keys = module._index(raw_queries, queries, raw_keys, keys, True)
-    layout = module.layout(keys.device)
+    module = layer.module
+    if FAST[module.config.model_type].query_key_norm == "per_head":
+        queries = module.q_norm(queries.transpose(1, 2)).transpose(1, 2)
+        keys = module.k_norm(keys.transpose(1, 2)).transpose(1, 2)
+    if getattr(module, "use_rope", True):
+        queries, keys = (rotated(states, *position_embeddings) for states in (queries, keys))
+    undo = partial(layer._undo_rotation, embeddings=position_embeddings)
+    index_queries, index_keys = layer.index(queries, keys, undo, True)
+    layout = layer.layout(keys.device)
     return queries, index_queries, *past.append(keys, values, index_keys, layout)
 
 
@@ -81,9 +95,9 @@ def entered(monkeypatch):
         calls.append(module.layer_idx)
         return actual
 
-    enter = attention.enter
-    monkeypatch.setattr(attention, "enter", compared)
-    monkeypatch.setattr(attention, "chosen_backend", lambda *_: "eager")
+    enter = entering.enter
+    monkeypatch.setattr(entering, "enter", compared)
+    monkeypatch.setattr(sparse_layer, "chosen_backend", lambda *_: "eager")
     return calls
 
 
@@ -185,7 +199,7 @@ def test_weights_are_read_where_they_lie(entered):
     decode(model, cache, ids[:, :-2], mask[:, :-2])
     for module in headwise_modules(model):
         module.indexer.key_weight.data.neg_()
-        module.k_norm.weight.data.mul_(2)
+        module.module.k_norm.weight.data.mul_(2)
     decode(model, cache, ids, mask)
     assert len(entered) == 8
 
@@ -203,7 +217,7 @@ def test_replayed_steps_enter_by_the_kernel(entered, plain_steps):  # noqa: F811
 
 
 def hooked(model):
-    headwise_modules(model)[0].k_norm.register_forward_hook(lambda *_: None)
+    headwise_modules(model)[0].module.k_norm.register_forward_hook(lambda *_: None)
 
 
 def set_backend(model, backend="eager"):

@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 
 from rtpurbo.config import IndexerSettings
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
-from rtpurbo.models.sparsify import headwise_modules, inverse_frequencies
-from tests.tiny_models import make_sparse, sparse_config, tiny_model
+from rtpurbo.models.sparsify import headwise_modules, observing
+from tests.tiny_models import (
+    DROPPED,
+    any_model,
+    make_sparse,
+    padded_batch,
+    sparse_config,
+    tiny_model,
+)
 
 
 @given(
@@ -25,13 +32,13 @@ def test_slow_dimensions_are_slow_pairs_and_what_never_turns(
     wavelengths, unrotated, shortest, at_least
 ):
     half = len(wavelengths)
-    head_dim = 2 * half + unrotated
-    frequencies = 2 * math.pi / torch.tensor(wavelengths, dtype=torch.float64)
-    kept = slow_dimensions(frequencies, head_dim, shortest, at_least)
+    of_pairs = 2 * math.pi / torch.tensor(wavelengths, dtype=torch.float64)
+    frequencies = torch.cat([of_pairs, of_pairs, torch.zeros(unrotated, dtype=torch.float64)])
+    kept = slow_dimensions(frequencies, shortest, at_least)
     pairs = kept[: (len(kept) - unrotated) // 2]
-    assert kept == [*pairs, *(pair + half for pair in pairs), *range(2 * half, head_dim)]
+    assert kept == [*pairs, *(pair + half for pair in pairs), *range(2 * half, len(frequencies))]
     assert pairs == sorted(set(pairs))
-    assert len(kept) >= min(at_least, head_dim)
+    assert len(kept) >= min(at_least, len(frequencies))
     slowest_left_out = max((wavelengths[i] for i in range(half) if i not in pairs), default=0)
     assert slowest_left_out <= shortest * (1 + 1e-9)
     # A pair that turns faster is kept only to fill up, and then the slowest first.
@@ -52,7 +59,7 @@ def make_indexer(index_space, features=(0, 2, 5)):
 def test_each_head_projects_its_own_features(index_space):
     indexer = make_indexer(index_space)
     before, after = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
-    features = indexer.features(before, after)
+    features = indexer.features(after, lambda _: before)
     source = before if index_space == "pre_rope" else after
     assert torch.equal(features, torch.stack([source[..., i] for i in (0, 2, 5)], -1))
     for project, weight in (
@@ -112,7 +119,8 @@ def test_whole_heads_outside_low_frequency(index_space):
 def test_low_frequency_keeps_pairs_that_do_not_turn_within_the_context():
     # Wavelengths of the four pairs: about 6, 63, 628 and 6,283 tokens.
     model, kept = dimensions("llama", "low_frequency")
-    assert (2 * math.pi / inverse_frequencies(model)).round().tolist() == [6, 63, 628, 6283]
+    frequencies = headwise_modules(model)[0].rotation.frequencies
+    assert (2 * math.pi / frequencies).round().tolist() == [6, 63, 628, 6283] * 2
     assert kept == [[2, 3, 6, 7]] * 2
     assert model.rtpurbo_config.indexer.min_wavelength == 256
     assert dimensions("llama", "low_frequency", 50.0)[1] == [[1, 2, 3, 5, 6, 7]] * 2
@@ -128,12 +136,71 @@ def test_a_layer_without_rope_is_projected_whole():
 
 def test_unrotated_dimensions_count_as_slow():
     model, kept = dimensions("phi3", "low_frequency")
-    assert inverse_frequencies(model).numel() == 2
+    assert headwise_modules(model)[0].rotation.frequencies.count_nonzero() == 4
     assert all(set(range(4, 8)) <= set(row) for row in kept)
 
 
 def test_gemma_is_measured_by_the_rope_of_its_full_layers():
     model, _ = dimensions("gemma3_text", "low_frequency")
-    rotary = model.base_model.rotary_emb
-    assert torch.equal(inverse_frequencies(model), rotary.full_attention_inv_freq)
-    assert not torch.equal(inverse_frequencies(model), rotary.sliding_attention_inv_freq)
+    [layer] = headwise_modules(model)
+    expected = model.base_model.rotary_emb.full_attention_inv_freq.double().repeat(2)
+    torch.testing.assert_close(layer.rotation.frequencies, expected)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 32,
+}
+
+
+def test_longrope_is_measured_at_the_whole_context_whatever_ran_before():
+    changes = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}
+    kept = []
+    for length in (8, 64):
+        model = tiny_model("phi3", **changes, partial_rotary_factor=1.0)
+        model(torch.ones(1, length, dtype=torch.int64))
+        make_sparse(model, sparse_config(model))
+        layer = headwise_modules(model)[0]
+        kept.append(layer.indexer.feature_dimensions.tolist())
+    expected = 1e4 ** (-torch.arange(4) / 4) / torch.tensor(LONGROPE["long_factor"])
+    torch.testing.assert_close(layer.rotation.frequencies.float(), expected.repeat(2))
+    assert kept[0] == kept[1]
+
+
+def test_the_context_of_yarn_is_the_extended_one():
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    model, _ = dimensions("qwen2", "low_frequency", rope_parameters=yarn)
+    assert model.rtpurbo_config.indexer.min_wavelength == 1024
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("cohere", {}),
+        ("glm", {}),
+        ("llama4_text", {"attention_chunk_size": None, "layer_types": ["full_attention"] * 2}),
+        ("qwen2", {}),
+        ("gpt_neox", {"num_key_value_heads": DROPPED}),
+    ],
+)
+def test_measured_rotations_can_be_undone(family, changes):
+    """Interleaved pairs, partial rotation, complex numbers, halves."""
+    ids, _ = padded_batch()
+    model = any_model(family, **changes)
+    seen = []
+    with observing(model, seen.append):
+        for first in (0, 5):
+            positions = torch.arange(ids.shape[1])[None].expand_as(ids) + first
+            model(ids, position_ids=positions, use_cache=False)
+    views = [view for view in seen if view.layer == 0]
+    before = [view.undo_rotation(view.keys) for view in views]
+    torch.testing.assert_close(*before, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(views[0].keys, views[1].keys, atol=1e-2)

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import attention
+from rtpurbo.models import sparse_layer
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.ring import RingSlots
 from rtpurbo.models.slots import TokenSlots, padding_form, positions_of
@@ -49,13 +49,13 @@ def model():
 def states_seen(monkeypatch):
     """The states of full and bounded KV heads that the first layer hands to the operators."""
     seen = []
-    original = attention.headwise_attention
+    original = sparse_layer.attend_by
 
-    def recorded(queries, query_positions, full, bounded, *args, **kwargs):
+    def recorded(backend, queries, query_positions, full, bounded, *args, **kwargs):
         seen.append((query_positions, full, bounded))
-        return original(queries, query_positions, full, bounded, *args, **kwargs)
+        return original(backend, queries, query_positions, full, bounded, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "headwise_attention", recorded)
+    monkeypatch.setattr(sparse_layer, "attend_by", recorded)
     return seen
 
 

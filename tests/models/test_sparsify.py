@@ -7,7 +7,6 @@ import torch
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.attention import HeadwiseAttention
 from rtpurbo.models.sparsify import (
     counting,
     empty_head_map,
@@ -33,20 +32,23 @@ from tests.tiny_models import (
 )
 
 
-def test_modules_are_replaced_and_put_back_as_the_same_objects():
+def test_a_sparse_layer_hangs_on_each_module_and_leaves_nothing_behind():
     model = tiny_model()
     originals = [layer.self_attn for layer in model.model.layers]
     implementation = model.config._attn_implementation
     assert not is_sparse(model)
     assert sparsify(model, sparse_config(model)) is model
     assert is_sparse(model)
-    for original, module in zip(originals, headwise_modules(model), strict=True):
-        assert isinstance(module, HeadwiseAttention)
-        assert module.q_proj is original.q_proj
+    assert [layer.self_attn for layer in model.model.layers] == originals
+    assert [layer.module for layer in headwise_modules(model)] == originals
     assert restore(model) is model
     assert not is_sparse(model)
     assert [layer.self_attn for layer in model.model.layers] == originals
     assert model.config._attn_implementation == implementation
+    for original in originals:
+        assert not original._forward_pre_hooks
+        assert not {"_rtpurbo", "forward"} & set(vars(original))
+        assert not hasattr(original, "indexer")
     assert "_prepare_cache_for_generation" not in vars(model)
     assert not model.base_model._forward_pre_hooks
 
@@ -75,8 +77,8 @@ def test_layers_may_have_different_heads():
     sparsify(model, replace(sparse_config(model), head_map=head_map))
     first, second = headwise_modules(model)
     assert (first.retrieval_heads, second.retrieval_heads) == ([0, 3], [])
-    assert hasattr(first, "indexer")
-    assert not hasattr(second, "indexer")
+    assert hasattr(first.module, "indexer")
+    assert not hasattr(second.module, "indexer")
     assert logits_of(model, *padded_batch()).isfinite().all()
 
 

@@ -6,8 +6,7 @@ import torch
 import rtpurbo
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.families import attention_modules
-from rtpurbo.models.sparsify import counting
+from rtpurbo.models.sparsify import counting, headwise_modules
 from rtpurbo.models.text import chat_tokens
 from rtpurbo.ops import SelectionStatistics
 from rtpurbo.serving.chat import Conversation, Sampling, reads_of_steps
@@ -224,4 +223,4 @@ def test_reads_are_counted_only_when_asked_for(loaded):
     conversation = Conversation(*loaded, max_new_tokens=3)
     say(conversation, "magic")
     assert conversation.last_answer.tokens_read is None
-    assert all(module.statistics is None for _, _, module in attention_modules(loaded[0]))
+    assert all(module.statistics is None for module in headwise_modules(loaded[0]))

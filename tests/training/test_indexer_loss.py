@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.ops.eager.attend import attention_logits
+from rtpurbo.ops.packed import indexer_divergence
 from rtpurbo.training.capture import capture_heads, merge_heads
 from rtpurbo.training.indexer_loss import (
     forward_divergence,
@@ -14,7 +16,7 @@ from rtpurbo.training.indexer_loss import (
     rows_with_far_keys,
     selection_quality,
 )
-from tests.tiny_models import make_sparse, sparse_config, tiny_model
+from tests.tiny_models import RETRIEVAL_HEADS, any_model, make_sparse, sparse_config, tiny_model
 
 RULE = AttentionRule(num_sink_tokens=2, sliding_window=8, min_tokens=0, block_size=8, top_p=0.9)
 
@@ -138,3 +140,40 @@ def test_heads_share_the_keys_of_their_group(heads):
     [together] = merge_heads(by_layer)
     torch.testing.assert_close(together.logits(rows), torch.cat(all_logits, 1))
     torch.testing.assert_close(together.index_keys(), torch.cat(all_index_keys))
+
+
+def test_learned_sinks_take_part_in_teacher_and_student():
+    model = any_model("gpt_oss", layer_types=["full_attention"] * 2, num_local_experts=4)
+    make_sparse(model, sparse_config(model))
+    for module in headwise_modules(model):
+        module.indexer.query_weight.data *= 0.02
+        module.module.sinks.data += 20.0  # logits of these weights are as large
+    ids = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = torch.tensor([20, 41, 59])
+    for layer, seen in enumerate(capture_heads(model, ids)):
+        sinks = model.model.layers[layer].self_attn.sinks[list(RETRIEVAL_HEADS)]
+        exact, scores = (
+            torch.cat([sinks[None, :, None, None].expand(1, -1, 3, 1), logits], -1)
+            for logits in (seen.logits(rows), seen.index_scores(rows))
+        )
+        keys = torch.arange(-1, 60)
+        visible = keys <= rows[:, None]
+        near = (keys < 2) | (keys > rows[:, None] - 8)
+        teacher, student = (
+            logits.masked_fill(~visible, -torch.inf).log_softmax(-1)
+            for logits in (exact, torch.where(near, exact, scores))
+        )
+        expected = torch.where(visible, teacher.exp() * (teacher - student), 0.0).sum(-1)
+        loss = indexer_loss(seen, rows, RULE)
+        torch.testing.assert_close(loss, expected.mean(-1)[0], rtol=1e-4, atol=1e-5)
+        in_chunks = indexer_divergence(
+            seen.queries_of(rows)[0], seen.keys[0], seen.key_value_heads,
+            seen.index_queries(rows), seen.index_keys(), rows, seen.starts, RULE,
+            scaling=seen.scaling, sinks=seen.sinks,
+        )  # fmt: skip
+        torch.testing.assert_close(in_chunks.mean(-1), loss)
+        without = indexer_loss(replace(seen, sinks=None), rows, RULE)
+        assert not torch.allclose(without, loss)
+        quality = selection_quality(seen, rows, RULE)
+        assert (quality.recall <= 1).all()
+        assert quality.recall.isfinite().all()

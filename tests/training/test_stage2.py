@@ -104,7 +104,9 @@ def test_layers_that_are_run_again_select_as_before():
         expected = gradients(weights)
         calls = []
         for module in headwise_modules(model):
-            module.register_forward_pre_hook(lambda module, _: calls.append(module.num_decode_rows))
+            module.module.register_forward_pre_hook(
+                lambda _, inputs, module=module: calls.append(module.num_decode_rows)
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         backpropagate(model, 0, SEQUENCE, targets, SETTINGS)
         found = gradients(weights)

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 from rtpurbo.benchmarks import sdpa
-from rtpurbo.models.families import head_dim_of
+from rtpurbo.models.architecture import head_dim_of
 
 IMPLEMENTATION = "rtpurbo-benchmark"
 

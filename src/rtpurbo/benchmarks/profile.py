@@ -16,8 +16,9 @@ from rtpurbo.benchmarks.session import Session, release
 from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import context_length
 from rtpurbo.models.artifact import load
-from rtpurbo.models.attention import HeadwiseAttention, LayerObservation
+from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
 from rtpurbo.models.sparsify import headwise_modules, observing
 
 
@@ -69,7 +70,7 @@ def observe(
     module = max(modules, key=lambda one: len(one.retrieval_heads))
     if not module.retrieval_heads:
         raise RTPurboError(f"{artifact} has no retrieval heads, so there is nothing to measure.")
-    tokens = min(length, model.config.max_position_embeddings)
+    tokens = min(length, context_length(model.config))
     corpus = load_texts(list(data) if data else None, "heldout")
     ids = corpus.sample_tokens(tokenizer, tokens, random.Random(0))
     observations: list[LayerObservation] = []
@@ -102,16 +103,15 @@ def observe(
     return states, PrefillCase(shape, own, states), note
 
 
-def _states(seen: LayerObservation, module: HeadwiseAttention, dtype: torch.dtype) -> LayerStates:
+def _states(seen: LayerObservation, module: SparseAttention, dtype: torch.dtype) -> LayerStates:
     layout = module.layout(seen.queries.device)
     heads, readers = layout.retrieval.heads, layout.full_key_value_heads
     if not module.indexer.settings.shared_keys:
         readers = readers[layout.retrieval.key_value_heads]
     indexer, index_dtype = module.indexer, index_dtype_of(dtype)
-    raw_queries, queries = seen.queries_before_rotation, seen.queries
-    raw_keys, keys = seen.keys_before_rotation, seen.keys
-    index_queries = indexer.features(raw_queries[:, heads], queries[:, heads])
-    index_keys = indexer.features(raw_keys[:, readers], keys[:, readers])
+    queries, keys = seen.queries, seen.keys
+    index_queries = indexer.features(queries[:, heads], seen.undo_rotation)
+    index_keys = indexer.features(keys[:, readers], seen.undo_rotation)
     with torch.no_grad():
         return LayerStates(
             queries.to(dtype),

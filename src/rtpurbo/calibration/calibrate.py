@@ -21,7 +21,7 @@ from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.families import convertible_layers
+from rtpurbo.models.architecture import context_length, convertible_layers, num_key_value_heads
 from rtpurbo.settings import (
     CalibrationSettings,
     Progress,
@@ -72,7 +72,7 @@ def calibrate(
         RTPurboError: documents are longer than the model's context or than the text.
     """
     settings = settings or CalibrationSettings()
-    check_context("documents", settings.length, model.config.max_position_embeddings)
+    check_context("documents", settings.length, context_length(model.config))
     if settings.ranking == "gates":
         return _by_gates(model, tokenizer, corpus, settings, rule, seed, progress)
     kinds = ("copies", "chains") if settings.ranking == "turns" else (settings.ranking,)
@@ -102,7 +102,7 @@ def _by_gates(
     progress: Progress,
 ) -> Calibration:
     """The heads whose gates stay open."""
-    window = default_sliding_window(model.config.max_position_embeddings)
+    window = default_sliding_window(context_length(model.config))
     ratio = settings.ratio
     if settings.count is not None:
         heads = model.config.num_attention_heads * sum(convertible_layers(model.config))
@@ -126,7 +126,7 @@ def _chosen(
     by_layer: list[list[float] | None] = [None] * model.config.num_hidden_layers
     for layer, values in scores.items():
         by_layer[layer] = values.tolist()
-    return choose_heads(by_layer, model.config.num_key_value_heads, settings)
+    return choose_heads(by_layer, num_key_value_heads(model.config), settings)
 
 
 def _together(first: Tensor, *second: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from rtpurbo.data.long_range import NOISE, LongRangeMix
 from rtpurbo.data.prompts import decode
 from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.attention import LayerObservation
+from rtpurbo.models.decoder import decoder_of
+from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparsify import observing
 
 NEAR = 256
@@ -110,7 +111,7 @@ def chain_scores(model: PreTrainedModel, document: ChainDocument) -> dict[int, T
 
     input_ids = torch.tensor([document.input_ids], device=model.device)
     with torch.no_grad(), observing(model, score_layer):
-        model.base_model(input_ids, use_cache=False)
+        decoder_of(model)(input_ids, use_cache=False)
     return scores
 
 

@@ -22,6 +22,7 @@ from rtpurbo.calibration.gate_sequences import target_positions
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import num_key_value_heads
 from rtpurbo.models.sparsify import (
     empty_head_map,
     gated_heads,
@@ -198,7 +199,7 @@ def _gated(
         The gates by layer: fp32 [num_key_value_heads] or [num_attention_heads].
     """
     config = model.config
-    count = config.num_key_value_heads if per_group else config.num_attention_heads
+    count = num_key_value_heads(config) if per_group else config.num_attention_heads
     head_map: HeadMap = empty_head_map(model)
     sparsify(model, RTPurboConfig(head_map, rule))
     on_gpu = model.device.type == "cuda"
@@ -207,7 +208,7 @@ def _gated(
     model.train()
     gates = {
         module.layer_idx: torch.full(
-            (count,), INITIAL_GATE, device=next(module.parameters()).device, requires_grad=True
+            (count,), INITIAL_GATE, device=module.device, requires_grad=True
         )
         for module in headwise_modules(model)
     }

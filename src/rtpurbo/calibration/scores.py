@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.data.needles import CalibrationDocument
-from rtpurbo.models.attention import LayerObservation
+from rtpurbo.models.decoder import decoder_of
+from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparsify import observing
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask
@@ -36,7 +37,7 @@ def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> d
 
     input_ids = torch.tensor([document.input_ids], device=model.device)
     with torch.no_grad(), observing(model, score_layer):
-        model.base_model(input_ids, use_cache=False)
+        decoder_of(model)(input_ids, use_cache=False)
     return scores
 
 
@@ -51,4 +52,8 @@ def attention_of_rows(seen: LayerObservation, rows: slice | Tensor) -> Tensor:
     group = queries.shape[1] // keys.shape[1]
     logits = attention_logits(queries, keys.repeat_interleave(group, 1), seen.scaling)
     visible = causal_mask(seen.positions[:, rows], seen.positions)
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1)[0]
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if seen.sinks is None:
+        return logits.softmax(-1)[0]
+    column = seen.sinks.to(logits.dtype)[None, :, None, None].expand_as(logits[..., :1])
+    return torch.cat([logits, column], -1).softmax(-1)[0, ..., :-1]

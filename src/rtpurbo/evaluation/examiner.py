@@ -13,6 +13,7 @@ from rtpurbo.evaluation.parts import Part, Taken, joined
 from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Loaded, Source
 from rtpurbo.evaluation.reads import metering
 from rtpurbo.evaluation.stopping import questions_undisturbed
+from rtpurbo.models.architecture import context_length
 from rtpurbo.models.text import stop_tokens
 from rtpurbo.settings import Progress, check_context, no_progress
 
@@ -49,7 +50,7 @@ class Examiner:
                 data of a task cannot be had.
         """
         model, tokenizer = self._load(name)
-        context = model.config.max_position_embeddings
+        context = context_length(model.config)
         check_context("tests", max(cell.context_length for cell in cells), context)
         return self.battery.prepare(tokenizer, cells, context, progress)
 

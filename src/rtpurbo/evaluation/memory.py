@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from rtpurbo.models.architecture import head_dim_of, num_key_value_heads
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.families import attention_modules
-from rtpurbo.models.sparsify import is_sparse
+from rtpurbo.models.sparsify import headwise_modules, is_sparse
 
 # Tensors of this device have shapes but no memory, so that any length can be counted anywhere.
 DEVICE = torch.device("meta")
@@ -43,17 +41,18 @@ def cache_bytes(
     def states(heads: int, dim: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
         return torch.zeros(batch_size, heads, context_length, dim, dtype=dtype, device=DEVICE)
 
-    attention: Any
-    for layer, (_, _, attention) in zip(cache.layers, attention_modules(model), strict=True):
-        keys = states(model.config.num_key_value_heads, attention.head_dim)
+    heads, head_dim = num_key_value_heads(model.config), head_dim_of(model.config)
+    keys = states(heads, head_dim)
+    attention = {each.layer_idx: each for each in headwise_modules(model)} if sparse else {}
+    for number, layer in enumerate(cache.layers):
         if isinstance(layer, HeadwiseLayer):
-            index = None
-            if attention.retrieval_heads and index_keys:
-                in_float8 = attention.rule.index_storage == "float8"
+            index, own = None, attention[number]
+            if own.retrieval_heads and index_keys:
+                in_float8 = own.rule.index_storage == "float8"
                 dtype = torch.float8_e4m3fn if in_float8 else model.dtype
-                num_keys, index_dim, _ = attention.indexer.key_weight.shape
+                num_keys, index_dim, _ = own.indexer.key_weight.shape
                 index = states(num_keys, index_dim, dtype)
-            layer.append(keys, keys, index, attention.layout(DEVICE))
+            layer.append(keys, states(heads, own.value_dim), index, own.layout(DEVICE))
         else:
             layer.update(keys, keys)
     if isinstance(cache, HeadwiseCache):
@@ -63,13 +62,5 @@ def cache_bytes(
 
 def full_key_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of the keys, without values, of so many tokens in the KV heads kept whole."""
-    head_map = model.rtpurbo_config.head_map
-    layers = zip(head_map.retrieval_heads, attention_modules(model), strict=True)
-    return (
-        sum(
-            len(head_map.full_key_value_heads(layer)) * attention.head_dim * model.dtype.itemsize
-            for layer, (heads, (_, _, attention)) in enumerate(layers)
-            if heads
-        )
-        * tokens
-    )
+    key_bytes = head_dim_of(model.config) * model.dtype.itemsize
+    return model.rtpurbo_config.head_map.num_full_key_value_heads * key_bytes * tokens

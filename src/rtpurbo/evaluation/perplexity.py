@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus, begin_ids
 from rtpurbo.evaluation.samples import Outcome
+from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparsify import is_sparse, using_rule
 
 # Logits of this many positions are held at once.
@@ -64,7 +65,7 @@ def token_losses(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     Logits are made some positions at a time: those of a long window and a large vocabulary are
     larger than many a model.
     """
-    hidden = model.base_model(token_ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = decoder_of(model)(token_ids, use_cache=False).last_hidden_state[:, :-1]
     head, targets = model.get_output_embeddings(), token_ids[:, 1:]
     losses = [
         F.cross_entropy(head(states).float().transpose(1, 2), labels, reduction="none")

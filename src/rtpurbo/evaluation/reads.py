@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.models.arguments import named
-from rtpurbo.models.attention import LayerObservation
 from rtpurbo.models.cache_layers import GrowingBuffer
 from rtpurbo.models.slots import positions_of
+from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparsify import headwise_modules, is_sparse
 from rtpurbo.ops import SelectionRows, SelectionStatistics
 from rtpurbo.ops.eager.attend import attention_logits

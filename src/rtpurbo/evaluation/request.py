@@ -128,7 +128,10 @@ def _context_length(artifact: Path, base_model: str | None) -> int | None:
 
             return int(find_wheel_model(str(base)).config["max_position_embeddings"])
         config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-        return int(config.get("text_config", config)["max_position_embeddings"])
+        config = config.get("text_config", config)
+        if "yarn" in str(config.get("rope_scaling") or config.get("rope_parameters")):
+            return None  # an extended context
+        return int(config["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RTPurboError):
         # Loading says what is wrong, if anything is.
         return None

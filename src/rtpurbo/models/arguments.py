@@ -19,9 +19,11 @@ CACHE_NAME = (
 POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE_NAME, "inputs_embeds")
 
 
-def named(arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
+def named(
+    arguments: Sequence[Any], keywords: dict[str, Any], names: Sequence[str] = POSITIONAL
+) -> dict[str, Any]:
     """All arguments of a model's forward by their names, the cache by its present one."""
-    everything = {**dict(zip(POSITIONAL, arguments, strict=False)), **keywords}
+    everything = {**dict(zip(names, arguments, strict=False)), **keywords}
     if OLD_CACHE_NAME != CACHE_NAME and OLD_CACHE_NAME in everything:
         cache = everything.pop(OLD_CACHE_NAME)
         if everything.get(CACHE_NAME) is None:

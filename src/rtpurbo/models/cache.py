@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.cache_layers import HeadwiseLayer, WindowedLayer, kept_tokens
-from rtpurbo.models.families import convertible_layers
+from rtpurbo.models.architecture import layer_types
+from rtpurbo.models.cache_layers import HeadwiseLayer, kept_tokens
 from rtpurbo.models.ring import RingSlots
 from rtpurbo.models.slots import Padding, TokenSlots
+from rtpurbo.models.windowed_layer import WindowedLayer
 
 # Tokens that can be taken back (assisted decoding) after a ring has wrapped.
 DEFAULT_CROP_SLACK = 64
@@ -57,13 +61,15 @@ class HeadwiseCache(Cache):
             )
         rule = config.attention
         self.slots = TokenSlots(RingSlots(rule.num_sink_tokens, rule.sliding_window, crop_slack))
-        layers: list[CacheLayerMixin] = []
-        for converted in convertible_layers(model.config):
-            if converted:
-                layers.append(HeadwiseLayer(self.slots, reserve))
-            else:
-                layers.append(WindowedLayer(self.slots, model.config.sliding_window))
+        # Layers that stay as they are keep what transformers gives them, such as recurrent states.
+        layers: list[CacheLayerMixin] = DynamicCache(config=model.config).layers
+        for number, kind in enumerate(layer_types(model.config)):
+            if config.head_map.retrieval_heads[number] is not None:
+                layers[number] = headwise_layer(layers[number], self.slots, reserve)
+            elif kind == "sliding_attention":
+                layers[number] = WindowedLayer(self.slots, model.config.sliding_window)
         super().__init__(layers=layers)
+        self._first = next(layer for layer in layers if isinstance(layer, HeadwiseLayer))
         # Tokens that it is to hold in the end, where `generate` knows.
         self.expected_length = 0
 
@@ -97,21 +103,20 @@ class HeadwiseCache(Cache):
             )
         if not self.can_be_static:
             raise RTPurboError(
-                "a cache with padding between tokens, or in use for assisted decoding beside "
-                "windowed layers, cannot be made static."
+                "a cache with padding between tokens, beside layers with recurrent states, or in use for "
+                "assisted decoding beside windowed layers, cannot be made static."
             )
         for layer in self.layers:
-            if isinstance(layer, HeadwiseLayer):
-                layer.make_static(capacity)
-            else:
-                layer.make_static()
+            layer.make_static(capacity)
         self.slots.fix(capacity, seen)
 
     @property
     def can_be_static(self) -> bool:
         """Whether all that a step changes can be counted on the device."""
-        return self.padding != "any" and not any(
-            getattr(layer, "record_past", False) for layer in self.layers
+        return self.padding != "any" and all(
+            type(layer) in (HeadwiseLayer, WindowedLayer)
+            and not getattr(layer, "record_past", False)
+            for layer in self.layers
         )
 
     def make_growing(self) -> None:
@@ -144,18 +149,18 @@ class HeadwiseCache(Cache):
             device: where they are.
 
         Returns:
-            The mask that the forward still needs: none, but for layers with a window of their own
-            behind padding or with fixed slots.
+            The mask that the forward still needs: none, but for layers that stay as they are behind
+            padding, or with fixed slots.
         """
         seen = self.get_seq_length()
         if self.is_static and seen + new > self.slots.capacity:
             self.make_static(roomy_capacity(seen + new))
         self.slots.enter(mask, batch, seen, new, device)
-        windowed = [layer for layer in self.layers if isinstance(layer, WindowedLayer)]
-        if not windowed:
+        others = [layer for layer in self.layers if type(layer) is not HeadwiseLayer]
+        if not others:
             return None
         if self.slots.newest is not None:
-            window = windowed[0].sliding_window
+            window = others[0].sliding_window
             return {"full_attention": None, "sliding_attention": self.slots.window_mask(window)}
         if self.padding == "none":
             return None
@@ -163,6 +168,10 @@ class HeadwiseCache(Cache):
             assert self.slots.positions is not None
             return self.slots.positions >= 0
         return mask
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included, which is the same in every layer."""
+        return self._first.seen
 
     def reset(self) -> None:
         """Forgets everything and frees its memory."""
@@ -207,13 +216,24 @@ class HeadwiseCache(Cache):
     def num_bytes(self) -> int:
         """Bytes of every tensor the cache holds."""
         total = sum(tensor.nbytes for tensor in self.slots.tensors())
-        for layer in self.layers:
-            if isinstance(layer, HeadwiseLayer):
-                total += layer.num_bytes()
-            else:
-                total += sum(
-                    part.numel() * part.element_size()
-                    for part in (layer.keys, layer.values)
-                    if part is not None
-                )
-        return total
+        return total + sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
+
+
+def _tensors(layer: Any) -> Iterator[Tensor]:
+    """All tensors of a cache layer."""
+    if isinstance(layer, HeadwiseLayer):
+        yield from (tensor for _, _, tensor in layer.held_tensors())
+    for name in ("keys", "values", "conv_states", "recurrent_states"):
+        held = getattr(layer, name, None)
+        for tensor in held.values() if isinstance(held, dict) else [held]:
+            if isinstance(tensor, Tensor):
+                yield tensor
+
+
+def headwise_layer(original: CacheLayerMixin, slots: TokenSlots, reserve: int) -> HeadwiseLayer:
+    """The layer that takes the place of one of transformers', which may keep a recurrent state too."""
+    if not hasattr(original, "recurrent_states"):
+        return HeadwiseLayer(slots, reserve)
+    from rtpurbo.models.hybrid_layer import HybridLayer
+
+    return HybridLayer(slots, reserve, original.number_of_states)

@@ -25,11 +25,10 @@ from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME, POSITIONAL, named
-from rtpurbo.models.attention import HeadwiseAttention
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.families import attention_modules
 from rtpurbo.models.graphs import CudaGraph
+from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
 
 # A capture takes about as long as these many steps without a graph.
 STEPS_THAT_PAY = 16
@@ -61,7 +60,7 @@ class PreparedStep:
     weights_address: int
 
     def fits(
-        self, cache: HeadwiseCache, batch: int, modules: list[HeadwiseAttention], address: int
+        self, cache: HeadwiseCache, batch: int, modules: list[SparseAttention], address: int
     ) -> bool:
         """Whether the step would now do what the model would."""
         return (
@@ -87,7 +86,7 @@ class GraphedDecoder:
         self._steps_before: WeakKeyDictionary[HeadwiseCache, int] = WeakKeyDictionary()
         self._refused: WeakSet[HeadwiseCache] = WeakSet()
         self._has_failed = False
-        self._modules: list[HeadwiseAttention] = []
+        self._modules: list[SparseAttention] = []
         self._told: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedDecoder:
@@ -152,11 +151,11 @@ class GraphedDecoder:
             and not torch.compiler.is_compiling()
         )
 
-    def _watched_modules(self, model: PreTrainedModel) -> list[HeadwiseAttention] | None:
+    def _watched_modules(self, model: PreTrainedModel) -> list[SparseAttention] | None:
         """The sparse attention modules; None if somebody watches them, or wants them otherwise."""
         if not self._modules:
-            modules = [module for _, _, module in attention_modules(model)]
-            self._modules = [item for item in modules if isinstance(item, HeadwiseAttention)]
+            found = (sparse_layer_of(module) for module in model.base_model.modules())
+            self._modules = [layer for layer in found if layer is not None]
         for module in self._modules:
             watched = module.statistics is not None or module.observer is not None
             watched = watched or module.selector is not None
@@ -186,7 +185,7 @@ class GraphedDecoder:
         self,
         model: PreTrainedModel,
         arguments: dict[str, Any],
-        modules: list[HeadwiseAttention],
+        modules: list[SparseAttention],
         address: int,
     ) -> PreparedStep | None:
         ids, cache = arguments["input_ids"], arguments[CACHE_NAME]

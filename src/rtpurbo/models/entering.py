@@ -1,76 +1,130 @@
 """One new token a sequence enters fixed slots through one kernel instead of some fifty.
 
-What it computes is what `HeadwiseAttention` otherwise does in PyTorch: QK-norm of each head, rotary
-embedding, index states, and `HeadwiseLayer.append`.
+The kernel does what the attention module of a listed family does in PyTorch (QK-norm of each head and
+rotary embedding), and what the attention function does before it attends: index states and
+`HeadwiseLayer.append`.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from rtpurbo.devices import has_triton
+from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.families import Family
-from rtpurbo.models.indexer import TokenIndexer
-from rtpurbo.ops import HeadLayout, KeyValueStates
+from rtpurbo.models.families import FAMILIES
+from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
+from rtpurbo.ops import KeyValueStates
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-class EnteredLayer(Protocol):
-    """What is read of a layer, a `HeadwiseAttention`."""
+def attach_fast_entry(layer: SparseAttention) -> None:
+    """Lets an attention module of a listed family run its decoding steps through the kernel where it can.
 
-    family: Family
-    q_norm: nn.Module
-    k_norm: nn.Module
-    indexer: TokenIndexer
-    retrieval_heads: list[int]
-    uses_rotary: bool
-    backend: str
-    observer: Any
-
-    def layout(self, device: torch.device) -> HeadLayout:
-        """The layer's heads as index tensors on a device."""
+    A module whose forward somebody else has replaced, as accelerate does to load weights, keeps it.
+    """
+    module: Any = layer.module
+    if module.config.model_type in FAMILIES and "forward" not in vars(module):
+        # A bound method, which a copy of the model binds to the copy.
+        module.forward = MethodType(_forward, module)
 
 
-def enters_by_kernel(module: EnteredLayer, queries: Tensor, past: HeadwiseLayer | None) -> bool:
+def detach_fast_entry(module: nn.Module) -> None:
+    """Undoes `attach_fast_entry`."""
+    if getattr(vars(module).get("forward"), "__func__", None) is _forward:
+        del module.forward
+
+
+def _forward(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The module's forward: one kernel and the attention of a step, or all of its own code."""
+    layer = sparse_layer_of(module)
+    assert layer is not None
+    hidden_states = kwargs.get("hidden_states")
+    cache = kwargs.get(CACHE_NAME)
+    if isinstance(cache, Cache) and hidden_states is not None:
+        past = cache.layers[layer.layer_idx]
+        if isinstance(past, HeadwiseLayer) and enters_by_kernel(layer, hidden_states, past):
+            return _step(layer, hidden_states, kwargs.get("position_embeddings"), past), None
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _step(
+    layer: SparseAttention, hidden_states: Tensor, embeddings: Any, past: HeadwiseLayer
+) -> Tensor:
+    past.check_rule(layer.rule)
+    layer.embeddings = None
+    queries, keys, values = project(layer, hidden_states)
+    entered = enter(layer, queries, keys, values, embeddings, past)
+    assert past.slots.query_positions is not None
+    output = layer.attend(past.slots.query_positions.to(queries.device), *entered)
+    module: Any = layer.module
+    return module.o_proj(output.transpose(1, 2).flatten(2))
+
+
+def project(layer: SparseAttention, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, [batch, heads, length, head_dim], before a norm of each head."""
+    module: Any = layer.module
+    family = FAMILIES[module.config.model_type]
+    if family.fused_projection:
+        sizes = [layer.num_attention_heads, layer.num_key_value_heads, layer.num_key_value_heads]
+        fused = module.qkv_proj(hidden_states)
+        query, key, value = fused.split([heads * layer.head_dim for heads in sizes], -1)
+    else:
+        query, key, value = (
+            module.q_proj(hidden_states),
+            module.k_proj(hidden_states),
+            module.v_proj(hidden_states),
+        )
+    if family.query_key_norm == "whole":
+        query, key = module.q_norm(query), module.k_norm(key)
+    query, key, value = (
+        part.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for part in (query, key, value)
+    )
+    return query, key, value
+
+
+def enters_by_kernel(layer: SparseAttention, hidden_states: Tensor, past: HeadwiseLayer) -> bool:
     """Whether `enter` serves this call: the kernel suits it, and nobody watches or wants gradients.
 
     Args:
-        module: the layer.
-        queries: [batch, num_attention_heads, q_len, head_dim], as projected.
+        layer: the sparse layer.
+        hidden_states: [batch, q_len, hidden_size].
         past: the layer's cache, which was told of the tokens.
     """
     return (
-        past is not None
-        and past.slots.newest is not None
-        and queries.shape[2] == 1
-        and module.observer is None
+        past.slots.newest is not None
+        and hidden_states.shape[1] == 1
+        and layer.observer is None
+        and not layer.dense
         and not torch.is_grad_enabled()
-        and _has_kernels(module.backend, queries)
-        and _knows_norms(module, queries.dtype)
-        and bool(module.retrieval_heads) == (past.index_keys.storage is not None)
-        and _has_slots(past, queries)
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and _has_kernels(layer.backend, hidden_states)
+        and _knows_norms(layer.module, hidden_states.dtype)
+        and bool(layer.retrieval_heads) == (past.index_keys.storage is not None)
+        and _has_slots(past, hidden_states)
     )
 
 
-def _has_kernels(backend: str, queries: Tensor) -> bool:
+def _has_kernels(backend: str, states: Tensor) -> bool:
     """As `chosen_backend` has it."""
     if backend == "auto":
-        return queries.is_cuda and queries.dtype in HALF and has_triton()
-    can_run = queries.is_cuda or bool(os.environ.get("TRITON_INTERPRET"))
+        return states.is_cuda and states.dtype in HALF and has_triton()
+    can_run = states.is_cuda or bool(os.environ.get("TRITON_INTERPRET"))
     return (
-        backend == "triton" and can_run and queries.dtype in (*HALF, torch.float32) and has_triton()
+        backend == "triton" and can_run and states.dtype in (*HALF, torch.float32) and has_triton()
     )
 
 
-def _knows_norms(module: EnteredLayer, dtype: torch.dtype) -> bool:
+def _knows_norms(module: Any, dtype: torch.dtype) -> bool:
     """Whether norms of heads, if any, are the family's own, with nothing put around them."""
-    if module.family.query_key_norm != "per_head":
+    if FAMILIES[module.config.model_type].query_key_norm != "per_head":
         return True
     norms: list[Any] = [module.q_norm, module.k_norm]
     return all(
@@ -81,7 +135,7 @@ def _knows_norms(module: EnteredLayer, dtype: torch.dtype) -> bool:
     )
 
 
-def _has_slots(past: HeadwiseLayer, queries: Tensor) -> bool:
+def _has_slots(past: HeadwiseLayer, states: Tensor) -> bool:
     """Whether storages have the slots told, here and for so many sequences: a kernel writes unchecked."""
     slots, ring = past.slots, past.slots.ring
     assert slots.newest is not None
@@ -93,11 +147,11 @@ def _has_slots(past: HeadwiseLayer, queries: Tensor) -> bool:
         (past.ring.keys, ring.positions.shape[1]),
         (past.ring.values, ring.positions.shape[1]),
     ]
-    if any(storage is None or storage.dtype != queries.dtype for storage, _ in held):
+    if any(storage is None or storage.dtype != states.dtype for storage, _ in held):
         return False
     if past.index_keys.storage is not None:  # in a dtype of its own
         held.append((past.index_keys.storage, slots.capacity))
-    batch, device = queries.shape[0], queries.device
+    batch, device = states.shape[0], states.device
     return (
         slots.newest.device == ring.entering.device == device
         and ring.entering.shape == (batch, 1)
@@ -111,7 +165,7 @@ def _has_slots(past: HeadwiseLayer, queries: Tensor) -> bool:
 
 
 def enter(
-    module: EnteredLayer,
+    layer: SparseAttention,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -123,7 +177,7 @@ def enter(
     Parameters are read where they lie: a captured step follows whoever trains or loads them.
 
     Args:
-        module: the layer.
+        layer: the sparse layer.
         queries: [batch, num_attention_heads, 1, head_dim], as projected.
         keys: [batch, num_key_value_heads, 1, head_dim], likewise.
         values: likewise.
@@ -136,8 +190,10 @@ def enter(
     # Without Triton there is none of this.
     from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
 
+    module: Any = layer.module
+    family = FAMILIES[module.config.model_type]
     norm = projection = None
-    if module.family.query_key_norm == "per_head":
+    if family.query_key_norm == "per_head":
         query_norm: Any = module.q_norm
         key_norm: Any = module.k_norm
         epsilon = getattr(query_norm, "variance_epsilon", None)
@@ -145,14 +201,14 @@ def enter(
             query_norm.weight,
             key_norm.weight,
             query_norm.eps if epsilon is None else epsilon,
-            module.family.unit_offset_norms,
+            family.unit_offset_norms,
         )
-    if module.retrieval_heads:
+    if layer.retrieval_heads:
         projection = IndexProjection(
-            module.indexer.query_weight,
-            module.indexer.key_weight,
-            module.indexer.feature_dimensions,
-            module.indexer.settings.index_space != "pre_rope",
+            layer.indexer.query_weight,
+            layer.indexer.key_weight,
+            layer.indexer.feature_dimensions,
+            layer.indexer.settings.index_space != "pre_rope",
         )
     slots, ring = past.slots, past.ring
     assert slots.newest is not None
@@ -161,12 +217,12 @@ def enter(
     assert past.full_values.storage is not None
     assert ring.keys is not None
     assert ring.values is not None
-    layout = module.layout(queries.device)
+    layout = layer.layout(queries.device)
     entered, index_queries = enter_token(
         queries,
         keys,
         values,
-        position_embeddings if module.uses_rotary else None,
+        position_embeddings if getattr(module, "use_rope", True) else None,
         norm,
         projection,
         layout,

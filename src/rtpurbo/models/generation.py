@@ -5,6 +5,8 @@ Every forward passes here first: so this is also where padding is looked at, onc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.arguments import CACHE_NAME, POSITIONAL, named
+from rtpurbo.models.arguments import CACHE_NAME, named
 from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.pretrained import refuse_offloading
 from rtpurbo.models.slots import padding_form
@@ -23,16 +26,20 @@ class CacheProvider:
     """Forward pre-hook of a sparse model's decoder: provides a cache, and the mask that is needed.
 
     An object rather than a closure, so that a copy of the model has a provider for itself.
+
+    Args:
+        model: sparse.
+        names: of the arguments of the decoder's forward, in their order.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+        self.model, self.names = model, list(names)
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """The arguments of the decoder's forward, with a cache where it would make its own."""
-        kwargs = named(args, kwargs)
+        kwargs = named(args, kwargs, self.names)
         self._check(kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
@@ -42,7 +49,7 @@ class CacheProvider:
             cached = {CACHE_NAME: HeadwiseCache(self.model)}
             kwargs = {**kwargs, **({"use_cache": False} if module.training else cached)}
         kwargs["attention_mask"] = needed_mask(kwargs)
-        return args[len(POSITIONAL) :], kwargs
+        return args[len(self.names) :], kwargs
 
     def _check(self, arguments: dict[str, Any]) -> None:
         """Refuses what the decoder would do wrongly, or fail to do, without a word.
@@ -62,9 +69,9 @@ class CacheProvider:
 
 def attach_cache(model: PreTrainedModel) -> None:
     """Gives this one model (no class is touched) a HeadwiseCache wherever it would make its own."""
-    model._rtpurbo_hook = model.base_model.register_forward_pre_hook(
-        CacheProvider(model), with_kwargs=True
-    )
+    decoder = decoder_of(model)
+    provider = CacheProvider(model, list(signature(type(decoder).forward).parameters)[1:])
+    model._rtpurbo_hook = decoder.register_forward_pre_hook(provider, with_kwargs=True)
     attach_decoder(model)
 
 
@@ -79,10 +86,15 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
         raise RTPurboError(
             "sparse attention takes a 2D attention mask (1 for tokens, 0 for padding), or none."
         )
+    if cache is not None and not isinstance(cache, HeadwiseCache):
+        raise RTPurboError(
+            f"a sparse model needs a HeadwiseCache, not a {type(cache).__name__}: "
+            "pass rtpurbo.HeadwiseCache(model), or none."
+        )
     tokens = arguments.get("input_ids")
     if tokens is None:
         tokens = arguments["inputs_embeds"]
-    if isinstance(cache, HeadwiseCache):
+    if cache is not None:
         _check_rows(cache, tokens.shape[0])
         if not torch.is_inference_mode_enabled():
             leave_inference_mode(cache, tokens.shape[0])

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.families import head_dim_of
+from rtpurbo.models.architecture import head_dim_of
 from rtpurbo.models.gguf_header import GgufHeader
 
 _LLAMA3_TENSOR = "rope_freqs.weight"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rtpurbo.models.attention import HeadwiseAttention
+from rtpurbo.models.sparse_layer import SparseAttention
 
 
 class CudaGraph:
@@ -70,7 +70,7 @@ class CudaGraph:
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     @staticmethod
-    def refusal(modules: list[HeadwiseAttention]) -> str | None:
+    def refusal(modules: list[SparseAttention]) -> str | None:
         """Why the step that just ran cannot be captured; None if it can."""
         if any(module.used_backend != "triton" for module in modules):
             return "attention runs without kernels here"

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from rtpurbo.config import IndexerSettings
 
 
-def slow_dimensions(
-    inverse_frequencies: Tensor, head_dim: int, min_wavelength: float, at_least: int
-) -> list[int]:
-    """Dimensions of a head whose rotary pair turns slowly; unrotated ones count too.
+def slow_dimensions(frequencies: Tensor, min_wavelength: float, at_least: int) -> list[int]:
+    """Dimensions of a head that rotate slowly or not at all.
 
     Args:
-        inverse_frequencies: [rotary_dim / 2], radians a token, as the model's rotary embedding
-            holds them.
-        head_dim: dimensions of a head; pair i of a rotary part of size r is (i, i + r / 2).
+        frequencies: [head_dim], radians a token of each dimension; 0 where it is not rotated.
         min_wavelength: shortest wavelength kept, in tokens.
-        at_least: dimensions to keep whatever their wavelength (the slowest).
+        at_least: dimensions to keep whatever their wavelength (the slowest pairs).
 
     Returns:
-        Dimension indices: first elements of the pairs, then second ones, then unrotated dimensions.
+        Rotated dimensions in ascending order, then those that are not rotated.
     """
-    half = inverse_frequencies.numel()
-    unrotated = list(range(2 * half, head_dim))
-    wavelengths = 2 * torch.pi / inverse_frequencies.double().cpu()
-    slowest_first = wavelengths.argsort(descending=True, stable=True).tolist()
-    pairs_needed = max(0, -(-(at_least - len(unrotated)) // 2))
-    pairs = [
-        pair
-        for rank, pair in enumerate(slowest_first)
-        if rank < pairs_needed or wavelengths[pair] >= min_wavelength
-    ]
-    pairs.sort()
-    return [*pairs, *(pair + half for pair in pairs), *unrotated]
+    frequencies = frequencies.double().cpu()
+    unrotated = (frequencies == 0).nonzero()[:, 0].tolist()
+    rotated = (frequencies != 0).nonzero()[:, 0]
+    limit = 2 * torch.pi / min_wavelength
+    missing = min(at_least - len(unrotated), rotated.numel())
+    if missing > 0:
+        limit = max(limit, float(frequencies[rotated].sort().values[missing - 1]))
+    return [*rotated[frequencies[rotated] <= limit].tolist(), *unrotated]
 
 
 class TokenIndexer(nn.Module):
@@ -80,9 +74,15 @@ class TokenIndexer(nn.Module):
             for heads in (num_retrieval_heads, num_keys)
         )
 
-    def features(self, before_rotation: Tensor, after_rotation: Tensor) -> Tensor:
-        """What is projected, [batch, heads, length, features], of [..., head_dim] states."""
-        states = before_rotation if self.settings.index_space == "pre_rope" else after_rotation
+    def features(self, states: Tensor, undo_rotation: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is projected, [batch, heads, length, features].
+
+        Args:
+            states: [batch, heads, length, head_dim], after RoPE.
+            undo_rotation: gives them as they were before it.
+        """
+        if self.settings.index_space == "pre_rope":
+            states = undo_rotation(states)
         return states[..., self.feature_dimensions]
 
     def index_queries(self, features: Tensor) -> Tensor:

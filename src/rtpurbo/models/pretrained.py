@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import check_architecture
 from rtpurbo.models.auto import RTPurboModelConfig
-from rtpurbo.models.families import family_of
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.sharding import Sharding, load_sharded
 
@@ -78,7 +78,7 @@ def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -
                 "was made from, which `rtpurbo inspect` shows."
             )
         config = config.dense()
-    family_of(config)
+    check_architecture(config)
     return config
 
 

@@ -13,79 +13,130 @@ from transformers import PreTrainedModel
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.attention import IMPLEMENTATION, HeadwiseAttention, LayerObservation
-from rtpurbo.models.families import attention_modules, convertible_layers, family_of
+from rtpurbo.models.architecture import (
+    check_architecture,
+    context_length,
+    convertible_layers,
+    num_key_value_heads,
+)
+from rtpurbo.models.attention import IMPLEMENTATION
+from rtpurbo.models.entering import attach_fast_entry, detach_fast_entry
 from rtpurbo.models.generation import attach_cache, detach_cache
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
+from rtpurbo.models.probe import AttentionTraits, probe
 from rtpurbo.models.runtime import Runtime
+from rtpurbo.models.sparse_layer import (
+    LayerObservation,
+    SparseAttention,
+    note_rotation,
+    sparse_layer_of,
+)
 from rtpurbo.models.sparse_model import (
     check_can_be_sparse,
     check_is_not_wrapped,
     dense_class,
     sparse_class,
 )
+from rtpurbo.models.verification import NUM_TOKENS, check_equal, logits_over_cache, needs_check
 from rtpurbo.ops import SelectionStatistics, Selector
 
 
 def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
-    """Replaces the attention of every full-attention layer by `HeadwiseAttention`, in place.
+    """Makes the attention of every full-attention layer sparse, in place.
 
-    Indexer weights start at zero: train them, or load them with `load_indexers`.
+    A `SparseAttention` hangs on every attention module, which stays. Indexer weights start at zero: train
+    them, or load them with `load_indexers`.
 
     Args:
-        model: a dense model of a supported family.
+        model: a dense causal language model of any architecture that `check_architecture` lets pass.
         config: head map, rule and indexer settings.
 
     Returns:
         The same model.
 
     Raises:
-        RTPurboError: the architecture is not supported, the head map belongs to another model, or the
+        RTPurboError: the model cannot be made sparse, the head map belongs to another model, or the
             model is wrapped, offloaded or of another kind (`check_can_be_sparse`).
     """
     check_can_be_sparse(model)
-    family = family_of(model.config)
+    check_architecture(model.config)
     check_head_map(model.config, config.head_map)
+    config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
+    traits = probe(model)
+    _check_traits(traits, config)
     if is_sparse(model):
         restore(model)
-    config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
-    for layer, name, original in attention_modules(model):
-        heads = config.head_map.retrieval_heads[original.layer_idx]
-        if heads is None:
-            continue
-        indexer = None
-        if heads:
-            weight = next(original.parameters())
-            features = feature_dimensions(model, original, config.indexer)
-            dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-            num_full = len(config.head_map.full_key_value_heads(original.layer_idx))
-            indexer = TokenIndexer(
-                config.indexer, len(heads), num_full, features, weight.device, dtype
-            )
-        module = HeadwiseAttention(original, family, config, indexer)
-        module.train(original.training)
-        setattr(layer, name, module)
+    expected = logits_over_cache(model) if needs_check(model, config) else None
+    for number, found in traits.items():
+        _attach(SparseAttention(found, number, config), config.indexer)
     model._rtpurbo_dense_implementation = model.config._attn_implementation
     model.config._attn_implementation = IMPLEMENTATION
     model.rtpurbo_config = config
     model.__class__ = sparse_class(type(model))
     attach_cache(model)
     model.rtpurbo = runtime(model)
+    if expected is not None:
+        try:
+            window = max(NUM_TOKENS, config.attention.sliding_window)
+            with using_rule(model, sliding_window=window):
+                check_equal(model, expected)
+        except RTPurboError:
+            restore(model)
+            raise
     return model
 
 
+def _check_traits(traits: Mapping[int, AttentionTraits], config: RTPurboConfig) -> None:
+    """Refuses what the probe found and the head map or the indexer cannot go with."""
+    head_map = config.head_map
+    expected = (head_map.num_attention_heads, head_map.num_key_value_heads)
+    for number, found in traits.items():
+        heads = (found.num_attention_heads, found.num_key_value_heads)
+        if heads != expected:
+            raise RTPurboError(
+                f"layer {number} cannot be made sparse: it attends with {heads[0]} query heads on "
+                f"{heads[1]} KV heads, not with the {expected[0]} on {expected[1]} of the head map."
+            )
+        undone = found.rotation is not None and found.rotation.partners is not None
+        if config.indexer.index_space == "pre_rope" and not undone:
+            raise RTPurboError(
+                f"the rotary embedding of layer {number} cannot be undone, so index_space 'pre_rope' "
+                "does not suit this model: choose 'low_frequency'."
+            )
+
+
+def _attach(layer: SparseAttention, settings: IndexerSettings) -> None:
+    """Hangs a sparse layer on its attention module."""
+    module: Any = layer.module
+    if layer.retrieval_heads:
+        weight = next(module.parameters())
+        module.indexer = TokenIndexer(
+            settings,
+            len(layer.retrieval_heads),
+            layer.layout(torch.device("cpu")).full_key_value_heads.numel(),
+            feature_dimensions(layer, settings),
+            weight.device,
+            weight.dtype if weight.dtype.is_floating_point else torch.float32,
+        )
+        module.indexer.train(module.training)
+    module._rtpurbo = layer
+    layer.hook = module.register_forward_pre_hook(note_rotation, with_kwargs=True)
+    attach_fast_entry(layer)
+
+
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Puts the original attention modules back; logits are then bit-identical to the dense model's.
+    """Makes the model dense again; logits are then bit-identical to those before `sparsify`.
 
     Raises:
         RTPurboError: the model is not sparse.
     """
-    modules = headwise_modules(model)
-    for layer, name, module in attention_modules(model):
-        if isinstance(module, HeadwiseAttention):
-            module.original.train(module.training)
-            setattr(layer, name, module.original)
-    assert modules
+    for layer in headwise_modules(model):
+        module: Any = layer.module
+        layer.hook.remove()
+        detach_fast_entry(module)
+        if layer.retrieval_heads:
+            del module.indexer
+        del module._rtpurbo
     detach_cache(model)
     model.config._attn_implementation = model._rtpurbo_dense_implementation
     model.__class__ = dense_class(model)
@@ -99,8 +150,8 @@ def is_sparse(model: PreTrainedModel) -> bool:
     return getattr(model, "rtpurbo_config", None) is not None
 
 
-def headwise_modules(model: PreTrainedModel) -> list[HeadwiseAttention]:
-    """The sparse attention modules in layer order.
+def headwise_modules(model: PreTrainedModel) -> list[SparseAttention]:
+    """The sparse layers in order.
 
     Raises:
         RTPurboError: the model is not sparse.
@@ -110,35 +161,26 @@ def headwise_modules(model: PreTrainedModel) -> list[HeadwiseAttention]:
         raise RTPurboError(
             "the model is dense: pass it through rtpurbo.sparsify or rtpurbo.load first."
         )
-    return [
-        module for _, _, module in attention_modules(model) if isinstance(module, HeadwiseAttention)
-    ]
+    found = (sparse_layer_of(module) for module in model.base_model.modules())
+    return sorted((layer for layer in found if layer is not None), key=lambda one: one.layer_idx)
 
 
 def resolve_indexer_settings(model: PreTrainedModel, settings: IndexerSettings) -> IndexerSettings:
     """Fixes a wavelength left open to the model's context: kept pairs never complete a turn."""
     if settings.min_wavelength is not None:
         return settings
-    return replace(settings, min_wavelength=float(model.config.max_position_embeddings))
+    return replace(settings, min_wavelength=float(context_length(model.config)))
 
 
-def feature_dimensions(
-    model: PreTrainedModel, attention: Any, settings: IndexerSettings
-) -> list[int]:
-    """The dimensions of a head that the indexer of this layer projects."""
-    if settings.index_space != "low_frequency" or not getattr(attention, "use_rope", True):
-        return list(range(attention.head_dim))
+def feature_dimensions(layer: SparseAttention, settings: IndexerSettings) -> list[int]:
+    """The dimensions of a head that the indexer of this layer projects.
+
+    All of them where the rotation is not known.
+    """
+    if settings.index_space != "low_frequency" or layer.rotation is None:
+        return list(range(layer.head_dim))
     assert settings.min_wavelength is not None
-    return slow_dimensions(
-        inverse_frequencies(model), attention.head_dim, settings.min_wavelength, settings.index_dim
-    )
-
-
-def inverse_frequencies(model: PreTrainedModel) -> Tensor:
-    """Radians a token of each rotary pair of the full-attention layers."""
-    rotary = model.base_model.rotary_emb
-    # Gemma 3 keeps one set for each kind of layer.
-    return rotary.inv_freq if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
+    return slow_dimensions(layer.rotation.frequencies, settings.min_wavelength, settings.index_dim)
 
 
 def indexers_in_float32(model: PreTrainedModel) -> None:
@@ -266,7 +308,7 @@ def empty_head_map(model: PreTrainedModel) -> HeadMap:
     """A head map of this model without any retrieval head."""
     config = model.config
     return HeadMap.uniform(
-        [], convertible_layers(config), config.num_attention_heads, config.num_key_value_heads
+        [], convertible_layers(config), config.num_attention_heads, num_key_value_heads(config)
     )
 
 
@@ -276,7 +318,7 @@ def check_head_map(config: Any, head_map: HeadMap) -> None:
     Raises:
         RTPurboError: it has another shape, or leaves out other layers than those with windows.
     """
-    shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    shape = (config.num_hidden_layers, config.num_attention_heads, num_key_value_heads(config))
     given = (
         len(head_map.retrieval_heads),
         head_map.num_attention_heads,

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import context_length
 from rtpurbo.visible import visible
 
 
@@ -129,7 +130,7 @@ def generate_text(
         prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not prompt_ids:
         raise RTPurboError("the prompt is empty: give at least one word to continue.")
-    context = model.config.max_position_embeddings
+    context = context_length(model.config)
     if len(prompt_ids) + max_new_tokens > context:
         raise RTPurboError(
             f"the prompt has {len(prompt_ids):,} tokens, which with {max_new_tokens:,} new ones do "

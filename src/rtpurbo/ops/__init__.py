@@ -8,6 +8,7 @@ from rtpurbo.ops.api import (
     local_attention,
     retrieval_attention,
 )
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import (
     HeadGroup,
     HeadLayout,
@@ -30,4 +31,5 @@ __all__ = [
     "index_scores",
     "local_attention",
     "retrieval_attention",
+    "with_sinks",
 ]

@@ -17,9 +17,11 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
 from rtpurbo.ops.eager.selection import index_scores
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
 __all__ = [
+    "attend_by",
     "causal_attention",
     "chosen_backend",
     "decoding_counters",
@@ -70,6 +72,7 @@ def chosen_backend(
     rule: AttentionRule,
     statistics: SelectionStatistics | None = None,
     selector: Selector | None = None,
+    sinks: Tensor | None = None,
 ) -> str:
     """The backend that `headwise_attention` will use for such a call.
 
@@ -86,7 +89,7 @@ def chosen_backend(
         return "eager"
     call = (query_states, full, bounded, index_queries, rule)
     if backend == "auto":
-        return _best_backend(*call)
+        return _best_backend(sinks, *call)
     if backend not in ("triton", "flex"):
         return backend
     if backend == "triton":
@@ -96,27 +99,32 @@ def chosen_backend(
             raise ValueError(
                 "backend 'triton' needs a GPU: move the model there, or choose 'eager'."
             )
-    reason = _refusal(backend, *call)
+    reason = _refusal(backend, sinks, *call)
     if reason is not None:
         raise ValueError(f"the kernels cannot serve this call: {reason}. Choose backend 'eager'.")
     return backend
 
 
-def _best_backend(query_states: Tensor, *others: Any) -> str:
+def _best_backend(sinks: Tensor | None, query_states: Tensor, *others: Any) -> str:
     """The fastest backend that can serve a call."""
     if not (query_states.is_cuda and has_triton()):
         return "eager"
-    if query_states.dtype in HALF and _refusal("triton", query_states, *others) is None:
+    call = (sinks, query_states, *others)
+    if query_states.dtype in HALF and _refusal("triton", *call) is None:
         return "triton"
     from rtpurbo.ops.flex.headwise import pays
 
-    if pays(query_states, *others[:2]) and _refusal("flex", query_states, *others) is None:
+    if pays(query_states, *others[:2]) and _refusal("flex", *call) is None:
         return "flex"
     return "eager"
 
 
-def _refusal(backend: str, *call: Any) -> str | None:
+def _refusal(backend: str, sinks: Tensor | None, *call: Any) -> str | None:
     """Why a backend's kernels cannot serve a call of `headwise_attention`; None if they can."""
+    *_, index_queries, rule = call
+    selects = index_queries is not None
+    if sinks is not None and selects and (backend == "flex" or rule.reading == "paper"):
+        return "learned sinks take part in the selection"
     kernels = import_module(BACKENDS[backend]["headwise_attention"])
     return next(kernels.refusals(*call), None)
 
@@ -201,19 +209,17 @@ def headwise_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     selector: Selector | None = None,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """A whole layer: `rtpurbo.ops.eager.headwise.headwise_attention`."""
     _check_states(query_states, query_positions, full)
     _check_states(query_states, query_positions, bounded)
-    # A cache may have been filled under autocast and be read without it, or the reverse.
-    asked_dtype, query_states = query_states.dtype, query_states.to(full.keys.dtype)
     backend = chosen_backend(
-        backend, query_states, full, bounded, index_queries, rule, statistics, selector
+        backend, query_states, full, bounded, index_queries, rule, statistics, selector, sinks
     )
-    # Kernels know no selector, and none is needed where no row selects.
-    options = {} if selector is None or backend != "eager" else {"selector": selector}
-    output, log_sum_exp = _implementation("headwise_attention", backend)(
+    return attend_by(
+        backend,
         query_states,
         query_positions,
         full,
@@ -224,9 +230,40 @@ def headwise_attention(
         scaling=scaling,
         statistics=statistics,
         return_log_sum_exp=return_log_sum_exp,
+        selector=selector,
+        sinks=sinks,
+    )
+
+
+def attend_by(
+    backend: str,
+    query_states: Tensor,
+    query_positions: Tensor,
+    full: KeyValueStates,
+    *others: Any,
+    return_log_sum_exp: bool = False,
+    selector: Selector | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`headwise_attention` by the backend that `chosen_backend` has chosen for the call."""
+    knows_sinks = backend in ("eager", "triton")
+    if knows_sinks:
+        options["sinks"] = sinks
+    if backend == "eager":
+        options["selector"] = selector
+    output, log_sum_exp = _implementation("headwise_attention", backend)(
+        # A cache may have been filled under autocast and be read without it, or the reverse.
+        query_states.to(full.keys.dtype),
+        query_positions,
+        full,
+        *others,
+        return_log_sum_exp=return_log_sum_exp or not (knows_sinks or sinks is None),
         **options,
     )
-    return output.to(asked_dtype), log_sum_exp
+    if sinks is not None and not knows_sinks:
+        output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
+    return output.to(query_states.dtype), log_sum_exp if return_log_sum_exp else None
 
 
 def decoding_counters(batch: int, num_retrieval_heads: int, device: torch.device) -> Tensor | None:

@@ -57,6 +57,7 @@ def indexer_divergence(
     rule: AttentionRule,
     *,
     scaling: float,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The loss of stage 1: `rtpurbo.ops.eager.divergence.indexer_divergence`."""
@@ -74,10 +75,11 @@ def indexer_divergence(
         if tensor.shape != shape:
             raise ValueError(f"{name} are {tuple(tensor.shape)}, but must be {shape}.")
     tensors = (query_states, key_states, index_queries)
+    options = {} if sinks is None else {"sinks": sinks}  # kernels do not know them
     operator = _implementation("indexer_divergence", backend, query_states.is_cuda, tensors)
     return operator(
         query_states, key_states, key_value_heads, index_queries, index_keys, rows, starts, rule,
-        scaling=scaling,
+        scaling=scaling, **options,
     )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ from transformers import (
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
+from rtpurbo.models.architecture import context_length, convertible_layers
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.families import convertible_layers
 from rtpurbo.models.sparsify import counting
 from rtpurbo.models.text import chat_tokens, stop_tokens
 from rtpurbo.ops import SelectionStatistics
@@ -132,11 +132,11 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = chat_tokens(self.tokenizer, messages)
-        room = self.model.config.max_position_embeddings - len(prompt)
+        room = context_length(self.model.config) - len(prompt)
         if room < 1:
             raise RTPurboError(
                 f"the conversation has become {len(prompt):,} tokens long, and the model's context "
-                f"is {self.model.config.max_position_embeddings:,}: begin a new one."
+                f"is {context_length(self.model.config):,}: begin a new one."
             )
         reused = self._reuse(prompt)
         writing = _Writing(self, prompt, min(room, self.max_new_tokens))

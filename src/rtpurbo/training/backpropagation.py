@@ -31,6 +31,8 @@ def backpropagate(
     losses = torch.zeros(seen.num_documents, device=seen.queries.device)
     if not choice.rows.numel():
         return losses
+    if seen.sinks is not None and backend == "auto":
+        backend = "eager"  # kernels do not know learned sinks
     with torch.enable_grad():
         projected = seen.index_queries(choice.rows), seen.index_keys()
         # Gradients of the index states add up first, so that they go through the projections once.
@@ -47,6 +49,7 @@ def backpropagate(
                 seen.starts,
                 rule,
                 scaling=seen.scaling,
+                sinks=seen.sinks,
                 backend=backend,
             )
             (divergence * part.weights).sum().backward()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.models.attention import HeadwiseAttention, LayerObservation
+from rtpurbo.models.decoder import decoder_of
+from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
 from rtpurbo.models.sparsify import headwise_modules, observing, packing
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import index_scores
@@ -40,6 +41,7 @@ class CapturedHeads:
         num_documents: how many there are.
         scaling: factor on the dot products.
         rows: int64 [rows], ascending, those whose queries were kept; None for all of them.
+        sinks: learned sinks [heads], logits that take part in the teacher's softmax; None if there are none.
     """
 
     names: list[tuple[int, int]]
@@ -58,6 +60,7 @@ class CapturedHeads:
     num_documents: int
     scaling: float
     rows: Tensor | None = None
+    sinks: Tensor | None = None
 
     def queries_of(self, rows: Tensor) -> Tensor:
         """Queries of some rows: [1, heads, rows, head_dim]."""
@@ -146,6 +149,9 @@ def _merged(group: list[CapturedHeads]) -> CapturedHeads:
         keys=_joined(group, "keys"),
         query_features=_joined(group, "query_features"),
         key_features=_joined(group, "key_features"),
+        sinks=None
+        if group[0].sinks is None
+        else torch.cat([seen.sinks for seen in group if seen.sinks is not None]),
     )
 
 
@@ -208,7 +214,7 @@ def run_backbone(
         meet: called for every layer that has retrieval heads.
         dense: attention of the teacher; False takes the sparse student as it is, for a single document.
     """
-    modules: dict[int, HeadwiseAttention] = {
+    modules: dict[int, SparseAttention] = {
         module.layer_idx: module for module in headwise_modules(model)
     }
     lengths = [len(document) for document in documents]
@@ -228,11 +234,11 @@ def run_backbone(
         observing(model, observe, dense=dense),
         packing(model, lengths if len(lengths) > 1 else None),
     ):
-        model.base_model(ids, position_ids=positions, use_cache=False)
+        decoder_of(model)(ids, position_ids=positions, use_cache=False)
 
 
 def _heads_of(
-    module: HeadwiseAttention,
+    module: SparseAttention,
     seen: LayerObservation,
     positions: Tensor,
     starts: Tensor,
@@ -254,8 +260,8 @@ def _heads_of(
         [layout.retrieval.key_value_heads if indexer.settings.shared_keys else None],
         queries,
         keys,
-        indexer.features(seen.queries_before_rotation[:, heads], queries),
-        indexer.features(seen.keys_before_rotation[:, kv_heads], keys),
+        indexer.features(queries, seen.undo_rotation),
+        indexer.features(keys, seen.undo_rotation),
         layout.retrieval.key_value_heads,
         places,
         size,
@@ -263,10 +269,11 @@ def _heads_of(
         starts,
         num_documents,
         seen.scaling,
+        sinks=None if seen.sinks is None else seen.sinks.detach()[heads],
     )
 
 
-def _group_places(module: HeadwiseAttention, device: torch.device) -> tuple[Tensor, int]:
+def _group_places(module: SparseAttention, device: torch.device) -> tuple[Tensor, int]:
     """The place of each retrieval head among those of its KV head, and the most heads of a KV head."""
     group = module.num_attention_heads // module.num_key_value_heads
     counts: Counter[int] = Counter()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.divergence import forward_divergence, near_and_far
 from rtpurbo.ops.eager.selection import estimated_logits, masses, select_for_rows
 from rtpurbo.ops.eager.visibility import query_chunks
+from rtpurbo.ops.sinks import with_sink_column
 from rtpurbo.training.capture import CapturedHeads
 
 
@@ -27,16 +29,15 @@ def rows_with_far_keys(positions: Tensor, rule: AttentionRule) -> Tensor:
 def row_logits(
     seen: CapturedHeads, rows: Tensor, rule: AttentionRule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact and estimated logits of some rows [1, heads, rows, length], and the near and far masks."""
+    """Exact and estimated logits of some rows [1, heads, rows, length], and the near and far masks.
+
+    Of a model with learned sinks, all have one column more, the first: the sink, which is near.
+    """
     masks = near_and_far(rows, seen.starts, rule.near_window, rule.num_sink_tokens)
     near, far = (mask[None, None] for mask in masks)
     exact = seen.logits(rows)
-    return (
-        exact,
-        estimated_logits(rule.reading, exact, seen.index_scores(rows), near, far),
-        near,
-        far,
-    )
+    estimate = estimated_logits(rule.reading, exact, seen.index_scores(rows), near, far)
+    return with_sink_column(exact, estimate, near, far, seen.sinks)
 
 
 def indexer_loss(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) -> Tensor:
@@ -69,8 +70,9 @@ def selection_quality(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) ->
     for chunk in query_chunks(rows.numel(), len(seen.names) * seen.keys.shape[2]):
         exact, estimate, near, far = row_logits(seen, rows[chunk], rule)
         exact = exact.masked_fill(~(near | far), -torch.inf)
-        selected = select_for_rows(rule, estimate, near, far, seen.positions)
-        oracle = select_for_rows(rule, exact, near, far, seen.positions)
+        positions = F.pad(seen.positions, (near.shape[-1] - seen.positions.shape[-1], 0))
+        selected = select_for_rows(rule, estimate, near, far, positions)
+        oracle = select_for_rows(rule, exact, near, far, positions)
         visible = exact.masked_fill(~(near | far), 0.0)
         figures = (
             (masses(exact) * (near | selected)).sum(-1),

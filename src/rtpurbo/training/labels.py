@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rtpurbo.models.decoder import decoder_of
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 
@@ -47,5 +48,5 @@ def label_positions(
 def label_states(model: PreTrainedModel, input_ids: list[int], positions: Tensor) -> Tensor:
     """The model's last hidden states at some positions of a sequence: [labels, hidden_size]."""
     ids = torch.tensor([input_ids], device=model.device)
-    states = model.base_model(ids, use_cache=False).last_hidden_state
+    states = decoder_of(model)(ids, use_cache=False).last_hidden_state
     return states[0].index_select(0, positions.to(model.device))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.config import AttentionRule
+from rtpurbo.models.architecture import takes_packed_documents
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training.backpropagation import backpropagate
 from rtpurbo.training.capture import CapturedHeads, run_backbone
@@ -50,7 +51,8 @@ def train_as_layers_pass(
         over heads and sequences.
     """
     rule = model.rtpurbo_config.attention
-    longest = max(settings.lengths) if packed and not on_student else 0
+    packed = packed and not on_student and takes_packed_documents(model.config)
+    longest = max(settings.lengths) if packed else 0
     losses: list[Tensor] = []
     for group in pack(sequences, longest):
         documents = [sequence.input_ids for sequence in sequences[group]]

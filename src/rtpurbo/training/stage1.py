@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.config import AttentionRule
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.lengths import check_stage1_lengths
+from rtpurbo.models.architecture import context_length
 from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparsify import headwise_modules, indexers_in_float32
 from rtpurbo.processes import ALONE, Processes
@@ -91,7 +92,7 @@ def train_indexers(
     modules = [module for module in headwise_modules(model) if module.retrieval_heads]
     if not modules:
         return {}
-    check_stage1_lengths(settings, model.config.max_position_embeddings, rule)
+    check_stage1_lengths(settings, context_length(model.config), rule)
     indexers_in_float32(model)
     parameters = {
         f"layers.{module.layer_idx}.indexer.{name}": weight

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus
+from rtpurbo.models.architecture import context_length
 from rtpurbo.models.sparsify import decoding_last, running_dense, using_rule
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import DistillationSettings, Progress, check_context, no_progress
@@ -77,7 +78,7 @@ def distill(
     """
     settings = settings or DistillationSettings()
     check_trainable(model.dtype, settings)
-    check_context("sequences", max(settings.lengths), model.config.max_position_embeddings)
+    check_context("sequences", max(settings.lengths), context_length(model.config))
     written, unseen_written = (pools or Pools()).split()
     mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, "stage2", written)
     per_step = settings.sequences_per_step or processes.count

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.attention import HeadwiseAttention
 from rtpurbo.models.sharding import whole
+from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparsify import headwise_modules
 from rtpurbo.settings import IndexerStart
 from rtpurbo.training.capture import CapturedHeads, run_backbone
@@ -112,7 +112,7 @@ def shared_projections(
     return low_rank_projections(query_moments.sum(0), key_moment, scaling, rank)
 
 
-def _set_weights(module: HeadwiseAttention, query_moments: Tensor, key_moments: Tensor) -> None:
+def _set_weights(module: SparseAttention, query_moments: Tensor, key_moments: Tensor) -> None:
     """Sets the indexer of a layer from second moments.
 
     Args:
@@ -179,19 +179,22 @@ def _start_from_weights(model: PreTrainedModel) -> None:
             _set_weights(module, queries, keys)
 
 
-def _projection_rows(module: HeadwiseAttention, head: int) -> tuple[Tensor, Tensor]:
+def _projection_rows(layer: SparseAttention, head: int) -> tuple[Tensor, Tensor]:
     """Rows of the query and key projections of one query head, [head_dim, hidden_size]."""
-    if module.family.query_key_norm != "none":
+    module, size = layer.module, layer.head_dim
+    names = {name for name, _ in module.named_children()}
+    fused = "qkv_proj" in names
+    if names & {"q_norm", "k_norm"} or not (fused or {"q_proj", "k_proj"} <= names):
         raise RTPurboError(
-            "the start 'weight' does not suit models that normalise queries and keys: choose 'covariance'."
+            "the start 'weight' does not suit models that normalise queries and keys, or project them "
+            "otherwise: choose 'covariance'."
         )
-    size, group = module.head_dim, module.num_attention_heads // module.num_key_value_heads
-    key_head = head // group
-    projections = ("qkv_proj",) * 2 if module.family.fused_projection else ("q_proj", "k_proj")
+    key_head = head // (layer.num_attention_heads // layer.num_key_value_heads)
     query_weight, key_weight = (
-        whole(module.get_parameter(f"{name}.weight")) for name in projections
+        whole(module.get_parameter(f"{name}.weight"))
+        for name in (("qkv_proj",) * 2 if fused else ("q_proj", "k_proj"))
     )
-    offset = module.num_attention_heads * size if module.family.fused_projection else 0
+    offset = layer.num_attention_heads * size if fused else 0
     return (
         query_weight[head * size : (head + 1) * size].double(),
         key_weight[offset + key_head * size : offset + (key_head + 1) * size].double(),

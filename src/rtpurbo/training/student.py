@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
-from rtpurbo.models.families import family_of
+from rtpurbo.models.decoder import decoder_layers, projections
 from rtpurbo.models.sharding import own_part, require_gradients, whole
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
 from rtpurbo.processes import ALONE, Processes
@@ -58,10 +58,11 @@ def trainable(
     student: PreTrainedModel | PeftModel = model
     before: dict[str, torch.Tensor] = {}
     if settings.lora_rank:
-        family = family_of(model.config)
-        names = family.attention_projections + (
-            family.other_projections if settings.lora_beyond_attention else ()
-        )
+        names = {
+            name
+            for layer in decoder_layers(model)
+            for name, _ in projections(layer, beyond_attention=settings.lora_beyond_attention)
+        }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             student = get_peft_model(
@@ -69,7 +70,7 @@ def trainable(
                 LoraConfig(
                     r=settings.lora_rank,
                     lora_alpha=2 * settings.lora_rank,
-                    target_modules=list(names),
+                    target_modules=sorted(names),
                     task_type="CAUSAL_LM",
                 ),
             )

@@ -21,6 +21,7 @@ from rtpurbo.evaluation.harness.local_data import local_config
 from rtpurbo.evaluation.harness.outcomes import outcomes_of
 from rtpurbo.evaluation.harness.package import lm_eval
 from rtpurbo.evaluation.samples import Outcome
+from rtpurbo.models.architecture import context_length
 
 # What lm-eval lets a model write where a task does not say.
 DEFAULT_NEW_TOKENS = 256
@@ -108,7 +109,7 @@ class Harness:
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
-            max_length=model.config.max_position_embeddings,
+            max_length=context_length(model.config),
             batch_size=at_once if is_gpu else 1,
         )
         wrapped.cache_hook = _AnswerHook(after_sample)

@@ -10,6 +10,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import estimated_logits, index_scores
 from rtpurbo.ops.eager.visibility import query_chunks
+from rtpurbo.ops.sinks import with_sink_column
 
 
 def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ def indexer_divergence(
     rule: AttentionRule,
     *,
     scaling: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Forward KL between heads' causal attention and what their indexers estimate of it.
 
@@ -79,6 +81,7 @@ def indexer_divergence(
         document_starts: int64 [length], for each token the place where its document begins.
         rule: reading, sliding window and sinks.
         scaling: factor on the dot products of the states.
+        sinks: learned sinks [heads], near keys of both distributions.
 
     Returns:
         [heads, rows] in at least fp32, in nats.
@@ -92,7 +95,9 @@ def indexer_divergence(
         exact = attention_logits(queries, keys, scaling)
         scores = index_scores(part_index_queries, keys_of_index)
         estimate = estimated_logits(rule.reading, exact, scores, near, far)
-        return forward_divergence(exact, estimate, near | far)
+        whole = (exact[None], estimate[None], near[None, None], far[None, None])
+        exact, estimate, near, far = with_sink_column(*whole, sinks)
+        return forward_divergence(exact, estimate, near | far)[0]
 
     chunks = list(query_chunks(rows.numel(), len(keys) * keys.shape[1]))
     inputs = [

@@ -8,6 +8,7 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.local import causal_attention, local_attention
 from rtpurbo.ops.eager.retrieval import retrieval_attention
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
 
@@ -24,6 +25,7 @@ def headwise_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     selector: Selector | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retrieval heads over selected keys, local heads over sinks and window.
 
@@ -43,12 +45,18 @@ def headwise_attention(
         statistics: counts what retrieval heads select, if given.
         return_log_sum_exp: whether to return it.
         selector: chooses the far keys of selecting rows instead of the rule.
+        sinks: learned sinks [num_attention_heads]: logits that take part in every softmax, and in the
+            mass that selection counts. (gpt-oss)
 
     Returns:
         Output [batch, num_attention_heads, q_len, head_dim] and the log-sum-exp
         [batch, num_attention_heads, q_len] or None.
     """
     parts: list[tuple[Tensor, Tensor | None]] = []
+    wants_log_sum_exp, return_log_sum_exp = (
+        return_log_sum_exp,
+        return_log_sum_exp or sinks is not None,
+    )
     if len(layout.retrieval):
         parts.append(
             _retrieval_heads(
@@ -62,6 +70,7 @@ def headwise_attention(
                 statistics,
                 return_log_sum_exp,
                 selector,
+                None if sinks is None else sinks[layout.retrieval.heads],
             )
         )
     for group, states in ((layout.local_full, full), (layout.local_bounded, bounded)):
@@ -81,7 +90,10 @@ def headwise_attention(
     output = torch.cat([part for part, _ in parts], 1)[:, layout.order]
     if not return_log_sum_exp:
         return output, None
-    return output, torch.cat([part for _, part in parts if part is not None], 1)[:, layout.order]
+    log_sum_exp = torch.cat([part for _, part in parts if part is not None], 1)[:, layout.order]
+    if sinks is not None:
+        output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
+    return output, log_sum_exp if wants_log_sum_exp else None
 
 
 def _retrieval_heads(
@@ -95,6 +107,7 @@ def _retrieval_heads(
     statistics: SelectionStatistics | None,
     return_log_sum_exp: bool,
     selector: Selector | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The last rows, those that have index queries, over selected keys; the rows before them dense."""
     num_selecting = 0 if index_queries is None else index_queries.shape[2]
@@ -124,6 +137,7 @@ def _retrieval_heads(
                 statistics=statistics,
                 return_log_sum_exp=return_log_sum_exp,
                 selector=selector,
+                sinks=sinks,
             )
         )
     output = torch.cat([part for part, _ in parts], 2)

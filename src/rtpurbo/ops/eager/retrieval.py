@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
@@ -16,6 +17,7 @@ from rtpurbo.ops.eager.selection import (
     select_for_tiles,
 )
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
+from rtpurbo.ops.sinks import with_sink_column
 from rtpurbo.ops.states import (
     KeyValueStates,
     SelectionRows,
@@ -37,6 +39,7 @@ def retrieval_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     selector: Selector | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention over near keys and selected far ones; the selection gets no gradient.
 
@@ -51,6 +54,7 @@ def retrieval_attention(
         statistics: counts what is read, if given.
         return_log_sum_exp: whether to return it.
         selector: chooses the far keys instead of the rule, each row its own.
+        sinks: learned sinks [heads], whose mass the selection counts as near; the output is without them.
 
     Returns:
         Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
@@ -85,7 +89,7 @@ def retrieval_attention(
                 selected = selector(rows) & far
             else:
                 rows_after = query_states.shape[2] - chunk.stop if share_lists else None
-                selected = _select_by_rule(rule, rows, rows_after)
+                selected = _select_by_rule(rule, rows, rows_after, sinks)
             if statistics is not None:
                 statistics.add_rows(rows, selected)
         output, log_sum_exp = attend_to_logits(logits, values, near | selected)
@@ -94,9 +98,16 @@ def retrieval_attention(
     return torch.cat(outputs, 2), torch.cat(log_sum_exps, 2) if return_log_sum_exp else None
 
 
-def _select_by_rule(rule: AttentionRule, rows: SelectionRows, rows_after: int | None) -> Tensor:
+def _select_by_rule(
+    rule: AttentionRule, rows: SelectionRows, rows_after: int | None, sinks: Tensor | None
+) -> Tensor:
     """The far keys by the indexer; `rows_after` rows of the call follow, None if none share a list."""
     estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), rows.near, rows.far)
+    _, estimate, near, far = with_sink_column(estimate, estimate, rows.near, rows.far, sinks)
+    # A learned sink counts to the first block.
+    key_positions = F.pad(rows.key_positions, (0 if sinks is None else 1, 0))
     if rows_after is None:
-        return select_for_rows(rule, estimate, rows.near, rows.far, rows.key_positions)
-    return select_for_tiles(rule, estimate, rows.near, rows.far, rows.key_positions, rows_after)
+        selected = select_for_rows(rule, estimate, near, far, key_positions)
+    else:
+        selected = select_for_tiles(rule, estimate, near, far, key_positions, rows_after)
+    return selected if sinks is None else selected[..., 1:]

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.paged import PagedStates
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
 from rtpurbo.ops.triton.decode.attention import decode_attention
 from rtpurbo.ops.triton.heads import (
@@ -46,6 +47,7 @@ def headwise_attention(
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retrieval heads over what they select or over everything, local heads over sinks and window.
 
@@ -63,6 +65,7 @@ def headwise_attention(
         scaling=scaling,
         statistics=statistics,
         return_log_sum_exp=return_log_sum_exp,
+        sinks=sinks,
     )
 
 
@@ -77,6 +80,7 @@ def prefill_attention(
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
+    sinks: Tensor | None = None,
     choose_lists: Callable[..., Iterator[tuple[int, BlockLists]]] = block_lists,
 ) -> tuple[Tensor, Tensor | None]:
     """`headwise_attention` of many rows, the last of each sequence; states may lie in pages.
@@ -89,15 +93,14 @@ def prefill_attention(
     output = query_states.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
     sparse = index_queries is not None and bool(len(layout.retrieval))
     log_sum_exp = None
-    if sparse or return_log_sum_exp:
+    wants_log_sum_exp = sparse or return_log_sum_exp or sinks is not None
+    if wants_log_sum_exp:
         log_sum_exp = query_states.new_empty(batch, heads, q_len, dtype=torch.float32)
     starts = query_starts(full if layout.full_key_value_heads.numel() else bounded, q_len)
     paged = isinstance(full, PagedStates) or isinstance(bounded, PagedStates)
     kernels = hopper if hopper.suits(query_states) and not paged else portable
     # On Hopper our own kernel is the faster one, and its long tiles run beside the short ones.
-    through_library = (
-        kernels is portable and not sparse and not return_log_sum_exp and _is_plain(full, q_len)
-    )
+    through_library = kernels is portable and not wants_log_sum_exp and _is_plain(full, q_len)
 
     tables = head_tables(layout, rule)
     groups: list[Any] = [(full, tables["local_full"]), (bounded, tables["local_bounded"])]
@@ -113,6 +116,11 @@ def prefill_attention(
     if through_library and len(layout.retrieval):
         assert isinstance(full, KeyValueStates)
         output[:, layout.retrieval.heads] = _dense(query_states, full, layout, scaling)
+    if sinks is not None:
+        assert log_sum_exp is not None
+        # Before selection, which counts the sinks as near.
+        shared, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
+        output.copy_(shared)
     if sparse:
         assert index_queries is not None
         assert log_sum_exp is not None
@@ -200,6 +208,8 @@ def refusals(
         yield "they compute no gradients"
     if not takes_head_dim(head_dim, query_states.dtype):
         yield f"head_dim {head_dim} is not a multiple of 16 bytes, or above {MAX_HEAD_DIM}"
+    if any(states.values.shape[-1] != head_dim for states in (full, bounded)):
+        yield f"values have other dimensions than the {head_dim} of keys"
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         yield "the last dimension of a tensor is not contiguous"
     used = [full] if q_len == 1 else [full, bounded]

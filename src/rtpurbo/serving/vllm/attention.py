@@ -149,13 +149,14 @@ class ServedAttention(nn.Module):
 
     def _index_keys(self, unrotated: Tensor, keys: Tensor, readers: Tensor) -> Tensor:
         """[T, retrieval heads, index_dim]."""
-        states = (states[:, readers].transpose(0, 1)[None] for states in (unrotated, keys))
-        return self.indexer.index_keys(self.indexer.features(*states))[0].transpose(0, 1)
+        before, after = (states[:, readers].transpose(0, 1)[None] for states in (unrotated, keys))
+        features = self.indexer.features(after, lambda _: before)
+        return self.indexer.index_keys(features)[0].transpose(0, 1)
 
     def _index_queries(self, unrotated: Tensor, queries: Tensor, heads: Tensor) -> Tensor:
         """[retrieval heads, T, index_dim]."""
-        states = (states[:, heads].transpose(0, 1)[None] for states in (unrotated, queries))
-        return self.indexer.index_queries(self.indexer.features(*states))[0]
+        before, after = (states[:, heads].transpose(0, 1)[None] for states in (unrotated, queries))
+        return self.indexer.index_queries(self.indexer.features(after, lambda _: before))[0]
 
 
 def serve_attention(

@@ -119,10 +119,10 @@ def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) ->
         return list(range(head_dim))
     assert config.indexer.min_wavelength is not None
     # The rotary embeddings of all families served are Llama's.
-    frequencies = LlamaRotaryEmbedding(hf_config).inv_freq
-    return slow_dimensions(
-        frequencies, head_dim, config.indexer.min_wavelength, config.indexer.index_dim
-    )
+    of_pairs = LlamaRotaryEmbedding(hf_config).inv_freq
+    frequencies = torch.zeros(head_dim)
+    frequencies[: 2 * of_pairs.numel()] = of_pairs.repeat(2)
+    return slow_dimensions(frequencies, config.indexer.min_wavelength, config.indexer.index_dim)
 
 
 def _indexer(

@@ -40,6 +40,7 @@ def decode_attention(
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retrieval heads over selected keys, local heads over sinks and window, for one query token.
 
@@ -59,6 +60,7 @@ def decode_attention(
         scaling: factor on the dot products.
         statistics: counts what retrieval heads select, if given; this waits for the GPU.
         return_log_sum_exp: whether to return it.
+        sinks: learned sinks [H], which the selection counts as near.
 
     Returns:
         Output [B, H, 1, D] and the log-sum-exp [B, H, 1] or None.
@@ -73,6 +75,7 @@ def decode_attention(
         scaling,
         statistics,
         return_log_sum_exp,
+        sinks,
     )
     return output, log_sum_exp
 
@@ -87,6 +90,7 @@ def run_step(
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Selection | None]:
     """A step and what it selected: None if everything far is read, or if no head retrieves."""
     states = _full_states(full, query_states.shape[0])
@@ -97,6 +101,8 @@ def run_step(
     selection = None
     with torch.cuda.device_of(queries):
         near, index = read(queries, states, bounded, layout, index_queries, rule, scaling)
+        if sinks is not None:
+            near = near.with_sinks(sinks)
         far = near
         if len(layout.retrieval):
             if rule.top_p < 1:

@@ -74,6 +74,15 @@ class Parts:
     def __len__(self) -> int:
         return self.log_sums.shape[1]
 
+    def with_sinks(self, sinks: Tensor) -> Parts:
+        """The same and one more part for each head: a learned sink [H], whose output is zero."""
+        count = self.log_sums.shape[0] // sinks.numel()
+        logits = (sinks.float() * LOG2_E.value).repeat(count)[:, None]
+        return Parts(
+            torch.cat([self.log_sums, logits], 1),
+            torch.nn.functional.pad(self.outputs, (0, 0, 0, 1)),
+        )
+
 
 @dataclass(frozen=True)
 class Index:

@@ -1,0 +1,147 @@
+"""What a configuration says of a decoder's layers, before any weights are loaded.
+
+A probe of the loaded model confirms it (`rtpurbo.models.probe`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.families import FAMILIES
+
+# Layer types of transformers whose attention sees every earlier token; `hybrid` layers have a recurrent
+# state beside it.
+FULL_ATTENTION = ("full_attention", "hybrid")
+
+
+def layer_types(config: Any) -> list[str]:
+    """The type of each layer, as transformers names it.
+
+    Layers that read the keys and values of another layer, and those that are so read, are `shared`.
+
+    Args:
+        config: of a text decoder.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        kind = "full_attention"
+        if getattr(config, "sliding_window", None) is not None:
+            kind = "sliding_attention"
+        elif getattr(config, "attention_chunk_size", None) is not None:
+            kind = "chunked_attention"
+        types = [kind] * config.num_hidden_layers
+    sharing = getattr(config, "kv_sharing_modes", None) or ()
+    if "reuse" not in sharing:
+        return list(types)
+    return [kind if mode is None else "shared" for kind, mode in zip(types, sharing, strict=True)]
+
+
+def convertible_layers(config: Any) -> list[bool]:
+    """For each layer, whether it has full attention; all others stay as they are."""
+    window = getattr(config, "sliding_window", None)
+    is_full = window is None or window_covers_context(config, window)
+    return [
+        kind in FULL_ATTENTION or (kind == "sliding_attention" and is_full)
+        for kind in layer_types(config)
+    ]
+
+
+def takes_packed_documents(config: Any) -> bool:
+    """Whether every layer keeps documents apart that share a row.
+
+    Sparse layers do; recurrent states run on, and not every model tells its windowed layers of documents.
+    """
+    types = layer_types(config)
+    is_sparse = all(convertible_layers(config)) and "hybrid" not in types
+    return is_sparse or config.model_type in FAMILIES
+
+
+def check_architecture(config: Any) -> None:
+    """Refuses a model that cannot be made sparse, as far as its configuration tells.
+
+    Args:
+        config: of a causal language model.
+
+    Raises:
+        RTPurboError: with the reason.
+    """
+    reason = _refusal(config)
+    if reason is not None:
+        raise RTPurboError(f"this {config.model_type} model cannot be made sparse: {reason}.")
+
+
+def _refusal(config: Any) -> str | None:
+    kind = config.model_type
+    is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    )
+    if is_encoder or getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder, and only decoders are supported"
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get_text_config() is not config:
+        return "it is not a causal language model of text alone"
+    if getattr(config, "num_attention_heads", None) is None:
+        return "it has no attention heads"
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    if not getattr(config, "is_causal", True) or bidirectional in (True, "all"):
+        return "its attention is not causal (is_causal or use_bidirectional_attention)"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps its attention logits (attn_logit_softcapping), which is not supported"
+    if getattr(config, "kv_lora_rank", None):
+        return "it caches a latent instead of keys and values (multi-head latent attention)"
+    if getattr(config, "alibi", False):
+        return "it biases its attention logits by distance (ALiBi), which is not supported"
+    if any(convertible_layers(config)):
+        return None
+    window = getattr(config, "sliding_window", None)
+    if window is not None and set(layer_types(config)) == {"sliding_attention"}:
+        return (
+            f"every layer already attends to a sliding window of {window} keys, so there is nothing "
+            "to make sparse"
+        )
+    return f"no layer has full attention of its own (layers are {sorted(set(layer_types(config)))})"
+
+
+def num_key_value_heads(config: Any) -> int:
+    """KV heads of the full-attention layers."""
+    heads = getattr(_full_attention_config(config), "num_key_value_heads", None)
+    return int(heads or config.num_attention_heads)
+
+
+def head_dim_of(config: Any) -> int:
+    """Dimensions of a head of the full-attention layers; older configurations leave it to be worked out."""
+    head_dim = getattr(_full_attention_config(config), "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _full_attention_config(config: Any) -> Any:
+    """The configuration of the first full-attention layer, where sizes may differ by layer (Gemma 4)."""
+    of_layers = getattr(config, "per_layer_config", None)  # transformers >= 5.20
+    full = [number for number, is_full in enumerate(convertible_layers(config)) if is_full]
+    return of_layers[full[0]] if of_layers is not None and full else config
+
+
+def context_length(config: Any) -> int:
+    """The longest sequence that a model is made for, with the extension that its configuration asks for.
+
+    Checkpoints that are extended by YaRN often keep the context of their training in
+    `max_position_embeddings`.
+    """
+    length = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Some models have one set of parameters for each type of layer.
+    for parameters in (rope, rope.get("full_attention")):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "yarn":
+            original = parameters.get("original_max_position_embeddings") or length
+            length = max(length, int(original * parameters.get("factor", 1.0)))
+    return length
+
+
+def window_covers_context(config: Any, window: int) -> bool:
+    """Whether a model's own sliding window is as long as its context, and so no window at all."""
+    return window >= context_length(config)

@@ -1,0 +1,252 @@
+"""What a model's attention is like, found by running it on a few tokens.
+
+transformers calls one function of every layer that attends (`AttentionInterface`). The probe puts
+itself there for one forward and notes what it is given; nothing has to be known of the model's family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import context_length, convertible_layers
+from rtpurbo.models.decoder import decoder_layers, decoder_of
+from rtpurbo.models.rotation import Embeddings, RotaryLayout, RotaryProbe
+from rtpurbo.models.unconverted import unconverted_attention
+
+IMPLEMENTATION = "rtpurbo-probe"
+# Enough to tell apart the columns of a rotary embedding (`rtpurbo.models.rotation`) several times over.
+NUM_TOKENS = 40
+# Arguments of the attention function that change nothing for a causal layer.
+HARMLESS = frozenset({"sliding_window", "s_aux", "is_causal", "position_ids", "cache_position"})
+
+
+@dataclass
+class AttentionTraits:
+    """What one layer's attention is like.
+
+    Attributes:
+        module: the attention module.
+        num_attention_heads: query heads.
+        num_key_value_heads: KV heads.
+        head_dim: dimensions of queries and keys.
+        value_dim: dimensions of values.
+        scaling: factor on the dot products.
+        rotation: how heads are rotated; None if that could not be found out.
+        refusal: why the layer cannot be made sparse; None if it can.
+    """
+
+    module: nn.Module
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    value_dim: int
+    scaling: float
+    rotation: RotaryLayout | None = None
+    refusal: str | None = None
+
+
+@dataclass
+class _Record:
+    """What was seen of one attention module: calls of the attention function, and what rotates the heads."""
+
+    calls: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = field(default_factory=list)
+    embeddings: Embeddings | None = None
+
+    @property
+    def states(self) -> Tensor:
+        """Queries and keys of the first call."""
+        query, key, _, _ = self.calls[0]
+        return torch.cat([query, key], 1)
+
+
+@dataclass
+class _Recording:
+    """One forward of the probe.
+
+    Attributes:
+        records: what was seen of each attention module.
+        embeddings: what to rotate the heads with instead, by attention module. Attention then gives
+            zeros, so that hidden states do not depend on it.
+    """
+
+    records: dict[nn.Module, _Record] = field(default_factory=dict)
+    embeddings: dict[nn.Module, Embeddings] | None = None
+
+
+_recordings: list[_Recording] = []
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function while a model is probed."""
+    recording = _recordings[-1]
+    record = recording.records.setdefault(module, _Record())
+    record.calls.append((query, key, value, kwargs))
+    if recording.embeddings is not None:
+        batch, heads, length, _ = query.shape
+        return value.new_zeros(batch, length, heads, value.shape[-1]), None
+    # The probe's rotary embedding is in float32, whatever the model's type.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return unconverted_attention(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(IMPLEMENTATION, _record)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
+    """What the attention of each layer is like that can be made sparse.
+
+    Args:
+        model: dense or sparse; it is run on a few tokens.
+
+    Raises:
+        RTPurboError: a layer that should be convertible by the configuration is not, with the reason.
+    """
+    records = _run(model)
+    converted = convertible_layers(model.config)
+    traits = {}
+    for number, layer in enumerate(decoder_layers(model)):
+        if not converted[number]:
+            continue
+        seen = [(module, records[module]) for module in layer.modules() if module in records]
+        prefix = f"layer {number} of this {model.config.model_type} model cannot be made sparse:"
+        if len(seen) != 1:
+            raise RTPurboError(
+                f"{prefix} it calls transformers' attention interface {len(seen)} times."
+            )
+        traits[number] = _traits(*seen[0])
+        if traits[number].refusal is not None:
+            raise RTPurboError(f"{prefix} {traits[number].refusal}.")
+    _measure_rotations(model, records, list(traits.values()))
+    return traits
+
+
+def _measure_rotations(
+    model: PreTrainedModel, records: dict[nn.Module, _Record], traits: list[AttentionTraits]
+) -> None:
+    """Finds out how each layer rotates its heads, in two more forwards."""
+    probes = {}
+    for found in traits:
+        rotary = RotaryProbe.of(records[found.module].embeddings)
+        if rotary is not None:
+            probes[found.module] = rotary
+    if not probes:
+        return
+    plain = _run(model, {module: rotary.plain for module, rotary in probes.items()})
+    coded = _run(model, {module: rotary.coded for module, rotary in probes.items()})
+    for found in traits:
+        module = found.module
+        if module in probes:
+            found.rotation = probes[module].layout(plain[module].states, coded[module].states)
+
+
+def _traits(module: nn.Module, record: _Record) -> AttentionTraits:
+    query, key, value, kwargs = record.calls[0]
+    scaling = kwargs.get("scaling")
+    found = AttentionTraits(
+        module,
+        query.shape[1],
+        key.shape[1],
+        key.shape[-1],
+        value.shape[-1],
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+    )
+    unknown = [
+        name
+        for name, given in kwargs.items()
+        if name not in HARMLESS and isinstance(given, Tensor) and name != "scaling"
+    ]
+    if kwargs.get("softcap") is not None:
+        found.refusal = "it caps its attention logits"
+    elif len(record.calls) > 1:
+        found.refusal = "its attention module runs more than once in a forward"
+    elif getattr(module, "is_causal", True) is False:
+        found.refusal = "its attention is not causal"
+    elif hasattr(module, "indexer") and vars(module).get("_rtpurbo") is None:
+        found.refusal = "it selects keys by an indexer of its own"
+    elif unknown:
+        found.refusal = f"its attention takes {', '.join(sorted(unknown))}"
+    elif query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
+        found.refusal = f"its queries {tuple(query.shape)} do not fit its keys {tuple(key.shape)}"
+    return found
+
+
+def _run(
+    model: PreTrainedModel, embeddings: dict[nn.Module, Embeddings] | None = None
+) -> dict[nn.Module, _Record]:
+    """One forward, with the last token at the end of the context."""
+    config, decoder = model.config, decoder_of(model)
+    device = model.get_input_embeddings().weight.device
+    places = torch.arange(NUM_TOKENS, device=device)[None]
+    arguments: dict[str, Any] = {
+        "input_ids": (places + 2) % config.vocab_size,
+        "attention_mask": torch.ones_like(places),
+        "use_cache": False,
+    }
+    if "position_ids" in signature(type(decoder).forward).parameters:
+        # Frequencies may depend on the length: those of the whole context are wanted.
+        positions = places.clone()
+        positions[0, -1] = context_length(config) - 1
+        arguments["position_ids"] = positions
+    recording = _Recording(embeddings=embeddings)
+    with _probing(model, recording):
+        decoder(**arguments)
+    return {module: record for module, record in recording.records.items() if record.calls}
+
+
+@contextmanager
+def _probing(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
+    """Records every call of the attention function inside a `with` block."""
+    before = model.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    hooks = []
+    for module in model.modules():
+        if "layer_idx" in vars(module):
+            note = partial(_note, recording)
+            hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        elif "rotary" in type(module).__name__.lower():
+            hooks.append(module.register_forward_pre_hook(_in_float32))
+    model.eval()
+    _recordings.append(recording)
+    model.config._attn_implementation = IMPLEMENTATION
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.config._attn_implementation = before
+        _recordings.pop()
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+
+
+def _note(
+    recording: _Recording, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Keeps what rotates the heads of a module, or puts something else in its place."""
+    given = kwargs.get("position_embeddings")
+    recording.records.setdefault(module, _Record()).embeddings = given
+    if recording.embeddings is None or module not in recording.embeddings:
+        return None
+    return args, {**kwargs, "position_embeddings": recording.embeddings[module]}
+
+
+def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Half precision would round slow frequencies."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        return (args[0].float(), *args[1:])
+    return None

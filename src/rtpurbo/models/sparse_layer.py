@@ -1,0 +1,344 @@
+"""The sparse layer that hangs on an attention module: its heads, its rule, its indexer, and who watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.cache_layers import EnteringStates, HeadwiseLayer
+from rtpurbo.models.indexer import TokenIndexer
+from rtpurbo.models.probe import AttentionTraits
+from rtpurbo.models.rotation import Embeddings
+from rtpurbo.ops import (
+    HeadLayout,
+    KeyValueStates,
+    SelectionStatistics,
+    Selector,
+    causal_attention,
+    with_sinks,
+)
+from rtpurbo.ops.api import attend_by, chosen_backend
+from rtpurbo.ops.packed import packed_attention
+
+FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+def sparse_layer_of(module: nn.Module) -> SparseAttention | None:
+    """The sparse layer that hangs on an attention module."""
+    return vars(module).get("_rtpurbo")
+
+
+def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of attention modules: keeps what rotates the heads, for features before it."""
+    layer = sparse_layer_of(module)
+    assert layer is not None
+    layer.embeddings = kwargs.get("position_embeddings")
+
+
+@dataclass
+class LayerObservation:
+    """What an observer of a layer is shown: the states of one forward.
+
+    Attributes:
+        layer: the layer's number.
+        queries: [batch, num_attention_heads, q_len, head_dim], after RoPE.
+        keys: [batch, num_key_value_heads, q_len, head_dim], after RoPE.
+        positions: int64 [batch, q_len], -1 for padding.
+        scaling: factor on the dot products.
+        undo_rotation: gives such states as they were before RoPE, after QK-norm.
+        sinks: learned sinks [num_attention_heads]; None if the model has none.
+    """
+
+    layer: int
+    queries: Tensor
+    keys: Tensor
+    positions: Tensor
+    scaling: float
+    undo_rotation: Callable[[Tensor], Tensor]
+    sinks: Tensor | None = None
+
+
+class SparseAttention:
+    """What makes an attention module sparse: it hangs on the module, which stays as it is.
+
+    The indexer alone becomes a submodule of the attention module, so that it is part of the model's
+    state dict.
+
+    Args:
+        traits: of the layer's attention.
+        layer: the layer's number.
+        config: head map, rule and indexer settings of the whole model.
+
+    Attributes:
+        module: the attention module.
+        layer_idx: the layer's number.
+        rule: windows and selection.
+        dense: run as the original, for a while.
+        document_lengths: tokens of packed documents; only where `dense`.
+        num_decode_rows: last rows of a forward that select as decoding steps do.
+        backend: of `rtpurbo.ops`.
+        used_backend: which one the last call took.
+        statistics: counts what is selected.
+        selector: chooses far keys in the place of the rule.
+        observer: is shown the states of each forward.
+        gates: mix full and windowed attention, [num_key_value_heads] or [num_attention_heads].
+        embeddings: what rotates the heads in the forward that is running.
+        hook: that of `note_rotation`.
+    """
+
+    hook: RemovableHandle
+
+    def __init__(self, traits: AttentionTraits, layer: int, config: RTPurboConfig) -> None:
+        self.module = traits.module
+        self.layer_idx = layer
+        self.num_attention_heads = traits.num_attention_heads
+        self.num_key_value_heads = traits.num_key_value_heads
+        self.head_dim = traits.head_dim
+        self.value_dim = traits.value_dim
+        self.scaling = traits.scaling
+        self.rotation = traits.rotation
+        self.retrieval_heads = list(config.head_map.retrieval_heads[layer] or ())
+        self.rule = config.attention
+        self.dense = False
+        self.document_lengths: tuple[int, ...] | None = None
+        self.num_decode_rows = 0
+        self.backend = "auto"
+        self.used_backend: str | None = None
+        self.statistics: SelectionStatistics | None = None
+        self.selector: Selector | None = None
+        self.observer: Callable[[LayerObservation], None] | None = None
+        self.gates: Tensor | None = None
+        self.embeddings: Embeddings | None = None
+        self._layouts: dict[torch.device, HeadLayout] = {}
+
+    @property
+    def indexer(self) -> TokenIndexer:
+        """The layer's token indexer; there is none if no head retrieves."""
+        indexer: TokenIndexer = self.module.get_submodule("indexer")  # type: ignore[assignment]
+        return indexer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the attention module is."""
+        return next(self.module.parameters()).device
+
+    def layout(self, device: torch.device) -> HeadLayout:
+        """The layer's heads as index tensors on a device."""
+        if device not in self._layouts:
+            self._layouts[device] = HeadLayout.build(
+                self.retrieval_heads, self.num_attention_heads, self.num_key_value_heads, device
+            )
+        return self._layouts[device]
+
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor | EnteringStates,
+        values: Tensor | EnteringStates,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of one forward; arguments as in `sparse_attention`.
+
+        Returns:
+            [batch, num_attention_heads, q_len, value_dim].
+        """
+        embeddings, self.embeddings = self.embeddings, None
+        if mask is not None and mask.ndim != 2 and self.document_lengths is None:
+            raise RTPurboError(
+                "sparse attention is causal over whole sequences: give each document a row of its own, "
+                "instead of position_ids that restart, and no mask of another kind."
+            )
+        past: HeadwiseLayer | None = None
+        if isinstance(keys, EnteringStates):
+            entering = keys
+            past, keys, values = entering.layer, entering.keys, entering.values
+            self._check_cache(past)
+        assert isinstance(keys, Tensor)
+        assert isinstance(values, Tensor)
+        positions = self._query_positions(queries, mask, past)
+        undo_rotation = partial(self._undo_rotation, embeddings=embeddings)
+        if self.observer is not None:
+            self.observer(
+                LayerObservation(
+                    self.layer_idx, queries, keys, positions, self.scaling, undo_rotation, sinks
+                )
+            )
+        if past is None:
+            states = KeyValueStates(
+                keys, values, positions, in_order=mask is None or mask.ndim != 2
+            )
+            if self.dense:
+                return self._attend_densely(queries, positions, states, sinks)
+            if self.gates is not None:
+                return self._attend_gated(queries, positions, states, self.gates, sinks)
+        index_queries, index_keys = self.index(queries, keys, undo_rotation, past is not None)
+        if past is not None:
+            full, bounded = past.append(keys, values, index_keys, self.layout(keys.device))
+        else:
+            full, bounded = self._divided(states, index_keys)
+        return self.attend(positions, queries, index_queries, full, bounded, sinks)
+
+    def _check_cache(self, past: HeadwiseLayer) -> None:
+        if self.dense:
+            raise RTPurboError(
+                "a model that is being observed runs without a cache: pass use_cache=False."
+            )
+        past.check_rule(self.rule)
+
+    @staticmethod
+    def _query_positions(
+        queries: Tensor, mask: Tensor | None, past: HeadwiseLayer | None
+    ) -> Tensor:
+        if past is not None:
+            assert past.slots.query_positions is not None
+            return past.slots.query_positions.to(queries.device)
+        if mask is not None and mask.ndim == 2:
+            return mask.to(queries.device)
+        batch, length = queries.shape[0], queries.shape[2]
+        return torch.arange(length, device=queries.device).expand(batch, length)
+
+    def _undo_rotation(self, states: Tensor, embeddings: Embeddings | None) -> Tensor:
+        if self.rotation is None or self.rotation.partners is None or embeddings is None:
+            raise RTPurboError(
+                f"the rotary embedding of layer {self.layer_idx} cannot be undone, so index_space "
+                "'pre_rope' does not suit this model: choose 'low_frequency'."
+            )
+        return self.rotation.undo(states, embeddings)
+
+    def index(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        undo_rotation: Callable[[Tensor], Tensor],
+        caching: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Index queries of the rows that select and index keys, where something will read them."""
+        selecting = self.rule.num_selecting_rows(queries.shape[2], self.num_decode_rows)
+        if not self.retrieval_heads or not (selecting or caching):
+            return None, None
+        layout, indexer = self.layout(keys.device), self.indexer
+        readers = layout.full_key_value_heads
+        if not indexer.settings.shared_keys:
+            readers = readers[layout.retrieval.key_value_heads]
+        with torch.no_grad():
+            index_keys = indexer.index_keys(indexer.features(keys[:, readers], undo_rotation))
+            if self.rule.index_storage == "float8":
+                # Beyond the largest number of the format lies NaN.
+                index_keys = index_keys.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+            if not selecting:
+                return None, index_keys
+            rows = queries[:, layout.retrieval.heads, -selecting:]
+            return indexer.index_queries(indexer.features(rows, undo_rotation)), index_keys
+
+    def attend(
+        self,
+        query_positions: Tensor,
+        queries: Tensor,
+        index_queries: Tensor | None,
+        full: KeyValueStates,
+        bounded: KeyValueStates,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Sparse attention of one forward, whose tokens have entered the cache if there is one."""
+        self.used_backend = chosen_backend(
+            self.backend,
+            queries,
+            full,
+            bounded,
+            index_queries,
+            self.rule,
+            self.statistics,
+            self.selector,
+            sinks,
+        )
+        output, _ = attend_by(
+            self.used_backend,
+            queries,
+            query_positions,
+            full,
+            bounded,
+            self.layout(queries.device),
+            index_queries,
+            self.rule,
+            scaling=self.scaling,
+            statistics=self.statistics,
+            selector=self.selector,
+            sinks=sinks,
+        )
+        return output
+
+    def _attend_densely(
+        self, queries: Tensor, positions: Tensor, states: KeyValueStates, sinks: Tensor | None
+    ) -> Tensor:
+        lengths = self.document_lengths or (queries.shape[2],)
+        if states.in_order and sinks is None:
+            return packed_attention(
+                queries, states.keys, states.values, lengths, scaling=self.scaling
+            )
+        readers = torch.arange(self.num_attention_heads, device=queries.device)
+        readers = readers // (self.num_attention_heads // self.num_key_value_heads)
+        parts, start = [], 0
+        for length in lengths:
+            rows = slice(start, start + length)
+            document = replace(
+                states,
+                keys=states.keys[:, :, rows],
+                values=states.values[:, :, rows],
+                positions=states.positions[:, rows],
+            )
+            part, log_sum_exp = causal_attention(
+                queries[:, :, rows],
+                positions[:, rows],
+                document,
+                readers,
+                scaling=self.scaling,
+                return_log_sum_exp=sinks is not None,
+            )
+            if sinks is not None:
+                assert log_sum_exp is not None
+                part, _ = with_sinks(part, log_sum_exp, sinks)
+            parts.append(part)
+            start += length
+        return torch.cat(parts, 2)
+
+    def _attend_gated(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        states: KeyValueStates,
+        gates: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Full attention times the gate of a head plus windowed attention times what is left."""
+        full = self._attend_densely(queries, positions, states, sinks)
+        windowed = self.attend(positions, queries, None, *self._divided(states, None), sinks)
+        each = gates.repeat_interleave(self.num_attention_heads // gates.numel())
+        return windowed + each.to(full.dtype)[None, :, None, None] * (full - windowed)
+
+    def _divided(
+        self, states: KeyValueStates, index_keys: Tensor | None
+    ) -> tuple[KeyValueStates, KeyValueStates]:
+        """States of full KV heads and of bounded ones."""
+        layout = self.layout(states.keys.device)
+        full, bounded = (
+            replace(
+                states,
+                keys=states.keys[:, heads],
+                values=states.values[:, heads],
+                index_keys=index,
+            )
+            for heads, index in (
+                (layout.full_key_value_heads, index_keys),
+                (layout.bounded_key_value_heads, None),
+            )
+        )
+        return full, bounded

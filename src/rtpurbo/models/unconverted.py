@@ -1,0 +1,55 @@
+"""Attention of layers that stay as they are in a sparse model: those with windows of their own, and dense ones."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+def unconverted_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's attention, or the model's own eager one where logits are capped or sinks are learned.
+
+    Args:
+        module: the attention module.
+        query: [batch, num_attention_heads, q_len, head_dim].
+        key: [batch, num_key_value_heads, k_len, head_dim].
+        value: likewise.
+        attention_mask: bool [batch, 1, q_len, k_len]; the positions of the keys, int64 [batch, k_len]; or
+            None for a causal mask.
+        kwargs: of transformers' attention interface.
+
+    Returns:
+        Output [batch, q_len, num_attention_heads, head_dim], and attention weights or None.
+    """
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask[:, None, None, : key.shape[2]] >= 0
+        attention_mask = _causal(query, key) & real
+    if kwargs.get("s_aux") is None and kwargs.get("softcap") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    if attention_mask is None:
+        attention_mask = _causal(query, key)
+    if attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+            ~attention_mask, lowest
+        )
+    return own(module, query, key, value, attention_mask, **kwargs)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """A causal mask bool [1, 1, q_len, k_len] of queries that are the last tokens."""
+    q_len, k_len = query.shape[2], key.shape[2]
+    mask = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device)
+    return mask.tril(k_len - q_len)[None, None]

@@ -1,0 +1,99 @@
+"""A check of sparse models of types that are not tested one by one: they must equal their dense selves.
+
+The sparse model with a window over everything runs over a few tokens, in two forwards of which the
+second continues the cache, and is compared with the dense model.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.arguments import CACHE_NAME
+from rtpurbo.models.families import FAMILIES
+
+NUM_TOKENS = 24
+# Tokens of the first forward; the second one continues its cache.
+FIRST = 16
+# Largest difference of a logit, relative to the largest logit.
+TOLERANCE = 1e-3
+# In half precision: relative difference of a token's logits (2-norm), of the median token. Rounding moves
+# single tokens much further, where it changes the experts of a mixture.
+HALF_TOLERANCE = 5e-2
+
+
+# Models that were found equal, and whether with retrieval heads: nobody waits for the same check twice.
+_checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def needs_check(model: PreTrainedModel, config: RTPurboConfig) -> bool:
+    """Whether a model is to be checked: its type has no tests of its own, and it was not checked before."""
+    retrieves = config.head_map.num_retrieval_heads > 0
+    is_checked = model in _checked and _checked[model] >= retrieves
+    return model.config.model_type not in FAMILIES and not is_checked
+
+
+@torch.no_grad()
+def logits_over_cache(model: PreTrainedModel) -> Tensor:
+    """What a model says in two forwards, the second over the cache of the first: [1, tokens, vocabulary].
+
+    Raises:
+        RTPurboError: it does not run so.
+    """
+    size = model.config.vocab_size
+    tokens = torch.randint(0, size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        first = model(input_ids=tokens[:, :FIRST], use_cache=True)
+        cache = {CACHE_NAME: getattr(first, CACHE_NAME)}
+        second = model(input_ids=tokens[:, FIRST:], use_cache=True, **cache)
+    except RTPurboError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise RTPurboError(
+            f"{_prefix(model)} it does not run over a cache of transformers' kind ({reason})."
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    return torch.cat([first.logits, second.logits], 1)
+
+
+def check_equal(model: PreTrainedModel, expected: Tensor) -> None:
+    """Refuses a sparse model that differs from the dense one.
+
+    Args:
+        model: sparse, with a window over `NUM_TOKENS` tokens.
+        expected: from `logits_over_cache` before the model was made sparse.
+
+    Raises:
+        RTPurboError: it differs, or cannot run over a cache.
+    """
+    difference, limit = _difference(logits_over_cache(model), expected)
+    if not difference <= limit:
+        raise RTPurboError(
+            f"{_prefix(model)} with a window over everything its logits differ from those of the dense "
+            f"model by {difference:.1e} of their size, and at most {limit:g} is allowed."
+        )
+    _checked[model] = model.rtpurbo_config.head_map.num_retrieval_heads > 0
+
+
+def _prefix(model: PreTrainedModel) -> str:
+    return f"this {model.config.model_type} model cannot be made sparse:"
+
+
+def _difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """How far logits are apart, and how far they may be."""
+    error = (actual - expected).float()
+    if expected.dtype.itemsize >= 4:
+        return float(error.abs().max() / expected.float().abs().max()), TOLERANCE
+    relative = error.norm(dim=-1) / expected.float().norm(dim=-1)
+    return float(relative.median()), HALF_TOLERANCE

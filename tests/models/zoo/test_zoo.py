@@ -1,0 +1,92 @@
+"""Every decoder type: where it sees everything, a sparse model equals its dense self, or is refused."""
+
+import pytest
+import torch
+
+from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import convertible_layers, num_key_value_heads
+from rtpurbo.models.sparsify import empty_head_map, is_sparse, restore, sparsify
+from tests.models.zoo.configurations import EQUAL, REFUSED
+from tests.tiny_models import LENGTH, any_model, logits_of, make_sparse, padded_batch
+
+# Of different kinds: interleaved and partial rotation, none, windows, sinks, recurrent layers, mixtures.
+FAST = [
+    "Qwen3.5",
+    "gpt-oss",
+    "GLM-4.5",
+    "MiniMax M2",
+    "Llama 4",
+    "Gemma 4",
+    "Command-A",
+    "Falcon-H1",
+    "Mixtral",
+    "Ministral 3",
+    "Pythia",
+]
+WAYS = {
+    "prefill": None,
+    "chunks": (20, 9, LENGTH - 29),
+    "decoding": (30,) + (1,) * (LENGTH - 30),
+}
+# Windows over everything; or a small window, and every head retrieves all that is far.
+RULES = {"windows": (False, 256), "selection": (True, 8)}
+
+
+def seeing_everything(model, all_heads, window):
+    config = model.config
+    heads = config.num_attention_heads
+    chosen = range(heads) if all_heads else {1 % heads, heads // 2}
+    rule = AttentionRule(
+        num_sink_tokens=2,
+        sliding_window=window,
+        top_p=1.0,
+        min_tokens=1,
+        block_size=8,
+        prefill_mode="top_p",
+    )
+    head_map = HeadMap.uniform(
+        sorted(chosen), convertible_layers(config), heads, num_key_value_heads(config)
+    )
+    return RTPurboConfig(head_map, rule, IndexerSettings(4))
+
+
+def largest_difference(actual, expected, mask):
+    real = mask.bool()
+    return float((actual - expected)[real].abs().max() / expected[real].abs().max())
+
+
+def check_equal(name):
+    model_type, changes = EQUAL[name]
+    model = any_model(model_type, **changes)
+    for padding in ((0,), (5, 0, 11)):
+        ids, mask = padded_batch(padding)
+        expected = {way: logits_of(model, ids, mask, chunks) for way, chunks in WAYS.items()}
+        for rule, setting in RULES.items():
+            make_sparse(model, seeing_everything(model, *setting))
+            for way, logits in expected.items():
+                actual = logits_of(model, ids, mask, WAYS[way])
+                difference = largest_difference(actual, logits, mask)
+                assert difference < 1e-4, f"{way} with {rule}, padding {padding}"
+            restore(model)
+        assert torch.equal(logits_of(model, ids, mask), expected["prefill"])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_types_of_different_kinds_equal_their_dense_selves(name):
+    check_equal(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EQUAL if name not in FAST])
+def test_every_type_equals_its_dense_self(name):
+    check_equal(name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_types_that_cannot_be_made_sparse_say_why(name):
+    model_type, changes = REFUSED[name]
+    model = any_model(model_type, **changes)
+    with pytest.raises(RTPurboError, match=r"(cannot be made sparse: .+|no decoder layers.+)\.$"):
+        sparsify(model, RTPurboConfig(empty_head_map(model)))
+    assert not is_sparse(model)
