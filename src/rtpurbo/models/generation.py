@@ -5,7 +5,6 @@ Every forward passes here first: so this is also where padding is looked at, onc
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ def attach_cache(model: PreTrainedModel) -> None:
     """Gives this one model (no class is touched) a HeadwiseCache wherever it would make its own."""
     prepare = model._prepare_cache_for_generation
     decoder = decoder_of(model)
-    names = list(signature(type(decoder).forward).parameters)[1:]
 
     def prepare_cache(
         generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -39,7 +37,7 @@ def attach_cache(model: PreTrainedModel) -> None:
     def provide_cache(
         module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        kwargs = named(args, kwargs, names)
+        kwargs = named(module, args, kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = model.config.use_cache
@@ -48,7 +46,7 @@ def attach_cache(model: PreTrainedModel) -> None:
             own = {"use_cache": False} if module.training else {CACHE_NAME: HeadwiseCache(model)}
             kwargs = {**kwargs, **own}
         kwargs["attention_mask"] = needed_mask(kwargs)
-        return args[len(names) :], kwargs
+        return (), kwargs
 
     model._prepare_cache_for_generation = prepare_cache
     model._rtpurbo_hook = decoder.register_forward_pre_hook(provide_cache, with_kwargs=True)
