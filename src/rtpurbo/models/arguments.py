@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 from inspect import signature
@@ -21,14 +21,14 @@ CACHE_NAME = (
 
 
 @cache
-def names_of(kind: type[nn.Module]) -> tuple[str, ...]:
-    """The arguments of a module's forward in their order, which differs between models."""
-    return tuple(signature(kind.forward).parameters)[1:]
+def names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of the forward of a module's class in their order, which differs between models."""
+    return tuple(signature(forward).parameters)[1:]
 
 
 def named(module: nn.Module, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a model's forward by their names, the cache by its present one."""
-    names = names_of(type(module))[: len(arguments)]
+    names = names_of(type(module).forward)[: len(arguments)]
     everything = {**dict(zip(names, arguments, strict=True)), **keywords}
     if OLD_CACHE_NAME != CACHE_NAME and OLD_CACHE_NAME in everything:
         given = everything.pop(OLD_CACHE_NAME)

@@ -196,7 +196,7 @@ def _run(
         "attention_mask": torch.ones_like(places),
         "use_cache": False,
     }
-    if "position_ids" in names_of(type(decoder)):
+    if "position_ids" in names_of(type(decoder).forward):
         # Frequencies may depend on the length: those of the whole context are wanted.
         positions = places.clone()
         positions[0, -1] = context_length(config) - 1
