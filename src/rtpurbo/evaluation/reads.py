@@ -274,7 +274,7 @@ class ForwardWatch:
 
     def _begin(self, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         self._is_told = True
-        self._tell(named(arguments, keywords))
+        self._tell(named(module, arguments, keywords))
 
     def _end(self, *_: Any) -> None:
         self._is_told = False
@@ -282,7 +282,7 @@ class ForwardWatch:
     def _begin_base(self, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         # A step that is captured calls the base model several times, and is one step.
         if not self._is_told:
-            self._tell(named(arguments, keywords))
+            self._tell(named(module, arguments, keywords))
 
     def _tell(self, given: dict[str, Any]) -> None:
         ids, active = given["input_ids"], None

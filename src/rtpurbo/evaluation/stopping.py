@@ -30,7 +30,7 @@ def questions_undisturbed(model: PreTrainedModel, test: str) -> Iterator[None]:
     def begin(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         number = stop_requested()
         # One token continues an answer.
-        if number is not None and named(arguments, keywords)["input_ids"].shape[1] > 1:
+        if number is not None and named(module, arguments, keywords)["input_ids"].shape[1] > 1:
             raise StoppedBySignalError(number, f"in the test {test}")
 
     with steps_undisturbed():

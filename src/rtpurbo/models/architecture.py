@@ -96,6 +96,8 @@ def _refusal(config: Any) -> str | None:
         return "it caches a latent instead of keys and values (multi-head latent attention)"
     if getattr(config, "alibi", False):
         return "it biases its attention logits by distance (ALiBi), which is not supported"
+    if "shared" in layer_types(config):
+        return "some of its layers read the keys and values of others"
     if any(convertible_layers(config)):
         return None
     window = getattr(config, "sliding_window", None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import cache
+from inspect import signature
 from typing import Any
 
+from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 OLD_CACHE_NAME = "past_key_values"
@@ -15,17 +18,20 @@ CACHE_NAME = (
     if any(field.name == "cache" for field in fields(CausalLMOutputWithPast))
     else OLD_CACHE_NAME
 )
-# How every family names what may also be given without a name.
-POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE_NAME, "inputs_embeds")
 
 
-def named(
-    arguments: Sequence[Any], keywords: dict[str, Any], names: Sequence[str] = POSITIONAL
-) -> dict[str, Any]:
+@cache
+def names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of the forward of a module's class in their order, which differs between models."""
+    return tuple(signature(forward).parameters)[1:]
+
+
+def named(module: nn.Module, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a model's forward by their names, the cache by its present one."""
-    everything = {**dict(zip(names, arguments, strict=False)), **keywords}
+    names = names_of(type(module).forward)[: len(arguments)]
+    everything = {**dict(zip(names, arguments, strict=True)), **keywords}
     if OLD_CACHE_NAME != CACHE_NAME and OLD_CACHE_NAME in everything:
-        cache = everything.pop(OLD_CACHE_NAME)
+        given = everything.pop(OLD_CACHE_NAME)
         if everything.get(CACHE_NAME) is None:
-            everything[CACHE_NAME] = cache
+            everything[CACHE_NAME] = given
     return everything

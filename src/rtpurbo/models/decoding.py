@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.arguments import CACHE_NAME, POSITIONAL, named
+from rtpurbo.models.arguments import CACHE_NAME, named
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.graphs import CudaGraph
@@ -37,7 +37,10 @@ STEPS_BEFORE_CAPTURE = 4
 # Graphs that a model keeps, each for a cache in use.
 MOST_GRAPHS = 4
 # What a replay can follow, or need not.
-FOLLOWED = {*POSITIONAL, "use_cache", "return_dict", "logits_to_keep", "cache_position"}
+FOLLOWED = {
+    *("input_ids", "attention_mask", "position_ids", CACHE_NAME, "inputs_embeds"),
+    *("use_cache", "return_dict", "logits_to_keep", "cache_position"),
+}
 
 
 @dataclass
@@ -315,9 +318,7 @@ def attach_decoder(model: PreTrainedModel) -> None:
     @wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         decoder = vars(self).get("_rtpurbo_decoder")
-        if len(args) > len(POSITIONAL):
-            return own_forward(self)(*args, **kwargs)
-        arguments = named(args, kwargs)
+        arguments = named(self, args, kwargs)
         output = None if decoder is None else decoder.step(self, arguments)
         return own_forward(self)(**arguments) if output is None else output
 

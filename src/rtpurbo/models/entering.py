@@ -8,7 +8,6 @@ rotary embedding), and what the attention function does before it attends: index
 from __future__ import annotations
 
 import os
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,6 +24,34 @@ from rtpurbo.ops import KeyValueStates
 HALF = (torch.float16, torch.bfloat16)
 
 
+class FastEntry:
+    """Forward of an attention module of a listed family: one kernel and the attention of a step, where it can be.
+
+    An object rather than a closure, so that a copy of the module has one for itself.
+
+    Args:
+        module: the attention module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As the module's class has it."""
+        layer = sparse_layer_of(self.module)
+        assert layer is not None
+        hidden_states = kwargs.get("hidden_states")
+        cache = kwargs.get(CACHE_NAME)
+        if isinstance(cache, Cache) and hidden_states is not None:
+            past = cache.layers[layer.layer_idx]
+            if isinstance(past, HeadwiseLayer) and enters_by_kernel(layer, hidden_states, past):
+                return _step(layer, hidden_states, kwargs.get("position_embeddings"), past), None
+        output: tuple[Tensor, Tensor | None] = type(self.module).forward(
+            self.module, *args, **kwargs
+        )
+        return output
+
+
 def attach_fast_entry(layer: SparseAttention) -> None:
     """Lets an attention module of a listed family run its decoding steps through the kernel where it can.
 
@@ -32,27 +59,13 @@ def attach_fast_entry(layer: SparseAttention) -> None:
     """
     module: Any = layer.module
     if module.config.model_type in FAMILIES and "forward" not in vars(module):
-        # A bound method, which a copy of the model binds to the copy.
-        module.forward = MethodType(_forward, module)
+        module.forward = FastEntry(module)
 
 
 def detach_fast_entry(module: nn.Module) -> None:
     """Undoes `attach_fast_entry`."""
-    if getattr(vars(module).get("forward"), "__func__", None) is _forward:
+    if isinstance(vars(module).get("forward"), FastEntry):
         del module.forward
-
-
-def _forward(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The module's forward: one kernel and the attention of a step, or all of its own code."""
-    layer = sparse_layer_of(module)
-    assert layer is not None
-    hidden_states = kwargs.get("hidden_states")
-    cache = kwargs.get(CACHE_NAME)
-    if isinstance(cache, Cache) and hidden_states is not None:
-        past = cache.layers[layer.layer_idx]
-        if isinstance(past, HeadwiseLayer) and enters_by_kernel(layer, hidden_states, past):
-            return _step(layer, hidden_states, kwargs.get("position_embeddings"), past), None
-    return type(module).forward(module, *args, **kwargs)
 
 
 def _step(

@@ -5,8 +5,6 @@ Every forward passes here first: so this is also where padding is looked at, onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -26,20 +24,16 @@ class CacheProvider:
     """Forward pre-hook of a sparse model's decoder: provides a cache, and the mask that is needed.
 
     An object rather than a closure, so that a copy of the model has a provider for itself.
-
-    Args:
-        model: sparse.
-        names: of the arguments of the decoder's forward, in their order.
     """
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
-        self.model, self.names = model, list(names)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """The arguments of the decoder's forward, with a cache where it would make its own."""
-        kwargs = named(args, kwargs, self.names)
+        kwargs = named(module, args, kwargs)
         self._check(kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
@@ -49,7 +43,7 @@ class CacheProvider:
             cached = {CACHE_NAME: HeadwiseCache(self.model)}
             kwargs = {**kwargs, **({"use_cache": False} if module.training else cached)}
         kwargs["attention_mask"] = needed_mask(kwargs)
-        return args[len(self.names) :], kwargs
+        return (), kwargs
 
     def _check(self, arguments: dict[str, Any]) -> None:
         """Refuses what the decoder would do wrongly, or fail to do, without a word.
@@ -70,8 +64,7 @@ class CacheProvider:
 def attach_cache(model: PreTrainedModel) -> None:
     """Gives this one model (no class is touched) a HeadwiseCache wherever it would make its own."""
     decoder = decoder_of(model)
-    provider = CacheProvider(model, list(signature(type(decoder).forward).parameters)[1:])
-    model._rtpurbo_hook = decoder.register_forward_pre_hook(provider, with_kwargs=True)
+    model._rtpurbo_hook = decoder.register_forward_pre_hook(CacheProvider(model), with_kwargs=True)
     attach_decoder(model)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers
+from rtpurbo.models.arguments import names_of
 from rtpurbo.models.decoder import decoder_layers, decoder_of
 from rtpurbo.models.rotation import Embeddings, RotaryLayout, RotaryProbe
 from rtpurbo.models.unconverted import unconverted_attention
@@ -196,7 +196,7 @@ def _run(
         "attention_mask": torch.ones_like(places),
         "use_cache": False,
     }
-    if "position_ids" in signature(type(decoder).forward).parameters:
+    if "position_ids" in names_of(type(decoder).forward):
         # Frequencies may depend on the length: those of the whole context are wanted.
         positions = places.clone()
         positions[0, -1] = context_length(config) - 1

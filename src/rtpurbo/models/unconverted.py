@@ -32,14 +32,17 @@ def unconverted_attention(
     Returns:
         Output [batch, q_len, num_attention_heads, head_dim], and attention weights or None.
     """
+    is_plain = kwargs.get("s_aux") is None and kwargs.get("softcap") is None
     if attention_mask is not None and attention_mask.ndim == 2:
         real = attention_mask[:, None, None, : key.shape[2]] >= 0
         attention_mask = _causal(query, key) & real
-    if kwargs.get("s_aux") is None and kwargs.get("softcap") is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    if attention_mask is None:
+    elif attention_mask is None and (not is_plain or 1 < query.shape[2] < key.shape[2]):
+        # PyTorch's own causal mask begins with the first key, not with the first of the last tokens.
         attention_mask = _causal(query, key)
+    if is_plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    assert attention_mask is not None
+    own = sys.modules[type(module).__module__].eager_attention_forward
     if attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(

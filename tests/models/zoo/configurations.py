@@ -494,4 +494,13 @@ REFUSED: Zoo = {
     "Falcon": ("falcon", {"alibi": False, "head_dim": DROPPED}),
     "MiniMax-Text-01": ("minimax", {**layers(LINEAR), **LOCAL_EXPERTS, "block_size": 16}),
     "Dory": ("dory", WINDOWS),
+    "Gemma 4, keys of the last layers shared": (
+        "gemma4_text",
+        {
+            **GEMMA4,
+            **layers(["sliding_attention", "full_attention"] * 3),
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
 }
