@@ -164,6 +164,8 @@ class SparseAttention:
             self._check_cache(past)
         assert isinstance(keys, Tensor)
         assert isinstance(values, Tensor)
+        # Under autocast a rotation in float32 leaves queries and keys in another type than values.
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         positions = self._query_positions(queries, mask, past)
         undo_rotation = partial(self._undo_rotation, embeddings=embeddings)
         if self.observer is not None:
