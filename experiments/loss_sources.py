@@ -40,9 +40,10 @@ from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.files import write_json_atomically
-from rtpurbo.models.artifact import ADAPTER_FOLDER, ArtifactConfig, load
+from rtpurbo.models.artifact import ArtifactConfig, load
 from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.sparsify import decoding_last, empty_head_map, restore, set_rule, sparsify
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import CalibrationSettings, DistillationSettings
 from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingSequence

@@ -190,8 +190,13 @@ def test_a_ctrl_c_between_the_renames_ends_the_job_with_the_new_folder(tmp_path,
         return result
 
     monkeypatch.setattr(Path, "rename", rename_and_signal)
-    with pytest.raises(KeyboardInterrupt), whole_folder(folder, overwrite=True) as new:
-        (new / "file").write_text("new")
+    # A shell may have started the tests with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), whole_folder(folder, overwrite=True) as new:
+            (new / "file").write_text("new")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (folder / "file").read_text() == "new"
 
 

@@ -8,7 +8,7 @@ from rtpurbo.lengths import check_lengths, check_stage1_lengths, lengths_of
 from rtpurbo.settings import change_settings
 
 CONTEXT = 32768
-SETTINGS = default_settings("standard", CONTEXT)  # window 4096
+SETTINGS = default_settings("thorough", CONTEXT)  # window 4096
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_shorter_window_of_retrieval_heads_counts():
         SETTINGS, {"stage1.lengths": (2048,), "attention.retrieval_window": 1024}
     )
     check_stage1_lengths(settings.stage1, CONTEXT, settings.attention)
-    with pytest.raises(RTPurboError, match=r"sinks and window \(4,100 tokens\)"):
+    with pytest.raises(RTPurboError, match=r"sinks and window \(4,224 tokens\)"):
         check_stage1_lengths(
             settings.stage1, CONTEXT, replace(settings.attention, retrieval_window=None)
         )

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rtpurbo import plan as plans
-from rtpurbo.conversion import choose_settings
+from rtpurbo.conversion import choose_settings, plan_conversion, with_stage2
 from rtpurbo.defaults import EFFORTS
 from rtpurbo.errors import RTPurboError
 from rtpurbo.lengths import check_lengths, lengths_of
@@ -215,3 +215,18 @@ def test_lengths_follow_a_window_that_is_changed():
     assert wide.stage2.lengths == (16384,)
     narrow = {"attention.sliding_window": 32, "attention.block_size": 16}
     assert choose_settings(config, CPU, None, "quick", None, narrow).stage1.lengths == (64,)
+
+
+def test_changes_to_a_stage_2_that_is_left_out_are_refused(tmp_path):
+    tiny_config(context=8192).save_pretrained(tmp_path)
+    arguments = {"effort": "standard", "device": "cpu"}
+    with pytest.raises(RTPurboError, match=r"stage2\.lengths has no effect.*add --stage2-steps 100"):
+        plan_conversion(str(tmp_path), changes={"stage2.lengths": (4096,)}, **arguments)
+    changes = {"stage2.lengths": (4096,), "stage2.steps": 3}
+    assert plan_conversion(str(tmp_path), changes=changes, **arguments).settings.stage2.steps == 3
+
+
+@pytest.mark.parametrize(("effort", "steps"), [("quick", 8), ("standard", 100), ("thorough", 200)])
+def test_stage_2_alone_has_steps_at_every_effort(effort, steps):
+    settings = choose_settings(tiny_config(), CPU, None, effort, None, {})
+    assert with_stage2(settings).stage2.steps == steps

@@ -32,6 +32,7 @@ from rtpurbo.models.sparsify import load_indexers, sparsify
 from rtpurbo.plan import Plan, make_plan
 from rtpurbo.settings import (
     ConversionSettings,
+    DistillationSettings,
     Progress,
     change_settings,
     no_progress,
@@ -163,6 +164,7 @@ def plan_conversion(
     place = resolve_device(device)
     config = _dense_config(model)
     settings = choose_settings(config, place, settings, effort, max_length, changes)
+    _check_has_effect(changes or {}, settings)
     check_lengths(settings, context_length(config))
     plan = make_plan(
         model or DEFAULT_MODEL,
@@ -296,8 +298,9 @@ def distill_artifact(
     folder = find_artifact(artifact)
     before = ArtifactConfig.read(folder)
     indexers = read_indexers(folder)
-    if settings is None:
-        changes = recorded_changes(before.settings, "calibration", "stage1") | dict(changes or {})
+    by_effort, changes = settings is None, dict(changes or {})
+    if by_effort:
+        changes = recorded_changes(before.settings, "calibration", "stage1") | changes
     revision = before.base.revision if before.base.source == "hub" else None
     with Job(
         output_dir,
@@ -314,6 +317,8 @@ def distill_artifact(
         rule = before.config.attention
         settings = choose_settings(config, job.device, settings, effort, max_length, changes, rule)
         settings = replace(settings, attention=rule, indexer=before.config.indexer)
+        if by_effort and "stage2.steps" not in changes:
+            settings = with_stage2(settings)
         check_lengths(settings, context_length(config), ["stage1", "stage2"])
         job.read_texts(settings)
         base = load_base(folder, device=job.device, dtype=job.dtype, processes=job.processes)
@@ -324,6 +329,22 @@ def distill_artifact(
         job.keep_stage1(folder, before, indexers)
         job.stage2(base)
         return job.finish(base)
+
+
+def with_stage2(settings: ConversionSettings) -> ConversionSettings:
+    """Settings of an effort for stage 2 alone, which has steps even if the effort leaves it out of a conversion."""
+    steps = settings.stage2.steps or DistillationSettings().steps
+    return replace(settings, stage2=replace(settings.stage2, steps=steps))
+
+
+def _check_has_effect(changes: Mapping[str, Any], settings: ConversionSettings) -> None:
+    """Refuses changes to a stage 2 that is left out."""
+    of_stage2 = [name for name in changes if name.startswith("stage2.") and name != "stage2.steps"]
+    if of_stage2 and not settings.stage2.steps:
+        raise RTPurboError(
+            f"{of_stage2[0]} has no effect, because stage 2 is left out: add --stage2-steps 100, choose "
+            "--effort thorough, or leave the setting out."
+        )
 
 
 def _dense_config(model: str | None) -> Any:

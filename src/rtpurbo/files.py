@@ -183,3 +183,18 @@ def _temporary_sibling(path: Path) -> Path:
 def cache_folder() -> Path:
     """The folder for downloaded models; the environment variable RTPURBO_CACHE overrides it."""
     return Path(os.environ.get("RTPURBO_CACHE") or "~/.cache/rtpurbo").expanduser()
+
+
+def check_stays_inside(folder: Path, path: Path) -> None:
+    """Refuses a file that is a link out of its folder; those of the Hub's cache are allowed.
+
+    Raises:
+        RTPurboError: it is one.
+    """
+    target, inside = path.resolve(), folder.resolve()
+    blobs = inside.parent.parent / "blobs"
+    if not target.is_relative_to(inside) and target.parent != blobs:
+        raise RTPurboError(
+            f"{path} is a link to a file outside of the folder; put the file itself in its place, or "
+            "remove it."
+        )

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.files import check_stays_inside
 from rtpurbo.models.artifact import ArtifactConfig
 from rtpurbo.models.base import BaseReference
 
@@ -89,21 +90,6 @@ def published_files(folder: Path) -> list[Path]:
             check_stays_inside(folder, path)
             found.append(path)
     return found
-
-
-def check_stays_inside(folder: Path, path: Path) -> None:
-    """Refuses a file that is a link out of its folder; those of the Hub's cache are allowed.
-
-    Raises:
-        RTPurboError: it is one.
-    """
-    target, inside = path.resolve(), folder.resolve()
-    blobs = inside.parent.parent / "blobs"
-    if not target.is_relative_to(inside) and target.parent != blobs:
-        raise RTPurboError(
-            f"{path} is a link to a file outside of the folder; put the file itself in its place, or "
-            "remove it."
-        )
 
 
 def _addition(folder: Path, path: Path, base: BaseReference) -> CommitOperationAdd:

@@ -252,9 +252,10 @@ def attend_by(
         options["sinks"] = sinks
     if backend == "eager":
         options["selector"] = selector
+    # A cache may have been filled under autocast and be read without it, or the reverse.
+    queries = query_states.to(full.keys.dtype)
     output, log_sum_exp = _implementation("headwise_attention", backend)(
-        # A cache may have been filled under autocast and be read without it, or the reverse.
-        query_states.to(full.keys.dtype),
+        queries,
         query_positions,
         full,
         *others,
@@ -263,7 +264,9 @@ def attend_by(
     )
     if sinks is not None and not knows_sinks:
         output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
-    return output.to(query_states.dtype), log_sum_exp if return_log_sum_exp else None
+    if queries.dtype != query_states.dtype:
+        output = output.to(query_states.dtype)
+    return output, log_sum_exp if return_log_sum_exp else None
 
 
 def decoding_counters(batch: int, num_retrieval_heads: int, device: torch.device) -> Tensor | None:

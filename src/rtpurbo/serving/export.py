@@ -18,6 +18,7 @@ from rtpurbo.config import check_choice
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import (
     check_output_folder,
+    check_stays_inside,
     save_tensors_atomically,
     whole_folder,
     write_json_atomically,
@@ -36,7 +37,6 @@ from rtpurbo.models.artifact import (
 )
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
-from rtpurbo.publishing import check_stays_inside
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
 from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, SERVED_PREFILL_MODES
 from rtpurbo.serving.vllm.plugin import ARCHITECTURES
