@@ -220,7 +220,9 @@ def test_lengths_follow_a_window_that_is_changed():
 def test_changes_to_a_stage_2_that_is_left_out_are_refused(tmp_path):
     tiny_config(context=8192).save_pretrained(tmp_path)
     arguments = {"effort": "standard", "device": "cpu"}
-    with pytest.raises(RTPurboError, match=r"stage2\.lengths has no effect.*add --stage2-steps 100"):
+    with pytest.raises(
+        RTPurboError, match=r"stage2\.lengths has no effect.*add --stage2-steps 100"
+    ):
         plan_conversion(str(tmp_path), changes={"stage2.lengths": (4096,)}, **arguments)
     changes = {"stage2.lengths": (4096,), "stage2.steps": 3}
     assert plan_conversion(str(tmp_path), changes=changes, **arguments).settings.stage2.steps == 3
