@@ -65,3 +65,10 @@ def test_an_artifact_from_before_is_not_checked(tiny_base, tiny_artifact, tmp_pa
     (artifact / CONFIG_FILE).unlink()
     assert kept_config(artifact) is None
     assert load_over(tiny_base, artifact, tmp_path / "base", rms_norm_eps=0.1)
+
+
+def test_a_number_rounded_to_float32_is_the_same(tiny_base, tiny_artifact, tmp_path):
+    kept = json.loads((tiny_base / CONFIG_FILE).read_text())["rms_norm_eps"]
+    rounded = torch.tensor(kept, dtype=torch.float32).item()
+    assert rounded != kept
+    load_over(tiny_base, tiny_artifact, tmp_path / "base", rms_norm_eps=rounded)

@@ -6,6 +6,7 @@ are another model.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,22 @@ def check_base_config(config: PretrainedConfig, folder: Path) -> None:
     different = [
         f"{name} ({_shown(then[name])}, now {_shown(now[name])})"
         for name in sorted(then.keys() & now.keys() - _WITHOUT_EFFECT)
-        if then[name] != now[name]
+        if not _same(then[name], now[name])
     ]
     if different:
         raise RTPurboError(
             f"the configuration of the base model has changed since {folder} was made: "
             f"{', '.join(different)}; use the configuration of then, or convert again."
         )
+
+
+def _same(then: Any, now: Any) -> bool:
+    """Whether two settings are equal; numbers may have been rounded to float32 on their way (GGUF)."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return then.keys() == now.keys() and all(_same(then[name], now[name]) for name in then)
+    if isinstance(then, float) and isinstance(now, float):
+        return math.isclose(then, now, rel_tol=1e-6)
+    return bool(then == now)
 
 
 def _shown(value: Any) -> str:
