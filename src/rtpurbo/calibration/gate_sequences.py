@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rtpurbo.data.long_range import MAX_QUESTIONS, LongRangeMix
+from rtpurbo.data.long_range import MAX_QUESTIONS, PROSE, LongRangeMix
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.reading import reading_example
-from rtpurbo.data.texts import Prose, begin_ids
+from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
-from rtpurbo.training.sequences import golden_place
+from rtpurbo.training.sequences import kind_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,29 +61,17 @@ class GateSequences:
         """
         rng = random.Random(f"gates-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
-        kind = _kind_at(golden_place(number))
+        kind = kind_at(number, SHARES)
         with suppress(RTPurboError):
             drawn = [self._draw(kind, length, rng) for _ in range(CANDIDATES.get(kind, 1))]
             return max(drawn, key=lambda conversation: len(conversation.answer_spans))
-        return self._draw("prose", length, rng)
+        return self._draw(PROSE, length, rng)
 
     def _draw(self, kind: str, length: int, rng: random.Random) -> Conversation:
-        if kind == "prose":
-            start = begin_ids(self.tokenizer)
-            prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
-            return Conversation([*start, *prose], [])
         if kind == "reading":
             return reading_example(self.tokenizer, self.corpus, length, rng, MAX_QUESTIONS)
         drawn: Conversation = getattr(LongRangeMix(self.tokenizer, self.corpus), kind)(length, rng)
         return drawn
-
-
-def _kind_at(place: float) -> str:
-    for kind, share in SHARES.items():
-        place -= share
-        if place < 0:
-            return kind
-    return "prose"
 
 
 def target_positions(conversation: Conversation, seed: str) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,10 @@ class LongRangeMix:
             return self.passage(length, rng)
         if kind == "counting":
             return self.counting(length, rng)
+        return self.prose(length, rng)
+
+    def prose(self, length: int, rng: random.Random) -> Conversation:
+        """Prose of exactly `length` tokens, without a question."""
         start = begin_ids(self.tokenizer)
         prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
         return Conversation([*start, *prose], [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from rtpurbo.data.long_range import LISTED_SHARE, NEEDLES, NOISE, PROSE, LongRan
 from rtpurbo.data.needles import make_retrieval_example
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.reading import reading_example
-from rtpurbo.data.texts import Prose, begin_ids
+from rtpurbo.data.texts import Prose
 from rtpurbo.data.variables import make_variable_example
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import SequenceSettings
@@ -140,9 +140,7 @@ class TrainingMix:
             # Default shares serve contexts of any length, and a short one has no room for some tasks.
             with suppress(RTPurboError):
                 return getattr(self, f"_{kind}")(length, rng)
-        start = begin_ids(self.tokenizer)
-        prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
-        return TrainingSequence([*start, *prose])
+        return TrainingSequence(self._long_range.prose(length, rng).input_ids)
 
     def _shares(self) -> dict[str, float]:
         """Shares by kind, in the order in which they divide the numbers from 0 to 1."""
@@ -158,12 +156,7 @@ class TrainingMix:
         }
 
     def _kind_at(self, number: int) -> str:
-        place, begin = golden_place(number), 0.0
-        for kind, share in self._shares().items():
-            if place < begin + share:
-                return kind
-            begin += share
-        return PROSE
+        return kind_at(number, self._shares())
 
     def _pool(self, name: str) -> Sequence[TrainingSequence]:
         return getattr(self.pools, name, ())
@@ -218,9 +211,21 @@ class TrainingMix:
         return _with_answer(reading_example(self.tokenizer, self.corpus, length, rng))
 
 
-def golden_place(number: int) -> float:
-    """A place from 0 to 1: multiples of the golden ratio spread kinds evenly over a short run and every length."""
-    return (number + 1) * GOLDEN_RATIO % 1
+def kind_at(number: int, shares: Mapping[str, float]) -> str:
+    """The kind of sequence `number`; prose for what is left of the shares.
+
+    Multiples of the golden ratio spread kinds evenly over a short run and every length.
+
+    Args:
+        number: of the sequence.
+        shares: by kind, in the order in which they divide the numbers from 0 to 1.
+    """
+    place, begin = (number + 1) * GOLDEN_RATIO % 1, 0.0
+    for kind, share in shares.items():
+        if place < begin + share:
+            return kind
+        begin += share
+    return PROSE
 
 
 def _with_answer(conversation: Conversation) -> TrainingSequence:
