@@ -59,7 +59,7 @@ PLAN_FILE = "plan.json"
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
-    """What an interrupted job wrote down.
+    """Reads the plan of an interrupted job.
 
     Raises:
         RTPurboError: the file is broken.

@@ -36,7 +36,7 @@ PUBLISHED_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-"""What an artifact or an export consists of; whatever else lies in its folder is not uploaded."""
+"""Files of an artifact or an export; other files in its folder are not uploaded."""
 
 _TEXTS = (".json", ".jsonl", ".md")
 

@@ -1,4 +1,4 @@
-"""What a configuration says of a decoder's layers, before any weights are loaded.
+"""Properties of a decoder's layers from its configuration, before any weights are loaded.
 
 A probe of the loaded model confirms it (`rtpurbo.models.probe`).
 """
@@ -53,7 +53,7 @@ def convertible_layers(config: Any) -> list[bool]:
 
 
 def takes_packed_documents(config: Any) -> bool:
-    """Whether every layer keeps documents apart that share a row.
+    """True if every layer keeps documents that share a row apart.
 
     Sparse layers do; recurrent states run on, and not every model tells its windowed layers of documents.
     """
@@ -145,5 +145,5 @@ def context_length(config: Any) -> int:
 
 
 def window_covers_context(config: Any, window: int) -> bool:
-    """Whether a model's own sliding window is as long as its context, and so no window at all."""
+    """True if a model's own sliding window is as long as its context, and so no window at all."""
     return window >= context_length(config)

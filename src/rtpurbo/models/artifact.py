@@ -201,7 +201,7 @@ def find_artifact(
 
 
 def _is_dense(folder: Path) -> bool:
-    """Whether a folder holds a model, but neither an artifact nor an export."""
+    """True if a folder holds a model, but neither an artifact nor an export."""
     return (
         (folder / CHECKPOINT_CONFIG_FILE).is_file()
         and not (folder / CONFIG_FILE).is_file()

@@ -93,7 +93,7 @@ def check_base_config(config: PretrainedConfig, folder: Path) -> None:
 
 
 def _same(then: Any, now: Any) -> bool:
-    """Whether two settings are equal; numbers may have been rounded to float32 on their way (GGUF)."""
+    """True if two settings are equal; numbers may have been rounded to float32 on their way (GGUF)."""
     if isinstance(then, dict) and isinstance(now, dict):
         return then.keys() == now.keys() and all(_same(then[name], now[name]) for name in then)
     if isinstance(then, float) and isinstance(now, float):

@@ -1,4 +1,4 @@
-"""What a layer of a sparse model keeps: full KV heads that grow, and a ring of sinks and window."""
+"""Cache layer of a sparse model: full KV heads that grow, and a ring of sinks and window."""
 
 from __future__ import annotations
 

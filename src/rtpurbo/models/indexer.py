@@ -75,7 +75,7 @@ class TokenIndexer(nn.Module):
         )
 
     def features(self, states: Tensor, undo_rotation: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is projected, [batch, heads, length, features].
+        """The features that are projected, [batch, heads, length, features].
 
         Args:
             states: [batch, heads, length, head_dim], after RoPE.

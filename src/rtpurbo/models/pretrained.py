@@ -39,7 +39,7 @@ class LoadingOptions:
 
     @property
     def places_model(self) -> bool:
-        """Whether the model's weights are put on their devices while they are loaded."""
+        """True if the model's weights are put on their devices while they are loaded."""
         return self.model.get("device_map") is not None
 
 

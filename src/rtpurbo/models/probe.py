@@ -1,4 +1,4 @@
-"""What a model's attention is like, found by running it on a few tokens.
+"""Properties of a model's attention, found by running it on a few tokens.
 
 transformers calls one function of every layer that attends (`AttentionInterface`). The probe puts
 itself there for one forward and notes what it is given; nothing has to be known of the model's family.
@@ -33,7 +33,7 @@ HARMLESS = frozenset({"sliding_window", "s_aux", "is_causal", "position_ids", "c
 
 @dataclass
 class AttentionTraits:
-    """What one layer's attention is like.
+    """Properties of one layer's attention.
 
     Attributes:
         module: the attention module.
@@ -58,7 +58,7 @@ class AttentionTraits:
 
 @dataclass
 class _Record:
-    """What was seen of one attention module: calls of the attention function, and what rotates the heads."""
+    """Observations of one attention module: calls of the attention function, and what rotates the heads."""
 
     calls: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = field(default_factory=list)
     embeddings: Embeddings | None = None
@@ -107,7 +107,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
-    """What the attention of each layer is like that can be made sparse.
+    """Finds the properties of the attention of each layer that can be made sparse.
 
     Args:
         model: dense or sparse; it is run on a few tokens.

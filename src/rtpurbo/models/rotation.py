@@ -24,7 +24,7 @@ Embeddings = Any
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """How a layer rotates its heads.
+    """Rotation of a layer's heads.
 
     Attributes:
         frequencies: float64 [head_dim], radians a token; 0 for dimensions that are not rotated.
@@ -41,7 +41,7 @@ class RotaryLayout:
 
     @property
     def is_rotated(self) -> bool:
-        """Whether any dimension is rotated."""
+        """True if any dimension is rotated."""
         return bool((self.signs != 0).any())
 
     def undo(self, states: Tensor, embeddings: Embeddings) -> Tensor:

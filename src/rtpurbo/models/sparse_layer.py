@@ -45,7 +45,7 @@ def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 @dataclass
 class LayerObservation:
-    """What an observer of a layer is shown: the states of one forward.
+    """States of one forward, as shown to an observer of a layer.
 
     Attributes:
         layer: the layer's number.
@@ -67,7 +67,7 @@ class LayerObservation:
 
 
 class SparseAttention:
-    """What makes an attention module sparse: it hangs on the module, which stays as it is.
+    """Sparse attention of one layer; it hangs on the attention module, which stays as it is.
 
     The indexer alone becomes a submodule of the attention module, so that it is part of the model's
     state dict.

@@ -20,7 +20,7 @@ _sparse_classes: dict[type, type] = {}
 
 
 class SparseModel(PreTrainedModel, GenerationMixin):
-    """What a sparse model does otherwise than its dense class, which comes behind it in the MRO.
+    """Methods that differ in a sparse model from its dense class, which follows in the MRO.
 
     Attributes of an instance: `rtpurbo_config` (an `RTPurboConfig`) and `rtpurbo` (a `Runtime`).
     """

@@ -32,7 +32,7 @@ _checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def needs_check(model: PreTrainedModel, config: RTPurboConfig) -> bool:
-    """Whether a model is to be checked: its type has no tests of its own, and it was not checked before."""
+    """True if a model is to be checked: its type has no tests of its own, and it was not checked before."""
     retrieves = config.head_map.num_retrieval_heads > 0
     is_checked = model in _checked and _checked[model] >= retrieves
     return model.config.model_type not in FAMILIES and not is_checked
@@ -40,7 +40,7 @@ def needs_check(model: PreTrainedModel, config: RTPurboConfig) -> bool:
 
 @torch.no_grad()
 def logits_over_cache(model: PreTrainedModel) -> Tensor:
-    """What a model says in two forwards, the second over the cache of the first: [1, tokens, vocabulary].
+    """Logits of two forwards, the second over the cache of the first: [1, tokens, vocabulary].
 
     Raises:
         RTPurboError: it does not run so.
@@ -91,7 +91,7 @@ def _prefix(model: PreTrainedModel) -> str:
 
 
 def _difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
-    """How far logits are apart, and how far they may be."""
+    """Difference of logits, and the largest that is allowed."""
     error = (actual - expected).float()
     if expected.dtype.itemsize >= 4:
         return float(error.abs().max() / expected.float().abs().max()), TOLERANCE
