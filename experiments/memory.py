@@ -2,10 +2,11 @@
 
 `python experiments/memory.py qwen3-8b qwen3-14b qwen3-30b-a3b --output benchmarks/results/memory-h200.json`
 
-Every shape has a process of its own. It runs calibration, stage 1, stage 2 and the refresh with the settings of
-`--effort standard`, each for two turns of its sequence lengths. The first turn holds what happens once (compilation,
-the start of the indexers, the first probe); minutes are that turn, and the second one as often as the remaining
-steps need it. Weights are made on the device in the type that they are run in, as a checkpoint would be loaded.
+Every shape has a process of its own. It runs the stages of a conversion with the settings of `--effort` (calibration,
+stage 1, and stage 2 with the refresh where the effort has them), each for two turns of its sequence lengths. The first
+turn holds what happens once (compilation, initialization of the indexers, the first probe); minutes are that turn, and
+the second one as often as the remaining steps need it. Weights are made on the device in the dtype that they are run
+in, as a checkpoint would be loaded.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rtpurbo.assembly import stage2_kind
 from rtpurbo.benchmarks.geometries import GEOMETRIES, build_model
 from rtpurbo.calibration.calibrate import calibrate
 from rtpurbo.config import RTPurboConfig
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shapes", nargs="+", choices=[*GEOMETRIES, "tiny"], metavar="SHAPE")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--effort", default="standard", choices=["standard", "thorough"])
     parser.add_argument("--length", type=int, default=32768, help="longest training sequence")
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--device", default="auto")
@@ -69,7 +72,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "part.json"
             options = [f"--{name}={getattr(arguments, name)}" for name in
-                       ("length", "context", "device", "dtype")]  # fmt: skip
+                       ("effort", "length", "context", "device", "dtype")]  # fmt: skip
             command = [sys.executable, __file__, shape, "--worker", f"--output={part}", *options]
             if subprocess.run(command, check=False).returncode:
                 print(f"{shape} failed", file=sys.stderr)
@@ -91,9 +94,9 @@ def main() -> None:
         sys.exit(1)
 
 
-def standard_settings(context: int, length: int) -> ConversionSettings:
-    """Settings of `--effort standard`, without the sequences that a model writes: these weights are random."""
-    settings = default_settings("standard", context, max_length=length)
+def settings_without_answers(effort: str, context: int, length: int) -> ConversionSettings:
+    """Settings of an effort without the sequences that a model writes: these weights are random."""
+    settings = default_settings(effort, context, max_length=length)
     return replace(
         settings,
         stage1=replace(settings.stage1, document_share=0.0),
@@ -176,7 +179,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The records of one shape."""
     GEOMETRIES["tiny"] = ("qwen3", TINY)
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
-    settings = standard_settings(arguments.context, arguments.length)
+    settings = settings_without_answers(arguments.effort, arguments.context, arguments.length)
     corpus, held_out = load_texts(None, "train"), load_texts(None, "heldout")
     tokenizer = make_tokenizer(corpus, GEOMETRIES[shape][1]["vocab_size"])
     meter = Meter(shape, device)
@@ -206,23 +209,25 @@ def measure(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         meter.finish(stage, turn, steps, shorter.lengths)
 
     indexers("stage1", settings.stage1.steps, False)
+    if settings.stage2.steps == 0:  # the effort leaves it out, and the refresh with it
+        return [record | weights for record in meter.records]
     turn = len(settings.stage2.lengths)
     shorter_stage2 = replace(settings.stage2, steps=2 * turn, sequences_per_step=1)
     with tempfile.TemporaryDirectory() as folder:
         meter.start()
         distill(
-            model, tokenizer, corpus, held_out, Path(folder), shorter_stage2,
+            model, tokenizer, corpus, held_out, Path(folder) / "stage2", shorter_stage2,
             teacher_folder=Path(folder) / "teacher", progress=meter.step,
         )  # fmt: skip
         meter.finish("stage2", turn, settings.stage2.steps, shorter_stage2.lengths)
-        apply_stage2(model, Path(folder), "lora")
+        apply_stage2(model, Path(folder) / "stage2", stage2_kind(Path(folder)))
     indexers("refresh", settings.stage2.refresh_steps, True)
     return [record | weights for record in meter.records]
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table: peak memory of each stage, and the minutes of all of them."""
-    stages = ("calibrate", "stage1", "stage2", "refresh")
+    stages = list(dict.fromkeys(record["stage"] for record in records))
     lines = [
         f"| shape | weights | {' | '.join(stages)} | minutes |",
         "|---|---:|" + "---:|" * (len(stages) + 1),

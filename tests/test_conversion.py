@@ -280,6 +280,17 @@ def test_stages_one_by_one(whole, tiny_base, tmp_path):
     assert told.figures == expected.figures
 
 
+def test_calibration_alone_uses_the_attention_rule_of_its_settings(tiny_base, tmp_path):
+    changes = {"calibration.ranking": "gates", "calibration.granularity": "kv_group"}
+    scores = []
+    for sinks in (4, 60):
+        output = tmp_path / f"{sinks}.json"
+        of_rule = replace(SETTINGS, attention=replace(SETTINGS.attention, num_sink_tokens=sinks))
+        calibrate_model(str(tiny_base), output, settings=of_rule, changes=changes, device="cpu")
+        scores.append(json.loads(output.read_text())["head_map"]["scores"])
+    assert scores[0] != scores[1]
+
+
 def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
     """What the next command is not told again is what it was; it would else be found out after stage 2."""
     head_map, common = tmp_path / "head_map.json", {"device": "cpu"}

@@ -213,6 +213,7 @@ def calibrate_model(
         base.tokenizer,
         load_texts(data, "train"),
         settings.calibration,
+        rule=settings.attention,
         seed=settings.seed,
         progress=progress,
     )

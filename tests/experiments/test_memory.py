@@ -5,27 +5,35 @@ import memory
 import pytest
 
 
-def test_a_tiny_shape_is_measured_in_a_process_of_its_own(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("effort", "stages"),
+    [
+        ("standard", ["calibrate", "stage1"]),
+        ("thorough", ["calibrate", "stage1", "stage2", "refresh"]),
+    ],
+)
+def test_a_tiny_shape_is_measured_in_a_process_of_its_own(
+    monkeypatch, tmp_path, capsys, effort, stages
+):
     output = tmp_path / "memory.json"
-    command = ["tiny", "--length", "512", "--context", "1024", "--device", "cpu"]
+    command = ["tiny", "--effort", effort, "--length", "512", "--context", "1024"]
+    command += ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["memory.py", *command, "--output", str(output)])
     memory.main()
     written = json.loads(output.read_text())
     assert written["device"] == "cpu"
-    assert written["command"].startswith("python experiments/memory.py tiny --length 512")
-    assert [record["stage"] for record in written["records"]] == [
-        "calibrate", "stage1", "stage2", "refresh",
-    ]  # fmt: skip
+    assert written["command"].startswith(f"python experiments/memory.py tiny --effort {effort}")
+    assert [record["stage"] for record in written["records"]] == stages
     for record in written["records"]:
         assert record["parameters"] > 300_000
         assert record["weights_gib"] * memory.GIB == pytest.approx(2 * record["parameters"])
         assert record["minutes"] * 60 > record["seconds_per_step"] > 0
         assert record["peak_allocated_gib"] is None
-    assert "| tiny | 0.0 | - | - | - | - |" in capsys.readouterr().out
+    assert f"| tiny | 0.0 |{' - |' * len(stages)}" in capsys.readouterr().out
 
 
 def test_lengths_are_those_of_a_long_context():
-    settings = memory.standard_settings(40960, 32768)
+    settings = memory.settings_without_answers("thorough", 40960, 32768)
     assert settings.attention.sliding_window == 4096
     assert settings.calibration.length == 16384
     assert settings.stage1.lengths == (8192, 16384, 32768)
