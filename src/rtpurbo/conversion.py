@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rtpurbo.calibration.calibrate import calibrate, read_calibration
+from rtpurbo.calibration.calibrate import read_calibration
 from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.data.texts import load_texts
 from rtpurbo.defaults import default_rule, default_settings, resolve_effort
@@ -17,7 +17,7 @@ from rtpurbo.devices import base_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.interruption import stopping_cleanly
-from rtpurbo.job import Job
+from rtpurbo.job import Job, calibrate_base
 from rtpurbo.lengths import check_lengths
 from rtpurbo.models.architecture import context_length, head_dim_of
 from rtpurbo.models.artifact import (
@@ -208,15 +208,7 @@ def calibrate_model(
     settings = choose_settings(config, place, settings, effort, max_length, changes)
     check_lengths(settings, context_length(config), ["calibration"])
     base = load_base_model(model, device=place, dtype=base_dtype(dtype, place), progress=progress)
-    found = calibrate(
-        base.model,
-        base.tokenizer,
-        load_texts(data, "train"),
-        settings.calibration,
-        rule=settings.attention,
-        seed=settings.seed,
-        progress=progress,
-    )
+    found = calibrate_base(base, load_texts(data, "train"), settings, progress)
     write_json_atomically(output, found.to_dict())
     return found.head_map
 

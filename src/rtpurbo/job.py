@@ -75,6 +75,25 @@ def _read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
+def calibrate_base(
+    base: BaseModel, texts: TextCorpus, settings: ConversionSettings, progress: Progress
+) -> Calibration:
+    """Finds the retrieval heads of a base model with the settings of a conversion.
+
+    Raises:
+        RTPurboError: as `calibrate`.
+    """
+    return calibrate(
+        base.model,
+        base.tokenizer,
+        texts,
+        settings.calibration,
+        rule=settings.attention,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
 class Job:
     """One conversion: its work folder, and the stages that read and write it.
 
@@ -289,21 +308,15 @@ class Job:
         """The head map, from the work folder if it is there."""
         path = self.work / HEAD_MAP_FILE
         if not self.processes.from_main(path.is_file):
-            found = self._with_model(base, lambda: self._calibrate(base))
+            found = self._with_model(
+                base,
+                lambda: calibrate_base(
+                    base, random_access(self.train_text), self.settings, self.progress
+                ),
+            )
             if self.processes.is_main:
                 write_json_atomically(path, found.to_dict())
         return self.config(self.processes.from_main(lambda: read_calibration(path).head_map))
-
-    def _calibrate(self, base: BaseModel) -> Calibration:
-        return calibrate(
-            base.model,
-            base.tokenizer,
-            random_access(self.train_text),
-            self.settings.calibration,
-            rule=self.settings.attention,
-            seed=self.settings.seed,
-            progress=self.progress,
-        )
 
     def _with_model(self, base: BaseModel, function: Callable[[], Result]) -> Result:
         """Runs the model on the main process alone, or on every process that holds a part of it."""
