@@ -209,19 +209,19 @@ def measure(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         meter.finish(stage, turn, steps, shorter.lengths)
 
     indexers("stage1", settings.stage1.steps, False)
-    if settings.stage2.steps == 0:  # the effort leaves it out, and the refresh with it
-        return [record | weights for record in meter.records]
-    turn = len(settings.stage2.lengths)
-    shorter_stage2 = replace(settings.stage2, steps=2 * turn, sequences_per_step=1)
-    with tempfile.TemporaryDirectory() as folder:
-        meter.start()
-        distill(
-            model, tokenizer, corpus, held_out, Path(folder) / "stage2", shorter_stage2,
-            teacher_folder=Path(folder) / "teacher", progress=meter.step,
-        )  # fmt: skip
-        meter.finish("stage2", turn, settings.stage2.steps, shorter_stage2.lengths)
-        apply_stage2(model, Path(folder) / "stage2", stage2_kind(Path(folder)))
-    indexers("refresh", settings.stage2.refresh_steps, True)
+    if settings.stage2.steps:
+        turn = len(settings.stage2.lengths)
+        shorter_stage2 = replace(settings.stage2, steps=2 * turn, sequences_per_step=1)
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            meter.start()
+            distill(
+                model, tokenizer, corpus, held_out, work / "stage2", shorter_stage2,
+                teacher_folder=work / "teacher", progress=meter.step,
+            )  # fmt: skip
+            meter.finish("stage2", turn, settings.stage2.steps, shorter_stage2.lengths)
+            apply_stage2(model, work / "stage2", stage2_kind(work))
+        indexers("refresh", settings.stage2.refresh_steps, True)
     return [record | weights for record in meter.records]
 
 
