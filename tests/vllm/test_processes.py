@@ -143,7 +143,7 @@ def test_a_dense_model_is_as_it_was(uneven, prompts, tmp_path):
     assert with_plugin["answers"] == without["answers"]
     assert with_plugin["tokens"] == without["tokens"]
     assert "rtpurbo.serving.vllm.plugin" in with_plugin["modules"]
-    # The plugin, and what tells transformers' Auto classes of sparse models.
+    # The plugin, and the registration with transformers' Auto classes.
     assert set(with_plugin["modules"]) <= {
         "rtpurbo", "rtpurbo.errors", "rtpurbo.models", "rtpurbo.models.auto", "rtpurbo.serving",
         "rtpurbo.serving.vllm", "rtpurbo.serving.vllm.plugin", "rtpurbo.version",

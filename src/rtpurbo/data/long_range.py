@@ -257,7 +257,7 @@ class LongRangeMix:
         most_questions: int,
         listed_share: float,
     ) -> tuple[str, list[Question]]:
-        """What introduces the text, and questions for some keys, for each or for several at once."""
+        """Returns the introduction of the text, and questions for some keys, for each or for several at once."""
         most = min(len(held), most_questions, max(1, length // TOKENS_PER_QUESTION[wording.kind]))
         if len(held) > 1 and rng.random() < listed_share:
             together = rng.sample(sorted(held), min(len(held), rng.randint(2, 4)))

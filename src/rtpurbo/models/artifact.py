@@ -55,7 +55,7 @@ CHECKPOINT_KEY = "rtpurbo"
 
 @dataclass
 class ArtifactConfig:
-    """What `rtpurbo_config.json` holds.
+    """Contents of `rtpurbo_config.json`.
 
     Attributes:
         base: which dense model the artifact belongs to.
@@ -161,7 +161,7 @@ class ArtifactConfig:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is an export for vLLM, whose config.json holds what an artifact's would."""
+    """True if `folder` is an export for vLLM, whose config.json contains the artifact's configuration."""
     try:
         data = strict_json.read(folder / CHECKPOINT_CONFIG_FILE)
     except (OSError, ValueError):
@@ -233,7 +233,7 @@ def check_is_dense(name: str) -> None:
 
 
 def checkpoint_name(name: str) -> str:
-    """What a checkpoint for vLLM calls an indexer's weight: `model.layers.3.self_attn.indexer...`."""
+    """Name of an indexer's weight in a checkpoint for vLLM: `model.layers.3.self_attn.indexer...`."""
     return "model." + name.replace(".indexer.", ".self_attn.indexer.")
 
 

@@ -1,4 +1,4 @@
-"""What is trained on: prose and synthetic retrieval tasks, the same at every step of every run with a seed."""
+"""Training sequences: prose and synthetic retrieval tasks, the same at every step of every run with a seed."""
 
 from __future__ import annotations
 
