@@ -17,13 +17,13 @@ from typer import Context
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
-from rtpurbo.benchmarks.records import read_speed
 from rtpurbo.cli import app
 from rtpurbo.evaluation.records import read_results
 from rtpurbo.reporting.html.page import page
 from rtpurbo.reporting.html.sources import read_sources
 from rtpurbo.reporting.speed import speed_markdown
 from rtpurbo.reporting.tables import markdown_tables
+from rtpurbo.speed_records import read_speed
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

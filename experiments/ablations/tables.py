@@ -13,7 +13,7 @@ from ablations.index_quality import RECALLS
 from ablations.questions import PROSE
 from ablations.results import least_tokens, paired_difference
 from rtpurbo.calibration.selection import measure_stability
-from rtpurbo.reporting.formats import percent
+from rtpurbo.formats import percent
 
 NOTE = (
     "Score: answers of which every token is the likeliest, in percent; minus the reference: paired, "

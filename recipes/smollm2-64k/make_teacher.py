@@ -33,10 +33,10 @@ from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.files import whole_folder, write_json_atomically
+from rtpurbo.formats import short_length
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.processes import ALONE, Processes, join_processes, leave_processes
-from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.tables import markdown_rows
 from rtpurbo.settings import no_progress
 

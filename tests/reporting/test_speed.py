@@ -7,7 +7,7 @@ from rich.console import Console
 from rtpurbo.errors import RTPurboError
 from rtpurbo.reporting import speed
 from rtpurbo.reporting.speed import save_plot, speed_markdown, speed_tables, speedup
-from tests.benchmarks.test_records import RECORD
+from tests.test_speed_records import RECORD
 
 FLASH = replace(RECORD, implementation="sdpa-flash", density=1.0, milliseconds=425.0)
 SHORT = replace(FLASH, context_length=32768, milliseconds=25.0)

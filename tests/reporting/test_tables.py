@@ -7,7 +7,7 @@ from rich.console import Console
 
 from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.formats import percent, short_bytes, short_length
+from rtpurbo.formats import percent, short_bytes, short_length
 from rtpurbo.reporting.tables import markdown_tables, results_tables
 
 RECORDS = [

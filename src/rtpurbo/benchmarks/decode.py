@@ -17,7 +17,6 @@ from torch import Tensor
 from rtpurbo.benchmarks import sdpa
 from rtpurbo.benchmarks.correctness import Mask, compare, near
 from rtpurbo.benchmarks.layer import LayerShape, LayerStates
-from rtpurbo.benchmarks.records import stated_density
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, Granularity, IndexStorage
@@ -25,6 +24,7 @@ from rtpurbo.models.ring import RingBuffer, RingSlots
 from rtpurbo.ops.api import decoding_counters
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 from rtpurbo.ops.triton.decode.attention import run_step
+from rtpurbo.speed_records import stated_density
 
 # What each of ours selects, and how it keeps its index.
 OURS: dict[str, tuple[Granularity, IndexStorage]] = {

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from rtpurbo.benchmarks import dense_model, sdpa
 from rtpurbo.benchmarks.decode import SELECTION_TOLERANCE, forced, forced_note
 from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
-from rtpurbo.benchmarks.records import stated_density
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.sparse_model import filled_cache, forcing_density
 from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.models.sparsify import counting, set_rule, sparsify
+from rtpurbo.speed_records import stated_density
 
 IMPLEMENTATIONS = ("rtpurbo", "rtpurbo-dense-retrieval", "sdpa-flash", "sdpa-cudnn")
 # What a first forward does once, it does with a prompt of so many tokens.

@@ -15,12 +15,12 @@ from rtpurbo.benchmarks.correctness import Mask, causal, compare, near
 from rtpurbo.benchmarks.flex import flex_attention
 from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.lists import density_of, listed_keys
-from rtpurbo.benchmarks.records import stated_density
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
 from rtpurbo.benchmarks.timing import Call
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import headwise_attention
+from rtpurbo.speed_records import stated_density
 
 IMPLEMENTATIONS = (
     "rtpurbo",

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from rtpurbo.benchmarks.records import SpeedRecord, SpeedResults
 from rtpurbo.benchmarks.timing import SLOW, Call, Clock, Measurement, clock_of, measure
 from rtpurbo.errors import RTPurboError
+from rtpurbo.speed_records import SpeedRecord, SpeedResults
 
 # Makes ready to call, and lets go of what it holds when the call is let go.
 Prepare = Callable[[], Call]

@@ -15,8 +15,8 @@ from rtpurbo.cli import options
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
-    from rtpurbo.benchmarks.records import SpeedResults
     from rtpurbo.benchmarks.session import Session
+    from rtpurbo.speed_records import SpeedResults
 
 LENGTHS = [8192, 32768, 131072]
 TRAINING_LENGTHS = {"stage1": [49152, 131072], "stage2": [32768]}
@@ -310,8 +310,8 @@ def show(
 
     `rtpurbo bench show prefill.json decode.json --plot speed.png`
     """
-    from rtpurbo.benchmarks.records import SpeedResults, read_speed
     from rtpurbo.reporting.speed import check_plots, is_dense, save_plot, speed_markdown
+    from rtpurbo.speed_records import SpeedResults, read_speed
 
     if plot is not None:
         check_plots()
@@ -368,10 +368,10 @@ def _session(
     """Checks what can be checked before anything is measured."""
     import torch
 
-    from rtpurbo.benchmarks.records import write_speed
     from rtpurbo.benchmarks.session import Session
     from rtpurbo.devices import device_name, resolve_device
     from rtpurbo.reporting.speed import check_plots
+    from rtpurbo.speed_records import write_speed
 
     for name in implementations or ():
         if name not in known:

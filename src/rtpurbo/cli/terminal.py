@@ -8,7 +8,7 @@ from contextlib import closing
 from rich.console import Console
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.reporting.formats import percent, short_bytes
+from rtpurbo.formats import percent, short_bytes
 from rtpurbo.serving.chat import Answer, Conversation
 from rtpurbo.visible import visible
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rtpurbo.evaluation.policies import DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.formats import percent, short_bytes
+from rtpurbo.formats import percent, short_bytes
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rtpurbo.formats import percent
 from rtpurbo.models.artifact import ArtifactConfig
 from rtpurbo.models.stage2_weights import Stage2Kind
-from rtpurbo.reporting.formats import percent
 
 _STAGE2: dict[Stage2Kind, str] = {
     "none": "none: the weights of the base model",

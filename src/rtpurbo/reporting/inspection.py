@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
 
+from rtpurbo.formats import short_bytes
 from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig
 from rtpurbo.reporting.curves import training_curves
 from rtpurbo.reporting.facts import artifact_facts
-from rtpurbo.reporting.formats import short_bytes
 from rtpurbo.reporting.headmap import head_map_picture
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.visible import visible

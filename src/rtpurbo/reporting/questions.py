@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rtpurbo.evaluation.averages import Average, find_average
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
+from rtpurbo.formats import suite_title
 from rtpurbo.reporting.entries import Entry, Grid, policy_order
-from rtpurbo.reporting.formats import suite_title
 from rtpurbo.reporting.ruler import difference_entry, mean_entry
 
 

@@ -9,6 +9,7 @@ from rtpurbo.evaluation.averages import Average, find_average
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.ruler.tasks import TASKS
+from rtpurbo.formats import percent, short_length, suite_title
 from rtpurbo.reporting.entries import (
     Entry,
     Grid,
@@ -17,7 +18,6 @@ from rtpurbo.reporting.entries import (
     policy_order,
     score_entry,
 )
-from rtpurbo.reporting.formats import percent, short_length, suite_title
 
 
 def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> Grid:

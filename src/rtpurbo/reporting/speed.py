@@ -11,12 +11,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rtpurbo.benchmarks.records import SpeedRecord
-from rtpurbo.benchmarks.work import achieved
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_file
-from rtpurbo.reporting.formats import percent, short_bytes, short_length
+from rtpurbo.formats import percent, short_bytes, short_length
+from rtpurbo.reporting.roofline import achieved
 from rtpurbo.reporting.tables import markdown_rows
+from rtpurbo.speed_records import SpeedRecord
 
 BASELINES = {"sdpa-flash": "x flash", "sdpa-cudnn": "x cuDNN"}
 HEADER = [

@@ -12,6 +12,7 @@ from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
+from rtpurbo.formats import short_length
 from rtpurbo.reporting.entries import (
     Entry,
     Grid,
@@ -22,7 +23,6 @@ from rtpurbo.reporting.entries import (
     share_entry,
     tokens_entry,
 )
-from rtpurbo.reporting.formats import short_length
 from rtpurbo.reporting.questions import questions_grid
 from rtpurbo.reporting.ruler import ruler_grid
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rtpurbo.benchmarks.records import SpeedRecord, SpeedResults, write_speed
 from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.evaluation.ruler.tasks import TASKS
+from rtpurbo.speed_records import SpeedRecord, SpeedResults, write_speed
 
 # Score, tokens read of a context, mass kept.
 POLICIES = {

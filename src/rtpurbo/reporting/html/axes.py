@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rtpurbo.reporting.formats import short_bytes, short_length
+from rtpurbo.formats import short_bytes, short_length
 
 
 @dataclass(frozen=True)

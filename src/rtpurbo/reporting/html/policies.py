@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from rtpurbo.evaluation.policies import BUDGET_POLICY, DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
+from rtpurbo.formats import short_length, suite_title
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.formats import short_length, suite_title
 from rtpurbo.reporting.html.markup import Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, legend_of
 from rtpurbo.reporting.html.svg import swatch

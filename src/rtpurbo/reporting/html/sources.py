@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo import strict_json
-from rtpurbo.benchmarks.records import SpeedRecord, read_speed
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record, read_results
 from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig, find_artifact
+from rtpurbo.speed_records import SpeedRecord, read_speed
 from rtpurbo.training.log import TrainingLog
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
+from rtpurbo.formats import percent, short_length, suite_at
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.formats import percent, short_length, suite_at
 from rtpurbo.reporting.html.axes import linear_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
 from rtpurbo.reporting.html.plots import bar_plot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rtpurbo.config import HeadMap
-from rtpurbo.reporting.formats import percent
+from rtpurbo.formats import percent
 from rtpurbo.reporting.html.markup import Markup, join, tag
 from rtpurbo.reporting.html.sections.section import Missing, Section
 from rtpurbo.reporting.html.sources import Sources

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
+from rtpurbo.formats import short_bytes, short_length
 from rtpurbo.reporting.entries import cache_entry, policy_order
-from rtpurbo.reporting.formats import short_bytes, short_length
 from rtpurbo.reporting.html.axes import bytes_axis, length_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, line_plot

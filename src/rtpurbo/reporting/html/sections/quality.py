@@ -11,8 +11,8 @@ from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.ruler.tasks import TASKS
+from rtpurbo.formats import short_length, suite_title
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.formats import short_length, suite_title
 from rtpurbo.reporting.html.axes import Axis, length_axis, linear_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, line_plot

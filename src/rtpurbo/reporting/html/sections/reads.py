@@ -7,8 +7,8 @@ from statistics import fmean
 
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
+from rtpurbo.formats import percent, short_length, suite_at, suite_title
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.formats import percent, short_length, suite_at, suite_title
 from rtpurbo.reporting.html.axes import length_axis, linear_axis, log_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, line_plot

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rtpurbo.benchmarks.records import SpeedRecord
-from rtpurbo.reporting.formats import percent, short_bytes, short_length
+from rtpurbo.formats import percent, short_bytes, short_length
 from rtpurbo.reporting.html.axes import length_axis, log_axis
 from rtpurbo.reporting.html.markup import Content, Markup, join, tag
 from rtpurbo.reporting.html.plots import Series, line_plot
@@ -14,6 +13,7 @@ from rtpurbo.reporting.html.sections.section import Missing, Section
 from rtpurbo.reporting.html.sources import Sources, Speed
 from rtpurbo.reporting.html.tables import NOTHING, cell, folded, paragraph, table
 from rtpurbo.reporting.speed import BASELINES, is_dense, speedup
+from rtpurbo.speed_records import SpeedRecord
 
 _TITLE = "Speed"
 _PHASES = {

@@ -8,8 +8,8 @@ from statistics import fmean
 
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
+from rtpurbo.formats import percent, short_length
 from rtpurbo.reporting.facts import base_name
-from rtpurbo.reporting.formats import percent, short_length
 from rtpurbo.reporting.html.markup import Markup, join, tag
 from rtpurbo.reporting.html.policies import lengths_of, main_policy
 from rtpurbo.reporting.html.sections.memory import cache_ratio

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rtpurbo.benchmarks.records import SpeedRecord
+from rtpurbo.speed_records import SpeedRecord
 
 # Bytes of an element in the half precision that is measured, and dimensions of the index.
 ELEMENT = 2

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from rtpurbo.benchmarks.records import (
+from rtpurbo.errors import RTPurboError
+from rtpurbo.speed_records import (
     REQUIRED,
     SpeedRecord,
     SpeedResults,
@@ -11,7 +12,6 @@ from rtpurbo.benchmarks.records import (
     with_phase,
     write_speed,
 )
-from rtpurbo.errors import RTPurboError
 
 RECORD = SpeedRecord(
     phase="prefill",

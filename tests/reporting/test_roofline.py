@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from rtpurbo.benchmarks.work import achieved, decode_bytes, prefill_flops, window_area
-from tests.benchmarks.test_records import RECORD
+from rtpurbo.reporting.roofline import achieved, decode_bytes, prefill_flops, window_area
+from tests.test_speed_records import RECORD
 
 DENSE = replace(RECORD, implementation="sdpa-flash", density=1.0)
 
