@@ -11,6 +11,7 @@ from typing import Any
 from rtpurbo.files import whole_folder
 from rtpurbo.models.artifact import CARD_FILE, LOG_FILE, ArtifactConfig, save_artifact
 from rtpurbo.models.base import BaseModel
+from rtpurbo.models.card import model_card
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import indexer_weights
 from rtpurbo.models.stage2_weights import (
@@ -19,8 +20,8 @@ from rtpurbo.models.stage2_weights import (
     Stage2Kind,
     read_tensors,
 )
-from rtpurbo.reporting.card import model_card
 from rtpurbo.settings import ConversionSettings
+from rtpurbo.training.curves import curves_as_text
 from rtpurbo.training.log import TrainingLog
 
 HEAD_MAP_FILE = "head_map.json"
@@ -81,8 +82,8 @@ def assemble(
             shutil.copyfile(work / "stage2" / FULL_WEIGHTS_FILE, folder / FULL_WEIGHTS_FILE)
         if (work / LOG_FILE).is_file():
             shutil.copyfile(work / LOG_FILE, folder / LOG_FILE)
-        curves = list(TrainingLog(folder / LOG_FILE).entries())
-        card = model_card(artifact, None, curves=curves)
+        curves = curves_as_text(TrainingLog(folder / LOG_FILE).entries())
+        card = model_card(artifact, curves=curves)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     return output_dir

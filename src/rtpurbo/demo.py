@@ -15,10 +15,10 @@ from rtpurbo.evaluation.run import Cell, evaluate
 from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact import ArtifactConfig
 from rtpurbo.models.base import WHEEL_MODEL
-from rtpurbo.reporting.facts import artifact_facts
+from rtpurbo.models.card import artifact_facts, markdown_rows
 from rtpurbo.reporting.headmap import head_map_picture
 from rtpurbo.reporting.html.page import write_report
-from rtpurbo.reporting.tables import markdown_rows, markdown_tables, results_tables
+from rtpurbo.reporting.tables import markdown_tables, results_tables
 from rtpurbo.settings import Progress, no_progress
 
 # Few samples, so that two CPU cores answer them in minutes; `rtpurbo eval` takes any number.

@@ -310,11 +310,12 @@ def show(
 
     `rtpurbo bench show prefill.json decode.json --plot speed.png`
     """
-    from rtpurbo.reporting.speed import check_plots, is_dense, save_plot, speed_markdown
+    from rtpurbo.reporting.figures import check_matplotlib
+    from rtpurbo.reporting.speed import is_dense, save_plot, speed_markdown
     from rtpurbo.speed_records import SpeedResults, read_speed
 
     if plot is not None:
-        check_plots()
+        check_matplotlib("--plot")
     records = [
         record
         for path in results
@@ -370,7 +371,7 @@ def _session(
 
     from rtpurbo.benchmarks.session import Session
     from rtpurbo.devices import device_name, resolve_device
-    from rtpurbo.reporting.speed import check_plots
+    from rtpurbo.reporting.figures import check_matplotlib
     from rtpurbo.speed_records import write_speed
 
     for name in implementations or ():
@@ -379,7 +380,7 @@ def _session(
                 f"there is no implementation '{name}' here; choose among: {', '.join(known)}."
             )
     if plot is not None:
-        check_plots()
+        check_matplotlib("--plot")
     if device == "cuda" and not torch.cuda.is_available():
         raise RTPurboError("benchmarks need an NVIDIA GPU, and PyTorch finds none here.")
     place = resolve_device(device)

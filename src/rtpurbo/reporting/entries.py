@@ -1,4 +1,4 @@
-"""What stands in the places of a table of records."""
+"""Entries of tables of records."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from rtpurbo.evaluation.policies import DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_bytes
+from rtpurbo.reporting.losses import Loss, loss_of_record
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands in one place of a table, with its rich style."""
+    """Text of a table cell, with its rich style."""
 
     text: str
     style: str = ""
@@ -23,53 +24,50 @@ Grid = tuple[list[str], list[list[Entry]]]
 
 
 def policy_order(records: Sequence[Record]) -> list[str]:
-    """The policies of some records in display order, unknown ones last."""
+    """Returns the policies of some records in display order, unknown ones last."""
     policies = list(dict.fromkeys(record.policy for record in records))
     order = list(POLICIES)
     return sorted(policies, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def score_entry(record: Record | None, dense: Record | None) -> Entry:
-    """Right answers in percent or perplexity, with the loss against the dense model as a colour."""
+    """Returns right answers in percent, or perplexity, coloured by the loss to the dense model."""
     if record is None:
         return Entry("-")
+    style = "" if dense is None else style_of(loss_of_record(record, dense))
     if record.suite == "perplexity":
-        loss = 0.0 if dense is None else 100 * (record.score / dense.score - 1)
-        return Entry(f"{record.score:.2f}", loss_style(loss, slight=1))
-    loss = 0.0 if dense is None else dense.score - record.score
-    return Entry(f"{record.score:.0f} %", loss_style(loss, slight=0))
+        return Entry(f"{record.score:.2f}", style)
+    return Entry(f"{record.score:.0f} %", style)
 
 
-def loss_style(loss: float, slight: float) -> str:
-    """Red from a loss of 5 (points, or percent of perplexity), yellow above a slight one."""
-    if loss >= 5:
-        return "bold red"
-    return "yellow" if loss > slight else ""
+def style_of(loss: Loss) -> str:
+    """Returns the rich style of a loss: red for a heavy, significant one, yellow for a slight one."""
+    return {"heavy": "bold red", "slight": "yellow", "": ""}[loss.tint]
 
 
 def share_entry(record: Record | None) -> Entry:
-    """The share of the far tokens that was read."""
+    """Returns the share of the far tokens that was read."""
     if record is None or record.far_tokens_read is None:
         return Entry("-")
     return Entry(percent(record.far_tokens_read))
 
 
 def tokens_entry(record: Record | None) -> Entry:
-    """The mean number of tokens that a row of a retrieval head read."""
+    """Returns the mean number of tokens that a query of a retrieval head read."""
     if record is None or record.tokens_read_mean is None:
         return Entry("-")
     return Entry(f"{record.tokens_read_mean:,.0f}")
 
 
-def mass_entry(record: Record | None) -> Entry:
-    """The share of full attention that lies on what was read."""
+def recall_entry(record: Record | None) -> Entry:
+    """Returns the share of full attention on the tokens that were read."""
     if record is None or record.mass_kept is None:
         return Entry("-")
     return Entry(percent(record.mass_kept))
 
 
 def cache_entry(record: Record | None, dense: Record | None) -> Entry:
-    """The bytes of a cache, and how many times those of the dense model's."""
+    """Returns the size of a cache, and its ratio to the dense model's."""
     if record is None or record.kv_bytes is None:
         return Entry("-")
     text = short_bytes(record.kv_bytes)

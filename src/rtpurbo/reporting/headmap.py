@@ -1,4 +1,4 @@
-"""The head map as a picture in the terminal."""
+"""Head map as a picture in the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOCAL_COLORS = (238, 241, 244, 248, 252)
 
 
 def head_map_picture(head_map: HeadMap) -> Text:
-    """A row for each layer, a column for each query head; brighter is a higher retrieval score.
+    """Returns a row per layer and a column per query head; brighter is a higher retrieval score.
 
     Retrieval heads are round and coloured, other heads square and grey.
     """
@@ -23,13 +23,12 @@ def head_map_picture(head_map: HeadMap) -> Text:
     for layer, heads in enumerate(head_map.retrieval_heads):
         picture.append(f"layer {layer:>3}  ", "dim")
         if heads is None:
-            picture.append("has a window of its own and stays as it is\n", "dim italic")
+            picture.append("has a window of its own and is not converted\n", "dim italic")
             continue
         scores = head_map.scores[layer] if layer < len(head_map.scores) else None
         for head in range(head_map.num_attention_heads):
-            score = scores[head] if scores else 0.0
-            # Few heads have high scores: the square root spreads the many low ones.
-            level = _level((max(score, 0.0) / best) ** 0.5 if best > 0 else 0.0)
+            share = score_level(scores[head] if scores else None, best)
+            level = min(int(share * len(SHADES)), len(SHADES) - 1)
             if head in heads:
                 picture.append(RETRIEVAL, f"bold color({_RETRIEVAL_COLORS[level]})")
             else:
@@ -44,6 +43,9 @@ def head_map_picture(head_map: HeadMap) -> Text:
     return picture
 
 
-def _level(share: float) -> int:
-    """From 0 to 4."""
-    return min(int(share * len(SHADES)), len(SHADES) - 1)
+def score_level(score: float | None, best: float) -> float:
+    """Returns the brightness of a retrieval score, from 0 to 1 for the best.
+
+    Few heads have high scores: the square root spreads the many low ones.
+    """
+    return (max(score or 0.0, 0.0) / best) ** 0.5 if best > 0 else 0.0

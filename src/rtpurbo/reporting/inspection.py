@@ -1,4 +1,4 @@
-"""All there is to see of an artifact without loading its model."""
+"""Contents of an artifact, shown without loading its model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
 
-from rtpurbo.formats import short_bytes
+from rtpurbo.formats import short_bytes, short_length
 from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig
-from rtpurbo.reporting.curves import training_curves
-from rtpurbo.reporting.facts import artifact_facts
+from rtpurbo.models.card import artifact_facts
+from rtpurbo.reporting.cache_sizes import cache_sizes, read_cache_shape, stored_tokens
 from rtpurbo.reporting.headmap import head_map_picture
+from rtpurbo.training.curves import training_curves
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.visible import visible
 
+CACHE_LENGTHS = (8192, 32768, 131072)
+"""Context lengths whose cache sizes are shown."""
+
 
 def inspect_artifact(folder: Path) -> Group:
-    """Facts, head map, training curves and sizes of files, for a rich console.
+    """Returns facts, head map, cache sizes, training curves and files, for a rich console.
 
     Raises:
         RTPurboError: `folder` holds no artifact, or a broken one.
@@ -34,16 +38,40 @@ def inspect_artifact(folder: Path) -> Group:
         Rule("retrieval heads", align="left"),
         head_map_picture(artifact.config.head_map),
     ]
+    parts += [Rule("KV cache of one sequence", align="left"), _cache_table(folder, artifact)]
     if curves.row_count:
         parts += [Rule("training", align="left"), curves]
     parts += [Rule("files", align="left"), _two_columns(sizes)]
     return Group(*parts)
 
 
+def _cache_table(folder: Path, artifact: ArtifactConfig) -> Table:
+    """Cache sizes by context length; relative ones where the base model's sizes are not known."""
+    shape = read_cache_shape(folder)
+    lengths = [short_length(length) for length in CACHE_LENGTHS]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    for _ in lengths:
+        table.add_column(justify="right")
+    table.add_row("context", *lengths)
+    if shape is None:
+        stored = [stored_tokens(artifact.config, length) for length in CACHE_LENGTHS]
+        table.add_row(
+            "relative to dense, without index keys",
+            *(f"{sparse / dense:.2f}x" for sparse, dense in stored),
+        )
+        return table
+    sizes = [cache_sizes(artifact.config, shape, length) for length in CACHE_LENGTHS]
+    table.add_row(f"sparse, {shape.dtype}", *(short_bytes(sparse) for sparse, _ in sizes))
+    table.add_row(f"dense, {shape.dtype}", *(short_bytes(dense) for _, dense in sizes))
+    table.add_row("ratio", *(f"{sparse / dense:.2f}x" for sparse, dense in sizes))
+    return table
+
+
 def _two_columns(rows: list[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     for row in rows:
-        # Names in an artifact are somebody else's, and no markup.
+        # Names in an artifact are untrusted, and no markup.
         table.add_row(*(escape(visible(text)) for text in row))
     return table

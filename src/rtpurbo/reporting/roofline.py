@@ -1,4 +1,4 @@
-"""How much an implementation has to compute or to read: what its speed is held against."""
+"""Operations and memory traffic of attention kernels, for their achieved throughput."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INDEX_DIM = 16
 
 
 def prefill_flops(record: SpeedRecord) -> float:
-    """Multiplications and additions of the attention that heads see; scoring is not counted."""
+    """Returns the floating-point operations of attention; scoring of index keys is not counted."""
     causal = record.context_length * (record.context_length + 1) / 2
     local = window_area(record.context_length, record.sliding_window)
     retrieval, heads = record.num_retrieval_heads, record.num_attention_heads
@@ -22,13 +22,13 @@ def prefill_flops(record: SpeedRecord) -> float:
 
 
 def window_area(length: int, window: int) -> float:
-    """Pairs of a query and a key within a window."""
+    """Returns the number of query-key pairs within a causal sliding window."""
     inside = min(length, window)
     return inside * (inside + 1) / 2 + (length - inside) * window
 
 
 def decode_bytes(record: SpeedRecord) -> float:
-    """Bytes of keys, values and index that a step has to read, each once."""
+    """Returns the bytes of keys, values and index keys that a decoding step reads."""
     token = 2 * record.head_dim * ELEMENT
     if record.implementation.startswith("sdpa"):
         read = record.context_length * record.num_key_value_heads * token
@@ -43,7 +43,7 @@ def decode_bytes(record: SpeedRecord) -> float:
 
 
 def achieved(record: SpeedRecord) -> tuple[float, str] | None:
-    """How fast an operator worked, in TFLOP/s or GB/s; None for whole models."""
+    """Returns the throughput of an operator in TFLOP/s or GB/s; None for whole models."""
     seconds = record.milliseconds / 1000
     if record.phase == "prefill":
         return prefill_flops(record) / seconds / 1e12, "TFLOP/s"

@@ -1,9 +1,8 @@
-"""Speed records as a table and as a picture."""
+"""Tables and plots of speed records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rtpurbo.errors import RTPurboError
-from rtpurbo.files import whole_file
 from rtpurbo.formats import percent, short_bytes, short_length
+from rtpurbo.models.card import markdown_rows
+from rtpurbo.reporting.figures import (
+    Axis,
+    Series,
+    check_matplotlib,
+    draw_lines,
+    figure_style,
+    legend_handles,
+    length_axis,
+    save_image,
+)
 from rtpurbo.reporting.roofline import achieved
-from rtpurbo.reporting.tables import markdown_rows
 from rtpurbo.speed_records import SpeedRecord
 
 BASELINES = {"sdpa-flash": "x flash", "sdpa-cudnn": "x cuDNN"}
@@ -32,7 +39,7 @@ HEADER = [
 
 
 def speed_tables(records: Sequence[SpeedRecord]) -> list[Table]:
-    """A table for each phase, ours in bold; above 1 it is faster than the dense kernel."""
+    """Returns a table for each phase, rtpurbo in bold; a ratio above 1 is faster than dense."""
     tables = []
     for title, chosen in _phases(records).items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -46,7 +53,7 @@ def speed_tables(records: Sequence[SpeedRecord]) -> list[Table]:
 
 
 def speed_markdown(records: Sequence[SpeedRecord]) -> str:
-    """The same tables in Markdown, for documentation."""
+    """Returns the same tables in Markdown, for documentation."""
     parts = []
     for title, chosen in _phases(records).items():
         rows = (_row(records, record) for record in chosen)
@@ -55,7 +62,7 @@ def speed_markdown(records: Sequence[SpeedRecord]) -> str:
 
 
 def speedup(records: Sequence[SpeedRecord], record: SpeedRecord, baseline: str) -> float | None:
-    """How many times faster a record is than a baseline at the same task; None if there is none."""
+    """Returns the speedup of a record over a baseline of the same task; None without one."""
     for other in records:
         if other.implementation == baseline and _task(other) == _task(record):
             return other.milliseconds / record.milliseconds
@@ -75,7 +82,7 @@ def _task(record: SpeedRecord) -> tuple[Any, ...]:
 
 
 def _phases(records: Sequence[SpeedRecord]) -> dict[str, list[SpeedRecord]]:
-    """The records of each phase and model, the shortest context and the slowest first."""
+    """Records by phase and model, the shortest context and the slowest first."""
     phases: dict[str, list[SpeedRecord]] = {}
     for record in sorted(records, key=lambda record: (*_task(record), -record.milliseconds)):
         title = record.phase if record.model is None else f"{record.phase}: {record.model}"
@@ -100,7 +107,7 @@ def _row(records: Sequence[SpeedRecord], record: SpeedRecord) -> list[str]:
 
 
 def is_dense(record: SpeedRecord) -> bool:
-    """Whether every head reads everything, so that windows mean nothing."""
+    """Returns whether every head attends to all keys, so that the window has no meaning."""
     return record.implementation in BASELINES
 
 
@@ -108,65 +115,44 @@ def _short(milliseconds: float) -> str:
     return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.3g}"
 
 
-def check_plots() -> None:
-    """Says, before anything is measured, if there is nothing to draw with.
-
-    Raises:
-        RTPurboError: matplotlib is missing.
-    """
-    if find_spec("matplotlib") is None:
-        raise RTPurboError("--plot needs matplotlib: pip install 'rtpurbo[plots]'.")
-
-
 def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
-    """Draws milliseconds against tokens, a line for every implementation and density.
+    """Draws time against context length, a line for each implementation, window and density.
 
     Args:
-        records: measurements of one or more phases, each of which gets a picture of its own.
-        path: the file, .png or another form that matplotlib writes.
+        records: measurements of one or more phases, each of which gets a plot of its own.
+        path: the file: .svg (which follows light and dark), .png or another format of matplotlib.
 
     Raises:
-        RTPurboError: matplotlib is missing, or does not know the form.
+        RTPurboError: matplotlib is missing, or does not know the format.
     """
-    check_plots()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
+    check_matplotlib("--plot")
     pictures = list(dict.fromkeys((record.phase, record.batch_size) for record in records))
-    figure, axes = pyplot.subplots(
-        1, max(1, len(pictures)), figsize=(6 * max(1, len(pictures)), 4.5), squeeze=False
-    )
-    for (phase, batch), ax in zip(pictures, axes[0], strict=False):
-        lines = _lines(records, phase, batch)
-        fastest = min(time for points in lines.values() for _, time in points)
-        unit, factor = ("microseconds", 1000) if fastest < 1 else ("milliseconds", 1)
-        for label, points in lines.items():
-            lengths, times = zip(*sorted(points), strict=True)
-            times = tuple(factor * time for time in times)
-            style = "-" if label.startswith("rtpurbo") else "--"
-            ax.plot(lengths, times, style, marker="o", label=label)
-        ticks = sorted({record.context_length for record in records if record.phase == phase})
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xticks(ticks, [short_length(tick) for tick in ticks])
-        ax.set_title(phase if batch == 1 else f"{phase}, batch {batch}")
-        ax.set_xlabel("tokens")
-        ax.set_ylabel(unit)
-        ax.yaxis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
-        ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
-    figure.tight_layout()
-    try:
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-    except ValueError as error:
-        raise RTPurboError(f"the picture {path} cannot be drawn: {error}.") from error
-    finally:
-        pyplot.close(figure)
+    columns = max(1, len(pictures))
+    with figure_style() as new_figure:
+        figure = new_figure(figsize=(6 * columns, 4.5), layout="constrained", facecolor="white")
+        for (phase, batch), axes in zip(
+            pictures, figure.subplots(1, columns, squeeze=False)[0], strict=False
+        ):
+            lines = _lines(records, phase, batch)
+            fastest = min(time for points in lines.values() for _, time in points)
+            unit, factor = ("microseconds", 1000) if fastest < 1 else ("milliseconds", 1)
+            ours = [label for label in lines if label.startswith("rtpurbo")]
+            baselines = [label for label in lines if label not in ours]
+            styles: dict[str, int | None] = {label: style for style, label in enumerate(ours)}
+            for number, label in enumerate(baselines):
+                styles[label] = None if number == 0 else len(ours) + number - 1
+            series = [
+                Series(label, [(length, factor * time) for length, time in points], styles[label])
+                for label, points in ((label, sorted(lines[label])) for label in lines)
+            ]
+            lengths = [length for points in lines.values() for length, _ in points]
+            time = Axis("", lambda value: f"{value:,.3g}", "log")
+            draw_lines(axes, series, length_axis(lengths), time)
+            axes.set_title(f"{phase}, {unit}" if batch == 1 else f"{phase}, batch {batch}, {unit}")
+            axes.grid(axis="y")
+            axes.legend(handles=legend_handles(series), fontsize=10, frameon=False)
+        said = "; ".join(f"{phase}, batch {batch}" for phase, batch in pictures)
+        save_image(figure, path, f"Time by context length: {said}")
 
 
 def _lines(

@@ -1,8 +1,8 @@
-"""Records as tables: a row for each policy, a column for each test; suites of many tasks transposed."""
+"""Tables of records: policies by tests; suites of many tasks are transposed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -13,24 +13,24 @@ from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import short_length
+from rtpurbo.models.card import markdown_rows
 from rtpurbo.reporting.entries import (
     Entry,
     Grid,
     cache_entry,
-    mass_entry,
     policy_order,
+    recall_entry,
     score_entry,
     share_entry,
     tokens_entry,
 )
-from rtpurbo.reporting.questions import questions_grid
-from rtpurbo.reporting.ruler import ruler_grid
+from rtpurbo.reporting.suite_tables import questions_grid, ruler_grid
 
 BY_TASK = ("ruler", babilong.SUITE)
 """Suites with a table for each length."""
 
-BY_ROW = [("tokens read", tokens_entry), ("mass kept", mass_entry)]
-"""Of the same test as the far tokens."""
+PER_QUERY = [("tokens read", tokens_entry), ("attention recall", recall_entry)]
+"""Measured at the same test as the far tokens."""
 
 
 def results_tables(
@@ -38,12 +38,12 @@ def results_tables(
     cache_length: int | None = None,
     averages: Sequence[Average] = (),
 ) -> list[Table]:
-    """Tables for the terminal, with losses against the dense policy in yellow and red.
+    """Returns tables for the terminal, with losses to the dense policy in yellow and red.
 
     Args:
         records: measurements of one or more policies.
-        cache_length: tokens at which every record's cache was weighed; None if each at its own.
-        averages: of suites, if they are there.
+        cache_length: tokens at which every cache size was measured; None for each record's length.
+        averages: of suites, if there are any.
     """
     tables = []
     for header, rows in _grids(records, cache_length, averages):
@@ -61,23 +61,17 @@ def markdown_tables(
     cache_length: int | None = None,
     averages: Sequence[Average] = (),
 ) -> str:
-    """The same tables in Markdown, for model cards and documentation."""
+    """Returns the same tables in Markdown, for model cards and documentation."""
     return "\n\n".join(
         markdown_rows(header, ([entry.text for entry in row] for row in rows))
         for header, rows in _grids(records, cache_length, averages)
     )
 
 
-def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown: the first column to the left, numbers to the right."""
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ruler, *rows))
-
-
 def _grids(
     records: Sequence[Record], cache_length: int | None, averages: Sequence[Average]
 ) -> list[Grid]:
-    """A grid of what has few tasks, one of short questions, and one of each long suite and length."""
+    """Grids of suites with few tasks, of short questions, and of each long suite and length."""
     questions = [record for record in records if record.suite in SHORT]
     long = [record for record in records if record.suite in BY_TASK]
     others = [record for record in records if record.suite not in (*SHORT, *BY_TASK)]
@@ -102,9 +96,9 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
     header = ["policy", *(f"{task} {short_length(length)}" for _, task, length in tests)]
     if reads is not None:
         header.append(f"far tokens read ({reads[1]} {short_length(reads[2])})")
-    # Results of format 1 lack what is measured row by row.
-    by_row = [] if all(item.tokens_read_mean is None for item in records) else BY_ROW
-    header += [title for title, _ in by_row]
+    # Results of format 1 lack figures per query.
+    per_query = [] if all(item.tokens_read_mean is None for item in records) else PER_QUERY
+    header += [title for title, _ in per_query]
     header.append(f"KV cache at {short_length(cache_length or longest)}")
 
     rows = []
@@ -116,7 +110,7 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
         ]
         if reads is not None:
             row.append(share_entry(scores.get((reads, policy))))
-            row += [entry(scores.get((reads, policy))) for _, entry in by_row]
+            row += [entry(scores.get((reads, policy))) for _, entry in per_query]
         row.append(
             cache_entry(
                 _longest(records, policy, longest), _longest(records, DENSE_POLICY, longest)

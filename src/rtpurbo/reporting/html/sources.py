@@ -1,8 +1,9 @@
-"""What a report is made from: an artifact and files of results, read and checked."""
+"""Data of a report: an artifact and files of results, read and checked."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,43 +15,81 @@ from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record, read_results
 from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig, find_artifact
+from rtpurbo.reporting.cache_sizes import read_cache_shape
 from rtpurbo.speed_records import SpeedRecord, read_speed
 from rtpurbo.training.log import TrainingLog
+
+Test = tuple[str, str, str | None, int, str]
+"""Suite, task, metric, context length and policy."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where results came from.
+    """Provenance of results.
 
     Attributes:
-        file: the name of their file.
-        facts: what it says of model, device, versions, commit and command.
+        file: name of their file.
+        facts: its entries on model, device, versions, commit and command.
     """
 
     file: str
     facts: dict[str, Any]
 
+    @property
+    def device(self) -> str:
+        """The device's name."""
+        return str(self.facts.get("device", "device not recorded"))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of weights: the file's entry, else the command's option."""
+        run = self.facts.get("resumption")
+        conditions = run.get("conditions") if isinstance(run, dict) else None
+        for known in (self.facts, conditions):
+            if isinstance(known, dict) and isinstance(known.get("dtype"), str):
+                return str(known["dtype"])
+        found = set(re.findall(r"--dtype[= ](\w+)", str(self.facts.get("command", ""))))
+        return found.pop() if len(found) == 1 and "auto" not in found else "dtype not recorded"
+
+    @property
+    def where(self) -> str:
+        """Device and dtype, for captions."""
+        return f"{self.device}, {self.dtype}"
+
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured of one model, of one or more files.
+    """Measurements of one model, of one or more files.
 
     Attributes:
         model: as the files name it.
-        records: the measurements; of two of the same thing, the later file's.
-        cache_length: tokens at which every cache was weighed; None if each at its own.
-        averages: of RULER's tasks, where the files have them.
+        records: the measurements; of two of the same test, the later file's.
+        cache_length: tokens at which every cache size was measured; None for each record's length.
+        averages: of suites, where the files have them.
+        origins: provenance of each record, by its test.
     """
 
     model: str
     records: list[Record]
     cache_length: int | None = None
     averages: list[Average] = field(default_factory=list)
+    origins: dict[Test, Origin] = field(default_factory=dict)
+
+    def where(self, records: Sequence[Record], samples: bool = True) -> str:
+        """Returns samples, device and dtype of some records, for captions."""
+        counts = sorted({record.samples for record in records})
+        counted = [f"{low:,}" for low in sorted({counts[0], counts[-1]})] if counts else []
+        origins = [
+            self.origins[_test(record)] for record in records if _test(record) in self.origins
+        ]
+        parts = [f"{' to '.join(counted)} samples per test"] if samples and counted else []
+        parts += [" or ".join(dict.fromkeys(origin.where for origin in origins))] if origins else []
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A file of benchmarks: ratios are of medians of one run, so files are not mixed."""
+    """A file of benchmarks. Speedups are ratios within one run, so files are not mixed."""
 
     origin: Origin
     records: list[SpeedRecord]
@@ -59,18 +98,20 @@ class Speed:
 
 @dataclass
 class Sources:
-    """All that a report shows.
+    """Data of a report.
 
     Attributes:
         artifact: the sparse model, if one was given.
+        head_dim: dimensions of its heads, if the artifact records them.
         curves: entries of its training log.
         quality: measurements of quality, by model.
         speed: benchmarks, by file.
         origins: of every file.
-        remarks: what a reader has to know of how files were put together.
+        remarks: sentences on how files were merged.
     """
 
     artifact: ArtifactConfig | None = None
+    head_dim: int | None = None
     curves: list[dict[str, Any]] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
     speed: list[Speed] = field(default_factory=list)
@@ -79,10 +120,10 @@ class Sources:
 
 
 def read_sources(places: Iterable[str | Path]) -> Sources:
-    """Reads what a report is made from.
+    """Reads the data of a report.
 
     Args:
-        places: files of results, told by their ending in .json, and at most one artifact: its folder
+        places: files of results, whose names end in .json, and at most one artifact: its folder
             or its name on the Hub.
 
     Raises:
@@ -102,6 +143,8 @@ def read_sources(places: Iterable[str | Path]) -> Sources:
         else:
             folder = find_artifact(place)
             sources.artifact = ArtifactConfig.read(folder)
+            shape = read_cache_shape(folder)
+            sources.head_dim = None if shape is None else shape.head_dim
             sources.curves = list(TrainingLog(folder / LOG_FILE).entries())
     if sources.artifact is None and not sources.origins:
         raise RTPurboError(
@@ -118,7 +161,8 @@ def with_results(
     averages: Sequence[Average] = (),
 ) -> None:
     """Adds measurements of quality to those of the same model."""
-    sources.origins.append(Origin(file, facts))
+    origin = Origin(file, facts)
+    sources.origins.append(origin)
     model, length = str(facts.get("model", file)), facts.get("kv_bytes_at")
     for place, known in enumerate(sources.quality):
         if (known.model, known.cache_length) == (model, length):
@@ -126,19 +170,21 @@ def with_results(
             again = [record for record in records if _test(record) in merged]
             if again:
                 sources.remarks.append(
-                    f"{len(again)} measurements of {file} were in an earlier file too; {file} counts."
+                    f"{len(again)} measurements of {file} are in an earlier file too; {file} counts."
                 )
             merged |= {_test(record): record for record in records}
-            # A mean of what was measured again, or its distance from that, is not true any more.
+            # A mean over replaced records, or its difference from them, no longer holds.
             stale = {(record.suite, record.context_length) for record in again}
             kept = [
                 item for item in known.averages if (item.suite, item.context_length) not in stale
             ]
+            origins = {**known.origins, **dict.fromkeys(map(_test, records), origin)}
             sources.quality[place] = Quality(
-                model, list(merged.values()), length, [*kept, *averages]
+                model, list(merged.values()), length, [*kept, *averages], origins
             )
             return
-    sources.quality.append(Quality(model, list(records), length, list(averages)))
+    origins = dict.fromkeys(map(_test, records), origin)
+    sources.quality.append(Quality(model, list(records), length, list(averages), origins))
 
 
 def _read_file(path: Path, sources: Sources) -> None:
@@ -156,7 +202,7 @@ def _read_file(path: Path, sources: Sources) -> None:
 
 
 def _kind(path: Path) -> str:
-    """Whether a file holds "quality" or "speed"; only the former has versions."""
+    """Returns "quality" or "speed" by the content of a file; only the former has versions."""
     if not path.is_file():
         raise RTPurboError(f"there is no file of results {path}; check the path.")
     try:
@@ -183,5 +229,5 @@ def _check_numbers(path: Path, records: Sequence[Any], fields: Sequence[str]) ->
                 raise RTPurboError(f"{path} is corrupt: a record's {name} is {value!r}.")
 
 
-def _test(record: Record) -> tuple[Any, ...]:
+def _test(record: Record) -> Test:
     return record.suite, record.task, record.metric, record.context_length, record.policy

@@ -1,4 +1,4 @@
-"""What a key-value cache weighs, and what benchmarks needed at their peak."""
+"""Size of the KV cache by policy and length."""
 
 from __future__ import annotations
 
@@ -8,48 +8,45 @@ from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import short_bytes, short_length
 from rtpurbo.reporting.entries import cache_entry, policy_order
-from rtpurbo.reporting.html.axes import bytes_axis, length_axis
-from rtpurbo.reporting.html.markup import Content, Markup, join, tag
-from rtpurbo.reporting.html.plots import Series, line_plot
+from rtpurbo.reporting.figures import Series, bytes_axis, length_axis, line_plot
 from rtpurbo.reporting.html.policies import plots_of_policies, style_of
-from rtpurbo.reporting.html.sections.section import Missing, Section
 from rtpurbo.reporting.html.sources import Quality, Sources
-from rtpurbo.reporting.html.tables import paragraph, table
+from rtpurbo.reporting.html.view import Block, Heading, Missing, Plot, Section, Table, Text
 
-_TITLE = "Memory"
+_TITLE = "KV cache"
 
-Weights = dict[tuple[str, int], Record]
+Sizes = dict[tuple[str, int], Record]
 
 
 def memory_section(sources: Sources) -> Section | Missing:
-    """The cache by policy and length."""
-    parts: list[Content] = []
+    """Returns cache sizes as a plot and a table."""
+    blocks: list[Block] = []
     for quality in sources.quality:
-        weights = _weights(quality)
-        if weights:
+        sizes = _sizes(quality)
+        if sizes:
             if len(sources.quality) > 1:
-                parts.append(tag("h3", f"Model: {quality.model}"))
-            parts += _of_model(quality, weights)
-    if not parts:
-        return Missing(_TITLE, "no results say what a cache weighs.")
-    said = paragraph(
-        "The key-value cache of one sequence, with index keys where a policy needs them. Bounded "
-        "heads keep their window alone, so the longer the context, the more is saved."
+                blocks.append(Heading(f"Model: {quality.model}"))
+            blocks += _of_model(quality, sizes)
+    if not blocks:
+        return Missing(_TITLE, "no results record the size of a cache.")
+    said = Text(
+        "Size of the KV cache of one sequence, index keys included where a policy needs them. "
+        "Windowed KV heads keep only sinks and window, so longer contexts save more."
     )
-    return Section("memory", _TITLE, join(said, parts))
+    return Section("memory", _TITLE, [said, *blocks])
 
 
 def cache_ratio(quality: Quality, policy: str) -> tuple[float, int] | None:
-    """How large a policy's cache is beside the dense one, at the longest context that has both."""
-    weights = _weights(quality)
-    for length in sorted({length for _, length in weights}, reverse=True):
-        sparse, dense = weights.get((policy, length)), weights.get((DENSE_POLICY, length))
+    """Returns the size of a policy's cache relative to the dense one, at the longest common length."""
+    sizes = _sizes(quality)
+    for length in sorted({length for _, length in sizes}, reverse=True):
+        sparse, dense = sizes.get((policy, length)), sizes.get((DENSE_POLICY, length))
         if sparse and dense and sparse.kv_bytes and dense.kv_bytes:
             return sparse.kv_bytes / dense.kv_bytes, length
     return None
 
 
-def _weights(quality: Quality) -> Weights:
+def _sizes(quality: Quality) -> Sizes:
     return {
         (record.policy, quality.cache_length or record.context_length): record
         for record in quality.records
@@ -57,44 +54,40 @@ def _weights(quality: Quality) -> Weights:
     }
 
 
-def _of_model(quality: Quality, weights: Weights) -> list[Content]:
-    policies = [name for name in policy_order(quality.records) if _lengths(weights, name)]
-    lengths = _lengths(weights)
-    parts: list[Content] = []
+def _of_model(quality: Quality, sizes: Sizes) -> list[Block]:
+    policies = [name for name in policy_order(quality.records) if _lengths(sizes, name)]
+    lengths = _lengths(sizes)
+    where = quality.where(list(sizes.values()), samples=False)
+    blocks: list[Block] = []
     if len(lengths) > 1:
-        parts.append(plots_of_policies([_plot(weights, policies, lengths)], policies))
-    rows: list[tuple[Content, ...]] = []
+        blocks.append(plots_of_policies([_plot(sizes, policies, lengths, where)], policies))
+    rows = []
     for policy in policies:
         cells = (
-            cache_entry(weights.get((policy, length)), weights.get((DENSE_POLICY, length))).text
+            cache_entry(sizes.get((policy, length)), sizes.get((DENSE_POLICY, length))).text
             for length in lengths
         )
         rows.append((policy, *cells))
     header = ("policy", *(short_length(length) for length in lengths))
-    parts.append(table("Key-value cache by length, and how many times the dense one", header, rows))
-    return parts
+    caption = f"KV cache by length, and relative to the dense one; one sequence; {where}"
+    blocks.append(Table(caption, header, rows))
+    return blocks
 
 
-def _plot(weights: Weights, policies: Sequence[str], lengths: Sequence[int]) -> Markup:
+def _plot(sizes: Sizes, policies: Sequence[str], lengths: Sequence[int], where: str) -> Plot:
     lines = []
     for policy in policies:
-        sizes = {
-            length: weights[policy, length].kv_bytes or 0 for length in _lengths(weights, policy)
-        }
-        lines.append(
-            Series(
-                policy,
-                [(float(length), float(size)) for length, size in sizes.items()],
-                style_of(policy, policies),
-                [
-                    f"{policy}: {short_bytes(size)} at {short_length(length)}"
-                    for length, size in sizes.items()
-                ],
-            )
-        )
-    y = bytes_axis("cache", [size for each in lines for _, size in each.points])
-    return line_plot("Key-value cache", lines, length_axis(lengths), y, legend=False)
+        own = {length: sizes[policy, length].kv_bytes or 0 for length in _lengths(sizes, policy)}
+        hints = [
+            f"{policy}: {short_bytes(size)} at {short_length(length)}"
+            for length, size in own.items()
+        ]
+        points = [(float(length), float(size)) for length, size in own.items()]
+        lines.append(Series(policy, points, style_of(policy, policies), hints))
+    title = "KV cache of one sequence"
+    drawing = line_plot(title, lines, length_axis(lengths), bytes_axis("cache"))
+    return Plot(title, where, drawing)
 
 
-def _lengths(weights: Weights, policy: str | None = None) -> list[int]:
-    return sorted({length for name, length in weights if policy in (None, name)})
+def _lengths(sizes: Sizes, policy: str | None = None) -> list[int]:
+    return sorted({length for name, length in sizes if policy in (None, name)})

@@ -1,4 +1,4 @@
-"""What the sparse model keeps: every policy beside the dense model, loss by loss."""
+"""Scores of every policy next to the dense model's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.formats import short_length, suite_title
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.html.axes import Axis, length_axis, linear_axis
-from rtpurbo.reporting.html.markup import Content, Markup, join, tag
-from rtpurbo.reporting.html.plots import Series, line_plot
+from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
     described,
     lengths_of,
@@ -24,42 +22,52 @@ from rtpurbo.reporting.html.policies import (
     style_of,
 )
 from rtpurbo.reporting.html.sections.scores import LEGEND, mean_cell, score_cell
-from rtpurbo.reporting.html.sections.section import Missing, Section
 from rtpurbo.reporting.html.sources import Quality, Sources
-from rtpurbo.reporting.html.tables import folded, paragraph, table
+from rtpurbo.reporting.html.view import (
+    Block,
+    Cell,
+    Folded,
+    Heading,
+    Missing,
+    Plot,
+    Section,
+    Table,
+    Text,
+)
 from rtpurbo.reporting.tables import BY_TASK
 
-_TITLE = "What it keeps"
+_TITLE = "Quality"
 _NEAR = 5.0
-"""Points from the dense model within which policies are drawn once more, closely."""
+"""Points from the dense model within which policies get a plot of differences."""
 
 
 def quality_section(sources: Sources) -> Section | Missing:
-    """Plots over lengths and a table for each suite."""
+    """Returns plots over lengths and a table for each suite."""
     if not any(quality.records for quality in sources.quality):
         return Missing(_TITLE, "no results of `rtpurbo eval` were given.")
-    parts: list[Content] = []
+    blocks: list[Block] = [Text(LEGEND)]
     for quality in sources.quality:
         policies = policy_order(quality.records)
         if len(sources.quality) > 1:
-            parts.append(tag("h3", f"Model: {quality.model}"))
+            blocks.append(Heading(f"Model: {quality.model}"))
         plots = _plots(quality, policies)
-        parts.append(plots_of_policies(plots, policies) if plots else None)
-        parts += _tables(quality, policies)
-        parts.append(tag("h3", "What was compared"))
-        parts.append(described(policies))
-    return Section("quality", _TITLE, join(paragraph(LEGEND), parts))
+        if plots:
+            blocks.append(plots_of_policies(plots, policies))
+        blocks += _tables(quality, policies)
+        blocks.append(Heading("Policies compared"))
+        blocks.append(described(policies))
+    return Section("quality", _TITLE, blocks)
 
 
 def mean_score(records: Sequence[Record], policy: str) -> float | None:
-    """The mean score of a policy over all tests of some records; None unless it has every test."""
+    """Returns the mean score of a policy over all tests of some records; None unless it has all."""
     tests = {(name_of(record), record.suite) for record in records}
     scores = [record.score for record in records if record.policy == policy]
     return fmean(scores) if scores and len(scores) == len(tests) else None
 
 
-def _plots(quality: Quality, policies: Sequence[str]) -> list[Markup]:
-    """A score by length for RULER's mean and for every other task, where lengths are several."""
+def _plots(quality: Quality, policies: Sequence[str]) -> list[Plot]:
+    """Scores by length: RULER's mean and every other task, where there are several lengths."""
     plots = []
     groups: dict[str, list[Record]] = {}
     for record in quality.records:
@@ -71,17 +79,16 @@ def _plots(quality: Quality, policies: Sequence[str]) -> list[Markup]:
         lengths, lines = lengths_of(records), _lines(records, policies)
         if len(lengths) < 2 or not lines:
             continue
-        values = [y for each in lines for _, y in each.points]
-        if records[0].suite == "perplexity":
-            y = linear_axis("perplexity (lower is better)", values)
-        else:
-            y = linear_axis("right answers, %", values, include=(0, 100))
-        plots.append(line_plot(title, lines, length_axis(lengths), y, legend=False))
-        suite = records[0].suite
+        suite, where = records[0].suite, quality.where(records)
+        y = Axis("right answers, %", include=(0.0, 100.0))
+        if suite == "perplexity":
+            y = Axis("perplexity (lower is better)")
+        x = length_axis(lengths)
+        plots.append(Plot(title, where, line_plot(title, lines, x, y)))
         if suite in BY_TASK:
             tasks = len({record.task for record in records})
             averages = [average for average in quality.averages if average.suite == suite]
-            plots += _closely(title, lines, length_axis(lengths), averages, tasks, suite)
+            plots += _differences(title, where, lines, x, averages, tasks, suite)
     return plots
 
 
@@ -99,15 +106,16 @@ def _lines(records: Sequence[Record], policies: Sequence[str]) -> list[Series]:
     return lines
 
 
-def _closely(
+def _differences(
     title: str,
+    where: str,
     lines: Sequence[Series],
     x: Axis,
     averages: Sequence[Average],
     tasks: int,
     suite: str,
-) -> list[Markup]:
-    """Differences to the dense model of the policies that stay near it, which lie on each other else."""
+) -> list[Plot]:
+    """Differences to the dense model, for policies so close to it that their lines overlap."""
     dense = {x: y for each in lines if each.name == DENSE_POLICY for x, y in each.points}
     near = []
     for each in lines:
@@ -122,91 +130,86 @@ def _closely(
             near.append(replace(each, points=points, intervals=intervals, hints=hints))
     if len(near) < 2:
         return []
-    values = [y for each in near for _, y in each.points]
-    values += [end for each in near for ends in each.intervals for end in ends or ()]
-    y = linear_axis("points", values, lambda value: f"{value:+.3g}" if value else "0", include=(0,))
-    return [line_plot(f"{title}: difference to full", near, x, y, legend=False)]
+    title = f"{title}: difference to full"
+    y = Axis("points", lambda value: f"{value:+.3g}" if value else "0", include=(0.0,))
+    return [Plot(title, f"bars: 95 % intervals; {where}", line_plot(title, near, x, y))]
 
 
 def _between(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f" ({interval[0]:+.1f} to {interval[1]:+.1f})"
 
 
-def _tables(quality: Quality, policies: Sequence[str]) -> list[Markup]:
-    tables = []
+def _tables(quality: Quality, policies: Sequence[str]) -> list[Block]:
+    tables: list[Block] = []
     short = [record for record in quality.records if record.suite in SHORT]
     if short:
-        tables.append(_questions_table(short, policies, quality.averages))
+        tables.append(_questions_table(quality, short, policies))
     for suite in dict.fromkeys(record.suite for record in quality.records):
         records = [record for record in quality.records if record.suite == suite]
         if suite in SHORT:
             continue
         if suite in BY_TASK:
-            tables += _ruler_tables(records, policies, quality.averages)
+            tables += _ruler_tables(quality, records, policies)
         else:
-            unit = "lower is better" if suite == "perplexity" else "in %"
-            tables.append(_table(f"{suite}, {unit}", records, policies))
+            unit = "lower is better" if suite == "perplexity" else "% right"
+            tables.append(_table(quality, f"{suite}, {unit}", records, policies))
     return tables
 
 
-def _questions_table(
-    records: Sequence[Record], policies: Sequence[str], averages: Sequence[Average]
-) -> Markup:
-    """Suites of short questions down, policies across, with paired differences."""
+def _questions_table(quality: Quality, records: Sequence[Record], policies: Sequence[str]) -> Table:
+    """Suites of short questions by policy, with paired differences."""
     rows = []
     for suite in dict.fromkeys(record.suite for record in records):
         own = [record for record in records if record.suite == suite]
         name = f"{suite_title(suite)} ({max(record.samples for record in own):,})"
-        rows.append((name, *_mean_cells(own, policies, averages)))
-    return table("Questions, in %", ("suite (questions)", *policies), rows, "scores")
+        rows.append((name, *_mean_cells(quality, own, policies)))
+    caption = f"Questions, % right; {quality.where(records)}"
+    return Table(caption, ("suite (questions)", *policies), rows)
 
 
 def _ruler_tables(
-    records: Sequence[Record], policies: Sequence[str], averages: Sequence[Average]
-) -> list[Markup]:
+    quality: Quality, records: Sequence[Record], policies: Sequence[str]
+) -> list[Block]:
     """Means by length, then the tasks of each length, all but the longest folded."""
     lengths, suite = lengths_of(records), suite_title(records[0].suite)
-    tables = []
+    tables: list[Block] = []
     if len(lengths) > 1:
         rows = []
         for length in lengths:
             chosen = [record for record in records if record.context_length == length]
-            rows.append((short_length(length), *_mean_cells(chosen, policies, averages)))
-        caption = f"{suite}, mean of all tasks by length, in %"
-        tables.append(table(caption, ("length", *policies), rows, "scores"))
+            rows.append((short_length(length), *_mean_cells(quality, chosen, policies)))
+        caption = f"{suite}, mean of all tasks by length, % right; {quality.where(records)}"
+        tables.append(Table(caption, ("length", *policies), rows))
     for length in reversed(lengths):
         chosen = [record for record in records if record.context_length == length]
         title = f"{suite} at {short_length(length)}"
-        whole = _table(f"{title}, in %", _in_task_order(chosen), policies, averages)
-        tables.append(whole if length == lengths[-1] else folded(title, whole))
+        whole = _table(quality, f"{title}, % right", _in_task_order(chosen), policies, mean=True)
+        tables.append(whole if length == lengths[-1] else Folded(title, whole))
     return tables
 
 
 def _table(
+    quality: Quality,
     caption: str,
     records: Sequence[Record],
     policies: Sequence[str],
-    averages: Sequence[Average] | None = None,
-) -> Markup:
-    """Tests by policy, with their mean at the bottom if averages are given, if only none."""
+    mean: bool = False,
+) -> Table:
+    """Tests by policy; tasks of one length have their mean at the bottom."""
     scores = {(name_of(record), record.policy): record for record in records}
     tests = list(dict.fromkeys(test for test, _ in scores))
     policies = [name for name in policies if any(record.policy == name for record in records)]
-    samples = sorted({record.samples for record in records})
-    counted = str(samples[0]) if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
-    rows: list[tuple[Content, ...]] = []
+    rows: list[tuple[str | Cell, ...]] = []
     for test in tests:
         dense = scores.get((test, DENSE_POLICY))
-        name = name_of(next(r for r in records if name_of(r) == test), averages is None)
+        name = name_of(next(r for r in records if name_of(r) == test), with_length=not mean)
         rows.append((name, *(score_cell(scores.get((test, each)), dense) for each in policies)))
-    if averages is not None and len(tests) > 1:
-        rows.append((tag("b", f"mean of {len(tests)}"), *_mean_cells(records, policies, averages)))
-    return table(f"{caption}; {counted} samples a test", ("test", *policies), rows, "scores")
+    if mean and len(tests) > 1:
+        rows.append((Cell(f"mean of {len(tests)}"), *_mean_cells(quality, records, policies)))
+    return Table(f"{caption}; {quality.where(records)}", ("test", *policies), rows)
 
 
-def _mean_cells(
-    records: Sequence[Record], policies: Sequence[str], averages: Sequence[Average]
-) -> list[Markup]:
+def _mean_cells(quality: Quality, records: Sequence[Record], policies: Sequence[str]) -> list[Cell]:
     """The means of records of one length."""
     dense = mean_score(records, DENSE_POLICY)
     tasks, length = len({record.task for record in records}), records[0].context_length
@@ -214,7 +217,7 @@ def _mean_cells(
         mean_cell(
             mean_score(records, each),
             None if each == DENSE_POLICY else dense,
-            find_average(averages, length, each, tasks, records[0].suite),
+            find_average(quality.averages, length, each, tasks, records[0].suite),
         )
         for each in policies
     ]

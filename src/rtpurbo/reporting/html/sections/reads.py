@@ -1,4 +1,4 @@
-"""What a retrieval head reads in a decoding step: how much, of what mass, by task and length."""
+"""Tokens that a retrieval head reads in a decoding step, and their attention recall."""
 
 from __future__ import annotations
 
@@ -9,44 +9,52 @@ from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length, suite_at, suite_title
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.html.axes import length_axis, linear_axis, log_axis
-from rtpurbo.reporting.html.markup import Content, Markup, join, tag
-from rtpurbo.reporting.html.plots import Series, line_plot
+from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
     lengths_of,
     main_policy,
-    mean_of_rows,
+    mean_of_queries,
     name_of,
     plots_of_policies,
     style_of,
 )
-from rtpurbo.reporting.html.sections.section import Missing, Section
 from rtpurbo.reporting.html.sources import Quality, Sources
-from rtpurbo.reporting.html.tables import NOTHING, cell, folded, paragraph, table
+from rtpurbo.reporting.html.view import (
+    NOTHING,
+    Block,
+    Cell,
+    Folded,
+    Heading,
+    Missing,
+    Plot,
+    Section,
+    Table,
+    Text,
+)
 
-_TITLE = "What it reads"
+_TITLE = "Tokens read"
 
 
 def reads_section(sources: Sources) -> Section | Missing:
-    """Plots over lengths, and tables by task and by policy."""
-    parts: list[Content] = []
+    """Returns plots over lengths, and tables by task and by policy."""
+    blocks: list[Block] = []
     for quality in sources.quality:
-        if any(map(_says_reads, quality.records)):
+        if any(map(_has_reads, quality.records)):
             if len(sources.quality) > 1:
-                parts.append(tag("h3", f"Model: {quality.model}"))
-            parts += _of_model(quality)
-    if not parts:
-        return Missing(_TITLE, "no results say how much was read.")
-    said = paragraph(
-        "A row is one query of one retrieval head in a decoding step (in perplexity, of the text). "
-        "Far tokens are those beyond window and first tokens; mass kept is the share of the row's "
-        "full attention that lies on what it read."
+                blocks.append(Heading(f"Model: {quality.model}"))
+            blocks += _of_model(quality)
+    if not blocks:
+        return Missing(_TITLE, "no results record the tokens that were read.")
+    said = Text(
+        "Figures are per query of a retrieval head in a decoding step (in perplexity, of the text). "
+        "Far tokens are those beyond window and sinks; attention recall is the share of the query's "
+        "full attention that lies on the tokens that it read."
     )
-    return Section("reads", _TITLE, join(said, parts))
+    return Section("reads", _TITLE, [said, *blocks])
 
 
 def far_share(records: Sequence[Record], policy: str) -> float | None:
-    """The mean share of far tokens that a policy read, over tests that have any."""
+    """Returns the mean share of far tokens that a policy read, over tests that have any."""
     shares = [
         record.far_tokens_read
         for record in records
@@ -55,41 +63,44 @@ def far_share(records: Sequence[Record], policy: str) -> float | None:
     return fmean(shares) if shares else None
 
 
-def _of_model(quality: Quality) -> list[Content]:
+def _of_model(quality: Quality) -> list[Block]:
     policies = policy_order(quality.records)
     plots = []
     for suite in dict.fromkeys(record.suite for record in quality.records):
         records = [record for record in quality.records if record.suite == suite]
         if len(lengths_of(records)) > 1:
-            plots += _plots(suite_title(suite), records, policies)
-    parts: list[Content] = [plots_of_policies(plots, policies)] if plots else []
+            plots += _plots(quality, suite_title(suite), records, policies)
+    blocks: list[Block] = [plots_of_policies(plots, policies)] if plots else []
     main = main_policy(quality.records)
     if main is not None:
-        known = [r for r in quality.records if r.policy == main and _says_reads(r)]
+        known = [r for r in quality.records if r.policy == main and _has_reads(r)]
         for suite in dict.fromkeys(record.suite for record in known):
-            parts.append(_by_test([record for record in known if record.suite == suite], main))
-    parts.append(folded("By policy and length", _by_policy(quality, policies)))
-    return parts
+            blocks.append(_by_test(quality, [r for r in known if r.suite == suite], main))
+    blocks.append(Folded("By policy and length", _by_policy(quality, policies)))
+    return blocks
 
 
-def _plots(name: str, records: Sequence[Record], policies: Sequence[str]) -> list[Markup]:
-    """Tokens read, or their share where only that is known, and mass kept, by length."""
-    lengths = lengths_of(records)
+def _plots(
+    quality: Quality, name: str, records: Sequence[Record], policies: Sequence[str]
+) -> list[Plot]:
+    """Tokens read, or their share where only that is known, and attention recall, by length."""
+    lengths, where = lengths_of(records), quality.where(records)
     x = length_axis(lengths)
     plots = []
-    tokens = _lines(records, policies, "tokens_read_mean", lengths)
-    if tokens:
-        y = log_axis("tokens read", _values(tokens), lambda value: f"{value:,.0f}")
-        plots.append(line_plot(f"{name}: tokens that a row reads", tokens, x, y, legend=False))
-    else:
-        shares = _lines(records, policies, "far_tokens_read", lengths)
-        if shares:
-            y = linear_axis("far tokens read", _values(shares), _percent, include=(0,))
-            plots.append(line_plot(f"{name}: far tokens read", shares, x, y, legend=False))
-    mass = _lines(records, policies, "mass_kept", lengths)
-    if mass:
-        y = linear_axis("mass kept", _values(mass), _percent, include=(1,))
-        plots.append(line_plot(f"{name}: attention mass kept", mass, x, y, legend=False))
+
+    def plot(field: str, title: str, y: Axis) -> None:
+        lines = _lines(records, policies, field, lengths)
+        if lines:
+            whole = f"{name}: {title}"
+            plots.append(Plot(whole, where, line_plot(whole, lines, x, y)))
+
+    tokens = Axis("tokens read", lambda value: f"{value:,.0f}", "log")
+    plot("tokens_read_mean", "tokens read per query", tokens)
+    if not plots:
+        far = Axis("far tokens read", _percent, include=(0.0,))
+        plot("far_tokens_read", "far tokens read", far)
+    recall = Axis("attention recall", _percent, include=(1.0,))
+    plot("mass_kept", "attention recall", recall)
     return plots
 
 
@@ -106,16 +117,16 @@ def _lines(
                 if (record.policy, record.context_length) == (policy, length)
             ]
             share = field == "far_tokens_read"
-            mean = far_share(chosen, policy) if share else mean_of_rows(chosen, field)
+            mean = far_share(chosen, policy) if share else mean_of_queries(chosen, field)
             if mean is not None:
-                points.append((float(length), mean))
+                points.append((float(length), max(mean, 1e-9)))
         if points:
             lines.append(Series(policy, points, style_of(policy, policies)))
     return lines
 
 
-def _by_test(records: Sequence[Record], policy: str) -> Markup:
-    """Tasks down, lengths across."""
+def _by_test(quality: Quality, records: Sequence[Record], policy: str) -> Table:
+    """Tasks by length."""
     lengths = lengths_of(records)
     found = {(name_of(record, False), record.context_length): record for record in records}
     rows = [
@@ -124,15 +135,15 @@ def _by_test(records: Sequence[Record], policy: str) -> Markup:
     ]
     suite = suite_title(records[0].suite)
     if any(record.tokens_read_mean is not None for record in records):
-        said = "mean tokens; median / 95th percentile; share of far tokens; mass kept"
+        said = "mean tokens; median / 95th percentile; share of far tokens; attention recall"
     else:
         said = "share of far tokens"
-    caption = f"{suite}: what a row of {policy} reads ({said})"
+    caption = f"{suite}: tokens read per query by {policy} ({said}); {quality.where(records)}"
     columns = (short_length(length) if length else "own length" for length in lengths)
-    return table(caption, ("task", *columns), rows)
+    return Table(caption, ("task", *columns), rows)
 
 
-def _reading(record: Record | None) -> Content:
+def _reading(record: Record | None) -> str | Cell:
     if record is None:
         return NOTHING
     far = None if record.far_tokens_read is None else percent(record.far_tokens_read)
@@ -145,16 +156,16 @@ def _reading(record: Record | None) -> Content:
     lines = [
         " / ".join(spread),
         None if far is None else f"{far} of far",
-        None if record.mass_kept is None else f"{percent(record.mass_kept)} kept",
+        None if record.mass_kept is None else f"{percent(record.mass_kept)} recall",
     ]
-    small = [tag("span", line, class_="interval") for line in lines if line is not None]
-    return cell(tag("b", f"{record.tokens_read_mean:,.0f}"), small)
+    small = tuple(line for line in lines if line is not None)
+    return Cell(f"{record.tokens_read_mean:,.0f}", lines=small)
 
 
 def _without_empty_columns(
     header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Results of format 1 lack most of what is measured row by row."""
+    """Drops columns without measurements: results of format 1 lack most of them."""
     kept = [
         place
         for place in range(len(header))
@@ -163,7 +174,7 @@ def _without_empty_columns(
     return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
-def _by_policy(quality: Quality, policies: Sequence[str]) -> Markup:
+def _by_policy(quality: Quality, policies: Sequence[str]) -> Table:
     rows = []
     for suite in dict.fromkeys(record.suite for record in quality.records):
         of_suite = [record for record in quality.records if record.suite == suite]
@@ -176,8 +187,8 @@ def _by_policy(quality: Quality, policies: Sequence[str]) -> Markup:
                 ]
                 if not chosen or policy == DENSE_POLICY:
                     continue
-                tokens = mean_of_rows(chosen, "tokens_read_mean")
-                mass = mean_of_rows(chosen, "mass_kept")
+                tokens = mean_of_queries(chosen, "tokens_read_mean")
+                mass = mean_of_queries(chosen, "mass_kept")
                 far = far_share(chosen, policy)
                 rows.append(
                     (
@@ -187,16 +198,13 @@ def _by_policy(quality: Quality, policies: Sequence[str]) -> Markup:
                         NOTHING if mass is None else percent(mass),
                     )
                 )
-    header = ("suite, length, policy", "tokens, mean", "far tokens", "mass kept")
-    return table("Means over tests", *_without_empty_columns(header, rows))
+    header = ("suite, length, policy", "tokens, mean", "far tokens", "attention recall")
+    caption = f"Means over tests; {quality.where(quality.records)}"
+    return Table(caption, *_without_empty_columns(header, rows))
 
 
-def _says_reads(record: Record) -> bool:
+def _has_reads(record: Record) -> bool:
     return record.far_tokens_read is not None or record.tokens_read_mean is not None
-
-
-def _values(lines: Sequence[Series]) -> list[float]:
-    return [max(y, 1e-9) for each in lines for _, y in each.points]
 
 
 def _percent(share: float) -> str:

@@ -1,17 +1,27 @@
-"""Speed: time by length, beside dense kernels of the same run."""
+"""Benchmarks: time by length, next to dense kernels of the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rtpurbo.formats import percent, short_bytes, short_length
-from rtpurbo.reporting.html.axes import length_axis, log_axis
-from rtpurbo.reporting.html.markup import Content, Markup, join, tag
-from rtpurbo.reporting.html.plots import Series, line_plot
-from rtpurbo.reporting.html.sections.section import Missing, Section
-from rtpurbo.reporting.html.sources import Sources, Speed
-from rtpurbo.reporting.html.tables import NOTHING, cell, folded, paragraph, table
+from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
+from rtpurbo.reporting.html.sources import Origin, Sources, Speed
+from rtpurbo.reporting.html.view import (
+    NOTHING,
+    Block,
+    Cell,
+    Folded,
+    Heading,
+    Legend,
+    Missing,
+    Plot,
+    Plots,
+    Section,
+    Table,
+    Text,
+)
 from rtpurbo.reporting.speed import BASELINES, is_dense, speedup
 from rtpurbo.speed_records import SpeedRecord
 
@@ -27,25 +37,72 @@ _PHASES = {
 
 
 def speed_section(sources: Sources) -> Section | Missing:
-    """For each file and task, a plot and a table."""
-    parts: list[Content] = []
+    """Returns a plot and a table for each file and task.
+
+    On the page of a model, benchmarks of other shapes come last, under a heading that says so.
+    """
+    is_own = own_shape(sources)
+    own: list[Block] = []
+    others: list[Block] = []
     for speed in sources.speed:
+        of_file: list[tuple[bool, Block]] = []
         for records in _tasks(speed.records):
-            parts += _of_task(speed, records)
-        parts += [paragraph(f"Note of {speed.origin.file}: {note}") for note in speed.notes]
-    if not parts:
+            belongs = is_own(records[0])
+            prefix = "" if belongs else "Other shape: "
+            of_file += [(belongs, block) for block in _of_task(speed, records, prefix)]
+        belongs = any(mine for mine, _ in of_file)
+        notes = [Text(f"Note of {speed.origin.file}: {note}") for note in speed.notes]
+        of_file += [(belongs, note) for note in notes]
+        own += [block for mine, block in of_file if mine]
+        others += [block for mine, block in of_file if not mine]
+    if not own and not others:
         return Missing(_TITLE, "no results of `rtpurbo bench` were given.")
-    said = paragraph(
-        "Medians of calls; x says how many times faster than the fastest dense kernel of the same "
-        "run (in training, than the eager operators). Densities (the share of keys or key blocks "
-        "that retrieval heads read) are forced, as random numbers have nothing to find, and say "
-        "nothing of quality."
+    blocks: list[Block] = [
+        Text(
+            "Medians of calls; x is the speedup over the fastest dense kernel of the same run (in "
+            "training, over the eager operators). Weights and inputs are random and have nothing to "
+            "find, so densities (the share of keys or key blocks that retrieval heads read) are "
+            "forced: these are speeds of kernels at that density, not of this or any trained model, "
+            "and they say nothing about quality."
+        )
+    ]
+    if others and not own:
+        blocks.append(
+            Text(
+                "No benchmark here has the shape of the model of this report: none of these speeds is "
+                "its own."
+            )
+        )
+    return Section(
+        "speed", _TITLE if own else f"{_TITLE} of other shapes", [*blocks, *own, *others]
     )
-    return Section("speed", _TITLE, join(said, parts))
+
+
+def own_shape(sources: Sources) -> Callable[[SpeedRecord], bool]:
+    """Returns a test of whether a benchmark has the shape of the report's model.
+
+    An artifact records query heads, KV heads and layers. Where the page is about results of a model
+    without its artifact, no benchmark is known to have its shape; without results, there is no model.
+    """
+    if sources.artifact is None:
+        return lambda record: not sources.quality
+    head_map = sources.artifact.config.head_map
+    heads = (head_map.num_attention_heads, head_map.num_key_value_heads)
+    layers = f"{len(head_map.retrieval_heads)} layers"
+    dim = sources.head_dim
+
+    def is_own(record: SpeedRecord) -> bool:
+        return (
+            (record.num_attention_heads, record.num_key_value_heads) == heads
+            and (record.model is not None if dim is None else record.head_dim == dim)
+            and (record.model is None or record.model.endswith(f", {layers}"))
+        )
+
+    return is_own
 
 
 def best_ratio(records: Sequence[SpeedRecord], record: SpeedRecord) -> float | None:
-    """How many times faster than the fastest dense kernel, or in training than eager operators."""
+    """Returns the speedup over the fastest dense kernel, in training over eager operators."""
     if _is_baseline(record):
         return None
     ratios = [speedup(records, record, name) for name in _baselines(record)]
@@ -53,10 +110,10 @@ def best_ratio(records: Sequence[SpeedRecord], record: SpeedRecord) -> float | N
     return min(known, default=None)
 
 
-def best_decode(sources: Sources) -> tuple[float, SpeedRecord] | None:
-    """The longest decoding step of one sequence that a dense kernel was held against."""
+def best_decode(sources: Sources) -> tuple[float, SpeedRecord, Origin] | None:
+    """Returns the speedup of the longest decoding step of one sequence that has a dense baseline."""
     found = [
-        (record.model is not None, record.context_length, ratio, record)
+        (record.model is not None, record.context_length, ratio, record, speed.origin)
         for speed in sources.speed
         for record in speed.records
         if record.phase in ("decode", "model-decode")
@@ -64,13 +121,13 @@ def best_decode(sources: Sources) -> tuple[float, SpeedRecord] | None:
         and record.batch_size == 1
         and (ratio := best_ratio(speed.records, record)) is not None
     ]
-    # A whole model tells more than a layer of it.
+    # A whole model is more informative than one of its layers.
     best = max(found, key=lambda entry: entry[:3], default=None)
     return None if best is None else best[2:]
 
 
 def _baselines(record: SpeedRecord) -> tuple[str, ...]:
-    """What a record is held against: no dense kernel trains indexers."""
+    """Baselines of a record: no dense kernel trains indexers."""
     return ("eager",) if record.phase.startswith("stage") else tuple(BASELINES)
 
 
@@ -79,7 +136,7 @@ def _is_baseline(record: SpeedRecord) -> bool:
 
 
 def _tasks(records: Sequence[SpeedRecord]) -> list[list[SpeedRecord]]:
-    """Records that differ in length and implementation alone."""
+    """Groups of records that differ only in length, density and implementation."""
     tasks: dict[tuple[Any, ...], list[SpeedRecord]] = {}
     for record in records:
         shape = (record.num_attention_heads, record.num_key_value_heads, record.head_dim)
@@ -87,32 +144,36 @@ def _tasks(records: Sequence[SpeedRecord]) -> list[list[SpeedRecord]]:
     return list(tasks.values())
 
 
-def _of_task(speed: Speed, records: list[SpeedRecord]) -> list[Content]:
+def _of_task(speed: Speed, records: list[SpeedRecord], prefix: str) -> list[Block]:
     first = records[0]
     title = _PHASES.get(first.phase, first.phase)
     if first.batch_size > 1:
         title += f", batch {first.batch_size}"
     shape = (
         f"{first.num_attention_heads} query heads on {first.num_key_value_heads} KV heads of "
-        f"{first.head_dim} dimensions, {first.num_retrieval_heads} retrieving"
+        f"{first.head_dim} dimensions, {first.num_retrieval_heads} retrieval heads"
     )
-    where = f"{speed.origin.file}, {speed.origin.facts.get('device', 'device unknown')}"
-    parts: list[Content] = [
-        tag("h3", title if first.model is None else f"{title}: {first.model}"),
-        paragraph(f"{shape}. {where}.", class_="where"),
+    where = f"{speed.origin.where}, {speed.origin.file}"
+    blocks: list[Block] = [
+        Heading(f"{prefix}{title}" if first.model is None else f"{prefix}{title}: {first.model}"),
+        Text(f"{shape}. {where}.", "where"),
     ]
+    densities = sorted({record.density for record in records if record.density < 1})
+    if densities:
+        forced = ", ".join(map(percent, densities))
+        where = f"random weights, forced density {forced}; {where}"
     lines = _lines(records)
     lengths = sorted({record.context_length for record in records})
     if len(lengths) > 1:
-        parts.append(tag("div", _plots(records, lines, lengths), class_="plots"))
-    parts.append(_table(title, speed.records, lines, lengths))
+        blocks.append(Plots(_plots(records, lines, lengths, where)))
+    blocks.append(_table(f"{prefix}{title}", where, speed.records, lines, lengths))
     if any(record.peak_memory_bytes for record in records):
-        parts.append(folded("Memory at the peak", _memory_table(lines, lengths)))
-    return parts
+        blocks.append(Folded("Peak memory", _memory_table(where, lines, lengths)))
+    return blocks
 
 
 def _lines(records: Sequence[SpeedRecord]) -> dict[str, list[SpeedRecord]]:
-    """Records of each implementation, window and density, dense kernels first."""
+    """Records by implementation, window and density, dense kernels first."""
     windows = {record.sliding_window for record in records if not is_dense(record)}
     lines: dict[str, list[SpeedRecord]] = {}
     for record in sorted(records, key=lambda r: (not _is_baseline(r), r.context_length)):
@@ -126,8 +187,11 @@ def _lines(records: Sequence[SpeedRecord]) -> dict[str, list[SpeedRecord]]:
 
 
 def _plots(
-    records: Sequence[SpeedRecord], lines: dict[str, list[SpeedRecord]], lengths: Sequence[int]
-) -> list[Markup]:
+    records: Sequence[SpeedRecord],
+    lines: dict[str, list[SpeedRecord]],
+    lengths: Sequence[int],
+    where: str,
+) -> list[Plot]:
     factor, unit = _unit(records)
     x = length_axis(lengths)
     styles = _styles(lines)
@@ -140,8 +204,8 @@ def _plots(
         )
         for label, found in lines.items()
     ]
-    y = log_axis(unit, [time for each in times for _, time in each.points], _written)
-    plots = [line_plot("Time", times, x, y)]
+    drawing = line_plot("Time", times, x, Axis(unit, _written, "log"))
+    plots = [Plot("Time", where, drawing, Legend.of(times))]
     ratios = []
     for label, found in lines.items():
         known = [(r, ratio) for r in found if (ratio := best_ratio(records, r)) is not None]
@@ -150,19 +214,15 @@ def _plots(
             hints = [f"{label}: {y:.2f}x at {short_length(round(x))}" for x, y in points]
             ratios.append(Series(label, points, styles[label], hints))
     if ratios:
-        values = [ratio for each in ratios for _, ratio in each.points]
-        axis = log_axis("times as fast", [*values, 1.0], _times)
-        plots.append(line_plot("Ratio", [*ratios, _level(lengths)], x, axis, legend=False))
+        ends = [(float(lengths[0]), 1.0), (float(lengths[-1]), 1.0)]
+        ratios.append(Series("baseline", ends, None, markers=False))
+        axis = Axis("speedup", lambda ratio: f"{ratio:.3g}x", "log")
+        plots.append(Plot("Speedup", where, line_plot("Speedup", ratios, x, axis)))
     return plots
 
 
-def _level(lengths: Sequence[int]) -> Series:
-    ends = [(float(lengths[0]), 1.0), (float(lengths[-1]), 1.0)]
-    return Series("as fast", ends, None, markers=False)
-
-
 def _styles(lines: dict[str, list[SpeedRecord]]) -> dict[str, int | None]:
-    """The first of what others are held against looks as the dense model does elsewhere."""
+    """Colours of lines; the first baseline has the dense model's."""
     baselines = [label for label, found in lines.items() if _is_baseline(found[0])]
     others = [label for label in lines if label not in baselines]
     styles: dict[str, int | None] = {label: place for place, label in enumerate(others)}
@@ -173,10 +233,11 @@ def _styles(lines: dict[str, list[SpeedRecord]]) -> dict[str, int | None]:
 
 def _table(
     title: str,
+    where: str,
     all_records: Sequence[SpeedRecord],
     lines: dict[str, list[SpeedRecord]],
     lengths: Sequence[int],
-) -> Markup:
+) -> Table:
     factor, unit = _unit([record for found in lines.values() for record in found])
     rows = []
     for label, found in lines.items():
@@ -185,19 +246,19 @@ def _table(
         for length in lengths:
             record = by_length.get(length)
             if record is None:
-                cells.append(cell(NOTHING, class_="none"))
+                cells.append(Cell(NOTHING, tint="none", bold=False))
                 continue
             ratio = best_ratio(all_records, record)
             slower = ratio is not None and ratio < 0.995
-            said = None if ratio is None else tag("span", f"{ratio:.2f}x", class_="delta")
-            time = tag("b", _written(factor * record.milliseconds))
-            cells.append(cell(time, said, class_="slight" if slower else None))
+            written = "" if ratio is None else f"{ratio:.2f}x"
+            time = _written(factor * record.milliseconds)
+            cells.append(Cell(time, written, tint="slight" if slower else ""))
         rows.append((label, *cells))
     header = ("implementation", *(short_length(length) for length in lengths))
-    return table(f"{title}: {unit}; tinted where slower", header, rows, "scores")
+    return Table(f"{title}: {unit}; tinted where slower; {where}", header, rows)
 
 
-def _memory_table(lines: dict[str, list[SpeedRecord]], lengths: Sequence[int]) -> Markup:
+def _memory_table(where: str, lines: dict[str, list[SpeedRecord]], lengths: Sequence[int]) -> Table:
     rows = []
     for label, found in lines.items():
         peaks = {record.context_length: record.peak_memory_bytes for record in found}
@@ -206,7 +267,7 @@ def _memory_table(lines: dict[str, list[SpeedRecord]], lengths: Sequence[int]) -
         )
         rows.append((label, *cells))
     header = ("implementation", *(short_length(length) for length in lengths))
-    return table("Memory at the peak, inputs included", header, rows)
+    return Table(f"Peak memory, inputs included; {where}", header, rows)
 
 
 def _unit(records: Sequence[SpeedRecord]) -> tuple[float, str]:
@@ -225,7 +286,3 @@ def _hint(label: str, record: SpeedRecord, factor: float, unit: str) -> str:
 
 def _written(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.3g}x"

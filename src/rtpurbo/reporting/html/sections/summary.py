@@ -1,4 +1,4 @@
-"""What this is, in two sentences and a handful of figures."""
+"""Heading, opening sentences and headline figures of a report."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from statistics import fmean
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length
-from rtpurbo.reporting.facts import base_name
-from rtpurbo.reporting.html.markup import Markup, join, tag
+from rtpurbo.models.card import base_name
 from rtpurbo.reporting.html.policies import lengths_of, main_policy
 from rtpurbo.reporting.html.sections.memory import cache_ratio
 from rtpurbo.reporting.html.sections.reads import far_share
 from rtpurbo.reporting.html.sections.speed import best_decode
 from rtpurbo.reporting.html.sources import Quality, Sources
-from rtpurbo.reporting.html.tables import paragraph
 
 
 @dataclass(frozen=True)
-class Figure:
+class Headline:
     """A headline figure.
 
     Attributes:
         value: the number.
-        label: what it is, below it.
+        label: its meaning, below it.
         said: the same as a clause, for the sentence.
     """
 
@@ -34,21 +32,27 @@ class Figure:
     said: str = ""
 
 
-def summary(sources: Sources) -> Markup:
-    """The opening of the report."""
-    figures = [*_of_heads(sources), *_of_quality(sources), *_of_speed(sources)]
+def headlines(sources: Sources) -> list[Headline]:
+    """Returns the headline figures."""
+    return [*_of_heads(sources), *_of_quality(sources), *_of_speed(sources)]
+
+
+def sentences(sources: Sources, figures: list[Headline]) -> list[str]:
+    """Returns the opening sentences.
+
+    Args:
+        sources: data of the report.
+        figures: its headline figures.
+    """
     clauses = [figure.said for figure in figures if figure.said]
-    sentence = f"Beside the dense model, {_listed(clauses)}." if clauses else None
-    tiles = [tag("div", tag("dd", figure.value), tag("dt", figure.label)) for figure in figures]
-    return join(
-        paragraph(_what(sources), class_="lead"),
-        paragraph(sentence, class_="lead") if sentence else None,
-        tag("dl", tiles, class_="figures") if tiles else None,
+    opening = _opening(sources)
+    return (
+        [opening, f"Compared with the dense model, {_listed(clauses)}."] if clauses else [opening]
     )
 
 
 def title_of(sources: Sources) -> str:
-    """The heading of the page: by the base model where others know it, else as results name the artifact."""
+    """Returns the heading: the base model's public name, else the artifact's name in the results."""
     if sources.artifact is not None and not sources.artifact.base.is_local:
         return f"{_base(sources).split()[0].split('/')[-1]}, sparse"
     models = {Path(quality.model).name for quality in sources.quality}
@@ -63,31 +67,36 @@ def _base(sources: Sources) -> str:
     return base.public_name if base.source == "wheel" else base_name(sources.artifact)
 
 
-def _what(sources: Sources) -> str:
+def _opening(sources: Sources) -> str:
     if sources.artifact is None:
         return (
-            "Measurements of models made sparse by RTPurbo, which lets a few retrieval heads find "
-            "what matters anywhere in the context and all others see a window."
+            "Measurements of models converted by RTPurbo: a few retrieval heads attend to the whole "
+            "context, all other heads to a sliding window."
         )
     head_map, rule = sources.artifact.config.head_map, sources.artifact.config.attention
     share = percent(head_map.num_retrieval_heads / max(1, head_map.num_heads))
     return (
-        f"This is {_base(sources)}, made sparse by RTPurbo: "
-        f"{head_map.num_retrieval_heads} of its {head_map.num_heads} attention heads ({share}) find "
-        "what matters anywhere in the context, each led by a token indexer of "
-        f"{sources.artifact.config.indexer.index_dim} dimensions, and all others see the last "
+        f"{_base(sources)}, converted by RTPurbo: {head_map.num_retrieval_heads} of its "
+        f"{head_map.num_heads} attention heads ({share}) are retrieval heads, which select tokens "
+        "anywhere in the context by a token indexer of "
+        f"{sources.artifact.config.indexer.index_dim} dimensions; all other heads attend to the last "
         f"{rule.sliding_window:,} tokens and the first {rule.num_sink_tokens}."
     )
 
 
-def _of_heads(sources: Sources) -> list[Figure]:
+def _of_heads(sources: Sources) -> list[Headline]:
     if sources.artifact is None:
         return []
     head_map = sources.artifact.config.head_map
-    return [Figure(f"{head_map.num_retrieval_heads} of {head_map.num_heads}", "heads retrieve")]
+    return [
+        Headline(
+            f"{head_map.num_retrieval_heads} of {head_map.num_heads}",
+            "attention heads are retrieval heads",
+        )
+    ]
 
 
-def _of_quality(sources: Sources) -> list[Figure]:
+def _of_quality(sources: Sources) -> list[Headline]:
     if len(sources.quality) != 1:  # of several models, none is the one
         return []
     quality = sources.quality[0]
@@ -102,17 +111,17 @@ def _of_quality(sources: Sources) -> list[Figure]:
         at = short_length(longest[0].context_length)
         label = f"of the far tokens read by retrieval heads at {at}"
         said = f"its retrieval heads read {percent(far)} of the far tokens at {at}"
-        figures.append(Figure(percent(far), label, said))
+        figures.append(Headline(percent(far), label, said))
     ratio = cache_ratio(quality, policy)
     if ratio is not None:
         size, length = ratio
-        label = f"the dense key-value cache at {short_length(length)}"
-        said = f"its key-value cache is {size:.2f} times as large at {short_length(length)}"
-        figures.append(Figure(f"{size:.2f}x", label, said))
+        label = f"the dense KV cache at {short_length(length)}"
+        said = f"its KV cache is {size:.2f} times as large at {short_length(length)}"
+        figures.append(Headline(f"{size:.2f}x", label, said))
     return figures
 
 
-def _answers(quality: Quality, policy: str) -> list[Figure]:
+def _answers(quality: Quality, policy: str) -> list[Headline]:
     """RULER's mean at its longest length, else that of all other questions."""
     ruler = [record for record in quality.records if record.suite == "ruler"]
     asked = [r for r in quality.records if r.suite not in ("ruler", "perplexity")]
@@ -129,7 +138,7 @@ def _answers(quality: Quality, policy: str) -> list[Figure]:
     tests = f"{count} tests" if count > 1 else "one test"
     tests += f", {samples} samples"
     return [
-        Figure(
+        Headline(
             f"{sparse:.1f} %",
             f"right answers, dense {dense:.1f} % ({where}, {tests})",
             f"it answers {sparse:.1f} % instead of {dense:.1f} % right ({where}, {tests})",
@@ -137,7 +146,7 @@ def _answers(quality: Quality, policy: str) -> list[Figure]:
     ]
 
 
-def _perplexity(quality: Quality, policy: str) -> list[Figure]:
+def _perplexity(quality: Quality, policy: str) -> list[Headline]:
     records = [record for record in quality.records if record.suite == "perplexity"]
     if not records:
         return []
@@ -147,7 +156,7 @@ def _perplexity(quality: Quality, policy: str) -> list[Figure]:
         return []
     change = f"{100 * (pair[0] / pair[1] - 1):+.1f} %"
     return [
-        Figure(
+        Headline(
             change,
             f"perplexity at {short_length(length)}: {pair[0]:.2f}, dense {pair[1]:.2f}",
             f"its perplexity differs by {change} at {short_length(length)}",
@@ -172,16 +181,20 @@ def _means(records: list[Record], policy: str) -> tuple[float, float, int, int] 
     return sparse, dense, len(both), sum(found[policy][test].samples for test in both)
 
 
-def _of_speed(sources: Sources) -> list[Figure]:
+def _of_speed(sources: Sources) -> list[Headline]:
+    # Benchmarks force the density of random weights: on a model's page, that is not its speed.
+    if sources.artifact is not None or sources.quality:
+        return []
     best = best_decode(sources)
     if best is None:
         return []
-    ratio, record = best
-    what = record.model or "one layer"
-    read = f"reading {percent(record.density)} far back, " if record.density < 1 else ""
-    where = f"{what}, {read}{short_length(record.context_length)}"
-    label = f"as fast in decoding as the best dense kernel ({where})"
-    return [Figure(f"{ratio:.1f}x", label)]
+    ratio, record, origin = best
+    shape = record.model or "one layer"
+    density = f"forced density {percent(record.density)}, " if record.density < 1 else ""
+    where = (
+        f"{shape}, random weights, {density}{short_length(record.context_length)}, {origin.device}"
+    )
+    return [Headline(f"{ratio:.1f}x", f"the decoding speed of the best dense kernel ({where})")]
 
 
 def _listed(clauses: list[str]) -> str:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rtpurbo.reporting.html.axes import linear_axis
-from rtpurbo.reporting.html.markup import Markup, join, tag
-from rtpurbo.reporting.html.plots import MOST_POINTS, Series, averaged, line_plot
-from rtpurbo.reporting.html.sections.section import Missing, Section
+from rtpurbo.reporting.figures import MOST_POINTS, Axis, Point, Series, averaged, line_plot
 from rtpurbo.reporting.html.sources import Sources
-from rtpurbo.reporting.html.svg import Point
-from rtpurbo.reporting.html.tables import paragraph
+from rtpurbo.reporting.html.view import Legend, Missing, Plot, Plots, Section, Text
 
-_TITLE = "How training went"
+_TITLE = "Training"
 
 # Figures of one unit share a plot.
 _PLOTS = {
@@ -22,12 +18,12 @@ _PLOTS = {
     "tokens": ("tokens", "oracle_tokens", "tokens_read"),
 }
 _MEANING = {
-    "loss": "mean over rows",
-    "answer_loss": "of rows that answer",
-    "recall": "attention mass on what is read",
-    "answer_recall": "of rows that answer",
-    "tokens": "far ones that the index selects",
-    "oracle_tokens": "far ones that exact scores would",
+    "loss": "mean over queries",
+    "answer_loss": "answer queries only",
+    "recall": "attention recall of the selection",
+    "answer_recall": "answer queries only",
+    "tokens": "far tokens selected by the index",
+    "oracle_tokens": "far tokens selected by exact scores",
     "tokens_read": "tokens read",
 }
 _SMOOTHED = 24
@@ -35,7 +31,7 @@ _SMOOTHED = 24
 
 
 def training_section(sources: Sources) -> Section | Missing:
-    """A plot for each stage and unit."""
+    """Returns a plot for each stage and unit."""
     curves: dict[str, dict[str, list[Point]]] = {}
     for entry in sources.curves:
         figures = curves.setdefault(str(entry.get("stage")), {})
@@ -44,16 +40,18 @@ def training_section(sources: Sources) -> Section | Missing:
                 figures.setdefault(name, []).append((float(entry.get("step", 0)), float(value)))
     plots = [plot for stage, figures in curves.items() for plot in _plots_of_stage(stage, figures)]
     if not plots:
-        which = "no artifact was given" if sources.artifact is None else "the artifact has no log"
-        return Missing(_TITLE, f"{which} of its training.")
-    said = paragraph(
-        f"Faint: every step (averaged to {MOST_POINTS} points where there are more); strong: its "
-        "mean. The loss of stage 1 moves with the length of the documents that it is shown."
+        if sources.artifact is None:
+            return Missing(_TITLE, "no artifact was given.")
+        return Missing(_TITLE, "the artifact has no training log.")
+    said = Text(
+        f"Faint: every step (averaged to {MOST_POINTS} points if there are more); strong: its "
+        "mean. The loss of stage 1 depends on the length of each step's documents. The log records "
+        "neither device nor dtype."
     )
-    return Section("training", _TITLE, join(said, tag("div", plots, class_="plots")))
+    return Section("training", _TITLE, [said, Plots(plots)])
 
 
-def _plots_of_stage(stage: str, figures: dict[str, list[Point]]) -> list[Markup]:
+def _plots_of_stage(stage: str, figures: dict[str, list[Point]]) -> list[Plot]:
     known = {name for names in _PLOTS.values() for name in names}
     groups = {**_PLOTS, **{name: (name,) for name in figures if name not in known}}
     return [
@@ -63,7 +61,7 @@ def _plots_of_stage(stage: str, figures: dict[str, list[Point]]) -> list[Markup]
     ]
 
 
-def _plot(stage: str, unit: str, curves: dict[str, list[Point]]) -> Markup:
+def _plot(stage: str, unit: str, curves: dict[str, list[Point]]) -> Plot:
     lines: list[Series] = []
     for style, (name, points) in enumerate(curves.items()):
         meaning = _MEANING.get(name)
@@ -74,11 +72,11 @@ def _plot(stage: str, unit: str, curves: dict[str, list[Point]]) -> Markup:
         lines.append(Series(label, strong, style, hints=_hints(name, strong)))
         if noisy:
             lines.append(Series(label, shown, style, markers=False, faint=True))
-    steps = [x for each in lines for x, _ in each.points]
-    values = [y for each in lines for _, y in each.points]
-    x = linear_axis("step", steps, include=(0,))
-    y = linear_axis(unit, values)
-    return line_plot(f"{stage}: {unit}", lines, x, y)
+    title = f"{stage}: {unit}"
+    steps = max(len(points) for points in curves.values())
+    drawing = line_plot(title, lines, Axis("step", include=(0.0,)), Axis(unit))
+    legend = Legend.of(lines)
+    return Plot(title, f"{steps:,} logged steps", drawing, legend if len(curves) > 1 else None)
 
 
 def _hints(name: str, points: Sequence[Point]) -> list[str]:

@@ -1,4 +1,4 @@
-"""RULER or BABILong at one length: a row for each task, a column for each policy, and the mean."""
+"""Tables of suites of many tasks (RULER, BABILong) and of suites of short questions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,44 @@ from rtpurbo.reporting.entries import (
     Entry,
     Grid,
     cache_entry,
-    loss_style,
     policy_order,
     score_entry,
+    style_of,
 )
+from rtpurbo.reporting.losses import Loss, loss_of_mean
+
+
+def questions_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> Grid:
+    """Returns a row for each suite of short questions, and its difference to the dense model.
+
+    Args:
+        records: of suites whose questions have their own length, at least one.
+        averages: of these suites, if there are any.
+    """
+    policies = policy_order(records)
+    scores = {(record.suite, record.policy): record.score for record in records}
+    rows = []
+    for suite in dict.fromkeys(record.suite for record in records):
+        samples = max(record.samples for record in records if record.suite == suite)
+        dense = scores.get((suite, DENSE_POLICY))
+        pairs = [find_average(averages, 0, policy, 1, suite) for policy in policies]
+        means = [
+            mean_entry(scores.get((suite, policy)), dense, pair)
+            for policy, pair in zip(policies, pairs, strict=True)
+        ]
+        rows.append([Entry(f"{suite_title(suite)} ({samples:,})"), *means])
+        if any(pair is not None and pair.difference is not None for pair in pairs):
+            title = f"  minus {DENSE_POLICY} (95 %, in pairs)"
+            rows.append([Entry(title), *map(difference_entry, pairs)])
+    return ["questions", *policies], rows
 
 
 def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> Grid:
-    """The header and the rows.
+    """Returns a row for each task of a suite at one length, their mean, and what was read.
 
     Args:
-        records: of one of them, all of one length and at least one.
-        averages: of these tasks, if they are there; those of other lengths are passed over.
+        records: of one suite and one length, at least one.
+        averages: of these tasks, if there are any; those of other lengths are ignored.
     """
     scores = {(record.task, record.policy): record for record in records}
     measured = {record.task for record in records}
@@ -44,16 +70,16 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
         for task in tasks
     ]
     means = {policy: _mean(records, policy, len(tasks)) for policy in policies}
+    found = {name: find_average(averages, length, name, len(tasks), suite) for name in policies}
     rows.append(
         [
             Entry(f"mean of {len(tasks)}", "bold"),
-            *(mean_entry(means[policy], means.get(DENSE_POLICY)) for policy in policies),
+            *(mean_entry(means[name], means.get(DENSE_POLICY), found[name]) for name in policies),
         ]
     )
-    found = {name: find_average(averages, length, name, len(tasks), suite) for name in policies}
     if any(one is not None and one.difference is not None for one in found.values()):
-        beside = f"minus {DENSE_POLICY} (95 %, in pairs)"
-        rows.append([Entry(beside), *(difference_entry(found[name]) for name in policies)])
+        title = f"minus {DENSE_POLICY} (95 %, in pairs)"
+        rows.append([Entry(title), *(difference_entry(found[name]) for name in policies)])
     rows.append(
         [Entry("far tokens read (mean)"), *(_far_entry(records, name) for name in policies)]
     )
@@ -61,8 +87,10 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
         rows.append(
             [Entry("tokens read (mean)"), *(_tokens_entry(records, name) for name in policies)]
         )
-        rows.append([Entry("mass kept"), *(_mass_entry(records, name) for name in policies)])
-    # Every task weighs the cache at the same length.
+        rows.append(
+            [Entry("attention recall"), *(_recall_entry(records, name) for name in policies)]
+        )
+    # The cache has the same length for every task.
     first = {record.policy: record for record in reversed(records)}
     rows.append(
         [
@@ -74,7 +102,7 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
 
 
 def _mean(records: Sequence[Record], policy: str, num_tasks: int) -> float | None:
-    """The mean of a policy's tasks; None unless it has all of them."""
+    """Returns the mean of a policy's tasks; None unless it has all of them."""
     scores = [record.score for record in records if record.policy == policy]
     return fmean(scores) if len(scores) == num_tasks else None
 
@@ -89,38 +117,38 @@ def _far_entry(records: Sequence[Record], policy: str) -> Entry:
 
 
 def _tokens_entry(records: Sequence[Record], policy: str) -> Entry:
-    mean = _mean_of_rows(records, policy, "tokens_read_mean")
+    mean = _mean_of_queries(records, policy, "tokens_read_mean")
     return Entry("-" if mean is None else f"{mean:,.0f}")
 
 
-def _mass_entry(records: Sequence[Record], policy: str) -> Entry:
-    mean = _mean_of_rows(records, policy, "mass_kept")
+def _recall_entry(records: Sequence[Record], policy: str) -> Entry:
+    mean = _mean_of_queries(records, policy, "mass_kept")
     return Entry("-" if mean is None else percent(mean))
 
 
-def _mean_of_rows(records: Sequence[Record], policy: str, field: str) -> float | None:
-    """The mean of what every row counts for as much."""
+def _mean_of_queries(records: Sequence[Record], policy: str, field: str) -> float | None:
+    """Returns the mean over measured queries, which all have the same weight."""
     measured = [record for record in records if record.policy == policy and record.measured_rows]
-    rows = sum(record.measured_rows for record in measured)
+    queries = sum(record.measured_rows for record in measured)
     return (
-        sum(getattr(record, field) * record.measured_rows for record in measured) / rows
-        if rows
+        sum(getattr(record, field) * record.measured_rows for record in measured) / queries
+        if queries
         else None
     )
 
 
-def mean_entry(mean: float | None, dense: float | None) -> Entry:
-    """Returns a mean in percent, with the loss against the dense policy as a colour."""
+def mean_entry(mean: float | None, dense: float | None, average: Average | None = None) -> Entry:
+    """Returns a mean in percent, coloured by the loss to the dense policy and its interval."""
     if mean is None:
         return Entry("-")
-    style = "" if dense is None else loss_style(dense - mean, slight=0)
+    style = "" if dense is None else style_of(loss_of_mean(mean, dense, average))
     return Entry(f"{mean:.1f} %", style)
 
 
 def difference_entry(average: Average | None) -> Entry:
-    """How far a mean is from the dense model's, yellow or red if that is no chance."""
+    """Returns the difference of a mean to the dense model's, coloured if it is significant."""
     if average is None or average.difference is None or average.difference_ci95 is None:
         return Entry("-")
     low, high = average.difference_ci95
-    style = loss_style(-average.difference, slight=0) if high < 0 else ""
+    style = style_of(Loss(-average.difference, is_chance=False)) if high < 0 else ""
     return Entry(f"{average.difference:+.1f} ({low:+.1f} to {high:+.1f})", style)

@@ -1,4 +1,4 @@
-"""Training curves as one line each."""
+"""Training curves as sparklines."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _FIGURES = ("loss", "answer_loss", "recall", "answer_recall", "tokens_read")
 
 
 def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table:
-    """A line for each stage and figure of a training log: its curve, first and last value.
+    """Returns a line for each stage and figure of a log: its curve, first and last value.
 
     Args:
-        entries: as `rtpurbo.training.log.TrainingLog.entries` gives them.
-        width: characters of a curve.
+        entries: of `rtpurbo.training.log.TrainingLog`.
+        width: length of a curve in characters.
     """
     curves: dict[tuple[str, str], list[float]] = {}
     for entry in entries:
@@ -35,7 +35,7 @@ def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table
 
 
 def curves_as_text(entries: Iterable[dict[str, Any]], width: int = 40) -> str:
-    """The same as plain text, a line for each stage and figure."""
+    """Returns the same as plain text; empty without entries."""
     console = Console(file=StringIO(), width=width + 60, color_system=None, force_terminal=False)
     console.print(training_curves(entries, width))
     assert isinstance(console.file, StringIO)
@@ -43,7 +43,7 @@ def curves_as_text(entries: Iterable[dict[str, Any]], width: int = 40) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """Values as bars of eight heights, neighbours averaged where there are more than `width`."""
+    """Returns values as bars of eight heights, at most `width`, each the mean of neighbours."""
     count = min(width, len(values))
     edges = [len(values) * number // count for number in range(count + 1)] if count else [0]
     means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
