@@ -16,6 +16,7 @@ from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact import ArtifactConfig
 from rtpurbo.models.base import WHEEL_MODEL
 from rtpurbo.models.card import artifact_facts, markdown_rows
+from rtpurbo.reporting.figures import has_matplotlib
 from rtpurbo.reporting.headmap import head_map_picture
 from rtpurbo.reporting.html.page import write_report
 from rtpurbo.reporting.tables import markdown_tables, results_tables
@@ -72,7 +73,7 @@ def run_demo(
     """Converts the embedded model, evaluates it beside the dense one, and writes a report.
 
     Args:
-        output_dir: gets `artifact/`, `results.json`, `report.md` and `report.html`; what is there is
+        output_dir: gets `artifact/`, `results.json`, `report.md` and, with matplotlib, `report.html`; what is there is
             replaced.
         device: where to work.
         seed: of everything.
@@ -119,10 +120,13 @@ def run_demo(
         facts=markdown_rows(("", ""), artifact_facts(described)),
     )
     write_text_atomically(output_dir / "report.md", report)
-    write_report([artifact, output_dir / "results.json"], output_dir / "report.html")
+    written = output_dir / "report.md"
+    if has_matplotlib():
+        written = output_dir / "report.html"
+        write_report([artifact, output_dir / "results.json"], written)
     console.print(head_map_picture(described.config.head_map))
     console.print(*results_tables(records, CACHE_LENGTH))
-    console.print(f"Samples: {samples}. Report: {output_dir / 'report.html'}")
+    console.print(f"Samples: {samples}. Report: {written}")
     return records
 
 

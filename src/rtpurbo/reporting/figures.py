@@ -124,6 +124,11 @@ def bytes_axis(name: str) -> Axis:
     return Axis(name, lambda value: short_bytes(value).replace(".0", ""), "log2")
 
 
+def has_matplotlib() -> bool:
+    """Returns whether figures can be drawn."""
+    return find_spec("matplotlib") is not None
+
+
 def check_matplotlib(command: str) -> None:
     """Refuses a command that draws where matplotlib is missing.
 
@@ -133,7 +138,7 @@ def check_matplotlib(command: str) -> None:
     Raises:
         RTPurboError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise RTPurboError(f"{command} needs matplotlib: pip install 'rtpurbo[plots]'.")
 
 
