@@ -4,7 +4,7 @@ import pytest
 
 from rtpurbo.benchmarks import decode
 from rtpurbo.cli import app
-from rtpurbo.reporting import speed
+from rtpurbo.reporting import figures
 from tests.cli.test_commands import error_of, run
 
 TINY = [
@@ -64,7 +64,7 @@ def test_mistakes_are_explained(arguments, message):
 
 
 def test_a_picture_that_cannot_be_drawn_is_known_before(monkeypatch):
-    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     assert "needs matplotlib" in error_of("bench", "decode", "--plot", "speed.png")
 
 

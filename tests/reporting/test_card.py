@@ -6,7 +6,8 @@ from huggingface_hub import ModelCard
 
 from rtpurbo.models.artifact import CARD_FILE, LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
-from rtpurbo.reporting.card import model_card, rewrite_card
+from rtpurbo.models.card import model_card
+from rtpurbo.reporting.card import rewrite_card
 from rtpurbo.reporting.tables import markdown_tables
 from tests.reporting.test_tables import RECORDS
 
@@ -44,12 +45,12 @@ def test_a_local_base_does_not_tell_where_it_lay(tiny_artifact, tiny_base):
 
 
 def test_the_body_tells_what_it_is_and_how_it_was_made(tiny_artifact):
-    card = model_card(ArtifactConfig.read(tiny_artifact), RECORDS, "me/tiny")
+    card = model_card(ArtifactConfig.read(tiny_artifact), markdown_tables(RECORDS), "me/tiny")
     assert 'rtpurbo.load("me/tiny"' in card
     assert markdown_tables(RECORDS) in card
     assert "| Retrieval heads | 4 of 12 (33.3 %) |" in card
-    assert "| KV heads kept whole | 2 of 6 |" in card
-    assert "the last 32 keys and the first 2" in card
+    assert "| Full KV heads | 2 of 6 |" in card
+    assert "attend to the last 32 keys and the first 2" in card
     assert "stage1 7" in card
     assert "{" not in card.replace("bash", "").split("---", 2)[2]
 

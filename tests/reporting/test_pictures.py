@@ -7,9 +7,9 @@ from rich.console import Console
 
 from rtpurbo.config import HeadMap
 from rtpurbo.models.artifact import LOG_FILE
-from rtpurbo.reporting.curves import sparkline, training_curves
 from rtpurbo.reporting.headmap import head_map_picture
 from rtpurbo.reporting.inspection import inspect_artifact
+from rtpurbo.training.curves import sparkline, training_curves
 
 
 def printed(renderable):
@@ -73,5 +73,6 @@ def test_inspection_shows_everything(tiny_artifact, tmp_path):
         "layer   1  ● ● · · · ·",
         "stage1 loss",
         "adapter/adapter_model.safetensors",
+        "sparse, float32",
     ):
         assert part in lines

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.reporting import speed
+from rtpurbo.reporting import figures
 from rtpurbo.reporting.speed import save_plot, speed_markdown, speed_tables, speedup
 from tests.test_speed_records import RECORD
 
@@ -53,7 +53,7 @@ def test_no_records_no_tables():
 
 
 def test_drawing_needs_a_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     with pytest.raises(RTPurboError, match=r"pip install 'rtpurbo\[plots\]'"):
         save_plot(RECORDS, tmp_path / "speed.png")
 
@@ -62,5 +62,7 @@ def test_drawing_needs_a_package(monkeypatch, tmp_path):
 def test_a_picture(tmp_path):
     save_plot(RECORDS, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 1000
+    save_plot(RECORDS, tmp_path / "speed.svg")
+    assert "var(--s0)" in (tmp_path / "speed.svg").read_text()
     with pytest.raises(RTPurboError, match="cannot be drawn"):
         save_plot(RECORDS, tmp_path / "speed.unknown")

@@ -43,10 +43,10 @@ def test_losses_are_highlighted_in_the_terminal():
     lines = {name: next(line for line in text.splitlines() if name in line) for name in names}
     red, yellow = re.escape("\x1b[1;31m") + " *", re.escape("\x1b[33m") + " *"
     assert not re.search(f"{red}|{yellow}", lines["full"])
-    assert re.search(f"{red}80 %", lines["rtpurbo"])
+    assert re.search(f"{yellow}80 %", lines["rtpurbo"])  # 16 of 20, not 18: may be chance
     assert re.search(f"{yellow}28.20", lines["rtpurbo"])
     assert re.search(f"{red}0 %", lines["local-only"])
-    assert re.search(f"{yellow}89 %", lines["something-new"])
+    assert not re.search(f"{red}|{yellow}", lines["something-new"])
 
 
 def test_tables_without_the_dense_model_and_without_records():
@@ -60,7 +60,7 @@ def test_what_is_measured_row_by_row_has_its_columns():
     records = [replace(RECORDS[1], **measured), replace(RECORDS[4], metric="a"), RECORDS[0]]
     lines = markdown_tables(records).splitlines()
     assert lines[0].endswith(
-        "| far tokens read (prose 2K) | tokens read | mass kept | KV cache at 4K |"
+        "| far tokens read (prose 2K) | tokens read | attention recall | KV cache at 4K |"
     )
     assert lines[3].endswith("| 5.0 % | 1,234 | 98.7 % | 512.0 KiB |")
     assert "prose a 2K" in lines[0]
@@ -72,7 +72,7 @@ def test_what_is_measured_row_by_row_has_its_columns():
     ]
     ruler.append(Record("ruler", "fwe", 4096, "rtpurbo", 5, 9.0))
     lines = markdown_tables(ruler).splitlines()
-    assert lines[-3:-1] == ["| tokens read (mean) | 300 |", "| mass kept | 70.0 % |"]
+    assert lines[-3:-1] == ["| tokens read (mean) | 300 |", "| attention recall | 70.0 % |"]
 
 
 def test_how_far_a_mean_is_from_the_dense_models():

@@ -11,6 +11,8 @@ from rtpurbo.config import RTPurboConfig
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CONFIG_FILE = "config.json"
+_CROP_SLACK = 64
+"""Slots of a windowed KV head beyond sinks and window, as `rtpurbo.models.cache` allocates them."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ def stored_tokens(
 ) -> tuple[int, int]:
     """Returns tokens times KV heads in the sparse and in the dense cache of one sequence.
 
+    Windowed KV heads have all their slots from the start.
+
     Args:
         config: the sparse model.
         length: tokens of context.
         layer_window: window of the layers that are not converted; None: the whole context.
     """
     head_map, rule = config.head_map, config.attention
-    windowed = min(length, rule.num_sink_tokens + rule.sliding_window)
+    windowed = rule.num_sink_tokens + rule.sliding_window + _CROP_SLACK
     sparse = dense = 0
     for layer, retrieval_heads in enumerate(head_map.retrieval_heads):
         heads = head_map.num_key_value_heads
@@ -87,6 +91,8 @@ def stored_tokens(
 
 def cache_sizes(config: RTPurboConfig, shape: CacheShape, length: int) -> tuple[int, int]:
     """Returns bytes of the sparse cache, index keys included, and of the dense one.
+
+    Positions and slot numbers, about ten bytes for each slot of a window, are left out.
 
     Args:
         config: the sparse model.

@@ -33,7 +33,7 @@ Point = tuple[float, float]
 
 # As wide as a phone, so that text has the same size there as elsewhere on the page. In SVG units.
 WIDTH, HEIGHT = 360.0, 230.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 12.0, 26.0, 40.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 20.0, 26.0, 42.0
 
 MOST_POINTS = 300
 """Longer curves are averaged: a plot has no more pixels."""
@@ -288,8 +288,9 @@ def heat_map(
         for column, row in places:
             level = levels[column][row]
             faces.append("none" if level is None else (strong, 0.09 + 0.91 * level))
+        xs, ys = ([place[axis] for place in places] for axis in (0, 1))
         axes.scatter(
-            *zip(*places, strict=True), s=(side - 2.5) ** 2, marker="s", c=faces, gid="heads",
+            xs, ys, s=(side - 2.5) ** 2, marker="s", c=faces, gid="heads",
             linewidths=[2 if place in framed else 1 for place in places],
             edgecolors=[
                 frame if place in framed else soft if levels[place[0]][place[1]] is None else "none"
@@ -298,7 +299,8 @@ def heat_map(
         )  # fmt: skip
         if marked:
             axes.scatter(
-                *zip(*marked, strict=True), s=4.5**2, marker="o", color=PALETTE["ground"][0],
+                [column for column, _ in marked], [row for _, row in marked],
+                s=4.5**2, marker="o", color=PALETTE["ground"][0],
                 edgecolors=frame, linewidths=1, gid="dots",
             )  # fmt: skip
         axes.set_xlim(-0.5, columns - 0.5)
@@ -399,7 +401,7 @@ def figure_style() -> Iterator[Callable[..., Figure]]:
     from matplotlib.figure import Figure
 
     soft, edge = PALETTE["soft"][0], PALETTE["edge"][0]
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "rtpurbo",
         "font.family": "DejaVu Sans",
@@ -420,6 +422,8 @@ def figure_style() -> Iterator[Callable[..., Figure]]:
         "xtick.color": soft,
         "ytick.color": soft,
         "xtick.major.size": 0,
+        "xtick.major.pad": 7,
+        "ytick.major.pad": 6,
         "ytick.major.size": 0,
         "xtick.minor.size": 0,
         "ytick.minor.size": 0,
@@ -458,6 +462,7 @@ def _scale(axes: Axes, direction: str, axis: Axis, values: Sequence[float]) -> N
     """Sets range, ticks and name of one direction; the vertical name lies above the plot."""
     from matplotlib import ticker
 
+    figure: Any = axes.figure
     drawn = axes.xaxis if direction == "x" else axes.yaxis
     low, high = min((*values, *axis.include)), max((*values, *axis.include))
     if axis.scale == "linear":
@@ -484,8 +489,8 @@ def _scale(axes: Axes, direction: str, axis: Axis, values: Sequence[float]) -> N
     if direction == "x":
         axes.set_xlabel(axis.name)
     elif axis.name:
-        width = 72 * axes.figure.get_size_inches()[0]
-        axes.text(2 / width, 1.0, axis.name, transform=axes.figure.transFigure, va="top")
+        width = 72 * figure.get_size_inches()[0]
+        axes.text(2 / width, 1.0, axis.name, transform=figure.transFigure, va="top")
 
 
 def _in_words(title: str, series: Sequence[Series], x: Axis, y: Axis) -> str:

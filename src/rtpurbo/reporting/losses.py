@@ -57,7 +57,8 @@ def loss_of_record(record: Record, dense: Record) -> Loss:
     difference counts as chance if either score lies in the other's interval: equal answers to few
     questions give an interval of no width, which is not sufficient alone.
     """
-    own, other = _interval(record), _interval(dense)
+    own = _interval(record)
+    other = dense.ci95 if record.ci95 is not None else _interval(dense)
     is_chance = None
     if own is not None:
         is_chance = _within(dense.score, own) or _within(record.score, other)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.models.artifact import LOG_FILE
+from rtpurbo.reporting import figures
 from rtpurbo.reporting.html.page import page, write_report
 from rtpurbo.reporting.html.sources import Sources, read_sources
 from tests.reporting.html.example_results import LENGTHS, write_examples
@@ -68,17 +70,17 @@ def test_the_heading_is_a_name_that_readers_know(whole, tiny_artifact):
 def test_every_part_is_there(whole):
     titles = whole.text("h2")
     for title in (
-        "What it keeps",
-        "Which heads retrieve",
-        "What it reads",
-        "Budgets, row by row",
-        "Memory",
-        "Speed",
-        "How training went",
-        "How it was made",
+        "Quality",
+        "Retrieval heads",
+        "Tokens read",
+        "Far tokens per query",
+        "KV cache",
+        "Speed of other shapes",
+        "Training",
+        "Settings and provenance",
     ):
         assert title in titles
-    assert "What is not here" not in titles
+    assert "Not in this report" not in titles
     text = whole.text()
     assert "4 of its 12 attention heads (33.3 %)" in text
     assert "instead of 98.0 % right (RULER at 8K, 2 tests, 50 samples)" in text
@@ -98,9 +100,8 @@ def test_every_plot_has_shapes_and_words(whole):
     assert len(whole.of_class("retrieval")) == len(whole.of_class("dot")) == 4
     assert len(whole.of_class("whisker")) == len(LENGTHS)  # rtpurbo alone is near the dense model
     assert len(whole.of_class("bar")) == 4 * 3  # rtpurbo at both lengths, quest at the longest
-    for shape in (*whole.attributes("circle"), *whole.attributes("rect")):
-        numbers = [value for name, value in shape.items() if name in ("x", "y", "cx", "cy")]
-        assert all(re.fullmatch(r"-?[\d.]+", value) for value in numbers)
+    for shape in whole.attributes("use"):
+        assert all(re.fullmatch(r"-?[\d.]+", shape[name]) for name in ("x", "y"))
 
 
 def test_headings_tables_and_anchors_are_in_order(whole):
@@ -126,19 +127,19 @@ def test_what_is_missing_is_named_and_not_made_up(tmp_path):
     whole = Page(page(read_sources([quality]), date="2026-01-01"))
     assert_stands_alone(whole)
     text = whole.text()
-    for title in ("Which heads retrieve", "Budgets, row by row", "Speed", "How training went"):
+    for title in ("Retrieval heads", "Far tokens per query", "Speed", "Training"):
         assert title not in whole.text("h2")
-        assert title in text.split("What is not here")[1]
-    assert "mass kept is" in text  # explained, but no column of it
-    assert "% kept" not in text
+        assert title in text.split("Not in this report")[1]
+    assert "attention recall is" in text  # explained, but no column of it
+    assert "% recall" not in text
     assert "on 2026-01-01" in text
     assert "its perplexity differs by +2.0 % at 2K" in text
 
 
 def test_an_artifact_alone(tiny_artifact):
     whole = Page(page(read_sources([tiny_artifact])))
-    assert "Beside the dense model" not in whole.text()
-    assert "What it keeps : no results of `rtpurbo eval` were given." in whole.text()
+    assert "Compared with the dense model" not in whole.text()
+    assert "Quality : no results of `rtpurbo eval` were given." in whole.text()
 
 
 def test_text_of_others_stays_text(tmp_path):
@@ -163,7 +164,7 @@ def test_models_are_not_mixed(tmp_path):
 
 
 def test_an_empty_report_does_not_fail():
-    assert "What is not here" in Page(page(Sources())).text("h2")
+    assert "Not in this report" in Page(page(Sources())).text("h2")
 
 
 def test_colours_stand_out_in_light_and_dark(html):
@@ -192,3 +193,26 @@ def contrast(one, other):
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         shares.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(shares) + 0.05) / (min(shares) + 0.05)
+
+
+def test_a_number_does_not_break_from_its_unit(html):
+    assert "33.3\u00a0%" in html
+    shown = re.sub(r"<(style|script|svg)\b.*?</\1>|<[^>]*>", " ", html, flags=re.DOTALL)
+    assert not re.search(r"\d %", shown)
+
+
+def test_every_caption_of_a_measurement_names_samples_device_and_dtype(tmp_path):
+    whole = Page(page(read_sources([write_examples(tmp_path)["quality"]])))
+    plots = len(whole.attributes("figure"))
+    assert whole.text("small").count("cpu, dtype not recorded") == plots > 5
+    # A cache has a size without any question.
+    assert whole.text("small").count("25 samples per test") == plots - 1
+    captions = whole.text("span")
+    assert "RULER at 8K, % right; 25 samples per test; cpu, dtype not recorded" in captions
+
+
+def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch, tiny_artifact, tmp_path):
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    with pytest.raises(RTPurboError, match=r"`rtpurbo report` needs matplotlib: pip install"):
+        write_report([tiny_artifact], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 
 from rtpurbo.evaluation.averages import Average
@@ -13,17 +11,17 @@ def record(score, interval=None, policy="rtpurbo", suite="ruler"):
 
 def read(cell):
     """The class of a cell, and its text."""
-    found = re.match(r'<td(?: class="(\w+)")?>', cell)
-    return found[1], re.sub(r"<[^>]+>", " ", cell).split()
+    return cell.tint or None, " ".join((cell.text, cell.delta, *cell.lines)).split()
 
 
 @pytest.mark.parametrize(
     ("score", "interval", "expected"),
     [
         (98.0, None, (None, ["98", "±0"])),
-        (97.5, None, ("slight", ["97.5", "-0.5"])),
-        (90.0, None, ("heavy", ["90", "-8.0"])),
-        (99.0, None, (None, ["99", "+1.0"])),
+        (97.5, None, (None, ["97.5", "▽", "-0.5"])),
+        (90.0, None, ("slight", ["90", "▽", "-8.0"])),
+        (60.0, None, ("heavy", ["60", "▼", "-38.0"])),
+        (99.0, None, (None, ["99", "△", "+1.0"])),
         (97.0, (90.0, 99.0), (None, ["97", "▽", "-1.0", "[90,", "99]"])),
         (97.0, (96.0, 97.8), ("slight", ["97", "▼", "-1.0", "[96,", "98]"])),
         (92.0, (84.0, 99.0), ("slight", ["92", "▽", "-6.0", "[84,", "99]"])),
@@ -42,7 +40,7 @@ def test_losses_have_a_number_a_sign_and_a_tint(score, interval, expected):
         (30.0, (None, ["30.00", "±0"])),
         (30.15, (None, ["30.15", "+0.5", "%"])),
         (30.6, ("slight", ["30.60", "+2.0", "%"])),
-        (33.0, ("heavy", ["33.00", "+10.0", "%"])),
+        (33.0, ("slight", ["33.00", "+10.0", "%"])),
         (29.0, (None, ["29.00", "-3.3", "%"])),
     ],
 )
@@ -61,7 +59,7 @@ def test_what_has_nothing_beside_it():
 def test_means():
     assert read(mean_cell(None, 98.0)) == ("none", ["-"])
     assert read(mean_cell(97.96, 98.0)) == (None, ["98.0", "±0"])
-    assert read(mean_cell(90.0, 98.0)) == ("heavy", ["90.0", "-8.0"])
+    assert read(mean_cell(90.0, 98.0)) == ("slight", ["90.0", "-8.0"])
     assert read(mean_cell(98.0, None)) == (None, ["98.0"])
 
 
@@ -94,3 +92,11 @@ def test_an_interval_of_no_width_is_not_believed_alone():
 def test_a_mean_of_another_run_is_compared_by_its_own_interval(ci95, expected):
     average = Average("ruler", 4096, "rtpurbo", 13, 325, 97.0, ci95)
     assert read(mean_cell(97.0, 98.0, average)) == expected
+
+
+def test_one_wrong_answer_in_twenty_is_not_red():
+    dense = Record("needle", "single", 4096, "full", 20, 100.0)
+    cell = score_cell(Record("needle", "single", 4096, "rtpurbo", 20, 95.0), dense)
+    assert read(cell) == ("slight", ["95", "▽", "-5.0"])
+    cell = score_cell(Record("needle", "single", 4096, "rtpurbo", 20, 50.0), dense)
+    assert read(cell) == ("heavy", ["50", "▼", "-50.0"])

@@ -88,7 +88,7 @@ def _picture(head_map: HeadMap) -> HeatMap:
 
 
 def _table(head_map: HeadMap) -> Table:
-    rows = []
+    rows: list[list[str | Cell]] = []
     for layer, chosen in enumerate(head_map.retrieval_heads):
         cells = []
         for head in range(head_map.num_attention_heads):
@@ -97,7 +97,7 @@ def _table(head_map: HeadMap) -> Table:
             retrieves = chosen is not None and head in chosen
             text = "not converted" if chosen is None else f"● {written}" if retrieves else written
             cells.append(Cell(text, bold=retrieves))
-        rows.append((f"layer {layer}", *cells))
+        rows.append([f"layer {layer}", *cells])
     header = ("", *(f"head {head}" for head in range(head_map.num_attention_heads)))
     return Table("Retrieval scores of all heads; ● and bold: retrieval head", header, rows)
 

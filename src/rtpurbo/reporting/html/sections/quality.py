@@ -158,11 +158,11 @@ def _tables(quality: Quality, policies: Sequence[str]) -> list[Block]:
 
 def _questions_table(quality: Quality, records: Sequence[Record], policies: Sequence[str]) -> Table:
     """Suites of short questions by policy, with paired differences."""
-    rows = []
+    rows: list[list[str | Cell]] = []
     for suite in dict.fromkeys(record.suite for record in records):
         own = [record for record in records if record.suite == suite]
         name = f"{suite_title(suite)} ({max(record.samples for record in own):,})"
-        rows.append((name, *_mean_cells(quality, own, policies)))
+        rows.append([name, *_mean_cells(quality, own, policies)])
     caption = f"Questions, % right; {quality.where(records)}"
     return Table(caption, ("suite (questions)", *policies), rows)
 
@@ -174,10 +174,10 @@ def _ruler_tables(
     lengths, suite = lengths_of(records), suite_title(records[0].suite)
     tables: list[Block] = []
     if len(lengths) > 1:
-        rows = []
+        rows: list[list[str | Cell]] = []
         for length in lengths:
             chosen = [record for record in records if record.context_length == length]
-            rows.append((short_length(length), *_mean_cells(quality, chosen, policies)))
+            rows.append([short_length(length), *_mean_cells(quality, chosen, policies)])
         caption = f"{suite}, mean of all tasks by length, % right; {quality.where(records)}"
         tables.append(Table(caption, ("length", *policies), rows))
     for length in reversed(lengths):

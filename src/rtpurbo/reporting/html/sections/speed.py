@@ -239,7 +239,7 @@ def _table(
     lengths: Sequence[int],
 ) -> Table:
     factor, unit = _unit([record for found in lines.values() for record in found])
-    rows = []
+    rows: list[list[str | Cell]] = []
     for label, found in lines.items():
         by_length = {record.context_length: record for record in found}
         cells = []
@@ -253,7 +253,7 @@ def _table(
             written = "" if ratio is None else f"{ratio:.2f}x"
             time = _written(factor * record.milliseconds)
             cells.append(Cell(time, written, tint="slight" if slower else ""))
-        rows.append((label, *cells))
+        rows.append([label, *cells])
     header = ("implementation", *(short_length(length) for length in lengths))
     return Table(f"{title}: {unit}; tinted where slower; {where}", header, rows)
 

@@ -75,8 +75,9 @@ def _opening(sources: Sources) -> str:
         )
     head_map, rule = sources.artifact.config.head_map, sources.artifact.config.attention
     share = percent(head_map.num_retrieval_heads / max(1, head_map.num_heads))
+    base = _base(sources)
     return (
-        f"{_base(sources)}, converted by RTPurbo: {head_map.num_retrieval_heads} of its "
+        f"{base[0].upper()}{base[1:]}, converted by RTPurbo: {head_map.num_retrieval_heads} of its "
         f"{head_map.num_heads} attention heads ({share}) are retrieval heads, which select tokens "
         "anywhere in the context by a token indexer of "
         f"{sources.artifact.config.indexer.index_dim} dimensions; all other heads attend to the last "
