@@ -1,0 +1,355 @@
+"""Figures that tables of the documentation must show, computed from the files in benchmarks/results.
+
+A table that is preceded by `<!-- figures: NAME -->` is compared cell by cell with what `EXPECTED[NAME]` computes:
+for each row, by the text of its first cell, the numbers of each later cell in their order. `None` stands for a cell
+without numbers. Numbers are compared to the precision that is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+MIB, GIB = 2**20, 2**30
+
+Numbers = Sequence[float] | None
+Rows = dict[str, list[Numbers]]
+
+_MARKER = re.compile(r"<!-- figures: (\w+) -->\n((?:\|.*\n)+)")
+# A length such as 32K or a fraction such as 1/16 in a label is no figure; labels are not parsed.
+_NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?|[+-]?\.\d+")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A marked table: the name in its marker, and its body rows as cells of text."""
+
+    name: str
+    rows: list[list[str]]
+
+
+def cells(line: str) -> list[str]:
+    """Splits a Markdown table row into its cells."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def marked_tables(text: str) -> Iterator[Table]:
+    """Yields the tables that a `figures` marker precedes."""
+    for match in _MARKER.finditer(text):
+        lines = match[2].splitlines()
+        yield Table(match[1], [cells(line) for line in lines[2:]])
+
+
+def printed(cell: str) -> list[tuple[float, int]]:
+    """Returns the numbers of a cell, each with its number of decimals."""
+    found = []
+    for text in _NUMBER.findall(cell):
+        decimals = len(text.partition(".")[2])
+        found.append((float(text.replace(",", "")), decimals))
+    return found
+
+
+def is_rounded(value: float, shown: float, decimals: int) -> bool:
+    """Whether `shown` is `value` rounded to that many decimals, ties either way."""
+    return abs(value - shown) <= 0.5 * 10**-decimals + 1e-9
+
+
+def label(cell: str) -> str:
+    """Text of a label without its link, emphasis and code marks."""
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", cell).replace("*", "").replace("`", "").strip()
+
+
+def read(name: str) -> dict[str, Any]:
+    """Reads a file of results."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _average(
+    found: dict[str, Any], policy: str, length: int, suite: str = "ruler"
+) -> dict[str, Any]:
+    [average] = [
+        one
+        for one in found["averages"]
+        if (one["suite"], one["context_length"], one["policy"]) == (suite, length, policy)
+    ]
+    return average
+
+
+def _records(found: dict[str, Any], **values: Any) -> list[dict[str, Any]]:
+    return [
+        one
+        for one in found["records"]
+        if all(one.get(name) == value for name, value in values.items())
+    ]
+
+
+def _record(found: dict[str, Any], **values: Any) -> dict[str, Any]:
+    [record] = _records(found, **values)
+    return record
+
+
+def _difference(average: dict[str, Any]) -> list[float]:
+    return [average["difference"], *average["difference_ci95"]]
+
+
+def _far(found: dict[str, Any], policy: str, length: int, suite: str = "ruler") -> Numbers:
+    """Mean share of the distant tokens that are read, over tasks, in percent."""
+    shares = [
+        one["far_tokens_read"]
+        for one in _records(found, suite=suite, policy=policy, context_length=length)
+        if one["far_tokens_read"] is not None
+    ]
+    return [100 * fmean(shares)] if shares else None
+
+
+def _cache(found: dict[str, Any], policy: str, length: int) -> float:
+    [size] = {one["kv_bytes"] for one in _records(found, policy=policy, context_length=length)}
+    return size
+
+
+PUBLIC = {
+    "Qwen2.5-Coder-1.5B-Instruct": "quality-qwen2.5-coder-1.5b-instruct-32k-h200.json",
+    "Qwen2.5-Coder-0.5B-Instruct": "quality-qwen2.5-coder-0.5b-instruct-32k-h200.json",
+}
+LENGTHS = {"4K": 4096, "8K": 8192, "16K": 16384, "32K": 32768, "64K": 65536}
+CONTEXTS = {"32K": 2**15, "128K": 2**17, "256K": 2**18, "512K": 2**19, "1M": 2**20}
+
+
+def public_models() -> Rows:
+    rows: Rows = {}
+    for model, name in PUBLIC.items():
+        found = read(name)
+        full, sparse = (_average(found, policy, 32768) for policy in ("full", "rtpurbo"))
+        rows[model] = [
+            [full["score"]],
+            [sparse["score"]],
+            _difference(sparse),
+            _far(found, "rtpurbo", 32768),
+            [_cache(found, "full", 32768) / MIB],
+            [_cache(found, "rtpurbo", 32768) / MIB],
+        ]
+    return rows
+
+
+def public_tasks() -> Rows:
+    found = [read(name) for name in PUBLIC.values()]
+    pairs = [(one, policy) for one in found for policy in ("full", "rtpurbo")]
+    names = {"vt": "vt (variable tracking)", "fwe": "fwe (frequent words)"}
+    tasks = dict.fromkeys(one["task"] for one in found[0]["records"])
+    rows: Rows = {
+        names.get(task, task): [
+            [_record(one, task=task, policy=policy)["score"]] for one, policy in pairs
+        ]
+        for task in tasks
+    }
+    return rows | {"mean": [[_average(one, policy, 32768)["score"]] for one, policy in pairs]}
+
+
+def trial() -> Rows:
+    found = read("quality-qwen2.5-coder-1.5b-trial-h200.json")
+
+    def row(policy: str, *place: Any) -> list[Numbers]:
+        average = _average(found, policy, *place)
+        return [
+            [_average(found, "full", *place)["score"]],
+            [average["score"]],
+            _difference(average),
+        ]
+
+    return {
+        "RULER at 32K, mean of 7 tasks": row("rtpurbo", 32768),
+        "the same before stage 2": row("rtpurbo-before-stage2", 32768),
+        "GSM8K": row("rtpurbo", 0, "gsm8k"),
+    }
+
+
+def long_context() -> Rows:
+    found = read("quality-smollm2-64k-h200.json")
+    rows: Rows = {}
+    for name, length in LENGTHS.items():
+        sparse = _average(found, "rtpurbo", length)
+        size = _cache(found, "rtpurbo", length)
+        rows[name] = [
+            [_average(found, "full", length)["score"]],
+            [sparse["score"]],
+            _difference(sparse),
+            _far(found, "rtpurbo", length) if length > 4096 else None,
+            [size / MIB],
+            [size / _cache(found, "full", length)],
+        ]
+    return rows
+
+
+def controls() -> Rows:
+    found = read("quality-smollm2-64k-controls-h200.json")
+    labels = {
+        "rtpurbo": "rtpurbo",
+        "rtpurbo-before-stage2": "rtpurbo-before-stage2",
+        "dense-heads": "dense-heads (retrieval heads read everything)",
+        "top-k": "top-k by the same index, same mean budget",
+        "rtpurbo-paper": "rtpurbo-paper (the paper's top-p)",
+        "quest": "quest page bounds, same mean budget",
+        "random-heads": "random-heads, reading everything",
+        "local-only": "local-only (windows alone)",
+    }
+    return {
+        text: [
+            *(_difference(_average(found, policy, length)) for length in (8192, 16384, 32768)),
+            _far(found, policy, 32768),
+        ]
+        for policy, text in labels.items()
+    }
+
+
+def smollm2() -> Rows:
+    found = read("quality-smollm2-135m-instruct.json")
+    policies = dict.fromkeys(one["policy"] for one in found["records"])
+    tests = [(task, length) for task in ("single", "multikey") for length in (2048, 4096, 7500)]
+    tests += [("prose", 2048), ("prose", 8192)]
+    return {
+        policy: [
+            *(
+                [_record(found, policy=policy, task=task, context_length=length)["score"]]
+                for task, length in tests
+            ),
+            _far(found, policy, 8192, "perplexity"),
+            [_cache(found, policy, 8192) / MIB],
+        ]
+        for policy in policies
+    }
+
+
+def _times(found: dict[str, Any], implementation: str, **values: Any) -> float:
+    return _record(found, implementation=implementation, **values)["milliseconds"]
+
+
+def model_speed() -> Rows:
+    decode, prefill = read("model-decode-h100.json"), read("model-prefill-h100.json")
+
+    def row(
+        found: dict[str, Any], scale: float, ours: str, phase: str, length: int
+    ) -> list[Numbers]:
+        flash, cudnn, sparse = (
+            _times(found, name, phase=phase, context_length=length)
+            for name in ("sdpa-flash", "sdpa-cudnn", ours)
+        )
+        return [[flash * scale], [cudnn * scale], [sparse * scale], [min(flash, cudnn) / sparse]]
+
+    return {
+        "decode step, 128K": row(decode, 1, "rtpurbo", "model-decode", 2**17),
+        "decode step, 256K": row(decode, 1, "rtpurbo", "model-decode", 2**18),
+        "prefill, 128K, dense retrieval heads (default)": row(
+            prefill, 1e-3, "rtpurbo-dense-retrieval", "model-prefill", 2**17
+        ),
+        "prefill, 128K, 10 % of the key blocks": row(
+            prefill, 1e-3, "rtpurbo", "model-prefill", 2**17
+        ),
+    }
+
+
+def layer_prefill() -> Rows:
+    dense, every, again = map(
+        read, ("prefill-h100.json", "prefill-every-row-h100.json", "prefill-dense-h100.json")
+    )
+    rows: Rows = {}
+    for name, length in CONTEXTS.items():
+        if name == "256K":
+            continue
+        flash, cudnn = (
+            _times(dense, peer, context_length=length) for peer in ("sdpa-flash", "sdpa-cudnn")
+        )
+        sparse = _times(every, "rtpurbo", context_length=length)
+        rows[name] = [[flash], [cudnn], [sparse], [flash / sparse], [cudnn / sparse], None, None]
+        if _records(again, context_length=length):
+            retrieval = _times(again, "rtpurbo-dense-retrieval", context_length=length)
+            beside = _times(again, "sdpa-flash", context_length=length)
+            rows[name][-2:] = [[retrieval], [beside / retrieval]]
+    return rows
+
+
+def layer_decode() -> Rows:
+    found = read("decode-h100.json")
+    rows: Rows = {}
+    for name, length, batch in (
+        ("32K", 2**15, 1), ("128K", 2**17, 1), ("512K", 2**19, 1), ("1M", 2**20, 1), ("128K", 2**17, 8),
+    ):  # fmt: skip
+        flash, cudnn, ours, float8 = (
+            1000 * _times(found, one, context_length=length, batch_size=batch)
+            for one in ("sdpa-flash", "sdpa-cudnn", "rtpurbo", "rtpurbo-float8-index")
+        )
+        rows[f"{name}, {batch}"] = [
+            [flash], [cudnn],
+            [ours], [flash / ours], [cudnn / ours],
+            [float8], [flash / float8], [cudnn / float8],
+        ]  # fmt: skip
+    return rows
+
+
+def training() -> Rows:
+    found = read("training-h100.json")
+
+    def row(phase: str, implementation: str, length: int) -> list[Numbers]:
+        one = _record(found, phase=phase, implementation=implementation, context_length=length)
+        return [[length], [one["milliseconds"] / 1000], [one["peak_memory_gib"]]]
+
+    return {
+        "stage 1": row("stage1", "rtpurbo", 49152),
+        "stage 1, loss in plain PyTorch": row("stage1", "eager", 49152),
+        "stage 1 at 128K": row("stage1", "rtpurbo", 131072),
+        "stage 2, LoRA of rank 16": row("stage2", "rtpurbo", 32768),
+    }
+
+
+def sparse_prefill() -> Rows:
+    files = [read(f"sparse-prefill-{name}-h100.json") for name in ("8k", "8k-of-32k", "32k")]
+    rows: Rows = {}
+    for share in ("1/16", "1/8", "1/4"):
+        row: list[Numbers] = []
+        for found in files:
+            dense = _record(found, rule="dense retrieval heads, in the answer too")["right"]
+            lists = _record(found, rule=f"row_peak {share}")["right"]
+            for task in ("4 values", "variables"):
+                pairs = zip(lists[task], dense[task], strict=False)
+                row.append([100 * fmean(a - b for a, b in pairs)])
+        rows[share] = row
+    return rows
+
+
+EXPECTED: dict[str, Callable[[], Rows]] = {
+    make.__name__: make
+    for make in (
+        public_models, public_tasks, trial, long_context, controls, smollm2, model_speed,
+        layer_prefill, layer_decode, training, sparse_prefill,
+    )
+}  # fmt: skip
+
+
+def wrong_cells(table: Table, expected: Rows) -> Iterator[str]:
+    """Yields a sentence for each row or cell of a table that differs from what is expected."""
+    shown = [label(row[0]) for row in table.rows]
+    if sorted(shown) != sorted(expected):
+        yield f"{table.name}: the rows are {shown}, expected {list(expected)}"
+        return
+    for row, name in zip(table.rows, shown, strict=True):
+        values = expected[name]
+        if len(row) - 1 != len(values):
+            yield f"{table.name}, {name}: {len(row) - 1} cells, expected {len(values)}"
+            continue
+        for cell, numbers in zip(row[1:], values, strict=True):
+            yield from _wrong_numbers(f"{table.name}, {name}", cell, numbers or [])
+
+
+def _wrong_numbers(place: str, cell: str, numbers: Iterable[float]) -> Iterator[str]:
+    given, numbers = printed(cell), list(numbers)
+    right = len(given) == len(numbers) and all(
+        is_rounded(value, *one) for value, one in zip(numbers, given, strict=True)
+    )
+    if not right:
+        yield f"{place}: '{cell}', expected {[round(value, 4) for value in numbers]}"

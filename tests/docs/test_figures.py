@@ -1,0 +1,258 @@
+"""Figures in README, results and model cards agree with the files of results, and averages with their samples."""
+
+import json
+import re
+from collections import defaultdict
+from statistics import fmean
+
+import pytest
+
+from tests.docs.figures import (
+    EXPECTED,
+    GIB,
+    MIB,
+    RESULTS,
+    ROOT,
+    cells,
+    is_rounded,
+    marked_tables,
+    printed,
+    read,
+    wrong_cells,
+)
+
+PAGES = ("README.md", "docs/results.md")
+TABLES = [
+    (page, table)
+    for page in PAGES
+    for table in marked_tables((ROOT / page).read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize(("page", "table"), TABLES, ids=lambda one: getattr(one, "name", one))
+def test_tables_agree_with_their_files(page, table):
+    assert not list(wrong_cells(table, EXPECTED[table.name]()))
+
+
+def test_every_expected_table_is_on_a_page():
+    assert {table.name for _, table in TABLES} == set(EXPECTED)
+
+
+def test_wrong_figures_are_found():
+    [table] = [one for page, one in TABLES if one.name == "public_models"]
+    table.rows[0][1], right = "59.4", table.rows[0][1]
+    try:
+        [sentence] = wrong_cells(table, EXPECTED["public_models"]())
+    finally:
+        table.rows[0][1] = right
+    assert "59.4" in sentence
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_of_figures_has_a_marker(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    marked = sum(len(table.rows) for one, table in TABLES if one == page)
+    with_figures = [
+        line
+        for line in text.splitlines()
+        if line.startswith("|") and printed(" ".join(cells(line)[1:]))
+    ]
+    # Header rows name lengths, so that they count where they do.
+    bodies = [
+        line
+        for line in with_figures
+        if not re.match(r"\|.*(full attention|FlashAttention|policy|share of)", line)
+    ]
+    assert len(bodies) <= marked
+
+
+def test_links_to_results_on_the_pages_lead_to_files():
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(((?:\.\./)?benchmarks/results/[^)#]+)\)", text):
+            assert (ROOT / target.removeprefix("../")).exists(), f"{page}: {target}"
+
+
+def bytes_per_token(layers, kv_heads, head_dim, bytes_per_number=2):
+    return layers * kv_heads * head_dim * 2 * bytes_per_number
+
+
+def _milliseconds(file, **values):
+    [record] = [
+        one
+        for one in read(file)["records"]
+        if all(one[name] == value for name, value in values.items())
+    ]
+    return record["milliseconds"]
+
+
+# A page, a pattern with one group, and the value of the figure in it.
+PROSE = [
+    ("README.md", r"takes ([\d.]+) GiB in bfloat16", lambda: bytes_per_token(36, 8, 128) * 2**17 / GIB),
+    (
+        "README.md", r"\[([\d.]+) ms per token\]",
+        lambda: _milliseconds("model-decode-h100.json", context_length=2**17, implementation="sdpa-cudnn"),
+    ),
+    (
+        "README.md", r"\[([\d.]+) s to read the prompt\]",
+        lambda: _milliseconds("model-prefill-h100.json", implementation="sdpa-cudnn") / 1000,
+    ),
+    (
+        "docs/results.md", r"faster at 1M \((\d+) ms\)",
+        lambda: _milliseconds(
+            "prefill-h100.json", context_length=2**20, implementation="rtpurbo", density=0.1,
+            sliding_window=8192,
+        ),
+    ),
+    (
+        "docs/results.md", r"^(\d+) measurements of one model",
+        lambda: sum(len(read(f"ablations-8k-h100/{group}.json")["records"]) for group in "abcdef"),
+    ),
+    (
+        "docs/results.md", r"window of 512; (\d+) of them train a stage 2",
+        lambda: sum(
+            any(name.startswith("stage2") for name in one["changes"])
+            for group in "abcdef"
+            for one in read(f"ablations-8k-h100/{group}.json")["records"]
+        ),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "pattern", "value"), PROSE, ids=[one[1] for one in PROSE])
+def test_figures_in_sentences_agree_with_their_files(page, pattern, value):
+    [shown] = re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    [(number, decimals)] = printed(shown)
+    assert is_rounded(value(), number, decimals)
+
+
+CARDS = {
+    "qwen2.5-coder-0.5b-instruct": "quality-qwen2.5-coder-0.5b-instruct-32k-h200.json",
+    "qwen2.5-coder-1.5b-instruct": "quality-qwen2.5-coder-1.5b-instruct-32k-h200.json",
+    "smollm2-135m-instruct": "quality-smollm2-135m-instruct.json",
+    "smollm2-64k-sparse": "quality-smollm2-64k-h200.json",
+}
+MEANS = {
+    "tokens read (mean)": "tokens_read_mean",
+    "mass kept": "mass_kept",
+    "far tokens read (mean)": "far_tokens_read",
+}
+
+
+@pytest.mark.parametrize("artifact", CARDS)
+def test_the_table_of_a_card_agrees_with_its_file(artifact):
+    found = read(CARDS[artifact])
+    text = (ROOT / "artifacts" / artifact / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(
+        r"((?:^\|.*\n)+)", text.partition("## What it keeps")[2].partition("## How")[0], re.M
+    )
+    assert tables
+    for table in tables:
+        header, _, *rows = [cells(line) for line in table.splitlines()]
+        check = _check_policies if header[0] == "policy" else _check_length
+        check(found, header, rows)
+
+
+def _check_length(found, header, rows):
+    """A table of one length: a row for each task, a column for each policy."""
+    length = int(header[0].split()[-1].removesuffix("K")) * 1024
+    for name, *shown in rows:
+        for policy, cell in zip(header[1:], shown, strict=True):
+            records = [
+                one for one in found["records"]
+                if (one["policy"], one["context_length"]) == (policy, length)
+            ]  # fmt: skip
+            if cell == "-":
+                assert (policy, length) == ("rtpurbo", 4096)  # everything lies in the window
+                continue
+            assert _agrees(cell, _value(found, records, name, policy, length)), (name, policy, cell)
+
+
+def _value(found, records, name, policy, length):
+    if name.startswith("mean of"):
+        [average] = [
+            one["score"] for one in found["averages"]
+            if (one["policy"], one["context_length"]) == (policy, length)
+        ]  # fmt: skip
+        return [average]
+    if name == "KV cache":
+        return _sizes(found, records[0], length, policy)
+    if name in MEANS or name == "attention recall":
+        field = MEANS.get(name, "mass_kept")
+        if field == "far_tokens_read":
+            return [100 * fmean(one[field] for one in records if one[field] is not None)]
+        # Means over queries: tasks count by the queries that were measured.
+        measured = sum(one["measured_rows"] for one in records)
+        mean = sum(one[field] * one["measured_rows"] for one in records) / measured
+        return [mean if field == "tokens_read_mean" else 100 * mean]
+    [score] = [one["score"] for one in records if one["task"] == name]
+    return [score]
+
+
+def _sizes(found, record, length, policy):
+    size = record["kv_bytes"]
+    full = next(
+        one["kv_bytes"] for one in found["records"]
+        if (one["policy"], one["context_length"]) == ("full", length)
+    )  # fmt: skip
+    return [size] if policy == "full" else [size, size / full]
+
+
+def _agrees(cell, values):
+    scale = GIB if "GiB" in cell else MIB if "MiB" in cell else 1
+    given = printed(cell)
+    if scale != 1:
+        values = [values[0] / scale, *values[1:]]
+    return len(given) == len(values) and all(
+        is_rounded(value, *one) for value, one in zip(values, given, strict=True)
+    )
+
+
+def _check_policies(found, header, rows):
+    """A table with a row for each policy, and a column for each task and length."""
+    for policy, *shown in rows:
+        for column, cell in zip(header[1:], shown, strict=True):
+            task, length = _task_and_length(column)
+            [record] = [
+                one for one in found["records"]
+                if (one["policy"], one["task"], one["context_length"]) == (policy, task, length)
+            ]  # fmt: skip
+            if column.startswith("KV cache"):
+                values = _sizes(found, record, length, policy)
+            elif column.startswith("far tokens read"):
+                values = [100 * record["far_tokens_read"]]
+            else:
+                values = [record["score"]]
+            assert _agrees(cell, values), (policy, column, cell)
+
+
+def _task_and_length(column):
+    """The record that a column such as `single 2K` or `KV cache at 8K` is taken from."""
+    words = column.replace("(", " ").replace(")", " ").replace(",", "").split()
+    task = next((one for one in words if one in ("single", "multikey", "prose")), "prose")
+    length = next(one for one in reversed(words) if re.fullmatch(r"\d+K?", one))
+    return task, int(length.removesuffix("K")) * (1024 if length.endswith("K") else 1)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.samples.jsonl")), ids=lambda one: one.name)
+def test_scores_and_averages_agree_with_their_samples(path):
+    found = json.loads(path.with_name(path.name.replace(".samples.jsonl", ".json")).read_text())
+    scores = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        place = (sample["suite"], sample["context_length"], sample["policy"])
+        scores[place, sample["task"]].append(sample["score"])
+    for record in found["records"]:
+        place = (record["suite"], record["context_length"], record["policy"])
+        taken = scores[place, record["task"]]
+        assert len(taken) == record["samples"]
+        assert fmean(taken) == pytest.approx(record["score"], abs=1e-9)
+    for average in found["averages"]:
+        place = (average["suite"], average["context_length"], average["policy"])
+        tasks = {task: taken for (one, task), taken in scores.items() if one == place}
+        assert (len(tasks), sum(map(len, tasks.values()))) == (average["tasks"], average["samples"])
+        score = fmean(map(fmean, tasks.values()))
+        assert score == pytest.approx(average["score"], abs=1e-9)
+        if average["difference"] is not None:
+            dense = [fmean(scores[(*place[:2], "full"), task]) for task in tasks]
+            assert average["difference"] == pytest.approx(score - fmean(dense), abs=1e-9)
