@@ -26,13 +26,14 @@ from made_pages import (  # noqa: E402
 BORROWED = {
     "index.md": "README.md",
     "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
     "experiments.md": "experiments/README.md",
-    "how-to/teacher.md": "recipes/smollm2-64k/README.md",
+    "how-to/long-context-model.md": "recipes/smollm2-64k/README.md",
 }
 """Pages of the site that are files elsewhere in the repository."""
 
 MADE: dict[str, Callable[[], str]] = {
-    "results.md": results_page,
+    "tables.md": results_page,
     "reference/commands.md": commands_page,
     "example-report.html": report_page,
     "report-64k.html": report_64k_page,

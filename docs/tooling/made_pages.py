@@ -2,7 +2,7 @@
 
     python docs/tooling/made_pages.py > results.md
 
-prints the page of results.
+prints the page of tables.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 ARTIFACTS = ROOT / "artifacts"
 
-_ABOUT_RESULTS = """# Results
+_ABOUT_RESULTS = """# All tables
 
-Made from the files in `benchmarks/results/` when this site was built; each says which command made it.
-The reports have their figures with plots: [SmolLM2](example-report.html), and [SmolLM2 at 64K](report-64k.html)
+Generated from the files in `benchmarks/results/` when this site is built; each table names the command that made it. [Results](results.md) explains the
+important ones. The reports show them with plots: [SmolLM2](example-report.html), and [SmolLM2 at 64K](report-64k.html)
 with RULER, on which [every policy](report-policies.html) was compared too. How they were measured:
 [evaluation](evaluation.md), [benchmarks](benchmarks.md), [experiment log](experiment-log.md).
 """
 _ABOUT_QUALITY = """## Quality: the dense model beside every policy
 
-Questions in right answers, prose in perplexity. *Far tokens read* is the share of the tokens beyond
-window and sinks that retrieval heads read where they select. [What the policies are](evaluation.md#policies).
+Accuracy in percent, and perplexity for prose. *Far tokens read* is the share of the tokens outside window and sinks
+that retrieval heads read in decode steps. [The policies](evaluation.md#policies).
 """
 _ABOUT_SPEED = """## Speed
 
@@ -47,8 +47,8 @@ _ABOUT_SPEED = """## Speed
 """
 _ABOUT_ABLATIONS = """## Ablations
 
-![Right answers by the number of retrieval heads; tokens to read by the dimensions of the index;
-divergence of answers by what their rows read; how much rows read](images/ablations-8k.png)
+![Accuracy by the number of retrieval heads; tokens to read by the dimensions of the index;
+divergence of answers by what their queries read; how much queries read](images/ablations-8k.png)
 
 What they mean: [experiment log](experiment-log.md); how they were run: [experiments](experiments.md#ablations).
 """

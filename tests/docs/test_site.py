@@ -27,6 +27,8 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
         "index.html",
         "concepts/index.html",
         "results/index.html",
+        "tables/index.html",
+        "glossary/index.html",
         "example-report.html",
         "report-64k.html",
         "report-policies.html",
