@@ -21,6 +21,7 @@ from made_pages import (  # noqa: E402
     report_page,
     report_policies_page,
     results_page,
+    table_place,
 )
 
 BORROWED = {
@@ -57,7 +58,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Points links, which are written for readers of the repository, to pages of the site.
 
-    Links to files that the site does not have become their text.
+    Links to files of results lead to their tables; links to other files that the site does not have become their text.
     """
     place = page.file.src_uri
     origin = BORROWED.get(place, f"docs/{place}")
@@ -74,6 +75,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"{image}[{text}]({link}{anchor})"
         if not (ROOT / path).exists():
             raise PluginError(f"{origin} links to {target}, which does not exist.")
+        if path.startswith("benchmarks/results/"):
+            link = posixpath.relpath(table_place(ROOT / path), posixpath.dirname(place) or ".")
+            return f'[{text}]({link} "{path}")'
         return text
 
     parts = _CODE.split(markdown)

@@ -31,8 +31,8 @@ ARTIFACTS = ROOT / "artifacts"
 
 _ABOUT_RESULTS = """# All tables
 
-Generated from the files in `benchmarks/results/` when this site is built; each table names the command that made it. [Results](results.md) explains the
-important ones. The reports show them with plots: [SmolLM2](example-report.html), and [SmolLM2 at 64K](report-64k.html)
+Generated from the files in `benchmarks/results/` when this site is built; each table names the command
+that made it. [Results](results.md) explains the important ones. The reports show them with plots: [SmolLM2](example-report.html), and [SmolLM2 at 64K](report-64k.html)
 with RULER, on which [every policy](report-policies.html) was compared too. How they were measured:
 [evaluation](evaluation.md), [benchmarks](benchmarks.md), [experiment log](experiment-log.md).
 """
@@ -110,16 +110,30 @@ def _kind(found: dict[str, Any]) -> str | None:
     return "quality" if "suite" in record else "speed" if "phase" in record else None
 
 
+def anchor(path: Path) -> str:
+    """The place of a file's table in the page of tables."""
+    return path.stem.replace(".", "-")
+
+
+def table_place(path: Path) -> str:
+    """The link, from the top of the site, to the table of a file of results or to the page of tables."""
+    if path.is_dir():
+        return "tables.md#ablations"
+    shown = path.suffix == ".json" and _kind(json.loads(path.read_text(encoding="utf-8")))
+    return f"tables.md#{anchor(path)}" if shown else "tables.md"
+
+
 def _quality(path: Path, found: dict[str, Any]) -> str:
     results = read_results(path)
     length = results.origin.get("kv_bytes_at")
     tables = markdown_tables(results.records, length, results.averages)
-    return f"### {Path(str(found['model'])).name}\n\n{_origin(path, found)}\n\n{tables}"
+    title = f"### {Path(str(found['model'])).name} {{#{anchor(path)}}}"
+    return f"{title}\n\n{_origin(path, found)}\n\n{tables}"
 
 
 def _speed(path: Path, found: dict[str, Any]) -> str:
     notes = "\n".join(f"- {note}" for note in found["notes"])
-    title = f"### {path.stem}\n\n{_origin(path, found)}"
+    title = f"### {path.stem} {{#{anchor(path)}}}\n\n{_origin(path, found)}"
     return "\n\n".join(
         part for part in (title, notes, speed_markdown(read_speed(path).records)) if part
     )

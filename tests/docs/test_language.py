@@ -23,6 +23,7 @@ def retired_words():
 
 def pages():
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found += sorted((ROOT / "recipes").glob("*/README.md"))
     return [path for path in found if path not in LEFT_ALONE]
 
 
