@@ -32,9 +32,10 @@ ARTIFACTS = ROOT / "artifacts"
 _ABOUT_RESULTS = """# All tables
 
 Generated from the files in `benchmarks/results/` when this site is built; each table names the command
-that made it. [Results](results.md) explains the important ones. The reports show them with plots: [SmolLM2](example-report.html), and [SmolLM2 at 64K](report-64k.html)
-with RULER, on which [every policy](report-policies.html) was compared too. How they were measured:
-[evaluation](evaluation.md), [benchmarks](benchmarks.md), [experiment log](experiment-log.md).
+that made it. [Results](results.md) explains the important ones. The reports show them with plots:
+[SmolLM2](example-report.html), and [SmolLM2 at 64K](report-64k.html) with RULER, on which
+[every policy](report-policies.html) was compared too. How they were measured: [evaluation](evaluation.md),
+[benchmarks](benchmarks.md), [experiment log](experiment-log.md).
 """
 _ABOUT_QUALITY = """## Quality: the dense model beside every policy
 

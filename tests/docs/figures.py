@@ -208,6 +208,57 @@ def controls() -> Rows:
     }
 
 
+def recipe_means() -> Rows:
+    found = read("quality-smollm2-64k-h200.json")
+    full = [_average(found, "full", length) for length in LENGTHS.values()]
+    sparse = [_average(found, "rtpurbo", length) for length in LENGTHS.values()]
+    sizes = [
+        _cache(found, "rtpurbo", length) / _cache(found, "full", length)
+        for length in LENGTHS.values()
+    ]
+    read_far = [
+        fmean(
+            one["far_tokens_mean"]
+            for one in _records(found, policy="rtpurbo", context_length=length)
+        )
+        for length in LENGTHS.values()
+        if length > 4096
+    ]
+    return {
+        "full": [[one["score"]] for one in full],
+        "rtpurbo": [[one["score"]] for one in sparse],
+        "difference": [_difference(one) for one in sparse],
+        "KV cache of full's": [[size] for size in sizes],
+        "distant tokens read per query, mean over tasks": [
+            None,
+            *([round(one, -1)] for one in read_far),
+        ],
+    }
+
+
+def recipe_policies() -> Rows:
+    found = read("quality-smollm2-64k-controls-h200.json")
+    labels = {
+        "rtpurbo": "rtpurbo",
+        "rtpurbo-before-stage2": "before stage 2",
+        "dense-heads": "dense retrieval heads",
+        "top-k": "top-k, same mean budget",
+        "rtpurbo-paper": "the paper's reading of top-p",
+        "quest": "quest, same mean budget",
+        "random-heads": "random heads that read everything",
+        "local-only": "windows alone",
+    }
+    without_4k = ("top-k", "quest")
+    return {
+        text: [
+            None if policy in without_4k else _difference(_average(found, policy, 4096)),
+            *(_difference(_average(found, policy, length)) for length in (8192, 16384, 32768)),
+            _far(found, policy, 32768),
+        ]
+        for policy, text in labels.items()
+    }
+
+
 def smollm2() -> Rows:
     found = read("quality-smollm2-135m-instruct.json")
     policies = dict.fromkeys(one["policy"] for one in found["records"])
@@ -326,7 +377,7 @@ EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
         public_models, public_tasks, trial, long_context, controls, smollm2, model_speed,
-        layer_prefill, layer_decode, training, sparse_prefill,
+        layer_prefill, layer_decode, training, sparse_prefill, recipe_means, recipe_policies,
     )
 }  # fmt: skip
 

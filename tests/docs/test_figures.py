@@ -24,7 +24,7 @@ from tests.docs.figures import (
 PAGES = ("README.md", "docs/results.md")
 TABLES = [
     (page, table)
-    for page in PAGES
+    for page in (*PAGES, "recipes/smollm2-64k/README.md")
     for table in marked_tables((ROOT / page).read_text(encoding="utf-8"))
 ]
 
