@@ -1,6 +1,7 @@
 # Every target sets up what it needs, so `make test` and `make demo` work on a fresh clone.
 #
 #   make test     lint, types and tests
+#   make test-slow  the tests that need real weights, minutes or an extra (docs, ruler, plots), on a CPU
 #   make test-vllm  the tests that start vLLM, on a CPU, in an environment of their own
 #   make demo     a small model turned sparse, from start to end
 #   make docs     the documentation as a site, in site/
@@ -14,10 +15,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+EXTRAS_READY := $(VENV)/.extras-ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: setup test test-vllm lint demo docs clean
+.PHONY: setup test test-slow test-vllm lint demo docs clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -35,6 +37,14 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+
+$(EXTRAS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[docs,plots,ruler]"
+	touch $(EXTRAS_READY)
+
+test-slow: $(EXTRAS_READY)
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -q tests/evaluation/ruler/test_vocabulary.py tests/experiments/test_ablations.py
 
 # vLLM settles for its own torch and transformers. The packages that are taken away fit another torch
 # than the one it comes with, and importing them would fail.
