@@ -35,7 +35,8 @@ from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.base import BaseModel
-from rtpurbo.models.sparsify import is_sparse, set_rule
+from rtpurbo.models.sparse_layers import is_sparse
+from rtpurbo.models.sparsify import set_rule
 from rtpurbo.settings import change_settings
 
 WINDOWS_OF_PROSE = 6

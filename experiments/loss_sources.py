@@ -40,7 +40,8 @@ from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.files import write_json_atomically
-from rtpurbo.models.artifact import ArtifactConfig, load
+from rtpurbo.models.artifact import load
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.sparsify import decoding_last, empty_head_map, restore, set_rule, sparsify
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER

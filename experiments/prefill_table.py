@@ -14,7 +14,7 @@ from prefill_rules import REFERENCE
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops import SelectionStatistics
 
 

@@ -40,7 +40,8 @@ from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.evaluation.perplexity import token_losses
 from rtpurbo.files import write_json_atomically
 from rtpurbo.models.artifact import load, load_base
-from rtpurbo.models.sparsify import counting, decoding_last, headwise_modules, is_sparse, using_rule
+from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
+from rtpurbo.models.sparsify import counting, decoding_last, using_rule
 from rtpurbo.settings import (
     CalibrationSettings,
     ConversionSettings,

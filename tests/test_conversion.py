@@ -19,7 +19,8 @@ import torch
 from rtpurbo.config import AttentionRule, IndexerSettings
 from rtpurbo.conversion import calibrate_model, convert, distill_artifact, train_indexer_artifact
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig, load
+from rtpurbo.models.artifact import load
+from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import load_base_model
 from rtpurbo.settings import (
     CalibrationSettings,

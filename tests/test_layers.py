@@ -1,6 +1,7 @@
 """Imports never run up the floors of the house, nor across to a neighbour."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,72 @@ def test_imports_never_run_up():
 )
 def test_the_check_can_fail(module, source, is_wrong):
     assert bool(violations(module, source)) == is_wrong
+
+
+def type_checking_nodes(tree: ast.AST) -> set[ast.AST]:
+    """Nodes inside `if TYPE_CHECKING:`, which never run."""
+    blocks = (node for node in ast.walk(tree) if isinstance(node, ast.If))
+    return {
+        inner
+        for block in blocks
+        if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for statement in block.body
+        for inner in ast.walk(statement)
+    }
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Modules among `sources` that each module imports, in functions too.
+
+    Args:
+        sources: source text by module name; packages are named without `.__init__`.
+    """
+    graph = {}
+    for module, source in sources.items():
+        tree = ast.parse(source)
+        ignored = type_checking_nodes(tree)
+        imported = set()
+        for node in ast.walk(tree):
+            if node in ignored:
+                continue
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{module} has a relative import"
+                for alias in node.names:
+                    submodule = f"{node.module}.{alias.name}"
+                    imported.add(submodule if submodule in sources else node.module)
+        graph[module] = imported & sources.keys() - {module}
+    return graph
+
+
+def import_cycle(sources: dict[str, str]) -> list[str]:
+    """One import cycle as a list of modules, empty if there is none."""
+    try:
+        TopologicalSorter(import_graph(sources)).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_import_cycles():
+    sources = {}
+    for path in SOURCE.rglob("*.py"):
+        module = ".".join(["rtpurbo", *path.relative_to(SOURCE).with_suffix("").parts])
+        sources[module.removesuffix(".__init__")] = path.read_text(encoding="utf-8")
+    assert import_cycle(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "is_cycle"),
+    [
+        ("import rtpurbo.a", True),
+        ("from rtpurbo import a", True),
+        ("def f():\n    from rtpurbo.a import f", True),
+        ("if TYPE_CHECKING:\n    from rtpurbo.a import f", False),
+        ("import rtpurbo.c", False),
+    ],
+)
+def test_import_cycles_are_found(statement, is_cycle):
+    sources = {"rtpurbo.a": "from rtpurbo.b import g", "rtpurbo.b": statement, "rtpurbo.c": ""}
+    assert bool(import_cycle(sources)) == is_cycle

@@ -5,7 +5,7 @@ import pytest
 
 import rtpurbo
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import LOG_FILE
+from rtpurbo.models.artifact_config import LOG_FILE
 from rtpurbo.publishing import HfApi, push_artifact
 from rtpurbo.serving.export import export
 

@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.models.architecture import convertible_layers, num_key_value_heads
-from rtpurbo.models.sparsify import headwise_modules, restore, sparsify
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import restore, sparsify
 
 VOCABULARY = 64
 HEADS, KEY_VALUE_HEADS = 6, 3

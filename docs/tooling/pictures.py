@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.files import write_text_atomically
-from rtpurbo.models.artifact import ArtifactConfig
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.ops.eager.selection import smallest_set, target_mass
 from rtpurbo.reporting.figures import figure_style, svg, svg_document
 from rtpurbo.reporting.palette import PALETTE

@@ -20,13 +20,8 @@ from transformers import PreTrainedModel
 from rtpurbo.calibration.selection import Scores
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.models.sparse_layer import SparseAttention
-from rtpurbo.models.sparsify import (
-    empty_head_map,
-    headwise_modules,
-    restore,
-    running_dense,
-    sparsify,
-)
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import empty_head_map, restore, running_dense, sparsify
 from rtpurbo.ops import KeyValueStates
 from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence

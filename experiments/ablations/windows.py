@@ -17,13 +17,8 @@ from transformers import PreTrainedModel
 
 from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.models.sparse_layer import SparseAttention
-from rtpurbo.models.sparsify import (
-    empty_head_map,
-    headwise_modules,
-    restore,
-    running_dense,
-    sparsify,
-)
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import empty_head_map, restore, running_dense, sparsify
 from rtpurbo.ops import HeadLayout, KeyValueStates, headwise_attention, local_attention
 from rtpurbo.ops.eager.attend import attend_to_logits, attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask

@@ -31,14 +31,8 @@ from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig, head_map_from_
 from rtpurbo.data.texts import TextCorpus, begin_ids, load_texts
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
 from rtpurbo.models.base import BaseModel, load_base_model
-from rtpurbo.models.sparsify import (
-    indexer_weights,
-    is_sparse,
-    load_indexers,
-    resolve_indexer_settings,
-    restore,
-    sparsify,
-)
+from rtpurbo.models.sparse_layers import indexer_weights, is_sparse, load_indexers
+from rtpurbo.models.sparsify import resolve_indexer_settings, restore, sparsify
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.settings import (
     ConversionSettings,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo.files import whole_folder
-from rtpurbo.models.artifact import CARD_FILE, LOG_FILE, ArtifactConfig, save_artifact
+from rtpurbo.models.artifact_config import CARD_FILE, LOG_FILE, ArtifactConfig, save_artifact
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.card import model_card
 from rtpurbo.models.saving import write_model_config
-from rtpurbo.models.sparsify import indexer_weights
+from rtpurbo.models.sparse_layers import indexer_weights
 from rtpurbo.models.stage2_weights import (
     ADAPTER_FOLDER,
     FULL_WEIGHTS_FILE,

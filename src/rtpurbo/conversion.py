@@ -20,15 +20,11 @@ from rtpurbo.interruption import stopping_cleanly
 from rtpurbo.job import Job, calibrate_base
 from rtpurbo.lengths import check_lengths
 from rtpurbo.models.architecture import context_length, head_dim_of
-from rtpurbo.models.artifact import (
-    ArtifactConfig,
-    check_is_dense,
-    find_artifact,
-    load_base,
-    read_indexers,
-)
+from rtpurbo.models.artifact import check_is_dense, find_artifact, load_base, read_indexers
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
-from rtpurbo.models.sparsify import load_indexers, sparsify
+from rtpurbo.models.sparse_layers import load_indexers
+from rtpurbo.models.sparsify import sparsify
 from rtpurbo.plan import Plan, make_plan
 from rtpurbo.settings import (
     ConversionSettings,

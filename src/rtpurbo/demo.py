@@ -13,7 +13,7 @@ from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.evaluation.run import Cell, evaluate
 from rtpurbo.files import write_text_atomically
-from rtpurbo.models.artifact import ArtifactConfig
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base import WHEEL_MODEL
 from rtpurbo.models.card import artifact_facts, markdown_rows
 from rtpurbo.reporting.figures import has_matplotlib

@@ -30,10 +30,10 @@ from rtpurbo.files import (
     write_json_atomically,
 )
 from rtpurbo.lengths import STAGES, Stage, lengths_of
-from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig
+from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.sharding import is_sharded
-from rtpurbo.models.sparsify import indexer_weights, indexers_in_float32, load_indexers
+from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, load_indexers
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.output_lock import OutputLock
 from rtpurbo.processes import ALONE, Result, join_processes

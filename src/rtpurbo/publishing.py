@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import check_stays_inside
-from rtpurbo.models.artifact import ArtifactConfig
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base import BaseReference
 
 PUBLISHED_FILES = (

@@ -11,13 +11,8 @@ from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import (
-    empty_head_map,
-    gated_heads,
-    is_sparse,
-    running_dense,
-    sparsify,
-)
+from rtpurbo.models.sparse_layers import is_sparse
+from rtpurbo.models.sparsify import empty_head_map, gated_heads, running_dense, sparsify
 from rtpurbo.settings import CalibrationSettings
 from tests.calibration.silent import silent_model
 from tests.tiny_models import FAMILIES, tiny_model

@@ -19,7 +19,7 @@ from rtpurbo.evaluation.records import read_results
 from rtpurbo.evaluation.samples import read_samples
 from rtpurbo.interruption import StoppedBySignalError
 from rtpurbo.models import artifact as artifacts
-from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, INDEXER_FILE
+from rtpurbo.models.artifact_config import CARD_FILE, CONFIG_FILE, INDEXER_FILE
 from rtpurbo.version import __version__
 from tests.evaluation.questions.support import write_questions
 from tests.tiny_artifact import save_tiny_base

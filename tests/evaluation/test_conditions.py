@@ -9,7 +9,7 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.evaluation.conditions import Conditions
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.ruler.materials import Materials
-from rtpurbo.models.artifact import CARD_FILE, CONFIG_FILE, INDEXER_FILE, LOG_FILE
+from rtpurbo.models.artifact_config import CARD_FILE, CONFIG_FILE, INDEXER_FILE, LOG_FILE
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from tests.evaluation.support import conditions
 

@@ -10,13 +10,8 @@ from rtpurbo.evaluation import reads
 from rtpurbo.evaluation.reads import ReadMeter, Reads, metering, step_counts
 from rtpurbo.models import decoding
 from rtpurbo.models.graphs import CudaGraph
-from rtpurbo.models.sparsify import (
-    empty_head_map,
-    headwise_modules,
-    set_rule,
-    set_selector,
-    sparsify,
-)
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import empty_head_map, set_rule, set_selector, sparsify
 from tests.evaluation.policies.support import every_row, random_rows
 from tests.models.test_decoding import BATCHES, PROMPT, gpu_model, plain_steps  # noqa: F401
 from tests.models.test_generation import WINDOW as ROOMY

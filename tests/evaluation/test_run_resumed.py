@@ -17,7 +17,7 @@ from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.run import evaluate
 from rtpurbo.evaluation.samples import Outcome, Sample, read_samples, samples_path
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
-from rtpurbo.models.artifact import INDEXER_FILE
+from rtpurbo.models.artifact_config import INDEXER_FILE
 
 # Both needles together set the budget of each.
 SUITES = ("needle:single,multikey@512", "perplexity@128")

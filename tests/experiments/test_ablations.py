@@ -17,7 +17,8 @@ from ablations.windows import dealt_windows, use_windows, window_costs
 
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import empty_head_map, is_sparse, restore, set_rule
+from rtpurbo.models.sparse_layers import is_sparse
+from rtpurbo.models.sparsify import empty_head_map, restore, set_rule
 from rtpurbo.ops.eager.selection import select_for_rows, select_for_tiles
 from rtpurbo.settings import CalibrationSettings, change_settings
 from rtpurbo.training.sequences import TrainingMix

@@ -7,17 +7,15 @@ import torch
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import artifact
-from rtpurbo.models.artifact import (
+from rtpurbo.models.artifact import find_artifact, load, load_base, read_indexers
+from rtpurbo.models.artifact_config import (
     CONFIG_FILE,
     INDEXER_BEFORE_STAGE2_FILE,
     INDEXER_FILE,
     ArtifactConfig,
-    find_artifact,
-    load,
-    load_base,
-    read_indexers,
 )
-from rtpurbo.models.sparsify import indexer_weights, restore
+from rtpurbo.models.sparse_layers import indexer_weights
+from rtpurbo.models.sparsify import restore
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.tiny_models import with_own_keys

@@ -7,7 +7,8 @@ from transformers import DynamicCache
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.attention import key_positions_as_mask
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.sparsify import headwise_modules, observing
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import observing
 from tests import oracles
 from tests.oracles import Problem, left_padded_positions
 from tests.tiny_models import (

@@ -12,7 +12,7 @@ import rtpurbo
 from rtpurbo import AutoRTPurboModelForCausalLM, RTPurboError
 from rtpurbo.models import artifact as artifact_module
 from rtpurbo.models import pretrained
-from rtpurbo.models.sparsify import is_sparse
+from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.serving.export import export
 from tests.tiny_artifact import save_tiny_artifact
 

@@ -6,8 +6,8 @@ import torch
 
 import rtpurbo
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.auto import CONFIG_FILE
 from rtpurbo.models.base_config import kept_config
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.tiny_models import FAMILIES
 
@@ -16,7 +16,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 
 def load_over(tiny_base, artifact, folder, **changes):
     base = shutil.copytree(tiny_base, folder)
-    path = base / CONFIG_FILE
+    path = base / MODEL_CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return rtpurbo.load(artifact, base_model=str(base))[0]
 
@@ -62,13 +62,13 @@ def test_the_same_base_model_is_never_refused(tmp_path, family):
 
 def test_an_artifact_from_before_is_not_checked(tiny_base, tiny_artifact, tmp_path):
     artifact = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    (artifact / CONFIG_FILE).unlink()
+    (artifact / MODEL_CONFIG_FILE).unlink()
     assert kept_config(artifact) is None
     assert load_over(tiny_base, artifact, tmp_path / "base", rms_norm_eps=0.1)
 
 
 def test_a_number_rounded_to_float32_is_the_same(tiny_base, tiny_artifact, tmp_path):
-    kept = json.loads((tiny_base / CONFIG_FILE).read_text())["rms_norm_eps"]
+    kept = json.loads((tiny_base / MODEL_CONFIG_FILE).read_text())["rms_norm_eps"]
     rounded = torch.tensor(kept, dtype=torch.float32).item()
     assert rounded != kept
     load_over(tiny_base, tiny_artifact, tmp_path / "base", rms_norm_eps=rounded)

@@ -13,15 +13,8 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models import decoding, entering
 from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.sparsify import (
-    counting,
-    headwise_modules,
-    observing,
-    restore,
-    set_rule,
-    set_selector,
-    using_rule,
-)
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import counting, observing, restore, set_rule, set_selector, using_rule
 from tests.models.test_generation import WINDOW, generate, greedy_by_recomputation
 from tests.models.test_slots import holes
 from tests.tiny_models import (

@@ -9,7 +9,8 @@ import torch
 from rtpurbo.models import entering, sparse_layer
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.families import FAMILIES as FAST
-from rtpurbo.models.sparsify import headwise_modules, observing
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import observing
 from tests.models.test_decoding import plain_steps  # noqa: F401
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 from tests.tiny_models import (

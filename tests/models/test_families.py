@@ -6,7 +6,8 @@ import torch
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import check_architecture, convertible_layers
 from rtpurbo.models.families import FAMILIES as SUPPORTED
-from rtpurbo.models.sparsify import headwise_modules, restore, sparsify
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import restore, sparsify
 from tests.tiny_models import (
     FAMILIES,
     HEADS,

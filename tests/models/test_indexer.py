@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from rtpurbo.config import IndexerSettings
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
-from rtpurbo.models.sparsify import headwise_modules, observing
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import observing
 from tests.tiny_models import (
     DROPPED,
     any_model,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import headwise_modules, packing, running_dense, using_rule
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import packing, running_dense, using_rule
 from rtpurbo.ops import SelectionStatistics
 from tests.tiny_models import logits_of, padded_batch, sparse_model, tiny_model
 

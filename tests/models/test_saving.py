@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils.hub import PushToHubMixin
 
 import rtpurbo
-from rtpurbo.models.artifact import CONFIG_FILE, INDEXER_FILE, ArtifactConfig
-from rtpurbo.models.sparsify import indexer_weights, is_sparse, restore
+from rtpurbo.models.artifact_config import CONFIG_FILE, INDEXER_FILE, ArtifactConfig
+from rtpurbo.models.sparse_layers import indexer_weights, is_sparse
+from rtpurbo.models.sparsify import restore
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.tiny_models import FAMILIES, make_sparse, sparse_config, tiny_model
 

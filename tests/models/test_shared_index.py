@@ -5,7 +5,8 @@ import torch
 
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.sparsify import headwise_modules, set_rule
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import set_rule
 from tests.tiny_models import (
     LENGTH,
     PADDING,

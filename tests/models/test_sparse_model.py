@@ -10,8 +10,9 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Llama
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparse_model import SparseModel
-from rtpurbo.models.sparsify import is_sparse, restore, set_rule, sparsify
+from rtpurbo.models.sparsify import restore, set_rule, sparsify
 from tests.tiny_models import (
     FAMILIES,
     logits_of,

@@ -7,13 +7,10 @@ import torch
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights, is_sparse, load_indexers
 from rtpurbo.models.sparsify import (
     counting,
     empty_head_map,
-    headwise_modules,
-    indexer_weights,
-    is_sparse,
-    load_indexers,
     observing,
     restore,
     sparsify,

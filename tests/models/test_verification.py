@@ -6,7 +6,7 @@ from transformers import AttentionInterface
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import attention
-from rtpurbo.models.sparsify import is_sparse
+from rtpurbo.models.sparse_layers import is_sparse
 from tests.tiny_models import (
     any_model,
     logits_of,

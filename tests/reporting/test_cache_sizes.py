@@ -3,7 +3,7 @@ import torch
 
 import rtpurbo
 from rtpurbo.evaluation.memory import cache_bytes
-from rtpurbo.models.artifact import ArtifactConfig
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.cache import DEFAULT_CROP_SLACK
 from rtpurbo.reporting.cache_sizes import cache_sizes, read_cache_shape, stored_tokens
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from huggingface_hub import ModelCard
 
-from rtpurbo.models.artifact import CARD_FILE, LOG_FILE, ArtifactConfig
+from rtpurbo.models.artifact_config import CARD_FILE, LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
 from rtpurbo.models.card import model_card
 from rtpurbo.reporting.card import rewrite_card

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from rtpurbo.config import HeadMap
-from rtpurbo.models.artifact import LOG_FILE
+from rtpurbo.models.artifact_config import LOG_FILE
 from rtpurbo.reporting.headmap import head_map_picture
 from rtpurbo.reporting.inspection import inspect_artifact
 from rtpurbo.training.curves import sparkline, training_curves

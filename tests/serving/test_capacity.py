@@ -4,7 +4,8 @@ import pytest
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import CHECKPOINT_CONFIG_FILE, CHECKPOINT_KEY
+from rtpurbo.models.artifact_config import CHECKPOINT_KEY
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE
 from rtpurbo.serving.capacity import GIB, Capacity, capacity_of
 from rtpurbo.serving.export import export
 
@@ -47,12 +48,12 @@ def test_devices_hold_as_many_more_tokens(checkpoint):
 
 
 def test_heads_without_a_size_of_their_own_share_the_hidden_size(checkpoint, tmp_path):
-    config = json.loads((checkpoint / CHECKPOINT_CONFIG_FILE).read_text())
+    config = json.loads((checkpoint / MODEL_CONFIG_FILE).read_text())
     del config["head_dim"]  # some families leave it out: 48 / 6 is 8 as well
-    (tmp_path / CHECKPOINT_CONFIG_FILE).write_text(json.dumps(config))
+    (tmp_path / MODEL_CONFIG_FILE).write_text(json.dumps(config))
     assert capacity_of(tmp_path, GIB, in_flight=64) == capacity_of(checkpoint, GIB, in_flight=64)
     del config[CHECKPOINT_KEY]
-    (tmp_path / CHECKPOINT_CONFIG_FILE).write_text(json.dumps(config))
+    (tmp_path / MODEL_CONFIG_FILE).write_text(json.dumps(config))
     with pytest.raises(RTPurboError, match="not an rtpurbo artifact"):
         capacity_of(tmp_path, GIB, in_flight=64)
 

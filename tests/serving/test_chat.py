@@ -6,7 +6,8 @@ import torch
 import rtpurbo
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.sparsify import counting, headwise_modules
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import counting
 from rtpurbo.models.text import chat_tokens
 from rtpurbo.ops import SelectionStatistics
 from rtpurbo.serving.chat import Conversation, Sampling, reads_of_steps

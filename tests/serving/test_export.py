@@ -10,13 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import rtpurbo
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import (
-    CHECKPOINT_CONFIG_FILE,
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    INDEXER_FILE,
-    ArtifactConfig,
-)
+from rtpurbo.models.artifact_config import CONFIG_FILE, FORMAT_VERSION, INDEXER_FILE, ArtifactConfig
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE
 from rtpurbo.models.sparsify import restore
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.serving.export import HEADWISE_FILE, VLLM_ARCHITECTURES, export
@@ -29,7 +24,7 @@ STANDALONE = ["vllm", "transformers"]
 
 
 def config_of(folder):
-    return json.loads((folder / CHECKPOINT_CONFIG_FILE).read_text())
+    return json.loads((folder / MODEL_CONFIG_FILE).read_text())
 
 
 def logits(model):

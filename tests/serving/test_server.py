@@ -10,12 +10,8 @@ from typer.testing import CliRunner
 import rtpurbo
 from rtpurbo.cli import app
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import (
-    CHECKPOINT_CONFIG_FILE,
-    CHECKPOINT_KEY,
-    CONFIG_FILE,
-    is_checkpoint,
-)
+from rtpurbo.models.artifact_config import CHECKPOINT_KEY, CONFIG_FILE, is_checkpoint
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE
 from rtpurbo.serving import server
 from rtpurbo.serving.export import export
 from rtpurbo.serving.installation import Installation
@@ -114,7 +110,7 @@ def test_options_of_the_user_come_once(checkpoint, spelling):
 
 @pytest.mark.parametrize(("window", "tokens"), [(32, 512), (1024, 1024), (8192, 2048)])
 def test_a_step_computes_as_many_tokens_as_the_window_has(checkpoint, window, tokens):
-    path = checkpoint / CHECKPOINT_CONFIG_FILE
+    path = checkpoint / MODEL_CONFIG_FILE
     config = json.loads(path.read_text())
     config[CHECKPOINT_KEY]["attention"]["sliding_window"] = window
     path.write_text(json.dumps(config))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rtpurbo.models.sparsify import headwise_modules, running_dense
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import running_dense
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
 from rtpurbo.training.layerwise import train_as_layers_pass
 from rtpurbo.training.sequences import TrainingSequence

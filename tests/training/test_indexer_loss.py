@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
-from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.packed import indexer_divergence
 from rtpurbo.training.capture import capture_heads, merge_heads

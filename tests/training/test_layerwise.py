@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.models.sparsify import headwise_modules, indexer_weights
+from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
 from rtpurbo.ops.eager import visibility
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training import backpropagation

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from rtpurbo.conversion import convert, distill_artifact
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import ArtifactConfig, load
+from rtpurbo.models.artifact import load
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.sparsify import running_dense
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import DistillationSettings, no_progress

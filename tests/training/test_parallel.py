@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from rtpurbo.config import AttentionRule, IndexerSettings
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import ArtifactConfig, load
+from rtpurbo.models.artifact import load
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.processes import Processes, check_parallelism
 from rtpurbo.settings import (
     CalibrationSettings,

@@ -7,7 +7,8 @@ import torch
 
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.data.texts import load_texts
-from rtpurbo.models.sparsify import headwise_modules, indexer_weights, sparsify
+from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
+from rtpurbo.models.sparsify import sparsify
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.stage1 import train_indexers

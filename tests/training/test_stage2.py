@@ -8,7 +8,8 @@ from peft.helpers import disable_input_dtype_casting
 from torch.nn import functional
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import decoding_last, headwise_modules, running_dense
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import decoding_last, running_dense
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, backpropagate

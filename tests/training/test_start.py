@@ -7,7 +7,7 @@ import torch
 
 from rtpurbo.config import IndexerSettings
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import headwise_modules, indexer_weights
+from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
 from rtpurbo.training.start import low_rank_projections, shared_projections, start_indexers
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 

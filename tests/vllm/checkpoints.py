@@ -14,9 +14,9 @@ import torch
 import rtpurbo
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.files import whole_folder
-from rtpurbo.models.artifact import ArtifactConfig, save_artifact
+from rtpurbo.models.artifact_config import ArtifactConfig, save_artifact
 from rtpurbo.models.base import load_base_model
-from rtpurbo.models.sparsify import indexer_weights
+from rtpurbo.models.sparse_layers import indexer_weights
 from rtpurbo.serving.export import export
 from tests.tiny_models import make_sparse, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer

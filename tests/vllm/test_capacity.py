@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rtpurbo.models.artifact import ArtifactConfig
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.serving.capacity import capacity_of
 from rtpurbo.serving.vllm.layout import TokenBytes, plan_cache
 from tests.vllm.checkpoints import save_checkpoint

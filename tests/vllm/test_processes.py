@@ -145,7 +145,8 @@ def test_a_dense_model_is_as_it_was(uneven, prompts, tmp_path):
     assert "rtpurbo.serving.vllm.plugin" in with_plugin["modules"]
     # The plugin, and the registration with transformers' Auto classes.
     assert set(with_plugin["modules"]) <= {
-        "rtpurbo", "rtpurbo.errors", "rtpurbo.models", "rtpurbo.models.auto", "rtpurbo.serving",
-        "rtpurbo.serving.vllm", "rtpurbo.serving.vllm.plugin", "rtpurbo.version",
+        "rtpurbo", "rtpurbo.errors", "rtpurbo.models", "rtpurbo.models.auto",
+        "rtpurbo.models.model_config", "rtpurbo.serving", "rtpurbo.serving.vllm",
+        "rtpurbo.serving.vllm.plugin", "rtpurbo.version",
     }  # fmt: skip
     assert without["modules"] == []

@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rtpurbo.config import HeadMap
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.models.sparse_layers import headwise_modules
 
 CONTEXT = 2**20
 

@@ -19,7 +19,8 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.artifact import load
 from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
-from rtpurbo.models.sparsify import headwise_modules, observing
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import observing
 
 
 def bench_profile(

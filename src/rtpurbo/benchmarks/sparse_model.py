@@ -14,7 +14,7 @@ from rtpurbo.benchmarks.layer import index_dtype_of
 from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
 from rtpurbo.config import AttentionRule
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
-from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops.api import BACKENDS
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 from rtpurbo.ops.triton import headwise

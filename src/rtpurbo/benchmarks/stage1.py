@@ -24,7 +24,8 @@ from rtpurbo.benchmarks.training import (
 from rtpurbo.benchmarks.watch import Watch
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import headwise_modules, sparsify
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import sparsify
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training.layerwise import train_as_layers_pass
 from rtpurbo.training.optimizer import make_optimizer

@@ -26,7 +26,8 @@ from rtpurbo.benchmarks.training import (
 )
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparsify import headwise_modules, running_dense, sparsify
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import running_dense, sparsify
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sequences import TrainingSequence

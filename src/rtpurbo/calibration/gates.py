@@ -23,14 +23,8 @@ from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import num_key_value_heads
-from rtpurbo.models.sparsify import (
-    empty_head_map,
-    gated_heads,
-    headwise_modules,
-    restore,
-    running_dense,
-    sparsify,
-)
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import empty_head_map, gated_heads, restore, running_dense, sparsify
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, loss_on

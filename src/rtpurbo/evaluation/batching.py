@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from rtpurbo.models.sparsify import is_sparse
+from rtpurbo.models.sparse_layers import is_sparse
 
 MOST_AT_ONCE = 32
 # Short questions with long answers: a step takes about as long for many as for one.

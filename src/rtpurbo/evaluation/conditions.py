@@ -17,7 +17,8 @@ from rtpurbo.devices import device_kind
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.questions import QuestionSet
-from rtpurbo.models.artifact import CHECKPOINT_CONFIG_FILE, CONFIG_FILE
+from rtpurbo.models.artifact_config import CONFIG_FILE
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.version import __version__
 
@@ -26,7 +27,7 @@ _DECIDING_FILES = (
     "**/*.safetensors",
     CONFIG_FILE,
     f"{ADAPTER_FOLDER}/adapter_config.json",
-    CHECKPOINT_CONFIG_FILE,
+    MODEL_CONFIG_FILE,
     "generation_config.json",
     "tokenizer*",
     "chat_template*",

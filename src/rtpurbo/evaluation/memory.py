@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rtpurbo.models.architecture import head_dim_of, num_key_value_heads
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.sparsify import headwise_modules, is_sparse
+from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
 
 # Tensors of this device have shapes but no memory, so that any length can be counted anywhere.
 DEVICE = torch.device("meta")

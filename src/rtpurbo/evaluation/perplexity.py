@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.data.texts import TextCorpus, begin_ids
 from rtpurbo.evaluation.samples import Outcome
 from rtpurbo.models.decoder import decoder_of
-from rtpurbo.models.sparsify import is_sparse, using_rule
+from rtpurbo.models.sparse_layers import is_sparse
+from rtpurbo.models.sparsify import using_rule
 
 # Logits of this many positions are held at once.
 CHUNK_POSITIONS = 512

@@ -18,7 +18,7 @@ from rtpurbo.models.arguments import named
 from rtpurbo.models.cache_layers import GrowingBuffer
 from rtpurbo.models.slots import positions_of
 from rtpurbo.models.sparse_layer import LayerObservation
-from rtpurbo.models.sparsify import headwise_modules, is_sparse
+from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
 from rtpurbo.ops import SelectionRows, SelectionStatistics
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +11,18 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo import strict_json
-from rtpurbo.config import RTPurboConfig
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
-from rtpurbo.files import save_tensors_atomically, write_json_atomically
-from rtpurbo.models.auto import CONFIG_FILE as MODEL_CONFIG_FILE
+from rtpurbo.models.artifact_config import (
+    CONFIG_FILE,
+    INDEXER_BEFORE_STAGE2_FILE,
+    INDEXER_FILE,
+    ArtifactConfig,
+    dense_model_message,
+    is_checkpoint,
+    is_dense_model,
+)
 from rtpurbo.models.base import (
-    ARTIFACT_FILE,
     BaseModel,
     BaseReference,
     load_base_model,
@@ -34,139 +37,10 @@ from rtpurbo.models.pretrained import (
     load_weights,
     refuse_offloading,
 )
-from rtpurbo.models.sparsify import load_indexers, sparsify
-from rtpurbo.models.stage2_weights import Stage2Kind, apply_stage2, read_tensors
+from rtpurbo.models.sparse_layers import load_indexers
+from rtpurbo.models.sparsify import sparsify
+from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.processes import ALONE, Processes
-from rtpurbo.strict_json import check_fields
-from rtpurbo.version import __version__
-
-FORMAT_VERSION = 1
-
-CONFIG_FILE = ARTIFACT_FILE
-INDEXER_FILE = "indexer.safetensors"
-INDEXER_BEFORE_STAGE2_FILE = "indexer_before_stage2.safetensors"
-LOG_FILE = "training_log.jsonl"
-CARD_FILE = "README.md"
-
-CHECKPOINT_CONFIG_FILE = MODEL_CONFIG_FILE
-CHECKPOINT_KEY = "rtpurbo"
-"""Where the configuration stands in a checkpoint for vLLM: this entry of this file."""
-
-
-@dataclass
-class ArtifactConfig:
-    """Contents of `rtpurbo_config.json`.
-
-    Attributes:
-        base: which dense model the artifact belongs to.
-        config: head map, attention rule, indexer settings.
-        stage2: how the weights of stage 2 are kept.
-        settings: every hyper-parameter of the conversion, for the record.
-        figures: what the conversion measured about itself.
-        library_version: the rtpurbo that wrote the artifact.
-    """
-
-    base: BaseReference
-    config: RTPurboConfig
-    stage2: Stage2Kind = "none"
-    settings: dict[str, Any] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
-    library_version: str = __version__
-
-    def write(self, folder: Path) -> None:
-        """Writes the file into `folder`."""
-        write_json_atomically(
-            folder / CONFIG_FILE,
-            {
-                "format_version": FORMAT_VERSION,
-                **self._origin(),
-                "config": self.config.to_dict(),
-            },
-        )
-
-    def checkpoint_entry(self) -> dict[str, Any]:
-        """The same as an entry of a checkpoint's own configuration, for engines to read.
-
-        What an engine needs is on the first level: `format_version` and what
-        `RTPurboConfig.to_dict` gives.
-        """
-        return {
-            "format_version": FORMAT_VERSION,
-            **self.config.to_dict(),
-            "origin": self._origin(),
-        }
-
-    def _origin(self) -> dict[str, Any]:
-        return {
-            "library_version": self.library_version,
-            "base_model": asdict(self.base),
-            "stage2": self.stage2,
-            "settings": self.settings,
-            "figures": self.figures,
-        }
-
-    @classmethod
-    def read(cls, folder: Path) -> ArtifactConfig:
-        """Reads the file in `folder`, which is an artifact or an export.
-
-        Raises:
-            RTPurboError: it is missing, broken, or of a newer format.
-        """
-        path = folder / CONFIG_FILE
-        in_checkpoint = not path.is_file() and is_checkpoint(folder)
-        if in_checkpoint:
-            path = folder / CHECKPOINT_CONFIG_FILE
-        if not path.is_file():
-            if _is_dense(folder):
-                raise RTPurboError(_dense_in_words(str(folder)))
-            raise RTPurboError(f"{folder} is not an rtpurbo artifact: it has no {CONFIG_FILE}.")
-        try:
-            data = strict_json.read(path)
-            if in_checkpoint:
-                entry = data[CHECKPOINT_KEY]
-                data = {"format_version": entry["format_version"], "config": entry}
-                data |= entry["origin"]
-            version = data["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f" ({error})" if isinstance(error, ValueError) else ""
-            raise RTPurboError(
-                f"{path} is corrupt or truncated{reason}; convert or download the artifact again."
-            ) from error
-        if type(version) is not int or version < 1:
-            raise RTPurboError(
-                f"{path} has format_version {version!r}, which no rtpurbo writes; convert or "
-                "download the artifact again."
-            )
-        if version > FORMAT_VERSION:
-            raise RTPurboError(
-                f"{folder} has artifact format {version}, but this rtpurbo ({__version__}) reads "
-                f"up to {FORMAT_VERSION}: upgrade rtpurbo."
-            )
-        try:
-            check_fields(cls, data)
-            return cls(
-                BaseReference.from_dict(data["base_model"]),
-                RTPurboConfig.from_dict(data["config"]),
-                data["stage2"],
-                data.get("settings", {}),
-                data.get("figures", {}),
-                data["library_version"],
-            )
-        except (KeyError, TypeError) as error:
-            raise RTPurboError(
-                f"{path} lacks or misspells a field ({error}); convert again."
-            ) from error
-        except RTPurboError as error:
-            raise RTPurboError(f"{path} cannot be used: {error}") from error
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """True if `folder` is an export for vLLM, whose config.json contains the artifact's configuration."""
-    try:
-        data = strict_json.read(folder / CHECKPOINT_CONFIG_FILE)
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and isinstance(data.get(CHECKPOINT_KEY), dict)
 
 
 def find_artifact(
@@ -190,30 +64,14 @@ def find_artifact(
         # A dense model is found out before its weights are downloaded.
         files = ["*.json", "*.md"]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, **hub))
-        if not _is_dense(folder):
+        if not is_dense_model(folder):
             return Path(snapshot_download(name, revision=revision, **hub))
     except Exception as error:
         raise RTPurboError(
             f"there is no artifact '{path_or_name}': no such folder here, and the Hugging "
             "Face Hub has no such repository or cannot be reached."
         ) from error
-    raise RTPurboError(_dense_in_words(name))
-
-
-def _is_dense(folder: Path) -> bool:
-    """True if a folder holds a model, but neither an artifact nor an export."""
-    return (
-        (folder / CHECKPOINT_CONFIG_FILE).is_file()
-        and not (folder / CONFIG_FILE).is_file()
-        and not is_checkpoint(folder)
-    )
-
-
-def _dense_in_words(name: str) -> str:
-    return (
-        f"{name} is a dense model, not an rtpurbo artifact (it has no {CONFIG_FILE}): convert it with "
-        f"`rtpurbo convert {name}`, and load what that writes."
-    )
+    raise RTPurboError(dense_model_message(name))
 
 
 def check_is_dense(name: str) -> None:
@@ -393,16 +251,3 @@ def check_base(found: BaseReference, expected: BaseReference, artifact_name: str
             f"{expected.name} ({expected.architecture}), and the weights at hand "
             f"({found.architecture}) differ."
         )
-
-
-def save_artifact(
-    folder: Path,
-    artifact: ArtifactConfig,
-    indexers: dict[str, Tensor],
-    indexers_before_stage2: dict[str, Tensor] | None = None,
-) -> None:
-    """Writes configuration and indexers into an open `whole_folder`; the rest is others' part."""
-    artifact.write(folder)
-    save_tensors_atomically(folder / INDEXER_FILE, indexers)
-    if indexers_before_stage2 is not None:
-        save_tensors_atomically(folder / INDEXER_BEFORE_STAGE2_FILE, indexers_before_stage2)

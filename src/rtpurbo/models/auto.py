@@ -11,47 +11,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.model_config import RTPurboModelConfig
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-MODEL_TYPE = "rtpurbo (pip install rtpurbo; import transformers, then rtpurbo)"
-"""The `model_type` in config.json, which is all that transformers tells of a type it does not know."""
-
-CONFIG_FILE = "config.json"
-
 # Arguments that `AutoModelForCausalLM` adds to those of its caller.
 _OF_AUTO_CLASSES = ("config", "trust_remote_code", "_from_auto", "_commit_hash")
 # Where and how to look on the Hugging Face Hub; for the artifact and for its base model.
 _HUB = ("token", "cache_dir", "local_files_only", "force_download")
-
-
-class RTPurboModelConfig(PretrainedConfig):
-    """The config.json of a sparse model, which holds the configuration of the dense one."""
-
-    model_type = MODEL_TYPE
-
-    def __init__(self, base_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.base_config = base_config or {}
-        super().__init__(**kwargs)
-
-    def dense(self) -> PretrainedConfig:
-        """The configuration of the dense model.
-
-        Raises:
-            RTPurboError: it is broken, or of a model type that transformers does not know.
-        """
-        settings = dict(self.base_config)
-        try:
-            return AutoConfig.for_model(settings.pop("model_type"), **settings)
-        except Exception as error:  # a damaged file can raise anything
-            raise RTPurboError(
-                f"the configuration of the dense model in config.json cannot be read ({error})."
-            ) from error
 
 
 class AutoRTPurboModelForCausalLM:
@@ -144,5 +116,4 @@ class AutoRTPurboModelForCausalLM:
         raise RTPurboError("a sparse model is not made from a configuration: use from_pretrained.")
 
 
-AutoConfig.register(MODEL_TYPE, RTPurboModelConfig, exist_ok=True)
 AutoModelForCausalLM.register(RTPurboModelConfig, AutoRTPurboModelForCausalLM, exist_ok=True)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.auto import CONFIG_FILE, MODEL_TYPE, RTPurboModelConfig
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE, MODEL_TYPE, RTPurboModelConfig
 
 # What changes nothing in the logits of a prompt.
 _WITHOUT_EFFECT = {
@@ -53,7 +53,7 @@ def kept_config(folder: Path) -> PretrainedConfig | None:
     Raises:
         RTPurboError: it is broken.
     """
-    path = folder / CONFIG_FILE
+    path = folder / MODEL_CONFIG_FILE
     try:
         data = strict_json.read(path)
     except FileNotFoundError:

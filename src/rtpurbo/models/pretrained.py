@@ -20,8 +20,8 @@ from transformers import (
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import check_architecture
-from rtpurbo.models.auto import RTPurboModelConfig
 from rtpurbo.models.fingerprint import fingerprint
+from rtpurbo.models.model_config import RTPurboModelConfig
 from rtpurbo.models.sharding import Sharding, load_sharded
 
 

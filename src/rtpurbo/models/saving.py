@@ -12,15 +12,11 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rtpurbo.files import explaining_a_full_disk, write_json_atomically
-from rtpurbo.models.artifact import (
-    CHECKPOINT_CONFIG_FILE,
-    ArtifactConfig,
-    save_artifact,
-)
-from rtpurbo.models.auto import MODEL_TYPE
+from rtpurbo.models.artifact_config import ArtifactConfig, save_artifact
 from rtpurbo.models.base import BaseReference
 from rtpurbo.models.fingerprint import fingerprint
-from rtpurbo.models.sparsify import indexer_weights
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE, MODEL_TYPE
+from rtpurbo.models.sparse_layers import indexer_weights
 
 # Arguments of `save_pretrained` that are for the upload alone.
 _UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
@@ -64,7 +60,7 @@ def save_sparse(
             if not (new / stale.name).exists():
                 stale.unlink()
         # The configuration last: without it nothing takes the folder for a model.
-        for file in sorted(new.iterdir(), key=lambda file: file.name == CHECKPOINT_CONFIG_FILE):
+        for file in sorted(new.iterdir(), key=lambda file: file.name == MODEL_CONFIG_FILE):
             file.chmod(0o644)
             file.replace(folder / file.name)
     if push_to_hub:
@@ -98,7 +94,7 @@ def write_model_config(folder: Path, config: PretrainedConfig) -> None:
     # The path of one machine, where the model was local.
     dense.pop("_name_or_path", None)
     write_json_atomically(
-        folder / CHECKPOINT_CONFIG_FILE,
+        folder / MODEL_CONFIG_FILE,
         {
             "model_type": MODEL_TYPE,
             "architectures": dense.get("architectures"),

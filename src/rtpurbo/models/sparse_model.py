@@ -11,6 +11,8 @@ from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import DEFAULT_CROP_SLACK, HeadwiseCache
 from rtpurbo.models.decoding import attach_decoder
 from rtpurbo.models.pretrained import refuse_offloading
+from rtpurbo.models.saving import save_sparse
+from rtpurbo.models.sparse_layers import check_is_not_wrapped
 
 # Set on the instance by `attach_decoder`; a copy gets its own.
 _DECODER = ("_rtpurbo_decoder", "_rtpurbo_forward", "forward")
@@ -35,8 +37,6 @@ class SparseModel(PreTrainedModel, GenerationMixin):
             save_directory: the folder; other files in it stay.
             kwargs: as for `PreTrainedModel.save_pretrained`.
         """
-        from rtpurbo.models.saving import save_sparse
-
         save_sparse(self, super().save_pretrained, save_directory, **kwargs)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
@@ -96,22 +96,6 @@ def dense_class(model: PreTrainedModel) -> type:
     """The class that a sparse model had before."""
     dense: type = type(model).__mro__[2]
     return dense
-
-
-def check_is_not_wrapped(model: Any) -> None:
-    """Refuses a model inside a wrapper, which forwards attributes but does not set them.
-
-    Raises:
-        RTPurboError: PEFT, torch.compile or data parallelism wraps it.
-    """
-    kind = type(model).__name__
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        raise RTPurboError(f"a {kind} wraps the transformers model: pass model.get_base_model().")
-    inner = next(
-        (name for name in ("_orig_mod", "module") if name in vars(model)["_modules"]), None
-    )
-    if inner is not None:
-        raise RTPurboError(f"a {kind} wraps the transformers model: pass model.{inner}.")
 
 
 def check_can_be_sparse(model: Any) -> None:

@@ -29,14 +29,9 @@ from rtpurbo.models.sparse_layer import (
     LayerObservation,
     SparseAttention,
     note_rotation,
-    sparse_layer_of,
 )
-from rtpurbo.models.sparse_model import (
-    check_can_be_sparse,
-    check_is_not_wrapped,
-    dense_class,
-    sparse_class,
-)
+from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
+from rtpurbo.models.sparse_model import check_can_be_sparse, dense_class, sparse_class
 from rtpurbo.models.verification import NUM_TOKENS, check_equal, logits_over_cache, needs_check
 from rtpurbo.ops import SelectionStatistics, Selector
 
@@ -145,26 +140,6 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def is_sparse(model: PreTrainedModel) -> bool:
-    """Whether `sparsify` was applied and not undone."""
-    return getattr(model, "rtpurbo_config", None) is not None
-
-
-def headwise_modules(model: PreTrainedModel) -> list[SparseAttention]:
-    """The sparse layers in order.
-
-    Raises:
-        RTPurboError: the model is not sparse.
-    """
-    check_is_not_wrapped(model)
-    if not is_sparse(model):
-        raise RTPurboError(
-            "the model is dense: pass it through rtpurbo.sparsify or rtpurbo.load first."
-        )
-    found = (sparse_layer_of(module) for module in model.base_model.modules())
-    return sorted((layer for layer in found if layer is not None), key=lambda one: one.layer_idx)
-
-
 def resolve_indexer_settings(model: PreTrainedModel, settings: IndexerSettings) -> IndexerSettings:
     """Fixes a wavelength left open to the model's context: kept pairs never complete a turn."""
     if settings.min_wavelength is not None:
@@ -181,47 +156,6 @@ def feature_dimensions(layer: SparseAttention, settings: IndexerSettings) -> lis
         return list(range(layer.head_dim))
     assert settings.min_wavelength is not None
     return slow_dimensions(layer.rotation.frequencies, settings.min_wavelength, settings.index_dim)
-
-
-def indexers_in_float32(model: PreTrainedModel) -> None:
-    """Makes the indexers' weights float32 where they are shorter, for training: updates would be rounded away."""
-    for module in headwise_modules(model):
-        if module.retrieval_heads and module.indexer.query_weight.dtype.itemsize < 4:
-            module.indexer.float()
-
-
-def indexer_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The indexers' weights by name, on the CPU in fp32, as `load_indexers` takes them."""
-    weights = {}
-    for module in headwise_modules(model):
-        if module.retrieval_heads:
-            for name, value in module.indexer.named_parameters():
-                weights[f"layers.{module.layer_idx}.indexer.{name}"] = (
-                    value.detach().float().cpu().clone()
-                )
-    return weights
-
-
-def load_indexers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Copies indexer weights into a sparse model.
-
-    Raises:
-        RTPurboError: names or shapes differ from what the head map and the indexer settings ask
-            for.
-    """
-    expected = {name: value.shape for name, value in indexer_weights(model).items()}
-    given = {name: value.shape for name, value in weights.items()}
-    if expected != given:
-        wrong = sorted(set(expected.items()) ^ set(given.items()))[0][0]
-        raise RTPurboError(
-            f"the indexer weights do not fit the configuration: '{wrong}' is "
-            f"{tuple(given.get(wrong, ())) or 'missing'}, "
-            f"expected {tuple(expected.get(wrong, ())) or 'nothing'}."
-        )
-    for module in headwise_modules(model):
-        if module.retrieval_heads:
-            for name, parameter in module.indexer.named_parameters():
-                parameter.data.copy_(weights[f"layers.{module.layer_idx}.indexer.{name}"])
 
 
 def runtime(model: PreTrainedModel) -> Runtime:

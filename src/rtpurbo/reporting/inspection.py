@@ -10,7 +10,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from rtpurbo.formats import short_bytes, short_length
-from rtpurbo.models.artifact import LOG_FILE, ArtifactConfig
+from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.card import artifact_facts
 from rtpurbo.reporting.cache_sizes import cache_sizes, read_cache_shape, stored_tokens
 from rtpurbo.reporting.headmap import head_map_picture

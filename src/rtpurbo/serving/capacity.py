@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtpurbo.models.artifact import CHECKPOINT_CONFIG_FILE, ArtifactConfig
+from rtpurbo.models.artifact_config import ArtifactConfig
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE
 from rtpurbo.serving.vllm.layout import TokenBytes, dense_capacity, plan_cache
 
 GIB = 2**30
@@ -63,7 +64,7 @@ def capacity_of(
         RTPurboError: the folder is no export, or its heads cannot be divided among the devices.
     """
     config = ArtifactConfig.read(checkpoint).config
-    model = json.loads((checkpoint / CHECKPOINT_CONFIG_FILE).read_text(encoding="utf-8"))
+    model = json.loads((checkpoint / MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     request = max_model_len or int(model["max_position_embeddings"])
     token_bytes = TokenBytes.of(config, _head_dim(model), _ELEMENT_BYTES.get(dtype, 2))
     plan = plan_cache(

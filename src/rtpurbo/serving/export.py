@@ -23,18 +23,15 @@ from rtpurbo.files import (
     whole_folder,
     write_json_atomically,
 )
-from rtpurbo.models.artifact import (
-    CHECKPOINT_CONFIG_FILE,
+from rtpurbo.models.artifact import checkpoint_name, find_artifact, load, read_indexers
+from rtpurbo.models.artifact_config import (
     CHECKPOINT_KEY,
     INDEXER_FILE,
     LOG_FILE,
     ArtifactConfig,
-    checkpoint_name,
-    find_artifact,
-    load,
-    read_indexers,
     save_artifact,
 )
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
@@ -248,5 +245,5 @@ def _index_shards(folder: Path) -> None:
 
 
 def _change_config(folder: Path, changes: Mapping[str, Any]) -> None:
-    path = folder / CHECKPOINT_CONFIG_FILE
+    path = folder / MODEL_CONFIG_FILE
     write_json_atomically(path, json.loads(path.read_text(encoding="utf-8")) | dict(changes))

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
-from rtpurbo.models.sparsify import headwise_modules, observing, packing
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import observing, packing
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.packed import document_starts

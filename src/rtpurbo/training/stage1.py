@@ -15,7 +15,7 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.lengths import check_stage1_lengths
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.sharding import is_sharded
-from rtpurbo.models.sparsify import headwise_modules, indexers_in_float32
+from rtpurbo.models.sparse_layers import headwise_modules, indexers_in_float32
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import IndexerTrainingSettings, Progress, no_progress
 from rtpurbo.training.backpropagation import backpropagate

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sharding import whole
 from rtpurbo.models.sparse_layer import SparseAttention
-from rtpurbo.models.sparsify import headwise_modules
+from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.settings import IndexerStart
 from rtpurbo.training.capture import CapturedHeads, run_backbone
 

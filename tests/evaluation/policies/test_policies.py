@@ -9,7 +9,7 @@ import torch
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Source
 from rtpurbo.models.artifact import load
-from rtpurbo.models.sparsify import headwise_modules, is_sparse
+from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
 
 ROOT = Path(__file__).parents[3]
 LENGTH = 320

@@ -6,7 +6,8 @@ import torch
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import convertible_layers, num_key_value_heads
-from rtpurbo.models.sparsify import empty_head_map, is_sparse, restore, sparsify
+from rtpurbo.models.sparse_layers import is_sparse
+from rtpurbo.models.sparsify import empty_head_map, restore, sparsify
 from tests.models.zoo.configurations import EQUAL, REFUSED
 from tests.tiny_models import LENGTH, any_model, logits_of, make_sparse, padded_batch
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from rtpurbo.models.artifact import LOG_FILE
+from rtpurbo.models.artifact_config import LOG_FILE
 from rtpurbo.reporting.html.page import write_report
 from tests.reporting.html.example_results import write_examples
 

@@ -7,7 +7,7 @@ import pytest
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.records import Record, write_results
-from rtpurbo.models.artifact import LOG_FILE
+from rtpurbo.models.artifact_config import LOG_FILE
 from rtpurbo.reporting import figures
 from rtpurbo.reporting.html.page import page, write_report
 from rtpurbo.reporting.html.sources import Sources, read_sources

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import FORMAT_VERSION
+from rtpurbo.models.artifact_config import FORMAT_VERSION
 from rtpurbo.serving.vllm.checkpoint import read_config
 from tests.tiny_models import sparse_config, tiny_model
 

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.config import RTPurboConfig
-from rtpurbo.models.artifact import ArtifactConfig, load, load_base
+from rtpurbo.models.artifact import load, load_base
+from rtpurbo.models.artifact_config import ArtifactConfig
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact import CHECKPOINT_KEY, FORMAT_VERSION
+from rtpurbo.models.artifact_config import CHECKPOINT_KEY, FORMAT_VERSION
 from rtpurbo.models.sparsify import check_head_map
 
 EXPORT_AGAIN = "export the artifact again (rtpurbo export --to vllm)"

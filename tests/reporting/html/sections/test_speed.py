@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from rtpurbo.models.artifact import ArtifactConfig
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.reporting.html.page import render
 from rtpurbo.reporting.html.sections.speed import best_decode, best_ratio, speed_section
 from rtpurbo.reporting.html.sections.summary import headlines

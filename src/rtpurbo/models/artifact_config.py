@@ -1,0 +1,183 @@
+"""The configuration of an artifact, and the files that its folder consists of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rtpurbo import strict_json
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import save_tensors_atomically, write_json_atomically
+from rtpurbo.models.base import ARTIFACT_FILE, BaseReference
+from rtpurbo.models.model_config import MODEL_CONFIG_FILE
+from rtpurbo.models.stage2_weights import Stage2Kind
+from rtpurbo.strict_json import check_fields
+from rtpurbo.version import __version__
+
+FORMAT_VERSION = 1
+
+CONFIG_FILE = ARTIFACT_FILE
+INDEXER_FILE = "indexer.safetensors"
+INDEXER_BEFORE_STAGE2_FILE = "indexer_before_stage2.safetensors"
+LOG_FILE = "training_log.jsonl"
+CARD_FILE = "README.md"
+
+CHECKPOINT_KEY = "rtpurbo"
+"""The entry of a vLLM checkpoint's config.json that holds the configuration."""
+
+
+@dataclass
+class ArtifactConfig:
+    """Contents of `rtpurbo_config.json`.
+
+    Attributes:
+        base: the dense model that the artifact belongs to.
+        config: head map, attention rule, indexer settings.
+        stage2: the form in which the weights of stage 2 are stored.
+        settings: all hyper-parameters of the conversion, for the record.
+        figures: measurements taken during the conversion.
+        library_version: the version of rtpurbo that wrote the artifact.
+    """
+
+    base: BaseReference
+    config: RTPurboConfig
+    stage2: Stage2Kind = "none"
+    settings: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    library_version: str = __version__
+
+    def write(self, folder: Path) -> None:
+        """Writes the file into `folder`."""
+        write_json_atomically(
+            folder / CONFIG_FILE,
+            {
+                "format_version": FORMAT_VERSION,
+                **self._origin(),
+                "config": self.config.to_dict(),
+            },
+        )
+
+    def checkpoint_entry(self) -> dict[str, Any]:
+        """Returns the same data as an entry of a checkpoint's config.json, for inference engines.
+
+        The fields that an engine reads are on the first level: `format_version` and those of
+        `RTPurboConfig.to_dict`.
+        """
+        return {
+            "format_version": FORMAT_VERSION,
+            **self.config.to_dict(),
+            "origin": self._origin(),
+        }
+
+    def _origin(self) -> dict[str, Any]:
+        return {
+            "library_version": self.library_version,
+            "base_model": asdict(self.base),
+            "stage2": self.stage2,
+            "settings": self.settings,
+            "figures": self.figures,
+        }
+
+    @classmethod
+    def read(cls, folder: Path) -> ArtifactConfig:
+        """Reads the file in `folder`, which is an artifact or an export.
+
+        Raises:
+            RTPurboError: it is missing, broken, or of a newer format.
+        """
+        path = folder / CONFIG_FILE
+        in_checkpoint = not path.is_file() and is_checkpoint(folder)
+        if in_checkpoint:
+            path = folder / MODEL_CONFIG_FILE
+        if not path.is_file():
+            if is_dense_model(folder):
+                raise RTPurboError(dense_model_message(str(folder)))
+            raise RTPurboError(f"{folder} is not an rtpurbo artifact: it has no {CONFIG_FILE}.")
+        try:
+            data = strict_json.read(path)
+            if in_checkpoint:
+                entry = data[CHECKPOINT_KEY]
+                data = {"format_version": entry["format_version"], "config": entry}
+                data |= entry["origin"]
+            version = data["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f" ({error})" if isinstance(error, ValueError) else ""
+            raise RTPurboError(
+                f"{path} is corrupt or truncated{reason}; convert or download the artifact again."
+            ) from error
+        if type(version) is not int or version < 1:
+            raise RTPurboError(
+                f"{path} has format_version {version!r}, which no rtpurbo writes; convert or "
+                "download the artifact again."
+            )
+        if version > FORMAT_VERSION:
+            raise RTPurboError(
+                f"{folder} has artifact format {version}, but this rtpurbo ({__version__}) reads "
+                f"up to {FORMAT_VERSION}: upgrade rtpurbo."
+            )
+        try:
+            check_fields(cls, data)
+            return cls(
+                BaseReference.from_dict(data["base_model"]),
+                RTPurboConfig.from_dict(data["config"]),
+                data["stage2"],
+                data.get("settings", {}),
+                data.get("figures", {}),
+                data["library_version"],
+            )
+        except (KeyError, TypeError) as error:
+            raise RTPurboError(
+                f"{path} lacks or misspells a field ({error}); convert again."
+            ) from error
+        except RTPurboError as error:
+            raise RTPurboError(f"{path} cannot be used: {error}") from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """True if `folder` is an export: its config.json holds the artifact's configuration."""
+    try:
+        data = strict_json.read(folder / MODEL_CONFIG_FILE)
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and isinstance(data.get(CHECKPOINT_KEY), dict)
+
+
+def is_dense_model(folder: Path) -> bool:
+    """True if a folder holds a model, but neither an artifact nor an export."""
+    return (
+        (folder / MODEL_CONFIG_FILE).is_file()
+        and not (folder / CONFIG_FILE).is_file()
+        and not is_checkpoint(folder)
+    )
+
+
+def dense_model_message(name: str) -> str:
+    """Returns the message of an error about a dense model in place of an artifact."""
+    return (
+        f"{name} is a dense model, not an rtpurbo artifact (it has no {CONFIG_FILE}): convert it with "
+        f"`rtpurbo convert {name}`, and load what that writes."
+    )
+
+
+def save_artifact(
+    folder: Path,
+    artifact: ArtifactConfig,
+    indexers: dict[str, Tensor],
+    indexers_before_stage2: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes configuration and indexer weights into an open `whole_folder`.
+
+    Args:
+        folder: the folder being written.
+        artifact: the configuration.
+        indexers: trained indexer weights by name.
+        indexers_before_stage2: those that stage 1 trained, if stage 2 changed them.
+    """
+    artifact.write(folder)
+    save_tensors_atomically(folder / INDEXER_FILE, indexers)
+    if indexers_before_stage2 is not None:
+        save_tensors_atomically(folder / INDEXER_BEFORE_STAGE2_FILE, indexers_before_stage2)
