@@ -31,7 +31,7 @@ from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.evaluation.policies import POLICIES, Source
 from rtpurbo.evaluation.ruler.scoring import answer_score
 from rtpurbo.files import write_json_atomically
-from rtpurbo.models.artifact import find_artifact
+from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.text import continue_tokens
 
 THEIR_ORDER = fwe_utils.SEED

@@ -31,7 +31,8 @@ from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.files import write_json_atomically
-from rtpurbo.models.artifact import find_artifact, load, load_base
+from rtpurbo.models.artifact import load, load_base
+from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.sparsify import using_rule
 from rtpurbo.training.lora_scale import SCALES as SHARES
 from rtpurbo.training.sequences import TrainingMix

@@ -25,9 +25,25 @@ def test_other_names_are_not():
         rtpurbo.sparse  # noqa: B018
 
 
-@pytest.mark.parametrize("statement", ["import rtpurbo", "import rtpurbo.cli"])
-def test_importing_is_light(statement):
-    code = f"{statement}; import sys; print({{'torch', 'transformers'}} & set(sys.modules))"
+ARTIFACT = Path(__file__).parents[1] / "artifacts" / "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import rtpurbo",
+        "import rtpurbo.cli",
+        f"from rtpurbo.reporting.inspection import inspect_artifact as show; show(Path({str(ARTIFACT)!r}))",
+    ],
+    ids=["import", "cli", "inspect"],
+)
+def test_what_needs_no_model_imports_no_torch(statement):
+    code = f"""
+import sys
+from pathlib import Path
+{statement}
+print({{'torch', 'transformers', 'peft'}} & set(sys.modules))
+"""
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from rtpurbo.files import whole_folder
-from rtpurbo.models.artifact_config import ArtifactConfig, save_artifact
+from rtpurbo.models.artifact_config import ArtifactConfig, Stage2Kind, save_artifact
 from rtpurbo.models.base import load_base_model
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparse_layers import indexer_weights
 from rtpurbo.models.sparsify import restore
-from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE, Stage2Kind
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo.files import whole_folder
-from rtpurbo.models.artifact_config import CARD_FILE, LOG_FILE, ArtifactConfig, save_artifact
+from rtpurbo.models.artifact_config import (
+    CARD_FILE,
+    LOG_FILE,
+    ArtifactConfig,
+    Stage2Kind,
+    save_artifact,
+)
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.card import model_card
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparse_layers import indexer_weights
-from rtpurbo.models.stage2_weights import (
-    ADAPTER_FOLDER,
-    FULL_WEIGHTS_FILE,
-    Stage2Kind,
-    read_tensors,
-)
+from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE, read_tensors
 from rtpurbo.settings import ConversionSettings
 from rtpurbo.training.curves import curves_as_text
 from rtpurbo.training.log import TrainingLog

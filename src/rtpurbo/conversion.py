@@ -20,8 +20,9 @@ from rtpurbo.interruption import stopping_cleanly
 from rtpurbo.job import Job, calibrate_base
 from rtpurbo.lengths import check_lengths
 from rtpurbo.models.architecture import context_length, head_dim_of
-from rtpurbo.models.artifact import check_is_dense, find_artifact, load_base, read_indexers
+from rtpurbo.models.artifact import load_base, read_indexers
 from rtpurbo.models.artifact_config import ArtifactConfig
+from rtpurbo.models.artifact_folder import check_is_dense, find_artifact
 from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
 from rtpurbo.models.sparse_layers import load_indexers
 from rtpurbo.models.sparsify import sparsify

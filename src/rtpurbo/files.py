@@ -1,5 +1,7 @@
 """Files and folders that are written whole or not at all."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -8,13 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.interruption import signals_held
+
+if TYPE_CHECKING:
+    import torch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors and torch report what the system said in words of their own.
@@ -97,6 +99,8 @@ def save_tensors_atomically(
         tensors: tensors of any shape, type and device.
         metadata: strings to store in the file's header.
     """
+    from safetensors.torch import save_file  # imports torch, which takes seconds
+
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         # With empty metadata and no tensors it writes a header that it cannot read.

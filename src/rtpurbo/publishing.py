@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import check_stays_inside
 from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.models.base import BaseReference
+from rtpurbo.models.base_reference import BaseReference
 
 PUBLISHED_FILES = (
     "rtpurbo_config.json",

@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,7 +19,6 @@ from rtpurbo.evaluation import run as evaluation
 from rtpurbo.evaluation.records import read_results
 from rtpurbo.evaluation.samples import read_samples
 from rtpurbo.interruption import StoppedBySignalError
-from rtpurbo.models import artifact as artifacts
 from rtpurbo.models.artifact_config import CARD_FILE, CONFIG_FILE, INDEXER_FILE
 from rtpurbo.version import __version__
 from tests.evaluation.questions.support import write_questions
@@ -221,12 +221,12 @@ def test_options_reach_the_function(monkeypatch, function, command, changes):
 
 
 def test_a_missing_artifact(monkeypatch, tmp_path):
-    def unreachable(name):
+    def unreachable(name, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr(artifacts, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     for command in (["inspect", "nowhere"], ["eval", "nowhere"], ["generate", "nowhere", "x"]):
-        assert "there is no artifact 'nowhere'" in error_of(*command)
+        assert "nowhere is not a folder" in error_of(*command)
     assert "not an rtpurbo artifact" in error_of("inspect", tmp_path)
 
 

@@ -1,19 +1,28 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import artifact
-from rtpurbo.models.artifact import find_artifact, load, load_base, read_indexers
+from rtpurbo.models.artifact import load, load_base, read_indexers
 from rtpurbo.models.artifact_config import (
     CONFIG_FILE,
     INDEXER_BEFORE_STAGE2_FILE,
     INDEXER_FILE,
     ArtifactConfig,
 )
+from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.sparse_layers import indexer_weights
 from rtpurbo.models.sparsify import restore
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
@@ -188,12 +197,36 @@ def test_indexers_of_another_shape_are_refused(copy):
 
 
 def test_an_artifact_that_is_nowhere(monkeypatch):
-    def unreachable(name):
+    def unreachable(name, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr(artifact, "snapshot_download", unreachable)
-    with pytest.raises(RTPurboError, match="there is no artifact 'somebody/something'"):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(RTPurboError, match=r"somebody/something is not a folder, .* be reached"):
         find_artifact("somebody/something")
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_hidden", "sentence"),
+    [
+        (RepositoryNotFoundError, False, "There is no artifact me/sparse, neither a folder nor on"),
+        (RevisionNotFoundError, False, "The artifact me/sparse has no revision v2"),
+        (GatedRepoError, False, "The artifact me/sparse is gated"),
+        # Answers of other kinds are hidden behind an empty cache.
+        (HfHubHTTPError, True, r"refused access to the artifact me/sparse \(HTTP 403\)"),
+    ],
+)
+def test_the_refusals_of_the_hub_are_told_apart(monkeypatch, kind, is_hidden, sentence):
+    refusal = kind.__new__(kind)
+    refusal.response = SimpleNamespace(status_code=403)
+
+    def refused(name, **options):
+        if is_hidden:
+            raise LocalEntryNotFoundError("nothing is in the cache") from refusal
+        raise refusal
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(RTPurboError, match=sentence):
+        find_artifact("me/sparse", revision="v2")
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)

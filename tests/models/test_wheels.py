@@ -47,7 +47,7 @@ def done(monkeypatch, tmp_path, content):
         sha256=hashlib.sha256(content).hexdigest(),
         licence="Apache-2.0",
         config={"model_type": "llama"},
-        decoded_dtype=torch.float32,
+        decoded_dtype="float32",
         notice="Tiny terms apply.",
     )
     monkeypatch.setitem(WHEEL_MODELS, model.name, model)

@@ -4,8 +4,7 @@ import pytest
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact_config import CHECKPOINT_KEY
-from rtpurbo.models.model_config import MODEL_CONFIG_FILE
+from rtpurbo.models.artifact_config import CHECKPOINT_KEY, MODEL_CONFIG_FILE
 from rtpurbo.serving.capacity import GIB, Capacity, capacity_of
 from rtpurbo.serving.export import export
 

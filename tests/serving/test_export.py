@@ -10,8 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import rtpurbo
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact_config import CONFIG_FILE, FORMAT_VERSION, INDEXER_FILE, ArtifactConfig
-from rtpurbo.models.model_config import MODEL_CONFIG_FILE
+from rtpurbo.models.artifact_config import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    INDEXER_FILE,
+    MODEL_CONFIG_FILE,
+    ArtifactConfig,
+)
 from rtpurbo.models.sparsify import restore
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.serving.export import HEADWISE_FILE, VLLM_ARCHITECTURES, export

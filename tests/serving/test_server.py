@@ -10,8 +10,12 @@ from typer.testing import CliRunner
 import rtpurbo
 from rtpurbo.cli import app
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.artifact_config import CHECKPOINT_KEY, CONFIG_FILE, is_checkpoint
-from rtpurbo.models.model_config import MODEL_CONFIG_FILE
+from rtpurbo.models.artifact_config import (
+    CHECKPOINT_KEY,
+    CONFIG_FILE,
+    MODEL_CONFIG_FILE,
+    is_checkpoint,
+)
 from rtpurbo.serving import server
 from rtpurbo.serving.export import export
 from rtpurbo.serving.installation import Installation

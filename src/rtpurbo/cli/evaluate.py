@@ -190,7 +190,7 @@ def evaluate(
     from rtpurbo.evaluation import run
     from rtpurbo.evaluation.results_file import ResultsFile
     from rtpurbo.evaluation.samples import samples_path
-    from rtpurbo.models.artifact import find_artifact
+    from rtpurbo.models.artifact_folder import find_artifact
     from rtpurbo.reporting.card import rewrite_card
     from rtpurbo.reporting.tables import results_tables
 

@@ -9,7 +9,7 @@ def inspect(artifact: options.Artifact) -> None:
     """Show an artifact: its settings, its retrieval heads, its training and its files."""
     from rich.console import Console
 
-    from rtpurbo.models.artifact import find_artifact
+    from rtpurbo.models.artifact_folder import find_artifact
     from rtpurbo.reporting.inspection import inspect_artifact
 
     Console().print(inspect_artifact(find_artifact(artifact)))

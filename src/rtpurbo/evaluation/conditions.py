@@ -17,8 +17,7 @@ from rtpurbo.devices import device_kind
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.questions import QuestionSet
-from rtpurbo.models.artifact_config import CONFIG_FILE
-from rtpurbo.models.model_config import MODEL_CONFIG_FILE
+from rtpurbo.models.artifact_config import CONFIG_FILE, MODEL_CONFIG_FILE
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.version import __version__
 

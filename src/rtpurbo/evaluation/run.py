@@ -31,7 +31,7 @@ from rtpurbo.evaluation.request import (
 from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.evaluation.workers import Finished, Job, Workers, hired
-from rtpurbo.models.artifact import find_artifact
+from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.settings import Progress, no_progress
 
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact_config import (
-    CONFIG_FILE,
     INDEXER_BEFORE_STAGE2_FILE,
     INDEXER_FILE,
     ArtifactConfig,
-    dense_model_message,
-    is_checkpoint,
-    is_dense_model,
 )
-from rtpurbo.models.base import (
-    BaseModel,
-    BaseReference,
-    load_base_model,
-    load_referenced,
-)
+from rtpurbo.models.artifact_folder import find_artifact
+from rtpurbo.models.base import BaseModel, load_base_model, load_referenced
 from rtpurbo.models.base_config import check_base_config
+from rtpurbo.models.base_reference import BaseReference
 from rtpurbo.models.pretrained import (
     NO_OPTIONS,
     LoadingOptions,
@@ -41,53 +32,6 @@ from rtpurbo.models.sparse_layers import load_indexers
 from rtpurbo.models.sparsify import sparsify
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.processes import ALONE, Processes
-
-
-def find_artifact(
-    path_or_name: str | os.PathLike[str], *, revision: str | None = None, **hub: Any
-) -> Path:
-    """The folder of an artifact or an export: a local one, or the Hub's downloaded.
-
-    Args:
-        path_or_name: a folder, or a name on the Hub.
-        revision: a branch, tag or commit on the Hub.
-        hub: further arguments of `snapshot_download`, such as `token`.
-
-    Raises:
-        RTPurboError: neither exists, or it is a dense model.
-    """
-    folder = Path(path_or_name)
-    if folder.is_dir():
-        return folder
-    name = str(path_or_name)
-    try:
-        # A dense model is found out before its weights are downloaded.
-        files = ["*.json", "*.md"]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, **hub))
-        if not is_dense_model(folder):
-            return Path(snapshot_download(name, revision=revision, **hub))
-    except Exception as error:
-        raise RTPurboError(
-            f"there is no artifact '{path_or_name}': no such folder here, and the Hugging "
-            "Face Hub has no such repository or cannot be reached."
-        ) from error
-    raise RTPurboError(dense_model_message(name))
-
-
-def check_is_dense(name: str) -> None:
-    """Refuses the folder of an artifact or an export where a dense model is expected.
-
-    Raises:
-        RTPurboError: the folder holds one.
-    """
-    folder = Path(name).expanduser()
-    if not (folder / CONFIG_FILE).is_file() and not is_checkpoint(folder):
-        return
-    base = ArtifactConfig.read(folder).base.name
-    raise RTPurboError(
-        f"{name} is an artifact of rtpurbo, not a dense model: convert the dense model that it was "
-        f"made from ({base}), or run stage 2 on it with `rtpurbo distill {name}`."
-    )
 
 
 def checkpoint_name(name: str) -> str:

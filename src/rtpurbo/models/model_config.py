@@ -11,8 +11,6 @@ from rtpurbo.errors import RTPurboError
 MODEL_TYPE = "rtpurbo (pip install rtpurbo; import transformers, then rtpurbo)"
 """`model_type` in config.json; the error of transformers for an unknown type shows nothing else."""
 
-MODEL_CONFIG_FILE = "config.json"
-
 
 class RTPurboModelConfig(PretrainedConfig):
     """The config.json of a sparse model, which holds the configuration of the dense one."""

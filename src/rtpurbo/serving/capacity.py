@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.models.model_config import MODEL_CONFIG_FILE
+from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE, ArtifactConfig
 from rtpurbo.serving.vllm.layout import TokenBytes, dense_capacity, plan_cache
 
 GIB = 2**30

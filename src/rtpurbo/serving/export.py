@@ -23,15 +23,16 @@ from rtpurbo.files import (
     whole_folder,
     write_json_atomically,
 )
-from rtpurbo.models.artifact import checkpoint_name, find_artifact, load, read_indexers
+from rtpurbo.models.artifact import checkpoint_name, load, read_indexers
 from rtpurbo.models.artifact_config import (
     CHECKPOINT_KEY,
     INDEXER_FILE,
     LOG_FILE,
+    MODEL_CONFIG_FILE,
     ArtifactConfig,
     save_artifact,
 )
-from rtpurbo.models.model_config import MODEL_CONFIG_FILE
+from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
