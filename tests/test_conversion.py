@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from rtpurbo.config import AttentionRule, IndexerSettings
-from rtpurbo.conversion import calibrate_model, convert, distill_artifact, train_indexer_artifact
+from rtpurbo.conversion import calibrate, convert, distill, train_indexer
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
@@ -266,12 +266,12 @@ def test_an_existing_folder_needs_force(whole, tiny_base):
 def test_stages_one_by_one(whole, tiny_base, tmp_path):
     common = {"settings": SETTINGS, "device": "cpu"}
     head_map = tmp_path / "head_map.json"
-    calibrate_model(str(tiny_base), head_map, **common)
+    calibrate(str(tiny_base), head_map, **common)
     with pytest.raises(RTPurboError, match="--force"):
-        calibrate_model(str(tiny_base), head_map, **common)
-    stage1 = train_indexer_artifact(str(tiny_base), head_map, tmp_path / "stage1", **common)
+        calibrate(str(tiny_base), head_map, **common)
+    stage1 = train_indexer(str(tiny_base), head_map, tmp_path / "stage1", **common)
     assert ArtifactConfig.read(stage1).stage2 == "none"
-    stage2 = distill_artifact(stage1, tmp_path / "stage2", **common)
+    stage2 = distill(stage1, tmp_path / "stage2", **common)
     for name in ("indexer.safetensors", "adapter/adapter_model.safetensors", LOG_FILE):
         assert (stage2 / name).read_bytes() == (whole / name).read_bytes()
     told, expected = ArtifactConfig.read(stage2), ArtifactConfig.read(whole)
@@ -287,7 +287,7 @@ def test_calibration_alone_uses_the_attention_rule_of_its_settings(tiny_base, tm
     for sinks in (4, 60):
         output = tmp_path / f"{sinks}.json"
         of_rule = replace(SETTINGS, attention=replace(SETTINGS.attention, num_sink_tokens=sinks))
-        calibrate_model(str(tiny_base), output, settings=of_rule, changes=changes, device="cpu")
+        calibrate(str(tiny_base), output, settings=of_rule, changes=changes, device="cpu")
         scores.append(json.loads(output.read_text())["head_map"]["scores"])
     assert scores[0] != scores[1]
 
@@ -296,13 +296,11 @@ def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
     """What the next command is not told again is what it was; it would else be found out after stage 2."""
     head_map, common = tmp_path / "head_map.json", {"device": "cpu"}
     own = {"calibration.length": 600, "calibration.ranking": "turns"}
-    calibrate_model(str(tiny_base), head_map, changes=own, **common)
+    calibrate(str(tiny_base), head_map, changes=own, **common)
     lengths = {"stage1.lengths": (700, 900), "stage1.steps": 2, "attention.sliding_window": 512}
-    stage1 = train_indexer_artifact(
-        str(tiny_base), head_map, tmp_path / "stage1", changes=lengths, **common
-    )
+    stage1 = train_indexer(str(tiny_base), head_map, tmp_path / "stage1", changes=lengths, **common)
     few = {"stage2.steps": 1, "stage2.lengths": (800,), "stage2.refresh_steps": 1}
-    stage2 = distill_artifact(stage1, tmp_path / "stage2", changes=few, **common)
+    stage2 = distill(stage1, tmp_path / "stage2", changes=few, **common)
     told = ArtifactConfig.read(stage2).settings
     assert told["calibration"]["ranking"] == "turns"
     assert told["calibration"]["length"] == 600
@@ -310,9 +308,7 @@ def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
     assert told["stage1"]["steps"] == 2
     assert told["attention"]["sliding_window"] == 512
     with pytest.raises(RTPurboError, match="longer than sinks and window"):
-        distill_artifact(
-            stage1, tmp_path / "short", changes={**few, "stage1.lengths": (300,)}, **common
-        )
+        distill(stage1, tmp_path / "short", changes={**few, "stage1.lengths": (300,)}, **common)
     assert not (tmp_path / "short.work").exists()
 
 

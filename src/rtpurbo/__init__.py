@@ -1,7 +1,8 @@
 """RTPurbo turns full-attention language models sparse, with a few hundred training steps.
 
-`convert` does it all, `load` and `AutoRTPurboModelForCausalLM` give the result back as a transformers
-model. What is named here is loaded when it is first used, so that `import rtpurbo` takes no time.
+`convert` runs the stages `calibrate`, `train_indexer` and `distill`; `load` and
+`AutoRTPurboModelForCausalLM` return the result as a transformers model. The names below are imported when
+they are first used, so that `import rtpurbo` takes no time.
 
 transformers' own Auto classes load sparse models too, from the moment on that transformers is imported
 before this package, or that anything named here has been used.
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rtpurbo.version import __version__
 
 if TYPE_CHECKING:
-    from rtpurbo.calibration.calibrate import calibrate as calibrate
     from rtpurbo.config import AttentionRule as AttentionRule
     from rtpurbo.config import HeadMap as HeadMap
     from rtpurbo.config import RTPurboConfig as RTPurboConfig
+    from rtpurbo.conversion import calibrate as calibrate
     from rtpurbo.conversion import convert as convert
+    from rtpurbo.conversion import distill as distill
+    from rtpurbo.conversion import train_indexer as train_indexer
     from rtpurbo.errors import RTPurboError as RTPurboError
     from rtpurbo.evaluation.run import evaluate as evaluate
     from rtpurbo.models.artifact import load as load
@@ -27,8 +30,6 @@ if TYPE_CHECKING:
     from rtpurbo.models.sparsify import restore as restore
     from rtpurbo.models.sparsify import sparsify as sparsify
     from rtpurbo.serving.export import export as export
-    from rtpurbo.training.stage1 import train_indexers as train_indexers
-    from rtpurbo.training.stage2 import distill as distill
 
 _HOMES = {
     "convert": "rtpurbo.conversion",
@@ -36,9 +37,9 @@ _HOMES = {
     "AutoRTPurboModelForCausalLM": "rtpurbo.models.auto",
     "sparsify": "rtpurbo.models.sparsify",
     "restore": "rtpurbo.models.sparsify",
-    "calibrate": "rtpurbo.calibration.calibrate",
-    "train_indexers": "rtpurbo.training.stage1",
-    "distill": "rtpurbo.training.stage2",
+    "calibrate": "rtpurbo.conversion",
+    "train_indexer": "rtpurbo.conversion",
+    "distill": "rtpurbo.conversion",
     "evaluate": "rtpurbo.evaluation.run",
     "export": "rtpurbo.serving.export",
     "HeadwiseCache": "rtpurbo.models.cache",

@@ -16,7 +16,6 @@ from rtpurbo.defaults import default_rule, default_settings, resolve_effort
 from rtpurbo.devices import base_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
-from rtpurbo.interruption import stopping_cleanly
 from rtpurbo.job import Job, calibrate_base
 from rtpurbo.lengths import check_lengths
 from rtpurbo.models.architecture import context_length, head_dim_of
@@ -42,7 +41,6 @@ def ignore_plan(plan: Plan) -> None:
     """The default of `on_plan`: does nothing."""
 
 
-@stopping_cleanly()
 def convert(
     model: str | None,
     output_dir: str | Path,
@@ -88,7 +86,9 @@ def convert(
 
     Raises:
         RTPurboError: anything about model, data, folder or settings that one sentence can say.
-        StoppedBySignalError: SIGTERM or Ctrl-C, after a checkpoint was saved.
+        StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`, after a
+            checkpoint was saved. Without it, signals do what they do elsewhere; `resume` continues from the
+            latest checkpoint.
     """
     with Job(
         output_dir,
@@ -176,7 +176,7 @@ def plan_conversion(
     return plan
 
 
-def calibrate_model(
+def calibrate(
     model: str | None,
     output: str | Path,
     *,
@@ -210,8 +210,7 @@ def calibrate_model(
     return found.head_map
 
 
-@stopping_cleanly()
-def train_indexer_artifact(
+def train_indexer(
     model: str | None,
     head_map: str | Path,
     output_dir: str | Path,
@@ -229,7 +228,7 @@ def train_indexer_artifact(
     report_to: Sequence[str] = (),
     dtype: str = "auto",
 ) -> Path:
-    """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate_model` wrote."""
+    """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate` wrote."""
     found = read_calibration(Path(head_map))
     with Job(
         output_dir,
@@ -263,8 +262,7 @@ def train_indexer_artifact(
         return job.finish(base)
 
 
-@stopping_cleanly()
-def distill_artifact(
+def distill(
     artifact: str | Path,
     output_dir: str | Path,
     *,

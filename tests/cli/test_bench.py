@@ -56,7 +56,7 @@ def test_without_a_gpu(command, monkeypatch):
             ["training", "--phase", "stage2", "--length", "99", "--device", "cpu"],
             "nothing would be sparse",
         ),
-        (["prefill", "--profile", "nowhere", "--device", "cpu"], "no artifact 'nowhere'"),
+        (["prefill", "--profile", "nowhere", "--device", "cpu"], "nowhere is not a folder"),
     ],
 )
 def test_mistakes_are_explained(arguments, message):

@@ -193,13 +193,13 @@ def test_report_writes_a_page(tiny_artifact, tmp_path):
                 "stage2.lora_rank": 4,
             },
         ),
-        ("calibrate_model", "calibrate M -o out --count 3", {"calibration.count": 3}),
+        ("calibrate", "calibrate M -o out --count 3", {"calibration.count": 3}),
         (
-            "train_indexer_artifact",
+            "train_indexer",
             "train-indexer M --head-map map.json -o out --stage1-steps 3",
             {"stage1.steps": 3},
         ),
-        ("distill_artifact", "distill A -o out --lora-rank 0", {"stage2.lora_rank": 0}),
+        ("distill", "distill A -o out --lora-rank 0", {"stage2.lora_rank": 0}),
     ],
 )
 def test_options_reach_the_function(monkeypatch, function, command, changes):
@@ -208,7 +208,7 @@ def test_options_reach_the_function(monkeypatch, function, command, changes):
 
     def spy(*arguments, **options):
         calls.append(inspect.signature(real).bind(*arguments, **options).arguments)
-        return HeadMap.uniform([], [], 4, 2) if function == "calibrate_model" else Path("out")
+        return HeadMap.uniform([], [], 4, 2) if function == "calibrate" else Path("out")
 
     monkeypatch.setattr(conversion, function, spy)
     result = run(*command.split(), "--data", "a.txt", "--data", "b.txt", "--seed", 3, "--force")

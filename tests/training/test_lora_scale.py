@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rtpurbo.conversion import convert, distill_artifact
+from rtpurbo.conversion import convert, distill
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_config import ArtifactConfig
@@ -114,7 +114,7 @@ def test_the_best_is_what_held_out_sequences_say(kept):
 
 
 def test_another_stage2_does_not_tell_of_the_one_before(kept, tmp_path):
-    again = distill_artifact(kept["best"], tmp_path / "again", settings=SETTINGS, device="cpu")
+    again = distill(kept["best"], tmp_path / "again", settings=SETTINGS, device="cpu")
     figures = ArtifactConfig.read(again).figures
     assert set(figures) == {"stability", "stage1", "refresh"}
     assert figures["stage1"] == ArtifactConfig.read(kept["best"]).figures["stage1"]

@@ -37,7 +37,7 @@ def calibrate(
     from rtpurbo.reporting.headmap import head_map_picture
 
     with ProgressBars() as progress:
-        head_map = conversion.calibrate_model(
+        head_map = conversion.calibrate(
             model,
             output,
             changes=options.changed_settings(

@@ -63,6 +63,7 @@ def convert(
     """
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
+    from rtpurbo.interruption import stopping_cleanly
 
     if preset is not None:
         raise RTPurboError(
@@ -98,7 +99,7 @@ def convert(
         return
     if output_dir is None:
         raise RTPurboError("there is no folder to write to: name one with --output-dir.")
-    with ProgressBars() as progress:
+    with stopping_cleanly(), ProgressBars() as progress:
         folder = conversion.convert(
             model,
             output_dir,

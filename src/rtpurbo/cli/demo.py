@@ -20,9 +20,10 @@ def demo(
 
     from rtpurbo.cli.progress import ProgressBars
     from rtpurbo.demo import run_demo
+    from rtpurbo.interruption import stopping_cleanly
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a log has room for the table
-    with ProgressBars(console) as progress:
+    with stopping_cleanly(), ProgressBars(console) as progress:
         run_demo(output_dir, device=device, seed=seed, progress=progress, console=console)

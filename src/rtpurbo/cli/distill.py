@@ -29,9 +29,10 @@ def distill(
     """
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
+    from rtpurbo.interruption import stopping_cleanly
 
-    with ProgressBars() as progress:
-        folder = conversion.distill_artifact(
+    with stopping_cleanly(), ProgressBars() as progress:
+        folder = conversion.distill(
             artifact,
             output_dir,
             changes=options.changed_settings(

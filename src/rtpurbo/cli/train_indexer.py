@@ -40,9 +40,10 @@ def train_indexer(
     """
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
+    from rtpurbo.interruption import stopping_cleanly
 
-    with ProgressBars() as progress:
-        folder = conversion.train_indexer_artifact(
+    with stopping_cleanly(), ProgressBars() as progress:
+        folder = conversion.train_indexer(
             model,
             head_map,
             output_dir,
