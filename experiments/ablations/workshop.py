@@ -347,5 +347,5 @@ def _window_facts(head_map: HeadMap, windows: list[list[int] | None]) -> dict[st
         ]
     return {
         "local_heads_by_window": {str(size): counts[size] for size in sorted(counts)},
-        "mean_window_of_bounded_key_value_heads": sum(held) / max(1, len(held)),
+        "mean_window_of_windowed_key_value_heads": sum(held) / max(1, len(held)),
     }

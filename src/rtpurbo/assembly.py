@@ -91,14 +91,14 @@ def assemble(
 
 
 def _names(data: Sequence[str] | None) -> list[str] | str:
-    """What was trained on; where the files lay is nobody else's concern."""
+    """Names of the training data, without the folders of the files."""
     if data is None:
         return "built-in"
     return [source if source.startswith("hf:") else Path(source).name for source in data]
 
 
 def _figures(work: Path) -> dict[str, Any]:
-    """What calibration and the stages measured about themselves."""
+    """Figures that calibration and the stages measured."""
     figures: dict[str, Any] = {}
     head_map = work / HEAD_MAP_FILE
     if head_map.is_file():

@@ -32,7 +32,7 @@ def check_choice(name: str, value: str, allowed: Any) -> None:
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """What a query sees.
+    """Tokens that a query attends to.
 
     Attributes:
         num_sink_tokens: keys 0..S-1, seen by every query.
@@ -115,7 +115,7 @@ class AttentionRule:
         return self.retrieval_window or self.sliding_window
 
     def num_selecting_rows(self, num_queries: int, num_decode_rows: int = 0) -> int:
-        """How many of the last query rows select their keys; retrieval heads are dense for the others.
+        """Number of last queries that select their keys; retrieval heads are dense for the others.
 
         Args:
             num_queries: query rows of this call; a single one is a decoding step.
@@ -128,7 +128,7 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Which query heads of which layers are retrieval heads, and the scores that decided it.
+    """Retrieval heads of every layer, and the scores that decided them.
 
     Attributes:
         retrieval_heads: for each layer, the query heads that need the whole context, ascending.
@@ -194,7 +194,7 @@ class HeadMap:
 
 @dataclass(frozen=True)
 class IndexerSettings:
-    """What the token indexer projects.
+    """Settings of the token indexer.
 
     Attributes:
         index_dim: dimensions of an index query and an index key.

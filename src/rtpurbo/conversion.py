@@ -146,14 +146,14 @@ def plan_conversion(
 
     Args:
         model: as `convert` takes it.
-        settings: likewise.
-        changes: likewise.
-        effort: likewise.
-        max_length: likewise.
-        data: likewise; the texts are not read.
-        device: likewise.
+        settings: as `convert` takes them.
+        changes: as `convert` takes them.
+        effort: as `convert` takes it.
+        max_length: as `convert` takes it.
+        data: as `convert` takes it; the texts are not read.
+        device: as `convert` takes it.
         dtype: of the frozen weights, as `rtpurbo.plan.make_plan` takes it.
-        shards: likewise.
+        shards: processes that share the weights, as `make_plan` takes it.
 
     Raises:
         RTPurboError: as `convert`, about model, device or settings.
@@ -281,7 +281,7 @@ def distill(
 ) -> Path:
     """Stage 2 alone: adds it, and the refresh, to an artifact that has a trained indexer.
 
-    The refresh goes on as stage 1 went; `changes` count for it too, and `settings` in place of that.
+    The refresh uses the recorded settings of stage 1, with `changes`; or those in `settings`.
     """
     folder = find_artifact(artifact)
     before = ArtifactConfig.read(folder)
@@ -358,8 +358,8 @@ def choose_settings(
         device: where to work.
         settings: that were given.
         effort: as `convert` takes it.
-        max_length: likewise.
-        changes: likewise.
+        max_length: as `convert` takes it.
+        changes: as `convert` takes them.
         rule: of an artifact that exists already; lengths that are left out follow its window.
 
     Raises:

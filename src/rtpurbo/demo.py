@@ -11,7 +11,7 @@ from rich.console import Console
 from rtpurbo.conversion import convert
 from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.evaluation.records import Record, write_results
-from rtpurbo.evaluation.run import Cell, evaluate
+from rtpurbo.evaluation.run import Case, evaluate
 from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base import WHEEL_MODEL
@@ -24,11 +24,11 @@ from rtpurbo.settings import Progress, no_progress
 
 # Few samples, so that two CPU cores answer them in minutes; `rtpurbo eval` takes any number.
 CELLS = (
-    Cell("needle", "single", 1024, 3),
-    Cell("needle", "single", 2048, 2),
-    Cell("needle", "single", 4096, 1),
-    Cell("needle", "multikey", 2048, 2),
-    Cell("perplexity", "prose", 2048, 1),
+    Case("needle", "single", 1024, 3),
+    Case("needle", "single", 2048, 2),
+    Case("needle", "single", 4096, 1),
+    Case("needle", "multikey", 2048, 2),
+    Case("perplexity", "prose", 2048, 1),
 )
 POLICIES = ("full", "rtpurbo", "rtpurbo-before-stage2", "local-only", "random-heads")
 CACHE_LENGTH = 8192

@@ -58,17 +58,17 @@ def base_dtype(name: str, device: torch.device) -> torch.dtype | Literal["auto"]
 
 @cache
 def has_triton() -> bool:
-    """Whether kernels can be compiled here."""
+    """True if kernels can be compiled here."""
     return find_spec("triton") is not None
 
 
 def device_name(device: torch.device) -> str:
-    """What results say they were measured on, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
+    """Name of a device in results, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def device_kind(device: torch.device) -> str:
-    """What devices that run the same kernels have in common, such as "cuda 9.0" or "cpu"."""
+    """Kind of a device; devices of one kind run the same kernels, such as "cuda 9.0" or "cpu"."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -76,7 +76,7 @@ def device_kind(device: torch.device) -> str:
 
 
 def may_lack_memory(error: RuntimeError) -> bool:
-    """Whether what failed may have found too little memory: it says so, or is cuDNN's way of saying it.
+    """True if an error may come from too little memory, cuDNN's indirect messages included.
 
     cuDNN beside other programs on a full H100 spoke of an internal error (docs/experiment-log.md).
     """

@@ -38,7 +38,7 @@ class StoppedBySignalError(KeyboardInterrupt):
 
 
 class _Requests:
-    """What the signal handlers of this process know."""
+    """State of this process's signal handlers."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -107,7 +107,7 @@ def steps_undisturbed() -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C wait until the end, whoever handles them: for a few short steps.
+    """Delays SIGTERM and Ctrl-C until the end of the block, for a few short steps.
 
     Outside the main thread, where Python allows no handlers, they do not.
     """

@@ -334,7 +334,7 @@ class Job:
     def keep_stage1(
         self, folder: Path, before: ArtifactConfig, indexers: dict[str, Tensor]
     ) -> None:
-        """Takes what the artifact in `folder` has and tells of calibration and stage 1 for its own."""
+        """Copies calibration, stage 1 and their figures from the artifact in `folder`."""
         stability = before.figures.get("stability")
         agreed = None if stability is None else Stability(**stability)
         self.keep_calibration(Calibration(before.config.head_map, agreed))

@@ -67,7 +67,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes and talks."""
+        """True if this process writes files and messages."""
         return self.index == 0
 
     def device(self, device: torch.device) -> torch.device:
@@ -96,7 +96,7 @@ class Processes:
         return torch.stack(gathered)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """What every process has, in the order of the processes, on all of them."""
+        """Gathers a value of every process, in their order, on all of them."""
         if self.count == 1:
             return [value]
         gathered: list[Any] = [None] * self.count

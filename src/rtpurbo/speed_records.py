@@ -81,7 +81,7 @@ REQUIRED = frozenset(item.name for item in fields(SpeedRecord) if item.default i
 
 @dataclass
 class SpeedResults:
-    """What a benchmark brought.
+    """Results of a benchmark.
 
     Attributes:
         records: the measurements.

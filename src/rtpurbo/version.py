@@ -1,4 +1,4 @@
-"""Which library this is: its version, in one place, and its commit."""
+"""Version and commit of the library."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 from rtpurbo.evaluation.budgets import far_token_budget
-from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.records import Record
 
 
@@ -14,17 +14,17 @@ def test_the_mean_of_all_rows_of_the_suite_at_the_length_rounded_up():
         read("ruler", "cwe", 8192, 99.0, 1),
         read("needle", "single", 4096, 99.0, 1),
     ]
-    assert far_token_budget(Cell("ruler", "fwe", 4096, 5), records) == 8
-    assert far_token_budget(Cell("needle", "multikey", 4096, 5), records) == 99
-    assert far_token_budget(Cell("ruler", "vt", 4096, 5), records[:1]) == 10
+    assert far_token_budget(Case("ruler", "fwe", 4096, 5), records) == 8
+    assert far_token_budget(Case("needle", "multikey", 4096, 5), records) == 99
+    assert far_token_budget(Case("ruler", "vt", 4096, 5), records[:1]) == 10
 
 
 def test_tasks_of_lm_eval_have_one_each():
     records = [read("lm-eval", "a", 1024, 3.5, 2), read("lm-eval", "b", 1024, 9.0, 2)]
-    assert far_token_budget(Cell("lm-eval", "a", 1024, 0), records) == 4
+    assert far_token_budget(Case("lm-eval", "a", 1024, 0), records) == 4
 
 
 def test_nothing_far_is_nothing_to_read():
     records = [read("ruler", "vt", 20, 0.0, 0), Record("ruler", "vt", 20, "rtpurbo", 1, 0.0)]
-    assert far_token_budget(Cell("ruler", "vt", 20, 5), records) == 0
-    assert far_token_budget(Cell("ruler", "vt", 20, 5), []) == 0
+    assert far_token_budget(Case("ruler", "vt", 20, 5), records) == 0
+    assert far_token_budget(Case("ruler", "vt", 20, 5), []) == 0

@@ -6,14 +6,14 @@ import pytest
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation import results_file
-from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.records import Record, read_results
 from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.samples import Sample, SampleRecord, read_samples, samples_path
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from tests.evaluation.support import conditions
 
-TEST = Cell("needle", "single", 4096, 1)
+TEST = Case("needle", "single", 4096, 1)
 RECORD = Record("needle", "single", 4096, "full", 1, 100.0)
 SAMPLE = SampleRecord("needle", "single", 4096, "full", 0, 0, Sample.of([1], ["a"], "a", 100.0))
 
@@ -160,8 +160,8 @@ def test_the_origin_tells_of_all_runs(path):
 
 
 def test_groups_are_known_again(path):
-    group = Cell("lm-eval", "mmlu_pro", 0, 0)
-    tests = [Cell("lm-eval", name, 1024, 0) for name in ("mmlu_pro_math", "mmlu_pro_law")]
+    group = Case("lm-eval", "mmlu_pro", 0, 0)
+    tests = [Case("lm-eval", name, 1024, 0) for name in ("mmlu_pro_math", "mmlu_pro_law")]
     with opened(path, resume=True) as results:
         results.begin(conditions())
         results.ask(group)
@@ -173,9 +173,9 @@ def test_groups_are_known_again(path):
     results.ask(group)
     assert results.tests(group) == tests
     with pytest.raises(RTPurboError, match="has all samples of lm-eval mmlu_pro_math 1024, not 5:"):
-        results.ask(Cell("lm-eval", "mmlu_pro", 0, 5))
+        results.ask(Case("lm-eval", "mmlu_pro", 0, 5))
     with pytest.raises(RTPurboError, match="has 1 samples of needle single 4096, not 2: ask for"):
-        results.ask(Cell("needle", "single", 4096, 2))
+        results.ask(Case("needle", "single", 4096, 2))
 
 
 def test_what_was_measured_otherwise_is_refused_and_left_alone(path):

@@ -10,7 +10,7 @@ import torch
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation import results_file
-from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.records import read_results
 from rtpurbo.evaluation.results_file import ResultsFile
@@ -224,10 +224,10 @@ class Harness:
     def __init__(self, task_data, max_new_tokens, seed):
         pass
 
-    def prepare(self, tokenizer, cell, context_length):
-        return [Cell("lm-eval", name, context_length, cell.samples) for name in ("one", "two")]
+    def prepare(self, tokenizer, case, context_length):
+        return [Case("lm-eval", name, context_length, case.samples) for name in ("one", "two")]
 
-    def run(self, model, tokenizer, cell, after_sample):
+    def run(self, model, tokenizer, case, after_sample):
         model(torch.ones(1, 200, dtype=torch.long), use_cache=False)
         after_sample()
         sample = Sample.of([1], ["a"], "a", 100.0)

@@ -10,7 +10,7 @@ import torch
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation import workers
-from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.results_file import ResultsFile
 from rtpurbo.evaluation.run import evaluate
@@ -68,7 +68,7 @@ def test_results_are_those_of_one_process(tiny_artifact, tmp_path):
 
 
 def test_questions_of_ruler_are_made_once(tiny_artifact, tmp_path):
-    left = [workers.Assignment(Source(tiny_artifact)).battery(tmp_path).ruler for _ in range(2)]
+    left = [workers.RunManifest(Source(tiny_artifact)).task_suite(tmp_path).ruler for _ in range(2)]
     _, tokenizer = load(tiny_artifact)
     made = left[0].examples(tokenizer, "niah_multivalue", 1000, 2)
     [file] = tmp_path.iterdir()
@@ -108,17 +108,17 @@ def test_a_signal_ends_all_processes_and_keeps_what_was_measured(tiny_artifact, 
 
 
 class Memory:
-    """In place of an examiner: a GPU that is too full so many times."""
+    """In place of an runner: a GPU that is too full so many times."""
 
     def __init__(self, times, error):
         self.times = times
         self.error = error
 
-    def prepare(self, name, cells):
+    def prepare(self, name, cases):
         if self.times:
             self.times -= 1
             raise self.error
-        return {cell: [] for cell in cells}
+        return {case: [] for case in cases}
 
     def release(self):
         pass
@@ -142,7 +142,7 @@ class Pool:
 )
 def test_what_found_too_little_memory_is_done_again_in_the_end(monkeypatch, error):
     jobs = [
-        workers.Job(policy, Cell("ruler", "vt", 32768, 25), frozenset(), ())
+        workers.Job(policy, Case("ruler", "vt", 32768, 25), frozenset(), ())
         for policy in ("full", "rtpurbo")
     ]
 
@@ -163,7 +163,7 @@ def test_what_fails_otherwise_is_not_done_again(monkeypatch):
     memory = Memory(1, RuntimeError("shapes do not match"))
     worker = workers._Worker(None, None, torch.device("cpu"), memory)
     monkeypatch.setattr(workers, "_worker", worker, raising=False)
-    job = workers.Job("full", Cell("ruler", "vt", 32768, 25), frozenset(), ())
+    job = workers.Job("full", Case("ruler", "vt", 32768, 25), frozenset(), ())
     with pytest.raises(RuntimeError, match="shapes do not match"):
         list(workers.Workers(Pool()).do([job]))
 

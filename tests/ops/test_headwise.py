@@ -83,7 +83,7 @@ def test_layout_divides_the_heads_and_restores_their_order(groups, group, data):
     joined = torch.cat([part.heads for part in parts])
     assert joined[layout.order].tolist() == list(range(heads))
     assert layout.retrieval.heads.tolist() == chosen
-    full, bounded = layout.full_key_value_heads, layout.bounded_key_value_heads
+    full, bounded = layout.full_key_value_heads, layout.windowed_key_value_heads
     assert sorted([*full.tolist(), *bounded.tolist()]) == list(range(groups))
     for part, kept in zip(parts, (full, full, bounded), strict=True):
         assert len(part) == part.heads.numel()

@@ -162,7 +162,7 @@ class LayerStates:
 
         return (
             some(layout.full_key_value_heads, self.index_keys),
-            some(layout.bounded_key_value_heads, None),
+            some(layout.windowed_key_value_heads, None),
         )
 
 

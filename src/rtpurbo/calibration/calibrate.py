@@ -155,7 +155,7 @@ def _scores(
 
 
 def read_calibration(path: Path) -> Calibration:
-    """What `rtpurbo calibrate` wrote into a file.
+    """Result of `rtpurbo calibrate`, read from its file.
 
     Raises:
         RTPurboError: the file is missing or is not one.

@@ -15,7 +15,7 @@ from rtpurbo.ops.eager.visibility import causal_mask
 
 
 def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> dict[int, Tensor]:
-    """How much attention the later needle's rows pay to the earlier needle, for each query head.
+    """Attention that the later needle's queries pay to the earlier needle, per query head.
 
     `R_h = 1/|N_post| * sum over rows t of the later needle, columns j of the earlier one, of A_h(t, j)`, less what a
     head without any preference would give (|N_pre| / length), so that documents of all lengths compare. Only the

@@ -1,4 +1,4 @@
-"""Which heads are retrieval heads, given their scores; and how steady the choice is over documents."""
+"""Selection of retrieval heads from their scores, and its stability over documents."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def in_turn(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stability:
-    """How much documents agree, as means over all pairs of them.
+    """Agreement between documents, as means over all pairs of them.
 
     Attributes:
         rank_correlation: Spearman's, over all heads' scores; 1 is full agreement.

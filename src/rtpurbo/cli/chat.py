@@ -15,14 +15,14 @@ def chat(
     artifact: options.Artifact,
     system: Annotated[
         str | None,
-        typer.Option(help="What the model is told before everything else.", show_default=False),
+        typer.Option(help="System message.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
     show_reads: Annotated[
         bool,
         typer.Option(
             "--show-reads",
-            help="Tell after each answer how many tokens heads read and what the cache weighs, "
+            help="Show after each answer how many tokens heads read and the size of the cache, "
             "beside the dense model. Slows a GPU down.",
         ),
     ] = False,

@@ -146,10 +146,10 @@ def evaluate(
     seed: options.Seed = 0,
     device: options.Device = "auto",
 ) -> None:
-    """Measure what a sparse model keeps of the dense one, what it reads and what its cache weighs.
+    """Measure a sparse model beside the dense one: quality, tokens read and cache size.
 
     Every policy gets the same tests, from the part of the text that conversion does not train on.
-    Ctrl-C and SIGTERM end a run after the question it is at; `--resume` goes on from there.
+    Ctrl-C and SIGTERM end a run after the question it is at; `--resume` continues from there.
 
     `rtpurbo eval smollm2-sparse --suite needle --length 4096 --samples 20`
 
@@ -158,20 +158,20 @@ def evaluate(
     `rtpurbo eval smollm2-sparse --suite lm-eval --tasks aime24,mmlu_pro_math`
     """
     if resume and output is None:
-        raise RTPurboError("--resume goes on with a file of results: name it with --output.")
+        raise RTPurboError("--resume continues a file of results: name it with --output.")
     if output is not None and output.exists() and not (resume or force):
         raise RTPurboError(
             f"{output} exists: pass --resume to go on with it, or --force to replace it."
         )
 
     from rtpurbo.evaluation import request
-    from rtpurbo.evaluation.cells import DEFAULT_SUITES
+    from rtpurbo.evaluation.cases import DEFAULT_SUITES
 
     suites = options.suites_with_tasks(suite or DEFAULT_SUITES, tasks, length)
     lengths = length or request.DEFAULT_LENGTHS
     policies = policy or request.DEFAULT_POLICIES
     files = options.assignments("--task-data", task_data)
-    # Mistakes are told before torch is imported, which takes seconds.
+    # Mistakes are reported before torch is imported, which takes seconds.
     request.Request.of(
         suites,
         lengths,
@@ -229,7 +229,7 @@ def evaluate(
 
 @contextmanager
 def _stopping_cleanly(output: Path | None) -> Iterator[None]:
-    """As `stopping_cleanly`, with advice for those who have no file to resume."""
+    """`stopping_cleanly` with advice where there is no file to resume."""
     try:
         with stopping_cleanly():
             yield

@@ -170,8 +170,7 @@ Stream = Annotated[
     bool | None,
     typer.Option(
         "--stream",
-        help="Read the texts of --data while training goes on, never all at once; for large "
-        "datasets.",
+        help="Read the texts of --data during training, never all at once; for large datasets.",
         show_default=False,
         rich_help_panel=_TRAINING,
     ),

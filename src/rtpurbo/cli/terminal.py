@@ -27,7 +27,7 @@ def chat(conversation: Conversation, console: Console, *, show_reads: bool = Fal
     Args:
         conversation: answers.
         console: where to write; messages come from standard input.
-        show_reads: tell after each answer what it read and what the cache weighs.
+        show_reads: show after each answer the tokens read and the size of the cache.
     """
     at_terminal = sys.stdin.isatty()
     if at_terminal:
@@ -59,7 +59,7 @@ def chat(conversation: Conversation, console: Console, *, show_reads: bool = Fal
 
 
 def describe(answer: Answer) -> str:
-    """What an answer took, in a line."""
+    """Describes an answer in one line."""
     parts = [
         f"{answer.prompt_tokens:,} tokens of conversation, {answer.reused_tokens:,} of them held "
         f"from before; {answer.new_tokens:,} written"

@@ -1,1 +1,1 @@
-"""What a sparse model keeps of the dense one, what it reads and what its cache weighs."""
+"""Evaluation of a sparse model beside the dense one: quality, tokens read, cache size in bytes."""

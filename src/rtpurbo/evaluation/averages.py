@@ -31,7 +31,7 @@ class Average:
         score: in percent.
         ci95: the 95 % interval of the score, by bootstrap over the questions of each task.
         difference: points above the dense model; None of itself, or where it has other questions.
-        difference_ci95: the 95 % interval of the difference, likewise, question by question.
+        difference_ci95: the 95 % bootstrap interval of the difference, paired by question.
     """
 
     suite: str

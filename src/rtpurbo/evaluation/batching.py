@@ -1,4 +1,4 @@
-"""How many questions a model answers at once."""
+"""Batch sizes for questions."""
 
 from __future__ import annotations
 

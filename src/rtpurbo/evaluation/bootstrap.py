@@ -1,4 +1,4 @@
-"""How sure a mean is: intervals by drawing its samples again and again."""
+"""Bootstrap intervals of means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides questions and answers: a run goes on with the results of another only under the same."""
+"""Conditions of a run; only results of a run under the same conditions can be resumed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _DIFFERENCES = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """What decides questions and answers of every test and policy of a run.
+    """Everything that decides questions and answers of a run.
 
     Attributes:
         artifact: a digest of the files that its models are made of; they name the weights of the base
@@ -66,13 +66,13 @@ class Conditions:
         task_data: digests of the files given for suites and tasks of lm-eval, by their names.
         max_new_tokens: the most that answers to their questions may have.
         seed: of the tests.
-        cache_length: tokens at which caches are weighed; None for each test's.
+        cache_length: tokens at which cache sizes are computed; None for each test's.
         dtype: of the weights.
         device: its kind; devices of one kind run the same kernels.
-        rtpurbo: its version, as with the next three.
-        torch: likewise.
-        transformers: likewise.
-        lm_eval: likewise; None where it is not installed.
+        rtpurbo: version of the package.
+        torch: version of the package.
+        transformers: version of the package.
+        lm_eval: version of the package; None where it is not installed.
     """
 
     artifact: str
@@ -109,8 +109,8 @@ class Conditions:
             corpus: prose.
             materials: of RULER.
             task_data: files for suites and tasks of lm-eval, by their names.
-            max_new_tokens: as the attribute, like the next.
-            cache_length: likewise.
+            max_new_tokens: as the attribute.
+            cache_length: as the attribute.
         """
         return cls(
             _digest_of_artifact(source.folder),
@@ -135,7 +135,7 @@ class Conditions:
         return asdict(self)
 
     def differences(self, before: Mapping[str, Any]) -> list[str]:
-        """What was otherwise before, in words such as "--seed 0, not 1".
+        """Describes the conditions that differ, such as "--seed 0, not 1".
 
         Args:
             before: conditions as `to_dict` gave them.

@@ -1,4 +1,4 @@
-"""What a key-value cache weighs, counted from the tensors it holds."""
+"""Size of a KV cache in bytes, counted from the tensors it holds."""
 
 from __future__ import annotations
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.reads import reads_of
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.samples import Outcome, SampleRecord
 
 
 @dataclass(frozen=True)
-class Taken:
+class CaseResult:
     """All that a policy made of a test.
 
     Attributes:
@@ -24,7 +24,7 @@ class Taken:
         samples: the questions behind them, with their answers.
     """
 
-    test: Cell
+    test: Case
     records: list[Record]
     samples: list[SampleRecord]
 
@@ -44,7 +44,7 @@ class Part:
         kv_bytes: size of the cache of one sequence; None where tests have no length.
     """
 
-    test: Cell
+    test: Case
     policy: str
     seed: int
     budget: int | None
@@ -53,7 +53,7 @@ class Part:
     kv_bytes: int | None
 
 
-def joined(parts: Sequence[Part]) -> Taken:
+def joined(parts: Sequence[Part]) -> CaseResult:
     """Returns the records of a test from all its parts.
 
     Args:
@@ -93,4 +93,4 @@ def joined(parts: Sequence[Part]) -> Taken:
         for outcome in outcomes
         for number, sample in enumerate(outcome.samples)
     ]
-    return Taken(first.test, records, kept)
+    return CaseResult(first.test, records, kept)

@@ -1,4 +1,4 @@
-"""How well the model predicts prose, with every row of a sparse model sparse."""
+"""Perplexity of prose, where every query of a sparse model selects its keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What retrieval heads read, row by row, and how much of their attention lies there."""
+"""Tokens that retrieval heads read, by query, and their attention recall."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rtpurbo.ops import SelectionRows, SelectionStatistics
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 
-# Of rows that come together, every so many is measured unless a meter is told otherwise.
+# Of rows that come together, every so many is measured unless a meter sets another stride.
 ROW_STRIDE = 8
 # Where kernels decode, a step that is measured runs eager, for many times as long as a replayed graph:
 # every fourth of the first 32 steps of an answer does, so that a long answer costs no more than eight.
@@ -33,7 +33,7 @@ STEPS_WATCHED = 32
 
 @dataclass(frozen=True)
 class Reads:
-    """What a test's rows read; a row is one query of one head.
+    """Tokens read in a test; a row is one query of one head.
 
     Attributes:
         tokens_mean: tokens read, sinks and window included; None if no row was measured, as with
@@ -73,20 +73,20 @@ class ReadMeter(SelectionStatistics):
     row_stride: int = ROW_STRIDE
 
     def __post_init__(self) -> None:
-        # Each [4, rows]: tokens read, far tokens read, far tokens at hand, mass kept.
+        # Each [4, rows]: tokens read, far tokens read, far tokens available, attention recall.
         self._measured: list[Tensor] = []
         self._active: Tensor | None = None
 
     def begin(self, active: Tensor | None, measure: bool) -> None:
-        """Tells of a forward: which sequences [batch] still write, and whether its rows count."""
+        """Announces a forward: which sequences [batch] still write, and whether its rows count."""
         self._active = active
         self.needs_rows = measure
 
     def add(self, far: Tensor, selected: Tensor) -> None:
-        """What kernels count is not what is wanted: they do not see the mass."""
+        """Ignores the kernels' counts, which lack the attention mass."""
 
     def add_counts(self, far_keys: float, far_keys_read: float, rows: int) -> None:
-        """Likewise."""
+        """Ignores the kernels' counts."""
 
     def add_rows(self, rows: SelectionRows, selected: Tensor) -> None:
         """Measures rows; see `SelectionStatistics.add_rows`."""
@@ -172,7 +172,7 @@ def reads_of(measured: NDArray[np.float32]) -> Reads:
 
 
 def _histogram(counts: Tensor) -> tuple[int, ...]:
-    """How many counts are 0, 1, 2 to 3, 4 to 7, ..."""
+    """Histogram of counts, in the bins 0, 1, 2 to 3, 4 to 7, ..."""
     # The exponent e of m * 2**e with m from 1/2 to 1: 0 for 0, 1 for 1, 2 for 2 and 3.
     bins = torch.frexp(counts).exponent
     return tuple(torch.bincount(bins).tolist()) if bins.numel() else ()
@@ -227,7 +227,7 @@ class ForwardWatch:
     Where kernels decode, a step whose rows do not count must find nobody watching, so that a graph
     can be replayed. That is decided before anything of the model's own forward, in whose place the
     graph may stand; no module within is then called. A base model that is called without its head
-    tells of itself.
+    announces itself.
 
     A reader needs the keys of every step up to the last that counts, so none before it is replayed.
 
@@ -314,14 +314,14 @@ class ForwardWatch:
 
 
 def step_counts(step: int, device: torch.device) -> bool:
-    """Whether a decoding step is measured; steps of an answer count from 0."""
+    """True if a decoding step is measured; steps of an answer count from 0."""
     if device.type != "cuda":
         return True
     return any_step_counts_from(step, device) and step % STEP_STRIDE == 0
 
 
 def any_step_counts_from(step: int, device: torch.device) -> bool:
-    """Whether a decoding step or any after it may be measured."""
+    """True if a decoding step or any later one may be measured."""
     return device.type != "cuda" or step < STEPS_WATCHED
 
 

@@ -24,7 +24,7 @@ class Record:
     """One measurement.
 
     Attributes:
-        suite: a name of `rtpurbo.evaluation.cells.SUITES`.
+        suite: a name of `rtpurbo.evaluation.cases.SUITES`.
         task: what of the suite, such as "single", "prose" or "niah_single_1".
         context_length: tokens; 0 where questions have their own length.
         policy: what ran, a name of `rtpurbo.evaluation.policies.POLICIES`.
@@ -71,7 +71,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a later run must know to go on where this one ended.
+    """State that a later run needs to resume this one.
 
     Attributes:
         conditions: what decides questions and answers, as `Conditions.to_dict` gives it.

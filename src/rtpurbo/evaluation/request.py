@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.cells import HARNESS, Cell, check_name, choose_cells, suite_of
+from rtpurbo.evaluation.cases import HARNESS, Case, check_name, choose_cases, suite_of
 from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
 from rtpurbo.evaluation.questions.suites import QuestionData, check_opt_in
 from rtpurbo.settings import check_context
@@ -40,19 +40,19 @@ class Request:
     """The tests to run, and the files with their questions.
 
     Attributes:
-        cells: the tests.
+        cases: the tests.
         harness_data: files for tasks of lm-eval, by task.
         question_data: files for question suites, by suite.
     """
 
-    cells: list[Cell]
+    cases: list[Case]
     harness_data: dict[str, str | Path]
     question_data: dict[str, str | Path]
 
     @classmethod
     def of(
         cls,
-        suites: Sequence[str | Cell],
+        suites: Sequence[str | Case],
         lengths: Sequence[int] | Mapping[str, Sequence[int]],
         policies: Sequence[str],
         *,
@@ -71,15 +71,15 @@ class Request:
             check_name("policy", name, [*POLICY_NAMES, EVERY_POLICY])
         harness_data, question_data = _split(suites, task_data or {})
         questions = QuestionData.read(question_data, seed)
-        cells = choose_cells(suites, lengths, samples, questions.counts())
-        check_opt_in({cell.suite: cell for cell in cells}, run_code)
-        asked = [cell.task for cell in cells if cell.suite == HARNESS]
+        cases = choose_cases(suites, lengths, samples, questions.counts())
+        check_opt_in({case.suite: case for case in cases}, run_code)
+        asked = [case.task for case in cases if case.suite == HARNESS]
         for name in harness_data:
             if name not in asked:
                 raise RTPurboError(
                     f"there is data for the task '{name}' of lm-eval, which is not asked for."
                 )
-        return cls(cells, harness_data, question_data)
+        return cls(cases, harness_data, question_data)
 
     def check_lengths(self, artifact: str | Path, base_model: str | None = None) -> None:
         """Refuses tests beyond the context of the model, where a folder or a wheel's name tells it.
@@ -93,11 +93,11 @@ class Request:
         """
         context = _context_length(Path(artifact), base_model)
         if context is not None:
-            check_context("tests", max(cell.context_length for cell in self.cells), context)
+            check_context("tests", max(case.context_length for case in self.cases), context)
 
 
 def _split(
-    suites: Sequence[str | Cell], task_data: Mapping[str, str | Path]
+    suites: Sequence[str | Case], task_data: Mapping[str, str | Path]
 ) -> tuple[dict[str, str | Path], dict[str, str | Path]]:
     """Returns files for tasks of lm-eval, and files for question suites.
 

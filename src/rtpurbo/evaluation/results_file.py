@@ -1,4 +1,4 @@
-"""A file of results that grows while a run goes on, so that another run can go on where it ended."""
+"""A results file that grows during a run, so that another run can resume it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average, averages_of
-from rtpurbo.evaluation.cells import HARNESS, Cell
+from rtpurbo.evaluation.cases import HARNESS, Case
 from rtpurbo.evaluation.conditions import Conditions
 from rtpurbo.evaluation.records import Record, Resumption, read_results, write_results
 from rtpurbo.evaluation.ruler.vocabulary import load_vocabulary
@@ -30,7 +30,7 @@ _Place = tuple[str, str, int, str]
 
 @dataclass(frozen=True)
 class _Taken:
-    """What a policy made of a test."""
+    """Result of a policy in a test."""
 
     records: list[Record]
     samples: list[SampleRecord]
@@ -66,7 +66,7 @@ class ResultsFile:
         self._extra = dict(extra or {})
         self._resume = resume
         self._conditions: dict[str, Any] | None = None
-        self._tests: dict[str, list[Cell]] = {}
+        self._tests: dict[str, list[Case]] = {}
         self._written = time.monotonic()
         self._is_changed = False
         self._averages: list[Average] | None = None
@@ -100,26 +100,26 @@ class ResultsFile:
             self._taken.setdefault(_place(record), _Taken([], [])).records.append(record)
         for sample in samples:
             self._taken[_place(sample)].samples.append(sample)
-        self._tests = {name: [Cell(*row) for row in rows] for name, rows in before.tests.items()}
+        self._tests = {name: [Case(*row) for row in rows] for name, rows in before.tests.items()}
         origin = results.origin
         self._device = _joined(origin.get("device"), self._device, ", ")
         self._command = _joined_commands(origin.get("command"), self._command)
         if commit := _joined(origin.get("commit"), library_commit() or "", ", "):
             self._extra["commit"] = commit
 
-    def ask(self, asked: Cell) -> None:
-        """Tells a cell that is asked for.
+    def ask(self, asked: Case) -> None:
+        """Tells a case that is asked for.
 
         Raises:
             RTPurboError: it is there with another number of samples.
         """
-        # Only lm-eval's cells may stand for others, which are known once they were prepared.
+        # Only lm-eval's cases may stand for others, which are known once they were prepared.
         own = [] if asked.suite == HARNESS else [asked]
         known = self._tests.get(str(asked), own)
         self.set_tests(asked, [replace(test, samples=asked.samples) for test in known])
 
-    def set_tests(self, asked: Cell, tests: Sequence[Cell]) -> None:
-        """Tells which tests a cell stands for.
+    def set_tests(self, asked: Case, tests: Sequence[Case]) -> None:
+        """Tells which tests a case stands for.
 
         Raises:
             RTPurboError: one of them is there with another number of samples.
@@ -135,16 +135,16 @@ class ResultsFile:
                 )
         self._tests[str(asked)] = list(tests)
 
-    def tests(self, asked: Cell) -> list[Cell]:
-        """The tests that a cell stands for; none while that is not known."""
+    def tests(self, asked: Case) -> list[Case]:
+        """The tests that a case stands for; none while that is not known."""
         return self._tests.get(str(asked), [])
 
-    def every_test(self) -> list[Cell]:
+    def every_test(self) -> list[Case]:
         """All tests that are known, of earlier runs too, each once."""
         return list(dict.fromkeys(test for tests in self._tests.values() for test in tests))
 
-    def of(self, test: Cell, policy: str) -> list[Record]:
-        """What a policy made of a test, a record for each metric; none if it has not taken it."""
+    def of(self, test: Case, policy: str) -> list[Record]:
+        """Returns the records of a policy in a test, one per metric; none if it has not run."""
         taken = self._taken.get((test.suite, test.task, test.context_length, policy))
         return [] if taken is None else taken.records
 

@@ -13,12 +13,10 @@ import torch
 
 from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.assignment import Assignment
-from rtpurbo.evaluation.battery import in_parts
 from rtpurbo.evaluation.budgets import budget_of, has_budget
-from rtpurbo.evaluation.cells import DEFAULT_SUITES, HARNESS, Cell, check_name
-from rtpurbo.evaluation.examiner import Examiner
-from rtpurbo.evaluation.parts import Part, Taken, joined
+from rtpurbo.evaluation.cases import DEFAULT_SUITES, HARNESS, Case, check_name
+from rtpurbo.evaluation.manifest import RunManifest
+from rtpurbo.evaluation.parts import CaseResult, Part, joined
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
@@ -29,8 +27,10 @@ from rtpurbo.evaluation.request import (
     Request,
 )
 from rtpurbo.evaluation.results_file import ResultsFile
+from rtpurbo.evaluation.runner import Runner
 from rtpurbo.evaluation.samples import SampleRecord
-from rtpurbo.evaluation.workers import Finished, Job, Workers, hired
+from rtpurbo.evaluation.task_suite import in_parts
+from rtpurbo.evaluation.workers import Finished, Job, Workers, started_workers
 from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.settings import Progress, no_progress
 
@@ -38,7 +38,7 @@ from rtpurbo.settings import Progress, no_progress
 def evaluate(
     artifact: str | Path,
     *,
-    suites: Sequence[str | Cell] = DEFAULT_SUITES,
+    suites: Sequence[str | Case] = DEFAULT_SUITES,
     lengths: Sequence[int] | Mapping[str, Sequence[int]] = DEFAULT_LENGTHS,
     samples: int | None = None,
     policies: Sequence[str] = DEFAULT_POLICIES,
@@ -62,16 +62,16 @@ def evaluate(
 
     Args:
         artifact: a folder, or a name on the Hugging Face Hub.
-        suites: names of `rtpurbo.evaluation.cells.SUITES`; `suite:task,task` takes some tasks of a
+        suites: names of `rtpurbo.evaluation.cases.SUITES`; `suite:task,task` takes some tasks of a
             suite, and `suite@2048,8192` has lengths of its own. `lm-eval:task,task` takes tasks of
-            LM Evaluation Harness. A `Cell` is one test, with a length and samples of its own.
+            LM Evaluation Harness. A `Case` is one test, with a length and samples of its own.
         lengths: tokens of a test, for all suites or by the suite's name. Tasks of lm-eval have the
             model's context, unless lengths are named for them; RULER's among them, which makes
             prompts to measure, needs one.
         samples: questions or windows of each test; None takes 10, and all questions of `gsm8k`,
             `math`, `mmlu_pro`, `humaneval` and tasks of lm-eval.
         policies: names of `rtpurbo.evaluation.policies.POLICIES`, or `all`. Those that read as much as
-            `rtpurbo` on the mean of a suite's tests at a length make it run before them.
+            `rtpurbo` on average over a suite's tests at a length make it run before them.
         data: prose, as `load_texts` takes it; its held-out part is used.
         seed: of the tests; the same seed gives every policy the same tests.
         device: where to compute.
@@ -79,7 +79,7 @@ def evaluate(
         base_model: where to take the base model from, if not from where the artifact says.
         cache_length: tokens at which the cache is weighed; None takes each test's.
         squad: questions of `ruler:qa_1`, a file in SQuAD's format; None takes the built-in ones.
-        hotpotqa: those of `ruler:qa_2`, in HotpotQA's distractor format, likewise.
+        hotpotqa: those of `ruler:qa_2`, in HotpotQA's distractor format; None takes the built-in ones.
         task_data: files with the questions of `gsm8k`, `math`, `mmlu_pro`, `humaneval` and `babilong`,
             by the suite's name; and files for tasks of lm-eval instead of the Hub's, by the task's
             name, see `rtpurbo.evaluation.harness.local_data`.
@@ -118,10 +118,10 @@ def evaluate(
     device = resolve_device(device)
     folder = find_artifact(artifact)
     request.check_lengths(folder, base_model)
-    cells = request.cells
-    assignment = Assignment(
+    cases = request.cases
+    manifest = RunManifest(
         Source(folder, device, dtype or default_dtype(device), base_model, seed),
-        asks_harness=any(cell.suite == HARNESS for cell in cells),
+        asks_harness=any(case.suite == HARNESS for case in cases),
         data=data,
         seed=seed,
         squad=squad,
@@ -131,18 +131,18 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         cache_length=cache_length,
     )
-    battery = assignment.battery()
+    task_suite = manifest.task_suite()
     if results is None:
         results = ResultsFile()
     if results.path is not None:
-        results.begin(assignment.conditions(battery))
-    for cell in cells:
-        results.ask(cell)
-    run = _Run(cells, results, keep_sample, progress)
+        results.begin(manifest.conditions(task_suite))
+    for case in cases:
+        results.ask(case)
+    run = _Run(cases, results, keep_sample, progress)
     if processes == 1:
-        run.one_by_one(names, assignment.examiner(battery))
+        run.one_by_one(names, manifest.runner(task_suite))
     else:
-        with hired(assignment, processes) as workers:
+        with started_workers(manifest, processes) as workers:
             run.side_by_side(names, workers)
     return run.records(names)
 
@@ -165,7 +165,7 @@ def run_order(policies: Sequence[str]) -> list[str]:
 
 @dataclass
 class _Bar:
-    """What `progress` is told of a policy.
+    """Progress of a policy.
 
     Attributes:
         done: samples taken.
@@ -194,33 +194,31 @@ class _Bar:
 class _Run:
     """One call of `evaluate`; arguments as its."""
 
-    cells: Sequence[Cell]
+    cases: Sequence[Case]
     results: ResultsFile
     keep_sample: Callable[[SampleRecord], None]
     progress: Progress
 
     def records(self, names: Sequence[str]) -> list[Record]:
-        """What policies made of all tests."""
-        tests = dict.fromkeys(test for cell in self.cells for test in self.results.tests(cell))
+        """Returns the records of all tests."""
+        tests = dict.fromkeys(test for case in self.cases for test in self.results.tests(case))
         return [
             record for name in names for test in tests for record in self.results.of(test, name)
         ]
 
-    def one_by_one(self, names: Sequence[str], examiner: Examiner) -> None:
+    def one_by_one(self, names: Sequence[str], runner: Runner) -> None:
         """Takes policies through the tests that they have not taken."""
         for name in names:
             bar = self._bar(name)
             bar.show()
             if missing := self._missing(name):
-                for cell, tests in examiner.prepare(name, missing, self.progress).items():
-                    self.results.set_tests(cell, tests)
-                for test in (test for cell in missing for test in self.results.tests(cell)):
+                for case, tests in runner.prepare(name, missing, self.progress).items():
+                    self.results.set_tests(case, tests)
+                for test in (test for case in missing for test in self.results.tests(case)):
                     if not self._is_done(test, name):
                         budget = budget_of(name, test, self._read())
-                        examiner.take(
-                            name, test, budget, partial(self._keep, bar), bar.after_sample
-                        )
-            examiner.release()
+                        runner.take(name, test, budget, partial(self._keep, bar), bar.after_sample)
+            runner.release()
 
     def side_by_side(self, names: Sequence[str], workers: Workers) -> None:
         """The same, several at a time: first all that sets budgets, then those that keep to them."""
@@ -230,14 +228,14 @@ class _Run:
             for name in together:
                 bars[name] = self._bar(name)
                 bars[name].show()
-                for cell in sorted(self._missing(name), key=_order_of_work):
-                    done = {test for test in self.results.tests(cell) if self._is_done(test, name)}
-                    job = Job(name, cell, frozenset(done), read)
-                    parts = in_parts(cell, workers.count)
+                for case in sorted(self._missing(name), key=_order_of_work):
+                    done = {test for test in self.results.tests(case) if self._is_done(test, name)}
+                    job = Job(name, case, frozenset(done), read)
+                    parts = in_parts(case, workers.count)
                     jobs += [replace(job, questions=part) for part in parts] if parts[1:] else [job]
             unfinished: dict[Job, list[Finished]] = {}
             for finished in workers.do(jobs):
-                self.results.set_tests(finished.job.cell, finished.tests)
+                self.results.set_tests(finished.job.case, finished.tests)
                 bar = bars[finished.job.policy]
                 for taken in finished.taken:
                     bar.done += taken.records[0].samples
@@ -248,32 +246,32 @@ class _Run:
                     whole = replace(finished.job, questions=None)
                     parts_done = unfinished.setdefault(whole, [])
                     parts_done.append(finished)
-                    if len(parts_done) == len(in_parts(whole.cell, workers.count)):
+                    if len(parts_done) == len(in_parts(whole.case, workers.count)):
                         self._keep(bar, joined(_parts_in_order(unfinished.pop(whole))))
 
-    def _missing(self, name: str) -> list[Cell]:
+    def _missing(self, name: str) -> list[Case]:
         return [
-            cell
-            for cell in self.cells
-            if not self.results.tests(cell)
-            or not all(self._is_done(test, name) for test in self.results.tests(cell))
+            case
+            for case in self.cases
+            if not self.results.tests(case)
+            or not all(self._is_done(test, name) for test in self.results.tests(case))
         ]
 
-    def _is_done(self, test: Cell, name: str) -> bool:
+    def _is_done(self, test: Case, name: str) -> bool:
         records = self.results.of(test, name)
         # With more tests beside it, a test has another budget.
         budget = budget_of(name, test, self._read())
         return bool(records) and records[0].far_token_budget == budget
 
     def _read(self) -> Iterator[Record]:
-        """What the policy that sets budgets made of all tests."""
+        """Returns the records of the policy that sets budgets."""
         for test in self.results.every_test():
             yield from self.results.of(test, BUDGET_POLICY)[:1]
 
     def _bar(self, name: str) -> _Bar:
         done = total = 0
-        for cell in self.cells:
-            for test in self.results.tests(cell) or [cell]:
+        for case in self.cases:
+            for test in self.results.tests(case) or [case]:
                 samples = test.samples
                 if self._is_done(test, name):
                     samples = self.results.of(test, name)[0].samples
@@ -281,7 +279,7 @@ class _Run:
                 total += samples
         return _Bar(name, self.progress, done, total)
 
-    def _keep(self, bar: _Bar, taken: Taken) -> None:
+    def _keep(self, bar: _Bar, taken: CaseResult) -> None:
         for sample in taken.samples:
             self.keep_sample(sample)
         self.results.add(taken.records, taken.samples)
@@ -289,12 +287,12 @@ class _Run:
         bar.show()
 
 
-def _order_of_work(cell: Cell) -> float:
-    """Sorts cells so that the longest jobs do not come last, with nothing left to run beside them.
+def _order_of_work(case: Case) -> float:
+    """Sorts cases so that the longest jobs do not come last, with nothing left to run beside them.
 
     Short questions have the longest answers.
     """
-    return -math.inf if cell.suite in SHORT else -cell.context_length
+    return -math.inf if case.suite in SHORT else -case.context_length
 
 
 def _parts_in_order(parts: Sequence[Finished]) -> list[Part]:

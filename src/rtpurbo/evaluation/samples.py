@@ -49,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a test gave.
+    """Samples of a test.
 
     Attributes:
         score: right answers in percent, or perplexity.

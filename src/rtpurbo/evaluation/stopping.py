@@ -17,7 +17,7 @@ def questions_undisturbed(model: PreTrainedModel, test: str) -> Iterator[None]:
     """Inside, a first signal waits until the model is given another prompt, or until the end.
 
     So a test whose last questions are under way is finished. A GPU answers several at once: what
-    is told after each of them could not know whether others follow.
+    learns of each of them could not know whether others follow.
 
     Args:
         model: answers.

@@ -25,29 +25,29 @@ import torch
 
 from rtpurbo.devices import may_lack_memory
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.assignment import Assignment
 from rtpurbo.evaluation.budgets import budget_of
-from rtpurbo.evaluation.cells import Cell
-from rtpurbo.evaluation.examiner import Examiner
-from rtpurbo.evaluation.parts import Part, Taken
+from rtpurbo.evaluation.cases import Case
+from rtpurbo.evaluation.manifest import RunManifest
+from rtpurbo.evaluation.parts import CaseResult, Part
 from rtpurbo.evaluation.records import Record
+from rtpurbo.evaluation.runner import Runner
 
 
 @dataclass(frozen=True)
 class Job:
-    """A policy and a cell to take it through.
+    """A policy and a case to take it through.
 
     Attributes:
         policy: its name.
-        cell: may stand for several tests.
+        case: may stand for several tests.
         done: those of them that were taken before.
         read: what the policy that sets budgets made of all tests.
-        questions: a part of the cell's, if it is divided; None for the whole cell.
+        questions: a part of the case's, if it is divided; None for the whole case.
     """
 
     policy: str
-    cell: Cell
-    done: frozenset[Cell]
+    case: Case
+    done: frozenset[Case]
     read: tuple[Record, ...]
     questions: range | None = None
 
@@ -58,14 +58,14 @@ class Finished:
 
     Attributes:
         job: which.
-        tests: that its cell stands for.
+        tests: that its case stands for.
         taken: what the policy made of those that it had not taken.
-        part: of a job that is a part of a cell, its measurements; the rest of the cell is in other jobs.
+        part: of a job that is a part of a case, its measurements; the rest of the case is in other jobs.
     """
 
     job: Job
-    tests: list[Cell]
-    taken: list[Taken]
+    tests: list[Case]
+    taken: list[CaseResult]
     part: Part | None = None
 
 
@@ -83,7 +83,7 @@ class TooLarge:
 
 
 class Workers:
-    """Processes that do jobs; `hired` makes and ends them.
+    """Processes that do jobs; `started_workers` starts them and shuts them down.
 
     Attributes:
         count: how many they are.
@@ -110,23 +110,23 @@ class Workers:
             for job in too_large:
                 if isinstance(done := self._pool.submit(_do, job).result(), TooLarge):
                     raise RTPurboError(
-                        f"there is too little memory for {job.policy} at {job.cell} beside other "
+                        f"there is too little memory for {job.policy} at {job.case} beside other "
                         f"processes: ask for fewer of them with --processes ({done.reason})"
                     )
                 yield done
         except BrokenProcessPool as error:
             raise RTPurboError(
-                "one of the processes that measure was killed, perhaps for want of memory: ask for "
+                "one of the processes that measure was killed, perhaps for lack of memory: ask for "
                 "fewer of them with --processes."
             ) from error
 
 
 @contextmanager
-def hired(assignment: Assignment, count: int) -> Iterator[Workers]:
+def started_workers(manifest: RunManifest, count: int) -> Iterator[Workers]:
     """So many processes, until the end of the block, which leaves none of them at work.
 
     Args:
-        assignment: what they follow. Where its device is `cuda` without a number, they take the GPUs in
+        manifest: what they follow. Where its device is `cuda` without a number, they take the GPUs in
             turn.
         count: of processes.
     """
@@ -135,9 +135,9 @@ def hired(assignment: Assignment, count: int) -> Iterator[Workers]:
         # Each process takes one: which it is in the pool, it is not told.
         devices: SimpleQueue[torch.device] = context.SimpleQueue()
         for index in range(count):
-            devices.put(_device(torch.device(assignment.source.device), index))
+            devices.put(_device(torch.device(manifest.source.device), index))
         pool = ProcessPoolExecutor(
-            count, context, _begin, (assignment, Path(questions), devices, count)
+            count, context, _begin, (manifest, Path(questions), devices, count)
         )
         try:
             yield Workers(pool, count)
@@ -159,50 +159,50 @@ def _device(device: torch.device, index: int) -> torch.device:
 
 @dataclass
 class _Worker:
-    """What a process knows; the rest is made by its first job, whose errors reach the caller."""
+    """State of a worker process; its runner is made by the first job, whose errors reach the caller."""
 
-    assignment: Assignment
+    manifest: RunManifest
     questions: Path
     device: torch.device
-    examiner: Examiner | None = None
-    is_sent_home: bool = False
+    runner: Runner | None = None
+    is_stopping: bool = False
 
     def do(self, job: Job) -> Finished | TooLarge:
         """Does the job, if there is memory for it."""
-        if self.is_sent_home:
+        if self.is_stopping:
             sys.exit()
-        if self.examiner is None:
-            battery = self.assignment.battery(self.questions)
-            self.examiner = self.assignment.examiner(battery, self.device)
+        if self.runner is None:
+            task_suite = self.manifest.task_suite(self.questions)
+            self.runner = self.manifest.runner(task_suite, self.device)
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
         try:
-            return self._finished(job, self.examiner)
+            return self._finished(job, self.runner)
         except RuntimeError as error:
             if not may_lack_memory(error):
                 raise
-            self.examiner.release()
+            self.runner.release()
             return TooLarge(job, str(error))
         finally:
             # What is kept for later is missing elsewhere.
             torch.cuda.empty_cache()
 
-    def _finished(self, job: Job, examiner: Examiner) -> Finished:
-        tests = examiner.prepare(job.policy, [job.cell])[job.cell]
+    def _finished(self, job: Job, runner: Runner) -> Finished:
+        tests = runner.prepare(job.policy, [job.case])[job.case]
         if job.questions is not None:
-            budget = budget_of(job.policy, job.cell, job.read)
-            part = examiner.take_part(job.policy, job.cell, budget, job.questions)
+            budget = budget_of(job.policy, job.case, job.read)
+            part = runner.take_part(job.policy, job.case, budget, job.questions)
             return Finished(job, tests, [], part)
-        taken: list[Taken] = []
+        taken: list[CaseResult] = []
         for test in tests:
             if test not in job.done:
                 budget = budget_of(job.policy, test, job.read)
-                examiner.take(job.policy, test, budget, taken.append)
+                runner.take(job.policy, test, budget, taken.append)
         return Finished(job, tests, taken)
 
-    def go_home(self, number: int, frame: FrameType | None) -> None:
-        """Leaves the test under way, and what the pool has handed out beside it."""
-        self.is_sent_home = True
+    def shutdown(self, number: int, frame: FrameType | None) -> None:
+        """Abandons the current job and those that the pool has queued for this process."""
+        self.is_stopping = True
         sys.exit()
 
 
@@ -210,14 +210,14 @@ _worker: _Worker
 
 
 def _begin(
-    assignment: Assignment, questions: Path, devices: SimpleQueue[torch.device], count: int
+    manifest: RunManifest, questions: Path, devices: SimpleQueue[torch.device], count: int
 ) -> None:
     global _worker
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    _worker = _Worker(assignment, questions, devices.get())
-    # Ctrl-C reaches all processes of a terminal; the one that hired these ends them.
+    _worker = _Worker(manifest, questions, devices.get())
+    # Ctrl-C reaches all processes of a terminal; the parent process shuts the workers down.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _worker.go_home)
+    signal.signal(signal.SIGTERM, _worker.shutdown)
 
 
 def _do(job: Job) -> Finished | TooLarge:

@@ -1,4 +1,4 @@
-"""What models name their arguments; transformers 5.24 calls `cache` what was `past_key_values`."""
+"""Argument names of models; transformers 5.24 renamed `past_key_values` to `cache`."""
 
 from __future__ import annotations
 

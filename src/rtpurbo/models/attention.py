@@ -1,6 +1,6 @@
 """The attention function and the mask function that sparse models register with transformers.
 
-A model's own attention modules stay: their projections, norms, rotary embeddings and gates run as ever.
+A model's own attention modules stay: their projections, norms, rotary embeddings and gates run as before.
 They call this function with queries and keys after the rotation, or, where there is a cache, with the
 `EnteringStates` that `HeadwiseLayer.update` returned in the place of keys and values.
 """
@@ -33,7 +33,7 @@ def key_positions_as_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What transformers hands to the layers as their attention mask: the position of every key.
+    """Passes the position of every key to the layers in place of an attention mask.
 
     Positions are all a sparse layer needs, and they cost k_len numbers where a mask costs
     q_len x k_len.
@@ -72,7 +72,7 @@ def sparse_attention(
         module: the attention module that calls.
         query: [batch, num_attention_heads, q_len, head_dim], after RoPE.
         key: [batch, num_key_value_heads, k_len, head_dim], after RoPE, or what `update` returned.
-        value: likewise.
+        value: shaped as `key`.
         attention_mask: from `key_positions_as_mask`.
         dropout: of attention weights.
         s_aux: learned sinks [num_attention_heads], logits that take part in the softmax.

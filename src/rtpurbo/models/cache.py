@@ -75,12 +75,12 @@ class HeadwiseCache(Cache):
 
     @property
     def padding(self) -> Padding:
-        """How the sequences are padded: `none`, `left` or `any`."""
+        """Padding of the sequences: `none`, `left` or `any`."""
         return self.slots.padding
 
     @property
     def is_static(self) -> bool:
-        """Whether `make_static` was called and still holds."""
+        """True if `make_static` was called and is still in effect."""
         return self.slots.is_fixed
 
     def make_static(self, capacity: int) -> None:
@@ -112,7 +112,7 @@ class HeadwiseCache(Cache):
 
     @property
     def can_be_static(self) -> bool:
-        """Whether all that a step changes can be counted on the device."""
+        """True if everything that a step changes can be counted on the device."""
         return self.padding != "any" and all(
             type(layer) in (HeadwiseLayer, WindowedLayer)
             and not getattr(layer, "record_past", False)

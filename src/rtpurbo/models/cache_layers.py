@@ -72,7 +72,7 @@ class EnteringStates:
     Attributes:
         layer: the cache layer that they enter.
         keys: [batch, num_key_value_heads, new, head_dim], after RoPE.
-        values: likewise.
+        values: shaped as `keys`.
     """
 
     layer: HeadwiseLayer
@@ -136,7 +136,7 @@ class HeadwiseLayer(CacheLayerMixin):
 
         Args:
             key_states: [batch, num_key_value_heads, new, head_dim], after RoPE.
-            value_states: likewise.
+            value_states: shaped as `key_states`.
             index_keys: [batch, num_index_keys, new, index_dim] or None.
             layout: the layer's heads.
 
@@ -145,7 +145,7 @@ class HeadwiseLayer(CacheLayerMixin):
         """
         self.is_initialized = True
         self.seen += key_states.shape[2]
-        full, bounded = layout.full_key_value_heads, layout.bounded_key_value_heads
+        full, bounded = layout.full_key_value_heads, layout.windowed_key_value_heads
         return (
             self._append_full(key_states[:, full], value_states[:, full], index_keys, layout),
             self.ring.append(key_states[:, bounded], value_states[:, bounded]),

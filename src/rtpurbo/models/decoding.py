@@ -65,7 +65,7 @@ class PreparedStep:
     def fits(
         self, cache: HeadwiseCache, batch: int, modules: list[SparseAttention], address: int
     ) -> bool:
-        """Whether the step would now do what the model would."""
+        """True if the captured step still computes what the model would."""
         return (
             cache.is_static
             and cache.get_seq_length() < cache.slots.capacity
@@ -97,7 +97,7 @@ class GraphedDecoder:
         return GraphedDecoder()
 
     def step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
-        """What the model's forward would return; None if it has to run itself."""
+        """Returns the result of the captured step; None if the model's own forward has to run."""
         if self._has_failed or not self._is_step(model, arguments):
             return None
         ids, cache = arguments["input_ids"], arguments[CACHE_NAME]
@@ -127,7 +127,7 @@ class GraphedDecoder:
         self._prepared[cache] = prepared
 
     def _is_step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
-        """Whether this is a decoding step, and nothing beyond its logits is asked for."""
+        """True if this is a decoding step that asks for nothing beyond its logits."""
         ids, cache = arguments.get("input_ids"), arguments.get(CACHE_NAME)
         if not isinstance(cache, HeadwiseCache) or not isinstance(ids, Tensor):
             return False
@@ -175,7 +175,7 @@ class GraphedDecoder:
         return cache.can_be_static and cache.slots.have_begun
 
     def _pays(self, cache: HeadwiseCache) -> bool:
-        """Whether enough steps are to come, or have come, for a capture."""
+        """True if enough steps are to come, or have come, for a capture."""
         remaining = cache.expected_length - cache.get_seq_length()
         if remaining > 0:
             return remaining > STEPS_THAT_PAY
@@ -275,7 +275,7 @@ def _undo(cache: HeadwiseCache, seen: int) -> None:
 
 
 def _held(cache: HeadwiseCache) -> Iterator[tuple[Any, str, Tensor]]:
-    """What a step relies on to stay where it is."""
+    """Memory addresses that a captured step relies on."""
     owners: list[tuple[Any, str]] = [(cache.slots.ring, "positions")]
     owners += [(cache.slots, name) for name in ("first_slots", "fixed_positions", "length")]
     for owner, name in owners:

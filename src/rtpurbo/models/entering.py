@@ -104,7 +104,7 @@ def project(layer: SparseAttention, hidden_states: Tensor) -> tuple[Tensor, Tens
 
 
 def enters_by_kernel(layer: SparseAttention, hidden_states: Tensor, past: HeadwiseLayer) -> bool:
-    """Whether `enter` serves this call: the kernel suits it, and nobody watches or wants gradients.
+    """True if the fused kernel supports this call: no observers and no gradients.
 
     Args:
         layer: the sparse layer.
@@ -136,7 +136,7 @@ def _has_kernels(backend: str, states: Tensor) -> bool:
 
 
 def _knows_norms(module: Any, dtype: torch.dtype) -> bool:
-    """Whether norms of heads, if any, are the family's own, with nothing put around them."""
+    """True if the norms of heads, if any, are the family's own and unwrapped."""
     if FAMILIES[module.config.model_type].query_key_norm != "per_head":
         return True
     norms: list[Any] = [module.q_norm, module.k_norm]
@@ -149,7 +149,7 @@ def _knows_norms(module: Any, dtype: torch.dtype) -> bool:
 
 
 def _has_slots(past: HeadwiseLayer, states: Tensor) -> bool:
-    """Whether storages have the slots told, here and for so many sequences: a kernel writes unchecked."""
+    """True if the storages have enough slots for the sequences: the kernel does not check."""
     slots, ring = past.slots, past.slots.ring
     assert slots.newest is not None
     assert ring.entering is not None
@@ -187,13 +187,13 @@ def enter(
 ) -> tuple[Tensor, Tensor | None, KeyValueStates, KeyValueStates]:
     """Writes one new token a sequence into the cache, where `enters_by_kernel`.
 
-    Parameters are read where they lie: a captured step follows whoever trains or loads them.
+    Parameters are read in place: a captured step sees later training or loading.
 
     Args:
         layer: the sparse layer.
         queries: [batch, num_attention_heads, 1, head_dim], as projected.
-        keys: [batch, num_key_value_heads, 1, head_dim], likewise.
-        values: likewise.
+        keys: [batch, num_key_value_heads, 1, head_dim], as projected.
+        values: shaped as `keys`.
         position_embeddings: cosines and sines, [batch or 1, 1, rotary_dim] each.
         past: the layer's cache.
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's attention module is built.
+    """Structure of a family's attention module.
 
     Attributes:
         fused_projection: query, key and value come from one `qkv_proj`.

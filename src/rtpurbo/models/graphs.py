@@ -1,4 +1,4 @@
-"""What a GPU does is captured once as a CUDA graph, and run again by one launch."""
+"""CUDA graphs: a step is captured once and replayed by one launch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rtpurbo.models.sparse_layer import SparseAttention
 
 
 class CudaGraph:
-    """A step, captured: to run it again, the device needs no more than a word.
+    """A captured step, replayed by one launch.
 
     Args:
         step: runs the step and returns its logits, always at the same addresses.
@@ -42,8 +42,8 @@ class CudaGraph:
     ) -> None:
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            # PyTorch wants a run on another stream first. Whatever makes the host wait for the
-            # device is told here, where it harms nothing: it would break a capture.
+            # PyTorch wants a run on another stream first. A synchronisation of host and
+            # device is found here, where it does no harm: it would break a capture.
             with refusing_waits():
                 step()
             rewind()
@@ -66,7 +66,7 @@ class CudaGraph:
 
     @staticmethod
     def suits(device: torch.device) -> bool:
-        """Whether there can be graphs on this device now."""
+        """True if this device supports graphs now."""
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     @staticmethod

@@ -10,7 +10,7 @@ from rtpurbo.ops import KeyValueStates
 
 
 class RingSlots:
-    """Which slot of a ring a token takes: S for sinks, R for the latest tokens, one never read.
+    """Slots of a ring: S for sinks, R for the latest tokens, one that is never read.
 
     A token at position p takes slot p if it is a sink, else slot S + (p - S) % R; padding and tokens
     that a longer chunk has already outlived go to the last slot, so that writing needs no look at
@@ -29,7 +29,7 @@ class RingSlots:
         labels: int64 [batch, keys], the positions of the keys that these queries read.
         in_order: see `KeyValueStates`, as are the next two.
         first_slots: of the keys that these queries read.
-        sink_slots: likewise.
+        sink_slots: of the sinks among them.
     """
 
     def __init__(self, num_sink_tokens: int, sliding_window: int, crop_slack: int) -> None:
@@ -144,7 +144,7 @@ class RingSlots:
 
 
 class RingBuffer:
-    """Keys and values of bounded KV heads, [batch, heads, S + R + 1, dim], in the slots of a ring.
+    """Keys and values of windowed KV heads, [batch, heads, S + R + 1, dim], in the slots of a ring.
 
     Args:
         slots: which token lies where; its `enter` comes before every `append`.
@@ -160,7 +160,7 @@ class RingBuffer:
 
         Args:
             keys: [batch, heads, new, head_dim].
-            values: likewise.
+            values: shaped as `keys`.
         """
         slots, device = self.slots, keys.device
         assert slots.entering is not None
@@ -188,7 +188,7 @@ class RingBuffer:
         return self._labelled(keys, values)
 
     def states(self) -> KeyValueStates:
-        """What is held, as the query of one token sees it that entered last."""
+        """Keys and values held, as the query of the latest token sees them."""
         assert self.keys is not None
         assert self.values is not None
         return self._labelled(self.keys[:, :, :-1], self.values[:, :, :-1])

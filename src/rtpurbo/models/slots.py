@@ -45,18 +45,18 @@ def leading_padding(mask: Tensor) -> Tensor:
 
 
 class TokenSlots:
-    """What all layers of a cache have in common: the slots of its tokens.
+    """Slots of tokens, which all layers of a cache share.
 
     Slots count the tokens that entered, padding included; positions count the real ones of a
-    sequence. `enter` is told of every forward before the layers run, and looks at the data only
+    sequence. `enter` runs before the layers of every forward, and looks at the data only
     where a prompt or several tokens enter: a token that enters alone later on is real, once every
     sequence has begun.
 
     Fixed slots (`fix`) serve steps of one token whose operations are the same at any length: what
-    changes from step to step lives on the device alone, at the same addresses.
+    changes from step to step is stored on the device alone, at the same addresses.
 
     Args:
-        ring: the slots of bounded KV heads.
+        ring: the slots of windowed KV heads.
 
     Attributes:
         padding: the form of the padding so far; `any` stays.
@@ -173,7 +173,7 @@ class TokenSlots:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether steps of one token run in fixed slots."""
+        """True if steps of one token run in fixed slots."""
         return self.length is not None
 
     @property
@@ -196,11 +196,11 @@ class TokenSlots:
         self._counted = 0
 
     def recount(self, seen: int) -> None:
-        """Believes that what lives on the device stands at this many slots in use."""
+        """Assumes that the counters on the device are at this many slots in use."""
         self._counted = seen
 
     def rewind(self, seen: int) -> None:
-        """Brings what lives on the device to this many slots in use."""
+        """Sets the counters on the device to this many slots in use."""
         assert self.first_slots is not None
         assert self.fixed_positions is not None
         assert self.length is not None
@@ -211,7 +211,7 @@ class TokenSlots:
         self._counted = seen
 
     def window_mask(self, window: int) -> Tensor:
-        """What a step in fixed slots sees of a ring of `window` slots: bool [batch, 1, 1, window].
+        """Mask of a step in fixed slots over a ring of `window` slots: bool [batch, 1, 1, window].
 
         The token of slot s lies in slot s % window of such a ring.
         """
@@ -261,6 +261,6 @@ class TokenSlots:
         yield self.ring, "positions"
 
     def tensors(self) -> list[Tensor]:
-        """What is kept between forwards, but for the labels of the last one while slots grow."""
+        """Tensors kept between forwards, except the labels of the last one while slots grow."""
         tensors = (self.first_slots, self.fixed_positions, self.length, self.ring.positions)
         return [tensor for tensor in tensors if tensor is not None]

@@ -340,7 +340,7 @@ class SparseAttention:
             )
             for heads, index in (
                 (layout.full_key_value_heads, index_keys),
-                (layout.bounded_key_value_heads, None),
+                (layout.windowed_key_value_heads, None),
             )
         )
         return full, bounded

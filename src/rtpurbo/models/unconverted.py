@@ -24,7 +24,7 @@ def unconverted_attention(
         module: the attention module.
         query: [batch, num_attention_heads, q_len, head_dim].
         key: [batch, num_key_value_heads, k_len, head_dim].
-        value: likewise.
+        value: shaped as `key`.
         attention_mask: bool [batch, 1, q_len, k_len]; the positions of the keys, int64 [batch, k_len]; or
             None for a causal mask.
         kwargs: of transformers' attention interface.

@@ -112,7 +112,7 @@ class HeadLayout:
         local_full: local heads whose KV head is full because a neighbour in the group retrieves.
         local_bounded: local heads whose KV head is kept as sinks and window alone.
         full_key_value_heads: int64, KV heads kept whole.
-        bounded_key_value_heads: int64, the others.
+        windowed_key_value_heads: int64, the others.
         order: int64 [num_attention_heads], brings (retrieval, local_full, local_bounded) back to
             head order.
         derived: what a backend works out from the layout once.
@@ -122,7 +122,7 @@ class HeadLayout:
     local_full: HeadGroup
     local_bounded: HeadGroup
     full_key_value_heads: Tensor
-    bounded_key_value_heads: Tensor
+    windowed_key_value_heads: Tensor
     order: Tensor
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 

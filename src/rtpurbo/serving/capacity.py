@@ -1,4 +1,4 @@
-"""How much context a server holds, told before it starts."""
+"""Context that a server can hold, computed before it starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ELEMENT_BYTES = {"float32": 4, "float": 4, "auto": 2}
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a key-value cache holds, in requests of one length.
+    """Capacity of a KV cache, in requests of one length.
 
     Attributes:
         memory: bytes of the cache, on each device.
@@ -48,7 +48,7 @@ def capacity_of(
     dtype: str = "auto",
     tensor_parallel_size: int = 1,
 ) -> Capacity:
-    """What a cache holds of a checkpoint's context, as vLLM with rtpurbo lays it out.
+    """Computes the capacity of a cache for a checkpoint, as vLLM with rtpurbo lays it out.
 
     Args:
         checkpoint: the folder of an export for vLLM.

@@ -29,7 +29,7 @@ from rtpurbo.ops import SelectionStatistics
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Sampling parameters.
 
     Attributes:
         temperature: 0 takes the likeliest token; None does as the model's generation settings say.
@@ -52,7 +52,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an answer took.
+    """Counts of an answer.
 
     Attributes:
         prompt_tokens: of the whole conversation before the answer.
@@ -80,7 +80,7 @@ class Conversation:
     Args:
         model: sparse.
         tokenizer: the model's.
-        system: what the model is told before everything else.
+        system: the system message.
         max_new_tokens: the most tokens of an answer.
         sampling: how they are drawn.
         count_reads: count what heads read. On a GPU steps then run without a CUDA graph, slower.
@@ -307,5 +307,5 @@ class _AfterEachToken(StoppingCriteria):
         self._is_last = is_last
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether each sequence is done."""
+        """Returns bool [batch]: the sequences that are done."""
         return torch.full((input_ids.shape[0],), self._is_last(), device=input_ids.device)

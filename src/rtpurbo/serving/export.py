@@ -218,7 +218,7 @@ def _save_sparse(
     folder: Path,
     target: Target,
 ) -> None:
-    """What makes a dense checkpoint sparse: configuration and indexers."""
+    """Configuration and indexers that make a dense checkpoint sparse."""
     if target == "transformers":
         save_artifact(folder, artifact, dict(indexers))
         write_model_config(folder, config)

@@ -1,4 +1,4 @@
-"""Which vLLM is installed beside rtpurbo."""
+"""The installed vLLM."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ SEQUENCE_THRESHOLD = 16384
 def headwise_config(
     config: RTPurboConfig, sequence_threshold: int = SEQUENCE_THRESHOLD
 ) -> dict[str, Any]:
-    """Which query heads keep a window alone while RTP-LLM reads a prompt.
+    """Query heads with a window alone while RTP-LLM reads a prompt.
 
     RTP-LLM's open code is head-wise in prefill only; it has no token indexer, so retrieval heads
     are dense, and so is decoding.

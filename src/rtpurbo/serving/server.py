@@ -30,7 +30,7 @@ BATCHED_TOKENS = (512, 2048)
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What rtpurbo itself wants to know of vLLM's settings; the others pass through.
+    """Options of vLLM that rtpurbo reads itself; the others pass through.
 
     Attributes:
         max_model_len: longest request, in tokens; None for the model's context.
@@ -111,7 +111,7 @@ def server_command(
 def served_capacity(
     checkpoint: Path, settings: ServerSettings, installation: Installation
 ) -> Capacity:
-    """What the server's cache holds; where vLLM decides its size, what a GiB holds."""
+    """Capacity of the server's cache, or of one GiB where vLLM decides the size."""
     # On a GPU, vLLM schedules a step ahead of the one that runs.
     batches = 1 if installation.on_cpu else 2
     return capacity_of(
@@ -125,7 +125,7 @@ def served_capacity(
 
 
 def served_name(artifact: str | Path) -> str:
-    """What clients call the model: the name of its folder or repository."""
+    """Model name for clients: the name of its folder or repository."""
     return Path(artifact).resolve().name if Path(artifact).is_dir() else str(artifact)
 
 

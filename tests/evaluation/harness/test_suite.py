@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.cells import Cell
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.harness import package
 from rtpurbo.evaluation.harness.suite import Harness
 from rtpurbo.evaluation.run import evaluate
@@ -102,7 +102,7 @@ def test_mistakes_are_told(managers, tmp_path, task, data, sentence):
     harness = Harness({} if data is None else {task: folder / data})
     harness._managers = managers
     with pytest.raises(RTPurboError, match=sentence):
-        harness.prepare(tiny_tokenizer(), Cell("lm-eval", task, 0, 1), 1024)
+        harness.prepare(tiny_tokenizer(), Case("lm-eval", task, 0, 1), 1024)
 
 
 @needs_lm_eval

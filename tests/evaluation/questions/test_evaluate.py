@@ -63,7 +63,7 @@ def test_all_policies_answer_the_same_questions_in_one_file(tiny_artifact, task_
 
 
 def test_processes_share_a_suite(tiny_artifact, task_data, monkeypatch):
-    monkeypatch.setattr("rtpurbo.evaluation.battery.QUESTIONS_OF_A_PART", 2)
+    monkeypatch.setattr("rtpurbo.evaluation.task_suite.QUESTIONS_OF_A_PART", 2)
     found = []
     for processes in (1, 2):
         results, calls = ResultsFile(), []

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval as cells: found, loaded once for all policies, and asked of a model."""
+"""Tasks of lm-eval as cases: found, loaded once for all policies, and asked of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.batching import TOKENS_AT_ONCE
-from rtpurbo.evaluation.cells import HARNESS, Cell
+from rtpurbo.evaluation.cases import HARNESS, Case
 from rtpurbo.evaluation.harness.local_data import local_config
 from rtpurbo.evaluation.harness.outcomes import outcomes_of
 from rtpurbo.evaluation.harness.package import lm_eval
@@ -53,42 +53,42 @@ class Harness:
         self._singles = {name for name, path in task_data.items() if Path(path).is_file()}
         self._folder = tempfile.TemporaryDirectory()
         self._managers: dict[int, Any] = {}
-        self._cells: dict[tuple[Cell, int], list[Cell]] = {}
+        self._cases: dict[tuple[Case, int], list[Case]] = {}
         self._tasks: dict[tuple[str, int], Any] = {}
 
     def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, cell: Cell, context_length: int
-    ) -> list[Cell]:
+        self, tokenizer: PreTrainedTokenizerBase, case: Case, context_length: int
+    ) -> list[Case]:
         """Loads a task, or all those of a group, with their data.
 
         Args:
             tokenizer: the model's; RULER's tasks count with it.
-            cell: names the task; its length, if any, is that of the prompts that a task makes up.
+            case: names the task; its length, if any, is that of the prompts that a task makes up.
             context_length: the model's.
 
         Returns:
-            A cell for each task. Its length is that of its prompts, where it tells, or the model's.
+            A case for each task. Its length is that of its prompts, where it tells, or the model's.
 
         Raises:
             RTPurboError: the task is unknown, its data cannot be had, or its answers leave no room for
                 questions.
         """
-        if (cell, context_length) not in self._cells:
-            manager = self._manager(tokenizer, cell.context_length)
-            cells = []
-            for name, task in self._load(manager, cell.task).items():
+        if (case, context_length) not in self._cases:
+            manager = self._manager(tokenizer, case.context_length)
+            cases = []
+            for name, task in self._load(manager, case.task).items():
                 self._check_room(name, task, context_length)
                 length = _own_length(task) or context_length
-                cells.append(Cell(HARNESS, name, length, cell.samples))
+                cases.append(Case(HARNESS, name, length, case.samples))
                 self._tasks[name, length] = task
-            self._cells[cell, context_length] = cells
-        return self._cells[cell, context_length]
+            self._cases[case, context_length] = cases
+        return self._cases[case, context_length]
 
     def run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        cell: Cell,
+        case: Case,
         after_sample: Callable[[], None],
     ) -> list[Outcome]:
         """Asks a model the questions of one task, through the chat template if there is one.
@@ -96,15 +96,15 @@ class Harness:
         Args:
             model: dense or sparse.
             tokenizer: the model's.
-            cell: from `prepare`.
+            case: from `prepare`.
             after_sample: called for each answer, or for each choice that a question offers.
 
         Returns:
             An outcome for each of the task's metrics.
         """
-        task = self._tasks[cell.task, cell.context_length]
+        task = self._tasks[case.task, case.context_length]
         is_gpu = model.device.type == "cuda"
-        at_once = max(1, min(QUESTIONS_AT_ONCE, TOKENS_AT_ONCE // cell.context_length))
+        at_once = max(1, min(QUESTIONS_AT_ONCE, TOKENS_AT_ONCE // case.context_length))
         wrapped = lm_eval("models.huggingface").HFLM(
             pretrained=model,
             tokenizer=tokenizer,
@@ -117,7 +117,7 @@ class Harness:
         results = lm_eval("evaluator").simple_evaluate(
             model=wrapped,
             tasks=[task],
-            limit=cell.samples or None,
+            limit=case.samples or None,
             bootstrap_iters=0,
             gen_kwargs=limit or None,
             apply_chat_template=bool(tokenizer.chat_template),
@@ -128,8 +128,8 @@ class Harness:
             fewshot_random_seed=self.seed,
         )
         return outcomes_of(
-            results["samples"][cell.task],
-            results["results"][cell.task],
+            results["samples"][case.task],
+            results["results"][case.task],
             task.higher_is_better(),
             tokenizer,
         )
@@ -193,7 +193,7 @@ class Harness:
 
 
 class _AnswerHook:
-    """Stands where lm-eval would keep answers for another time, and tells of each."""
+    """Replacement for lm-eval's cache of answers, which reports each answer."""
 
     def __init__(self, after_sample: Callable[[], None]) -> None:
         self._after_sample = after_sample

@@ -1,4 +1,4 @@
-"""What is compared: one file a policy, found by itself. A new one is a file with a `POLICY`."""
+"""Policies to compare, one file each. A new policy is a new file that defines `POLICY`."""
 
 from __future__ import annotations
 

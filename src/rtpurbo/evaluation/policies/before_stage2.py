@@ -1,4 +1,4 @@
-"""What stage 2 is worth: the indexers of stage 1 on the dense model's weights."""
+"""The model before stage 2: the indexers of stage 1 on the dense model's weights."""
 
 from __future__ import annotations
 

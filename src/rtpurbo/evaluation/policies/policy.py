@@ -1,4 +1,4 @@
-"""What every policy is: a name, a model made from an artifact, and what its cache weighs."""
+"""Policy: a name, a model made from an artifact, and the size of its cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Policy(ABC):
         """Makes the model."""
 
     def kv_bytes(self, model: PreTrainedModel, context_length: int) -> int:
-        """What the cache of one sequence weighs."""
+        """Returns the cache size of one sequence in bytes."""
         return cache_bytes(model, context_length, index_keys=self.keeps_index)
 
 
@@ -67,7 +67,7 @@ class RulePolicy(Policy):
 
 @dataclass(frozen=True)
 class BudgetPolicy(Policy):
-    """The artifact's sparse model, whose retrieval heads read as many far tokens as they are told."""
+    """The artifact's sparse model, whose retrieval heads read a given number of far tokens."""
 
     def prepare(self, source: Source) -> Loaded:
         """Makes the model, which has no budget yet."""
@@ -79,4 +79,4 @@ class BudgetPolicy(Policy):
 
     @abstractmethod
     def selector(self, far_tokens: int) -> Selector:
-        """What chooses so many far tokens."""
+        """Returns the selection of that many far tokens."""

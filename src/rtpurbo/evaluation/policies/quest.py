@@ -78,11 +78,11 @@ class Quest(BudgetPolicy):
     """Page bounds choose what retrieval heads read beyond sinks and window; heads as rtpurbo's."""
 
     def selector(self, far_tokens: int) -> QuestSelector:
-        """What chooses so many far tokens."""
+        """Returns the selection of that many far tokens."""
         return QuestSelector(far_tokens)
 
     def kv_bytes(self, model: PreTrainedModel, context_length: int) -> int:
-        """What the cache of one sequence weighs: two keys a page come instead of the index."""
+        """Returns the cache size of one sequence in bytes, with two keys per page in place of the index."""
         pages = -(-context_length // PAGE_SIZE)
         bounds = 2 * full_key_bytes(model, pages)
         return cache_bytes(model, context_length, index_keys=False) + bounds

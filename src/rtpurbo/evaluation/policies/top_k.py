@@ -33,10 +33,10 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 
 class TopK(BudgetPolicy):
-    """As many far tokens as rtpurbo reads on the mean, in every row the same number."""
+    """As many far tokens as rtpurbo reads on average, the same number for every query."""
 
     def selector(self, far_tokens: int) -> TopKSelector:
-        """What chooses so many far tokens."""
+        """Returns the selection of that many far tokens."""
         return TopKSelector(far_tokens)
 
 

@@ -18,7 +18,7 @@ SMALLEST = 10
 
 @dataclass(frozen=True)
 class Frequencies:
-    """How often words come up in a list.
+    """Frequencies of words in a list.
 
     Attributes:
         common: each of the ten common words.

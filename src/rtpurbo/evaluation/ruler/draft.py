@@ -38,7 +38,7 @@ class Draft:
 
     Attributes:
         text: what comes before the question, around a haystack of so many units; the unit is the
-            task's. The same size gives the same text, and a larger one goes on where a smaller ends.
+            task's. The same size gives the same text, and a larger one extends a smaller one.
         question: what is asked at the end.
         opening: the words that open the answer and give nothing away.
         answers: strings that a right answer contains.

@@ -1,4 +1,4 @@
-"""What haystacks are made of: words, prose, passages."""
+"""Materials of haystacks: words, prose, passages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS_TO_A_SENTENCE = 200
 
 @dataclass(frozen=True)
 class Materials:
-    """What haystacks are made of.
+    """Materials of haystacks.
 
     Attributes:
         vocabulary: words of keys and lists.
@@ -54,7 +54,7 @@ class Materials:
         Args:
             corpus: prose.
             squad: a file in SQuAD's format for `qa_1`; None takes the built-in questions.
-            hotpotqa: one in HotpotQA's distractor format for `qa_2`, likewise.
+            hotpotqa: one in HotpotQA's distractor format for `qa_2`; None takes the built-in ones.
             vocabulary: words; None takes those of `load_vocabulary`.
 
         Raises:

@@ -160,11 +160,11 @@ def _of_heads(layout: HeadLayout, rule: AttentionRule, num_heads: int) -> tuple[
 
 def _joined(full: Tensor, bounded: Tensor, layout: HeadLayout) -> Tensor:
     """States of all KV heads, in their order."""
-    if not layout.full_key_value_heads.numel() or not layout.bounded_key_value_heads.numel():
+    if not layout.full_key_value_heads.numel() or not layout.windowed_key_value_heads.numel():
         return full if layout.full_key_value_heads.numel() else bounded
     if "flex_order" not in layout.derived:
         with torch.inference_mode(False):
-            heads = torch.cat([layout.full_key_value_heads, layout.bounded_key_value_heads])
+            heads = torch.cat([layout.full_key_value_heads, layout.windowed_key_value_heads])
             layout.derived["flex_order"] = heads.argsort()
     return torch.cat([full, bounded], 1)[:, layout.derived["flex_order"]]
 

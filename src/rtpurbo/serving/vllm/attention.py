@@ -121,7 +121,7 @@ class ServedAttention(nn.Module):
         full, bounded = self._cache(self.full, metadata), self._cache(self.bounded, metadata)
         for cache, kept, readers in (
             (full, layout.full_key_value_heads, layout.retrieval.key_value_heads),
-            (bounded, layout.bounded_key_value_heads, None),
+            (bounded, layout.windowed_key_value_heads, None),
         ):
             if cache is None:
                 continue

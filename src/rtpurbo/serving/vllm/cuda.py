@@ -235,8 +235,8 @@ def _part_of(layout: HeadLayout, kind: str) -> tuple[Tensor, HeadLayout]:
     """The query heads of a layer's full or bounded KV heads, and their layout without the others."""
     key = ("served", kind)
     if key not in layout.derived:
-        kept = layout.full_key_value_heads if kind == "full" else layout.bounded_key_value_heads
-        of_layer = layout.full_key_value_heads.numel() + layout.bounded_key_value_heads.numel()
+        kept = layout.full_key_value_heads if kind == "full" else layout.windowed_key_value_heads
+        of_layer = layout.full_key_value_heads.numel() + layout.windowed_key_value_heads.numel()
         group = layout.order.numel() // of_layer
         device = layout.order.device
         heads = (kept[:, None] * group + torch.arange(group, device=device)).flatten()

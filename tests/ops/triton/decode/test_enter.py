@@ -99,7 +99,7 @@ class Entrance:
         raw_keys, keys = self.expected(self.keys, norm and norm.key_weight)
         assert queries.dtype == self.dtype
         self.assert_close(queries[:, :, 0], expected)
-        full, bounded = layout.full_key_value_heads, layout.bounded_key_value_heads
+        full, bounded = layout.full_key_value_heads, layout.windowed_key_value_heads
         values, places = self.values[:, :, 0], [NEWEST] * self.batch
         self.assert_written("full_keys", keys[:, full], places, before)
         self.assert_written("full_values", values[:, full], places, before, exactly=True)

@@ -326,7 +326,10 @@ def enter_token(
         float16 where states are in bfloat16.
     """
     batch, num_heads, _, head_dim = queries.shape
-    num_full, num_ring = layout.full_key_value_heads.numel(), layout.bounded_key_value_heads.numel()
+    num_full, num_ring = (
+        layout.full_key_value_heads.numel(),
+        layout.windowed_key_value_heads.numel(),
+    )
     num_retrieval = num_index_keys = 0
     if projection is not None:
         num_retrieval, num_index_keys = len(layout.retrieval), projection.key_weight.shape[0]
@@ -368,7 +371,7 @@ def enter_token(
             slots.entering,
             slots.entering.stride(0),
             layout.full_key_value_heads,
-            layout.bounded_key_value_heads,
+            layout.windowed_key_value_heads,
             layout.retrieval.heads,
             entered,
             index_queries,

@@ -167,7 +167,10 @@ def read(
 ) -> tuple[Parts, Index]:
     """Near attention of B * H heads, and index scores."""
     batch, num_heads, _, head_dim = queries.shape
-    num_full, num_ring = layout.full_key_value_heads.numel(), layout.bounded_key_value_heads.numel()
+    num_full, num_ring = (
+        layout.full_key_value_heads.numel(),
+        layout.windowed_key_value_heads.numel(),
+    )
     num_retrieval = len(layout.retrieval)
     scan = num_retrieval > 0 and rule.top_p < 1
     key_heads = None
@@ -218,7 +221,7 @@ def read(
         full.lengths,
         full.first_slots,
         layout.full_key_value_heads,
-        layout.bounded_key_value_heads,
+        layout.windowed_key_value_heads,
         layout.retrieval.heads,
         near.log_sums,
         near.outputs,

@@ -1,4 +1,4 @@
-"""The tests of a run: what each cell asks of a model, the same of every policy."""
+"""The tests of a run: what each case asks of a model, the same of every policy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus
-from rtpurbo.evaluation.cells import HARNESS, Cell
+from rtpurbo.evaluation.cases import HARNESS, Case
 from rtpurbo.evaluation.needle import needle_accuracy
 from rtpurbo.evaluation.perplexity import prose_perplexity
 from rtpurbo.evaluation.questions import babilong
@@ -29,15 +29,15 @@ QUESTIONS_OF_A_PART = 48
 
 
 @dataclass(frozen=True)
-class Battery:
-    """Runs cells.
+class TaskSuite:
+    """Runs cases.
 
     Attributes:
         corpus: prose.
         ruler: RULER's tests.
         babilong: those of BABILong; without its questions, it has no tasks.
         questions: the suites whose questions have their own length.
-        harness: those of LM Evaluation Harness; None if no cell asks for them.
+        harness: those of LM Evaluation Harness; None if no case asks for them.
         seed: of all tests.
     """
 
@@ -56,77 +56,77 @@ class Battery:
     def prepare(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        cells: Sequence[Cell],
+        cases: Sequence[Case],
         context_length: int,
         progress: Progress,
-    ) -> dict[Cell, list[Cell]]:
+    ) -> dict[Case, list[Case]]:
         """Makes the prompts that take long to make, and finds out which do not fit their length.
 
         Args:
             tokenizer: the model's.
-            cells: the tests.
+            cases: the tests.
             context_length: the model's.
             progress: told after each test.
 
         Returns:
-            The tests to run, by the cell that asks for them: groups of tasks have become their tasks.
+            The tests to run, by the case that asks for them: groups of tasks have become their tasks.
 
         Raises:
             RTPurboError: a task is unknown, its data cannot be had, or it does not fit its length.
         """
-        long = [cell for cell in cells if cell.suite in (*self._filled, *SHORT, HARNESS)]
-        ready: dict[Cell, list[Cell]] = {}
-        for cell in cells:
-            if cell in long:
-                progress("prompts", long.index(cell), len(long), {})
-            if cell.suite == HARNESS:
+        long = [case for case in cases if case.suite in (*self._filled, *SHORT, HARNESS)]
+        ready: dict[Case, list[Case]] = {}
+        for case in cases:
+            if case in long:
+                progress("prompts", long.index(case), len(long), {})
+            if case.suite == HARNESS:
                 assert self.harness is not None
-                ready[cell] = self.harness.prepare(tokenizer, cell, context_length)
+                ready[case] = self.harness.prepare(tokenizer, case, context_length)
                 continue
-            if cell.suite in self._filled:
-                suite = self._filled[cell.suite]
-                suite.examples(tokenizer, cell.task, cell.context_length, cell.samples)
-            elif cell.suite in SHORT:
-                self.questions.prepare(tokenizer, cell.suite, cell.samples, context_length)
-            ready[cell] = [cell]
+            if case.suite in self._filled:
+                suite = self._filled[case.suite]
+                suite.examples(tokenizer, case.task, case.context_length, case.samples)
+            elif case.suite in SHORT:
+                self.questions.prepare(tokenizer, case.suite, case.samples, context_length)
+            ready[case] = [case]
         if long:
             progress("prompts", len(long), len(long), {})
         return ready
 
     def run(
         self,
-        cell: Cell,
+        case: Case,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         after_sample: Callable[[], None],
         questions: range | None = None,
     ) -> list[Outcome]:
-        """Returns an outcome for each metric of a cell.
+        """Returns an outcome for each metric of a case.
 
         Args:
-            cell: one that was prepared.
+            case: one that was prepared.
             model: dense or sparse.
             tokenizer: the model's.
             after_sample: called after each question or window.
-            questions: consecutive questions of the cell, where `in_parts` has several; None asks all.
+            questions: consecutive questions of the case, where `in_parts` has several; None asks all.
         """
-        length, samples = cell.context_length, cell.samples
-        if cell.suite == HARNESS:
+        length, samples = case.context_length, case.samples
+        if case.suite == HARNESS:
             assert self.harness is not None
-            return self.harness.run(model, tokenizer, cell, after_sample)
-        if cell.suite in self._filled:
-            suite = self._filled[cell.suite]
-            return [suite.run(model, tokenizer, cell.task, length, samples, after_sample)]
-        if cell.suite in SHORT:
+            return self.harness.run(model, tokenizer, case, after_sample)
+        if case.suite in self._filled:
+            suite = self._filled[case.suite]
+            return [suite.run(model, tokenizer, case.task, length, samples, after_sample)]
+        if case.suite in SHORT:
             asked = range(samples) if questions is None else questions
-            return [self.questions.run(model, tokenizer, cell.suite, asked, after_sample)]
-        if cell.suite == "needle":
+            return [self.questions.run(model, tokenizer, case.suite, asked, after_sample)]
+        if case.suite == "needle":
             return [
                 needle_accuracy(
                     model,
                     tokenizer,
                     self.corpus,
-                    cell.task,
+                    case.task,
                     length,
                     samples,
                     self.seed,
@@ -140,18 +140,18 @@ class Battery:
         ]
 
 
-def in_parts(cell: Cell, most: int) -> list[range]:
-    """Divides the questions of a cell, for several processes to share.
+def in_parts(case: Case, most: int) -> list[range]:
+    """Divides the questions of a case, for several processes to share.
 
     Suites of short questions have one task and many questions, which take long together. Other tests
     are one part.
 
     Args:
-        cell: the test.
+        case: the test.
         most: the most parts.
     """
-    if cell.suite not in SHORT:
-        return [range(cell.samples)]
-    parts = max(1, min(most, cell.samples // QUESTIONS_OF_A_PART))
-    bounds = [round(cell.samples * part / parts) for part in range(parts + 1)]
+    if case.suite not in SHORT:
+        return [range(case.samples)]
+    parts = max(1, min(most, case.samples // QUESTIONS_OF_A_PART))
+    bounds = [round(case.samples * part / parts) for part in range(parts + 1)]
     return [range(*pair) for pair in pairwise(bounds)]

@@ -7,43 +7,45 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rtpurbo.evaluation.battery import Battery
-from rtpurbo.evaluation.cells import Cell
-from rtpurbo.evaluation.parts import Part, Taken, joined
+from rtpurbo.evaluation.cases import Case
+from rtpurbo.evaluation.parts import CaseResult, Part, joined
 from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Loaded, Source
 from rtpurbo.evaluation.reads import metering
 from rtpurbo.evaluation.stopping import questions_undisturbed
+from rtpurbo.evaluation.task_suite import TaskSuite
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.text import stop_tokens
 from rtpurbo.settings import Progress, check_context, no_progress
 
 
-class Examiner:
+class Runner:
     """Asks the questions.
 
     Args:
         source: the artifact, and how its models are loaded.
-        battery: the tests.
+        task_suite: the tests.
         cache_length: tokens at which the cache is weighed; None takes each test's.
     """
 
-    def __init__(self, source: Source, battery: Battery, cache_length: int | None = None) -> None:
-        self.source, self.battery, self.cache_length = source, battery, cache_length
+    def __init__(
+        self, source: Source, task_suite: TaskSuite, cache_length: int | None = None
+    ) -> None:
+        self.source, self.task_suite, self.cache_length = source, task_suite, cache_length
         self._policy: str | None = None
         self._loaded: Loaded | None = None
 
     def prepare(
-        self, name: str, cells: Sequence[Cell], progress: Progress = no_progress
-    ) -> dict[Cell, list[Cell]]:
+        self, name: str, cases: Sequence[Case], progress: Progress = no_progress
+    ) -> dict[Case, list[Case]]:
         """Loads a policy's model in place of the one before it, and makes the prompts of its tests.
 
         Args:
             name: the policy's.
-            cells: its tests.
+            cases: its tests.
             progress: told after each.
 
         Returns:
-            The tests to take, by the cell that asks for them, as `Battery.prepare` gives them.
+            The tests to take, by the case that asks for them, as `TaskSuite.prepare` gives them.
 
         Raises:
             RTPurboError: a test is longer than the model's context or too short for its task, or the
@@ -51,15 +53,15 @@ class Examiner:
         """
         model, tokenizer = self._load(name)
         context = context_length(model.config)
-        check_context("tests", max(cell.context_length for cell in cells), context)
-        return self.battery.prepare(tokenizer, cells, context, progress)
+        check_context("tests", max(case.context_length for case in cases), context)
+        return self.task_suite.prepare(tokenizer, cases, context, progress)
 
     def take(
         self,
         name: str,
-        test: Cell,
+        test: Case,
         budget: int | None,
-        keep: Callable[[Taken], None],
+        keep: Callable[[CaseResult], None],
         after_sample: Callable[[], None] = lambda: None,
     ) -> None:
         """Takes a policy through a test that was prepared.
@@ -79,12 +81,12 @@ class Examiner:
         with questions_undisturbed(model, f"{test} of {name}"):
             keep(joined([self._measured(name, test, budget, after_sample)]))
 
-    def take_part(self, name: str, test: Cell, budget: int | None, questions: range) -> Part:
+    def take_part(self, name: str, test: Case, budget: int | None, questions: range) -> Part:
         """Takes a policy through some questions of a test that was prepared.
 
         Args:
             name: the policy's.
-            test: which; `Battery.run` says which tests have parts.
+            test: which; `TaskSuite.run` says which tests have parts.
             budget: as in `take`.
             questions: consecutive ones.
 
@@ -98,7 +100,7 @@ class Examiner:
     def _measured(
         self,
         name: str,
-        test: Cell,
+        test: Case,
         budget: int | None,
         after_sample: Callable[[], None] = lambda: None,
         questions: range | None = None,
@@ -109,11 +111,11 @@ class Examiner:
         if isinstance(policy, BudgetPolicy) and budget is not None:
             policy.set_budget(model, budget)
         with metering(model, self.source.config.head_map, ended) as meter:
-            outcomes = self.battery.run(test, model, tokenizer, after_sample, questions)
+            outcomes = self.task_suite.run(test, model, tokenizer, after_sample, questions)
         # Questions with lengths of their own have no cache size in common.
         length = self.cache_length or test.context_length
         kv_bytes = policy.kv_bytes(model, length) if length else None
-        return Part(test, name, self.battery.seed, budget, outcomes, meter.measured(), kv_bytes)
+        return Part(test, name, self.task_suite.seed, budget, outcomes, meter.measured(), kv_bytes)
 
     def release(self) -> None:
         """Takes the model out of memory."""

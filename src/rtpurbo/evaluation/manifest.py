@@ -1,4 +1,4 @@
-"""What is examined and with what, in words that another process can follow."""
+"""Manifest of a run, which worker processes receive: artifact, data and settings."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 
 from rtpurbo.data.texts import load_texts
-from rtpurbo.evaluation.battery import Battery
 from rtpurbo.evaluation.conditions import Conditions
-from rtpurbo.evaluation.examiner import Examiner
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.questions.bank import QuestionBank
 from rtpurbo.evaluation.questions.suites import QuestionData
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
+from rtpurbo.evaluation.runner import Runner
+from rtpurbo.evaluation.task_suite import TaskSuite
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """An examination.
+class RunManifest:
+    """Everything a process needs to run cases.
 
     Attributes:
         source: the artifact, and how its models are loaded.
@@ -48,7 +48,7 @@ class Assignment:
     max_new_tokens: int | None = None
     cache_length: int | None = None
 
-    def battery(self, questions: Path | None = None) -> Battery:
+    def task_suite(self, questions: Path | None = None) -> TaskSuite:
         """Its tests.
 
         Args:
@@ -66,7 +66,7 @@ class Assignment:
         corpus = load_texts(self.data, "heldout")
         materials = Materials.of(corpus, self.squad, self.hotpotqa)
         data = QuestionData.read(self.question_data or {}, self.seed)
-        return Battery(
+        return TaskSuite(
             corpus,
             RulerSuite(materials, self.seed, questions),
             RulerSuite(materials, self.seed, questions, data.babilong),
@@ -75,27 +75,27 @@ class Assignment:
             self.seed,
         )
 
-    def conditions(self, battery: Battery) -> Conditions:
-        """What decides its questions and answers.
+    def conditions(self, task_suite: TaskSuite) -> Conditions:
+        """Returns the conditions of the run.
 
         Args:
-            battery: its tests.
+            task_suite: its tests.
         """
         return Conditions.of(
             self.source,
-            battery.corpus,
-            battery.ruler.materials,
+            task_suite.corpus,
+            task_suite.ruler.materials,
             task_data={**(self.task_data or {}), **(self.question_data or {})},
             max_new_tokens=self.max_new_tokens,
             cache_length=self.cache_length,
         )
 
-    def examiner(self, battery: Battery, device: torch.device | None = None) -> Examiner:
+    def runner(self, task_suite: TaskSuite, device: torch.device | None = None) -> Runner:
         """Somebody who follows it.
 
         Args:
-            battery: its tests.
+            task_suite: its tests.
             device: where to put models, if not where it says.
         """
         source = self.source if device is None else replace(self.source, device=device)
-        return Examiner(source, battery, self.cache_length)
+        return Runner(source, task_suite, self.cache_length)

@@ -1,4 +1,4 @@
-"""Which tests to run: suites, tasks and lengths from what a user names."""
+"""Cases to run: suites, tasks and lengths, parsed from the names a user gives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEFAULT_TASKS = {**SUITES, "needle": ("single", "multikey")}
 
 
 @dataclass(frozen=True)
-class Cell:
+class Case:
     """One test that every policy takes.
 
     Attributes:
@@ -54,12 +54,12 @@ class Cell:
         return f"{self.suite} {self.task} {self.context_length}"
 
 
-def choose_cells(
-    suites: Sequence[str | Cell],
+def choose_cases(
+    suites: Sequence[str | Case],
     lengths: Sequence[int] | Mapping[str, Sequence[int]],
     samples: int | None = None,
     questions: Mapping[str, Mapping[str, int]] | None = None,
-) -> list[Cell]:
+) -> list[Case]:
     """The tests that the arguments of `evaluate` name.
 
     Args:
@@ -74,16 +74,16 @@ def choose_cells(
     """
     if samples is not None and samples < 1:
         raise RTPurboError(f"the number of samples is {samples}, but it must be at least 1.")
-    cells: list[Cell] = []
+    cases: list[Case] = []
     for given in suites:
-        if isinstance(given, Cell):
-            cells.append(given)
+        if isinstance(given, Case):
+            cases.append(given)
             continue
         name, _, own_lengths = given.partition("@")
         suite, _, named = name.partition(":")
         check_name("suite", suite, SUITES)
         if suite in SHORT:
-            cells += _question_cells(given, suite, named, own_lengths, samples, questions or {})
+            cases += _question_cases(given, suite, named, own_lengths, samples, questions or {})
             continue
         tasks: Sequence[str] = named.split(",") if named else DEFAULT_TASKS[suite]
         if suite == HARNESS:
@@ -105,28 +105,28 @@ def choose_cells(
             number_of = {task: min(number, counts.get(task, 0)) for task in tasks}
         else:
             number_of = dict.fromkeys(tasks, number)
-        cells += [
-            Cell(suite, task, length, number_of[task]) for task in tasks for length in suite_lengths
+        cases += [
+            Case(suite, task, length, number_of[task]) for task in tasks for length in suite_lengths
         ]
-    for cell in cells:
-        if cell.suite in QUESTION_SUITES:
-            _check_count(cell, _counts(cell.suite, questions or {}))
-    return list(dict.fromkeys(cells))
+    for case in cases:
+        if case.suite in QUESTION_SUITES:
+            _check_count(case, _counts(case.suite, questions or {}))
+    return list(dict.fromkeys(cases))
 
 
-def suite_of(given: str | Cell) -> str:
+def suite_of(given: str | Case) -> str:
     """Returns the name of the suite of an argument of `evaluate`."""
-    return given.suite if isinstance(given, Cell) else re.split("[:@]", given, maxsplit=1)[0]
+    return given.suite if isinstance(given, Case) else re.split("[:@]", given, maxsplit=1)[0]
 
 
-def _question_cells(
+def _question_cases(
     given: str,
     suite: str,
     named: str,
     own_lengths: str,
     samples: int | None,
     questions: Mapping[str, Mapping[str, int]],
-) -> list[Cell]:
+) -> list[Case]:
     """The tests of a suite whose questions have their own length."""
     if own_lengths:
         raise RTPurboError(
@@ -136,7 +136,7 @@ def _question_cells(
     tasks = named.split(",") if named else list(counts)
     for task in tasks:
         check_name(f"{suite} task", task, SUITES[suite])
-    return [Cell(suite, task, 0, min(samples or counts[task], counts[task])) for task in tasks]
+    return [Case(suite, task, 0, min(samples or counts[task], counts[task])) for task in tasks]
 
 
 def _counts(suite: str, questions: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
@@ -148,11 +148,11 @@ def _counts(suite: str, questions: Mapping[str, Mapping[str, int]]) -> Mapping[s
     return questions[suite]
 
 
-def _check_count(cell: Cell, counts: Mapping[str, int]) -> None:
-    there = counts.get(cell.task, 0)
-    if not 1 <= cell.samples <= there:
+def _check_count(case: Case, counts: Mapping[str, int]) -> None:
+    there = counts.get(case.task, 0)
+    if not 1 <= case.samples <= there:
         raise RTPurboError(
-            f"there are {there} questions of {cell.suite} {cell.task}, not {cell.samples or 'any'}: "
+            f"there are {there} questions of {case.suite} {case.task}, not {case.samples or 'any'}: "
             "name another task, or ask for fewer."
         )
 
