@@ -17,7 +17,9 @@ from tests.tiny_models import (
     PADDING,
     assert_same_logits,
     logits_of,
+    make_sparse,
     padded_batch,
+    sparse_config,
     sparse_model,
     tiny_model,
 )
@@ -308,9 +310,13 @@ def test_a_cache_made_for_less_refuses_a_wider_rule(model, change):
         logits_of(model, ids[:, FAR:], mask, [LENGTH - FAR], cache)
 
 
-def test_a_cache_serves_a_narrower_rule(model):
+def test_a_cache_serves_a_narrower_rule():
+    # In one layer, keys and values do not depend on the rule under which they were computed.
+    model = tiny_model(num_hidden_layers=1).to(torch.float64)
+    make_sparse(model, sparse_config(model, prefill_mode="top_p", top_p=0.6, block_size=4))
     ids, mask = padded_batch()
-    with using_rule(model, block_size=4):
-        cache = filled(model, ids[:, :FAR], mask[:, :FAR])
-        with using_rule(model, sliding_window=5):
-            logits_of(model, ids[:, FAR:], mask, [LENGTH - FAR], cache)
+    cache = filled(model, ids[:, :FAR], mask[:, :FAR])
+    wide = logits_of(model, ids, mask)[:, FAR:]
+    with using_rule(model, sliding_window=5):
+        assert not torch.allclose(wide, logits_of(model, ids, mask)[:, FAR:])
+        check_continuation(model, cache, ids, mask, FAR)
