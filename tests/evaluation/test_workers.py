@@ -91,7 +91,7 @@ def test_a_killed_process_ends_the_run_in_one_sentence(tiny_artifact):
             for process in multiprocessing.active_children():
                 process.kill()
 
-    with pytest.raises(RTPurboError, match="was killed, perhaps for want of memory"):
+    with pytest.raises(RTPurboError, match="was killed, perhaps for lack of memory"):
         examine(tiny_artifact, 2, suites=["perplexity@96,128,160,192,224"], progress=kill)
 
 
