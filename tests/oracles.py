@@ -59,7 +59,7 @@ class Problem:
             self.queries,
             self.query_positions,
             self.states(layout.full_key_value_heads, layout.retrieval.heads),
-            self.states(layout.bounded_key_value_heads),
+            self.states(layout.windowed_key_value_heads),
             layout,
             index_queries if num_selecting else None,
         )

@@ -18,7 +18,7 @@ RULE = AttentionRule(
     query_block_size=32,
     prefill_mode="row_peak",
 )
-# Heads of both kinds of KV heads: the second one is bounded.
+# Heads of both kinds of KV heads: the second one is windowed.
 SHAPE = LayerShape(4, 2, 16, (1,))
 
 

@@ -47,13 +47,13 @@ def test_a_batch_and_two_windows():
 
 
 def test_a_step_that_reads_the_wrong_keys_gets_no_figure(monkeypatch):
-    real = decode.run_step
+    real = decode.decode_step
 
-    def shifted(queries, full, bounded, *args):
-        output, sums, selection = real(queries, full, bounded, *args)
+    def shifted(queries, full, windowed, *args):
+        output, sums, selection = real(queries, full, windowed, *args)
         return output.roll(1, 1), sums, selection
 
-    monkeypatch.setattr(decode, "run_step", shifted)
+    monkeypatch.setattr(decode, "decode_step", shifted)
     made = run(wanted=("rtpurbo",))
     assert not made.results.records
     assert "is refused: its output is off by" in made.results.errors[0]

@@ -91,9 +91,9 @@ def test_density_and_keys_of_lists_that_an_index_found():
     states = LayerStates.random(shape, length, length, torch.float16, CPU, seed=1)
     layout = shape.layout(CPU)
     operator = SparsePrefill(layout, RULE)
-    full, bounded = states.divided(layout)
+    full, windowed = states.divided(layout)
     lists = dict(
-        operator.found_lists(states.queries, full, bounded, states.index_queries, states.scaling)
+        operator.found_lists(states.queries, full, windowed, states.index_queries, states.scaling)
     )
     read = causal = 0
     for row, chunk in lists.items():

@@ -30,15 +30,15 @@ def test_everything_that_runs_here_is_measured():
     assert records["sdpa-flash"].density == 1
 
 
-@pytest.mark.parametrize("step", ["listed_attention", "block_lists"])
+@pytest.mark.parametrize("step", ["block_sparse_attention", "block_lists"])
 def test_a_kernel_that_leaves_something_out_gets_no_figure(monkeypatch, step):
-    replacement = (lambda *args: None) if step == "listed_attention" else (lambda *args: iter(()))
+    replacement = (lambda *args: None) if step == "block_sparse_attention" else (lambda *args: iter(()))
     made = session(wanted=("rtpurbo",))
     real = sparse_prefill.SparsePrefill.force
 
     def force(self, *args):
         reached = real(self, *args)
-        place = headwise if step == "listed_attention" else sparse_prefill
+        place = headwise if step == "block_sparse_attention" else sparse_prefill
         monkeypatch.setattr(place, step, replacement)
         return reached
 

@@ -160,7 +160,7 @@ def test_statistics_count_far_keys_and_those_read(name):
     far = oracles.visible_keys(problem) & ~near
     assert statistics.far_keys == far.sum()
     assert statistics.far_keys_read == (mask & far).sum()
-    assert statistics.rows == far.any(-1).sum()
+    assert statistics.queries == far.any(-1).sum()
     assert statistics.share_read == pytest.approx(float((mask & far).sum() / far.sum()))
 
 
@@ -171,7 +171,7 @@ def test_statistics_of_nothing_have_no_share():
 class Watcher(SelectionStatistics):
     """Keeps what it is shown."""
 
-    def add_rows(self, rows, selected):
+    def add_queries(self, rows, selected):
         self.seen = [*getattr(self, "seen", []), (rows, selected)]
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from rtpurbo.benchmarks.layer import LayerStates
 
 # Rows that are looked at: so many anywhere, and so many at the end.
-RANDOM_ROWS = 64
-LAST_ROWS = 64
+RANDOM_QUERIES = 64
+LAST_QUERIES = 64
 # Rows of one head that are computed at once; at 1M tokens they weigh 256 MiB in fp64.
-ROWS_AT_ONCE = 32
+QUERIES_AT_ONCE = 32
 # An output may be rounded once more than plain PyTorch's.
 EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-22}
 
@@ -47,11 +47,11 @@ class Comparison:
         )
 
 
-def sampled_rows(length: int, device: torch.device, seed: int = 0) -> Tensor:
+def sampled_queries(length: int, device: torch.device, seed: int = 0) -> Tensor:
     """Rows to look at, int64, ascending."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(length, (RANDOM_ROWS,), generator=generator)
-    last = torch.arange(max(0, length - LAST_ROWS), length)
+    rows = torch.randint(length, (RANDOM_QUERIES,), generator=generator)
+    last = torch.arange(max(0, length - LAST_QUERIES), length)
     return torch.cat([rows, last]).unique().to(device)
 
 
@@ -67,14 +67,14 @@ def compare(
         rows: int64, the rows to look at; a sample if None.
     """
     if rows is None:
-        rows = sampled_rows(output.shape[2], output.device)
+        rows = sampled_queries(output.shape[2], output.device)
     group = states.queries.shape[1] // states.keys.shape[1]
     worst = torch.zeros(2, dtype=torch.float64, device=output.device)
     for sequence in range(output.shape[0]):
         for head in range(output.shape[1]):
             keys, values = (part[sequence, head // group] for part in (states.keys, states.values))
             exact_keys, exact_values = keys.double(), values.double()
-            for some in rows.split(ROWS_AT_ONCE):
+            for some in rows.split(QUERIES_AT_ONCE):
                 queries = states.queries[sequence, head, some]
                 visible = mask(sequence, head, some)
                 exact = _attend(queries.double(), exact_keys, exact_values, visible, states.scaling)

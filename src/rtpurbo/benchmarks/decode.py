@@ -21,9 +21,9 @@ from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, Granularity, IndexStorage
 from rtpurbo.models.ring import RingBuffer, RingSlots
-from rtpurbo.ops.api import decoding_counters
+from rtpurbo.ops.api import new_histogram_workspace
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
-from rtpurbo.ops.triton.decode.attention import run_step
+from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.speed_records import stated_density
 
 # What each of ours selects, and how it keeps its index.
@@ -111,22 +111,22 @@ class DecodeCase:
 
     @cached_property
     def divided(self) -> list[tuple[KeyValueStates, KeyValueStates]]:
-        """Full and bounded KV heads of each set, as a static cache hands them over."""
+        """Full and windowed KV heads of each set, as a static cache hands them over."""
         return [self._divided(states) for states in self.sets]
 
     def _divided(self, states: LayerStates) -> tuple[KeyValueStates, KeyValueStates]:
-        full, bounded = states.divided(self.layout)
+        full, windowed = states.divided(self.layout)
         length = torch.tensor([states.length], dtype=torch.int32, device=states.keys.device)
         slots = RingSlots(self.rule.num_sink_tokens, self.rule.sliding_window, 0)
         ring = RingBuffer(slots)
         slots.enter(states.positions[:, :-1])
-        ring.append(bounded.keys[:, :, :-1], bounded.values[:, :, :-1])
+        ring.append(windowed.keys[:, :, :-1], windowed.values[:, :, :-1])
         slots.enter(states.positions[:, -1:])
-        held = ring.append(bounded.keys[:, :, -1:], bounded.values[:, :, -1:])
-        counters = decoding_counters(
+        held = ring.append(windowed.keys[:, :, -1:], windowed.values[:, :, -1:])
+        histogram_workspace = new_histogram_workspace(
             full.keys.shape[0], len(self.layout.retrieval), full.keys.device
         )
-        return replace(full, length=length, counters=counters), held
+        return replace(full, length=length, histogram_workspace=histogram_workspace), held
 
     def facts(self, density: float) -> dict[str, Any]:
         """Fields of a record."""
@@ -217,9 +217,9 @@ def _ours(session: Session, whole: DecodeCase, density: float) -> Iterator[Entry
 def step(case: DecodeCase, rule: AttentionRule, number: int) -> tuple[Tensor, Any]:
     """Output of a step on one set of inputs, and what it selected."""
     states = case.sets[number]
-    full, bounded = case.divided[number]
-    output, _, selection = run_step(
-        states.queries, full, bounded, case.layout, states.index_queries, rule, states.scaling
+    full, windowed = case.divided[number]
+    output, _, selection = decode_step(
+        states.queries, full, windowed, case.layout, states.index_queries, rule, states.scaling
     )
     return output, selection
 

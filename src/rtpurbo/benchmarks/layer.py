@@ -153,7 +153,7 @@ class LayerStates:
         return torch.arange(self.length, device=self.keys.device).expand(self.keys.shape[0], -1)
 
     def divided(self, layout: HeadLayout) -> tuple[KeyValueStates, KeyValueStates]:
-        """The states of the full and of the bounded KV heads, nothing copied without need."""
+        """The states of the full and of the windowed KV heads, nothing copied without need."""
 
         def some(heads: Tensor, index_keys: Tensor | None) -> KeyValueStates:
             whole = heads.numel() == self.keys.shape[1]
@@ -162,7 +162,7 @@ class LayerStates:
 
         return (
             some(layout.full_key_value_heads, self.index_keys),
-            some(layout.bounded_key_value_heads, None),
+            some(layout.windowed_key_value_heads, None),
         )
 
 

@@ -34,10 +34,10 @@ class TileBlocks:
     @classmethod
     def of(cls, length: int, rule: AttentionRule) -> TileBlocks:
         """Those of a prompt."""
-        first_rows = torch.arange(0, length, rule.query_block_size)
-        last_rows = (first_rows + rule.query_block_size).clamp(max=length) - 1
+        first_half = torch.arange(0, length, rule.query_block_size)
+        last_rows = (first_half + rule.query_block_size).clamp(max=length) - 1
         first_far = -(-rule.num_sink_tokens // rule.block_size)
-        first_near = (first_rows - rule.near_window + 1).clamp(min=0) // rule.block_size
+        first_near = (first_half - rule.near_window + 1).clamp(min=0) // rule.block_size
         return cls(
             last_rows // rule.block_size + 1, (first_near - first_far).clamp(min=0), first_far
         )
@@ -151,7 +151,7 @@ def listed_keys(chunks: Mapping[int, BlockLists], head: int, rows: Tensor, lengt
     for number, row in enumerate(rows.tolist()):
         start = max(start for start in starts if start <= row)
         lists = chunks[start]
-        tile = (row - start) // lists.tile_size
+        tile = (row - start) // lists.query_block_size
         one = replace(
             lists,
             blocks=lists.blocks[:1, head : head + 1, tile : tile + 1],

@@ -104,8 +104,8 @@ def measure_sparse(session: Session, case: PrefillCase, density: float | None) -
     layout = case.shape.layout(session.device)
     operator = SparsePrefill(layout, case.rule)
     states = case.states
-    full, bounded = states.divided(layout)
-    arguments = states.queries, full, bounded, states.index_queries, states.scaling
+    full, windowed = states.divided(layout)
+    arguments = states.queries, full, windowed, states.index_queries, states.scaling
     if density is None:
         check_lists = dict(operator.found_lists(*arguments))
         reached = density_of(check_lists, case.length, case.rule)
@@ -181,7 +181,7 @@ def _windowed(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
 def _headwise(case: PrefillCase, heads: Sequence[int], backend: str, device: torch.device) -> Call:
     """The public operator with dense retrieval heads."""
     layout = case.shape.layout(device, heads)
-    full, bounded = case.states.divided(layout)
+    full, windowed = case.states.divided(layout)
     full = replace(full, index_keys=None)
     rule = replace(case.rule, prefill_mode="dense")
     states = case.states
@@ -191,7 +191,7 @@ def _headwise(case: PrefillCase, heads: Sequence[int], backend: str, device: tor
             states.queries,
             states.positions,
             full,
-            bounded,
+            windowed,
             layout,
             None,
             rule,

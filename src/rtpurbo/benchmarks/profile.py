@@ -106,13 +106,13 @@ def observe(
 
 def _states(seen: LayerObservation, module: SparseAttention, dtype: torch.dtype) -> LayerStates:
     layout = module.layout(seen.queries.device)
-    heads, readers = layout.retrieval.heads, layout.full_key_value_heads
+    heads, kv_head_index = layout.retrieval.heads, layout.full_key_value_heads
     if not module.indexer.settings.shared_keys:
-        readers = readers[layout.retrieval.key_value_heads]
+        kv_head_index = kv_head_index[layout.retrieval.key_value_heads]
     indexer, index_dtype = module.indexer, index_dtype_of(dtype)
     queries, keys = seen.queries, seen.keys
     index_queries = indexer.features(queries[:, heads], seen.undo_rotation)
-    index_keys = indexer.features(keys[:, readers], seen.undo_rotation)
+    index_keys = indexer.features(keys[:, kv_head_index], seen.undo_rotation)
     with torch.no_grad():
         return LayerStates(
             queries.to(dtype),

@@ -15,7 +15,7 @@ from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
 from rtpurbo.config import AttentionRule
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.ops.api import BACKENDS
+from rtpurbo.ops.backends import BACKENDS
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 from rtpurbo.ops.triton import headwise
 
@@ -53,7 +53,7 @@ def headwise_attention(
     query_states: Tensor,
     query_positions: Tensor,
     full: KeyValueStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -64,10 +64,10 @@ def headwise_attention(
     """The operator within `forcing_density`: of a prompt from its first token on."""
     if index_queries is None:  # no head of this layer retrieves
         return headwise.headwise_attention(
-            query_states, query_positions, full, bounded, layout, None, rule, scaling=scaling
+            query_states, query_positions, full, windowed, layout, None, rule, scaling=scaling
         )
     key = (BACKEND, query_states.shape[2], rule, _density[-1])
-    arguments = query_states, full, bounded, index_queries, scaling
+    arguments = query_states, full, windowed, index_queries, scaling
     if key not in layout.derived:
         operator = SparsePrefill(layout, rule)
         _reached.append(operator.force(_density[-1], *arguments))

@@ -42,7 +42,7 @@ class SparsePrefill:
         self,
         queries: Tensor,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         index_queries: Tensor,
         scaling: float,
     ) -> Tensor:
@@ -52,13 +52,13 @@ class SparsePrefill:
             for row, found in block_lists(*asked):
                 yield row, found if self.lists is None else self.lists[row]
 
-        return self._attend(choose, queries, full, bounded, index_queries, scaling)
+        return self._attend(choose, queries, full, windowed, index_queries, scaling)
 
     def found_lists(
         self,
         queries: Tensor,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         index_queries: Tensor,
         scaling: float,
     ) -> Iterator[tuple[int, BlockLists]]:
@@ -69,7 +69,7 @@ class SparsePrefill:
             found.extend(block_lists(*asked))
             return iter(())
 
-        self._attend(keep, queries, full, bounded, index_queries, scaling)
+        self._attend(keep, queries, full, windowed, index_queries, scaling)
         return iter(found)
 
     def force(
@@ -77,12 +77,12 @@ class SparsePrefill:
         density: float,
         queries: Tensor,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         index_queries: Tensor,
         scaling: float,
     ) -> float:
         """Makes the lists to read from now on; returns the density that they have."""
-        arguments = queries, full, bounded, index_queries, scaling
+        arguments = queries, full, windowed, index_queries, scaling
         chunks = [(row, found.blocks.shape[2]) for row, found in self.found_lists(*arguments)]
         length, heads = queries.shape[2], len(self.layout.retrieval)
         self.lists = synthetic_lists(chunks, length, self.rule, heads, density, queries.device)
@@ -90,21 +90,21 @@ class SparsePrefill:
 
     def _attend(
         self,
-        choose_lists: Callable[..., Iterator[tuple[int, BlockLists]]],
+        make_lists: Callable[..., Iterator[tuple[int, BlockLists]]],
         queries: Tensor,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         index_queries: Tensor,
         scaling: float,
     ) -> Tensor:
         output, _ = prefill_attention(
             queries,
             full,
-            bounded,
+            windowed,
             self.layout,
             index_queries,
             self.rule,
             scaling=scaling,
-            choose_lists=choose_lists,
+            make_lists=make_lists,
         )
         return output

@@ -92,7 +92,7 @@ class Stage2Case:
         sequence = TrainingSequence(ids.tolist(), min(ANSWER_TOKENS, length // 2))
         assert isinstance(self.student, PeftModel)
         with self.student.disable_adapter(), running_dense(self.model), autocast(self.model):
-            return sequence, teacher_targets(self.model, sequence, SETTINGS, "labels")
+            return sequence, teacher_targets(self.model, sequence, SETTINGS, "position_labels")
 
     def learn(self, sequence: TrainingSequence, targets: TeacherTargets, backend: str) -> Tensor:
         """Adds to the gradients; returns the loss."""

@@ -87,7 +87,7 @@ def test_counts_as_the_specification_does():
     flex(*call, RULE, scaling=0.3, statistics=counted)
     eager(*call, RULE, scaling=0.3, statistics=expected)
     assert counted == expected
-    assert counted.rows
+    assert counted.queries
 
 
 def test_states_of_several_types_meet_in_the_one_that_autocast_asks_for():

@@ -16,20 +16,20 @@ from triton.runtime.jit import JITFunction
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
-from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.triton.decode import launch
-from rtpurbo.ops.triton.decode.attention import run_step
-from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
+from rtpurbo.ops.states import PagedStates
+from rtpurbo.ops.triton.decode import pdl, window_and_scores
+from rtpurbo.ops.triton.decode.attention import decode_step
+from rtpurbo.ops.triton.decode.fused_append import AppendSlots, HeadNorm, IndexProjection, fused_kv_append
 from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill import hopper
-from rtpurbo.ops.triton.sets import heaviest, top_set
+from rtpurbo.ops.triton.sets import top_k, top_set
 from rtpurbo.ops.triton.training.divergence import indexer_divergence
 from tests.ops.triton.hopper_code import strange_descriptors
 
 # Bytes a thread: a register or two may spill where two programs have to share a multiprocessor.
 MOST_STACK = 16
 # The loss of stage 1 spills a few more around the loop over tiles that need a mask, which is short.
-MOST_STACK_OF = {"rows_kernel": 48}
+MOST_STACK_OF = {"query_gradient_kernel": 48}
 
 
 class AbsentHopper:
@@ -74,7 +74,7 @@ def check(name, code):
     fits = stack <= MOST_STACK_OF.get(name, MOST_STACK)
     fits |= "%queries: !tt.ptr<f32>" in code["ttgir"]
     assert fits, f"{name} spills: {usage}"
-    if name == "peaks_kernel" and "f16" in code["ttgir"]:
+    if name == "block_maxima_kernel" and "f16" in code["ttgir"]:
         assert "max.f16x2" in code["ptx"], f"{name} takes maxima one by one"
 
 
@@ -141,11 +141,11 @@ def step(
             length=torch.zeros(1, dtype=torch.int32),
         )
     ring = states(batch, key_value_heads - full, window + 9, head_dim)
-    bounded = KeyValueStates(ring, ring, torch.zeros(batch, window + 9, dtype=torch.int64))
-    run_step(
+    windowed = KeyValueStates(ring, ring, torch.zeros(batch, window + 9, dtype=torch.int64))
+    decode_step(
         states(batch, heads, 1, head_dim),
         held,
-        bounded,
+        windowed,
         layout,
         states(batch, ranks, 1, index_dim, dtype=torch.float16) if ranks else None,
         AttentionRule(sliding_window=window, **rule),
@@ -185,7 +185,7 @@ def entrance(
     ]
     dims = torch.zeros(num_features, dtype=torch.int64)
     kept, ring = (states(batch, count, 4096, head_dim) for count in (full, key_value_heads - full))
-    enter_token(
+    fused_kv_append(
         states(batch, heads, 1, head_dim),
         states(batch, key_value_heads, 1, head_dim),
         states(batch, key_value_heads, 1, head_dim),
@@ -193,7 +193,7 @@ def entrance(
         None if norm is None else HeadNorm(weight, weight, 1e-6, norm),
         IndexProjection(*index_weights, dims, rotated) if ranks else None,
         layout,
-        FixedSlots(
+        AppendSlots(
             torch.zeros(1, dtype=torch.int64),
             torch.zeros(batch, 1, dtype=torch.int64),
             kept,
@@ -302,13 +302,13 @@ def compile_entrances():
 def main():
     """Compiles shapes that take different paths through the kernels."""
     driver.set_active(AbsentHopper())
-    launch.can_begin_early = lambda device: True
+    pdl.supports_pdl = window_and_scores.supports_pdl = lambda device: True
     JITFunction.run = compile_only(JITFunction.run)
     compile_prompts()
     compile_losses()
     for entries in (83, 8192, 40000):
         top_set(torch.empty(2, entries), torch.empty(2))
-        heaviest(torch.empty(2, entries), 128)
+        top_k(torch.empty(2, entries), 128)
     single = {"capacity": 16, "batch": 1, "window": 64, "head_dim": 64, "index_dim": 1}
     for reading in ("residual", "far", "paper"):
         for granularity in ("token", "block"):

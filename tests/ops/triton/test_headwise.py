@@ -99,12 +99,12 @@ def test_a_chunk_over_pages_equals_one_over_a_tensor(mode, page_size):
     padding = (0, 31)
     problem = kernel_problem(70, 190, torch.float32, padding=padding, index_dim=4)
     layout = HeadLayout.build((0, 1, 3), 4, 2, DEVICE)
-    queries, _, full, bounded, _, index_queries = problem.layered(
+    queries, _, full, windowed, _, index_queries = problem.layered(
         layout, rule.num_selecting_rows(70)
     )
     results = [
         prefill_attention(
-            queries, states, slotted(bounded, padding), layout, index_queries, rule,
+            queries, states, slotted(windowed, padding), layout, index_queries, rule,
             scaling=problem.scaling, return_log_sum_exp=True,
         )
         for states in (slotted(full, padding), paged(full, padding, page_size))

@@ -70,7 +70,7 @@ class ServedAttention(nn.Module):
         self.before_rotation = config.indexer.index_space == "pre_rope" and indexer is not None
         self.heads = heads
         self.full = caches.full if heads.num_full else None
-        self.bounded = caches.bounded[layer] if heads.num_bounded else None
+        self.windowed = caches.windowed[layer] if heads.num_windowed else None
         self._layouts: dict[torch.device, HeadLayout] = {}
 
     def layout(self, device: torch.device) -> HeadLayout:
@@ -118,18 +118,18 @@ class ServedAttention(nn.Module):
             output.zero_()  # vLLM measures memory, before there is a cache
             return
         layout = self.layout(queries.device)
-        full, bounded = self._cache(self.full, metadata), self._cache(self.bounded, metadata)
-        for cache, kept, readers in (
+        full, windowed = self._cache(self.full, metadata), self._cache(self.windowed, metadata)
+        for cache, kept, kv_head_index in (
             (full, layout.full_key_value_heads, layout.retrieval.key_value_heads),
-            (bounded, layout.bounded_key_value_heads, None),
+            (windowed, layout.windowed_key_value_heads, None),
         ):
             if cache is None:
                 continue
             # Batches are padded, in graphs beyond what has a slot.
             rows = cache.batch.slots.shape[0]
             index_keys = None
-            if readers is not None:
-                index_keys = self._index_keys(unrotated_keys[:rows], keys[:rows], kept[readers])
+            if kv_head_index is not None:
+                index_keys = self._index_keys(unrotated_keys[:rows], keys[:rows], kept[kv_head_index])
             cache.pages.write(
                 cache.batch.slots[: keys.shape[0]],
                 keys[:rows, kept],
@@ -140,16 +140,16 @@ class ServedAttention(nn.Module):
         if full is not None:
             index_queries = self._index_queries(unrotated_queries, queries, layout.retrieval.heads)
         attend = cuda.attend if queries.is_cuda else eager.attend
-        attend(queries, index_queries, full, bounded, layout, self.rule, self.scaling, output)
+        attend(queries, index_queries, full, windowed, layout, self.rule, self.scaling, output)
 
     def _cache(self, cache: PagedCache | None, metadata: Any) -> LayerCache | None:
         if cache is None:
             return None
         return LayerCache(cache.pages[self.layer], metadata[cache.name])
 
-    def _index_keys(self, unrotated: Tensor, keys: Tensor, readers: Tensor) -> Tensor:
+    def _index_keys(self, unrotated: Tensor, keys: Tensor, kv_head_index: Tensor) -> Tensor:
         """[T, retrieval heads, index_dim]."""
-        before, after = (states[:, readers].transpose(0, 1)[None] for states in (unrotated, keys))
+        before, after = (states[:, kv_head_index].transpose(0, 1)[None] for states in (unrotated, keys))
         features = self.indexer.features(after, lambda _: before)
         return self.indexer.index_keys(features)[0].transpose(0, 1)
 

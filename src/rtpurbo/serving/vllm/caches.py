@@ -67,12 +67,12 @@ class Caches:
     Attributes:
         plan: how they were planned.
         full: of the full KV heads; None if no head retrieves.
-        bounded: for each layer that has bounded KV heads on some rank, its cache.
+        windowed: for each layer that has windowed KV heads on some rank, its cache.
     """
 
     plan: CachePlan
     full: PagedCache | None
-    bounded: Mapping[int, PagedCache]
+    windowed: Mapping[int, PagedCache]
 
 
 def make_caches(
@@ -108,7 +108,7 @@ def make_caches(
 
     def parts_of(layer: int, *, full: bool) -> tuple[Part, ...]:
         of_layer = heads[layer]
-        states = Part(of_layer.num_full if full else of_layer.num_bounded, head_dim, dtype)
+        states = Part(of_layer.num_full if full else of_layer.num_windowed, head_dim, dtype)
         index = Part(len(of_layer.retrieval), config.indexer.index_dim, index_dtype)
         return (states, states, index) if full else (states, states)
 
@@ -133,8 +133,8 @@ def make_caches(
         return cache
 
     full = registered(0, plan.full, FullAttentionSpec, full=True) if plan.full else None
-    bounded: dict[int, PagedCache] = {}
-    for number, group in enumerate(plan.bounded, start=1):
+    windowed: dict[int, PagedCache] = {}
+    for number, group in enumerate(plan.windowed, start=1):
         cache = registered(
             number,
             group,
@@ -143,10 +143,10 @@ def make_caches(
             sliding_window=plan.window,
             num_sink_tokens=plan.sinks,
             group=number,
-            max_blocks=group.num_bounded_blocks(longest, plan.window, plan.sinks, in_flight),
+            max_blocks=group.num_windowed_blocks(longest, plan.window, plan.sinks, in_flight),
         )
-        bounded |= dict.fromkeys(group.layers, cache)
-    return Caches(plan, full, bounded)
+        windowed |= dict.fromkeys(group.layers, cache)
+    return Caches(plan, full, windowed)
 
 
 def index_dtype_of(config: RTPurboConfig, dtype: torch.dtype) -> torch.dtype:

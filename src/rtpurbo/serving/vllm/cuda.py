@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadGroup, HeadLayout
-from rtpurbo.ops.paged import PagedStates
+from rtpurbo.ops.states import PagedStates
 from rtpurbo.serving.vllm.pages import Batch, LayerCache, no_states
 
 
@@ -55,17 +55,17 @@ def attend(
     queries: Tensor,
     index_queries: Tensor | None,
     full: LayerCache | None,
-    bounded: LayerCache | None,
+    windowed: LayerCache | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
 ) -> None:
     """Writes the attention of a step's rows; arguments as in `eager.attend`."""
-    held = full or bounded
+    held = full or windowed
     assert held is not None
     if held.batch.uniform:
-        _attend_uniform(queries, index_queries, full, bounded, layout, rule, scaling, output)
+        _attend_uniform(queries, index_queries, full, windowed, layout, rule, scaling, output)
         return
     division = _divided(held.batch, rule)
     if division.selecting.numel():
@@ -76,7 +76,7 @@ def attend(
             queries[division.selecting],
             chosen,
             _of_rows(full, division),
-            _of_rows(bounded, division),
+            _of_rows(windowed, division),
             layout,
             rule,
             scaling,
@@ -85,7 +85,7 @@ def attend(
         output[prompt.start : prompt.end] = _prefilled(
             queries[prompt.start : prompt.end],
             _of_prompt(full, prompt),
-            _of_prompt(bounded, prompt),
+            _of_prompt(windowed, prompt),
             layout,
             rule,
             scaling,
@@ -96,7 +96,7 @@ def _attend_uniform(
     queries: Tensor,
     index_queries: Tensor | None,
     full: LayerCache | None,
-    bounded: LayerCache | None,
+    windowed: LayerCache | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
@@ -107,7 +107,7 @@ def _attend_uniform(
     A graph may be replayed where the one row is the last of a prompt, and must be dense. An index query
     of zeros sees to it: all far keys score alike, so all share the level that the floor reads whole.
     """
-    held = full or bounded
+    held = full or windowed
     assert held is not None
     batch = held.batch
     rows = min(queries.shape[0], batch.device_lengths.shape[0])
@@ -120,11 +120,11 @@ def _attend_uniform(
             selects = lengths > batch.device_prompt_lengths[:rows]
             chosen = chosen * selects[:, None, None]
             rule = replace(rule, min_tokens=max(1, rule.min_tokens))
-    of_full, of_bounded = (
+    of_full, of_windowed = (
         None if cache is None else _paged(cache, cache.batch.block_table[:rows], lengths)
-        for cache in (full, bounded)
+        for cache in (full, windowed)
     )
-    output[:rows] = _decoded(queries[:rows], chosen, of_full, of_bounded, layout, rule, scaling)
+    output[:rows] = _decoded(queries[:rows], chosen, of_full, of_windowed, layout, rule, scaling)
 
 
 def _divided(batch: Batch, rule: AttentionRule) -> Division:
@@ -175,7 +175,7 @@ def _of_prompt(cache: LayerCache | None, prompt: PromptRows) -> PagedStates | No
 def _prefilled(
     queries: Tensor,
     full: PagedStates | None,
-    bounded: PagedStates | None,
+    windowed: PagedStates | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
@@ -185,11 +185,11 @@ def _prefilled(
     from rtpurbo.ops.triton.headwise import prefill_attention
 
     # No head reads states of which the layer has none.
-    full, bounded = full or bounded, bounded or full
+    full, windowed = full or windowed, windowed or full
     assert full is not None
-    assert bounded is not None
+    assert windowed is not None
     output, _ = prefill_attention(
-        queries[None].transpose(1, 2), full, bounded, layout, None, rule, scaling=scaling
+        queries[None].transpose(1, 2), full, windowed, layout, None, rule, scaling=scaling
     )
     return output[0].transpose(0, 1)
 
@@ -198,21 +198,21 @@ def _decoded(
     queries: Tensor,
     index_queries: Tensor | None,
     full: PagedStates | None,
-    bounded: PagedStates | None,
+    windowed: PagedStates | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
 ) -> Tensor:
     """[N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim].
 
-    The kernels know pages of full KV heads only, so heads of bounded ones are a call of their own, in
+    The kernels know pages of full KV heads only, so heads of windowed ones are a call of their own, in
     which they are local heads of KV heads that happen to hold no more than they need.
     """
     from rtpurbo.ops.triton.decode.attention import decode_attention
 
     output = torch.empty_like(queries)
     # Local heads have the one window, retrieval heads perhaps another.
-    calls = ((full, "full", rule), (bounded, "bounded", replace(rule, retrieval_window=None)))
+    calls = ((full, "full", rule), (windowed, "windowed", replace(rule, retrieval_window=None)))
     for states, kind, its_rule in calls:
         if states is None:
             continue
@@ -232,11 +232,11 @@ def _decoded(
 
 
 def _part_of(layout: HeadLayout, kind: str) -> tuple[Tensor, HeadLayout]:
-    """The query heads of a layer's full or bounded KV heads, and their layout without the others."""
+    """The query heads of a layer's full or windowed KV heads, and their layout without the others."""
     key = ("served", kind)
     if key not in layout.derived:
-        kept = layout.full_key_value_heads if kind == "full" else layout.bounded_key_value_heads
-        of_layer = layout.full_key_value_heads.numel() + layout.bounded_key_value_heads.numel()
+        kept = layout.full_key_value_heads if kind == "full" else layout.windowed_key_value_heads
+        of_layer = layout.full_key_value_heads.numel() + layout.windowed_key_value_heads.numel()
         group = layout.order.numel() // of_layer
         device = layout.order.device
         heads = (kept[:, None] * group + torch.arange(group, device=device)).flatten()

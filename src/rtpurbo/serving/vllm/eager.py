@@ -18,7 +18,7 @@ def attend(
     queries: Tensor,
     index_queries: Tensor | None,
     full: LayerCache | None,
-    bounded: LayerCache | None,
+    windowed: LayerCache | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
@@ -30,13 +30,13 @@ def attend(
         queries: [T, H, D], after RoPE.
         index_queries: [retrieval heads, T, index_dim]; None if no row selects.
         full: the layer's full KV heads; None if it has none.
-        bounded: its other KV heads; None if it has none.
+        windowed: its other KV heads; None if it has none.
         layout: which head does what.
         rule: windows and selection.
         scaling: factor on the dot products.
         output: [T, H, D], written where a request has rows.
     """
-    held = full or bounded
+    held = full or windowed
     assert held is not None
     for request, start, end, length in held.batch.requests():
         selecting = held.batch.num_selecting_rows(request, rule)
@@ -45,7 +45,7 @@ def attend(
             queries[None, start:end].transpose(1, 2),
             positions[None],
             _full_states(full, request, length, queries),
-            _bounded_states(bounded, request, length, end - start, rule, queries),
+            _windowed_states(windowed, request, length, end - start, rule, queries),
             layout,
             index_queries[None, :, end - selecting : end]
             if index_queries is not None and selecting
@@ -75,7 +75,7 @@ def _full_states(
     return KeyValueStates(keys, values, positions, index_keys, in_order=True)
 
 
-def _bounded_states(
+def _windowed_states(
     cache: LayerCache | None,
     request: int,
     length: int,

@@ -2,9 +2,9 @@
 
 vLLM has one pool of blocks of equal size. A *group* is a set of layers that share a block table: one
 group holds the full KV heads of all layers with their index keys and keeps every token, the
-*bounded* groups hold the other KV heads and keep sinks and window. A block belongs to one group at a
+*windowed* groups hold the other KV heads and keep sinks and window. A block belongs to one group at a
 time, so the largest group decides the size of a block, and what a smaller one leaves of it is lost.
-The planner divides the layers among bounded groups, and chooses how many tokens a block holds, so that
+The planner divides the layers among windowed groups, and chooses how many tokens a block holds, so that
 a request needs as little memory as possible.
 
 This module knows nothing of vLLM, so that capacity can be told before an engine starts.
@@ -23,7 +23,7 @@ from rtpurbo.errors import RTPurboError
 BLOCK_SIZES = (16, 32, 64, 128)
 """Tokens that a block may hold. All are multiples of 16, which keeps every part of a block aligned."""
 
-MAX_BOUNDED_GROUPS = 8
+MAX_WINDOWED_GROUPS = 8
 """Each group costs the scheduler a block table, and the runner its metadata, at every step."""
 
 # Fewer groups are taken for so much more memory.
@@ -51,7 +51,7 @@ class LayerHeads:
         return len({head // group for head in self.retrieval})
 
     @property
-    def num_bounded(self) -> int:
+    def num_windowed(self) -> int:
         """KV heads kept as sinks and window."""
         return self.num_key_value_heads - self.num_full
 
@@ -102,9 +102,9 @@ class TokenBytes:
         """Of a layer, in the group that keeps every token."""
         return heads.num_full * self.key_value + len(heads.retrieval) * self.index
 
-    def bounded(self, heads: LayerHeads) -> int:
+    def windowed(self, heads: LayerHeads) -> int:
         """Of a layer, in a group that keeps sinks and window."""
-        return heads.num_bounded * self.key_value
+        return heads.num_windowed * self.key_value
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Group:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.block_size)
 
-    def num_bounded_blocks(self, tokens: int, window: int, sinks: int, in_flight: int) -> int:
+    def num_windowed_blocks(self, tokens: int, window: int, sinks: int, in_flight: int) -> int:
         """Blocks that a request of so many tokens holds at the most, where old ones are given back.
 
         Args:
@@ -151,20 +151,20 @@ class CachePlan:
 
     Attributes:
         full: the group of the full KV heads; None if no head retrieves.
-        bounded: the groups of the others; none if every KV head is full.
+        windowed: the groups of the others; none if every KV head is full.
         window: tokens of the sliding window.
         sinks: first tokens that are kept.
     """
 
     full: Group | None
-    bounded: tuple[Group, ...]
+    windowed: tuple[Group, ...]
     window: int
     sinks: int
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """All groups, the full one first."""
-        return (self.full, *self.bounded) if self.full else self.bounded
+        return (self.full, *self.windowed) if self.full else self.windowed
 
     @property
     def block_bytes(self) -> int:
@@ -175,7 +175,7 @@ class CachePlan:
         """Blocks that a request of so many tokens holds at the most."""
         full = self.full.num_full_blocks(tokens) if self.full else 0
         limits = (self.window, self.sinks, in_flight)
-        return full + sum(group.num_bounded_blocks(tokens, *limits) for group in self.bounded)
+        return full + sum(group.num_windowed_blocks(tokens, *limits) for group in self.windowed)
 
     def request_bytes(self, tokens: int, in_flight: int) -> int:
         """Bytes of these blocks."""
@@ -220,22 +220,22 @@ def plan_cache(
     ranks = [heads_of_rank(config.head_map, rank, world_size) for rank in range(world_size)]
     window, sinks = config.attention.sliding_window, config.attention.num_sink_tokens
     full_layers = _layers_with_any(ranks, "num_full")
-    bounded_layers = _layers_with_any(ranks, "num_bounded")
+    windowed_layers = _layers_with_any(ranks, "num_windowed")
     best: CachePlan | None = None
-    for bins in _partitions(ranks, token_bytes, bounded_layers):
+    for bins in _partitions(ranks, token_bytes, windowed_layers):
         found: CachePlan | None = None
         num_groups = len(bins) + bool(full_layers)
         sizes: Sequence[int] = BLOCK_SIZES if num_groups > 1 else (lone_block_size,)
-        for full_size, bounded_size in product(sizes, sizes):
+        for full_size, windowed_size in product(sizes, sizes):
             full = None
             if full_layers:
                 largest = _largest(ranks, token_bytes.full, full_layers)
                 full = Group(full_layers, full_size, largest)
-            bounded = [
-                Group(layers, bounded_size, _largest(ranks, token_bytes.bounded, layers))
+            windowed = [
+                Group(layers, windowed_size, _largest(ranks, token_bytes.windowed, layers))
                 for layers in bins
             ]
-            plan = CachePlan(full, tuple(bounded), window, sinks)
+            plan = CachePlan(full, tuple(windowed), window, sinks)
             if found is None or _cost(plan, tokens, in_flight) < _cost(found, tokens, in_flight):
                 found = plan
         assert found is not None
@@ -265,13 +265,13 @@ def _largest(ranks: list[list[LayerHeads]], token_bytes: Any, layers: Sequence[i
 def _partitions(
     ranks: list[list[LayerHeads]], token_bytes: TokenBytes, layers: Sequence[int]
 ) -> Iterator[list[tuple[int, ...]]]:
-    """Ways to divide layers into bounded groups of nearly equal size, one for each number of groups."""
+    """Ways to divide layers into windowed groups of nearly equal size, one for each number of groups."""
     if not layers:
         yield []
         return
-    size = {layer: _largest(ranks, token_bytes.bounded, [layer]) for layer in layers}
+    size = {layer: _largest(ranks, token_bytes.windowed, [layer]) for layer in layers}
     heaviest_first = sorted(layers, key=lambda layer: -size[layer])
-    for count in range(1, min(MAX_BOUNDED_GROUPS, len(layers)) + 1):
+    for count in range(1, min(MAX_WINDOWED_GROUPS, len(layers)) + 1):
         bins: list[list[int]] = [[] for _ in range(count)]
         for layer in heaviest_first:
             min(bins, key=lambda chosen: sum(size[other] for other in chosen)).append(layer)

@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, takes_head_dim
+from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, supports_head_dim
 from rtpurbo.serving.vllm.checkpoint import read_config
 from rtpurbo.serving.vllm.layout import heads_of_rank
 from rtpurbo.serving.vllm.versions import check_version
@@ -37,7 +37,7 @@ def refusals(config: VllmConfig) -> Iterator[str]:
         yield "sparse models are served on NVIDIA GPUs and on CPUs: choose such a machine."
     head_dim, dtype = config.model_config.get_head_size(), config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
-    if current_platform.is_cuda() and not takes_head_dim(head_dim, dtype):
+    if current_platform.is_cuda() and not supports_head_dim(head_dim, dtype):
         yield (
             f"the kernels take heads of up to {MAX_HEAD_DIM} dimensions in multiples of 16 "
             f"bytes, but the model's have {head_dim}: serve it with transformers."

@@ -72,7 +72,7 @@ class Estimates:
         left = self.most.sum() - sums_above(self.scores + 1.01 * WIDTH, self.counted_at, self.most)
         return surely, (1 - share) * (read + 0.999 * near) < share * left
 
-    def heaviest(self, count):
+    def top_k(self, count):
         """Entries that surely are among so many, and those that may be."""
         surely = sums_above(self.scores - 0.01 * WIDTH, self.scores, self.size) <= count
         return surely, sums_above(self.scores + 1.01 * WIDTH, self.counted_at, self.size) < count
@@ -103,7 +103,7 @@ def bounds(step, row, head):
         shares = [rule.top_p * (mass.sum() > least) for mass in (judged.least, judged.most)]
         near_mass = 0.0
     must, may = (judged.needed(near_mass, share)[which] for which, share in enumerate(shares))
-    floor_must, floor_may = Estimates(far_scores).heaviest(-(-rule.min_tokens // block))
+    floor_must, floor_may = Estimates(far_scores).top_k(-(-rule.min_tokens // block))
     has_mass = mass_in_fp32(far_scores) > 0
     return tuple(
         set(np.flatnonzero(entries & has_mass).tolist())

@@ -1,8 +1,8 @@
-"""Which tiles a program of the loss walks over, and which of them need no mask: worked out beforehand.
+"""Tile ranges of the loss of stage 1: tiles of each program, and tiles that need no mask.
 
-A row at place m of a document that begins at place d *counts* a key n for its gradient if
-d + margin <= n <= m - lag, where margin and lag are sinks and window, or 0 where the indexer
-estimates every key (`paper`). Places count from the first token of the packed sequence.
+A key n *counts* for the gradient of query m, whose document begins at d, if d + margin <= n <= m - lag. Margin
+and lag are sinks and window, or 0 if the indexer estimates every key (reading `paper`). All are indices in the
+packed sequence.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 
-def tiles_of_rows(
-    places: Tensor, starts: Tensor, margin: int, lag: int, num_rows: int, num_keys: int
+def query_block_ranges(
+    query_indices: Tensor, starts: Tensor, margin: int, lag: int, num_queries: int, num_keys: int
 ) -> Tensor:
-    """For each tile of query rows, where its keys change their kind.
+    """Key ranges of each query block.
 
     Args:
-        places: int64 [rows], ascending.
-        starts: int64 [rows], where the row's document begins.
-        margin: keys at the beginning of a document that do not count.
-        lag: recent keys that do not count.
-        num_rows: rows of a tile.
+        query_indices: int64 [queries], ascending.
+        starts: int64 [queries], index of the first token of each query's document.
+        margin: first keys of a document, which do not count.
+        lag: recent keys, which do not count.
+        num_queries: queries of a block.
         num_keys: keys of a tile.
 
     Returns:
-        int32 [tiles, 6], ascending places begin, a, b, c, d, end, all but the last multiples of `num_keys`.
-        Every row counts every key from a to b and sees, but does not count, every key from c to d.
-        Keys from begin to a, b to c and d to end have to be looked at one by one.
+        int32 [tiles, 6], ascending indices begin, a, b, c, d, end, all but the last multiples of `num_keys`.
+        Every key from a to b counts for every query; every key from c to d is visible to every query but does
+        not count. Keys from begin to a, b to c and d to end need a mask.
     """
-    first, last = _ends(places, num_rows)
-    earliest, latest = _ends(starts, num_rows)
+    first, last = _ends(query_indices, num_queries)
+    earliest, latest = _ends(starts, num_queries)
     begin = earliest // num_keys * num_keys
     end = last + 1
     near_to = _clamp((first + 1) // num_keys * num_keys, begin, end)
@@ -40,43 +40,45 @@ def tiles_of_rows(
     return torch.stack([begin, far_from, far_to, near_from, near_to, end], 1).to(torch.int32)
 
 
-def tiles_of_keys(
-    places: Tensor,
+def key_block_ranges(
+    query_indices: Tensor,
     starts: Tensor,
     length: int,
     margin: int,
     lag: int,
-    num_rows: int,
+    num_queries: int,
     num_keys: int,
 ) -> Tensor:
-    """For each tile of keys, the query rows that count any of them.
+    """Query ranges of each tile of keys.
 
     Args:
-        places: int64 [rows], ascending.
-        starts: int64 [rows], where the row's document begins.
-        length: keys.
-        margin: keys at the beginning of a document that do not count.
-        lag: recent keys that do not count.
-        num_rows: rows of a tile.
+        query_indices: int64 [queries], ascending.
+        starts: int64 [queries], index of the first token of each query's document.
+        length: number of keys.
+        margin: first keys of a document, which do not count.
+        lag: recent keys, which do not count.
+        num_queries: queries of a block.
         num_keys: keys of a tile.
 
     Returns:
-        int32 [tiles, 4], ascending numbers of rows first, a, b, end. From a to b, a multiple of `num_rows`,
-        every row counts every key of the tile.
+        int32 [tiles, 4], ascending positions first, a, b, end in `query_indices`. Every key of the tile counts for
+        every query from a to b, a multiple of `num_queries`; no other key counts outside first to end.
     """
-    begin = torch.arange(0, length, num_keys, device=places.device)
+    begin = torch.arange(0, length, num_keys, device=query_indices.device)
     final = (begin + num_keys).clamp(max=length) - 1
-    first = torch.searchsorted(places, begin + lag)
+    first = torch.searchsorted(query_indices, begin + lag)
     end = torch.maximum(torch.searchsorted(starts, final - margin, right=True), first)
-    whole_from = first + _rounded_up(torch.searchsorted(places, final + lag) - first, num_rows)
+    whole_from = first + _rounded_up(
+        torch.searchsorted(query_indices, final + lag) - first, num_queries
+    )
     whole_from = torch.minimum(whole_from, end)
     whole_to = torch.searchsorted(starts, begin - margin, right=True).minimum(end)
-    whole_to = whole_from + (whole_to - whole_from).clamp(min=0) // num_rows * num_rows
+    whole_to = whole_from + (whole_to - whole_from).clamp(min=0) // num_queries * num_queries
     return torch.stack([first, whole_from, whole_to, end], 1).to(torch.int32)
 
 
 def _ends(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and last value of every tile."""
+    """First and last value of each block of `size` values."""
     first = torch.arange(0, values.numel(), size, device=values.device)
     return values[first], values[(first + size - 1).clamp(max=values.numel() - 1)]
 

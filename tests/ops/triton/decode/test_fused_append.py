@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rtpurbo.ops import HeadLayout
-from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
+from rtpurbo.ops.triton.decode.fused_append import AppendSlots, HeadNorm, IndexProjection, fused_kv_append
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 
 pytestmark = pytest.mark.kernels
@@ -69,7 +69,7 @@ class Entrance:
         newest = torch.tensor([NEWEST], device=DEVICE)
         self.entering = [(3 * row + 2) % RING for row in range(batch)]
         entering = torch.tensor(self.entering, device=DEVICE)[:, None]
-        self.slots = FixedSlots(newest, entering, *full, *ring, index_keys)
+        self.slots = AppendSlots(newest, entering, *full, *ring, index_keys)
 
     def expected(self, states, weight):
         """Normed states, and those rotated, [B, heads, D]; fp64, rounded in between."""
@@ -90,7 +90,7 @@ class Entrance:
         """Runs the kernel and compares all that it returns and writes."""
         slots = self.slots
         before = {name: copied(tensor) for name, tensor in vars(slots).items()}
-        queries, index_queries = enter_token(
+        queries, index_queries = fused_kv_append(
             self.queries, self.keys, self.values, self.rotary,
             self.norm, self.projection, self.layout, slots,
         )  # fmt: skip
@@ -99,12 +99,12 @@ class Entrance:
         raw_keys, keys = self.expected(self.keys, norm and norm.key_weight)
         assert queries.dtype == self.dtype
         self.assert_close(queries[:, :, 0], expected)
-        full, bounded = layout.full_key_value_heads, layout.bounded_key_value_heads
+        full, windowed = layout.full_key_value_heads, layout.windowed_key_value_heads
         values, places = self.values[:, :, 0], [NEWEST] * self.batch
         self.assert_written("full_keys", keys[:, full], places, before)
         self.assert_written("full_values", values[:, full], places, before, exactly=True)
-        self.assert_written("ring_keys", keys[:, bounded], self.entering, before)
-        self.assert_written("ring_values", values[:, bounded], self.entering, before, exactly=True)
+        self.assert_written("windowed_keys", keys[:, windowed], self.entering, before)
+        self.assert_written("windowed_values", values[:, windowed], self.entering, before, exactly=True)
         if self.projection is None:
             assert index_queries is None
             return
@@ -202,7 +202,7 @@ def test_index_keys_in_eight_bits():
 def test_storages_may_have_any_strides():
     entrance = Entrance(torch.float16, norm="weight")
     slots = entrance.slots
-    names = ("full_keys", "full_values", "ring_keys", "ring_values", "index_keys")
+    names = ("full_keys", "full_values", "windowed_keys", "windowed_values", "index_keys")
     strided = {
         name: getattr(slots, name).transpose(1, 2).contiguous().transpose(1, 2) for name in names
     }
