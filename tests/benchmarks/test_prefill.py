@@ -32,7 +32,9 @@ def test_everything_that_runs_here_is_measured():
 
 @pytest.mark.parametrize("step", ["block_sparse_attention", "block_lists"])
 def test_a_kernel_that_leaves_something_out_gets_no_figure(monkeypatch, step):
-    replacement = (lambda *args: None) if step == "block_sparse_attention" else (lambda *args: iter(()))
+    replacement = (
+        (lambda *args: None) if step == "block_sparse_attention" else (lambda *args: iter(()))
+    )
     made = session(wanted=("rtpurbo",))
     real = sparse_prefill.SparsePrefill.force
 

@@ -236,7 +236,9 @@ def test_every_row_of_a_tile_gets_the_blocks_that_any_row_needs(problem, rule, r
     selected = select_per_query_block(rule, logits, near, far, problem.key_positions)
     assert not (spread_blocks(peaks, blocks) & far & ~selected).any()
     finer = replace(rule, query_block_size=1)
-    assert not (select_per_query_block(finer, logits, near, far, problem.key_positions) & ~selected).any()
+    assert not (
+        select_per_query_block(finer, logits, near, far, problem.key_positions) & ~selected
+    ).any()
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])

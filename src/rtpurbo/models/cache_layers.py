@@ -186,7 +186,9 @@ class HeadwiseLayer(CacheLayerMixin):
             in_order,
             first_slots,
             length=None if slots.newest is None else slots.length,
-            histogram_workspace=None if slots.newest is None else self._counters(index_keys, layout),
+            histogram_workspace=None
+            if slots.newest is None
+            else self._counters(index_keys, layout),
         )
 
     def _counters(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:

@@ -19,7 +19,12 @@ from rtpurbo.ops import HeadLayout, KeyValueStates
 from rtpurbo.ops.states import PagedStates
 from rtpurbo.ops.triton.decode import pdl, window_and_scores
 from rtpurbo.ops.triton.decode.attention import decode_step
-from rtpurbo.ops.triton.decode.fused_append import AppendSlots, HeadNorm, IndexProjection, fused_kv_append
+from rtpurbo.ops.triton.decode.fused_append import (
+    AppendSlots,
+    HeadNorm,
+    IndexProjection,
+    fused_kv_append,
+)
 from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill import hopper
 from rtpurbo.ops.triton.sets import top_k, top_set

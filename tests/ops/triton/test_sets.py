@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtpurbo.ops.eager.selection import top_k as sorted_heaviest
 from rtpurbo.ops.eager.selection import smallest_set
+from rtpurbo.ops.eager.selection import top_k as sorted_heaviest
 from rtpurbo.ops.triton import sets
 
 pytestmark = pytest.mark.kernels

@@ -105,9 +105,9 @@ def test_blocks_of_a_request_by_hand():
     plan = plan_of(config, tokens=512, in_flight=64)
     full, windowed = plan.full, plan.windowed
     assert full.token_bytes == 2 * 2 * HEAD_DIM * BYTES + 2 * 16 * BYTES
-    assert sum(group.token_bytes for group in bounded) == 22 * 2 * HEAD_DIM * BYTES
+    assert sum(group.token_bytes for group in windowed) == 22 * 2 * HEAD_DIM * BYTES
     expected = -(-512 // full.block_size)
-    for group in bounded:
+    for group in windowed:
         expected += -(-(63 + 64) // group.block_size) + 1 + 1
     assert plan.blocks_per_request(512, 64) == expected
     assert plan.capacity(100 * plan.block_bytes, 512, 64) == int(100 / expected * 512)

@@ -129,7 +129,9 @@ class ServedAttention(nn.Module):
             rows = cache.batch.slots.shape[0]
             index_keys = None
             if kv_head_index is not None:
-                index_keys = self._index_keys(unrotated_keys[:rows], keys[:rows], kept[kv_head_index])
+                index_keys = self._index_keys(
+                    unrotated_keys[:rows], keys[:rows], kept[kv_head_index]
+                )
             cache.pages.write(
                 cache.batch.slots[: keys.shape[0]],
                 keys[:rows, kept],
@@ -149,7 +151,9 @@ class ServedAttention(nn.Module):
 
     def _index_keys(self, unrotated: Tensor, keys: Tensor, kv_head_index: Tensor) -> Tensor:
         """[T, retrieval heads, index_dim]."""
-        before, after = (states[:, kv_head_index].transpose(0, 1)[None] for states in (unrotated, keys))
+        before, after = (
+            states[:, kv_head_index].transpose(0, 1)[None] for states in (unrotated, keys)
+        )
         features = self.indexer.features(after, lambda _: before)
         return self.indexer.index_keys(features)[0].transpose(0, 1)
 

@@ -248,9 +248,19 @@ def test_counters_are_left_as_they_were_found(reading, heads):
     step = Step.build(300, replace(RULE, reading=reading), heads, dtype=DTYPES[0], padding=(0, 40))
     queries, full, windowed, layout, index_queries = step.arguments
     histogram_workspace = zero_histograms(2 * len(heads), queries.device)
-    for states in (full, replace(full, histogram_workspace=histogram_workspace), replace(full, histogram_workspace=histogram_workspace)):
+    for states in (
+        full,
+        replace(full, histogram_workspace=histogram_workspace),
+        replace(full, histogram_workspace=histogram_workspace),
+    ):
         output, _ = decode_attention(
-            queries, states, windowed, layout, index_queries, step.rule, scaling=step.problem.scaling
+            queries,
+            states,
+            windowed,
+            layout,
+            index_queries,
+            step.rule,
+            scaling=step.problem.scaling,
         )
         if states is full:
             alone = output

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from rtpurbo.ops import HeadLayout
-from rtpurbo.ops.triton.decode.fused_append import AppendSlots, HeadNorm, IndexProjection, fused_kv_append
+from rtpurbo.ops.triton.decode.fused_append import (
+    AppendSlots,
+    HeadNorm,
+    IndexProjection,
+    fused_kv_append,
+)
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 
 pytestmark = pytest.mark.kernels
@@ -104,7 +109,9 @@ class Entrance:
         self.assert_written("full_keys", keys[:, full], places, before)
         self.assert_written("full_values", values[:, full], places, before, exactly=True)
         self.assert_written("windowed_keys", keys[:, windowed], self.entering, before)
-        self.assert_written("windowed_values", values[:, windowed], self.entering, before, exactly=True)
+        self.assert_written(
+            "windowed_values", values[:, windowed], self.entering, before, exactly=True
+        )
         if self.projection is None:
             assert index_queries is None
             return
