@@ -201,7 +201,7 @@ def test_a_selector_takes_the_place_of_the_rule(monkeypatch, mode, q_len):
 def test_index_keys_of_another_number_of_heads_are_refused():
     problem = random_problem(5, 60)
     problem.index_keys = problem.index_keys[:, :3]
-    with pytest.raises(ValueError, match="of 3 heads, but must be of 4 retrieval heads or of 2 KV"):
+    with pytest.raises(ValueError, match="index keys have 3 heads: expected 4"):
         run(problem, RULE)
 
 

@@ -55,12 +55,12 @@ def strange_descriptors(code: str) -> list[str]:
 def _blocks(code: str) -> tuple[list[list[Instruction]], list[list[int]]]:
     """Straight pieces of code, and which may follow each."""
     blocks: list[list[Instruction]] = [[]]
-    slot_positions = {}
+    labels = {}
     for line in code.splitlines():
         if label := LABEL.match(line):
             if blocks[-1]:
                 blocks.append([])
-            slot_positions[label[1]] = len(blocks) - 1
+            labels[label[1]] = len(blocks) - 1
         elif match := INSTRUCTION.search(line):
             operands = tuple(part.strip() for part in match[4].replace(".reuse", "").split(","))
             blocks[-1].append(Instruction(match[1], bool(match[2]), match[3], operands))
@@ -71,7 +71,7 @@ def _blocks(code: str) -> tuple[list[list[Instruction]], list[list[int]]]:
         last = block[-1] if block else None
         follows = []
         if last and last.kind == "BRA":
-            follows.append(slot_positions[re.search(r"\.L_x_\d+", " ".join(last.operands))[0]])
+            follows.append(labels[re.search(r"\.L_x_\d+", " ".join(last.operands))[0]])
         if (
             not last
             or last.kind not in ("BRA", "EXIT")
