@@ -311,6 +311,7 @@ def main():
     JITFunction.run = compile_only(JITFunction.run)
     compile_prompts()
     compile_losses()
+    compile_entrances()
     for entries in (83, 8192, 40000):
         top_set(torch.empty(2, entries), torch.empty(2))
         top_k(torch.empty(2, entries), 128)

@@ -73,11 +73,15 @@ def test_sparse_prefill_equals_eager_and_counts_as_it_does():
 @pytest.mark.parametrize(
     ("changes", "padding", "reason"),
     [
-        ({"prefill_mode": "top_p"}, (0,), "only 'row_peak' has kernels"),
-        ({"prefill_mode": "row_peak", "reading": "paper"}, (0,), "selects no blocks"),
+        ({"prefill_mode": "top_p"}, (0,), "only 'row_peak' has"),
+        (
+            {"prefill_mode": "row_peak", "reading": "paper"},
+            (0,),
+            "reading 'paper' has no block selection",
+        ),
         ({"prefill_mode": "row_peak", "block_size": 24}, (0,), "powers of two"),
-        ({"prefill_mode": "row_peak", "row_stride": 4}, (0,), "fewer than 16 rows"),
-        ({}, None, "no known order"),
+        ({"prefill_mode": "row_peak", "row_stride": 4}, (0,), "fewer than 16 queries"),
+        ({}, None, "order of the keys is unknown"),
     ],
     ids=str,
 )

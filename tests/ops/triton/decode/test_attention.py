@@ -90,7 +90,7 @@ def test_index_keys_of_another_number_of_heads_are_refused():
     step = Step.build(90, RULE, (0, 1, 2), dtype=torch.float16, key_value_heads=2)
     full = step.arguments[1]
     step.arguments[1] = replace(full, index_keys=full.index_keys[:, :1])
-    with pytest.raises(ValueError, match="of 1 heads, but must be of 3 retrieval heads or of 2 KV"):
+    with pytest.raises(ValueError, match="index keys have 1 heads: expected 3"):
         step.run()
 
 
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused():
     refuses("at most 256", query_states=queries.repeat(1, 1, 1, 17))
     refuses("contiguous elements", full=replace(full, keys=full.keys.mT.contiguous().mT))
     refuses("need index queries", index_queries=None)
-    refuses("no known order", full=replace(full, in_order=False))
+    refuses("order of the keys is unknown", full=replace(full, in_order=False))
     blocks = replace(RULE, granularity="block", block_size=2048, sliding_window=4096)
     refuses("block_size is 2048", rule=blocks)
 
