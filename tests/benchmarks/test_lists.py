@@ -3,7 +3,7 @@ import torch
 
 from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.lists import (
-    TileBlocks,
+    CausalBlocks,
     density_of,
     listed,
     listed_keys,
@@ -41,7 +41,7 @@ def test_lists_have_the_density_asked_for(density):
 def test_near_blocks_alone_may_be_denser_than_what_was_asked_for():
     lists = synthetic_lists(chunks_of(2048, LONG, 100), 2048, LONG, 1, 0.02, CPU)
     density = density_of(lists, 2048, LONG)
-    assert density == pytest.approx(TileBlocks.of(2048, LONG).near_share)
+    assert density == pytest.approx(CausalBlocks.of(2048, LONG).near_share)
     assert density > 0.02
     assert not lists[0].counts.any()
 

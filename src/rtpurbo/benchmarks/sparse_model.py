@@ -1,4 +1,4 @@
-"""The sparse model with what it would find in a long context: a full cache, lists of a density."""
+"""Sparse model in a long context: a cache filled with random states, and block lists of a given density."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ _reached: list[float] = []
 
 @contextmanager
 def forcing_density(model: PreTrainedModel, density: float) -> Iterator[list[float]]:
-    """Lets retrieval heads read lists of this density in prefill, whatever their index finds.
+    """Context manager that replaces the block selection in prefill by lists of a density.
 
     Yields:
-        The densities that the lists have, one a layer with retrieval heads, once the first forward
-        has made them.
+        Densities of the lists, one per layer with retrieval heads, after the first forward pass.
     """
     BACKENDS[BACKEND] = {"headwise_attention": __name__}
     modules = headwise_modules(model)
@@ -61,8 +60,8 @@ def headwise_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The operator within `forcing_density`: of a prompt from its first token on."""
-    if index_queries is None:  # no head of this layer retrieves
+    """Operator of the backend of `forcing_density`, for whole prompts."""
+    if index_queries is None:  # a layer without retrieval heads
         return headwise.headwise_attention(
             query_states, query_positions, full, windowed, layout, None, rule, scaling=scaling
         )
@@ -76,7 +75,7 @@ def headwise_attention(
 
 
 def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) -> HeadwiseCache:
-    """A sparse model's cache with random states, and room for some steps more."""
+    """Cache of a sparse model with random states, and room for `steps` more tokens."""
     expected = length + steps
     cache = HeadwiseCache(model, reserve=roomy_capacity(length + 1, expected))
     cache.expected_length = expected

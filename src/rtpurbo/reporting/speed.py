@@ -39,7 +39,7 @@ HEADER = [
 
 
 def speed_tables(records: Sequence[SpeedRecord]) -> list[Table]:
-    """Returns a table for each phase, rtpurbo in bold; a ratio above 1 is faster than dense."""
+    """Returns a table for each phase, device and dtype, rtpurbo in bold; a ratio above 1 is faster than dense."""
     tables = []
     for title, chosen in _phases(records).items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -73,6 +73,8 @@ def _task(record: SpeedRecord) -> tuple[Any, ...]:
     return (
         record.phase,
         record.model or "",
+        record.device or "",
+        record.dtype or "",
         record.batch_size,
         record.context_length,
         record.num_attention_heads,
@@ -82,10 +84,12 @@ def _task(record: SpeedRecord) -> tuple[Any, ...]:
 
 
 def _phases(records: Sequence[SpeedRecord]) -> dict[str, list[SpeedRecord]]:
-    """Records by phase and model, the shortest context and the slowest first."""
+    """Records by phase, model, device and dtype, the shortest context and the slowest first."""
     phases: dict[str, list[SpeedRecord]] = {}
     for record in sorted(records, key=lambda record: (*_task(record), -record.milliseconds)):
         title = record.phase if record.model is None else f"{record.phase}: {record.model}"
+        made_with = ", ".join(filter(None, [record.device, record.dtype]))
+        title += f" ({made_with})" if made_with else ""
         phases.setdefault(title, []).append(record)
     return phases
 
