@@ -150,7 +150,7 @@ def _of_heads(layout: HeadLayout, rule: AttentionRule, num_heads: int) -> tuple[
         with torch.inference_mode(False):
             heads = layout.retrieval.heads
             retrieves = torch.zeros(num_heads, dtype=torch.bool, device=heads.device)
-            # Assignment by index would synchronise with the device.
+            # Index assignment would synchronise with the device.
             retrieves.index_fill_(0, heads, True)
             windows = torch.full_like(retrieves, rule.sliding_window, dtype=torch.int32)
             windows.index_fill_(0, heads, rule.near_window)

@@ -1,4 +1,4 @@
-"""What sparse models cannot be served with, each said in one sentence before the model is loaded."""
+"""Settings of vLLM that sparse models do not support, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rtpurbo.serving.vllm.versions import check_version
 
 
 def check(config: VllmConfig) -> None:
-    """Refuses settings or a checkpoint that cannot be served.
+    """Rejects unsupported settings and checkpoints.
 
     Raises:
         RTPurboError: the version of vLLM, the checkpoint or a setting is not supported.
@@ -31,7 +31,7 @@ def check(config: VllmConfig) -> None:
 
 
 def refusals(config: VllmConfig) -> Iterator[str]:
-    """Why a sparse model cannot be served with these settings; nothing if it can."""
+    """Yields the reasons for which a sparse model cannot be served with these settings."""
     parallel, cache = config.parallel_config, config.cache_config
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         yield "sparse models are served on NVIDIA GPUs and on CPUs: choose such a machine."

@@ -5,7 +5,7 @@ the exponentials of one step overlap with the products of the next. It reaches 5
 kernel reaches 524 (docs/experiment-log.md). Both kernels pass the same tests.
 
 B sequences, H heads in the table, T queries, D head_dim (64 or 128);
-M = 128 queries of a block, N = 128 keys of a step: two listed blocks of 64 if BLOCK_SPARSE.
+M = 128 queries of a block, N = 128 keys of a step: two blocks of 64 from a block list if BLOCK_SPARSE.
 """
 
 from __future__ import annotations

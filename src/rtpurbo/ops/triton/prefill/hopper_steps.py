@@ -1,6 +1,6 @@
 """Schedule of `hopper_kernel`: keys of each step, shared by the producer and the consumer warps.
 
-M queries of a block, N keys of a step: two listed blocks if BLOCK_SPARSE.
+M queries of a block, N keys of a step: two blocks of a block list if BLOCK_SPARSE.
 """
 
 from __future__ import annotations
