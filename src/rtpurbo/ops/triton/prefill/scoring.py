@@ -137,7 +137,7 @@ def far_keys(
     q_len: int,
     rule: AttentionRule,
 ) -> tuple[float, float, int]:
-    """Counts for `SelectionStatistics`: far keys, far keys in blocks of a list, queries with far keys."""
+    """Counts for `SelectionStatistics`: far keys, far keys on the lists, queries with far keys."""
     tiles, size, device = lists.blocks.shape[2], lists.block_size, lists.blocks.device
     places = torch.arange(lists.blocks.shape[-1], device=device)
     edge, whole = lists.counts[..., :1], lists.counts[..., 1:]
