@@ -15,7 +15,7 @@ WINDOW, SINKS = 16, 2
 def random_rows(q_len, k_len, padding=(0, 7)):
     """Rows of a random layer."""
     problem = random_problem(q_len, k_len, padding=padding)
-    keys = problem.keys[:, problem.readers]
+    keys = problem.keys[:, problem.kv_head_index]
     near = near_mask(problem.query_positions, problem.key_positions, WINDOW, SINKS)
     return SelectionQueries(
         problem.queries,

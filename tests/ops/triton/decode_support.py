@@ -94,8 +94,8 @@ def assert_nearly_as_exact_as_eager(
     problem: oracles.Problem, mask: Tensor, output: Tensor, log_sum_exp: Tensor
 ) -> None:
     """The error against fp64 is at most twice eager's, and what fp32 exponents lose."""
-    readers = problem.readers
-    keys, values = problem.keys[:, readers], problem.values[:, readers]
+    kv_head_index = problem.kv_head_index
+    keys, values = problem.keys[:, kv_head_index], problem.values[:, kv_head_index]
     plain = attend(problem.queries, keys, values, mask, problem.scaling, True)
     expected = oracles.attend(problem, mask)
     exponents = 2**-24 * oracles.exact_logits(problem).abs().max()

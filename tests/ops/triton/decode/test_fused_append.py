@@ -117,13 +117,13 @@ class Entrance:
             return
         rotated, dims = self.projection.rotated, self.projection.feature_dimensions
         heads = layout.retrieval.heads
-        readers = full if self.shared_keys else full[layout.retrieval.key_value_heads]
+        kv_head_index = full if self.shared_keys else full[layout.retrieval.key_value_heads]
         features = (expected if rotated else raw_queries)[:, heads][..., dims]
         index = torch.einsum("brn,rin->bri", features, self.projection.query_weight.double())
         is_wide = self.dtype == torch.bfloat16
         assert index_queries.dtype == (torch.float16 if is_wide else self.dtype)
         self.assert_close(index_queries[:, :, 0], index)
-        features = (keys if rotated else raw_keys)[:, readers][..., dims]
+        features = (keys if rotated else raw_keys)[:, kv_head_index][..., dims]
         index = torch.einsum("brn,rin->bri", features, self.projection.key_weight.double())
         self.assert_written("index_keys", index, places, before)
 

@@ -105,8 +105,8 @@ def test_block_lists_and_what_they_add(
     mask = near.clone()
     mask[:, heads] |= in_list
     kept = oracles.replace(
-        problem, queries=problem.queries[:, heads], keys=problem.keys[:, problem.readers[heads]],
-        values=problem.values[:, problem.readers[heads]],
+        problem, queries=problem.queries[:, heads], keys=problem.keys[:, problem.kv_head_index[heads]],
+        values=problem.values[:, problem.kv_head_index[heads]],
     )  # fmt: skip
     assert_as_exact_as_eager(kept, mask[:, heads], output[:, heads], sums[:, heads])
 

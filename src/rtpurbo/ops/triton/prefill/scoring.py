@@ -142,10 +142,10 @@ def far_keys(
     places = torch.arange(lists.blocks.shape[-1], device=device)
     edge, whole = lists.counts[..., :1], lists.counts[..., 1:]
     used = (places < edge) | ((places >= lists.edge_slots) & (places < lists.edge_slots + whole))
-    rows = query_offset + torch.arange(tiles * lists.query_block_size, device=device)
+    query_indices = query_offset + torch.arange(tiles * lists.query_block_size, device=device)
     # [batch, heads, queries]: last far key of each query; before the first one if there is none.
-    last = starts[:, None, None] + rows - table.windows[None, :, None]
-    last = last.masked_fill(rows >= q_len, -1)
+    last = starts[:, None, None] + query_indices - table.windows[None, :, None]
+    last = last.masked_fill(query_indices >= q_len, -1)
     counts = (last - rule.num_sink_tokens + 1).clamp(min=0)
     read = 0
     for tile in range(tiles):
