@@ -69,7 +69,7 @@ def test_logits_that_are_not_finite_get_no_figure(monkeypatch):
     monkeypatch.setattr(model, "_forward", lambda *args: real(*args) * torch.nan)
     made = run("model-prefill", wanted=("rtpurbo-dense-retrieval",))
     assert not made.results.records
-    assert "its logits are not finite" in made.results.errors[0]
+    assert "the logits are not finite" in made.results.errors[0]
 
 
 def test_a_dense_step_computes_what_the_model_would():
