@@ -75,7 +75,8 @@ def test_logits_that_are_not_finite_get_no_figure(monkeypatch):
 def test_a_dense_step_computes_what_the_model_would():
     from transformers import DynamicCache
 
-    from rtpurbo.benchmarks.dense_model import attending, full_cache, step_attentions
+    from rtpurbo.benchmarks.dense_model import attending, full_cache
+    from rtpurbo.benchmarks.sdpa import step_attentions
 
     dense = build_model("tiny", None, torch.float32, CPU)
     cache = full_cache(dense, 20, 1)

@@ -271,15 +271,11 @@ def _dense_calls(case: DecodeCase, attend: sdpa.Attention, device: torch.device)
 
 def _peers(case: DecodeCase, device: torch.device) -> Iterator[Entry]:
     for name in sdpa.BACKENDS:
-        variants = {
-            "query heads folded into rows": sdpa.attention_with_folded_groups(name),
-            "KV heads shared": sdpa.attention(name, is_causal=False, grouped=True),
-        }
         yield Entry(
             name,
             {
                 title: partial(_dense_calls, case, attend, device)
-                for title, attend in variants.items()
+                for title, attend in sdpa.step_attentions(name).items()
             },
             case.facts(1.0),
             growth=1,

@@ -54,29 +54,6 @@ def attending(model: PreTrainedModel, attend: sdpa.Attention) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def step_attentions(name: str) -> dict[str, sdpa.Attention]:
-    """Variants in which one kernel can run a decode step."""
-    return {
-        "query heads folded into rows": sdpa.attention_with_folded_groups(name),
-        "KV heads shared": sdpa.attention(name, is_causal=False, grouped=True),
-    }
-
-
-def prompt_attentions(name: str) -> dict[str, sdpa.Attention]:
-    """Variants in which one kernel can run a prompt."""
-    attend = sdpa.attention(name, is_causal=True, grouped=False)
-
-    def expanded(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        group = queries.shape[1] // keys.shape[1]
-        keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
-        return attend(queries, keys, values, scaling)
-
-    return {
-        "KV heads shared": sdpa.attention(name, is_causal=True, grouped=True),
-        "KV heads expanded": expanded,
-    }
-
-
 class FullLayer(CacheLayerMixin):
     """Layer of a full cache, in which every step overwrites the last slot."""
 

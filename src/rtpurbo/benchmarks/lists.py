@@ -110,13 +110,6 @@ def synthetic_lists(
     return made
 
 
-def listed(lists: BlockLists) -> Tensor:
-    """Mask of the valid entries of the lists: bool, shaped as `lists.blocks`."""
-    places = torch.arange(lists.blocks.shape[-1], device=lists.blocks.device)
-    edge, whole = lists.counts[..., :1], lists.counts[..., 1:]
-    return (places < edge) | ((places >= lists.edge_slots) & (places < lists.edge_slots + whole))
-
-
 def density_of(
     chunks: Mapping[int, BlockLists] | Iterable[tuple[int, BlockLists]],
     length: int,
@@ -132,7 +125,7 @@ def density_of(
         # Blocks at the edge of a window are listed too, but count as near.
         is_far = lists.blocks >= blocks.first_far
         is_far &= lists.blocks < blocks.first_far + far[:, None]
-        read += int((is_far & listed(lists)).sum())
+        read += int((is_far & lists.valid()).sum())
     near = float((blocks.causal - blocks.far).sum())
     return (near + read / heads) / float(blocks.causal.sum())
 
@@ -159,7 +152,7 @@ def listed_keys(
             blocks=lists.blocks[:1, head : head + 1, tile : tile + 1],
             counts=lists.counts[:1, head : head + 1, tile : tile + 1],
         )
-        blocks = one.blocks[listed(one)].long()
+        blocks = one.blocks[one.valid()].long()
         columns = blocks[:, None] * one.block_size + torch.arange(
             one.block_size, device=queries.device
         )

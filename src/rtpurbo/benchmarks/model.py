@@ -124,7 +124,7 @@ def _dense_steps(
     session: Session, case: ModelCase, length: int, batch: int, density: float
 ) -> Iterator[Entry]:
     for name in sdpa.BACKENDS:
-        attentions = dense_model.step_attentions(name)
+        attentions = sdpa.step_attentions(name)
         yield Entry(
             name,
             {
@@ -199,7 +199,7 @@ def _dense_prompts(
     session: Session, case: ModelCase, length: int, batch: int, density: float
 ) -> Iterator[Entry]:
     for name in sdpa.BACKENDS:
-        attentions = dense_model.prompt_attentions(name)
+        attentions = sdpa.prompt_attentions(name)
         yield Entry(
             name,
             {

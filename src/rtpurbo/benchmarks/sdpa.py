@@ -50,3 +50,26 @@ def attention_with_folded_groups(name: str) -> Attention:
         return output.reshape(batch, heads, 1, head_dim)
 
     return attend
+
+
+def step_attentions(name: str) -> dict[str, Attention]:
+    """Variants in which one kernel can run a decode step."""
+    return {
+        "query heads folded into rows": attention_with_folded_groups(name),
+        "KV heads shared": attention(name, is_causal=False, grouped=True),
+    }
+
+
+def prompt_attentions(name: str) -> dict[str, Attention]:
+    """Variants in which one kernel can run a prompt."""
+    attend = attention(name, is_causal=True, grouped=False)
+
+    def expanded(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        group = queries.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
+        return attend(queries, keys, values, scaling)
+
+    return {
+        "KV heads shared": attention(name, is_causal=True, grouped=True),
+        "KV heads expanded": expanded,
+    }

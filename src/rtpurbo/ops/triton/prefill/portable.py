@@ -14,6 +14,7 @@ from rtpurbo.ops.states import KeyValueStates, PagedStates
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.portable_kernels import block_sparse_kernel, window_kernel
 from rtpurbo.ops.triton.softmax import LOG2_E
+from rtpurbo.ops.triton.tiles import TileSizes, descriptor
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class BlockLists:
     edge_slots: int
     block_size: int
     query_block_size: int
+
+    def valid(self) -> Tensor:
+        """Mask of the used entries of `blocks`, bool of the same shape."""
+        places = torch.arange(self.blocks.shape[-1], device=self.blocks.device)
+        edge, whole = self.counts[..., :1], self.counts[..., 1:]
+        return (places < edge) | ((places >= self.edge_slots) & (places < self.edge_slots + whole))
 
 
 def window_attention(
@@ -61,11 +68,11 @@ def window_attention(
     for states, table in sources:
         if not len(table):
             continue
-        tile = TileSizes.choose(head_dim, query_states.dtype, page_size(states) > 0)
+        tile = tile_sizes(head_dim, query_states.dtype, page_size(states) > 0)
         slots, sinks = slot_shifts(states)
         lse = starts if log_sum_exp is None else log_sum_exp
         window_kernel[(triton.cdiv(q_len, tile.queries) * len(table), batch)](
-            descriptor(query_states, tile.queries),
+            state_descriptor(query_states, tile.queries),
             *key_value_arguments(states, tile.keys),
             output,
             lse,
@@ -121,10 +128,10 @@ def block_sparse_attention(
         log_sum_exp: fp32 [batch, num_attention_heads, q_len]; read and written.
     """
     batch, _, q_len, head_dim = query_states.shape
-    tile = TileSizes.choose(head_dim, query_states.dtype, page_size(states) > 0)
+    tile = tile_sizes(head_dim, query_states.dtype, page_size(states) > 0)
     slots, _ = slot_shifts(states)
     block_sparse_kernel[(lists.counts.shape[2] * len(table), batch)](
-        descriptor(query_states, lists.query_block_size),
+        state_descriptor(query_states, lists.query_block_size),
         *key_value_arguments(states, lists.block_size),
         output,
         log_sum_exp,
@@ -156,38 +163,20 @@ def block_sparse_attention(
     )
 
 
-@dataclass(frozen=True)
-class TileSizes:
-    """Tile sizes and launch options of the prefill kernels; numbers in comments are of an H100."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    stages: int
-    max_registers: int | None = None
-
-    @classmethod
-    def choose(cls, head_dim: int, dtype: torch.dtype, paged: bool) -> TileSizes:
-        """Tile sizes for a head_dim and dtype."""
-        if dtype == torch.float32:
-            return cls(64, 32, 4, 1)
-        if paged:
-            # Addresses of pages take registers: larger tiles spill.
-            return cls(128 if head_dim <= 128 else 64, 32, 8, 2)
-        if head_dim <= 64:
-            return cls(128, 64, 4, 3)
-        if head_dim <= 128:
-            # Two programs per multiprocessor: one computes exponentials while the other multiplies
-            # (524 TFLOP/s, against 426 without a limit on registers).
-            return cls(128, 64, 8, 2, 128)
-        return cls(128, 64, 8, 2)
-
-    def launch(self) -> dict[str, int]:
-        """Launch options; the interpreter knows none of them."""
-        options = {"num_warps": self.num_warps}
-        if self.max_registers is not None and torch.cuda.is_available():
-            options["maxnreg"] = self.max_registers
-        return options
+def tile_sizes(head_dim: int, dtype: torch.dtype, paged: bool) -> TileSizes:
+    """Tile sizes for a head_dim and dtype; numbers in comments are of an H100."""
+    if dtype == torch.float32:
+        return TileSizes(64, 32, 4, 1)
+    if paged:
+        # Addresses of pages take registers: larger tiles spill.
+        return TileSizes(128 if head_dim <= 128 else 64, 32, 8, 2)
+    if head_dim <= 64:
+        return TileSizes(128, 64, 4, 3)
+    if head_dim <= 128:
+        # Two programs per multiprocessor: one computes exponentials while the other multiplies
+        # (524 TFLOP/s, against 426 without a limit on registers).
+        return TileSizes(128, 64, 8, 2, 128)
+    return TileSizes(128, 64, 8, 2)
 
 
 def slot_shifts(states: KeyValueStates | PagedStates) -> tuple[Tensor | None, Tensor | None]:
@@ -210,12 +199,10 @@ def key_value_arguments(states: KeyValueStates | PagedStates, size: int) -> tupl
         table = states.block_table
         return keys, keys.stride()[:3], values, values.stride()[:3], table, table.stride(0)
     strides = (0, 0, 0)
-    return descriptor(states.keys, size), strides, descriptor(states.values, size), strides, None, 0
+    keys, values = (state_descriptor(part, size) for part in (states.keys, states.values))
+    return keys, strides, values, strides, None, 0
 
 
-def descriptor(states: Tensor, size: int) -> TensorDescriptor:
+def state_descriptor(states: Tensor, size: int) -> TensorDescriptor:
     """TMA descriptor of [batch, heads, length, head_dim] states, for tiles of `size` tokens of one head."""
-    columns = triton.next_power_of_2(states.shape[-1])
-    return TensorDescriptor(
-        states, list(states.shape), list(states.stride()), [1, 1, size, columns]
-    )
+    return descriptor(states, size, triton.next_power_of_2(states.shape[-1]))

@@ -139,9 +139,7 @@ def far_keys(
 ) -> tuple[float, float, int]:
     """Counts for `SelectionStatistics`: far keys, far keys on the lists, queries with far keys."""
     tiles, size, device = lists.blocks.shape[2], lists.block_size, lists.blocks.device
-    places = torch.arange(lists.blocks.shape[-1], device=device)
-    edge, whole = lists.counts[..., :1], lists.counts[..., 1:]
-    used = (places < edge) | ((places >= lists.edge_slots) & (places < lists.edge_slots + whole))
+    valid = lists.valid()
     query_indices = query_offset + torch.arange(tiles * lists.query_block_size, device=device)
     # [batch, heads, queries]: last far key of each query; before the first one if there is none.
     last = starts[:, None, None] + query_indices - table.windows[None, :, None]
@@ -154,7 +152,7 @@ def far_keys(
             :, :, tile * lists.query_block_size : (tile + 1) * lists.query_block_size, None
         ]
         keys = torch.minimum(tile_last + 1, blocks + size) - blocks.clamp(min=rule.num_sink_tokens)
-        read += int((keys.clamp(min=0) * used[:, :, tile, None]).sum())
+        read += int((keys.clamp(min=0) * valid[:, :, tile, None]).sum())
     return float(counts.sum()), float(read), int((counts > 0).sum())
 
 

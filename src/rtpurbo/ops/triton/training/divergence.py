@@ -11,17 +11,16 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.triton.softmax import LOG2_E
+from rtpurbo.ops.triton.tiles import TileSizes, descriptor
 from rtpurbo.ops.triton.training.divergence_kernels import (
     LIFT,
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from rtpurbo.ops.triton.training.tiles import key_block_ranges, query_block_ranges
+from rtpurbo.ops.triton.training.ranges import key_block_ranges, query_block_ranges
 
 LARGEST_HEAD_DIM = 128
 LARGEST_INDEX_DIM = 64
@@ -143,7 +142,7 @@ class _Divergence(torch.autograd.Function):
             aligned(states.to(problem.index_dtype)) for states in (index_queries, index_keys)
         )
         D, I = padded(head_dim), padded(index_dim)
-        tile = QueryTiles.choose(I, problem.query_states.dtype)
+        tile = query_tiles(I, problem.query_states.dtype)
         empty = index_queries.new_empty
         divergence = empty(heads, num_queries, dtype=torch.float32)
         offsets = (divergence, divergence)
@@ -227,7 +226,7 @@ def _key_gradient(
     """Gradients of the index keys times 2 ** LIFT, fp32 [heads, length, padded index_dim]."""
     heads, length, index_dim = keys.shape
     D, I = padded(problem.query_states.shape[-1]), padded(index_dim)
-    tile = KeyTiles.choose(I, problem.query_states.dtype)
+    tile = key_tiles(I, problem.query_states.dtype)
     gradient = torch.empty(heads, length, I, dtype=torch.float32, device=keys.device)
     if not teacher_offsets.numel():
         return gradient.zero_()
@@ -267,49 +266,23 @@ def _key_gradient(
     return gradient
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Tile sizes and launch options of a kernel."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    stages: int
-    max_registers: int | None = None
-
-    def launch(self) -> dict[str, int]:
-        """Launch options; the interpreter rejects `maxnreg`."""
-        options = {"num_warps": self.num_warps}
-        if self.max_registers is not None and not knobs.runtime.interpret:
-            options["maxnreg"] = self.max_registers
-        return options
+def query_tiles(index_dim: int, dtype: torch.dtype) -> TileSizes:
+    """Tile sizes of the query gradient kernel, which iterates over keys; `index_dim` is padded."""
+    if dtype == torch.float32:
+        return TileSizes(128, 32, 8, 1)
+    # Two programs per multiprocessor: one computes exponentials while the other multiplies.
+    if index_dim <= 16:
+        return TileSizes(128, 64, 8, 2, 128)
+    return TileSizes(128, 32, 8, 3, 128)
 
 
-class QueryTiles(Tiles):
-    """Tile sizes of the query gradient kernel, which iterates over keys."""
-
-    @classmethod
-    def choose(cls, index_dim: int, dtype: torch.dtype) -> QueryTiles:
-        """Tile sizes for a padded index_dim and a dtype."""
-        if dtype == torch.float32:
-            return cls(128, 32, 8, 1)
-        # Two programs per multiprocessor: one computes exponentials while the other multiplies.
-        if index_dim <= 16:
-            return cls(128, 64, 8, 2, 128)
-        return cls(128, 32, 8, 3, 128)
-
-
-class KeyTiles(Tiles):
-    """Tile sizes of the key gradient kernel, which iterates over queries."""
-
-    @classmethod
-    def choose(cls, index_dim: int, dtype: torch.dtype) -> KeyTiles:
-        """Tile sizes for a padded index_dim and a dtype."""
-        if dtype == torch.float32:
-            return cls(32, 128, 8, 1)
-        if index_dim <= 16:
-            return cls(64, 128, 8, 2, 128)
-        return cls(32, 128, 8, 3, 128)
+def key_tiles(index_dim: int, dtype: torch.dtype) -> TileSizes:
+    """Tile sizes of the key gradient kernel, which iterates over queries; `index_dim` is padded."""
+    if dtype == torch.float32:
+        return TileSizes(32, 128, 8, 1)
+    if index_dim <= 16:
+        return TileSizes(64, 128, 8, 2, 128)
+    return TileSizes(32, 128, 8, 3, 128)
 
 
 def padded(size: int) -> int:
@@ -321,8 +294,3 @@ def aligned(states: Tensor) -> Tensor:
     """Contiguous [heads, length, dimensions] states, padded to multiples of 16 bytes per token for TMA."""
     wanted = -states.shape[-1] % (16 // states.element_size())
     return F.pad(states, (0, wanted)).contiguous()
-
-
-def descriptor(states: Tensor, size: int, columns: int) -> TensorDescriptor:
-    """TMA descriptor of [heads, length, dimensions] states, for tiles of `size` tokens of one head."""
-    return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, size, columns])

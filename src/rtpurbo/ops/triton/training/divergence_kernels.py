@@ -7,7 +7,7 @@ over keys and accumulates both next to the two softmaxes. The gradient of an ind
 the second kernel iterates over queries and starts from them. Neither kernel uses atomics.
 
 Near keys whose estimate is the exact logit (s = t) are part of the softmaxes, but do not count for the loss or
-its gradients; `tiles` gives the ranges of those keys and the tiles that need masks. Loops over masked tiles are
+its gradients; `ranges` gives the ranges of those keys and the tiles that need masks. Loops over masked tiles are
 pipelined like the others although they are short: ptxas 12.8 (Triton 3.6) miscompiles matrix products of a tile
 that is always at the same address of shared memory.
 Logits are to base 2. The two exponentials per pair and kernel dominate the cost.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtpurbo.ops.packed import document_starts
-from rtpurbo.ops.triton.training.tiles import key_block_ranges, query_block_ranges
+from rtpurbo.ops.triton.training.ranges import key_block_ranges, query_block_ranges
 
 CASES = [
     ((1,), None),
