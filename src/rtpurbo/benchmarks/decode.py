@@ -162,8 +162,8 @@ def num_sets(
     window = shape.num_key_value_heads * min(length, rule.sliding_window) * token
     least_bytes = batch * (length * (index + selected) + window)
     set_bytes = batch * length * (shape.num_key_value_heads * token + index)
-    wanted = -(-BYTES_BETWEEN_READS // max(1, int(least_bytes)))
-    return max(1, min(wanted, MAX_SETS, MEMORY // set_bytes))
+    needed = -(-BYTES_BETWEEN_READS // max(1, int(least_bytes)))
+    return max(1, min(needed, MAX_SETS, MEMORY // set_bytes))
 
 
 def bench_decode(

@@ -47,7 +47,7 @@ class CausalBlocks:
         """Density without far blocks, the lowest one possible."""
         return 1 - float(self.far.sum()) / float(self.causal.sum())
 
-    def wanted(self, density: float) -> Tensor:
+    def far_blocks_read(self, density: float) -> Tensor:
         """Even number of far blocks per query block, a constant share of them: int64 [query blocks]."""
         share = (density - self.near_share) / max(1e-9, 1 - self.near_share)
         exact = self.far.double() * min(1.0, max(0.0, share))
@@ -81,7 +81,7 @@ def synthetic_lists(
         Lists by their first query.
     """
     blocks = CausalBlocks.of(length, rule)
-    counts, edge = blocks.wanted(density), edge_slots(rule)
+    counts, edge = blocks.far_blocks_read(density), edge_slots(rule)
     generator = torch.Generator(device).manual_seed(seed)
     made = {}
     for first_query, tiles in chunks:

@@ -193,8 +193,8 @@ def select_per_query_block(
 
     A key block is listed if any query of the query block gives it at least `row_share` of its estimated mass. The
     maximum decides, since the mean loses the few queries that retrieve (docs/experiment-log.md). With
-    `row_stride`, only every so many queries are scored, counted back from the call's last query. Arguments as in
-    `select_per_query`; `queries_after` is the number of later queries in the call.
+    `row_stride`, only every `row_stride`-th query is scored, counted back from the last one of the call.
+    Arguments as in `select_per_query`; `queries_after` is the number of later queries in the call.
     """
     blocks = block_ids(key_positions, rule.block_size)
     if rule.prefill_mode == "row_share":

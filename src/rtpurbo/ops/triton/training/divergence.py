@@ -292,5 +292,5 @@ def padded(size: int) -> int:
 
 def aligned(states: Tensor) -> Tensor:
     """Contiguous [heads, length, dimensions] states, padded to multiples of 16 bytes per token for TMA."""
-    wanted = -states.shape[-1] % (16 // states.element_size())
-    return F.pad(states, (0, wanted)).contiguous()
+    padding = -states.shape[-1] % (16 // states.element_size())
+    return F.pad(states, (0, padding)).contiguous()
