@@ -32,7 +32,7 @@ class Problem:
     shared_index: bool = False
 
     @property
-    def readers(self) -> Tensor:
+    def kv_head_index(self) -> Tensor:
         """The KV head of each query head."""
         heads, key_value_heads = self.queries.shape[1], self.keys.shape[1]
         return torch.arange(heads) // (heads // key_value_heads)
@@ -44,7 +44,7 @@ class Problem:
         kept = slice(None) if key_value_heads is None else key_value_heads
         indexed = slice(None) if index_heads is None else index_heads
         if self.shared_index:
-            indexed = torch.arange(self.keys.shape[1])[kept] * int((self.readers == 0).sum())
+            indexed = torch.arange(self.keys.shape[1])[kept] * int((self.kv_head_index == 0).sum())
         return KeyValueStates(
             self.keys[:, kept],
             self.values[:, kept],
@@ -178,14 +178,14 @@ def exact_logits(problem: Problem) -> Tensor:
         torch.einsum(
             "bqd,bkd->bqk", problem.queries[:, head].double(), problem.keys[:, kv].double()
         )
-        for head, kv in enumerate(problem.readers.tolist())
+        for head, kv in enumerate(problem.kv_head_index.tolist())
     ]
     return torch.stack(heads, 1) * problem.scaling
 
 
 def attend(problem: Problem, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over what the mask shows: output and log-sum-exp; 0 and -inf for blind rows."""
-    logits, values = exact_logits(problem), problem.values[:, problem.readers].double()
+    logits, values = exact_logits(problem), problem.values[:, problem.kv_head_index].double()
     shown = logits.detach().masked_fill(~mask, -math.inf)
     peak = shown.amax(-1, keepdim=True).nan_to_num(neginf=0)
     weights = torch.where(mask, (logits - peak).exp(), 0.0)

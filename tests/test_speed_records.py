@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -41,7 +42,7 @@ def path(tmp_path):
 
 def test_round_trip(path):
     results = read_speed(path)
-    assert results.records == [RECORD]
+    assert results.records == [replace(RECORD, device="NVIDIA H100")]
     assert results.notes == ["eager is refused.", "flex left out."]
     assert results.origin["command"] == "rtpurbo bench prefill"
 

@@ -187,7 +187,7 @@ def _add_blocks(curve: Curve, logits: Logits, seen: CapturedHeads, rule: Attenti
 def swept_top_p(
     rule: AttentionRule, exact: Tensor, estimate: Tensor, near: Tensor, far: Tensor
 ) -> tuple[list[float], list[float]]:
-    """What `select_for_rows` keeps and reads at every p, by one sort.
+    """What `select_per_query` keeps and reads at every p, by one sort.
 
     Args:
         rule: the reading.
@@ -223,7 +223,7 @@ def swept_row_share(
     far: Tensor,
     key_positions: Tensor,
 ) -> tuple[list[float], list[float]]:
-    """What `select_for_tiles` keeps and reads at every share, for rows that are one tile.
+    """What `select_per_query_block` keeps and reads at every share, for rows that are one tile.
 
     Args:
         rule: block size.

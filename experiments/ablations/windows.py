@@ -208,7 +208,7 @@ def _attend(
             selector=module.selector, backend="eager",
         )  # fmt: skip
         parts.append(retrieving)
-    for group, states in ((layout.local_full, full), (layout.local_bounded, bounded)):
+    for group, states in ((layout.local_full, full), (layout.local_windowed, bounded)):
         if len(group):
             output, _ = local_attention(
                 queries[:, group.heads],
@@ -231,4 +231,4 @@ def _without_local(layout: HeadLayout) -> HeadLayout:
         key_value_heads=layout.local_full.key_value_heads[:0],
     )
     order = torch.arange(len(layout.retrieval), device=layout.order.device)
-    return replace(layout, local_full=none, local_bounded=none, order=order, derived={})
+    return replace(layout, local_full=none, local_windowed=none, order=order, derived={})

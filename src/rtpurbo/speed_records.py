@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +45,8 @@ class SpeedRecord:
         peak_memory_gib: the peak again, in GiB, of training.
         loss_milliseconds: of a training step, what computing the loss and its gradients took.
         loss_share: the same as a share of the step.
+        dtype: dtype of the states or weights, as in "bfloat16"; None in files of earlier versions.
+        device: the device, which a file states once for all records.
         note: what else to know.
     """
 
@@ -69,6 +71,8 @@ class SpeedRecord:
     peak_memory_gib: float | None = None
     loss_milliseconds: float | None = None
     loss_share: float | None = None
+    dtype: str | None = None
+    device: str | None = None
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def write_speed(path: str | Path, device: str, command: str, results: SpeedResul
             "commit": library_commit(),
             "command": command,
             "notes": [*results.errors, *results.notes],
-            "records": [record.to_dict() for record in results.records],
+            "records": [replace(record, device=None).to_dict() for record in results.records],
         },
     )
 
@@ -131,7 +135,8 @@ def read_speed(path: str | Path) -> SpeedResults:
         raise RTPurboError(f"there is no file of benchmarks {path}; check the path.")
     try:
         data = strict_json.read(path)
-        records = [SpeedRecord(**record) for record in data.pop("records")]
+        device = data.get("device")
+        records = [SpeedRecord(**{"device": device, **record}) for record in data.pop("records")]
         if any(record.phase not in get_args(Phase) for record in records):
             raise ValueError
         notes = data.pop("notes", [])

@@ -1,4 +1,4 @@
-"""Small layers, and a clock that needs no time."""
+"""Small layers, and a clock with given times."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ RULE = AttentionRule(
     query_block_size=32,
     prefill_mode="row_peak",
 )
-# Heads of both kinds of KV heads: the second one is bounded.
+# Heads of both kinds of KV heads: the second one is windowed.
 SHAPE = LayerShape(4, 2, 16, (1,))
 
 
 @dataclass
 class FakeClock:
-    """Runs every call once and says what it is told to say.
+    """Runs every call once and returns given times.
 
     Attributes:
-        answers: milliseconds of the first calls, the last one again and again.
-        repeats: how many calls were wanted each time.
+        answers: milliseconds of the first calls; the last one is repeated.
+        repeats: requested numbers of calls.
     """
 
     answers: list[float] = field(default_factory=lambda: [5.0])
@@ -49,7 +49,7 @@ class FakeClock:
     def peak_memory(self):
         return self.peak
 
-    def forget_peak(self):
+    def reset_peak(self):
         pass
 
 
@@ -58,5 +58,5 @@ def session(**options):
 
 
 def found(session):
-    """What was measured: implementations by name, the last record of each."""
+    """Last record of each implementation, by name."""
     return {record.implementation: record for record in session.results.records}

@@ -47,16 +47,16 @@ def test_a_batch_and_two_windows():
 
 
 def test_a_step_that_reads_the_wrong_keys_gets_no_figure(monkeypatch):
-    real = decode.run_step
+    real = decode.decode_step
 
-    def shifted(queries, full, bounded, *args):
-        output, sums, selection = real(queries, full, bounded, *args)
+    def shifted(queries, full, windowed, *args):
+        output, sums, selection = real(queries, full, windowed, *args)
         return output.roll(1, 1), sums, selection
 
-    monkeypatch.setattr(decode, "run_step", shifted)
+    monkeypatch.setattr(decode, "decode_step", shifted)
     made = run(wanted=("rtpurbo",))
     assert not made.results.records
-    assert "is refused: its output is off by" in made.results.errors[0]
+    assert "is not recorded: the relative error of its output is" in made.results.errors[0]
 
 
 def test_a_step_that_selects_too_little_gets_no_figure(monkeypatch):
@@ -68,7 +68,7 @@ def test_a_step_that_selects_too_little_gets_no_figure(monkeypatch):
     monkeypatch.setattr(decode, "forced", lazy)
     made = run(wanted=("rtpurbo-token",))
     assert not made.results.records
-    assert "of the keys where 0.2 were asked for" in made.results.errors[0]
+    assert "of the keys instead of at least 0.2" in made.results.errors[0]
 
 
 def test_sets_are_as_many_as_the_cache_of_a_gpu_makes_necessary(monkeypatch):

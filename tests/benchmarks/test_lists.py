@@ -3,9 +3,8 @@ import torch
 
 from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.lists import (
-    TileBlocks,
+    CausalBlocks,
     density_of,
-    listed,
     listed_keys,
     synthetic_lists,
 )
@@ -41,7 +40,7 @@ def test_lists_have_the_density_asked_for(density):
 def test_near_blocks_alone_may_be_denser_than_what_was_asked_for():
     lists = synthetic_lists(chunks_of(2048, LONG, 100), 2048, LONG, 1, 0.02, CPU)
     density = density_of(lists, 2048, LONG)
-    assert density == pytest.approx(TileBlocks.of(2048, LONG).near_share)
+    assert density == pytest.approx(CausalBlocks.of(2048, LONG).near_share)
     assert density > 0.02
     assert not lists[0].counts.any()
 
@@ -91,9 +90,9 @@ def test_density_and_keys_of_lists_that_an_index_found():
     states = LayerStates.random(shape, length, length, torch.float16, CPU, seed=1)
     layout = shape.layout(CPU)
     operator = SparsePrefill(layout, RULE)
-    full, bounded = states.divided(layout)
+    full, windowed = states.divided(layout)
     lists = dict(
-        operator.found_lists(states.queries, full, bounded, states.index_queries, states.scaling)
+        operator.found_lists(states.queries, full, windowed, states.index_queries, states.scaling)
     )
     read = causal = 0
     for row, chunk in lists.items():
@@ -112,7 +111,7 @@ def test_density_and_keys_of_lists_that_an_index_found():
     edge, whole = entries(chunk, 1, tile)
     keys = listed_keys(lists, 1, torch.tensor([row + tile * 32 + 3]), length)
     assert set((keys[0].nonzero()[:, 0] // 16).tolist()) == set(edge) | set(whole)
-    assert int(listed(chunk)[0, 1, tile].sum()) == len(edge) + len(whole)
+    assert int(chunk.valid()[0, 1, tile].sum()) == len(edge) + len(whole)
 
 
 def test_a_layer_spreads_its_retrieval_heads():

@@ -69,13 +69,14 @@ def test_logits_that_are_not_finite_get_no_figure(monkeypatch):
     monkeypatch.setattr(model, "_forward", lambda *args: real(*args) * torch.nan)
     made = run("model-prefill", wanted=("rtpurbo-dense-retrieval",))
     assert not made.results.records
-    assert "its logits are not finite" in made.results.errors[0]
+    assert "the logits are not finite" in made.results.errors[0]
 
 
 def test_a_dense_step_computes_what_the_model_would():
     from transformers import DynamicCache
 
-    from rtpurbo.benchmarks.dense_model import attending, full_cache, step_attentions
+    from rtpurbo.benchmarks.dense_model import attending, full_cache
+    from rtpurbo.benchmarks.sdpa import step_attentions
 
     dense = build_model("tiny", None, torch.float32, CPU)
     cache = full_cache(dense, 20, 1)

@@ -31,7 +31,7 @@ def test_the_density_is_what_the_index_finds(artifact):
     records = found(made)
     ours = records["rtpurbo"]
     assert 0 < ours.density < 1
-    assert "density as the index finds it" in ours.note
+    assert "density as selected by the index" in ours.note
     assert "from a document of 150 tokens" in records["sdpa-flash"].note
     assert (ours.num_attention_heads, ours.head_dim) == (6, 8)
 

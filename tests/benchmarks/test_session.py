@@ -28,14 +28,14 @@ def failing(error):
     return {"": prepare}
 
 
-def test_what_is_right_is_timed_and_told():
-    told, written = [], []
-    run = session(tell=told.append, on_record=lambda results: written.append(len(results.records)))
+def test_what_is_right_is_timed_and_logged():
+    lines, written = [], []
+    run = session(log=lines.append, on_record=lambda results: written.append(len(results.records)))
     run.run(entry("rtpurbo", density=0.1, check=lambda call: None, is_ours=True, note="a note"))
     run.run(entry())
     assert [record.implementation for record in run.results.records] == ["rtpurbo", "peer"]
     assert run.results.records[0].note == "a note"
-    assert told[0].startswith("prefill rtpurbo at 100 tokens, density 0.1: ")
+    assert lines[0].startswith("prefill rtpurbo at 100 tokens, density 0.1: ")
     assert written == [1, 2]
 
 
@@ -43,7 +43,7 @@ def test_what_is_wrong_gets_no_figure():
     run = session()
     run.run(entry("rtpurbo", check=lambda call: "it is wrong", is_ours=True))
     assert not run.results.records
-    assert run.results.errors == ["prefill rtpurbo at 100 tokens is refused: it is wrong."]
+    assert run.results.errors == ["prefill rtpurbo at 100 tokens is not recorded: it is wrong."]
 
 
 def test_a_peer_that_fails_is_a_note_and_our_failure_is_an_error():
@@ -52,10 +52,10 @@ def test_a_peer_that_fails_is_a_note_and_our_failure_is_an_error():
     run.run(entry("rtpurbo", variants=failing(ValueError("broken")), is_ours=True))
     run.run(entry("rtpurbo", variants=failing(torch.OutOfMemoryError("full")), is_ours=True))
     assert run.results.notes == [
-        "prefill peer at 100 tokens left out: RuntimeError: no kernel.",
-        "prefill rtpurbo at 100 tokens left out: OutOfMemoryError: full.",
+        "prefill peer at 100 tokens skipped: RuntimeError: no kernel.",
+        "prefill rtpurbo at 100 tokens skipped: OutOfMemoryError: full.",
     ]
-    assert run.results.errors == ["prefill rtpurbo at 100 tokens left out: ValueError: broken."]
+    assert run.results.errors == ["prefill rtpurbo at 100 tokens skipped: ValueError: broken."]
 
 
 def test_a_user_s_mistake_ends_the_run():
@@ -66,7 +66,7 @@ def test_a_user_s_mistake_ends_the_run():
         raise RTPurboError("no such thing")
     with run.guarded("all"):
         raise ValueError("broken")
-    assert run.results.errors == ["all left out: ValueError: broken."]
+    assert run.results.errors == ["all skipped: ValueError: broken."]
 
 
 def test_peers_that_would_take_too_long_are_left_out():

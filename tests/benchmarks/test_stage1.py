@@ -21,8 +21,8 @@ def run(length=150, documents=1, **options):
 
 
 def test_a_step_by_kernels_and_by_chunks():
-    told = []
-    made = run(tell=told.append)
+    lines = []
+    made = run(log=lines.append)
     assert not made.results.errors
     ours, eager = made.results.records
     assert (ours.implementation, eager.implementation) == ("rtpurbo", "eager")
@@ -31,7 +31,7 @@ def test_a_step_by_kernels_and_by_chunks():
     assert ours.num_retrieval_heads == 2
     assert 0 < ours.loss_share < 1
     assert ours.tokens_per_second == pytest.approx(1000 * 150 / ours.milliseconds, rel=1e-3)
-    assert any("of which the loss" in line for line in told)
+    assert any("of which the loss" in line for line in lines)
 
 
 def test_packed_documents_are_noted():
@@ -48,8 +48,8 @@ def test_documents_must_have_something_far():
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
-        (lambda losses, gradient: (2 * losses, gradient), "its loss is off by 100"),
-        (lambda losses, gradient: (losses, 1.1 * gradient), "its gradient is off by 10"),
+        (lambda losses, gradient: (2 * losses, gradient), "error of the loss is 100"),
+        (lambda losses, gradient: (losses, 1.1 * gradient), "error of the gradient is 10"),
         (lambda losses, gradient: (losses, gradient * torch.nan), "not finite"),
     ],
 )

@@ -50,8 +50,8 @@ def test_what_selects_nothing_is_refused():
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
-        (lambda loss, gradient: (2 * loss, gradient), "its loss is off by 100"),
-        (lambda loss, gradient: (loss, 1.2 * gradient), "its gradient is off by 20"),
+        (lambda loss, gradient: (2 * loss, gradient), "error of the loss is 100"),
+        (lambda loss, gradient: (loss, 1.2 * gradient), "error of the gradient is 20"),
         (lambda loss, gradient: (loss, gradient * torch.nan), "not finite"),
     ],
 )

@@ -1,6 +1,5 @@
 import time
 
-import pytest
 import torch
 
 from rtpurbo.benchmarks.timing import WallClock, clock_of, measure, quantile, replayed
@@ -43,7 +42,10 @@ def test_a_call_that_does_its_work_several_times():
 def test_the_clock_on_the_wall():
     clock = clock_of(torch.device("cpu"))
     assert isinstance(clock, WallClock)
-    assert clock.first(lambda: time.sleep(0.01)) == pytest.approx(10, rel=2)
+    before = time.perf_counter()
+    measured = clock.first(lambda: time.sleep(0.01))
+    assert 10 <= measured <= 1000 * (time.perf_counter() - before)
+    assert len(clock.times(lambda: None, 3)) == 3
     assert clock.peak_memory() is None
 
 

@@ -50,7 +50,7 @@ def test_without_a_gpu(command, monkeypatch):
         (["prefill", "--device", "abacus"], "'abacus' is not available"),
         (["model", "--geometry", "giant", "--device", "cpu"], "no geometry 'giant'"),
         (["training", "--implementation", "flex"], "no implementation 'flex' here"),
-        (["training", "--documents", "9", "--device", "cpu"], "nothing can be learnt"),
+        (["training", "--documents", "9", "--device", "cpu"], "nothing to learn"),
         (["training", "--phase", "stage2", "--documents", "2"], "--documents is for stage 1"),
         (
             ["training", "--phase", "stage2", "--length", "99", "--device", "cpu"],
@@ -79,6 +79,8 @@ def test_a_step_from_options_to_a_file(tmp_path, monkeypatch):
     data = json.loads(output.read_text())
     assert data["device"] == "cpu"
     assert [record["implementation"] for record in data["records"]] == ["sdpa-flash"]
+    assert [record["dtype"] for record in data["records"]] == ["float16"]
+    assert "decode (cpu, float16)" in result.stdout
 
 
 def test_a_wrong_result_ends_in_an_error(monkeypatch, tmp_path):
@@ -88,7 +90,7 @@ def test_a_wrong_result_ends_in_an_error(monkeypatch, tmp_path):
         "-o", tmp_path / "speed.json",
     )  # fmt: skip
     assert result.exit_code == 1
-    assert "error: prefill eager at 256 tokens is refused: it is wrong." in result.stderr
+    assert "error: prefill eager at 256 tokens is not recorded: it is wrong." in result.stderr
 
 
 class Wrong:

@@ -55,8 +55,8 @@ def prompt():
 def test_tokens_and_mass_of_every_row(q_len, stride):
     rows = random_rows(q_len, 111)
     selected = (torch.rand(rows.logits.shape) < 0.3) & rows.far
-    meter = ReadMeter(needs_rows=True, row_stride=stride)
-    meter.add_rows(rows, selected)
+    meter = ReadMeter(needs_queries=True, row_stride=stride)
+    meter.add_queries(rows, selected)
 
     tokens, kept, far, far_read = [], [], [], []
     for batch, head, row in every_row(rows):
@@ -203,12 +203,12 @@ def record_steps(model, monkeypatch, graph_class):
             events.append("replayed")
             return super().__call__()
 
-    def add_rows(meter, rows, selected):
+    def add_queries(meter, rows, selected):
         events.append(rows.query_positions.max().item())
         return measured_as_ever(meter, rows, selected)
 
-    measured_as_ever = ReadMeter.add_rows
-    monkeypatch.setattr(ReadMeter, "add_rows", add_rows)
+    measured_as_ever = ReadMeter.add_queries
+    monkeypatch.setattr(ReadMeter, "add_queries", add_queries)
     monkeypatch.setattr(decoding.GraphedDecoder, "graph_class", Recorded)
     return events
 
@@ -294,7 +294,7 @@ def test_a_forward_that_fails_is_over(prompt):
         with pytest.raises(IndexError):
             model(prompt[0] + 1000)
         model.base_model(prompt[0], use_cache=False)
-        assert meter.needs_rows
+        assert meter.needs_queries
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparsify import empty_head_map, restore, set_rule
-from rtpurbo.ops.eager.selection import select_for_rows, select_for_tiles
+from rtpurbo.ops.eager.selection import select_per_query, select_per_query_block
 from rtpurbo.settings import CalibrationSettings, change_settings
 from rtpurbo.training.sequences import TrainingMix
 from tests.data.test_needles import corpus
@@ -173,12 +173,12 @@ def test_sweeps_select_as_rules_do(reading):
 
     for number, top_p in enumerate(TOP_P):
         asked = replace(rule, top_p=top_p)
-        kept, read, _ = expected(select_for_rows(asked, estimate, near, far, positions))
+        kept, read, _ = expected(select_per_query(asked, estimate, near, far, positions))
         assert tokens[0][number] == pytest.approx(float(kept), rel=1e-5)
         assert tokens[1][number] == read
     for number, row_share in enumerate(ROW_SHARES):
         asked = replace(rule, row_share=row_share)
-        kept, _, share = expected(select_for_tiles(asked, estimate, near, far, positions))
+        kept, _, share = expected(select_per_query_block(asked, estimate, near, far, positions))
         assert blocks[0][number] == pytest.approx(float(kept), rel=1e-5)
         assert blocks[1][number] == pytest.approx(float(share), rel=1e-5)
 

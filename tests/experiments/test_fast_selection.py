@@ -35,7 +35,9 @@ def test_rules_select_the_same(changes):
     near = ((keys > queries - 16) | (keys < 2)) & (keys <= queries)
     far = (keys <= queries) & ~near
     select = (
-        selection.select_for_rows if rule.prefill_mode == "top_p" else selection.select_for_tiles
+        selection.select_per_query
+        if rule.prefill_mode == "top_p"
+        else selection.select_per_query_block
     )
     arguments = (rule, logits.masked_fill(keys > queries, -torch.inf), near, far)
     expected = select(*arguments, keys[None])

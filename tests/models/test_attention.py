@@ -94,9 +94,9 @@ def layer_problem(model, layer, ids, mask):
         view.scaling,
     ).to(torch.float64)
     kept = module.indexer.feature_dimensions
-    full = sorted({int(problem.readers[head]) for head in module.retrieval_heads})
+    full = sorted({int(problem.kv_head_index[head]) for head in module.retrieval_heads})
     for rank, head in enumerate(module.retrieval_heads):
-        key_value_head = int(problem.readers[head])
+        key_value_head = int(problem.kv_head_index[head])
         shared = module.indexer.settings.shared_keys
         key_rank = full.index(key_value_head) if shared else rank
         for source, target, weight in (
@@ -104,7 +104,7 @@ def layer_problem(model, layer, ids, mask):
             (keys[:, key_value_head], problem.index_keys, module.indexer.key_weight[key_rank]),
         ):
             target[:, head] = source[..., kept].double() @ weight.double().T
-    output = seen["output"].unflatten(-1, (len(problem.readers), -1)).transpose(1, 2)
+    output = seen["output"].unflatten(-1, (len(problem.kv_head_index), -1)).transpose(1, 2)
     return module, problem, output
 
 

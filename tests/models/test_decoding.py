@@ -251,7 +251,7 @@ def test_who_watches_sees_every_step(plain_steps, model):
     with counting(model) as statistics:
         logits_of(model, ids[:, 45:50], mask[:, :50], [1] * 5, cache)
     assert len(seen) == 10
-    assert statistics.rows > 0
+    assert statistics.queries > 0
     set_selector(model, lambda rows: torch.zeros_like(rows.logits, dtype=torch.bool))
     other = HeadwiseCache(model)
     decoded(model, ids[:, :40], mask[:, :40], other)

@@ -49,13 +49,13 @@ def model():
 def states_seen(monkeypatch):
     """The states of full and bounded KV heads that the first layer hands to the operators."""
     seen = []
-    original = sparse_layer.attend_by
+    original = sparse_layer.attend_with
 
     def recorded(backend, queries, query_positions, full, bounded, *args, **kwargs):
         seen.append((query_positions, full, bounded))
         return original(backend, queries, query_positions, full, bounded, *args, **kwargs)
 
-    monkeypatch.setattr(sparse_layer, "attend_by", recorded)
+    monkeypatch.setattr(sparse_layer, "attend_with", recorded)
     return seen
 
 

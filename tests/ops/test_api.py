@@ -10,6 +10,7 @@ from rtpurbo.ops import (
     HeadLayout,
     SelectionStatistics,
     api,
+    backends,
     causal_attention,
     headwise_attention,
     local_attention,
@@ -23,7 +24,7 @@ CALLS = {
         problem.queries,
         problem.query_positions,
         problem.states(),
-        problem.readers,
+        problem.kv_head_index,
         sliding_window=16,
         num_sink_tokens=4,
         scaling=problem.scaling,
@@ -33,7 +34,7 @@ CALLS = {
         problem.queries,
         problem.query_positions,
         problem.states(),
-        problem.readers,
+        problem.kv_head_index,
         scaling=problem.scaling,
         **options,
     ),
@@ -41,7 +42,7 @@ CALLS = {
         problem.queries,
         problem.query_positions,
         problem.states(),
-        problem.readers,
+        problem.kv_head_index,
         problem.index_queries,
         RULE,
         scaling=problem.scaling,
@@ -97,7 +98,7 @@ def test_shapes_that_do_not_fit_are_refused(operator, spoil, message, problem):
     "watched",
     [
         {"selector": lambda rows: rows.far.expand(rows.logits.shape)},
-        {"statistics": SelectionStatistics(needs_rows=True)},
+        {"statistics": SelectionStatistics(needs_queries=True)},
     ],
     ids=["selector", "statistics"],
 )
@@ -123,14 +124,14 @@ def test_what_kernels_cannot_do_runs_eager_or_is_refused(watched, problem):
 
 @pytest.mark.parametrize("operator", CALLS)
 def test_the_specification_offers_every_operator(operator):
-    assert callable(api._implementation(operator, "eager"))
+    assert callable(backends.implementation(operator, "eager"))
 
 
-@pytest.mark.parametrize("backend", api.BACKENDS)
+@pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_every_backend_offers_a_whole_layer(backend):
-    assert callable(api._implementation("headwise_attention", backend))
+    assert callable(backends.implementation("headwise_attention", backend))
 
 
 def test_an_operator_that_a_backend_lacks_is_refused():
     with pytest.raises(ValueError, match="backend 'triton' has no operator 'local_attention'"):
-        api._implementation("local_attention", "triton")
+        backends.implementation("local_attention", "triton")

@@ -13,8 +13,8 @@ MASKED = random_problem(37, 63, padding=(0, 30), seed=1)
 def run(problem, mask, with_log_sum_exp):
     return attend(
         problem.queries,
-        problem.keys[:, problem.readers],
-        problem.values[:, problem.readers],
+        problem.keys[:, problem.kv_head_index],
+        problem.values[:, problem.kv_head_index],
         mask,
         problem.scaling,
         with_log_sum_exp,

@@ -79,13 +79,13 @@ def test_layout_divides_the_heads_and_restores_their_order(groups, group, data):
     heads = groups * group
     chosen = data.draw(st.permutations(range(heads))).copy()[: data.draw(st.integers(0, heads))]
     layout = HeadLayout.build(chosen, heads, groups)
-    parts = [layout.retrieval, layout.local_full, layout.local_bounded]
+    parts = [layout.retrieval, layout.local_full, layout.local_windowed]
     joined = torch.cat([part.heads for part in parts])
     assert joined[layout.order].tolist() == list(range(heads))
     assert layout.retrieval.heads.tolist() == chosen
-    full, bounded = layout.full_key_value_heads, layout.windowed_key_value_heads
-    assert sorted([*full.tolist(), *bounded.tolist()]) == list(range(groups))
-    for part, kept in zip(parts, (full, full, bounded), strict=True):
+    full, windowed = layout.full_key_value_heads, layout.windowed_key_value_heads
+    assert sorted([*full.tolist(), *windowed.tolist()]) == list(range(groups))
+    for part, kept in zip(parts, (full, full, windowed), strict=True):
         assert len(part) == part.heads.numel()
         assert torch.equal(kept[part.key_value_heads], part.heads // group)
 

@@ -16,7 +16,7 @@ def run(operator, problem, with_log_sum_exp=True, **options):
         problem.queries,
         problem.query_positions,
         problem.states(),
-        problem.readers,
+        problem.kv_head_index,
         scaling=problem.scaling,
         return_log_sum_exp=with_log_sum_exp,
         **options,
@@ -82,7 +82,11 @@ def test_causal_attention_of_keys_in_order_equals_the_oracle(q_len, k_len):
     states = problem.states()
     states.in_order = True
     output, _ = causal_attention(
-        problem.queries, problem.query_positions, states, problem.readers, scaling=problem.scaling
+        problem.queries,
+        problem.query_positions,
+        states,
+        problem.kv_head_index,
+        scaling=problem.scaling,
     )
     torch.testing.assert_close(output, expected)
 

@@ -38,5 +38,5 @@ def test_the_place_where_each_document_begins():
 
 @pytest.mark.parametrize("lengths", [(32,), (33, 0), ()], ids=str)
 def test_documents_must_make_up_the_sequence(lengths):
-    with pytest.raises(ValueError, match="do not make up a sequence of 33"):
+    with pytest.raises(ValueError, match="must be positive and sum to 33"):
         packed_attention(*states(33), lengths, scaling=SCALING)

@@ -37,7 +37,7 @@ def run(problem, rule, **options):
         problem.queries,
         problem.query_positions,
         problem.states(),
-        problem.readers,
+        problem.kv_head_index,
         problem.index_queries,
         rule,
         scaling=problem.scaling,
@@ -113,7 +113,7 @@ def test_top_p_of_one_is_dense(reading, granularity):
         problem.queries,
         problem.query_positions,
         problem.states(),
-        problem.readers,
+        problem.kv_head_index,
         scaling=problem.scaling,
         return_log_sum_exp=True,
     )
@@ -160,7 +160,7 @@ def test_statistics_count_far_keys_and_those_read(name):
     far = oracles.visible_keys(problem) & ~near
     assert statistics.far_keys == far.sum()
     assert statistics.far_keys_read == (mask & far).sum()
-    assert statistics.rows == far.any(-1).sum()
+    assert statistics.queries == far.any(-1).sum()
     assert statistics.share_read == pytest.approx(float((mask & far).sum() / far.sum()))
 
 
@@ -171,7 +171,7 @@ def test_statistics_of_nothing_have_no_share():
 class Watcher(SelectionStatistics):
     """Keeps what it is shown."""
 
-    def add_rows(self, rows, selected):
+    def add_queries(self, rows, selected):
         self.seen = [*getattr(self, "seen", []), (rows, selected)]
 
 
@@ -201,7 +201,7 @@ def test_a_selector_takes_the_place_of_the_rule(monkeypatch, mode, q_len):
 def test_index_keys_of_another_number_of_heads_are_refused():
     problem = random_problem(5, 60)
     problem.index_keys = problem.index_keys[:, :3]
-    with pytest.raises(ValueError, match="of 3 heads, but must be of 4 retrieval heads or of 2 KV"):
+    with pytest.raises(ValueError, match="index keys have 3 heads: expected 4"):
         run(problem, RULE)
 
 
@@ -214,7 +214,7 @@ def test_states_without_index_keys_are_refused():
             problem.queries,
             problem.query_positions,
             states,
-            problem.readers,
+            problem.kv_head_index,
             problem.index_queries,
             RULE,
             scaling=1.0,

@@ -18,8 +18,8 @@ from rtpurbo.ops.eager.selection import (
     block_ids,
     estimated_logits,
     masses,
-    select_for_rows,
-    select_for_tiles,
+    select_per_query,
+    select_per_query_block,
     set_finder,
     smallest_set,
     spread_blocks,
@@ -56,7 +56,7 @@ problems = st.builds(
     st.integers(0, 1000),
 )
 quick = settings(deadline=None, max_examples=60)
-BISECTING = SetFinder(sets.top_set, sets.heaviest)
+BISECTING = SetFinder(sets.top_set, sets.top_k)
 
 
 def ingredients(problem, rule):
@@ -70,7 +70,7 @@ def ingredients(problem, rule):
 
 def select(problem, rule):
     logits, near, far = ingredients(problem, rule)
-    return select_for_rows(rule, logits, near, far, problem.key_positions)
+    return select_per_query(rule, logits, near, far, problem.key_positions)
 
 
 @given(row=mass_rows, share=st.floats(-0.2, 1.2))
@@ -149,9 +149,9 @@ def test_tiles_select_what_the_brute_force_selects(problem, rule, row_share, mod
         rule = replace(rule, prefill_mode="top_p")
     logits, near, far = ingredients(problem, rule)
     if rule.prefill_mode == "top_p":
-        selected = select_for_rows(rule, logits, near, far, problem.key_positions)
+        selected = select_per_query(rule, logits, near, far, problem.key_positions)
     else:
-        selected = select_for_tiles(rule, logits, near, far, problem.key_positions)
+        selected = select_per_query_block(rule, logits, near, far, problem.key_positions)
     assert torch.equal(selected, oracles.retrieval_keys(problem, rule) & ~near)
 
 
@@ -233,10 +233,12 @@ def test_every_row_of_a_tile_gets_the_blocks_that_any_row_needs(problem, rule, r
     logits, near, far = ingredients(problem, rule)
     blocks = block_ids(problem.key_positions, rule.block_size)
     peaks = sum_blocks(masses(logits) * far, blocks) >= row_share
-    selected = select_for_tiles(rule, logits, near, far, problem.key_positions)
+    selected = select_per_query_block(rule, logits, near, far, problem.key_positions)
     assert not (spread_blocks(peaks, blocks) & far & ~selected).any()
     finer = replace(rule, query_block_size=1)
-    assert not (select_for_tiles(finer, logits, near, far, problem.key_positions) & ~selected).any()
+    assert not (
+        select_per_query_block(finer, logits, near, far, problem.key_positions) & ~selected
+    ).any()
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
@@ -245,7 +247,7 @@ def test_residual_selects_nothing_where_the_mass_is_local(granularity):
     problem = random_problem(1, 40)
     logits, near, far = ingredients(problem, rule)
     logits = torch.where(near, logits + 100, logits)
-    assert not select_for_rows(rule, logits, near, far, problem.key_positions).any()
+    assert not select_per_query(rule, logits, near, far, problem.key_positions).any()
     assert select(problem, rule).any()
 
 
@@ -255,7 +257,7 @@ def test_far_selects_nothing_below_the_floor():
     for far_mass, selects in ((0.04, False), (0.06, True)):
         mass = torch.tensor([[[[far_mass / 2, far_mass / 2, 1 - far_mass]]]])
         positions = torch.tensor([[0, 1, 2]])
-        selected = select_for_rows(rule, mass.log(), near, ~near, positions)
+        selected = select_per_query(rule, mass.log(), near, ~near, positions)
         assert selected.any() == selects
 
 

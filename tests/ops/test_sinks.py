@@ -22,7 +22,7 @@ def attend_with_sinks(problem, mask, sinks):
     logits = oracles.exact_logits(problem).masked_fill(~mask, -torch.inf)
     column = sinks.double()[None, :, None, None].expand(*logits.shape[:-1], 1)
     logits = torch.cat([logits, column], -1)
-    values = problem.values.double()[:, problem.readers]
+    values = problem.values.double()[:, problem.kv_head_index]
     return logits.softmax(-1)[..., :-1] @ values, logits.logsumexp(-1)
 
 

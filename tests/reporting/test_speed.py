@@ -29,6 +29,17 @@ def test_speedups_are_within_one_task():
     assert speedup(RECORDS, STEP, "sdpa-flash") is None
     other_model = replace(FLASH, model="another")
     assert speedup([other_model], RECORD, "sdpa-flash") is None
+    for changes in ({"device": "NVIDIA H200"}, {"dtype": "float16"}):
+        assert speedup([replace(FLASH, **changes)], RECORD, "sdpa-flash") is None
+
+
+def test_tables_say_device_and_dtype():
+    other = replace(RECORD, device="NVIDIA H200", dtype="bfloat16")
+    text = text_of([RECORD, other, replace(other, dtype="float16")])
+    assert text.count("implementation") == 3
+    assert "prefill (NVIDIA H200, bfloat16)" in text
+    assert "prefill (NVIDIA H200, float16)" in text
+    assert "**prefill (NVIDIA H200, bfloat16)**" in speed_markdown([other])
 
 
 def test_a_table_for_each_phase():

@@ -179,10 +179,10 @@ def test_sampling_follows_its_settings(loaded):
 class _EveryRead(SelectionStatistics):
     """Counts, key by key, what a decoding row's retrieval heads read."""
 
-    needs_rows = True
+    needs_queries = True
     read = 0
 
-    def add_rows(self, rows, selected):
+    def add_queries(self, rows, selected):
         self.read += int((rows.near | selected).expand(selected.shape).sum())
 
 
@@ -191,7 +191,7 @@ def test_reads_are_those_of_every_key_counted(loaded, conversation):
     answer = conversation.last_answer
     model, tokenizer = loaded
     prompt = chat_tokens(tokenizer, conversation.messages[:1])
-    counter = _EveryRead(needs_rows=True)
+    counter = _EveryRead(needs_queries=True)
     with counting(model, counter):
         model.generate(torch.tensor([prompt]), max_new_tokens=20, eos_token_id=None)
     # Two retrieval heads of six in each of two layers; the others see 2 sinks and 32 keys.

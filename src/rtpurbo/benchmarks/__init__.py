@@ -1,1 +1,1 @@
-"""Speed and memory of the operators and of whole models, beside their peers in the same run."""
+"""Speed and memory of the operators and of whole models, with dense kernels measured in the same run."""

@@ -1,7 +1,7 @@
-"""One layer's attention of one new token: ours and dense, each as a CUDA graph.
+"""Decode attention of one layer, sparse and dense, each in a CUDA graph.
 
-A graph walks over several sets of inputs, as a model walks over its layers, so that the cache of the
-GPU does not hand out today what it kept from the call before.
+A graph runs over several sets of inputs, as a model runs over its layers, so that inputs are read from memory and
+not from the GPU's L2 cache.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from rtpurbo.benchmarks import sdpa
 from rtpurbo.benchmarks.correctness import Mask, compare, near
-from rtpurbo.benchmarks.layer import LayerShape, LayerStates
+from rtpurbo.benchmarks.layer import LayerShape, LayerStates, dtype_name
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, Granularity, IndexStorage
 from rtpurbo.models.ring import RingBuffer, RingSlots
-from rtpurbo.ops.api import decoding_counters
+from rtpurbo.ops.api import new_histogram_workspace
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
-from rtpurbo.ops.triton.decode.attention import run_step
+from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.speed_records import stated_density
 
-# What each of ours selects, and how it keeps its index.
+# Unit of selection and storage of index keys of our variants.
 OURS: dict[str, tuple[Granularity, IndexStorage]] = {
     "rtpurbo": ("block", "model"),
     "rtpurbo-float8-index": ("block", "float8"),
@@ -34,24 +34,24 @@ OURS: dict[str, tuple[Granularity, IndexStorage]] = {
 }
 IMPLEMENTATIONS = (*OURS, "sdpa-flash", "sdpa-cudnn")
 
-# Several times what the L2 cache of a Hopper GPU holds.
+# Several times the L2 cache of a Hopper GPU.
 BYTES_BETWEEN_READS = 300 * 2**20
-# Keys and values of all sets together.
+# Bytes of keys and values of all sets.
 MEMORY = 24 * 2**30
 MAX_SETS = 16
-# Selections are rounded up to a whole bin of scores.
+# Selections are rounded up to a whole level of scores.
 SELECTION_TOLERANCE = 0.25
 
 
 def forced_note(density: float, selected: float) -> str:
-    """What a record says of such a rule."""
+    """Note of a record whose selection was forced."""
     return f"selection of {100 * density:g} % of the keys forced, {100 * selected:.3g} % selected"
 
 
 def forced(
     rule: AttentionRule, density: float, length: int, granularity: Granularity
 ) -> AttentionRule:
-    """A rule under which every retrieval head selects this share of the keys, whatever their mass."""
+    """Rule under which every retrieval head selects this share of the keys, independent of their mass."""
     return replace(
         rule,
         granularity=granularity,
@@ -63,12 +63,12 @@ def forced(
 
 @dataclass
 class DecodeCase:
-    """A layer, and several sets of inputs for a step of it.
+    """Layer with several sets of inputs of a decode step.
 
     Attributes:
-        shape: the layer's heads.
-        rule: what they see.
-        sets: what they compute with; the last key is the new token's own.
+        shape: heads of the layer.
+        rule: windows and selection.
+        sets: inputs; the last key is that of the new token.
     """
 
     shape: LayerShape
@@ -86,7 +86,7 @@ class DecodeCase:
         device: torch.device,
         density: float,
     ) -> DecodeCase:
-        """As many sets as are needed for the leanest implementation to find nothing in the cache."""
+        """Random inputs: enough sets that no implementation finds its inputs in the L2 cache."""
         count = num_sets(shape, rule, length, batch, dtype, density)
         sets = [
             LayerStates.random(shape, 1, length, dtype, device, batch, seed)
@@ -95,7 +95,7 @@ class DecodeCase:
         return cls(shape, rule, sets)
 
     def keeping_index(self, storage: IndexStorage) -> DecodeCase:
-        """The same with index keys kept like this."""
+        """Same case with another storage of index keys."""
         if storage == "model":
             return self
         sets = [
@@ -106,30 +106,30 @@ class DecodeCase:
 
     @cached_property
     def layout(self) -> HeadLayout:
-        """The layer's heads as index tensors."""
+        """Head layout of the layer."""
         return self.shape.layout(self.sets[0].keys.device)
 
     @cached_property
     def divided(self) -> list[tuple[KeyValueStates, KeyValueStates]]:
-        """Full and bounded KV heads of each set, as a static cache hands them over."""
+        """Full and windowed KV heads of each set, in the form of a static cache."""
         return [self._divided(states) for states in self.sets]
 
     def _divided(self, states: LayerStates) -> tuple[KeyValueStates, KeyValueStates]:
-        full, bounded = states.divided(self.layout)
+        full, windowed = states.divided(self.layout)
         length = torch.tensor([states.length], dtype=torch.int32, device=states.keys.device)
         slots = RingSlots(self.rule.num_sink_tokens, self.rule.sliding_window, 0)
         ring = RingBuffer(slots)
         slots.enter(states.positions[:, :-1])
-        ring.append(bounded.keys[:, :, :-1], bounded.values[:, :, :-1])
+        ring.append(windowed.keys[:, :, :-1], windowed.values[:, :, :-1])
         slots.enter(states.positions[:, -1:])
-        held = ring.append(bounded.keys[:, :, -1:], bounded.values[:, :, -1:])
-        counters = decoding_counters(
+        in_ring = ring.append(windowed.keys[:, :, -1:], windowed.values[:, :, -1:])
+        histogram_workspace = new_histogram_workspace(
             full.keys.shape[0], len(self.layout.retrieval), full.keys.device
         )
-        return replace(full, length=length, counters=counters), held
+        return replace(full, length=length, histogram_workspace=histogram_workspace), in_ring
 
     def facts(self, density: float) -> dict[str, Any]:
-        """Fields of a record."""
+        """Record fields that are known before the measurement."""
         states = self.sets[0]
         return {
             "phase": "decode",
@@ -142,6 +142,7 @@ class DecodeCase:
             "sliding_window": self.rule.sliding_window,
             "retrieval_window": self.rule.near_window,
             "density": round(density, 4),
+            "dtype": dtype_name(states.queries.dtype),
         }
 
 
@@ -153,16 +154,16 @@ def num_sets(
     dtype: torch.dtype,
     density: float,
 ) -> int:
-    """Sets of inputs whose reading pushes the first one out of the GPU's cache, if memory allows."""
+    """Number of sets of inputs that exceed the L2 cache in total, as far as memory allows."""
     size = dtype.itemsize
     token = 2 * shape.head_dim * size
     index = shape.num_index_keys * shape.index_dim * min(size, 2)
     selected = len(shape.retrieval_heads) * density * token
     window = shape.num_key_value_heads * min(length, rule.sliding_window) * token
-    lean = batch * (length * (index + selected) + window)
-    whole = batch * length * (shape.num_key_value_heads * token + index)
-    wanted = -(-BYTES_BETWEEN_READS // max(1, int(lean)))
-    return max(1, min(wanted, MAX_SETS, MEMORY // whole))
+    least_bytes = batch * (length * (index + selected) + window)
+    set_bytes = batch * length * (shape.num_key_value_heads * token + index)
+    needed = -(-BYTES_BETWEEN_READS // max(1, int(least_bytes)))
+    return max(1, min(needed, MAX_SETS, MEMORY // set_bytes))
 
 
 def bench_decode(
@@ -174,13 +175,13 @@ def bench_decode(
     batches: Sequence[int],
     dtype: torch.dtype,
 ) -> None:
-    """Measures a step at every length and batch size, ours with every rule and density."""
+    """Measures decode attention at every length and batch size, sparse attention with every rule and density."""
     for batch in sorted(batches):
         for length in sorted(lengths):
             with session.guarded(f"decode at {length:,} tokens x {batch}"):
-                leanest = min(rules, key=lambda rule: rule.sliding_window)
+                shortest_window = min(rules, key=lambda rule: rule.sliding_window)
                 case = DecodeCase.random(
-                    shape, leanest, length, batch, dtype, session.device, min(densities)
+                    shape, shortest_window, length, batch, dtype, session.device, min(densities)
                 )
                 for rule in rules:
                     with_rule = DecodeCase(shape, rule, case.sets)
@@ -215,17 +216,17 @@ def _ours(session: Session, whole: DecodeCase, density: float) -> Iterator[Entry
 
 
 def step(case: DecodeCase, rule: AttentionRule, number: int) -> tuple[Tensor, Any]:
-    """Output of a step on one set of inputs, and what it selected."""
+    """Output and selection of a decode step on one set of inputs."""
     states = case.sets[number]
-    full, bounded = case.divided[number]
-    output, _, selection = run_step(
-        states.queries, full, bounded, case.layout, states.index_queries, rule, states.scaling
+    full, windowed = case.divided[number]
+    output, _, selection = decode_step(
+        states.queries, full, windowed, case.layout, states.index_queries, rule, states.scaling
     )
     return output, selection
 
 
 def step_mask(case: DecodeCase, rule: AttentionRule) -> tuple[Mask, float]:
-    """What heads see in a step on the first set, and the share of the keys that they select."""
+    """Visible keys of the heads in a step on the first set, and the share of the keys that is selected."""
     states, sinks = case.sets[0], rule.num_sink_tokens
     length = states.length
     _, selection = step(case, rule, 0)
@@ -236,7 +237,7 @@ def step_mask(case: DecodeCase, rule: AttentionRule) -> tuple[Mask, float]:
         selected = selected & selection.keys(length)
     places = {head: place for place, head in enumerate(case.shape.retrieval_heads)}
 
-    def mask(sequence: int, head: int, rows: Tensor) -> Tensor:
+    def mask(sequence: int, head: int, query_indices: Tensor) -> Tensor:
         if head not in places:
             return near(last, length, sinks, rule.sliding_window)
         return near(last, length, sinks, rule.near_window) | selected[sequence, places[head]]
@@ -247,12 +248,12 @@ def step_mask(case: DecodeCase, rule: AttentionRule) -> tuple[Mask, float]:
 def _check(
     case: DecodeCase, rule: AttentionRule, mask: Mask, least: float, selected: float, call: Call
 ) -> str | None:
-    # A whole block may reach beyond the far keys.
+    # A block may extend beyond the far keys.
     if selected < least - rule.block_size / case.sets[0].length:
-        return f"it selects {selected:.4g} of the keys where {least:.4g} were asked for"
+        return f"it selects {selected:.4g} of the keys instead of at least {least:.4g}"
     output, _ = step(case, rule, 0)
-    rows = torch.zeros(1, dtype=torch.int64, device=output.device)
-    return compare(output, case.sets[0], mask, rows).complaint
+    only_query = torch.zeros(1, dtype=torch.int64, device=output.device)
+    return compare(output, case.sets[0], mask, only_query).complaint
 
 
 def _sparse_calls(case: DecodeCase, rule: AttentionRule, device: torch.device) -> Call:
@@ -270,15 +271,11 @@ def _dense_calls(case: DecodeCase, attend: sdpa.Attention, device: torch.device)
 
 def _peers(case: DecodeCase, device: torch.device) -> Iterator[Entry]:
     for name in sdpa.BACKENDS:
-        variants = {
-            "query heads folded into rows": sdpa.attention_with_folded_groups(name),
-            "KV heads shared": sdpa.attention(name, is_causal=False, grouped=True),
-        }
         yield Entry(
             name,
             {
                 title: partial(_dense_calls, case, attend, device)
-                for title, attend in variants.items()
+                for title, attend in sdpa.step_attentions(name).items()
             },
             case.facts(1.0),
             growth=1,

@@ -1,4 +1,4 @@
-"""The dense model at its best: attention by the kernel named, no mask, a cache that is just full."""
+"""Dense model at full speed: a named attention kernel, no mask, and a full static cache."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
 
 @contextmanager
 def attending(model: PreTrainedModel, attend: sdpa.Attention) -> Iterator[None]:
-    """Lets a dense model attend in this way; nothing is padded, so there is no mask."""
+    """Context manager that replaces the attention of a dense model; without a mask, as nothing is padded."""
     before = model.config._attn_implementation
     model.config._attn_implementation = IMPLEMENTATION
     _attend.append(attend)
@@ -54,31 +54,8 @@ def attending(model: PreTrainedModel, attend: sdpa.Attention) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def step_attentions(name: str) -> dict[str, sdpa.Attention]:
-    """The ways in which one kernel can serve a decoding step."""
-    return {
-        "query heads folded into rows": sdpa.attention_with_folded_groups(name),
-        "KV heads shared": sdpa.attention(name, is_causal=False, grouped=True),
-    }
-
-
-def prompt_attentions(name: str) -> dict[str, sdpa.Attention]:
-    """The ways in which one kernel can serve a prompt."""
-    attend = sdpa.attention(name, is_causal=True, grouped=False)
-
-    def expanded(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        group = queries.shape[1] // keys.shape[1]
-        keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
-        return attend(queries, keys, values, scaling)
-
-    return {
-        "KV heads shared": sdpa.attention(name, is_causal=True, grouped=True),
-        "KV heads expanded": expanded,
-    }
-
-
 class FullLayer(CacheLayerMixin):
-    """A layer of a cache that is just full: every step writes the last token's slot again."""
+    """Layer of a full cache, in which every step overwrites the last slot."""
 
     is_sliding = False
 
@@ -88,7 +65,7 @@ class FullLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """It is made full."""
+        """Does nothing: the layer is initialised when it is created."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -101,23 +78,23 @@ class FullLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Tokens before the one that is written."""
+        """Number of tokens before the one that is written."""
         assert self.keys is not None
         return self.keys.shape[2] - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Everything: (length, offset)."""
+        """Length and offset of the mask."""
         return self.get_seq_length() + 1, 0
 
     def get_max_length(self) -> int:
-        """What it was made with."""
+        """Capacity of the layer."""
         return self.get_seq_length() + 1
 
     get_max_cache_shape = get_max_length  # transformers before 5.20
 
 
 def full_cache(model: PreTrainedModel, length: int, batch: int) -> Cache:
-    """A dense model's cache full of random states."""
+    """Cache of a dense model, full of random states."""
     config = model.config
     head_dim = head_dim_of(config)
     shape = (batch, config.num_key_value_heads, length, head_dim)

@@ -1,4 +1,4 @@
-"""FlexAttention with the mask of our heads: dense retrieval heads, windows for the others."""
+"""FlexAttention with the mask of head-wise attention: dense retrieval heads, windows for the others."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rtpurbo.config import AttentionRule
 def flex_attention(
     shape: LayerShape, rule: AttentionRule, states: LayerStates, device: torch.device
 ) -> Call:
-    """The compiled operator; its mask by blocks is made here, outside of the timing."""
+    """Call of the compiled operator; its block mask is created here, outside of the timing."""
     from torch.nn.attention import flex_attention as flex
 
     retrieves = torch.zeros(shape.num_attention_heads, dtype=torch.bool, device=device)
     retrieves[list(shape.retrieval_heads)] = True
     sinks, window = rule.num_sink_tokens, rule.sliding_window
 
-    def mask(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        is_near = (column < sinks) | (row - column < window)
-        return (row >= column) & (retrieves[head] | is_near)
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_near = (key < sinks) | (query - key < window)
+        return (query >= key) & (retrieves[head] | is_near)
 
     make: Any = flex.create_block_mask
     attend: Any = flex.flex_attention
     if device.type == "cuda":
-        # Compiled, the mask is made without ever holding all of its entries.
+        # Compiled, so that the whole mask is never materialised.
         make, attend = (torch.compile(function, dynamic=False) for function in (make, attend))
     blocks = make(
         mask, None, shape.num_attention_heads, states.length, states.length, device=str(device)

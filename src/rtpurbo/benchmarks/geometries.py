@@ -1,4 +1,4 @@
-"""Models of a known shape with random weights, and a head map and indexers of no meaning for them."""
+"""Models of published shapes with random weights, and random head maps and indexers for them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""transformers' name of the family and the published sizes."""
+"""Model type in transformers and published sizes, by name."""
 
 
 def build_model(
@@ -80,17 +80,17 @@ def build_model(
     device: torch.device,
     context: int = CONTEXT,
 ) -> PreTrainedModel:
-    """A dense model of this shape with random weights, in evaluation mode.
+    """Builds a dense model with random weights, in evaluation mode.
 
     Args:
-        geometry: a name in `GEOMETRIES`.
-        layers: how many of its layers; None for all.
-        dtype: of the weights.
-        device: where to make it.
+        geometry: name in `GEOMETRIES`.
+        layers: number of layers; None for all.
+        dtype: dtype of the weights.
+        device: device of the weights.
         context: longest sequence, in tokens.
 
     Raises:
-        RTPurboError: there is no such geometry.
+        RTPurboError: the geometry is unknown.
     """
     if geometry not in GEOMETRIES:
         raise RTPurboError(
@@ -109,7 +109,7 @@ def build_model(
 
 
 def spread_head_map(config: Any, ratio: float, seed: int = 0) -> HeadMap:
-    """A head map in which every layer has about the same share of retrieval heads, at random."""
+    """Random head map with about the same share of retrieval heads in every layer."""
     generator = random.Random(seed)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     totals = [round(ratio * heads * layer) for layer in range(layers + 1)]
@@ -121,7 +121,7 @@ def spread_head_map(config: Any, ratio: float, seed: int = 0) -> HeadMap:
 
 
 def draw_indexers(model: PreTrainedModel, seed: int = 0) -> None:
-    """Gives a sparse model's indexers random weights, so that scores differ from key to key."""
+    """Initialises the indexers of a sparse model with random weights, so that scores differ between keys."""
     for module in headwise_modules(model):
         if not module.retrieval_heads:
             continue

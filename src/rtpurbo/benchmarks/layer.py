@@ -1,4 +1,4 @@
-"""One layer to measure: its heads, and tensors of random numbers for it."""
+"""Shape of a layer to measure, and random inputs for its attention."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rtpurbo.ops import HeadLayout, KeyValueStates
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The heads of a layer.
+    """Heads of a layer.
 
     Attributes:
         num_attention_heads: query heads.
         num_key_value_heads: KV heads.
         head_dim: dimensions of a head.
-        retrieval_heads: which query heads retrieve, ascending.
-        index_dim: dimensions of the index.
-        shared_keys: one index key for each KV head that a retrieval head reads, not for each
-            retrieval head.
+        retrieval_heads: retrieval heads (query heads), ascending.
+        index_dim: dimensions of index queries and keys.
+        shared_keys: one index key per KV head with retrieval heads, instead of one per retrieval
+            head.
     """
 
     num_attention_heads: int
@@ -41,10 +41,10 @@ class LayerShape:
         head_dim: int,
         num_retrieval_heads: int,
     ) -> LayerShape:
-        """A layer whose retrieval heads lie at even distances.
+        """Layer with evenly spaced retrieval heads.
 
         Raises:
-            RTPurboError: there is no such layer.
+            RTPurboError: the numbers of heads do not fit together.
         """
         if num_attention_heads % num_key_value_heads:
             raise RTPurboError(
@@ -74,13 +74,13 @@ class LayerShape:
 
     @property
     def num_index_keys(self) -> int:
-        """Index keys of a token."""
+        """Index keys per token."""
         if not self.shared_keys:
             return len(self.retrieval_heads)
         return len({head // self.group for head in self.retrieval_heads})
 
     def whole_groups(self) -> tuple[int, ...]:
-        """The query heads of every group that holds a retrieval head."""
+        """Query heads of all GQA groups with a retrieval head."""
         groups = {head // self.group for head in self.retrieval_heads}
         return tuple(
             head for head in range(self.num_attention_heads) if head // self.group in groups
@@ -89,19 +89,19 @@ class LayerShape:
     def layout(
         self, device: torch.device, retrieval_heads: Sequence[int] | None = None
     ) -> HeadLayout:
-        """The layer's heads as index tensors; perhaps with other retrieval heads."""
+        """Head layout, optionally with other retrieval heads."""
         heads = self.retrieval_heads if retrieval_heads is None else retrieval_heads
         return HeadLayout.build(heads, self.num_attention_heads, self.num_key_value_heads, device)
 
 
 @dataclass
 class LayerStates:
-    """What a layer's attention computes with.
+    """Inputs of a layer's attention.
 
     Attributes:
         queries: [batch, num_attention_heads, q_len, head_dim].
         keys: [batch, num_key_value_heads, k_len, head_dim].
-        values: likewise.
+        values: same shape.
         index_queries: [batch, num_retrieval_heads, q_len, index_dim].
         index_keys: [batch, num_index_keys, k_len, index_dim].
         scaling: factor on the dot products.
@@ -125,7 +125,7 @@ class LayerStates:
         batch: int = 1,
         seed: int = 0,
     ) -> LayerStates:
-        """Seeded normal numbers; those of the index are in float16, as models keep them."""
+        """Normally distributed states; index states are in the dtype of the cache."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(heads: int, length: int, dim: int, kind: torch.dtype) -> Tensor:
@@ -149,11 +149,11 @@ class LayerStates:
 
     @property
     def positions(self) -> Tensor:
-        """int64 [batch, k_len]."""
+        """Key positions, int64 [batch, k_len]."""
         return torch.arange(self.length, device=self.keys.device).expand(self.keys.shape[0], -1)
 
     def divided(self, layout: HeadLayout) -> tuple[KeyValueStates, KeyValueStates]:
-        """The states of the full and of the bounded KV heads, nothing copied without need."""
+        """States of the full and of the windowed KV heads, without copies where possible."""
 
         def some(heads: Tensor, index_keys: Tensor | None) -> KeyValueStates:
             whole = heads.numel() == self.keys.shape[1]
@@ -166,6 +166,11 @@ class LayerStates:
         )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype in records, as in "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def index_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """In which type a model of this type keeps its index."""
+    """Dtype of index states in a model of this dtype."""
     return torch.float16 if dtype == torch.bfloat16 else dtype

@@ -1,4 +1,4 @@
-"""Whole models of random weights: a decoding step and a prompt, dense and sparse."""
+"""Decode steps and prompts of whole models with random weights, dense and sparse."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rtpurbo.benchmarks import dense_model, sdpa
 from rtpurbo.benchmarks.decode import SELECTION_TOLERANCE, forced, forced_note
 from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
+from rtpurbo.benchmarks.layer import dtype_name
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.sparse_model import filled_cache, forcing_density
 from rtpurbo.benchmarks.timing import Call, replayed
@@ -23,19 +24,19 @@ from rtpurbo.models.sparsify import counting, set_rule, sparsify
 from rtpurbo.speed_records import stated_density
 
 IMPLEMENTATIONS = ("rtpurbo", "rtpurbo-dense-retrieval", "sdpa-flash", "sdpa-cudnn")
-# What a first forward does once, it does with a prompt of so many tokens.
+# Tokens of the warm-up prompt, which runs all one-time work.
 WARM_UP_TOKENS = 1024
 
 
 @dataclass
 class ModelCase:
-    """A model to measure.
+    """Model to measure.
 
     Attributes:
-        model: dense at first.
-        geometry: its name.
-        rules: what the sparse model sees, by phase.
-        ratio: share of the heads that retrieve.
+        model: the model, dense at first.
+        geometry: name of its shape.
+        rules: attention rules of the sparse model, by phase.
+        ratio: share of retrieval heads.
     """
 
     model: PreTrainedModel
@@ -47,7 +48,7 @@ class ModelCase:
         self.head_map = spread_head_map(self.model.config, self.ratio)
 
     def facts(self, phase: str, length: int, batch: int, density: float) -> dict[str, Any]:
-        """Fields of a record."""
+        """Record fields that are known before the measurement."""
         config, rule = self.model.config, self.rules[phase]
         return {
             "phase": phase,
@@ -60,11 +61,12 @@ class ModelCase:
             "sliding_window": rule.sliding_window,
             "retrieval_window": rule.near_window,
             "density": round(density, 4),
+            "dtype": dtype_name(self.model.dtype),
             "model": f"{self.geometry}, {config.num_hidden_layers} layers",
         }
 
     def make_sparse(self) -> None:
-        """Makes the model sparse, with indexers of random weights."""
+        """Makes the model sparse, with random indexers."""
         sparsify(self.model, RTPurboConfig(self.head_map, next(iter(self.rules.values()))))
         draw_indexers(self.model)
 
@@ -87,17 +89,17 @@ def bench_model(
     """Measures a model in each phase: first dense, then sparse.
 
     Args:
-        session: the run.
-        geometry: a name in `GEOMETRIES`.
-        rules: windows and sizes of the sparse model in each phase that is to be measured,
-            "model-decode" and "model-prefill".
-        lengths: tokens.
-        densities: for each phase, what retrieval heads are made to read.
-        batches: sequences of a decoding step; a prompt comes alone.
-        dtype: of the weights.
-        layers: how many of the layers; None for all.
+        session: measures the entries.
+        geometry: name in `GEOMETRIES`.
+        rules: attention rules of the sparse model for each phase to measure, "model-decode" and
+            "model-prefill".
+        lengths: tokens of the context.
+        densities: density of retrieval heads in each phase.
+        batches: batch sizes of decode steps; prompts have batch size 1.
+        dtype: dtype of the weights.
+        layers: number of layers; None for all.
     """
-    session.tell(f"{geometry}: making random weights")
+    session.log(f"{geometry}: initialising random weights")
     case = ModelCase(build_model(geometry, layers, dtype, session.device), geometry, rules)
     makers: dict[str, tuple[Any, Any]] = {
         "model-decode": (_dense_steps, _sparse_steps),
@@ -122,7 +124,7 @@ def _dense_steps(
     session: Session, case: ModelCase, length: int, batch: int, density: float
 ) -> Iterator[Entry]:
     for name in sdpa.BACKENDS:
-        attentions = dense_model.step_attentions(name)
+        attentions = sdpa.step_attentions(name)
         yield Entry(
             name,
             {
@@ -159,7 +161,7 @@ def _sparse_steps(
         return
     rule = forced(case.rules["model-decode"], density, length, "block")
     set_rule(case.model, **vars(rule))
-    # The first call and a look at it, the warm-up, and what is timed.
+    # Room for the first call, the check, the warm-up and the timed calls.
     cache = filled_cache(case.model, length - 2, batch, 2 * session.repeats + 64)
     ids = case.tokens(batch, 1)
     with counting(case.model) as statistics:
@@ -180,8 +182,8 @@ def _sparse_steps(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             logits = call()
-        told = [str(item.message) for item in caught if "CUDA graph" in str(item.message)]
-        graphed = [_step_note(session.device)] if not told else told[:1]
+        messages = [str(item.message) for item in caught if "CUDA graph" in str(item.message)]
+        graphed = [_step_note(session.device)] if not messages else messages[:1]
         entry.note = "; ".join(filter(None, [entry.note, *graphed]))
         return _finite(logits)
 
@@ -190,14 +192,14 @@ def _sparse_steps(
 
 
 def _finite(logits: torch.Tensor) -> str | None:
-    return None if bool(logits.isfinite().all()) else "its logits are not finite"
+    return None if bool(logits.isfinite().all()) else "the logits are not finite"
 
 
 def _dense_prompts(
     session: Session, case: ModelCase, length: int, batch: int, density: float
 ) -> Iterator[Entry]:
     for name in sdpa.BACKENDS:
-        attentions = dense_model.prompt_attentions(name)
+        attentions = sdpa.prompt_attentions(name)
         yield Entry(
             name,
             {
@@ -251,5 +253,5 @@ def _sparse_prompts(
                 case.facts("model-prefill", length, 1, stated_density(density, mean, 0.05)),
                 lambda run: _finite(logits),
                 is_ours=True,
-                note=f"lists of density {density:g} made beforehand",
+                note=f"block lists of density {density:g} computed before the timing",
             )

@@ -1,4 +1,4 @@
-"""One layer's attention over a whole prompt: ours, and those who do the same or the dense work."""
+"""Prefill attention of one layer: sparse, windowed with dense retrieval heads, and fully dense."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from rtpurbo.benchmarks import sdpa
 from rtpurbo.benchmarks.correctness import Mask, causal, compare, near
 from rtpurbo.benchmarks.flex import flex_attention
-from rtpurbo.benchmarks.layer import LayerShape, LayerStates
+from rtpurbo.benchmarks.layer import LayerShape, LayerStates, dtype_name
 from rtpurbo.benchmarks.lists import density_of, listed_keys
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
@@ -31,21 +31,21 @@ IMPLEMENTATIONS = (
     "flex",
     "eager",
 )
-# Beyond these lengths a mask by blocks, or all scores at once, take too much memory.
+# Beyond these lengths, a block mask or the matrix of all scores takes too much memory.
 FLEX_LIMIT = 131072
 EAGER_LIMIT = 4096
 
 
 @dataclass
 class PrefillCase:
-    """A layer and its prompt.
+    """Layer and prompt.
 
     Attributes:
-        shape: the layer's heads.
-        rule: what they see.
-        states: what they compute with.
-        backend: which of our operators.
-        note: goes into every record.
+        shape: heads of the layer.
+        rule: windows and selection.
+        states: inputs.
+        backend: backend of our operators.
+        note: text for every record.
     """
 
     shape: LayerShape
@@ -60,7 +60,7 @@ class PrefillCase:
         return self.states.length
 
     def facts(self, density: float, num_retrieval_heads: int | None = None) -> dict[str, Any]:
-        """Fields of a record."""
+        """Record fields that are known before the measurement."""
         retrieval = len(self.shape.retrieval_heads)
         return {
             "phase": "prefill",
@@ -73,6 +73,7 @@ class PrefillCase:
             "sliding_window": self.rule.sliding_window,
             "retrieval_window": self.rule.near_window,
             "density": round(density, 4),
+            "dtype": dtype_name(self.states.queries.dtype),
         }
 
 
@@ -84,7 +85,7 @@ def bench_prefill(
     densities: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
-    """Measures a layer of random numbers at every length, ours with every rule and density."""
+    """Measures a layer with random inputs at every length, sparse prefill with every rule and density."""
     for length in sorted(lengths):
         with session.guarded(f"prefill at {length:,} tokens"):
             states = LayerStates.random(shape, length, length, dtype, session.device)
@@ -98,38 +99,38 @@ def bench_prefill(
 
 
 def measure_sparse(session: Session, case: PrefillCase, density: float | None) -> None:
-    """Our sparse prefill, at a density or (None) at that which the index finds."""
+    """Measures sparse prefill at a density, or at that which the index selects if None."""
     if not session.wants("rtpurbo"):
         return
     layout = case.shape.layout(session.device)
     operator = SparsePrefill(layout, case.rule)
     states = case.states
-    full, bounded = states.divided(layout)
-    arguments = states.queries, full, bounded, states.index_queries, states.scaling
+    full, windowed = states.divided(layout)
+    arguments = states.queries, full, windowed, states.index_queries, states.scaling
     if density is None:
         check_lists = dict(operator.found_lists(*arguments))
         reached = density_of(check_lists, case.length, case.rule)
-        note = "density as the index finds it"
+        note = "density as selected by the index"
     else:
         reached, note = operator.force(density, *arguments), ""
         assert operator.lists is not None
         check_lists = dict(operator.lists)
         reached = stated_density(density, reached, 0.05)
         if reached != density:
-            note = f"density {density:g} asked for, but near blocks and rounding make it this"
+            note = f"density {density:g} requested, changed by near blocks and rounding"
     places = {head: place for place, head in enumerate(case.shape.retrieval_heads)}
 
-    def mask(sequence: int, head: int, rows: Tensor) -> Tensor:
+    def mask(sequence: int, head: int, positions: Tensor) -> Tensor:
         sinks = case.rule.num_sink_tokens
         if head not in places:
-            return near(rows, case.length, sinks, case.rule.sliding_window)
-        seen = near(rows, case.length, sinks, case.rule.near_window)
-        seen |= listed_keys(check_lists, places[head], rows, case.length)
-        return seen & causal(rows, case.length)
+            return near(positions, case.length, sinks, case.rule.sliding_window)
+        seen = near(positions, case.length, sinks, case.rule.near_window)
+        seen |= listed_keys(check_lists, places[head], positions, case.length)
+        return seen & causal(positions, case.length)
 
     def check(call: Call) -> str | None:
         complaint = compare(call(), case.states, mask).complaint
-        check_lists.clear()  # what the index found is large
+        check_lists.clear()  # frees the lists of the index, which are large
         return complaint
 
     session.run(
@@ -146,7 +147,7 @@ def measure_sparse(session: Session, case: PrefillCase, density: float | None) -
 
 
 def measure_dense(session: Session, cases: Sequence[PrefillCase]) -> None:
-    """Our heads with dense retrieval, in every case, and the peers, to whom windows mean nothing."""
+    """Measures dense retrieval heads in every case, and fully dense kernels once."""
     for case in cases:
         for entry in _windowed(case, session.device):
             session.run(entry)
@@ -179,9 +180,9 @@ def _windowed(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
 
 
 def _headwise(case: PrefillCase, heads: Sequence[int], backend: str, device: torch.device) -> Call:
-    """The public operator with dense retrieval heads."""
+    """Call of the public operator with dense retrieval heads."""
     layout = case.shape.layout(device, heads)
-    full, bounded = case.states.divided(layout)
+    full, windowed = case.states.divided(layout)
     full = replace(full, index_keys=None)
     rule = replace(case.rule, prefill_mode="dense")
     states = case.states
@@ -191,7 +192,7 @@ def _headwise(case: PrefillCase, heads: Sequence[int], backend: str, device: tor
             states.queries,
             states.positions,
             full,
-            bounded,
+            windowed,
             layout,
             None,
             rule,
@@ -208,12 +209,12 @@ def _check_dense(case: PrefillCase, heads: Sequence[int], call: Call) -> str | N
 
 
 def dense_mask(case: PrefillCase, heads: Sequence[int]) -> Mask:
-    """Everything for these heads, sinks and window for the others."""
+    """Causal mask for `heads`, sinks and window for the others."""
 
-    def mask(sequence: int, head: int, rows: Tensor) -> Tensor:
+    def mask(sequence: int, head: int, positions: Tensor) -> Tensor:
         if head in heads:
-            return causal(rows, case.length)
-        return near(rows, case.length, case.rule.num_sink_tokens, case.rule.sliding_window)
+            return causal(positions, case.length)
+        return near(positions, case.length, case.rule.num_sink_tokens, case.rule.sliding_window)
 
     return mask
 

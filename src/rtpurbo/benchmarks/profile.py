@@ -1,4 +1,4 @@
-"""A real prompt's states for the prefill benchmark: one layer of a converted model, repeated."""
+"""Prefill benchmark on states of a real document: one layer of a converted model, repeated to the length."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def bench_profile(
     data: Sequence[str] | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Measures the layer with most retrieval heads at every length, at the density it has there.
+    """Measures the layer with most retrieval heads at every length, at the density that its index selects.
 
     Args:
-        session: the run.
-        artifact: a converted model's folder, or its name on the Hub.
-        rule: windows and sizes; sinks and the share that a block must have are the artifact's.
-        lengths: tokens.
-        dtype: of the states.
-        data: text to read; None for what the library brings.
-        base_model: where to take the base model from, if not from where the artifact says.
+        session: measures the entries.
+        artifact: folder of a converted model, or its name on the Hub.
+        rule: windows and sizes; sinks and `row_share` are those of the artifact.
+        lengths: tokens of the prompts.
+        dtype: dtype of the states.
+        data: text sources; None for the texts of the library.
+        base_model: replaces the base model that the artifact names.
     """
     seen, chosen, note = observe(
         artifact, rule, max(lengths), dtype, session.device, data, base_model
@@ -65,12 +65,14 @@ def observe(
     data: Sequence[str] | None = None,
     base_model: str | None = None,
 ) -> tuple[LayerStates, PrefillCase, str]:
-    """The states of one document, a case that holds them, and where they come from."""
+    """States of one document, a case with them, and a note on their origin."""
     model, tokenizer = load(artifact, base_model=base_model, device=device)
     modules = headwise_modules(model)
     module = max(modules, key=lambda one: len(one.retrieval_heads))
     if not module.retrieval_heads:
-        raise RTPurboError(f"{artifact} has no retrieval heads, so there is nothing to measure.")
+        raise RTPurboError(
+            f"{artifact} has no retrieval heads, so there is nothing to measure; choose an artifact with some."
+        )
     tokens = min(length, context_length(model.config))
     corpus = load_texts(list(data) if data else None, "heldout")
     ids = corpus.sample_tokens(tokenizer, tokens, random.Random(0))
@@ -106,18 +108,18 @@ def observe(
 
 def _states(seen: LayerObservation, module: SparseAttention, dtype: torch.dtype) -> LayerStates:
     layout = module.layout(seen.queries.device)
-    heads, readers = layout.retrieval.heads, layout.full_key_value_heads
+    heads, kv_head_index = layout.retrieval.heads, layout.full_key_value_heads
     if not module.indexer.settings.shared_keys:
-        readers = readers[layout.retrieval.key_value_heads]
+        kv_head_index = kv_head_index[layout.retrieval.key_value_heads]
     indexer, index_dtype = module.indexer, index_dtype_of(dtype)
     queries, keys = seen.queries, seen.keys
     index_queries = indexer.features(queries[:, heads], seen.undo_rotation)
-    index_keys = indexer.features(keys[:, readers], seen.undo_rotation)
+    index_keys = indexer.features(keys[:, kv_head_index], seen.undo_rotation)
     with torch.no_grad():
         return LayerStates(
             queries.to(dtype),
             keys.to(dtype),
-            # What is read does not depend on the values.
+            # The selection does not depend on the values.
             torch.randn_like(keys).to(dtype),
             indexer.index_queries(index_queries).to(index_dtype),
             indexer.index_keys(index_keys).to(index_dtype),
@@ -126,7 +128,7 @@ def _states(seen: LayerObservation, module: SparseAttention, dtype: torch.dtype)
 
 
 def repeated(states: LayerStates, length: int) -> LayerStates:
-    """The states one after the other, again and again, to this length."""
+    """States repeated along the sequence to `length`."""
 
     def filled(part: Tensor) -> Tensor:
         times = -(-length // part.shape[2])

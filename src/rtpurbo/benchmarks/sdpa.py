@@ -1,4 +1,4 @@
-"""Dense attention by the kernels that PyTorch brings, each by its name, as well as it can."""
+"""Dense attention with PyTorch's kernels, selected by name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def attention(name: str, *, is_causal: bool, grouped: bool) -> Attention:
-    """Attention by one kernel and no other.
+    """Attention with exactly one kernel.
 
     Args:
-        name: a name in `BACKENDS`.
-        is_causal: whether rows see no later keys.
+        name: name in `BACKENDS`.
+        is_causal: apply a causal mask.
         grouped: keys and values have fewer heads than queries.
 
     Returns:
@@ -39,14 +39,37 @@ def attention(name: str, *, is_causal: bool, grouped: bool) -> Attention:
 
 
 def attention_with_folded_groups(name: str) -> Attention:
-    """One query token a sequence: the query heads that share a KV head stand as its rows."""
+    """Attention of one query token per sequence, with the query heads of a KV head as its query positions."""
     backend = BACKENDS[name]
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         batch, heads, _, head_dim = queries.shape
-        rows = queries.reshape(batch, keys.shape[1], -1, head_dim)
+        folded = queries.reshape(batch, keys.shape[1], -1, head_dim)
         with sdpa_kernel(backend):
-            output = F.scaled_dot_product_attention(rows, keys, values, scale=scaling)
+            output = F.scaled_dot_product_attention(folded, keys, values, scale=scaling)
         return output.reshape(batch, heads, 1, head_dim)
 
     return attend
+
+
+def step_attentions(name: str) -> dict[str, Attention]:
+    """Variants in which one kernel can run a decode step."""
+    return {
+        "query heads folded into rows": attention_with_folded_groups(name),
+        "KV heads shared": attention(name, is_causal=False, grouped=True),
+    }
+
+
+def prompt_attentions(name: str) -> dict[str, Attention]:
+    """Variants in which one kernel can run a prompt."""
+    attend = attention(name, is_causal=True, grouped=False)
+
+    def expanded(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        group = queries.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
+        return attend(queries, keys, values, scaling)
+
+    return {
+        "KV heads shared": attention(name, is_causal=True, grouped=True),
+        "KV heads expanded": expanded,
+    }

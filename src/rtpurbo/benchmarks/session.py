@@ -1,4 +1,4 @@
-"""One run of a benchmark: entries are checked, timed and recorded, or left out with a word why."""
+"""One run of a benchmark: entries are checked, timed and recorded, or skipped with a note."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from typing import Any
 import torch
 
 from rtpurbo.benchmarks.timing import SLOW, Call, Clock, Measurement, clock_of, measure
+from rtpurbo.devices import device_name
 from rtpurbo.errors import RTPurboError
 from rtpurbo.speed_records import SpeedRecord, SpeedResults
 
-# Makes ready to call, and lets go of what it holds when the call is let go.
+# Allocates inputs and returns the call to time; the inputs are freed with the call.
 Prepare = Callable[[], Call]
 
 
 @dataclass
 class Entry:
-    """Something to measure.
+    """One implementation on one input, to be measured.
 
     Attributes:
-        implementation: its name in records.
-        variants: ways to do it, by name, of which the fastest counts.
-        facts: fields of its record.
-        check: looks at what the prepared call computes, and says what is wrong with it.
-        is_ours: a failure is an error, not a note.
-        growth: the power of the length by which its time grows.
-        calls: what one call counts for.
-        result_bytes: what a call's result weighs.
-        note: goes into the record.
-        figures: further fields of its record, asked for once it is measured.
+        implementation: name in records.
+        variants: ways to run it, by name, of which the fastest is recorded.
+        facts: fields of the record that are known before the measurement.
+        check: compares the result of the prepared call with a reference; returns an error or None.
+        is_ours: failures are errors of the run, not notes.
+        growth: exponent with which the time grows with the context length.
+        calls: layers or steps that one call runs; times are divided by it.
+        result_bytes: size of a call's result.
+        note: text for the record.
+        figures: computes further fields of the record from the measurement.
     """
 
     implementation: str
@@ -49,7 +50,7 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """What it is called in a line of a log."""
+        """Name in log lines."""
         facts = self.facts
         title = f"{facts['phase']} {self.implementation} at {facts['context_length']:,} tokens"
         if facts["batch_size"] > 1:
@@ -57,47 +58,47 @@ class Entry:
         return title + (f", density {facts['density']:.3g}" if facts["density"] < 1 else "")
 
 
-def silent(text: str) -> None:
-    """Tells nobody."""
+def discard(text: str) -> None:
+    """Discards a log line."""
 
 
 @dataclass
 class Session:
-    """Measures entries one after the other.
+    """Measures entries in turn and collects the results.
 
     Attributes:
-        device: where.
-        repeats: calls of an entry at the most.
-        time_limit: seconds; a peer whose call is expected to take longer is left out.
+        device: device to measure on.
+        repeats: largest number of timed calls of an entry.
+        time_limit: seconds; other implementations expected to take longer per call are skipped.
         wanted: implementations to measure; empty for all.
-        tell: hears of every entry.
-        on_record: hears of the results so far, after every record.
-        clock: whose time it is.
-        results: what came out.
+        log: receives a line per entry.
+        on_record: receives the results so far after every record.
+        clock: replaces the clock of the device.
+        results: records, notes and errors so far.
     """
 
     device: torch.device
     repeats: int = 20
     time_limit: float = 60.0
     wanted: tuple[str, ...] = ()
-    tell: Callable[[str], None] = silent
+    log: Callable[[str], None] = discard
     on_record: Callable[[SpeedResults], None] | None = None
     clock: Clock | None = None
     results: SpeedResults = field(default_factory=SpeedResults)
     _seen: dict[Any, tuple[int, float, str]] = field(default_factory=dict)
 
     def wants(self, implementation: str) -> bool:
-        """Whether it is to be measured."""
+        """Returns True if an implementation is to be measured."""
         return not self.wanted or implementation in self.wanted
 
     def run(self, entry: Entry) -> None:
-        """Measures an entry; what fails is told and left out."""
+        """Measures an entry, or logs why it was skipped."""
         if not self.wants(entry.implementation):
             return
         expected = self._expected(entry)
         if not entry.is_ours and expected > 1000 * self.time_limit:
             self._note(
-                f"{entry.title} left out: it would take about {expected / 1000:.0f} s a call, "
+                f"{entry.title} skipped: it would take about {expected / 1000:.0f} s per call, "
                 f"more than --time-limit {self.time_limit:g}"
             )
             return
@@ -118,13 +119,13 @@ class Session:
             if best is None or found.milliseconds < best[0].milliseconds:
                 best = found, name
             if found.milliseconds * entry.calls >= SLOW:
-                break  # another variant would take as long
+                break  # slow: do not time the other variants
         if best is not None:
             self._record(entry, *best)
 
     @contextmanager
     def guarded(self, title: str) -> Iterator[None]:
-        """What fails inside is an error of the run, but does not end it."""
+        """Context manager that records exceptions as errors of the run, which continues."""
         try:
             yield
         except RTPurboError:
@@ -133,7 +134,7 @@ class Session:
             self._fail(title, error, is_ours=True)
 
     def _order(self, entry: Entry, expected: float) -> list[tuple[str, Prepare]]:
-        """The variants to try: of slow ones, only that which was the faster one before."""
+        """Variants to time; of a slow entry, only the one that was fastest at the last length."""
         variants = list(entry.variants.items())
         if expected >= SLOW and len(variants) > 1:
             fastest = self._seen[self._key(entry)][2]
@@ -146,8 +147,8 @@ class Session:
             complaint = entry.check(call)
             release(self.device)
             if complaint is not None:
-                self.results.errors.append(f"{entry.title} is refused: {complaint}.")
-                self.tell(self.results.errors[-1])
+                self.results.errors.append(f"{entry.title} is not recorded: {complaint}.")
+                self.log(self.results.errors[-1])
                 return None
         clock = self.clock or clock_of(self.device)
         found = measure(call, clock, self.repeats, result_bytes=entry.result_bytes)
@@ -171,12 +172,13 @@ class Session:
             milliseconds_p90=found.milliseconds_p90,
             peak_memory_bytes=found.peak_memory_bytes,
             scratch_bytes=found.scratch_bytes,
+            device=device_name(self.device),
             note="; ".join(filter(None, remarks)) or None,
             **entry.facts,
             **({} if entry.figures is None else entry.figures(found)),
         )
         self.results.records.append(record)
-        self.tell(f"{entry.title}: {record.milliseconds:.4g} ms")
+        self.log(f"{entry.title}: {record.milliseconds:.4g} ms")
         if self.on_record is not None:
             self.on_record(self.results)
 
@@ -185,7 +187,7 @@ class Session:
         return entry.implementation, *(entry.facts[name] for name in names)
 
     def _expected(self, entry: Entry) -> float:
-        """Milliseconds that a call should take, by what a shorter one took; 0 if nobody knows."""
+        """Expected milliseconds of a call, extrapolated from a shorter context; 0 if unknown."""
         if self._key(entry) not in self._seen:
             return 0.0
         length, milliseconds, _ = self._seen[self._key(entry)]
@@ -193,20 +195,20 @@ class Session:
 
     def _fail(self, title: str, error: Exception, is_ours: bool) -> None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-        text = f"{title} left out: {reason}"
+        text = f"{title} skipped: {reason}"
         if is_ours and not isinstance(error, torch.OutOfMemoryError):
             self.results.errors.append(f"{text}.")
-            self.tell(self.results.errors[-1])
+            self.log(self.results.errors[-1])
         else:
             self._note(text)
 
     def _note(self, text: str) -> None:
         self.results.notes.append(f"{text}.")
-        self.tell(self.results.notes[-1])
+        self.log(self.results.notes[-1])
 
 
 def release(device: torch.device) -> None:
-    """Gives memory back that nobody uses, so that the next entry may have it."""
+    """Frees unused memory for the next entry."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

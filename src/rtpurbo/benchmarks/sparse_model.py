@@ -1,4 +1,4 @@
-"""The sparse model with what it would find in a long context: a full cache, lists of a density."""
+"""Sparse model in a long context: a cache filled with random states, and block lists of a given density."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
 from rtpurbo.config import AttentionRule
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.ops.api import BACKENDS
+from rtpurbo.ops.backends import BACKENDS
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 from rtpurbo.ops.triton import headwise
 
@@ -27,11 +27,10 @@ _reached: list[float] = []
 
 @contextmanager
 def forcing_density(model: PreTrainedModel, density: float) -> Iterator[list[float]]:
-    """Lets retrieval heads read lists of this density in prefill, whatever their index finds.
+    """Context manager that replaces the block selection in prefill by lists of a density.
 
     Yields:
-        The densities that the lists have, one a layer with retrieval heads, once the first forward
-        has made them.
+        Densities of the lists, one per layer with retrieval heads, after the first forward pass.
     """
     BACKENDS[BACKEND] = {"headwise_attention": __name__}
     modules = headwise_modules(model)
@@ -53,7 +52,7 @@ def headwise_attention(
     query_states: Tensor,
     query_positions: Tensor,
     full: KeyValueStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -61,13 +60,13 @@ def headwise_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The operator within `forcing_density`: of a prompt from its first token on."""
-    if index_queries is None:  # no head of this layer retrieves
+    """Operator of the backend of `forcing_density`, for whole prompts."""
+    if index_queries is None:  # a layer without retrieval heads
         return headwise.headwise_attention(
-            query_states, query_positions, full, bounded, layout, None, rule, scaling=scaling
+            query_states, query_positions, full, windowed, layout, None, rule, scaling=scaling
         )
     key = (BACKEND, query_states.shape[2], rule, _density[-1])
-    arguments = query_states, full, bounded, index_queries, scaling
+    arguments = query_states, full, windowed, index_queries, scaling
     if key not in layout.derived:
         operator = SparsePrefill(layout, rule)
         _reached.append(operator.force(_density[-1], *arguments))
@@ -76,7 +75,7 @@ def headwise_attention(
 
 
 def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) -> HeadwiseCache:
-    """A sparse model's cache with random states, and room for some steps more."""
+    """Cache of a sparse model with random states, and room for `steps` more tokens."""
     expected = length + steps
     cache = HeadwiseCache(model, reserve=roomy_capacity(length + 1, expected))
     cache.expected_length = expected

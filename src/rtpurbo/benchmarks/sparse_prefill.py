@@ -1,7 +1,7 @@
-"""A layer's sparse prefill with lists of our choice: all of the work, and the density that is wanted.
+"""Sparse prefill of a layer with given block lists, to measure a given density.
 
-It is what `rtpurbo.ops.triton.headwise` does, scoring included, but reads the blocks of lists made
-beforehand: the index of random numbers finds nothing, and would tell nothing about speed.
+Runs the same kernels as `rtpurbo.ops.triton.headwise`, scoring included, but reads the blocks of precomputed lists:
+the density that a random index selects says nothing about that of a trained one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rtpurbo.ops.triton.prefill.scoring import block_lists
 
 
 class SparsePrefill:
-    """Sparse prefill of one layer, to be run again and again.
+    """Sparse prefill of one layer.
 
     Args:
-        layout: the layer's heads.
-        rule: windows, sizes and how often the index is asked.
-        lists: what to read, by the first row; None reads what the index finds.
+        layout: heads of the layer.
+        rule: windows, block sizes and the stride of scored queries.
+        lists: block lists by their first query; None for those of the index.
     """
 
     def __init__(
@@ -42,34 +42,34 @@ class SparsePrefill:
         self,
         queries: Tensor,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         index_queries: Tensor,
         scaling: float,
     ) -> Tensor:
-        """Output [batch, num_attention_heads, q_len, head_dim]; arguments as the operator's."""
+        """Output [batch, num_attention_heads, q_len, head_dim]; arguments as in `prefill_attention`."""
 
-        def choose(*asked: Any) -> Iterator[tuple[int, BlockLists]]:
-            for row, found in block_lists(*asked):
-                yield row, found if self.lists is None else self.lists[row]
+        def choose(*arguments: Any) -> Iterator[tuple[int, BlockLists]]:
+            for first_query, found in block_lists(*arguments):
+                yield first_query, found if self.lists is None else self.lists[first_query]
 
-        return self._attend(choose, queries, full, bounded, index_queries, scaling)
+        return self._attend(choose, queries, full, windowed, index_queries, scaling)
 
     def found_lists(
         self,
         queries: Tensor,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         index_queries: Tensor,
         scaling: float,
     ) -> Iterator[tuple[int, BlockLists]]:
-        """The lists that the index finds, for some thousands of rows each."""
+        """Block lists of the index, each for some thousands of queries."""
         found: list[tuple[int, BlockLists]] = []
 
-        def keep(*asked: Any) -> Iterator[tuple[int, BlockLists]]:
-            found.extend(block_lists(*asked))
+        def keep(*arguments: Any) -> Iterator[tuple[int, BlockLists]]:
+            found.extend(block_lists(*arguments))
             return iter(())
 
-        self._attend(keep, queries, full, bounded, index_queries, scaling)
+        self._attend(keep, queries, full, windowed, index_queries, scaling)
         return iter(found)
 
     def force(
@@ -77,34 +77,35 @@ class SparsePrefill:
         density: float,
         queries: Tensor,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         index_queries: Tensor,
         scaling: float,
     ) -> float:
-        """Makes the lists to read from now on; returns the density that they have."""
-        arguments = queries, full, bounded, index_queries, scaling
-        chunks = [(row, found.blocks.shape[2]) for row, found in self.found_lists(*arguments)]
+        """Computes lists of about `density` for later calls; returns their density."""
+        arguments = queries, full, windowed, index_queries, scaling
+        found = self.found_lists(*arguments)
+        chunks = [(first_query, lists.blocks.shape[2]) for first_query, lists in found]
         length, heads = queries.shape[2], len(self.layout.retrieval)
         self.lists = synthetic_lists(chunks, length, self.rule, heads, density, queries.device)
         return density_of(self.lists, length, self.rule)
 
     def _attend(
         self,
-        choose_lists: Callable[..., Iterator[tuple[int, BlockLists]]],
+        make_lists: Callable[..., Iterator[tuple[int, BlockLists]]],
         queries: Tensor,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         index_queries: Tensor,
         scaling: float,
     ) -> Tensor:
         output, _ = prefill_attention(
             queries,
             full,
-            bounded,
+            windowed,
             self.layout,
             index_queries,
             self.rule,
             scaling=scaling,
-            choose_lists=choose_lists,
+            make_lists=make_lists,
         )
         return output

@@ -1,4 +1,4 @@
-"""A step of stage 1 on a whole model of random weights: every row, by kernels and by chunks of rows."""
+"""Training step of stage 1 on a model with random weights: all queries, by kernels or in chunks (eager)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
 from rtpurbo.benchmarks.session import Entry, Session, release
-from rtpurbo.benchmarks.timing import Call, Measurement
+from rtpurbo.benchmarks.timing import Call, Measurement, PartTimer
 from rtpurbo.benchmarks.training import (
     IMPLEMENTATIONS,
     RATIO,
@@ -21,7 +21,6 @@ from rtpurbo.benchmarks.training import (
     random_tokens,
     take_gradient,
 )
-from rtpurbo.benchmarks.watch import Watch
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
@@ -31,19 +30,19 @@ from rtpurbo.training.layerwise import train_as_layers_pass
 from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sequences import TrainingSequence
 
-# What a first step does once, and whether it is right, is seen on so many tokens more than a window.
+# Tokens beyond a window in the warm-up step and in the correctness check.
 WARM_UP_TOKENS = 4096
 
 
 class Stage1Case:
-    """A model whose indexers are trained.
+    """Model whose indexers are trained.
 
     Args:
-        geometry: a name in `GEOMETRIES`.
-        rule: windows and reading.
-        dtype: of the model's weights; indexers are in fp32.
-        device: where.
-        layers: how many of its layers; None for all.
+        geometry: name in `GEOMETRIES`.
+        rule: windows, and the distribution that top-p applies to.
+        dtype: dtype of the model's weights; indexers are in fp32.
+        device: device to measure on.
+        layers: number of layers; None for all.
     """
 
     def __init__(
@@ -64,43 +63,43 @@ class Stage1Case:
             if module.retrieval_heads:
                 self.weights += module.indexer.float().requires_grad_(True).parameters()
         self.optimizer, _ = make_optimizer(self.weights, 1e-4, 0.0, 0, 1)
-        self.watch = Watch(device)
+        self.timer = PartTimer(device)
 
     def facts(self, length: int) -> dict[str, Any]:
-        """Fields of a record."""
+        """Record fields that are known before the measurement."""
         return facts("stage1", self.geometry, self.model, self.head_map, self.rule, length)
 
     def sequences(self, length: int, documents: int) -> list[TrainingSequence]:
-        """Random tokens, equally divided among documents."""
+        """Random tokens in documents of equal length."""
         ids = random_tokens(self.model, length)
         return [TrainingSequence(part.tolist()) for part in ids.tensor_split(documents)]
 
     def learn(
-        self, sequences: Sequence[TrainingSequence], backend: str, rows: int | None = None
+        self, sequences: Sequence[TrainingSequence], backend: str, num_queries: int | None = None
     ) -> Tensor:
-        """Adds to the gradients; returns the sequences' losses."""
+        """Accumulates gradients and returns the losses of the sequences."""
         total = sum(len(sequence.input_ids) for sequence in sequences)
-        settings = IndexerTrainingSettings(rows_per_step=rows, lengths=(total,))
+        settings = IndexerTrainingSettings(rows_per_step=num_queries, lengths=(total,))
         seeds = [str(number) for number in range(len(sequences))]
         losses = train_as_layers_pass(
             self.model, sequences, settings, seeds,
-            backend=backend, around_loss=self.watch.around_part,
+            backend=backend, around_loss=self.timer.around_part,
         )  # fmt: skip
         return torch.stack(losses)
 
     def step(self, sequences: Sequence[TrainingSequence], backend: str) -> Tensor:
-        """A whole step, watched."""
-        with self.watch.around_whole():
+        """Training step, timed."""
+        with self.timer.around_whole():
             losses = self.learn(sequences, backend)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return losses
 
     def losses_and_gradient(
-        self, sequences: Sequence[TrainingSequence], backend: str, rows: int
+        self, sequences: Sequence[TrainingSequence], backend: str, num_queries: int
     ) -> tuple[Tensor, Tensor]:
-        """Of some rows: losses, and the gradients of all weights in one vector."""
-        losses = self.learn(sequences, backend, rows)
+        """Losses of `num_queries` queries, and the gradients of all weights in one vector."""
+        losses = self.learn(sequences, backend, num_queries)
         return losses, take_gradient(self.weights, self.optimizer)
 
 
@@ -113,29 +112,29 @@ def bench_stage1(
     dtype: torch.dtype,
     layers: int | None = None,
 ) -> None:
-    """Measures steps of stage 1, in which 15 % of the heads learn from every row.
+    """Measures steps of stage 1, in which 15 % of the heads learn from all queries.
 
-    Both implementations share the frozen model's forward; `eager` computes the loss by chunks of rows.
+    Both implementations share the frozen model's forward pass; `eager` computes the loss in chunks of queries.
 
     Args:
-        session: the run.
-        geometry: a name in `GEOMETRIES`.
-        rule: windows and reading.
-        lengths: tokens of a step.
-        documents: how many documents are packed in them.
-        dtype: of the model's weights.
-        layers: how many of its layers; None for all.
+        session: measures the entries.
+        geometry: name in `GEOMETRIES`.
+        rule: windows, and the distribution that top-p applies to.
+        lengths: tokens per step.
+        documents: number of documents packed into a step.
+        dtype: dtype of the model's weights.
+        layers: number of layers; None for all.
 
     Raises:
-        RTPurboError: documents are not longer than a window.
+        RTPurboError: documents are not longer than sinks and window.
     """
     shortest = min(lengths) // documents
     if shortest <= rule.sliding_window + rule.num_sink_tokens:
         raise RTPurboError(
             f"documents of {shortest:,} tokens are not longer than sinks and window "
-            f"({rule.sliding_window + rule.num_sink_tokens:,} tokens), so nothing can be learnt."
+            f"({rule.sliding_window + rule.num_sink_tokens:,} tokens), so there is nothing to learn; use longer ones."
         )
-    session.tell(f"{geometry}: making random weights")
+    session.log(f"{geometry}: initialising random weights")
     case = Stage1Case(geometry, rule, dtype, session.device, layers)
     kernels = "triton" if session.device.type == "cuda" else "auto"
     for length in sorted(lengths):
@@ -162,7 +161,7 @@ def _prepare(case: Stage1Case, length: int, documents: int, backend: str) -> Cal
 
 
 def _check(case: Stage1Case, call: Callable[[], Any]) -> str | None:
-    """Holds loss and gradient of some rows of a short sequence against plain PyTorch."""
+    """Compares loss and gradient of a short sequence with plain PyTorch."""
     short = case.sequences(case.rule.sliding_window + WARM_UP_TOKENS, 1)
     backend = call.args[1] if isinstance(call, partial) else "auto"
     found = case.losses_and_gradient(short, backend, 256)
@@ -170,9 +169,9 @@ def _check(case: Stage1Case, call: Callable[[], Any]) -> str | None:
 
 
 def _figures(session: Session, case: Stage1Case, length: int, found: Measurement) -> dict[str, Any]:
-    """What a record of training says besides."""
-    whole, loss = case.watch.milliseconds()
-    session.tell(f"  of which the loss: {loss:.4g} ms, {loss / whole:.1%}")
+    """Record fields computed from the measurement, with the time of the loss."""
+    whole, loss = case.timer.milliseconds()
+    session.log(f"  of which the loss: {loss:.4g} ms, {loss / whole:.1%}")
     return {
         **figures(length, found),
         "loss_milliseconds": round(loss, 3),

@@ -1,4 +1,4 @@
-"""A step of stage 2 on a whole model of random weights: a LoRA learns from the model itself run dense."""
+"""Training step of stage 2 on a model with random weights: self-distillation into a LoRA."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ from rtpurbo.training.student import trainable, trained_weights
 from rtpurbo.training.teacher import TeacherTargets, teacher_targets
 
 SETTINGS = DistillationSettings()
-# As many rows select as may: those of an answer.
+# Largest number of queries that select: those of an answer.
 ANSWER_TOKENS = SETTINGS.decode_rows
-# Whether a step is right is seen on so many tokens more than a window, and on so many layers: what half
-# precision rounds adds up from layer to layer, and what is wrong is so in each.
+# Tokens beyond a window, and layers, of the correctness check. Few layers, because rounding errors of half
+# precision accumulate over layers, while a wrong kernel is wrong in each of them.
 CHECKED_TOKENS = 4096
 CHECKED_LAYERS = 4
-# Standard deviation of the half of a LoRA that begins at zero: so that both halves get gradients, and the
-# student differs from its teacher by far more than rounding, of which gradients would else consist.
-LORA_START = 0.05
+# Standard deviation for the LoRA matrices B, instead of zero: both matrices get gradients, and the student differs
+# from its teacher by much more than rounding errors, which would dominate the gradients otherwise.
+LORA_INIT_STD = 0.05
 
 
 class Stage2Case:
-    """A sparse model with a LoRA that is trained.
+    """Sparse model with a trained LoRA.
 
     Args:
-        geometry: a name in `GEOMETRIES`.
-        rule: windows and selection; retrieval heads are dense in the prompt.
-        dtype: of the model's weights; the LoRA is in fp32.
-        device: where.
-        layers: how many of its layers; None for all.
+        geometry: name in `GEOMETRIES`.
+        rule: windows and selection; prefill of retrieval heads is dense.
+        dtype: dtype of the model's weights; the LoRA is in fp32.
+        device: device to measure on.
+        layers: number of layers; None for all.
     """
 
     def __init__(
@@ -79,29 +79,29 @@ class Stage2Case:
         generator = torch.Generator(device).manual_seed(0)
         for name, weight in trained_weights(self.student).items():
             if "lora_B" in name:
-                weight.data.normal_(0.0, LORA_START, generator=generator)
+                weight.data.normal_(0.0, LORA_INIT_STD, generator=generator)
         self.optimizer, _ = make_optimizer(self.weights, 1e-4, 0.0, 0, 1)
 
     def facts(self, length: int) -> dict[str, Any]:
-        """Fields of a record."""
+        """Record fields that are known before the measurement."""
         return facts("stage2", self.geometry, self.model, self.head_map, self.rule, length)
 
     def sequence(self, length: int) -> tuple[TrainingSequence, TeacherTargets]:
-        """Random tokens, the last of which are an answer, and what the dense model says about them."""
+        """Random tokens that end with an answer, and the dense model's targets for it."""
         ids = random_tokens(self.model, length)
         sequence = TrainingSequence(ids.tolist(), min(ANSWER_TOKENS, length // 2))
         assert isinstance(self.student, PeftModel)
         with self.student.disable_adapter(), running_dense(self.model), autocast(self.model):
-            return sequence, teacher_targets(self.model, sequence, SETTINGS, "labels")
+            return sequence, teacher_targets(self.model, sequence, SETTINGS, "position_labels")
 
     def learn(self, sequence: TrainingSequence, targets: TeacherTargets, backend: str) -> Tensor:
-        """Adds to the gradients; returns the loss."""
+        """Accumulates gradients and returns the loss."""
         for module in headwise_modules(self.model):
             module.backend = backend
         return backpropagate(self.model, 0, sequence, targets, SETTINGS).loss
 
     def step(self, sequence: TrainingSequence, targets: TeacherTargets, backend: str) -> Tensor:
-        """A whole step."""
+        """Training step."""
         loss = self.learn(sequence, targets, backend)
         clip_gradients(self.weights, MAX_GRADIENT_NORM, gradient_norm(self.weights))
         self.optimizer.step()
@@ -111,7 +111,7 @@ class Stage2Case:
     def loss_and_gradient(
         self, sequence: TrainingSequence, targets: TeacherTargets, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the gradients of all weights in one vector."""
+        """Loss, and the gradients of all weights in one vector."""
         loss = self.learn(sequence, targets, backend)
         return loss, take_gradient(self.weights, self.optimizer)
 
@@ -126,33 +126,33 @@ def bench_stage2(
 ) -> None:
     """Measures steps of stage 2, in which a LoRA of rank 16 learns and 15 % of the heads retrieve.
 
-    The teacher's targets are made beforehand, as in training. Both implementations compute layers
-    again for the backward pass, and differ in the attention alone.
+    The teacher's targets are computed before, as in training. Both implementations recompute layers in the
+    backward pass and differ in the attention backend only.
 
     Args:
-        session: the run.
-        geometry: a name in `GEOMETRIES`.
+        session: measures the entries.
+        geometry: name in `GEOMETRIES`.
         rule: windows and selection.
-        lengths: tokens of a step.
-        dtype: of the model's weights.
-        layers: how many of its layers; None for all.
+        lengths: tokens per step.
+        dtype: dtype of the model's weights.
+        layers: number of layers; None for all.
 
     Raises:
-        RTPurboError: sequences are not longer than a window.
+        RTPurboError: sequences are not longer than sinks and window.
     """
     if min(lengths) <= rule.sliding_window + rule.num_sink_tokens:
         raise RTPurboError(
             f"sequences of {min(lengths):,} tokens are not longer than sinks and window "
-            f"({rule.sliding_window + rule.num_sink_tokens:,} tokens), so nothing would be sparse."
+            f"({rule.sliding_window + rule.num_sink_tokens:,} tokens), so nothing would be sparse; use longer ones."
         )
-    session.tell(f"{geometry}: making random weights")
+    session.log(f"{geometry}: initialising random weights")
     case = Stage2Case(geometry, rule, dtype, session.device, layers)
     fewer = CHECKED_LAYERS if layers is None else min(layers, CHECKED_LAYERS)
     compiled = "flex" if session.device.type == "cuda" else "auto"
 
     @cache
     def fault() -> str | None:
-        # What is checked is the same whatever is timed.
+        # One check serves all lengths.
         return _fault(geometry, rule, dtype, session.device, fewer, compiled)
 
     with case.opened:
@@ -177,7 +177,7 @@ def bench_stage2(
 def _prepare(case: Stage2Case, length: int, backend: str) -> Call:
     sequence, targets = case.sequence(length)
     if backend != "eager":
-        # Compiles for this length, which training does once.
+        # Compiles for this length, outside of the timing.
         case.step(sequence, targets, backend)
     return partial(case.step, sequence, targets, backend)
 
@@ -190,7 +190,7 @@ def _fault(
     layers: int,
     backend: str,
 ) -> str | None:
-    """What is wrong with loss and gradient of a few layers and a short sequence, beside plain PyTorch."""
+    """Error of loss and gradient of a few layers on a short sequence against plain PyTorch, or None."""
     case = Stage2Case(geometry, rule, dtype, device, layers)
     with case.opened:
         sequence, targets = case.sequence(rule.sliding_window + CHECKED_TOKENS)

@@ -1,9 +1,10 @@
-"""How long a call takes, and how much memory: on a GPU by its own clock."""
+"""Time and peak memory of a call, measured with CUDA events on a GPU."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,36 +12,36 @@ import torch
 
 Call = Callable[[], Any]
 
-# Calls of at least this many milliseconds are timed once: a second one tells little and takes long.
+# Calls of at least this many milliseconds are timed once: repeats would change little and take long.
 SLOW = 1000.0
-# Milliseconds of calls that come before fast ones are timed, until the GPU has its usual clock rate.
+# Milliseconds of warm-up calls before fast calls are timed, until the GPU reaches its usual clock rate.
 WARM_UP = 200.0
 MIN_REPEATS = 3
-# Cycles for which the GPU is kept waiting while the host prepares a first call: a tenth of a second.
+# Cycles for which the GPU sleeps while the host prepares a first call: about 0.1 s.
 HEAD_START_CYCLES = 2 * 10**8
 
 
 class Clock(Protocol):
-    """Times calls on a device, and weighs them."""
+    """Times calls on a device and measures their memory."""
 
     def first(self, call: Call) -> float:
-        """Milliseconds of the first call, without what the host does once."""
+        """Milliseconds of the first call, without one-time work of the host."""
 
     def times(self, call: Call, repeats: int) -> list[float]:
-        """Milliseconds of each of some calls in a row."""
+        """Milliseconds of each of `repeats` consecutive calls."""
 
     def memory(self) -> int | None:
-        """Bytes in use; None if nobody counts them."""
+        """Bytes in use; None where memory is not counted."""
 
     def peak_memory(self) -> int | None:
-        """The most bytes in use at once since `forget_peak`."""
+        """Peak of the bytes in use since `reset_peak`; None where memory is not counted."""
 
-    def forget_peak(self) -> None:
-        """Starts counting anew."""
+    def reset_peak(self) -> None:
+        """Resets the peak to the current use."""
 
 
 class CudaClock:
-    """Events on the GPU's own stream: what the host does beside the GPU's work does not count."""
+    """CUDA events on the current stream: host work that overlaps with the GPU's is not counted."""
 
     def first(self, call: Call) -> float:
         """See `Clock`."""
@@ -68,13 +69,13 @@ class CudaClock:
         """See `Clock`."""
         return torch.cuda.max_memory_allocated()
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         """See `Clock`."""
         torch.cuda.reset_peak_memory_stats()
 
 
 class WallClock:
-    """The host's clock, for devices that work while the host waits."""
+    """Wall clock of the host, for devices that run synchronously."""
 
     def first(self, call: Call) -> float:
         """See `Clock`."""
@@ -97,26 +98,26 @@ class WallClock:
         """See `Clock`."""
         return None
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         """See `Clock`."""
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock that suits a device."""
+    """Clock for a device."""
     return CudaClock() if device.type == "cuda" else WallClock()
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What some calls took.
+    """Time and memory of repeated calls.
 
     Attributes:
-        milliseconds: the median.
-        milliseconds_p10: a tenth of the calls were faster.
-        milliseconds_p90: a tenth of the calls were slower.
-        repeats: calls.
-        peak_memory_bytes: the most memory in use at once, inputs included; None if not counted.
-        scratch_bytes: of these, what was neither there before nor the result.
+        milliseconds: median.
+        milliseconds_p10: 10th percentile.
+        milliseconds_p90: 90th percentile.
+        repeats: number of timed calls.
+        peak_memory_bytes: peak memory, inputs included; None if not counted.
+        scratch_bytes: part of the peak that was neither allocated before the call nor is its result.
     """
 
     milliseconds: float
@@ -127,7 +128,7 @@ class Measurement:
     scratch_bytes: int | None = None
 
     def per(self, count: int) -> Measurement:
-        """The same if each call did its work this many times."""
+        """Measurement of one of `count` equal parts of each call."""
         return Measurement(
             self.milliseconds / count,
             self.milliseconds_p10 / count,
@@ -141,16 +142,16 @@ class Measurement:
 def measure(
     call: Call, clock: Clock, repeats: int, budget: float = 3.0, result_bytes: int = 0
 ) -> Measurement:
-    """Times a call; its first run warms up, and counts only if it is slow.
+    """Times a call; the first run is a warm-up, and counts only if it is slow.
 
     Args:
-        call: what to time.
-        clock: whose time it is.
-        repeats: calls at the most.
-        budget: seconds that these calls may take together, though there are always a few.
-        result_bytes: what a call's result weighs.
+        call: the function to time.
+        clock: clock of the device.
+        repeats: largest number of calls.
+        budget: seconds for all calls together; at least MIN_REPEATS calls run nevertheless.
+        result_bytes: size of a call's result.
     """
-    clock.forget_peak()
+    clock.reset_peak()
     before = clock.memory()
     first = clock.first(call)
     peak = clock.peak_memory()
@@ -170,7 +171,7 @@ def measure(
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that a share of the values lie below; between two values, in proportion."""
+    """Quantile `share` (0 to 1) of the values, linearly interpolated."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = int(place)
@@ -179,7 +180,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def replayed(calls: Sequence[Call], device: torch.device) -> Call:
-    """One call that does the work of several: on a GPU as a CUDA graph, without the host."""
+    """One call that runs all `calls`: on a GPU the replay of a CUDA graph."""
 
     def run_all() -> None:
         for call in calls:
@@ -197,8 +198,53 @@ def replayed(calls: Sequence[Call], device: torch.device) -> Call:
         run_all()
 
     def replay() -> None:
-        # A graph does not keep what it reads; this holds the calls, and they hold it.
+        # A graph does not keep its inputs alive: this reference to the calls does.
         assert calls
         graph.replay()
 
     return replay
+
+
+class PartTimer:
+    """Times the last whole call, and the parts of it that are marked.
+
+    Args:
+        device: device that the call runs on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._whole: tuple[Any, Any] | None = None
+        self._parts: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def around_whole(self) -> Iterator[None]:
+        """Context manager around a call; discards earlier times."""
+        self._parts = []
+        start = self._now()
+        yield
+        self._whole = start, self._now()
+
+    @contextmanager
+    def around_part(self) -> Iterator[None]:
+        """Context manager around a part of a call."""
+        start = self._now()
+        yield
+        self._parts.append((start, self._now()))
+
+    def milliseconds(self) -> tuple[float, float]:
+        """Milliseconds of the last whole call, and the sum of its parts."""
+        assert self._whole is not None
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return self._between(*self._whole), sum(self._between(*part) for part in self._parts)
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self._on_gpu else 1000 * (end - start)

@@ -1,4 +1,4 @@
-"""What the benchmarks of both stages of training have in common: records, and when a step is right."""
+"""Record fields and correctness check that the benchmarks of both training stages share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rtpurbo.benchmarks.layer import dtype_name
 from rtpurbo.benchmarks.timing import Measurement
 from rtpurbo.config import AttentionRule, HeadMap
 
 IMPLEMENTATIONS = ("rtpurbo", "eager")
 RATIO = 0.15
-# Largest errors of loss and gradient against plain PyTorch, where half precision rounds both differently.
+# Largest relative errors of loss and gradient against plain PyTorch; half precision rounds both.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 
 
@@ -26,7 +27,7 @@ def facts(
     rule: AttentionRule,
     length: int,
 ) -> dict[str, Any]:
-    """Fields of a record."""
+    """Record fields that are known before the measurement."""
     config = model.config
     return {
         "phase": phase,
@@ -38,39 +39,40 @@ def facts(
         "head_dim": config.head_dim,
         "sliding_window": rule.sliding_window,
         "density": 1.0,
+        "dtype": dtype_name(model.dtype),
         "model": f"{geometry}, {config.num_hidden_layers} layers",
     }
 
 
 def random_tokens(model: PreTrainedModel, length: int) -> Tensor:
-    """int64 [length], the same at every call."""
+    """Token ids int64 [length], the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (length,), generator=generator)
 
 
 def take_gradient(weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
-    """The gradients of all weights in one vector; they are forgotten then."""
+    """Gradients of all weights in one vector; clears them."""
     gradient = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None])
     optimizer.zero_grad(set_to_none=True)
     return gradient
 
 
 def complaint(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str | None:
-    """What is wrong with losses and a gradient, beside those of plain PyTorch."""
+    """Difference of (losses, gradient) from plain PyTorch, or None if it is small enough."""
     (losses, gradient), (expected_losses, expected_gradient) = found, expected
     if not bool(losses.isfinite().all() and gradient.isfinite().all()):
-        return "its loss or gradient is not finite"
+        return "the loss or the gradient is not finite"
     loss_error = float(((losses - expected_losses).abs() / expected_losses.abs()).max())
     gradient_error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
     if loss_error > LOSS_TOLERANCE:
-        return f"its loss is off by {loss_error:.2%}"
+        return f"the relative error of the loss is {loss_error:.2%}"
     if gradient_error > GRADIENT_TOLERANCE:
-        return f"its gradient is off by {gradient_error:.2%}"
+        return f"the relative error of the gradient is {gradient_error:.2%}"
     return None
 
 
 def figures(length: int, found: Measurement) -> dict[str, Any]:
-    """What a record of training says besides."""
+    """Record fields computed from the measurement."""
     peak = found.peak_memory_bytes
     return {
         "tokens_per_second": round(1000 * length / found.milliseconds, 1),

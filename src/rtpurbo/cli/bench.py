@@ -27,25 +27,25 @@ Length = Annotated[
     list[int] | None,
     typer.Option(
         min=1,
-        help="Tokens of the context. Repeat it for several.",
+        help="Context length in tokens. Repeat it for several.",
         show_default="8192, 32768, 131072",
     ),
 ]
 Density = Annotated[
     list[float] | None,
     typer.Option(
-        help="Share of the key blocks that retrieval heads are made to read (prefill) or to select "
-        "(decoding). Repeat it for several.",
-        show_default="0.1 in prefill, 0.03 in decoding",
+        help="Forced density: share of the key blocks that retrieval heads read (prefill), or of the "
+        "keys that they select (decode). Repeat it for several.",
+        show_default="0.1 in prefill, 0.03 in decode",
     ),
 ]
-Window = Annotated[int, typer.Option(min=64, help="Recent keys that a local head sees.")]
+Window = Annotated[int, typer.Option(min=64, help="Window of local heads, in tokens.")]
 Windows = Annotated[
     list[int] | None,
     typer.Option(
         "--window",
         min=64,
-        help="Recent keys that a local head sees. Repeat it for several.",
+        help="Window of local heads, in tokens. Repeat it for several.",
         show_default="8192",
     ),
 ]
@@ -53,39 +53,39 @@ RetrievalWindow = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Recent keys that a retrieval head sees without its index.",
-        show_default="512 in prefill, the window in decoding",
+        help="Window of retrieval heads, in tokens.",
+        show_default="512 in prefill, the window in decode",
     ),
 ]
 RowStride = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="The index is asked for every so many rows of a prompt.", show_default=False
-    ),
+    typer.Option(min=1, help="Score every n-th query of a prompt.", show_default=False),
 ]
 Heads = Annotated[int, typer.Option(min=1, help="Query heads of the layer.")]
 KeyValueHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="KV heads of the layer.")]
 HeadDim = Annotated[int, typer.Option(min=16, help="Dimensions of a head.")]
 RetrievalHeads = Annotated[
-    int, typer.Option(min=1, help="Query heads that retrieve, at even distances.")
+    int, typer.Option(min=1, help="Retrieval heads of the layer, evenly spaced.")
 ]
 Batch = Annotated[
     list[int] | None,
-    typer.Option(min=1, help="Sequences. Repeat it for several.", show_default="1"),
+    typer.Option(min=1, help="Batch size. Repeat it for several.", show_default="1"),
 ]
-Dtype = Annotated[Literal["bfloat16", "float16"], typer.Option(help="Type of all states.")]
+Dtype = Annotated[Literal["bfloat16", "float16"], typer.Option(help="Dtype of all states.")]
 Implementation = Annotated[
     list[str] | None,
     typer.Option(
-        help="Measure this one alone. Repeat it for several.", show_default="all there are"
+        help="Measure only this implementation. Repeat it for several.", show_default="all"
     ),
 ]
 Repeats = Annotated[
-    int, typer.Option(min=1, help="Calls that are timed, fewer if they take more than 3 seconds.")
+    int, typer.Option(min=1, help="Timed calls; fewer if they take more than 3 seconds in total.")
 ]
 TimeLimit = Annotated[
     float,
-    typer.Option(min=0, help="Seconds; a peer whose call would take longer is left out."),
+    typer.Option(
+        min=0, help="Seconds; other implementations expected to take longer per call are skipped."
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -93,13 +93,15 @@ Output = Annotated[
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option(help="Picture of the results; needs the extra `plots`.", show_default=False),
+    typer.Option(
+        help="Image file for a plot of the results; needs the extra `plots`.", show_default=False
+    ),
 ]
 Device = Annotated[str, typer.Option(hidden=True)]
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure speed and memory beside dense kernels, on an NVIDIA GPU.",
+    help="Measure speed and memory against dense kernels, on an NVIDIA GPU.",
 )
 
 
@@ -118,8 +120,8 @@ def prefill(
         str | None,
         typer.Option(
             metavar="ARTIFACT",
-            help="Instead of random numbers: the layer of this sparse model with most retrieval "
-            "heads, its states from a long document, and the density that its index gives.",
+            help="Use states of a long document instead of random ones: those of the layer with most "
+            "retrieval heads of this sparse model, at the density that its index selects.",
             show_default=False,
         ),
     ] = None,
@@ -133,7 +135,7 @@ def prefill(
     plot: Plot = None,
     device: Device = "cuda",
 ) -> None:
-    """Measure the attention of one layer over a whole prompt.
+    """Measure prefill attention of one layer.
 
     `rtpurbo bench prefill --length 131072 --density 0.1 --density 0.2 -o prefill.json`
     """
@@ -174,7 +176,7 @@ def decode(
     plot: Plot = None,
     device: Device = "cuda",
 ) -> None:
-    """Measure the attention of one layer for one new token, as a CUDA graph.
+    """Measure decode attention of one layer, in a CUDA graph.
 
     `rtpurbo bench decode --length 131072 --batch 1 --batch 8 -o decode.json`
     """
@@ -199,14 +201,14 @@ def model(
     ] = "both",
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Only so many of its layers.", show_default=False),
+        typer.Option(min=1, help="Number of layers, instead of all.", show_default=False),
     ] = None,
     length: Length = None,
     prefill_density: Annotated[
         float, typer.Option(help="Share of the key blocks read in prefill.")
     ] = PREFILL_DENSITY,
     decode_density: Annotated[
-        float, typer.Option(help="Share of the keys selected in decoding.")
+        float, typer.Option(help="Share of the keys selected in decode steps.")
     ] = DECODE_DENSITY,
     window: Window = WINDOW,
     retrieval_window: RetrievalWindow = None,
@@ -220,7 +222,7 @@ def model(
     plot: Plot = None,
     device: Device = "cuda",
 ) -> None:
-    """Measure a whole model of random weights, dense and with 15 % of its heads retrieving.
+    """Measure a whole model with random weights: dense, and with 15 % retrieval heads.
 
     `rtpurbo bench model --geometry qwen3-8b --phase decode --length 131072 -o model.json`
     """
@@ -232,7 +234,7 @@ def model(
     session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
     rules = {}
     for chosen in ["decode", "prefill"] if phase == "both" else [phase]:
-        # A window of its own pays where one list serves a whole tile of rows.
+        # A smaller window for retrieval heads is profitable where one block list serves a whole query block.
         near = retrieval_window or (RETRIEVAL_WINDOW if chosen == "prefill" else None)
         rules[f"model-{chosen}"] = _rule(window, near, row_stride)
     bench_model(
@@ -249,20 +251,20 @@ def training(
     phase: Annotated[Literal["stage1", "stage2"], typer.Option(help="What to measure.")] = "stage1",
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Only so many of its layers.", show_default=False),
+        typer.Option(min=1, help="Number of layers, instead of all.", show_default=False),
     ] = None,
     length: Annotated[
         list[int] | None,
         typer.Option(
             min=1,
-            help="Tokens of a step. Repeat it for several.",
+            help="Tokens per step. Repeat it for several.",
             show_default="49152, 131072 in stage 1, 32768 in stage 2",
         ),
     ] = None,
     documents: Annotated[
         int,
         typer.Option(
-            min=1, help="Documents, equally long, that are packed in these tokens in stage 1."
+            min=1, help="Documents of equal length that are packed into a step of stage 1."
         ),
     ] = 1,
     window: Window = WINDOW,
@@ -273,7 +275,7 @@ def training(
     output: Output = None,
     device: Device = "cuda",
 ) -> None:
-    """Measure a step of training: stage 1 of 15 % of the heads from every row, or stage 2 of a LoRA.
+    """Measure a training step: stage 1 with 15 % retrieval heads on all queries, or stage 2 of a LoRA.
 
     `rtpurbo bench training --geometry qwen3-8b --length 49152 --length 131072 -o training.json`
     """
@@ -281,7 +283,9 @@ def training(
     from rtpurbo.benchmarks.stage2 import bench_stage2
 
     if phase == "stage2" and documents > 1:
-        raise RTPurboError("--documents is for stage 1: the student reads documents one by one.")
+        raise RTPurboError(
+            "--documents is for stage 1 only: stage 2 does not pack documents; leave it out."
+        )
     session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, None)
     rule, lengths = _rule(window, None), length or TRAINING_LENGTHS[phase]
     if phase == "stage1":
@@ -294,19 +298,20 @@ def training(
 @app.command()
 def show(
     results: Annotated[
-        list[Path], typer.Argument(help="JSON files of other benchmarks.", show_default=False)
+        list[Path], typer.Argument(help="JSON files of earlier benchmarks.", show_default=False)
     ],
     window: Annotated[
-        int | None, typer.Option(min=1, help="Of ours, only this window.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Only sparse results with this window.", show_default=False),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Only so many sequences.", show_default=False)
+        int | None, typer.Option(min=1, help="Only this batch size.", show_default=False)
     ] = None,
     implementation: Implementation = None,
-    markdown: Annotated[bool, typer.Option(help="Tables in Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print tables in Markdown.")] = False,
     plot: Plot = None,
 ) -> None:
-    """Show what was measured before, of several files together if they were made alike.
+    """Show results of earlier benchmarks, of several files together.
 
     `rtpurbo bench show prefill.json decode.json --plot speed.png`
     """
@@ -325,7 +330,7 @@ def show(
         and (not implementation or record.implementation in implementation)
     ]
     if not records:
-        raise RTPurboError("no record is left to show; ask for less, or for other files.")
+        raise RTPurboError("no record is left to show; loosen the filters or pass other files.")
     if not markdown:
         _finish(SpeedResults(records), plot)
         return
@@ -366,7 +371,7 @@ def _session(
     output: Path | None,
     plot: Path | None,
 ) -> Session:
-    """Checks what can be checked before anything is measured."""
+    """Checks options before anything is measured, and returns the session."""
     import torch
 
     from rtpurbo.benchmarks.session import Session
@@ -377,7 +382,7 @@ def _session(
     for name in implementations or ():
         if name not in known:
             raise RTPurboError(
-                f"there is no implementation '{name}' here; choose among: {', '.join(known)}."
+                f"there is no implementation '{name}' here; choose one of: {', '.join(known)}."
             )
     if plot is not None:
         check_matplotlib("--plot")
@@ -392,16 +397,16 @@ def _session(
 
     return Session(
         place,
-        repeats,
-        time_limit,
-        tuple(implementations or ()),
-        lambda text: typer.echo(text, err=True),
-        write,
+        repeats=repeats,
+        time_limit=time_limit,
+        wanted=tuple(implementations or ()),
+        log=lambda text: typer.echo(text, err=True),
+        on_record=write,
     )
 
 
 def _finish(results: SpeedResults, plot: Path | None) -> None:
-    """Prints and draws; ends with an error if something was refused its figure."""
+    """Prints and plots the results; exits with 1 if a result was wrong."""
     from rich.console import Console
 
     from rtpurbo.reporting.speed import save_plot, speed_tables

@@ -19,7 +19,7 @@ from rtpurbo.models.cache_layers import GrowingBuffer
 from rtpurbo.models.slots import positions_of
 from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
-from rtpurbo.ops import SelectionRows, SelectionStatistics
+from rtpurbo.ops import SelectionQueries, SelectionStatistics
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 
@@ -80,7 +80,7 @@ class ReadMeter(SelectionStatistics):
     def begin(self, active: Tensor | None, measure: bool) -> None:
         """Announces a forward: which sequences [batch] still write, and whether its rows count."""
         self._active = active
-        self.needs_rows = measure
+        self.needs_queries = measure
 
     def add(self, far: Tensor, selected: Tensor) -> None:
         """Ignores the kernels' counts, which lack the attention mass."""
@@ -88,9 +88,9 @@ class ReadMeter(SelectionStatistics):
     def add_counts(self, far_keys: float, far_keys_read: float, rows: int) -> None:
         """Ignores the kernels' counts."""
 
-    def add_rows(self, rows: SelectionRows, selected: Tensor) -> None:
-        """Measures rows; see `SelectionStatistics.add_rows`."""
-        if not self.needs_rows:
+    def add_queries(self, rows: SelectionQueries, selected: Tensor) -> None:
+        """Measures rows; see `SelectionStatistics.add_queries`."""
+        if not self.needs_queries:
             return
         stride = self.row_stride if rows.logits.shape[2] > 1 else 1
         near, far, selected, logits = (
@@ -109,7 +109,7 @@ class ReadMeter(SelectionStatistics):
 
     def add_dense_rows(self, positions: Tensor, num_heads: int) -> None:
         """Adds rows at these positions int64 [batch, rows] that read all they may."""
-        if self.needs_rows:
+        if self.needs_queries:
             positions = positions[:, None, :: self.row_stride if positions.shape[1] > 1 else 1]
             positions = positions.expand(-1, num_heads, -1)
             tokens = positions + 1
@@ -206,7 +206,7 @@ class WindowReader:
         readers = [head // self._group for head in heads]
         keys = self._keys[layer].append(observation.keys[:, sorted(set(readers))])
         labels = self._positions[layer].append(positions[:, None, :, None])[:, 0, :, 0]
-        if not self.meter.needs_rows:
+        if not self.meter.needs_queries:
             return
         order = {reader: place for place, reader in enumerate(sorted(set(readers)))}
         keys = keys[:, [order[reader] for reader in readers]]
@@ -217,8 +217,8 @@ class WindowReader:
             near = near_mask(own, labels, self.rule.near_window, self.rule.num_sink_tokens)
             logits = attention_logits(rows, keys, observation.scaling)
             far = causal_mask(own, labels) & ~near
-            selection = SelectionRows(rows, keys, own, labels, logits, near, far, logits.clone)
-            self.meter.add_rows(selection, torch.zeros_like(logits, dtype=torch.bool))
+            selection = SelectionQueries(rows, keys, own, labels, logits, near, far, logits.clone)
+            self.meter.add_queries(selection, torch.zeros_like(logits, dtype=torch.bool))
 
 
 class ForwardWatch:
@@ -297,7 +297,7 @@ class ForwardWatch:
             self._steps += 1
             if counts:
                 active = ~torch.isin(ids[:, 0], self._stops)
-        if counts != self.meter.needs_rows:
+        if counts != self.meter.needs_queries:
             self._count_in(self.meter if counts else None)
         self.meter.begin(active, counts)
         if self._is_dense:

@@ -14,7 +14,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.ring import RingBuffer
 from rtpurbo.models.slots import TokenSlots
-from rtpurbo.ops import HeadLayout, KeyValueStates, decoding_counters
+from rtpurbo.ops import HeadLayout, KeyValueStates, new_histogram_workspace
 
 
 def kept_tokens(seen: int, tokens: int) -> int:
@@ -108,7 +108,7 @@ class HeadwiseLayer(CacheLayerMixin):
             GrowingBuffer(self._reserve) for _ in range(3)
         )
         self.ring = RingBuffer(self.slots.ring)
-        self.counters: Tensor | None = None
+        self.histogram_workspace: Tensor | None = None
         self.seen = 0
         self.is_initialized = False
 
@@ -186,17 +186,19 @@ class HeadwiseLayer(CacheLayerMixin):
             in_order,
             first_slots,
             length=None if slots.newest is None else slots.length,
-            counters=None if slots.newest is None else self._counters(index_keys, layout),
+            histogram_workspace=None
+            if slots.newest is None
+            else self._counters(index_keys, layout),
         )
 
     def _counters(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:
         """Memory of this cache's own that a step in fixed slots finds as the one before left it."""
         if index_keys is None:
             return None
-        held, batch, heads = self.counters, index_keys.shape[0], len(layout.retrieval)
+        held, batch, heads = self.histogram_workspace, index_keys.shape[0], len(layout.retrieval)
         if held is None or held.shape[0] != batch * heads or held.device != index_keys.device:
-            self.counters = decoding_counters(batch, heads, index_keys.device)
-        return self.counters
+            self.histogram_workspace = new_histogram_workspace(batch, heads, index_keys.device)
+        return self.histogram_workspace
 
     def count_entered(self, layout: HeadLayout) -> tuple[KeyValueStates, KeyValueStates]:
         """Follows one token that was written straight into its slots; returns what `append` does."""

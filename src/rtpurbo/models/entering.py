@@ -7,7 +7,6 @@ rotary embedding), and what the attention function does before it attends: index
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.families import FAMILIES
 from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
 from rtpurbo.ops import KeyValueStates
+from rtpurbo.ops.backends import interprets_kernels
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -129,7 +129,7 @@ def _has_kernels(backend: str, states: Tensor) -> bool:
     """As `chosen_backend` has it."""
     if backend == "auto":
         return states.is_cuda and states.dtype in HALF and has_triton()
-    can_run = states.is_cuda or bool(os.environ.get("TRITON_INTERPRET"))
+    can_run = states.is_cuda or interprets_kernels()
     return (
         backend == "triton" and can_run and states.dtype in (*HALF, torch.float32) and has_triton()
     )
@@ -201,7 +201,12 @@ def enter(
         Queries after RoPE, index queries or None, states of full KV heads and of bounded ones.
     """
     # Without Triton there is none of this.
-    from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
+    from rtpurbo.ops.triton.decode.fused_append import (
+        AppendSlots,
+        HeadNorm,
+        IndexProjection,
+        fused_kv_append,
+    )
 
     module: Any = layer.module
     family = FAMILIES[module.config.model_type]
@@ -231,7 +236,7 @@ def enter(
     assert ring.keys is not None
     assert ring.values is not None
     layout = layer.layout(queries.device)
-    entered, index_queries = enter_token(
+    entered, index_queries = fused_kv_append(
         queries,
         keys,
         values,
@@ -239,7 +244,7 @@ def enter(
         norm,
         projection,
         layout,
-        FixedSlots(
+        AppendSlots(
             slots.newest,
             slots.ring.entering,
             past.full_keys.storage,

@@ -25,7 +25,7 @@ from rtpurbo.ops import (
     causal_attention,
     with_sinks,
 )
-from rtpurbo.ops.api import attend_by, chosen_backend
+from rtpurbo.ops.api import attend_with, chosen_backend
 from rtpurbo.ops.packed import packed_attention
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -262,7 +262,7 @@ class SparseAttention:
             self.selector,
             sinks,
         )
-        output, _ = attend_by(
+        output, _ = attend_with(
             self.used_backend,
             queries,
             query_positions,

@@ -1,11 +1,11 @@
-"""The operators: torch in, torch out. `rtpurbo.ops.api` is the door, `eager` the specification."""
+"""Attention operators on torch tensors: `rtpurbo.ops.api` is the interface, `eager` the specification."""
 
 from rtpurbo.ops.api import (
     causal_attention,
-    decoding_counters,
     headwise_attention,
     index_scores,
     local_attention,
+    new_histogram_workspace,
     retrieval_attention,
 )
 from rtpurbo.ops.sinks import with_sinks
@@ -13,7 +13,7 @@ from rtpurbo.ops.states import (
     HeadGroup,
     HeadLayout,
     KeyValueStates,
-    SelectionRows,
+    SelectionQueries,
     SelectionStatistics,
     Selector,
 )
@@ -22,14 +22,14 @@ __all__ = [
     "HeadGroup",
     "HeadLayout",
     "KeyValueStates",
-    "SelectionRows",
+    "SelectionQueries",
     "SelectionStatistics",
     "Selector",
     "causal_attention",
-    "decoding_counters",
     "headwise_attention",
     "index_scores",
     "local_attention",
+    "new_histogram_workspace",
     "retrieval_attention",
     "with_sinks",
 ]

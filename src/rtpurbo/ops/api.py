@@ -1,14 +1,12 @@
-"""The public operators: check, choose a backend, call it. A backend named is used, or refuses.
+"""Public attention operators: argument checks, choice of the backend, dispatch.
 
-Shapes and meaning are documented at the specification, `rtpurbo.ops.eager`; every backend computes
-the same. `auto` takes kernels for half precision on a GPU wherever they can serve the call, and
-FlexAttention for the gradients of long sequences there.
+Shapes and semantics are documented in the specification, `rtpurbo.ops.eager`; all backends compute the same.
+A backend given by name is used or raises. `auto` uses the Triton kernels for half precision on a GPU where they
+support the call, FlexAttention for gradients of long sequences on a GPU, and `eager` otherwise.
 """
 
 from __future__ import annotations
 
-import os
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,117 +14,83 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
+from rtpurbo.ops.backends import HALF, implementation, require_triton, unsupported_reason
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 
 __all__ = [
-    "attend_by",
+    "attend_with",
     "causal_attention",
     "chosen_backend",
-    "decoding_counters",
     "headwise_attention",
     "index_scores",
     "local_attention",
+    "new_histogram_workspace",
     "retrieval_attention",
 ]
-
-HALF = (torch.float16, torch.bfloat16)
-
-# Where each backend keeps each operator.
-BACKENDS: dict[str, dict[str, str]] = {
-    "eager": {
-        "local_attention": "rtpurbo.ops.eager.local",
-        "causal_attention": "rtpurbo.ops.eager.local",
-        "retrieval_attention": "rtpurbo.ops.eager.retrieval",
-        "headwise_attention": "rtpurbo.ops.eager.headwise",
-        "packed_attention": "rtpurbo.ops.eager.packed",
-        "indexer_divergence": "rtpurbo.ops.eager.divergence",
-    },
-    "triton": {
-        "headwise_attention": "rtpurbo.ops.triton.headwise",
-        "packed_attention": "rtpurbo.ops.triton.packed",
-        "indexer_divergence": "rtpurbo.ops.triton.training.divergence",
-    },
-    "flex": {"headwise_attention": "rtpurbo.ops.flex.headwise"},
-}
-
-
-def _implementation(operator: str, backend: str) -> Any:
-    chosen = "eager" if backend == "auto" else backend
-    if chosen not in BACKENDS:
-        raise ValueError(
-            f"backend '{backend}' is unknown: choose 'auto' or one of {sorted(BACKENDS)}."
-        )
-    if operator not in BACKENDS[chosen]:
-        raise ValueError(f"backend '{chosen}' has no operator '{operator}': choose 'eager'.")
-    return getattr(import_module(BACKENDS[chosen][operator]), operator)
 
 
 def chosen_backend(
     backend: str,
     query_states: Tensor,
     full: KeyValueStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     index_queries: Tensor | None,
     rule: AttentionRule,
     statistics: SelectionStatistics | None = None,
     selector: Selector | None = None,
     sinks: Tensor | None = None,
 ) -> str:
-    """The backend that `headwise_attention` will use for such a call.
+    """Backend that `headwise_attention` uses for a call.
 
     Raises:
-        ValueError: the backend named cannot serve the call.
+        ValueError: the backend given by name does not support the call.
     """
-    watched = selector is not None or (statistics is not None and statistics.needs_rows)
+    watched = selector is not None or (statistics is not None and statistics.needs_queries)
     if watched and index_queries is not None:
         if backend in ("triton", "flex"):
             raise ValueError(
-                "the kernels select by the rule alone and show no rows: choose backend 'eager' for "
-                "a selector, or for statistics of rows."
+                "the kernels select by the rule only and expose no logits: choose backend 'eager' for "
+                "a selector, or for statistics that need the queries."
             )
         return "eager"
-    call = (query_states, full, bounded, index_queries, rule)
+    call = (query_states, full, windowed, index_queries, rule)
     if backend == "auto":
         return _best_backend(sinks, *call)
     if backend not in ("triton", "flex"):
         return backend
     if backend == "triton":
-        if not has_triton():
-            raise ValueError("backend 'triton' needs the package triton: pip install triton.")
-        if not query_states.is_cuda and not os.environ.get("TRITON_INTERPRET"):
-            raise ValueError(
-                "backend 'triton' needs a GPU: move the model there, or choose 'eager'."
-            )
-    reason = _refusal(backend, sinks, *call)
+        require_triton(query_states)
+    reason = _unsupported(backend, sinks, *call)
     if reason is not None:
-        raise ValueError(f"the kernels cannot serve this call: {reason}. Choose backend 'eager'.")
+        raise ValueError(
+            f"backend '{backend}' does not support this call: {reason}. Choose backend 'eager'."
+        )
     return backend
 
 
 def _best_backend(sinks: Tensor | None, query_states: Tensor, *others: Any) -> str:
-    """The fastest backend that can serve a call."""
+    """Fastest backend that supports a call."""
     if not (query_states.is_cuda and has_triton()):
         return "eager"
     call = (sinks, query_states, *others)
-    if query_states.dtype in HALF and _refusal("triton", *call) is None:
+    if query_states.dtype in HALF and _unsupported("triton", *call) is None:
         return "triton"
-    from rtpurbo.ops.flex.headwise import pays
+    from rtpurbo.ops.flex.headwise import is_profitable
 
-    if pays(query_states, *others[:2]) and _refusal("flex", *call) is None:
+    if is_profitable(query_states, *others[:2]) and _unsupported("flex", *call) is None:
         return "flex"
     return "eager"
 
 
-def _refusal(backend: str, sinks: Tensor | None, *call: Any) -> str | None:
-    """Why a backend's kernels cannot serve a call of `headwise_attention`; None if they can."""
+def _unsupported(backend: str, sinks: Tensor | None, *call: Any) -> str | None:
+    """Reason for which a backend cannot run a call of `headwise_attention`; None if it can."""
     *_, index_queries, rule = call
     selects = index_queries is not None
     if sinks is not None and selects and (backend == "flex" or rule.reading == "paper"):
         return "learned sinks take part in the selection"
-    kernels = import_module(BACKENDS[backend]["headwise_attention"])
-    return next(kernels.refusals(*call), None)
+    return unsupported_reason("headwise_attention", backend, *call)
 
 
 def _check_states(query_states: Tensor, query_positions: Tensor, states: KeyValueStates) -> None:
@@ -156,9 +120,9 @@ def local_attention(
     backend: str = "auto",
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sinks and window: `rtpurbo.ops.eager.local.local_attention`."""
+    """Sinks and window; see `rtpurbo.ops.eager.local.local_attention`."""
     _check_states(query_states, query_positions, states)
-    operator = _implementation("local_attention", backend)
+    operator = implementation("local_attention", backend)
     return operator(query_states, query_positions, states, key_value_heads, **options)
 
 
@@ -171,9 +135,9 @@ def causal_attention(
     backend: str = "auto",
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Dense heads: `rtpurbo.ops.eager.local.causal_attention`."""
+    """Dense causal attention; see `rtpurbo.ops.eager.local.causal_attention`."""
     _check_states(query_states, query_positions, states)
-    operator = _implementation("causal_attention", backend)
+    operator = implementation("causal_attention", backend)
     return operator(query_states, query_positions, states, key_value_heads, **options)
 
 
@@ -188,9 +152,9 @@ def retrieval_attention(
     backend: str = "auto",
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Near keys and selected far ones: `rtpurbo.ops.eager.retrieval.retrieval_attention`."""
+    """Near and selected far keys; see `rtpurbo.ops.eager.retrieval.retrieval_attention`."""
     _check_states(query_states, query_positions, states)
-    operator = _implementation("retrieval_attention", backend)
+    operator = implementation("retrieval_attention", backend)
     return operator(
         query_states, query_positions, states, key_value_heads, index_queries, rule, **options
     )
@@ -200,7 +164,7 @@ def headwise_attention(
     query_states: Tensor,
     query_positions: Tensor,
     full: KeyValueStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -212,18 +176,18 @@ def headwise_attention(
     sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """A whole layer: `rtpurbo.ops.eager.headwise.headwise_attention`."""
+    """Attention of a whole layer; see `rtpurbo.ops.eager.headwise.headwise_attention`."""
     _check_states(query_states, query_positions, full)
-    _check_states(query_states, query_positions, bounded)
+    _check_states(query_states, query_positions, windowed)
     backend = chosen_backend(
-        backend, query_states, full, bounded, index_queries, rule, statistics, selector, sinks
+        backend, query_states, full, windowed, index_queries, rule, statistics, selector, sinks
     )
-    return attend_by(
+    return attend_with(
         backend,
         query_states,
         query_positions,
         full,
-        bounded,
+        windowed,
         layout,
         index_queries,
         rule,
@@ -235,7 +199,7 @@ def headwise_attention(
     )
 
 
-def attend_by(
+def attend_with(
     backend: str,
     query_states: Tensor,
     query_positions: Tensor,
@@ -246,43 +210,45 @@ def attend_by(
     sinks: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`headwise_attention` by the backend that `chosen_backend` has chosen for the call."""
-    knows_sinks = backend in ("eager", "triton")
-    if knows_sinks:
+    """`headwise_attention` with a backend from `chosen_backend`."""
+    applies_sinks = backend in ("eager", "triton")
+    if applies_sinks:
         options["sinks"] = sinks
     if backend == "eager":
         options["selector"] = selector
-    # A cache may have been filled under autocast and be read without it, or the reverse.
+    # Under autocast, queries and cache may differ in dtype.
     queries = query_states.to(full.keys.dtype)
-    output, log_sum_exp = _implementation("headwise_attention", backend)(
+    output, log_sum_exp = implementation("headwise_attention", backend)(
         queries,
         query_positions,
         full,
         *others,
-        return_log_sum_exp=return_log_sum_exp or not (knows_sinks or sinks is None),
+        return_log_sum_exp=return_log_sum_exp or not (applies_sinks or sinks is None),
         **options,
     )
-    if sinks is not None and not knows_sinks:
+    if sinks is not None and not applies_sinks:
         output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
     if queries.dtype != query_states.dtype:
         output = output.to(query_states.dtype)
     return output, log_sum_exp if return_log_sum_exp else None
 
 
-def decoding_counters(batch: int, num_retrieval_heads: int, device: torch.device) -> Tensor | None:
-    """Histogram workspace of the decode kernels, to be kept from step to step.
+def new_histogram_workspace(
+    batch: int, num_retrieval_heads: int, device: torch.device
+) -> Tensor | None:
+    """Histogram workspace of the decode kernels, kept from step to step.
 
     Args:
         batch: sequences.
-        num_retrieval_heads: of the layer.
-        device: where the cache is.
+        num_retrieval_heads: retrieval heads of the layer.
+        device: device of the cache.
 
     Returns:
-        Zeros, to be handed over as `KeyValueStates.counters`, and not to two steps at once; None
-        where no kernels run.
+        Zeros for `KeyValueStates.histogram_workspace`, not to be shared by concurrent steps; None on devices
+        without the kernels.
     """
     if device.type != "cuda" or not has_triton():
         return None
-    from rtpurbo.ops.triton.decode.launch import new_counters
+    from rtpurbo.ops.triton.decode.workspace import zero_histograms
 
-    return new_counters(batch * num_retrieval_heads, device)
+    return zero_histograms(batch * num_retrieval_heads, device)

@@ -1,4 +1,4 @@
-"""Learned sinks (gpt-oss): a logit for each head that takes part in the softmax, and has no value."""
+"""Learned attention sinks (gpt-oss): a logit per head in the denominator of the softmax, without a value."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def with_sinks(output: Tensor, log_sum_exp: Tensor, sinks: Tensor) -> tuple[Tens
     Args:
         output: [batch, heads, q_len, head_dim], attention without the sinks.
         log_sum_exp: [batch, heads, q_len], its natural log-sum-exp.
-        sinks: [heads], a logit for each head, which no value belongs to.
+        sinks: [heads], logit of each head.
 
     Returns:
-        Output and log-sum-exp of the attention with the sinks.
+        Output and log-sum-exp with the sinks.
     """
     logits = sinks.to(log_sum_exp.dtype)[:, None]
     share = torch.sigmoid(log_sum_exp - logits)
@@ -26,14 +26,14 @@ def with_sinks(output: Tensor, log_sum_exp: Tensor, sinks: Tensor) -> tuple[Tens
 def with_sink_column(
     exact: Tensor, estimate: Tensor, near: Tensor, far: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits and masks over the keys, and over a learned sink before them: a near key with a known logit.
+    """Prepends a learned sink to logits and masks: a near key with a known logit.
 
     Args:
-        exact: attention logits [batch, heads, rows, k_len].
-        estimate: estimated ones, the same shape.
-        near: bool, broadcastable to them.
-        far: likewise.
-        sinks: [heads]; None gives everything back as it is.
+        exact: attention logits [batch, heads, queries, k_len].
+        estimate: estimated logits, same shape.
+        near: bool, broadcastable to the logits.
+        far: bool, broadcastable to the logits.
+        sinks: [heads]; None returns the arguments unchanged.
     """
     if sinks is None:
         return exact, estimate, near, far

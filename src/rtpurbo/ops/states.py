@@ -1,4 +1,4 @@
-"""What the operators take beside queries: keys with positions, and who reads which of them."""
+"""Inputs of the operators besides queries: KV caches, the layout of the heads, selection statistics."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from torch import Tensor
 
 @dataclass
 class KeyValueStates:
-    """Keys and values of some KV heads, each key labelled with its position.
+    """Keys and values of some KV heads, with the position of each key.
 
-    The label, not the place in the tensor, decides what a query sees: so a ring buffer, left
-    padding and a plain sequence are one case.
+    Visibility follows from the positions, not from the place in the tensor, so ring buffers, left padding and
+    plain sequences need no special cases.
 
     Attributes:
         keys: [batch, num_key_value_heads, k_len, head_dim], after RoPE.
         values: the same shape (the last size may differ).
         positions: int64 [batch, k_len], 0 for the first real token of a sequence, -1 for padding
-            and for slots that hold nothing.
-        index_keys: [batch, num_index_keys, k_len, index_dim], one for each retrieval head, or one for
-            each of the KV heads, which its retrieval heads share (`index_key_heads`); None where
-            nothing retrieves.
-        in_order: positions are 0..k_len-1 in every row, which lets a dense kernel skip the mask.
-        first_slots: int32 [batch], where the slots run on with the positions: the key at position p
-            lies in slot p + first_slots. So it is with left padding, and in a chunk behind a ring
-            (`sink_slots`). None if keys may lie anywhere; zero is meant where `in_order` is set.
-        sink_slots: int32 [batch], the slot of position 0 where sinks are kept apart, as a ring does;
-            None if they lie where `first_slots` says.
-        length: int32 [1], how many slots are in use where the tensors are larger than that, so that a
-            decoding step has one shape at any length; None if all are. The queries' own keys are the
-            last ones in use.
-        counters: what decoding steps of kernels count in, zeros before and after each
-            (`decoding_counters`); None: a step makes its own, which takes a launch.
+            and for empty slots.
+        index_keys: [batch, num_index_keys, k_len, index_dim], one per retrieval head, or one per KV head that
+            its retrieval heads share (`index_key_heads`); None without retrieval heads.
+        in_order: positions are 0..k_len-1 in every sequence, so that a dense kernel needs no mask.
+        first_slots: int32 [batch], the key at position p is in slot p + first_slots, as with left padding or
+            in a chunk after a ring buffer (see `sink_slots`). None if keys may be in any order; implied 0
+            with `in_order`.
+        sink_slots: int32 [batch], slot of position 0 if sinks are stored apart, as in a ring buffer; None if
+            `first_slots` holds for them too.
+        length: int32 [1], slots in use of a static cache, on the device, so that a decode step has the same
+            shape at any length; None if all are in use. The last ones in use are the queries' own keys.
+        histogram_workspace: from `new_histogram_workspace`, zeros before and after each decode step; None to
+            allocate one in each step, which costs a launch.
     """
 
     keys: Tensor
@@ -46,10 +44,10 @@ class KeyValueStates:
     first_slots: Tensor | None = None
     sink_slots: Tensor | None = None
     length: Tensor | None = None
-    counters: Tensor | None = None
+    histogram_workspace: Tensor | None = None
 
     def without_last(self, count: int) -> KeyValueStates:
-        """The same without the last `count` keys of the tensor."""
+        """The states without the last `count` keys."""
         end = self.keys.shape[2] - count
         return replace(
             self,
@@ -60,21 +58,54 @@ class KeyValueStates:
         )
 
 
+@dataclass(frozen=True)
+class PagedStates:
+    """Paged KV cache of a batch whose sequences differ in length.
+
+    The token at position p of sequence b is in slot p % page_size of page `block_table[b, p // page_size]`.
+    There is no padding: sequence b has `lengths[b]` tokens, and the query of a decode step is the last one.
+
+    Attributes:
+        key_pages: [num_pages, num_key_value_heads, page_size, head_dim], after RoPE.
+        value_pages: the same shape.
+        block_table: int32 [batch, max_pages], contiguous per sequence; entries beyond its end are not read.
+        lengths: int32 [batch]; 0 for an unused entry of the batch.
+        index_pages: [num_pages, num_index_keys, page_size, index_dim], as `KeyValueStates.index_keys`;
+            None without retrieval heads.
+    """
+
+    key_pages: Tensor
+    value_pages: Tensor
+    block_table: Tensor
+    lengths: Tensor
+    index_pages: Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.key_pages.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Maximum tokens per sequence, by the size of the block table."""
+        return self.block_table.shape[1] * self.page_size
+
+
 def index_key_heads(
     index_keys: Tensor, num_key_value_heads: int, key_value_heads: Tensor
 ) -> Tensor | None:
-    """The entry along dim 1 of the index keys that each retrieval head reads.
+    """Index along dim 1 of the index keys for each retrieval head.
 
     Args:
         index_keys: [batch or pages, num_index_keys, length, index_dim].
-        num_key_value_heads: KV heads of the states that hold them.
-        key_value_heads: int [num_retrieval_heads], which of these KV heads each retrieval head reads.
+        num_key_value_heads: KV heads of the same states.
+        key_value_heads: int [num_retrieval_heads], KV head index of each retrieval head.
 
     Returns:
         `key_value_heads` if index keys are shared, or None if each retrieval head has its own.
 
     Raises:
-        ValueError: there are neither as many index keys as retrieval heads nor as KV heads.
+        ValueError: the number of index keys is neither that of the retrieval heads nor of the KV heads.
     """
     count, num_retrieval_heads = index_keys.shape[1], key_value_heads.numel()
     if count == num_retrieval_heads:
@@ -82,14 +113,14 @@ def index_key_heads(
     if count == num_key_value_heads:
         return key_value_heads
     raise ValueError(
-        f"there are index keys of {count} heads, but must be of {num_retrieval_heads} retrieval heads "
-        f"or of {num_key_value_heads} KV heads."
+        f"index keys have {count} heads: expected {num_retrieval_heads} (one per retrieval head) or "
+        f"{num_key_value_heads} (one per KV head)."
     )
 
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Some query heads, and for each the KV head it reads, counted within the states it is given.
+    """Query heads with the KV head index of each.
 
     Attributes:
         heads: int64 [num_heads], query heads of the layer.
@@ -105,22 +136,22 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """How a layer's query heads divide: who retrieves, who is local, and whose keys are kept whole.
+    """Partition of a layer's query heads into retrieval and local heads, and of its KV heads into full and windowed.
 
     Attributes:
-        retrieval: retrieval heads, reading full KV heads.
-        local_full: local heads whose KV head is full because a neighbour in the group retrieves.
-        local_bounded: local heads whose KV head is kept as sinks and window alone.
-        full_key_value_heads: int64, KV heads kept whole.
-        windowed_key_value_heads: int64, the others.
-        order: int64 [num_attention_heads], brings (retrieval, local_full, local_bounded) back to
+        retrieval: retrieval heads; their KV heads are full.
+        local_full: local heads whose KV head is full because another query head of the group retrieves.
+        local_windowed: local heads whose KV head keeps only sinks and window.
+        full_key_value_heads: int64, KV heads that keep every token.
+        windowed_key_value_heads: int64, the other KV heads.
+        order: int64 [num_attention_heads], permutation from (retrieval, local_full, local_windowed) to
             head order.
-        derived: what a backend works out from the layout once.
+        derived: values that backends compute from the layout once.
     """
 
     retrieval: HeadGroup
     local_full: HeadGroup
-    local_bounded: HeadGroup
+    local_windowed: HeadGroup
     full_key_value_heads: Tensor
     windowed_key_value_heads: Tensor
     order: Tensor
@@ -134,44 +165,44 @@ class HeadLayout:
         num_key_value_heads: int,
         device: torch.device | str = "cpu",
     ) -> HeadLayout:
-        """The layout of a layer with these retrieval heads."""
+        """Layout of a layer with the given retrieval heads."""
         group = num_attention_heads // num_key_value_heads
         full = sorted({head // group for head in retrieval_heads})
-        bounded = [head for head in range(num_key_value_heads) if head not in full]
+        windowed = [head for head in range(num_key_value_heads) if head not in full]
         local = [head for head in range(num_attention_heads) if head not in set(retrieval_heads)]
 
         def indices(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        def heads_reading(heads: Sequence[int], kept: list[int]) -> HeadGroup:
+        def group_of(heads: Sequence[int], kept: list[int]) -> HeadGroup:
             return HeadGroup(indices(heads), indices([kept.index(head // group) for head in heads]))
 
         local_full = [head for head in local if head // group in full]
-        local_bounded = [head for head in local if head // group in bounded]
-        joined = torch.tensor([*retrieval_heads, *local_full, *local_bounded])
+        local_windowed = [head for head in local if head // group in windowed]
+        joined = torch.tensor([*retrieval_heads, *local_full, *local_windowed])
         return cls(
-            heads_reading(retrieval_heads, full),
-            heads_reading(local_full, full),
-            heads_reading(local_bounded, bounded),
+            group_of(retrieval_heads, full),
+            group_of(local_full, full),
+            group_of(local_windowed, windowed),
             indices(full),
-            indices(bounded),
+            indices(windowed),
             joined.argsort().to(device),
         )
 
 
 @dataclass(frozen=True)
-class SelectionRows:
-    """Query rows of retrieval heads that are about to choose their far keys, and all they know.
+class SelectionQueries:
+    """Queries of retrieval heads with the inputs of their selection.
 
     Attributes:
-        query_states: [batch, heads, rows, head_dim], after RoPE.
-        key_states: [batch, heads, k_len, head_dim], the keys that each query head reads.
-        query_positions: int64 [batch, rows], -1 for padding.
-        key_positions: int64 [batch, k_len], -1 where there is no key.
-        logits: exact attention logits [batch, heads, rows, k_len], in at least fp32.
-        near: bool [batch, 1, rows, k_len], sinks and window: read in any case.
-        far: bool [batch, 1, rows, k_len], the other keys that the rows may see.
-        score_index: gives the indexer's estimate of the logits, the same shape.
+        query_states: [batch, heads, queries, head_dim], after RoPE.
+        key_states: [batch, heads, k_len, head_dim], keys of each query head.
+        query_positions: int64 [batch, queries], -1 for padding.
+        key_positions: int64 [batch, k_len], -1 for empty slots.
+        logits: exact attention logits [batch, heads, queries, k_len], in at least fp32.
+        near: bool [batch, 1, queries, k_len], sinks and window, which are always read.
+        far: bool [batch, 1, queries, k_len], all other visible keys.
+        score_index: computes the index scores, an estimate of the logits of the same shape.
     """
 
     query_states: Tensor
@@ -184,46 +215,46 @@ class SelectionRows:
     score_index: Callable[[], Tensor]
 
 
-Selector = Callable[[SelectionRows], Tensor]
-"""Chooses far keys in another way than the rule does: bool [batch, heads, rows, k_len]."""
+Selector = Callable[[SelectionQueries], Tensor]
+"""Selection of far keys that replaces that of the rule: bool [batch, heads, queries, k_len]."""
 
 
 @dataclass
 class SelectionStatistics:
-    """Counts what retrieval heads read, over every row whose keys were selected by the indexer.
+    """Number of far keys that retrieval heads read, over all queries that select by the indexer.
 
     Attributes:
         far_keys: far keys (neither sink nor window) that a dense head would have read, summed over
-            rows.
-        far_keys_read: those that the selection let through.
-        rows: rows that had far keys.
-        needs_rows: whether a subclass wants to see rows with their logits (`add_rows`), which kernels
-            do not have: calls that select then run eager.
+            queries.
+        far_keys_read: selected ones of them.
+        queries: queries (times heads) with far keys.
+        needs_queries: a subclass needs the logits of the queries (`add_queries`), which kernels do not
+            materialise: calls that select then use the eager backend.
     """
 
     far_keys: float = 0.0
     far_keys_read: float = 0.0
-    rows: int = 0
-    needs_rows: bool = False
+    queries: int = 0
+    needs_queries: bool = False
 
-    def add_rows(self, rows: SelectionRows, selected: Tensor) -> None:
-        """Adds rows that ran eager, with what they selected: bool [batch, heads, rows, k_len]."""
-        self.add(rows.far, selected)
+    def add_queries(self, queries: SelectionQueries, selected: Tensor) -> None:
+        """Adds queries of the eager backend with their selection: bool [batch, heads, queries, k_len]."""
+        self.add(queries.far, selected)
 
     def add(self, far: Tensor, selected: Tensor) -> None:
-        """Adds rows: bool `far` [batch, 1, rows, k_len], `selected` [batch, heads, rows, k_len]."""
+        """Adds queries: bool `far` [batch, 1, queries, k_len], `selected` [batch, heads, queries, k_len]."""
         heads = selected.shape[1]
         self.add_counts(
             float(far.sum()) * heads, float(selected.sum()), int(far.any(-1).sum()) * heads
         )
 
-    def add_counts(self, far_keys: float, far_keys_read: float, rows: int) -> None:
-        """Adds what was counted elsewhere; see the attributes."""
+    def add_counts(self, far_keys: float, far_keys_read: float, queries: int) -> None:
+        """Adds precomputed counts; see the attributes."""
         self.far_keys += far_keys
         self.far_keys_read += far_keys_read
-        self.rows += rows
+        self.queries += queries
 
     @property
     def share_read(self) -> float | None:
-        """Share of the far keys read; None if no row had any."""
+        """Share of the far keys that was read; None without far keys."""
         return self.far_keys_read / self.far_keys if self.far_keys else None

@@ -39,7 +39,7 @@ HEADER = [
 
 
 def speed_tables(records: Sequence[SpeedRecord]) -> list[Table]:
-    """Returns a table for each phase, rtpurbo in bold; a ratio above 1 is faster than dense."""
+    """Returns a table for each phase, device and dtype, rtpurbo in bold; a ratio above 1 is faster than dense."""
     tables = []
     for title, chosen in _phases(records).items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -73,6 +73,8 @@ def _task(record: SpeedRecord) -> tuple[Any, ...]:
     return (
         record.phase,
         record.model or "",
+        record.device or "",
+        record.dtype or "",
         record.batch_size,
         record.context_length,
         record.num_attention_heads,
@@ -82,12 +84,18 @@ def _task(record: SpeedRecord) -> tuple[Any, ...]:
 
 
 def _phases(records: Sequence[SpeedRecord]) -> dict[str, list[SpeedRecord]]:
-    """Records by phase and model, the shortest context and the slowest first."""
+    """Records by phase, model, device and dtype, the shortest context and the slowest first."""
     phases: dict[str, list[SpeedRecord]] = {}
     for record in sorted(records, key=lambda record: (*_task(record), -record.milliseconds)):
         title = record.phase if record.model is None else f"{record.phase}: {record.model}"
+        title += f" ({_made_with(record)})" if _made_with(record) else ""
         phases.setdefault(title, []).append(record)
     return phases
+
+
+def _made_with(record: SpeedRecord) -> str:
+    """Device and dtype, as far as a record has them."""
+    return ", ".join(filter(None, [record.device, record.dtype]))
 
 
 def _row(records: Sequence[SpeedRecord], record: SpeedRecord) -> list[str]:
@@ -119,21 +127,22 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
     """Draws time against context length, a line for each implementation, window and density.
 
     Args:
-        records: measurements of one or more phases, each of which gets a plot of its own.
+        records: measurements; each phase, batch size, device and dtype gets a plot of its own.
         path: the file: .svg (which follows light and dark), .png or another format of matplotlib.
 
     Raises:
         RTPurboError: matplotlib is missing, or does not know the format.
     """
     check_matplotlib("--plot")
-    pictures = list(dict.fromkeys((record.phase, record.batch_size) for record in records))
+    pictures = list(dict.fromkeys(_picture(record) for record in records))
     columns = max(1, len(pictures))
     with figure_style() as new_figure:
         figure = new_figure(figsize=(6 * columns, 4.5), layout="constrained", facecolor="white")
-        for (phase, batch), axes in zip(
+        for (phase, batch, made_with), axes in zip(
             pictures, figure.subplots(1, columns, squeeze=False)[0], strict=False
         ):
-            lines = _lines(records, phase, batch)
+            chosen = (phase, batch, made_with)
+            lines = _lines([record for record in records if _picture(record) == chosen])
             fastest = min(time for points in lines.values() for _, time in points)
             unit, factor = ("microseconds", 1000) if fastest < 1 else ("milliseconds", 1)
             ours = [label for label in lines if label.startswith("rtpurbo")]
@@ -148,23 +157,30 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
             lengths = [length for points in lines.values() for length, _ in points]
             time = Axis("", lambda value: f"{value:,.3g}", "log")
             draw_lines(axes, series, length_axis(lengths), time)
-            axes.set_title(f"{phase}, {unit}" if batch == 1 else f"{phase}, batch {batch}, {unit}")
+            title = f"{phase}, {unit}" if batch == 1 else f"{phase}, batch {batch}, {unit}"
+            axes.set_title(f"{title}\n{made_with}" if made_with else title)
             axes.grid(axis="y")
             axes.legend(handles=legend_handles(series), fontsize=10, frameon=False)
-        said = "; ".join(f"{phase}, batch {batch}" for phase, batch in pictures)
+        said = "; ".join(
+            ", ".join(filter(None, [phase, f"batch {batch}", made_with]))
+            for phase, batch, made_with in pictures
+        )
         save_image(figure, path, f"Time by context length: {said}")
 
 
-def _lines(
-    records: Sequence[SpeedRecord], phase: str, batch: int
-) -> dict[str, list[tuple[int, float]]]:
+def _picture(record: SpeedRecord) -> tuple[str, int, str]:
+    """Phase, batch size, and device with dtype: what one plot has in common."""
+    return record.phase, record.batch_size, _made_with(record)
+
+
+def _lines(records: Sequence[SpeedRecord]) -> dict[str, list[tuple[int, float]]]:
+    """Milliseconds by context length, for each implementation, window and density."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for record in records:
-        if (record.phase, record.batch_size) == (phase, batch):
-            label = record.implementation
-            if not is_dense(record):
-                label += f", window {short_length(record.sliding_window)}"
-            if record.density < 1:
-                label += f", {percent(record.density)}"
-            lines.setdefault(label, []).append((record.context_length, record.milliseconds))
+        label = record.implementation
+        if not is_dense(record):
+            label += f", window {short_length(record.sliding_window)}"
+        if record.density < 1:
+            label += f", {percent(record.density)}"
+        lines.setdefault(label, []).append((record.context_length, record.milliseconds))
     return lines

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.divergence import forward_divergence, near_and_far
-from rtpurbo.ops.eager.selection import estimated_logits, masses, select_for_rows
+from rtpurbo.ops.eager.selection import estimated_logits, masses, select_per_query
 from rtpurbo.ops.eager.visibility import query_chunks
 from rtpurbo.ops.sinks import with_sink_column
 from rtpurbo.training.capture import CapturedHeads
@@ -71,8 +71,8 @@ def selection_quality(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) ->
         exact, estimate, near, far = row_logits(seen, rows[chunk], rule)
         exact = exact.masked_fill(~(near | far), -torch.inf)
         positions = F.pad(seen.positions, (near.shape[-1] - seen.positions.shape[-1], 0))
-        selected = select_for_rows(rule, estimate, near, far, positions)
-        oracle = select_for_rows(rule, exact, near, far, positions)
+        selected = select_per_query(rule, estimate, near, far, positions)
+        oracle = select_per_query(rule, exact, near, far, positions)
         visible = exact.masked_fill(~(near | far), 0.0)
         figures = (
             (masses(exact) * (near | selected)).sum(-1),

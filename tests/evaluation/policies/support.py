@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from rtpurbo.ops import SelectionRows
+from rtpurbo.ops import SelectionQueries
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask
 from tests.oracles import random_problem
@@ -15,9 +15,9 @@ WINDOW, SINKS = 16, 2
 def random_rows(q_len, k_len, padding=(0, 7)):
     """Rows of a random layer."""
     problem = random_problem(q_len, k_len, padding=padding)
-    keys = problem.keys[:, problem.readers]
+    keys = problem.keys[:, problem.kv_head_index]
     near = near_mask(problem.query_positions, problem.key_positions, WINDOW, SINKS)
-    return SelectionRows(
+    return SelectionQueries(
         problem.queries,
         keys,
         problem.query_positions,

@@ -87,10 +87,10 @@ def test_counts_as_the_specification_does():
     flex(*call, RULE, scaling=0.3, statistics=counted)
     eager(*call, RULE, scaling=0.3, statistics=expected)
     assert counted == expected
-    assert counted.rows
+    assert counted.queries
 
 
-def test_states_of_several_types_meet_in_the_one_that_autocast_asks_for():
+def test_states_of_several_dtypes_are_cast_to_that_of_autocast():
     problem = random_problem(60, 60)
     mixed = replace(problem.to(torch.float32), values=problem.values.to(torch.bfloat16))
     call = arguments(mixed, (0,), 5)
@@ -99,7 +99,7 @@ def test_states_of_several_types_meet_in_the_one_that_autocast_asks_for():
     assert output.dtype == torch.bfloat16
     expected, _ = eager(*arguments(problem, (0,), 5), RULE, scaling=0.3)
     assert (output - expected).abs().mean() < 0.02
-    with pytest.raises(ValueError, match="differ in their type"):
+    with pytest.raises(ValueError, match="differ in dtype"):
         headwise_attention(*call, RULE, scaling=0.3, backend="flex")
 
 
@@ -144,8 +144,8 @@ def test_compiled_for_a_cpu_it_follows_the_block_tables(monkeypatch):
 
 REFUSED = {
     "without padding": lambda call: [*call[:2], replace(call[2], in_order=False), *call[3:]],
-    "only the last ones select": lambda call: call,
-    "differ in their type": lambda call: [call[0].float(), *call[1:]],
+    "only the last ones may": lambda call: call,
+    "differ in dtype": lambda call: [call[0].float(), *call[1:]],
     "no gradients on a CPU": lambda call: [call[0].requires_grad_(), *call[1:]],
 }
 
@@ -153,14 +153,14 @@ REFUSED = {
 @pytest.mark.parametrize("complaint", REFUSED)
 def test_what_it_cannot_do_is_refused(complaint):
     call = REFUSED[complaint](arguments(random_problem(40, 40), (0, 3), 40))
-    mode = "top_p" if complaint == "only the last ones select" else "dense"
+    mode = "top_p" if complaint == "only the last ones may" else "dense"
     with pytest.raises(ValueError, match=f"{complaint}.* Choose backend 'eager'"):
         headwise_attention(*call, replace(RULE, prefill_mode=mode), scaling=0.3, backend="flex")
 
 
-def test_masks_are_truth_values():
-    """A compiler for GPUs takes no numbers for them."""
+def test_masks_are_boolean():
+    """The compiler for GPUs rejects integer masks."""
     retrieves, windows = torch.tensor([True, False]), torch.tensor([3, 3], dtype=torch.int32)
     start, bits = torch.tensor(5, dtype=torch.int32), torch.zeros(1, 2, 8, 1, dtype=torch.int32)
     entry = [torch.tensor(number, dtype=torch.int32) for number in (0, 1, 7, 3)]
-    assert headwise._entries(retrieves, windows, 2, start, bits)(*entry).dtype == torch.bool
+    assert headwise._mask_mod(retrieves, windows, 2, start, bits)(*entry).dtype == torch.bool

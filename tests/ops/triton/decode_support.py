@@ -11,9 +11,9 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
 from rtpurbo.ops.eager.attend import attend
-from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.triton.decode.attention import run_step
-from rtpurbo.ops.triton.decode.states import Selection
+from rtpurbo.ops.states import PagedStates
+from rtpurbo.ops.triton.decode.attention import decode_step
+from rtpurbo.ops.triton.decode.workspace import Selection
 from tests import oracles
 from tests.ops.triton.support import DEVICE, EPSILON
 
@@ -49,7 +49,7 @@ def ring(states: KeyValueStates, rule: AttentionRule, slack: int = 5) -> KeyValu
     batch, heads, _, dim = states.keys.shape
     sinks, size = rule.num_sink_tokens, rule.sliding_window + slack
     keys = states.keys.new_full((batch, heads, sinks + size, dim), torch.nan)
-    values, labels = keys.clone(), states.positions.new_full((batch, sinks + size), -1)
+    values, slot_positions = keys.clone(), states.positions.new_full((batch, sinks + size), -1)
     for row, positions in enumerate(states.positions.tolist()):
         latest = max(positions)
         for place, position in enumerate(positions):
@@ -57,8 +57,8 @@ def ring(states: KeyValueStates, rule: AttentionRule, slack: int = 5) -> KeyValu
                 slot = position if position < sinks else sinks + (position - sinks) % size
                 keys[row, :, slot] = states.keys[row, :, place]
                 values[row, :, slot] = states.values[row, :, place]
-                labels[row, slot] = position
-    return KeyValueStates(keys.to(DEVICE), values.to(DEVICE), labels.to(DEVICE))
+                slot_positions[row, slot] = position
+    return KeyValueStates(keys.to(DEVICE), values.to(DEVICE), slot_positions.to(DEVICE))
 
 
 def paged(full: KeyValueStates, padding: Sequence[int], page_size: int) -> PagedStates:
@@ -94,8 +94,8 @@ def assert_nearly_as_exact_as_eager(
     problem: oracles.Problem, mask: Tensor, output: Tensor, log_sum_exp: Tensor
 ) -> None:
     """The error against fp64 is at most twice eager's, and what fp32 exponents lose."""
-    readers = problem.readers
-    keys, values = problem.keys[:, readers], problem.values[:, readers]
+    kv_head_index = problem.kv_head_index
+    keys, values = problem.keys[:, kv_head_index], problem.values[:, kv_head_index]
     plain = attend(problem.queries, keys, values, mask, problem.scaling, True)
     expected = oracles.attend(problem, mask)
     exponents = 2**-24 * oracles.exact_logits(problem).abs().max()
@@ -138,11 +138,11 @@ class Step:
         problem = oracles.random_problem(1, k_len, padding=padding, **options).to(dtype)
         heads, key_value_heads = problem.queries.shape[1], problem.keys.shape[1]
         layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
-        queries, _, full, bounded, _, index_queries = problem.layered(layout, 1)
+        queries, _, full, windowed, _, index_queries = problem.layered(layout, 1)
         arguments = [
             queries.to(DEVICE),
             cached(full, padding, spare),
-            ring(bounded, rule) if in_ring else cached(bounded, padding, 0),
+            ring(windowed, rule) if in_ring else cached(windowed, padding, 0),
             HeadLayout.build(retrieval_heads, heads, key_value_heads, DEVICE),
             index_queries.to(DEVICE),
         ]
@@ -150,7 +150,7 @@ class Step:
 
     def run(self, **options) -> tuple[Tensor, Tensor | None, Selection | None]:
         """Output, log-sum-exp and selection of the kernels."""
-        return run_step(*self.arguments, self.rule, self.problem.scaling, **options)
+        return decode_step(*self.arguments, self.rule, self.problem.scaling, **options)
 
     def far(self) -> Tensor:
         """What retrieval heads may select, by slot: bool [batch, heads, 1, k_len]."""

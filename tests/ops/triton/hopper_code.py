@@ -1,9 +1,9 @@
-"""Reads Hopper machine code for what an assembler has got wrong: where matrices lie in shared memory.
+"""Finds wrong matrix descriptors in Hopper machine code, a bug of ptxas.
 
 A matrix descriptor is 64 bits of two uniform registers: the lower half is mostly an address, while
 the upper one holds strides and swizzling, which are known when a kernel is compiled. ptxas 12.8, which comes
-with Triton 3.6, sometimes adds these to a register that has long held something else, where it
-should add them to zero; products are then of arbitrary memory, or the program ends.
+with Triton 3.6, sometimes adds these to a stale register where it should add them to zero; products then read
+arbitrary memory, or the program crashes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ REGISTER = re.compile(r"U?R\d+")
 PREDICATE = re.compile(r"!?U?P(\d|T)")
 STACK = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]")
 WORD = 2**32
-# What a register holds: a known part, xor-ed with values that are only known by where they come from.
+# Value of a register: a known part, xor-ed with unknown values that are identified by their origin.
 Value = tuple[int, frozenset]
 State = dict[str, Value]
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of disassembly."""
+    """Line of disassembly."""
 
     address: str
     conditional: bool
@@ -53,7 +53,7 @@ def strange_descriptors(code: str) -> list[str]:
 
 
 def _blocks(code: str) -> tuple[list[list[Instruction]], list[list[int]]]:
-    """Straight pieces of code, and which may follow each."""
+    """Basic blocks, and the possible successors of each."""
     blocks: list[list[Instruction]] = [[]]
     labels = {}
     for line in code.splitlines():
@@ -84,7 +84,7 @@ def _blocks(code: str) -> tuple[list[list[Instruction]], list[list[int]]]:
 
 
 def _states(blocks: list[list[Instruction]], followers: list[list[int]]) -> list[State | None]:
-    """What is known of registers where each block begins; None of blocks that are never reached."""
+    """Known register values at the start of each block; None for unreachable blocks."""
     states: list[State | None] = [None] * len(blocks)
     states[0] = {}
     waiting = [0]
@@ -137,7 +137,7 @@ def _value(operand: str, state: State) -> Value | None:
 
 
 def _sum(values: list[Value | None]) -> Value | None:
-    """Without what is carried from the lower half: addresses stay far below its end."""
+    """Sum without the carry of the lower half: addresses do not overflow it."""
     unknown = [value for value in values if value is None or value[1]]
     if not unknown:
         return sum(value[0] for value in values) % WORD, frozenset()
@@ -148,7 +148,7 @@ def _sum(values: list[Value | None]) -> Value | None:
 
 
 def _upper_part(operand: str, state: State) -> Value | None:
-    """Of the two registers, or the number, that an operand of 64 bits names."""
+    """Upper half of a 64-bit operand, a pair of registers or a number."""
     if operand == "URZ" or re.fullmatch(r"-?0x[0-9a-f]+", operand):
         return WORD - 1 if operand.startswith("-") else 0, frozenset()
     name = operand.removeprefix("-")
@@ -163,7 +163,7 @@ def _upper_part(operand: str, state: State) -> Value | None:
 
 
 def _step(instruction: Instruction, state: State) -> None:
-    """What an instruction does to what is known."""
+    """Updates the known register values by an instruction."""
     kind, name, operands = instruction.kind, instruction.name, instruction.operands
     target = operands[0]
     written: dict[str, Value | None] = {}

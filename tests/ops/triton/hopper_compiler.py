@@ -1,7 +1,7 @@
-"""Compiles the kernels for an H100, without one: run as a script, by its test.
+"""Compiles all kernels for an H100, on a machine without a GPU; a script that `test_compiles` runs.
 
-Launches go through a driver that only says which GPU it would have, so that kernels are compiled for
-just the arguments that they would be launched with. The interpreter allows what the compiler does not.
+A stand-in for the CUDA driver reports the GPU, so that kernels are compiled for exactly the arguments of their
+launches. The compiler rejects code that the interpreter accepts.
 """
 
 import re
@@ -16,24 +16,29 @@ from triton.runtime.jit import JITFunction
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
-from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.triton.decode import launch
-from rtpurbo.ops.triton.decode.attention import run_step
-from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
+from rtpurbo.ops.states import PagedStates
+from rtpurbo.ops.triton.decode import pdl, window_and_scores
+from rtpurbo.ops.triton.decode.attention import decode_step
+from rtpurbo.ops.triton.decode.fused_append import (
+    AppendSlots,
+    HeadNorm,
+    IndexProjection,
+    fused_kv_append,
+)
 from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill import hopper
-from rtpurbo.ops.triton.sets import heaviest, top_set
+from rtpurbo.ops.triton.sets import top_k, top_set
 from rtpurbo.ops.triton.training.divergence import indexer_divergence
 from tests.ops.triton.hopper_code import strange_descriptors
 
-# Bytes a thread: a register or two may spill where two programs have to share a multiprocessor.
+# Bytes per thread: one or two registers may spill where two programs share a multiprocessor.
 MOST_STACK = 16
 # The loss of stage 1 spills a few more around the loop over tiles that need a mask, which is short.
-MOST_STACK_OF = {"rows_kernel": 48}
+MOST_STACK_OF = {"query_gradient_kernel": 48}
 
 
 class AbsentHopper:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compilation needs."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -46,7 +51,7 @@ class AbsentHopper:
 
 
 def compile_only(run_kernel):
-    """Turns launches into compilations, whose results are checked."""
+    """Replaces launches by compilations, and checks the results."""
 
     def run(self, *arguments, grid, warmup, **options):
         kernel = run_kernel(self, *arguments, grid=grid, warmup=True, **options)
@@ -57,7 +62,7 @@ def compile_only(run_kernel):
 
 
 def check(name, code):
-    """Registers suffice, matrices are found, and no histogram counts what two threads hold: twice, that is."""
+    """Checks registers, matrix descriptors, and that no histogram counts elements replicated over threads twice."""
     for operand in re.findall(r"= tt.histogram .* : (.*) ->", code["ttgir"]):
         assert "slice" not in operand, f"{name} counts {operand}"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -68,18 +73,18 @@ def check(name, code):
         disassemble = [knobs.nvidia.nvdisasm.path, "-c", file.name]
         listing = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     strange = strange_descriptors(listing)
-    assert not strange, f"{name} multiplies matrices of unknown places: {strange}"
+    assert not strange, f"{name} has wrong matrix descriptors: {strange}"
     stack = int(re.search(r"STACK:(\d+)", usage)[1])
-    # Groups of fp32, which is multiplied without tensor cores, need more than there are.
+    # fp32 products do not run on tensor cores and need more registers than there are.
     fits = stack <= MOST_STACK_OF.get(name, MOST_STACK)
     fits |= "%queries: !tt.ptr<f32>" in code["ttgir"]
     assert fits, f"{name} spills: {usage}"
-    if name == "peaks_kernel" and "f16" in code["ttgir"]:
-        assert "max.f16x2" in code["ptx"], f"{name} takes maxima one by one"
+    if name == "block_maxima_kernel" and "f16" in code["ttgir"]:
+        assert "max.f16x2" in code["ptx"], f"{name} computes maxima one by one"
 
 
 def loss(head_dim, index_dim, dtype=torch.bfloat16, *, length=4096, **rule):
-    """Compiles what the loss of stage 1 and its backward pass launch."""
+    """Compiles the kernels of the loss of stage 1 and of its backward pass."""
     heads = 5
     index_queries, index_keys = (
         torch.empty(heads, length, index_dim, requires_grad=True) for _ in range(2)
@@ -114,7 +119,7 @@ def step(
     shared_keys=False,
     **rule,
 ):
-    """Compiles what a step of this shape launches."""
+    """Compiles the kernels of a decode step of this shape."""
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
     full, ranks = len(layout.full_key_value_heads), len(retrieval_heads)
     index_keys = full if shared_keys else ranks
@@ -124,7 +129,7 @@ def step(
 
     if page_size:
         pages = capacity // page_size
-        held = PagedStates(
+        full_states = PagedStates(
             states(pages, full, page_size, head_dim),
             states(pages, full, page_size, head_dim),
             torch.zeros(batch, pages, dtype=torch.int32),
@@ -132,7 +137,7 @@ def step(
             states(pages, index_keys, page_size, index_dim, dtype=index_dtype),
         )
     else:
-        held = KeyValueStates(
+        full_states = KeyValueStates(
             states(batch, full, capacity, head_dim),
             states(batch, full, capacity, head_dim),
             torch.zeros(batch, capacity, dtype=torch.int64),
@@ -141,11 +146,11 @@ def step(
             length=torch.zeros(1, dtype=torch.int32),
         )
     ring = states(batch, key_value_heads - full, window + 9, head_dim)
-    bounded = KeyValueStates(ring, ring, torch.zeros(batch, window + 9, dtype=torch.int64))
-    run_step(
+    windowed = KeyValueStates(ring, ring, torch.zeros(batch, window + 9, dtype=torch.int64))
+    decode_step(
         states(batch, heads, 1, head_dim),
-        held,
-        bounded,
+        full_states,
+        windowed,
         layout,
         states(batch, ranks, 1, index_dim, dtype=torch.float16) if ranks else None,
         AttentionRule(sliding_window=window, **rule),
@@ -155,7 +160,7 @@ def step(
     )
 
 
-def entrance(
+def fused_append(
     heads,
     key_value_heads,
     retrieval_heads,
@@ -171,7 +176,7 @@ def entrance(
     batch=2,
     shared_keys=False,
 ):
-    """Compiles what one new token launches; `norm` tells whether its weights are less one."""
+    """Compiles the fused append of one token; `norm`: `unit_offset` of its QK-norm, or None without one."""
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
     full, ranks = len(layout.full_key_value_heads), len(retrieval_heads)
     index_keys = full if shared_keys else ranks
@@ -185,7 +190,7 @@ def entrance(
     ]
     dims = torch.zeros(num_features, dtype=torch.int64)
     kept, ring = (states(batch, count, 4096, head_dim) for count in (full, key_value_heads - full))
-    enter_token(
+    fused_kv_append(
         states(batch, heads, 1, head_dim),
         states(batch, key_value_heads, 1, head_dim),
         states(batch, key_value_heads, 1, head_dim),
@@ -193,7 +198,7 @@ def entrance(
         None if norm is None else HeadNorm(weight, weight, 1e-6, norm),
         IndexProjection(*index_weights, dims, rotated) if ranks else None,
         layout,
-        FixedSlots(
+        AppendSlots(
             torch.zeros(1, dtype=torch.int64),
             torch.zeros(batch, 1, dtype=torch.int64),
             kept,
@@ -219,7 +224,7 @@ def prompt(
     shared_keys=False,
     **rule,
 ):
-    """Compiles what the last 300 tokens of a prompt launch."""
+    """Compiles the prefill kernels for the last 300 tokens of a prompt."""
     hopper.is_hopper = lambda: for_hopper
     batch, length, q_len = 2, 4096, 300
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
@@ -259,7 +264,7 @@ def prompt(
 
 
 def compile_prompts():
-    """Prefill by either kernel, with everything that makes them another kernel."""
+    """Compiles prefill with both kernels, with all arguments that change the compiled code."""
     sparse = {"prefill_mode": "row_peak"}
     for head_dim in (64, 128):
         for padded in (False, True):
@@ -277,7 +282,7 @@ def compile_prompts():
 
 
 def compile_losses():
-    """The loss of stage 1; sizes that 16 divides become other code."""
+    """Compiles the loss of stage 1; sizes divisible by 16 are specialised."""
     for index_dim in (4, 32):
         for head_dim in (64, 128):
             loss(head_dim, index_dim)
@@ -286,29 +291,32 @@ def compile_losses():
     loss(64, 16, torch.float32)
 
 
-def compile_entrances():
-    """A token that enters, by family."""
-    entrance(32, 8, (0, 9))
-    entrance(32, 8, (0, 9), norm=False, rotated=False, num_features=40, batch=1)
-    entrance(32, 8, (0, 9), norm=False, index_dtype=torch.float8_e4m3fn)
-    entrance(12, 2, range(6), norm=False, index_dtype=torch.float8_e4m3fn, shared_keys=True)
-    entrance(8, 4, (0,), norm=True, head_dim=256, rotary_dim=256, index_dim=64, num_features=256)
-    entrance(32, 32, (3,), head_dim=96, rotary_dim=72, dtype=torch.float16, num_features=96)
-    entrance(16, 4, (), rotary_dim=0)
-    entrance(16, 4, (1,), rotary_dim=0, dtype=torch.float32, index_dtype=torch.float32)
-    entrance(1, 1, (0,), index_dim=1, num_features=1, batch=1)
+def compile_fused_appends():
+    """Compiles the fused append for several model families."""
+    fused_append(32, 8, (0, 9))
+    fused_append(32, 8, (0, 9), norm=False, rotated=False, num_features=40, batch=1)
+    fused_append(32, 8, (0, 9), norm=False, index_dtype=torch.float8_e4m3fn)
+    fused_append(12, 2, range(6), norm=False, index_dtype=torch.float8_e4m3fn, shared_keys=True)
+    fused_append(
+        8, 4, (0,), norm=True, head_dim=256, rotary_dim=256, index_dim=64, num_features=256
+    )
+    fused_append(32, 32, (3,), head_dim=96, rotary_dim=72, dtype=torch.float16, num_features=96)
+    fused_append(16, 4, (), rotary_dim=0)
+    fused_append(16, 4, (1,), rotary_dim=0, dtype=torch.float32, index_dtype=torch.float32)
+    fused_append(1, 1, (0,), index_dim=1, num_features=1, batch=1)
 
 
 def main():
     """Compiles shapes that take different paths through the kernels."""
     driver.set_active(AbsentHopper())
-    launch.can_begin_early = lambda device: True
+    pdl.supports_pdl = window_and_scores.supports_pdl = lambda device: True
     JITFunction.run = compile_only(JITFunction.run)
     compile_prompts()
     compile_losses()
+    compile_fused_appends()
     for entries in (83, 8192, 40000):
         top_set(torch.empty(2, entries), torch.empty(2))
-        heaviest(torch.empty(2, entries), 128)
+        top_k(torch.empty(2, entries), 128)
     single = {"capacity": 16, "batch": 1, "window": 64, "head_dim": 64, "index_dim": 1}
     for reading in ("residual", "far", "paper"):
         for granularity in ("token", "block"):

@@ -44,11 +44,11 @@ def assert_as_exact_as_eager(
 ) -> None:
     """The kernel's error against fp64 is at most twice that of eager in the same precision."""
     expected, expected_sums = oracles.attend(on_cpu(problem), mask.cpu())
-    readers = problem.readers.to(output.device)
+    kv_head_index = problem.kv_head_index.to(output.device)
     plain, plain_sums = attend(
         problem.queries,
-        problem.keys[:, readers],
-        problem.values[:, readers],
+        problem.keys[:, kv_head_index],
+        problem.values[:, kv_head_index],
         mask.to(output.device),
         problem.scaling,
         True,

@@ -1,4 +1,4 @@
-"""What the interpreter runs, the compiler takes too; a GPU is not needed to ask it."""
+"""The compiler accepts all kernels; it needs no GPU."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ pytest.importorskip("triton.backends.nvidia")
 
 @pytest.mark.slow
 def test_kernels_compile_for_hopper():
-    # A process of its own: kernels are interpreted or compiled as Triton was told at its import.
+    # A process of its own: Triton decides at its import whether kernels are interpreted or compiled.
     subprocess.run(
         [sys.executable, "-m", "tests.ops.triton.hopper_compiler"],
         env={**os.environ, "TRITON_INTERPRET": "0"},

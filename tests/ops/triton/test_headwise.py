@@ -73,11 +73,15 @@ def test_sparse_prefill_equals_eager_and_counts_as_it_does():
 @pytest.mark.parametrize(
     ("changes", "padding", "reason"),
     [
-        ({"prefill_mode": "top_p"}, (0,), "only 'row_peak' has kernels"),
-        ({"prefill_mode": "row_peak", "reading": "paper"}, (0,), "selects no blocks"),
+        ({"prefill_mode": "top_p"}, (0,), "only 'row_peak' has"),
+        (
+            {"prefill_mode": "row_peak", "reading": "paper"},
+            (0,),
+            "reading 'paper' has no block selection",
+        ),
         ({"prefill_mode": "row_peak", "block_size": 24}, (0,), "powers of two"),
-        ({"prefill_mode": "row_peak", "row_stride": 4}, (0,), "fewer than 16 rows"),
-        ({}, None, "no known order"),
+        ({"prefill_mode": "row_peak", "row_stride": 4}, (0,), "fewer than 16 queries"),
+        ({}, None, "order of the keys is unknown"),
     ],
     ids=str,
 )
@@ -99,12 +103,12 @@ def test_a_chunk_over_pages_equals_one_over_a_tensor(mode, page_size):
     padding = (0, 31)
     problem = kernel_problem(70, 190, torch.float32, padding=padding, index_dim=4)
     layout = HeadLayout.build((0, 1, 3), 4, 2, DEVICE)
-    queries, _, full, bounded, _, index_queries = problem.layered(
+    queries, _, full, windowed, _, index_queries = problem.layered(
         layout, rule.num_selecting_rows(70)
     )
     results = [
         prefill_attention(
-            queries, states, slotted(bounded, padding), layout, index_queries, rule,
+            queries, states, slotted(windowed, padding), layout, index_queries, rule,
             scaling=problem.scaling, return_log_sum_exp=True,
         )
         for states in (slotted(full, padding), paged(full, padding, page_size))

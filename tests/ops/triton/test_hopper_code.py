@@ -1,11 +1,11 @@
-"""Descriptors of matrices are read off machine code: right ones, and those that ptxas has got wrong."""
+"""Matrix descriptors are recognised in machine code, right ones and those that ptxas miscompiles."""
 
 import pytest
 
 from tests.ops.triton.hopper_code import strange_descriptors
 
 PRODUCT = "HGMMA.64x16x16.F32 R88, R36, gdesc[UR4].tnspB, R88, gsb0"
-# As ptxas has written it, where the lower half is UR46: UR12 and UR5 hold a pointer and a warp's number.
+# Output of ptxas, where the lower half is UR46: UR12 and UR5 are a pointer and the number of a warp.
 WRONG = [
     "ULDC.64 UR12, c[0x0][0x610]",
     "R2UR UR5, R2",
@@ -41,7 +41,7 @@ def listing(*lines):
             "UIADD3.64 UR6, UR6, -UR8, URZ",
         ],
         ["MOV R3, 0x80000020", "STL.64 [R1+0x8], R2", "LDL R9, [R1+0xc]", "R2UR UR7, R9"],
-        # Two registers that change places.
+        # Two registers are swapped.
         ["UMOV UR6, 0x80000020", "R2UR UR7, R3", *SWAP],
     ],
 )

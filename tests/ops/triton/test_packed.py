@@ -22,7 +22,7 @@ def test_documents_do_not_see_each_other(dtype, lengths):
 
 def test_kernels_refuse_what_needs_gradients():
     given = [part.to(DEVICE).requires_grad_() for part in states(20)]
-    with pytest.raises(ValueError, match="they compute no gradients"):
+    with pytest.raises(ValueError, match="the kernels compute no gradients"):
         packed_attention(*given, (20,), scaling=SCALING, backend="triton")
     assert packed_attention(*given, (20,), scaling=SCALING).requires_grad
 

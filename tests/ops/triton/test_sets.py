@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtpurbo.ops.eager.selection import heaviest as sorted_heaviest
 from rtpurbo.ops.eager.selection import smallest_set
+from rtpurbo.ops.eager.selection import top_k as sorted_top_k
 from rtpurbo.ops.triton import sets
 
 pytestmark = pytest.mark.kernels
@@ -37,16 +37,16 @@ def test_smallest_sets(rows, entries, seed):
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 500])
-def test_heaviest(count):
+def test_top_k(count):
     mass = masses(3, 90)
-    assert torch.equal(sets.heaviest(mass, count), sorted_heaviest(mass, count))
+    assert torch.equal(sets.top_k(mass, count), sorted_top_k(mass, count))
 
 
-def test_rows_longer_than_what_is_looked_at_together(monkeypatch):
-    monkeypatch.setattr(sets, "MOST_TOGETHER", 64)
+def test_rows_longer_than_a_tile(monkeypatch):
+    monkeypatch.setattr(sets, "MAX_TILE", 64)
     mass = masses(3, 1000)
     assert torch.equal(sets.top_set(mass, targets(mass)), smallest_set(mass, targets(mass)))
-    assert torch.equal(sets.heaviest(mass, 9), sorted_heaviest(mass, 9))
+    assert torch.equal(sets.top_k(mass, 9), sorted_top_k(mass, 9))
 
 
 def test_targets_out_of_reach_take_all_that_has_mass():
@@ -69,4 +69,4 @@ def test_on_a_gpu(entries):
     found, expected = sets.top_set(mass, targets(mass)), smallest_set(mass, targets(mass))
     # Sums round otherwise: an entry at the edge may fall to either side.
     assert (found != expected).sum(-1).max() <= 1
-    assert torch.equal(sets.heaviest(mass, 128), sorted_heaviest(mass, 128))
+    assert torch.equal(sets.top_k(mass, 128), sorted_top_k(mass, 128))

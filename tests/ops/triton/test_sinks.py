@@ -58,9 +58,9 @@ def test_prefill_equals_eager(mode):
 
 def test_reading_paper_is_refused():
     step = Step.build(60, replace(RULE, reading="paper"), dtype=torch.float32)
-    queries, full, bounded, layout, index_queries = step.arguments
+    queries, full, windowed, layout, index_queries = step.arguments
     with pytest.raises(ValueError, match="learned sinks"):
         headwise_attention(
-            queries, full.positions[:, -1:], full, bounded, layout, index_queries, step.rule,
+            queries, full.positions[:, -1:], full, windowed, layout, index_queries, step.rule,
             scaling=step.problem.scaling, sinks=SINKS.to(DEVICE), backend="triton",
         )  # fmt: skip

@@ -35,8 +35,8 @@ def test_reads_what_the_export_wrote():
         ({"num_key_value_heads": 2}, "the head map belongs to another model"),
         ({"entry": {"attention": {"prefill_mode": "row_share"}}}, "change it to 'dense'"),
         ({"entry": {"attention": {"top_q": 1}}}, "holds an unknown field"),
-        ({"entry": {"indexer": {"min_wavelength": None}}}, "does not tell its min_wavelength"),
-        ({"llama_4_scaling": {"beta": 1}}, "models with llama_4_scaling are not served"),
+        ({"entry": {"indexer": {"min_wavelength": None}}}, "lacks min_wavelength"),
+        ({"llama_4_scaling": {"beta": 1}}, "models with llama_4_scaling are not supported"),
     ],
 )
 def test_refuses(changes, sentence):

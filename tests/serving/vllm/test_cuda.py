@@ -17,8 +17,8 @@ pytestmark = pytest.mark.kernels
 
 INDEX_DIM = 16
 SINKS, WINDOW = 4, 16
-BLOCK_SIZES = {"full": 32, "bounded": 16}
-# Heads 1 and 2 share a KV head with local ones, and KV head 1 is bounded.
+BLOCK_SIZES = {"full": 32, "windowed": 16}
+# Heads 1 and 2 share a KV head with local ones, and KV head 1 is windowed.
 HEADS, KEY_VALUE_HEADS, RETRIEVAL = 6, 3, (1, 4, 5)
 # Layers before the one that is looked at, so that its parts begin at odd places.
 LAYERS = 3
@@ -60,8 +60,8 @@ class Step:
         full_heads = self.layout.full_key_value_heads.numel()
         states = Part(full_heads, head_dim, dtype)
         index = Part(len(retrieval), INDEX_DIM, dtype)
-        bounded = Part(KEY_VALUE_HEADS - full_heads, head_dim, dtype)
-        groups = {"full": (states, states, index), "bounded": (bounded, bounded)}
+        windowed = Part(KEY_VALUE_HEADS - full_heads, head_dim, dtype)
+        groups = {"full": (states, states, index), "windowed": (windowed, windowed)}
         sizes = {
             name: LAYERS * BLOCK_SIZES[name] * sum(part.token_bytes for part in parts)
             for name, parts in groups.items()
@@ -129,10 +129,10 @@ class Step:
         pages.write(slots, self.random(*shape), self.random(*shape), index)
 
     def attended(self, path, uniform=False, **rule):
-        full, bounded = self.caches["full"], self.caches["bounded"]
+        full, windowed = self.caches["full"], self.caches["windowed"]
         caches = [
             cache and replace(cache, batch=replace(cache.batch, uniform=uniform))
-            for cache in (full, bounded)
+            for cache in (full, windowed)
         ]
         output = torch.full_like(self.queries, torch.nan)
         path.attend(
@@ -240,7 +240,7 @@ def test_a_graph_serves_other_steps():
     held = steps[0]
     longest = {
         name: max(step.caches[name].batch.block_table.shape[1] for step in steps)
-        for name in ("full", "bounded")
+        for name in ("full", "windowed")
     }
     for step in steps:
         for name, cache in step.caches.items():
@@ -252,7 +252,7 @@ def test_a_graph_serves_other_steps():
     # The second step's tokens go where the first step's memory is.
     held.attended(cuda, uniform=True)
     graph, output = torch.cuda.CUDAGraph(), torch.empty_like(held.queries)
-    arguments = (held.caches["full"], held.caches["bounded"], held.layout, held.rule, held.scaling)
+    arguments = (held.caches["full"], held.caches["windowed"], held.layout, held.rule, held.scaling)
     with torch.cuda.graph(graph):
         cuda.attend(held.queries, held.index_queries, *arguments, output)
     graph.replay()

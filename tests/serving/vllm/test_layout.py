@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.serving.vllm.layout import (
-    MAX_BOUNDED_GROUPS,
+    MAX_WINDOWED_GROUPS,
     TokenBytes,
     dense_capacity,
     heads_of_rank,
@@ -48,21 +48,21 @@ def test_every_head_of_every_rank_has_room(layers, window, world_size):
     config = config_of(layers, window=window)
     token_bytes = TokenBytes.of(config, HEAD_DIM, BYTES)
     plan = plan_of(config, world_size=world_size)
-    assert len(plan.bounded) <= MAX_BOUNDED_GROUPS
-    placed = [layer for group in plan.bounded for layer in group.layers]
+    assert len(plan.windowed) <= MAX_WINDOWED_GROUPS
+    placed = [layer for group in plan.windowed for layer in group.layers]
     assert len(placed) == len(set(placed))
     for rank in range(world_size):
         heads = heads_of_rank(config.head_map, rank, world_size)
         for layer, of_layer in enumerate(heads):
             if of_layer.num_full:
                 assert layer in plan.full.layers
-            if of_layer.num_bounded:
+            if of_layer.num_windowed:
                 assert layer in placed
         if plan.full:
             needed = sum(token_bytes.full(heads[layer]) for layer in plan.full.layers)
             assert plan.full.token_bytes >= needed
-        for group in plan.bounded:
-            needed = sum(token_bytes.bounded(heads[layer]) for layer in group.layers)
+        for group in plan.windowed:
+            needed = sum(token_bytes.windowed(heads[layer]) for layer in group.layers)
             assert group.token_bytes >= needed
     assert all(group.page_bytes <= plan.block_bytes for group in plan.groups)
     # Parts of a block are aligned to 16 bytes, as kernels load them.
@@ -76,10 +76,10 @@ def test_never_worse_than_one_group_of_small_blocks(layers, tokens, in_flight):
     token_bytes = TokenBytes.of(config, HEAD_DIM, BYTES)
     heads = heads_of_rank(config.head_map)
     full = sum(map(token_bytes.full, heads))
-    bounded = sum(map(token_bytes.bounded, heads))
+    windowed = sum(map(token_bytes.windowed, heads))
     pages = -(-tokens // 16)
     held = min(pages, -(-min(255 + in_flight, tokens) // 16) + 2)
-    naive = max(full, bounded) * 16 * (pages * (full > 0) + held * (bounded > 0))
+    naive = max(full, windowed) * 16 * (pages * (full > 0) + held * (windowed > 0))
     plan = plan_of(config, tokens, in_flight)
     assert plan.request_bytes(tokens, in_flight) <= naive
 
@@ -94,20 +94,20 @@ def test_a_request_has_room_for_what_it_must_hold(layers, tokens):
     rule = config.attention
     near = min(tokens, rule.sliding_window + rule.num_sink_tokens)
     needed = sum(
-        token_bytes.full(layer) * tokens + token_bytes.bounded(layer) * near for layer in heads
+        token_bytes.full(layer) * tokens + token_bytes.windowed(layer) * near for layer in heads
     )
     assert plan.request_bytes(tokens, 512) >= needed
 
 
 def test_blocks_of_a_request_by_hand():
-    # 6 layers, one of them with two full KV heads: blocks of 16 and one bounded group.
+    # 6 layers, one of them with two full KV heads: blocks of 16 and one windowed group.
     config = config_of([[0, 2], [], [], [], [], []], window=64)
     plan = plan_of(config, tokens=512, in_flight=64)
-    full, bounded = plan.full, plan.bounded
+    full, windowed = plan.full, plan.windowed
     assert full.token_bytes == 2 * 2 * HEAD_DIM * BYTES + 2 * 16 * BYTES
-    assert sum(group.token_bytes for group in bounded) == 22 * 2 * HEAD_DIM * BYTES
+    assert sum(group.token_bytes for group in windowed) == 22 * 2 * HEAD_DIM * BYTES
     expected = -(-512 // full.block_size)
-    for group in bounded:
+    for group in windowed:
         expected += -(-(63 + 64) // group.block_size) + 1 + 1
     assert plan.blocks_per_request(512, 64) == expected
     assert plan.capacity(100 * plan.block_bytes, 512, 64) == int(100 / expected * 512)
@@ -116,8 +116,8 @@ def test_blocks_of_a_request_by_hand():
 def test_without_retrieval_heads_and_with_nothing_else():
     all_local, all_full = plan_of(config_of([[], []])), plan_of(config_of([range(8), range(8)]))
     assert all_local.full is None
-    assert len(all_local.bounded) >= 1
-    assert all_full.bounded == ()
+    assert len(all_local.windowed) >= 1
+    assert all_full.windowed == ()
     assert all_full.full.block_size == 16
     assert plan_of(config_of([range(8)]), lone_block_size=128).full.block_size == 128
 

@@ -10,8 +10,8 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.evaluation.policies.policy import Policy
 from rtpurbo.evaluation.policies.source import Loaded, Source
 from rtpurbo.models.sparsify import set_selector
-from rtpurbo.ops import SelectionRows
-from rtpurbo.ops.eager.selection import estimated_logits, select_for_rows
+from rtpurbo.ops import SelectionQueries
+from rtpurbo.ops.eager.selection import estimated_logits, select_per_query
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class OracleSelector:
 
     rule: AttentionRule
 
-    def __call__(self, rows: SelectionRows) -> Tensor:
+    def __call__(self, rows: SelectionQueries) -> Tensor:
         """The far keys of each row: bool [batch, heads, rows, k_len]."""
         logits = estimated_logits(self.rule.reading, rows.logits, rows.logits, rows.near, rows.far)
-        return select_for_rows(self.rule, logits, rows.near, rows.far, rows.key_positions)
+        return select_per_query(self.rule, logits, rows.near, rows.far, rows.key_positions)
 
 
 class OracleTopP(Policy):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from rtpurbo.evaluation.memory import cache_bytes, full_key_bytes
 from rtpurbo.evaluation.policies.policy import BudgetPolicy
 from rtpurbo.evaluation.policies.top_k import highest
-from rtpurbo.ops import SelectionRows
+from rtpurbo.ops import SelectionQueries
 from rtpurbo.ops.eager.selection import block_ids, spread_blocks
 
 PAGE_SIZE = 16
@@ -31,7 +31,7 @@ class QuestSelector:
         self.num_pages = -(-far_tokens // page_size)
         self.page_size = page_size
 
-    def __call__(self, rows: SelectionRows) -> Tensor:
+    def __call__(self, rows: SelectionQueries) -> Tensor:
         """The far keys of each row: bool [batch, heads, rows, k_len]."""
         pages = block_ids(rows.key_positions, self.page_size)
         least, greatest = page_bounds(rows.key_states, rows.key_positions, pages)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo.evaluation.policies.policy import BudgetPolicy
-from rtpurbo.ops import SelectionRows
+from rtpurbo.ops import SelectionQueries
 
 
 class TopKSelector:
@@ -19,7 +19,7 @@ class TopKSelector:
     def __init__(self, far_tokens: int) -> None:
         self.far_tokens = far_tokens
 
-    def __call__(self, rows: SelectionRows) -> Tensor:
+    def __call__(self, rows: SelectionQueries) -> Tensor:
         """The far keys of each row: bool [batch, heads, rows, k_len]."""
         scores = rows.score_index().masked_fill(~rows.far, -torch.inf)
         return highest(scores, self.far_tokens)

@@ -1,1 +1,1 @@
-"""The specification: what every operator means, in plain PyTorch, in chunks of queries."""
+"""Specification of the operators: plain PyTorch, in chunks of queries."""

@@ -1,4 +1,4 @@
-"""Softmax attention over an explicit set of keys: the one place where scores become an output."""
+"""Softmax attention with an explicit mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def attention_logits(query_states: Tensor, key_states: Tensor, scaling: float) -
 
     Args:
         query_states: [batch, heads, q_len, head_dim].
-        key_states: [batch, heads, k_len, head_dim], already one for each query head.
+        key_states: [batch, heads, k_len, head_dim], expanded to the query heads.
         scaling: the model's factor, usually head_dim ** -0.5.
 
     Returns:
@@ -25,9 +25,9 @@ def attention_logits(query_states: Tensor, key_states: Tensor, scaling: float) -
 def attend_to_logits(
     logits: Tensor, value_states: Tensor, visible: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention from given logits over the visible keys.
+    """Attention over the visible keys from given logits.
 
-    A query that sees nothing (padding) gets a zero output and a log-sum-exp of minus infinity.
+    Queries without visible keys (padding) get a zero output and a log-sum-exp of minus infinity.
 
     Args:
         logits: [batch, heads, q_len, k_len].
@@ -38,8 +38,8 @@ def attend_to_logits(
         Output [batch, heads, q_len, head_dim] in the values' dtype, and the natural log-sum-exp of
         the visible logits [batch, heads, q_len].
     """
-    # Blind rows see everything and are blanked after: a softmax over nothing has no finite
-    # gradient.
+    # Queries without keys attend to all keys and are zeroed afterwards: a softmax over no keys has no
+    # finite gradient.
     blind = ~visible.any(-1, keepdim=True)
     logits = logits.masked_fill(~(visible | blind), -torch.inf)
     log_sum_exp = logits.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
@@ -57,7 +57,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of each query over its visible keys; shapes as in `attend_to_logits`.
 
-    Without the log-sum-exp, PyTorch's fused kernel does the same sum faster and in less memory.
+    Without the log-sum-exp, PyTorch's fused kernel computes the same in less time and memory.
     """
     if return_log_sum_exp:
         return attend_to_logits(

@@ -1,4 +1,4 @@
-"""The loss of stage 1: how far an indexer's distribution over the keys is from its head's attention."""
+"""Loss of stage 1: forward KL between a head's attention and its indexer's distribution over the keys."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rtpurbo.ops.sinks import with_sink_column
 
 
 def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: Tensor) -> Tensor:
-    """Forward KL of each row between two distributions over the visible keys (paper: Eq. 6), in nats.
+    """Forward KL of each query between two distributions over the visible keys (paper: Eq. 6), in nats.
 
     Args:
-        teacher_logits: [batch, heads, rows, k_len].
-        student_logits: likewise; gradients flow here.
+        teacher_logits: [batch, heads, queries, k_len].
+        student_logits: same shape; receives gradients.
         visible: bool, broadcastable to them.
 
     Returns:
-        [batch, heads, rows], at least 0.
+        [batch, heads, queries], at least 0.
     """
     teacher = teacher_logits.masked_fill(~visible, -torch.inf).log_softmax(-1)
     student = student_logits.masked_fill(~visible, -torch.inf).log_softmax(-1)
@@ -31,21 +31,21 @@ def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: 
 
 
 def near_and_far(
-    rows: Tensor, document_starts: Tensor, sliding_window: int, num_sink_tokens: int
+    query_indices: Tensor, document_starts: Tensor, sliding_window: int, num_sink_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Sinks and window of rows within their documents, and what else they see.
+    """Masks of the near keys (sinks and window) and of the far keys of queries in packed documents.
 
     Args:
-        rows: int64 [rows], places of the query rows in a sequence of packed documents.
-        document_starts: int64 [length], for each token the place where its document begins.
-        sliding_window: W keys, the row's own counted.
-        num_sink_tokens: S, the first keys of the row's document.
+        query_indices: int64 [queries], indices of the queries in the packed sequence.
+        document_starts: int64 [length], index of the first token of each token's document.
+        sliding_window: W keys, including the query's own.
+        num_sink_tokens: S, the first keys of the query's document.
 
     Returns:
-        Two bool [rows, length] that share no key.
+        Two disjoint masks, bool [queries, length].
     """
-    keys = torch.arange(document_starts.numel(), device=rows.device)
-    queries, starts = rows[:, None], document_starts[rows][:, None]
+    keys = torch.arange(document_starts.numel(), device=query_indices.device)
+    queries, starts = query_indices[:, None], document_starts[query_indices][:, None]
     visible = (keys >= starts) & (keys <= queries)
     near = visible & ((keys > queries - sliding_window) | (keys < starts + num_sink_tokens))
     return near, visible & ~near
@@ -57,34 +57,34 @@ def indexer_divergence(
     key_value_heads: Tensor,
     index_queries: Tensor,
     index_keys: Tensor,
-    rows: Tensor,
+    query_indices: Tensor,
     document_starts: Tensor,
     rule: AttentionRule,
     *,
     scaling: float,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Forward KL between heads' causal attention and what their indexers estimate of it.
+    """Forward KL between heads' causal attention and their indexers' estimate of it.
 
-    A row sees its own document up to itself. The estimate is that of `estimated_logits`: in all readings but
-    `paper`, sinks and window count with their exact logits, so that a row teaches only what lies far.
-    Gradients flow to index queries and index keys. Many rows are walked over in chunks, which the
-    backward pass computes again: memory grows with the length, not with its square.
+    A query attends to its own document, causally. The estimate is that of `estimated_logits`: in all readings but
+    `paper`, near keys have their exact logits, so that only far keys contribute. Index queries and index keys
+    receive gradients. Queries are processed in chunks that are recomputed in the backward pass: memory is
+    linear in the length.
 
     Args:
-        query_states: [heads, rows, head_dim], after RoPE, of the rows given.
+        query_states: [heads, queries, head_dim], after RoPE.
         key_states: [key_value_heads, length, head_dim], after RoPE.
-        key_value_heads: int64 [heads], which of the key states each head reads.
-        index_queries: [heads, rows, index_dim].
+        key_value_heads: int64 [heads], KV head index of each head.
+        index_queries: [heads, queries, index_dim].
         index_keys: [heads, length, index_dim].
-        rows: int64 [rows], ascending: places of the query rows in the sequence.
-        document_starts: int64 [length], for each token the place where its document begins.
+        query_indices: int64 [queries], ascending indices of the queries in the packed sequence.
+        document_starts: int64 [length], index of the first token of each token's document.
         rule: reading, sliding window and sinks.
         scaling: factor on the dot products of the states.
-        sinks: learned sinks [heads], near keys of both distributions.
+        sinks: learned sinks [heads], part of the near keys in both distributions.
 
     Returns:
-        [heads, rows] in at least fp32, in nats.
+        [heads, queries] in at least fp32, in nats.
     """
     keys = key_states[key_value_heads]
 
@@ -99,9 +99,9 @@ def indexer_divergence(
         exact, estimate, near, far = with_sink_column(*whole, sinks)
         return forward_divergence(exact, estimate, near | far)[0]
 
-    chunks = list(query_chunks(rows.numel(), len(keys) * keys.shape[1]))
+    chunks = list(query_chunks(query_indices.numel(), len(keys) * keys.shape[1]))
     inputs = [
-        (query_states[:, chunk], index_queries[:, chunk], index_keys, rows[chunk])
+        (query_states[:, chunk], index_queries[:, chunk], index_keys, query_indices[chunk])
         for chunk in chunks
     ]
     if len(chunks) == 1:

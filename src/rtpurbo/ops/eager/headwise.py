@@ -1,4 +1,4 @@
-"""A whole layer: each query head attends in its own way; outputs are joined in head order."""
+"""Attention of a layer by kind of head, with the outputs in head order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def headwise_attention(
     query_states: Tensor,
     query_positions: Tensor,
     full: KeyValueStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -29,24 +29,24 @@ def headwise_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Retrieval heads over selected keys, local heads over sinks and window.
 
-    Which rows of the retrieval heads select is told by the index queries given: those of the last
-    rows, as many as `rule.num_selecting_rows` says. The rows before them are dense.
+    The last queries, which have index queries (see `rule.num_selecting_rows`), select in retrieval heads; the
+    queries before them are dense.
 
     Args:
         query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
         query_positions: int64 [batch, q_len], -1 for padding.
-        full: states of the KV heads kept whole, with index keys for the retrieval heads.
-        bounded: states of the other KV heads; sinks and the last W keys are enough.
-        layout: which head does what.
-        index_queries: [batch, num_retrieval_heads, selecting rows, index_dim] of the last rows, or
-            None if no row selects.
+        full: states of the full KV heads, with index keys of the retrieval heads.
+        windowed: states of the windowed KV heads, at least sinks and the last W keys.
+        layout: query heads by kind.
+        index_queries: [batch, num_retrieval_heads, selecting queries, index_dim] of the last queries, or
+            None if no query selects.
         rule: windows and selection.
         scaling: factor on the dot products.
-        statistics: counts what retrieval heads select, if given.
-        return_log_sum_exp: whether to return it.
-        selector: chooses the far keys of selecting rows instead of the rule.
-        sinks: learned sinks [num_attention_heads]: logits that take part in every softmax, and in the
-            mass that selection counts. (gpt-oss)
+        statistics: accumulates the selected keys.
+        return_log_sum_exp: also return the log-sum-exp.
+        selector: selects the far keys in place of the rule.
+        sinks: learned sinks [num_attention_heads] (gpt-oss): logits in the denominator of every softmax and
+            in the near mass of the selection.
 
     Returns:
         Output [batch, num_attention_heads, q_len, head_dim] and the log-sum-exp
@@ -73,7 +73,7 @@ def headwise_attention(
                 None if sinks is None else sinks[layout.retrieval.heads],
             )
         )
-    for group, states in ((layout.local_full, full), (layout.local_bounded, bounded)):
+    for group, states in ((layout.local_full, full), (layout.local_windowed, windowed)):
         if len(group):
             parts.append(
                 local_attention(
@@ -100,7 +100,7 @@ def _retrieval_heads(
     queries: Tensor,
     query_positions: Tensor,
     states: KeyValueStates,
-    readers: Tensor,
+    kv_head_index: Tensor,
     index_queries: Tensor | None,
     rule: AttentionRule,
     scaling: float,
@@ -109,7 +109,7 @@ def _retrieval_heads(
     selector: Selector | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The last rows, those that have index queries, over selected keys; the rows before them dense."""
+    """Selected attention of the last queries, which have index queries; dense attention of the others."""
     num_selecting = 0 if index_queries is None else index_queries.shape[2]
     num_dense = queries.shape[2] - num_selecting
     parts: list[tuple[Tensor, Tensor | None]] = []
@@ -119,7 +119,7 @@ def _retrieval_heads(
                 queries[:, :, :num_dense],
                 query_positions[:, :num_dense],
                 states.without_last(num_selecting),
-                readers,
+                kv_head_index,
                 scaling=scaling,
                 return_log_sum_exp=return_log_sum_exp,
             )
@@ -130,7 +130,7 @@ def _retrieval_heads(
                 queries[:, :, num_dense:],
                 query_positions[:, num_dense:],
                 states,
-                readers,
+                kv_head_index,
                 index_queries,
                 rule,
                 scaling=scaling,

@@ -1,4 +1,4 @@
-"""Attention of heads that see what lies near, and of heads that see everything."""
+"""Window attention of local heads, and dense causal attention."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def local_attention(
     scaling: float,
     return_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sinks and a recent window, nothing else.
+    """Attention over sinks and the sliding window.
 
     Args:
         query_states: [batch, heads, q_len, head_dim], after RoPE.
         query_positions: int64 [batch, q_len], -1 for padding.
-        states: the keys at hand; they may lie in any order.
-        key_value_heads: int64 [heads], which KV head of `states` each query head reads.
-        sliding_window: W, or int64 [heads] for a window a head.
+        states: keys and values, in any order.
+        key_value_heads: int64 [heads], KV head index of each query head in `states`.
+        sliding_window: W, or int64 [heads] for a window per head.
         num_sink_tokens: S.
         scaling: factor on the dot products.
-        return_log_sum_exp: whether to return it.
+        return_log_sum_exp: also return the log-sum-exp.
 
     Returns:
         Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
     """
     widest = int(sliding_window.max()) if isinstance(sliding_window, Tensor) else sliding_window
-    # A chunk about as long as the window reads at most twice the keys that its rows need; a GPU
-    # would rather read more in fewer launches.
-    rows = max(128, min(widest, 1024)) if not query_states.is_cuda else 8192
+    # A chunk about as long as the window reads at most twice the keys that its queries need; on a GPU,
+    # fewer launches are faster than fewer keys.
+    chunk_size = max(128, min(widest, 1024)) if not query_states.is_cuda else 8192
     outputs, log_sum_exps = [], []
-    for start in range(0, query_states.shape[2], rows):
-        chunk = slice(start, start + rows)
+    for start in range(0, query_states.shape[2], chunk_size):
+        chunk = slice(start, start + chunk_size)
         positions = query_positions[:, chunk]
         reach = keys_in_reach(positions, states.positions, widest, num_sink_tokens)
         keys, values, key_positions = states.keys, states.values, states.positions
@@ -75,7 +75,7 @@ def causal_attention(
     scaling: float,
     return_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Every key at or before the query: a dense head. Arguments as in `local_attention`."""
+    """Dense causal attention; arguments as in `local_attention`."""
     keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
     q_len, k_len = query_states.shape[2], keys.shape[2]
     if states.in_order and not return_log_sum_exp and (q_len == k_len or q_len == 1):

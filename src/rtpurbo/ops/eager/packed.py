@@ -1,4 +1,4 @@
-"""Dense attention of documents that are packed in one sequence."""
+"""Dense attention of packed documents."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention of every head within its document.
 
-    Documents are attended to one by one: no mask is made, and no pair of two documents computed.
+    One call per document: needs no mask and computes no pair of two documents.
 
     Args:
         query_states: [batch, num_attention_heads, length, head_dim], after RoPE.
         key_states: [batch, num_key_value_heads, length, head_dim].
         value_states: the same shape (the last size may differ).
-        document_lengths: tokens of each document, one after the other; every row of the batch is
-            divided alike.
+        document_lengths: tokens of each document in order; the same for every sequence of the batch.
         scaling: factor on the dot products.
 
     Returns:

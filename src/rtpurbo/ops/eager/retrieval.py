@@ -1,4 +1,4 @@
-"""Attention of retrieval heads: sinks, window, and what the token indexer selects."""
+"""Attention of retrieval heads: sinks, window, and far keys selected by the token indexer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rtpurbo.ops.eager.attend import attend_to_logits, attention_logits
 from rtpurbo.ops.eager.selection import (
     estimated_logits,
     index_scores,
-    select_for_rows,
-    select_for_tiles,
+    select_per_query,
+    select_per_query_block,
 )
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 from rtpurbo.ops.sinks import with_sink_column
 from rtpurbo.ops.states import (
     KeyValueStates,
-    SelectionRows,
+    SelectionQueries,
     SelectionStatistics,
     Selector,
     index_key_heads,
@@ -41,26 +41,26 @@ def retrieval_attention(
     selector: Selector | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Exact attention over near keys and selected far ones; the selection gets no gradient.
+    """Exact attention over near and selected far keys; the selection gets no gradient.
 
     Args:
         query_states: [batch, heads, q_len, head_dim], after RoPE.
         query_positions: int64 [batch, q_len], -1 for padding.
         states: keys, values and index keys of the heads' KV heads.
-        key_value_heads: int64 [heads], which KV head of `states` each query head reads.
+        key_value_heads: int64 [heads], KV head index of each query head in `states`.
         index_queries: [batch, heads, q_len, index_dim].
-        rule: what to select; with `prefill_mode` `row_share` or `row_peak` tiles of rows share a list.
+        rule: selection; with `prefill_mode` `row_share` or `row_peak`, query blocks share a block list.
         scaling: factor on the dot products.
-        statistics: counts what is read, if given.
-        return_log_sum_exp: whether to return it.
-        selector: chooses the far keys instead of the rule, each row its own.
-        sinks: learned sinks [heads], whose mass the selection counts as near; the output is without them.
+        statistics: accumulates the selected keys.
+        return_log_sum_exp: also return the log-sum-exp.
+        selector: selects the far keys of each query in place of the rule.
+        sinks: learned sinks [heads], part of the near mass of the selection; not part of the output.
 
     Returns:
         Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
 
     Raises:
-        ValueError: the states hold no index keys, or of another number of heads.
+        ValueError: the states have no index keys, or index keys of another number of heads.
     """
     if states.index_keys is None:
         raise ValueError("retrieval_attention needs states with index keys.")
@@ -75,7 +75,7 @@ def retrieval_attention(
         far = causal_mask(positions, states.positions) & ~near
         logits = attention_logits(query_states[:, :, chunk], keys, scaling)
         with torch.no_grad():
-            rows = SelectionRows(
+            queries = SelectionQueries(
                 query_states[:, :, chunk],
                 keys,
                 positions,
@@ -86,12 +86,12 @@ def retrieval_attention(
                 partial(index_scores, index_queries[:, :, chunk], states.index_keys, key_heads),
             )
             if selector is not None:
-                selected = selector(rows) & far
+                selected = selector(queries) & far
             else:
-                rows_after = query_states.shape[2] - chunk.stop if share_lists else None
-                selected = _select_by_rule(rule, rows, rows_after, sinks)
+                queries_after = query_states.shape[2] - chunk.stop if share_lists else None
+                selected = _select_by_rule(rule, queries, queries_after, sinks)
             if statistics is not None:
-                statistics.add_rows(rows, selected)
+                statistics.add_queries(queries, selected)
         output, log_sum_exp = attend_to_logits(logits, values, near | selected)
         outputs.append(output)
         log_sum_exps.append(log_sum_exp)
@@ -99,15 +99,17 @@ def retrieval_attention(
 
 
 def _select_by_rule(
-    rule: AttentionRule, rows: SelectionRows, rows_after: int | None, sinks: Tensor | None
+    rule: AttentionRule, queries: SelectionQueries, queries_after: int | None, sinks: Tensor | None
 ) -> Tensor:
-    """The far keys by the indexer; `rows_after` rows of the call follow, None if none share a list."""
-    estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), rows.near, rows.far)
-    _, estimate, near, far = with_sink_column(estimate, estimate, rows.near, rows.far, sinks)
-    # A learned sink counts to the first block.
-    key_positions = F.pad(rows.key_positions, (0 if sinks is None else 1, 0))
-    if rows_after is None:
-        selected = select_for_rows(rule, estimate, near, far, key_positions)
+    """Far keys selected by the indexer; `queries_after`: later queries of the call, None without block lists."""
+    estimate = estimated_logits(
+        rule.reading, queries.logits, queries.score_index(), queries.near, queries.far
+    )
+    _, estimate, near, far = with_sink_column(estimate, estimate, queries.near, queries.far, sinks)
+    # The learned sink belongs to the first block.
+    key_positions = F.pad(queries.key_positions, (0 if sinks is None else 1, 0))
+    if queries_after is None:
+        selected = select_per_query(rule, estimate, near, far, key_positions)
     else:
-        selected = select_for_tiles(rule, estimate, near, far, key_positions, rows_after)
+        selected = select_per_query_block(rule, estimate, near, far, key_positions, queries_after)
     return selected if sinks is None else selected[..., 1:]

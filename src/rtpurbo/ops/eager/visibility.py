@@ -1,4 +1,4 @@
-"""Who may see whom, from positions alone, and how to walk over many queries in bounded memory."""
+"""Visibility masks from positions, and chunks of queries that limit memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Scores of one chunk of queries stay below this many elements.
+# Limit on the scores of one chunk of queries, in elements.
 MAX_CHUNK_ELEMENTS = 2**26
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
-    """Keys at or before each query, padding excluded: bool [batch, 1, q_len, k_len]."""
+    """Mask of the keys at or before each query, without padding: bool [batch, 1, q_len, k_len]."""
     keys = key_positions[:, None, None, :]
     return (keys >= 0) & (keys <= query_positions[:, None, :, None])
 
@@ -23,13 +23,13 @@ def near_mask(
     sliding_window: int | Tensor,
     num_sink_tokens: int,
 ) -> Tensor:
-    """Sinks and window: bool [batch, 1 or heads, q_len, k_len].
+    """Mask of sinks and window: bool [batch, 1 or heads, q_len, k_len].
 
     Args:
         query_positions: int64 [batch, q_len].
-        key_positions: int64 [batch, k_len], -1 where there is no key.
-        sliding_window: W keys counting the query's own, or int64 [heads] for a window a head.
-        num_sink_tokens: S, the keys at positions 0..S-1.
+        key_positions: int64 [batch, k_len], -1 for empty slots.
+        sliding_window: W keys including the query's own, or int64 [heads] for a window per head.
+        num_sink_tokens: S, keys at positions 0 to S - 1.
     """
     if isinstance(sliding_window, Tensor):
         sliding_window = sliding_window[None, :, None, None]
@@ -43,9 +43,9 @@ def near_mask(
 def keys_in_reach(
     query_positions: Tensor, key_positions: Tensor, sliding_window: int, num_sink_tokens: int
 ) -> Tensor | None:
-    """Indices of the keys that sinks and window of any of these queries may touch; None for all."""
+    """Indices of the keys within sinks or window of any query; None for all keys."""
     num_keys = key_positions.shape[1]
-    # Not worth a look (and, on a GPU, a wait) when nearly every key would stay.
+    # Not profitable (it synchronises with a GPU) if nearly all keys would remain.
     if num_keys <= 2 * (sliding_window + num_sink_tokens + query_positions.shape[1]):
         return None
     real = query_positions >= 0
@@ -57,8 +57,8 @@ def keys_in_reach(
 
 
 def query_chunks(num_queries: int, elements_per_query: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of queries whose scores fit `MAX_CHUNK_ELEMENTS`: whole multiples, bar the last."""
-    rows = max(1, MAX_CHUNK_ELEMENTS // max(1, elements_per_query))
-    rows = max(multiple, rows // multiple * multiple)
-    for start in range(0, num_queries, rows):
-        yield slice(start, min(start + rows, num_queries))
+    """Slices of queries whose scores fit `MAX_CHUNK_ELEMENTS`: multiples of `multiple`, except the last."""
+    size = max(1, MAX_CHUNK_ELEMENTS // max(1, elements_per_query))
+    size = max(multiple, size // multiple * multiple)
+    for start in range(0, num_queries, size):
+        yield slice(start, min(start + size, num_queries))

@@ -1,7 +1,7 @@
-"""Which blocks of keys each block of rows meets: block masks, worked out on the device from lengths alone.
+"""Block masks of FlexAttention, computed on the device from lengths only.
 
-No row's selection is looked at: the few blocks of rows that select meet every block of keys, and
-the mask within decides. So a mask needs no look at the data, and no wait for the device.
+Selections are not part of the block mask: the few query blocks that select are paired with every key block, and
+`mask_mod` decides. The block mask therefore needs no synchronisation with the device.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
-# Lengths are rounded up to so many steps between one power of two and the next: every length that is
-# met is compiled for once, and sequences differ by a few tokens.
+# Lengths are rounded up to this many steps per power of two: each padded length compiles once, while the
+# lengths of sequences differ by a few tokens.
 STEPS_PER_OCTAVE = 16
 
 
 class BlockTables(NamedTuple):
-    """The index tensors of a `BlockMask` of two heads: a local one, and one that retrieves."""
+    """Index tensors of a `BlockMask` of two heads: a local head and a retrieval head."""
 
     kv_num_blocks: Tensor
     kv_indices: Tensor
@@ -33,7 +33,7 @@ class BlockTables(NamedTuple):
 
 
 def padded_length(length: int) -> int:
-    """The length that is computed with: whole blocks, and one of few."""
+    """Length rounded up to whole blocks and to one of few sizes."""
     step = max(BLOCK, 2 ** (length.bit_length() - 1) // STEPS_PER_OCTAVE)
     return -(-length // step) * step
 
@@ -47,16 +47,16 @@ def block_mask(
     retrieval_window: int,
     mask: Any,
 ) -> BlockMask:
-    """The block mask of a layer.
+    """Block mask of a layer.
 
     Args:
         retrieves: bool [heads].
-        length: rows and keys, a multiple of `BLOCK`.
-        first_selecting: first row that selects; `length` if none does.
+        length: queries and keys, a multiple of `BLOCK`.
+        first_selecting: first query that selects; `length` if none does.
         num_sink_tokens: S.
-        sliding_window: of local heads.
-        retrieval_window: of rows that select.
-        mask: FlexAttention's `mask_mod`, asked within blocks that are seen in part.
+        sliding_window: window of local heads.
+        retrieval_window: window of queries that select.
+        mask: FlexAttention's `mask_mod`, applied in partial blocks.
     """
     tables = _tables(
         length // BLOCK,
@@ -79,29 +79,29 @@ def _tables(
     retrieval_window: int,
     device: torch.device,
 ) -> BlockTables:
-    """Tables for a pair of heads, which all layers of a step share."""
-    # Kept for later calls, whatever mode this one is made in.
+    """Tables of a pair of heads, shared by all layers of a step."""
+    # Cached across calls, so created outside of inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        rows = torch.arange(num_blocks, device=device)[:, None]
-        columns = torch.arange(num_blocks, device=device)[None]
-        seen, before = columns <= rows, columns < rows
-        farthest = (rows - columns + 1) * BLOCK - 1
+        query_blocks = torch.arange(num_blocks, device=device)[:, None]
+        key_blocks = torch.arange(num_blocks, device=device)[None]
+        seen, before = key_blocks <= query_blocks, key_blocks < query_blocks
+        farthest = (query_blocks - key_blocks + 1) * BLOCK - 1
         nearest = farthest - 2 * (BLOCK - 1)
-        all_sinks = (columns + 1) * BLOCK <= num_sink_tokens
-        near = (nearest < sliding_window) | (columns * BLOCK < num_sink_tokens)
+        all_sinks = (key_blocks + 1) * BLOCK <= num_sink_tokens
+        near = (nearest < sliding_window) | (key_blocks * BLOCK < num_sink_tokens)
         all_near = (farthest < sliding_window) | all_sinks
         all_near_if_selecting = (farthest < retrieval_window) | all_sinks
         met = torch.stack([seen & near, seen])[None]
         full = torch.stack(
-            [before & all_near, before & ((rows < first_selecting) | all_near_if_selecting)]
+            [before & all_near, before & ((query_blocks < first_selecting) | all_near_if_selecting)]
         )[None]
         parts = met & ~full
-        kv, full_kv = _listed(parts), _listed(full)
-        q, full_q = _listed(parts.transpose(-1, -2)), _listed(full.transpose(-1, -2))
+        kv, full_kv = _compacted(parts), _compacted(full)
+        q, full_q = _compacted(parts.transpose(-1, -2)), _compacted(full.transpose(-1, -2))
         return BlockTables(*kv, *full_kv, *q, *full_q)
 
 
-def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row: how many blocks are set, and the blocks, those first."""
+def _compacted(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of set blocks of each query block, and the blocks with the set ones first."""
     order = torch.argsort(table.int(), dim=-1, descending=True, stable=True)
     return table.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()

@@ -17,17 +17,17 @@ from rtpurbo.ops.flex.blocks import block_mask, padded_length
 from rtpurbo.ops.flex.selection import BITS, selected_bits
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
 
-# How newer versions of PyTorch are asked for the log-sum-exp.
+# Newer versions of PyTorch return the log-sum-exp by this request.
 AuxRequest: Any = getattr(flex, "AuxRequest", None)
 
 HALF = (torch.float16, torch.bfloat16)
-# Shorter sequences are done before their kernels are compiled.
-WORTH_COMPILING = 1024
-# Shapes that are compiled for before PyTorch gives up.
+# Shorter sequences finish in eager mode before a kernel is compiled.
+MIN_COMPILED_LENGTH = 1024
+# Shapes that are compiled before PyTorch falls back to eager mode.
 MAX_SHAPES = 64
 
-# Room for rows that select comes in multiples of this, for the same reason as lengths do.
-SELECTING_ROWS = 256
+# The number of selecting queries is rounded up to multiples of this, to compile fewer shapes.
+SELECTING_QUERIES = 256
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -36,7 +36,7 @@ def headwise_attention(
     query_states: Tensor,
     query_positions: Tensor,
     full: KeyValueStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -45,18 +45,18 @@ def headwise_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """All heads of a layer in one launch: windows, dense retrieval heads, and the last rows' selections.
+    """All heads of a layer in one kernel: windows, dense retrieval heads, and selections of the last queries.
 
-    Arguments and results as in `rtpurbo.ops.eager.headwise.headwise_attention`. Nothing of the size
-    of queries times keys is ever made: rows that select, which are few, keep a bit a key.
+    Arguments and results as in `rtpurbo.ops.eager.headwise.headwise_attention`. No tensor of the size of queries
+    times keys is created, except one bit per key for the few queries that select.
     """
     length = query_states.shape[2]
     queries, keys, values = _at_one_precision(
         query_states,
-        _joined(full.keys, bounded.keys, layout),
-        _joined(full.values, bounded.values, layout),
+        _joined(full.keys, windowed.keys, layout),
+        _joined(full.values, windowed.values, layout),
     )
-    # What is measured in half precision elsewhere is measured in the states' own here.
+    # Index scores and logits are computed in the dtype of the states, not in that of autocast.
     with torch.autocast(query_states.device.type, enabled=False):
         padded = padded_length(length)
         mask = _mask(
@@ -88,7 +88,7 @@ def _mask(
     statistics: SelectionStatistics | None,
     padded: int,
 ) -> BlockMask:
-    """The block mask of a layer over `padded` rows and keys."""
+    """Block mask of a layer over `padded` queries and keys."""
     batch, num_heads, length, _ = query_states.shape
     retrieves, windows = _of_heads(layout, rule, num_heads)
     if index_queries is None or not len(layout.retrieval):
@@ -99,9 +99,9 @@ def _mask(
         first = length - selecting
         bits = selected_bits(
             query_states, query_positions, full, layout, index_queries, rule, scaling,
-            -(-selecting // SELECTING_ROWS) * SELECTING_ROWS, padded, statistics,
+            -(-selecting // SELECTING_QUERIES) * SELECTING_QUERIES, padded, statistics,
         )  # fmt: skip
-    # A number in a tensor: as a plain one it would be compiled in. Filled, not copied, on the device.
+    # A tensor, since a Python number would be compiled in; filled on the device, without a copy.
     start = torch.full((), first, dtype=torch.int32, device=query_states.device)
     return block_mask(
         retrieves,
@@ -110,47 +110,47 @@ def _mask(
         rule.num_sink_tokens,
         rule.sliding_window,
         rule.near_window,
-        _entries(retrieves, windows, rule.num_sink_tokens, start, bits),
+        _mask_mod(retrieves, windows, rule.num_sink_tokens, start, bits),
     )
 
 
-def _entries(
+def _mask_mod(
     retrieves: Tensor, windows: Tensor, num_sink_tokens: int, start: Tensor, bits: Tensor
 ) -> Mask:
-    """Who sees whom: local heads sinks and window, retrieval heads everything before them.
+    """`mask_mod`: sinks and window for local heads, all earlier keys for retrieval heads.
 
-    But rows of retrieval heads from `start` on see what lies near and what they selected. One function
-    for all layers, whether their rows select or not, so that one kernel is compiled for them.
+    Queries of retrieval heads from `start` on attend to near and selected keys only. All layers share the
+    function, with or without selections, so that they share one compiled kernel.
     """
     last = bits.shape[2] - 1
 
-    def mask(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        is_near = (row - column < windows[head]) | (column < num_sink_tokens)
-        selecting = torch.clamp(row - start, 0, last)
-        word = bits[batch, head, selecting, column >> 5]
-        is_selected = ((word >> (column & 31)) & 1) != 0
-        return (column <= row) & (is_near | (retrieves[head] & ((row < start) | is_selected)))
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_near = (query - key < windows[head]) | (key < num_sink_tokens)
+        selecting = torch.clamp(query - start, 0, last)
+        word = bits[batch, head, selecting, key >> 5]
+        is_selected = ((word >> (key & 31)) & 1) != 0
+        return (key <= query) & (is_near | (retrieves[head] & ((query < start) | is_selected)))
 
     return mask
 
 
 @lru_cache(maxsize=2)
 def _nothing_selected(batch: int, num_heads: int, num_words: int, device: torch.device) -> Tensor:
-    """Bits of rows that select nothing, shared by all layers in which none does."""
+    """Bit masks of queries that select nothing, shared by all layers without selections."""
     with torch.inference_mode(False):
         return torch.zeros(
-            batch, num_heads, SELECTING_ROWS, num_words, dtype=torch.int32, device=device
+            batch, num_heads, SELECTING_QUERIES, num_words, dtype=torch.int32, device=device
         )
 
 
 def _of_heads(layout: HeadLayout, rule: AttentionRule, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Of each head, whether it retrieves and its window: bool and int32 [heads], made once."""
+    """Retrieval flag and window of each head: bool and int32 [heads], cached per layout."""
     key = ("flex", rule.sliding_window, rule.near_window)
     if key not in layout.derived:
         with torch.inference_mode(False):
             heads = layout.retrieval.heads
             retrieves = torch.zeros(num_heads, dtype=torch.bool, device=heads.device)
-            # Filled, as assigning through an index would wait for the device.
+            # Index assignment would synchronise with the device.
             retrieves.index_fill_(0, heads, True)
             windows = torch.full_like(retrieves, rule.sliding_window, dtype=torch.int32)
             windows.index_fill_(0, heads, rule.near_window)
@@ -158,19 +158,19 @@ def _of_heads(layout: HeadLayout, rule: AttentionRule, num_heads: int) -> tuple[
     return layout.derived[key]
 
 
-def _joined(full: Tensor, bounded: Tensor, layout: HeadLayout) -> Tensor:
-    """States of all KV heads, in their order."""
+def _joined(full: Tensor, windowed: Tensor, layout: HeadLayout) -> Tensor:
+    """States of all KV heads, in head order."""
     if not layout.full_key_value_heads.numel() or not layout.windowed_key_value_heads.numel():
-        return full if layout.full_key_value_heads.numel() else bounded
+        return full if layout.full_key_value_heads.numel() else windowed
     if "flex_order" not in layout.derived:
         with torch.inference_mode(False):
             heads = torch.cat([layout.full_key_value_heads, layout.windowed_key_value_heads])
             layout.derived["flex_order"] = heads.argsort()
-    return torch.cat([full, bounded], 1)[:, layout.derived["flex_order"]]
+    return torch.cat([full, windowed], 1)[:, layout.derived["flex_order"]]
 
 
 def _at_one_precision(*states: Tensor) -> list[Tensor]:
-    """States in the type that autocast asks for, where it is on: norms may have left it."""
+    """Casts states to the dtype of autocast, if it is on: norms may have changed it."""
     device = states[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(states)
@@ -192,18 +192,18 @@ def _attend(
         return flex_attention(queries, keys, values, **options), None
     if AuxRequest is None:
         return flex_attention(queries, keys, values, return_lse=True, **options)
-    output, besides = flex_attention(
+    output, auxiliary = flex_attention(
         queries, keys, values, return_aux=AuxRequest(lse=True), **options
     )
-    return output, besides.lse
+    return output, auxiliary.lse
 
 
 @cache
 def _tiles(device: torch.device, head_dim: int) -> dict[str, int]:
-    """Sizes of the forward kernel's tiles that shared memory has room for.
+    """Tile sizes of the forward kernel that fit into shared memory.
 
-    The compiler keeps the words of `bits` for the pairs of a tile there too, 4 bytes a pair and stage,
-    of which PyTorch's own choice knows nothing: with head_dim 64 it asks an H100 for 240 KiB of 227.
+    The kernel also keeps the words of `bits` in shared memory, 4 bytes per pair and stage, which PyTorch's default
+    does not account for: with head_dim 64 it requests 240 KiB of an H100's 227.
     """
     properties: Any = torch.cuda.get_device_properties(device)
     kibibytes = properties.shared_memory_per_block_optin / 1024
@@ -216,44 +216,44 @@ def _tiles(device: torch.device, head_dim: int) -> dict[str, int]:
 
 @cache
 def _compiled() -> Any:
-    """Kernels for each shape that is met; uncompiled, every score of every head would be held."""
+    """Compiled kernel, one per shape; eager FlexAttention would materialise all scores."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
     return torch.compile(_attend, dynamic=False, fullgraph=True)
 
 
-def pays(query_states: Tensor, full: KeyValueStates, bounded: KeyValueStates) -> bool:
-    """Whether a call that leaves the choice should come here: gradients of a long sequence, on a GPU."""
-    tensors = [query_states, full.keys, full.values, bounded.keys, bounded.values]
+def is_profitable(query_states: Tensor, full: KeyValueStates, windowed: KeyValueStates) -> bool:
+    """Returns True if `auto` should use FlexAttention: gradients of a long sequence on a GPU."""
+    tensors = [query_states, full.keys, full.values, windowed.keys, windowed.values]
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         return False
     [queries] = _at_one_precision(query_states[:, :, :0])
     _, _, length, head_dim = query_states.shape
-    is_suited = queries.is_cuda and queries.dtype in HALF and head_dim < 256
-    return is_suited and length >= WORTH_COMPILING
+    is_supported = queries.is_cuda and queries.dtype in HALF and head_dim < 256
+    return is_supported and length >= MIN_COMPILED_LENGTH
 
 
-def refusals(
+def unsupported_reasons(
     query_states: Tensor,
     full: KeyValueStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     index_queries: Tensor | None,
     rule: AttentionRule,
 ) -> Iterator[str]:
-    """Why FlexAttention cannot serve such a call; nothing if it can."""
+    """Yields the reasons for which FlexAttention does not support a call."""
     length = query_states.shape[2]
-    tensors = [query_states, full.keys, full.values, bounded.keys, bounded.values]
-    for states in (full, bounded):
+    tensors = [query_states, full.keys, full.values, windowed.keys, windowed.values]
+    for states in (full, windowed):
         is_whole = states.in_order and states.length is None and states.keys.shape[2] == length
         if states.keys.shape[1] and not is_whole:
-            yield "it takes whole sequences alone, without padding and without a cache"
+            yield "FlexAttention takes whole sequences only, without padding and without a cache"
     if index_queries is not None and rule.prefill_mode != "dense":
-        yield f"all rows of a prompt select by '{rule.prefill_mode}', and it lets only the last ones select"
+        yield f"with prefill_mode '{rule.prefill_mode}' all queries select, but only the last ones may"
     if len({tensor.dtype for tensor in tensors}) > 1 and not torch.is_autocast_enabled(
         query_states.device.type
     ):
-        yield "queries, keys and values differ in their type"
+        yield "queries, keys and values differ in dtype"
     if not query_states.is_cuda and torch.is_grad_enabled():
         if any(tensor.requires_grad for tensor in tensors):
-            yield "it computes no gradients on a CPU"
+            yield "FlexAttention computes no gradients on a CPU"
     elif query_states.is_cuda and query_states.shape[-1] < 16:
         yield f"head_dim {query_states.shape[-1]} is below 16"

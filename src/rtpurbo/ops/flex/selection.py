@@ -1,4 +1,4 @@
-"""What the last rows select, a bit a key: made by the specification's own rules, a few rows at a time."""
+"""Selections of the last queries as bit masks, computed by the specification in chunks of queries."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.attend import attention_logits
-from rtpurbo.ops.eager.selection import estimated_logits, index_scores, select_for_rows
+from rtpurbo.ops.eager.selection import estimated_logits, index_scores, select_per_query
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask
 from rtpurbo.ops.states import (
     HeadLayout,
     KeyValueStates,
-    SelectionRows,
+    SelectionQueries,
     SelectionStatistics,
     index_key_heads,
 )
 
 BITS = 32
-# Scores of so many pairs of rows and keys are looked at together.
+# Limit on the pairs of queries and keys of one chunk.
 MAX_PAIRS = 2**24
 
 
@@ -33,27 +33,27 @@ def selected_bits(
     index_queries: Tensor,
     rule: AttentionRule,
     scaling: float,
-    num_rows: int,
+    num_queries: int,
     num_keys: int,
     statistics: SelectionStatistics | None = None,
 ) -> Tensor:
-    """The far keys that the last rows select.
+    """Far keys selected by the last queries.
 
     Args:
         query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
         query_positions: int64 [batch, q_len].
         states: of the full KV heads, with index keys.
-        layout: which head does what.
-        index_queries: [batch, num_retrieval_heads, selecting rows, index_dim] of the last rows.
-        rule: what to select.
+        layout: query heads by kind.
+        index_queries: [batch, num_retrieval_heads, selecting queries, index_dim] of the last queries.
+        rule: selection.
         scaling: factor on the dot products.
-        num_rows: rows of the result, at least the selecting ones; the others select nothing.
-        num_keys: keys of the result, at least those there are, a multiple of `BITS`.
-        statistics: counts what is read, if given.
+        num_queries: queries of the result, at least the selecting ones; the others select nothing.
+        num_keys: keys of the result, at least those of the states, a multiple of `BITS`.
+        statistics: accumulates the selected keys.
 
     Returns:
-        int32 [batch, num_attention_heads, num_rows, num_keys / BITS]; bit b of word w is key
-        BITS * w + b. Heads that do not retrieve select nothing.
+        int32 [batch, num_attention_heads, num_queries, num_keys / BITS]; bit b of word w is key BITS * w + b.
+        Local heads select nothing.
     """
     assert states.index_keys is not None
     batch, num_heads, _, _ = query_states.shape
@@ -63,15 +63,15 @@ def selected_bits(
     keys = states.keys[:, retrieval.key_value_heads]
     key_heads = index_key_heads(states.index_keys, states.keys.shape[1], retrieval.key_value_heads)
     length = keys.shape[2]
-    words = queries.new_zeros(batch, num_heads, num_rows, num_keys // BITS, dtype=torch.int32)
-    rows_at_once = max(1, MAX_PAIRS // (batch * len(retrieval) * length))
-    for start in range(0, selecting, rows_at_once):
-        chunk = slice(start, min(start + rows_at_once, selecting))
+    words = queries.new_zeros(batch, num_heads, num_queries, num_keys // BITS, dtype=torch.int32)
+    queries_at_once = max(1, MAX_PAIRS // (batch * len(retrieval) * length))
+    for start in range(0, selecting, queries_at_once):
+        chunk = slice(start, min(start + queries_at_once, selecting))
         near = near_mask(
             positions[:, chunk], states.positions, rule.near_window, rule.num_sink_tokens
         )
         far = causal_mask(positions[:, chunk], states.positions) & ~near
-        rows = SelectionRows(
+        chunk_queries = SelectionQueries(
             queries[:, :, chunk],
             keys,
             positions[:, chunk],
@@ -81,19 +81,21 @@ def selected_bits(
             far,
             partial(index_scores, index_queries[:, :, chunk], states.index_keys, key_heads),
         )
-        estimate = estimated_logits(rule.reading, rows.logits, rows.score_index(), near, far)
-        # Keys lie in order, so their number tells how many blocks there are.
+        estimate = estimated_logits(
+            rule.reading, chunk_queries.logits, chunk_queries.score_index(), near, far
+        )
+        # Keys are in order, so their number gives the number of blocks.
         num_blocks = -(-length // rule.block_size)
-        selected = select_for_rows(rule, estimate, near, far, states.positions, num_blocks)
+        selected = select_per_query(rule, estimate, near, far, states.positions, num_blocks)
         if statistics is not None:
-            statistics.add_rows(rows, selected)
+            statistics.add_queries(chunk_queries, selected)
         words[:, retrieval.heads, chunk] = packed_bits(selected, num_keys)
     return words
 
 
 def packed_bits(mask: Tensor, num_keys: int) -> Tensor:
-    """A mask [..., keys], with zeros up to `num_keys`, as int32 words [..., num_keys / BITS]."""
+    """Packs a mask [..., keys], padded to `num_keys`, into int32 words [..., num_keys / BITS]."""
     padded = torch.nn.functional.pad(mask, (0, num_keys - mask.shape[-1]))
-    places = torch.arange(BITS, device=mask.device, dtype=torch.int32)
-    # Each bit stands for itself alone, so that sums are unions; the last one is the sign.
-    return (padded.unflatten(-1, (-1, BITS)).int() << places).sum(-1, dtype=torch.int32)
+    shifts = torch.arange(BITS, device=mask.device, dtype=torch.int32)
+    # The bits are disjoint, so their sum is their union; the last one is the sign.
+    return (padded.unflatten(-1, (-1, BITS)).int() << shifts).sum(-1, dtype=torch.int32)

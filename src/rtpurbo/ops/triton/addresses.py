@@ -1,7 +1,7 @@
-"""Where the keys of a sequence lie: positions become offsets, in one tensor or through pages.
+"""Address computation: offsets of keys and values from slots, in one tensor or in pages.
 
-Strides come as (outer, head, slot), where outer steps over sequences, or over pages if PAGE_SIZE is
-not 0. Offsets are 64 bits wide: a million tokens of 32 heads of 128 do not fit 32.
+Strides are (outer, head, slot), where the outer dimension is that of sequences, or of pages if PAGE_SIZE is
+not 0. Offsets have 64 bits: a million tokens of 32 heads of 128 exceed 32 bits.
 
 B sequences, S sinks, W keys of a window.
 """
@@ -14,9 +14,9 @@ import triton.language as tl
 
 @triton.jit
 def sequence_extent(sequence, capacity, lengths, first_slots, PAGE_SIZE: tl.constexpr):
-    """Position of the query, which is the last token (-1: there is none), and slot of position 0.
+    """Position of the query, the last token (-1 without tokens), and slot of position 0.
 
-    `lengths` is int32 [1] of slots in use, or [B] with pages; None if all of `capacity` are.
+    `lengths` are the slots in use, int32 [1], or [B] with pages; None if all of `capacity` are in use.
     """
     length = capacity
     if lengths is not None:
@@ -29,7 +29,7 @@ def sequence_extent(sequence, capacity, lengths, first_slots, PAGE_SIZE: tl.cons
 
 @triton.jit
 def head_start(states, sequence, head, strides, PAGE_SIZE: tl.constexpr):
-    """Pointer to the first row of a head of a sequence; with pages, of the head in page 0."""
+    """Pointer to the first slot of a head of a sequence; with pages, of the head in page 0."""
     start = states + head.to(tl.int64) * strides[1]
     if PAGE_SIZE == 0:
         start += sequence.to(tl.int64) * strides[0]
@@ -37,8 +37,8 @@ def head_start(states, sequence, head, strides, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(slots, valid, strides, block_table, table_row, PAGE_SIZE: tl.constexpr):
-    """Offsets of the rows in these slots from `head_start`; `table_row` is the sequence's in the table."""
+def slot_offsets(slots, valid, strides, block_table, table_row, PAGE_SIZE: tl.constexpr):
+    """Offsets of slots from `head_start`; `table_row` is the offset of the sequence's block table."""
     if PAGE_SIZE == 0:
         offsets = slots.to(tl.int64) * strides[2]
     else:
@@ -49,7 +49,7 @@ def row_offsets(slots, valid, strides, block_table, table_row, PAGE_SIZE: tl.con
 
 @triton.jit
 def candidate_range(query_position, num_sinks, near_window, WHOLE: tl.constexpr):
-    """First and last position that the index scores: the far ones, or all if WHOLE (`paper`)."""
+    """First and last position that is scored: the far keys, or all keys if WHOLE (reading `paper`)."""
     if WHOLE:
         first, last = query_position * 0, query_position
     else:
@@ -58,12 +58,12 @@ def candidate_range(query_position, num_sinks, near_window, WHOLE: tl.constexpr)
 
 
 @triton.jit
-def place_of(program, tiles, num_heads, num_dense):
-    """Which head of the table a program of a prefill kernel serves, and which tile of rows.
+def head_and_block(program, tiles, num_heads, num_dense):
+    """Head (entry of the table) and query block of a program of a prefill kernel.
 
-    Long tiles come first. Heads with a window take turns, and share keys in the L2 cache with their KV
-    head's others. Dense heads, the first ones, come one after the other: programs that begin together
-    then walk through the same keys together, which otherwise would not fit in the L2 cache.
+    Query blocks with most keys come first. Programs of windowed heads alternate between heads, so that the
+    heads of a group share keys in the L2 cache. Dense heads come first, one after the other: programs that
+    run at the same time then read the same keys, which would not fit in the L2 cache otherwise.
     """
     is_dense = program < num_dense * tiles
     turn = tl.where(is_dense, program, program - num_dense * tiles)

@@ -1,4 +1,4 @@
-"""Which heads a launch serves, as the small integer tables that kernels read."""
+"""Tables of the query heads of a launch, as kernel arguments."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.states import HeadGroup, KeyValueStates
+from rtpurbo.ops.states import HeadGroup, KeyValueStates, PagedStates
 
-# A window that no context fills.
+# A window longer than any context.
 EVERYTHING = 2**30
 
 MAX_HEAD_DIM = 256
-"""The largest head that the kernels take."""
+"""Largest head_dim that the kernels support."""
 
 
-def takes_head_dim(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take heads of this size: rows must be loadable 16 bytes at a time."""
+def supports_head_dim(head_dim: int, dtype: torch.dtype) -> bool:
+    """Returns True if the kernels support a head_dim, which must be a multiple of 16 bytes."""
     return head_dim <= MAX_HEAD_DIM and head_dim * dtype.itemsize % 16 == 0
 
 
@@ -28,9 +27,9 @@ class HeadTable:
 
     Attributes:
         heads: int32 [num_heads], query heads of the layer.
-        key_value_heads: int32 [num_heads], the KV head that each reads, within its states.
-        windows: int32 [num_heads], keys of the window, the query's own counted.
-        num_dense: how many of them see everything; these come first.
+        key_value_heads: int32 [num_heads], KV head index of each within its states.
+        windows: int32 [num_heads], keys of the window, including the query's own.
+        num_dense: number of dense heads, which come first.
     """
 
     heads: Tensor
@@ -43,7 +42,7 @@ class HeadTable:
 
     @classmethod
     def build(cls, group: HeadGroup, sliding_window: int | Tensor) -> HeadTable:
-        """The table of a group of heads with one window, or with int [num_heads] windows."""
+        """Table of a group of heads with one window, or with windows int [num_heads]."""
         if isinstance(sliding_window, Tensor):
             windows = sliding_window.to(torch.int32)
             num_dense = 0
@@ -54,7 +53,7 @@ class HeadTable:
         return cls(group.heads.to(torch.int32), key_value_heads, windows, num_dense)
 
     def followed_by(self, other: HeadTable) -> HeadTable:
-        """The heads of this table, then those of another, of which none is dense."""
+        """Heads of this table, followed by those of another one without dense heads."""
         return HeadTable(
             torch.cat([self.heads, other.heads]),
             torch.cat([self.key_value_heads, other.key_value_heads]),
@@ -64,7 +63,7 @@ class HeadTable:
 
 
 def query_starts(states: KeyValueStates | PagedStates, q_len: int) -> Tensor:
-    """Position of the first query row of each sequence, int32 [batch]; negative within padding."""
+    """Position of the first query of each sequence, int32 [batch]; negative within padding."""
     if isinstance(states, PagedStates):
         return states.lengths - q_len
     batch, _, k_len, _ = states.keys.shape

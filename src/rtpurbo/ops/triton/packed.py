@@ -1,4 +1,4 @@
-"""Dense attention of packed documents by the prefill kernels, one launch a document."""
+"""Dense attention of packed documents with the prefill kernels, one launch per document."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
-from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, takes_head_dim
+from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, supports_head_dim
 from rtpurbo.ops.triton.headwise import prefill_attention
 
-# Of heads that all read everything, only this is asked: they have no window.
+# Dense heads have no window: only the number of sinks is read from the rule.
 DENSE = AttentionRule()
 
 
@@ -25,7 +25,7 @@ def packed_attention(
     *,
     scaling: float,
 ) -> Tensor:
-    """As `rtpurbo.ops.eager.packed.packed_attention`."""
+    """Same as `rtpurbo.ops.eager.packed.packed_attention`."""
     heads, key_value_heads = query_states.shape[1], key_states.shape[1]
     layout = _all_dense(heads, key_value_heads, query_states.device)
     lengths = list(document_lengths)
@@ -43,19 +43,21 @@ def packed_attention(
         outputs.append(output)
     if len(outputs) == 1:
         return outputs[0]
-    # Heads side by side in memory, as the output projection wants them.
+    # Laid out as [batch, length, heads, head_dim], which the output projection reads without a copy.
     return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)
 
 
-def refusals(query_states: Tensor, key_states: Tensor, value_states: Tensor) -> Iterator[str]:
-    """Why these kernels cannot serve such a call; nothing if they can."""
+def unsupported_reasons(
+    query_states: Tensor, key_states: Tensor, value_states: Tensor
+) -> Iterator[str]:
+    """Yields the reasons for which the kernels do not support a call."""
     tensors = (query_states, key_states, value_states)
     head_dim = query_states.shape[-1]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        yield "they compute no gradients"
+        yield "the kernels compute no gradients"
     if len({tensor.dtype for tensor in tensors}) > 1:
-        yield "queries, keys and values differ in their type"
-    if not takes_head_dim(head_dim, query_states.dtype):
+        yield "queries, keys and values differ in dtype"
+    if not supports_head_dim(head_dim, query_states.dtype):
         yield f"head_dim {head_dim} is not a multiple of 16 bytes, or above {MAX_HEAD_DIM}"
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         yield "the last dimension of a tensor is not contiguous"
@@ -67,5 +69,5 @@ def _all_dense(heads: int, key_value_heads: int, device: torch.device) -> HeadLa
 
 
 def _positions(batch: int, length: int, device: torch.device) -> Tensor:
-    """Nobody reads them where keys lie in order."""
+    """Placeholder: positions are not read where keys are in order."""
     return torch.zeros((), dtype=torch.int64, device=device).expand(batch, length)

@@ -1,9 +1,9 @@
-"""The heaviest entries of rows without sorting them: the sets of `rtpurbo.ops.eager.selection`, by bisection.
+"""Top-p and top-k sets without sorting: the sets of `rtpurbo.ops.eager.selection`, by bisection.
 
-A threshold that is found by looking again and again at a row that lies in the cache gives the same set
-as sorting it: entries of equal mass apart, of which all are taken, and sums that round otherwise.
+Bisecting the threshold, over a row that stays in the cache, gives the same set as sorting, except that entries
+of equal mass are taken together and that sums round differently.
 
-N entries of a row looked at together.
+N entries of a tile.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_TOGETHER = 8192
-# Bits of an fp32 number beside its sign.
+MAX_TILE = 8192
+# Bits of an fp32 number without its sign.
 NUM_BITS = tl.constexpr(31)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
@@ -28,15 +28,15 @@ def top_set_kernel(
     N: tl.constexpr,
     COUNTING: tl.constexpr,
 ):
-    """Program (row): writes to `chosen` [rows, entries] which of `masses` [rows, entries] reach `targets` [rows]."""
+    """Program (row): writes the mask `chosen` of the set of `masses`, both [rows, entries], for `targets` [rows]."""
     row = tl.program_id(0).to(tl.int64)
     masses += row * num_entries
     chosen += row * num_entries
     target = tl.load(targets + row)
     lanes = tl.arange(0, N)
-    # Numbers that are not negative are ordered as their bits are. Entries from `high` on do not reach the
-    # target. Those from `low` on do, or all that have mass must be taken; a target that nothing is
-    # needed for drives `low` beyond every mass.
+    # Non-negative fp32 numbers are ordered like their bits. The entries from `high` on do not reach the target;
+    # those from `low` on do, or all entries with mass are needed. A target at or below 0 drives `low` above
+    # every mass.
     low = tl.full([], 1, tl.int32)
     high = tl.full([], INFINITY_BITS, tl.int32)
     for _ in range(NUM_BITS):
@@ -59,12 +59,12 @@ def top_set_kernel(
 
 
 def top_set(mass: Tensor, target: Tensor, *, counting: bool = False) -> Tensor:
-    """The heaviest entries of each row whose sum (or whose number) reaches a target, and no more.
+    """Smallest set of the largest entries of each row whose sum (or number) reaches a target.
 
     Args:
         mass: non-negative [..., entries], fp32 or less.
-        target: [...]; at or below 0 selects nothing, out of reach everything that has mass.
-        counting: reach the target with the number of entries.
+        target: [...]; 0 or less selects nothing, an unreachable target every entry with mass.
+        counting: compare the number of entries with the target, not their sum.
 
     Returns:
         bool [..., entries].
@@ -72,21 +72,21 @@ def top_set(mass: Tensor, target: Tensor, *, counting: bool = False) -> Tensor:
     mass, target = mass.float().contiguous(), target.float().contiguous()
     chosen = torch.empty(mass.shape, dtype=torch.int8, device=mass.device)
     if mass.numel():
-        together = min(MOST_TOGETHER, triton.next_power_of_2(mass.shape[-1]))
-        # A model's layers may lie on several devices.
+        tile = min(MAX_TILE, triton.next_power_of_2(mass.shape[-1]))
+        # The layers of a model may be on several devices.
         with torch.cuda.device_of(mass):
             top_set_kernel[(target.numel(),)](
                 mass,
                 target,
                 chosen,
                 mass.shape[-1],
-                N=together,
+                N=tile,
                 COUNTING=counting,
-                num_warps=max(1, min(8, together // 512)),
+                num_warps=max(1, min(8, tile // 512)),
             )
     return chosen.view(torch.bool)
 
 
-def heaviest(mass: Tensor, count: int) -> Tensor:
-    """As `rtpurbo.ops.eager.selection.heaviest`."""
+def top_k(mass: Tensor, count: int) -> Tensor:
+    """Same as `rtpurbo.ops.eager.selection.top_k`."""
     return top_set(mass, torch.full_like(mass[..., 0], float(count)), counting=True)

@@ -1,6 +1,6 @@
-"""A softmax that grows tile by tile: running peak, running sum, and what they weigh.
+"""Online softmax: running maximum (peak), running sum of exponentials (total) and weighted values.
 
-Peaks and scores are in powers of two, because the GPU's exponential is.
+Scores and peaks are to base 2, like the GPU's exponential.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def measured_from(peak):
-    """What exponents are measured from: the peak, or 0 where nothing has been seen yet."""
+def finite_maximum(peak):
+    """Maximum to subtract in exponents: the peak, or 0 without keys so far."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
 @triton.jit
-def fold_tile(accumulator, peak, total, scores, values, MASKED: tl.constexpr):
-    """Adds a tile of scores [M, N] and values [N, D] to the softmax of M rows.
+def update_softmax(accumulator, peak, total, scores, values, MASKED: tl.constexpr):
+    """Adds a tile of scores [M, N] and values [N, D] to the online softmax of M queries.
 
-    Without a mask every row sees something, so that no peak has to be looked at.
+    Without a mask every query has a key, so the peak is finite.
     """
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    base = measured_from(new_peak) if MASKED else new_peak
+    base = finite_maximum(new_peak) if MASKED else new_peak
     weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(peak - base)
-    total = total * shrink + tl.sum(weights, 1)
-    accumulator = accumulator * shrink[:, None]
+    rescale = tl.exp2(peak - base)
+    total = total * rescale + tl.sum(weights, 1)
+    accumulator = accumulator * rescale[:, None]
     accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
     return accumulator, new_peak, total
 
 
 @triton.jit
-def fold_lanes(accumulators, peaks, totals, scores, values):
-    """Adds to each of N lanes, which has a softmax of its own, a score [N] and values [N, D]."""
+def update_softmax_lanes(accumulators, peaks, totals, scores, values):
+    """Adds a score [N] and values [N, D] to the separate online softmax of each of N lanes."""
     new_peaks = tl.maximum(peaks, scores)
-    base = measured_from(new_peaks)
+    base = finite_maximum(new_peaks)
     weights = tl.exp2(scores - base)
-    shrink = tl.exp2(peaks - base)
-    accumulators = accumulators * shrink[:, None] + weights[:, None] * values
-    return accumulators, new_peaks, totals * shrink + weights
+    rescale = tl.exp2(peaks - base)
+    accumulators = accumulators * rescale[:, None] + weights[:, None] * values
+    return accumulators, new_peaks, totals * rescale + weights
 
 
 @triton.jit
-def join_lanes(accumulators, peaks, totals):
-    """One softmax of those of all lanes: its output [D], and its log-sum-exp to base 2."""
+def combine_lanes(accumulators, peaks, totals):
+    """Combines the lanes: output [D], and log-sum-exp to base 2."""
     peak = tl.max(peaks, 0)
-    shares = tl.exp2(peaks - measured_from(peak))
+    shares = tl.exp2(peaks - finite_maximum(peak))
     total = tl.sum(totals * shares, 0)
     output = tl.sum(accumulators * shares[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     return output, log_sum_exp(peak, total)
@@ -57,5 +57,5 @@ def join_lanes(accumulators, peaks, totals):
 
 @triton.jit
 def log_sum_exp(peak, total):
-    """To base 2; minus infinity where nothing was seen."""
+    """Log-sum-exp to base 2; minus infinity without keys."""
     return tl.where(total == 0.0, float("-inf"), peak + tl.log2(tl.where(total == 0.0, 1.0, total)))

@@ -1,4 +1,4 @@
-"""Sparse models on vLLM: a plugin that vLLM finds by itself once rtpurbo is installed beside it.
+"""Sparse models on vLLM: a plugin that vLLM discovers when rtpurbo is installed.
 
-`layout` alone can be imported where there is no vLLM.
+Only `layout` can be imported without vLLM.
 """

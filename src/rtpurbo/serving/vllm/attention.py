@@ -1,6 +1,6 @@
-"""The attention of a sparse model on vLLM: one module that stands in for every family's own.
+"""Attention of sparse models on vLLM: one module that replaces those of all model families.
 
-T rows of all requests together, D head_dim.
+T tokens of all requests in a step, D head_dim.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
 
 OPERATOR = "rtpurbo::serve_attention"
-"""The one operator of a layer, opaque to compilers: graphs of the model are cut there."""
+"""Custom operator of a layer, opaque to compilers: vLLM splits the graphs of the model there."""
 
 
 class ServedAttention(nn.Module):
-    """Takes over the projections of a family's attention and attends by head.
+    """Head-wise attention with the projections of the original attention module.
 
     Args:
-        original: the family's attention module, of which everything but the attention itself is kept,
-            under the same names.
-        heads: the rank's heads of this layer.
-        config: rule and indexer settings.
-        indexer: of the rank's retrieval heads; None if no head of the layer retrieves on any rank.
-        layer: the layer's number.
-        caches: of the model.
+        original: attention module of the model family; all its submodules but the attention itself are
+            kept under their names.
+        heads: heads of this layer on this rank.
+        config: attention rule and indexer settings.
+        indexer: indexer of the rank's retrieval heads; None if the layer has none on any rank.
+        layer: index of the layer.
+        caches: caches of the model.
     """
 
-    # Norms are there in some families, an indexer in some layers.
+    # Only some families have norms, and only some layers an indexer.
     qkv_proj: nn.Module
     o_proj: nn.Module
     rotary_emb: nn.Module
@@ -70,11 +70,11 @@ class ServedAttention(nn.Module):
         self.before_rotation = config.indexer.index_space == "pre_rope" and indexer is not None
         self.heads = heads
         self.full = caches.full if heads.num_full else None
-        self.bounded = caches.bounded[layer] if heads.num_bounded else None
+        self.windowed = caches.windowed[layer] if heads.num_windowed else None
         self._layouts: dict[torch.device, HeadLayout] = {}
 
     def layout(self, device: torch.device) -> HeadLayout:
-        """The rank's heads of the layer as index tensors on a device."""
+        """Head layout of the layer on this rank, on a device."""
         if device not in self._layouts:
             self._layouts[device] = HeadLayout.build(
                 self.heads.retrieval,
@@ -85,7 +85,7 @@ class ServedAttention(nn.Module):
         return self._layouts[device]
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """As every family's: [T, hidden_size] of [T, hidden_size]."""
+        """Attention block: [T, hidden_size] to [T, hidden_size]."""
         projected, _ = self.qkv_proj(hidden_states)
         queries, keys, values = projected.split(self.sizes, -1)
         if hasattr(self, "q_norm"):
@@ -95,7 +95,7 @@ class ServedAttention(nn.Module):
             )
         unrotated: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.before_rotation:
-            # The rotary embedding may write where it reads.
+            # The rotary embedding may work in place.
             unrotated = queries.clone(), keys.clone()
         queries, keys = self.rotary_emb(positions, queries, keys)
         output = torch.empty_like(queries)
@@ -112,49 +112,53 @@ class ServedAttention(nn.Module):
         unrotated_keys: Tensor,
         output: Tensor,
     ) -> None:
-        """Stores a step's tokens and writes its attention; all are [T, heads, D]."""
+        """Appends the tokens of a step to the caches and writes `output`; all are [T, heads, D]."""
         metadata = get_forward_context().attn_metadata
         if metadata is None:
-            output.zero_()  # vLLM measures memory, before there is a cache
+            output.zero_()  # memory profiling of vLLM, before it allocates the cache
             return
         layout = self.layout(queries.device)
-        full, bounded = self._cache(self.full, metadata), self._cache(self.bounded, metadata)
-        for cache, kept, readers in (
+        full, windowed = self._cache(self.full, metadata), self._cache(self.windowed, metadata)
+        for cache, kept, kv_head_index in (
             (full, layout.full_key_value_heads, layout.retrieval.key_value_heads),
-            (bounded, layout.windowed_key_value_heads, None),
+            (windowed, layout.windowed_key_value_heads, None),
         ):
             if cache is None:
                 continue
-            # Batches are padded, in graphs beyond what has a slot.
-            rows = cache.batch.slots.shape[0]
+            # Batches are padded; in graphs there are more tokens than slots.
+            num_tokens = cache.batch.slots.shape[0]
             index_keys = None
-            if readers is not None:
-                index_keys = self._index_keys(unrotated_keys[:rows], keys[:rows], kept[readers])
+            if kv_head_index is not None:
+                index_keys = self._index_keys(
+                    unrotated_keys[:num_tokens], keys[:num_tokens], kept[kv_head_index]
+                )
             cache.pages.write(
                 cache.batch.slots[: keys.shape[0]],
-                keys[:rows, kept],
-                values[:rows, kept],
+                keys[:num_tokens, kept],
+                values[:num_tokens, kept],
                 index_keys,
             )
         index_queries = None
         if full is not None:
             index_queries = self._index_queries(unrotated_queries, queries, layout.retrieval.heads)
         attend = cuda.attend if queries.is_cuda else eager.attend
-        attend(queries, index_queries, full, bounded, layout, self.rule, self.scaling, output)
+        attend(queries, index_queries, full, windowed, layout, self.rule, self.scaling, output)
 
     def _cache(self, cache: PagedCache | None, metadata: Any) -> LayerCache | None:
         if cache is None:
             return None
         return LayerCache(cache.pages[self.layer], metadata[cache.name])
 
-    def _index_keys(self, unrotated: Tensor, keys: Tensor, readers: Tensor) -> Tensor:
-        """[T, retrieval heads, index_dim]."""
-        before, after = (states[:, readers].transpose(0, 1)[None] for states in (unrotated, keys))
+    def _index_keys(self, unrotated: Tensor, keys: Tensor, kv_head_index: Tensor) -> Tensor:
+        """Index keys [T, retrieval heads, index_dim]."""
+        before, after = (
+            states[:, kv_head_index].transpose(0, 1)[None] for states in (unrotated, keys)
+        )
         features = self.indexer.features(after, lambda _: before)
         return self.indexer.index_keys(features)[0].transpose(0, 1)
 
     def _index_queries(self, unrotated: Tensor, queries: Tensor, heads: Tensor) -> Tensor:
-        """[retrieval heads, T, index_dim]."""
+        """Index queries [retrieval heads, T, index_dim]."""
         before, after = (states[:, heads].transpose(0, 1)[None] for states in (unrotated, queries))
         return self.indexer.index_queries(self.indexer.features(after, lambda _: before))[0]
 
@@ -168,16 +172,16 @@ def serve_attention(
     output: Tensor,
     name: str,
 ) -> None:
-    """The operator: the layer of this name stores the tokens and writes `output`.
+    """Custom operator: the layer `name` appends the tokens to its caches and writes `output`.
 
     Args:
         queries: [T, query heads * D], after RoPE.
         keys: [T, KV heads * D], after RoPE.
-        values: the same shape.
-        unrotated_queries: before RoPE, where the indexer reads those.
-        unrotated_keys: likewise.
-        output: as `queries`, written.
-        name: of the layer, in vLLM's context.
+        values: same shape.
+        unrotated_queries: queries before RoPE, if the indexer reads those.
+        unrotated_keys: keys before RoPE, if the indexer reads those.
+        output: shape of the queries, written.
+        name: name of the layer in vLLM's forward context.
     """
     layer = get_forward_context().no_compile_layers[name]
     queries, keys, values, output = (
@@ -190,7 +194,7 @@ def serve_attention(
     layer.attend(queries, keys, values, raw_queries, raw_keys, output)
 
 
-def _nothing(
+def _serve_attention_fake(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -199,15 +203,15 @@ def _nothing(
     output: Tensor,
     name: str,
 ) -> None:
-    """What the operator tells a compiler: it returns nothing."""
+    """Fake implementation for compilers: the operator only writes its output."""
 
 
-# The operator lives as long as its library.
+# The operator is unregistered when its library is freed.
 _library = Library("rtpurbo", "FRAGMENT")
 direct_register_custom_op(
     "serve_attention",
     serve_attention,
     mutates_args=["output"],
-    fake_impl=_nothing,
+    fake_impl=_serve_attention_fake,
     target_lib=_library,
 )

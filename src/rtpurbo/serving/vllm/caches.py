@@ -1,8 +1,7 @@
-"""The caches of a sparse model, as vLLM sees them: one for each group of the plan, not one a layer.
+"""Caches of a sparse model on vLLM: one per group of the plan instead of one per layer.
 
-vLLM asks every cache what it stores of a token and hands it a tensor of blocks. What lies where in a
-block is this module's affair: for each layer of the group its keys, its values and, in the full group,
-its index keys, each part contiguous.
+vLLM queries the spec of every cache and allocates a tensor of blocks for it. This module defines the layout of a
+block: for each layer of the group keys, values and, in the full group, index keys, each part contiguous.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from rtpurbo.serving.vllm.specs import SinkWindowSpec
 
 
 class PagedCache(AttentionLayerBase):
-    """One group's blocks.
+    """Blocks of one group.
 
     Args:
-        name: under which vLLM knows the cache; holds one number, as vLLM wants.
-        spec: what is stored.
-        parts: for each layer of the group, keys, values and perhaps index keys, in this rank.
+        name: name of the cache in vLLM; contains one number, as vLLM requires.
+        spec: vLLM's description of what the cache stores.
+        parts: keys, values and, in the full group, index keys of each layer of the group on this rank.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class PagedCache(AttentionLayerBase):
 
     @property
     def kv_cache(self) -> Tensor:
-        """The blocks as vLLM gave them, which also takes them back by emptying this."""
+        """Blocks allocated by vLLM, which frees them by assigning an empty tensor."""
         return self._blocks
 
     @kv_cache.setter
@@ -52,11 +51,11 @@ class PagedCache(AttentionLayerBase):
         self.pages = divide(blocks, self.parts) if blocks.numel() else {}
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """Who makes the metadata of a step."""
+        """Backend that builds the metadata of a step."""
         return HeadwiseBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
-        """What is stored."""
+        """Spec of the cache."""
         return self.spec
 
 
@@ -65,14 +64,14 @@ class Caches:
     """All caches of a model.
 
     Attributes:
-        plan: how they were planned.
-        full: of the full KV heads; None if no head retrieves.
-        bounded: for each layer that has bounded KV heads on some rank, its cache.
+        plan: layout of the caches.
+        full: cache of the full KV heads; None without retrieval heads.
+        windowed: cache of each layer that has windowed KV heads on some rank.
     """
 
     plan: CachePlan
     full: PagedCache | None
-    bounded: Mapping[int, PagedCache]
+    windowed: Mapping[int, PagedCache]
 
 
 def make_caches(
@@ -82,14 +81,14 @@ def make_caches(
     prefix: str,
     vllm_config: VllmConfig,
 ) -> Caches:
-    """Plans the caches of a model and makes them known to vLLM.
+    """Plans the caches of a model and registers them with vLLM.
 
     Args:
-        config: head map, rule and indexer settings.
-        heads: of each layer, on this rank.
+        config: head map, attention rule and indexer settings.
+        heads: heads of each layer on this rank.
         head_dim: dimensions of a head.
-        prefix: of the caches' names.
-        vllm_config: of the engine.
+        prefix: prefix of the names of the caches.
+        vllm_config: configuration of the engine.
     """
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
@@ -108,7 +107,7 @@ def make_caches(
 
     def parts_of(layer: int, *, full: bool) -> tuple[Part, ...]:
         of_layer = heads[layer]
-        states = Part(of_layer.num_full if full else of_layer.num_bounded, head_dim, dtype)
+        states = Part(of_layer.num_full if full else of_layer.num_windowed, head_dim, dtype)
         index = Part(len(of_layer.retrieval), config.indexer.index_dim, index_dtype)
         return (states, states, index) if full else (states, states)
 
@@ -117,7 +116,7 @@ def make_caches(
     ) -> PagedCache:
         spec = spec_type(
             block_size=planned.block_size,
-            # To vLLM a token is one head of so many bytes.
+            # In vLLM's terms, a token has one head of `token_bytes` bytes.
             num_kv_heads=1,
             num_head_slots=1,
             head_size=head_dim,
@@ -133,8 +132,8 @@ def make_caches(
         return cache
 
     full = registered(0, plan.full, FullAttentionSpec, full=True) if plan.full else None
-    bounded: dict[int, PagedCache] = {}
-    for number, group in enumerate(plan.bounded, start=1):
+    windowed: dict[int, PagedCache] = {}
+    for number, group in enumerate(plan.windowed, start=1):
         cache = registered(
             number,
             group,
@@ -143,14 +142,14 @@ def make_caches(
             sliding_window=plan.window,
             num_sink_tokens=plan.sinks,
             group=number,
-            max_blocks=group.num_bounded_blocks(longest, plan.window, plan.sinks, in_flight),
+            max_blocks=group.num_windowed_blocks(longest, plan.window, plan.sinks, in_flight),
         )
-        bounded |= dict.fromkeys(group.layers, cache)
-    return Caches(plan, full, bounded)
+        windowed |= dict.fromkeys(group.layers, cache)
+    return Caches(plan, full, windowed)
 
 
 def index_dtype_of(config: RTPurboConfig, dtype: torch.dtype) -> torch.dtype:
-    """How index keys are kept in a model of this dtype: see `TokenIndexer`."""
+    """Dtype of cached index keys in a model of this dtype; see `TokenIndexer`."""
     if config.attention.index_storage == "float8":
         return torch.float8_e4m3fn
     return torch.float16 if dtype == torch.bfloat16 else dtype

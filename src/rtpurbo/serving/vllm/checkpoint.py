@@ -1,4 +1,4 @@
-"""What an exported checkpoint says in its config.json, checked before anything is built from it."""
+"""Entries of an exported checkpoint's config.json, and their validation."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from rtpurbo.models.sparsify import check_head_map
 EXPORT_AGAIN = "export the artifact again (rtpurbo export --to vllm)"
 
 PROMPT_LENGTHS_KEY = "rswa_window"
-"""vLLM tells a model where each prompt ends only if its configuration has this entry.
+"""vLLM passes the lengths of prompts to a model only if its configuration has this entry.
 
-Without it a row could not tell whether it selects: prompts are read dense and answers sparse.
+They are needed because prompts are read dense and answers sparse.
 """
 
 SERVED_PREFILL_MODES = ("dense", "top_p")
-"""Other modes share lists of blocks between rows, and vLLM cuts prompts where it likes."""
+"""Other modes share block lists between the queries of a block, but vLLM splits prompts at any token."""
 
 
 def read_config(hf_config: Any) -> RTPurboConfig:
-    """Head map, rule and indexer settings of a checkpoint.
+    """Reads head map, attention rule and indexer settings of a checkpoint.
 
     Args:
-        hf_config: the checkpoint's transformers configuration.
+        hf_config: transformers configuration of the checkpoint.
 
     Raises:
-        RTPurboError: they are missing, of another format, or do not fit the model; or the model
-            works in a way that is not served.
+        RTPurboError: they are missing, have another format version or do not fit the model, or a setting
+            is not supported on vLLM.
     """
     entry = getattr(hf_config, CHECKPOINT_KEY, None)
     if not isinstance(entry, dict) or getattr(hf_config, PROMPT_LENGTHS_KEY, None) is None:
@@ -45,23 +45,25 @@ def read_config(hf_config: Any) -> RTPurboConfig:
         )
     config = RTPurboConfig.from_dict(entry)
     check_head_map(hf_config, config.head_map)
-    _refuse_what_is_not_served(hf_config, config)
+    _check_supported(hf_config, config)
     return config
 
 
-def _refuse_what_is_not_served(hf_config: Any, config: RTPurboConfig) -> None:
+def _check_supported(hf_config: Any, config: RTPurboConfig) -> None:
     if None in config.head_map.retrieval_heads:
         raise RTPurboError(
-            "some layers of the model keep a sliding window of their own, which is not served on "
+            "some layers of the model have a sliding window of their own, which is not supported on "
             "vLLM: serve it with transformers (rtpurbo export --to transformers)."
         )
     if config.attention.prefill_mode not in SERVED_PREFILL_MODES:
         raise RTPurboError(
-            f"prefill_mode '{config.attention.prefill_mode}' shares lists of blocks between rows, "
-            "and vLLM cuts prompts where it likes: change it to 'dense' in config.json."
+            f"prefill_mode '{config.attention.prefill_mode}' shares block lists between queries, but "
+            "vLLM splits prompts at any token: change it to 'dense' in config.json."
         )
     if config.indexer.min_wavelength is None and config.indexer.index_space == "low_frequency":
-        raise RTPurboError(f"the checkpoint does not tell its min_wavelength: {EXPORT_AGAIN}.")
+        raise RTPurboError(f"the checkpoint lacks min_wavelength: {EXPORT_AGAIN}.")
     for name in ("llama_4_scaling", "dual_chunk_attention_config"):
         if getattr(hf_config, name, None) is not None:
-            raise RTPurboError(f"models with {name} are not served on vLLM.")
+            raise RTPurboError(
+                f"models with {name} are not supported on vLLM: serve them with transformers."
+            )

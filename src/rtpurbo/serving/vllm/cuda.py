@@ -1,7 +1,7 @@
-"""Attention over pages by kernels, equal to `eager` but for what decoding kernels round in a selection.
+"""Attention over pages with Triton kernels; equals `eager`, except that decode kernels round selections.
 
-Rows that select, of whatever requests, make one decoding step, each as a sequence of its own. The
-prompt rows of a request are one call of the prefill kernels. N rows select; for the rest see `pages`.
+All selecting queries of a step, of any request, form one decode call, each as a sequence of its own. The prompt
+queries of each request are one call of the prefill kernels. N queries select; for other letters see `pages`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadGroup, HeadLayout
-from rtpurbo.ops.paged import PagedStates
+from rtpurbo.ops.states import PagedStates
 from rtpurbo.serving.vllm.pages import Batch, LayerCache, no_states
 
 
 @dataclass(frozen=True)
-class PromptRows:
-    """Consecutive rows of one request that do not select.
+class PromptQueries:
+    """Consecutive queries of one request that do not select.
 
     Attributes:
-        start: their first row.
-        end: behind their last.
-        request: whose they are.
-        length: int32 [1], tokens up to the last of these rows, on the device.
+        start: first query.
+        end: end of the range, exclusive.
+        request: index of the request.
+        length: int32 [1], tokens of the request up to the last of these queries, on the device.
     """
 
     start: int
@@ -35,57 +35,57 @@ class PromptRows:
 
 
 @dataclass(frozen=True)
-class Division:
-    """How a step's rows are shared among kernels; the same for all layers and groups.
+class StepQueries:
+    """Queries of a step by kernel; the same for all layers and groups.
 
     Attributes:
-        selecting: int64 [N], rows.
-        requests: int64 [N], whose they are.
-        lengths: int32 [N], tokens up to each row.
-        prompts: rows that do not select.
+        selecting: int64 [N], indices of the selecting queries.
+        requests: int64 [N], requests of these queries.
+        lengths: int32 [N], tokens of the request up to each query.
+        prompts: queries that do not select.
     """
 
     selecting: Tensor
     requests: Tensor
     lengths: Tensor
-    prompts: tuple[PromptRows, ...]
+    prompts: tuple[PromptQueries, ...]
 
 
 def attend(
     queries: Tensor,
     index_queries: Tensor | None,
     full: LayerCache | None,
-    bounded: LayerCache | None,
+    windowed: LayerCache | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
 ) -> None:
-    """Writes the attention of a step's rows; arguments as in `eager.attend`."""
-    held = full or bounded
-    assert held is not None
-    if held.batch.uniform:
-        _attend_uniform(queries, index_queries, full, bounded, layout, rule, scaling, output)
+    """Writes the attention output of a step; arguments as in `eager.attend`."""
+    cache = full or windowed
+    assert cache is not None
+    if cache.batch.uniform:
+        _attend_uniform(queries, index_queries, full, windowed, layout, rule, scaling, output)
         return
-    division = _divided(held.batch, rule)
-    if division.selecting.numel():
+    step = _step_queries(cache.batch, rule)
+    if step.selecting.numel():
         chosen = None
         if index_queries is not None:
-            chosen = index_queries[:, division.selecting].transpose(0, 1)
-        output[division.selecting] = _decoded(
-            queries[division.selecting],
+            chosen = index_queries[:, step.selecting].transpose(0, 1)
+        output[step.selecting] = _decoded(
+            queries[step.selecting],
             chosen,
-            _of_rows(full, division),
-            _of_rows(bounded, division),
+            _per_query(full, step),
+            _per_query(windowed, step),
             layout,
             rule,
             scaling,
         )
-    for prompt in division.prompts:
+    for prompt in step.prompts:
         output[prompt.start : prompt.end] = _prefilled(
             queries[prompt.start : prompt.end],
             _of_prompt(full, prompt),
-            _of_prompt(bounded, prompt),
+            _of_prompt(windowed, prompt),
             layout,
             rule,
             scaling,
@@ -96,61 +96,61 @@ def _attend_uniform(
     queries: Tensor,
     index_queries: Tensor | None,
     full: LayerCache | None,
-    bounded: LayerCache | None,
+    windowed: LayerCache | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
 ) -> None:
-    """One row of each request, divided on the device, so that a graph of it serves any step.
+    """Attention of one query per request, without host synchronisation, so that it can be captured in a CUDA graph.
 
-    A graph may be replayed where the one row is the last of a prompt, and must be dense. An index query
-    of zeros sees to it: all far keys score alike, so all share the level that the floor reads whole.
+    A graph may be replayed when a query is the last one of a prompt, which must be dense. Its index query is set to
+    zeros: then all far keys have the same score and level, and `min_tokens` selects whole levels.
     """
-    held = full or bounded
-    assert held is not None
-    batch = held.batch
-    rows = min(queries.shape[0], batch.device_lengths.shape[0])
-    lengths = batch.device_lengths[:rows]
+    cache = full or windowed
+    assert cache is not None
+    batch = cache.batch
+    count = min(queries.shape[0], batch.device_lengths.shape[0])
+    lengths = batch.device_lengths[:count]
     chosen = None
     if index_queries is not None:
-        chosen = index_queries[:, :rows].transpose(0, 1)
+        chosen = index_queries[:, :count].transpose(0, 1)
         if rule.prefill_mode == "dense":
             assert batch.device_prompt_lengths is not None
-            selects = lengths > batch.device_prompt_lengths[:rows]
+            selects = lengths > batch.device_prompt_lengths[:count]
             chosen = chosen * selects[:, None, None]
             rule = replace(rule, min_tokens=max(1, rule.min_tokens))
-    of_full, of_bounded = (
-        None if cache is None else _paged(cache, cache.batch.block_table[:rows], lengths)
-        for cache in (full, bounded)
+    of_full, of_windowed = (
+        None if part is None else _paged(part, part.batch.block_table[:count], lengths)
+        for part in (full, windowed)
     )
-    output[:rows] = _decoded(queries[:rows], chosen, of_full, of_bounded, layout, rule, scaling)
+    output[:count] = _decoded(queries[:count], chosen, of_full, of_windowed, layout, rule, scaling)
 
 
-def _divided(batch: Batch, rule: AttentionRule) -> Division:
-    """The division of a step, worked out by the first layer that asks."""
-    if batch.division is None:
+def _step_queries(batch: Batch, rule: AttentionRule) -> StepQueries:
+    """Queries of a step by kernel, computed by the first layer and cached in the batch."""
+    if batch.step_queries is None:
         device = batch.block_table.device
-        rows: list[tuple[int, int, int]] = []
+        single: list[tuple[int, int, int]] = []
         prompts: list[tuple[int, int, int, int]] = []
         for request, start, end, length in batch.requests():
-            first = end - batch.num_selecting_rows(request, rule)
+            first = end - batch.num_selecting_queries(request, rule)
             if start < first:
                 prompts.append((start, first, request, length - (end - first)))
-            rows += [(row, request, length - (end - 1 - row)) for row in range(first, end)]
-        selecting = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).to(device)
+            single += [(query, request, length - (end - 1 - query)) for query in range(first, end)]
+        selecting = torch.tensor(single, dtype=torch.int64).reshape(-1, 3).to(device)
         ends = torch.tensor([end for *_, end in prompts], dtype=torch.int32).to(device)
-        batch.division = Division(
+        batch.step_queries = StepQueries(
             selecting[:, 0],
             selecting[:, 1],
             selecting[:, 2].to(torch.int32),
             tuple(
-                PromptRows(start, end, request, ends[number : number + 1])
+                PromptQueries(start, end, request, ends[number : number + 1])
                 for number, (start, end, request, _) in enumerate(prompts)
             ),
         )
-    assert isinstance(batch.division, Division)
-    return batch.division
+    assert isinstance(batch.step_queries, StepQueries)
+    return batch.step_queries
 
 
 def _paged(cache: LayerCache, block_table: Tensor, lengths: Tensor) -> PagedStates:
@@ -158,15 +158,15 @@ def _paged(cache: LayerCache, block_table: Tensor, lengths: Tensor) -> PagedStat
     return PagedStates(pages.keys, pages.values, block_table, lengths, pages.index_keys)
 
 
-def _of_rows(cache: LayerCache | None, division: Division) -> PagedStates | None:
-    """Each selecting row as a sequence that ends with it."""
+def _per_query(cache: LayerCache | None, step: StepQueries) -> PagedStates | None:
+    """Paged states of the selecting queries, each as a sequence that ends with it."""
     if cache is None:
         return None
-    return _paged(cache, cache.batch.block_table[division.requests], division.lengths)
+    return _paged(cache, cache.batch.block_table[step.requests], step.lengths)
 
 
-def _of_prompt(cache: LayerCache | None, prompt: PromptRows) -> PagedStates | None:
-    """A request up to the last of some rows."""
+def _of_prompt(cache: LayerCache | None, prompt: PromptQueries) -> PagedStates | None:
+    """Paged states of a request, up to the last of some queries."""
     if cache is None:
         return None
     return _paged(cache, cache.batch.block_table[prompt.request][None], prompt.length)
@@ -175,21 +175,21 @@ def _of_prompt(cache: LayerCache | None, prompt: PromptRows) -> PagedStates | No
 def _prefilled(
     queries: Tensor,
     full: PagedStates | None,
-    bounded: PagedStates | None,
+    windowed: PagedStates | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
 ) -> Tensor:
-    """[rows, H, D], dense for retrieval heads."""
-    # Where there are no kernels, nothing here is called, but the module can be imported.
+    """Prefill attention [queries, H, D], with dense retrieval heads."""
+    # Imported here, so that the module can be imported without Triton.
     from rtpurbo.ops.triton.headwise import prefill_attention
 
-    # No head reads states of which the layer has none.
-    full, bounded = full or bounded, bounded or full
+    # Missing states are not read by any head: any states will do.
+    full, windowed = full or windowed, windowed or full
     assert full is not None
-    assert bounded is not None
+    assert windowed is not None
     output, _ = prefill_attention(
-        queries[None].transpose(1, 2), full, bounded, layout, None, rule, scaling=scaling
+        queries[None].transpose(1, 2), full, windowed, layout, None, rule, scaling=scaling
     )
     return output[0].transpose(0, 1)
 
@@ -198,22 +198,22 @@ def _decoded(
     queries: Tensor,
     index_queries: Tensor | None,
     full: PagedStates | None,
-    bounded: PagedStates | None,
+    windowed: PagedStates | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
 ) -> Tensor:
-    """[N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim].
+    """Decode attention [N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim].
 
-    The kernels know pages of full KV heads only, so heads of bounded ones are a call of their own, in
-    which they are local heads of KV heads that happen to hold no more than they need.
+    The decode kernels support pages for full KV heads only. So query heads of windowed KV heads are a second call, in
+    which their KV heads are passed as full ones with local heads only.
     """
     from rtpurbo.ops.triton.decode.attention import decode_attention
 
     output = torch.empty_like(queries)
-    # Local heads have the one window, retrieval heads perhaps another.
-    calls = ((full, "full", rule), (bounded, "bounded", replace(rule, retrieval_window=None)))
-    for states, kind, its_rule in calls:
+    # Windowed KV heads have no retrieval heads, so their window is that of local heads.
+    calls = ((full, "full", rule), (windowed, "windowed", replace(rule, retrieval_window=None)))
+    for states, kind, call_rule in calls:
         if states is None:
             continue
         heads, part = _part_of(layout, kind)
@@ -224,7 +224,7 @@ def _decoded(
             no_states(queries, queries.shape[0]),
             part,
             index_queries[:, :, None] if retrieves and index_queries is not None else None,
-            its_rule,
+            call_rule,
             scaling=scaling,
         )
         output[:, heads] = attended[:, :, 0]
@@ -232,12 +232,14 @@ def _decoded(
 
 
 def _part_of(layout: HeadLayout, kind: str) -> tuple[Tensor, HeadLayout]:
-    """The query heads of a layer's full or bounded KV heads, and their layout without the others."""
+    """Query heads of the full or of the windowed KV heads, and a layout of these heads alone."""
     key = ("served", kind)
     if key not in layout.derived:
         kept = layout.full_key_value_heads if kind == "full" else layout.windowed_key_value_heads
-        of_layer = layout.full_key_value_heads.numel() + layout.windowed_key_value_heads.numel()
-        group = layout.order.numel() // of_layer
+        num_key_value_heads = (
+            layout.full_key_value_heads.numel() + layout.windowed_key_value_heads.numel()
+        )
+        group = layout.order.numel() // num_key_value_heads
         device = layout.order.device
         heads = (kept[:, None] * group + torch.arange(group, device=device)).flatten()
         retrieval = torch.empty(0, dtype=torch.int64, device=device)
@@ -245,13 +247,13 @@ def _part_of(layout: HeadLayout, kind: str) -> tuple[Tensor, HeadLayout]:
             retrieval = torch.searchsorted(heads, layout.retrieval.heads)
         everything = torch.arange(heads.numel(), device=device)
         local = everything[~torch.isin(everything, retrieval)]
-        nobody = HeadGroup(everything[:0], everything[:0])
+        no_heads = HeadGroup(everything[:0], everything[:0])
         layout.derived[key] = (
             heads,
             HeadLayout(
                 HeadGroup(retrieval, retrieval // group),
                 HeadGroup(local, local // group),
-                nobody,
+                no_heads,
                 torch.arange(kept.numel(), device=device),
                 everything[:0],
                 torch.cat([retrieval, local]).argsort(),

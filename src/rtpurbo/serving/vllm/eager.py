@@ -1,7 +1,6 @@
-"""Attention over pages, one request after another, by the readable operators.
+"""Attention over pages with the eager operators, request by request.
 
-It serves CPUs, and it is what the kernels of `cuda` are compared with. R requests, T rows, H query
-heads, D head_dim.
+Used on CPUs, and as the reference for `cuda` in tests. R requests, T queries, H query heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -18,34 +17,34 @@ def attend(
     queries: Tensor,
     index_queries: Tensor | None,
     full: LayerCache | None,
-    bounded: LayerCache | None,
+    windowed: LayerCache | None,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
 ) -> None:
-    """Writes the attention of a step's rows, whose tokens are in the pages already.
+    """Writes the attention output of a step, whose tokens are already in the pages.
 
     Args:
         queries: [T, H, D], after RoPE.
-        index_queries: [retrieval heads, T, index_dim]; None if no row selects.
-        full: the layer's full KV heads; None if it has none.
-        bounded: its other KV heads; None if it has none.
-        layout: which head does what.
+        index_queries: [retrieval heads, T, index_dim]; None if no query selects.
+        full: full KV heads of the layer; None if it has none.
+        windowed: windowed KV heads of the layer; None if it has none.
+        layout: query heads by kind.
         rule: windows and selection.
         scaling: factor on the dot products.
-        output: [T, H, D], written where a request has rows.
+        output: [T, H, D], written for the queries of all requests.
     """
-    held = full or bounded
-    assert held is not None
-    for request, start, end, length in held.batch.requests():
-        selecting = held.batch.num_selecting_rows(request, rule)
+    cache = full or windowed
+    assert cache is not None
+    for request, start, end, length in cache.batch.requests():
+        selecting = cache.batch.num_selecting_queries(request, rule)
         positions = torch.arange(length - (end - start), length, device=queries.device)
         attended, _ = headwise_attention(
             queries[None, start:end].transpose(1, 2),
             positions[None],
             _full_states(full, request, length, queries),
-            _bounded_states(bounded, request, length, end - start, rule, queries),
+            _windowed_states(windowed, request, length, end - start, rule, queries),
             layout,
             index_queries[None, :, end - selecting : end]
             if index_queries is not None and selecting
@@ -60,7 +59,7 @@ def attend(
 def _full_states(
     cache: LayerCache | None, request: int, length: int, like: Tensor
 ) -> KeyValueStates:
-    """Every token of a request."""
+    """States of all tokens of a request."""
     if cache is None:
         return no_states(like, 1)
     pages = cache.pages
@@ -75,26 +74,26 @@ def _full_states(
     return KeyValueStates(keys, values, positions, index_keys, in_order=True)
 
 
-def _bounded_states(
+def _windowed_states(
     cache: LayerCache | None,
     request: int,
     length: int,
-    rows: int,
+    num_queries: int,
     rule: AttentionRule,
     like: Tensor,
 ) -> KeyValueStates:
-    """The blocks of a request that hold sinks, and windows of its last rows."""
+    """States of the blocks with the sinks and the windows of the last `num_queries` queries of a request."""
     if cache is None:
         return no_states(like, 1)
     pages, size = cache.pages, cache.pages.block_size
     sinks = -(-rule.num_sink_tokens // size)
-    window = max(0, length - rows - rule.sliding_window + 1) // size
+    window = max(0, length - num_queries - rule.sliding_window + 1) // size
     numbers = torch.arange(-(-length // size), device=like.device)
     if window > sinks:
         numbers = torch.cat([numbers[:sinks], numbers[window:]])
     table = cache.batch.block_table[request, numbers]
     positions = (numbers[:, None] * size + torch.arange(size, device=like.device)).flatten()
-    # Only the last block may hold more than there is.
+    # Only the last block may be partly unused.
     positions = positions[: positions.numel() - (-length % size)]
     keys, values = (
         _gathered(part, table)[:, :, : positions.numel()] for part in (pages.keys, pages.values)
@@ -103,5 +102,5 @@ def _bounded_states(
 
 
 def _gathered(part: Tensor, table: Tensor) -> Tensor:
-    """[1, heads, blocks * block_size, dimensions] of pages [num_blocks, heads, block_size, dimensions]."""
+    """States [1, heads, blocks * block_size, dimensions] of pages [num_blocks, heads, block_size, dimensions]."""
     return part[table.long()].transpose(0, 1).flatten(1, 2)[None]

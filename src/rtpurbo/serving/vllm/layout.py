@@ -1,13 +1,12 @@
-"""How a sparse model's KV cache is laid out in vLLM's blocks, and how many tokens fit into it.
+"""Layout of a sparse model's KV cache in vLLM's blocks, and its capacity in tokens.
 
-vLLM has one pool of blocks of equal size. A *group* is a set of layers that share a block table: one
-group holds the full KV heads of all layers with their index keys and keeps every token, the
-*bounded* groups hold the other KV heads and keep sinks and window. A block belongs to one group at a
-time, so the largest group decides the size of a block, and what a smaller one leaves of it is lost.
-The planner divides the layers among bounded groups, and chooses how many tokens a block holds, so that
-a request needs as little memory as possible.
+vLLM has one pool of blocks of equal size. A *group* is a set of layers that share a block table: one group holds the
+full KV heads of all layers with their index keys and keeps every token, the *windowed* groups hold the other KV
+heads and keep sinks and window. A block belongs to one group at a time, so the largest group determines the size of
+a block, and smaller groups leave a part of it unused. The planner divides the layers among windowed groups and
+chooses the tokens per block so that a request needs as little memory as possible.
 
-This module knows nothing of vLLM, so that capacity can be told before an engine starts.
+This module does not import vLLM, so that the capacity can be computed without an engine.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 
 BLOCK_SIZES = (16, 32, 64, 128)
-"""Tokens that a block may hold. All are multiples of 16, which keeps every part of a block aligned."""
+"""Supported tokens per block: multiples of 16, which keep every part of a block aligned."""
 
-MAX_BOUNDED_GROUPS = 8
-"""Each group costs the scheduler a block table, and the runner its metadata, at every step."""
+MAX_WINDOWED_GROUPS = 8
+"""Upper limit of the groups: each costs the scheduler a block table and the runner metadata in every step."""
 
-# Fewer groups are taken for so much more memory.
-_WORTH_A_GROUP = 0.01
+# Share of memory that another group must save.
+_MIN_SAVING_PER_GROUP = 0.01
 
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """The heads of one layer on one rank, counted from the rank's first.
+    """Heads of one layer on one rank, numbered from the first one of the rank.
 
     Attributes:
-        retrieval: query heads that retrieve.
+        retrieval: retrieval heads.
         num_attention_heads: query heads of the rank.
         num_key_value_heads: KV heads of the rank.
     """
@@ -46,21 +45,21 @@ class LayerHeads:
 
     @property
     def num_full(self) -> int:
-        """KV heads kept whole."""
+        """Number of full KV heads."""
         group = self.num_attention_heads // self.num_key_value_heads
         return len({head // group for head in self.retrieval})
 
     @property
-    def num_bounded(self) -> int:
-        """KV heads kept as sinks and window."""
+    def num_windowed(self) -> int:
+        """Number of windowed KV heads."""
         return self.num_key_value_heads - self.num_full
 
 
 def heads_of_rank(head_map: HeadMap, rank: int = 0, world_size: int = 1) -> list[LayerHeads]:
-    """What tensor parallelism gives a rank: of every layer, consecutive query and KV heads.
+    """Consecutive query and KV heads of every layer that tensor parallelism assigns to a rank.
 
     Raises:
-        RTPurboError: the heads cannot be divided so.
+        RTPurboError: the number of heads is not divisible by `world_size`.
     """
     if head_map.num_key_value_heads % world_size or head_map.num_attention_heads % world_size:
         raise RTPurboError(
@@ -68,12 +67,12 @@ def heads_of_rank(head_map: HeadMap, rank: int = 0, world_size: int = 1) -> list
             f"cannot be divided among {world_size} ranks: choose a tensor parallel size that divides "
             "both."
         )
-    share = head_map.num_attention_heads // world_size
-    mine = range(rank * share, (rank + 1) * share)
+    per_rank = head_map.num_attention_heads // world_size
+    mine = range(rank * per_rank, (rank + 1) * per_rank)
     return [
         LayerHeads(
             tuple(head - mine.start for head in heads or () if head in mine),
-            share,
+            per_rank,
             head_map.num_key_value_heads // world_size,
         )
         for heads in head_map.retrieval_heads
@@ -82,11 +81,11 @@ def heads_of_rank(head_map: HeadMap, rank: int = 0, world_size: int = 1) -> list
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """What a token of one head takes in the cache.
+    """Bytes of a token of one head in the cache.
 
     Attributes:
-        key_value: key and value of a KV head.
-        index: index key of a retrieval head.
+        key_value: bytes of key and value of a KV head.
+        index: bytes of the index key of a retrieval head.
     """
 
     key_value: int
@@ -94,17 +93,17 @@ class TokenBytes:
 
     @classmethod
     def of(cls, config: RTPurboConfig, head_dim: int, bytes_per_element: int) -> TokenBytes:
-        """For a model with so many bytes an element; index keys of bfloat16 models are float16."""
+        """Sizes for a model with `bytes_per_element`; index keys of bfloat16 models are float16."""
         index_bytes = 1 if config.attention.index_storage == "float8" else bytes_per_element
         return cls(2 * head_dim * bytes_per_element, config.indexer.index_dim * index_bytes)
 
     def full(self, heads: LayerHeads) -> int:
-        """Of a layer, in the group that keeps every token."""
+        """Bytes of a token of a layer in the full group."""
         return heads.num_full * self.key_value + len(heads.retrieval) * self.index
 
-    def bounded(self, heads: LayerHeads) -> int:
-        """Of a layer, in a group that keeps sinks and window."""
-        return heads.num_bounded * self.key_value
+    def windowed(self, heads: LayerHeads) -> int:
+        """Bytes of a token of a layer in a windowed group."""
+        return heads.num_windowed * self.key_value
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ class Group:
     """Layers that share a block table.
 
     Attributes:
-        layers: their numbers, ascending.
-        block_size: tokens in a block.
+        layers: indices of the layers, ascending.
+        block_size: tokens per block.
         token_bytes: bytes of a token in all of these layers, on the rank that needs most.
     """
 
@@ -123,71 +122,71 @@ class Group:
 
     @property
     def page_bytes(self) -> int:
-        """What the group uses of a block."""
+        """Bytes that the group uses of a block."""
         return self.block_size * self.token_bytes
 
     def num_full_blocks(self, tokens: int) -> int:
-        """Blocks that hold so many tokens."""
+        """Blocks for `tokens` tokens."""
         return -(-tokens // self.block_size)
 
-    def num_bounded_blocks(self, tokens: int, window: int, sinks: int, in_flight: int) -> int:
-        """Blocks that a request of so many tokens holds at the most, where old ones are given back.
+    def num_windowed_blocks(self, tokens: int, window: int, sinks: int, in_flight: int) -> int:
+        """Largest number of blocks of a request, whose blocks before the window are freed.
 
         Args:
-            tokens: of the request.
+            tokens: tokens of the request.
             window: tokens of the sliding window.
             sinks: first tokens that are kept.
-            in_flight: tokens that may be computed before blocks are given back.
+            in_flight: tokens that may be computed before blocks are freed.
         """
         kept = min(window - 1 + in_flight, tokens)
-        # The window may begin anywhere in a block.
+        # The window may begin at any token of a block.
         blocks = self.num_full_blocks(kept) + 1 + self.num_full_blocks(sinks)
         return min(blocks, self.num_full_blocks(tokens))
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How the cache is divided.
+    """Division of the cache into groups.
 
     Attributes:
-        full: the group of the full KV heads; None if no head retrieves.
-        bounded: the groups of the others; none if every KV head is full.
+        full: group of the full KV heads; None without retrieval heads.
+        windowed: groups of the other KV heads; empty if every KV head is full.
         window: tokens of the sliding window.
         sinks: first tokens that are kept.
     """
 
     full: Group | None
-    bounded: tuple[Group, ...]
+    windowed: tuple[Group, ...]
     window: int
     sinks: int
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """All groups, the full one first."""
-        return (self.full, *self.bounded) if self.full else self.bounded
+        return (self.full, *self.windowed) if self.full else self.windowed
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block: what the largest group needs."""
+        """Bytes of a block, those of the largest group."""
         return max(group.page_bytes for group in self.groups)
 
     def blocks_per_request(self, tokens: int, in_flight: int) -> int:
-        """Blocks that a request of so many tokens holds at the most."""
+        """Largest number of blocks of a request with `tokens` tokens."""
         full = self.full.num_full_blocks(tokens) if self.full else 0
         limits = (self.window, self.sinks, in_flight)
-        return full + sum(group.num_bounded_blocks(tokens, *limits) for group in self.bounded)
+        return full + sum(group.num_windowed_blocks(tokens, *limits) for group in self.windowed)
 
     def request_bytes(self, tokens: int, in_flight: int) -> int:
-        """Bytes of these blocks."""
+        """Largest number of bytes of a request with `tokens` tokens."""
         return self.block_bytes * self.blocks_per_request(tokens, in_flight)
 
     def capacity(self, memory: int, tokens: int, in_flight: int) -> int:
-        """Tokens that requests of a given length can hold together, as vLLM counts it.
+        """Tokens of all requests of a given length that fit into memory, as vLLM computes it.
 
         Args:
             memory: bytes for the cache, on one rank.
             tokens: length of a request.
-            in_flight: vLLM's `max_num_batched_tokens`, times the batches that run at once (2 with
+            in_flight: vLLM's `max_num_batched_tokens`, times the number of concurrent batches (2 with
                 asynchronous scheduling).
         """
         blocks = memory // self.block_bytes
@@ -203,50 +202,50 @@ def plan_cache(
     world_size: int = 1,
     lone_block_size: int = 16,
 ) -> CachePlan:
-    """The plan under which a request of the given length takes the least memory.
+    """Plan under which a request of the given length needs the least memory.
 
     Args:
-        config: head map and rule.
-        token_bytes: what a token of a head takes.
-        tokens: length of the requests to plan for: the model's longest.
+        config: head map and attention rule.
+        token_bytes: bytes of a token of a head.
+        tokens: length of the requests to plan for, the longest supported one.
         in_flight: as in `CachePlan.capacity`.
-        world_size: ranks of tensor parallelism. They all use one plan, with room for the rank that
-            needs most.
-        lone_block_size: tokens of a block where there is but one group, which vLLM decides.
+        world_size: ranks of tensor parallelism. All use one plan, with room for the rank that needs
+            most.
+        lone_block_size: tokens per block if there is only one group; set by vLLM.
 
     Raises:
-        RTPurboError: the heads cannot be divided among the ranks.
+        RTPurboError: the number of heads is not divisible by `world_size`.
     """
     ranks = [heads_of_rank(config.head_map, rank, world_size) for rank in range(world_size)]
     window, sinks = config.attention.sliding_window, config.attention.num_sink_tokens
     full_layers = _layers_with_any(ranks, "num_full")
-    bounded_layers = _layers_with_any(ranks, "num_bounded")
+    windowed_layers = _layers_with_any(ranks, "num_windowed")
     best: CachePlan | None = None
-    for bins in _partitions(ranks, token_bytes, bounded_layers):
+    for bins in _partitions(ranks, token_bytes, windowed_layers):
         found: CachePlan | None = None
         num_groups = len(bins) + bool(full_layers)
         sizes: Sequence[int] = BLOCK_SIZES if num_groups > 1 else (lone_block_size,)
-        for full_size, bounded_size in product(sizes, sizes):
+        for full_size, windowed_size in product(sizes, sizes):
             full = None
             if full_layers:
                 largest = _largest(ranks, token_bytes.full, full_layers)
                 full = Group(full_layers, full_size, largest)
-            bounded = [
-                Group(layers, bounded_size, _largest(ranks, token_bytes.bounded, layers))
+            windowed = [
+                Group(layers, windowed_size, _largest(ranks, token_bytes.windowed, layers))
                 for layers in bins
             ]
-            plan = CachePlan(full, tuple(bounded), window, sinks)
+            plan = CachePlan(full, tuple(windowed), window, sinks)
             if found is None or _cost(plan, tokens, in_flight) < _cost(found, tokens, in_flight):
                 found = plan
         assert found is not None
-        if best is None or _is_worth_it(found, best, tokens, in_flight):
+        if best is None or _saves_enough(found, best, tokens, in_flight):
             best = found
     assert best is not None
     return best
 
 
 def dense_capacity(config: RTPurboConfig, token_bytes: TokenBytes, memory: int) -> int:
-    """Tokens that the dense model's cache holds in the same memory of one device."""
+    """Tokens of the dense model's cache in the same memory of one device."""
     head_map = config.head_map
     layers = len(head_map.retrieval_heads)
     return memory // (layers * head_map.num_key_value_heads * token_bytes.key_value)
@@ -265,25 +264,25 @@ def _largest(ranks: list[list[LayerHeads]], token_bytes: Any, layers: Sequence[i
 def _partitions(
     ranks: list[list[LayerHeads]], token_bytes: TokenBytes, layers: Sequence[int]
 ) -> Iterator[list[tuple[int, ...]]]:
-    """Ways to divide layers into bounded groups of nearly equal size, one for each number of groups."""
+    """Divisions of the layers into windowed groups of nearly equal size, one per number of groups."""
     if not layers:
         yield []
         return
-    size = {layer: _largest(ranks, token_bytes.bounded, [layer]) for layer in layers}
-    heaviest_first = sorted(layers, key=lambda layer: -size[layer])
-    for count in range(1, min(MAX_BOUNDED_GROUPS, len(layers)) + 1):
+    size = {layer: _largest(ranks, token_bytes.windowed, [layer]) for layer in layers}
+    largest_first = sorted(layers, key=lambda layer: -size[layer])
+    for count in range(1, min(MAX_WINDOWED_GROUPS, len(layers)) + 1):
         bins: list[list[int]] = [[] for _ in range(count)]
-        for layer in heaviest_first:
+        for layer in largest_first:
             min(bins, key=lambda chosen: sum(size[other] for other in chosen)).append(layer)
         yield [tuple(sorted(chosen)) for chosen in bins]
 
 
 def _cost(plan: CachePlan, tokens: int, in_flight: int) -> tuple[int, int]:
-    # Where memory is equal, small blocks let more prompts share their beginnings.
+    # With equal memory, small blocks let more requests share a cached prefix.
     return plan.request_bytes(tokens, in_flight), sum(group.block_size for group in plan.groups)
 
 
-def _is_worth_it(plan: CachePlan, simpler: CachePlan, tokens: int, in_flight: int) -> bool:
-    """Whether more groups save enough."""
+def _saves_enough(plan: CachePlan, simpler: CachePlan, tokens: int, in_flight: int) -> bool:
+    """Returns True if the plan with more groups saves enough memory."""
     saved = 1 - plan.request_bytes(tokens, in_flight) / simpler.request_bytes(tokens, in_flight)
-    return saved > _WORTH_A_GROUP
+    return saved > _MIN_SAVING_PER_GROUP

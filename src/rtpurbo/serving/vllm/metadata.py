@@ -1,4 +1,4 @@
-"""What a step's attention is told about its batch."""
+"""Attention metadata of a step, and vLLM's builder for it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rtpurbo.serving.vllm.pages import Batch
 
 
 class HeadwiseMetadata(Batch, AttentionMetadata):
-    """A batch, as vLLM passes it from the builder to the layers."""
+    """Batch, in the form that vLLM passes from the builder to the layers."""
 
 
 class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
-    """Takes from vLLM's description of a batch what `attention` needs."""
+    """Builder of the metadata from vLLM's description of a batch."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
-        # Graphs read prompt lengths where they were captured.
+        # CUDA graphs read the prompt lengths at a fixed address.
         self._prompt_lengths = torch.zeros(largest, dtype=torch.int32, device=device)
         support = self.get_cudagraph_support(vllm_config, kv_cache_spec)
         self._serves_uniform = device.type != "cpu" and support != AttentionCGSupport.NEVER
@@ -47,10 +47,10 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """Graphs of steps in which every request has one row.
+        """CUDA graph support: steps in which every request has one query.
 
-        In a graph kernels must read all keys for the last row of a prompt, which they can do where
-        tokens are selected; blocks at the edges of what is far score lower than whole ones.
+        In a graph, the kernels must read all keys for the last query of a prompt. That works if tokens are selected,
+        but not with blocks: partial blocks at the ends of the far keys have lower scores than whole ones.
         """
         rule = read_config(vllm_config.model_config.hf_config).attention
         if rule.granularity != "token":
@@ -63,13 +63,13 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> HeadwiseMetadata:
-        """The metadata of a step."""
+        """Builds the metadata of a step."""
         batch = common_attn_metadata
         lengths = batch.seq_lens_cpu_upper_bound
         assert lengths is not None
         prompt_lengths = batch.rswa_prefix_lens
         if prompt_lengths is None:
-            # Both runners tell the lengths of prompts, but not of requests made up for a capture.
+            # Both model runners pass prompt lengths, but not for the dummy requests of a capture.
             prompt_lengths = torch.zeros(batch.num_reqs, dtype=torch.int32)
         uniform = self._serves_uniform and batch.max_query_len == 1
         kept = self._prompt_lengths[: prompt_lengths.shape[0]]
@@ -77,7 +77,7 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
         return HeadwiseMetadata(
             batch.query_start_loc_cpu.tolist(),
             lengths.tolist(),
-            # One runner has them on the GPU: not to be waited for where they are not needed.
+            # One runner keeps them on the GPU: no synchronisation where they are not needed.
             [] if uniform else prompt_lengths.tolist(),
             batch.block_table_tensor,
             batch.slot_mapping,
@@ -88,33 +88,33 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
 
 
 class HeadwiseBackend(AttentionBackend):
-    """Names the above to vLLM; attention itself is done by the layers of `models`."""
+    """Attention backend that provides the builder; the layers of `models` compute the attention."""
 
     supported_dtypes = [torch.float32, torch.float16, torch.bfloat16]  # noqa: RUF012
 
     @staticmethod
     def get_name() -> str:
-        """For vLLM's log."""
+        """Name in vLLM's log."""
         return "RTPURBO"
 
     @staticmethod
     def get_impl_cls() -> type[AttentionImplBase]:
-        """None: no layer of vLLM's own uses this backend."""
+        """Not implemented: no attention layer of vLLM uses this backend."""
         raise NotImplementedError
 
     @staticmethod
     def get_builder_cls() -> type[HeadwiseMetadataBuilder]:
-        """Who makes the metadata."""
+        """Builder of the metadata."""
         return HeadwiseMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
-        """Blocks of any size of the plan."""
+        """Supported block sizes: multiples of 16, as in a plan."""
         return [MultipleOf(16)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Blocks outermost, so that groups of different sizes can share them."""
+        """Layout with blocks as the outermost dimension, so that groups of different sizes share the pool."""
         return (KVCacheLayout.BLHNC,)

@@ -1,4 +1,4 @@
-"""Sparse models of every family that is served: vLLM's own models with other attention."""
+"""Sparse versions of vLLM's models, for all supported families."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from rtpurbo.serving.vllm.layout import LayerHeads, heads_of_rank
 from rtpurbo.serving.vllm.refusals import check
 
 
-class Sparse(nn.Module):
-    """What makes a model of vLLM's sparse; comes before vLLM's class among the parents.
+class SparseModelMixin(nn.Module):
+    """Mixin that makes a vLLM model sparse; must precede vLLM's class among the bases.
 
     Args:
-        vllm_config: of the engine.
-        prefix: of the model's names.
+        vllm_config: configuration of the engine.
+        prefix: prefix of the model's names.
     """
 
-    # vLLM refuses by itself what these say.
+    # vLLM rejects these features because of the flags.
     supports_lora = False
     supports_pp = False
 
@@ -61,33 +61,33 @@ class Sparse(nn.Module):
         return loaded
 
 
-class RTPurboLlamaForCausalLM(Sparse, LlamaForCausalLM):
+class RTPurboLlamaForCausalLM(SparseModelMixin, LlamaForCausalLM):
     """Sparse Llama."""
 
 
-class RTPurboMistralForCausalLM(Sparse, MistralForCausalLM):
+class RTPurboMistralForCausalLM(SparseModelMixin, MistralForCausalLM):
     """Sparse Mistral."""
 
 
-class RTPurboQwen2ForCausalLM(Sparse, Qwen2ForCausalLM):
+class RTPurboQwen2ForCausalLM(SparseModelMixin, Qwen2ForCausalLM):
     """Sparse Qwen2."""
 
 
-class RTPurboQwen3ForCausalLM(Sparse, Qwen3ForCausalLM):
+class RTPurboQwen3ForCausalLM(SparseModelMixin, Qwen3ForCausalLM):
     """Sparse Qwen3."""
 
 
-class RTPurboQwen3MoeForCausalLM(Sparse, Qwen3MoeForCausalLM):
+class RTPurboQwen3MoeForCausalLM(SparseModelMixin, Qwen3MoeForCausalLM):
     """Sparse Qwen3 with mixtures of experts."""
 
 
 def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
-    """Replaces the attention of every layer in place, and makes the caches known to vLLM.
+    """Replaces the attention of every layer in place, and registers the caches with vLLM.
 
     Args:
-        model: the decoder of one of vLLM's models, on one rank.
-        vllm_config: of the engine.
-        prefix: of the model's names.
+        model: decoder of a vLLM model on one rank.
+        vllm_config: configuration of the engine.
+        prefix: prefix of the model's names.
     """
     hf_config = vllm_config.model_config.hf_config
     config = read_config(hf_config)
@@ -103,7 +103,7 @@ def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
         indexer = None
         if retrieval:
             indexer = _indexer(config, retrieval, rank, heads[number], features)
-        # It would else ask for a cache of its own.
+        # Otherwise vLLM would allocate a cache for it.
         del compilation.static_forward_context[original.attn.layer_name]
         layer.self_attn = ServedAttention(original, heads[number], config, indexer, number, caches)
         compilation.static_forward_context[layer.self_attn.name] = layer.self_attn
@@ -114,14 +114,14 @@ def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
 
 
 def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) -> list[int]:
-    """The dimensions of a head that indexers project, as in `rtpurbo.models.sparsify`."""
+    """Dimensions of a head that indexers project, as in `rtpurbo.models.sparsify`."""
     if config.indexer.index_space != "low_frequency":
         return list(range(head_dim))
     assert config.indexer.min_wavelength is not None
-    # The rotary embeddings of all families served are Llama's.
-    of_pairs = LlamaRotaryEmbedding(hf_config).inv_freq
+    # All supported families use the rotary embedding of Llama.
+    inverse = LlamaRotaryEmbedding(hf_config).inv_freq
     frequencies = torch.zeros(head_dim)
-    frequencies[: 2 * of_pairs.numel()] = of_pairs.repeat(2)
+    frequencies[: 2 * inverse.numel()] = inverse.repeat(2)
     return slow_dimensions(frequencies, config.indexer.min_wavelength, config.indexer.index_dim)
 
 
@@ -132,7 +132,7 @@ def _indexer(
     heads: LayerHeads,
     features: list[int],
 ) -> TokenIndexer:
-    """The indexer of a layer's retrieval heads on this rank, which loads its share of the weights."""
+    """Indexer of a layer's retrieval heads on this rank, which loads its part of the weights."""
     mine = [
         number for number, head in enumerate(retrieval) if head // heads.num_attention_heads == rank
     ]
@@ -145,15 +145,15 @@ def _indexer(
         dtype=torch.get_default_dtype(),
     )
     for parameter in indexer.parameters():
-        loader = partial(_load_share, mine=mine, num_retrieval_heads=len(retrieval))
+        loader = partial(_load_part, mine=mine, num_retrieval_heads=len(retrieval))
         set_weight_attrs(parameter, {"weight_loader": loader})
     return indexer
 
 
-def _load_share(
+def _load_part(
     parameter: nn.Parameter, loaded: Tensor, *, mine: list[int], num_retrieval_heads: int
 ) -> None:
-    """Copies the rows of this rank's retrieval heads, of a layer's [heads, index_dim, features]."""
+    """Copies the weights of this rank's retrieval heads from a layer's [heads, index_dim, features]."""
     expected = (num_retrieval_heads, *parameter.shape[1:])
     if loaded.shape != expected:
         raise RTPurboError(

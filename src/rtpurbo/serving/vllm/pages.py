@@ -1,6 +1,6 @@
-"""Tokens in blocks, and the batch of a step: what attention is given, free of vLLM's own types.
+"""Paged states and the batch of a step: inputs of attention, independent of vLLM's types.
 
-R requests, T rows of all requests together, D head_dim.
+R requests, T tokens (and queries) of all requests in a step, D head_dim.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rtpurbo.ops import KeyValueStates
 
 @dataclass(frozen=True)
 class Pages:
-    """A layer's share of a cache's blocks: views, [num_blocks, heads, block_size, dimensions]."""
+    """Views of one layer in the blocks of a cache, [num_blocks, heads, block_size, dimensions]."""
 
     keys: Tensor
     values: Tensor
@@ -26,24 +26,23 @@ class Pages:
 
     @property
     def block_size(self) -> int:
-        """Tokens in a block."""
+        """Tokens per block."""
         return self.keys.shape[2]
 
     def write(
         self, slots: Tensor, keys: Tensor, values: Tensor, index_keys: Tensor | None = None
     ) -> None:
-        """Stores tokens.
+        """Writes tokens.
 
         Args:
-            slots: int64 [T], block number times block size plus place in the block. Negative ones
-                belong to no request: they leave zeros in block 0, which is no request's. Tiles of
-                kernels may reach into it from a window, and find nothing that weights of 0 would not
-                take away.
+            slots: int64 [T], block number times block size plus place in the block. Negative slots
+                belong to no request; they write zeros to block 0, which belongs to none either. Tiles of
+                kernels may load from it with weight 0, so it must be finite.
             keys: [T, heads, D].
-            values: the same shape.
-            index_keys: [T, retrieval heads, index_dim]; None where the pages hold none.
+            values: same shape.
+            index_keys: [T, retrieval heads, index_dim]; None if the pages have none.
         """
-        nobody = (slots < 0)[:, None, None]
+        is_padding = (slots < 0)[:, None, None]
         slots = slots.clamp(min=0)
         blocks, places = slots // self.block_size, slots % self.block_size
         for pages, states in (
@@ -52,17 +51,17 @@ class Pages:
             (self.index_keys, index_keys),
         ):
             if pages is not None and states is not None:
-                pages[blocks, :, places] = states.masked_fill(nobody, 0).to(pages.dtype)
+                pages[blocks, :, places] = states.masked_fill(is_padding, 0).to(pages.dtype)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Heads of a layer that lie in one piece of each block.
+    """Contiguous part of a block: keys, values or index keys of one layer.
 
     Attributes:
-        heads: their number.
+        heads: number of heads.
         size: elements of a token of one head.
-        dtype: of the elements.
+        dtype: dtype of the elements.
     """
 
     heads: int
@@ -71,16 +70,16 @@ class Part:
 
     @property
     def token_bytes(self) -> int:
-        """Of all heads."""
+        """Bytes of a token in all heads."""
         return self.heads * self.size * self.dtype.itemsize
 
 
 def divide(blocks: Tensor, parts: Mapping[int, tuple[Part, ...]]) -> dict[int, Pages]:
-    """Each layer's share of a cache's blocks.
+    """Divides the blocks of a cache into views per layer.
 
     Args:
-        blocks: [num_blocks, 1, block_size, elements], where the bytes of a block follow each other.
-        parts: of each layer keys, values and perhaps index keys; they lie in a block in this order.
+        blocks: [num_blocks, 1, block_size, elements], contiguous within each block.
+        parts: keys, values and possibly index keys of each layer, in their order in a block.
     """
     block_size = blocks.shape[2]
     raw = blocks.view(torch.uint8).flatten(1)
@@ -98,19 +97,19 @@ def divide(blocks: Tensor, parts: Mapping[int, tuple[Part, ...]]) -> dict[int, P
 
 @dataclass
 class Batch:
-    """A step's requests, some of which may be padding without rows, as one group's caches hold them.
+    """Requests of a step, with the block table of one group; some may be padding without queries.
 
     Attributes:
-        starts: where each request's rows begin, R + 1 numbers.
+        starts: first query of each request and the end of the last one, R + 1 numbers.
         lengths: tokens of each request after this step, R numbers.
-        prompt_lengths: of each request, R numbers: rows from there on select.
+        prompt_lengths: prompt tokens of each request, R numbers: later queries select.
         block_table: int32 [R, blocks].
-        slots: int64 [rows], where each row's token goes; negative for padding.
-        device_lengths: int32 [R], the lengths where the block table is.
-        device_prompt_lengths: int32 [R], likewise; wanted where `uniform`.
-        uniform: every request has one row, or none and no tokens. Tensors alone tell what is to be done,
-            so that it can become a graph, to be replayed when they hold another step.
-        division: what a path works out from all this once a step.
+        slots: int64 [T], slot of each token; negative for padding.
+        device_lengths: int32 [R], lengths on the device.
+        device_prompt_lengths: int32 [R], prompt lengths on the device; required if `uniform`.
+        uniform: every request has one query, or neither queries nor tokens. Attention then depends on device
+            tensors alone, so that it can be captured in a CUDA graph.
+        step_queries: queries by kernel, cached by `cuda`.
     """
 
     starts: list[int]
@@ -121,38 +120,37 @@ class Batch:
     device_lengths: Tensor
     device_prompt_lengths: Tensor | None = None
     uniform: bool = False
-    division: object = None
+    step_queries: object = None
 
     def requests(self) -> Iterator[tuple[int, int, int, int]]:
-        """Each request that has rows: its number, its first row, the one behind its last, its length."""
+        """Yields index, first query, end of the queries (exclusive) and length of each request with queries."""
         for request, (start, end) in enumerate(pairwise(self.starts)):
             length = self.lengths[request]
-            if start < end and end - start <= length:  # the others are padding
+            if start < end and end - start <= length:  # others are padding
                 yield request, start, end, length
 
-    def num_selecting_rows(self, request: int, rule: AttentionRule) -> int:
-        """How many of a request's last rows select.
+    def num_selecting_queries(self, request: int, rule: AttentionRule) -> int:
+        """Number of last queries of a request that select.
 
-        What was generated selects, whether it is computed for the first time or again after the
-        request had to give its blocks back; the prompt is dense under `prefill_mode` dense, in
-        whatever chunks it comes.
+        Generated tokens select, also when they are recomputed after a preemption. With `prefill_mode` dense, the
+        prompt is dense, however it is chunked.
         """
-        rows = self.starts[request + 1] - self.starts[request]
+        num_queries = self.starts[request + 1] - self.starts[request]
         if rule.prefill_mode != "dense":
-            return rows
-        return max(0, min(rows, self.lengths[request] - self.prompt_lengths[request]))
+            return num_queries
+        return max(0, min(num_queries, self.lengths[request] - self.prompt_lengths[request]))
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What a layer has in one group: its pages, and the batch with the group's block table."""
+    """Pages of a layer in one group, and the batch with the block table of the group."""
 
     pages: Pages
     batch: Batch
 
 
 def no_states(like: Tensor, batch_size: int) -> KeyValueStates:
-    """States without heads, for so many sequences of queries [..., D]."""
+    """States without heads for `batch_size` sequences, in dtype, device and head_dim of `like` [..., D]."""
     empty = like.new_empty(batch_size, 0, 0, like.shape[-1])
     positions = torch.empty(batch_size, 0, dtype=torch.int64, device=like.device)
     return KeyValueStates(empty, empty, positions)

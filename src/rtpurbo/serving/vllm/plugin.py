@@ -1,7 +1,7 @@
-"""What vLLM calls when it starts, in every process, whichever model it serves.
+"""Entry point of the vLLM plugin, called at start-up in every process and for every model.
 
-So nothing is done here but to tell names. The modules behind them are imported when a sparse model is
-asked for, and nothing that goes wrong here may keep another model from being served.
+It only registers names: modules are imported when a sparse model is loaded, and errors must not keep other models
+from being served.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ ARCHITECTURES = (
     "RTPurboQwen3ForCausalLM",
     "RTPurboQwen3MoeForCausalLM",
 )
-"""What exported checkpoints call their architecture; `MODELS` has a class of each name."""
+"""Architectures in the config.json of exported checkpoints; `MODELS` has a class of each name."""
 
 logger = logging.getLogger(__name__)
 
 
 class ConfigCheck:
-    """What vLLM asks about its settings before it loads anything of a sparse model."""
+    """Check of vLLM's settings before a sparse model is loaded."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: object) -> None:
-        """Nothing to say about the model alone."""
+        """Does nothing: the settings are checked as a whole."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: object) -> None:
-        """Refuses settings that sparse models cannot be served with.
+        """Rejects settings that sparse models do not support.
 
         Raises:
-            RTPurboError: there is one.
+            RTPurboError: a setting is not supported.
         """
         from rtpurbo.serving.vllm.refusals import check
 
@@ -42,7 +42,7 @@ class ConfigCheck:
 
 
 def register() -> None:
-    """Makes sparse models known to vLLM; entry point of the group `vllm.general_plugins`."""
+    """Registers sparse models with vLLM; entry point of the group `vllm.general_plugins`."""
     try:
         from vllm.model_executor.models import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -53,4 +53,4 @@ def register() -> None:
                 ModelRegistry.register_model(name, f"{MODELS}:{name}")
                 MODELS_CONFIG_MAP[name] = ConfigCheck
     except Exception:
-        logger.exception("rtpurbo cannot make its sparse models known to this version of vLLM.")
+        logger.exception("rtpurbo cannot register its sparse models with this version of vLLM.")

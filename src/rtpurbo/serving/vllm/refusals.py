@@ -1,4 +1,4 @@
-"""What sparse models cannot be served with, each said in one sentence before the model is loaded."""
+"""Settings of vLLM that sparse models do not support, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, takes_head_dim
+from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, supports_head_dim
 from rtpurbo.serving.vllm.checkpoint import read_config
 from rtpurbo.serving.vllm.layout import heads_of_rank
 from rtpurbo.serving.vllm.versions import check_version
 
 
 def check(config: VllmConfig) -> None:
-    """Refuses settings or a checkpoint that cannot be served.
+    """Rejects unsupported settings and checkpoints.
 
     Raises:
         RTPurboError: the version of vLLM, the checkpoint or a setting is not supported.
@@ -31,13 +31,13 @@ def check(config: VllmConfig) -> None:
 
 
 def refusals(config: VllmConfig) -> Iterator[str]:
-    """Why a sparse model cannot be served with these settings; nothing if it can."""
+    """Yields the reasons for which a sparse model cannot be served with these settings."""
     parallel, cache = config.parallel_config, config.cache_config
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         yield "sparse models are served on NVIDIA GPUs and on CPUs: choose such a machine."
     head_dim, dtype = config.model_config.get_head_size(), config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
-    if current_platform.is_cuda() and not takes_head_dim(head_dim, dtype):
+    if current_platform.is_cuda() and not supports_head_dim(head_dim, dtype):
         yield (
             f"the kernels take heads of up to {MAX_HEAD_DIM} dimensions in multiples of 16 "
             f"bytes, but the model's have {head_dim}: serve it with transformers."

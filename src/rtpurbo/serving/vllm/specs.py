@@ -1,9 +1,8 @@
-"""A cache that keeps the first tokens and a recent window, told to vLLM.
+"""Cache spec and manager for sinks and window in vLLM.
 
-vLLM's own sliding window forgets the first tokens, and looks for a prefix in its cache without them. The
-manager here keeps the blocks of the sinks from the first token to the last, and takes a prefix from the
-cache only if they are there. The spec is not vLLM's `SlidingWindowSpec`, because vLLM divides
-and promotes those by rules of its own.
+vLLM's sliding window frees the first tokens, and its prefix caching does not require them. The manager here keeps the
+blocks of the sinks for the lifetime of a request, and reuses a cached prefix only if they are cached. The spec is
+not a subclass of vLLM's `SlidingWindowSpec`, which vLLM splits and promotes by rules of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-# Whoever registers first in a process would else leave the built-in specs out.
+# Otherwise the first registration in a process would prevent that of the built-in specs.
 KVCacheSpecRegistry._ensure_registered()
 
 
@@ -29,8 +28,8 @@ class SinkWindowManager(SlidingWindowManager):
     kv_cache_spec: SinkWindowSpec
 
     def __init__(self, kv_cache_spec: SinkWindowSpec, **options: Any) -> None:
-        # vLLM tells this bound to managers of its own specs only. Without it a prompt whose blocks
-        # exceed the pool while it is read would never be let in.
+        # vLLM passes this bound to managers of its own specs only. Without it, a prompt whose blocks would
+        # exceed the pool if none were freed is never admitted.
         options["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks
         super().__init__(kv_cache_spec, **options)
 
@@ -47,13 +46,13 @@ class SinkWindowManager(SlidingWindowManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The longest cached prefix whose sinks and whose last window are all there.
+        """Longest cached prefix whose sinks and last window are cached.
 
         Returns:
-            For each group the prefix's blocks, null where none is needed, and its length in tokens.
+            Blocks of the prefix per group, null blocks where none is needed, and its length in tokens.
         """
         assert isinstance(kv_cache_spec, SinkWindowSpec)
-        assert not drop_eagle_block, "speculative decoding is refused at start"
+        assert not drop_eagle_block, "speculative decoding is rejected at start"
         block_size = kv_cache_spec.block_size
         block_hashes = resolve_block_hashes(
             block_hashes, block_pool.hash_block_size, block_size, alignment_tokens=alignment_tokens
@@ -94,7 +93,7 @@ class SinkWindowManager(SlidingWindowManager):
 
     @classmethod
     def reachable_block_mask(cls, *arguments: Any, **options: Any) -> None:
-        """Every block may serve a prefix one day: none is left out of the cache."""
+        """Returns None: every block may be reused for a prefix."""
         return
 
     def get_num_blocks_to_allocate(
@@ -106,7 +105,7 @@ class SinkWindowManager(SlidingWindowManager):
         *arguments: Any,
         **options: Any,
     ) -> int:
-        """Counts cached sinks too, which leave the queue of free blocks when they are taken."""
+        """Number of blocks to allocate, with cached sinks, which leave the queue of free blocks when reused."""
         number = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -126,14 +125,14 @@ class SinkWindowManager(SlidingWindowManager):
         *arguments: Any,
         **options: Any,
     ) -> None:
-        """Keeps cached sinks where the window alone would leave them out."""
+        """Adds computed blocks, with cached sinks that the window alone would skip."""
         sinks = list(new_computed_blocks[: self.kv_cache_spec.num_sink_blocks])
         super().add_local_computed_blocks(request_id, new_computed_blocks, *arguments, **options)
-        held = self.req_to_blocks[request_id]
+        request_blocks = self.req_to_blocks[request_id]
         for number, block in enumerate(sinks):
-            if held[number].is_null and not block.is_null:
+            if request_blocks[number].is_null and not block.is_null:
                 self.block_pool.touch([block])
-                held[number] = block
+                request_blocks[number] = block
 
     def remove_skipped_blocks(
         self,
@@ -141,7 +140,7 @@ class SinkWindowManager(SlidingWindowManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Gives back the blocks between sinks and window."""
+        """Frees the blocks between sinks and window."""
         skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
         end = min(skipped, len(self.req_to_blocks[request_id]))
         self._remove_blocks_in_range(request_id, self.kv_cache_spec.num_sink_blocks, end)
@@ -150,14 +149,14 @@ class SinkWindowManager(SlidingWindowManager):
 @register_kv_cache_spec(manager_class=SinkWindowManager)
 @dataclass(frozen=True, kw_only=True)
 class SinkWindowSpec(AttentionSpec):
-    """What a group keeps of each request: its first tokens and the last ones.
+    """Spec of a group that keeps the first and the most recent tokens of each request.
 
     Attributes:
-        sliding_window: tokens of the window, the last one counted.
-        num_sink_tokens: first tokens.
-        group: groups of different numbers are kept apart.
-        max_blocks: blocks that a request holds at the most.
-        extra_retained_tokens: for vLLM's manager; none.
+        sliding_window: tokens of the window, including the last one.
+        num_sink_tokens: first tokens that are kept.
+        group: number of the group; groups are not merged.
+        max_blocks: largest number of blocks of a request.
+        extra_retained_tokens: required by vLLM's manager; 0.
     """
 
     sliding_window: int
@@ -168,20 +167,20 @@ class SinkWindowSpec(AttentionSpec):
 
     @property
     def num_sink_blocks(self) -> int:
-        """Blocks that hold the sinks."""
+        """Blocks with sinks."""
         return -(-self.num_sink_tokens // self.block_size)
 
     @property
     def num_window_blocks(self) -> int:
-        """Whole blocks before a token of which its window may need something."""
+        """Largest number of blocks before a token's own block that its window may reach into."""
         return -(-(self.sliding_window - 1) // self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Of one request."""
+        """Largest number of bytes of one request."""
         return self.max_blocks * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether all of these may share a block table."""
+        """Returns True if all specs may share a block table."""
         return all(
             isinstance(spec, SinkWindowSpec) and spec.group == self.group
             for spec in kv_cache_specs.values()

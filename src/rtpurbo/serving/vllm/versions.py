@@ -1,18 +1,18 @@
-"""Which versions of vLLM the plugin was tested with. Its interfaces to caches move between minors."""
+"""Versions of vLLM that the plugin is tested with: cache interfaces change between minor versions."""
 
 from __future__ import annotations
 
 from rtpurbo.errors import RTPurboError
 
 TESTED = ("0.32",)
-"""Minor versions, such as "0.32"."""
+"""Minor versions, as in "0.32"."""
 
 
 def check_version(version: str) -> None:
-    """Refuses a vLLM that the plugin was not tested with.
+    """Rejects versions of vLLM that the plugin was not tested with.
 
     Args:
-        version: as `vllm.__version__` tells it.
+        version: `vllm.__version__`.
 
     Raises:
         RTPurboError: its minor version is not one of `TESTED`.

@@ -8,7 +8,7 @@ import torch
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics
 from rtpurbo.ops.triton.decode.attention import decode_attention
-from rtpurbo.ops.triton.decode.launch import new_counters
+from rtpurbo.ops.triton.decode.workspace import zero_histograms
 from tests import oracles
 from tests.ops.triton.decode_support import Step, paged
 from tests.ops.triton.support import DEVICE, DTYPES
@@ -90,7 +90,7 @@ def test_index_keys_of_another_number_of_heads_are_refused():
     step = Step.build(90, RULE, (0, 1, 2), dtype=torch.float16, key_value_heads=2)
     full = step.arguments[1]
     step.arguments[1] = replace(full, index_keys=full.index_keys[:, :1])
-    with pytest.raises(ValueError, match="of 1 heads, but must be of 3 retrieval heads or of 2 KV"):
+    with pytest.raises(ValueError, match="index keys have 1 heads: expected 3"):
         step.run()
 
 
@@ -142,7 +142,7 @@ def test_states_may_be_views_of_any_stride(retrieval_heads):
     def restrided(tensor):
         return tensor.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
 
-    full, bounded = (
+    full, windowed = (
         replace(
             states,
             keys=restrided(states.keys),
@@ -152,7 +152,7 @@ def test_states_may_be_views_of_any_stride(retrieval_heads):
         for states in step.arguments[1:3]
     )
     queries = step.arguments[0].transpose(2, 3).contiguous().transpose(2, 3)
-    arguments = [queries, full, bounded, *step.arguments[3:]]
+    arguments = [queries, full, windowed, *step.arguments[3:]]
     assert torch.equal(step.replaced(arguments=arguments).run()[0], expected)
 
 
@@ -208,23 +208,23 @@ def test_statistics_count_what_was_read(changes):
     expected = SelectionStatistics()
     expected.add(far, step.selected(selection))
     assert counted == expected
-    assert counted.rows == 4
+    assert counted.queries == 4
 
 
 def test_what_does_not_fit_is_refused():
     step = Step.build(60, RULE, dtype=torch.float16)
-    queries, full, bounded, layout, index_queries = step.arguments
+    queries, full, windowed, layout, index_queries = step.arguments
 
     def refuses(reason, rule=RULE, **changes):
         given = {"query_states": queries, "full": full, "index_queries": index_queries, **changes}
         with pytest.raises(ValueError, match=reason):
-            decode_attention(bounded=bounded, layout=layout, rule=rule, scaling=1.0, **given)
+            decode_attention(windowed=windowed, layout=layout, rule=rule, scaling=1.0, **given)
 
     refuses("one query token", query_states=queries.expand(-1, -1, 2, -1))
     refuses("at most 256", query_states=queries.repeat(1, 1, 1, 17))
     refuses("contiguous elements", full=replace(full, keys=full.keys.mT.contiguous().mT))
     refuses("need index queries", index_queries=None)
-    refuses("no known order", full=replace(full, in_order=False))
+    refuses("order of the keys is unknown", full=replace(full, in_order=False))
     blocks = replace(RULE, granularity="block", block_size=2048, sliding_window=4096)
     refuses("block_size is 2048", rule=blocks)
 
@@ -246,26 +246,36 @@ def test_long_sequences_on_a_gpu(dtype, reading, granularity):
 @pytest.mark.parametrize("heads", [(0, 1, 2, 3), (2,), ()], ids=str)
 def test_counters_are_left_as_they_were_found(reading, heads):
     step = Step.build(300, replace(RULE, reading=reading), heads, dtype=DTYPES[0], padding=(0, 40))
-    queries, full, bounded, layout, index_queries = step.arguments
-    counters = new_counters(2 * len(heads), queries.device)
-    for states in (full, replace(full, counters=counters), replace(full, counters=counters)):
+    queries, full, windowed, layout, index_queries = step.arguments
+    histogram_workspace = zero_histograms(2 * len(heads), queries.device)
+    for states in (
+        full,
+        replace(full, histogram_workspace=histogram_workspace),
+        replace(full, histogram_workspace=histogram_workspace),
+    ):
         output, _ = decode_attention(
-            queries, states, bounded, layout, index_queries, step.rule, scaling=step.problem.scaling
+            queries,
+            states,
+            windowed,
+            layout,
+            index_queries,
+            step.rule,
+            scaling=step.problem.scaling,
         )
         if states is full:
             alone = output
         assert torch.equal(output, alone)
-        assert not counters.any()
+        assert not histogram_workspace.any()
 
 
 @pytest.mark.gpu
 def test_a_step_can_be_captured_and_replayed_as_sequences_grow():
     step = Step.build(4000, RULE, (0, 1, 2, 3), dtype=torch.float16)
-    queries, full, bounded, layout, index_queries = step.arguments
+    queries, full, windowed, layout, index_queries = step.arguments
     length = torch.tensor([4000], dtype=torch.int32, device=DEVICE)
     options = {"scaling": step.problem.scaling, "return_log_sum_exp": True}
-    grown = replace(full, length=length, counters=new_counters(4, queries.device))
-    arguments = (queries, grown, bounded, layout, index_queries, RULE)
+    grown = replace(full, length=length, histogram_workspace=zero_histograms(4, queries.device))
+    arguments = (queries, grown, windowed, layout, index_queries, RULE)
     decode_attention(*arguments, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

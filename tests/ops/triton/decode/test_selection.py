@@ -1,4 +1,4 @@
-"""What a decoding step selects lies between two selections: what its levels of scores leave open."""
+"""Selections of a decode step, held between the bounds that the quantisation of scores leaves open."""
 
 import math
 from dataclasses import replace
@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.triton.decode import launch as decode_launch
-from rtpurbo.ops.triton.decode import levels as decode_levels
+from rtpurbo.ops.triton.decode import histogram, selected_attention, workspace
+from rtpurbo.ops.triton.decode import top_p as top_p_selection
 from tests import oracles
 from tests.ops.triton.decode_support import Step
 from tests.ops.triton.support import DEVICE
 
 pytestmark = pytest.mark.kernels
 
-WIDTH = decode_levels.LEVEL_WIDTH.value
-FINE_DEPTH = (decode_levels.FINE_CELLS.value - 1) * WIDTH
-COARSE_WIDTH = decode_levels.COARSE_STEP.value * WIDTH
+WIDTH = histogram.LEVEL_WIDTH.value
+FINE_DEPTH = (histogram.FINE_CELLS.value - 1) * WIDTH
+COARSE_WIDTH = histogram.COARSE_STEP.value * WIDTH
 RULE = AttentionRule(num_sink_tokens=2, sliding_window=16, block_size=8, min_tokens=0, top_p=0.7)
 
 
@@ -72,7 +72,7 @@ class Estimates:
         left = self.most.sum() - sums_above(self.scores + 1.01 * WIDTH, self.counted_at, self.most)
         return surely, (1 - share) * (read + 0.999 * near) < share * left
 
-    def heaviest(self, count):
+    def top_k(self, count):
         """Entries that surely are among so many, and those that may be."""
         surely = sums_above(self.scores - 0.01 * WIDTH, self.scores, self.size) <= count
         return surely, sums_above(self.scores + 1.01 * WIDTH, self.counted_at, self.size) < count
@@ -103,7 +103,7 @@ def bounds(step, row, head):
         shares = [rule.top_p * (mass.sum() > least) for mass in (judged.least, judged.most)]
         near_mass = 0.0
     must, may = (judged.needed(near_mass, share)[which] for which, share in enumerate(shares))
-    floor_must, floor_may = Estimates(far_scores).heaviest(-(-rule.min_tokens // block))
+    floor_must, floor_may = Estimates(far_scores).top_k(-(-rule.min_tokens // block))
     has_mass = mass_in_fp32(far_scores) > 0
     return tuple(
         set(np.flatnonzero(entries & has_mass).tolist())
@@ -198,14 +198,14 @@ def test_how_work_is_shared_does_not_matter(monkeypatch, reading, granularity):
     rule = replace(RULE, granularity=granularity, reading=reading, min_tokens=50)
     step = Step.build(1500, rule, (0, 3), dtype=torch.float32, padding=(0, 700))
     check_bounds(step)
-    for name, size in {
-        "CHUNK_TOKENS": 256,
-        "SEGMENTS": 3,
-        "LEAST_SEGMENT": 16,
-        "LISTED_TOGETHER": 64,
-        "FAR_TOKENS": 100,
-    }.items():
-        monkeypatch.setattr(decode_launch, name, size)
+    for module, name, size in (
+        (workspace, "CHUNK_TOKENS", 256),
+        (workspace, "SEGMENTS", 3),
+        (workspace, "MIN_SEGMENT_ENTRIES", 16),
+        (top_p_selection, "COMPACTED_ENTRIES", 64),
+        (selected_attention, "TOKENS_PER_PROGRAM", 100),
+    ):
+        monkeypatch.setattr(module, name, size)
     check_bounds(step)
     step.check()
 
@@ -238,22 +238,22 @@ def test_index_keys_in_float8_lose_little_mass(granularity):
 @triton.jit
 def cells_kernel(cells, deepest, count: tl.constexpr):
     depths = tl.arange(0, count)
-    entry_cells = decode_levels.cell_of(depths)
+    entry_cells = histogram.cell_of(depths)
     tl.store(cells + depths, entry_cells)
-    tl.store(deepest + depths, decode_levels.deepest_of(entry_cells))
+    tl.store(deepest + depths, histogram.deepest_of(entry_cells))
 
 
 def test_cells_reach_as_deep_as_there_is_mass():
-    size = decode_levels.DEPTH_WIDTH.value
+    size = histogram.DEPTH_WIDTH.value
     cells, deepest = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
     cells_kernel[(1,)](cells, deepest, size)
     depths = torch.arange(size, device=DEVICE)
-    fine = decode_levels.FINE_CELLS.value
+    fine = histogram.FINE_CELLS.value
     assert (cells.diff() >= 0).all()
     assert (deepest >= depths).all()
     assert torch.equal(deepest[:fine].long(), depths[:fine])
-    assert (deepest - depths).max() < decode_levels.COARSE_STEP.value
-    assert cells[decode_levels.DEPTH.value] < decode_levels.CELLS.value
+    assert (deepest - depths).max() < histogram.COARSE_STEP.value
+    assert cells[histogram.DEPTH.value] < histogram.CELLS.value
 
 
 @pytest.mark.gpu

@@ -94,7 +94,7 @@ def test_lists_equal_the_portable_kernel(dtype, head_dim, row_share, q_len, k_le
     for kernels in (hopper, portable):
         output, sums = near_output.clone(), near_sums.clone()
         for row, lists in chunks:
-            kernels.listed_attention(
+            kernels.block_sparse_attention(
                 queries, states, table, starts, lists, row, 4, 0.1, output, sums
             )
         results.append((output, sums))

@@ -7,7 +7,7 @@ import torch
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.triton.heads import HeadTable, query_starts
-from rtpurbo.ops.triton.prefill.portable import listed_attention, window_attention
+from rtpurbo.ops.triton.prefill.portable import block_sparse_attention, window_attention
 from rtpurbo.ops.triton.prefill.scoring import block_lists
 from tests import oracles
 from tests.ops.triton.support import (
@@ -92,7 +92,7 @@ def test_block_lists_and_what_they_add(
     chunks = block_lists(index_queries, states, table, starts, sums.clone(), rule)
     for row, lists in chunks:
         mark(listed[:, :, row // 32 :], lists)
-        listed_attention(
+        block_sparse_attention(
             problem.queries, states, table, starts, lists, row, 3, problem.scaling, output, sums
         )
     heads = layout.retrieval.heads.cpu()
@@ -105,8 +105,8 @@ def test_block_lists_and_what_they_add(
     mask = near.clone()
     mask[:, heads] |= in_list
     kept = oracles.replace(
-        problem, queries=problem.queries[:, heads], keys=problem.keys[:, problem.readers[heads]],
-        values=problem.values[:, problem.readers[heads]],
+        problem, queries=problem.queries[:, heads], keys=problem.keys[:, problem.kv_head_index[heads]],
+        values=problem.values[:, problem.kv_head_index[heads]],
     )  # fmt: skip
     assert_as_exact_as_eager(kept, mask[:, heads], output[:, heads], sums[:, heads])
 

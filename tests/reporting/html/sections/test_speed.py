@@ -111,3 +111,6 @@ def test_captions_name_device_dtype_and_density():
     where = "random weights, forced density 3.0 %; a GPU, dtype not recorded, speed.json"
     assert page.text("span").count(where) == len(page.attributes("caption")) == 4
     assert page.text("small").count(where) == len(page.attributes("figure")) == 2
+    recorded = [replace(record, dtype="bfloat16") for record in speed_records()]
+    page = Page(render(speed_section(sources(recorded)).blocks))
+    assert page.text("span").count("a GPU, bfloat16, speed.json") == 4

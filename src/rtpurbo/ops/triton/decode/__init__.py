@@ -1,1 +1,1 @@
-"""A decoding step of a whole layer; `attention` is the door."""
+"""Decode step of a layer: one query token per sequence; the entry point is `attention`."""

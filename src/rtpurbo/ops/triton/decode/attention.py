@@ -1,13 +1,13 @@
-"""A decoding step of a whole layer: one query token a sequence, in four launches.
+"""Decode step of a layer: one query token per sequence, in four kernels.
 
-1. `read`: sinks and window of every head; and of the far keys, the indexer's scores, and how many
-   have which;
-2. `select`: the lowest score to read that follows from this, and the keys from there on;
-3. `far`: attention over these;
-4. `merge`: the parts of each head become one.
+1. `window_and_scores`: window attention of every head, and index scores of the far keys with their histogram;
+2. `top_p`: selection of the far keys from the histogram;
+3. `selected_attention`: attention over the selected keys;
+4. `combine`: split-K combine of the partial results.
 
-What the first one counts in is zeros before, and the last one leaves zeros there; where the caller
-keeps no counters, a fill precedes them.
+The first kernel expects a zeroed histogram, and the last one zeroes it again. Without a histogram workspace
+from the caller, a fill precedes the step. Grids and memory depend on shapes alone, so a step can be captured
+in a CUDA graph and replayed while the sequences grow within the capacity of the cache.
 
 B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
 """
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
-from rtpurbo.ops.triton.decode.launch import merge, read, read_far, select
-from rtpurbo.ops.triton.decode.states import FullStates, Selection
+from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates, SelectionStatistics
+from rtpurbo.ops.triton.decode.combine import combine_splits
+from rtpurbo.ops.triton.decode.selected_attention import selected_attention
+from rtpurbo.ops.triton.decode.top_p import select_top_p
+from rtpurbo.ops.triton.decode.window_and_scores import window_and_scores
+from rtpurbo.ops.triton.decode.workspace import FullStates, Selection
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
 
 MAX_BLOCK_SIZE = 1024
@@ -32,7 +34,7 @@ MAX_BLOCK_SIZE = 1024
 def decode_attention(
     query_states: Tensor,
     full: KeyValueStates | PagedStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -42,33 +44,33 @@ def decode_attention(
     return_log_sum_exp: bool = False,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Retrieval heads over selected keys, local heads over sinks and window, for one query token.
+    """Head-wise attention of one query token per sequence.
 
-    It equals `rtpurbo.ops.eager.headwise.headwise_attention` but for one thing: the selection is
-    rounded up to a whole level of scores (`levels`, `threshold`).
+    Equals `rtpurbo.ops.eager.headwise.headwise_attention`, except that the selection is rounded up to a whole
+    level of scores (`top_p`).
 
     Args:
         query_states: [B, H, 1, D], after RoPE; the last token of each sequence.
-        full: states of the KV heads kept whole, with index keys for the retrieval heads. Where a token
-            lies is told by `first_slots`, and how many slots are in use by `length`; `positions` are
-            not read. What is not in use may hold anything. Index keys may be in float8_e4m3fn: half
-            as much to read, for scores that are some 3 % off.
-        bounded: states of the other KV heads, found by their `positions`.
-        layout: which head does what.
-        index_queries: [B, R, 1, I]; None if no head retrieves.
+        full: cache of the full KV heads, with index keys of the retrieval heads. `first_slots` maps positions
+            to slots and `length` gives the slots in use; `positions` are not read. Unused slots may be
+            uninitialised. Index keys may be float8_e4m3fn: half the bytes, for scores with an error of
+            some 3 %.
+        windowed: cache of the windowed KV heads, addressed by `positions`.
+        layout: query heads by kind.
+        index_queries: [B, R, 1, I]; None without retrieval heads.
         rule: windows and selection.
         scaling: factor on the dot products.
-        statistics: counts what retrieval heads select, if given; this waits for the GPU.
-        return_log_sum_exp: whether to return it.
-        sinks: learned sinks [H], which the selection counts as near.
+        statistics: accumulates the selected keys; synchronises with the GPU.
+        return_log_sum_exp: also return the log-sum-exp.
+        sinks: learned sinks [H], part of the window's mass in the selection.
 
     Returns:
         Output [B, H, 1, D] and the log-sum-exp [B, H, 1] or None.
     """
-    output, log_sum_exp, _ = run_step(
+    output, log_sum_exp, _ = decode_step(
         query_states,
         full,
-        bounded,
+        windowed,
         layout,
         index_queries,
         rule,
@@ -80,10 +82,10 @@ def decode_attention(
     return output, log_sum_exp
 
 
-def run_step(
+def decode_step(
     query_states: Tensor,
     full: KeyValueStates | PagedStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -92,24 +94,33 @@ def run_step(
     return_log_sum_exp: bool = False,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Selection | None]:
-    """A step and what it selected: None if everything far is read, or if no head retrieves."""
+    """`decode_attention` and its selection; None if all far keys are read or no head retrieves."""
     states = _full_states(full, query_states.shape[0])
-    _check(query_states, states, bounded, layout, index_queries, rule)
+    _check(query_states, states, windowed, layout, index_queries, rule)
     queries = query_states if query_states.stride(-1) == 1 else query_states.contiguous()
     if index_queries is not None and index_queries.stride(-1) != 1:
         index_queries = index_queries.contiguous()
     selection = None
     with torch.cuda.device_of(queries):
-        near, index = read(queries, states, bounded, layout, index_queries, rule, scaling)
+        window, scores = window_and_scores(
+            queries, states, windowed, layout, index_queries, rule, scaling
+        )
         if sinks is not None:
-            near = near.with_sinks(sinks)
-        far = near
+            window = window.with_sinks(sinks)
+        selected = window
         if len(layout.retrieval):
             if rule.top_p < 1:
-                selection = select(queries, states, layout, rule, near, index)
-            far = read_far(queries, states, layout, rule, scaling, selection)
-        counters = states.counters if index.histogram is states.counters else None
-        output, log_sum_exp = merge(queries, layout, near, far, counters, return_log_sum_exp)
+                selection = select_top_p(queries, states, layout, rule, window, scores)
+            selected = selected_attention(queries, states, layout, rule, scaling, selection)
+        workspace = states.histogram_workspace
+        output, log_sum_exp = combine_splits(
+            queries,
+            layout,
+            window,
+            selected,
+            workspace if scores.histogram is workspace else None,
+            return_log_sum_exp,
+        )
     if statistics is not None and len(layout.retrieval):
         _count(statistics, states, rule, selection, queries.shape[0], len(layout.retrieval))
     return output, log_sum_exp, selection
@@ -122,9 +133,9 @@ def _full_states(full: KeyValueStates | PagedStates, batch: int) -> FullStates:
         return FullStates.of_states(full)
     if full.keys.shape[1]:
         raise ValueError(
-            "keys lie in no known order: a decoding step needs first_slots or in_order."
+            "the order of the keys is unknown: a decode step needs first_slots or in_order."
         )
-    # Without a full KV head, all that is wanted of these states is the position of the query.
+    # Without full KV heads, only the position of the query is needed from these states.
     length = torch.full_like(full.positions[:1, 0], full.keys.shape[2])
     if full.length is not None:
         length = full.length.long()
@@ -136,7 +147,7 @@ def _full_states(full: KeyValueStates | PagedStates, batch: int) -> FullStates:
 def _check(
     query_states: Tensor,
     full: FullStates,
-    bounded: KeyValueStates,
+    windowed: KeyValueStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -144,7 +155,7 @@ def _check(
     head_dim = query_states.shape[-1]
     if query_states.shape[2] != 1:
         raise ValueError(
-            f"a decoding step has one query token a sequence, not {query_states.shape[2]}."
+            f"a decode step takes one query token per sequence, not {query_states.shape[2]}."
         )
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}, but the kernels take at most {MAX_HEAD_DIM}.")
@@ -152,10 +163,10 @@ def _check(
         raise ValueError(
             f"block_size is {rule.block_size}, but the kernels take at most {MAX_BLOCK_SIZE}."
         )
-    for states in (full.keys, full.values, bounded.keys, bounded.values):
+    for states in (full.keys, full.values, windowed.keys, windowed.values):
         if states.numel() and (states.shape[-1] != head_dim or states.stride(-1) != 1):
             raise ValueError(
-                f"keys and values must have {head_dim} contiguous elements a token, as queries have; "
+                f"keys and values must have {head_dim} contiguous elements per token, as queries have; "
                 f"got {states.shape[-1]} with stride {states.stride(-1)}."
             )
     if len(layout.retrieval) and (index_queries is None or full.index_keys is None):
@@ -170,7 +181,7 @@ def _count(
     batch: int,
     num_retrieval: int,
 ) -> None:
-    """Adds what the step read to `statistics`."""
+    """Adds the keys that the step read to `statistics`."""
     positions = torch.arange(full.capacity, device=full.keys.device)
     far = positions <= full.query_positions(batch)[:, None] - rule.near_window
     far &= positions >= rule.num_sink_tokens

@@ -1,1 +1,1 @@
-"""Attention of many query rows; `rtpurbo.ops.triton.headwise` joins the parts."""
+"""Prefill attention; combined by `rtpurbo.ops.triton.headwise`."""

@@ -1,4 +1,4 @@
-"""The launches of `portable` once more, for the kernel in `hopper_kernel`."""
+"""Prefill attention on Hopper GPUs (`hopper_kernel`); same interface as `portable`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rtpurbo.ops.triton.prefill.hopper_kernel import hopper_kernel
 from rtpurbo.ops.triton.prefill.portable import BlockLists
 from rtpurbo.ops.triton.softmax import LOG2_E
 
-ROWS = 128
+QUERIES = 128
 KEYS = 128
 BLOCK = 64
 
 
 @cache
 def is_hopper() -> bool:
-    """Whether the current device is one."""
+    """Returns True if the current device is a Hopper GPU."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def suits(query_states: Tensor) -> bool:
-    """Whether this kernel serves such heads."""
+def supports(query_states: Tensor) -> bool:
+    """Returns True if the Hopper kernel supports head_dim and dtype of the queries on this device."""
     return (
         is_hopper()
         and query_states.shape[-1] in (64, 128)
@@ -36,10 +36,10 @@ def suits(query_states: Tensor) -> bool:
     )
 
 
-def _descriptor(states: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def _descriptor(states: Tensor, length: int, columns: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(128, 16, rank=4)
     return TensorDescriptor(
-        states, list(states.shape), list(states.stride()), [1, 1, rows, columns], layout
+        states, list(states.shape), list(states.stride()), [1, 1, length, columns], layout
     )
 
 
@@ -48,7 +48,7 @@ def _launch(
     sources: list[tuple[KeyValueStates, HeadTable]],
     starts: Tensor,
     tiles: int,
-    row_offset: int,
+    query_offset: int,
     num_sink_tokens: int,
     scaling: float,
     output: Tensor,
@@ -56,7 +56,7 @@ def _launch(
     lists: BlockLists | None,
 ) -> None:
     batch, _, q_len, head_dim = query_states.shape
-    rows, columns = (KEYS, head_dim) if lists is None else (BLOCK, 64)
+    length, columns = (KEYS, head_dim) if lists is None else (BLOCK, 64)
     first, last = sources[0][0], sources[-1][0]
     tables = (sources[0][1], sources[-1][1])
     num_heads = sum(len(table) for _, table in sources)
@@ -64,11 +64,11 @@ def _launch(
     slots = [part for states in (first, last) for part in _slots(states, starts, has_slots)]
     lse = starts if log_sum_exp is None else log_sum_exp
     hopper_kernel[(tiles * num_heads, batch)](
-        _descriptor(query_states, ROWS, head_dim),
-        _descriptor(first.keys, rows, columns),
-        _descriptor(first.values, rows, columns),
-        _descriptor(last.keys, rows, columns),
-        _descriptor(last.values, rows, columns),
+        _descriptor(query_states, QUERIES, head_dim),
+        _descriptor(first.keys, length, columns),
+        _descriptor(first.values, length, columns),
+        _descriptor(last.keys, length, columns),
+        _descriptor(last.values, length, columns),
         output,
         lse,
         *(part for table in tables for part in (table.heads, table.key_value_heads, table.windows)),
@@ -81,7 +81,7 @@ def _launch(
         len(tables[0]),
         tables[0].num_dense,
         tiles,
-        row_offset,
+        query_offset,
         num_sink_tokens,
         scaling * LOG2_E.value,
         *output.stride()[:3],
@@ -89,9 +89,9 @@ def _launch(
         0 if lists is None else lists.blocks.shape[-1],
         HAS_SLOTS=has_slots,
         HAS_LSE=log_sum_exp is not None,
-        LISTED=lists is not None,
+        BLOCK_SPARSE=lists is not None,
         EDGE=0 if lists is None else lists.edge_slots,
-        M=ROWS,
+        M=QUERIES,
         N=KEYS,
         D=head_dim,
         STAGES=2,
@@ -102,9 +102,9 @@ def _launch(
     )
 
 
-def _slots(states: KeyValueStates, starts: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Slots of position 0 and of the first sink; something else where nothing will read them."""
-    if not wanted:
+def _slots(states: KeyValueStates, starts: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
+    """Slots of position 0 and of the first sink; placeholders unless `needed`."""
+    if not needed:
         return starts, starts
     first = torch.zeros_like(starts) if states.first_slots is None else states.first_slots
     return first, first if states.sink_slots is None else states.sink_slots
@@ -119,27 +119,27 @@ def window_attention(
     output: Tensor,
     log_sum_exp: Tensor | None,
 ) -> None:
-    """As `rtpurbo.ops.triton.prefill.portable.window_attention`; all sources in one launch."""
-    tiles = triton.cdiv(query_states.shape[2], ROWS)
+    """Same as `rtpurbo.ops.triton.prefill.portable.window_attention`, with all sources in one launch."""
+    tiles = triton.cdiv(query_states.shape[2], QUERIES)
     _launch(
         query_states, sources, starts, tiles, 0, num_sink_tokens, scaling, output, log_sum_exp, None
     )
 
 
-def listed_attention(
+def block_sparse_attention(
     query_states: Tensor,
     states: KeyValueStates,
     table: HeadTable,
     starts: Tensor,
     lists: BlockLists,
-    row_offset: int,
+    query_offset: int,
     num_sink_tokens: int,
     scaling: float,
     output: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """As `rtpurbo.ops.triton.prefill.portable.listed_attention`, for blocks of 64 and tiles of 128 rows."""
+    """Same as `rtpurbo.ops.triton.prefill.portable.block_sparse_attention`, for blocks of 64 keys and 128 queries."""
     _launch(
-        query_states, [(states, table)], starts, lists.counts.shape[2], row_offset, num_sink_tokens,
+        query_states, [(states, table)], starts, lists.counts.shape[2], query_offset, num_sink_tokens,
         scaling, output, log_sum_exp, lists,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The two groups of warps of `hopper_kernel` that multiply, 64 rows of a tile each.
+"""Consumer warp groups of `hopper_kernel`: each computes 64 queries of a block.
 
-The exponentials of one step run beside the products of the next.
+The exponentials of one step overlap with the products of the next.
 
-M rows of a tile, N keys of a step, D head_dim; a stage holds the keys and values of a step.
+M queries of a block, N keys of a step, D head_dim; a stage of the pipeline holds keys and values of one step.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from rtpurbo.ops.triton.prefill.hopper_steps import listed_step, window_plan, window_step
+from rtpurbo.ops.triton.prefill.hopper_steps import block_list_step, window_plan, window_step
 from rtpurbo.ops.triton.softmax import LN_2, LOG2_E
 
 
 @gluon.jit
 def _weights(
     scores, peak, total, lowest, highest, first, second, scale,
-    MASKED: gl.constexpr, LISTED: gl.constexpr, N: gl.constexpr, SCORES: gl.constexpr, BLOCK: gl.constexpr,
+    MASKED: gl.constexpr, BLOCK_SPARSE: gl.constexpr, N: gl.constexpr, SCORES: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """A step's softmax weights, and how much the sums so far shrink."""
+    """Softmax weights of a step, and the factor that rescales the sums of the earlier steps."""
     if MASKED:
         places = gl.arange(0, N, gl.SliceLayout(0, SCORES))
         columns = first + places
-        if LISTED:
+        if BLOCK_SPARSE:
             columns = gl.where(places < BLOCK, columns, second - BLOCK + places)
         visible = (columns[None, :] >= lowest[:, None]) & (columns[None, :] <= highest[:, None])
         scores = gl.where(visible, scores, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
-    # A row that has seen nothing yet has no peak to measure from.
+    # A query without keys so far has no finite maximum.
     base = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     weights = gl.exp2(scores * scale - base[:, None])
-    shrink = gl.exp2(peak - base)
-    return weights, new_peak, total * shrink + gl.sum(weights, 1), shrink
+    rescale = gl.exp2(peak - base)
+    return weights, new_peak, total * rescale + gl.sum(weights, 1), rescale
 
 
 @gluon.jit
 def _step(
     step, queries, key_buffers, value_buffers, barriers, weights, peak, total, accumulator,
     lowest, highest, first, second, scale,
-    MASKED: gl.constexpr, LISTED: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, BLOCK_SPARSE: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     SCORES: gl.constexpr, OUTPUT: gl.constexpr, OPERAND: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Scores of this step; the products of the last one run beside this one's exponentials."""
+    """Scores of this step; the value products of the last step overlap with its exponentials."""
     query_ready, key_ready, key_empty, value_ready, value_empty = barriers
     stage = step % STAGES
     last_stage = (step - 1) % STAGES
@@ -60,12 +60,24 @@ def _step(
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
     mbarrier.arrive(key_empty.index(stage), count=1)
-    new_weights, peak, total, shrink = _weights(
-        scores, peak, total, lowest, highest, first, second, scale, MASKED, LISTED, N, SCORES, BLOCK
+    new_weights, peak, total, rescale = _weights(
+        scores,
+        peak,
+        total,
+        lowest,
+        highest,
+        first,
+        second,
+        scale,
+        MASKED,
+        BLOCK_SPARSE,
+        N,
+        SCORES,
+        BLOCK,
     )
     accumulator = warpgroup_mma_wait(num_outstanding=0, deps=[accumulator])
     mbarrier.arrive(value_empty.index(last_stage), count=1)
-    accumulator = accumulator * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
+    accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
     return gl.convert_layout(new_weights.to(queries.dtype), OPERAND), peak, total, accumulator
 
 
@@ -73,7 +85,7 @@ def _step(
 def _consume(
     GROUP: gl.constexpr, descriptors, buffers, barriers, pointers, scalars,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    LISTED: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
+    BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -81,42 +93,46 @@ def _consume(
     query_buffer, key_buffers, value_buffers = buffers
     query_ready, key_ready, key_empty, value_ready, value_empty = barriers
     output_ptr, lse_ptr, blocks_ptr = pointers
-    (first_row, call_row, window, num_sinks, sequence, head, key_value_head, source, slot_shift, sink_shift,
+    (first_position, first_query, window, num_sinks, sequence, head, key_value_head, source, slot_shift, sink_shift,
      num_edge, num_whole, T, scale, stride_ot) = scalars  # fmt: skip
-    if LISTED:
+    if BLOCK_SPARSE:
         edge_steps = (num_edge + 1) // 2
         masked = edge_steps
         steps = edge_steps + num_whole // 2
         interior = 0
         edge = 0
     else:
-        interior, edge, edge_steps, masked, steps = window_plan(first_row, window, num_sinks, M, N)
+        interior, edge, edge_steps, masked, steps = window_plan(
+            first_position, window, num_sinks, M, N
+        )
     if steps > 0:
-        rows = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
-        positions = first_row + rows
-        output_rows = call_row + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUTPUT))
+        query_indices = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
+        positions = first_position + query_indices
+        output_indices = first_query + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUTPUT))
         places = output_ptr + (
-            output_rows.to(gl.int64)[:, None] * stride_ot
+            output_indices.to(gl.int64)[:, None] * stride_ot
             + gl.arange(0, D, gl.SliceLayout(0, OUTPUT))[None, :]
         )
-        in_call = call_row + rows < T
-        if LISTED:
+        in_call = first_query + query_indices < T
+        if BLOCK_SPARSE:
             lowest = gl.zeros([64], gl.int32, gl.SliceLayout(1, SCORES)) + num_sinks
             highest = positions - window
-            # The near keys' result is where the softmax goes on from.
-            peak = gl.load(lse_ptr + call_row + rows, mask=in_call, other=float("-inf"))
+            # The online softmax continues from the result of window attention.
+            peak = gl.load(lse_ptr + first_query + query_indices, mask=in_call, other=float("-inf"))
             peak = peak * LOG2_E
             total = gl.where(peak == float("-inf"), 0.0, 1.0)
-            accumulator = gl.load(places, mask=(output_rows < T)[:, None], other=0.0).to(gl.float32)
-            first, second = listed_step(0, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
+            accumulator = gl.load(places, mask=(output_indices < T)[:, None], other=0.0).to(
+                gl.float32
+            )
+            first, second = block_list_step(0, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
         else:
             lowest = gl.maximum(positions - window + 1, num_sinks)
             highest = positions
             peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
             total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
             accumulator = gl.zeros([64, D], gl.float32, OUTPUT)
-            first = first_row
-            second = first_row
+            first = first_position
+            second = first_position
         mbarrier.wait(query_ready, 0)
         queries = query_buffer.reshape((M, D)).slice(GROUP * 64, 64)
         mbarrier.wait(key_ready.index(0), 0)
@@ -125,7 +141,7 @@ def _consume(
         scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=[scores])
         mbarrier.arrive(key_empty.index(0), count=1)
-        weights_32, peak, total, shrink = _weights(
+        weights_32, peak, total, rescale = _weights(
             scores,
             peak,
             total,
@@ -135,21 +151,21 @@ def _consume(
             second,
             scale,
             True,
-            LISTED,
+            BLOCK_SPARSE,
             N,
             SCORES,
             BLOCK,
         )
-        accumulator = accumulator * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
+        accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
         weights = gl.convert_layout(weights_32.to(queries.dtype), OPERAND)
         for step in range(1, masked):
-            if LISTED:
-                first, second = listed_step(step, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
+            if BLOCK_SPARSE:
+                first, second = block_list_step(step, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
                 from_here = lowest
                 to_here = highest
             else:
                 first, is_sink = window_step(
-                    step, first_row, interior, edge, edge_steps, masked, M, N
+                    step, first_position, interior, edge, edge_steps, masked, M, N
                 )
                 second = first
                 from_here = gl.where(is_sink, 0, lowest)
@@ -157,13 +173,13 @@ def _consume(
             weights, peak, total, accumulator = _step(
                 step, queries, key_buffers, value_buffers, barriers, weights, peak, total, accumulator,
                 from_here, to_here, first, second, scale,
-                True, LISTED, N, D, STAGES, SCORES, OUTPUT, OPERAND, BLOCK,
+                True, BLOCK_SPARSE, N, D, STAGES, SCORES, OUTPUT, OPERAND, BLOCK,
             )  # fmt: skip
         for step in range(gl.maximum(masked, 1), steps):
             weights, peak, total, accumulator = _step(
                 step, queries, key_buffers, value_buffers, barriers, weights, peak, total, accumulator,
                 lowest, highest, 0, 0, scale,
-                False, LISTED, N, D, STAGES, SCORES, OUTPUT, OPERAND, BLOCK,
+                False, BLOCK_SPARSE, N, D, STAGES, SCORES, OUTPUT, OPERAND, BLOCK,
             )  # fmt: skip
         last_stage = (steps - 1) % STAGES
         mbarrier.wait(value_ready.index(last_stage), ((steps - 1) // STAGES) & 1)
@@ -176,20 +192,20 @@ def _consume(
         gl.store(
             places,
             (accumulator * inverse[:, None]).to(queries.dtype),
-            mask=(output_rows < T)[:, None],
+            mask=(output_indices < T)[:, None],
         )
         if HAS_LSE:
             log_sum = gl.where(total == 0.0, float("-inf"), (peak + gl.log2(total)) * LN_2)
-            gl.store(lse_ptr + call_row + rows, log_sum, mask=in_call)
+            gl.store(lse_ptr + first_query + query_indices, log_sum, mask=in_call)
 
 
 @gluon.jit
-def first_rows(
+def first_half(
     descriptors, buffers, barriers, pointers, scalars,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    LISTED: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
+    BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    """The first 64 rows of a tile."""
+    """Attention of the first 64 queries of a block."""
     _consume(
         0,
         descriptors,
@@ -201,7 +217,7 @@ def first_rows(
         N,
         D,
         STAGES,
-        LISTED,
+        BLOCK_SPARSE,
         EDGE,
         BLOCK,
         HAS_LSE,
@@ -209,12 +225,12 @@ def first_rows(
 
 
 @gluon.jit
-def second_rows(
+def second_half(
     descriptors, buffers, barriers, pointers, scalars,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    LISTED: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
+    BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    """The other 64 rows."""
+    """Attention of the other 64 queries of a block."""
     _consume(
         1,
         descriptors,
@@ -226,7 +242,7 @@ def second_rows(
         N,
         D,
         STAGES,
-        LISTED,
+        BLOCK_SPARSE,
         EDGE,
         BLOCK,
         HAS_LSE,

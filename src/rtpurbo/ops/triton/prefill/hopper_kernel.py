@@ -1,12 +1,11 @@
-"""The kernels of `portable_kernels` once more, written for Hopper's asynchronous units.
+"""Warp-specialised prefill kernel for Hopper, with the semantics of `portable_kernels`.
 
-One warp fetches keys and values through the tensor memory accelerator; two groups of four warps hold
-64 query rows each and multiply, the exponentials of one tile running beside the products of the next.
-This gave 587 TFLOP/s where the portable kernel gave 524 (docs/experiment-log.md). Same arguments,
-same results, held to the same tests.
+A producer warp loads keys and values with TMA; two consumer groups of four warps compute 64 queries each, and
+the exponentials of one step overlap with the products of the next. It reaches 587 TFLOP/s where the portable
+kernel reaches 524 (docs/experiment-log.md). Both kernels pass the same tests.
 
-B sequences, H heads in the table, T query rows, D head_dim (64 or 128);
-M = 128 rows of a tile, N = 128 keys of a step, made of two blocks of 64 where blocks come from a list.
+B sequences, H heads in the table, T queries, D head_dim (64 or 128);
+M = 128 queries of a block, N = 128 keys of a step: two blocks of 64 from a block list if BLOCK_SPARSE.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from rtpurbo.ops.triton.addresses import place_of
-from rtpurbo.ops.triton.prefill.hopper_attend import first_rows, second_rows
+from rtpurbo.ops.triton.addresses import head_and_block
+from rtpurbo.ops.triton.prefill.hopper_attend import first_half, second_half
 from rtpurbo.ops.triton.prefill.hopper_fetch import fetch_steps
 
 
@@ -27,17 +26,17 @@ def hopper_kernel(
     heads_ptr_2, key_value_heads_ptr_2, windows_ptr_2,
     query_starts_ptr, first_slots_ptr, sink_slots_ptr, first_slots_ptr_2, sink_slots_ptr_2,
     blocks_ptr, counts_ptr,
-    T, H, H_1, num_dense, tiles, row_offset, num_sinks, scale,
+    T, H, H_1, num_dense, tiles, query_offset, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, width,
-    HAS_SLOTS: gl.constexpr, HAS_LSE: gl.constexpr, LISTED: gl.constexpr, EDGE: gl.constexpr,
+    HAS_SLOTS: gl.constexpr, HAS_LSE: gl.constexpr, BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one head; `portable` says what each argument means."""
+    """One query block of one head; arguments as in `portable`."""
     program = gl.program_id(0)
     sequence = gl.program_id(1)
-    entry, tile = place_of(program, tiles, H, num_dense)
-    # The first heads read one pair of keys and values, the others another.
+    entry, tile = head_and_block(program, tiles, H, num_dense)
+    # The first H_1 heads read the first pair of keys and values, the others the second one.
     source = (entry >= H_1).to(gl.int32)
     if source == 1:
         heads_ptr = heads_ptr_2
@@ -49,8 +48,8 @@ def hopper_kernel(
     head = gl.load(heads_ptr + place)
     key_value_head = gl.load(key_value_heads_ptr + place)
     window = gl.load(windows_ptr + place)
-    call_row = row_offset + tile * M
-    first_row = gl.load(query_starts_ptr + sequence) + call_row
+    first_query = query_offset + tile * M
+    first_position = gl.load(query_starts_ptr + sequence) + first_query
     if HAS_SLOTS:
         slot_shift = gl.load(first_slots_ptr + sequence)
         sink_shift = gl.load(sink_slots_ptr + sequence)
@@ -59,7 +58,7 @@ def hopper_kernel(
         sink_shift = 0
     num_edge = 0
     num_whole = 0
-    if LISTED:
+    if BLOCK_SPARSE:
         line = (sequence * H + entry).to(gl.int64) * tiles + tile
         blocks_ptr += line * width
         num_edge = gl.load(counts_ptr + line * 2)
@@ -94,21 +93,21 @@ def hopper_kernel(
     buffers = (query_buffer, key_buffers, value_buffers)
     barriers = (query_ready, key_ready, key_empty, value_ready, value_empty)
     pointers = (output_ptr, lse_ptr, blocks_ptr)
-    scalars = (first_row, call_row, window, num_sinks, sequence, head, key_value_head, source, slot_shift,
+    scalars = (first_position, first_query, window, num_sinks, sequence, head, key_value_head, source, slot_shift,
                sink_shift, num_edge, num_whole, T, scale, stride_ot)  # fmt: skip
     gl.warp_specialize(
         [
-            (first_rows, (
+            (first_half, (
                 descriptors, buffers, barriers, pointers, scalars,
-                M, N, D, STAGES, LISTED, EDGE, BLOCK, HAS_LSE,
+                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE,
             )),
-            (second_rows, (
+            (second_half, (
                 descriptors, buffers, barriers, pointers, scalars,
-                M, N, D, STAGES, LISTED, EDGE, BLOCK, HAS_LSE,
+                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE,
             )),
             (fetch_steps, (
                 descriptors, buffers, barriers, pointers, scalars,
-                M, N, D, STAGES, LISTED, EDGE, BLOCK, HAS_LSE,
+                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE,
             )),
         ],
         [4, 1],

@@ -1,4 +1,4 @@
-"""Attention of many query rows: how the kernels in `portable_kernels` are launched."""
+"""Prefill attention with portable Triton kernels (`portable_kernels`): launches and tile sizes."""
 
 from __future__ import annotations
 
@@ -10,32 +10,38 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rtpurbo.ops.paged import PagedStates
-from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.states import KeyValueStates, PagedStates
 from rtpurbo.ops.triton.heads import HeadTable
-from rtpurbo.ops.triton.prefill.portable_kernels import listed_kernel, window_kernel
+from rtpurbo.ops.triton.prefill.portable_kernels import block_sparse_kernel, window_kernel
 from rtpurbo.ops.triton.softmax import LOG2_E
+from rtpurbo.ops.triton.tiles import TileSizes, descriptor
 
 
 @dataclass(frozen=True)
 class BlockLists:
-    """Blocks of keys that tiles of query rows read, beside their near keys.
+    """Far key blocks that each query block reads in addition to its near keys.
 
     Attributes:
-        blocks: int32 [batch, heads, tiles, edge_slots + max_blocks], numbers of blocks: those that
-            need a mask (they hold sinks, or the edge of the window runs through them) from entry 0
-            on; the others, ascending and an even number, from entry `edge_slots` on.
-        counts: int32 [batch, heads, tiles, 2], how many there are of each.
-        edge_slots: room for those that need a mask.
-        block_size: keys in a block.
-        tile_size: query rows in a tile.
+        blocks: int32 [batch, heads, query blocks, edge_slots + max_blocks], block indices. Blocks that need a
+            mask (with sinks, or at the edge of the window) are stored from entry 0 on; the others, ascending
+            and of even number, from entry `edge_slots` on.
+        counts: int32 [batch, heads, query blocks, 2], number of blocks of either kind.
+        edge_slots: capacity for blocks that need a mask.
+        block_size: keys of a block.
+        query_block_size: queries of a query block.
     """
 
     blocks: Tensor
     counts: Tensor
     edge_slots: int
     block_size: int
-    tile_size: int
+    query_block_size: int
+
+    def valid(self) -> Tensor:
+        """Mask of the used entries of `blocks`, bool of the same shape."""
+        places = torch.arange(self.blocks.shape[-1], device=self.blocks.device)
+        edge, whole = self.counts[..., :1], self.counts[..., 1:]
+        return (places < edge) | ((places >= self.edge_slots) & (places < self.edge_slots + whole))
 
 
 def window_attention(
@@ -47,26 +53,26 @@ def window_attention(
     output: Tensor,
     log_sum_exp: Tensor | None,
 ) -> None:
-    """Sinks and window of every head of the tables, written into the heads' places.
+    """Window attention (sinks and window) of the heads in the tables.
 
     Args:
         query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
-        sources: states, and the heads that read them.
-        starts: int32 [batch], position of the first query row.
+        sources: pairs of a KV cache and the table of its query heads.
+        starts: int32 [batch], position of the first query.
         num_sink_tokens: S.
         scaling: factor on the dot products.
-        output: shaped as the queries; heads outside the tables are left alone.
-        log_sum_exp: fp32 [batch, num_attention_heads, q_len], or None if not wanted.
+        output: shape of the queries; written for the heads in the tables only.
+        log_sum_exp: fp32 [batch, num_attention_heads, q_len], written; or None.
     """
     batch, _, q_len, head_dim = query_states.shape
     for states, table in sources:
         if not len(table):
             continue
-        tile = TileSizes.choose(head_dim, query_states.dtype, page_size(states) > 0)
+        tile = tile_sizes(head_dim, query_states.dtype, page_size(states) > 0)
         slots, sinks = slot_shifts(states)
         lse = starts if log_sum_exp is None else log_sum_exp
-        window_kernel[(triton.cdiv(q_len, tile.rows) * len(table), batch)](
-            descriptor(query_states, tile.rows),
+        window_kernel[(triton.cdiv(q_len, tile.queries) * len(table), batch)](
+            state_descriptor(query_states, tile.queries),
             *key_value_arguments(states, tile.keys),
             output,
             lse,
@@ -88,44 +94,44 @@ def window_attention(
             HAS_LSE=log_sum_exp is not None,
             PAGE_SIZE=page_size(states),
             STAGES=tile.stages,
-            M=tile.rows,
+            M=tile.queries,
             N=tile.keys,
             D=triton.next_power_of_2(head_dim),
             **tile.launch(),
         )
 
 
-def listed_attention(
+def block_sparse_attention(
     query_states: Tensor,
     states: KeyValueStates | PagedStates,
     table: HeadTable,
     starts: Tensor,
     lists: BlockLists,
-    row_offset: int,
+    query_offset: int,
     num_sink_tokens: int,
     scaling: float,
     output: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """Adds the far keys of listed blocks to what `window_attention` left in output and log-sum-exp.
+    """Block-sparse attention over listed far keys, added to the result of `window_attention`.
 
     Args:
         query_states: [batch, num_attention_heads, q_len, head_dim].
         states: keys and values.
-        table: the heads of the lists, with their near windows.
-        starts: int32 [batch], position of the first query row of the call.
-        lists: blocks for tiles of rows, the first of which begins at row `row_offset`.
-        row_offset: where the lists begin, in rows of the call.
+        table: heads of the lists, with their near windows.
+        starts: int32 [batch], position of the call's first query.
+        lists: block lists of the query blocks from `query_offset` on.
+        query_offset: index of the lists' first query in the call.
         num_sink_tokens: S.
         scaling: factor on the dot products.
-        output: shaped as the queries; read and written.
+        output: shape of the queries; read and written.
         log_sum_exp: fp32 [batch, num_attention_heads, q_len]; read and written.
     """
     batch, _, q_len, head_dim = query_states.shape
-    tile = TileSizes.choose(head_dim, query_states.dtype, page_size(states) > 0)
+    tile = tile_sizes(head_dim, query_states.dtype, page_size(states) > 0)
     slots, _ = slot_shifts(states)
-    listed_kernel[(lists.counts.shape[2] * len(table), batch)](
-        descriptor(query_states, lists.tile_size),
+    block_sparse_kernel[(lists.counts.shape[2] * len(table), batch)](
+        state_descriptor(query_states, lists.query_block_size),
         *key_value_arguments(states, lists.block_size),
         output,
         log_sum_exp,
@@ -138,7 +144,7 @@ def listed_attention(
         lists.counts,
         q_len,
         len(table),
-        row_offset,
+        query_offset,
         head_dim,
         num_sink_tokens,
         scaling * LOG2_E.value,
@@ -150,49 +156,31 @@ def listed_attention(
         PAGE_SIZE=page_size(states),
         STAGES=tile.stages,
         EDGE=lists.edge_slots,
-        M=lists.tile_size,
+        M=lists.query_block_size,
         N=lists.block_size,
         D=triton.next_power_of_2(head_dim),
         **tile.launch(),
     )
 
 
-@dataclass(frozen=True)
-class TileSizes:
-    """Shape of a program; measured on an H100 where a comment says so."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    stages: int
-    max_registers: int | None = None
-
-    @classmethod
-    def choose(cls, head_dim: int, dtype: torch.dtype, paged: bool) -> TileSizes:
-        """For a head size and element type."""
-        if dtype == torch.float32:
-            return cls(64, 32, 4, 1)
-        if paged:
-            # Addresses take registers: larger tiles spill.
-            return cls(128 if head_dim <= 128 else 64, 32, 8, 2)
-        if head_dim <= 64:
-            return cls(128, 64, 4, 3)
-        if head_dim <= 128:
-            # Two programs a multiprocessor: one computes exponentials while the other multiplies
-            # (524 TFLOP/s against 426 with as many registers as the compiler likes).
-            return cls(128, 64, 8, 2, 128)
-        return cls(128, 64, 8, 2)
-
-    def launch(self) -> dict[str, int]:
-        """Launch options; the interpreter knows none of them."""
-        options = {"num_warps": self.num_warps}
-        if self.max_registers is not None and torch.cuda.is_available():
-            options["maxnreg"] = self.max_registers
-        return options
+def tile_sizes(head_dim: int, dtype: torch.dtype, paged: bool) -> TileSizes:
+    """Tile sizes for a head_dim and dtype; numbers in comments are of an H100."""
+    if dtype == torch.float32:
+        return TileSizes(64, 32, 4, 1)
+    if paged:
+        # Addresses of pages take registers: larger tiles spill.
+        return TileSizes(128 if head_dim <= 128 else 64, 32, 8, 2)
+    if head_dim <= 64:
+        return TileSizes(128, 64, 4, 3)
+    if head_dim <= 128:
+        # Two programs per multiprocessor: one computes exponentials while the other multiplies
+        # (524 TFLOP/s, against 426 without a limit on registers).
+        return TileSizes(128, 64, 8, 2, 128)
+    return TileSizes(128, 64, 8, 2)
 
 
 def slot_shifts(states: KeyValueStates | PagedStates) -> tuple[Tensor | None, Tensor | None]:
-    """`first_slots` and `sink_slots`; None where slots are positions, as in pages."""
+    """`first_slots` and `sink_slots`; None where slots equal positions, as in pages."""
     if isinstance(states, PagedStates):
         return None, None
     first = states.first_slots
@@ -200,23 +188,21 @@ def slot_shifts(states: KeyValueStates | PagedStates) -> tuple[Tensor | None, Te
 
 
 def page_size(states: KeyValueStates | PagedStates) -> int:
-    """Tokens of a page; 0 for states in one tensor."""
+    """Tokens per page; 0 for states in one tensor."""
     return states.page_size if isinstance(states, PagedStates) else 0
 
 
-def key_value_arguments(states: KeyValueStates | PagedStates, rows: int) -> tuple[Any, ...]:
-    """Keys, their strides, values, their strides, block table, its stride: as kernels take them."""
+def key_value_arguments(states: KeyValueStates | PagedStates, size: int) -> tuple[Any, ...]:
+    """Kernel arguments: keys, key strides, values, value strides, block table, table stride."""
     if isinstance(states, PagedStates):
         keys, values = states.key_pages, states.value_pages
         table = states.block_table
         return keys, keys.stride()[:3], values, values.stride()[:3], table, table.stride(0)
     strides = (0, 0, 0)
-    return descriptor(states.keys, rows), strides, descriptor(states.values, rows), strides, None, 0
+    keys, values = (state_descriptor(part, size) for part in (states.keys, states.values))
+    return keys, strides, values, strides, None, 0
 
 
-def descriptor(states: Tensor, rows: int) -> TensorDescriptor:
-    """A view of [batch, heads, length, head_dim] states that loads tiles of rows of one head."""
-    columns = triton.next_power_of_2(states.shape[-1])
-    return TensorDescriptor(
-        states, list(states.shape), list(states.stride()), [1, 1, rows, columns]
-    )
+def state_descriptor(states: Tensor, size: int) -> TensorDescriptor:
+    """TMA descriptor of [batch, heads, length, head_dim] states, for tiles of `size` tokens of one head."""
+    return descriptor(states, size, triton.next_power_of_2(states.shape[-1]))

@@ -140,7 +140,8 @@ def _tasks(records: Sequence[SpeedRecord]) -> list[list[SpeedRecord]]:
     tasks: dict[tuple[Any, ...], list[SpeedRecord]] = {}
     for record in records:
         shape = (record.num_attention_heads, record.num_key_value_heads, record.head_dim)
-        tasks.setdefault((record.phase, record.model, record.batch_size, *shape), []).append(record)
+        task = (record.phase, record.model, record.batch_size, record.dtype, *shape)
+        tasks.setdefault(task, []).append(record)
     return list(tasks.values())
 
 
@@ -153,7 +154,8 @@ def _of_task(speed: Speed, records: list[SpeedRecord], prefix: str) -> list[Bloc
         f"{first.num_attention_heads} query heads on {first.num_key_value_heads} KV heads of "
         f"{first.head_dim} dimensions, {first.num_retrieval_heads} retrieval heads"
     )
-    where = f"{speed.origin.where}, {speed.origin.file}"
+    origin = speed.origin
+    where = f"{origin.device}, {first.dtype or origin.dtype}, {origin.file}"
     blocks: list[Block] = [
         Heading(f"{prefix}{title}" if first.model is None else f"{prefix}{title}: {first.model}"),
         Text(f"{shape}. {where}.", "where"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtpurbo.ops.packed import document_starts
-from rtpurbo.ops.triton.training.tiles import tiles_of_keys, tiles_of_rows
+from rtpurbo.ops.triton.training.ranges import key_block_ranges, query_block_ranges
 
 CASES = [
     ((1,), None),
@@ -29,7 +29,7 @@ def pairs(documents, rows, margin, lag):
 @pytest.mark.parametrize(("documents", "rows"), CASES, ids=str)
 def test_tiles_of_rows(documents, rows, margin, lag):
     places, starts, seen, counted = pairs(documents, rows, margin, lag)
-    tiles = tiles_of_rows(places, starts, margin, lag, 32, 16)
+    tiles = query_block_ranges(places, starts, margin, lag, 32, 16)
     for number, bounds in enumerate(tiles.tolist()):
         begin, far_from, far_to, near_from, near_to, end = bounds
         assert bounds == sorted(bounds)
@@ -46,7 +46,7 @@ def test_tiles_of_rows(documents, rows, margin, lag):
 @pytest.mark.parametrize(("documents", "rows"), CASES, ids=str)
 def test_tiles_of_keys(documents, rows, margin, lag):
     places, starts, _, counted = pairs(documents, rows, margin, lag)
-    tiles = tiles_of_keys(places, starts, counted.shape[1], margin, lag, 16, 32)
+    tiles = key_block_ranges(places, starts, counted.shape[1], margin, lag, 16, 32)
     for number, (first, whole_from, whole_to, end) in enumerate(tiles.tolist()):
         assert first <= whole_from <= whole_to <= end <= len(places)
         assert (whole_to - whole_from) % 16 == 0
@@ -61,8 +61,8 @@ def test_tiles_of_keys(documents, rows, margin, lag):
 def test_most_tiles_of_a_long_document_need_no_mask():
     places = torch.arange(4096)
     starts = torch.zeros_like(places)
-    tiles = tiles_of_rows(places, starts, 4, 512, 128, 64)[-1].tolist()
+    tiles = query_block_ranges(places, starts, 4, 512, 128, 64)[-1].tolist()
     assert tiles[2] - tiles[1] > 0.8 * 4096
     assert tiles[4] - tiles[3] >= 512 - 128 - 64
-    first, whole_from, whole_to, end = tiles_of_keys(places, starts, 4096, 4, 512, 64, 128)[2]
+    first, whole_from, whole_to, end = key_block_ranges(places, starts, 4096, 4, 512, 64, 128)[2]
     assert whole_to - whole_from > 0.9 * (end - first)

@@ -1,10 +1,10 @@
-"""Sinks and window of one query token: a split of the keys, for all query heads of a KV head.
+"""Window attention of one query token: one split of sinks and window for the query heads of a KV head.
 
-The heads of a group are the rows of a matrix product, so each key is read once; their windows may
-differ, because retrieval heads may have another one than local heads.
+The query heads of a group are batched into one matrix product, so each key is loaded once. Their windows may
+differ, because retrieval heads can have a `retrieval_window` of their own.
 
-G query heads read one KV head, R rows hold them (at least 16, which a tensor core wants);
-N keys of a tile, D head_dim, E the power of two that holds it; H query heads in all.
+B sequences, H query heads, D head_dim; GROUP query heads of a KV head, padded to GROUP_WIDTH (at least 16,
+the smallest tile of a tensor core).
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.addresses import head_start, row_offsets
-from rtpurbo.ops.triton.softmax import fold_tile, log_sum_exp
+from rtpurbo.ops.triton.addresses import head_start, slot_offsets
+from rtpurbo.ops.triton.softmax import log_sum_exp, update_softmax
 
 
 @triton.jit
-def near_slots(entries, query_position, first_slot, num_sinks, widest_window):
-    """Positions and slots of the near keys, counted through: first the sinks, then the window."""
+def window_slots(entries, query_position, first_slot, num_sinks, widest_window):
+    """Positions and slots of near keys `entries`, numbered with the sinks first and the window after them."""
     window_start = tl.maximum(query_position - widest_window + 1, num_sinks)
     positions = tl.where(entries < num_sinks, entries, window_start + entries - num_sinks)
     return positions, positions + first_slot
 
 
 @triton.jit
-def attend_split(
+def window_split(
     queries,
     query_strides,
     keys,
@@ -34,8 +34,8 @@ def attend_split(
     value_strides,
     block_table,
     table_row,
-    labels,
-    label_stride,
+    slot_positions,
+    position_stride,
     num_entries,
     sequence,
     split,
@@ -55,7 +55,7 @@ def attend_split(
     num_splits,
     num_retrieval,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     RETRIEVAL_WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -64,28 +64,28 @@ def attend_split(
     PAGE_SIZE: tl.constexpr,
     RING: tl.constexpr,
 ):
-    """Attention of query heads first_head.. over entries split * SPLIT.. of the near keys.
+    """Attention of GROUP query heads from `first_head` on over split `split` of the near keys.
 
-    In a ring an entry is a slot, and `labels` int64 [B, slots] tells its position. Elsewhere entries
-    are counted as `near_slots` does. `scale` gives logits in powers of two.
+    In a ring buffer (RING) an entry is a slot, whose position is in `slot_positions` int64 [B, slots];
+    otherwise entries are numbered as in `window_slots`. `scale` includes log2(e).
 
-    Writes `log_sums` [B, H, splits], to base 2, and `outputs` [B, H, splits, D].
+    Writes `log_sums` [B, H, splits] to base 2 and `outputs` [B, H, splits, D].
     """
-    rows = tl.arange(0, ROWS)
+    members = tl.arange(0, GROUP_WIDTH)
     dims = tl.arange(0, WIDTH)
-    in_row = dims[None, :] < HEAD_DIM
-    heads = first_head + rows
-    in_group = rows < GROUP
-    query_rows = tl.load(
+    in_head = dims[None, :] < HEAD_DIM
+    heads = first_head + members
+    in_group = members < GROUP
+    group_queries = tl.load(
         queries
         + sequence.to(tl.int64) * query_strides[0]
         + heads.to(tl.int64)[:, None] * query_strides[1]
         + dims[None, :],
-        mask=in_group[:, None] & in_row,
+        mask=in_group[:, None] & in_head,
         other=0.0,
     )
     if RING:
-        windows = rows * 0 + sliding_window
+        windows = members * 0 + sliding_window
     else:
         ranks = tl.arange(0, RETRIEVAL_WIDTH)
         retrieving = tl.load(retrieval_heads + ranks, mask=ranks < num_retrieval, other=-1)
@@ -95,11 +95,11 @@ def attend_split(
 
     keys = head_start(keys, sequence, key_value_head, key_strides, PAGE_SIZE)
     values = head_start(values, sequence, key_value_head, value_strides, PAGE_SIZE)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    accumulator = tl.zeros([ROWS, WIDTH], tl.float32)
+    peak = tl.full([GROUP_WIDTH], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_WIDTH], tl.float32)
+    accumulator = tl.zeros([GROUP_WIDTH, WIDTH], tl.float32)
     first_entry = split * SPLIT
-    # A split beyond the keys in use does nothing, and so writes an empty result.
+    # A split beyond the keys in use runs no tile and writes an empty result.
     num_tiles = tl.maximum(0, tl.cdiv(tl.minimum(num_entries - first_entry, SPLIT), TILE))
     for tile in range(num_tiles):
         entries = first_entry + tile * TILE + tl.arange(0, TILE)
@@ -107,27 +107,33 @@ def attend_split(
         if RING:
             slots = entries
             positions = tl.load(
-                labels + sequence.to(tl.int64) * label_stride + entries, mask=in_use, other=-1
+                slot_positions + sequence.to(tl.int64) * position_stride + entries,
+                mask=in_use,
+                other=-1,
             ).to(tl.int32)
         else:
-            positions, slots = near_slots(
+            positions, slots = window_slots(
                 entries, query_position, first_slot, num_sinks, widest_window
             )
         seen = in_use & (positions >= 0) & (positions <= query_position)
-        loaded = seen[:, None] & in_row
-        key_rows = row_offsets(slots, seen, key_strides, block_table, table_row, PAGE_SIZE)
-        value_rows = row_offsets(slots, seen, value_strides, block_table, table_row, PAGE_SIZE)
-        tile_keys = tl.load(keys + key_rows[:, None] + dims[None, :], mask=loaded, other=0.0)
-        tile_values = tl.load(values + value_rows[:, None] + dims[None, :], mask=loaded, other=0.0)
-        logits = tl.dot(query_rows, tile_keys.T, input_precision="ieee") * scale
+        loaded = seen[:, None] & in_head
+        key_offsets = slot_offsets(slots, seen, key_strides, block_table, table_row, PAGE_SIZE)
+        value_offsets = slot_offsets(slots, seen, value_strides, block_table, table_row, PAGE_SIZE)
+        tile_keys = tl.load(keys + key_offsets[:, None] + dims[None, :], mask=loaded, other=0.0)
+        tile_values = tl.load(
+            values + value_offsets[:, None] + dims[None, :], mask=loaded, other=0.0
+        )
+        logits = tl.dot(group_queries, tile_keys.T, input_precision="ieee") * scale
         near = (positions < num_sinks)[None, :] | (positions[None, :] > before_window[:, None])
         logits = tl.where(seen[None, :] & near, logits, float("-inf"))
-        accumulator, peak, total = fold_tile(accumulator, peak, total, logits, tile_values, True)
+        accumulator, peak, total = update_softmax(
+            accumulator, peak, total, logits, tile_values, True
+        )
 
     places = (sequence.to(tl.int64) * num_heads + heads) * num_splits + split
     tl.store(log_sums + places, log_sum_exp(peak, total), mask=in_group)
     tl.store(
         outputs + places[:, None] * HEAD_DIM + dims[None, :],
         accumulator / tl.where(total == 0.0, 1.0, total)[:, None],
-        mask=in_group[:, None] & in_row,
+        mask=in_group[:, None] & in_head,
     )

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from rtpurbo.ops import HeadLayout
-from rtpurbo.ops.triton.decode.enter import FixedSlots, HeadNorm, IndexProjection, enter_token
+from rtpurbo.ops.triton.decode.fused_append import (
+    AppendSlots,
+    HeadNorm,
+    IndexProjection,
+    fused_kv_append,
+)
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 
 pytestmark = pytest.mark.kernels
@@ -69,7 +74,7 @@ class Entrance:
         newest = torch.tensor([NEWEST], device=DEVICE)
         self.entering = [(3 * row + 2) % RING for row in range(batch)]
         entering = torch.tensor(self.entering, device=DEVICE)[:, None]
-        self.slots = FixedSlots(newest, entering, *full, *ring, index_keys)
+        self.slots = AppendSlots(newest, entering, *full, *ring, index_keys)
 
     def expected(self, states, weight):
         """Normed states, and those rotated, [B, heads, D]; fp64, rounded in between."""
@@ -90,7 +95,7 @@ class Entrance:
         """Runs the kernel and compares all that it returns and writes."""
         slots = self.slots
         before = {name: copied(tensor) for name, tensor in vars(slots).items()}
-        queries, index_queries = enter_token(
+        queries, index_queries = fused_kv_append(
             self.queries, self.keys, self.values, self.rotary,
             self.norm, self.projection, self.layout, slots,
         )  # fmt: skip
@@ -99,24 +104,26 @@ class Entrance:
         raw_keys, keys = self.expected(self.keys, norm and norm.key_weight)
         assert queries.dtype == self.dtype
         self.assert_close(queries[:, :, 0], expected)
-        full, bounded = layout.full_key_value_heads, layout.windowed_key_value_heads
+        full, windowed = layout.full_key_value_heads, layout.windowed_key_value_heads
         values, places = self.values[:, :, 0], [NEWEST] * self.batch
         self.assert_written("full_keys", keys[:, full], places, before)
         self.assert_written("full_values", values[:, full], places, before, exactly=True)
-        self.assert_written("ring_keys", keys[:, bounded], self.entering, before)
-        self.assert_written("ring_values", values[:, bounded], self.entering, before, exactly=True)
+        self.assert_written("windowed_keys", keys[:, windowed], self.entering, before)
+        self.assert_written(
+            "windowed_values", values[:, windowed], self.entering, before, exactly=True
+        )
         if self.projection is None:
             assert index_queries is None
             return
         rotated, dims = self.projection.rotated, self.projection.feature_dimensions
         heads = layout.retrieval.heads
-        readers = full if self.shared_keys else full[layout.retrieval.key_value_heads]
+        kv_head_index = full if self.shared_keys else full[layout.retrieval.key_value_heads]
         features = (expected if rotated else raw_queries)[:, heads][..., dims]
         index = torch.einsum("brn,rin->bri", features, self.projection.query_weight.double())
         is_wide = self.dtype == torch.bfloat16
         assert index_queries.dtype == (torch.float16 if is_wide else self.dtype)
         self.assert_close(index_queries[:, :, 0], index)
-        features = (keys if rotated else raw_keys)[:, readers][..., dims]
+        features = (keys if rotated else raw_keys)[:, kv_head_index][..., dims]
         index = torch.einsum("brn,rin->bri", features, self.projection.key_weight.double())
         self.assert_written("index_keys", index, places, before)
 
@@ -202,7 +209,7 @@ def test_index_keys_in_eight_bits():
 def test_storages_may_have_any_strides():
     entrance = Entrance(torch.float16, norm="weight")
     slots = entrance.slots
-    names = ("full_keys", "full_values", "ring_keys", "ring_values", "index_keys")
+    names = ("full_keys", "full_values", "windowed_keys", "windowed_values", "index_keys")
     strided = {
         name: getattr(slots, name).transpose(1, 2).contiguous().transpose(1, 2) for name in names
     }

@@ -1,0 +1,269 @@
+"""Top-p selection of far keys from a histogram of index scores.
+
+The specification adds entries in descending order of mass until the sum reaches a target; the kernel adds
+whole levels of the histogram (`histogram`). Each entry counts with the mass at the middle of its level, so
+the odds of the selected mass (window keys included) against the rest deviate from the target by a factor of
+at most exp(LEVEL_WIDTH). In addition, `count_levels` counts entries that are 12 nats or more below the best
+entry of their tile at a lower level than theirs; in a tile of 1024 that is at most 0.6 % of all mass.
+
+Each program finds the lowest selected level by itself, with reductions within a single warp, and compacts
+one segment of the entries into a list. Separate lists without an atomic counter keep the order of the
+entries, and hence the sums over them, deterministic.
+
+B sequences, R retrieval heads, G segments of a head; E entries of a tile; S splits of the window keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops.states import HeadLayout
+from rtpurbo.ops.triton.addresses import sequence_extent
+from rtpurbo.ops.triton.decode.histogram import DEPTH, DEPTH_WIDTH, LEVEL_WIDTH, LEVELS
+from rtpurbo.ops.triton.decode.pdl import (
+    allow_dependent_launch,
+    dependent_launch,
+    wait_for_dependencies,
+)
+from rtpurbo.ops.triton.decode.workspace import (
+    FullStates,
+    IndexScores,
+    PartialAttention,
+    Selection,
+)
+from rtpurbo.ops.triton.softmax import LOG2_E
+
+# Entries that a program compacts at a time, at most.
+COMPACTED_ENTRIES = 512
+# Smallest width of the splits: fewer splits compile no kernel of their own.
+MIN_SPLIT_WIDTH = 64
+
+
+@triton.jit
+def _counts_below(histogram, peak):
+    """Levels in descending order, starting at or above `peak`, and the number of entries of each."""
+    # Starts at a multiple of 8, for vector loads.
+    places = (LEVELS - peak) // 8 * 8 + tl.arange(0, DEPTH_WIDTH)
+    counts = tl.load(histogram + places, mask=places < LEVELS, other=0)
+    levels = LEVELS - places
+    return levels, tl.where(levels > peak - DEPTH, counts, 0)
+
+
+@triton.jit
+def _window_mass(window_log_sums, num_splits, score, SPLIT_WIDTH: tl.constexpr):
+    """Sum of the exponentials of the window's logits, relative to the exponential of `score`.
+
+    May be infinite; the far keys have no share of the mass then.
+    """
+    splits = tl.arange(0, SPLIT_WIDTH)
+    log_sums = tl.load(window_log_sums + splits, mask=splits < num_splits, other=float("-inf"))
+    return tl.sum(tl.exp2(log_sums - score * LOG2_E), 0)
+
+
+@triton.jit
+def lowest_levels(
+    histogram,
+    far_peak,
+    top_p_peak,
+    reference,
+    window_log_sums,
+    heads_per_plane,
+    num_splits,
+    top_p,
+    far_floor,
+    floor,
+    SPLIT_WIDTH: tl.constexpr,
+    READING: tl.constexpr,
+):
+    """Lowest selected level in plane 0 and in the plane that top-p applies to.
+
+    Pointers are those of the head; the peaks are the levels of its best entries in both planes.
+    """
+    levels, counts = _counts_below(histogram, far_peak)
+    # A level is selected if the levels above it do not suffice.
+    wanted = (levels <= far_peak) & (tl.cumsum(counts, 0) - counts < floor)
+    peak = far_peak
+    if READING == "paper":
+        peak = top_p_peak
+        levels, counts = _counts_below(histogram + heads_per_plane * LEVELS, peak)
+    masses = counts * tl.exp((levels - peak) * LEVEL_WIDTH)
+    reached = tl.cumsum(masses, 0)
+    total = tl.max(reached, 0)
+    target = top_p * total
+    if READING != "paper":
+        middle = reference + (far_peak - DEPTH + 0.5) * LEVEL_WIDTH
+        window = _window_mass(window_log_sums, num_splits, middle, SPLIT_WIDTH)
+        if READING == "residual":
+            # Selected + window must reach top_p of total + window.
+            target -= (1.0 - top_p) * window
+        else:
+            target = tl.where(total * (1.0 - far_floor) > far_floor * window, target, 0.0)
+    needed = (levels <= peak) & (reached - masses < target)
+    if READING == "paper":
+        lowest_far = far_peak + 1 - tl.sum(wanted.to(tl.int32), 0)
+        lowest = peak + 1 - tl.sum(needed.to(tl.int32), 0)
+    else:
+        lowest_far = far_peak + 1 - tl.sum((wanted | needed).to(tl.int32), 0)
+        lowest = lowest_far
+    return tl.maximum(lowest_far, tl.maximum(far_peak - DEPTH, 0) + 1), lowest
+
+
+# Not specialised: a value of 1 or a multiple of 16 does not compile another kernel.
+SIZES = [
+    "capacity",
+    "num_heads",
+    "num_retrieval",
+    "num_splits",
+    "segment_entries",
+    "heads_per_plane",
+    "num_sinks",
+    "near_window",
+    "floor",
+]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def top_p_kernel(
+    levels,
+    histogram,
+    references,
+    window_log_sums,
+    retrieval_heads,
+    lengths,
+    first_slots,
+    lists,
+    list_lengths,
+    capacity,
+    num_heads,
+    num_retrieval,
+    num_splits,
+    segment_entries,
+    heads_per_plane,
+    num_sinks,
+    near_window,
+    top_p,
+    far_floor,
+    floor,
+    SPLIT_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    PLANES: tl.constexpr,
+    READING: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (segment, sequence and retrieval head).
+
+    Writes the selected entries in ascending order to `lists` [B, R, G, segment_entries] and their number
+    to `list_lengths` [B, R, G].
+    """
+    allow_dependent_launch(PDL)
+    segment = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence = head // num_retrieval
+    query_position, _ = sequence_extent(sequence, capacity, lengths, first_slots, PAGE_SIZE)
+    last_far_position = query_position - near_window
+    # A hint for vector loads: segments are multiples of 16 entries.
+    segment_entries = tl.multiple_of(segment_entries, 16)
+    place = head * tl.num_programs(0) + segment
+    levels += place.to(tl.int64) * segment_entries
+    lists += place.to(tl.int64) * segment_entries
+    first_entry = segment * segment_entries
+    lanes = tl.arange(0, ENTRIES)
+    length = tl.zeros([], tl.int32)
+    wait_for_dependencies(PDL)
+    # Segments without far keys have no levels.
+    if (last_far_position >= num_sinks) & (first_entry * BLOCK <= last_far_position):
+        # Loaded early, so that the levels and the histogram are fetched at the same time.
+        far_levels = tl.load(levels + lanes)
+        histogram += head * LEVELS
+        far_peak = tl.load(histogram)
+        top_p_peak = far_peak
+        if PLANES == 2:
+            top_p_peak = tl.load(histogram + heads_per_plane * LEVELS)
+        window_row = sequence * num_heads + tl.load(retrieval_heads + head % num_retrieval)
+        lowest_far, lowest = lowest_levels(
+            histogram,
+            far_peak,
+            top_p_peak,
+            tl.load(references + head),
+            window_log_sums + window_row * num_splits,
+            heads_per_plane,
+            num_splits,
+            top_p,
+            far_floor,
+            floor,
+            SPLIT_WIDTH,
+            READING,
+        )
+        for start in range(0, segment_entries, ENTRIES):
+            entries = first_entry + start + lanes
+            selected = far_levels >= lowest_far
+            if PLANES == 2:
+                plane = heads_per_plane.to(tl.int64) * tl.num_programs(0) * segment_entries
+                top_p_levels = tl.load(levels + plane + start + lanes)
+                has_mass = far_levels > tl.maximum(far_peak - DEPTH, 0)
+                selected |= has_mass & (top_p_levels >= lowest)
+            following = start + ENTRIES + lanes
+            far_levels = tl.load(levels + following, mask=following < segment_entries, other=0)
+            selected &= entries >= num_sinks // BLOCK
+            selected &= entries <= last_far_position // BLOCK
+            order = tl.cumsum(selected.to(tl.int32), 0)
+            tl.store(lists + length + order - 1, entries, mask=selected)
+            length += tl.max(order, 0)
+    tl.store(list_lengths + place, length)
+
+
+def select_top_p(
+    queries: Tensor,
+    full: FullStates,
+    layout: HeadLayout,
+    rule: AttentionRule,
+    window: PartialAttention,
+    scores: IndexScores,
+) -> Selection:
+    """Selected far entries of B * R heads."""
+    batch, num_heads = queries.shape[:2]
+    num_retrieval = len(layout.retrieval)
+    num_segments = scores.levels.shape[1] // scores.segment
+    shape = (batch, num_retrieval, num_segments)
+    selection = Selection(
+        lists=queries.new_empty(*shape, scores.segment, dtype=torch.int32),
+        list_lengths=queries.new_empty(shape, dtype=torch.int32),
+        block=scores.block,
+    )
+    top_p_kernel[(num_segments, batch * num_retrieval)](
+        scores.levels,
+        scores.histogram,
+        scores.references,
+        window.log_sums,
+        layout.retrieval.heads,
+        full.lengths,
+        full.first_slots,
+        selection.lists,
+        selection.list_lengths,
+        full.capacity,
+        num_heads,
+        num_retrieval,
+        len(window),
+        scores.segment,
+        batch * num_retrieval,
+        rule.num_sink_tokens,
+        rule.near_window,
+        rule.top_p,
+        rule.far_floor,
+        triton.cdiv(rule.min_tokens, scores.block),
+        SPLIT_WIDTH=max(MIN_SPLIT_WIDTH, triton.next_power_of_2(len(window))),
+        BLOCK=scores.block,
+        ENTRIES=min(COMPACTED_ENTRIES, scores.segment),
+        PLANES=scores.planes,
+        READING=rule.reading,
+        PAGE_SIZE=full.page_size,
+        **dependent_launch(queries.device),
+        num_warps=1,
+    )
+    return selection

@@ -1,0 +1,281 @@
+"""First kernel of a decode step: window attention of all heads, and index scores of the far keys.
+
+Both parts are memory-bound and independent, so one launch with programs of both kinds fills the GPU. The
+programs of window attention run longer and come first.
+
+B sequences, H query heads, K KV heads (full and windowed), R retrieval heads, D head_dim, I index_dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops.states import HeadLayout, KeyValueStates, index_key_heads
+from rtpurbo.ops.triton.addresses import sequence_extent
+from rtpurbo.ops.triton.decode.index_scores import score_chunk
+from rtpurbo.ops.triton.decode.pdl import allow_dependent_launch, supports_pdl
+from rtpurbo.ops.triton.decode.window import window_split
+from rtpurbo.ops.triton.decode.workspace import (
+    TILE_ELEMENTS,
+    FullStates,
+    IndexScores,
+    PartialAttention,
+    entries_per_chunk,
+    strides,
+)
+from rtpurbo.ops.triton.softmax import LOG2_E
+
+# Window keys of one program, and pipeline stages of its loop over tiles.
+SPLIT = 128
+WINDOW_STAGES = 2
+
+# Not specialised: a value of 1 or a multiple of 16 does not compile another kernel.
+SIZES = [
+    "position_stride",
+    "table_stride",
+    "capacity",
+    "batch",
+    "num_heads",
+    "num_full",
+    "num_windowed",
+    "num_retrieval",
+    "num_windowed_slots",
+    "num_splits",
+    "padded_entries",
+    "num_chunks",
+    "num_sinks",
+    "near_window",
+    "sliding_window",
+    "widest_window",
+]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def window_and_scores_kernel(
+    queries,
+    query_strides,
+    full_keys,
+    full_key_strides,
+    full_values,
+    full_value_strides,
+    windowed_keys,
+    windowed_key_strides,
+    windowed_values,
+    windowed_value_strides,
+    slot_positions,
+    position_stride,
+    index_queries,
+    index_query_strides,
+    index_keys,
+    index_key_strides,
+    index_key_heads,
+    block_table,
+    table_stride,
+    lengths,
+    first_slots,
+    full_heads,
+    windowed_heads,
+    retrieval_heads,
+    log_sums,
+    outputs,
+    levels,
+    histogram,
+    references,
+    capacity,
+    batch,
+    num_heads,
+    num_full,
+    num_windowed,
+    num_retrieval,
+    num_windowed_slots,
+    num_splits,
+    padded_entries,
+    num_chunks,
+    num_sinks,
+    near_window,
+    sliding_window,
+    widest_window,
+    scale,
+    GROUP: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
+    RETRIEVAL_WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOW_TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INDEX_DIM: tl.constexpr,
+    INDEX_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    SCORE_TILE: tl.constexpr,
+    SCORE_TILES: tl.constexpr,
+    PLANES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SCORE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs (full KV head, split), then (windowed KV head, split), then (chunk, retrieval head).
+
+    Retrieval heads that share index keys are adjacent, so that a chunk of keys is in the L2 cache for them.
+    """
+    allow_dependent_launch(PDL)
+    program = tl.program_id(0)
+    sequence = tl.program_id(1)
+    query_position, first_slot = sequence_extent(
+        sequence, capacity, lengths, first_slots, PAGE_SIZE
+    )
+    table_row = sequence * table_stride
+    window_programs = (num_full + num_windowed) * num_splits
+    if program < num_full * num_splits:
+        key_value_head = program // num_splits
+        window_keys = tl.maximum(query_position - num_sinks + 1, 0)
+        window_split(
+            queries, query_strides, full_keys, full_key_strides, full_values, full_value_strides,
+            block_table, table_row, slot_positions, position_stride,
+            tl.minimum(query_position + 1, num_sinks) + tl.minimum(window_keys, widest_window),
+            sequence, program % num_splits, key_value_head,
+            tl.load(full_heads + key_value_head).to(tl.int32) * GROUP, retrieval_heads,
+            query_position, first_slot, num_sinks, near_window, sliding_window, widest_window,
+            scale, log_sums, outputs, num_heads, num_splits, num_retrieval, GROUP, GROUP_WIDTH,
+            RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, SPLIT, PAGE_SIZE, False,
+        )  # fmt: skip
+    elif program < window_programs:
+        key_value_head = program // num_splits - num_full
+        window_split(
+            queries, query_strides, windowed_keys, windowed_key_strides, windowed_values,
+            windowed_value_strides, block_table, table_row, slot_positions, position_stride,
+            num_windowed_slots, sequence, program % num_splits, key_value_head,
+            tl.load(windowed_heads + key_value_head).to(tl.int32) * GROUP, retrieval_heads,
+            query_position, first_slot, num_sinks, near_window, sliding_window, widest_window,
+            scale, log_sums, outputs, num_heads, num_splits, num_retrieval, GROUP, GROUP_WIDTH,
+            RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, SPLIT, 0, True,
+        )  # fmt: skip
+    elif SCORE:
+        score_chunk(
+            index_queries, index_query_strides, index_keys, index_key_strides, index_key_heads,
+            block_table, table_row, sequence, (program - window_programs) % num_retrieval,
+            (program - window_programs) // num_retrieval, query_position, first_slot, num_sinks,
+            near_window, levels, histogram, references, batch, num_retrieval, padded_entries,
+            INDEX_DIM, INDEX_WIDTH, BLOCK, BLOCK_WIDTH, SCORE_TILE, SCORE_TILES, PLANES, PAGE_SIZE,
+        )  # fmt: skip
+
+
+def window_and_scores(
+    queries: Tensor,
+    full: FullStates,
+    windowed: KeyValueStates,
+    layout: HeadLayout,
+    index_queries: Tensor | None,
+    rule: AttentionRule,
+    scaling: float,
+) -> tuple[PartialAttention, IndexScores]:
+    """Window attention of B * H heads, and index scores of B * R heads.
+
+    Args:
+        queries: [B, H, 1, D].
+        full: cache of the full KV heads.
+        windowed: cache of the windowed KV heads, in any order.
+        layout: query heads by kind.
+        index_queries: [B, R, 1, I]; None without retrieval heads.
+        rule: windows and selection.
+        scaling: factor on the dot products.
+    """
+    batch, num_heads, _, head_dim = queries.shape
+    num_full = layout.full_key_value_heads.numel()
+    num_windowed = layout.windowed_key_value_heads.numel()
+    num_retrieval = len(layout.retrieval)
+    score = num_retrieval > 0 and rule.top_p < 1
+    key_heads = None
+    if score:
+        assert full.index_keys is not None
+        key_heads = index_key_heads(full.index_keys, num_full, layout.retrieval.key_value_heads)
+    scores = IndexScores.allocate(
+        rule, full.capacity, batch * num_retrieval * score, queries, full.histogram_workspace
+    )
+
+    widest = max(rule.near_window, rule.sliding_window if len(layout.local_full) else 0)
+    num_near = min(rule.num_sink_tokens + widest, full.capacity) if num_full else 0
+    num_windowed_slots = windowed.keys.shape[2] if num_windowed else 0
+    num_splits = max(1, triton.cdiv(max(num_near, num_windowed_slots), SPLIT))
+    window = PartialAttention.allocate(queries, batch * num_heads, num_splits)
+
+    group = num_heads // (num_full + num_windowed)
+    width = max(16, triton.next_power_of_2(head_dim))
+    # fp32 products do not run on tensor cores and need more registers.
+    window_tile = TILE_ELEMENTS // (2 if queries.element_size() == 2 else 8) // width
+    window_tile = max(16, min(64, window_tile))
+    index_dim = 1 if index_queries is None else index_queries.shape[-1]
+    index_width = triton.next_power_of_2(index_dim)
+    block_width = triton.next_power_of_2(scores.block)
+    chunk_tokens = entries_per_chunk(scores.block) * block_width
+    score_tile = max(block_width, min(chunk_tokens, TILE_ELEMENTS // index_width))
+    programs = (num_full + num_windowed) * num_splits + num_retrieval * score * scores.num_chunks
+    window_and_scores_kernel[(programs, batch)](
+        queries,
+        queries.stride()[:2],
+        full.keys,
+        strides(full.keys),
+        full.values,
+        strides(full.values),
+        windowed.keys,
+        strides(windowed.keys),
+        windowed.values,
+        strides(windowed.values),
+        windowed.positions,
+        windowed.positions.stride(0),
+        index_queries,
+        (0, 0) if index_queries is None else index_queries.stride()[:2],
+        full.index_keys,
+        strides(full.index_keys),
+        key_heads,
+        full.block_table,
+        full.table_stride,
+        full.lengths,
+        full.first_slots,
+        layout.full_key_value_heads,
+        layout.windowed_key_value_heads,
+        layout.retrieval.heads,
+        window.log_sums,
+        window.outputs,
+        scores.levels,
+        scores.histogram,
+        scores.references,
+        full.capacity,
+        batch,
+        num_heads,
+        num_full,
+        num_windowed,
+        num_retrieval,
+        num_windowed_slots,
+        num_splits,
+        scores.levels.shape[1],
+        scores.num_chunks,
+        rule.num_sink_tokens,
+        rule.near_window,
+        rule.sliding_window,
+        widest,
+        scaling * LOG2_E.value,
+        GROUP=group,
+        GROUP_WIDTH=max(16, triton.next_power_of_2(group)),
+        RETRIEVAL_WIDTH=triton.next_power_of_2(max(1, num_retrieval)),
+        HEAD_DIM=head_dim,
+        WIDTH=width,
+        WINDOW_TILE=window_tile,
+        SPLIT=SPLIT,
+        INDEX_DIM=index_dim,
+        INDEX_WIDTH=index_width,
+        BLOCK=scores.block,
+        BLOCK_WIDTH=block_width,
+        SCORE_TILE=score_tile,
+        SCORE_TILES=chunk_tokens // score_tile,
+        PLANES=scores.planes,
+        PAGE_SIZE=full.page_size,
+        SCORE=score,
+        PDL=supports_pdl(queries.device),
+        num_warps=4,
+        num_stages=WINDOW_STAGES,
+    )
+    return window, scores

@@ -1,0 +1,228 @@
+"""Inputs and intermediate results of a decode step: KV cache views, partial attention, scores, selection.
+
+B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.ops.states import KeyValueStates, PagedStates
+from rtpurbo.ops.triton.decode.histogram import LEVELS
+from rtpurbo.ops.triton.softmax import LOG2_E
+
+# Index keys that one program scores.
+CHUNK_TOKENS = 1024
+# Programs that compact the selected entries of a head, and the fewest entries of one of them.
+SEGMENTS = 256
+MIN_SEGMENT_ENTRIES = 256
+# Elements of a tile that four warps hold in registers without spilling.
+TILE_ELEMENTS = 16384
+
+
+@dataclass(frozen=True)
+class FullStates:
+    """KV cache of the full KV heads as the kernels address it: one tensor, or pages.
+
+    Attributes:
+        keys: [B, full KV heads, capacity, D], or [pages, full KV heads, page_size, D].
+        values: same shape.
+        index_keys: [B, R, capacity, I], or [pages, R, page_size, I]; with the number of full KV heads in
+            place of R if index keys are shared. None without retrieval heads.
+        capacity: slots of a sequence.
+        lengths: int32 [1], slots in use, or [B] with pages; None if all are in use.
+        first_slots: int32 [B], slot of position 0; None for 0.
+        block_table: int32 [B, max_pages], or None.
+        page_size: tokens of a page; 0 without pages.
+        histogram_workspace: int32 [B * R, LEVELS], zeros before and after a step; None to allocate one
+            in each step.
+    """
+
+    keys: Tensor
+    values: Tensor
+    index_keys: Tensor | None
+    capacity: int
+    lengths: Tensor | None
+    first_slots: Tensor | None
+    block_table: Tensor | None = None
+    page_size: int = 0
+    histogram_workspace: Tensor | None = None
+
+    @classmethod
+    def of_states(cls, states: KeyValueStates) -> FullStates:
+        """Views of a contiguous cache."""
+        return cls(
+            keys=states.keys,
+            values=states.values,
+            index_keys=states.index_keys,
+            capacity=states.keys.shape[2],
+            lengths=states.length,
+            first_slots=states.first_slots,
+            histogram_workspace=states.histogram_workspace,
+        )
+
+    @classmethod
+    def of_pages(cls, states: PagedStates) -> FullStates:
+        """Views of a paged cache."""
+        return cls(
+            keys=states.key_pages,
+            values=states.value_pages,
+            index_keys=states.index_pages,
+            capacity=states.capacity,
+            lengths=states.lengths,
+            first_slots=None,
+            block_table=states.block_table,
+            page_size=states.page_size,
+        )
+
+    @property
+    def table_stride(self) -> int:
+        """Elements between the block tables of two sequences; 0 without pages."""
+        return 0 if self.block_table is None else self.block_table.stride(0)
+
+    def query_positions(self, batch: int) -> Tensor:
+        """Position of each sequence's last token, int [B]."""
+        lengths = self.lengths
+        if lengths is None:
+            lengths = torch.full((1,), self.capacity, device=self.keys.device)
+        positions = lengths.expand(batch) - 1
+        return positions if self.first_slots is None else positions - self.first_slots
+
+
+@dataclass(frozen=True)
+class PartialAttention:
+    """Split-K partial results: attention of some heads, each over splits of its keys.
+
+    Attributes:
+        log_sums: fp32 [heads, splits], log-sum-exp to base 2.
+        outputs: fp32 [heads, splits, D].
+    """
+
+    log_sums: Tensor
+    outputs: Tensor
+
+    @classmethod
+    def allocate(cls, like: Tensor, heads: int, splits: int) -> PartialAttention:
+        """Uninitialised partial results with the head_dim and device of `like`."""
+        return cls(
+            like.new_empty(heads, splits, dtype=torch.float32),
+            like.new_empty(heads, splits, like.shape[-1], dtype=torch.float32),
+        )
+
+    def __len__(self) -> int:
+        return self.log_sums.shape[1]
+
+    def with_sinks(self, sinks: Tensor) -> PartialAttention:
+        """The same with one more split per head: a learned sink [H], whose output is zero."""
+        batch = self.log_sums.shape[0] // sinks.numel()
+        logits = (sinks.float() * LOG2_E.value).repeat(batch)[:, None]
+        return PartialAttention(
+            torch.cat([self.log_sums, logits], 1),
+            torch.nn.functional.pad(self.outputs, (0, 0, 0, 1)),
+        )
+
+
+@dataclass(frozen=True)
+class IndexScores:
+    """Quantised index scores of the far keys, and the sizes that the launches share.
+
+    An *entry* is the unit of selection: a token, or a block of tokens.
+
+    Attributes:
+        levels: int16 [planes * B * R, entries], scores quantised as in `histogram`; `entries` is padded
+            to whole segments and chunks.
+        histogram: int32 [planes * B * R, LEVELS], number of entries per level; zeros before the step.
+        references: fp32 [B * R], score that the levels are relative to.
+        num_chunks: programs that score the entries of a head.
+        segment: entries that one program of the selection compacts.
+        block: tokens of an entry.
+        planes: 2 if window keys are scored too (reading `paper`), else 1.
+    """
+
+    levels: Tensor
+    histogram: Tensor
+    references: Tensor
+    num_chunks: int
+    segment: int
+    block: int
+    planes: int
+
+    @classmethod
+    def allocate(
+        cls,
+        rule: AttentionRule,
+        capacity: int,
+        heads: int,
+        like: Tensor,
+        histogram_workspace: Tensor | None,
+    ) -> IndexScores:
+        """Memory for `heads` retrieval heads (of all sequences) over `capacity` tokens each."""
+        block = rule.block_size if rule.granularity == "block" else 1
+        planes = 2 if rule.reading == "paper" else 1
+        num_entries = triton.cdiv(capacity, block)
+        chunk = entries_per_chunk(block)
+        share = triton.next_power_of_2(triton.cdiv(num_entries, SEGMENTS))
+        segment = max(MIN_SEGMENT_ENTRIES, share)
+        width = max(chunk, segment)
+        padded_entries = triton.cdiv(num_entries, width) * width
+        if histogram_workspace is None or histogram_workspace.shape[0] != planes * heads:
+            histogram_workspace = zero_histograms(planes * heads, like.device)
+        return cls(
+            levels=like.new_empty(planes * heads, padded_entries, dtype=torch.int16),
+            histogram=histogram_workspace,
+            references=like.new_empty(heads, dtype=torch.float32),
+            num_chunks=triton.cdiv(num_entries, chunk),
+            segment=segment,
+            block=block,
+            planes=planes,
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Selected far keys of a step, as compacted lists of entries.
+
+    Attributes:
+        lists: int32 [B, R, segments, length], entries: tokens, or blocks of `block` tokens.
+        list_lengths: int32 [B, R, segments], valid entries of each list.
+        block: tokens of an entry.
+    """
+
+    lists: Tensor
+    list_lengths: Tensor
+    block: int
+
+    def keys(self, num_positions: int) -> Tensor:
+        """Mask of the tokens in the selected entries, bool [B, R, num_positions]; may include window keys."""
+        valid = torch.arange(self.lists.shape[-1], device=self.lists.device)
+        valid = valid < self.list_lengths[..., None]
+        num_entries = self.lists.shape[2] * self.lists.shape[3]
+        # The unused tail of a list is uninitialised: it is scattered to an extra entry.
+        entries = self.lists.masked_fill(~valid, num_entries).flatten(2).long()
+        selected = torch.zeros(
+            *entries.shape[:2], num_entries + 1, dtype=torch.bool, device=entries.device
+        ).scatter_(2, entries, True)
+        return selected[..., :-1].repeat_interleave(self.block, 2)[..., :num_positions]
+
+
+def zero_histograms(heads: int, device: torch.device) -> Tensor:
+    """Zeros int32 [heads, LEVELS], the histogram workspace of `heads` retrieval heads of all sequences."""
+    return torch.zeros(heads, LEVELS.value, dtype=torch.int32, device=device)
+
+
+def entries_per_chunk(block: int) -> int:
+    """Entries of `block` tokens that one program scores."""
+    return max(1, CHUNK_TOKENS // triton.next_power_of_2(block))
+
+
+def strides(states: Tensor | None) -> tuple[int, int, int]:
+    """Strides of the first three dimensions; zeros for None."""
+    if states is None:
+        return 0, 0, 0
+    outer, head, slot = states.stride()[:3]
+    return outer, head, slot
