@@ -54,7 +54,7 @@ from rtpurbo.training.vocabulary import most_likely
 
 PROSE_LENGTH = 1024
 
-ANSWERS = DistillationSettings(labels="answers", decode_rows=1 << 20)
+ANSWERS = DistillationSettings(targets="answers", decode_queries=1 << 20)
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,8 @@ def train_lora(arguments: argparse.Namespace) -> None:
         learning_rate=arguments.learning_rate,
         lora_rank=arguments.rank,
         lora_beyond_attention=arguments.mlp,
-        decode_rows=0,
-        **{f"{kind}_share": float(share) for kind, share in shares.items()},
+        decode_queries=0,
+        mixture={"needles": 0.5} | {task: float(share) for task, share in shares.items()},
     )
     sparsify(base.model, config)
     table.add(f"{name} before", base.model, asked)
@@ -327,7 +327,7 @@ def main() -> None:
     training.add_argument("--rank", type=int, default=16)
     training.add_argument("--mlp", action="store_true")
     training.add_argument("--train-lengths", type=int, nargs="+", default=[8192, 16384])
-    training.add_argument("--shares", nargs="+", default=[], metavar="KIND=SHARE")
+    training.add_argument("--shares", nargs="+", default=[], metavar="TASK=SHARE")
     training.set_defaults(run=train_lora)
     arguments = parser.parse_args()
     arguments.run(arguments)

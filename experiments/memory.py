@@ -99,8 +99,10 @@ def settings_without_answers(effort: str, context: int, length: int) -> Conversi
     settings = default_settings(effort, context, max_length=length)
     return replace(
         settings,
-        stage1=replace(settings.stage1, document_share=0.0),
-        stage2=replace(settings.stage2, document_share=0.0, conversation_share=0.0),
+        **{
+            name: replace(stage, mixture={**stage.mixture, "documents": 0.0, "conversations": 0.0})
+            for name, stage in (("stage1", settings.stage1), ("stage2", settings.stage2))
+        },
     )
 
 

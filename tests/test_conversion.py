@@ -36,11 +36,11 @@ SETTINGS = ConversionSettings(
     indexer=IndexerSettings(index_dim=4),
     calibration=CalibrationSettings(length=384, num_documents=2, count=3),
     stage1=IndexerTrainingSettings(
-        steps=30, lengths=(800,), steps_per_sequence=8, rows_per_step=32, warmup_steps=2,
-        start_sequences=1, probe_sequences=1, probe_every=15,
+        steps=30, lengths=(800,), steps_per_sequence=8, queries_per_step=32, warmup_steps=2,
+        init_sequences=1, probe_sequences=1, probe_every=15,
     ),
     stage2=DistillationSettings(
-        steps=6, lengths=(800,), labels_per_sequence=64, warmup_steps=1, lora_rank=2,
+        steps=6, lengths=(800,), targets_per_sequence=64, warmup_steps=1, lora_rank=2,
         refresh_steps=10, checkpoint_every=2,
     ),
 )  # fmt: skip
@@ -167,11 +167,10 @@ def test_what_the_model_writes_is_trained_on_and_kept_for_a_resumed_conversion(
     common = {
         "settings": SETTINGS,
         "changes": {
-            "stage1.needle_share": 0.0,
-            "stage1.document_share": 1.0,
-            "stage2.needle_share": 0.2,
-            "stage2.document_share": 0.4,
-            "stage2.conversation_share": 0.4,
+            "stage1.mixture": {"documents": 1.0},
+            "stage2.mixture.needles": 0.2,
+            "stage2.mixture.documents": 0.4,
+            "stage2.mixture.conversations": 0.4,
             "stage2.lora_scale": None,
         },
         "device": "cpu",
@@ -295,7 +294,7 @@ def test_calibration_alone_uses_the_attention_rule_of_its_settings(tiny_base, tm
 def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
     """What the next command is not told again is what it was; it would else be found out after stage 2."""
     head_map, common = tmp_path / "head_map.json", {"device": "cpu"}
-    own = {"calibration.length": 600, "calibration.ranking": "turns"}
+    own = {"calibration.length": 600, "calibration.ranking": "interleaved"}
     calibrate_model(str(tiny_base), head_map, changes=own, **common)
     lengths = {"stage1.lengths": (700, 900), "stage1.steps": 2, "attention.sliding_window": 512}
     stage1 = train_indexer_artifact(
@@ -304,7 +303,7 @@ def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
     few = {"stage2.steps": 1, "stage2.lengths": (800,), "stage2.refresh_steps": 1}
     stage2 = distill_artifact(stage1, tmp_path / "stage2", changes=few, **common)
     told = ArtifactConfig.read(stage2).settings
-    assert told["calibration"]["ranking"] == "turns"
+    assert told["calibration"]["ranking"] == "interleaved"
     assert told["calibration"]["length"] == 600
     assert told["stage1"]["lengths"] == [700, 900]
     assert told["stage1"]["steps"] == 2

@@ -60,7 +60,7 @@ def test_every_model_has_a_plan(family, context, effort):
     expected = {
         "calibration": True,
         "stage1": True,
-        "writing": has_stage2 and stage2.conversation_share + stage2.document_share > 0,
+        "writing": has_stage2 and bool({"conversations", "documents"} & stage2.mixture.keys()),
         "stage2": has_stage2,
         "refresh": has_stage2,
     }
@@ -166,7 +166,7 @@ def test_fsdp_divides_the_weights(h200):
     whole = planned(shape_of_qwen3_8b(), GPU)
     divided = planned(shape_of_qwen3_8b(), GPU, shards=4)
     assert divided.peak_gib < whole.peak_gib
-    no_documents = {"stage2.document_share": 0.0}
+    no_documents = {"stage2.mixture.documents": 0.0}
     apart = [
         planned(shape_of_qwen3_8b(), GPU, shards=shards, changes=no_documents).peak_gib
         for shards in (1, 4)

@@ -41,7 +41,7 @@ def value_of(settings, name):
         ("stage2.lengths", [2048, "x"], "is [2048, 'x'], but it must be a list of whole numbers"),
         ("stage2.lengths", [[2048]], "is [[2048]], but it must be a list of whole numbers"),
         ("stage2.lengths", None, "is null, but it must be a list of whole numbers"),
-        ("stage2.labels", 3, "is 3, but it must be one of: both, answers, text."),
+        ("stage2.targets", 3, "is 3, but it must be one of: both, answers, text."),
         ("stream.enabled", 1, "stream.enabled is 1, but it must be true or false."),
         ("attention", 5, "attention is 5, but it must be AttentionRule; name one of its settings"),
     ],

@@ -27,7 +27,7 @@ from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from rtpurbo.training.stage2 import autocast
 
-SHARES = {"needle_share": 0.4, "variable_share": 0.4, "passage_share": 0.2}
+SHARES = {"needles": 0.4, "variables": 0.4, "passage": 0.2}
 """Of the kinds of sequences; each ends with an answer that needs what lies far back."""
 
 POINTS = (1 / 6, 3 / 6, 5 / 6)

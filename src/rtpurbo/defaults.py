@@ -25,64 +25,67 @@ _LONGEST: dict[Effort, tuple[int, int]] = {
 """Tokens of the longest training sequence: at least the first number, and the second in windows."""
 
 _KEPT: dict[str, Any] = {"ranking": "gates", "granularity": "kv_group", "ratio": 0.5}
-"""KV heads kept in full, with all of their query heads.
+"""Choice of full KV heads, each with all of its query heads.
 
-With a window of an eighth of the context and one index key a KV head in float8, the cache is .6 of the dense model's.
-Of Qwen2.5-Coder-1.5B's 56 KV heads, 21 lose a twelfth of what the windows alone lose and 28 a thirtieth
-(docs/experiment-log.md).
+With a window of an eighth of the context and one float8 index key per KV head, the cache has 0.6 times the size of the
+dense model's. Of Qwen2.5-Coder-1.5B's 56 KV heads, 21 full ones reduce the loss of windowed attention to a twelfth
+and 28 to a thirtieth (docs/experiment-log.md).
 """
 
 _SINKS_OF_WINDOW = 32
 """Tokens of the window for each sink: 128 sinks instead of 4 lost a tenth less (docs/experiment-log.md)."""
 
-_LONG_RANGE: dict[str, Any] = {
-    "needle_share": 0.1,
-    "variable_share": 0.15,
-    "passage_share": 0.05,
-    "haystack_share": 0.3,
-    "counting_share": 0.1,
-    "reading_share": 0.1,
+_LONG_RANGE = {
+    "needles": 0.1,
+    "variables": 0.15,
+    "passage": 0.05,
+    "haystack": 0.3,
+    "counting": 0.1,
+    "reading": 0.1,
 }
-"""Stage 1: mostly sequences whose answers lie far back."""
+"""Mixture of stage 1: mostly sequences whose answers depend on distant tokens."""
 
-_DISTILLED: dict[str, Any] = {
-    "needle_share": 0.06,
-    "variable_share": 0.08,
-    "passage_share": 0.03,
-    "haystack_share": 0.14,
-    "counting_share": 0.08,
-    "reading_share": 0.08,
-    "document_share": 0.12,
-    "conversation_share": 0.31,
-    "lora_scale": None,
+_DISTILLED = {
+    "needles": 0.06,
+    "variables": 0.08,
+    "passage": 0.03,
+    "haystack": 0.14,
+    "counting": 0.08,
+    "reading": 0.08,
+    "documents": 0.12,
+    "conversations": 0.31,
 }
-"""Stage 2: also sequences that the model wrote itself, short ones among them, which it must not lose.
+"""Mixture of stage 2: also sequences written by the dense model, so that short conversations do not get worse.
 
-On Qwen2.5-Coder-1.5B it took nothing off the divergence at 32K, so only `thorough` has it, at a LoRA scale that
-harms no kind of sequence, or none (docs/experiment-log.md).
+On Qwen2.5-Coder-1.5B stage 2 did not reduce the divergence at 32K, so only `thorough` includes it, at a LoRA scale
+at which no kind of sequence gets worse, which may be 0 (docs/experiment-log.md).
 """
 
 _STAGES: dict[Effort, ConversionSettings] = {
     "quick": ConversionSettings(
         calibration=CalibrationSettings(num_documents=3),
         stage1=IndexerTrainingSettings(
-            steps=60, steps_per_sequence=15, rows_per_step=128, warmup_steps=5,
-            start_sequences=2, probe_sequences=2, probe_every=30,
+            steps=60, steps_per_sequence=15, queries_per_step=128, warmup_steps=5,
+            init_sequences=2, probe_sequences=2, probe_every=30,
         ),
         stage2=DistillationSettings(
-            steps=8, labels_per_sequence=512, warmup_steps=2, lora_rank=8, refresh_steps=15,
+            steps=8, targets_per_sequence=512, warmup_steps=2, lora_rank=8, refresh_steps=15,
             checkpoint_every=4,
         ),
     ),
     "standard": ConversionSettings(
         calibration=CalibrationSettings(num_documents=150, **_KEPT),
-        stage1=IndexerTrainingSettings(steps=200, **_LONG_RANGE),
-        stage2=DistillationSettings(steps=0, refresh_steps=100, **_DISTILLED),
+        stage1=IndexerTrainingSettings(steps=200, mixture=_LONG_RANGE),
+        stage2=DistillationSettings(
+            steps=0, refresh_steps=100, mixture=_DISTILLED, lora_scale=None
+        ),
     ),
     "thorough": ConversionSettings(
         calibration=CalibrationSettings(num_documents=300, **_KEPT),
-        stage1=IndexerTrainingSettings(steps=400, **_LONG_RANGE),
-        stage2=DistillationSettings(steps=200, refresh_steps=200, **_DISTILLED),
+        stage1=IndexerTrainingSettings(steps=400, mixture=_LONG_RANGE),
+        stage2=DistillationSettings(
+            steps=200, refresh_steps=200, mixture=_DISTILLED, lora_scale=None
+        ),
     ),
 }  # fmt: skip
 """Steps and sizes of each effort; lengths and the window are filled in by `default_settings`."""

@@ -194,7 +194,7 @@ def peak_bytes(
     if calibration.ranking == "gates":
         stages.append(_activation_bytes(shape, calibration.length, itemsize, on_gpu, on_gpu))
     stages.append(_stage1_bytes(shape, settings, retrieval_heads, itemsize, on_gpu))
-    if any(stage.document_share and stage.steps for stage in (settings.stage1, stage2)):
+    if any("documents" in stage.mixture and stage.steps for stage in (settings.stage1, stage2)):
         # The cache of documents that the model answers, and a layer of the prefill.
         tokens = max(*settings.stage1.lengths, *stage2.lengths, BATCH_TOKENS // shards)
         cached = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
@@ -205,7 +205,7 @@ def peak_bytes(
             # These weights are counted already, and FSDP divides the rest of it.
             states = (states - shape.parameters * itemsize) / shards
         longest = max(stage2.lengths)
-        labels = min(stage2.labels_per_sequence, longest)
+        labels = min(stage2.targets_per_sequence, longest)
         logits = 2 * labels * min(shape.vocabulary, COLUMNS) * _FP32
         checkpointing = on_gpu and stage2.gradient_checkpointing
         activations = _activation_bytes(shape, longest, itemsize, on_gpu, checkpointing)
@@ -233,7 +233,7 @@ def _stage1_bytes(
         kv_heads = math.ceil(heads * shape.num_kv_heads / shape.num_heads)
     kv_heads = min(kv_heads, heads)
     sequences = 1 + stage.probe_sequences
-    rows = stage.rows_per_step or longest
+    rows = stage.queries_per_step or longest
     kept_rows = min(longest, rows * stage.steps_per_sequence)
     if stage.steps_per_sequence == 1:
         # Layers learn as they pass, and no layer's states outlive it.
@@ -304,14 +304,14 @@ def stage_seconds(
 
     def indexers(stage: IndexerTrainingSettings, dense: bool) -> float:
         sequences = stage.steps * (stage.sequences_per_step or 1) / stage.steps_per_sequence
-        sequences += stage.probe_sequences + (stage.start_sequences if dense else 0)
+        sequences += stage.probe_sequences + (stage.init_sequences if dense else 0)
         forward = _mean(
             shape.forward_flops(length, None if dense else window, share)
             for length in stage.lengths
         )
         # Exact and estimated scores of the drawn queries, the latter with a backward pass.
         scores = _mean(
-            8 * (stage.rows_per_step or length) * length * shape.head_dim * retrieval_heads
+            8 * (stage.queries_per_step or length) * length * shape.head_dim * retrieval_heads
             for length in stage.lengths
         )
         return seconds(sequences * forward + stage.steps * scores, sequences + stage.steps)
@@ -320,21 +320,21 @@ def stage_seconds(
     sequences = stage2.steps * (stage2.sequences_per_step or 1)
     # Of a frozen linear layer the backward pass computes one product, of a trained one two.
     student_passes = 2 + (stage2.lora_rank == 0) + (on_gpu and stage2.gradient_checkpointing)
-    logits = 6 * stage2.labels_per_sequence * shape.vocabulary * shape.hidden_size
+    logits = 6 * stage2.targets_per_sequence * shape.vocabulary * shape.hidden_size
     flops = _mean(
         shape.forward_flops(length) + student_passes * shape.forward_flops(length, window, share)
         for length in stage2.lengths
     )
     judged = 0.0
     if stage2.steps and stage2.lora_scale is None:
-        kinds = sum(each > 0 for each in stage2.shares().values()) + 1  # prose
+        kinds = len(stage2.mixture) + 1  # prose
         forwards = len(SCALES) * SEQUENCES_PER_KIND * kinds
         forward = _mean(shape.forward_flops(each, window, share) for each in stage2.lengths)
         judged = seconds(forwards * forward, forwards)
     has_refresh = stage2.steps > 0 and stage2.refresh_steps > 0
     calibration = settings.calibration
     # A step of gates: the dense model, a mix of it and of windows, and the gradients of that.
-    passes = {"turns": 2, "gates": 6}.get(calibration.ranking, 1)
+    passes = {"interleaved": 2, "gates": 6}.get(calibration.ranking, 1)
     documents = calibration.num_documents * passes
     return StageSeconds(
         writing=_writing_seconds(shape, stage2, device_name),
@@ -348,11 +348,12 @@ def stage_seconds(
 def _writing_seconds(shape: ModelShape, stage2: DistillationSettings, device_name: str) -> float:
     """Seconds of the conversations and document answers that the model writes."""
     generated = read = tokens = 0.0
-    if stage2.steps and stage2.conversation_share:
+    conversations, documents = map(stage2.mixture.get, ("conversations", "documents"))
+    if stage2.steps and conversations:
         generated += _CONVERSATION_STEPS
-        tokens += (stage2.conversation_share * stage2.steps + HELD_OUT) * _CONVERSATION_STEPS / 2
-    if stage2.steps and stage2.document_share:
-        documents = stage2.document_share * stage2.steps + HELD_OUT
+        tokens += (conversations * stage2.steps + HELD_OUT) * _CONVERSATION_STEPS / 2
+    if stage2.steps and documents:
+        documents = documents * stage2.steps + HELD_OUT
         each = documents / len(stage2.lengths)
         batches = sum(2 * math.ceil(each * length / 2 / BATCH_TOKENS) for length in stage2.lengths)
         generated += batches * _DOCUMENT_STEPS

@@ -42,6 +42,7 @@ from rtpurbo.settings import (
     DistillationSettings,
     IndexerTrainingSettings,
     Progress,
+    current_settings,
     no_progress,
 )
 from rtpurbo.training.checkpoint import Checkpoint
@@ -68,6 +69,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
         plan: dict[str, Any] = strict_json.read(path)
         for stage in ("stage1", "stage2"):
             _ = plan["settings"][stage]["sequences_per_step"]
+        plan["settings"] = current_settings(plan["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise RTPurboError(
             f"{path} is broken, so the conversion cannot be continued: pass --force to start anew."

@@ -15,8 +15,8 @@ from tests.models.zoo.configurations import EQUAL
 from tests.models.zoo.test_zoo import FAST
 from tests.tiny_models import any_model, make_sparse, sparse_config
 
-STAGE1 = IndexerTrainingSettings(rows_per_step=None, lengths=(200,))
-STAGE2 = DistillationSettings(labels_per_sequence=30, lora_rank=2, top_logits=5, decode_rows=8)
+STAGE1 = IndexerTrainingSettings(queries_per_step=None, lengths=(200,))
+STAGE2 = DistillationSettings(targets_per_sequence=30, lora_rank=2, top_logits=5, decode_queries=8)
 
 
 def sparse(name):

@@ -21,7 +21,7 @@ from tests.tiny_models import make_sparse, sparse_config, tiny_model, with_own_k
 
 pytestmark = pytest.mark.kernels
 
-SETTINGS = IndexerTrainingSettings(rows_per_step=None, lengths=(200,), answer_weight=2.0)
+SETTINGS = IndexerTrainingSettings(queries_per_step=None, lengths=(200,), answer_weight=2.0)
 
 
 def sparse(family="llama", **options):
@@ -115,7 +115,7 @@ def test_packed_sequences_teach_what_they_teach_alone(family):
 
 
 def test_rows_are_chosen_alike_however_sequences_are_packed():
-    model, some = sparse(), replace(SETTINGS, rows_per_step=6)
+    model, some = sparse(), replace(SETTINGS, queries_per_step=6)
     given = sequences(50, 37)
     together, _ = train(model, given, some)
     apart, _ = train(model, given, replace(some, lengths=(50,)))

@@ -24,7 +24,7 @@ from tests.test_conversion import SETTINGS
 from tests.tiny_models import VOCABULARY, sparse_model
 from tests.training.test_stage2 import open_student
 
-LEARNT = DistillationSettings(labels_per_sequence=30, lora_rank=2, top_logits=5, decode_rows=8)
+LEARNT = DistillationSettings(targets_per_sequence=30, lora_rank=2, top_logits=5, decode_queries=8)
 IDS = torch.randint(VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0)).tolist()
 SEQUENCES = [TrainingSequence(IDS[0], 7), TrainingSequence(IDS[1])]
 

@@ -11,7 +11,7 @@ from rtpurbo.training.packing import choose_rows, pack
 from rtpurbo.training.sequences import TrainingSequence
 
 RULE = AttentionRule(num_sink_tokens=2, sliding_window=8, block_size=8)
-EVERY_ROW = IndexerTrainingSettings(rows_per_step=None, answer_weight=3.0)
+EVERY_ROW = IndexerTrainingSettings(queries_per_step=None, answer_weight=3.0)
 
 
 def sequences(*lengths, answers=0):
@@ -48,7 +48,7 @@ def test_rows_that_answer_count_besides():
 
 
 def test_a_choice_of_rows_depends_on_the_seed_of_its_sequence_alone():
-    some = replace(EVERY_ROW, rows_per_step=5)
+    some = replace(EVERY_ROW, queries_per_step=5)
     both = choose_rows(sequences(30, 40), RULE, some, ["a", "b"], "cpu")
     alone = choose_rows(sequences(40), RULE, some, ["b"], "cpu")
     of_second = both.documents == 1

@@ -27,11 +27,11 @@ SETTINGS = ConversionSettings(
     indexer=IndexerSettings(index_dim=4),
     calibration=CalibrationSettings(length=384, num_documents=1, count=3),
     stage1=IndexerTrainingSettings(
-        steps=20, lengths=(420, 500), steps_per_sequence=3, rows_per_step=32, warmup_steps=2,
-        start_sequences=1, probe_sequences=1, probe_every=10, sequences_per_step=2,
+        steps=20, lengths=(420, 500), steps_per_sequence=3, queries_per_step=32, warmup_steps=2,
+        init_sequences=1, probe_sequences=1, probe_every=10, sequences_per_step=2,
     ),
     stage2=DistillationSettings(
-        steps=20, lengths=(420, 500), labels_per_sequence=64, warmup_steps=1, lora_rank=2,
+        steps=20, lengths=(420, 500), targets_per_sequence=64, warmup_steps=1, lora_rank=2,
         refresh_steps=3, checkpoint_every=6, sequences_per_step=2,
     ),
 )  # fmt: skip
@@ -57,10 +57,10 @@ WRITTEN = replace(
     calibration=CalibrationSettings(
         ranking="gates", length=500, num_documents=4, granularity="kv_group", ratio=0.42
     ),
-    stage1=replace(SETTINGS.stage1, steps=4, document_share=0.5),
+    stage1=replace(SETTINGS.stage1, steps=4, mixture={"needles": 0.5, "documents": 0.5}),
     stage2=replace(
-        SETTINGS.stage2, steps=6, needle_share=0.2, document_share=0.3, conversation_share=0.4,
-        lora_scale=None,
+        SETTINGS.stage2, steps=6, lora_scale=None,
+        mixture={"needles": 0.2, "documents": 0.3, "conversations": 0.4},
     ),
 )  # fmt: skip
 # As many sequences a step as there are processes when it begins.

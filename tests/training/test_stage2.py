@@ -17,7 +17,9 @@ from rtpurbo.training.student import check_trainable, trainable, trained_weights
 from rtpurbo.training.teacher import teacher_targets
 from tests.tiny_models import VOCABULARY, make_sparse, sparse_config, sparse_model, tiny_model
 
-SETTINGS = DistillationSettings(labels_per_sequence=30, lora_rank=2, top_logits=5, decode_rows=8)
+SETTINGS = DistillationSettings(
+    targets_per_sequence=30, lora_rank=2, top_logits=5, decode_queries=8
+)
 IDS = torch.randint(VOCABULARY, (60,), generator=torch.Generator().manual_seed(0)).tolist()
 SEQUENCE = TrainingSequence(IDS, 7)
 
@@ -49,7 +51,7 @@ def gradients(weights):
 
 def written_out(model, sequence, targets, settings):
     """Loss and mean divergence, from logits of every token."""
-    rows = min(settings.decode_rows, sequence.num_answer_tokens or settings.decode_rows)
+    rows = min(settings.decode_queries, sequence.num_answer_tokens or settings.decode_queries)
     with decoding_last(model, rows):
         logits = model(torch.tensor([sequence.input_ids])).logits[0, targets.positions]
     student = logits.log_softmax(-1).gather(-1, targets.token_ids)
@@ -72,9 +74,9 @@ def written_out(model, sequence, targets, settings):
         {},
         {"lora_rank": 0},
         {"cross_entropy_weight": 0.5, "answer_weight": 2.0},
-        {"labels": "answers"},
-        {"labels": "text", "label_stride": 9},
-        {"decode_rows": 0},
+        {"targets": "answers"},
+        {"targets": "text", "target_stride": 9},
+        {"decode_queries": 0},
     ],
     ids=str,
 )

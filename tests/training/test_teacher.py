@@ -18,12 +18,12 @@ from rtpurbo.training.vocabulary import log_probabilities
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
-SETTINGS = DistillationSettings(labels_per_sequence=32)
+SETTINGS = DistillationSettings(targets_per_sequence=32)
 
 
 @pytest.fixture
 def mix():
-    return TrainingMix(tiny_tokenizer(), load_texts(None), (800,), 0.5, 0, "test")
+    return TrainingMix(tiny_tokenizer(), load_texts(None), (800,), {"needles": 0.5}, 0, "test")
 
 
 @pytest.fixture

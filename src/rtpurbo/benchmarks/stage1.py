@@ -80,7 +80,7 @@ class Stage1Case:
     ) -> Tensor:
         """Adds to the gradients; returns the sequences' losses."""
         total = sum(len(sequence.input_ids) for sequence in sequences)
-        settings = IndexerTrainingSettings(rows_per_step=rows, lengths=(total,))
+        settings = IndexerTrainingSettings(queries_per_step=rows, lengths=(total,))
         seeds = [str(number) for number in range(len(sequences))]
         losses = train_as_layers_pass(
             self.model, sequences, settings, seeds,

@@ -38,7 +38,7 @@ from rtpurbo.training.teacher import TeacherTargets, teacher_targets
 
 SETTINGS = DistillationSettings()
 # As many rows select as may: those of an answer.
-ANSWER_TOKENS = SETTINGS.decode_rows
+ANSWER_TOKENS = SETTINGS.decode_queries
 # Whether a step is right is seen on so many tokens more than a window, and on so many layers: what half
 # precision rounds adds up from layer to layer, and what is wrong is so in each.
 CHECKED_TOKENS = 4096

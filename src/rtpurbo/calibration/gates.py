@@ -42,7 +42,7 @@ LEARNING_RATE = 0.03
 MOMENTUM, SCALE_DECAY, MAX_GRADIENT = 0.9, 0.99, 5.0
 """Averages of the gradient and of its square over steps; a gradient is clipped to so many times its usual size."""
 
-TARGETS = DistillationSettings(answer_weight=2.0, decode_rows=0)
+TARGETS = DistillationSettings(answer_weight=2.0, decode_queries=0)
 
 
 class Sequences(Protocol):
@@ -97,7 +97,7 @@ def train_gates(
             if not loss.isfinite():
                 raise RTPurboError(
                     f"the loss of step {step + 1} of the gates is {loss.item()}: try --dtype float32, or "
-                    "--set calibration.ranking=copies."
+                    "--set calibration.ranking=induction."
                 )
             loss.backward()
             if step + 1 < steps:

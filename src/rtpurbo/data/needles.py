@@ -49,6 +49,11 @@ class RetrievalExample:
         ids = conversation.input_ids
         return cls(ids[:start], ids[start:], answers, kind)
 
+    def conversation(self) -> Conversation:
+        """Prompt and answer as a conversation with one question."""
+        ids = [*self.prompt_ids, *self.answer_ids]
+        return Conversation(ids, [(len(self.prompt_ids), len(ids))])
+
 
 @dataclass(frozen=True)
 class CalibrationDocument:

@@ -189,7 +189,7 @@ def _user_turns(
     if not said:
         raise RTPurboError(
             "the model writes no usable user turn after its chat template's header: train without "
-            "conversations (conversation_share=0)."
+            "conversations (--set stage2.mixture.conversations=0)."
         )
     return list(said.values())[:count]
 

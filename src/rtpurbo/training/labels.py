@@ -20,7 +20,7 @@ def label_positions(
 
     Args:
         sequence: at least two tokens.
-        settings: `labels`, `label_stride` and `labels_per_sequence`.
+        settings: `targets`, `target_stride` and `targets_per_sequence`.
         seed: of a random choice.
 
     Returns:
@@ -30,16 +30,16 @@ def label_positions(
     last = len(sequence.input_ids) - 1
     first_answer = last - sequence.num_answer_tokens
     answers = list(range(first_answer, last))
-    if settings.labels == "answers" and answers:
+    if settings.targets == "answers" and answers:
         text: list[int] = []
     else:
-        text = list(range(last if settings.labels == "text" else first_answer))
-        if settings.labels == "text":
+        text = list(range(last if settings.targets == "text" else first_answer))
+        if settings.targets == "text":
             answers = []
-        if settings.label_stride is not None:
-            text = text[:: settings.label_stride]
+        if settings.target_stride is not None:
+            text = text[:: settings.target_stride]
         else:
-            wanted = max(0, min(len(text), settings.labels_per_sequence - len(answers)))
+            wanted = max(0, min(len(text), settings.targets_per_sequence - len(answers)))
             text = sorted(random.Random(seed).sample(text, wanted))
     positions = torch.tensor([*text, *answers])
     return positions, positions >= first_answer

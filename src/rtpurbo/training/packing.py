@@ -65,7 +65,7 @@ def choose_rows(
     Args:
         sequences: packed one behind the other.
         rule: sinks and window, beyond which keys are far.
-        settings: `rows_per_step` and `answer_weight`.
+        settings: `queries_per_step` and `answer_weight`.
         seeds: of the random choice in each sequence.
         device: where the rows will be used.
     """
@@ -79,9 +79,11 @@ def choose_rows(
         documents[start : start + length] = number
         first_far = min(rule.num_sink_tokens + rule.near_window, length)
         rows = torch.arange(first_far, length)
-        if settings.rows_per_step is not None and settings.rows_per_step < rows.numel():
+        if settings.queries_per_step is not None and settings.queries_per_step < rows.numel():
             generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(56))
-            rows = rows[torch.randperm(rows.numel(), generator=generator)[: settings.rows_per_step]]
+            rows = rows[
+                torch.randperm(rows.numel(), generator=generator)[: settings.queries_per_step]
+            ]
         rows = rows + start
         answers = torch.arange(length - 1 - sequence.num_answer_tokens, length - 1) + start
         weights[rows] += 1 / max(1, rows.numel())

@@ -77,7 +77,7 @@ def train_indexers(
         checkpoint: where to continue from and save to.
         progress: told after each step.
         processes: who trains; each takes its share of every step's sequences.
-        pools: sequences that the dense model wrote, for `document_share`; some of them are held out.
+        pools: sequences that the dense model wrote, for the task `documents`; some of them are held out.
 
     Returns:
         The last probe's figures: recall, tokens, oracle_tokens and divergence, each a mean over
@@ -123,8 +123,8 @@ def train_indexers(
     first = loop.restore()
     source.seek(loop.checkpoint.position)
     if first == 0 and not on_student:
-        starts = [mix.sequence(number).input_ids for number in range(settings.start_sequences)]
-        start_indexers(model, settings.start, starts, seed=seed)
+        starts = [mix.sequence(number).input_ids for number in range(settings.init_sequences)]
+        start_indexers(model, settings.init, starts, seed=seed)
 
     figures = probe.measure()
     captured: list[list[CapturedHeads]] | None = None

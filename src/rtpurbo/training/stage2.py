@@ -64,8 +64,8 @@ def distill(
         checkpoint: where to continue from and save to.
         progress: told after each step.
         processes: who trains; each takes its share of every step's sequences, and the main one writes.
-        pools: sequences that the dense model wrote, for `conversation_share` and `document_share`; some of
-            them are held out.
+        pools: sequences that the dense model wrote, for the tasks `conversations` and `documents`;
+            some of them are held out.
 
     Returns:
         `lora_scale` and `losses_by_scale` where the scale was to be found; else nothing. At a scale of 0 nothing is
@@ -190,7 +190,7 @@ def predictions(
 
 def selecting_rows(sequence: TrainingSequence, settings: DistillationSettings) -> int:
     """How many of a sequence's last rows select: those of its answer, or the last of prose."""
-    return min(settings.decode_rows, sequence.num_answer_tokens or settings.decode_rows)
+    return min(settings.decode_queries, sequence.num_answer_tokens or settings.decode_queries)
 
 
 def loss_of(

@@ -18,12 +18,12 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sharding import whole
 from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.settings import IndexerStart
+from rtpurbo.settings import IndexerInit
 from rtpurbo.training.capture import CapturedHeads, run_backbone
 
 
 def start_indexers(
-    model: PreTrainedModel, start: IndexerStart, sequences: list[list[int]], *, seed: int = 0
+    model: PreTrainedModel, start: IndexerInit, sequences: list[list[int]], *, seed: int = 0
 ) -> None:
     """Sets the weights of every indexer.
 

@@ -53,9 +53,9 @@ def write_pools(
         RTPurboError: documents do not fit their lengths, the model writes no usable conversation, or
             the disk is full.
     """
-    reading = [stage for stage in stages if stage.document_share and stage.steps]
+    reading = [stage for stage in stages if stage.mixture.get("documents") and stage.steps]
     if reading:
-        documents = max(_count(stage, stage.document_share) for stage in reading)
+        documents = max(_count(stage, "documents") for stage in reading)
         kept_sequences(
             folder / DOCUMENTS_FILE,
             lambda: write_document_answers(
@@ -69,13 +69,9 @@ def write_pools(
             ),
             processes,
         )
-    talking = [
-        stage
-        for stage in stages
-        if isinstance(stage, DistillationSettings) and stage.conversation_share and stage.steps
-    ]
+    talking = [stage for stage in stages if stage.mixture.get("conversations") and stage.steps]
     if talking:
-        conversations = max(_count(stage, stage.conversation_share) for stage in talking)
+        conversations = max(_count(stage, "conversations") for stage in talking)
         kept_sequences(
             folder / CONVERSATIONS_FILE,
             lambda: write_conversations(
@@ -100,9 +96,9 @@ def read_pools(folder: Path) -> Pools:
     return Pools(*(read_sequences(path) if path.is_file() else () for path in paths))
 
 
-def _count(stage: IndexerTrainingSettings | DistillationSettings, share: float) -> int:
-    """The sequences that a share of a stage takes, with those that are held out."""
+def _count(stage: IndexerTrainingSettings | DistillationSettings, task: str) -> int:
+    """Returns how many sequences of a task a stage trains on and holds out."""
     groups = stage.steps
     if isinstance(stage, IndexerTrainingSettings):
         groups = math.ceil(groups / stage.steps_per_sequence)
-    return math.ceil(share * groups * (stage.sequences_per_step or 1)) + HELD_OUT
+    return math.ceil(stage.mixture[task] * groups * (stage.sequences_per_step or 1)) + HELD_OUT
