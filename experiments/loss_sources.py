@@ -46,9 +46,9 @@ from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.sparsify import decoding_last, empty_head_map, restore, set_rule, sparsify
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import CalibrationSettings, DistillationSettings
-from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import distill, predictions
+from rtpurbo.training.targets import states_at
 from rtpurbo.training.teacher import TeacherTargets, teacher_targets, top_logits_divergence
 from rtpurbo.training.vocabulary import most_likely
 
@@ -187,7 +187,7 @@ def compare(model: torch.nn.Module, asked: list[Asked], selecting: bool) -> dict
         there = each.targets.to(model.device)
         with decoding_last(model, rows):
             values = predictions(model, each.sequence, there, there.token_ids)
-            states = label_states(model, each.sequence.input_ids, there.positions)
+            states = states_at(model, each.sequence.input_ids, there.positions)
             first, _ = most_likely(states, model.get_output_embeddings(), 1)
         divergence = top_logits_divergence(values, there).mean().item()
         same = (first[:, 0] == there.token_ids[:, 0]).float()

@@ -29,7 +29,7 @@ from rtpurbo.settings import (
     IndexerTrainingSettings,
     StreamSettings,
 )
-from rtpurbo.training import written
+from rtpurbo.training import pools
 
 SETTINGS = ConversionSettings(
     attention=AttentionRule(sliding_window=64, min_tokens=8, block_size=16),
@@ -162,8 +162,8 @@ def test_a_streamed_conversion_resumes_the_same(tiny_base, tmp_path):
 def test_what_the_model_writes_is_trained_on_and_kept_for_a_resumed_conversion(
     tiny_base, tmp_path, monkeypatch
 ):
-    shorter = partial(written.write_conversations, max_user_tokens=16, max_answer_tokens=16)
-    monkeypatch.setattr(written, "write_conversations", shorter)
+    shorter = partial(pools.write_conversations, max_user_tokens=16, max_answer_tokens=16)
+    monkeypatch.setattr(pools, "write_conversations", shorter)
     common = {
         "settings": SETTINGS,
         "changes": {

@@ -110,6 +110,7 @@ def convert(
             device=device,
             dtype=dtype,
             shards=job.processes.count if job.processes.shard_weights else 1,
+            processes=job.processes.count,
         )
         on_plan(plan)
         job.read_texts(plan.settings)
@@ -140,6 +141,7 @@ def plan_conversion(
     device: str = "auto",
     dtype: str = "auto",
     shards: int = 1,
+    processes: int = 1,
 ) -> Plan:
     """Plans a conversion and checks its settings; reads the model's configuration alone.
 
@@ -153,6 +155,7 @@ def plan_conversion(
         device: likewise.
         dtype: of the frozen weights, as `rtpurbo.plan.make_plan` takes it.
         shards: likewise.
+        processes: likewise.
 
     Raises:
         RTPurboError: as `convert`, about model, device or settings.
@@ -170,6 +173,7 @@ def plan_conversion(
         device=place,
         dtype=dtype,
         shards=shards,
+        processes=processes,
     )
     check_trainable(getattr(torch, plan.dtype), settings.stage2)
     return plan

@@ -32,7 +32,7 @@ from rtpurbo.settings import (
 from rtpurbo.training.document_answers import BATCH_TOKENS
 from rtpurbo.training.lora_scale import SCALES, SEQUENCES_PER_KIND
 from rtpurbo.training.pools import HELD_OUT
-from rtpurbo.training.probe import PROBE_ROWS
+from rtpurbo.training.probe import PROBE_QUERIES
 from rtpurbo.training.vocabulary import COLUMNS
 
 THROUGHPUT = {"H100": 4e14, "H200": 4e14, "A100": 2e14, "cuda": 1e14, "cpu": 1e11}
@@ -245,7 +245,7 @@ def _stage1_bytes(
     # Index keys, the copy that is multiplied, their gradients twice; features of KV heads in fp32.
     step = longest * (4 * scored * settings.indexer.index_dim + kv_heads * shape.head_dim) * _FP32
     # The probe computes scores, masks and sorted keys in plain PyTorch, so many rows at a time.
-    chunk = max(scored * longest, min(MAX_CHUNK_ELEMENTS, PROBE_ROWS * scored * longest))
+    chunk = max(scored * longest, min(MAX_CHUNK_ELEMENTS, PROBE_QUERIES * scored * longest))
     forward = longest * _layer_values(shape) * itemsize
     working = (step, chunk * _SELECTION_BYTES)
     if stage.steps_per_sequence == 1:
@@ -284,15 +284,21 @@ class StageSeconds:
 
 
 def stage_seconds(
-    shape: ModelShape, settings: ConversionSettings, *, retrieval_heads: int, device_name: str
+    shape: ModelShape,
+    settings: ConversionSettings,
+    *,
+    retrieval_heads: int,
+    device_name: str,
+    processes: int = 1,
 ) -> StageSeconds:
-    """Expected time of each stage in one process.
+    """Expected time of each stage.
 
     Args:
         shape: of the model.
-        settings: of the conversion; `sequences_per_step` counts as one if it is None.
+        settings: resolved settings of the conversion.
         retrieval_heads: of all layers together.
         device_name: as `rtpurbo.devices.device_name` gives it.
+        processes: number of processes that share the sequences of a step.
     """
     share = retrieval_heads / (shape.num_heads * shape.full_layers)
     window = settings.attention.sliding_window
@@ -303,7 +309,7 @@ def stage_seconds(
         return flops / throughput(device_name) + fixed
 
     def indexers(stage: IndexerTrainingSettings, dense: bool) -> float:
-        sequences = stage.steps * (stage.sequences_per_step or 1) / stage.steps_per_sequence
+        sequences = stage.steps * (stage.per_step / processes) / stage.steps_per_sequence
         sequences += stage.probe_sequences + (stage.init_sequences if dense else 0)
         forward = _mean(
             shape.forward_flops(length, None if dense else window, share)
@@ -317,7 +323,7 @@ def stage_seconds(
         return seconds(sequences * forward + stage.steps * scores, sequences + stage.steps)
 
     stage2 = settings.stage2
-    sequences = stage2.steps * (stage2.sequences_per_step or 1)
+    sequences = stage2.steps * (stage2.per_step / processes)
     # Of a frozen linear layer the backward pass computes one product, of a trained one two.
     student_passes = 2 + (stage2.lora_rank == 0) + (on_gpu and stage2.gradient_checkpointing)
     logits = 6 * stage2.targets_per_sequence * shape.vocabulary * shape.hidden_size

@@ -47,13 +47,12 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
-from rtpurbo.training.pools import Pools
+from rtpurbo.training.pools import Pools, read_pools, write_pools
 from rtpurbo.training.source import Texts, check_shares, random_access
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.training.student import check_trainable
 from rtpurbo.training.trackers import Trackers, check_trackers
-from rtpurbo.training.written import read_pools, write_pools
 from rtpurbo.version import __version__
 
 PLAN_FILE = "plan.json"
@@ -230,12 +229,10 @@ class Job:
         resumed = _read_plan(path) if self.resume and path.is_file() else None
         for stage in ("stage1", "stage2"):
             # A resumed job takes as many sequences a step as before, with any number of processes.
-            found = resumed and resumed["settings"][stage]["sequences_per_step"]
-            chosen = getattr(settings, stage)
-            if chosen.sequences_per_step is None:
-                chosen = replace(chosen, sequences_per_step=found or self.processes.count)
-            check_shares(chosen.sequences_per_step, self.processes)
-            settings = replace(settings, **{stage: chosen})
+            recorded = resumed and resumed["settings"][stage]["sequences_per_step"]
+            resolved = getattr(settings, stage).resolved(recorded or self.processes.count)
+            check_shares(resolved.per_step, self.processes)
+            settings = replace(settings, **{stage: resolved})
         plan = json.loads(
             json.dumps(
                 {

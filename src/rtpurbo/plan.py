@@ -13,7 +13,12 @@ from rtpurbo.devices import device_name
 from rtpurbo.errors import RTPurboError
 from rtpurbo.estimates import ModelShape, StageSeconds, peak_bytes, stage_seconds
 from rtpurbo.models.architecture import context_length
-from rtpurbo.settings import CalibrationSettings, ConversionSettings
+from rtpurbo.settings import (
+    CalibrationSettings,
+    ConversionSettings,
+    DistillationSettings,
+    IndexerTrainingSettings,
+)
 
 _RIGHT_COLUMN = 13
 
@@ -35,6 +40,7 @@ class Plan:
         settings: all hyper-parameters.
         data: sources of the training texts; None for the built-in text.
         shards: processes among which FSDP divides the model; 1 without FSDP.
+        processes: number of processes.
         peak_gib: expected peak memory of each process, in GiB.
         seconds: expected seconds of each stage.
     """
@@ -51,12 +57,14 @@ class Plan:
     settings: ConversionSettings
     data: tuple[str, ...] | None
     shards: int
+    processes: int
     peak_gib: float
     seconds: StageSeconds
 
     def lines(self) -> list[tuple[str, str]]:
         """A name and a description for each part of the plan."""
-        settings, stage2 = self.settings, self.settings.stage2
+        settings = self.settings.resolved(self.processes)
+        stage1, stage2 = settings.stage1, settings.stage2
         rule, calibration = settings.attention, settings.calibration
         lines = [
             ("model", f"{self.model} ({self.architecture})"),
@@ -71,14 +79,14 @@ class Plan:
                 f"{'steps of gates' if calibration.ranking == 'gates' else 'documents'} at "
                 f"{calibration.length:,} tokens",
             ),
-            ("stage 1", f"{settings.stage1.steps} steps at {_lengths(settings.stage1.lengths)}"),
+            ("stage 1", f"{_steps(stage1)} at {_lengths(stage1.lengths)}"),
         ]
         if stage2.steps:
             trained = f"LoRA of rank {stage2.lora_rank}" if stage2.lora_rank else "all weights"
             lines.append(
                 (
                     "stage 2",
-                    f"{stage2.steps} steps at {_lengths(stage2.lengths)}, {trained}, "
+                    f"{_steps(stage2)} at {_lengths(stage2.lengths)}, {trained}, "
                     f"learning rate {stage2.learning_rate:g}",
                 )
             )
@@ -86,7 +94,7 @@ class Plan:
             lines.append(("stage 2", "left out"))
         if stage2.steps and stage2.refresh_steps:
             refresh = settings.refresh
-            lines.append(("refresh", f"{refresh.steps} steps at {_lengths(refresh.lengths)}"))
+            lines.append(("refresh", f"{_steps(refresh)} at {_lengths(refresh.lengths)}"))
         data = "documentation of Python (built in)" if self.data is None else ", ".join(self.data)
         memory = f"about {_rounded(self.peak_gib)} GiB expected at the peak"
         return [
@@ -130,6 +138,7 @@ def make_plan(
     device: torch.device,
     dtype: str = "auto",
     shards: int = 1,
+    processes: int = 1,
 ) -> Plan:
     """Plans a conversion from the model's configuration alone; weights are not needed.
 
@@ -142,6 +151,7 @@ def make_plan(
         dtype: of the frozen weights; `auto` is the checkpoint's on a GPU, float32 on a CPU or where
             the configuration does not say.
         shards: processes among which FSDP divides the model.
+        processes: number of processes, one sequence of a step for each where settings leave it open.
 
     Raises:
         RTPurboError: more heads are asked for than there are.
@@ -174,7 +184,14 @@ def make_plan(
         data=None if data is None else tuple(data),
         shards=shards,
         peak_gib=memory / 2**30,
-        seconds=stage_seconds(shape, settings, retrieval_heads=retrieval_heads, device_name=name),
+        processes=processes,
+        seconds=stage_seconds(
+            shape,
+            settings.resolved(processes),
+            retrieval_heads=retrieval_heads,
+            device_name=name,
+            processes=processes,
+        ),
     )
 
 
@@ -205,6 +222,12 @@ def _count(parameters: int) -> str:
     if parameters >= 1e9:
         return f"{parameters / 1e9:.1f} billion"
     return f"{parameters / 1e6:.3g} million"
+
+
+def _steps(stage: IndexerTrainingSettings | DistillationSettings) -> str:
+    """Number of steps, with the sequences of each if there are several."""
+    sequences = f" of {stage.per_step} sequences" if stage.per_step > 1 else ""
+    return f"{stage.steps} steps{sequences}"
 
 
 def _lengths(lengths: Sequence[int]) -> str:

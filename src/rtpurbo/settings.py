@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from rtpurbo.config import (
     AttentionRule,
@@ -24,6 +24,8 @@ Ranking = Literal["induction", "variable_tracking", "interleaved", "gates"]
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (stage, steps done, all steps, latest figures); `rtpurbo.cli.progress` draws the bars."""
+
+StageSettings = TypeVar("StageSettings", bound="SequenceSettings")
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,16 @@ class SequenceSettings:
 
     stage: ClassVar[str]
     """Stage that the settings belong to, by which `Task.stages` allows a task."""
+
+    def resolved(self: StageSettings, num_processes: int) -> StageSettings:
+        """Returns the settings with `sequences_per_step` set: one for each process where it is left open."""
+        return replace(self, sequences_per_step=self.sequences_per_step or num_processes)
+
+    @property
+    def per_step(self) -> int:
+        """Sequences of one optimiser step over all processes; needs resolved settings."""
+        assert self.sequences_per_step is not None, "the settings are not resolved"
+        return self.sequences_per_step
 
 
 @dataclass(frozen=True)
@@ -256,6 +268,13 @@ class ConversionSettings:
             warmup_steps=min(self.stage1.warmup_steps, steps // 4),
             learning_rate=self.stage1.learning_rate / 2,
         )
+
+    def resolved(self, num_processes: int) -> ConversionSettings:
+        """Returns the settings with what depends on the number of processes set in every stage."""
+        stages = {
+            name: getattr(self, name).resolved(num_processes) for name in ("stage1", "stage2")
+        }
+        return replace(self, **stages)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain JSON types."""

@@ -6,7 +6,7 @@ import torch
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import running_dense
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
-from rtpurbo.training.layerwise import train_as_layers_pass
+from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import backpropagate
 from rtpurbo.training.student import trainable, trained_weights
@@ -42,7 +42,7 @@ def test_indexers_learn_the_same_from_packed_documents_as_from_single_ones(name)
         weight.data *= 0.1
         weight.requires_grad_(True)
     for packed in (True, False):
-        given = train_as_layers_pass(model, sequences(), STAGE1, ["a", "b"], packed=packed)
+        given = train_layer_by_layer(model, sequences(), STAGE1, ["a", "b"], packed=packed)
         losses.append(torch.stack(given))
         gradients.append([weight.grad.clone() for weight in weights])
         for weight in weights:

@@ -12,8 +12,8 @@ from rtpurbo.ops.eager import visibility
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training import backpropagation
 from rtpurbo.training.capture import capture_heads, run_backbone
-from rtpurbo.training.indexer_loss import indexer_loss, rows_with_far_keys
-from rtpurbo.training.layerwise import train_as_layers_pass
+from rtpurbo.training.indexer_loss import indexer_loss, queries_with_far_keys
+from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.probe import FIGURES, Probe
 from rtpurbo.training.sequences import TrainingSequence
 from tests.ops.triton.support import DEVICE
@@ -47,7 +47,7 @@ def sequences(*lengths, answers=0):
 def train(model, given, settings=SETTINGS, **options):
     """Losses and gradients."""
     seeds = [f"seed-{len(sequence.input_ids)}" for sequence in given]
-    losses = train_as_layers_pass(model, given, settings, seeds, **options)
+    losses = train_layer_by_layer(model, given, settings, seeds, **options)
     return torch.stack(losses), take_gradients(model)
 
 
@@ -76,7 +76,7 @@ def test_it_learns_what_kept_states_teach(options):
     losses, gradients = train(model, given)
     rule: AttentionRule = model.rtpurbo_config.attention
     heads = capture_heads(model, sequence.input_ids)
-    rows = rows_with_far_keys(heads[0].positions[0], rule)
+    rows = queries_with_far_keys(heads[0].positions[0], rule)
     loss = sum(indexer_loss(seen, rows, rule).sum() for seen in heads)
     answers = sum(indexer_loss(seen, torch.arange(56, 59), rule).sum() for seen in heads)
     (loss + SETTINGS.answer_weight * answers).backward()

@@ -5,9 +5,9 @@ import torch
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.training.source import SequenceSource
+from rtpurbo.training.targets import states_at
 from rtpurbo.training.teacher import (
     TeacherCache,
     TeacherTargets,
@@ -87,7 +87,7 @@ def test_targets_are_computed_once(tmp_path, mix, model):
         assert found == sequence == mix.sequence(1)
         for name, value in vars(before).items():
             assert torch.equal(getattr(targets, name), value)
-    states = label_states(model, sequence.input_ids, before.positions)
+    states = states_at(model, sequence.input_ids, before.positions)
     student = log_probabilities(states, model.get_output_embeddings(), before.token_ids)
     assert top_logits_divergence(student, before).abs().max() < 1e-4
     assert int(before.answers.sum()) == sequence.num_answer_tokens > 0

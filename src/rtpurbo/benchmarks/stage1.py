@@ -27,7 +27,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import sparsify
 from rtpurbo.settings import IndexerTrainingSettings
-from rtpurbo.training.layerwise import train_as_layers_pass
+from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sequences import TrainingSequence
 
@@ -82,7 +82,7 @@ class Stage1Case:
         total = sum(len(sequence.input_ids) for sequence in sequences)
         settings = IndexerTrainingSettings(queries_per_step=rows, lengths=(total,))
         seeds = [str(number) for number in range(len(sequences))]
-        losses = train_as_layers_pass(
+        losses = train_layer_by_layer(
             self.model, sequences, settings, seeds,
             backend=backend, around_loss=self.watch.around_part,
         )  # fmt: skip

@@ -12,9 +12,9 @@ from rtpurbo.data.texts import begin_ids, encode
 from rtpurbo.data.wordings import templates
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import Progress, no_progress
+from rtpurbo.training.chat_template import UserTurn
 from rtpurbo.training.generation import GREEDY, Sampling, generate_tokens
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.turns import UserTurn
 
 USER_SAMPLING = Sampling(1.0, 0.95)
 ANSWER_SAMPLING = Sampling(0.7, 0.95)

@@ -13,9 +13,9 @@ from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids, encode
 from rtpurbo.data.wordings import fill, templates
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import Progress, no_progress
+from rtpurbo.training.chat_template import UserTurn
 from rtpurbo.training.conversations import ANSWER_SAMPLING, write_answers
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.turns import UserTurn
 
 LEAST_PROSE = 0.5
 """Least share of a prompt that is prose; a shorter document asks for a larger length."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.labels import label_positions, label_states
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.shards import Shards
 from rtpurbo.training.source import SequenceSource
+from rtpurbo.training.targets import choose_targets, states_at
 from rtpurbo.training.vocabulary import most_likely
 
 
@@ -52,7 +52,7 @@ def teacher_targets(
         settings: which tokens are labels, and how many of its logits are kept for each.
         seed: of the choice of labels.
     """
-    positions, answers = label_positions(sequence, settings, seed)
+    positions, answers = choose_targets(sequence, settings, seed)
     return targets_at(teacher, sequence.input_ids, positions, answers, settings.top_logits)
 
 
@@ -73,7 +73,7 @@ def targets_at(
         answers: bool [labels], whether each predicts an answer token.
         top_logits: tokens kept for each.
     """
-    states = label_states(teacher, input_ids, positions)
+    states = states_at(teacher, input_ids, positions)
     token_ids, values = most_likely(states, teacher.get_output_embeddings(), top_logits)
     return TeacherTargets(positions, answers, token_ids, values)
 

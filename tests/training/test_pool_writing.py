@@ -1,4 +1,4 @@
-"""The pools of a conversion."""
+"""Pools written before a conversion."""
 
 from dataclasses import replace
 
@@ -6,9 +6,8 @@ import pytest
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
-from rtpurbo.training import written
-from rtpurbo.training.pools import HELD_OUT
-from rtpurbo.training.written import read_pools, write_pools
+from rtpurbo.training import pools as module
+from rtpurbo.training.pools import HELD_OUT, read_pools, write_pools
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -46,7 +45,7 @@ def test_there_are_as_many_documents_as_the_stages_take(tmp_path, stage1, stage2
 
 
 def test_a_large_training_meets_conversations_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(written, "MAX_CONVERSATIONS", 4)
+    monkeypatch.setattr(module, "MAX_CONVERSATIONS", 4)
     pools = pools_of(
         tmp_path, replace(STAGE2, mixture={"conversations": 0.5}, sequences_per_step=8)
     )

@@ -8,7 +8,7 @@ import torch
 from rtpurbo.config import IndexerSettings
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
-from rtpurbo.training.start import low_rank_projections, shared_projections, start_indexers
+from rtpurbo.training.indexer_init import init_indexers, low_rank_projections, shared_projections
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 
 FEATURES, RANK, SCALING = 12, 3, 0.3
@@ -129,7 +129,7 @@ def test_heads_of_a_group_start_from_one_key(start):
     for shared_keys in (False, True):
         model = tiny_model()
         make_sparse(model, sparse_config(model, (0, 1, 4), shared_keys=shared_keys))
-        start_indexers(model, start, [ids, ids[:30]])
+        init_indexers(model, start, [ids, ids[:30]])
         weights[shared_keys] = indexer_weights(model)
     for layer in (0, 1):
         query, key = (f"layers.{layer}.indexer.{side}_weight" for side in ("query", "key"))
@@ -149,7 +149,7 @@ def test_weight_start_is_exact_for_white_inputs_at_full_rank(family):
     make_sparse(
         model, replace(config, indexer=IndexerSettings(index_dim=8, index_space="pre_rope"))
     )
-    start_indexers(model, "weight", [])
+    init_indexers(model, "weight", [])
     for module in headwise_modules(model):
         for query, key in zip(module.indexer.query_weight, module.indexer.key_weight, strict=True):
             expected = module.scaling * torch.eye(8)
@@ -160,7 +160,7 @@ def test_weight_start_refuses_normalised_queries():
     model = tiny_model("qwen3")
     make_sparse(model, sparse_config(model))
     with pytest.raises(RTPurboError, match="covariance"):
-        start_indexers(model, "weight", [])
+        init_indexers(model, "weight", [])
 
 
 def test_random_start_is_seeded():
@@ -168,7 +168,7 @@ def test_random_start_is_seeded():
     make_sparse(model, sparse_config(model))
 
     def weights(seed):
-        start_indexers(model, "random", [], seed=seed)
+        init_indexers(model, "random", [], seed=seed)
         return torch.cat([weight.flatten() for weight in indexer_weights(model).values()])
 
     assert torch.equal(weights(0), weights(0))

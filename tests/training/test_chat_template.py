@@ -3,7 +3,7 @@
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.training.turns import UserTurn
+from rtpurbo.training.chat_template import UserTurn
 from tests.tiny_tokenizer import tiny_tokenizer
 
 TRIMMING = (

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.labels import label_positions, label_states
 from rtpurbo.training.sequences import TrainingSequence
+from rtpurbo.training.targets import choose_targets, states_at
 from tests.tiny_models import tiny_model
 
 TASK, PROSE = TrainingSequence(list(range(100)), 7), TrainingSequence(list(range(100)))
@@ -13,7 +13,7 @@ ANSWERS = list(range(92, 99))
 
 
 def positions(sequence, **settings):
-    found, answers = label_positions(sequence, DistillationSettings(**settings), "seed")
+    found, answers = choose_targets(sequence, DistillationSettings(**settings), "seed")
     assert found.tolist() == sorted(set(found.tolist()))
     assert found.dtype == torch.int64
     assert int(found[-1]) < len(sequence.input_ids) - 1
@@ -54,6 +54,6 @@ def test_states_are_those_that_give_the_models_logits(places):
     model = tiny_model()
     ids = list(range(40))
     with torch.no_grad():
-        states = label_states(model, ids, torch.tensor(places))
+        states = states_at(model, ids, torch.tensor(places))
         expected = model(torch.tensor([ids])).logits[0, places]
         torch.testing.assert_close(model.get_output_embeddings()(states), expected)
