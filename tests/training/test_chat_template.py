@@ -33,8 +33,8 @@ def test_ends_that_are_no_special_token_are_found_in_the_text(template, before, 
     turn = UserTurn.of(tokenizer)
     assert (turn.before, turn.after) == (before, after)
     assert turn.stop_tokens(tokenizer) == []
-    assert turn.words_of(sampled) == "Add two and two."
-    assert turn.words_of(" Add two") == "Add two"
+    assert turn.user_text(sampled) == "Add two and two."
+    assert turn.user_text(" Add two") == "Add two"
 
 
 @pytest.mark.parametrize(
