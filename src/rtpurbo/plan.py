@@ -1,4 +1,4 @@
-"""The plan of a conversion: model, settings, and expected memory and time, before weights are read."""
+"""Plan of a conversion: model, settings, and expected memory and time, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Plan:
     Attributes:
         model: name or folder.
         architecture: type of the model, such as "qwen3".
-        parameters: of the model.
-        dtype: of the frozen weights, such as "bfloat16".
-        device: its name.
-        context_length: the model's, in tokens.
-        num_heads: query heads of all layers that are converted.
+        parameters: number of parameters of the model.
+        dtype: dtype of the frozen weights, such as "bfloat16".
+        device: name of the device.
+        context_length: the model's context, in tokens.
+        num_heads: query heads of all converted layers.
         num_kv_heads: KV heads of these layers.
-        num_retrieval_heads: query heads asked for; None where a threshold decides.
+        num_retrieval_heads: number of retrieval heads; None if a threshold determines it.
         settings: all hyper-parameters.
         data: sources of the training texts; None for the built-in text.
         shards: processes among which FSDP divides the model; 1 without FSDP.
         processes: number of processes.
         peak_gib: expected peak memory of each process, in GiB.
-        seconds: expected seconds of each stage.
+        seconds: expected time of each stage, in seconds.
     """
 
     model: str
@@ -62,7 +62,7 @@ class Plan:
     seconds: StageSeconds
 
     def lines(self) -> list[tuple[str, str]]:
-        """A name and a description for each part of the plan."""
+        """Returns a name and a description of each part of the plan."""
         settings = self.settings.resolved(self.processes)
         stage1, stage2 = settings.stage1, settings.stage2
         rule, calibration = settings.attention, settings.calibration
@@ -140,21 +140,21 @@ def make_plan(
     shards: int = 1,
     processes: int = 1,
 ) -> Plan:
-    """Plans a conversion from the model's configuration alone; weights are not needed.
+    """Plans a conversion from the model's configuration, without its weights.
 
     Args:
-        model: name or folder, to be shown.
+        model: name or folder to show.
         config: text configuration of the model.
-        settings: with lengths that fit the model.
+        settings: settings with lengths that fit the model.
         data: sources of the training texts; None for the built-in text.
-        device: where to work.
-        dtype: of the frozen weights; `auto` is the checkpoint's on a GPU, float32 on a CPU or where
-            the configuration does not say.
+        device: device of the conversion.
+        dtype: dtype of the frozen weights; `auto` is the checkpoint's on a GPU, float32 on a CPU or if
+            the configuration has none.
         shards: processes among which FSDP divides the model.
         processes: number of processes, one sequence of a step for each where settings leave it open.
 
     Raises:
-        RTPurboError: more heads are asked for than there are.
+        RTPurboError: more retrieval heads are requested than the model has.
     """
     shape = ModelShape.of(config)
     num_heads = shape.num_heads * shape.full_layers
@@ -218,26 +218,26 @@ def _dtype(config: Any, name: str, device: torch.device) -> torch.dtype:
 
 
 def _count(parameters: int) -> str:
-    """A number of parameters as people say it: "8.2 billion"."""
+    """Formats a number of parameters, such as "8.2 billion"."""
     if parameters >= 1e9:
         return f"{parameters / 1e9:.1f} billion"
     return f"{parameters / 1e6:.3g} million"
 
 
 def _steps(stage: IndexerTrainingSettings | DistillationSettings) -> str:
-    """Number of steps, with the sequences of each if there are several."""
+    """Formats the number of steps, with the sequences of each if there are several."""
     sequences = f" of {stage.per_step} sequences" if stage.per_step > 1 else ""
     return f"{stage.steps} steps{sequences}"
 
 
 def _lengths(lengths: Sequence[int]) -> str:
-    """Distinct lengths in ascending order, with their unit."""
+    """Formats distinct lengths in ascending order, with their unit."""
     *shorter, longest = (f"{length:,}" for length in sorted(set(lengths)))
     return f"{', '.join(shorter)} and {longest} tokens" if shorter else f"{longest} tokens"
 
 
 def _rounded(value: float) -> str:
-    """Two significant digits, since more would not be known."""
+    """Formats a number with two significant digits, the precision of the estimates."""
     if value >= 10:
         return f"{float(f'{value:.2g}'):,.0f}"
     return f"{value:.1f}" if value >= 0.1 else "0.1"

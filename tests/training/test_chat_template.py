@@ -40,7 +40,7 @@ def test_ends_that_are_no_special_token_are_found_in_the_text(template, before, 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for message in messages %}user:{% endfor %}", "does not keep a user message"),
+        ("{% for message in messages %}user:{% endfor %}", "changes a user message"),
         ("{{ raise_exception('a system message is needed') }}", "a system message is needed"),
     ],
 )

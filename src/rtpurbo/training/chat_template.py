@@ -46,8 +46,8 @@ class UserTurn:
             raise RTPurboError(f"the chat template fails on one user message: {error}.") from error
         if rendered.count(PLACEHOLDER) != 1:
             raise RTPurboError(
-                "the chat template changes a user message: convert without conversations "
-                "(--set stage2.mixture.conversations=0)."
+                "the chat template changes a user message: set mixture.documents and "
+                "mixture.conversations of the stages to 0."
             )
         before, after = rendered.split(PLACEHOLDER)
         return cls(before, after)
