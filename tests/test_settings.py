@@ -5,8 +5,8 @@ import pytest
 
 from rtpurbo.defaults import default_settings
 from rtpurbo.errors import RTPurboError
+from rtpurbo.renamed_settings import RENAMED
 from rtpurbo.settings import (
-    RENAMED,
     IndexerTrainingSettings,
     change_settings,
     check_context,

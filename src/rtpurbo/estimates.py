@@ -41,7 +41,7 @@ LAYER_SECONDS = 0.003
 """Fixed seconds of one decoder layer in one pass on a GPU: launches and data preparation."""
 
 _SELECTION_BYTES = 64
-"""Bytes for each score in plain PyTorch: exact and estimated scores, masks, probabilities, sorted values and indices."""
+"""Bytes for each score in plain PyTorch: exact and estimated scores, masks, probabilities, sorted values, indices."""
 
 STEP_SECONDS = 0.0015
 """Fixed seconds of one decoder layer in one step of generation on a GPU."""

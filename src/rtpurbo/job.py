@@ -37,12 +37,12 @@ from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, l
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.output_lock import OutputLock
 from rtpurbo.processes import ALONE, Result, join_processes
+from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
     IndexerTrainingSettings,
     Progress,
-    current_settings,
     no_progress,
 )
 from rtpurbo.training.checkpoint import Checkpoint

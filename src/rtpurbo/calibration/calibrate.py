@@ -22,11 +22,11 @@ from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers, num_key_value_heads
+from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     CalibrationSettings,
     Progress,
     check_context,
-    current_settings,
     no_progress,
 )
 
