@@ -337,5 +337,5 @@ def test_what_is_not_offered():
         check_parallelism("tensor")
     with pytest.raises(RTPurboError, match="no parallelism 'pipeline'"):
         check_parallelism("pipeline")
-    with pytest.raises(RTPurboError, match=r"3 sequences a step .* by 2 processes"):
+    with pytest.raises(RTPurboError, match=r"3 sequences per step .* among 2 processes"):
         check_shares(3, Processes(count=2))

@@ -1,4 +1,4 @@
-"""Which sequences a step has, and where a stream goes on."""
+"""Distribution of sequences over steps and processes, and positions of a stream."""
 
 import json
 

@@ -13,7 +13,12 @@ from rtpurbo.models.sparsify import decoding_last, running_dense
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, backpropagate
-from rtpurbo.training.student import check_trainable, trainable, trained_weights
+from rtpurbo.training.student import (
+    check_trainable,
+    set_gradient_checkpointing,
+    trainable,
+    trained_weights,
+)
 from rtpurbo.training.teacher import teacher_targets
 from tests.tiny_models import VOCABULARY, make_sparse, sparse_config, sparse_model, tiny_model
 
@@ -110,10 +115,10 @@ def test_layers_that_are_run_again_select_as_before():
             module.module.register_forward_pre_hook(
                 lambda _, inputs, module=module: calls.append(module.num_decode_rows)
             )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_gradient_checkpointing(model, True)
         backpropagate(model, 0, SEQUENCE, targets, SETTINGS)
         found = gradients(weights)
-        model.gradient_checkpointing_disable()
+        set_gradient_checkpointing(model, False)
     assert calls == [7] * 2 * len(headwise_modules(model))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)

@@ -1,4 +1,4 @@
-"""Assignment of sequences to processes and steps, and positions in streamed texts."""
+"""Distribution of sequences over processes and steps, and positions in streamed texts."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def check_shares(per_step: int, processes: Processes) -> None:
     """
     if per_step % processes.count:
         raise RTPurboError(
-            f"{per_step} sequences a step (sequences_per_step) cannot be divided evenly among "
+            f"{per_step} sequences per step (sequences_per_step) cannot be divided evenly among "
             f"{processes.count} processes: choose a multiple of {processes.count}."
         )
 

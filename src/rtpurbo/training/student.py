@@ -39,6 +39,17 @@ def check_trainable(dtype: torch.dtype, settings: DistillationSettings) -> None:
         )
 
 
+def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Turns gradient checkpointing on or off: of each layer only the input is saved for the backward pass."""
+    # transformers 5.24 deprecates the names with `gradient`, which earlier versions have alone.
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enabled:
+        options = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{word}_checkpointing_enable")(**options)
+    else:
+        getattr(model, f"{word}_checkpointing_disable")()
+
+
 @contextmanager
 def trainable(
     model: PreTrainedModel, settings: DistillationSettings, seed: int
@@ -53,8 +64,7 @@ def trainable(
     on_gpu = model.device.type == "cuda"
     checkpointing = settings.gradient_checkpointing and on_gpu
     if checkpointing:
-        # Per layer: only the input of each layer is saved.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_gradient_checkpointing(model, True)
     student: PreTrainedModel | PeftModel = model
     before: dict[str, torch.Tensor] = {}
     if settings.lora_rank:
@@ -88,7 +98,7 @@ def trainable(
     finally:
         model.eval()
         if checkpointing:
-            model.gradient_checkpointing_disable()
+            set_gradient_checkpointing(model, False)
         if isinstance(student, PeftModel):
             student.unload()
         restore_weights(model, before)
