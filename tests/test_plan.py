@@ -89,7 +89,7 @@ def test_the_text_names_what_will_be_done():
         "1,024 tokens, after 4 sinks",
         "3 retrieval heads of 12 query heads (6 KV heads)",
         "3 documents at 2,048 tokens",
-        "60 steps at 2,048 tokens",
+        "60 steps at 2,048 tokens\n             needles 50 %, prose 50 %\n",
         "8 steps at 2,048 tokens, LoRA of rank 8, learning rate 0.0002",
         "15 steps at 2,048 tokens",
         "a, b",
@@ -110,6 +110,8 @@ def test_the_text_of_other_choices():
     text = str(planned(tiny_config(context=32768), changes=changes, max_length=32768))
     assert "5 retrieval heads of 12 query heads (6 KV heads), by KV group" in text
     assert "8 steps at 8,192, 16,384 and 32,768 tokens, all weights" in text
+    changes = {"stage1.mixture": {"reading": 0.125, "needles": 0.875}}
+    assert "  needles 87.5 %, reading 12.5 %\n" in str(planned(tiny_config(), changes=changes))
 
 
 def test_more_heads_than_there_are():

@@ -18,6 +18,7 @@ from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
     IndexerTrainingSettings,
+    SequenceSettings,
 )
 
 _RIGHT_COLUMN = 13
@@ -80,16 +81,18 @@ class Plan:
                 f"{calibration.length:,} tokens",
             ),
             ("stage 1", f"{_steps(stage1)} at {_lengths(stage1.lengths)}"),
+            ("", _mixture(stage1)),
         ]
         if stage2.steps:
             trained = f"LoRA of rank {stage2.lora_rank}" if stage2.lora_rank else "all weights"
-            lines.append(
+            lines += [
                 (
                     "stage 2",
                     f"{_steps(stage2)} at {_lengths(stage2.lengths)}, {trained}, "
                     f"learning rate {stage2.learning_rate:g}",
-                )
-            )
+                ),
+                ("", _mixture(stage2)),
+            ]
         else:
             lines.append(("stage 2", "left out"))
         if stage2.steps and stage2.refresh_steps:
@@ -228,6 +231,12 @@ def _steps(stage: IndexerTrainingSettings | DistillationSettings) -> str:
     """Formats the number of steps, with the sequences of each if there are several."""
     sequences = f" of {stage.per_step} sequences" if stage.per_step > 1 else ""
     return f"{stage.steps} steps{sequences}"
+
+
+def _mixture(stage: SequenceSettings) -> str:
+    """Formats the share of each kind of sequence, such as "needles 50 %, prose 50 %"."""
+    shares = {**stage.mixture, "prose": 1 - sum(stage.mixture.values())}
+    return ", ".join(f"{kind} {100 * share:.3g} %" for kind, share in shares.items() if share > 1e-9)
 
 
 def _lengths(lengths: Sequence[int]) -> str:
