@@ -22,6 +22,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import load_base_model
+from rtpurbo.renamed_settings import RENAMED
 from rtpurbo.settings import (
     CalibrationSettings,
     ConversionSettings,
@@ -135,6 +136,25 @@ def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_p
     convert(str(tiny_base), output, settings=SETTINGS, device="cpu", resume=True)
     assert contents(output) == contents(whole)
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_conversion_that_an_earlier_version_began_is_resumed(whole, tiny_base, tmp_path):
+    output = tmp_path / "artifact"
+    common = {"settings": SETTINGS, "device": "cpu"}
+    with pytest.raises(InterruptionError):
+        convert(str(tiny_base), output, progress=interrupt_at("stage1", 25), **common)
+    path = tmp_path / "artifact.work" / "plan.json"
+    plan = json.loads(path.read_text())
+    for part, names in RENAMED.items():
+        recorded = plan["settings"][part]
+        mixture = recorded.pop("mixture")
+        for former, present in names.items():
+            _, _, task = present.partition("mixture.")
+            recorded[former] = mixture.get(task, 0.0) if task else recorded.pop(present)
+    assert plan["settings"]["stage1"]["needle_share"] == 0.5
+    path.write_text(json.dumps(plan))
+    convert(str(tiny_base), output, resume=True, **common)
+    assert contents(output) == contents(whole)
 
 
 def test_a_streamed_conversion_resumes_the_same(tiny_base, tmp_path):
@@ -296,6 +316,9 @@ def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
     head_map, common = tmp_path / "head_map.json", {"device": "cpu"}
     own = {"calibration.length": 600, "calibration.ranking": "interleaved"}
     calibrate_model(str(tiny_base), head_map, changes=own, **common)
+    # A file of an earlier version.
+    head_map.write_text(head_map.read_text().replace('"interleaved"', '"turns"'))
+    assert '"turns"' in head_map.read_text()
     lengths = {"stage1.lengths": (700, 900), "stage1.steps": 2, "attention.sliding_window": 512}
     stage1 = train_indexer_artifact(
         str(tiny_base), head_map, tmp_path / "stage1", changes=lengths, **common

@@ -236,7 +236,9 @@ def _steps(stage: IndexerTrainingSettings | DistillationSettings) -> str:
 def _mixture(stage: SequenceSettings) -> str:
     """Formats the share of each kind of sequence, such as "needles 50 %, prose 50 %"."""
     shares = {**stage.mixture, "prose": 1 - sum(stage.mixture.values())}
-    return ", ".join(f"{kind} {100 * share:.3g} %" for kind, share in shares.items() if share > 1e-9)
+    return ", ".join(
+        f"{kind} {100 * share:.3g} %" for kind, share in shares.items() if share > 1e-9
+    )
 
 
 def _lengths(lengths: Sequence[int]) -> str:
