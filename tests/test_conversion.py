@@ -98,7 +98,7 @@ def test_an_artifact_is_complete_and_loads(whole):
     assert model.generate(ids, max_new_tokens=3, pad_token_id=0).shape[1] > ids.shape[1]
 
 
-def test_the_log_tells_every_step(whole):
+def test_the_log_has_every_step(whole):
     entries = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
     steps = [(entry["stage"], entry["step"]) for entry in entries]
     expected = {"stage1": 30, "stage2": 6, "refresh": 10}
@@ -179,9 +179,7 @@ def test_a_streamed_conversion_resumes_the_same(tiny_base, tmp_path):
     assert contents(output) == contents(whole)
 
 
-def test_what_the_model_writes_is_trained_on_and_kept_for_a_resumed_conversion(
-    tiny_base, tmp_path, monkeypatch
-):
+def test_pools_are_trained_on_and_reused_by_a_resumed_conversion(tiny_base, tmp_path, monkeypatch):
     shorter = partial(pools.write_conversations, max_user_tokens=16, max_answer_tokens=16)
     monkeypatch.setattr(pools, "write_conversations", shorter)
     common = {
@@ -223,7 +221,7 @@ def test_what_the_model_writes_is_trained_on_and_kept_for_a_resumed_conversion(
     assert contents(output) == contents(whole)
 
 
-def test_stopped_between_the_artifact_and_the_clearing_up(whole, tiny_base, tmp_path, monkeypatch):
+def test_interrupted_between_the_artifact_and_the_cleanup(whole, tiny_base, tmp_path, monkeypatch):
     output = tmp_path / "artifact"
 
     def stop(path, **options):
@@ -242,7 +240,7 @@ def test_stopped_between_the_artifact_and_the_clearing_up(whole, tiny_base, tmp_
 
 
 def test_resuming_nothing_replaces_nothing(tiny_base, tmp_path):
-    """`--resume` may stand in a script from the first run on; it is no leave to replace."""
+    """A script may always pass `--resume`, which does not permit replacing a finished artifact."""
     output = tmp_path / "artifact"
     settings = replace(SETTINGS, stage2=replace(SETTINGS.stage2, steps=0))
 
@@ -311,8 +309,8 @@ def test_calibration_alone_uses_the_attention_rule_of_its_settings(tiny_base, tm
     assert scores[0] != scores[1]
 
 
-def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
-    """What the next command is not told again is what it was; it would else be found out after stage 2."""
+def test_a_single_stage_uses_the_settings_of_the_previous_ones(tiny_base, tmp_path):
+    """Settings that are not given again are those of the previous command."""
     head_map, common = tmp_path / "head_map.json", {"device": "cpu"}
     own = {"calibration.length": 600, "calibration.ranking": "interleaved"}
     calibrate_model(str(tiny_base), head_map, changes=own, **common)
@@ -359,7 +357,7 @@ def test_full_weights_instead_of_lora(tiny_base, tmp_path):
         ({"no.such": 1}, "no setting 'no.such'"),
     ],
 )
-def test_settings_that_cannot_be(changes, message, tiny_base, tmp_path):
+def test_impossible_settings_are_refused(changes, message, tiny_base, tmp_path):
     with pytest.raises(RTPurboError, match=message):
         convert(
             str(tiny_base), tmp_path / "artifact", settings=SETTINGS, changes=changes, device="cpu"
@@ -383,7 +381,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.interruption import StoppedBySignalError
 from tests.test_conversion import SETTINGS
 if len(sys.argv) > 3:
-    # Every file may have this many bytes: a write that goes beyond fails as on a full disk.
+    # Limit of a file's size in bytes: a longer write fails as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
     convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
@@ -403,7 +401,7 @@ def command_and_surroundings(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_at_random_moments(number, whole, tiny_base, tmp_path):
+def test_interrupted_at_random_moments(number, whole, tiny_base, tmp_path):
     """Wherever the signal strikes."""
     output, rng = tmp_path / "artifact", random.Random(0)
     command, surroundings = command_and_surroundings(tiny_base, output)

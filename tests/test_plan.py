@@ -78,7 +78,7 @@ def test_parameters_and_heads_are_those_of_the_model(family):
     assert plan.num_kv_heads == full_layers * config.num_key_value_heads
 
 
-def test_the_text_names_what_will_be_done():
+def test_the_text_describes_the_conversion():
     text = str(
         planned(tiny_config(context=8192), changes={"calibration.ratio": 0.25}, data=["a", "b"])
     )
@@ -114,7 +114,7 @@ def test_the_text_of_other_choices():
     assert "  needles 87.5 %, reading 12.5 %\n" in str(planned(tiny_config(), changes=changes))
 
 
-def test_more_heads_than_there_are():
+def test_too_many_heads_are_refused():
     with pytest.raises(
         RTPurboError, match="13 retrieval heads were asked for, but the model has 12"
     ):

@@ -16,7 +16,7 @@ from rtpurbo.settings import (
 SETTINGS = default_settings("quick", 4096)
 
 
-def test_changes_go_where_their_names_say():
+def test_changes_are_applied_by_dotted_name():
     changed = change_settings(
         SETTINGS, {"stage1.steps": 7, "attention.top_p": 0.5, "seed": 3, "calibration.count": 4}
     )

@@ -56,7 +56,7 @@ def test_indexers_learn_the_same_from_packed_documents_as_from_single_ones(name)
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_lora_learns_what_the_dense_model_says(name):
+def test_a_lora_approaches_the_dense_model(name):
     model, sequence, losses = sparse(name), sequences()[0], []
     with running_dense(model):
         targets = teacher_targets(model, sequence, STAGE2, "seed")

@@ -1,4 +1,4 @@
-"""The SVD start is the best low-rank estimate, in the sense it claims."""
+"""Initialisation of the indexers: the SVD is the best low-rank estimate."""
 
 from dataclasses import replace
 
@@ -47,14 +47,14 @@ def test_no_small_change_improves_it(states):
         assert squared_error(states, query + change[0], key + change[1]) > best
 
 
-def test_the_data_matters(states):
+def test_projections_depend_on_the_data(states):
     white = torch.eye(FEATURES, dtype=torch.float64)
     informed = squared_error(states, *low_rank_projections(*moments(states), SCALING, RANK))
     blind = squared_error(states, *low_rank_projections(white, white, SCALING, RANK))
     assert informed < 0.7 * blind
 
 
-def test_more_dimensions_than_features_leaves_the_rest_zero(states):
+def test_dimensions_beyond_the_features_are_zero(states):
     query, key = low_rank_projections(*moments(states), SCALING, FEATURES + 2)
     assert query.shape == key.shape == (FEATURES + 2, FEATURES)
     assert not query[FEATURES:].any()
@@ -122,7 +122,7 @@ def test_no_small_change_of_any_head_improves_shared_projections(heads):
 
 
 @pytest.mark.parametrize("start", ["covariance", "weight"])
-def test_heads_of_a_group_start_from_one_key(start):
+def test_heads_of_a_group_are_initialised_with_one_key(start):
     """Two heads share a KV head; the third has one of its own, and starts as without sharing."""
     ids = torch.randint(2, 64, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     weights = {}
@@ -143,7 +143,7 @@ def test_heads_of_a_group_start_from_one_key(start):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_weight_start_is_exact_for_white_inputs_at_full_rank(family):
+def test_weight_init_is_exact_for_white_inputs_at_full_rank(family):
     model = tiny_model(family)
     config = sparse_config(model, index_space="pre_rope")
     make_sparse(
@@ -156,14 +156,14 @@ def test_weight_start_is_exact_for_white_inputs_at_full_rank(family):
             torch.testing.assert_close(query.T @ key, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_weight_start_refuses_normalised_queries():
+def test_weight_init_refuses_normalised_queries():
     model = tiny_model("qwen3")
     make_sparse(model, sparse_config(model))
     with pytest.raises(RTPurboError, match="covariance"):
         init_indexers(model, "weight", [])
 
 
-def test_random_start_is_seeded():
+def test_random_init_is_seeded():
     model = tiny_model()
     make_sparse(model, sparse_config(model))
 

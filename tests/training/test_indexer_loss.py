@@ -64,13 +64,13 @@ def test_gradient_by_finite_differences(logits):
     assert torch.autograd.gradcheck(lambda s: forward_divergence(teacher, s, visible), (student,))
 
 
-def test_only_rows_with_far_keys_teach(captured):
+def test_only_queries_with_far_keys_contribute(captured):
     rows = queries_with_far_keys(captured[0].positions[0], RULE)
     assert rows.tolist() == list(range(10, 60))
 
 
 @pytest.mark.parametrize("reading", ["paper", "residual", "far"])
-def test_merged_heads_lose_and_learn_the_same(captured, reading):
+def test_merged_heads_have_the_same_loss_and_gradients(captured, reading):
     rule = AttentionRule(num_sink_tokens=2, sliding_window=8, block_size=8, reading=reading)
     rows = queries_with_far_keys(captured[0].positions[0], rule)
     weights = [weight for seen in captured for weight in seen.query_weights + seen.key_weights]
@@ -86,7 +86,7 @@ def test_merged_heads_lose_and_learn_the_same(captured, reading):
     torch.testing.assert_close(loss_and_gradients(captured), loss_and_gradients(merged))
 
 
-def test_some_rows_of_a_sequence_are_all_that_their_steps_need():
+def test_steps_need_only_their_own_queries_of_a_sequence():
     model = make_sparse(tiny_model(), sparse_config(tiny_model()))
     ids = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     kept = torch.tensor([12, 31, 44, 59])
@@ -100,17 +100,17 @@ def test_some_rows_of_a_sequence_are_all_that_their_steps_need():
         assert torch.equal(indexer_loss(some, rows, RULE), indexer_loss(every, rows, RULE))
 
 
-def test_chunks_of_rows_measure_the_same(captured, monkeypatch):
+def test_chunks_of_queries_measure_the_same(captured, monkeypatch):
     rows = queries_with_far_keys(captured[0].positions[0], RULE)
     whole = selection_quality(captured[0], rows, RULE)
-    # Seven rows of two heads at a time.
+    # Seven queries of two heads at a time.
     monkeypatch.setattr("rtpurbo.ops.eager.visibility.MAX_CHUNK_ELEMENTS", 7 * 2 * 60)
     chunked = selection_quality(captured[0], rows, RULE)
     for name, values in vars(whole).items():
         torch.testing.assert_close(getattr(chunked, name), values)
 
 
-def test_quality_of_exact_scores_is_the_oracles(captured, monkeypatch):
+def test_quality_of_exact_scores_is_that_of_the_oracle(captured, monkeypatch):
     seen = captured[0]
     monkeypatch.setattr(type(seen), "index_scores", type(seen).logits)
     quality = selection_quality(seen, queries_with_far_keys(seen.positions[0], RULE), RULE)

@@ -1,4 +1,4 @@
-"""Which sequences are packed together, and which of their rows teach how much."""
+"""Packing of sequences, and the choice and weights of their queries."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_sequences_are_packed_up_to_the_longest(lengths, groups):
     assert found == groups
 
 
-def test_every_row_with_far_keys_counts_alike():
+def test_every_query_with_far_keys_has_the_same_weight():
     choice = choose_queries(sequences(30, 4, 15), RULE, EVERY_ROW, ["a", "b", "c"], "cpu")
     assert choice.positions.tolist() == [*range(10, 30), *range(44, 49)]
     assert choice.documents.tolist() == [0] * 20 + [2] * 5
@@ -40,14 +40,14 @@ def test_every_row_with_far_keys_counts_alike():
     assert torch.equal(choice.weights, choice.report_weights)
 
 
-def test_rows_that_answer_count_besides():
+def test_queries_that_predict_an_answer_are_added():
     choice = choose_queries(sequences(20, 20, answers=4), RULE, EVERY_ROW, ["a", "b"], "cpu")
     answers = torch.isin(choice.positions, torch.tensor([15, 16, 17, 18, 35, 36, 37, 38]))
     torch.testing.assert_close(choice.weights - choice.report_weights, 3 / 4 * answers.float())
     assert choice.report_weights.sum() == pytest.approx(2)
 
 
-def test_a_choice_of_rows_depends_on_the_seed_of_its_sequence_alone():
+def test_a_choice_of_queries_depends_only_on_the_seed_of_its_sequence():
     some = replace(EVERY_ROW, queries_per_step=5)
     both = choose_queries(sequences(30, 40), RULE, some, ["a", "b"], "cpu")
     alone = choose_queries(sequences(40), RULE, some, ["b"], "cpu")

@@ -92,7 +92,7 @@ base, text, *jobs = sys.argv[1:]
 for job in jobs:
     output, settings, parallel, *stop = job.split(",")
     def progress(stage, done, total, figures):
-        # Only the main process is told, and only it gets the signal.
+        # Progress is reported on the main process only, and only it gets the signal.
         if stop == [stage, str(done)]:
             os.kill(os.getpid(), signal.SIGTERM)
     data = [text] if settings == "streamed" else None
@@ -274,7 +274,7 @@ def test_a_sharded_model_trains_gates_and_writes_sequences(tiny_base, tmp_path, 
 
 
 @pytest.mark.slow
-def test_one_process_continues_what_two_began_and_the_other_way_round(tiny_base, tmp_path, text):
+def test_a_run_resumes_with_another_number_of_processes(tiny_base, tmp_path, text):
     for settings in ("lora", "full"):
         convert(str(tiny_base), tmp_path / settings, settings=JOBS[settings], device="cpu")
 
@@ -332,7 +332,7 @@ def test_a_stream_is_the_same_for_one_process_and_two_and_after_a_change(tiny_ba
     assert_same_curves(tmp_path / "changed", alone)
 
 
-def test_what_is_not_offered():
+def test_unsupported_parallelism_is_refused():
     with pytest.raises(RTPurboError, match="choose --parallel fsdp"):
         check_parallelism("tensor")
     with pytest.raises(RTPurboError, match="no parallelism 'pipeline'"):

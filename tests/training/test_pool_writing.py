@@ -32,7 +32,7 @@ def test_without_a_share_nothing_is_written(tmp_path):
     ("stage1", "stage2", "length", "count"),
     [(1.0, 0.0, 700, 2), (0.5, 0.5, 600, 2), (0, 1.0, 600, 4)],
 )
-def test_there_are_as_many_documents_as_the_stages_take(tmp_path, stage1, stage2, length, count):
+def test_the_number_of_documents_is_what_the_stages_need(tmp_path, stage1, stage2, length, count):
     pools = pools_of(
         tmp_path,
         replace(STAGE1, mixture={"documents": stage1}),
@@ -44,7 +44,7 @@ def test_there_are_as_many_documents_as_the_stages_take(tmp_path, stage1, stage2
     assert pools.conversations == ()
 
 
-def test_a_large_training_meets_conversations_again(tmp_path, monkeypatch):
+def test_a_long_training_repeats_conversations(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_CONVERSATIONS", 4)
     pools = pools_of(
         tmp_path, replace(STAGE2, mixture={"conversations": 0.5}, sequences_per_step=8)

@@ -15,7 +15,7 @@ def sequences(count, length=5):
     return tuple(TrainingSequence([number] * length, 1 + number % 3) for number in range(count))
 
 
-def test_sequences_come_back_from_disk(tmp_path):
+def test_sequences_are_read_as_written(tmp_path):
     written = (*sequences(4), TrainingSequence([1, 2, 3]))
     save_sequences(tmp_path / "pool", written)
     assert read_sequences(tmp_path / "pool") == written

@@ -51,7 +51,7 @@ def test_sequences_from_a_stream_resume_exactly_and_mix_all_tasks(stream):
     assert source.position(8)["lanes"].keys() == {"0", "1"}
 
 
-def test_texts_in_memory_need_no_position():
+def test_texts_in_memory_have_no_position():
     source = SequenceSource(TrainingMix(tiny_tokenizer(), CORPUS, (420,), {}, 0, "test"), CORPUS, 2)
     assert source.take(5) == source.take(5)
     assert source.take(2) != source.take(5)
@@ -59,7 +59,7 @@ def test_texts_in_memory_need_no_position():
     source.seek(None)
 
 
-def test_processes_share_what_one_has_alone(stream):
+def test_processes_divide_the_sequences_of_one(stream):
     for texts in (CORPUS, stream):
         mix = TrainingMix(tiny_tokenizer(), random_access(texts), (420, 500), {}, 0, "test")
         alone = SequenceSource(mix, texts, 4)

@@ -40,7 +40,7 @@ def losses_of(path):
 
 
 @pytest.mark.parametrize("queries_per_step", [None, 20])
-def test_layers_that_pass_teach_what_kept_states_do(tmp_path, monkeypatch, queries_per_step):
+def test_layerwise_training_equals_training_on_kept_states(tmp_path, monkeypatch, queries_per_step):
     passing, kept = sparse(), sparse()
     options = {
         "queries_per_step": queries_per_step,
@@ -55,7 +55,7 @@ def test_layers_that_pass_teach_what_kept_states_do(tmp_path, monkeypatch, queri
     assert losses_of(tmp_path / "passing")[-1] < losses_of(tmp_path / "passing")[0]
 
 
-def test_indexers_of_a_model_in_half_precision_learn_in_single():
+def test_indexers_of_a_half_precision_model_train_in_float32():
     model = sparse(torch.bfloat16)
     figures = train(model, steps=2, steps_per_sequence=1)
     assert math.isfinite(figures["divergence"])

@@ -103,7 +103,7 @@ def test_loss_and_gradients(sequence, changes):
     assert any(gradient.abs().max() > 1e-4 for gradient in expected.values())
 
 
-def test_layers_that_are_run_again_select_as_before():
+def test_recomputed_layers_select_the_same():
     model = make_model()
     targets = targets_of(model, SEQUENCE, SETTINGS)
     with trainable(model, SETTINGS, 0) as student:
@@ -153,7 +153,7 @@ def test_a_bfloat16_base_trains_a_float32_lora(family, as_on_a_gpu):
     assert float((found[torch.bfloat16] - expected).norm() / expected.norm()) < 0.2
 
 
-def test_weights_of_half_precision_are_not_trained_themselves():
+def test_half_precision_weights_are_not_trained():
     full = replace(SETTINGS, lora_rank=0)
     check_trainable(torch.float32, full)
     check_trainable(torch.bfloat16, SETTINGS)
@@ -190,7 +190,7 @@ def test_on_a_gpu_long_sequences_have_the_gradients_of_plain_pytorch(changes):
     assert float((gradient - expected).norm() / expected.norm()) < 0.1
 
 
-def test_the_model_comes_back_as_it_was():
+def test_the_model_is_restored():
     for rank in (0, 2):
         model = make_model()
         before = {name: weight.clone() for name, weight in model.state_dict().items()}

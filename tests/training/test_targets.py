@@ -1,4 +1,4 @@
-"""Which tokens stage 2 learns from."""
+"""Target positions of stage 2."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_text_alone():
     assert len(positions(TASK, targets="text", targets_per_sequence=20)) == 20
 
 
-def test_prose_gives_all_there_are():
+def test_prose_has_targets_in_all_of_it():
     assert positions(PROSE) == positions(PROSE, target_stride=1) == list(range(99))
     assert positions(PROSE, target_stride=200) == [0]
 
