@@ -1,5 +1,6 @@
-"""The gradients of stage 2 are those of its loss written out over all logits."""
+"""Stage 2: gradients of its loss written out over all logits, weights added and removed."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,13 @@ from torch.nn import functional
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import decoding_last, running_dense
+from rtpurbo.models.stage2_weights import apply_stage2
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, backpropagate
 from rtpurbo.training.student import (
     check_trainable,
+    save_student,
     set_gradient_checkpointing,
     trainable,
     trained_weights,
@@ -188,6 +191,17 @@ def test_on_a_gpu_long_sequences_have_the_gradients_of_plain_pytorch(changes):
     (loss, gradient), (expected_loss, expected) = found["auto"], found["eager"]
     assert loss == pytest.approx(expected_loss, rel=0.02)
     assert float((gradient - expected).norm() / expected.norm()) < 0.1
+
+
+def test_a_lora_is_added_and_read_without_warnings(tmp_path):
+    model = make_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        with trainable(model, SETTINGS, 0) as student:
+            set_gradient_checkpointing(model, True)
+            set_gradient_checkpointing(model, False)
+            save_student(student, tmp_path)
+        apply_stage2(model, tmp_path, "lora")
 
 
 def test_the_model_is_restored():

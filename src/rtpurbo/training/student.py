@@ -16,7 +16,11 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
 from rtpurbo.models.decoder import decoder_layers, projections
 from rtpurbo.models.sharding import own_part, require_gradients, whole
-from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
+from rtpurbo.models.stage2_weights import (
+    ADAPTER_FOLDER,
+    FULL_WEIGHTS_FILE,
+    without_deprecations_of_peft,
+)
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sharding import restore_weights
@@ -73,7 +77,7 @@ def trainable(
             for layer in decoder_layers(model)
             for name, _ in projections(layer, beyond_attention=settings.lora_beyond_attention)
         }
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), without_deprecations_of_peft():
             torch.manual_seed(seed)
             student = get_peft_model(
                 model,
