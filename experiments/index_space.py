@@ -89,7 +89,7 @@ def main() -> None:
             train,
             held_out,
             IndexerTrainingSettings(
-                steps=arguments.steps, lengths=(trained_at,), start=start, probe_every=10_000
+                steps=arguments.steps, lengths=(trained_at,), init=start, probe_every=10_000
             ),
             progress=lambda stage, done, total, figures, losses=losses: losses.append(
                 figures["loss"]

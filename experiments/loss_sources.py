@@ -46,15 +46,15 @@ from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.sparsify import decoding_last, empty_head_map, restore, set_rule, sparsify
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import CalibrationSettings, DistillationSettings
-from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import distill, predictions
+from rtpurbo.training.targets import states_at
 from rtpurbo.training.teacher import TeacherTargets, teacher_targets, top_logits_divergence
 from rtpurbo.training.vocabulary import most_likely
 
 PROSE_LENGTH = 1024
 
-ANSWERS = DistillationSettings(labels="answers", decode_rows=1 << 20)
+ANSWERS = DistillationSettings(targets="answers", decode_queries=1 << 20)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def compare(model: torch.nn.Module, asked: list[Asked], selecting: bool) -> dict
         there = each.targets.to(model.device)
         with decoding_last(model, rows):
             values = predictions(model, each.sequence, there, there.token_ids)
-            states = label_states(model, each.sequence.input_ids, there.positions)
+            states = states_at(model, each.sequence.input_ids, there.positions)
             first, _ = most_likely(states, model.get_output_embeddings(), 1)
         divergence = top_logits_divergence(values, there).mean().item()
         same = (first[:, 0] == there.token_ids[:, 0]).float()
@@ -267,8 +267,8 @@ def train_lora(arguments: argparse.Namespace) -> None:
         learning_rate=arguments.learning_rate,
         lora_rank=arguments.rank,
         lora_beyond_attention=arguments.mlp,
-        decode_rows=0,
-        **{f"{kind}_share": float(share) for kind, share in shares.items()},
+        decode_queries=0,
+        mixture={"needles": 0.5} | {task: float(share) for task, share in shares.items()},
     )
     sparsify(base.model, config)
     table.add(f"{name} before", base.model, asked)
@@ -327,7 +327,7 @@ def main() -> None:
     training.add_argument("--rank", type=int, default=16)
     training.add_argument("--mlp", action="store_true")
     training.add_argument("--train-lengths", type=int, nargs="+", default=[8192, 16384])
-    training.add_argument("--shares", nargs="+", default=[], metavar="KIND=SHARE")
+    training.add_argument("--shares", nargs="+", default=[], metavar="TASK=SHARE")
     training.set_defaults(run=train_lora)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -33,13 +33,14 @@ from rtpurbo.assembly import stage2_kind
 from rtpurbo.benchmarks.geometries import GEOMETRIES, build_model
 from rtpurbo.calibration.calibrate import calibrate
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.data.tasks import TASKS
 from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.defaults import default_settings
 from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.files import write_json_atomically
 from rtpurbo.models.sparsify import sparsify
 from rtpurbo.models.stage2_weights import apply_stage2
-from rtpurbo.settings import ConversionSettings
+from rtpurbo.settings import ConversionSettings, change_settings
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.version import library_commit
@@ -97,10 +98,12 @@ def main() -> None:
 def settings_without_answers(effort: str, context: int, length: int) -> ConversionSettings:
     """Settings of an effort without the sequences that a model writes: these weights are random."""
     settings = default_settings(effort, context, max_length=length)
-    return replace(
-        settings,
-        stage1=replace(settings.stage1, document_share=0.0),
-        stage2=replace(settings.stage2, document_share=0.0, conversation_share=0.0),
+    drawn = {
+        name: {task: share for task, share in stage.mixture.items() if TASKS[task].draw}
+        for name, stage in (("stage1", settings.stage1), ("stage2", settings.stage2))
+    }
+    return change_settings(
+        settings, {f"{name}.mixture": mixture for name, mixture in drawn.items()}
     )
 
 

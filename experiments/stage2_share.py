@@ -16,7 +16,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,16 +41,8 @@ from rtpurbo.version import library_commit
 SEED = 1_000
 MOST_ANSWER_TOKENS = 48
 ROWS_APART = 16
-KINDS = {
-    "needles": {"needle_share": 1.0},
-    "haystack": {"haystack_share": 1.0},
-    "variables": {"variable_share": 1.0},
-    "passage": {"passage_share": 1.0},
-    "counting": {"counting_share": 1.0},
-    "reading": {"reading_share": 1.0},
-    "prose": {},
-}
-"""Of stage 2's own sequences."""
+KINDS = ("needles", "haystack", "variables", "passage", "counting", "reading", "prose")
+"""Kinds of stage 2's own sequences."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +74,13 @@ class Questions:
     ) -> None:
         self.dense, self.tokenizer = dense, tokenizer
         self.length, self.window = length, window
-        self.mix = TrainingMix(tokenizer, corpus, (length,), 0.0, SEED, "share")
+        self.mix = TrainingMix(tokenizer, corpus, (length,), {}, SEED, "share")
         self.ruler = RulerSuite(Materials.of(corpus), SEED)
 
     def draw(self, kind: str, number: int, count: int) -> Question:
         """One of `count` of a kind of `KINDS`, or of a task of RULER."""
         if kind in KINDS:
-            sequence = replace(self.mix, **KINDS[kind]).sequence(number)
+            sequence = self.mix.of_kind(kind, number)
             ids, answer = sequence.input_ids, sequence.num_answer_tokens
             if not answer:
                 rows = torch.arange(self.window, len(ids) - 1, ROWS_APART)

@@ -22,6 +22,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import load_base_model
+from rtpurbo.renamed_settings import RENAMED
 from rtpurbo.settings import (
     CalibrationSettings,
     ConversionSettings,
@@ -29,18 +30,18 @@ from rtpurbo.settings import (
     IndexerTrainingSettings,
     StreamSettings,
 )
-from rtpurbo.training import written
+from rtpurbo.training import pools
 
 SETTINGS = ConversionSettings(
     attention=AttentionRule(sliding_window=64, min_tokens=8, block_size=16),
     indexer=IndexerSettings(index_dim=4),
     calibration=CalibrationSettings(length=384, num_documents=2, count=3),
     stage1=IndexerTrainingSettings(
-        steps=30, lengths=(800,), steps_per_sequence=8, rows_per_step=32, warmup_steps=2,
-        start_sequences=1, probe_sequences=1, probe_every=15,
+        steps=30, lengths=(800,), steps_per_sequence=8, queries_per_step=32, warmup_steps=2,
+        init_sequences=1, probe_sequences=1, probe_every=15,
     ),
     stage2=DistillationSettings(
-        steps=6, lengths=(800,), labels_per_sequence=64, warmup_steps=1, lora_rank=2,
+        steps=6, lengths=(800,), targets_per_sequence=64, warmup_steps=1, lora_rank=2,
         refresh_steps=10, checkpoint_every=2,
     ),
 )  # fmt: skip
@@ -97,7 +98,7 @@ def test_an_artifact_is_complete_and_loads(whole):
     assert model.generate(ids, max_new_tokens=3, pad_token_id=0).shape[1] > ids.shape[1]
 
 
-def test_the_log_tells_every_step(whole):
+def test_the_log_has_every_step(whole):
     entries = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
     steps = [(entry["stage"], entry["step"]) for entry in entries]
     expected = {"stage1": 30, "stage2": 6, "refresh": 10}
@@ -137,6 +138,25 @@ def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_p
     assert not list(tmp_path.glob("*.work"))
 
 
+def test_a_conversion_that_an_earlier_version_began_is_resumed(whole, tiny_base, tmp_path):
+    output = tmp_path / "artifact"
+    common = {"settings": SETTINGS, "device": "cpu"}
+    with pytest.raises(InterruptionError):
+        convert(str(tiny_base), output, progress=interrupt_at("stage1", 25), **common)
+    path = tmp_path / "artifact.work" / "plan.json"
+    plan = json.loads(path.read_text())
+    for part, names in RENAMED.items():
+        recorded = plan["settings"][part]
+        mixture = recorded.pop("mixture")
+        for former, present in names.items():
+            _, _, task = present.partition("mixture.")
+            recorded[former] = mixture.get(task, 0.0) if task else recorded.pop(present)
+    assert plan["settings"]["stage1"]["needle_share"] == 0.5
+    path.write_text(json.dumps(plan))
+    convert(str(tiny_base), output, resume=True, **common)
+    assert contents(output) == contents(whole)
+
+
 def test_a_streamed_conversion_resumes_the_same(tiny_base, tmp_path):
     pytest.importorskip("datasets")
     text = tmp_path / "texts.jsonl"
@@ -159,19 +179,16 @@ def test_a_streamed_conversion_resumes_the_same(tiny_base, tmp_path):
     assert contents(output) == contents(whole)
 
 
-def test_what_the_model_writes_is_trained_on_and_kept_for_a_resumed_conversion(
-    tiny_base, tmp_path, monkeypatch
-):
-    shorter = partial(written.write_conversations, max_user_tokens=16, max_answer_tokens=16)
-    monkeypatch.setattr(written, "write_conversations", shorter)
+def test_pools_are_trained_on_and_reused_by_a_resumed_conversion(tiny_base, tmp_path, monkeypatch):
+    shorter = partial(pools.write_conversations, max_user_tokens=16, max_answer_tokens=16)
+    monkeypatch.setattr(pools, "write_conversations", shorter)
     common = {
         "settings": SETTINGS,
         "changes": {
-            "stage1.needle_share": 0.0,
-            "stage1.document_share": 1.0,
-            "stage2.needle_share": 0.2,
-            "stage2.document_share": 0.4,
-            "stage2.conversation_share": 0.4,
+            "stage1.mixture": {"documents": 1.0},
+            "stage2.mixture.needles": 0.2,
+            "stage2.mixture.documents": 0.4,
+            "stage2.mixture.conversations": 0.4,
             "stage2.lora_scale": None,
         },
         "device": "cpu",
@@ -204,7 +221,7 @@ def test_what_the_model_writes_is_trained_on_and_kept_for_a_resumed_conversion(
     assert contents(output) == contents(whole)
 
 
-def test_stopped_between_the_artifact_and_the_clearing_up(whole, tiny_base, tmp_path, monkeypatch):
+def test_interrupted_between_the_artifact_and_the_cleanup(whole, tiny_base, tmp_path, monkeypatch):
     output = tmp_path / "artifact"
 
     def stop(path, **options):
@@ -223,7 +240,7 @@ def test_stopped_between_the_artifact_and_the_clearing_up(whole, tiny_base, tmp_
 
 
 def test_resuming_nothing_replaces_nothing(tiny_base, tmp_path):
-    """`--resume` may stand in a script from the first run on; it is no leave to replace."""
+    """A script may always pass `--resume`, which does not permit replacing a finished artifact."""
     output = tmp_path / "artifact"
     settings = replace(SETTINGS, stage2=replace(SETTINGS.stage2, steps=0))
 
@@ -292,17 +309,20 @@ def test_calibration_alone_uses_the_attention_rule_of_its_settings(tiny_base, tm
     assert scores[0] != scores[1]
 
 
-def test_a_stage_alone_goes_on_as_those_before_it_went(tiny_base, tmp_path):
-    """What the next command is not told again is what it was; it would else be found out after stage 2."""
+def test_a_single_stage_uses_the_settings_of_the_previous_ones(tiny_base, tmp_path):
+    """Settings that are not given again are those of the previous command."""
     head_map, common = tmp_path / "head_map.json", {"device": "cpu"}
-    own = {"calibration.length": 600, "calibration.ranking": "turns"}
+    own = {"calibration.length": 600, "calibration.ranking": "interleaved"}
     calibrate(str(tiny_base), head_map, changes=own, **common)
+    # A file of an earlier version.
+    head_map.write_text(head_map.read_text().replace('"interleaved"', '"turns"'))
+    assert '"turns"' in head_map.read_text()
     lengths = {"stage1.lengths": (700, 900), "stage1.steps": 2, "attention.sliding_window": 512}
     stage1 = train_indexer(str(tiny_base), head_map, tmp_path / "stage1", changes=lengths, **common)
     few = {"stage2.steps": 1, "stage2.lengths": (800,), "stage2.refresh_steps": 1}
     stage2 = distill(stage1, tmp_path / "stage2", changes=few, **common)
     told = ArtifactConfig.read(stage2).settings
-    assert told["calibration"]["ranking"] == "turns"
+    assert told["calibration"]["ranking"] == "interleaved"
     assert told["calibration"]["length"] == 600
     assert told["stage1"]["lengths"] == [700, 900]
     assert told["stage1"]["steps"] == 2
@@ -333,7 +353,7 @@ def test_full_weights_instead_of_lora(tiny_base, tmp_path):
         ({"no.such": 1}, "no setting 'no.such'"),
     ],
 )
-def test_settings_that_cannot_be(changes, message, tiny_base, tmp_path):
+def test_impossible_settings_are_refused(changes, message, tiny_base, tmp_path):
     with pytest.raises(RTPurboError, match=message):
         convert(
             str(tiny_base), tmp_path / "artifact", settings=SETTINGS, changes=changes, device="cpu"
@@ -357,7 +377,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.interruption import StoppedBySignalError
 from tests.test_conversion import SETTINGS
 if len(sys.argv) > 3:
-    # Every file may have this many bytes: a write that goes beyond fails as on a full disk.
+    # Limit of a file's size in bytes: a longer write fails as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
     convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
@@ -377,7 +397,7 @@ def command_and_surroundings(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_at_random_moments(number, whole, tiny_base, tmp_path):
+def test_interrupted_at_random_moments(number, whole, tiny_base, tmp_path):
     """Wherever the signal strikes."""
     output, rng = tmp_path / "artifact", random.Random(0)
     command, surroundings = command_and_surroundings(tiny_base, output)

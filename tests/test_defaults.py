@@ -135,7 +135,7 @@ def test_the_cache_is_at_most_sixty_percent_of_the_dense_one(heads, kv_heads, he
         max_position_embeddings=context,
     ).bfloat16()
     settings = default_settings("standard", context, head_dim=head_dim)
-    # Scores that tell all KV heads apart.
+    # Distinct scores of all KV heads.
     group = heads // kv_heads
     scores = [
         [float(layer * kv_heads + head // group) for head in range(heads)]

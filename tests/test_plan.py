@@ -60,7 +60,7 @@ def test_every_model_has_a_plan(family, context, effort):
     expected = {
         "calibration": True,
         "stage1": True,
-        "writing": has_stage2 and stage2.conversation_share + stage2.document_share > 0,
+        "writing": has_stage2 and bool({"conversations", "documents"} & stage2.mixture.keys()),
         "stage2": has_stage2,
         "refresh": has_stage2,
     }
@@ -78,7 +78,7 @@ def test_parameters_and_heads_are_those_of_the_model(family):
     assert plan.num_kv_heads == full_layers * config.num_key_value_heads
 
 
-def test_the_text_names_what_will_be_done():
+def test_the_text_describes_the_conversion():
     text = str(
         planned(tiny_config(context=8192), changes={"calibration.ratio": 0.25}, data=["a", "b"])
     )
@@ -89,7 +89,7 @@ def test_the_text_names_what_will_be_done():
         "1,024 tokens, after 4 sinks",
         "3 retrieval heads of 12 query heads (6 KV heads)",
         "3 documents at 2,048 tokens",
-        "60 steps at 2,048 tokens",
+        "60 steps at 2,048 tokens\n             needles 50 %, prose 50 %\n",
         "8 steps at 2,048 tokens, LoRA of rank 8, learning rate 0.0002",
         "15 steps at 2,048 tokens",
         "a, b",
@@ -110,9 +110,11 @@ def test_the_text_of_other_choices():
     text = str(planned(tiny_config(context=32768), changes=changes, max_length=32768))
     assert "5 retrieval heads of 12 query heads (6 KV heads), by KV group" in text
     assert "8 steps at 8,192, 16,384 and 32,768 tokens, all weights" in text
+    changes = {"stage1.mixture": {"reading": 0.125, "needles": 0.875}}
+    assert "  needles 87.5 %, reading 12.5 %\n" in str(planned(tiny_config(), changes=changes))
 
 
-def test_more_heads_than_there_are():
+def test_too_many_heads_are_refused():
     with pytest.raises(
         RTPurboError, match="13 retrieval heads were asked for, but the model has 12"
     ):
@@ -166,7 +168,7 @@ def test_fsdp_divides_the_weights(h200):
     whole = planned(shape_of_qwen3_8b(), GPU)
     divided = planned(shape_of_qwen3_8b(), GPU, shards=4)
     assert divided.peak_gib < whole.peak_gib
-    no_documents = {"stage2.document_share": 0.0}
+    no_documents = {"stage2.mixture.documents": 0.0}
     apart = [
         planned(shape_of_qwen3_8b(), GPU, shards=shards, changes=no_documents).peak_gib
         for shards in (1, 4)

@@ -1,13 +1,22 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from rtpurbo.defaults import default_settings
 from rtpurbo.errors import RTPurboError
-from rtpurbo.settings import change_settings, check_context
+from rtpurbo.renamed_settings import RENAMED
+from rtpurbo.settings import (
+    IndexerTrainingSettings,
+    change_settings,
+    check_context,
+    recorded_changes,
+)
 
 SETTINGS = default_settings("quick", 4096)
 
 
-def test_changes_go_where_their_names_say():
+def test_changes_are_applied_by_dotted_name():
     changed = change_settings(
         SETTINGS, {"stage1.steps": 7, "attention.top_p": 0.5, "seed": 3, "calibration.count": 4}
     )
@@ -22,15 +31,15 @@ def test_changes_go_where_their_names_say():
 
 def test_changes_of_a_part_are_made_together():
     # One by one, the first of them would make shares of more than 1.
-    shares = {"stage1.haystack_share": 0.6, "stage1.needle_share": 0.1}
-    assert change_settings(SETTINGS, shares).stage1.haystack_share == 0.6
+    shares = {"stage1.mixture.haystack": 0.6, "stage1.mixture.needles": 0.1}
+    assert change_settings(SETTINGS, shares).stage1.mixture == {"needles": 0.1, "haystack": 0.6}
     limits = change_settings(SETTINGS, {"calibration.threshold": 0.5})
     other = change_settings(limits, {"calibration.count": 3, "calibration.threshold": None})
     assert (other.calibration.count, other.calibration.threshold) == (3, None)
 
 
 @pytest.mark.parametrize(
-    "name", ["refresh.steps", "steps", "stage3.steps", "stage1.stops", "seed.x"]
+    "name", ["refresh.steps", "steps", "stage3.steps", "stage1.stops", "seed.x", "stage1.steps.x"]
 )
 def test_unknown_settings_are_refused(name):
     with pytest.raises(RTPurboError, match=f"there is no setting '{name}'"):
@@ -43,7 +52,7 @@ def test_values_out_of_range_are_refused():
     with pytest.raises(RTPurboError, match="not by both"):
         change_settings(SETTINGS, {"calibration.count": 1, "calibration.threshold": 0.5})
     with pytest.raises(RTPurboError, match="at most 1 together"):
-        change_settings(SETTINGS, {"stage1.needle_share": 0.6, "stage1.passage_share": 0.5})
+        change_settings(SETTINGS, {"stage1.mixture": {"needles": 0.6, "passage": 0.5}})
     with pytest.raises(RTPurboError, match="a step needs at least one"):
         change_settings(SETTINGS, {"stage2.sequences_per_step": 0})
     with pytest.raises(RTPurboError, match="at least 1"):
@@ -55,7 +64,7 @@ def test_values_out_of_range_are_refused():
     [
         ("stage1.steps_per_sequence", 0),
         ("stage1.probe_every", 0),
-        ("stage1.rows_per_step", 0),
+        ("stage1.queries_per_step", 0),
         ("stage2.checkpoint_every", 0),
         ("stage2.lora_rank", -1),
         ("stage2.learning_rate", -1e-4),
@@ -79,16 +88,104 @@ def test_what_is_longer_than_the_context_is_refused():
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("labels", "all", "labels is 'all', but it must be one of: both, answers, text"),
-        ("label_stride", 0, "label_stride is 0"),
+        ("targets", "all", "targets is 'all', but it must be one of: both, answers, text"),
+        ("target_stride", 0, "target_stride is 0"),
         ("cross_entropy_weight", -1, "cannot be negative"),
     ],
 )
-def test_labels_are_checked(name, value, complaint):
+def test_targets_are_checked(name, value, complaint):
     with pytest.raises(RTPurboError, match=complaint):
         change_settings(SETTINGS, {f"stage2.{name}": value})
 
 
-def test_a_setting_that_was_renamed_is_named():
-    with pytest.raises(RTPurboError, match=r"'stage2.share' is called 'stage2.lora_scale' now"):
-        change_settings(SETTINGS, {"stage2.share": None})
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        ({"stage1.needle_share": 0.25}, {"stage1.mixture.needles": 0.25}),
+        ({"stage2.conversation_share": 0.25}, {"stage2.mixture.conversations": 0.25}),
+        ({"stage1.rows_per_step": 5}, {"stage1.queries_per_step": 5}),
+        ({"stage1.start": "weight"}, {"stage1.init": "weight"}),
+        ({"stage1.start_sequences": 7}, {"stage1.init_sequences": 7}),
+        ({"stage2.share": None}, {"stage2.lora_scale": None}),
+        ({"stage2.labels": "text"}, {"stage2.targets": "text"}),
+        ({"stage2.label_stride": 9}, {"stage2.target_stride": 9}),
+        ({"stage2.labels_per_sequence": 9}, {"stage2.targets_per_sequence": 9}),
+        ({"stage2.decode_rows": 0}, {"stage2.decode_queries": 0}),
+        ({"calibration.ranking": "chains"}, {"calibration.ranking": "variable_tracking"}),
+        ({"calibration.ranking": "turns"}, {"calibration.ranking": "interleaved"}),
+    ],
+)
+def test_former_names_are_accepted_and_say_what_replaced_them(former, present, caplog):
+    expected = change_settings(SETTINGS, present)
+    assert expected != SETTINGS
+    assert not caplog.messages
+    assert change_settings(SETTINGS, former) == expected
+    [message] = caplog.messages
+    assert "is now called" in message
+    [(name, value)] = present.items()
+    assert name in message
+    assert name == next(iter(former)) or str(value) not in message
+
+
+def test_every_former_name_leads_to_a_present_setting():
+    for part, names in RENAMED.items():
+        for former, present in names.items():
+            value = SETTINGS
+            for each in f"{part}.{present}".split(".")[:2]:
+                value = getattr(value, each)
+            assert not hasattr(getattr(SETTINGS, part), former)
+
+
+def test_a_mixture_has_one_form():
+    stage1 = IndexerTrainingSettings(mixture={"passage": 0.2, "needles": 0.1, "reading": 0.0})
+    assert list(stage1.mixture.items()) == [("needles", 0.1), ("passage", 0.2)]
+    whole = change_settings(SETTINGS, {"stage1.mixture": {"reading": 1}})
+    assert whole.stage1.mixture == {"reading": 1.0}
+    entry = change_settings(whole, {"stage1.mixture.reading": 0.5, "stage1.mixture.counting": 0.5})
+    assert entry.stage1.mixture == {"counting": 0.5, "reading": 0.5}
+    assert change_settings(entry, {"stage1.mixture.reading": 0}).stage1.mixture == {"counting": 0.5}
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(
+        RTPurboError, match=r"'stage1.mixture.needle': the tasks of stage1 are need"
+    ):
+        change_settings(SETTINGS, {"stage1.mixture.needle": 0.5})
+    # Conversations are too short for far keys.
+    with pytest.raises(RTPurboError, match=r"no setting 'stage1.mixture.conversations'"):
+        change_settings(SETTINGS, {"stage1.mixture.conversations": 0.5})
+    with pytest.raises(RTPurboError, match=r"mixture is {'x': 1}, but it must be shares of these"):
+        IndexerTrainingSettings(mixture={"x": 1})
+
+
+ARTIFACTS = sorted(Path(__file__).parents[1].glob("artifacts/*/rtpurbo_config.json"))
+
+
+@pytest.mark.parametrize("path", ARTIFACTS, ids=lambda path: path.parent.name)
+def test_settings_of_published_artifacts_are_read(path):
+    recorded = json.loads(path.read_text("utf-8")).get("settings")
+    if not recorded:
+        pytest.skip("a dense model")
+    changes = recorded_changes(recorded, "calibration", "stage1", "stage2")
+    # Records of the first versions lack tasks that came later, which then have no share.
+    changes = {"stage2.mixture": {}, **changes}
+    read = change_settings(default_settings("thorough", 65536), changes)
+    names = {"needle": "needles", "variable": "variables", "document": "documents",
+             "conversation": "conversations"}  # fmt: skip
+    for part in ("stage1", "stage2"):
+        shares = {
+            names.get(name.removesuffix("_share"), name.removesuffix("_share")): share
+            for name, share in recorded[part].items()
+            if name.endswith("_share") and share
+        }
+        assert getattr(read, part).mixture == shares
+    assert read.stage1.queries_per_step == recorded["stage1"]["rows_per_step"]
+    assert read.stage1.init == recorded["stage1"]["start"]
+    assert read.stage2.targets_per_sequence == recorded["stage2"]["labels_per_sequence"]
+    assert read.stage2.decode_queries == recorded["stage2"]["decode_rows"]
+    rankings = {"turns": "interleaved", "gates": "gates", "copies": "induction"}
+    ranking = recorded["calibration"].get("ranking")
+    assert ranking is None or read.calibration.ranking == rankings[ranking]
+    assert recorded_changes(read.to_dict(), "stage1") == recorded_changes(
+        {"stage1": {**read.to_dict()["stage1"], "sequences_per_step": 3, "unknown": 1}}, "stage1"
+    )

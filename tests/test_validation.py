@@ -41,7 +41,7 @@ def value_of(settings, name):
         ("stage2.lengths", [2048, "x"], "is [2048, 'x'], but it must be a list of whole numbers"),
         ("stage2.lengths", [[2048]], "is [[2048]], but it must be a list of whole numbers"),
         ("stage2.lengths", None, "is null, but it must be a list of whole numbers"),
-        ("stage2.labels", 3, "is 3, but it must be one of: both, answers, text."),
+        ("stage2.targets", 3, "is 3, but it must be one of: both, answers, text."),
         ("stream.enabled", 1, "stream.enabled is 1, but it must be true or false."),
         ("attention", 5, "attention is 5, but it must be AttentionRule; name one of its settings"),
     ],
@@ -54,7 +54,7 @@ def test_a_value_of_another_type_is_refused(name, value, sentence):
 
 @pytest.mark.parametrize("value", ["abc", {"a": 1}, object(), [["x"]]])
 @pytest.mark.parametrize("name", FIELDS)
-def test_no_setting_takes_anything(name, value):
+def test_every_setting_refuses_some_values(name, value):
     """Every field has a type that is checked: a field of a new type would raise a KeyError here."""
     with pytest.raises(RTPurboError, match=f"^{name} is .* but it must be"):
         change_settings(SETTINGS, {name: value})
@@ -66,7 +66,7 @@ def test_every_setting_takes_its_own_value(name):
     assert change_settings(SETTINGS, {name: value}) == SETTINGS
 
 
-def test_values_become_what_the_setting_is():
+def test_values_are_converted_to_the_type_of_the_setting():
     changed = change_settings(
         SETTINGS,
         {"stage2.lengths": 16384, "stage1.lengths": [8192.0], "stage2.steps": 1e2, "seed": 3.0},

@@ -23,11 +23,11 @@ from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import empty_head_map, restore, running_dense, sparsify
 from rtpurbo.ops import KeyValueStates
-from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from rtpurbo.training.stage2 import autocast
+from rtpurbo.training.targets import states_at
 
-SHARES = {"needle_share": 0.4, "variable_share": 0.4, "passage_share": 0.2}
+SHARES = {"needles": 0.4, "variables": 0.4, "passage": 0.2}
 """Of the kinds of sequences; each ends with an answer that needs what lies far back."""
 
 POINTS = (1 / 6, 3 / 6, 5 / 6)
@@ -121,5 +121,5 @@ def _answer_logits(model: PreTrainedModel, sequence: TrainingSequence) -> Tensor
     positions = torch.arange(last - sequence.num_answer_tokens, last)
     # In half precision on a GPU, whose kernels for windows with gradients need no room for logits.
     with autocast(model):
-        states = label_states(model, sequence.input_ids, positions)
+        states = states_at(model, sequence.input_ids, positions)
         return model.get_output_embeddings()(states).float()

@@ -21,7 +21,7 @@ from rtpurbo.models.base import BaseModel
 from rtpurbo.ops.eager.divergence import forward_divergence
 from rtpurbo.ops.eager.selection import block_ids, masses, sum_blocks, target_mass
 from rtpurbo.training.capture import CapturedHeads, capture_heads
-from rtpurbo.training.indexer_loss import row_logits
+from rtpurbo.training.indexer_loss import query_logits
 
 TOP_P = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 ROW_SHARES = (0.5, 0.25, 0.125, 0.0625, 1 / 32, 1 / 64, 1 / 128, 1 / 512)
@@ -169,7 +169,7 @@ Logits = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _logits(seen: CapturedHeads, rows: Tensor, rule: AttentionRule, oracle: bool) -> Logits:
-    exact, estimate, near, far = row_logits(seen, rows, rule)
+    exact, estimate, near, far = query_logits(seen, rows, rule)
     exact = exact.masked_fill(~(near | far), -torch.inf)
     return exact, exact if oracle else estimate, near, far
 

@@ -25,13 +25,13 @@ SPACES = {"slow pairs": "low_frequency", "pre-RoPE": "pre_rope", "post-RoPE": "p
 
 def base_settings(length: int, window: int, seed: int) -> ConversionSettings:
     """The conversion that arms depart from; training meets every kind of question asked later."""
-    shares: dict[str, Any] = {"needle_share": 0.35, "variable_share": 0.15}
+    mixture = {"needles": 0.35, "variables": 0.15}
     quarter, half = length // 4, length // 2
     return ConversionSettings(
         attention=AttentionRule(sliding_window=window),
         calibration=CalibrationSettings(length=half, num_documents=6),
         stage1=IndexerTrainingSettings(
-            steps=200, lengths=(quarter, half, length), probe_every=10_000, **shares
+            steps=200, lengths=(quarter, half, length), probe_every=10_000, mixture=mixture
         ),
         stage2=DistillationSettings(
             steps=300,
@@ -40,7 +40,7 @@ def base_settings(length: int, window: int, seed: int) -> ConversionSettings:
             lora_beyond_attention=True,
             gradient_checkpointing=False,
             refresh_steps=100,
-            **shares,
+            mixture=mixture,
         ),
         seed=seed,
     )
@@ -57,11 +57,11 @@ def shrunk(settings: ConversionSettings) -> ConversionSettings:
         settings,
         calibration=replace(settings.calibration, num_documents=2),
         stage1=replace(
-            stage1, steps=few(stage1.steps), warmup_steps=0, rows_per_step=32, start_sequences=1,
+            stage1, steps=few(stage1.steps), warmup_steps=0, queries_per_step=32, init_sequences=1,
             probe_sequences=1,
         ),
         stage2=replace(
-            stage2, steps=few(stage2.steps), warmup_steps=0, labels_per_sequence=64,
+            stage2, steps=few(stage2.steps), warmup_steps=0, targets_per_sequence=64,
             refresh_steps=few(stage2.refresh_steps),
         ),
     )  # fmt: skip
@@ -142,8 +142,8 @@ def head_arms(length: int) -> tuple[Arm, ...]:
         "15 %, whole KV groups": {"changes": {"calibration.granularity": "kv_group"}},
         "whole KV groups, memory of 15 %": {"choice": "kv_group_same_memory"},
         "15 %, at random": {"choice": "random"},
-        "15 %, by chains": {"changes": {"calibration.ranking": "chains"}},
-        "15 %, copies and chains in turn": {"changes": {"calibration.ranking": "turns"}},
+        "15 %, by chains": {"changes": {"calibration.ranking": "variable_tracking"}},
+        "15 %, copies and chains in turn": {"changes": {"calibration.ranking": "interleaved"}},
         **{
             f"{name}, by divergence": {
                 "choice": "divergence", "changes": {"calibration.ratio": ratio},
@@ -189,8 +189,8 @@ def index_arms(length: int) -> tuple[Arm, ...]:
         index("slow pairs, 32", True, indexer__index_dim=32),
         index("slow pairs, 8", indexer__index_dim=8),
         index("slow pairs, 16, start alone", stage1__steps=0),
-        index("slow pairs, 16, start from weights", stage1__start="weight"),
-        index("slow pairs, 16, start at random", stage1__start="random"),
+        index("slow pairs, 16, start from weights", stage1__init="weight"),
+        index("slow pairs, 16, start at random", stage1__init="random"),
         index(f"slow pairs, 16, trained at {length:,}", stage1__lengths=(length,)),
         *(
             index(f"{name}, {size}", indexer__index_dim=size, indexer__index_space=space)
@@ -231,7 +231,7 @@ def stage2_arms(length: int) -> tuple[Arm, ...]:
         student("LoRA, 100 steps, whole vocabulary", 100, stage2={"steps": 100},
                 objective="vocabulary"),
         student("LoRA, 100 steps, all retrieval rows dense", 75,
-                stage2={"steps": 100, "decode_rows": 0}),
+                stage2={"steps": 100, "decode_queries": 0}),
         student("LoRA, 600 steps", 350, stage2={"steps": 600}),
         student("LoRA, 300 steps, a third of the rate", 75,
                 stage2={"steps": 300, "learning_rate": 3e-4}),

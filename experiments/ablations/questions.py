@@ -21,8 +21,8 @@ from rtpurbo.data.texts import TextCorpus, begin_ids
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
 from rtpurbo.models.base import BaseModel
-from rtpurbo.training.labels import label_states
 from rtpurbo.training.stage2 import autocast
+from rtpurbo.training.targets import states_at
 from rtpurbo.training.teacher import TeacherTargets
 from rtpurbo.training.vocabulary import log_probabilities, most_likely
 
@@ -90,7 +90,7 @@ def label_predictions(
     positions = torch.arange(len(ids) - 1 - labels, len(ids) - 1)
     with torch.no_grad():
         with nullcontext() if exact else autocast(model):
-            states = label_states(model, ids[:-1], positions)
+            states = states_at(model, ids[:-1], positions)
         # Logits in half precision would have ties, and differ by more than rules do.
         states, head = states.float(), model.get_output_embeddings()
         likeliest, likelihoods = most_likely(states, head, TOP_LOGITS)

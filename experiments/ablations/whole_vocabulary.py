@@ -16,8 +16,8 @@ from rtpurbo.models.sparsify import decoding_last, running_dense
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training import stage2
 from rtpurbo.training.failure import SequenceResult
-from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingSequence
+from rtpurbo.training.targets import states_at
 from rtpurbo.training.teacher import TeacherTargets
 
 LABELS_AT_ONCE = 512
@@ -44,10 +44,10 @@ def backpropagate(
     """As `stage2.backpropagate`, with a teacher that runs beside: all its logits would not fit a disk."""
     positions = targets.positions
     with torch.no_grad(), running_dense(model), without_adapter(model), stage2.autocast(model):
-        teacher = label_states(model, sequence.input_ids, positions)
-    with decoding_last(model, stage2.selecting_rows(sequence, settings)):
+        teacher = states_at(model, sequence.input_ids, positions)
+    with decoding_last(model, stage2.num_selecting_queries(sequence, settings)):
         with stage2.autocast(model):
-            student = label_states(model, sequence.input_ids, positions)
+            student = states_at(model, sequence.input_ids, positions)
             divergence = vocabulary_divergence(
                 teacher, student, model.get_output_embeddings().weight
             )

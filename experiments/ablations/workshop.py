@@ -95,7 +95,7 @@ class Workshop:
         """A head map and its stability; scores are measured once for each length and text."""
         wanted = settings.calibration
         measured = {"length": wanted.length, "num_documents": wanted.num_documents}
-        if wanted.ranking != "copies":
+        if wanted.ranking != "induction":
             measured["ranking"] = wanted.ranking
         path = self._path("scores", ".json", measured, text, settings.seed)
         if not path.is_file():
@@ -137,8 +137,8 @@ class Workshop:
         if not path.is_file():
             base = self.dense()
             mix = TrainingMix(
-                base.tokenizer, self.train_text, (wanted.length,), seed=settings.seed,
-                purpose="divergence", **SHARES,
+                base.tokenizer, self.train_text, (wanted.length,), SHARES, settings.seed,
+                "divergence",
             )  # fmt: skip
             write_json_atomically(
                 path, divergence_shares(base.model, mix, wanted.num_documents, rule)
@@ -295,8 +295,14 @@ class Workshop:
         folder.mkdir(parents=True, exist_ok=True)
         learnt = settings.stage2
         # Sequences and labels do not depend on how many there are, nor on the student.
-        about = ("lengths", "labels", "label_stride", "labels_per_sequence", "top_logits",
-                 *learnt.shares())  # fmt: skip
+        about = (
+            "lengths",
+            "targets",
+            "target_stride",
+            "targets_per_sequence",
+            "top_logits",
+            "mixture",
+        )
         targets = self._path(
             "teacher", "", [getattr(learnt, name) for name in about], settings.seed
         )

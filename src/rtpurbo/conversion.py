@@ -111,6 +111,7 @@ def convert(
             device=device,
             dtype=dtype,
             shards=job.processes.count if job.processes.shard_weights else 1,
+            processes=job.processes.count,
         )
         on_plan(plan)
         job.read_texts(plan.settings)
@@ -141,6 +142,7 @@ def plan_conversion(
     device: str = "auto",
     dtype: str = "auto",
     shards: int = 1,
+    processes: int = 1,
 ) -> Plan:
     """Plans a conversion and checks its settings; reads the model's configuration alone.
 
@@ -154,6 +156,7 @@ def plan_conversion(
         device: as `convert` takes it.
         dtype: of the frozen weights, as `rtpurbo.plan.make_plan` takes it.
         shards: processes that share the weights, as `make_plan` takes it.
+        processes: of `torchrun`, as `make_plan` takes it.
 
     Raises:
         RTPurboError: as `convert`, about model, device or settings.
@@ -171,6 +174,7 @@ def plan_conversion(
         device=place,
         dtype=dtype,
         shards=shards,
+        processes=processes,
     )
     check_trainable(getattr(torch, plan.dtype), settings.stage2)
     return plan

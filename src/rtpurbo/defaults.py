@@ -1,4 +1,4 @@
-"""Default settings of a conversion, from the model's context and the effort to spend."""
+"""Default settings of a conversion by effort and context of the model."""
 
 from __future__ import annotations
 
@@ -22,74 +22,77 @@ _LONGEST: dict[Effort, tuple[int, int]] = {
     "standard": (32768, 4),
     "thorough": (65536, 8),
 }
-"""Tokens of the longest training sequence: at least the first number, and the second in windows."""
+"""Longest training sequence: at least the first number of tokens, and at least the second number of windows."""
 
 _KEPT: dict[str, Any] = {"ranking": "gates", "granularity": "kv_group", "ratio": 0.5}
-"""KV heads kept in full, with all of their query heads.
+"""Choice of full KV heads, each with all of its query heads.
 
-With a window of an eighth of the context and one index key a KV head in float8, the cache is .6 of the dense model's.
-Of Qwen2.5-Coder-1.5B's 56 KV heads, 21 lose a twelfth of what the windows alone lose and 28 a thirtieth
-(docs/experiment-log.md).
+With a window of an eighth of the context and one float8 index key per KV head, the cache has 0.6 times the size of the
+dense model's. Of Qwen2.5-Coder-1.5B's 56 KV heads, 21 full ones reduce the loss of windowed attention to a twelfth
+and 28 to a thirtieth (docs/experiment-log.md).
 """
 
 _SINKS_OF_WINDOW = 32
-"""Tokens of the window for each sink: 128 sinks instead of 4 lost a tenth less (docs/experiment-log.md)."""
+"""Window tokens for each sink: 128 sinks instead of 4 reduced the loss by a tenth (docs/experiment-log.md)."""
 
-_LONG_RANGE: dict[str, Any] = {
-    "needle_share": 0.1,
-    "variable_share": 0.15,
-    "passage_share": 0.05,
-    "haystack_share": 0.3,
-    "counting_share": 0.1,
-    "reading_share": 0.1,
+_LONG_RANGE = {
+    "needles": 0.1,
+    "variables": 0.15,
+    "passage": 0.05,
+    "haystack": 0.3,
+    "counting": 0.1,
+    "reading": 0.1,
 }
-"""Stage 1: mostly sequences whose answers lie far back."""
+"""Mixture of stage 1: mostly sequences whose answers depend on distant tokens."""
 
-_DISTILLED: dict[str, Any] = {
-    "needle_share": 0.06,
-    "variable_share": 0.08,
-    "passage_share": 0.03,
-    "haystack_share": 0.14,
-    "counting_share": 0.08,
-    "reading_share": 0.08,
-    "document_share": 0.12,
-    "conversation_share": 0.31,
-    "lora_scale": None,
+_DISTILLED = {
+    "needles": 0.06,
+    "variables": 0.08,
+    "passage": 0.03,
+    "haystack": 0.14,
+    "counting": 0.08,
+    "reading": 0.08,
+    "documents": 0.12,
+    "conversations": 0.31,
 }
-"""Stage 2: also sequences that the model wrote itself, short ones among them, which it must not lose.
+"""Mixture of stage 2: also sequences written by the dense model, so that short conversations do not get worse.
 
-On Qwen2.5-Coder-1.5B it took nothing off the divergence at 32K, so only `thorough` has it, at a LoRA scale that
-harms no kind of sequence, or none (docs/experiment-log.md).
+On Qwen2.5-Coder-1.5B stage 2 did not reduce the divergence at 32K, so only `thorough` includes it, at a LoRA scale
+at which no kind of sequence gets worse, which may be 0 (docs/experiment-log.md).
 """
 
 _STAGES: dict[Effort, ConversionSettings] = {
     "quick": ConversionSettings(
         calibration=CalibrationSettings(num_documents=3),
         stage1=IndexerTrainingSettings(
-            steps=60, steps_per_sequence=15, rows_per_step=128, warmup_steps=5,
-            start_sequences=2, probe_sequences=2, probe_every=30,
+            steps=60, steps_per_sequence=15, queries_per_step=128, warmup_steps=5,
+            init_sequences=2, probe_sequences=2, probe_every=30,
         ),
         stage2=DistillationSettings(
-            steps=8, labels_per_sequence=512, warmup_steps=2, lora_rank=8, refresh_steps=15,
+            steps=8, targets_per_sequence=512, warmup_steps=2, lora_rank=8, refresh_steps=15,
             checkpoint_every=4,
         ),
     ),
     "standard": ConversionSettings(
         calibration=CalibrationSettings(num_documents=150, **_KEPT),
-        stage1=IndexerTrainingSettings(steps=200, **_LONG_RANGE),
-        stage2=DistillationSettings(steps=0, refresh_steps=100, **_DISTILLED),
+        stage1=IndexerTrainingSettings(steps=200, mixture=_LONG_RANGE),
+        stage2=DistillationSettings(
+            steps=0, refresh_steps=100, mixture=_DISTILLED, lora_scale=None
+        ),
     ),
     "thorough": ConversionSettings(
         calibration=CalibrationSettings(num_documents=300, **_KEPT),
-        stage1=IndexerTrainingSettings(steps=400, **_LONG_RANGE),
-        stage2=DistillationSettings(steps=200, refresh_steps=200, **_DISTILLED),
+        stage1=IndexerTrainingSettings(steps=400, mixture=_LONG_RANGE),
+        stage2=DistillationSettings(
+            steps=200, refresh_steps=200, mixture=_DISTILLED, lora_scale=None
+        ),
     ),
 }  # fmt: skip
-"""Steps and sizes of each effort; lengths and the window are filled in by `default_settings`."""
+"""Steps and sizes of each effort; `default_settings` adds lengths and window."""
 
 
 def resolve_effort(name: str, device_type: str) -> Effort:
-    """The effort of this name; `auto` is `quick` on a CPU and `standard` on a GPU.
+    """Returns the effort of a name; `auto` is `quick` on a CPU and `standard` on a GPU.
 
     Args:
         name: `auto` or one of `EFFORTS`.
@@ -107,7 +110,7 @@ def resolve_effort(name: str, device_type: str) -> Effort:
 
 
 def default_rule(effort: Effort, context_length: int) -> AttentionRule:
-    """Sinks and window for a model of this context, and how index keys are stored."""
+    """Returns sinks, window and index storage for a model of this context."""
     window = default_sliding_window(context_length)
     if effort == "quick":
         return AttentionRule(sliding_window=window)
@@ -119,10 +122,10 @@ def default_rule(effort: Effort, context_length: int) -> AttentionRule:
 
 
 def default_indexer(effort: Effort, head_dim: int) -> IndexerSettings:
-    """Size of the index keys.
+    """Returns the index keys' settings.
 
-    Whole KV groups retrieve, except with `quick`, so one index key serves all query heads of a KV head; with a
-    quarter of the dimensions of a head it selects better than one of 16 dimensions for each query head
+    Except with `quick`, whole KV groups are retrieval heads, and one index key serves all query heads of a KV head;
+    with a quarter of the head's dimensions its recall is better than that of 16 dimensions for each query head
     (docs/experiment-log.md).
     """
     if effort == "quick":
@@ -138,31 +141,29 @@ def default_settings(
     max_length: int | None = None,
     rule: AttentionRule | None = None,
 ) -> ConversionSettings:
-    """Settings for a model of this context: window, lengths and steps of every stage.
+    """Returns settings for a model of this context: window, lengths and steps of every stage.
 
-    Sequences of both stages range from twice the window to `max_length`, by powers of two; stage 2
-    takes the longest every other time. Calibration documents are half as long as the longest
-    sequence, and at least two windows.
+    Sequences of both stages range from twice the window to `max_length`, by powers of two; every other sequence of
+    stage 2 has the longest length. Calibration documents are half as long as the longest sequence, and at least
+    two windows.
 
     Args:
-        effort: `quick` suits two CPU cores and minutes, `standard` one GPU, `thorough` has more
-            steps on longer sequences, and stage 2.
-        context_length: the model's, in tokens.
+        effort: `quick` for minutes on two CPU cores, `standard` for one GPU, or `thorough` with more steps, longer
+            sequences and stage 2.
+        context_length: the model's context, in tokens.
         head_dim: dimensions of a head.
-        max_length: tokens of the longest training sequence. None: two windows with `quick`, 32,768
-            with `standard` or four windows if that is more, 65,536 with `thorough` or eight
-            windows; at most the context.
-        rule: of attention; its window decides which lengths are worth training on. None:
-            `default_rule`.
+        max_length: tokens of the longest training sequence. None is two windows with `quick`, 32,768 or four windows
+            with `standard`, and 65,536 or eight windows with `thorough`, whichever is more, but at most the context.
+        rule: attention rule, whose window determines the lengths. None is `default_rule`.
 
     Raises:
-        RTPurboError: the context is too short for the window, or `max_length` does not lie between
-            the window and the context.
+        RTPurboError: the context is too short for the window, or `max_length` is not between the window and the
+            context.
     """
     if rule is None:
         rule = default_rule(effort, context_length)
     window, near = rule.sliding_window, rule.sliding_window + rule.num_sink_tokens
-    # A query always selects `min_tokens` far tokens: with no more of them, attention stays dense.
+    # A query always selects `min_tokens` far tokens, so with no more than these attention is dense.
     if context_length <= near + rule.min_tokens:
         raise RTPurboError(
             f"a context of {context_length:,} tokens leaves nothing to select beyond a window of "
@@ -197,7 +198,7 @@ def default_settings(
 
 
 def _halvings(longest: int, shortest: int) -> tuple[int, ...]:
-    """The longest length and its halves down to the shortest, in ascending order."""
+    """Returns the longest length and its halves down to the shortest, in ascending order."""
     lengths = [longest]
     while lengths[0] // 2 >= shortest:
         lengths.insert(0, lengths[0] // 2)
@@ -205,7 +206,7 @@ def _halvings(longest: int, shortest: int) -> tuple[int, ...]:
 
 
 def _with_last_between(lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """(a, b, c) as (a, c, b, c), so that half of the sequences are of the last length."""
+    """Returns (a, b, c) as (a, c, b, c), so that half of the sequences have the last length."""
     if len(lengths) == 1:
         return lengths
     return tuple(length for shorter in lengths[:-1] for length in (shorter, lengths[-1]))

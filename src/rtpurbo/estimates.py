@@ -1,10 +1,9 @@
 """Expected memory and time of a conversion, from the sizes of a model and simple formulas.
 
-Memory is the weights and the largest working set of a stage: the gates' or stage 2's layer inputs
-and gradients, the caches of the sequences that the model writes, or the attention states that stage 1
-keeps. Time is floating-point operations over a nominal throughput, and a fixed cost for every layer of
-every pass on a GPU. Both are meant to be right within a factor of about two. Formulas in words are in
-docs/how-to/memory.md.
+Memory is the weights and the largest working set of a stage: layer inputs and gradients of the gates or of
+stage 2, caches of the sequences that the model writes, or attention states that stage 1 keeps. Time is
+floating-point operations over a nominal throughput, plus a fixed cost of each layer of each pass on a GPU. Both
+are accurate to a factor of about two. docs/how-to/memory.md explains the formulas.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from rtpurbo.settings import (
 from rtpurbo.training.document_answers import BATCH_TOKENS
 from rtpurbo.training.lora_scale import SCALES, SEQUENCES_PER_KIND
 from rtpurbo.training.pools import HELD_OUT
-from rtpurbo.training.probe import PROBE_ROWS
+from rtpurbo.training.probe import PROBE_QUERIES
 from rtpurbo.training.vocabulary import COLUMNS
 
 THROUGHPUT = {"H100": 4e14, "H200": 4e14, "A100": 2e14, "cuda": 1e14, "cpu": 1e11}
-"""Nominal operations per second, by a part of the device's name; `cuda` for other GPUs."""
+"""Nominal operations per second by part of the device's name; `cuda` is any other GPU."""
 
 LAYER_SECONDS = 0.003
-"""Fixed cost of one decoder layer in one pass on a GPU: launches, and data that is prepared meanwhile."""
+"""Fixed seconds of one decoder layer in one pass on a GPU: launches and data preparation."""
 
 _SELECTION_BYTES = 64
-"""Bytes of a score in plain PyTorch: exact and estimated, masks, probabilities, and sorted with their places."""
+"""Bytes for each score in plain PyTorch: exact and estimated scores, masks, probabilities, sorted values, indices."""
 
 STEP_SECONDS = 0.0015
-"""Fixed cost of one decoder layer in one step of generation on a GPU."""
+"""Fixed seconds of one decoder layer in one step of generation on a GPU."""
 
 # Steps of generation before training: of one batch of conversations (user turns in about three rounds, answers
 # in two halves) and of one batch of documents.
@@ -53,7 +52,7 @@ _CONVERSATION_STEPS, _DOCUMENT_STEPS = 3 * 192 + 2 * 384, 128
 
 _FP32 = 4
 _ADAMW_BYTES = 16
-"""Bytes of a trained parameter: fp32 weight, gradient and two moments."""
+"""Bytes for each trained parameter: fp32 weight, gradient and two moments."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,20 @@ class ModelShape:
     """Sizes of a model that memory and time depend on.
 
     Attributes:
-        parameters: of the whole model.
-        decoder_parameters: of all decoder layers, which FSDP divides.
-        layer_parameters: parameters of all decoder layers that one token uses; of a mixture of
-            experts, those of the experts it is routed to.
-        lora_features: inputs and outputs of all linear layers that a LoRA adapts, by whether those
-            beyond the attention are among them: a LoRA has so many parameters times its rank.
-        num_layers: decoder layers.
-        full_layers: layers with full attention, which are converted.
+        parameters: parameters of the whole model.
+        decoder_parameters: parameters of all decoder layers, which FSDP shards.
+        layer_parameters: parameters of all decoder layers that are active for one token.
+        lora_features: sum of input and output features of the linear layers that a LoRA adapts, without and with
+            (True) those beyond the attention; times the rank it is the number of parameters of the LoRA.
+        num_layers: number of decoder layers.
+        full_layers: number of layers with full attention, which are converted.
         layer_window: window of the other layers, in tokens.
         num_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_dim: dimensions of a head.
         hidden_size: width of the residual stream.
-        mlp_size: width of the MLP that one token uses.
-        vocabulary: tokens.
+        mlp_size: width of the MLP that is active for one token.
+        vocabulary: size of the vocabulary.
     """
 
     parameters: int
@@ -94,7 +92,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """Counts parameters on the meta device, where they take no memory.
+        """Returns the sizes of a model; parameters are counted on the meta device, without memory.
 
         Args:
             config: text configuration of a supported model.
@@ -139,12 +137,12 @@ class ModelShape:
         )
 
     def forward_flops(self, length: int, window: int | None = None, share: float = 0.0) -> float:
-        """Operations of one forward over a sequence, without logits.
+        """Returns the operations of one forward over a sequence, without output logits.
 
         Args:
             length: tokens.
-            window: of local heads; None runs every head dense.
-            share: of the heads that are dense all the same.
+            window: window of local heads; None runs every head dense.
+            share: share of dense heads.
         """
         quadratic = 2 * self.head_dim * length**2
         full = quadratic if window is None else _mixed(quadratic, share, length, window)
@@ -154,12 +152,12 @@ class ModelShape:
 
 
 def _mixed(quadratic: float, share: float, length: int, window: int) -> float:
-    """Operations of causal attention of which a share is dense and the rest has a window."""
+    """Returns the operations of causal attention with a share of dense heads and windows for the rest."""
     return quadratic * (share + (1 - share) * min(1.0, 2 * window / length))
 
 
 def trained_parameters(shape: ModelShape, settings: DistillationSettings) -> int:
-    """Parameters that stage 2 trains."""
+    """Returns the number of parameters that stage 2 trains."""
     if not settings.lora_rank:
         return shape.parameters
     return settings.lora_rank * shape.lora_features[settings.lora_beyond_attention]
@@ -174,19 +172,19 @@ def peak_bytes(
     on_gpu: bool,
     shards: int = 1,
 ) -> float:
-    """Expected peak memory of a conversion in one process, in bytes.
+    """Returns the expected peak memory of a conversion in one process, in bytes.
 
     Args:
-        shape: of the model.
-        settings: of the conversion.
-        retrieval_heads: of all layers together.
+        shape: sizes of the model.
+        settings: settings of the conversion.
+        retrieval_heads: retrieval heads of all layers together.
         itemsize: bytes of a weight.
-        on_gpu: whether kernels and the recomputation of activations are at hand.
+        on_gpu: whether kernels and gradient checkpointing are available.
         shards: processes among which FSDP divides the weights of the decoder layers.
     """
     weights: float = shape.parameters * itemsize
     if shards > 1:
-        # Embeddings stay whole, and the layer that runs is gathered.
+        # Embeddings are not sharded, and the running layer is gathered.
         divided = shape.decoder_parameters * itemsize
         weights += divided * (1 / shards - 1) + divided / shape.num_layers
     calibration, stage2 = settings.calibration, settings.stage2
@@ -194,19 +192,19 @@ def peak_bytes(
     if calibration.ranking == "gates":
         stages.append(_activation_bytes(shape, calibration.length, itemsize, on_gpu, on_gpu))
     stages.append(_stage1_bytes(shape, settings, retrieval_heads, itemsize, on_gpu))
-    if any(stage.document_share and stage.steps for stage in (settings.stage1, stage2)):
-        # The cache of documents that the model answers, and a layer of the prefill.
+    if any("documents" in stage.mixture and stage.steps for stage in (settings.stage1, stage2)):
+        # KV cache of the documents that the model answers, and one layer of the prefill.
         tokens = max(*settings.stage1.lengths, *stage2.lengths, BATCH_TOKENS // shards)
         cached = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
         stages.append(tokens * (cached + _layer_values(shape)) * itemsize)
     if stage2.steps:
         states: float = trained_parameters(shape, stage2) * _ADAMW_BYTES
         if not stage2.lora_rank:
-            # These weights are counted already, and FSDP divides the rest of it.
+            # The weights are counted above; FSDP shards gradients and moments.
             states = (states - shape.parameters * itemsize) / shards
         longest = max(stage2.lengths)
-        labels = min(stage2.labels_per_sequence, longest)
-        logits = 2 * labels * min(shape.vocabulary, COLUMNS) * _FP32
+        targets = min(stage2.targets_per_sequence, longest)
+        logits = 2 * targets * min(shape.vocabulary, COLUMNS) * _FP32
         checkpointing = on_gpu and stage2.gradient_checkpointing
         activations = _activation_bytes(shape, longest, itemsize, on_gpu, checkpointing)
         stages.append(states + activations + logits)
@@ -214,7 +212,7 @@ def peak_bytes(
 
 
 def _layer_values(shape: ModelShape) -> int:
-    """Values of a token that one decoder layer holds at a time, without gradients."""
+    """Returns the values of a token in one decoder layer, without gradients."""
     states = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     return 4 * shape.hidden_size + states + 3 * shape.mlp_size
 
@@ -226,26 +224,26 @@ def _stage1_bytes(
     itemsize: int,
     on_gpu: bool,
 ) -> float:
-    """States that stage 1 keeps, with a forward that captures them, a step, or a look of the probe."""
+    """Returns the bytes of the states that stage 1 keeps and of a forward, a step or a probe."""
     stage, longest = settings.stage1, max(settings.stage1.lengths)
     heads, kv_heads = retrieval_heads, shape.full_layers * shape.num_kv_heads
     if settings.calibration.granularity == "kv_group":
         kv_heads = math.ceil(heads * shape.num_kv_heads / shape.num_heads)
     kv_heads = min(kv_heads, heads)
     sequences = 1 + stage.probe_sequences
-    rows = stage.rows_per_step or longest
-    kept_rows = min(longest, rows * stage.steps_per_sequence)
+    queries = stage.queries_per_step or longest
+    kept_queries = min(longest, queries * stage.steps_per_sequence)
     if stage.steps_per_sequence == 1:
-        # Layers learn as they pass, and no layer's states outlive it.
+        # Layer-wise training frees the states of each layer.
         heads, kv_heads = (math.ceil(count / shape.full_layers) for count in (heads, kv_heads))
-        sequences, kept_rows = 1, longest
-    # States and the features of them that the indexer projects.
-    kept = (kv_heads * longest + heads * kept_rows) * 2 * shape.head_dim * itemsize
+        sequences, kept_queries = 1, longest
+    # States, and the features that the indexer projects.
+    kept = (kv_heads * longest + heads * kept_queries) * 2 * shape.head_dim * itemsize
     scored = heads if on_gpu else math.ceil(retrieval_heads / shape.full_layers)
-    # Index keys, the copy that is multiplied, their gradients twice; features of KV heads in fp32.
+    # Index keys with a copy, their gradients twice; features of KV heads in fp32.
     step = longest * (4 * scored * settings.indexer.index_dim + kv_heads * shape.head_dim) * _FP32
-    # The probe computes scores, masks and sorted keys in plain PyTorch, so many rows at a time.
-    chunk = max(scored * longest, min(MAX_CHUNK_ELEMENTS, PROBE_ROWS * scored * longest))
+    # The probe computes scores, masks and sorted keys in plain PyTorch, in chunks of queries.
+    chunk = max(scored * longest, min(MAX_CHUNK_ELEMENTS, PROBE_QUERIES * scored * longest))
     forward = longest * _layer_values(shape) * itemsize
     working = (step, chunk * _SELECTION_BYTES)
     if stage.steps_per_sequence == 1:
@@ -256,14 +254,14 @@ def _stage1_bytes(
 def _activation_bytes(
     shape: ModelShape, length: int, itemsize: int, on_gpu: bool, checkpointing: bool
 ) -> float:
-    """Activations of a sequence with their gradients: of one layer, beside the inputs of all, or of all layers.
+    """Returns the bytes of a sequence's activations with gradients: of one layer plus all inputs, or of all layers.
 
     Args:
-        shape: of the model.
+        shape: sizes of the model.
         length: tokens.
-        itemsize: bytes of a weight; the residual stream has their type.
+        itemsize: bytes of a weight and of a value of the residual stream.
         on_gpu: whether layers run in bf16.
-        checkpointing: whether activations are computed again in the backward pass.
+        checkpointing: whether activations are recomputed in the backward pass.
     """
     inputs, layers = 0, shape.num_layers
     if checkpointing:
@@ -274,7 +272,7 @@ def _activation_bytes(
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Expected seconds of each stage, without loading the model and reading texts."""
+    """Expected seconds of each stage, without loading the model and texts."""
 
     writing: float
     calibration: float
@@ -284,15 +282,21 @@ class StageSeconds:
 
 
 def stage_seconds(
-    shape: ModelShape, settings: ConversionSettings, *, retrieval_heads: int, device_name: str
+    shape: ModelShape,
+    settings: ConversionSettings,
+    *,
+    retrieval_heads: int,
+    device_name: str,
+    processes: int = 1,
 ) -> StageSeconds:
-    """Expected time of each stage in one process.
+    """Returns the expected time of each stage.
 
     Args:
-        shape: of the model.
-        settings: of the conversion; `sequences_per_step` counts as one if it is None.
-        retrieval_heads: of all layers together.
-        device_name: as `rtpurbo.devices.device_name` gives it.
+        shape: sizes of the model.
+        settings: resolved settings of the conversion.
+        retrieval_heads: retrieval heads of all layers together.
+        device_name: result of `rtpurbo.devices.device_name`.
+        processes: number of processes that share the sequences of a step.
     """
     share = retrieval_heads / (shape.num_heads * shape.full_layers)
     window = settings.attention.sliding_window
@@ -303,56 +307,57 @@ def stage_seconds(
         return flops / throughput(device_name) + fixed
 
     def indexers(stage: IndexerTrainingSettings, dense: bool) -> float:
-        sequences = stage.steps * (stage.sequences_per_step or 1) / stage.steps_per_sequence
-        sequences += stage.probe_sequences + (stage.start_sequences if dense else 0)
+        sequences = stage.steps * (stage.per_step / processes) / stage.steps_per_sequence
+        sequences += stage.probe_sequences + (stage.init_sequences if dense else 0)
         forward = _mean(
             shape.forward_flops(length, None if dense else window, share)
             for length in stage.lengths
         )
-        # Exact and estimated scores of the drawn queries, the latter with a backward pass.
+        # Exact and estimated scores of the drawn queries, and a backward pass of the latter.
         scores = _mean(
-            8 * (stage.rows_per_step or length) * length * shape.head_dim * retrieval_heads
+            8 * (stage.queries_per_step or length) * length * shape.head_dim * retrieval_heads
             for length in stage.lengths
         )
         return seconds(sequences * forward + stage.steps * scores, sequences + stage.steps)
 
     stage2 = settings.stage2
-    sequences = stage2.steps * (stage2.sequences_per_step or 1)
-    # Of a frozen linear layer the backward pass computes one product, of a trained one two.
+    sequences = stage2.steps * (stage2.per_step / processes)
+    # The backward pass of a frozen linear layer is one product, that of a trained one two.
     student_passes = 2 + (stage2.lora_rank == 0) + (on_gpu and stage2.gradient_checkpointing)
-    logits = 6 * stage2.labels_per_sequence * shape.vocabulary * shape.hidden_size
+    logits = 6 * stage2.targets_per_sequence * shape.vocabulary * shape.hidden_size
     flops = _mean(
         shape.forward_flops(length) + student_passes * shape.forward_flops(length, window, share)
         for length in stage2.lengths
     )
-    judged = 0.0
+    measured = 0.0
     if stage2.steps and stage2.lora_scale is None:
-        kinds = sum(each > 0 for each in stage2.shares().values()) + 1  # prose
+        kinds = len(stage2.mixture) + 1  # prose
         forwards = len(SCALES) * SEQUENCES_PER_KIND * kinds
         forward = _mean(shape.forward_flops(each, window, share) for each in stage2.lengths)
-        judged = seconds(forwards * forward, forwards)
+        measured = seconds(forwards * forward, forwards)
     has_refresh = stage2.steps > 0 and stage2.refresh_steps > 0
     calibration = settings.calibration
-    # A step of gates: the dense model, a mix of it and of windows, and the gradients of that.
-    passes = {"turns": 2, "gates": 6}.get(calibration.ranking, 1)
+    # A step of gates: the dense model, the gated one, and its gradients.
+    passes = {"interleaved": 2, "gates": 6}.get(calibration.ranking, 1)
     documents = calibration.num_documents * passes
     return StageSeconds(
         writing=_writing_seconds(shape, stage2, device_name),
         calibration=seconds(documents * shape.forward_flops(calibration.length), documents),
         stage1=indexers(settings.stage1, dense=True),
-        stage2=seconds(sequences * (flops + logits), sequences * (1 + student_passes)) + judged,
+        stage2=seconds(sequences * (flops + logits), sequences * (1 + student_passes)) + measured,
         refresh=indexers(settings.refresh, dense=False) if has_refresh else 0.0,
     )
 
 
 def _writing_seconds(shape: ModelShape, stage2: DistillationSettings, device_name: str) -> float:
-    """Seconds of the conversations and document answers that the model writes."""
+    """Returns the seconds that writing conversations and document answers takes."""
     generated = read = tokens = 0.0
-    if stage2.steps and stage2.conversation_share:
+    conversations, documents = map(stage2.mixture.get, ("conversations", "documents"))
+    if stage2.steps and conversations:
         generated += _CONVERSATION_STEPS
-        tokens += (stage2.conversation_share * stage2.steps + HELD_OUT) * _CONVERSATION_STEPS / 2
-    if stage2.steps and stage2.document_share:
-        documents = stage2.document_share * stage2.steps + HELD_OUT
+        tokens += (conversations * stage2.steps + HELD_OUT) * _CONVERSATION_STEPS / 2
+    if stage2.steps and documents:
+        documents = documents * stage2.steps + HELD_OUT
         each = documents / len(stage2.lengths)
         batches = sum(2 * math.ceil(each * length / 2 / BATCH_TOKENS) for length in stage2.lengths)
         generated += batches * _DOCUMENT_STEPS
@@ -364,7 +369,7 @@ def _writing_seconds(shape: ModelShape, stage2: DistillationSettings, device_nam
 
 
 def throughput(device_name: str) -> float:
-    """Nominal operations per second of a device."""
+    """Returns the nominal operations per second of a device."""
     for part, value in THROUGHPUT.items():
         if part in device_name:
             return value

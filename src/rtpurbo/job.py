@@ -37,6 +37,7 @@ from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, l
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.output_lock import OutputLock
 from rtpurbo.processes import ALONE, Result, join_processes
+from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
@@ -46,13 +47,12 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
-from rtpurbo.training.pools import Pools
+from rtpurbo.training.pools import Pools, read_pools, write_pools
 from rtpurbo.training.source import Texts, check_shares, random_access
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.training.student import check_trainable
 from rtpurbo.training.trackers import Trackers, check_trackers
-from rtpurbo.training.written import read_pools, write_pools
 from rtpurbo.version import __version__
 
 PLAN_FILE = "plan.json"
@@ -68,6 +68,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
         plan: dict[str, Any] = strict_json.read(path)
         for stage in ("stage1", "stage2"):
             _ = plan["settings"][stage]["sequences_per_step"]
+        plan["settings"] = current_settings(plan["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise RTPurboError(
             f"{path} is broken, so the conversion cannot be continued: pass --force to start anew."
@@ -228,12 +229,10 @@ class Job:
         resumed = _read_plan(path) if self.resume and path.is_file() else None
         for stage in ("stage1", "stage2"):
             # A resumed job takes as many sequences a step as before, with any number of processes.
-            found = resumed and resumed["settings"][stage]["sequences_per_step"]
-            chosen = getattr(settings, stage)
-            if chosen.sequences_per_step is None:
-                chosen = replace(chosen, sequences_per_step=found or self.processes.count)
-            check_shares(chosen.sequences_per_step, self.processes)
-            settings = replace(settings, **{stage: chosen})
+            recorded = resumed and resumed["settings"][stage]["sequences_per_step"]
+            resolved = getattr(settings, stage).resolved(recorded or self.processes.count)
+            check_shares(resolved.per_step, self.processes)
+            settings = replace(settings, **{stage: resolved})
         plan = json.loads(
             json.dumps(
                 {

@@ -1,4 +1,4 @@
-"""Checks that the sequences of every stage fit the model and reach beyond the window."""
+"""Checks that the sequences of every stage fit the model's context and are longer than the window."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAGES: tuple[Stage, ...] = ("calibration", "stage1", "stage2")
 def lengths_of(
     settings: ConversionSettings, stages: Sequence[Stage] = STAGES
 ) -> dict[Stage, tuple[int, ...]]:
-    """Tokens of the sequences of each stage that runs; a stage 2 without steps is left out."""
+    """Returns the sequence lengths of each stage that runs; a stage 2 without steps is left out."""
     lengths: dict[Stage, tuple[int, ...]] = {
         "calibration": (settings.calibration.length,),
         "stage1": settings.stage1.lengths,
@@ -29,21 +29,21 @@ def lengths_of(
 def check_lengths(
     settings: ConversionSettings, context_length: int, stages: Sequence[Stage] = STAGES
 ) -> None:
-    """Refuses stages whose sequences do not fit the context or leave nothing to learn.
+    """Refuses stages whose sequences do not fit the context or have no far tokens.
 
     Args:
-        settings: of the conversion.
-        context_length: the model's, in tokens.
+        settings: settings of the conversion.
+        context_length: the model's context, in tokens.
         stages: stages that will run.
 
     Raises:
-        RTPurboError: a sequence is longer than the context, or no longer than sinks and window.
+        RTPurboError: a sequence is longer than the context, or not longer than sinks and window.
     """
     rule = settings.attention
     if "calibration" in stages:
         length = settings.calibration.length
         check_context("calibration documents (calibration.length)", length, context_length)
-        # Up to this length a local head sees as much as a retrieval head.
+        # Up to this length a local head attends to the same keys as a retrieval head.
         reach = rule.sliding_window + rule.num_sink_tokens
         if length <= reach:
             raise _too_short("calibration needs documents", reach, "calibration.length", length)
@@ -52,7 +52,7 @@ def check_lengths(
     if "stage2" in stages and settings.stage2.steps:
         longest = max(settings.stage2.lengths)
         check_context("sequences of stage 2 (stage2.lengths)", longest, context_length)
-        # Short sequences may accompany long ones: they keep the student close to the teacher there.
+        # Only the longest is checked: short sequences keep the student close to the teacher at short lengths.
         reach = min(rule.near_window, rule.sliding_window) + rule.num_sink_tokens
         if longest <= reach:
             raise _too_short("stage 2 needs sequences", reach, "stage2.lengths", longest)
@@ -64,7 +64,7 @@ def check_stage1_lengths(
     """Checks that every sequence of stage 1 fits the context and has far tokens to select from.
 
     Raises:
-        RTPurboError: one of them does not.
+        RTPurboError: a length is out of range.
     """
     check_context("sequences of stage 1 (stage1.lengths)", max(settings.lengths), context_length)
     reach = rule.near_window + rule.num_sink_tokens

@@ -1,4 +1,4 @@
-"""The plan of a conversion: model, settings, and expected memory and time, before weights are read."""
+"""Plan of a conversion: model, settings, and expected memory and time, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from rtpurbo.devices import device_name
 from rtpurbo.errors import RTPurboError
 from rtpurbo.estimates import ModelShape, StageSeconds, peak_bytes, stage_seconds
 from rtpurbo.models.architecture import context_length
-from rtpurbo.settings import CalibrationSettings, ConversionSettings
+from rtpurbo.settings import (
+    CalibrationSettings,
+    ConversionSettings,
+    DistillationSettings,
+    IndexerTrainingSettings,
+    SequenceSettings,
+)
 
 _RIGHT_COLUMN = 13
 
@@ -25,18 +31,19 @@ class Plan:
     Attributes:
         model: name or folder.
         architecture: type of the model, such as "qwen3".
-        parameters: of the model.
-        dtype: of the frozen weights, such as "bfloat16".
-        device: its name.
-        context_length: the model's, in tokens.
-        num_heads: query heads of all layers that are converted.
+        parameters: number of parameters of the model.
+        dtype: dtype of the frozen weights, such as "bfloat16".
+        device: name of the device.
+        context_length: the model's context, in tokens.
+        num_heads: query heads of all converted layers.
         num_kv_heads: KV heads of these layers.
-        num_retrieval_heads: query heads asked for; None where a threshold decides.
+        num_retrieval_heads: number of retrieval heads; None if a threshold determines it.
         settings: all hyper-parameters.
         data: sources of the training texts; None for the built-in text.
         shards: processes among which FSDP divides the model; 1 without FSDP.
+        processes: number of processes.
         peak_gib: expected peak memory of each process, in GiB.
-        seconds: expected seconds of each stage.
+        seconds: expected time of each stage, in seconds.
     """
 
     model: str
@@ -51,12 +58,14 @@ class Plan:
     settings: ConversionSettings
     data: tuple[str, ...] | None
     shards: int
+    processes: int
     peak_gib: float
     seconds: StageSeconds
 
     def lines(self) -> list[tuple[str, str]]:
-        """A name and a description for each part of the plan."""
-        settings, stage2 = self.settings, self.settings.stage2
+        """Returns a name and a description of each part of the plan."""
+        settings = self.settings.resolved(self.processes)
+        stage1, stage2 = settings.stage1, settings.stage2
         rule, calibration = settings.attention, settings.calibration
         lines = [
             ("model", f"{self.model} ({self.architecture})"),
@@ -71,22 +80,24 @@ class Plan:
                 f"{'steps of gates' if calibration.ranking == 'gates' else 'documents'} at "
                 f"{calibration.length:,} tokens",
             ),
-            ("stage 1", f"{settings.stage1.steps} steps at {_lengths(settings.stage1.lengths)}"),
+            ("stage 1", f"{_steps(stage1)} at {_lengths(stage1.lengths)}"),
+            ("", _mixture(stage1)),
         ]
         if stage2.steps:
             trained = f"LoRA of rank {stage2.lora_rank}" if stage2.lora_rank else "all weights"
-            lines.append(
+            lines += [
                 (
                     "stage 2",
-                    f"{stage2.steps} steps at {_lengths(stage2.lengths)}, {trained}, "
+                    f"{_steps(stage2)} at {_lengths(stage2.lengths)}, {trained}, "
                     f"learning rate {stage2.learning_rate:g}",
-                )
-            )
+                ),
+                ("", _mixture(stage2)),
+            ]
         else:
             lines.append(("stage 2", "left out"))
         if stage2.steps and stage2.refresh_steps:
             refresh = settings.refresh
-            lines.append(("refresh", f"{refresh.steps} steps at {_lengths(refresh.lengths)}"))
+            lines.append(("refresh", f"{_steps(refresh)} at {_lengths(refresh.lengths)}"))
         data = "documentation of Python (built in)" if self.data is None else ", ".join(self.data)
         memory = f"about {_rounded(self.peak_gib)} GiB expected at the peak"
         return [
@@ -130,21 +141,23 @@ def make_plan(
     device: torch.device,
     dtype: str = "auto",
     shards: int = 1,
+    processes: int = 1,
 ) -> Plan:
-    """Plans a conversion from the model's configuration alone; weights are not needed.
+    """Plans a conversion from the model's configuration, without its weights.
 
     Args:
-        model: name or folder, to be shown.
+        model: name or folder to show.
         config: text configuration of the model.
-        settings: with lengths that fit the model.
+        settings: settings with lengths that fit the model.
         data: sources of the training texts; None for the built-in text.
-        device: where to work.
-        dtype: of the frozen weights; `auto` is the checkpoint's on a GPU, float32 on a CPU or where
-            the configuration does not say.
+        device: device of the conversion.
+        dtype: dtype of the frozen weights; `auto` is the checkpoint's on a GPU, float32 on a CPU or if
+            the configuration has none.
         shards: processes among which FSDP divides the model.
+        processes: number of processes, one sequence of a step for each where settings leave it open.
 
     Raises:
-        RTPurboError: more heads are asked for than there are.
+        RTPurboError: more retrieval heads are requested than the model has.
     """
     shape = ModelShape.of(config)
     num_heads = shape.num_heads * shape.full_layers
@@ -174,7 +187,14 @@ def make_plan(
         data=None if data is None else tuple(data),
         shards=shards,
         peak_gib=memory / 2**30,
-        seconds=stage_seconds(shape, settings, retrieval_heads=retrieval_heads, device_name=name),
+        processes=processes,
+        seconds=stage_seconds(
+            shape,
+            settings.resolved(processes),
+            retrieval_heads=retrieval_heads,
+            device_name=name,
+            processes=processes,
+        ),
     )
 
 
@@ -201,20 +221,34 @@ def _dtype(config: Any, name: str, device: torch.device) -> torch.dtype:
 
 
 def _count(parameters: int) -> str:
-    """A number of parameters as people say it: "8.2 billion"."""
+    """Formats a number of parameters, such as "8.2 billion"."""
     if parameters >= 1e9:
         return f"{parameters / 1e9:.1f} billion"
     return f"{parameters / 1e6:.3g} million"
 
 
+def _steps(stage: IndexerTrainingSettings | DistillationSettings) -> str:
+    """Formats the number of steps, with the sequences of each if there are several."""
+    sequences = f" of {stage.per_step} sequences" if stage.per_step > 1 else ""
+    return f"{stage.steps} steps{sequences}"
+
+
+def _mixture(stage: SequenceSettings) -> str:
+    """Formats the share of each kind of sequence, such as "needles 50 %, prose 50 %"."""
+    shares = {**stage.mixture, "prose": 1 - sum(stage.mixture.values())}
+    return ", ".join(
+        f"{kind} {100 * share:.3g} %" for kind, share in shares.items() if share > 1e-9
+    )
+
+
 def _lengths(lengths: Sequence[int]) -> str:
-    """Distinct lengths in ascending order, with their unit."""
+    """Formats distinct lengths in ascending order, with their unit."""
     *shorter, longest = (f"{length:,}" for length in sorted(set(lengths)))
     return f"{', '.join(shorter)} and {longest} tokens" if shorter else f"{longest} tokens"
 
 
 def _rounded(value: float) -> str:
-    """Two significant digits, since more would not be known."""
+    """Formats a number with two significant digits, the precision of the estimates."""
     if value >= 10:
         return f"{float(f'{value:.2g}'):,.0f}"
     return f"{value:.1f}" if value >= 0.1 else "0.1"

@@ -1,10 +1,11 @@
-"""Every hyper-parameter of a conversion, stage by stage."""
+"""Hyper-parameters of a conversion by stage."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from rtpurbo.config import (
     AttentionRule,
@@ -13,38 +14,44 @@ from rtpurbo.config import (
     PrefillMode,
     check_choice,
 )
+from rtpurbo.data.tasks import TASKS
 from rtpurbo.errors import RTPurboError
+from rtpurbo.renamed_settings import current_setting, current_settings
 from rtpurbo.validation import checked_value, field_types
 
-IndexerStart = Literal["covariance", "weight", "random"]
-Labels = Literal["both", "answers", "text"]
-Ranking = Literal["copies", "chains", "turns", "gates"]
+IndexerInit = Literal["covariance", "weight", "random"]
+Targets = Literal["both", "answers", "text"]
+Ranking = Literal["induction", "variable_tracking", "interleaved", "gates"]
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
-"""Called as (stage, steps done, steps in all, latest figures); see `rtpurbo.cli.progress` for the bars."""
+"""Called as (stage, steps done, all steps, latest figures); `rtpurbo.cli.progress` draws the bars."""
+
+StageSettings = TypeVar("StageSettings", bound="SequenceSettings")
+
+logger = logging.getLogger(__name__)
 
 
 def no_progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-    """The default: says nothing."""
+    """Default of `progress`: does nothing."""
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How retrieval heads are found.
+    """Settings of the search for retrieval heads.
 
     Attributes:
         length: tokens of a calibration document.
         num_documents: documents, each with a needle at another depth; with `gates`, training steps of one
             sequence each.
-        ratio: share of the query heads, or of the KV heads by whole groups, to take; used unless
+        ratio: share of the query heads, or of the KV heads by whole groups, to choose; used unless
             `threshold` or `count` is set.
-        threshold: take heads whose score reaches this instead.
-        count: take this many heads instead.
-        granularity: choose heads one by one (`query_head`) or by whole KV groups (`kv_group`).
-        ranking: by what heads are ranked: `copies`, as in the paper, how much they look from a sentence back
-            to its copy; `chains`, how much they look back where chains of variables are followed; `turns`,
-            the best of both in turn; or `gates`, how much the answers of long-range tasks need them
-            (`rtpurbo.calibration.gates`).
+        threshold: choose the heads whose score reaches this value instead.
+        count: choose this many heads instead.
+        granularity: choose single heads (`query_head`) or whole KV groups (`kv_group`).
+        ranking: score of a head: `induction` (the paper's copy score), attention from a sentence to its
+            earlier copy; `variable_tracking`, attention to earlier assignments along chains of variables;
+            `interleaved`, the best heads of both rankings alternately; or `gates`, the effect of the head
+            on answers of long-range tasks (`rtpurbo.calibration.gates`).
     """
 
     length: int = 4096
@@ -53,7 +60,7 @@ class CalibrationSettings:
     threshold: float | None = None
     count: int | None = None
     granularity: HeadGranularity = "query_head"
-    ranking: Ranking = "copies"
+    ranking: Ranking = "induction"
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
@@ -72,115 +79,113 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class SequenceSettings:
-    """What a stage trains on: some kinds of sequences with a question, and prose for the rest.
+    """Training data of a stage: a mixture of tasks, and prose for the rest.
 
     Attributes:
-        lengths: tokens of a training sequence; sequences take them in turn.
-        needle_share: share of sequences that hold needles and a question.
-        variable_share: share that hold chains of variables and a question.
-        passage_share: share that quote a passage of their prose, to be continued.
-        haystack_share: share that hide needles or chains in dull repeated sentences, needles among
-            other needles, or needles in prose of which several keys' are asked for at once.
-        counting_share: share that ask which words of a list or a text come up most often.
-        reading_share: share that ask a plain question about one or two of many paragraphs.
-        document_share: share of long documents with an instruction of many kinds and the model's own answer.
-        sequences_per_step: sequences of one step, over all processes; None takes one a process.
+        lengths: tokens of a training sequence; sequences cycle through them.
+        mixture: share of each task of `rtpurbo.data.tasks.TASKS` among the sequences; tasks that are left
+            out have none.
+        sequences_per_step: sequences of one optimiser step, over all processes; None is one for each
+            process.
     """
 
     lengths: tuple[int, ...] = (2048, 4096, 8192)
-    needle_share: float = 0.5
-    variable_share: float = 0.0
-    passage_share: float = 0.0
-    haystack_share: float = 0.0
-    counting_share: float = 0.0
-    reading_share: float = 0.0
-    document_share: float = 0.0
+    mixture: Mapping[str, float] = field(default_factory=lambda: {"needles": 0.5})
     sequences_per_step: int | None = None
 
-    def shares(self) -> dict[str, float]:
-        """How much of each kind there is, by the name of its setting."""
-        names = (each.name for each in fields(self))
-        return {name: getattr(self, name) for name in names if name.endswith("_share")}
+    stage: ClassVar[str]
+    """Stage that the settings belong to, by which `Task.stages` allows a task."""
+
+    def resolved(self: StageSettings, num_processes: int) -> StageSettings:
+        """Returns the settings with `sequences_per_step` set: one for each process where it is left open."""
+        return replace(self, sequences_per_step=self.sequences_per_step or num_processes)
+
+    @property
+    def per_step(self) -> int:
+        """Sequences of one optimiser step over all processes; needs resolved settings."""
+        assert self.sequences_per_step is not None, "the settings are not resolved"
+        return self.sequences_per_step
 
 
 @dataclass(frozen=True)
 class IndexerTrainingSettings(SequenceSettings):
-    """Stage 1: the indexers, on the frozen model. It has the attributes of `SequenceSettings` too.
+    """Settings of stage 1: the indexers, on the frozen model. It has the attributes of `SequenceSettings` too.
 
     Attributes:
         steps: optimiser steps.
-        steps_per_sequence: optimiser steps on one captured sequence, each with fresh query rows; with 1
-            nothing is captured, and every layer learns as it passes: the way for long sequences.
-        rows_per_step: query rows a step and head; None takes every row.
-        answer_weight: weight of the mean loss of rows that answer a question, beside that of the
-            others; they are few and retrieve, and are met at every step.
-        learning_rate: peak of AdamW's, after warm-up, before cosine decay.
-        weight_decay: AdamW's.
-        warmup_steps: linear warm-up.
-        start: what the weights start from (`covariance` is worth a hundred steps).
-        start_sequences: sequences whose covariance makes the start.
-        probe_sequences: held-out sequences on which recall is watched.
-        probe_every: steps between two looks.
+        steps_per_sequence: optimiser steps on one captured sequence, each with newly drawn queries; with 1
+            no states are kept and each layer is trained during the forward pass, which long sequences need.
+        queries_per_step: queries of a sequence and head that a step trains on; None is every query.
+        answer_weight: weight of the mean loss of the queries that predict an answer, relative to that of
+            the others; they are few, and every step includes all of them.
+        learning_rate: peak learning rate of AdamW, after warm-up and before cosine decay.
+        weight_decay: weight decay of AdamW.
+        warmup_steps: steps of linear warm-up.
+        init: initialisation of the indexers' weights (`covariance` saves about a hundred steps).
+        init_sequences: sequences from which `covariance` estimates the second moments.
+        probe_sequences: held-out sequences on which recall is measured.
+        probe_every: steps between two measurements.
     """
 
     steps: int = 400
     steps_per_sequence: int = 8
-    rows_per_step: int | None = 192
+    queries_per_step: int | None = 192
     answer_weight: float = 1.0
     learning_rate: float = 5e-3
     weight_decay: float = 0.01
     warmup_steps: int = 20
-    start: IndexerStart = "covariance"
-    start_sequences: int = 3
+    init: IndexerInit = "covariance"
+    init_sequences: int = 3
     probe_sequences: int = 2
     probe_every: int = 50
 
+    stage: ClassVar[str] = "stage1"
+
     def __post_init__(self) -> None:
         _check_training(self)
-        check_choice("start", self.start, IndexerStart)
+        check_choice("init", self.init, IndexerInit)
         _check_at_least(
-            1, self, "steps_per_sequence", "rows_per_step", "start_sequences", "probe_sequences",
+            1, self, "steps_per_sequence", "queries_per_step", "init_sequences", "probe_sequences",
             "probe_every",
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DistillationSettings(SequenceSettings):
-    """Stage 2: the sparse student against the dense teacher. It has the attributes of `SequenceSettings` too.
+    """Settings of stage 2: the sparse student and the dense teacher. It has the attributes of `SequenceSettings` too.
 
     Attributes:
-        steps: optimiser steps; 0 leaves stage 2 out. Three times as many drifted from the teacher on
-            questions of other words (docs/experiment-log.md).
-        conversation_share: share of short conversations in which the model wrote both sides.
-        learning_rate: peak of AdamW's, after warm-up, before cosine decay.
-        weight_decay: AdamW's.
-        warmup_steps: linear warm-up.
+        steps: optimiser steps; 0 leaves stage 2 out. Three times as many moved the student away from the
+            teacher on questions worded differently (docs/experiment-log.md).
+        learning_rate: peak learning rate of AdamW, after warm-up and before cosine decay.
+        weight_decay: weight decay of AdamW.
+        warmup_steps: steps of linear warm-up.
         lora_rank: rank of the LoRA; 0 trains the full weights.
-        lora_beyond_attention: LoRA on the MLP's linear layers too.
-        lora_scale: factor at which the trained LoRA is applied, from 0 to 1; None takes what brings
-            held-out sequences nearest to the dense model and harms no kind of them.
-        top_logits: teacher logits kept for each label token (paper: 10).
-        labels: which tokens are learnt from: `answers`, those of answers alone (prose has none, and
-            is learnt from as `text`); `text`, tokens of the whole sequence alike; or `both`, every
-            token of an answer and some of the text before.
-        label_stride: of the text, every so many tokens; None takes a random choice.
-        labels_per_sequence: label tokens of a sequence, where they are a random choice; with `both`,
-            answer tokens are always among them.
-        answer_weight: weight of the answer tokens' mean loss beside the mean over all labels.
-        cross_entropy_weight: weight of the mean cross-entropy of the labels themselves, beside the
+        lora_beyond_attention: also adapt the MLP's linear layers.
+        lora_scale: factor at which the trained LoRA is applied, from 0 to 1; None finds the one at which
+            held-out sequences diverge least from the dense model and no kind of them gets worse.
+        top_logits: teacher logits kept for each target token (paper: 10).
+        targets: target tokens: `answers`, tokens of answers only (prose, which has none, is treated as with
+            `text`); `text`, tokens of the whole sequence; or `both`, every token of an answer and some of
+            the text before it.
+        target_stride: take every target_stride-th token of the text; None draws random ones.
+        targets_per_sequence: target tokens of a sequence where they are drawn; with `both`, this includes
+            all answer tokens.
+        answer_weight: weight of the mean loss of answer tokens, added to the mean over all targets.
+        cross_entropy_weight: weight of the mean cross-entropy of the target tokens, added to the
             divergence from the teacher.
-        decode_rows: last rows of prose that select their keys as decoding steps do; the rows that write
-            an answer always do, unless this is 0.
+        decode_queries: last queries of prose that select their keys as decoding steps do; the queries
+            that predict an answer always do, unless this is 0.
         gradient_checkpointing: recompute activations in the backward pass, on a GPU: less memory, a
             third more time.
-        prefill_mode: what retrieval heads do in training: `dense` as in the paper, or with the selection on.
-        refresh_steps: steps of stage 1 on the student at the end.
+        prefill_mode: attention of retrieval heads in training: `dense` as in the paper, or with the
+            selection on.
+        refresh_steps: steps of stage 1 on the student afterwards.
         checkpoint_every: steps between two checkpoints.
     """
 
     steps: int = 100
     lengths: tuple[int, ...] = (2048, 8192, 4096, 8192)
-    conversation_share: float = 0.0
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     warmup_steps: int = 10
@@ -188,26 +193,26 @@ class DistillationSettings(SequenceSettings):
     lora_beyond_attention: bool = False
     lora_scale: float | None = 1.0
     top_logits: int = 10
-    labels: Labels = "both"
-    label_stride: int | None = None
-    labels_per_sequence: int = 4096
+    targets: Targets = "both"
+    target_stride: int | None = None
+    targets_per_sequence: int = 4096
     answer_weight: float = 1.0
     cross_entropy_weight: float = 0.0
-    decode_rows: int = 256
+    decode_queries: int = 256
     gradient_checkpointing: bool = True
     prefill_mode: PrefillMode = "dense"
     refresh_steps: int = 100
     checkpoint_every: int = 20
 
+    stage: ClassVar[str] = "stage2"
+
     def __post_init__(self) -> None:
         _check_training(self)
-        _check_at_least(0, self, "lora_rank", "decode_rows", "refresh_steps")
-        _check_at_least(1, self, "checkpoint_every")
-        if self.top_logits < 1 or self.labels_per_sequence < 1:
-            raise RTPurboError("top_logits and labels_per_sequence must be at least 1.")
-        check_choice("labels", self.labels, Labels)
-        if self.label_stride is not None and self.label_stride < 1:
-            raise RTPurboError(f"label_stride is {self.label_stride}, but it must be at least 1.")
+        _check_at_least(0, self, "lora_rank", "decode_queries", "refresh_steps")
+        _check_at_least(
+            1, self, "checkpoint_every", "top_logits", "targets_per_sequence", "target_stride"
+        )
+        check_choice("targets", self.targets, Targets)
         if self.cross_entropy_weight < 0:
             raise RTPurboError(
                 f"cross_entropy_weight is {self.cross_entropy_weight}, but it cannot be negative."
@@ -224,13 +229,13 @@ class DistillationSettings(SequenceSettings):
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How training texts are read.
+    """Settings of streamed training texts.
 
     Attributes:
-        enabled: read them while training goes on; else they are read into memory first.
+        enabled: read texts during training instead of into memory before it.
         buffer_size: documents shuffled at a time.
-        held_out: documents at the beginning that are kept from training; as many after them are
-            kept in memory besides, for calibration and the start of the indexers.
+        held_out: documents at the beginning that are excluded from training; the same number after them
+            is kept in memory, for calibration and the initialisation of the indexers.
     """
 
     enabled: bool = False
@@ -244,7 +249,7 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """All of a conversion; `rtpurbo.defaults.default_settings` fits them to a model's context."""
+    """Settings of a conversion; `rtpurbo.defaults.default_settings` fits them to a model's context."""
 
     attention: AttentionRule = field(default_factory=AttentionRule)
     indexer: IndexerSettings = field(default_factory=IndexerSettings)
@@ -256,7 +261,7 @@ class ConversionSettings:
 
     @property
     def refresh(self) -> IndexerTrainingSettings:
-        """Stage 1 again on the student: fewer steps, at half the learning rate."""
+        """Settings of the refresh: stage 1 on the student, with fewer steps at half the learning rate."""
         steps = self.stage2.refresh_steps
         return replace(
             self.stage1,
@@ -265,21 +270,28 @@ class ConversionSettings:
             learning_rate=self.stage1.learning_rate / 2,
         )
 
+    def resolved(self, num_processes: int) -> ConversionSettings:
+        """Returns the settings with what depends on the number of processes set in every stage."""
+        stages = {
+            name: getattr(self, name).resolved(num_processes) for name in ("stage1", "stage2")
+        }
+        return replace(self, **stages)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns the settings as plain JSON types."""
         return asdict(self)
 
 
 def check_context(what: str, length: int, context_length: int) -> None:
-    """Refuses what is longer than the model's context.
+    """Refuses sequences that are longer than the model's context.
 
     Args:
-        what: its name, in the plural.
-        length: tokens of the longest.
-        context_length: the model's, in tokens.
+        what: name of the sequences, in the plural.
+        length: tokens of the longest one.
+        context_length: the model's context, in tokens.
 
     Raises:
-        RTPurboError: it is too long.
+        RTPurboError: the longest one does not fit.
     """
     if length > context_length:
         raise RTPurboError(
@@ -288,51 +300,85 @@ def check_context(what: str, length: int, context_length: int) -> None:
         )
 
 
-_RENAMED = {"stage2.share": "stage2.lora_scale"}
-
-
 def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) -> ConversionSettings:
-    """Settings with some fields changed, by dotted name: `{"stage1.steps": 100, "seed": 1}`.
+    """Returns settings with some fields changed.
+
+    Args:
+        settings: settings to start from.
+        changes: values by dotted name, such as `{"stage1.steps": 100, "seed": 1}`; the share of one task is
+            `stage1.mixture.needles`. Former names (`RENAMED`) are accepted with a warning.
 
     Raises:
         RTPurboError: there is no such field, or its value is of the wrong type or out of range.
     """
     parts: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        part, _, item = name.rpartition(".")
+    for given, given_value in changes.items():
+        name, value = current_setting(given, given_value)
+        if name != given:
+            logger.warning("The setting '%s' is now called '%s'.", given, name)
+        elif value != given_value:
+            logger.warning("The value '%s' of %s is now called '%s'.", given_value, name, value)
+        path = name.split(".")
+        part, item, *task = ["", *path] if len(path) == 1 else path
         owner = _part(settings, part)
-        if name in _RENAMED:
-            raise RTPurboError(f"the setting '{name}' is called '{_RENAMED[name]}' now.")
-        if item not in _names_of(owner):
+        if item not in _names_of(owner) or len(task) > (item == "mixture"):
             raise RTPurboError(f"there is no setting '{name}'.")
-        checked = checked_value(name, value, field_types(type(owner))[item])
-        parts.setdefault(part, {})[item] = checked
+        changed = parts.setdefault(part, {})
+        if task:
+            known = _tasks_of(owner)
+            if task[0] not in known:
+                raise RTPurboError(
+                    f"there is no setting '{name}': the tasks of {part} are {', '.join(known)}."
+                )
+            before = changed.get(item, getattr(owner, item))
+            changed[item] = {**before, task[0]: checked_value(name, value, float)}
+        else:
+            changed[item] = checked_value(name, value, field_types(type(owner))[item])
+            if item == "mixture":
+                _check_tasks(name, owner, changed[item])
     settings = replace(settings, **parts.pop("", {}))
-    # All of a part at once: on the way from one valid state to another, some would not be valid.
-    changed = {part: replace(_part(settings, part), **items) for part, items in parts.items()}
-    return replace(settings, **changed)
+    # All fields of a part at once: intermediate states may be invalid.
+    parts_changed = {part: replace(_part(settings, part), **items) for part, items in parts.items()}
+    return replace(settings, **parts_changed)
 
 
 def recorded_changes(recorded: Mapping[str, Any], *parts: str) -> dict[str, Any]:
-    """The changes that make parts of any settings those of a record, such as an artifact's.
+    """Returns the changes that give parts of any settings the values of a record, such as an artifact's.
 
-    Sequences a step are left out, because they depend on how many processes there are.
+    `sequences_per_step` is left out, because it depends on the number of processes.
 
     Args:
-        recorded: what `ConversionSettings.to_dict` gave, of this version or another, or nothing.
-        parts: such as `stage1`.
+        recorded: a result of `ConversionSettings.to_dict`, of this version or another, or an empty mapping.
+        parts: names such as `stage1`.
     """
     changes = {}
+    current = current_settings(recorded)
     for part in parts:
-        known = _names_of(_part(ConversionSettings(), part)) - {"sequences_per_step"}
-        for name, value in recorded.get(part, {}).items():
-            if name in known:
+        owner = _part(ConversionSettings(), part)
+        for name, value in current.get(part, {}).items():
+            if name == "mixture":
+                value = {task: value[task] for task in _tasks_of(owner) if task in value}
+            if name in _names_of(owner) - {"sequences_per_step"}:
                 changes[f"{part}.{name}"] = value
     return changes
 
 
+def _tasks_of(settings: SequenceSettings) -> list[str]:
+    """Returns the names of the tasks that a stage can train on."""
+    return [name for name, task in TASKS.items() if settings.stage in task.stages]
+
+
+def _check_tasks(name: str, settings: SequenceSettings, mixture: Mapping[str, float]) -> None:
+    """Refuses a mixture with unknown tasks."""
+    known = _tasks_of(settings)
+    if not mixture.keys() <= set(known):
+        raise RTPurboError(
+            f"{name} is {dict(mixture)}, but it must be shares of these tasks: {', '.join(known)}."
+        )
+
+
 def _part(settings: ConversionSettings, name: str) -> Any:
-    """The settings of this name, or all for the empty one; None where there are no such ones."""
+    """Returns a part of the settings, or all of them for an empty name; None if there is no such part."""
     return getattr(settings, name) if name in _names_of(settings) else None if name else settings
 
 
@@ -347,11 +393,15 @@ def _check_training(settings: IndexerTrainingSettings | DistillationSettings) ->
         )
     if not settings.lengths or min(settings.lengths) < 1:
         raise RTPurboError("training needs at least one sequence length, in tokens.")
-    shares = settings.shares()
-    if min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
+    mixture = settings.mixture
+    _check_tasks("mixture", settings, mixture)
+    if min(mixture.values(), default=0) < 0 or sum(mixture.values()) > 1 + 1e-9:
         raise RTPurboError(
-            f"the shares of sequences are {shares}, but they must be at least 0 and at most 1 together."
+            f"mixture is {dict(mixture)}, but its shares must be at least 0 and at most 1 together."
         )
+    # One form, whatever order it was written in: a task without a share is left out.
+    used = {name: mixture[name] for name in TASKS if mixture.get(name)}
+    object.__setattr__(settings, "mixture", used)
     _check_at_least(0, settings, "learning_rate", "weight_decay", "warmup_steps", "answer_weight")
     if settings.sequences_per_step is not None and settings.sequences_per_step < 1:
         raise RTPurboError(
@@ -360,7 +410,7 @@ def _check_training(settings: IndexerTrainingSettings | DistillationSettings) ->
 
 
 def _check_at_least(least: int, settings: Any, *names: str) -> None:
-    """Refuses fields below a bound; None has no bound."""
+    """Refuses fields below a bound; None is allowed."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < least:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rtpurbo.errors import RTPurboError
 
 _WRONG = object()
-"""Returned for a value that is not of the expected type; None may be a right value."""
+"""Marker of a value that is not of the expected type; None can be a valid value."""
 
 _EXPECTED = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
 }
 
 
 def field_types(settings: type) -> dict[str, Any]:
-    """The resolved type of each field of a settings dataclass, by the field's name."""
+    """Returns the resolved type of each field of a settings dataclass, by field name."""
     return get_type_hints(settings)
 
 
@@ -35,7 +35,7 @@ def checked_value(name: str, value: Any, expected: Any) -> Any:
         name: dotted name of the setting, for the message.
         value: of JSON's types, or of the setting's own.
         expected: type of the setting: bool, int, float, str, a Literal, a tuple of any length, a
-            dataclass, or one of these or None.
+            mapping of names to values, a dataclass, or one of these or None.
 
     Raises:
         RTPurboError: the value is of another type.
@@ -57,6 +57,11 @@ def _converted(value: Any, expected: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         converted = [_converted(item, arguments[0]) for item in items]
         return _WRONG if any(item is _WRONG for item in converted) else tuple(converted)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            return _WRONG
+        entries = {key: _converted(item, arguments[1]) for key, item in value.items()}
+        return _WRONG if any(item is _WRONG for item in entries.values()) else entries
     if expected is type(None):
         return None if value is None else _WRONG
     if expected in (int, float):
@@ -65,7 +70,7 @@ def _converted(value: Any, expected: Any) -> Any:
 
 
 def _number(value: Any, expected: type) -> Any:
-    # A bool is an int to Python, but no number to whoever writes `steps=true`.
+    # A bool is an int to Python, but `steps=true` is a mistake.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _WRONG
     if not math.isfinite(value) or (expected is int and value != int(value)):
@@ -81,6 +86,8 @@ def _description(expected: Any) -> str:
         return f"one of: {', '.join(arguments)}"
     if origin is tuple:
         return "a list of whole numbers, such as [4096,8192]"
+    if origin is Mapping:
+        return 'an object of numbers by name, such as {"needles": 0.5}'
     if expected is type(None):
         return "null"
     if is_dataclass(expected) and isinstance(expected, type):
@@ -91,6 +98,8 @@ def _description(expected: Any) -> str:
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_shown(item)}' for name, item in value.items())}}}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(_shown, value))}]"
     return repr(value)

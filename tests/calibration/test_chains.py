@@ -54,7 +54,7 @@ def test_the_head_that_looks_back_scores_most():
     assert found[1, 3] > 2 * found[0].max()
 
 
-@pytest.mark.parametrize("ranking", ["chains", "turns"])
+@pytest.mark.parametrize("ranking", ["variable_tracking", "interleaved"])
 def test_heads_are_chosen_by_chains(ranking):
     settings = CalibrationSettings(length=1000, num_documents=2, count=1, ranking=ranking)
 
@@ -65,7 +65,7 @@ def test_heads_are_chosen_by_chains(ranking):
     assert found.head_map.retrieval_heads == ((), (3,))
     assert found.stability.num_documents == 2
     assert run(0) == found
-    if ranking == "chains":  # places in a ranking may stay, scores do not
+    if ranking == "variable_tracking":  # places in a ranking may stay, scores do not
         assert run(1).head_map.scores != found.head_map.scores
 
 

@@ -1,4 +1,4 @@
-"""People and places that do not exist, and what is told of them."""
+"""Invented people and places, and the facts about them."""
 
 import json
 from importlib import resources
@@ -19,7 +19,7 @@ def test_the_same_seed_invents_the_same():
     assert drawn(3, 5) != drawn(4, 5)
 
 
-def test_the_first_of_a_pair_leads_to_the_second_and_kinds_take_turns():
+def test_the_first_of_a_pair_leads_to_the_second_and_kinds_alternate():
     pairs = drawn(0, 6)
     for first, second in pairs:
         assert first.other == second.name
@@ -28,12 +28,12 @@ def test_the_first_of_a_pair_leads_to_the_second_and_kinds_take_turns():
     assert leading == [leading[0], not leading[0]] * 3
 
 
-def test_no_name_is_told_of_twice():
+def test_no_name_is_used_twice():
     names = [subject.name for pair in subjects(Random(1)) for subject in pair]
     assert len(set(names)) == len(names) > 200
 
 
-def test_a_paragraph_tells_every_fact_once():
+def test_a_paragraph_contains_every_fact_once():
     for pair in drawn(2, 20):
         for subject in pair:
             text = subject.paragraph(Random(0))
@@ -47,7 +47,7 @@ def test_a_paragraph_tells_every_fact_once():
             assert "{" not in text
 
 
-def test_sentences_stand_in_a_random_order():
+def test_sentences_are_in_random_order():
     [(subject, _)] = drawn(5, 1)
     assert len({subject.paragraph(Random(seed)) for seed in range(50)}) > 10
 

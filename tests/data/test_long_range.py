@@ -89,7 +89,7 @@ def test_needles_hide_among_needles_with_other_keys():
 
 
 @pytest.mark.parametrize("haystack", ["needles", "noise"])
-def test_nothing_in_the_layout_tells_which_lines_are_asked_for(haystack):
+def test_the_layout_does_not_reveal_the_requested_lines(haystack):
     for seed in range(16):
         drawn = mix()
         text = haystack_of(drawn, drawn.needles(LENGTH, random.Random(seed), haystack))
@@ -102,7 +102,7 @@ def test_nothing_in_the_layout_tells_which_lines_are_asked_for(haystack):
         assert len(shapes) == 1
 
 
-def test_keys_do_not_end():
+def test_keys_are_unlimited():
     keys = mix()._keys(random.Random(0), False)
     many = [next(keys) for _ in range(10_000)]
     assert len(set(many)) == 10_000
@@ -138,7 +138,7 @@ def test_a_solved_example_has_other_variables():
 
 
 @pytest.mark.parametrize("has_template", [True, False])
-def test_whoever_follows_the_assignments_knows_the_answer(has_template):
+def test_following_the_assignments_gives_the_answer(has_template):
     counts = set()
     for seed in range(60):
         drawn = mix(has_template)
@@ -158,11 +158,11 @@ def test_whoever_follows_the_assignments_knows_the_answer(has_template):
     assert len(counts) > 1
 
 
-def test_a_passage_goes_on_as_it_does_in_the_text():
+def test_a_passage_continues_as_in_the_text():
     asked = set()
     for seed in range(30):
         text, [answer] = parts(mix(), "passage", seed)
-        # The quotation ends where the answer goes on, in the text itself.
+        # In the text itself, the answer follows the quotation.
         before, found, _ = text.partition(answer.strip())
         assert found
         quote = " ".join(before.split()[-20:])
@@ -175,7 +175,7 @@ def test_a_passage_goes_on_as_it_does_in_the_text():
 
 @pytest.mark.parametrize("has_template", [True, False])
 @pytest.mark.parametrize("kind", ["lists", "code_words"])
-def test_whoever_counts_finds_the_answer(has_template, kind):
+def test_counting_gives_the_answer(has_template, kind):
     layouts, examples = set(), 0
     word = r"[a-z]+-[a-z]+" if kind == "lists" else r"\b[a-z]{4,8}\b|\.\.\."
     kinds = [fill(each, count="(.*)") for each in templates("train")[kind]["introductions"]]

@@ -113,7 +113,7 @@ def test_text_without_sentences_or_words(words):
     assert 0.4 < (NEEDLE.search(text).start() - begin) / (end - begin) < 0.6
 
 
-def test_every_answer_must_stand_in_the_text():
+def test_every_answer_must_be_in_the_generated_text():
     example = make_retrieval_example(
         tiny_tokenizer(), corpus(), 1200, random.Random(0), num_values=2
     )
@@ -150,7 +150,7 @@ def test_a_token_that_begins_every_text_stays_first():
     assert document.early_span[0] > 0
 
 
-def test_impossible_wishes_are_explained():
+def test_impossible_arguments_are_refused():
     tokenizer, rng = tiny_tokenizer(), random.Random(0)
     for make in (make_retrieval_example, make_calibration_document):
         with pytest.raises(RTPurboError, match="does not fit into 100 tokens"):

@@ -17,10 +17,10 @@ HEADING = re.compile(
 )
 
 PLAIN = TextCorpus("plain", ("we walk along the quiet road and rest under a tree. " * 2000,))
-"""Prose without a capital letter: whatever has one is told of somebody."""
+"""Prose without capital letters: every capital is part of an invented fact."""
 
 LEADS_ON = re.compile(r"the (town|person) |first mayor of")
-"""What calls the one asked about by other words than the name."""
+"""Paraphrases that stand for the name of the subject."""
 
 
 def text_and_answer(length, seed, corpus=PLAIN):
@@ -40,7 +40,7 @@ def paragraphs(text):
 
 
 def told(text):
-    """What is told of people and places, by name."""
+    """Returns the facts about people and places by name."""
     texts = [body.split("\n")[-1] for _, body in paragraphs(text) if body != body.lower()]
     found = {re.match(r"[A-Z]\w+( [A-Z]\w+)?", each).group(): each for each in texts}
     assert len(found) == len(texts)
@@ -57,7 +57,7 @@ def test_the_same_seed_asks_the_same():
 
 
 @pytest.mark.parametrize("length", [1500, 6000, 20000])
-def test_it_is_as_long_as_may_be(length):
+def test_it_is_as_long_as_allowed(length):
     for seed in range(4):
         *_, found = text_and_answer(length, seed, load_texts(None))
         assert 0.985 * length <= found
@@ -93,7 +93,7 @@ def test_a_question_leads_to_the_paragraph_of_its_answer_over_another_or_at_once
     assert 8 < num_hops.count(2) < 25
 
 
-def test_longer_ones_tell_of_more():
+def test_longer_sequences_have_more_paragraphs():
     counts = {
         length: {len(told(text_and_answer(length, seed)[0])) for seed in range(16)}
         for length in (1000, 3000, 9000, 20000)
@@ -111,7 +111,7 @@ def test_paragraphs_have_titles_in_half_of_them():
     assert 8 < titled < 22
 
 
-def test_what_is_told_stands_at_any_depth():
+def test_facts_are_at_any_depth():
     first = [[body != body.lower() for _, body in paragraphs(text_and_answer(4000, seed)[0])]
              for seed in range(30)]  # fmt: skip
     depths = [each.index(True) / len(each) for each in first]
@@ -119,7 +119,7 @@ def test_what_is_told_stands_at_any_depth():
     assert max(depths) > 0.5
 
 
-def test_too_short_a_length_is_said():
+def test_too_short_a_length_is_refused():
     with pytest.raises(RTPurboError, match=r"about 2 paragraphs .* does not fit into 40 tokens"):
         text_and_answer(40, 0)
 

@@ -15,7 +15,7 @@ ASSIGNMENT = re.compile(r"VAR ([A-Z]{5}) = (?:VAR )?([A-Z]{5}|\d{5})\.")
 
 @pytest.mark.parametrize(("num_chains", "num_hops"), [(1, 4), (3, 2), (2, 0)])
 @pytest.mark.parametrize("has_template", [True, False])
-def test_who_follows_the_assignments_finds_the_answer(num_chains, num_hops, has_template):
+def test_following_the_assignments_gives_the_answer(num_chains, num_hops, has_template):
     tokenizer = tiny_tokenizer() if has_template else tiny_tokenizer(chat_template=None)
     example = make_variable_example(
         tokenizer, corpus(), 2000, random.Random(3), num_hops=num_hops, num_chains=num_chains

@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[2]
 GLOSSARY = ROOT / "docs" / "glossary.md"
 # A log keeps its entries as they were written, and the glossary lists the words themselves.
 LEFT_ALONE = {GLOSSARY, ROOT / "docs" / "experiment-log.md", ROOT / "docs" / "changelog.md"}
+# Its words are data: training sequences are drawn from them.
+WORD_LIST = ROOT / "src" / "rtpurbo" / "data" / "words.py"
 QUESTION_WORD = re.compile(r"(What|Who|Whom|Whose|Which|How|Whether)\b")
 
 
@@ -64,7 +66,7 @@ def test_pages_use_no_retired_words(path):
 
 
 def test_the_source_uses_no_retired_words():
-    assert not list(occurrences(sources()))
+    assert not list(occurrences(path for path in sources() if path != WORD_LIST))
 
 
 def test_docstring_summaries_do_not_open_with_a_question_word():

@@ -108,7 +108,7 @@ def test_equal_windows_a_head_are_one_window():
 
 @pytest.fixture
 def mix():
-    return TrainingMix(tiny_tokenizer(), corpus(), (640,), seed=0, purpose="shares", **SHARES)
+    return TrainingMix(tiny_tokenizer(), corpus(), (640,), SHARES, 0, "shares")
 
 
 def test_shares_of_heads_add_up_to_what_windows_lose(mix):

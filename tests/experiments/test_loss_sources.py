@@ -24,7 +24,7 @@ def run(monkeypatch, *arguments):
 
 def test_variants_are_compared_with_the_dense_model(monkeypatch, model, tmp_path):
     common = ["--device", "cpu", "--window", 128]
-    for name, by in (("gates", "gates-group"), ("copies", "copies")):
+    for name, by in (("gates", "gates-group"), ("copies", "induction")):
         options = ["--by", by, "--length", 512, "--steps", 2]
         run(monkeypatch, "rank", model, *common, *options, "-o", tmp_path / f"{name}.json")
     asked = ["--lengths", 2048, "--tasks", *TASKS, "--samples", 2]
@@ -56,7 +56,7 @@ def test_stage_2_is_measured_before_and_after(monkeypatch, model, tmp_path):
         model,
         *common,
         "--by",
-        "copies",
+        "induction",
         "--length",
         512,
         "-o",
@@ -78,7 +78,7 @@ def test_stage_2_is_measured_before_and_after(monkeypatch, model, tmp_path):
         "--train-lengths",
         512,
         "--shares",
-        "needle=.5",
+        "needles=.5",
         "--learning-rate",
         0.1,
     ]

@@ -36,7 +36,7 @@ def parts(sequence):
 
 
 def user_text(prompt):
-    """What the user says, after checking that the template renders it so."""
+    """Returns the user's message, after checking that the template renders it."""
     tokenizer = tiny_tokenizer()
     text = tokenizer.decode(prompt)
     said = text.removeprefix("<|im_start|>user\n").removesuffix(f"{END}\n<|im_start|>assistant\n")
@@ -52,7 +52,7 @@ def test_the_same_seed_writes_the_same():
     assert write(model) != write(model, seed=1)
 
 
-def test_turns_of_the_user_are_different_and_in_their_template():
+def test_user_turns_are_distinct_and_inside_their_template():
     found = write(indifferent(), 12)
     assert len(found) == 12
     said = [user_text(parts(sequence)[0]) for sequence in found]
@@ -90,7 +90,7 @@ def test_without_a_chat_template_text_is_sampled():
     assert not any("<|im_start|>user" in tokenizer.decode(parts(each)[0]) for each in found)
 
 
-def test_a_model_that_says_nothing_as_a_user_is_refused():
+def test_a_model_that_writes_empty_user_turns_is_refused():
     model = writer()
     end = tiny_tokenizer().convert_tokens_to_ids(END)
     model.lm_head.register_forward_hook(

@@ -6,7 +6,7 @@ import torch
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import running_dense
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
-from rtpurbo.training.layerwise import train_as_layers_pass
+from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import backpropagate
 from rtpurbo.training.student import trainable, trained_weights
@@ -15,8 +15,8 @@ from tests.models.zoo.configurations import EQUAL
 from tests.models.zoo.test_zoo import FAST
 from tests.tiny_models import any_model, make_sparse, sparse_config
 
-STAGE1 = IndexerTrainingSettings(rows_per_step=None, lengths=(200,))
-STAGE2 = DistillationSettings(labels_per_sequence=30, lora_rank=2, top_logits=5, decode_rows=8)
+STAGE1 = IndexerTrainingSettings(queries_per_step=None, lengths=(200,))
+STAGE2 = DistillationSettings(targets_per_sequence=30, lora_rank=2, top_logits=5, decode_queries=8)
 
 
 def sparse(name):
@@ -42,7 +42,7 @@ def test_indexers_learn_the_same_from_packed_documents_as_from_single_ones(name)
         weight.data *= 0.1
         weight.requires_grad_(True)
     for packed in (True, False):
-        given = train_as_layers_pass(model, sequences(), STAGE1, ["a", "b"], packed=packed)
+        given = train_layer_by_layer(model, sequences(), STAGE1, ["a", "b"], packed=packed)
         losses.append(torch.stack(given))
         gradients.append([weight.grad.clone() for weight in weights])
         for weight in weights:
@@ -56,7 +56,7 @@ def test_indexers_learn_the_same_from_packed_documents_as_from_single_ones(name)
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_lora_learns_what_the_dense_model_says(name):
+def test_a_lora_approaches_the_dense_model(name):
     model, sequence, losses = sparse(name), sequences()[0], []
     with running_dense(model):
         targets = teacher_targets(model, sequence, STAGE2, "seed")

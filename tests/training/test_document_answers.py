@@ -50,7 +50,7 @@ def test_a_prompt_has_its_length_and_ends_with_an_instruction(options):
 
 
 @pytest.mark.parametrize("text", ["one two three four five six ", "\u72d0\u72f8\u3002", "a"])
-def test_any_text_will_do(text):
+def test_any_text_is_accepted(text):
     corpus = TextCorpus("any", (text * 4000,))
     for seed in range(40):
         ids = document_prompt(tiny_tokenizer(), corpus, 900, random.Random(seed))
@@ -62,7 +62,7 @@ def test_a_length_without_room_is_refused():
         prompt_text(0, 60)
 
 
-def test_documents_take_lengths_in_turn_and_half_of_the_answers_are_greedy():
+def test_documents_cycle_through_lengths_and_half_of_the_answers_are_greedy():
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
     done = []

@@ -84,7 +84,7 @@ prompts = [[5, 6, 7], [9, 10], [11, 12, 13, 14, 15]]
 def written(base, sampling, count, **options):
     return generate_tokens(base.model, base.tokenizer, prompts[:count], 12, sampling, seed=0, **options)
 
-# A stop that the processes meet at different steps.
+# A stop token that the processes generate at different steps.
 stop = written(whole, GREEDY, 3)[0][4]
 for count in (1, 3):  # fewer prompts than processes, and not a multiple of them
     for stops in ([], [stop]):
@@ -96,5 +96,5 @@ print("same", flush=True)
 """
 
 
-def test_a_sharded_model_writes_what_the_whole_one_does(tiny_base, tmp_path):
+def test_a_sharded_model_generates_the_same_as_the_whole_one(tiny_base, tmp_path):
     assert run_in_two_processes(_SHARDED, tmp_path, tiny_base).count("same") == 2

@@ -13,7 +13,7 @@ from rtpurbo.training.capture import capture_heads, merge_heads
 from rtpurbo.training.indexer_loss import (
     forward_divergence,
     indexer_loss,
-    rows_with_far_keys,
+    queries_with_far_keys,
     selection_quality,
 )
 from tests.tiny_models import RETRIEVAL_HEADS, any_model, make_sparse, sparse_config, tiny_model
@@ -64,15 +64,15 @@ def test_gradient_by_finite_differences(logits):
     assert torch.autograd.gradcheck(lambda s: forward_divergence(teacher, s, visible), (student,))
 
 
-def test_only_rows_with_far_keys_teach(captured):
-    rows = rows_with_far_keys(captured[0].positions[0], RULE)
+def test_only_queries_with_far_keys_contribute(captured):
+    rows = queries_with_far_keys(captured[0].positions[0], RULE)
     assert rows.tolist() == list(range(10, 60))
 
 
 @pytest.mark.parametrize("reading", ["paper", "residual", "far"])
-def test_merged_heads_lose_and_learn_the_same(captured, reading):
+def test_merged_heads_have_the_same_loss_and_gradients(captured, reading):
     rule = AttentionRule(num_sink_tokens=2, sliding_window=8, block_size=8, reading=reading)
-    rows = rows_with_far_keys(captured[0].positions[0], rule)
+    rows = queries_with_far_keys(captured[0].positions[0], rule)
     weights = [weight for seen in captured for weight in seen.query_weights + seen.key_weights]
 
     def loss_and_gradients(parts):
@@ -86,13 +86,13 @@ def test_merged_heads_lose_and_learn_the_same(captured, reading):
     torch.testing.assert_close(loss_and_gradients(captured), loss_and_gradients(merged))
 
 
-def test_some_rows_of_a_sequence_are_all_that_their_steps_need():
+def test_steps_need_only_their_own_queries_of_a_sequence():
     model = make_sparse(tiny_model(), sparse_config(tiny_model()))
     ids = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     kept = torch.tensor([12, 31, 44, 59])
     rows = torch.tensor([31, 59])
     for some, every in zip(
-        capture_heads(model, ids, rows=kept), capture_heads(model, ids), strict=True
+        capture_heads(model, ids, query_positions=kept), capture_heads(model, ids), strict=True
     ):
         assert some.queries.shape[2] == some.query_features.shape[2] == 4
         torch.testing.assert_close(some.logits(rows), every.logits(rows))
@@ -100,20 +100,20 @@ def test_some_rows_of_a_sequence_are_all_that_their_steps_need():
         assert torch.equal(indexer_loss(some, rows, RULE), indexer_loss(every, rows, RULE))
 
 
-def test_chunks_of_rows_measure_the_same(captured, monkeypatch):
-    rows = rows_with_far_keys(captured[0].positions[0], RULE)
+def test_chunks_of_queries_measure_the_same(captured, monkeypatch):
+    rows = queries_with_far_keys(captured[0].positions[0], RULE)
     whole = selection_quality(captured[0], rows, RULE)
-    # Seven rows of two heads at a time.
+    # Seven queries of two heads at a time.
     monkeypatch.setattr("rtpurbo.ops.eager.visibility.MAX_CHUNK_ELEMENTS", 7 * 2 * 60)
     chunked = selection_quality(captured[0], rows, RULE)
     for name, values in vars(whole).items():
         torch.testing.assert_close(getattr(chunked, name), values)
 
 
-def test_quality_of_exact_scores_is_the_oracles(captured, monkeypatch):
+def test_quality_of_exact_scores_is_that_of_the_oracle(captured, monkeypatch):
     seen = captured[0]
     monkeypatch.setattr(type(seen), "index_scores", type(seen).logits)
-    quality = selection_quality(seen, rows_with_far_keys(seen.positions[0], RULE), RULE)
+    quality = selection_quality(seen, queries_with_far_keys(seen.positions[0], RULE), RULE)
     assert torch.equal(quality.tokens, quality.oracle_tokens)
     assert (quality.recall >= RULE.top_p).all()
     assert quality.divergence.abs().max() < 1e-5

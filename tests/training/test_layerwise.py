@@ -1,4 +1,4 @@
-"""Training while layers pass: the same losses and gradients as from states that were kept."""
+"""Layer-wise training: the same losses and gradients as from kept states."""
 
 import weakref
 from dataclasses import replace
@@ -12,8 +12,8 @@ from rtpurbo.ops.eager import visibility
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training import backpropagation
 from rtpurbo.training.capture import capture_heads, run_backbone
-from rtpurbo.training.indexer_loss import indexer_loss, rows_with_far_keys
-from rtpurbo.training.layerwise import train_as_layers_pass
+from rtpurbo.training.indexer_loss import indexer_loss, queries_with_far_keys
+from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.probe import FIGURES, Probe
 from rtpurbo.training.sequences import TrainingSequence
 from tests.ops.triton.support import DEVICE
@@ -21,7 +21,7 @@ from tests.tiny_models import make_sparse, sparse_config, tiny_model, with_own_k
 
 pytestmark = pytest.mark.kernels
 
-SETTINGS = IndexerTrainingSettings(rows_per_step=None, lengths=(200,), answer_weight=2.0)
+SETTINGS = IndexerTrainingSettings(queries_per_step=None, lengths=(200,), answer_weight=2.0)
 
 
 def sparse(family="llama", **options):
@@ -47,7 +47,7 @@ def sequences(*lengths, answers=0):
 def train(model, given, settings=SETTINGS, **options):
     """Losses and gradients."""
     seeds = [f"seed-{len(sequence.input_ids)}" for sequence in given]
-    losses = train_as_layers_pass(model, given, settings, seeds, **options)
+    losses = train_layer_by_layer(model, given, settings, seeds, **options)
     return torch.stack(losses), take_gradients(model)
 
 
@@ -70,13 +70,13 @@ def added(first, second):
     [{"reading": "paper"}, {"reading": "residual"}, {"heads": (0, 1, 2, 3), "shared_keys": True}],
     ids=str,
 )
-def test_it_learns_what_kept_states_teach(options):
+def test_gradients_equal_those_of_kept_states(options):
     model = sparse(**options)
     [sequence] = given = sequences(60, answers=3)
     losses, gradients = train(model, given)
     rule: AttentionRule = model.rtpurbo_config.attention
     heads = capture_heads(model, sequence.input_ids)
-    rows = rows_with_far_keys(heads[0].positions[0], rule)
+    rows = queries_with_far_keys(heads[0].positions[0], rule)
     loss = sum(indexer_loss(seen, rows, rule).sum() for seen in heads)
     answers = sum(indexer_loss(seen, torch.arange(56, 59), rule).sum() for seen in heads)
     (loss + SETTINGS.answer_weight * answers).backward()
@@ -87,7 +87,7 @@ def test_it_learns_what_kept_states_teach(options):
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_a_shared_key_learns_the_sum_of_what_its_heads_learn(backend):
+def test_the_gradient_of_a_shared_key_is_the_sum_over_its_heads(backend):
     """The heads of one KV head come first, then one head alone."""
     model = sparse(heads=(0, 1, 4), shared_keys=True).to(DEVICE)
     own, given = trainable(with_own_keys(model)), sequences(50, 37, answers=2)
@@ -102,7 +102,7 @@ def test_a_shared_key_learns_the_sum_of_what_its_heads_learn(backend):
 
 # Gemma's own windowed layers are masked by transformers, which knows packed documents by positions.
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "smollm3", "phi3"])
-def test_packed_sequences_teach_what_they_teach_alone(family):
+def test_packed_sequences_have_the_same_gradients_as_single_ones(family):
     model = sparse(family)
     given = sequences(50, 12, 37, answers=2)
     together, gradients = train(model, given)
@@ -114,8 +114,8 @@ def test_packed_sequences_teach_what_they_teach_alone(family):
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_rows_are_chosen_alike_however_sequences_are_packed():
-    model, some = sparse(), replace(SETTINGS, rows_per_step=6)
+def test_the_choice_of_queries_does_not_depend_on_packing():
+    model, some = sparse(), replace(SETTINGS, queries_per_step=6)
     given = sequences(50, 37)
     together, _ = train(model, given, some)
     apart, _ = train(model, given, replace(some, lengths=(50,)))
@@ -123,7 +123,7 @@ def test_rows_are_chosen_alike_however_sequences_are_packed():
     assert not torch.allclose(together, train(model, given)[0])
 
 
-def test_kernels_teach_the_same():
+def test_kernels_compute_the_same_gradients():
     model, given = sparse().to(DEVICE), sequences(70, 30, answers=2)
     expected, gradients = train(model, given, backend="eager")
     losses, found = train(model, given, backend="triton")
@@ -131,7 +131,7 @@ def test_kernels_teach_the_same():
     torch.testing.assert_close(found, gradients, atol=1e-4, rtol=1e-3)
 
 
-def test_chunks_of_rows_teach_the_same(monkeypatch):
+def test_chunks_of_queries_compute_the_same_gradients(monkeypatch):
     model, given = sparse(), sequences(60, answers=2)
     expected = train(model, given)
     walked = []
@@ -148,7 +148,7 @@ def _fresh(walked, *sizes):
     return chunks
 
 
-def test_the_student_learns_from_itself_sequence_by_sequence():
+def test_the_student_trains_on_its_own_states_one_sequence_at_a_time():
     model = sparse(prefill_mode="top_p", top_p=0.5)
     given = sequences(60, 45)
     losses, _ = train(model, given, on_student=True)
@@ -157,7 +157,7 @@ def test_the_student_learns_from_itself_sequence_by_sequence():
     assert not torch.allclose(losses, train(model, given)[0])
 
 
-def test_nothing_outlives_its_layer_and_no_logits_are_made():
+def test_states_are_freed_after_their_layer_and_no_logits_are_computed():
     model = sparse()
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("logits were computed"))
     weights = indexer_weights(model)
@@ -175,7 +175,7 @@ def test_nothing_outlives_its_layer_and_no_logits_are_made():
     assert all(module.document_lengths is None for module in headwise_modules(model))
 
 
-def test_positions_begin_anew_in_each_document():
+def test_positions_restart_in_each_document():
     model, found = sparse(), []
     run_backbone(model, [[5] * 4, [6] * 3], found.append)
     assert [seen.positions.tolist() for seen in found] == [[[0, 1, 2, 3, 0, 1, 2]]] * 2

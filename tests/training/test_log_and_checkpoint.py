@@ -1,4 +1,4 @@
-"""What survives an interruption."""
+"""Logs and checkpoints after an interruption."""
 
 import errno
 from pathlib import Path
@@ -13,7 +13,7 @@ from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.optimizer import make_optimizer
 
 
-def test_rewind_forgets_what_came_after_the_checkpoint(tmp_path):
+def test_rewind_drops_entries_after_the_checkpoint(tmp_path):
     log = TrainingLog(tmp_path / "log.jsonl")
     for stage, step in [("stage1", 1), ("stage1", 2), ("stage2", 1), ("stage2", 2), ("refresh", 1)]:
         log.write({"stage": stage, "step": step})
@@ -25,7 +25,7 @@ def test_rewind_forgets_what_came_after_the_checkpoint(tmp_path):
     ]
 
 
-def test_a_line_cut_off_is_left_out(tmp_path):
+def test_an_incomplete_line_is_dropped(tmp_path):
     log = TrainingLog(tmp_path / "log.jsonl")
     log.write({"stage": "stage1", "step": 1})
     with log.path.open("a") as file:
@@ -77,7 +77,7 @@ def test_old_checkpoints_are_pruned_and_remains_removed(tmp_path):
     assert not remains.exists()
 
 
-def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path):
+def test_a_broken_checkpoint_falls_back_to_the_previous_one(tmp_path):
     checkpoint = Checkpoint(tmp_path / "state", every=2)
     whole = train(10, Checkpoint(None), [])
     train(9, checkpoint, [])
@@ -91,7 +91,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path):
         checkpoint.steps_done()
 
 
-def test_the_position_comes_back(tmp_path):
+def test_the_position_is_restored(tmp_path):
     weight = nn.Parameter(torch.ones(1))
     optimizer, schedule = make_optimizer([weight], 0.1, 0.0, 0, 10)
     position = {"group": 3, "lanes": {"0": {"taken": 2, "start": [1, None, "x"]}}}

@@ -1,4 +1,4 @@
-"""What surrounds a step: the update, and a batch that is not finite."""
+"""Training loop: the update, and batches that are not finite."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def test_gradients_are_clipped():
     assert seen == pytest.approx([0.5])
 
 
-def test_a_loss_that_is_not_finite_keeps_its_batch(tmp_path):
+def test_a_loss_that_is_not_finite_saves_its_batch(tmp_path):
     weight, loop = make_loop(tmp_path)
     before = weight.detach().clone()
     results = [result(weight, 6, 1.0), result(weight, 7, math.nan)]
@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_keeps_its_batch(tmp_path):
     assert torch.equal(weight, before)
 
 
-def test_a_gradient_that_is_not_finite_keeps_the_batch(tmp_path):
+def test_a_gradient_that_is_not_finite_saves_the_batch(tmp_path):
     weight, loop = make_loop(tmp_path)
     results = [result(weight, 2, 1.0)]
     weight.grad[1] = math.inf

@@ -24,12 +24,12 @@ from tests.test_conversion import SETTINGS
 from tests.tiny_models import VOCABULARY, sparse_model
 from tests.training.test_stage2 import open_student
 
-LEARNT = DistillationSettings(labels_per_sequence=30, lora_rank=2, top_logits=5, decode_rows=8)
+LEARNT = DistillationSettings(targets_per_sequence=30, lora_rank=2, top_logits=5, decode_queries=8)
 IDS = torch.randint(VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0)).tolist()
 SEQUENCES = [TrainingSequence(IDS[0], 7), TrainingSequence(IDS[1])]
 
 
-def test_scales_lie_between_the_model_before_and_after():
+def test_scales_interpolate_between_the_model_before_and_after():
     model = sparse_model(prefill_mode="dense", dtype=torch.float32)
     with running_dense(model):
         held_out = [(each, teacher_targets(model, each, LEARNT, "seed")) for each in SEQUENCES]
@@ -97,7 +97,7 @@ def test_a_scale_changes_the_factor_and_not_the_weights(kept, tiny_base):
     assert moved
 
 
-def test_the_best_is_what_held_out_sequences_say(kept):
+def test_the_scale_is_chosen_on_held_out_sequences(kept):
     artifact = ArtifactConfig.read(kept["best"])
     assert artifact.settings["stage2"]["lora_scale"] is None
     found = artifact.figures["stage2"]
@@ -113,7 +113,7 @@ def test_the_best_is_what_held_out_sequences_say(kept):
     assert "stage2" not in ArtifactConfig.read(kept["all"]).figures
 
 
-def test_another_stage2_does_not_tell_of_the_one_before(kept, tmp_path):
+def test_another_stage2_does_not_report_the_previous_scale(kept, tmp_path):
     again = distill(kept["best"], tmp_path / "again", settings=SETTINGS, device="cpu")
     figures = ArtifactConfig.read(again).figures
     assert set(figures) == {"stability", "stage1", "refresh"}
@@ -128,7 +128,7 @@ def test_another_stage2_does_not_tell_of_the_one_before(kept, tmp_path):
         ({"lora_scale": None, "lora_rank": 0}, "only a LoRA"),
     ],
 )
-def test_what_cannot_be_kept(changes, message):
+def test_scales_that_are_refused(changes, message):
     with pytest.raises(RTPurboError, match=message):
         replace(LEARNT, **changes)
 

@@ -27,11 +27,11 @@ SETTINGS = ConversionSettings(
     indexer=IndexerSettings(index_dim=4),
     calibration=CalibrationSettings(length=384, num_documents=1, count=3),
     stage1=IndexerTrainingSettings(
-        steps=20, lengths=(420, 500), steps_per_sequence=3, rows_per_step=32, warmup_steps=2,
-        start_sequences=1, probe_sequences=1, probe_every=10, sequences_per_step=2,
+        steps=20, lengths=(420, 500), steps_per_sequence=3, queries_per_step=32, warmup_steps=2,
+        init_sequences=1, probe_sequences=1, probe_every=10, sequences_per_step=2,
     ),
     stage2=DistillationSettings(
-        steps=20, lengths=(420, 500), labels_per_sequence=64, warmup_steps=1, lora_rank=2,
+        steps=20, lengths=(420, 500), targets_per_sequence=64, warmup_steps=1, lora_rank=2,
         refresh_steps=3, checkpoint_every=6, sequences_per_step=2,
     ),
 )  # fmt: skip
@@ -57,10 +57,10 @@ WRITTEN = replace(
     calibration=CalibrationSettings(
         ranking="gates", length=500, num_documents=4, granularity="kv_group", ratio=0.42
     ),
-    stage1=replace(SETTINGS.stage1, steps=4, document_share=0.5),
+    stage1=replace(SETTINGS.stage1, steps=4, mixture={"needles": 0.5, "documents": 0.5}),
     stage2=replace(
-        SETTINGS.stage2, steps=6, needle_share=0.2, document_share=0.3, conversation_share=0.4,
-        lora_scale=None,
+        SETTINGS.stage2, steps=6, lora_scale=None,
+        mixture={"needles": 0.2, "documents": 0.3, "conversations": 0.4},
     ),
 )  # fmt: skip
 # As many sequences a step as there are processes when it begins.
@@ -92,7 +92,7 @@ base, text, *jobs = sys.argv[1:]
 for job in jobs:
     output, settings, parallel, *stop = job.split(",")
     def progress(stage, done, total, figures):
-        # Only the main process is told, and only it gets the signal.
+        # Progress is reported on the main process only, and only it gets the signal.
         if stop == [stage, str(done)]:
             os.kill(os.getpid(), signal.SIGTERM)
     data = [text] if settings == "streamed" else None
@@ -274,7 +274,7 @@ def test_a_sharded_model_trains_gates_and_writes_sequences(tiny_base, tmp_path, 
 
 
 @pytest.mark.slow
-def test_one_process_continues_what_two_began_and_the_other_way_round(tiny_base, tmp_path, text):
+def test_a_run_resumes_with_another_number_of_processes(tiny_base, tmp_path, text):
     for settings in ("lora", "full"):
         convert(str(tiny_base), tmp_path / settings, settings=JOBS[settings], device="cpu")
 
@@ -332,10 +332,10 @@ def test_a_stream_is_the_same_for_one_process_and_two_and_after_a_change(tiny_ba
     assert_same_curves(tmp_path / "changed", alone)
 
 
-def test_what_is_not_offered():
+def test_unsupported_parallelism_is_refused():
     with pytest.raises(RTPurboError, match="choose --parallel fsdp"):
         check_parallelism("tensor")
     with pytest.raises(RTPurboError, match="no parallelism 'pipeline'"):
         check_parallelism("pipeline")
-    with pytest.raises(RTPurboError, match=r"3 sequences a step .* by 2 processes"):
+    with pytest.raises(RTPurboError, match=r"3 sequences per step .* among 2 processes"):
         check_shares(3, Processes(count=2))

@@ -15,7 +15,7 @@ def sequences(count, length=5):
     return tuple(TrainingSequence([number] * length, 1 + number % 3) for number in range(count))
 
 
-def test_sequences_come_back_from_disk(tmp_path):
+def test_sequences_are_read_as_written(tmp_path):
     written = (*sequences(4), TrainingSequence([1, 2, 3]))
     save_sequences(tmp_path / "pool", written)
     assert read_sequences(tmp_path / "pool") == written
@@ -48,11 +48,17 @@ def test_some_are_held_out(count, held_out):
 @pytest.fixture(scope="module")
 def mix():
     pools = Pools(sequences(6), sequences(3, length=9))
-    return TrainingMix(tiny_tokenizer(), load_texts(None), (800,), 0.2, 0, "test", pools=pools)
+    return TrainingMix(
+        tiny_tokenizer(), load_texts(None), (800,), {"needles": 0.2}, 0, "test", pools
+    )
+
+
+def with_shares(mix, **shares):
+    return replace(mix, mixture={**mix.mixture, **shares})
 
 
 def test_pools_have_their_share_and_are_used_up_before_they_repeat(mix):
-    drawn = replace(mix, conversation_share=0.5, document_share=0.25)
+    drawn = with_shares(mix, conversations=0.5, documents=0.25)
     found = [drawn.sequence(number) for number in range(24)]
     talks = [each for each in found if len(each.input_ids) == 5]
     documents = [each for each in found if len(each.input_ids) == 9]
@@ -65,14 +71,14 @@ def test_pools_have_their_share_and_are_used_up_before_they_repeat(mix):
 
 
 def test_other_kinds_stay_as_they_are_without_pools(mix):
-    drawn = replace(mix, conversation_share=0.5)
+    drawn = with_shares(mix, conversations=0.5)
     same = [drawn.sequence(n) == mix.sequence(n) for n in range(10)]
     needles = [mix.sequence(n).num_answer_tokens > 0 for n in range(10)]
     assert all(kept for kept, is_needle in zip(same, needles, strict=True) if is_needle)
 
 
 def test_a_share_without_a_pool_is_refused(mix):
-    with pytest.raises(RTPurboError, match=r"conversations .* conversation_share to 0"):
-        replace(mix, conversation_share=0.1, pools=None)
-    with pytest.raises(RTPurboError, match=r"documents .* document_share to 0"):
-        replace(mix, document_share=0.1, pools=Pools(sequences(2)))
+    with pytest.raises(RTPurboError, match=r"conversations .* mixture.conversations to 0"):
+        with_shares(replace(mix, pools=None), conversations=0.1)
+    with pytest.raises(RTPurboError, match=r"documents .* mixture.documents to 0"):
+        with_shares(replace(mix, pools=Pools(sequences(2))), documents=0.1)

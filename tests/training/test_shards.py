@@ -1,4 +1,4 @@
-"""Groups of tensors lie in files of bounded size, each whole or not there."""
+"""Groups of tensors in files of bounded size, each complete or absent."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_added_is_read_before_and_after_it_is_written(tmp_path):
+def test_groups_are_read_before_and_after_they_are_on_disk(tmp_path):
     shards = Shards(tmp_path / "new", max_bytes=200)
     with shards.writing():
         for number in (3, 5, 7, 9, 1):
@@ -32,7 +32,7 @@ def test_what_is_added_is_read_before_and_after_it_is_written(tmp_path):
     assert all(path.stat().st_size < 700 for path in (tmp_path / "new").iterdir())
 
 
-def test_files_are_bounded_but_for_a_group_that_is_larger(tmp_path):
+def test_files_have_a_maximum_size_unless_one_group_is_larger(tmp_path):
     shards = Shards(tmp_path, max_bytes=200)  # two groups of 88 bytes
     for number, size in enumerate((10, 10, 10, 100, 10)):
         shards.add(number, group(number, size))
@@ -53,7 +53,7 @@ def test_an_interruption_loses_nothing_and_a_kill_one_file_at_most(tmp_path):
     assert 2 in Shards(tmp_path)
 
 
-def test_a_full_disk_leaves_no_half_a_file(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_file(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Which sequences a step has, and where a stream goes on."""
+"""Distribution of sequences over steps and processes, and positions of a stream."""
 
 import json
 
@@ -28,12 +28,14 @@ def stream(tmp_path):
     return open_stream([str(path)], buffer_size=8, held_out=3)
 
 
-def mix_of(stream, **changes):
-    return TrainingMix(tiny_tokenizer(), stream.opening, (700, 800), 0.5, 0, "test", **changes)
+def mix_of(stream, **shares):
+    return TrainingMix(
+        tiny_tokenizer(), stream.opening, (700, 800), {"needles": 0.5, **shares}, 0, "test"
+    )
 
 
 def test_sequences_from_a_stream_resume_exactly_and_mix_all_tasks(stream):
-    mix = mix_of(stream, variable_share=0.2, passage_share=0.2)
+    mix = mix_of(stream, variables=0.2, passage=0.2)
     source = SequenceSource(mix, stream, 2)
     groups = [source.take(group) for group in range(3)]
     assert source.take(2) is groups[2]
@@ -49,19 +51,17 @@ def test_sequences_from_a_stream_resume_exactly_and_mix_all_tasks(stream):
     assert source.position(8)["lanes"].keys() == {"0", "1"}
 
 
-def test_texts_in_memory_need_no_position():
-    source = SequenceSource(
-        TrainingMix(tiny_tokenizer(), CORPUS, (420,), 0.0, 0, "test"), CORPUS, 2
-    )
+def test_texts_in_memory_have_no_position():
+    source = SequenceSource(TrainingMix(tiny_tokenizer(), CORPUS, (420,), {}, 0, "test"), CORPUS, 2)
     assert source.take(5) == source.take(5)
     assert source.take(2) != source.take(5)
     assert source.position_of_all(3) is None
     source.seek(None)
 
 
-def test_processes_share_what_one_has_alone(stream):
+def test_processes_divide_the_sequences_of_one(stream):
     for texts in (CORPUS, stream):
-        mix = TrainingMix(tiny_tokenizer(), random_access(texts), (420, 500), 0.0, 0, "test")
+        mix = TrainingMix(tiny_tokenizer(), random_access(texts), (420, 500), {}, 0, "test")
         alone = SequenceSource(mix, texts, 4)
         shares = [SequenceSource(mix, texts, 4, Processes(index, 2)) for index in (0, 1)]
         assert [share.numbers(1) for share in shares] == [[4, 6], [5, 7]]

@@ -25,8 +25,8 @@ def sparse(dtype=torch.float32):
 
 def train(model, log=None, **settings):
     settings = {
-        "steps": 6, "lengths": (96, 128), "start": "random", "start_sequences": 1, "warmup_steps": 0,
-        "needle_share": 0.0, "probe_sequences": 1, "probe_every": 3, "rows_per_step": None,
+        "steps": 6, "lengths": (96, 128), "init": "random", "init_sequences": 1, "warmup_steps": 0,
+        "mixture": {}, "probe_sequences": 1, "probe_every": 3, "queries_per_step": None,
         "learning_rate": 0.02, **settings,
     }  # fmt: skip
     corpus = load_texts(None)
@@ -39,10 +39,14 @@ def losses_of(path):
     return [entry["loss"] for entry in TrainingLog(path).entries()]
 
 
-@pytest.mark.parametrize("rows_per_step", [None, 20])
-def test_layers_that_pass_teach_what_kept_states_do(tmp_path, monkeypatch, rows_per_step):
+@pytest.mark.parametrize("queries_per_step", [None, 20])
+def test_layerwise_training_equals_training_on_kept_states(tmp_path, monkeypatch, queries_per_step):
     passing, kept = sparse(), sparse()
-    options = {"rows_per_step": rows_per_step, "sequences_per_step": 2, "steps_per_sequence": 1}
+    options = {
+        "queries_per_step": queries_per_step,
+        "sequences_per_step": 2,
+        "steps_per_sequence": 1,
+    }
     figures = train(passing, TrainingLog(tmp_path / "passing"), **options)
     monkeypatch.setattr("rtpurbo.training.stage1.keeps_states", lambda settings: True)
     expected = train(kept, TrainingLog(tmp_path / "kept"), **options)
@@ -51,7 +55,7 @@ def test_layers_that_pass_teach_what_kept_states_do(tmp_path, monkeypatch, rows_
     assert losses_of(tmp_path / "passing")[-1] < losses_of(tmp_path / "passing")[0]
 
 
-def test_indexers_of_a_model_in_half_precision_learn_in_single():
+def test_indexers_of_a_half_precision_model_train_in_float32():
     model = sparse(torch.bfloat16)
     figures = train(model, steps=2, steps_per_sequence=1)
     assert math.isfinite(figures["divergence"])

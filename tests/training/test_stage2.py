@@ -1,5 +1,6 @@
-"""The gradients of stage 2 are those of its loss written out over all logits."""
+"""Stage 2: gradients of its loss written out over all logits, weights added and removed."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,23 @@ from torch.nn import functional
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import decoding_last, running_dense
+from rtpurbo.models.stage2_weights import apply_stage2
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, backpropagate
-from rtpurbo.training.student import check_trainable, trainable, trained_weights
+from rtpurbo.training.student import (
+    check_trainable,
+    save_student,
+    set_gradient_checkpointing,
+    trainable,
+    trained_weights,
+)
 from rtpurbo.training.teacher import teacher_targets
 from tests.tiny_models import VOCABULARY, make_sparse, sparse_config, sparse_model, tiny_model
 
-SETTINGS = DistillationSettings(labels_per_sequence=30, lora_rank=2, top_logits=5, decode_rows=8)
+SETTINGS = DistillationSettings(
+    targets_per_sequence=30, lora_rank=2, top_logits=5, decode_queries=8
+)
 IDS = torch.randint(VOCABULARY, (60,), generator=torch.Generator().manual_seed(0)).tolist()
 SEQUENCE = TrainingSequence(IDS, 7)
 
@@ -49,7 +59,7 @@ def gradients(weights):
 
 def written_out(model, sequence, targets, settings):
     """Loss and mean divergence, from logits of every token."""
-    rows = min(settings.decode_rows, sequence.num_answer_tokens or settings.decode_rows)
+    rows = min(settings.decode_queries, sequence.num_answer_tokens or settings.decode_queries)
     with decoding_last(model, rows):
         logits = model(torch.tensor([sequence.input_ids])).logits[0, targets.positions]
     student = logits.log_softmax(-1).gather(-1, targets.token_ids)
@@ -72,9 +82,9 @@ def written_out(model, sequence, targets, settings):
         {},
         {"lora_rank": 0},
         {"cross_entropy_weight": 0.5, "answer_weight": 2.0},
-        {"labels": "answers"},
-        {"labels": "text", "label_stride": 9},
-        {"decode_rows": 0},
+        {"targets": "answers"},
+        {"targets": "text", "target_stride": 9},
+        {"decode_queries": 0},
     ],
     ids=str,
 )
@@ -96,7 +106,7 @@ def test_loss_and_gradients(sequence, changes):
     assert any(gradient.abs().max() > 1e-4 for gradient in expected.values())
 
 
-def test_layers_that_are_run_again_select_as_before():
+def test_recomputed_layers_select_the_same():
     model = make_model()
     targets = targets_of(model, SEQUENCE, SETTINGS)
     with trainable(model, SETTINGS, 0) as student:
@@ -108,10 +118,10 @@ def test_layers_that_are_run_again_select_as_before():
             module.module.register_forward_pre_hook(
                 lambda _, inputs, module=module: calls.append(module.num_decode_rows)
             )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_gradient_checkpointing(model, True)
         backpropagate(model, 0, SEQUENCE, targets, SETTINGS)
         found = gradients(weights)
-        model.gradient_checkpointing_disable()
+        set_gradient_checkpointing(model, False)
     assert calls == [7] * 2 * len(headwise_modules(model))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
@@ -146,7 +156,7 @@ def test_a_bfloat16_base_trains_a_float32_lora(family, as_on_a_gpu):
     assert float((found[torch.bfloat16] - expected).norm() / expected.norm()) < 0.2
 
 
-def test_weights_of_half_precision_are_not_trained_themselves():
+def test_half_precision_weights_are_not_trained():
     full = replace(SETTINGS, lora_rank=0)
     check_trainable(torch.float32, full)
     check_trainable(torch.bfloat16, SETTINGS)
@@ -183,7 +193,18 @@ def test_on_a_gpu_long_sequences_have_the_gradients_of_plain_pytorch(changes):
     assert float((gradient - expected).norm() / expected.norm()) < 0.1
 
 
-def test_the_model_comes_back_as_it_was():
+def test_a_lora_is_added_and_read_without_warnings(tmp_path):
+    model = make_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        with trainable(model, SETTINGS, 0) as student:
+            set_gradient_checkpointing(model, True)
+            set_gradient_checkpointing(model, False)
+            save_student(student, tmp_path)
+        apply_stage2(model, tmp_path, "lora")
+
+
+def test_the_model_is_restored():
     for rank in (0, 2):
         model = make_model()
         before = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -5,9 +5,9 @@ import torch
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.labels import label_states
 from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.training.source import SequenceSource
+from rtpurbo.training.targets import states_at
 from rtpurbo.training.teacher import (
     TeacherCache,
     TeacherTargets,
@@ -18,12 +18,12 @@ from rtpurbo.training.vocabulary import log_probabilities
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
-SETTINGS = DistillationSettings(labels_per_sequence=32)
+SETTINGS = DistillationSettings(targets_per_sequence=32)
 
 
 @pytest.fixture
 def mix():
-    return TrainingMix(tiny_tokenizer(), load_texts(None), (800,), 0.5, 0, "test")
+    return TrainingMix(tiny_tokenizer(), load_texts(None), (800,), {"needles": 0.5}, 0, "test")
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_targets_are_computed_once(tmp_path, mix, model):
         assert found == sequence == mix.sequence(1)
         for name, value in vars(before).items():
             assert torch.equal(getattr(targets, name), value)
-    states = label_states(model, sequence.input_ids, before.positions)
+    states = states_at(model, sequence.input_ids, before.positions)
     student = log_probabilities(states, model.get_output_embeddings(), before.token_ids)
     assert top_logits_divergence(student, before).abs().max() < 1e-4
     assert int(before.answers.sum()) == sequence.num_answer_tokens > 0

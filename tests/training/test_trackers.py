@@ -39,7 +39,7 @@ def recorder(monkeypatch):
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
 
 
-def test_a_log_tells_trackers_what_it_writes_and_what_passes(recorder, tmp_path):
+def test_trackers_receive_log_entries_and_transient_figures(recorder, tmp_path):
     configuration = {"seed": 0, "stage1": {"lengths": (1, 2), "start": None}}
     trackers = Trackers(["recorder", "recorder"], tmp_path / "runs", "artifact", configuration)
     log = TrainingLog(tmp_path / "log.jsonl", trackers)
@@ -61,7 +61,7 @@ def test_a_log_tells_trackers_what_it_writes_and_what_passes(recorder, tmp_path)
     assert next(log.entries()) == {"stage": "stage1", "step": 1, "loss": 2.0}
 
 
-def test_trackers_that_are_not_there(recorder, monkeypatch, tmp_path):
+def test_missing_trackers_are_refused(recorder, monkeypatch, tmp_path):
     with pytest.raises(RTPurboError, match=r"no tracker 'x': choose one of .*tensorboard"):
         check_trackers(["recorder", "x"])
     monkeypatch.setattr(tracking, "get_available_trackers", list)

@@ -1,4 +1,4 @@
-"""A part of the vocabulary at a time, the same comes out."""
+"""Logits computed for a part of the vocabulary at a time."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import sparsify
 from rtpurbo.settings import IndexerTrainingSettings
-from rtpurbo.training.layerwise import train_as_layers_pass
+from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sequences import TrainingSequence
 
@@ -79,9 +79,9 @@ class Stage1Case:
     ) -> Tensor:
         """Accumulates gradients and returns the losses of the sequences."""
         total = sum(len(sequence.input_ids) for sequence in sequences)
-        settings = IndexerTrainingSettings(rows_per_step=num_queries, lengths=(total,))
+        settings = IndexerTrainingSettings(queries_per_step=num_queries, lengths=(total,))
         seeds = [str(number) for number in range(len(sequences))]
-        losses = train_as_layers_pass(
+        losses = train_layer_by_layer(
             self.model, sequences, settings, seeds,
             backend=backend, around_loss=self.timer.around_part,
         )  # fmt: skip

@@ -38,7 +38,7 @@ from rtpurbo.training.teacher import TeacherTargets, teacher_targets
 
 SETTINGS = DistillationSettings()
 # Largest number of queries that select: those of an answer.
-ANSWER_TOKENS = SETTINGS.decode_rows
+ANSWER_TOKENS = SETTINGS.decode_queries
 # Tokens beyond a window, and layers, of the correctness check. Few layers, because rounding errors of half
 # precision accumulate over layers, while a wrong kernel is wrong in each of them.
 CHECKED_TOKENS = 4096

@@ -22,6 +22,7 @@ from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers, num_key_value_heads
+from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     CalibrationSettings,
     Progress,
@@ -75,7 +76,11 @@ def calibrate(
     check_context("documents", settings.length, context_length(model.config))
     if settings.ranking == "gates":
         return _by_gates(model, tokenizer, corpus, settings, rule, seed, progress)
-    kinds = ("copies", "chains") if settings.ranking == "turns" else (settings.ranking,)
+    kinds = (
+        ("induction", "variable_tracking")
+        if settings.ranking == "interleaved"
+        else (settings.ranking,)
+    )
     rows: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     layers: list[int] = []
     for number in range(settings.num_documents):
@@ -144,7 +149,7 @@ def _scores(
     number: int,
 ) -> dict[int, Tensor]:
     """The scores that one document gives, by layer."""
-    if kind == "chains":
+    if kind == "variable_tracking":
         rng = random.Random(f"chains-{seed}-{number}")
         chained = make_chain_document(tokenizer, corpus, settings.length, rng)
         return chain_scores(model, chained)
@@ -168,7 +173,9 @@ def read_calibration(path: Path) -> Calibration:
         return Calibration(
             head_map_from_dict(data["head_map"]),
             None if stability is None else Stability(**stability),
-            None if settings is None else CalibrationSettings(**settings),
+            None
+            if settings is None
+            else CalibrationSettings(**current_settings({"calibration": settings})["calibration"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(

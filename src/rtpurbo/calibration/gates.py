@@ -28,6 +28,7 @@ from rtpurbo.models.sparsify import empty_head_map, gated_heads, restore, runnin
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, loss_on
+from rtpurbo.training.student import set_gradient_checkpointing
 from rtpurbo.training.teacher import targets_at
 
 INITIAL_GATE = 0.95
@@ -42,7 +43,7 @@ LEARNING_RATE = 0.03
 MOMENTUM, SCALE_DECAY, MAX_GRADIENT = 0.9, 0.99, 5.0
 """Averages of the gradient and of its square over steps; a gradient is clipped to so many times its usual size."""
 
-TARGETS = DistillationSettings(answer_weight=2.0, decode_rows=0)
+TARGETS = DistillationSettings(answer_weight=2.0, decode_queries=0)
 
 
 class Sequences(Protocol):
@@ -97,7 +98,7 @@ def train_gates(
             if not loss.isfinite():
                 raise RTPurboError(
                     f"the loss of step {step + 1} of the gates is {loss.item()}: try --dtype float32, or "
-                    "--set calibration.ranking=copies."
+                    "--set calibration.ranking=induction."
                 )
             loss.backward()
             if step + 1 < steps:
@@ -198,7 +199,7 @@ def _gated(
     sparsify(model, RTPurboConfig(head_map, rule))
     on_gpu = model.device.type == "cuda"
     if on_gpu:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_gradient_checkpointing(model, True)
     model.train()
     gates = {
         module.layer_idx: torch.full(
@@ -212,5 +213,5 @@ def _gated(
     finally:
         model.eval()
         if on_gpu:
-            model.gradient_checkpointing_disable()
+            set_gradient_checkpointing(model, False)
         restore(model)

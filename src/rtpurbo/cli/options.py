@@ -197,7 +197,7 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Any other setting by its name, such as stage2.decode_rows=0 or "
+        help="Any other setting by its name, such as stage1.mixture.needles=0.4 or "
         "stage1.lengths=[4096,8192]; `rtpurbo.settings` describes them. Repeat it for several.",
         show_default=False,
         rich_help_panel=_TRAINING,

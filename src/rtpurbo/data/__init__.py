@@ -1,1 +1,1 @@
-"""Texts, made-up needles to hide in them, and the examples built from both."""
+"""Training and evaluation texts, synthetic tasks, and their registry."""

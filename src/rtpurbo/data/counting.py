@@ -1,4 +1,4 @@
-"""Which words come up most often? Numbered lists, and texts of code words with counts of a Zipf law."""
+"""Questions about the most frequent words: lists, and texts of code words with Zipf-distributed counts."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COMMON_WORDS = (3, 5, 10, 10)
-"""How many words of a list come up more often than the others, one of these."""
+"""Choices of the number of common words in a list."""
 
 MOST_COMMON = 30
-"""How often common words come up at the most; the others, a fourth as often or less."""
+"""Maximum count of common words; the count of the others is at most a quarter of theirs."""
 
 COMMON_ROOM, EXAMPLE_ROOM = 0.4, 0.3
-"""The shares of a sequence that common words may take, and a solved example."""
+"""Maximum shares of a sequence for common words and for a solved example."""
 
 EXAMPLE_SHARE = 0.5
-"""How often a solved example comes before a list, where there is room."""
+"""Share of lists that begin with a solved example, where there is room."""
 
 EXAMPLE_COUNTS, EXAMPLE_UNCOMMON = (10, 3), 30
 
 TOKENS_TO_A_CODE_WORD, LEAST_CODE_WORDS, NUM_FREQUENT = 50, 10, 3
 
 DOTS = "..."
-"""The most frequent of all in a text of code words, and none of them."""
+"""Most frequent entry of a text of code words, which is not a code word."""
 
 CODE_WORD_LENGTH, TRAINING_LENGTHS = 6, (4, 5, 6, 7, 8)
-"""Letters of a code word of tests, and those of training, where they differ by sequence."""
+"""Letters of a code word in evaluations, and choices for each training sequence."""
 
 
 def shuffled_list(
@@ -47,24 +47,24 @@ def shuffled_list(
     uncommon_count: int,
     seed: int,
 ) -> list[str]:
-    """Every common word so many times, and every other, in a random order."""
+    """Returns every common and uncommon word with its count, in random order."""
     entries = [*common] * common_count + [*uncommon] * uncommon_count
     random.Random(seed).shuffle(entries)
     return entries
 
 
 def code_words(rng: random.Random, length: int = CODE_WORD_LENGTH) -> Iterator[str]:
-    """Code words of so many letters, without end, none twice."""
-    given: set[str] = set()
+    """Yields distinct code words without end."""
+    drawn: set[str] = set()
     while True:
         word = "".join(rng.choices(string.ascii_lowercase, k=length))
-        if word not in given:
-            given.add(word)
+        if word not in drawn:
+            drawn.add(word)
             yield word
 
 
 def code_text(ranked: Sequence[str], size: int, alpha: float, seed: int) -> list[str]:
-    """Some `size` words in a random order: dots most often, then the code words by their rank."""
+    """Returns about `size` words in random order: dots most often, then the code words by rank."""
     counts = zipf_counts(size, len(ranked) + 1, alpha)
     words = [
         word for word, count in zip([DOTS, *ranked], counts, strict=False) for _ in range(count)
@@ -74,10 +74,9 @@ def code_text(ranked: Sequence[str], size: int, alpha: float, seed: int) -> list
 
 
 def zipf_counts(size: int, vocabulary: int, alpha: float) -> Sequence[int]:
-    """How often each rank comes up in a text of some `size` words: size k^-alpha / zeta(alpha).
+    """Returns the count of each rank in a text of about `size` words: size k^-alpha / zeta(alpha).
 
-    Counts are rounded down, so the text is shorter than `size`; ranks that never come up are left
-    out.
+    Counts are rounded down, so the text is shorter than `size`; ranks with a count of 0 are left out.
     """
     total = zeta(alpha)
     every = (int(size * rank**-alpha / total) for rank in range(1, vocabulary + 1))
@@ -85,13 +84,13 @@ def zipf_counts(size: int, vocabulary: int, alpha: float) -> Sequence[int]:
 
 
 def smallest_code_text(num_frequent: int, alpha: float) -> int:
-    """From this size on, the last word asked for comes up more often than the next, rounding or not."""
+    """Returns the size from which the last requested word is more frequent than the next despite rounding."""
     last, following = num_frequent + 1, num_frequent + 2
     return math.ceil(zeta(alpha) / (last**-alpha - following**-alpha))
 
 
 def zeta(alpha: float, terms: int = 1000) -> float:
-    """Riemann's zeta function, by its first terms and the Euler-Maclaurin estimate of the rest."""
+    """Returns the Riemann zeta function, from its first terms and the Euler-Maclaurin estimate of the rest."""
     head = math.fsum(rank**-alpha for rank in range(1, terms))
     return head + terms ** (1 - alpha) / (alpha - 1) + terms**-alpha / 2
 
@@ -99,13 +98,13 @@ def zeta(alpha: float, terms: int = 1000) -> float:
 def common_words_list(
     tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random, words: Iterator[str]
 ) -> Conversation:
-    """A list, and the question for the words that come up more often than the others.
+    """Returns a list and a question for its common words.
 
     Args:
         tokenizer: the model's.
-        length: the most tokens.
-        rng: the source of all randomness.
-        words: those of the list, without end, no two the same.
+        length: maximum number of tokens.
+        rng: source of all randomness.
+        words: endless iterator of distinct words.
     """
     wording = CountingWording.draw(rng, "train", "lists")
     num_common = rng.choice(COMMON_WORDS)
@@ -118,13 +117,13 @@ def common_words_list(
     others = [next(words) for _ in range(EXAMPLE_UNCOMMON)]
     example = shuffled_list(shown, others, *EXAMPLE_COUNTS, rng.getrandbits(64))
     if rng.random() < EXAMPLE_SHARE and len(example) * entry <= EXAMPLE_ROOM * length:
-        asked = wording.ask(_as_they_come(example, shown))
+        asked = wording.ask(_by_first_occurrence(example, shown))
         before = asked.solved_after(wording.text(example, num_common)) + "\n\n\n"
     uncommon, seed = Stream(words), rng.getrandbits(64)
 
     def around(size: int) -> Conversation:
         entries = shuffled_list(common, uncommon.first(size), common_count, uncommon_count, seed)
-        asked = wording.ask(_as_they_come(entries, common))
+        asked = wording.ask(_by_first_occurrence(entries, common))
         text = f"{before}{wording.text(entries, num_common)}"
         return conversation_tokens(tokenizer, text, [asked])
 
@@ -134,7 +133,7 @@ def common_words_list(
 def code_words_text(
     tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random
 ) -> Conversation:
-    """A text of code words, at most `length` tokens with the question for the most frequent ones."""
+    """Returns a text of code words and a question for the most frequent ones, at most `length` tokens."""
     alpha, seed = rng.uniform(1.6, 2.4), rng.getrandbits(64)
     num_words = max(LEAST_CODE_WORDS, length // TOKENS_TO_A_CODE_WORD)
     ranked = list(islice(code_words(rng, rng.choice(TRAINING_LENGTHS)), num_words))
@@ -149,6 +148,6 @@ def code_words_text(
     return fit_units(length, around, "A text of code words")
 
 
-def _as_they_come(entries: list[str], words: Sequence[str]) -> list[str]:
-    """Words in the order in which they first come up: the one order in which they can be known."""
+def _by_first_occurrence(entries: list[str], words: Sequence[str]) -> list[str]:
+    """Sorts words by first occurrence, the only order that a reader can know."""
     return sorted(words, key=entries.index)

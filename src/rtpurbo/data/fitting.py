@@ -1,4 +1,4 @@
-"""The largest haystack that fits: bisection, with guesses that make it short, and what grows so."""
+"""Search for the largest haystack that fits a number of tokens."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ REACH = 16
 
 
 def largest_that_fits(count: Callable[[int], int], limit: int, smallest: int) -> int:
-    """The largest size from `smallest` on whose count is within a limit.
+    """Returns the largest size from `smallest` on whose count is within a limit.
 
-    Counting the tokens of a long prompt takes a while, and they grow almost evenly with the size:
-    straight lines between counts find the place in a few steps. Every third step halves what is
-    left, so that no unevenness makes many of them.
+    Counting the tokens of a long prompt is slow, and their number is almost linear in the size, so linear
+    interpolation needs few steps. Every third step bisects, which bounds the number of steps.
 
     Args:
-        count: tokens of a size; one more unit may in rare cases make them fewer.
-        limit: the most tokens.
-        smallest: a size whose count is within the limit.
+        count: returns the tokens of a size; in rare cases, a larger size has fewer.
+        limit: maximum number of tokens.
+        smallest: size whose count is within the limit.
 
     Returns:
-        A size that fits, and that reaches the limit or is followed by one that does not fit.
+        Size that fits, and that reaches the limit or is one below a size that does not fit.
     """
     fits, fits_count = smallest, count(smallest)
     start, start_count = fits, fits_count
-    # Until something does not fit, go on along the line so far, but not far from small sizes.
+    # Extrapolate until a size does not fit, at most by a factor of `REACH`.
     too_large, too_many = 2 * (fits + 1), count(2 * (fits + 1))
     while too_many <= limit:
         fits, fits_count = too_large, too_many
@@ -52,17 +51,17 @@ def largest_that_fits(count: Callable[[int], int], limit: int, smallest: int) ->
 
 
 class Stream(Generic[T]):
-    """Keeps what an endless iterator gave, so that larger haystacks begin with smaller ones.
+    """Buffered prefix of an endless iterator, so that larger haystacks begin with smaller ones.
 
-    Its iterator must not share a random generator with anything that draws later: what it gives
-    must not depend on the sizes that are tried.
+    The iterator must not share a random generator with later draws: its elements must not depend on the
+    sizes that the search tries.
     """
 
     def __init__(self, source: Iterator[T]) -> None:
         self._source = source
-        self._given: list[T] = []
+        self._buffer: list[T] = []
 
     def first(self, count: int) -> list[T]:
-        """The first elements, always the same."""
-        self._given += islice(self._source, max(0, count - len(self._given)))
-        return self._given[:count]
+        """Returns the first elements, which are the same in every call."""
+        self._buffer += islice(self._source, max(0, count - len(self._buffer)))
+        return self._buffer[:count]

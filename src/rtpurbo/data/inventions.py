@@ -1,7 +1,6 @@
-"""People and places that do not exist: what a paragraph tells of each, and how it is asked for.
+"""Invented people and places: paragraphs about them, and questions.
 
-No model knows them, so that an answer can only be read. They share neither names nor facts with the
-passages of RULER's questions.
+Models cannot know the answers and must read them. Names and facts differ from those of RULER's questions.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from itertools import product
 from rtpurbo.data.words import NAMES
 
 NUM_FACTS = 3
-"""Of each person or place, beside its connection with another."""
+"""Facts of each person or place, in addition to its connection with another."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A sentence about `{who}` with a `{value}`, and the question for the value of a `{name}`."""
+    """Sentence about `{who}` with a `{value}`, and the question for the value of `{name}`."""
 
     sentence: str
     question: str
@@ -28,7 +27,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Connection:
-    """A sentence that leads from `{who}` to an `{other}`, and what the other is called without its name."""
+    """Sentence that connects `{who}` with `{other}`, and a paraphrase of the other without its name."""
 
     sentence: str
     paraphrase: str
@@ -36,11 +35,11 @@ class Connection:
 
 @dataclass(frozen=True)
 class Kind:
-    """What can be told of people, or of places.
+    """Kind of subject: people or places.
 
     Attributes:
-        facts: of which each has a few.
-        connections: with one of the other kind, of which each has one.
+        facts: possible facts, of which each subject has a few.
+        connections: possible connections with a subject of the other kind, of which each has one.
     """
 
     facts: tuple[Fact, ...]
@@ -49,14 +48,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Subject:
-    """A person or a place.
+    """Person or place.
 
     Attributes:
-        name: as the paragraph and questions have it.
-        short_name: what all sentences but the first call it.
-        facts: what is told of it, with the values.
-        connection: with the other.
-        other: a name of the other kind.
+        name: full name, in the first sentence and in questions.
+        short_name: name in all other sentences.
+        facts: facts with their values.
+        connection: connection with the other subject.
+        other: name of the other subject.
     """
 
     name: str
@@ -66,17 +65,17 @@ class Subject:
     other: str
 
     def paragraph(self, rng: random.Random) -> str:
-        """All that is told of it, in a random order."""
-        told = [(fact.sentence, {"value": value}) for fact, value in self.facts]
-        told.append((self.connection.sentence, {"other": self.other}))
-        rng.shuffle(told)
+        """Returns all sentences in random order."""
+        sentences = [(fact.sentence, {"value": value}) for fact, value in self.facts]
+        sentences.append((self.connection.sentence, {"other": self.other}))
+        rng.shuffle(sentences)
         return " ".join(
             sentence.format(who=self.short_name if number else self.name, **values)
-            for number, (sentence, values) in enumerate(told)
+            for number, (sentence, values) in enumerate(sentences)
         )
 
     def paraphrase_of_other(self) -> str:
-        """What the other is called where its name is not to be given away."""
+        """Returns the paraphrase of the other subject."""
         return self.connection.paraphrase.format(name=self.name)
 
 
@@ -162,7 +161,7 @@ TOWNS = tuple(
 
 
 def subjects(rng: random.Random) -> Iterator[tuple[Subject, Subject]]:
-    """Pairs of which the first leads to the second, a person and a place in turn; no name comes twice."""
+    """Yields pairs of connected subjects, person and place in alternating order, with distinct names."""
     people = [f"{first} {last}" for first, last in product(NAMES, FAMILY_NAMES)]
     towns = list(TOWNS)
     rng.shuffle(people)

@@ -1,7 +1,7 @@
-"""Training sequences that reward reading far back: needles, chains of variables, passages, counting, books.
+"""Training sequences with long-range dependencies: needles, variables, passages, counting and prose.
 
-Needles hide in prose, in repeated filler sentences or among other needles, and chains of variables in the
-first two. The kinds are those of RULER's tests; wordings, formats, keys, names and filler are not.
+Needles are hidden in prose, in repeated filler sentences or among other needles, and chains of variables in the
+first two. The kinds are those of RULER; wordings, formats, keys, names and filler are different.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHARES = {"prose": 0.30, "needles": 0.37, "variables": 0.13, "passage": 0.08, "counting": 0.12}
-"""How many sequences of each kind there are."""
+"""Shares of the kinds of sequences."""
 
 PROSE, NOISE, NEEDLES = "prose", "noise", "needles"
 HAYSTACKS = {PROSE: 0.5, NOISE: 0.2, NEEDLES: 0.3}
-"""How often needles hide in what."""
+"""Shares of the haystacks of needles."""
 
 UUID_SHARE = {PROSE: 0.2, NOISE: 0.2, NEEDLES: 0.5}
-"""How often values are UUIDs instead of numbers, by haystack; among other needles, then half of the keys are too."""
+"""Shares of UUIDs instead of numbers as values, by haystack; among other needles, half of these have UUID keys."""
 
 LISTED_SHARE = 0.25
-"""How often one question asks for several keys at once."""
+"""Share of questions that ask for several keys at once."""
 
 EXAMPLE_SHARE = 0.3
-"""How often a solved example comes before chains of variables, where there is room."""
+"""Share of chains of variables that begin with a solved example, where there is room."""
 
 MAX_QUESTIONS = 8
 
-# What is hidden and asked must leave most of a short sequence to prose.
+# Hidden sentences and questions must leave most of a short sequence to prose.
 TOKENS_PER_NEEDLE = {"number": 96, "uuid": 256}
 TOKENS_PER_QUESTION = {"number": 384, "uuid": 768}
 TOKENS_PER_CHAIN = 512
@@ -67,21 +67,21 @@ ROOM_FOR_EXAMPLE, EXAMPLE_SENTENCES = 4096, 60
 QUOTED_WORDS, CONTINUED_WORDS = 24, 48
 
 FILLER_SENTENCES = (3, 4, 5, 6, 30, 300)
-"""A haystack of noise repeats so many different sentences, one of these."""
+"""Choices of the number of distinct sentences in a haystack of noise."""
 
 NUMBER_DIGITS = (6, 7, 8, 9)
-"""Of the values of one sequence, one of these."""
+"""Choices of the number of digits of a sequence's values."""
 
 
 @dataclass(frozen=True)
 class ChainSequence:
-    """A sequence with chains of variables, and where they are.
+    """Sequence with chains of variables.
 
     Attributes:
-        conversation: its tokens.
-        assignments: as the text has them, each once.
+        conversation: tokens.
+        assignments: text of each assignment, once.
         copies: those of `assignments` that copy another variable.
-        values: those asked for.
+        values: values of the chains that are asked for.
     """
 
     conversation: Conversation
@@ -92,13 +92,13 @@ class ChainSequence:
 
 @dataclass(frozen=True)
 class LongRangeMix:
-    """Draws sequences by number: nothing to store, and a resumed run meets the same ones.
+    """Generator of sequences by number, so that a resumed run draws the same ones.
 
     Attributes:
         tokenizer: the model's.
         corpus: prose.
-        seed: of everything.
-        split: which keys and names to draw from.
+        seed: seed of all randomness.
+        split: split of keys and names.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ class LongRangeMix:
     split: Split = "train"
 
     def sequence(self, number: int, length: int) -> Conversation:
-        """Sequence `number`, at most `length` tokens long; prose has no answers."""
+        """Returns sequence `number`, at most `length` tokens long; prose has no answers."""
         rng = random.Random(f"long-range-{self.seed}-{number}")
         kind = _draw(SHARES, rng)
         if kind == "needles":
@@ -121,7 +121,7 @@ class LongRangeMix:
         return self.prose(length, rng)
 
     def prose(self, length: int, rng: random.Random) -> Conversation:
-        """Prose of exactly `length` tokens, without a question."""
+        """Returns prose of exactly `length` tokens, without a question."""
         start = begin_ids(self.tokenizer)
         prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
         return Conversation([*start, *prose], [])
@@ -134,16 +134,16 @@ class LongRangeMix:
         most_questions: int = MAX_QUESTIONS,
         listed_share: float = LISTED_SHARE,
     ) -> Conversation:
-        """1 to 32 keys with 1 to 4 values each, and up to 8 questions.
+        """Returns 1 to 32 keys with 1 to 4 values each, and up to 8 questions.
 
-        As many values as may be come often: where they are rare, a model learns to stop listing early.
+        The largest number of values is frequent, because otherwise a model learns to stop listing early.
 
         Args:
-            length: the most tokens.
-            rng: the source of all randomness.
-            haystack: of `HAYSTACKS`; drawn if None.
-            most_questions: at most so many questions.
-            listed_share: how often one question asks for several keys at once, where there are several.
+            length: maximum number of tokens.
+            rng: source of all randomness.
+            haystack: one of `HAYSTACKS`; drawn if None.
+            most_questions: maximum number of questions.
+            listed_share: share of sequences of several keys with one question about several of them.
         """
         haystack = haystack or _draw(HAYSTACKS, rng)
         kind = "uuid" if rng.random() < UUID_SHARE[haystack] else "number"
@@ -159,11 +159,11 @@ class LongRangeMix:
             for _ in range(rng.choice((1, rng.randint(1, most), most)))
         ]
         needles.sort()
-        held: dict[str, list[str]] = {}
+        values_of: dict[str, list[str]] = {}
         for _, key, value in needles:
-            held.setdefault(key, []).append(value)
+            values_of.setdefault(key, []).append(value)
         introduction, questions = self._questions(
-            length, rng, held, wording, most_questions, listed_share
+            length, rng, values_of, wording, most_questions, listed_share
         )
         hidden = [(depth, wording.state(key, value)) for depth, key, value in needles]
         distractors = (wording.state(*pair) for pair in zip(keys, values, strict=True))
@@ -178,7 +178,7 @@ class LongRangeMix:
         haystack: str | None = None,
         most_questions: int = MAX_QUESTIONS,
     ) -> Conversation:
-        """Up to 4 chains of up to 4 hops, and a question for each, at most `most_questions`."""
+        """Returns up to 4 chains of up to 4 hops, and a question for each, at most `most_questions`."""
         return self.chains(length, rng, haystack, most_questions).conversation
 
     def chains(
@@ -188,7 +188,7 @@ class LongRangeMix:
         haystack: str | None = None,
         most_questions: int = MAX_QUESTIONS,
     ) -> ChainSequence:
-        """Draws a sequence of `variables`, with what is hidden in it."""
+        """Returns a sequence of `variables` with its hidden assignments."""
         haystack = haystack or rng.choice((PROSE, NOISE))
         room = max(1, length // TOKENS_PER_CHAIN)
         num_chains = rng.choice([count for count in (1, 1, 2, 4) if count <= room])
@@ -216,7 +216,7 @@ class LongRangeMix:
         )
 
     def passage(self, length: int, rng: random.Random) -> Conversation:
-        """Prose of which a passage is quoted again at the end and must be continued."""
+        """Returns prose of which a passage is quoted at the end and must be continued."""
         depth = 0.9 * rng.random()
         worded = templates("train")["passages"]
         introduction = rng.choice(worded["introductions"])
@@ -235,13 +235,13 @@ class LongRangeMix:
         )
 
     def counting(self, length: int, rng: random.Random) -> Conversation:
-        """A list some of whose words come up more often, or code words with counts of a Zipf law."""
+        """Returns a list with common words, or code words with Zipf-distributed counts."""
         if rng.choice((True, False)):
             return common_words_list(self.tokenizer, length, rng, self._keys(rng, uuids=False))
         return code_words_text(self.tokenizer, length, rng)
 
     def _keys(self, rng: random.Random, uuids: bool) -> Iterator[str]:
-        """Keys without end, no two the same."""
+        """Yields distinct keys without end."""
         if uuids:
             return random_values(rng, "uuid")
         names = list(key_names(self.split))
@@ -252,20 +252,22 @@ class LongRangeMix:
         self,
         length: int,
         rng: random.Random,
-        held: dict[str, list[str]],
+        values_of: dict[str, list[str]],
         wording: NeedleWording,
         most_questions: int,
         listed_share: float,
     ) -> tuple[str, list[Question]]:
-        """Returns the introduction of the text, and questions for some keys, for each or for several at once."""
-        most = min(len(held), most_questions, max(1, length // TOKENS_PER_QUESTION[wording.kind]))
-        if len(held) > 1 and rng.random() < listed_share:
-            together = rng.sample(sorted(held), min(len(held), rng.randint(2, 4)))
-            every = [value for key in together for value in held[key]]
+        """Returns the introduction of the text, and a question for each of some keys or for several at once."""
+        most = min(
+            len(values_of), most_questions, max(1, length // TOKENS_PER_QUESTION[wording.kind])
+        )
+        if len(values_of) > 1 and rng.random() < listed_share:
+            together = rng.sample(sorted(values_of), min(len(values_of), rng.randint(2, 4)))
+            every = [value for key in together for value in values_of[key]]
             return wording.introduce(rng, len(every)), [wording.ask(rng, together, every)]
-        asked = rng.sample(sorted(held), rng.choice((rng.randint(1, most), most)))
-        num_values = sum(len(held[key]) for key in asked)
-        questions = [wording.ask(rng, [key], held[key]) for key in asked]
+        asked = rng.sample(sorted(values_of), rng.choice((rng.randint(1, most), most)))
+        num_values = sum(len(values_of[key]) for key in asked)
+        questions = [wording.ask(rng, [key], values_of[key]) for key in asked]
         return wording.introduce(rng, num_values), questions
 
     def _around(
@@ -279,7 +281,7 @@ class LongRangeMix:
         on_lines: bool,
         distractors: Iterator[str] | None = None,
     ) -> Conversation:
-        """A haystack with what is hidden in it, and the questions, as long as may be."""
+        """Returns the longest haystack that fits, with hidden sentences and questions."""
 
         def around(text: str) -> Conversation:
             return conversation_tokens(self.tokenizer, f"{introduction}\n\n{text}", questions)
@@ -301,7 +303,7 @@ class LongRangeMix:
 
 
 def _filler(rng: random.Random) -> Stream[str]:
-    """The same short sentences over and over."""
+    """Returns endlessly repeated short sentences."""
     return Stream(cycle(filler_sentences(rng, rng.choice(FILLER_SENTENCES))))
 
 
@@ -311,13 +313,13 @@ def _draw(shares: dict[str, float], rng: random.Random) -> str:
 
 
 def passage_question(prose: str, depth: float, question: str, opening: str) -> Question:
-    """Quotes the beginning of a sentence near a depth from 0 to 1 and asks how it goes on.
+    """Quotes the beginning of a sentence near a depth from 0 to 1 and asks for its continuation.
 
     Args:
         prose: the text.
-        depth: of the sentence.
-        question: a template with a field `quote`.
-        opening: the opening words of the answer.
+        depth: depth of the sentence.
+        question: template with a field `quote`.
+        opening: opening words of the answer.
     """
     ends = [match.end() for match in SENTENCE_END.finditer(prose)]
     start = min([0, *ends], key=lambda place: abs(place - depth * len(prose)))

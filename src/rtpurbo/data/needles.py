@@ -1,4 +1,4 @@
-"""Needles in a haystack: questions whose answer hides far back, and documents to calibrate on."""
+"""Needles in a haystack: retrieval questions, and calibration documents."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RetrievalExample:
-    """A long prompt that asks for something hidden in it, up to where the answer must begin.
+    """Long prompt with a question about hidden text, and its answer.
 
     Attributes:
-        prompt_ids: the tokens of the prompt, ending with the opening words of the answer.
-        answer_ids: the tokens with which a right answer goes on.
-        answers: the strings that a right answer contains, in the order of the text.
-        kind: "single", "multi_key" (other keys distract), "multi_value" (the key has several
+        prompt_ids: tokens of the prompt, up to and including the opening words of the answer.
+        answer_ids: tokens of the correct answer after them.
+        answers: strings that a correct answer contains, in the order of the text.
+        kind: "single", "multi_key" (with distractor keys), "multi_value" (the key has several
             numbers), "multi_key_multi_value" or "variable_tracking".
     """
 
@@ -44,20 +44,25 @@ class RetrievalExample:
 
     @classmethod
     def of(cls, conversation: Conversation, answers: list[str], kind: str) -> RetrievalExample:
-        """The example that a conversation with one question is."""
+        """Returns the example of a conversation with one question."""
         [(start, _)] = conversation.answer_spans
         ids = conversation.input_ids
         return cls(ids[:start], ids[start:], answers, kind)
 
+    def conversation(self) -> Conversation:
+        """Returns prompt and answer as a conversation with one question."""
+        ids = [*self.prompt_ids, *self.answer_ids]
+        return Conversation(ids, [(len(self.prompt_ids), len(ids))])
+
 
 @dataclass(frozen=True)
 class CalibrationDocument:
-    """Prose in which the same tokens stand twice, near the beginning and at the very end.
+    """Prose with two copies of a needle, near the beginning and at the end.
 
     Attributes:
-        input_ids: the tokens of the document.
-        early_span: the first and the one-past-the-last index of the early needle.
-        late_span: the same for the late needle; `input_ids` agrees on both spans.
+        input_ids: tokens of the document.
+        early_span: first and one-past-the-last index of the early needle.
+        late_span: span of the late needle, with the same tokens.
     """
 
     input_ids: list[int]
@@ -77,22 +82,20 @@ def make_retrieval_example(
 ) -> RetrievalExample:
     """Hides numbers in prose and asks for those of one key.
 
-    The test split is worded as RULER is, the training split in one of many other ways.
-
-    A tokenizer with a chat template gets the text and the question as the user's turn and the
-    opening words of the answer as the assistant's.
+    The test split uses RULER's wording, the training split one of many others. With a chat template, text and
+    question are the user's turn and the opening words of the answer begin the assistant's.
 
     Args:
-        tokenizer: turns the text into tokens.
-        corpus: where the prose comes from.
-        length: the most tokens that prompt and answer may have together; they have at most 1 %
-            or 16 tokens, whichever is more, less.
-        rng: the source of all randomness.
-        num_keys: how many keys have numbers; all but one distract.
-        num_values: how many numbers the queried key has.
-        depth: where the (first) needle of the queried key stands, from 0 (the beginning of the
-            prose) to 1 (its end); random if None.
-        split: whose keys and wordings to draw from.
+        tokenizer: the model's.
+        corpus: source of the prose.
+        length: maximum number of tokens of prompt and answer together, which is reached to within 1 % or
+            16 tokens, whichever is more.
+        rng: source of all randomness.
+        num_keys: number of keys; all but one are distractors.
+        num_values: number of values of the queried key.
+        depth: depth of the (first) needle of the queried key, from 0 (beginning of the prose) to 1
+            (end); random if None.
+        split: split of keys and wordings.
 
     Raises:
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
@@ -135,20 +138,20 @@ def make_retrieval_example(
 
 
 def random_values(rng: random.Random, kind: str = "number", num_digits: int = 7) -> Iterator[str]:
-    """Numbers of so many digits or UUIDs (`kind` "uuid"), without end, nothing twice."""
-    given: set[str] = set()
+    """Yields distinct numbers or UUIDs (`kind` "uuid") without end."""
+    used: set[str] = set()
     while True:
         if kind == "uuid":
             drawn = str(uuid.UUID(int=rng.getrandbits(128), version=4))
         else:
             drawn = str(rng.randrange(10 ** (num_digits - 1), 10**num_digits))
-        if drawn not in given:
-            given.add(drawn)
+        if drawn not in used:
+            used.add(drawn)
             yield drawn
 
 
 def is_correct(example: RetrievalExample, generated_text: str) -> bool:
-    """Whether every answer stands in the generated text, as a number or word of its own."""
+    """True if every answer is in the generated text, as a separate number or word."""
     found = set(re.findall(r"\d+|[^\W\d_]+", generated_text))
     return found.issuperset(example.answers)
 
@@ -160,17 +163,17 @@ def make_calibration_document(
     rng: random.Random,
     depth: float = 0.1,
 ) -> CalibrationDocument:
-    """Puts the same made-up sentences near the beginning and at the end of prose.
+    """Inserts the same invented sentences near the beginning and at the end of prose.
 
-    A head that retrieves looks back from the late needle to the early one.
+    A retrieval head attends from the late needle to the early one.
 
     Args:
-        tokenizer: turns the text into tokens.
-        corpus: where the prose comes from.
-        length: how many tokens the document has, exactly.
-        rng: the source of all randomness.
-        depth: where the early needle stands, as a part of the prose; it is moved to the end of a
-            sentence if one is near.
+        tokenizer: the model's.
+        corpus: source of the prose.
+        length: exact number of tokens of the document.
+        rng: source of all randomness.
+        depth: depth of the early needle in the prose, from 0 to 1; moved to the end of a nearby
+            sentence.
 
     Raises:
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
@@ -200,7 +203,7 @@ def make_calibration_document(
 
 
 def _calibration_needle(rng: random.Random) -> str:
-    """Made-up sentences that nobody can guess, 30 to 60 tokens long with usual tokenizers."""
+    """Returns invented sentences that no model can guess, 30 to 60 tokens with common tokenizers."""
     adjectives, nouns = words_of("train")
     first_name, second_name = rng.sample(NAMES, 2)
     adjective, other_adjective = rng.sample(adjectives, 2)
@@ -224,7 +227,7 @@ def _calibration_needle(rng: random.Random) -> str:
 def _next_sentence_end(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], position: int
 ) -> int:
-    """The first index from `position` on that follows the end of a sentence, if one is near."""
+    """Returns the first index from `position` on after the end of a sentence, or `position` if none is near."""
     for index in range(max(1, position), min(position + 64, len(token_ids))):
         if decode(tokenizer, [token_ids[index - 1]]).rstrip().endswith((".", "!", "?")):
             return index

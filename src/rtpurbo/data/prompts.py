@@ -1,4 +1,4 @@
-"""Long prompts: prose with something hidden in it, and questions about it with their answers, as tokens."""
+"""Long prompts as tokens: prose with hidden sentences, questions and answers."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the words that open its answer and give nothing away, and the answer itself."""
+    """Question, the opening words of its answer that reveal nothing, and the answer."""
 
     question: str
     opening: str
     answer: str
 
     def solved_after(self, text: str) -> str:
-        """What it is about, the question and the answer, as one text."""
+        """Returns a text with the question and its answer after it."""
         return f"{text}\n\n{self.question}\n\n{self.opening}{self.answer}"
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Tokens of a text and of questions about it, each with its answer; the last answer ends it.
+    """Tokens of a text and of questions with answers, ending with the last answer.
 
     Attributes:
-        input_ids: all of it.
+        input_ids: all tokens.
         answer_spans: for each question the first and the one-past-the-last index of its answer,
-            opening words left out.
+            without the opening words.
     """
 
     input_ids: list[int]
@@ -50,15 +50,15 @@ class Conversation:
 def conversation_tokens(
     tokenizer: PreTrainedTokenizerBase, context: str, questions: Sequence[Question]
 ) -> Conversation:
-    """The tokens of a text followed by questions and answers.
+    """Returns the tokens of a text followed by questions and answers.
 
-    A tokenizer with a chat template gets the text and the first question as the user's first turn,
-    the other questions as later ones, and the answers as the assistant's.
+    With a chat template, the text and the first question are the user's first turn, the other questions later
+    turns, and the answers the assistant's turns.
 
     Args:
-        tokenizer: turns the text into tokens.
-        context: what the questions are about, and what introduces it.
-        questions: at least one.
+        tokenizer: the model's.
+        context: introduction and text.
+        questions: at least one question.
     """
     input_ids: list[int] = []
     answer_spans: list[tuple[int, int]] = []
@@ -67,7 +67,7 @@ def conversation_tokens(
         turn = asked.question if number else f"{context}\n\n{asked.question}"
         messages.append({"role": "user", "content": turn})
         if tokenizer.chat_template:
-            # Templates of models that can think out loud know the last option; others ignore it.
+            # `enable_thinking` is an option of reasoning models' templates; others ignore it.
             rendered = str(
                 tokenizer.apply_chat_template(
                     messages,
@@ -76,7 +76,7 @@ def conversation_tokens(
                     enable_thinking=False,
                 )
             )
-            # What came before has its tokens already.
+            # Earlier turns have been tokenized already.
             new = rendered.rpartition(messages[-2]["content"])[2] if number else rendered
             input_ids += encode(tokenizer, new)
         else:
@@ -84,8 +84,8 @@ def conversation_tokens(
             input_ids += [] if number else begin_ids(tokenizer)
             input_ids += encode(tokenizer, f"{before}{turn}\n\n")
 
-        # What follows the opening words is found by encoding both at once: encoded alone, an
-        # answer may begin with other tokens.
+        # Opening words and answer are encoded together, because encoded alone an answer may begin with
+        # other tokens.
         opening_ids = encode(tokenizer, asked.opening)
         both_ids = encode(tokenizer, asked.opening + asked.answer)
         shared = 0
@@ -108,13 +108,12 @@ def fit_prose(
     """Fills a conversation with as much prose as fits.
 
     Args:
-        tokenizer: turns the text into tokens.
-        corpus: where the prose comes from.
-        length: the most tokens of the whole; it has at most 1 % or 16 tokens, whichever is more,
-            less.
-        rng: the source of all randomness.
-        tokens_around: makes the conversation around some prose, always the same around the same.
-        what: what error messages call the whole, capitalised.
+        tokenizer: the model's.
+        corpus: source of the prose.
+        length: maximum number of tokens, which is reached to within 1 % or 16 tokens, whichever is more.
+        rng: source of all randomness.
+        tokens_around: deterministic function that returns the conversation around some prose.
+        what: name of the conversation in error messages, capitalised.
 
     Raises:
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
@@ -125,8 +124,8 @@ def fit_prose(
         raise RTPurboError(
             f"{what} does not fit into {length} tokens; ask for a length of at least {2 * frame}."
         )
-    # Decoded and encoded again amid the needles, the prose changes its length by a few tokens:
-    # begin with too many and cut.
+    # Encoding the decoded prose among needles changes its length by a few tokens: start with too many
+    # and cut.
     prose_ids = corpus.sample_tokens(tokenizer, room + 32, rng)
     while True:
         conversation = tokens_around(decode(tokenizer, prose_ids).strip())
@@ -140,9 +139,9 @@ def fit_units(length: int, tokens_around: Callable[[int], Conversation], what: s
     """Fills a conversation with as many units of a haystack as fit, at least one.
 
     Args:
-        length: the most tokens of the whole.
-        tokens_around: makes the conversation around so many units; more make it longer.
-        what: what error messages call the whole, capitalised.
+        length: maximum number of tokens.
+        tokens_around: returns the conversation around a number of units; more units make it longer.
+        what: name of the conversation in error messages, capitalised.
 
     Raises:
         RTPurboError: `length` leaves no room for one unit.
@@ -157,15 +156,15 @@ def fit_units(length: int, tokens_around: Callable[[int], Conversation], what: s
 
 
 def hide(prose: str, sentences: Sequence[tuple[float, str]], *, on_lines: bool = False) -> str:
-    """Puts sentences between those of `prose`, each at its depth from 0 to 1, in order.
+    """Inserts sentences between those of `prose`, each at its depth from 0 to 1, in order.
 
     Args:
         prose: the haystack.
-        sentences: depths and what is hidden there.
-        on_lines: gives each a line of its own.
+        sentences: depths and inserted sentences.
+        on_lines: put each on a separate line.
     """
     ends = [match.end() for match in SENTENCE_END.finditer(prose)]
-    # Text without sentences, such as a list of words, is cut between words, and without words
+    # Text without sentences, such as a list of words, is cut between words, and text without spaces
     # anywhere.
     spaces = [match.start() for match in re.finditer(r"\s", prose)]
     places = [0, *(ends or spaces or range(len(prose)))]
@@ -179,12 +178,12 @@ def hide(prose: str, sentences: Sequence[tuple[float, str]], *, on_lines: bool =
 
 
 def hide_among_lines(lines: Sequence[str], hidden: Sequence[tuple[float, str]]) -> str:
-    """A text of lines and of those hidden among them, each at its depth from 0 to 1, in order."""
+    """Returns a text of lines with others inserted, each at its depth from 0 to 1, in order."""
     return "\n".join(placed_among(lines, hidden))
 
 
 def placed_among(texts: Sequence[str], placed: Sequence[tuple[float, str]]) -> list[str]:
-    """Texts and others among them, each at its depth from 0 to 1, in order."""
+    """Returns texts with others inserted, each at its depth from 0 to 1, in order."""
     filled = list(texts)
     for depth, text in reversed(placed):
         filled.insert(round(depth * len(texts)), text)
@@ -192,5 +191,5 @@ def placed_among(texts: Sequence[str], placed: Sequence[tuple[float, str]]) -> l
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of some tokens, nothing cleaned up."""
+    """Decodes tokens without cleaning up spaces."""
     return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""A plain question about one or two of many numbered paragraphs, most of them pieces of prose."""
+"""Reading comprehension: questions about one or two of many numbered paragraphs amid prose."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TWO_HOP_SHARE = 0.4
-"""How often a question leads from one paragraph to another."""
+"""Share of questions that need two paragraphs."""
 
 NUM_OTHERS = (0, 2, 6, 20)
-"""How many pairs of paragraphs there are like those asked for, one of these, where there is room."""
+"""Choices of the number of distracting pairs of paragraphs, where there is room."""
 
-TOLD_ROOM = 0.4
-"""The share of a sequence that paragraphs may take: they must not crowd out the prose."""
+PARAGRAPH_ROOM = 0.4
+"""Maximum share of a sequence for these paragraphs; the rest is prose."""
 
 WORDS_TO_A_PIECE = (40, 160)
-"""Of prose, from the first to the second."""
+"""Minimum and maximum number of words of a piece of prose."""
 
 WORD = re.compile(r" ?\S{1,24}")
-"""With the space before it; where none are written, so many characters stand for a word."""
+"""Word with the space before it; in text without spaces, 24 characters."""
 
 
 def reading_example(
@@ -47,14 +47,14 @@ def reading_example(
     rng: random.Random,
     most_questions: int = 1,
 ) -> Conversation:
-    """Numbered paragraphs about invented people and places among pieces of prose, and questions.
+    """Returns numbered paragraphs about invented people and places among pieces of prose, with questions.
 
     Args:
         tokenizer: the model's.
         corpus: prose.
-        length: the most tokens.
-        rng: the source of all randomness.
-        most_questions: at most so many questions, about different pairs of paragraphs.
+        length: maximum number of tokens.
+        rng: source of all randomness.
+        most_questions: maximum number of questions, about different pairs of paragraphs.
 
     Raises:
         RTPurboError: `length` leaves no room for the question, or `corpus` is too short.
@@ -63,32 +63,32 @@ def reading_example(
     titled = rng.random() < 0.5
     asked = next(pairs)
     questions = [_question(*asked, rng)]
-    told = _told(asked, titled, rng)
-    tokens = sum(len(encode(tokenizer, paragraph)) for _, paragraph in told)
-    most = max(0, int(TOLD_ROOM * length / tokens) - 1)
+    paragraphs = _paragraphs(asked, titled, rng)
+    tokens = sum(len(encode(tokenizer, paragraph)) for _, paragraph in paragraphs)
+    most = max(0, int(PARAGRAPH_ROOM * length / tokens) - 1)
     num_others = rng.choice([count for count in NUM_OTHERS if count <= most])
     for pair in islice(pairs, num_others):
-        told += _told(pair, titled, rng)
+        paragraphs += _paragraphs(pair, titled, rng)
         if len(questions) < most_questions:
             questions.append(_question(*pair, rng))
-    told.sort()
+    paragraphs.sort()
     worded = templates("train")["reading"]
     heading, introduction = rng.choice(worded["headings"]), rng.choice(worded["introductions"])
     seed = rng.getrandbits(64)
     prose = Stream(_pieces(tokenizer, corpus, length, random.Random(seed)))
 
     def around(num_words: int) -> Conversation:
-        texts = placed_among(_first_words(prose, num_words), told)
+        texts = placed_among(_first_words(prose, num_words), paragraphs)
         numbered = (
             f"{fill(heading, number=number)}\n{text}" for number, text in enumerate(texts, 1)
         )
         return conversation_tokens(tokenizer, "\n\n".join([introduction, *numbered]), questions)
 
-    return fit_units(length, around, f"A question about {len(told)} paragraphs amid prose")
+    return fit_units(length, around, f"A question about {len(paragraphs)} paragraphs amid prose")
 
 
 def _question(first: Subject, second: Subject, rng: random.Random) -> Question:
-    """Asks for a fact of the first, or for one of the second, whose name only the first gives away."""
+    """Asks for a fact of the first subject, or of the second, which is named by its connection with the first."""
     two_hops = rng.random() < TWO_HOP_SHARE
     subject = second if two_hops else first
     name = first.paraphrase_of_other() if two_hops else first.name
@@ -102,22 +102,20 @@ def _question(first: Subject, second: Subject, rng: random.Random) -> Question:
     )
 
 
-def _told(
+def _paragraphs(
     pair: tuple[Subject, Subject], titled: bool, rng: random.Random
 ) -> list[tuple[float, str]]:
-    """A paragraph about each of a pair, and its depth."""
-    paragraphs = [subject.paragraph(rng) for subject in pair]
+    """Returns a depth and a paragraph for each subject of a pair."""
+    texts = [subject.paragraph(rng) for subject in pair]
     if titled:
-        paragraphs = [
-            f"{subject.name}\n{text}" for subject, text in zip(pair, paragraphs, strict=True)
-        ]
-    return [(rng.random(), text) for text in paragraphs]
+        texts = [f"{subject.name}\n{text}" for subject, text in zip(pair, texts, strict=True)]
+    return [(rng.random(), text) for text in texts]
 
 
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
 ) -> Iterator[list[str]]:
-    """The words of pieces of prose, without end; `length` tokens of it go on where they began."""
+    """Yields the words of pieces of prose without end, cut from samples of `length` tokens."""
     while True:
         prose = decode(tokenizer, corpus.sample_tokens(tokenizer, length, rng))
         words = WORD.findall(" ".join(prose.split()))
@@ -128,7 +126,7 @@ def _pieces(
 
 
 def _first_words(pieces: Stream[list[str]], num_words: int) -> list[str]:
-    """Pieces of so many words together, the last one cut short if need be."""
+    """Returns pieces of prose of `num_words` words together; the last one may be truncated."""
     texts: list[str] = []
     while num_words > 0:
         piece = pieces.first(len(texts) + 1)[-1][:num_words]

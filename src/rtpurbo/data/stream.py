@@ -1,8 +1,8 @@
-"""Texts that are read while training goes on, never all at once, from where they were left.
+"""Streamed texts with resumable positions.
 
-`datasets` streams files and the Hub's datasets and knows its position in them. Its own shuffle buffer
-is lost on resumption, so documents are shuffled here: a buffer is filled, emptied in random order and
-filled again, and a position is where its filling began and how much of it was taken.
+`datasets` streams files and the Hub's datasets and saves its position. Its shuffle buffer is lost on
+resumption, so documents are shuffled here: a buffer is filled, emptied in random order and filled again, and
+a position consists of the stream position at which the buffer was filled and the number of documents taken.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _READERS = {
 
 @dataclass(frozen=True)
 class TextStream:
-    """Texts to be read in order, with two parts at their beginning that are kept in memory.
+    """Streamed texts, with two parts at the beginning that are kept in memory.
 
     Attributes:
-        name: what error messages call it.
-        held_out: the first documents, which no training sees.
-        opening: the documents after them, which stand for the whole where random access is needed;
-            they are read again in training.
+        name: name in error messages.
+        held_out: first documents, excluded from training.
+        opening: documents after them, which represent the stream where random access is needed; training
+            reads them again.
         documents: all but the held-out ones, as a streaming dataset with a column `text`.
         buffer_size: documents shuffled at a time.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
     """
 
     name: str
@@ -55,10 +55,9 @@ class TextStream:
     seed: int
 
     def lane(self, number: int, count: int) -> StreamLane:
-        """One of `count` disjoint parts of the stream, each read on its own.
+        """Returns one of `count` disjoint parts of the stream, which are read independently.
 
-        Whole files go to a part where their number allows it; else each part takes every
-        `count`-th document.
+        Each part gets whole files if their number allows it, else every `count`-th document.
         """
         from datasets.distributed import split_dataset_by_node
 
@@ -67,13 +66,13 @@ class TextStream:
 
 
 class StreamLane:
-    """A part of a stream, begun anew when it ends; prose is cut from it as from a `TextCorpus`.
+    """Part of a stream, repeated when it ends; prose is sampled from it as from a `TextCorpus`.
 
     Args:
-        name: what error messages call the stream.
-        documents: a streaming dataset.
+        name: name of the stream in error messages.
+        documents: streaming dataset.
         buffer_size: documents shuffled at a time.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
     """
 
     def __init__(self, name: str, documents: Any, buffer_size: int, seed: str) -> None:
@@ -85,12 +84,12 @@ class StreamLane:
         self._rows: Iterator[dict[str, Any]] = iter(())
         self._ended = True
         self._buffer: list[str] = []
-        # The buffer holds the documents from here on, of which some were taken.
+        # Position at which the buffer was filled, and the number of documents taken from it.
         self._epoch, self._buffers, self._taken = -1, 0, 0
         self._start_of_buffer: Any = None
 
     def position(self) -> dict[str, Any]:
-        """Where the next document stands, of plain types, as `seek` takes it."""
+        """Returns the position of the next document in plain types, for `seek`."""
         return {
             "epoch": self._epoch,
             "buffers": self._buffers,
@@ -99,7 +98,7 @@ class StreamLane:
         }
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes to where another lane of the same stream was."""
+        """Moves to a position of a lane of the same stream."""
         self._epoch, self._buffers = position["epoch"], position["buffers"]
         self._buffer, self._taken = [], 0
         self._start_of_buffer = deepcopy(position["start_of_buffer"])
@@ -111,10 +110,10 @@ class StreamLane:
             self._taken = position["taken"]
 
     def next_document(self) -> str:
-        """The next text, which is not empty.
+        """Returns the next text that is not empty.
 
         Raises:
-            RTPurboError: there is none, or it cannot be read.
+            RTPurboError: there is no text, or it cannot be read.
         """
         tries = 0
         while self._taken >= len(self._buffer):
@@ -126,7 +125,7 @@ class StreamLane:
                         "text, or read it without --stream."
                     )
                 self._epoch, self._buffers = self._epoch + 1, 0
-                # Before the first row is read, the dataset still reports where it was before.
+                # Until a row is read, the dataset reports its previous position.
                 self._start_of_buffer = deepcopy(self._start_of_data)
                 self._dataset.load_state_dict(deepcopy(self._start_of_data))
                 self._rows, self._ended = iter(self._dataset), False
@@ -141,17 +140,17 @@ class StreamLane:
     def sample_tokens(
         self, tokenizer: PreTrainedTokenizerBase, num_tokens: int, rng: random.Random
     ) -> list[int]:
-        """Cuts exactly `num_tokens` tokens of prose from the next documents, joined if one is too short.
+        """Returns exactly `num_tokens` tokens of prose from the next documents, joined if one is too short.
 
-        As `TextCorpus.sample_tokens`, but each document is met once a pass through the stream.
+        Unlike `TextCorpus.sample_tokens`, it uses each document once per pass through the stream.
 
         Raises:
-            RTPurboError: the whole stream is shorter than that.
+            RTPurboError: the whole stream is shorter.
         """
         joined = self.next_document()
         epoch = self._epoch
         example = joined[:4096]
-        # A guess from the first document, so that not every joined text is turned into tokens.
+        # Estimated from the first document, so that joined texts are tokenized rarely.
         needed = 1.2 * num_tokens * len(example) / max(1, len(encode(tokenizer, example)))
         while True:
             while len(joined) < needed and self._epoch <= epoch + 1:
@@ -181,15 +180,15 @@ class StreamLane:
 def open_stream(
     sources: Sequence[str] | None, *, buffer_size: int = 256, held_out: int = 64, seed: int = 0
 ) -> TextStream:
-    """Opens texts for reading in order, sources in turn.
+    """Opens a stream that reads several sources in turn.
 
     Args:
         sources: files (`.txt` and `.md`, each one document; `.jsonl`, `.jsonl.gz` and `.parquet`
             with a field `text`) and datasets of the Hub (`hf:NAME[:CONFIGURATION][:SPLIT]`).
         buffer_size: documents shuffled at a time.
-        held_out: documents at the beginning that are kept from training; as many follow that are
-            kept in memory besides.
-        seed: of the shuffle.
+        held_out: documents at the beginning that are excluded from training; the same number after them
+            is kept in memory.
+        seed: seed of the shuffle.
 
     Raises:
         RTPurboError: a source is missing, unreadable or of an unknown kind, has no field `text`, or
@@ -220,7 +219,7 @@ def open_stream(
         )
     return TextStream(
         name,
-        # Where they are too short for a sequence, the message says what to change.
+        # The name tells in error messages which setting to change if a part is too short.
         TextCorpus(f"{name} (stream.held_out={held_out}, held-out part)", kept),
         TextCorpus(f"{name} (stream.held_out={held_out}, part kept in memory)", opening),
         documents.skip(held_out),
@@ -250,7 +249,7 @@ def _open_source(datasets: Any, source: str) -> Any:
     try:
         dataset = datasets.load_dataset(*arguments, streaming=True, **options)
         columns = dataset.column_names or list(next(iter(dataset), {}))
-    except Exception as error:  # as above
+    except Exception as error:  # files and networks fail in many ways
         raise _cannot_read(source, error) from error
     if "text" not in columns:
         raise RTPurboError(

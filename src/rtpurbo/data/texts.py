@@ -1,4 +1,4 @@
-"""Prose to calibrate, train and evaluate on: built in, from files, or from the Hub."""
+"""Prose for calibration, training and evaluation: built in, from files, or from the Hub."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SHARE = 0.2
-"""The share of the characters that `load_texts` keeps for evaluation, roughly."""
+"""Approximate share of the characters that `load_texts` holds out for evaluation."""
 
 SENTENCE_END = re.compile(r"(?:[.!?][\"')\]]*(?=\s)|[\u3002\uff01\uff1f])")
-"""Where a sentence ends, in Latin and in Chinese and Japanese punctuation."""
+"""End of a sentence, in Latin and in Chinese and Japanese punctuation."""
 
-# A compressed text of so many characters is never too large; a larger one, if it is so many times as
-# large as its file, is no text.
+# Limits against decompression bombs: characters that are always allowed, and beyond them a maximum ratio to
+# the file size.
 _LEAST_EXPANDED = 2**28
 _MOST_EXPANSION = 200
 
@@ -38,12 +38,12 @@ _INLINE_MARKUP = re.compile(r"(?<!\w)\*{1,2}(\w[^*\n]*?)\*{1,2}(?!\w)| \[\d+\](?
 
 
 class Prose(Protocol):
-    """Where prose comes from: a `TextCorpus`, or a part of a stream."""
+    """Source of prose: a `TextCorpus`, or a part of a stream."""
 
     def sample_tokens(
         self, tokenizer: PreTrainedTokenizerBase, num_tokens: int, rng: random.Random
     ) -> list[int]:
-        """Exactly `num_tokens` tokens of prose."""
+        """Returns exactly `num_tokens` tokens of prose."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class TextCorpus:
     """Documents of prose.
 
     Attributes:
-        name: what error messages call the corpus.
-        documents: the texts, in a fixed order; none is empty.
+        name: name of the corpus in error messages.
+        documents: texts in a fixed order; none is empty.
     """
 
     name: str
@@ -61,16 +61,16 @@ class TextCorpus:
     def sample_tokens(
         self, tokenizer: PreTrainedTokenizerBase, num_tokens: int, rng: random.Random
     ) -> list[int]:
-        """Cuts exactly `num_tokens` tokens of prose from a random place.
+        """Returns exactly `num_tokens` tokens of prose from a random place.
 
-        The document is drawn with a chance in proportion to its length, and the text begins at
-        the start of a paragraph or sentence. Where no document is long enough, consecutive
-        documents are joined, the first one following the last.
+        The document is drawn with a probability proportional to its length, and the text begins at the start
+        of a paragraph or sentence. If no document is long enough, consecutive documents are joined
+        cyclically.
 
         Args:
-            tokenizer: turns the text into tokens; no special tokens are added.
-            num_tokens: how many tokens to return.
-            rng: the source of all randomness.
+            tokenizer: the model's; no special tokens are added.
+            num_tokens: number of tokens.
+            rng: source of all randomness.
 
         Raises:
             RTPurboError: the whole corpus is shorter than `num_tokens`.
@@ -86,7 +86,7 @@ class TextCorpus:
             size = needed
             while True:
                 token_ids = encode(tokenizer, document[start : start + size])
-                # The last token before the cut may be half a word, so it is never used.
+                # The last token before the cut may be part of a word, so it is not used.
                 if len(token_ids) > num_tokens:
                     return token_ids[:num_tokens]
                 if start + size >= len(document):
@@ -110,17 +110,17 @@ def load_texts(
 ) -> TextCorpus:
     """Loads the training or the held-out part of some texts.
 
-    The held-out part is the end of the texts, about a fifth of their characters: whole documents
-    where 10 to 25 % can be had so, else the end of one document, cut at a paragraph. Both parts
-    depend on nothing but the texts and their order.
+    The held-out part is the end of the texts, about a fifth of their characters: whole documents if these
+    make 10 to 25 %, else the end of one document, cut at a paragraph. Both parts depend only on the texts and
+    their order.
 
     Args:
         sources: None for the documentation of the Python language that comes with Python
-            (some 360,000 characters; each part is one long document). Else each source is a
+            (about 360,000 characters; each part is one long document). Otherwise each source is a
             file, `.txt`, `.md`, `.jsonl`, `.jsonl.gz` or `.parquet`, the last three with a field
             `text` in each row; or a dataset of the Hugging Face Hub,
             `hf:NAME[:CONFIGURATION][:SPLIT]`.
-        split: which of the two parts to return.
+        split: part to return.
 
     Raises:
         RTPurboError: a source is missing, unreadable, empty or of an unknown kind.
@@ -149,12 +149,12 @@ def load_texts(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Turns text into tokens, without special tokens and without a warning about the length."""
+    """Encodes text without special tokens and without a warning about its length."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that this tokenizer puts before every text, if it does."""
+    """Returns the token that the tokenizer puts before every text, if there is one."""
     return [
         token_id
         for token_id in tokenizer("")["input_ids"][:1]
@@ -163,7 +163,7 @@ def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _next_start(document: str, position: int) -> int:
-    """The start of the first paragraph, else sentence, else word, soon after `position`."""
+    """Returns the start of the next paragraph, sentence or word near `position`, in this order of preference."""
     if position == 0:
         return 0
     nearby = document[position : position + 1000]
@@ -175,7 +175,7 @@ def _next_start(document: str, position: int) -> int:
 
 
 def _split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits documents into training and held-out ones, by the rule `load_texts` documents."""
+    """Splits documents into training and held-out ones, as described in `load_texts`."""
     target = HELD_OUT_SHARE * sum(len(document) for document in documents)
     train, size = list(documents), 0
     held_out: list[str] = []
@@ -194,7 +194,7 @@ def _split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _python_documentation() -> list[str]:
-    """The topics of Python's own documentation, in alphabetical order, as clean prose."""
+    """Returns the topics of Python's documentation in alphabetical order, as clean prose."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
@@ -203,8 +203,8 @@ def _python_documentation() -> list[str]:
             "name text files of your own."
         ) from error
 
-    # Topics repeat one another's sections. Each paragraph is kept once: what is held out must not
-    # stand in the training part too.
+    # Topics share sections. Each paragraph is kept once, so that held-out text is not in the training
+    # part too.
     seen: set[str] = set()
     documents = []
     for topic in sorted(topics):
@@ -220,18 +220,18 @@ def _python_documentation() -> list[str]:
 
 
 def _clean_paragraph(paragraph: str) -> str:
-    """Takes the markup of reStructuredText and the line breaks inside sentences away."""
+    """Removes reStructuredText markup and line breaks inside sentences."""
     paragraph = textwrap.dedent(paragraph)
     paragraph = _LINES_OF_MARKUP.sub("", paragraph)
     paragraph = _INLINE_MARKUP.sub(lambda match: match[1] or "", paragraph).strip()
     lines = paragraph.split("\n")
-    # Prose fills its lines; code and lists of short items do not.
+    # Lines of prose are long; those of code and of lists of short items are not.
     is_prose = all(len(line) > 45 for line in lines[:-1])
     return " ".join(line.strip() for line in lines) if is_prose else paragraph
 
 
 def _read_source(source: str) -> list[str]:
-    """The documents of one source of `load_texts`, none of them empty."""
+    """Returns the documents of one source of `load_texts`; none is empty."""
     if source.startswith("hf:"):
         documents = _read_hub_dataset(source)
     else:
@@ -273,10 +273,10 @@ def _read_file(path: Path, source: str) -> list[str]:
 
 
 def check_is_file(path: Path, source: str) -> None:
-    """Refuses what cannot be read to an end, such as a pipe or a device.
+    """Refuses paths that are not regular files, such as pipes and devices.
 
     Raises:
-        RTPurboError: there is no such file, or it is not a regular one.
+        RTPurboError: the file does not exist or is not a regular one.
     """
     if not path.exists():
         raise RTPurboError(f"There is no text file {source}; check the path.")
@@ -285,10 +285,10 @@ def check_is_file(path: Path, source: str) -> None:
 
 
 def _bounded(lines: TextIO, path: Path, source: str) -> Iterator[str]:
-    """The lines of a compressed file, as long as they are not out of all proportion to its size.
+    """Yields the lines of a compressed file up to a maximum ratio to its size.
 
     Raises:
-        RTPurboError: they are, as in a file that was made to fill the memory.
+        RTPurboError: the file expands beyond that, as a decompression bomb does.
     """
     allowed = max(_LEAST_EXPANDED, _MOST_EXPANSION * path.stat().st_size)
     while line := lines.readline(allowed + 1):
@@ -310,14 +310,14 @@ def _read_json_lines(lines: Iterable[str], source: str) -> list[str]:
 
 
 def _text_of_line(line: str, place: str) -> str:
-    """The text in a line of JSON.
+    """Returns the text in a line of JSON.
 
     Args:
-        line: an object with a field `text`.
-        place: what to call the line.
+        line: JSON object with a field `text`.
+        place: name of the line in error messages.
 
     Raises:
-        RTPurboError: it is no such object, or its text is none.
+        RTPurboError: the line is not such an object, or its text is invalid Unicode.
     """
     try:
         row = strict_json.parse(line)
@@ -330,16 +330,16 @@ def _text_of_line(line: str, place: str) -> str:
     text: str = row["text"]
     if _SURROGATE.search(text):
         raise RTPurboError(
-            f"{place} holds half of a surrogate pair, which is no text; write the file again as UTF-8."
+            f"{place} holds half of a surrogate pair, which is invalid Unicode; write the file again as UTF-8."
         )
     return text
 
 
 def parse_hub_source(source: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split of a dataset of the Hub, from `hf:NAME[:CONFIGURATION][:SPLIT]`.
+    """Returns name, configuration and split of a Hub dataset, from `hf:NAME[:CONFIGURATION][:SPLIT]`.
 
     Raises:
-        RTPurboError: it is not written so.
+        RTPurboError: the source has another form.
     """
     name, *options = source.removeprefix("hf:").split(":")
     if not name or len(options) > 2:
@@ -355,7 +355,7 @@ def _read_hub_dataset(source: str) -> list[str]:
     datasets = import_datasets(source)
     try:
         dataset = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # the library raises what its many sources raise
+    except Exception as error:  # the library raises the errors of its many sources
         raise RTPurboError(
             f"Cannot load the dataset {source}: {_first_line(error)}; "
             "check its name, configuration and split, and the network."
@@ -373,10 +373,10 @@ def _text_column(dataset: Any, source: str) -> list[str]:
 
 
 def import_datasets(source: str) -> Any:
-    """The package `datasets`, which not everybody needs.
+    """Imports the optional package `datasets`.
 
     Raises:
-        RTPurboError: it is not installed.
+        RTPurboError: the package is not installed.
     """
     try:
         return importlib.import_module("datasets")

@@ -1,4 +1,4 @@
-"""Variable tracking: chains of assignments strewn over prose, and who holds a value in the end."""
+"""Variable tracking: chains of assignments scattered over prose, and questions for variables of a value."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 NAME_LENGTH = 5
 
 VALUE_DIGITS = {"train": (4, 5, 6), "test": (5,)}
-"""The possible lengths of a value; those of one sequence are equally long."""
+"""Numbers of digits of a value, one of which is drawn for each sequence."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Variables of which the first holds a value and each other one is assigned the one before it."""
+    """Chain of variables: the first is assigned a value, each other one the variable before it."""
 
     value: str
     names: tuple[str, ...]
 
     def assignments(self, wording: ChainWording) -> Iterator[str]:
-        """A sentence for each variable, in an order in which they can be followed."""
+        """Yields the assignment of each variable, in order."""
         yield wording.assign(self.names[0], self.value)
         for name, before in zip(self.names[1:], self.names, strict=False):
             yield wording.copy(name, before)
 
 
 def draw_chains(rng: random.Random, num_chains: int, num_hops: int, split: Split) -> list[Chain]:
-    """Chains that share neither names nor values; the two splits share no name."""
+    """Draws chains with distinct names and values; the splits share no name."""
     if num_chains < 1 or num_hops < 0:
-        raise RTPurboError("Variable tracking needs at least one chain and no fewer than 0 hops.")
+        raise RTPurboError("variable tracking needs at least one chain and at least 0 hops.")
     style = rng.choice(_TRAINING_NAMES) if split == "train" else _capitals
     names: list[str] = []
     while len(names) < num_chains * (num_hops + 1):
         name = style(rng)
-        # Where one contained another, an assignment could be found inside another one.
+        # A name that contains another one would make assignments ambiguous.
         is_apart = not any(other in name or name in other for other in names)
         if is_apart and (style is not _capitals or _split_of(name) == split):
             names.append(name)
@@ -60,7 +60,7 @@ def draw_chains(rng: random.Random, num_chains: int, num_hops: int, split: Split
 def scatter(
     rng: random.Random, chains: Sequence[Chain], wording: ChainWording
 ) -> list[tuple[float, str]]:
-    """The assignments at random depths, those of a chain in their order, as `hide` takes them."""
+    """Returns depths and assignments for `hide`: random depths, in order within a chain."""
     placed: list[tuple[float, str]] = []
     for chain in chains:
         depths = sorted(rng.random() for _ in chain.names)
@@ -77,19 +77,19 @@ def make_variable_example(
     num_chains: int = 1,
     split: Split = "test",
 ) -> RetrievalExample:
-    """Hides chains of assignments in prose and asks which variables hold the value of one.
+    """Hides chains of assignments in prose and asks for all variables of one chain.
 
-    The test split is worded as RULER is, the training split in one of many other ways.
+    The test split uses RULER's wording, the training split one of many others.
 
     Args:
-        tokenizer: turns the text into tokens; its chat template is used if it has one.
-        corpus: where the prose comes from.
-        length: the most tokens that prompt and answer may have together; they have at most 1 %
-            or 16 tokens, whichever is more, less.
-        rng: the source of all randomness.
+        tokenizer: the model's; its chat template is used if it has one.
+        corpus: source of the prose.
+        length: maximum number of tokens of prompt and answer together, which is reached to within 1 % or
+            16 tokens, whichever is more.
+        rng: source of all randomness.
         num_hops: assignments from variable to variable in a chain.
-        num_chains: chains in the text; all but one distract.
-        split: whose names and wordings to draw from.
+        num_chains: number of chains; all but one are distractors.
+        split: split of names and wordings.
 
     Raises:
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
@@ -143,5 +143,5 @@ _TRAINING_NAMES = (_capitals, _letters, _indexed, _register, _noun, _camel_case)
 
 
 def _split_of(name: str) -> Split:
-    """Half of all names of capitals belong to each split."""
+    """Returns the split of a name of capitals; each split has half of them."""
     return "train" if sum(map(ord, name)) % 2 == 0 else "test"

@@ -1,7 +1,7 @@
-"""Wordings of the synthetic tasks: many for training, drawn at random, and those of the benchmarks.
+"""Wordings of the synthetic tasks: many for training, drawn at random, and one for evaluation.
 
-Both are plain data, `training_wordings.json` and `benchmark_wordings.json`, and share no six words in
-a row. A benchmark has one wording of each kind, for which nothing is drawn.
+The files `training_wordings.json` and `benchmark_wordings.json` share no six consecutive words. An
+evaluation has a single wording of each kind, for which no random number is drawn.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @cache
 def templates(split: Split) -> dict[str, Any]:
-    """Every template of a split by kind of task, as in its file."""
+    """Returns all templates of a split by section of its file."""
     text = resources.files("rtpurbo.data").joinpath(_FILES[split]).read_text("utf-8")
     return dict(json.loads(text))
 
 
 def pick(options: Sequence[T], rng: random.Random) -> T:
-    """One of the options; a single one leaves the random generator as it is."""
+    """Returns one of the options; a single option does not advance the random generator."""
     return options[0] if len(options) == 1 else rng.choice(options)
 
 
 def fill(template: str, **values: object) -> str:
-    """A template with values for its fields in braces; other braces stay, as in JSON."""
+    """Fills the fields of a template; other braces, as in JSON, are kept."""
     return _FIELD.sub(lambda field: str(values.get(field[1], field[0])), template)
 
 
 def join(values: Sequence[str], separators: Sequence[str]) -> str:
-    """Values with the first separator between them, and the second before the last."""
+    """Joins values by the first separator, and the last one by the second."""
     between, before_last = separators
     if len(values) == 1:
         return values[0]
@@ -50,7 +50,7 @@ def join(values: Sequence[str], separators: Sequence[str]) -> str:
 
 
 def lay_out(words: Sequence[str], layout: Sequence[str]) -> str:
-    """Words as entries of a list: the template of an entry, and what stands between entries."""
+    """Formats words as a list, given the template of an entry and the text between entries."""
     entry, between = layout
     return between.join(
         fill(entry, number=number, word=word) for number, word in enumerate(words, 1)
@@ -58,20 +58,20 @@ def lay_out(words: Sequence[str], layout: Sequence[str]) -> str:
 
 
 def pose(question: str, opening: str, answer: str, /, **values: object) -> Question:
-    """A question from its templates; an answer without opening words begins without a space."""
+    """Builds a question from its templates; an answer without opening words begins without a space."""
     opening = fill(opening, **values)
     return Question(fill(question, **values), opening, f" {answer}" if opening else answer)
 
 
 @dataclass(frozen=True)
 class NeedleWording:
-    """The way in which one sequence states the values of keys and asks for them.
+    """Wording of the needles and questions of one sequence.
 
     Attributes:
-        split: whose templates they are.
-        kind: of the values, "number" or "uuid".
-        statement: the template of a needle.
-        noun: the name of the values.
+        split: split of the templates.
+        kind: kind of the values, "number" or "uuid".
+        statement: template of a needle.
+        noun: name of the values.
     """
 
     split: Split
@@ -81,7 +81,7 @@ class NeedleWording:
 
     @classmethod
     def draw(cls, rng: random.Random, split: Split, kind: str = "number") -> NeedleWording:
-        """A random wording of the split."""
+        """Draws a wording of the split."""
         drawn = templates(split)["needles"]
         statement = _statement(drawn, rng)
         is_named = re.search(r"\{noun\}", statement, re.IGNORECASE)
@@ -94,20 +94,20 @@ class NeedleWording:
 
     @property
     def is_record(self) -> bool:
-        """True if a needle takes a line of its own instead of being a sentence."""
+        """True if a needle is a separate line instead of a sentence."""
         return self.statement in templates(self.split)["needles"]["records"]
 
     def state(self, key: str, value: str) -> str:
-        """A needle."""
+        """Returns a needle."""
         return fill(self.statement, key=key, value=value, **self._nouns)
 
     def introduce(self, rng: random.Random, num_values: int) -> str:
-        """An introduction to a text of which so many values are asked."""
+        """Returns an introduction to a text with `num_values` requested values."""
         options = templates(self.split)["needles"]["introductions"][_number(num_values)]
         return fill(pick(options, rng), kind=self.kind, **self._nouns)
 
     def ask(self, rng: random.Random, keys: Sequence[str], values: Sequence[str]) -> Question:
-        """A question for all values of some keys, in the order of the answer."""
+        """Returns a question for all values of some keys, in the order of the answer."""
         drawn, number = templates(self.split)["needles"], _number(len(values))
         return pose(
             pick(drawn["questions"][number], rng),
@@ -124,11 +124,11 @@ class NeedleWording:
 
 @dataclass(frozen=True)
 class ChainWording:
-    """The way in which one sequence assigns variables and asks for those that hold a value.
+    """Wording of the assignments and questions of one sequence.
 
     Attributes:
-        split: whose templates they are.
-        statement: the template of an assignment.
+        split: split of the templates.
+        statement: template of an assignment.
     """
 
     split: Split
@@ -136,29 +136,29 @@ class ChainWording:
 
     @classmethod
     def draw(cls, rng: random.Random, split: Split) -> ChainWording:
-        """A random wording of the split."""
+        """Draws a wording of the split."""
         return cls(split, _statement(templates(split)["chains"], rng))
 
     @property
     def is_record(self) -> bool:
-        """True if an assignment takes a line of its own instead of being a sentence."""
+        """True if an assignment is a separate line instead of a sentence."""
         return self.statement in templates(self.split)["chains"]["records"]
 
     def assign(self, name: str, value: str) -> str:
-        """An assignment of a value."""
+        """Returns an assignment of a value."""
         return fill(self.statement, name=name, source=value)
 
     def copy(self, name: str, source: str) -> str:
-        """An assignment of another variable."""
+        """Returns an assignment of another variable."""
         [reference] = templates(self.split)["chains"]["references"]
         return self.assign(name, fill(reference, name=source))
 
     def introduce(self, rng: random.Random) -> str:
-        """An introduction to a text with assignments."""
+        """Returns an introduction to a text with assignments."""
         return str(pick(templates(self.split)["chains"]["introductions"], rng))
 
     def ask(self, rng: random.Random, value: str, names: Sequence[str]) -> Question:
-        """A question for all variables that hold a value."""
+        """Returns a question for all variables of a value."""
         drawn = templates(self.split)["chains"]
         return pose(
             pick(drawn["questions"], rng),
@@ -171,14 +171,14 @@ class ChainWording:
 
 @dataclass(frozen=True)
 class CountingWording:
-    """The way in which one sequence lists words and asks for the most frequent ones.
+    """Wording of a list of words and of the question for the most frequent ones.
 
     Attributes:
-        introduction: template of what comes before the words.
-        layout: of the words: the template of an entry, and what stands between entries.
+        introduction: template of the text before the words.
+        layout: template of an entry, and the text between entries.
         question: template of the question.
         opening: template of the opening words of the answer.
-        answer_layout: of the answer.
+        answer_layout: layout of the answer.
     """
 
     introduction: str
@@ -191,27 +191,27 @@ class CountingWording:
     def draw(
         cls, rng: random.Random, split: Split, kind: Literal["lists", "code_words"]
     ) -> CountingWording:
-        """A random wording of the split."""
+        """Draws a wording of the split."""
         drawn = templates(split)[kind]
         parts = ("introductions", "layouts", "questions", "openings", "answers")
         return cls(*(pick(drawn[part], rng) for part in parts))
 
     def introduce(self, num_asked: int) -> str:
-        """An introduction to words of which so many are asked."""
+        """Returns an introduction to words of which `num_asked` are requested."""
         return fill(self.introduction, count=num_asked)
 
     def text(self, words: Sequence[str], num_asked: int) -> str:
-        """The words under their introduction."""
+        """Returns the words after their introduction."""
         return f"{self.introduce(num_asked)}\n\n{lay_out(words, self.layout)}"
 
     def ask(self, words: Sequence[str]) -> Question:
-        """A question for the most frequent words, of which there are several."""
+        """Returns a question for the most frequent words."""
         answer = lay_out(words, self.answer_layout)
         return pose(self.question, self.opening, answer, count=len(words))
 
 
 def filler_sentences(rng: random.Random, num_sentences: int) -> list[str]:
-    """Different sentences that say nothing of interest, for haystacks of training."""
+    """Returns distinct irrelevant sentences for haystacks of training."""
     parts = templates("train")["filler"]
     subjects, predicates = parts["subjects"], parts["predicates"]
     drawn = rng.sample(range(len(subjects) * len(predicates)), num_sentences)
@@ -222,12 +222,12 @@ def filler_sentences(rng: random.Random, num_sentences: int) -> list[str]:
 
 
 def listed(keys: Sequence[str]) -> str:
-    """One key, or several as in "a, b, and c"."""
+    """Formats one key, or several as "a, b, and c"."""
     return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
 
 
 def _statement(drawn: dict[str, Any], rng: random.Random) -> str:
-    """A sentence or a record."""
+    """Draws the template of a sentence or a record."""
     return str(pick([*drawn["sentences"], *drawn["records"]], rng))
 
 

@@ -1,4 +1,4 @@
-"""Plain English words, from which needles are made up."""
+"""English words for keys and needles."""
 
 from itertools import product
 from typing import Literal
@@ -31,7 +31,7 @@ NOUNS: tuple[str, ...] = tuple(
     """.split()
 )
 
-# More of them, for tests that list thousands: other words than those above, which training sees half of.
+# Disjoint from the words above, half of which are used in training; for evaluations that need thousands.
 
 MORE_ADJECTIVES: tuple[str, ...] = tuple(
     """
@@ -216,16 +216,16 @@ NAMES: tuple[str, ...] = tuple(
 
 
 def words_of(split: Split) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The adjectives and the nouns of a split; the two splits share no word."""
+    """Returns adjectives and nouns of a split; the splits share no word."""
     half = slice(0, None, 2) if split == "train" else slice(1, None, 2)
     return ADJECTIVES[half], NOUNS[half]
 
 
 def key_names(split: Split) -> tuple[str, ...]:
-    """Every compound key of a split, such as "amber-lantern", in a fixed order.
+    """Returns every compound key of a split, such as "amber-lantern", in a fixed order.
 
-    The splits share neither adjectives nor nouns, so that what was trained on the keys of one
-    says nothing about the keys of the other.
+    The splits share neither adjectives nor nouns, so that keys of one split are unknown to a model trained
+    on the other.
     """
     adjectives, nouns = words_of(split)
     return tuple(f"{adjective}-{noun}" for adjective, noun in product(adjectives, nouns))

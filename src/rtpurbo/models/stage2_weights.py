@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,14 @@ def _defaults() -> dict[str, Any]:
     return {field.name: field.default for field in fields(LoraConfig)}
 
 
+@contextmanager
+def without_deprecations_of_peft() -> Iterator[None]:
+    """Context in which PEFT wraps a model without warning users of a name that transformers deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
 def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreTrainedModel:
     """Merges the weights of stage 2 into a base model; of kind `none` there are none.
 
@@ -124,7 +135,8 @@ def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreT
     # Read first, so that a broken file is named as such.
     read_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
     try:
-        student = PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
+        with without_deprecations_of_peft():
+            student = PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER))
         return _merge_sharded(student) if is_sharded(model) else student.merge_and_unload()
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise RTPurboError(

@@ -1,1 +1,1 @@
-"""Stage 1 fits the token indexers to the frozen model; stage 2 heals the sparse model by self-distillation."""
+"""Stage 1 trains the token indexers on the frozen model; stage 2 adapts the sparse model by self-distillation."""

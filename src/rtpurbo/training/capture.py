@@ -1,4 +1,4 @@
-"""The states that stage 1 learns from: one forward over the frozen model, kept for the retrieval heads alone."""
+"""States that stage 1 trains on: one forward of the frozen model, kept for the retrieval heads only."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ class CapturedHeads:
     """States of some retrieval heads over one sequence of packed documents; O(length) memory.
 
     Attributes:
-        names: (layer, head) of each head, in the order of dim 1 below.
-        query_weights: the indexer weights to be trained, [heads of a layer, index_dim, features] for each layer.
-        key_weights: likewise; with shared keys [full KV heads of a layer, index_dim, features].
+        names: (layer, head) of each head, in the order of dimension 1 below.
+        query_weights: trained query weights of the indexer of each layer, [heads of a layer, index_dim, features].
+        key_weights: trained key weights of each layer, of the same shape, or with shared keys [full KV heads of a
+            layer, index_dim, features].
         key_weight_heads: for each layer, int64 [heads of a layer], the entry of its key weight that
-            each head uses; None if each has its own.
-        queries: [1, heads, rows, head_dim], after RoPE.
-        keys: [1, KV heads, length, head_dim], of KV heads that a retrieval head reads: query heads share them.
-        query_features: [1, heads, rows, features], what the indexer projects.
+            each head uses; None if each head has its own.
+        queries: [1, heads, queries, head_dim], after RoPE.
+        keys: [1, KV heads, length, head_dim], of KV heads with a retrieval head; query heads share them.
+        query_features: [1, heads, queries, features], input of the indexer.
         key_features: [1, KV heads, length, features].
-        key_value_heads: int64 [heads], the place of each head's KV head, ascending.
-        group_places: int64 [heads], the place of each head among those of its KV head.
-        group_size: the most heads of a KV head.
-        positions: int64 [1, length], from 0 on in each document.
-        starts: int64 [length], the place where each token's document begins.
-        num_documents: how many there are.
+        key_value_heads: int64 [heads], KV head index of each head in `keys`, ascending.
+        group_places: int64 [heads], index of each head among those of its KV head.
+        group_size: largest number of heads of a KV head.
+        positions: int64 [1, length], position in the document, from 0.
+        starts: int64 [length], index at which each token's document begins.
+        num_documents: number of documents.
         scaling: factor on the dot products.
-        rows: int64 [rows], ascending, those whose queries were kept; None for all of them.
-        sinks: learned sinks [heads], logits that take part in the teacher's softmax; None if there are none.
+        query_positions: int64 [queries], ascending positions whose queries were kept; None for all of them.
+        sinks: learned sinks [heads], additional logits of the teacher's softmax; None if there are none.
     """
 
     names: list[tuple[int, int]]
@@ -60,26 +61,26 @@ class CapturedHeads:
     starts: Tensor
     num_documents: int
     scaling: float
-    rows: Tensor | None = None
+    query_positions: Tensor | None = None
     sinks: Tensor | None = None
 
-    def queries_of(self, rows: Tensor) -> Tensor:
-        """Queries of some rows: [1, heads, rows, head_dim]."""
-        return self.queries[:, :, self._places(rows)]
+    def queries_of(self, query_positions: Tensor) -> Tensor:
+        """Returns the queries at some positions: [1, heads, queries, head_dim]."""
+        return self.queries[:, :, self._places(query_positions)]
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Exact attention logits of some query rows: [1, heads, rows, length]."""
-        queries = self._by_group(self.queries_of(rows)[0])
+    def logits(self, query_positions: Tensor) -> Tensor:
+        """Returns exact attention logits of some queries: [1, heads, queries, length]."""
+        queries = self._by_group(self.queries_of(query_positions)[0])
         logits = attention_logits(queries.flatten(1, 2), self.keys[0], self.scaling)
         return self._by_head(logits.unflatten(1, queries.shape[1:3]))[None]
 
-    def index_queries(self, rows: Tensor) -> Tensor:
-        """Index queries of some rows: [heads, rows, index_dim]; gradients flow to the weights."""
-        features = _exact(self.query_features[0, :, self._places(rows)])
+    def index_queries(self, query_positions: Tensor) -> Tensor:
+        """Returns index queries at some positions: [heads, queries, index_dim]; gradients flow to the weights."""
+        features = _exact(self.query_features[0, :, self._places(query_positions)])
         return features @ torch.cat(self.query_weights).to(features.dtype).transpose(-1, -2)
 
     def index_keys(self) -> Tensor:
-        """All index keys: [heads, length, index_dim]; gradients flow to the weights."""
+        """Returns all index keys: [heads, length, index_dim]; gradients flow to the weights."""
         features = _exact(self.key_features[0])
         of_heads = [
             weight if heads is None else weight[heads]
@@ -90,16 +91,20 @@ class CapturedHeads:
         keys = features @ weights.flatten(1, 2).transpose(-1, -2)
         return self._by_head(keys.unflatten(-1, weights.shape[1:3]).movedim(1, 2))
 
-    def index_scores(self, rows: Tensor) -> Tensor:
-        """The indexers' scores of some query rows: [1, heads, rows, length]; gradients flow to the weights."""
-        return index_scores(self.index_queries(rows), self.index_keys())[None]
+    def index_scores(self, query_positions: Tensor) -> Tensor:
+        """Returns the indexers' scores of some queries: [1, heads, queries, length]; gradients flow to the weights."""
+        return index_scores(self.index_queries(query_positions), self.index_keys())[None]
 
-    def _places(self, rows: Tensor) -> Tensor:
-        """Where the queries of some rows are kept."""
-        return rows if self.rows is None else torch.searchsorted(self.rows, rows)
+    def _places(self, query_positions: Tensor) -> Tensor:
+        """Returns the indices at which some queries are kept."""
+        return (
+            query_positions
+            if self.query_positions is None
+            else torch.searchsorted(self.query_positions, query_positions)
+        )
 
     def _by_group(self, values: Tensor) -> Tensor:
-        """From [heads, ...] to [KV heads, group size, ...], with zeros where a group is smaller."""
+        """Reshapes [heads, ...] to [KV heads, group size, ...], padding smaller groups with zeros."""
         kv_heads = self.keys.shape[1]
         if len(values) == kv_heads * self.group_size:
             return values.unflatten(0, (kv_heads, self.group_size))
@@ -107,21 +112,21 @@ class CapturedHeads:
         return grouped.index_put((self.key_value_heads, self.group_places), values)
 
     def _by_head(self, grouped: Tensor) -> Tensor:
-        """From [KV heads, group size, ...] to [heads, ...]."""
+        """Reshapes [KV heads, group size, ...] to [heads, ...]."""
         if grouped.shape[0] * self.group_size == len(self.names):
             return grouped.flatten(0, 1)
         return grouped[self.key_value_heads, self.group_places]
 
 
 def _exact(features: Tensor) -> Tensor:
-    """Features in at least fp32: training needs more than half precision."""
+    """Returns features in at least fp32, because training needs more than half precision."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def merge_heads(captured: list[CapturedHeads]) -> list[CapturedHeads]:
-    """Heads of all layers side by side, as far as they have equally many features: fewer and larger operations.
+    """Concatenates the heads of layers with equal numbers of features, for fewer and larger operations.
 
-    The states given are released as they are joined, so that little more than one copy exists.
+    The given states are freed as they are concatenated, so that little more than one copy exists.
     """
     groups: dict[int, list[CapturedHeads]] = {}
     for seen in captured:
@@ -137,7 +142,7 @@ def _merged(group: list[CapturedHeads]) -> CapturedHeads:
         query_weights=[weight for seen in group for weight in seen.query_weights],
         key_weights=[weight for seen in group for weight in seen.key_weights],
         key_weight_heads=[heads for seen in group for heads in seen.key_weight_heads],
-        # Before the keys, whose number these depend on, are released.
+        # Computed before the keys, on whose number these depend, are freed.
         key_value_heads=torch.cat(
             [
                 seen.key_value_heads + first
@@ -168,58 +173,58 @@ def capture_heads(
     input_ids: list[int],
     *,
     dense: bool = True,
-    rows: Tensor | None = None,
+    query_positions: Tensor | None = None,
 ) -> list[CapturedHeads]:
-    """Runs the frozen model over a sequence and keeps what the retrieval heads' indexers need.
+    """Runs the frozen model over a sequence and keeps the states that the retrieval heads' indexers need.
 
     Args:
         model: sparse.
-        input_ids: the sequence.
-        dense: attention of the teacher; False takes the sparse student as it is.
-        rows: int64, ascending, the rows whose queries will be needed; None keeps all.
+        input_ids: tokens of the sequence.
+        dense: use the teacher's dense attention; False uses the sparse student's.
+        query_positions: int64, ascending positions of the queries to keep; None keeps all.
     """
     captured: list[CapturedHeads] = []
 
     def keep(seen: CapturedHeads) -> None:
-        captured.append(seen if rows is None else _with_rows(seen, rows))
+        captured.append(seen if query_positions is None else _with_queries(seen, query_positions))
 
     run_backbone(model, [input_ids], keep, dense=dense)
-    # A CPU is faster on states that fit its caches.
+    # On a CPU, the states of one layer fit its caches and are faster.
     return merge_heads(captured) if model.device.type == "cuda" else captured
 
 
-def _with_rows(seen: CapturedHeads, rows: Tensor) -> CapturedHeads:
-    """The same heads with the queries of some rows alone."""
+def _with_queries(seen: CapturedHeads, query_positions: Tensor) -> CapturedHeads:
+    """Returns the same heads with some of their queries."""
     return replace(
         seen,
-        queries=seen.queries[:, :, rows],
-        query_features=seen.query_features[:, :, rows],
-        rows=rows,
+        queries=seen.queries[:, :, query_positions],
+        query_features=seen.query_features[:, :, query_positions],
+        query_positions=query_positions,
     )
 
 
 def run_backbone(
     model: PreTrainedModel,
     documents: Sequence[Sequence[int]],
-    meet: Callable[[CapturedHeads], None],
+    observe_heads: Callable[[CapturedHeads], None],
     *,
     dense: bool = True,
 ) -> None:
-    """Runs the frozen model over packed documents and shows the states of each layer as it passes.
+    """Runs the frozen model over packed documents and passes on the states of each layer.
 
-    No logits are computed, and no layer's states outlive it, unless `meet` keeps them.
+    No logits are computed, and the states of a layer are freed after it unless `observe_heads` keeps them.
 
     Args:
         model: sparse.
-        documents: their tokens; each has positions from 0 on and sees itself alone.
-        meet: called for every layer that has retrieval heads.
-        dense: attention of the teacher; False takes the sparse student as it is, for a single document.
+        documents: tokens of each document, which has positions from 0 and attends to itself only.
+        observe_heads: called for every layer that has retrieval heads.
+        dense: use the teacher's dense attention; False uses the sparse student's, for a single document.
     """
     modules: dict[int, SparseAttention] = {
         module.layer_idx: module for module in headwise_modules(model)
     }
     lengths = [len(document) for document in documents]
-    assert dense or len(lengths) == 1, "the student takes documents one by one"
+    assert dense or len(lengths) == 1, "the student runs one document at a time"
     device = model.device
     ids = torch.tensor([[token for document in documents for token in document]], device=device)
     starts = document_starts(lengths, device)
@@ -228,7 +233,7 @@ def run_backbone(
     def observe(seen: LayerObservation) -> None:
         module = modules[seen.layer]
         if module.retrieval_heads:
-            meet(_heads_of(module, seen, positions, starts, len(lengths)))
+            observe_heads(_heads_of(module, seen, positions, starts, len(lengths)))
 
     with (
         torch.no_grad(),
@@ -245,7 +250,7 @@ def _heads_of(
     starts: Tensor,
     num_documents: int,
 ) -> CapturedHeads:
-    # Already on the device: making an index there would wait for all that it has to do.
+    # Already on the device: copying an index there would synchronise with the host.
     layout = module.layout(seen.queries.device)
     heads = layout.retrieval.heads
     kv_heads = layout.full_key_value_heads
@@ -275,7 +280,7 @@ def _heads_of(
 
 
 def _group_places(module: SparseAttention, device: torch.device) -> tuple[Tensor, int]:
-    """The place of each retrieval head among those of its KV head, and the most heads of a KV head."""
+    """Returns each retrieval head's index among those of its KV head, and the largest such number."""
     group = module.num_attention_heads // module.num_key_value_heads
     counts: Counter[int] = Counter()
     places = []

@@ -1,4 +1,4 @@
-"""Where a stage continues after an interruption."""
+"""Checkpoints of a stage."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _UNREADABLE = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.Unp
 
 
 class Checkpoint:
-    """Trained tensors, optimiser, schedule and position in the data of one stage.
+    """Checkpoints with trained tensors, optimiser, schedule and position in the data of one stage.
 
-    Each is a file of its own, written whole or not at all; only the last few are kept. Tensors are
-    stored whole and in the order of the parameters, so that any number of processes, sharded or not,
-    can continue. Rows and labels are drawn by step number, so there is no random state to keep.
+    Each checkpoint is one file, written whole or not at all; only the last few are kept. Tensors are
+    stored unsharded and in the order of the parameters, so that any number of processes, with FSDP or
+    not, can resume. Queries and targets are drawn by step number, so there is no random state to save.
 
     Args:
-        folder: of the files, which all processes see; None keeps nothing.
-        every: steps between two saves.
-        keep: how many saves are kept; one that cannot be read gives way to the one before it.
-        processes: who trains; the main one writes.
+        folder: folder of the files, shared by all processes; None saves nothing.
+        every: steps between two checkpoints.
+        keep: number of checkpoints to keep; if the last one cannot be read, the one before is restored.
+        processes: processes that train; the main one writes.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Checkpoint:
         self.keep = keep
         self.processes = processes
         self.position: Any = None
-        """The position in the data of the checkpoint restored last."""
+        """Position in the data of the restored checkpoint."""
 
     def save(
         self,
@@ -60,18 +60,18 @@ class Checkpoint:
         position: Callable[[], Any] | None = None,
         force: bool = False,
     ) -> None:
-        """Saves after `step` steps, if it is time; all processes call it together.
+        """Saves a checkpoint if `step` is due; all processes call this together.
 
         Args:
-            step: steps done.
-            parameters: what is trained.
-            optimizer: of it.
-            schedule: of the learning rate.
-            position: asked where in the data to go on; answers in plain types.
-            force: save whether it is time or not.
+            step: number of steps done.
+            parameters: trained parameters.
+            optimizer: their optimiser.
+            schedule: learning-rate schedule.
+            position: returns the position in the data, in plain types.
+            force: save at any step.
 
         Raises:
-            RTPurboError: the disk is full; earlier checkpoints stay.
+            RTPurboError: the disk is full; earlier checkpoints are kept.
         """
         if self.folder is None or (step % self.every and not force):
             return
@@ -91,7 +91,7 @@ class Checkpoint:
     def restore(
         self, parameters: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler
     ) -> int:
-        """Loads what was saved last and returns the steps done; 0 if there is nothing.
+        """Restores the last checkpoint and returns the number of steps done; 0 if there is none.
 
         Raises:
             RTPurboError: no file can be read, or the processes see different files.
@@ -110,7 +110,7 @@ class Checkpoint:
                 parameter.copy_(like(saved, parameter))
         for number, values in state["optimizer"]["state"].items():
             for name, value in values.items():
-                # Counts of steps are not divided among processes.
+                # Step counters are scalars and not sharded.
                 if isinstance(value, Tensor) and value.dim():
                     values[name] = like(value, parameters[number])
         optimizer.load_state_dict(state["optimizer"])
@@ -119,30 +119,30 @@ class Checkpoint:
         return step
 
     def steps_done(self) -> int:
-        """Steps that the last save covers; 0 if there is none."""
+        """Returns the number of steps done at the last checkpoint; 0 if there is none."""
         state = self._last()
         return 0 if state is None else int(state["step"])
 
     def remove_remains(self) -> None:
-        """Removes what killed processes had begun to write."""
+        """Removes partial files that killed processes left behind."""
         if self.folder is not None and self.folder.is_dir():
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
 
     def _gathered(self, tensor: Tensor) -> Tensor | None:
-        """The whole of a tensor, on the CPU of the main process; the others do not keep it."""
+        """Returns the unsharded tensor on the CPU of the main process, and None on the others."""
         gathered = whole(tensor.detach())
         return gathered.cpu() if self.processes.is_main else None
 
     def _files(self) -> list[Path]:
-        """The checkpoints, oldest first."""
+        """Returns the checkpoint files, oldest first."""
         if self.folder is None or not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.glob("step-*.checkpoint") if path.is_file())
 
     def _last(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read; its tensors stay on disk until they are used."""
+        """Returns the newest readable checkpoint; its tensors are memory-mapped."""
         files = self._files()
         for path in reversed(files):
             try:
@@ -151,14 +151,14 @@ class Checkpoint:
                 continue
         if files:
             raise RTPurboError(
-                f"no checkpoint in {self.folder} can be read: remove the folder to begin this "
-                "stage anew."
+                f"no checkpoint in {self.folder} can be read: remove the folder to restart "
+                "this stage."
             )
         return None
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A copy of nested dicts and lists whose tensors went through a function."""
+    """Returns a copy of nested dicts and lists with a function applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Conversations in which a model writes both sides, to be trained on as it speaks."""
+"""Training conversations in which the dense model writes both sides."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rtpurbo.data.texts import begin_ids, encode
 from rtpurbo.data.wordings import templates
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import Progress, no_progress
+from rtpurbo.training.chat_template import UserTurn
 from rtpurbo.training.generation import GREEDY, Sampling, generate_tokens
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.turns import UserTurn
 
 USER_SAMPLING = Sampling(1.0, 0.95)
 ANSWER_SAMPLING = Sampling(0.7, 0.95)
 
 OPENED_SHARE = 0.5
-"""Share of user turns that begin with given words, of a random kind such as code or translation."""
+"""Share of user turns that begin with a given opening of a random kind, such as code or translation."""
 
 MAX_ROUNDS = 6
-"""Rounds of sampling after which fewer conversations than asked for are returned."""
+"""Rounds of sampling after which fewer conversations than requested are returned."""
 
 MIN_DISTINCT = 0.5
-"""Least share of distinct word trigrams in a user turn; below, it repeats itself."""
+"""Minimum share of distinct word trigrams in a user turn; a turn below it is repetitive."""
 
 
 def write_conversations(
@@ -40,32 +40,32 @@ def write_conversations(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> list[TrainingSequence]:
-    """Samples user turns after the chat template's user header, then the model's own answers.
+    """Samples user turns after the chat template's user header, then the model's answers.
 
-    Half of the user turns begin with a few given words of a random kind. Half of the answers are
-    greedy, the others sampled; each ends with its end-of-turn token unless it is too long. For a
-    tokenizer without a chat template, free text is sampled instead.
+    Half of the user turns begin with an opening of a random kind. Half of the answers are greedy, the others
+    sampled; each ends with its end-of-turn token unless it is too long. For a tokenizer without a chat
+    template, free text is sampled instead.
 
     Args:
-        model: dense, before it is made sparse: generation needs a cache, which `running_dense` has not.
+        model: dense, before it is made sparse: generation needs a cache, which `running_dense` does not have.
         tokenizer: the model's.
-        count: conversations to write; there may be fewer if the model repeats itself.
-        max_user_tokens: the most tokens of a user turn.
-        max_answer_tokens: the most tokens of an answer, and of free text.
-        seed: of everything; the same one gives the same conversations on a CPU.
-        batch_size: prompts generated from at once.
+        count: number of conversations; fewer are written if the model repeats itself.
+        max_user_tokens: maximum number of tokens of a user turn.
+        max_answer_tokens: maximum number of tokens of an answer, and of free text.
+        seed: seed of all randomness; on a CPU, conversations are reproducible.
+        batch_size: prompts of a batch.
         progress: called as ("conversations", written, count, {}) after each batch.
 
     Raises:
-        RTPurboError: the chat template does not take a user message, or no turn of a user is usable.
+        RTPurboError: the chat template does not support a user message, or no user turn is usable.
     """
     rng = random.Random(f"conversations-{seed}")
     if tokenizer.chat_template:
         turn = UserTurn.of(tokenizer)
-        said = _user_turns(
+        user_texts = _user_turns(
             model, tokenizer, turn, count, max_user_tokens, rng, batch_size, progress
         )
-        prompts = [encode(tokenizer, f"{turn.before}{text}{turn.after}") for text in said]
+        prompts = [encode(tokenizer, f"{turn.before}{text}{turn.after}") for text in user_texts]
     else:
         prompts = [_beginning_of_text(tokenizer, rng) for _ in range(count)]
     return write_answers(
@@ -93,18 +93,18 @@ def write_answers(
     stage: str,
     progress: Progress,
 ) -> list[TrainingSequence]:
-    """The model's own answers to prompts, every second batch greedy.
+    """Generates the model's answers to prompts, half of them greedily.
 
     Prompts are batched by length, so that little or no padding is needed.
 
     Args:
         model: dense.
         tokenizer: the model's.
-        prompts: tokens up to where an answer begins.
-        max_answer_tokens: the most tokens of an answer.
-        sampling: of the batches that are not greedy.
-        rng: gives each batch its seed.
-        batch_size: prompts generated from at once.
+        prompts: tokens up to the beginning of the answer.
+        max_answer_tokens: maximum number of tokens of an answer.
+        sampling: sampling of the batches that are not greedy.
+        rng: source of each batch's seed.
+        batch_size: prompts of a batch.
         stage: name for `progress`.
         progress: called as (stage, answered, prompts, {}) after each batch.
 
@@ -112,7 +112,7 @@ def write_answers(
         Prompts with their answers, in the order of the prompts.
     """
     written: dict[int, TrainingSequence] = {}
-    # Random halves, so that both have prompts of all kinds and lengths.
+    # Random halves, so that both contain prompts of all kinds and lengths.
     halves = list(range(len(prompts)))
     rng.shuffle(halves)
     middle = len(halves) // 2
@@ -144,17 +144,17 @@ def _user_turns(
     batch_size: int,
     progress: Progress,
 ) -> list[str]:
-    """Different user turns that are neither empty nor repetitive.
+    """Returns distinct user turns that are neither empty nor repetitive.
 
     Raises:
-        RTPurboError: there is none.
+        RTPurboError: no sampled turn is usable.
     """
     stops, header = turn.stop_tokens(tokenizer), encode(tokenizer, turn.before)
     kinds = templates("train")["user_turns"]
-    said: dict[str, str] = {}
-    most_batches = MAX_ROUNDS * -(-count // batch_size)
-    for _ in range(most_batches):
-        if len(said) >= count:
+    kept: dict[str, str] = {}
+    max_batches = MAX_ROUNDS * -(-count // batch_size)
+    for _ in range(max_batches):
+        if len(kept) >= count:
             break
         openings = [
             rng.choice(kinds[rng.choice(sorted(kinds))]) if rng.random() < OPENED_SHARE else ""
@@ -174,28 +174,28 @@ def _user_turns(
         )
         for opening, token_ids in zip(openings, batch, strict=True):
             has_ended = token_ids[-1] in stops or len(token_ids) < max_tokens
-            # Decoded together: alone, some tokenizers drop the space before the first word.
+            # Decoded together, because some tokenizers drop a leading space.
             text = tokenizer.decode(
                 [*encode(tokenizer, opening), *token_ids],
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
-            text = turn.words_of(str(text))
+            text = turn.user_text(str(text))
             if not has_ended:
                 text = _up_to_sentence_end(text)
             if is_usable(text, opening):
-                said.setdefault(" ".join(text.lower().split()), text)
-        progress("user turns", min(len(said), count), count, {})
-    if not said:
+                kept.setdefault(" ".join(text.lower().split()), text)
+        progress("user turns", min(len(kept), count), count, {})
+    if not kept:
         raise RTPurboError(
             "the model writes no usable user turn after its chat template's header: train without "
-            "conversations (conversation_share=0)."
+            "conversations (--set stage2.mixture.conversations=0)."
         )
-    return list(said.values())[:count]
+    return list(kept.values())[:count]
 
 
 def is_usable(text: str, opening: str = "") -> bool:
-    """True if a sampled user turn says something beyond its opening and does not repeat itself."""
+    """True if a sampled user turn has text beyond its opening and is not repetitive."""
     words = text.split()
     if len(text) <= len(opening.strip()) or not re.search(r"\w", text):
         return False
@@ -204,13 +204,13 @@ def is_usable(text: str, opening: str = "") -> bool:
 
 
 def _up_to_sentence_end(text: str) -> str:
-    """Text that was cut off, up to the last end of a sentence or line in its second half."""
+    """Returns truncated text up to the last end of a sentence or line in its second half."""
     ends = [match.end() for match in re.finditer(r"[.!?\u3002\uff01\uff1f](?=\s)|(?=\n)", text)]
     return text[: ends[-1]] if ends and ends[-1] > len(text) / 2 else text
 
 
 def _beginning_of_text(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[int]:
-    """The begin token, if there is one, and often a few words of a text."""
+    """Returns the begin token, if there is one, and often a few words of a text."""
     start = begin_ids(tokenizer)
     options = templates("train")["openings_of_text"]
     opening = encode(tokenizer, rng.choice(options))

@@ -1,4 +1,4 @@
-"""Long documents with instructions of many kinds, and the answers that the model itself gives."""
+"""Training sequences of long documents, instructions of many kinds, and the dense model's own answers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids, encode
 from rtpurbo.data.wordings import fill, templates
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import Progress, no_progress
+from rtpurbo.training.chat_template import UserTurn
 from rtpurbo.training.conversations import ANSWER_SAMPLING, write_answers
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.turns import UserTurn
 
 LEAST_PROSE = 0.5
-"""Least share of a prompt that is prose; a shorter document asks for a larger length."""
+"""Minimum share of prose in a prompt."""
 
 BATCH_TOKENS = 131072
-"""Tokens of all prompts that are answered at a time."""
+"""Maximum number of tokens of the prompts of a batch."""
 
 PHRASE_WORDS, PHRASE_CHARACTERS = (4, 8), 80
-"""Words of a phrase that an instruction quotes, from the first to the second, and its most characters."""
+"""Minimum and maximum number of words of a quoted phrase, and its maximum number of characters."""
 
 
 def write_document_answers(
@@ -39,20 +39,20 @@ def write_document_answers(
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress = no_progress,
 ) -> list[TrainingSequence]:
-    """Prose of given lengths, an instruction after it, and the model's own answer.
+    """Writes prose of given lengths, each with an instruction and the model's own answer.
 
-    Prompts of one length have exactly as many tokens, so that a batch needs no padding. Half of the
+    Prompts of one length have equal numbers of tokens, so that a batch needs no padding. Half of the
     answers are greedy, the others sampled.
 
     Args:
-        model: dense, before it is made sparse: generation needs a cache, which `running_dense` has not.
+        model: dense, before it is made sparse: generation needs a cache, which `running_dense` does not have.
         tokenizer: the model's; its chat template is used if it has one.
-        corpus: where the prose comes from.
-        lengths: tokens of prompt and longest answer together; documents take them in turn.
-        count: documents.
-        max_answer_tokens: the most tokens of an answer; a quarter of a short length.
-        seed: of everything; the same one gives the same sequences on a CPU.
-        batch_tokens: the most tokens of all prompts of a batch, if it has more than one.
+        corpus: source of the prose.
+        lengths: tokens of prompt and longest answer together; documents cycle through them.
+        count: number of documents.
+        max_answer_tokens: maximum number of tokens of an answer, at most a quarter of the length.
+        seed: seed of all randomness; on a CPU, sequences are reproducible.
+        batch_tokens: maximum number of tokens of the prompts of a batch, if it has several.
         progress: called as ("documents", written, count, {}) after each batch.
 
     Returns:
@@ -100,7 +100,7 @@ def _answer_tokens(length: int, most: int) -> int:
 def document_prompt(
     tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
 ) -> list[int]:
-    """A document and an instruction as exactly `length` tokens, up to where the answer begins.
+    """Returns a document and an instruction as exactly `length` tokens, up to the beginning of the answer.
 
     Raises:
         RTPurboError: `length` leaves no room for prose, or `corpus` is too short.
@@ -116,7 +116,7 @@ def document_prompt(
         start, end = [*begin_ids(tokenizer), *encode(tokenizer, introduction)], "\n\n"
     room = max(1, length - len(start))
     prose_ids = corpus.sample_tokens(tokenizer, room, rng)
-    # What is quoted must not be cut off below, where the instruction takes its room.
+    # Quotes come from the part of the prose that is kept below, where the instruction shortens it.
     quotable = decode(tokenizer, prose_ids[: int(LEAST_PROSE * room)])
     instruction = fill(instruction, phrase=_phrase(quotable, rng), word=_word(quotable, rng))
     asked = encode(tokenizer, f"\n\n{instruction}{end}")
@@ -130,12 +130,12 @@ def document_prompt(
 
 
 def _phrase(text: str, rng: random.Random) -> str:
-    """The first words of a random sentence, or any words where there are no sentences."""
+    """Returns the first words of a random sentence, or any words of a text without sentences."""
     starts = [0, *(match.end() for match in SENTENCE_END.finditer(text))]
     following = text[rng.choice(starts[:-1] or starts) :].split()
     return " ".join(following[: rng.randint(*PHRASE_WORDS)])[:PHRASE_CHARACTERS]
 
 
 def _word(text: str, rng: random.Random) -> str:
-    """A random long word, or any word where none is long; where no spaces are written, some characters."""
+    """Returns a random long word, or any word if there is none; some characters of a text without spaces."""
     return rng.choice(re.findall(r"[^\W\d_]{6,24}", text) or re.findall(r"\S{1,24}", text) or [""])

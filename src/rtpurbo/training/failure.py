@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: keeps the batch that gave it and says so."""
+"""Report of a loss or gradient that is not finite, with the batch that caused it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rtpurbo.processes import Processes
 
 @dataclass(frozen=True)
 class SequenceResult:
-    """What one sequence gave at one step.
+    """Loss and figures of one sequence in one step.
 
     Attributes:
-        number: of the sequence.
-        input_ids: its tokens.
-        loss: scalar, without a gradient.
-        figures: further scalars by name; one that does not apply is left out.
+        number: number of the sequence.
+        input_ids: tokens of the sequence.
+        loss: scalar without gradient.
+        figures: further scalars by name; those that do not apply are left out.
     """
 
     number: int
@@ -42,23 +42,23 @@ def not_finite(
     processes: Processes,
     folder: Path | None,
 ) -> RTPurboError:
-    """Saves the sequences whose loss is not finite, or all of the step if only the gradient is not.
+    """Saves the sequences whose loss is not finite, or all of the step if only the gradient is not finite.
 
-    All processes call it together. The main one writes `STAGE-step-N-not-finite.safetensors`, with
+    All processes call this together. The main one writes `STAGE-step-N-not-finite.safetensors`, with
     an int64 tensor of tokens for each sequence, and a JSON file of the same name: losses, the
     gradient's norm, and the weights whose gradient is not finite.
 
     Args:
         stage: name of the stage.
-        step: the step that failed, counted from 1.
-        results: of this process.
-        parameters: what is trained, by name, with the gradients of the step.
-        norm: of the gradient.
-        processes: who trains.
-        folder: where to write; None writes nothing.
+        step: failed step, counted from 1.
+        results: results of this process.
+        parameters: trained parameters by name, with the gradients of the step.
+        norm: norm of the gradient.
+        processes: processes that train.
+        folder: folder to write into; None writes nothing.
 
     Returns:
-        The error to be raised, on every process.
+        Error to be raised on every process.
     """
     parts = processes.gather_objects(
         (
@@ -89,7 +89,7 @@ def not_finite(
                 {
                     "stage": stage,
                     "step": step,
-                    # JSON knows no numbers that are not finite.
+                    # JSON has no infinities and NaNs.
                     "losses": {str(number): str(loss) for number, loss, _ in everything},
                     "gradient_norm": str(norm),
                     "weights_with_a_gradient_not_finite": weights,
@@ -97,5 +97,5 @@ def not_finite(
             )
     return RTPurboError(
         f"{stage} stopped at step {step}, before its weights changed: the {what} of sequence "
-        f"{numbers} is not finite; {saved}lower the learning rate and begin anew with --force."
+        f"{numbers} is not finite; {saved}lower the learning rate and start again with --force."
     )

@@ -15,11 +15,11 @@ from rtpurbo.models.text import stop_tokens
 
 @dataclass(frozen=True)
 class Sampling:
-    """The way in which tokens are chosen.
+    """Sampling parameters.
 
     Attributes:
-        temperature: 0 takes the most likely token.
-        top_p: probability mass that is sampled from.
+        temperature: sampling temperature; 0 is greedy decoding.
+        top_p: probability mass of nucleus sampling.
     """
 
     temperature: float
@@ -39,27 +39,27 @@ def generate_tokens(
     seed: int,
     stops: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Continuations of a batch of prompts.
+    """Generates continuations of a batch of prompts.
 
-    A batch that does not fit the GPU's memory is halved. Processes that hold parts of the model call
-    this together, share the prompts out and all get the tokens of all.
+    A batch that does not fit the GPU's memory is halved. Processes that hold parts of the model call this
+    together, divide the prompts among them, and all return the tokens of all prompts.
 
     Args:
         model: dense; a sparse model inside `running_dense` has no cache to generate with.
         tokenizer: the model's.
-        prompts: of at least one token each; those of equal length need no padding and no mask.
-        max_new_tokens: the most tokens of a continuation.
+        prompts: prompts of at least one token each.
+        max_new_tokens: maximum number of tokens of a continuation.
         sampling: temperature and top-p.
-        seed: of the sampling; the global random state is left as it was.
-        stops: tokens that end a continuation, besides those of the model and the tokenizer.
+        seed: seed of the sampling; the global random state is unchanged.
+        stops: tokens that end a continuation, in addition to those of the model and the tokenizer.
 
     Returns:
-        The new tokens of each prompt, the first stop token included.
+        New tokens of each prompt, up to and including the first stop token.
     """
     if not is_sharded(model):
         return _generate(model, tokenizer, prompts, max_new_tokens, sampling, seed, stops)
     rank, count = dist.get_rank(), dist.get_world_size()
-    # Every process runs its part of each layer for the others, so none may be without a prompt.
+    # All processes run every layer together, so each needs a prompt.
     own = prompts[rank::count] or prompts[:1]
     written = _generate(model, tokenizer, own, max_new_tokens, sampling, seed + rank, stops)
     parts: list[list[list[int]]] = [[]] * count
@@ -76,7 +76,7 @@ def _generate(
     seed: int,
     stops: Sequence[int],
 ) -> list[list[int]]:
-    """The continuations of this process's prompts."""
+    """Generates the continuations of this process's prompts."""
     ends = {*stop_tokens(model, tokenizer), *stops}
     padding = tokenizer.pad_token_id
     if padding is None:
@@ -102,16 +102,16 @@ def _generate(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=padding,
-                # The distribution that the model is trained towards has neither.
+                # Overrides the model's generation defaults, so that its own distribution is sampled.
                 top_k=0 if sampling.temperature else None,
                 repetition_penalty=1.0,
-                # A process that is done goes on with its part of each layer.
+                # A process that has finished keeps running its part of each layer.
                 synced_gpus=is_sharded(model),
                 **choice,
             )
     except torch.OutOfMemoryError:
         if len(prompts) == 1 or is_sharded(model):
-            raise  # the other processes of a sharded model would wait for this one
+            raise  # halving would make the other processes of a sharded model wait
     else:
         return [_up_to_stop(row, ends) for row in output[:, longest:].tolist()]
     half = len(prompts) // 2
@@ -126,7 +126,7 @@ def _generate(
 
 
 def _up_to_stop(token_ids: list[int], ends: set[int]) -> list[int]:
-    """Tokens up to the first that ends them, which is kept; padding follows it."""
+    """Returns tokens up to and including the first stop token, without the padding after it."""
     for index, token_id in enumerate(token_ids):
         if token_id in ends:
             return token_ids[: index + 1]

@@ -1,4 +1,4 @@
-"""The loss of stage 1 and the figures that tell whether it helps."""
+"""Loss of stage 1, and the quality of the selection."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from rtpurbo.ops.sinks import with_sink_column
 from rtpurbo.training.capture import CapturedHeads
 
 
-def rows_with_far_keys(positions: Tensor, rule: AttentionRule) -> Tensor:
-    """Query rows that have anything to select, ascending.
+def queries_with_far_keys(positions: Tensor, rule: AttentionRule) -> Tensor:
+    """Returns the ascending positions of queries that have far keys to select.
 
     Args:
-        positions: int64 [length], of each row in its document.
+        positions: int64 [length], position of each query in its document.
         rule: sinks and window, beyond which keys are far.
     """
     return (positions >= rule.num_sink_tokens + rule.near_window).nonzero()[:, 0]
 
 
-def row_logits(
-    seen: CapturedHeads, rows: Tensor, rule: AttentionRule
+def query_logits(
+    seen: CapturedHeads, query_positions: Tensor, rule: AttentionRule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact and estimated logits of some rows [1, heads, rows, length], and the near and far masks.
+    """Returns exact and estimated logits of some queries [1, heads, queries, length], and the near and far masks.
 
-    Of a model with learned sinks, all have one column more, the first: the sink, which is near.
+    For a model with learned sinks, all have an additional first column: the sink, which is near.
     """
-    masks = near_and_far(rows, seen.starts, rule.near_window, rule.num_sink_tokens)
+    masks = near_and_far(query_positions, seen.starts, rule.near_window, rule.num_sink_tokens)
     near, far = (mask[None, None] for mask in masks)
-    exact = seen.logits(rows)
-    estimate = estimated_logits(rule.reading, exact, seen.index_scores(rows), near, far)
+    exact = seen.logits(query_positions)
+    estimate = estimated_logits(rule.reading, exact, seen.index_scores(query_positions), near, far)
     return with_sink_column(exact, estimate, near, far, seen.sinks)
 
 
-def indexer_loss(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) -> Tensor:
-    """Forward KL between the heads' attention and the indexers', mean over rows, one value a head: [heads]."""
-    exact, estimate, near, far = row_logits(seen, rows, rule)
+def indexer_loss(seen: CapturedHeads, query_positions: Tensor, rule: AttentionRule) -> Tensor:
+    """Returns the forward KL between each head's attention and its indexer's, mean over queries: [heads]."""
+    exact, estimate, near, far = query_logits(seen, query_positions, rule)
     return forward_divergence(exact, estimate, near | far).mean(-1)[0]
 
 
 @dataclass
 class SelectionQuality:
-    """What a selection keeps and costs, mean over rows: tensors [heads].
+    """Quality and size of a selection, mean over queries: tensors [heads].
 
     Attributes:
-        recall: attention mass on what would be read (near keys included).
-        tokens: far tokens selected.
-        oracle_tokens: far tokens that exact scores would select under the same rule.
-        divergence: the loss.
+        recall: attention recall, near keys included.
+        tokens: selected far tokens.
+        oracle_tokens: far tokens that exact scores select under the same rule.
+        divergence: loss of stage 1.
     """
 
     recall: Tensor
@@ -64,11 +64,13 @@ class SelectionQuality:
 
 
 @torch.no_grad()
-def selection_quality(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) -> SelectionQuality:
-    """Compares the indexers' selection with the oracle's on some rows, so many at a time as bound the memory."""
+def selection_quality(
+    seen: CapturedHeads, query_positions: Tensor, rule: AttentionRule
+) -> SelectionQuality:
+    """Compares the indexers' selection with that of exact scores for some queries, in chunks of bounded memory."""
     total = torch.zeros(4, len(seen.names), device=seen.keys.device)
-    for chunk in query_chunks(rows.numel(), len(seen.names) * seen.keys.shape[2]):
-        exact, estimate, near, far = row_logits(seen, rows[chunk], rule)
+    for chunk in query_chunks(query_positions.numel(), len(seen.names) * seen.keys.shape[2]):
+        exact, estimate, near, far = query_logits(seen, query_positions[chunk], rule)
         exact = exact.masked_fill(~(near | far), -torch.inf)
         positions = F.pad(seen.positions, (near.shape[-1] - seen.positions.shape[-1], 0))
         selected = select_per_query(rule, estimate, near, far, positions)
@@ -81,4 +83,4 @@ def selection_quality(seen: CapturedHeads, rows: Tensor, rule: AttentionRule) ->
             forward_divergence(visible, estimate, near | far),
         )
         total += torch.stack([values[0].sum(-1).float() for values in figures])
-    return SelectionQuality(*(total / rows.numel()).unbind())
+    return SelectionQuality(*(total / query_positions.numel()).unbind())

@@ -1,4 +1,4 @@
-"""Stage 1 at length: the indexers of a layer learn as it passes, so that no layer's states are kept."""
+"""Layer-wise training of stage 1: each layer is trained during the forward pass, and no states are kept."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rtpurbo.models.architecture import takes_packed_documents
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training.backpropagation import backpropagate
 from rtpurbo.training.capture import CapturedHeads, run_backbone
-from rtpurbo.training.packing import RowChoice, choose_rows, pack
+from rtpurbo.training.packing import QueryChoice, choose_queries, pack
 from rtpurbo.training.sequences import TrainingSequence
 
 
-def train_as_layers_pass(
+def train_layer_by_layer(
     model: PreTrainedModel,
     sequences: Sequence[TrainingSequence],
     settings: IndexerTrainingSettings,
@@ -30,25 +30,25 @@ def train_as_layers_pass(
     backend: str = "auto",
     around_loss: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Tensor]:
-    """One forward over some sequences, in which every layer's indexers get their gradients.
+    """Runs one forward over some sequences and computes the gradients of each layer's indexers as it runs.
 
-    Sequences are packed as far as they are no longer together than the longest that training meets;
-    what each teaches does not depend on what it is packed with.
+    Sequences are packed up to the length of the longest training sequence. Losses and gradients of a
+    sequence do not depend on what it is packed with.
 
     Args:
-        model: sparse, with indexers that are trained.
-        sequences: what to learn from.
-        settings: rows and their weights.
-        seeds: for each sequence, of the choice of its rows.
-        on_student: learn from the sparse model itself, sequence by sequence.
-        packed: pack them; False makes as many forwards as there are sequences, as processes need who
-            have to run them together.
-        backend: of the loss.
-        around_loss: entered whenever a loss is computed, to measure it.
+        model: sparse, with indexers that require gradients.
+        sequences: sequences to train on.
+        settings: choice of queries and their weights.
+        seeds: seed of the choice of queries in each sequence.
+        on_student: attention of the sparse model itself as target, one sequence at a time.
+        packed: pack sequences; False runs one forward for each sequence, which processes that run every
+            layer together need.
+        backend: backend of the loss.
+        around_loss: context manager around each loss, to measure it.
 
     Returns:
-        For each sequence its loss, a scalar: mean over heads and rows. Gradients are those of the sum
-        over heads and sequences.
+        Scalar loss of each sequence: mean over heads and queries. Gradients are those of the sum over
+        heads and sequences.
     """
     rule = model.rtpurbo_config.attention
     packed = packed and not on_student and takes_packed_documents(model.config)
@@ -56,24 +56,24 @@ def train_as_layers_pass(
     losses: list[Tensor] = []
     for group in pack(sequences, longest):
         documents = [sequence.input_ids for sequence in sequences[group]]
-        choice = choose_rows(sequences[group], rule, settings, seeds[group], model.device)
-        of_layers: list[tuple[Tensor, int]] = []
-        learn = partial(_learn, of_layers, choice, rule, backend, around_loss)
-        run_backbone(model, documents, learn, dense=not on_student)
-        num_heads = sum(count for _, count in of_layers)
-        losses += (torch.stack([total for total, _ in of_layers]).sum(0) / num_heads).unbind()
+        choice = choose_queries(sequences[group], rule, settings, seeds[group], model.device)
+        by_layer: list[tuple[Tensor, int]] = []
+        train = partial(_train_layer, by_layer, choice, rule, backend, around_loss)
+        run_backbone(model, documents, train, dense=not on_student)
+        num_heads = sum(count for _, count in by_layer)
+        losses += (torch.stack([total for total, _ in by_layer]).sum(0) / num_heads).unbind()
     return losses
 
 
-def _learn(
-    of_layers: list[tuple[Tensor, int]],
-    choice: RowChoice,
+def _train_layer(
+    by_layer: list[tuple[Tensor, int]],
+    choice: QueryChoice,
     rule: AttentionRule,
     backend: str,
     around_loss: Callable[[], AbstractContextManager[None]],
     seen: CapturedHeads,
 ) -> None:
-    """Learns from a layer, and notes the losses of its documents and its number of heads."""
+    """Trains on one layer and records the losses of its documents and its number of heads."""
     with around_loss():
         total = backpropagate(seen, choice, rule, backend=backend)
-    of_layers.append((total, len(seen.names)))
+    by_layer.append((total, len(seen.names)))

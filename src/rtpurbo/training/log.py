@@ -1,4 +1,4 @@
-"""The training log: one JSON object a line, the same for a run that was interrupted and one that was not."""
+"""Training log in JSON lines, identical for interrupted and uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from rtpurbo.training.trackers import Trackers
 
 
 class TrainingLog:
-    """Appends entries with `stage`, `step` and figures, and shows them to trackers.
+    """Training log with `stage`, `step` and figures of each step, which also passes them on to trackers.
 
     Args:
-        path: the file; None keeps nothing.
-        trackers: who else is told.
+        path: file; None writes none.
+        trackers: experiment trackers.
     """
 
     def __init__(self, path: Path | None, trackers: Trackers | None = None) -> None:
         self.path = path
         self.trackers = trackers or Trackers()
 
-    def write(self, entry: dict[str, Any], **fleeting: float) -> None:
-        """Adds a line.
+    def write(self, entry: dict[str, Any], **unlogged: float) -> None:
+        """Appends a line.
 
         Args:
-            entry: with `stage`, `step` and figures.
-            fleeting: what is only watched, such as speed, in which no two runs agree: for trackers
-                alone.
+            entry: `stage`, `step` and figures.
+            unlogged: figures for trackers only, such as speed, which differ from run to run.
 
         Raises:
-            RTPurboError: the disk is full; what was written of the line is left out by `entries`.
+            RTPurboError: the disk is full; `entries` skips the incomplete line.
         """
         figures = {name: entry[name] for name in entry if name not in ("stage", "step")}
-        self.trackers.log(entry["stage"], entry["step"], {**figures, **fleeting})
+        self.trackers.log(entry["stage"], entry["step"], {**figures, **unlogged})
         if self.path is not None:
             with (
                 explaining_a_full_disk(self.path),
@@ -45,7 +44,7 @@ class TrainingLog:
                 file.write(json.dumps(entry) + "\n")
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """The lines so far, up to a last one that was cut off, or one that no log has."""
+        """Yields the entries so far, up to the first line that is incomplete or invalid."""
         if self.path is None or not self.path.is_file():
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -58,7 +57,7 @@ class TrainingLog:
             yield entry
 
     def rewind(self, stage: str, steps: int) -> None:
-        """Forgets what a stage wrote after its last checkpoint, and every later stage."""
+        """Removes the entries of a stage after its last checkpoint, and those of every later stage."""
         if self.path is None:
             return
         kept, reached = [], False

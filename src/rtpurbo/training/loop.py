@@ -1,4 +1,4 @@
-"""What surrounds a step in both stages: averages, the update, log, checkpoint, progress, signals."""
+"""Training loop of both stages: averaging, update, log, checkpoint, progress, signals."""
 
 from __future__ import annotations
 
@@ -30,21 +30,20 @@ STEPS_TIMED = 20
 
 
 class StageLoop:
-    """The optimiser of a stage, and what happens around its steps on each of the processes.
+    """Optimiser, log and checkpoints of a stage on each of the processes.
 
-    A stage calls `steps`, computes gradients, calls `update` and, with what else it measured,
-    `report`.
+    A stage iterates over `steps`, computes gradients, and calls `update` and then `report`.
 
     Args:
-        stage: its name.
-        parameters: what is trained, by name, in the order in which checkpoints store it.
+        stage: name of the stage.
+        parameters: trained parameters by name, in the order in which checkpoints store them.
         settings: steps, learning rate, warm-up, weight decay.
-        figures: what sequences may measure beside the loss.
-        max_norm: gradients are scaled down to this norm; None leaves them.
-        log: where figures go.
-        checkpoint: where to continue from and save to.
-        progress: told after each step.
-        processes: who trains.
+        figures: names of figures that sequences may report besides the loss.
+        max_norm: maximum gradient norm; None does not clip.
+        log: receives figures.
+        checkpoint: restored at the start and saved regularly.
+        progress: called after each step.
+        processes: processes that train.
     """
 
     def __init__(
@@ -77,20 +76,20 @@ class StageLoop:
             settings.steps,
         )
         self._stop: int | None = None
-        self._fleeting: dict[str, float] = {}
+        self._unlogged: dict[str, float] = {}
         self._times: deque[tuple[float, int]] = deque(maxlen=STEPS_TIMED + 1)
         self._tokens = 0
 
     def restore(self) -> int:
-        """Continues from the last checkpoint, if there is one; returns the steps done."""
+        """Restores the last checkpoint, if there is one, and returns the number of steps done."""
         return self.checkpoint.restore(self._weights, self.optimizer, self.schedule)
 
     @contextmanager
     def steps(self, first: int) -> Iterator[range]:
-        """The steps from `first` on; inside, signals wait for the end of a step.
+        """Context that yields the steps from `first` on; signals are delayed to the end of a step.
 
         Raises:
-            StoppedBySignalError: a signal came, and a checkpoint was saved.
+            StoppedBySignalError: the process received a signal, and a checkpoint was saved.
         """
         self._times.append((time.perf_counter(), 0))
         with steps_undisturbed():
@@ -100,14 +99,14 @@ class StageLoop:
         """Updates the weights with the gradients that this process summed over its sequences.
 
         Args:
-            step: counted from 0.
-            results: of this process's sequences; every process has as many.
+            step: step number, from 0.
+            results: results of this process's sequences, the same number on every process.
 
         Returns:
-            Means over the sequences of all processes that have them: loss and figures.
+            Loss and figures, each a mean over the sequences of all processes that report it.
 
         Raises:
-            RTPurboError: a loss or the gradient is not finite; weights are as they were.
+            RTPurboError: a loss or the gradient is not finite; the weights are unchanged.
         """
         table = self._gather(results)
         average_gradients(self._weights, self.processes, len(results))
@@ -123,7 +122,7 @@ class StageLoop:
                 self.processes,
                 None if folder is None else folder.parent,
             )
-        self._fleeting = {
+        self._unlogged = {
             "gradient_norm": float(norm),
             "learning_rate": float(self.schedule.get_last_lr()[0]),
         }
@@ -137,7 +136,7 @@ class StageLoop:
         for name, column in zip(("loss", *self.figures), table.T, strict=False):
             present = column[~column.isnan()].tolist()
             if present:
-                # Added up in the order of the sequences, whichever process had them.
+                # Summed in the order of the sequences, for any number of processes.
                 means[name] = sum(present) / len(present)
         return means
 
@@ -149,24 +148,24 @@ class StageLoop:
         shown: Mapping[str, float] | None = None,
         position: Callable[[], Any] | None = None,
     ) -> None:
-        """Logs a step, saves a checkpoint if it is time, and stops if a signal came.
+        """Logs a step, saves a checkpoint when due, and stops if a signal was received.
 
         Args:
-            step: counted from 0.
-            figures: for the log.
-            shown: for the progress bar; the log's if None.
-            position: asked for the position in the data when a checkpoint is saved.
+            step: step number, from 0.
+            figures: figures for the log.
+            shown: figures for the progress bar; those of the log if None.
+            position: returns the position in the data when a checkpoint is saved.
 
         Raises:
             RTPurboError: the disk is full.
-            StoppedBySignalError: a signal came during the step.
+            StoppedBySignalError: the process received a signal during the step.
         """
         done = step + 1
         speed = self._tokens_per_second()
         self.log.write(
             {"stage": self.stage, "step": done, **figures},
             tokens_per_second=speed,
-            **self._fleeting,
+            **self._unlogged,
         )
         self.checkpoint.save(
             done,
@@ -190,9 +189,9 @@ class StageLoop:
         return list(self.parameters.values())
 
     def _gather(self, results: Sequence[SequenceResult]) -> Tensor:
-        """Loss and figures of all sequences in their order: fp64 [sequences, 1 + figures].
+        """Returns loss and figures of all sequences in order: fp64 [sequences, 1 + figures].
 
-        What else the processes must agree on travels along: tokens, and whether to stop.
+        Token counts and received signals are gathered in the same call.
         """
         rows = [
             [
@@ -203,9 +202,9 @@ class StageLoop:
             ]
             for result in results
         ]
-        # NCCL takes nothing from a CPU.
+        # NCCL does not support CPU tensors.
         device = self._weights[0].device if self.processes.count > 1 else "cpu"
-        # Sequences are dealt out in turn, so the processes' first ones come first.
+        # Sequences are assigned to processes in turn, so the first ones of all processes come first.
         table = self.processes.gather(torch.tensor(rows, dtype=torch.float64, device=device))
         table = table.transpose(0, 1).flatten(0, 1).cpu()
         self._tokens = int(table[:, -2].sum())
@@ -213,7 +212,7 @@ class StageLoop:
         return table[:, :-2]
 
     def _tokens_per_second(self) -> float:
-        """Over the last steps."""
+        """Returns the speed over the last steps."""
         self._times.append((time.perf_counter(), self._tokens))
         seconds = self._times[-1][0] - self._times[0][0]
         tokens = sum(count for _, count in list(self._times)[1:])

@@ -1,9 +1,9 @@
-"""The scale at which stage 2's LoRA is applied, chosen on held-out sequences of every kind.
+"""Choice of the scale of stage 2's LoRA on held-out sequences of every kind.
 
-Weights between those before and after a training often do better beyond its data than either (WiSE-FT,
-arXiv 2109.01903). Stage 2 starts close to its target, so it can also move away from it: sequences within
-the window are predicted exactly as by the dense model before stage 2, and any LoRA changes them. A scale
-is taken only if it harms no kind of sequence; at 0 stage 2 is left out.
+Interpolated weights often generalise better than those before or after fine-tuning (WiSE-FT,
+arXiv 2109.01903). Stage 2 can also increase the divergence: on sequences within the window the sparse model
+equals the dense one before stage 2, and any LoRA changes that. A scale is accepted only if no kind of sequence
+gets worse; at 0 stage 2 is left out.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Losses = dict[float, dict[str, float]]
 def draw_held_out(
     teacher: PreTrainedModel, mix: TrainingMix, settings: DistillationSettings
 ) -> HeldOut:
-    """Draws as many sequences of each kind and runs the dense model over them.
+    """Draws the same number of sequences of each kind and runs the dense model over them.
 
     Args:
         teacher: dense.
-        mix: of held-out text, with the shares of the training.
-        settings: target positions.
+        mix: held-out text with the mixture of the training.
+        settings: choice of target positions.
     """
     held_out: HeldOut = {}
     for kind in mix.kinds():
@@ -68,7 +68,7 @@ def losses_by_scale(
     Args:
         student: with the LoRA.
         held_out: sequences by kind.
-        loss: of a sequence.
+        loss: function that returns the loss of a sequence.
         progress: called after each scale.
     """
     losses: Losses = {}

@@ -1,4 +1,4 @@
-"""The optimiser of both stages: AdamW with linear warm-up and cosine decay."""
+"""Optimiser of both stages: AdamW with linear warm-up and cosine decay."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ def make_optimizer(
     warmup_steps: int,
     steps: int,
 ) -> tuple[AdamW, LambdaLR]:
-    """AdamW and its schedule, to be stepped together.
+    """Returns AdamW and its schedule, to be stepped together.
+
+    Unlike transformers' `get_cosine_schedule_with_warmup`, the first step does not have a learning rate of 0.
 
     Args:
-        parameters: what to train.
-        learning_rate: the peak.
-        weight_decay: AdamW's.
-        warmup_steps: linear from near 0 to the peak.
-        steps: all steps; the cosine ends at 0 after the last.
+        parameters: parameters to train.
+        learning_rate: peak learning rate.
+        weight_decay: weight decay of AdamW.
+        warmup_steps: steps of linear warm-up.
+        steps: number of all steps; the cosine reaches 0 after the last.
     """
     parameters = list(parameters)
-    # None leaves the choice to torch.
+    # None is torch's default.
     foreach = False if mixed(parameters) else None
     optimizer = AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=foreach)
 

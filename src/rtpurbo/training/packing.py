@@ -1,4 +1,4 @@
-"""Sequences packed one behind the other, and the rows of each that stage 1 learns from."""
+"""Packing of training sequences, and the queries of each that stage 1 trains on."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from rtpurbo.training.sequences import TrainingSequence
 
 
 @dataclass(frozen=True)
-class RowChoice:
-    """Query rows that teach, and how much.
+class QueryChoice:
+    """Queries that stage 1 trains on, with their weights.
 
     Attributes:
-        rows: int64 [rows], ascending places in the packed sequence.
-        weights: fp32 [rows], factor of a row's loss in what is minimised.
-        shares: fp32 [rows], its factor in the loss that is reported for its document; 0 for rows that
-            are there because they answer a question.
-        documents: int64 [rows], number of the row's document.
+        positions: int64 [queries], ascending positions in the packed sequence.
+        weights: fp32 [queries], factor of a query's loss in the minimised loss.
+        report_weights: fp32 [queries], factor of a query's loss in the reported loss of its document; 0 for
+            queries that were added because they predict an answer.
+        documents: int64 [queries], number of the query's document.
     """
 
-    rows: Tensor
+    positions: Tensor
     weights: Tensor
-    shares: Tensor
+    report_weights: Tensor
     documents: Tensor
 
-    def part(self, chunk: slice) -> RowChoice:
-        """Some of the rows."""
-        return RowChoice(*(values[chunk] for values in vars(self).values()))
+    def part(self, chunk: slice) -> QueryChoice:
+        """Returns a slice of the queries."""
+        return QueryChoice(*(values[chunk] for values in vars(self).values()))
 
 
 def pack(sequences: Sequence[TrainingSequence], longest: int) -> Iterator[slice]:
-    """Slices of consecutive sequences that have at most so many tokens together, each at least one."""
+    """Yields slices of consecutive sequences with at most `longest` tokens, or of a single longer sequence."""
     start, tokens = 0, 0
     for number, sequence in enumerate(sequences):
         length = len(sequence.input_ids)
@@ -49,28 +49,27 @@ def pack(sequences: Sequence[TrainingSequence], longest: int) -> Iterator[slice]
         yield slice(start, len(sequences))
 
 
-def choose_rows(
+def choose_queries(
     sequences: Sequence[TrainingSequence],
     rule: AttentionRule,
     settings: IndexerTrainingSettings,
     seeds: Sequence[str],
     device: torch.device | str,
-) -> RowChoice:
-    """Random rows with far keys, or all of them, and every row that answers a question.
+) -> QueryChoice:
+    """Draws queries that have far keys, or takes all of them, and adds every query that predicts an answer.
 
-    Rows that answer are one in hundreds, but they are what retrieval is for: a random choice would
-    hardly ever meet them, so they are learnt from at every step. The mean over either kind of row of a
-    document counts, whatever else it is packed with.
+    Only one query in hundreds predicts an answer, but those need retrieval most, so every step trains on
+    them. Each of the two kinds counts by its mean over a document, whatever else is packed with it.
 
     Args:
-        sequences: packed one behind the other.
+        sequences: packed one after the other.
         rule: sinks and window, beyond which keys are far.
-        settings: `rows_per_step` and `answer_weight`.
-        seeds: of the random choice in each sequence.
-        device: where the rows will be used.
+        settings: `queries_per_step` and `answer_weight`.
+        seeds: seed of the random choice in each sequence.
+        device: where the queries will be used.
     """
     total = sum(len(sequence.input_ids) for sequence in sequences)
-    weights, shares = torch.zeros(total), torch.zeros(total)
+    weights, report_weights = torch.zeros(total), torch.zeros(total)
     documents = torch.zeros(total, dtype=torch.int64)
     chosen = torch.zeros(total, dtype=torch.bool)
     start = 0
@@ -78,17 +77,18 @@ def choose_rows(
         length = len(sequence.input_ids)
         documents[start : start + length] = number
         first_far = min(rule.num_sink_tokens + rule.near_window, length)
-        rows = torch.arange(first_far, length)
-        if settings.rows_per_step is not None and settings.rows_per_step < rows.numel():
+        drawn = torch.arange(first_far, length)
+        if settings.queries_per_step is not None and settings.queries_per_step < drawn.numel():
             generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(56))
-            rows = rows[torch.randperm(rows.numel(), generator=generator)[: settings.rows_per_step]]
-        rows = rows + start
+            order = torch.randperm(drawn.numel(), generator=generator)
+            drawn = drawn[order[: settings.queries_per_step]]
+        drawn = drawn + start
         answers = torch.arange(length - 1 - sequence.num_answer_tokens, length - 1) + start
-        weights[rows] += 1 / max(1, rows.numel())
-        shares[rows] += 1 / max(1, rows.numel())
+        weights[drawn] += 1 / max(1, drawn.numel())
+        report_weights[drawn] += 1 / max(1, drawn.numel())
         weights[answers] += settings.answer_weight / max(1, answers.numel())
-        chosen[rows] = chosen[answers] = True
+        chosen[drawn] = chosen[answers] = True
         start += length
-    rows = chosen.nonzero()[:, 0]
-    choice = RowChoice(rows, weights[rows], shares[rows], documents[rows])
-    return RowChoice(*(values.to(device) for values in vars(choice).values()))
+    positions = chosen.nonzero()[:, 0]
+    choice = (positions, weights[positions], report_weights[positions], documents[positions])
+    return QueryChoice(*(values.to(device) for values in choice))

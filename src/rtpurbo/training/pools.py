@@ -1,7 +1,8 @@
-"""Sequences that a model has written itself, kept in a file of a conversion's work folder."""
+"""Pools of training sequences that the dense model writes before training, kept in the work folder."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,30 +10,45 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically
 from rtpurbo.processes import ALONE, Processes
+from rtpurbo.settings import (
+    DistillationSettings,
+    IndexerTrainingSettings,
+    Progress,
+    no_progress,
+)
+from rtpurbo.training.conversations import write_conversations
+from rtpurbo.training.document_answers import write_document_answers
 from rtpurbo.training.sequences import TrainingSequence
 
 HELD_OUT = 16
-"""Sequences of each pool that are not trained on, if it has twice as many."""
+"""Sequences of each pool that are held out from training; half of the pool if it is smaller than twice that."""
+
+MAX_CONVERSATIONS, MAX_DOCUMENTS = 512, 128
+"""Largest pools; a stage that needs more sequences repeats them."""
+
+CONVERSATIONS_FILE, DOCUMENTS_FILE = "conversations.safetensors", "documents.safetensors"
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Sequences written before training.
+    """Sequences written before training, by task.
 
     Attributes:
-        conversations: short ones; see `write_conversations`.
-        documents: long ones; see `write_document_answers`.
+        conversations: short conversations (`write_conversations`).
+        documents: long documents with answers (`write_document_answers`).
     """
 
     conversations: tuple[TrainingSequence, ...] = ()
     documents: tuple[TrainingSequence, ...] = ()
 
     def split(self) -> tuple[Pools, Pools]:
-        """The pools to train on, and held-out ones: the last `HELD_OUT` of each, or half of a small pool."""
+        """Returns the pools to train on and the held-out ones, which are the end of each pool."""
         pools = (self.conversations, self.documents)
         cuts = [len(pool) - min(HELD_OUT, len(pool) // 2) for pool in pools]
         return (
@@ -41,17 +57,96 @@ class Pools:
         )
 
 
+def write_pools(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Prose,
+    stages: Sequence[IndexerTrainingSettings | DistillationSettings],
+    folder: Path,
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    processes: Processes = ALONE,
+) -> None:
+    """Writes the pools that some stages train on, unless the folder has them already.
+
+    Args:
+        model: dense, before it is made sparse.
+        tokenizer: the model's.
+        corpus: prose of the documents.
+        stages: stages to be run; documents have the lengths of the last one that trains on them.
+        folder: receives one file for each pool.
+        seed: seed of all randomness.
+        progress: called after each batch.
+        processes: processes that hold parts of the model; all of them call this together.
+
+    Raises:
+        RTPurboError: documents do not fit their lengths, the model writes no usable conversation, or
+            the disk is full.
+    """
+    stages = [stage.resolved(processes.count) for stage in stages if stage.steps]
+    reading = [stage for stage in stages if "documents" in stage.mixture]
+    if reading:
+        documents = max(_count(stage, "documents") for stage in reading)
+        kept_sequences(
+            folder / DOCUMENTS_FILE,
+            lambda: write_document_answers(
+                model,
+                tokenizer,
+                corpus,
+                reading[-1].lengths,
+                min(documents, MAX_DOCUMENTS),
+                seed=seed,
+                progress=progress,
+            ),
+            processes,
+        )
+    conversing = [stage for stage in stages if "conversations" in stage.mixture]
+    if conversing:
+        conversations = max(_count(stage, "conversations") for stage in conversing)
+        kept_sequences(
+            folder / CONVERSATIONS_FILE,
+            lambda: write_conversations(
+                model,
+                tokenizer,
+                min(conversations, MAX_CONVERSATIONS),
+                seed=seed,
+                batch_size=128 if model.device.type == "cuda" else 16,
+                progress=progress,
+            ),
+            processes,
+        )
+
+
+def read_pools(folder: Path) -> Pools:
+    """Returns the pools that `write_pools` wrote; those that no stage trains on are empty.
+
+    Raises:
+        RTPurboError: a file cannot be read.
+    """
+    paths = (folder / CONVERSATIONS_FILE, folder / DOCUMENTS_FILE)
+    return Pools(*(read_sequences(path) if path.is_file() else () for path in paths))
+
+
+def _count(stage: IndexerTrainingSettings | DistillationSettings, task: str) -> int:
+    """Returns how many sequences of a task a stage trains on and holds out."""
+    groups = stage.steps
+    if isinstance(stage, IndexerTrainingSettings):
+        groups = math.ceil(groups / stage.steps_per_sequence)
+    return math.ceil(stage.mixture[task] * groups * stage.per_step) + HELD_OUT
+
+
 def kept_sequences(
     path: Path,
     write: Callable[[], Sequence[TrainingSequence]],
     processes: Processes = ALONE,
 ) -> tuple[TrainingSequence, ...]:
-    """The sequences in a file; written now if it is not there.
+    """Returns the sequences in a file, which is written first if it does not exist.
 
     Args:
         path: the file, written whole or not at all.
-        write: makes the sequences.
-        processes: those that call this together; the main one writes the file.
+        write: generates the sequences.
+        processes: processes that call this together; the main one writes the file.
 
     Raises:
         RTPurboError: the file cannot be read, or the disk is full.
@@ -64,13 +159,11 @@ def kept_sequences(
 
 def save_sequences(path: Path, sequences: Sequence[TrainingSequence]) -> None:
     """Writes sequences to a safetensors file, whole or not at all."""
+    token_ids = [token_id for sequence in sequences for token_id in sequence.input_ids]
     save_tensors_atomically(
         path,
         {
-            "input_ids": torch.tensor(
-                [token_id for sequence in sequences for token_id in sequence.input_ids],
-                dtype=torch.int32,
-            ),
+            "input_ids": torch.tensor(token_ids, dtype=torch.int32),
             "lengths": torch.tensor([len(each.input_ids) for each in sequences]),
             "answers": torch.tensor([each.num_answer_tokens for each in sequences]),
         },
@@ -78,7 +171,7 @@ def save_sequences(path: Path, sequences: Sequence[TrainingSequence]) -> None:
 
 
 def read_sequences(path: Path) -> tuple[TrainingSequence, ...]:
-    """Reads what `save_sequences` wrote.
+    """Returns the sequences that `save_sequences` wrote.
 
     Raises:
         RTPurboError: the file is missing or corrupt.

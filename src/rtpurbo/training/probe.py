@@ -1,4 +1,4 @@
-"""What the indexers select on held-out sequences, watched while they learn."""
+"""Selection quality on held-out sequences, measured during training."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from transformers import PreTrainedModel
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.training.capture import CapturedHeads, capture_heads, run_backbone
-from rtpurbo.training.indexer_loss import rows_with_far_keys, selection_quality
+from rtpurbo.training.indexer_loss import queries_with_far_keys, selection_quality
 from rtpurbo.training.sequences import TrainingSequence
 
-PROBE_ROWS = 128
+PROBE_QUERIES = 128
 FIGURES = ("recall", "tokens", "oracle_tokens", "divergence")
 
 
 class Probe:
-    """Measures the selection of a model's indexers, again and again on the same sequences.
+    """Repeated measurement of the indexers' selection on the same sequences.
 
     Args:
         model: sparse.
-        sequences: held out from training.
-        on_student: states of the sparse model itself instead of the dense one's.
-        keep: hold the states of all heads; else the model runs at every look, and each layer's are
-            forgotten as soon as it has passed.
+        sequences: held-out sequences.
+        on_student: use states of the sparse model instead of the dense one's.
+        keep: keep the states of all heads; False runs the model for each measurement and frees the
+            states of each layer after it.
     """
 
     def __init__(
@@ -47,43 +47,45 @@ class Probe:
                     model,
                     sequence.input_ids,
                     dense=not on_student,
-                    rows=torch.cat(self._rows(sequence)).unique(),
+                    query_positions=torch.cat(self._positions(sequence)).unique(),
                 )
                 for sequence in sequences
             ]
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """Selection quality, mean over sequences, rows and heads.
+        """Returns the selection quality, mean over sequences, queries and heads.
 
         Returns:
-            `FIGURES`; `answer_recall`, of rows that answer a question, if there are any; and
-            `by_head`, the figures of each head.
+            `FIGURES`; `answer_recall`, of queries that predict an answer, if there are any; and `by_head`,
+            the figures of each head.
         """
         by_head: dict[str, dict[str, float]] = {}
         answer_recalls: list[float] = []
         rule: AttentionRule = self.model.rtpurbo_config.attention
         for number, sequence in enumerate(self.sequences):
-            rows, answer_rows = self._rows(sequence)
+            positions, answer_positions = self._positions(sequence)
 
-            def look(
-                seen: CapturedHeads, rows: Tensor = rows, answer_rows: Tensor = answer_rows
+            def observe(
+                seen: CapturedHeads,
+                positions: Tensor = positions,
+                answer_positions: Tensor = answer_positions,
             ) -> None:
-                quality = selection_quality(seen, rows, rule)
+                quality = selection_quality(seen, positions, rule)
                 values = {name: getattr(quality, name).tolist() for name in FIGURES}
-                for place, (layer, head) in enumerate(seen.names):
+                for index, (layer, head) in enumerate(seen.names):
                     entry = by_head.setdefault(f"{layer}.{head}", dict.fromkeys(FIGURES, 0.0))
                     for name in FIGURES:
-                        entry[name] += values[name][place] / len(self.sequences)
-                if answer_rows.numel():
-                    recall = selection_quality(seen, answer_rows, rule).recall
+                        entry[name] += values[name][index] / len(self.sequences)
+                if answer_positions.numel():
+                    recall = selection_quality(seen, answer_positions, rule).recall
                     answer_recalls.extend(recall.tolist())
 
             if self._kept is None:
-                run_backbone(self.model, [sequence.input_ids], look, dense=not self.on_student)
+                run_backbone(self.model, [sequence.input_ids], observe, dense=not self.on_student)
             else:
                 for seen in self._kept[number]:
-                    look(seen)
+                    observe(seen)
         figures: dict[str, Any] = {
             name: sum(entry[name] for entry in by_head.values()) / max(1, len(by_head))
             for name in FIGURES
@@ -92,10 +94,10 @@ class Probe:
             figures["answer_recall"] = sum(answer_recalls) / len(answer_recalls)
         return {**figures, "by_head": by_head}
 
-    def _rows(self, sequence: TrainingSequence) -> tuple[Tensor, Tensor]:
-        """Rows of a sequence on which selection is measured: some that have far keys, and those that answer."""
+    def _positions(self, sequence: TrainingSequence) -> tuple[Tensor, Tensor]:
+        """Positions of the measured queries: some that have far keys, and those that predict the answer."""
         rule: AttentionRule = self.model.rtpurbo_config.attention
         length, device = len(sequence.input_ids), self.model.device
-        rows = rows_with_far_keys(torch.arange(length, device=device), rule)
+        positions = queries_with_far_keys(torch.arange(length, device=device), rule)
         answers = torch.arange(length - 1 - sequence.num_answer_tokens, length - 1, device=device)
-        return rows[:: max(1, rows.numel() // PROBE_ROWS)].contiguous(), answers
+        return positions[:: max(1, positions.numel() // PROBE_QUERIES)].contiguous(), answers

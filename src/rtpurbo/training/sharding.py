@@ -1,4 +1,4 @@
-"""Gradients and copies of weights of which each process may hold a part."""
+"""Gradients and copies of weights that may be sharded over processes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def average_gradients(
     """Turns gradients that each process summed over its sequences into means over all sequences.
 
     Args:
-        parameters: what is trained; one without a gradient gets zeros, as others may have one.
-        processes: who trains.
-        num_sequences: of this step on this process; the others have as many.
+        parameters: trained parameters; one without a gradient gets zeros, as other processes may have one.
+        processes: processes that train.
+        num_sequences: sequences of this step on this process, the same on every process.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if isinstance(parameter, DTensor):
-            # FSDP has averaged them over the processes.
+            # FSDP has averaged the gradient over the processes.
             parameter.grad.div_(num_sequences)
         else:
             processes.add_up([parameter.grad])
@@ -36,27 +36,27 @@ def average_gradients(
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, fp32 []; the same on all processes."""
+    """Returns the 2-norm of all gradients together, fp32 [], equal on all processes."""
     norms = [
         whole(get_total_norm(part)).float()
-        for part in _divided_and_not([weight.grad for weight in parameters])
+        for part in _by_sharding([weight.grad for weight in parameters])
         if part
     ]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Scales all gradients down, in place, so that their norm is at most `max_norm`."""
-    for part in _divided_and_not(parameters):
+    """Scales all gradients in place so that their norm is at most `max_norm`."""
+    for part in _by_sharding(parameters):
         clip_grads_with_norm_(part, max_norm, norm)
 
 
 def mixed(parameters: Iterable[Tensor]) -> bool:
-    """Whether some are divided and some not, so that no fused operation takes both."""
+    """True if some parameters are sharded and others are not, which fused operations do not support."""
     return len({isinstance(weight, DTensor) for weight in parameters}) > 1
 
 
-def _divided_and_not(tensors: Iterable[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+def _by_sharding(tensors: Iterable[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
     present = [tensor for tensor in tensors if tensor is not None]
     return (
         [tensor for tensor in present if isinstance(tensor, DTensor)],
@@ -65,7 +65,7 @@ def _divided_and_not(tensors: Iterable[Tensor | None]) -> tuple[list[Tensor], li
 
 
 def restore_weights(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Puts back what each process had copied of its parts of some weights."""
+    """Restores weights from each process's copy of its part."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in before:

@@ -1,4 +1,4 @@
-"""Numbered groups of tensors on disk, many in a file: each file of bounded size, and whole or not there."""
+"""Numbered groups of tensors in safetensors files of bounded size, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically
 
-# What a process that is killed has to compute again at the most.
+# Upper bound of what a killed process has to recompute.
 MAX_BYTES = 16 * 2**20
 
 
 class Shards:
-    """Groups of tensors by number, each with a note, in safetensors files of a folder.
+    """Groups of tensors by number, each with a note, in the files of a folder.
 
-    Several processes may write to a folder, each groups that no other one writes. Groups gather in
-    memory until they fill a file, and may be read from there.
+    Several processes may write different groups to one folder. Groups are buffered in memory until they fill
+    a file, and can be read from the buffer.
 
     Args:
-        folder: where the files live; what lies there is found again.
-        max_bytes: of the tensors of a file, if it holds more than one group.
+        folder: folder of the files; existing files are read.
+        max_bytes: maximum size of the tensors in a file of several groups.
 
     Raises:
-        RTPurboError: a file there cannot be read.
+        RTPurboError: an existing file cannot be read.
     """
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
@@ -37,7 +37,7 @@ class Shards:
         self.max_bytes = max_bytes
         self._files: dict[int, Path] = {}
         self._notes: dict[int, Any] = {}
-        self._waiting: dict[int, dict[str, Tensor]] = {}
+        self._buffered: dict[int, dict[str, Tensor]] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
             with _reading(path), safe_open(path, "pt") as file:
                 notes = json.loads(file.metadata()["notes"])
@@ -48,66 +48,66 @@ class Shards:
         return number in self._notes
 
     def note(self, number: int) -> Any:
-        """What was noted with a group."""
+        """Returns the note of a group."""
         return self._notes[number]
 
     def add(self, number: int, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Adds a group.
 
         Args:
-            number: its number, which must be new.
-            tensors: by name.
-            note: plain JSON types.
+            number: number of the group, which must be new.
+            tensors: tensors by name.
+            note: value of plain JSON types.
 
         Raises:
             RTPurboError: the disk is full.
         """
         assert number not in self, "a group is written once"
         tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        if self._waiting and self._size(tensors) + sum(map(self._size, self._waiting.values())) > (
-            self.max_bytes
-        ):
+        if self._buffered and self._size(tensors) + sum(
+            map(self._size, self._buffered.values())
+        ) > (self.max_bytes):
             self.flush()
-        self._waiting[number], self._notes[number] = tensors, note
+        self._buffered[number], self._notes[number] = tensors, note
 
     def flush(self) -> None:
-        """Writes what waits in memory.
+        """Writes the buffered groups.
 
         Raises:
             RTPurboError: the disk is full.
         """
-        if not self._waiting:
+        if not self._buffered:
             return
-        # Numbers are written once, so no other file begins with this one.
-        path = self.folder / f"shard-{min(self._waiting):06d}.safetensors"
+        # Each number is written once, so the file name is unique.
+        path = self.folder / f"shard-{min(self._buffered):06d}.safetensors"
         save_tensors_atomically(
             path,
             {
                 _name(number, name): tensor
-                for number, group in self._waiting.items()
+                for number, group in self._buffered.items()
                 for name, tensor in group.items()
             },
-            {"notes": json.dumps({number: self._notes[number] for number in self._waiting})},
+            {"notes": json.dumps({number: self._notes[number] for number in self._buffered})},
         )
-        self._files |= dict.fromkeys(self._waiting, path)
-        self._waiting = {}
+        self._files |= dict.fromkeys(self._buffered, path)
+        self._buffered = {}
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, groups are added; at the end all are on disk, even if something interrupts."""
+        """Context in which groups are added; on exit all are on disk, also after an interruption."""
         try:
             yield
         finally:
             self.flush()
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a group by name.
+        """Returns the tensors of a group by name.
 
         Raises:
             RTPurboError: its file cannot be read.
         """
-        if number in self._waiting:
-            return dict(self._waiting[number])
+        if number in self._buffered:
+            return dict(self._buffered[number])
         path, prefix = self._files[number], _name(number, "")
         with _reading(path), safe_open(path, "pt") as file:
             return {

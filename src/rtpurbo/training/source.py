@@ -1,4 +1,4 @@
-"""Which sequences each process meets at each step, and where in the texts the next ones stand."""
+"""Distribution of sequences over processes and steps, and positions in streamed texts."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from rtpurbo.processes import ALONE, Processes
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 
 Texts = TextCorpus | TextStream
-"""What is trained on: texts in memory, or read as training goes on."""
+"""Training texts: in memory or streamed."""
 
 
 class SequenceSource:
-    """Deals out sequences in groups of one optimiser step each.
+    """Source of sequences in groups of one optimiser step each.
 
-    Group g holds the sequences from g * per_step on. Each of the `per_step` places in a group is a
-    lane, with its own part of a stream, and the lanes are dealt out to the processes: which
-    sequences there are does not depend on how many processes there are.
+    Group g contains the sequences from g * per_step on. Each of the `per_step` positions in a group is a
+    lane with its own part of a stream, and lanes are assigned to processes in turn: the sequences do not
+    depend on the number of processes.
 
     Args:
-        mix: what sequences are like; its corpus is replaced by the lanes of a stream.
-        texts: what is trained on.
+        mix: mixture of sequences; its corpus is replaced by the lanes of a stream.
+        texts: training texts.
         per_step: sequences of a group, over all processes.
-        processes: who trains.
+        processes: processes that train.
 
     Raises:
-        RTPurboError: the processes cannot share a group evenly.
+        RTPurboError: a group cannot be divided evenly among the processes.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class SequenceSource:
         self._group: list[TrainingSequence] = []
 
     def numbers(self, group: int) -> list[int]:
-        """The sequences of a group that this process meets."""
+        """Returns the numbers of this process's sequences of a group."""
         return [group * self.per_step + lane for lane in self._lanes]
 
     def follows(self, group: int) -> bool:
-        """Whether a group can be taken now without a `seek`."""
+        """True if a group can be taken next without a `seek`."""
         return not self._streams or group == self._next
 
     def take(self, group: int) -> list[TrainingSequence]:
-        """This process's sequences of a group, in the order of `numbers`.
+        """Returns this process's sequences of a group, in the order of `numbers`.
 
-        A stream gives its groups one after the other, the last one as often as asked.
+        Groups of a stream are taken in order; the last one can be taken repeatedly.
 
         Raises:
             RTPurboError: texts cannot be read or are too short.
@@ -77,18 +77,18 @@ class SequenceSource:
         return self._group
 
     def position(self, group: int) -> dict[str, Any] | None:
-        """Where to go on with a group, the next one or the last: this process's lanes by number.
+        """Returns the position before the next group or the last one: this process's lanes by number.
 
-        None for texts in memory, which need none.
+        Returns None for texts in memory, which have no position.
         """
         if not self._streams:
             return None
-        assert group in (self._next - 1, self._next), "a stream forgets what is long past"
-        places = self._places() if group == self._next else self._before
-        return {"group": group, "lanes": places}
+        assert group in (self._next - 1, self._next), "a stream keeps the positions of two groups"
+        lanes = self._places() if group == self._next else self._before
+        return {"group": group, "lanes": lanes}
 
     def position_of_all(self, group: int) -> dict[str, Any] | None:
-        """As `position`, with the lanes of all processes; all call it together."""
+        """Returns `position` with the lanes of all processes, which call this together."""
         position = self.position(group)
         if position is None:
             return None
@@ -96,17 +96,17 @@ class SequenceSource:
         return {"group": group, "lanes": {key: part[key] for part in parts for key in part}}
 
     def seek(self, position: dict[str, Any] | None) -> None:
-        """Goes to a position that any number of processes had.
+        """Moves to a position that was saved with any number of processes.
 
         Raises:
-            RTPurboError: it lacks a lane of this process.
+            RTPurboError: the position lacks a lane of this process.
         """
         if position is None or not self._streams:
             return
         for lane, stream in self._streams.items():
             if str(lane) not in position["lanes"]:
                 raise RTPurboError(
-                    "the position in the stream does not fit this training: begin anew with --force."
+                    "the position in the stream does not fit this training: start again with --force."
                 )
             stream.seek(position["lanes"][str(lane)])
         self._next, self._group = position["group"], []
@@ -117,18 +117,18 @@ class SequenceSource:
 
 
 def check_shares(per_step: int, processes: Processes) -> None:
-    """Refuses groups that the processes cannot share evenly.
+    """Refuses groups that cannot be divided evenly among the processes.
 
     Raises:
-        RTPurboError: they cannot.
+        RTPurboError: `per_step` is not a multiple of the number of processes.
     """
     if per_step % processes.count:
         raise RTPurboError(
-            f"{per_step} sequences a step (sequences_per_step) cannot be shared evenly by "
+            f"{per_step} sequences per step (sequences_per_step) cannot be divided evenly among "
             f"{processes.count} processes: choose a multiple of {processes.count}."
         )
 
 
 def random_access(texts: Texts) -> TextCorpus:
-    """Texts of which any part can be had at any time: all in memory, or the beginning of a stream."""
+    """Returns the texts with random access: all texts in memory, or the beginning of a stream."""
     return texts.opening if isinstance(texts, TextStream) else texts

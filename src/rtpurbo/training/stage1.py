@@ -1,4 +1,4 @@
-"""Stage 1: the token indexers learn which far tokens their heads attend to, on a frozen model."""
+"""Stage 1: trains the token indexers to predict the attention of their heads, on a frozen model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from rtpurbo.training.backpropagation import backpropagate
 from rtpurbo.training.capture import CapturedHeads, capture_heads
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult
-from rtpurbo.training.layerwise import train_as_layers_pass
+from rtpurbo.training.indexer_init import init_indexers
+from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
-from rtpurbo.training.packing import choose_rows
+from rtpurbo.training.packing import choose_queries
 from rtpurbo.training.pools import Pools
 from rtpurbo.training.probe import Probe
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from rtpurbo.training.source import SequenceSource, Texts, random_access
-from rtpurbo.training.start import start_indexers
 
 LOGGED = {
     "recall": "recall",
@@ -38,7 +38,7 @@ LOGGED = {
     "tokens": "tokens_read",
     "oracle_tokens": "oracle_tokens",
 }
-"""Figures of a probe that are logged, and their names in the log."""
+"""Names in the log of the probe's figures."""
 
 
 def train_indexers(
@@ -57,37 +57,38 @@ def train_indexers(
     processes: Processes = ALONE,
     pools: Pools | None = None,
 ) -> dict[str, Any]:
-    """Trains every indexer of a sparse model by forward KL, all retrieval heads of all layers at once.
+    """Trains the indexers of all retrieval heads of all layers by forward KL against the heads' attention.
 
-    Memory is O(length): the model runs over a sequence once, the retrieval heads' states are kept, and each of the
-    next `steps_per_sequence` steps scores query rows against all keys. With a single step a sequence nothing is
-    kept: a layer's indexers learn as it passes, and the sequences of a step are packed.
+    Memory is O(length): the model runs over a sequence once, the states of the retrieval heads are kept, and each
+    of the next `steps_per_sequence` steps scores some queries against all keys. With one step per sequence no states
+    are kept: each layer is trained during the forward pass, and the sequences of a step are packed.
 
     Args:
-        model: sparse; everything but the indexers stays as it is. Of a model that each process loaded a part of,
-            all processes run every layer together.
+        model: sparse; only the indexers change. If each process loaded a part of the model, all processes run every
+            layer together.
         tokenizer: the model's.
         corpus: training text, in memory or streamed.
         held_out: text of the probe.
-        settings: lengths, steps, learning rate, start.
-        seed: of data and rows.
+        settings: lengths, steps, learning rate, initialisation.
+        seed: seed of data and queries.
         stage: name in the log.
-        on_student: learn from the sparse model itself, starting from the indexers it has (the refresh after stage 2).
-        log: where losses go.
-        checkpoint: where to continue from and save to.
-        progress: told after each step.
-        processes: who trains; each takes its share of every step's sequences.
-        pools: sequences that the dense model wrote, for `document_share`; some of them are held out.
+        on_student: train on the sparse model's own states, starting from its present indexers (the refresh after
+            stage 2).
+        log: receives losses.
+        checkpoint: restored at the start and saved regularly.
+        progress: called after each step.
+        processes: processes that train; each gets an equal part of the sequences of a step.
+        pools: sequences written by the dense model, for the task `documents`; some of them are held out.
 
     Returns:
-        The last probe's figures: recall, tokens, oracle_tokens and divergence, each a mean over
-        heads; answer_recall, of rows that answer a question; and `by_head`.
+        Figures of the last probe: recall, tokens, oracle_tokens and divergence, each a mean over heads; answer_recall,
+        of queries that predict an answer; and `by_head`. Empty if no head retrieves.
 
     Raises:
-        RTPurboError: no head retrieves, sequences leave nothing to select, or a loss or gradient is not finite.
-        StoppedBySignalError: a signal came; a checkpoint was saved.
+        RTPurboError: sequences have no far tokens to select, or a loss or gradient is not finite.
+        StoppedBySignalError: the process received a signal, and a checkpoint was saved.
     """
-    settings = settings or IndexerTrainingSettings()
+    settings = (settings or IndexerTrainingSettings()).resolved(processes.count)
     rule: AttentionRule = model.rtpurbo_config.attention
     modules = [module for module in headwise_modules(model) if module.retrieval_heads]
     if not modules:
@@ -102,8 +103,7 @@ def train_indexers(
 
     written, unseen_written = (pools or Pools()).split()
     mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, stage, written)
-    per_step = settings.sequences_per_step or processes.count
-    source = SequenceSource(mix, corpus, per_step, processes)
+    source = SequenceSource(mix, corpus, settings.per_step, processes)
     probe_mix = replace(mix, corpus=held_out, purpose=f"{stage}-probe", pools=unseen_written)
     probe = Probe(
         model,
@@ -123,8 +123,8 @@ def train_indexers(
     first = loop.restore()
     source.seek(loop.checkpoint.position)
     if first == 0 and not on_student:
-        starts = [mix.sequence(number).input_ids for number in range(settings.start_sequences)]
-        start_indexers(model, settings.start, starts, seed=seed)
+        samples = [mix.sequence(number).input_ids for number in range(settings.init_sequences)]
+        init_indexers(model, settings.init, samples, seed=seed)
 
     figures = probe.measure()
     captured: list[list[CapturedHeads]] | None = None
@@ -134,9 +134,11 @@ def train_indexers(
         for step in steps:
             group, turn = divmod(step, settings.steps_per_sequence)
             numbers, sequences = source.numbers(group), source.take(group)
-            seeds = [_row_seed(stage, seed, step, number % per_step) for number in numbers]
+            seeds = [
+                _query_seed(stage, seed, step, number % settings.per_step) for number in numbers
+            ]
             if not keeps_states(settings):
-                losses = train_as_layers_pass(
+                losses = train_layer_by_layer(
                     model,
                     sequences,
                     settings,
@@ -146,19 +148,19 @@ def train_indexers(
                 )
             else:
                 if turn == 0 or captured is None:
-                    captured = None  # before the next ones exist
+                    captured = None  # frees the old states before new ones are captured
                     group_steps = range(step, step + settings.steps_per_sequence - turn)
                     captured = [
                         capture_heads(
                             model,
                             sequence.input_ids,
                             dense=not on_student,
-                            rows=_rows_of_steps(
+                            query_positions=_query_positions(
                                 sequence,
                                 rule,
                                 settings,
                                 [
-                                    _row_seed(stage, seed, each, number % per_step)
+                                    _query_seed(stage, seed, each, number % settings.per_step)
                                     for each in group_steps
                                 ],
                             ).to(model.device),
@@ -166,8 +168,8 @@ def train_indexers(
                         for number, sequence in zip(numbers, sequences, strict=True)
                     ]
                 losses = [
-                    _step(heads, sequence, rule, settings, row_seed)
-                    for heads, sequence, row_seed in zip(captured, sequences, seeds, strict=True)
+                    _step(heads, sequence, rule, settings, query_seed)
+                    for heads, sequence, query_seed in zip(captured, sequences, seeds, strict=True)
                 ]
             results = [
                 SequenceResult(number, sequence.input_ids, loss)
@@ -196,24 +198,26 @@ def train_indexers(
 
 
 def keeps_states(settings: IndexerTrainingSettings) -> bool:
-    """Whether further steps need the states of a sequence."""
+    """True if several steps use the states of one sequence."""
     return settings.steps_per_sequence > 1
 
 
-def _row_seed(stage: str, seed: int, step: int, place: int) -> str:
-    """Of the choice of rows; that of the first sequence of a step has always been without a place."""
+def _query_seed(stage: str, seed: int, step: int, place: int) -> str:
+    """Seed of a choice of queries; place 0 has no suffix, which keeps the seeds of one process unchanged."""
     return f"{stage}-{seed}-{step}" + (f"-{place}" if place else "")
 
 
-def _rows_of_steps(
+def _query_positions(
     sequence: TrainingSequence,
     rule: AttentionRule,
     settings: IndexerTrainingSettings,
     seeds: list[str],
 ) -> Tensor:
-    """All rows that the steps on one sequence will learn from, ascending."""
-    rows = [choose_rows([sequence], rule, settings, [seed], "cpu").rows for seed in seeds]
-    return torch.cat(rows).unique()
+    """Ascending positions of all queries that the steps on one sequence will train on."""
+    positions = [
+        choose_queries([sequence], rule, settings, [seed], "cpu").positions for seed in seeds
+    ]
+    return torch.cat(positions).unique()
 
 
 def _step(
@@ -223,7 +227,7 @@ def _step(
     settings: IndexerTrainingSettings,
     seed: str,
 ) -> Tensor:
-    """Backpropagates one step; the loss is the mean over all heads, the gradient that of their sum."""
-    choice = choose_rows([sequence], rule, settings, [seed], heads[0].queries.device)
+    """Backpropagates one step; returns the mean loss over all heads, while gradients are those of the sum."""
+    choice = choose_queries([sequence], rule, settings, [seed], heads[0].queries.device)
     total = torch.stack([backpropagate(seen, choice, rule) for seen in heads]).sum()
     return total / sum(len(seen.names) for seen in heads)

@@ -1,4 +1,4 @@
-"""What stage 2 trains: a LoRA or the full weights, on a model that comes back as it was; and their files."""
+"""Trained weights of stage 2, a LoRA or the full weights: setup, removal and files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
 from rtpurbo.models.decoder import decoder_layers, projections
 from rtpurbo.models.sharding import own_part, require_gradients, whole
-from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE
+from rtpurbo.models.stage2_weights import (
+    ADAPTER_FOLDER,
+    FULL_WEIGHTS_FILE,
+    without_deprecations_of_peft,
+)
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sharding import restore_weights
 
 
 def check_trainable(dtype: torch.dtype, settings: DistillationSettings) -> None:
-    """Refuses to train weights in a type that would round most of an update away.
+    """Refuses to train full weights in a dtype in which most updates would be rounded away.
 
     Args:
-        dtype: of the base model.
-        settings: of stage 2.
+        dtype: dtype of the base model.
+        settings: settings of stage 2.
 
     Raises:
-        RTPurboError: all weights are to be trained, and they have less than 32 bits.
+        RTPurboError: the full weights are to be trained in fewer than 32 bits.
     """
     if settings.steps and not settings.lora_rank and dtype.itemsize < 4:
         raise RTPurboError(
@@ -39,22 +43,32 @@ def check_trainable(dtype: torch.dtype, settings: DistillationSettings) -> None:
         )
 
 
+def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Turns gradient checkpointing on or off: of each layer only the input is saved for the backward pass."""
+    # transformers 5.24 deprecates the names with `gradient`, which earlier versions have alone.
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enabled:
+        options = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{word}_checkpointing_enable")(**options)
+    else:
+        getattr(model, f"{word}_checkpointing_disable")()
+
+
 @contextmanager
 def trainable(
     model: PreTrainedModel, settings: DistillationSettings, seed: int
 ) -> Iterator[PreTrainedModel | PeftModel]:
-    """The model ready to be trained; its base weights and modules come back afterwards.
+    """Context in which the model is ready for training; on exit its base weights and modules are restored.
 
     Args:
         model: sparse.
-        settings: LoRA or full weights, and whether activations are computed again.
-        seed: of the LoRA, whose weights are float32 whatever the model's.
+        settings: LoRA or full weights, and gradient checkpointing.
+        seed: seed of the LoRA, whose weights are float32 for every model dtype.
     """
     on_gpu = model.device.type == "cuda"
     checkpointing = settings.gradient_checkpointing and on_gpu
     if checkpointing:
-        # A layer at a time: what is kept of each is its input alone.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_gradient_checkpointing(model, True)
     student: PreTrainedModel | PeftModel = model
     before: dict[str, torch.Tensor] = {}
     if settings.lora_rank:
@@ -63,7 +77,7 @@ def trainable(
             for layer in decoder_layers(model)
             for name, _ in projections(layer, beyond_attention=settings.lora_beyond_attention)
         }
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), without_deprecations_of_peft():
             torch.manual_seed(seed)
             student = get_peft_model(
                 model,
@@ -82,14 +96,13 @@ def trainable(
         }
     model.train()
     try:
-        # Under autocast, a LoRA's input in the precision of its weights would only be cast back: at
-        # length, gigabytes for nothing.
+        # Under autocast, casting a LoRA's input to float32 has no effect but costs gigabytes for long sequences.
         with disable_input_dtype_casting(model, active=on_gpu):
             yield student
     finally:
         model.eval()
         if checkpointing:
-            model.gradient_checkpointing_disable()
+            set_gradient_checkpointing(model, False)
         if isinstance(student, PeftModel):
             student.unload()
         restore_weights(model, before)
@@ -97,7 +110,7 @@ def trainable(
 
 
 def trained_weights(student: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """What is trained, by name, in the order in which checkpoints store it."""
+    """Returns the trained weights by name, in the order in which checkpoints store them."""
     return {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
 
 
@@ -107,19 +120,19 @@ def save_student(
     processes: Processes = ALONE,
     lora_scale: float = 1.0,
 ) -> None:
-    """Writes what stage 2 trained: LoRA in bf16 (its rounding is far below its effect), full weights as they are.
+    """Writes the weights of stage 2: a LoRA in bf16 (the rounding error is negligible), full weights in their dtype.
 
     Args:
         student: inside `trainable`.
-        folder: an open one.
-        processes: who trained; all call this together, and the main one writes.
-        lora_scale: factor at which a LoRA is to be applied.
+        folder: existing folder.
+        processes: processes that trained; all call this together, and the main one writes.
+        lora_scale: factor at which the LoRA is applied.
 
     Raises:
         RTPurboError: the disk is full.
     """
     if not isinstance(student, PeftModel):
-        # Gathered on all processes, kept where they are written.
+        # Gathered on all processes, kept on the one that writes.
         weights = {}
         for name, weight in student.named_parameters():
             if ".indexer." not in name:
@@ -134,12 +147,12 @@ def save_student(
         return
     with whole_folder(folder / ADAPTER_FOLDER, overwrite=True) as temporary:
         student.peft_config["default"].save_pretrained(str(temporary))
-        # The artifact says which base model it belongs to; a path of one machine would not. PEFT
-        # keeps the modules' names in a set, whose order changes from run to run.
+        # The artifact's own configuration names the base model; a local path must not be published.
+        # PEFT keeps module names in a set, whose order varies between runs.
         described = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
         described["base_model_name_or_path"] = None
         described["inference_mode"] = True
-        # The scale, not the weights: what was learnt stays to be had.
+        # Scales the configuration and not the weights, so that the trained LoRA can be recovered.
         if lora_scale != 1:
             described["lora_alpha"] *= lora_scale
         described["target_modules"] = sorted(described["target_modules"])

@@ -1,4 +1,4 @@
-"""The dense teacher's most likely next tokens, computed once and kept on disk."""
+"""Top logits of the dense teacher, computed once and cached on disk."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.labels import label_positions, label_states
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.shards import Shards
 from rtpurbo.training.source import SequenceSource
+from rtpurbo.training.targets import choose_targets, states_at
 from rtpurbo.training.vocabulary import most_likely
 
 
 @dataclass
 class TeacherTargets:
-    """What the teacher says about some tokens of one sequence.
+    """Teacher's top predictions at the target positions of one sequence.
 
     Attributes:
-        positions: int64 [labels]: the logits at these positions predict the label tokens.
-        answers: bool [labels], whether the label token belongs to an answer.
-        token_ids: int64 [labels, top_logits], the most likely next tokens.
-        log_probabilities: fp32 [labels, top_logits], under the teacher's full softmax.
+        positions: int64 [targets]; the logits at these positions predict the target tokens.
+        answers: bool [targets], true where the target token belongs to an answer.
+        token_ids: int64 [targets, top_logits], the most likely next tokens.
+        log_probabilities: fp32 [targets, top_logits], under the teacher's full softmax.
     """
 
     positions: Tensor
@@ -37,22 +37,22 @@ class TeacherTargets:
     log_probabilities: Tensor
 
     def to(self, device: torch.device) -> TeacherTargets:
-        """The same on a device."""
+        """Returns a copy on a device."""
         return TeacherTargets(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def teacher_targets(
     teacher: PreTrainedModel, sequence: TrainingSequence, settings: DistillationSettings, seed: str
 ) -> TeacherTargets:
-    """Runs the dense teacher over a sequence.
+    """Runs the dense teacher over a sequence and returns its predictions at chosen target positions.
 
     Args:
         teacher: dense.
-        sequence: what it reads.
-        settings: which tokens are labels, and how many of its logits are kept for each.
-        seed: of the choice of labels.
+        sequence: input.
+        settings: choice of targets, and number of logits for each.
+        seed: seed of the choice of targets.
     """
-    positions, answers = label_positions(sequence, settings, seed)
+    positions, answers = choose_targets(sequence, settings, seed)
     return targets_at(teacher, sequence.input_ids, positions, answers, settings.top_logits)
 
 
@@ -64,34 +64,34 @@ def targets_at(
     answers: Tensor,
     top_logits: int,
 ) -> TeacherTargets:
-    """Runs the dense teacher over a sequence and returns its most likely next tokens at some positions.
+    """Runs the dense teacher over a sequence and returns its predictions at given positions.
 
     Args:
         teacher: dense.
-        input_ids: what it reads.
-        positions: int64 [labels].
-        answers: bool [labels], whether each predicts an answer token.
-        top_logits: tokens kept for each.
+        input_ids: input tokens.
+        positions: int64 [targets].
+        answers: bool [targets], true where an answer token is predicted.
+        top_logits: number of tokens for each position.
     """
-    states = label_states(teacher, input_ids, positions)
+    states = states_at(teacher, input_ids, positions)
     token_ids, values = most_likely(states, teacher.get_output_embeddings(), top_logits)
     return TeacherTargets(positions, answers, token_ids, values)
 
 
 class TeacherCache:
-    """Sequences with their targets, in shards: a stream is read once, and training needs no other copy.
+    """Cache of sequences with their targets, in shards: a stream is read only once.
 
-    Every process writes those of its own sequences, and reads them back; another number of processes
-    finds them too.
+    Each process writes and reads its own sequences; a resumed run with another number of processes reads
+    the same shards.
 
     Args:
-        folder: where the shards live.
-        source: the sequences.
-        settings: as for `teacher_targets`.
-        seed: of the labels.
+        folder: folder of the shards.
+        source: source of the sequences.
+        settings: settings for `teacher_targets`.
+        seed: seed of the choice of targets.
 
     Raises:
-        RTPurboError: a shard there cannot be read.
+        RTPurboError: a shard in the folder cannot be read.
     """
 
     def __init__(
@@ -104,16 +104,16 @@ class TeacherCache:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, `fill` is called; at the end all is on disk, even if something interrupts."""
+        """Context in which `fill` is called; on exit everything is on disk, also after an interruption."""
         with self._shards.writing():
             yield
 
     def fill(self, teacher: PreTrainedModel, step: int) -> None:
-        """Computes the targets of this process's sequences of one step, unless they are there.
+        """Computes the targets of this process's sequences of one step, unless they are cached.
 
         Args:
             teacher: dense.
-            step: steps are filled in order.
+            step: step number; steps are filled in order.
 
         Raises:
             RTPurboError: texts cannot be read, or the disk is full.
@@ -122,7 +122,7 @@ class TeacherCache:
         missing = torch.tensor([number not in self._shards for number in numbers])
         needed = missing
         if self.source.processes.shard_weights:
-            # The processes run every layer together, also for what this one has already.
+            # All processes run every layer together, so a process runs sequences that another one lacks.
             needed = self.source.processes.gather(missing.int().to(teacher.device)).cpu().any(0)
         if not needed.any():
             return
@@ -145,7 +145,7 @@ class TeacherCache:
                     **vars(targets),
                     "token_ids": targets.token_ids.to(torch.int32),
                 },
-                # Where the next sequence of this lane stands, for a run that is resumed here.
+                # Position of the lane's next sequence, for a run that resumes here.
                 None if position is None else position["lanes"][self._lane(number)],
             )
 
@@ -153,7 +153,7 @@ class TeacherCache:
         return str(number % self.source.per_step)
 
     def _position_before(self, step: int) -> dict[str, Any] | None:
-        """Where the sequences of a step stand, as was noted with those of the step before."""
+        """Position in the stream before a step, recorded with the sequences of the previous step."""
         numbers = self.source.numbers(step - 1)
         lanes = {self._lane(number): self._shards.note(number) for number in numbers}
         if None in lanes.values():
@@ -161,7 +161,7 @@ class TeacherCache:
         return {"group": step, "lanes": lanes}
 
     def read(self, number: int) -> tuple[TrainingSequence, TeacherTargets]:
-        """One sequence and its targets.
+        """Returns one sequence and its targets.
 
         Raises:
             RTPurboError: its shard cannot be read.
@@ -179,17 +179,17 @@ class TeacherCache:
 
 
 def top_logits_divergence(student: Tensor, targets: TeacherTargets) -> Tensor:
-    """Forward KL of each label between teacher and student over the teacher's top tokens and "any other token".
+    """Returns the forward KL between teacher and student over the teacher's top tokens and "any other token".
 
-    The paper matches the top-10 logits; the eleventh outcome keeps the student from moving mass to tokens outside them
-    (our reading, docs/experiment-log.md).
+    The paper matches the top-10 logits; the additional outcome keeps the student from moving probability to other
+    tokens (our interpretation, docs/experiment-log.md).
 
     Args:
-        student: [labels, top_logits], the student's log-probabilities of the targets' tokens.
-        targets: the teacher's, on the same device.
+        student: [targets, top_logits], the student's log-probabilities of the targets' tokens.
+        targets: the teacher's predictions, on the same device.
 
     Returns:
-        [labels], in nats.
+        [targets], in nats.
     """
     teacher = targets.log_probabilities
     inside = (teacher.exp() * (teacher - student)).sum(-1)

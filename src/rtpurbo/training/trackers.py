@@ -1,4 +1,4 @@
-"""Experiment trackers (TensorBoard, Weights & Biases, Trackio, ...), by way of accelerate's."""
+"""Experiment trackers (TensorBoard, Weights & Biases, Trackio, ...) through accelerate."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 class Trackers:
-    """Shows the figures of every step to trackers, as `stage/figure`.
+    """Trackers that receive the figures of every step as `stage/figure`.
 
     Args:
-        names: of trackers, as accelerate knows them; none shows nothing.
-        folder: for those that write files.
-        run: what the run is called.
-        configuration: what the run was started with; nested values are kept by dotted names.
+        names: accelerate's names of the trackers; may be empty.
+        folder: folder of trackers that write files.
+        run: name of the run.
+        configuration: configuration of the run; nested values get dotted names.
 
     Raises:
         RTPurboError: there is no such tracker, its package is missing, or it cannot start.
@@ -47,12 +47,12 @@ class Trackers:
             kind = LOGGER_TYPE_TO_CLASS[name]
             options = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
             try:
-                # What trackers print is not what the command was asked for.
+                # Output of trackers must not mix with the command's own.
                 with redirect_stdout(stderr):
                     tracker = kind(run or PROJECT, **options)
                     tracker.start()
                     tracker.store_init_configuration(_flat(configuration or {}))
-            except Exception as error:  # each tracker has errors of its own
+            except Exception as error:  # trackers raise errors of many types
                 text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
                 raise RTPurboError(
                     f"the tracker '{name}' does not start ({text}): set it up, or leave "
@@ -61,7 +61,7 @@ class Trackers:
             self._trackers.append(tracker)
 
     def log(self, stage: str, step: int, figures: dict[str, Any]) -> None:
-        """Shows what one step measured; steps count on from stage to stage, as some trackers demand."""
+        """Logs the figures of one step; step numbers increase from stage to stage, as some trackers require."""
         if not self._trackers:
             return
         if stage not in self._offsets:
@@ -71,16 +71,16 @@ class Trackers:
         for tracker in list(self._trackers):
             try:
                 tracker.log(values, step=self._last)
-            except Exception as error:  # a server that is away must not end a training
+            except Exception as error:  # an unreachable server must not stop the training
                 logger.warning(
-                    "The tracker %s stopped working (%s); training goes on without it.",
+                    "The tracker %s stopped working (%s); training continues without it.",
                     tracker.name,
                     error,
                 )
                 self._trackers.remove(tracker)
 
     def finish(self) -> None:
-        """Lets trackers write what they still hold."""
+        """Finishes all trackers."""
         for tracker in self._trackers:
             with redirect_stdout(stderr):
                 tracker.finish()
@@ -88,7 +88,7 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:
-    """Refuses, before a long job, trackers that are not there.
+    """Checks before a long job that trackers are available.
 
     Returns:
         Each tracker once.
@@ -101,11 +101,11 @@ def check_trackers(names: Sequence[str]) -> list[str]:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-    # Trackers ask it which process this is.
+    # Trackers read the process index from it.
     PartialState()
     for name in names:
         try:
-            # A folder is found later, for those that need one.
+            # The folder is passed later to trackers that need one.
             available = filter_trackers([name], logging_dir=".")
         except ValueError as error:
             known = ", ".join(sorted(str(known) for known in LOGGER_TYPE_TO_CLASS))
@@ -119,7 +119,7 @@ def check_trackers(names: Sequence[str]) -> list[str]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, as types that every tracker takes."""
+    """Returns nested settings by dotted names, in types that every tracker supports."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):

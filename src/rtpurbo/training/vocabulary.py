@@ -1,8 +1,7 @@
-"""What a model says about its vocabulary at some tokens, a part of the vocabulary at a time.
+"""Chunked output logits: top tokens, chosen logits and log-sum-exp without the full logits tensor.
 
-Logits of all tokens over the whole vocabulary would be the largest tensor of a training by far
-(128K tokens of Qwen3: 80 GB), and nothing needs them together: neither the most likely tokens, nor
-the logits of a few tokens, nor the log-sum-exp of all.
+The logits of all positions over the whole vocabulary would be by far the largest tensor in training
+(128K tokens of Qwen3: 80 GB), and no result needs all of them at once.
 """
 
 from __future__ import annotations
@@ -13,41 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Logits of so many tokens over so much of the vocabulary exist at a time: 128 MiB in fp32.
+# Positions and vocabulary entries of one chunk of logits: 128 MiB in fp32.
 ROWS, COLUMNS = 4096, 8192
 
 
 def chosen_logits(states: Tensor, head: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of some tokens of the vocabulary, and the log-sum-exp of all; gradients flow to states and head.
+    """Returns logits of chosen tokens and the log-sum-exp of all; gradients flow to states and head.
 
     Args:
-        states: [labels, hidden_size], the model's last hidden states.
-        head: its output embedding, a linear layer of [vocabulary, hidden_size].
-        token_ids: int64 [labels, chosen].
+        states: [positions, hidden_size], the model's last hidden states.
+        head: output embedding, a linear layer of [vocabulary, hidden_size].
+        token_ids: int64 [positions, chosen].
 
     Returns:
-        Logits [labels, chosen] and log-sum-exp [labels], in at least fp32.
+        Logits [positions, chosen] and log-sum-exp [positions], in at least fp32.
     """
     return _ChosenLogits.apply(_at_autocast_precision(states), *_parameters(head), token_ids)
 
 
 def log_probabilities(states: Tensor, head: nn.Module, token_ids: Tensor) -> Tensor:
-    """Log-probabilities of some tokens of the vocabulary; arguments and shape as in `chosen_logits`."""
+    """Returns log-probabilities of chosen tokens; arguments and shape as in `chosen_logits`."""
     logits, log_sum_exp = chosen_logits(states, head, token_ids)
     return logits - log_sum_exp[:, None]
 
 
 @torch.no_grad()
 def most_likely(states: Tensor, head: nn.Module, count: int) -> tuple[Tensor, Tensor]:
-    """The most likely tokens.
+    """Returns the most likely tokens.
 
     Args:
-        states: [labels, hidden_size].
-        head: as in `chosen_logits`.
-        count: how many.
+        states: [positions, hidden_size].
+        head: output embedding, as in `chosen_logits`.
+        count: number of tokens for each position.
 
     Returns:
-        Token ids, int64 [labels, count], the most likely first, and their log-probabilities, in at
+        Token ids, int64 [positions, count], the most likely first, and their log-probabilities, in at
         least fp32.
     """
     states = _at_autocast_precision(states)
@@ -76,13 +75,13 @@ def most_likely(states: Tensor, head: nn.Module, count: int) -> tuple[Tensor, Te
 
 
 class _ChosenLogits(torch.autograd.Function):
-    """Keeps the log-sum-exp alone, and computes every part of the logits again for the gradients."""
+    """Autograd function that saves only the log-sum-exp and recomputes the logits for the gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `chosen_logits`."""
+        """Computes `chosen_logits`."""
         exact = torch.promote_types(states.dtype, torch.float32)
         chosen = torch.zeros(token_ids.shape, dtype=exact, device=states.device)
         total = torch.full(token_ids.shape[:1], -torch.inf, dtype=exact, device=states.device)
@@ -98,7 +97,7 @@ class _ChosenLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of states, weight and bias."""
+        """Computes the gradients of states, weight and bias."""
         states, weight, bias, token_ids, total = ctx.saved_tensors
         of_chosen, of_total = gradients
         needed = ctx.needs_input_grad
@@ -106,7 +105,7 @@ class _ChosenLogits(torch.autograd.Function):
         of_weight = torch.empty_like(weight) if needed[1] else None
         of_bias = torch.empty_like(bias) if needed[2] else None
         for columns in _slices(len(weight), COLUMNS):
-            # Sums over labels, which may be many, in full precision.
+            # Sums over many positions need full precision.
             part_of_weight = None
             if of_weight is not None:
                 part_of_weight = torch.zeros_like(weight[columns], dtype=total.dtype)
@@ -130,14 +129,14 @@ class _ChosenLogits(torch.autograd.Function):
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
-    """[rows, columns] in at least fp32, rounded as the model rounds them."""
+    """Returns logits [rows, columns] in at least fp32, after the rounding of the model's own precision."""
     part = None if bias is None else bias[columns].to(states.dtype)
     logits = nn.functional.linear(states, weight[columns].to(states.dtype), part)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _places(token_ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Where in a part of the vocabulary tokens stand, and whether they stand there at all."""
+    """Returns the indices of tokens in a part of the vocabulary, and a mask of those in that part."""
     inside = (token_ids >= columns.start) & (token_ids < columns.stop)
     return (token_ids - columns.start).clamp(0, columns.stop - columns.start - 1), inside
 

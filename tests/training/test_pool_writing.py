@@ -1,4 +1,4 @@
-"""The pools of a conversion."""
+"""Pools written before a conversion."""
 
 from dataclasses import replace
 
@@ -6,14 +6,13 @@ import pytest
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
-from rtpurbo.training import written
-from rtpurbo.training.pools import HELD_OUT
-from rtpurbo.training.written import read_pools, write_pools
+from rtpurbo.training import pools as module
+from rtpurbo.training.pools import HELD_OUT, read_pools, write_pools
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
-STAGE1 = IndexerTrainingSettings(steps=8, steps_per_sequence=4, lengths=(700,), needle_share=0.0)
-STAGE2 = DistillationSettings(steps=4, lengths=(600, 800), needle_share=0.0)
+STAGE1 = IndexerTrainingSettings(steps=8, steps_per_sequence=4, lengths=(700,), mixture={})
+STAGE2 = DistillationSettings(steps=4, lengths=(600, 800), mixture={})
 
 
 def pools_of(tmp_path, *stages):
@@ -33,11 +32,11 @@ def test_without_a_share_nothing_is_written(tmp_path):
     ("stage1", "stage2", "length", "count"),
     [(1.0, 0.0, 700, 2), (0.5, 0.5, 600, 2), (0, 1.0, 600, 4)],
 )
-def test_there_are_as_many_documents_as_the_stages_take(tmp_path, stage1, stage2, length, count):
+def test_the_number_of_documents_is_what_the_stages_need(tmp_path, stage1, stage2, length, count):
     pools = pools_of(
         tmp_path,
-        replace(STAGE1, document_share=stage1),
-        replace(STAGE2, document_share=stage2),
+        replace(STAGE1, mixture={"documents": stage1}),
+        replace(STAGE2, mixture={"documents": stage2}),
     )
     assert len(pools.documents) == count + HELD_OUT
     first = pools.documents[0]
@@ -45,7 +44,9 @@ def test_there_are_as_many_documents_as_the_stages_take(tmp_path, stage1, stage2
     assert pools.conversations == ()
 
 
-def test_a_large_training_meets_conversations_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(written, "MAX_CONVERSATIONS", 4)
-    pools = pools_of(tmp_path, replace(STAGE2, conversation_share=0.5, sequences_per_step=8))
+def test_a_long_training_repeats_conversations(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_CONVERSATIONS", 4)
+    pools = pools_of(
+        tmp_path, replace(STAGE2, mixture={"conversations": 0.5}, sequences_per_step=8)
+    )
     assert len(pools.conversations) == 4

@@ -1,11 +1,11 @@
-"""Which tokens stage 2 learns from."""
+"""Target positions of stage 2."""
 
 import pytest
 import torch
 
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.labels import label_positions, label_states
 from rtpurbo.training.sequences import TrainingSequence
+from rtpurbo.training.targets import choose_targets, states_at
 from tests.tiny_models import tiny_model
 
 TASK, PROSE = TrainingSequence(list(range(100)), 7), TrainingSequence(list(range(100)))
@@ -13,7 +13,7 @@ ANSWERS = list(range(92, 99))
 
 
 def positions(sequence, **settings):
-    found, answers = label_positions(sequence, DistillationSettings(**settings), "seed")
+    found, answers = choose_targets(sequence, DistillationSettings(**settings), "seed")
     assert found.tolist() == sorted(set(found.tolist()))
     assert found.dtype == torch.int64
     assert int(found[-1]) < len(sequence.input_ids) - 1
@@ -23,30 +23,30 @@ def positions(sequence, **settings):
 
 
 def test_every_answer_token_and_some_of_the_text():
-    found = positions(TASK, labels_per_sequence=20)
+    found = positions(TASK, targets_per_sequence=20)
     assert len(found) == 20
     assert found[-7:] == ANSWERS
-    assert found == positions(TASK, labels_per_sequence=20)
-    assert positions(TASK, labels_per_sequence=3) == ANSWERS
-    assert positions(TASK, label_stride=40) == [0, 40, 80, *ANSWERS]
+    assert found == positions(TASK, targets_per_sequence=20)
+    assert positions(TASK, targets_per_sequence=3) == ANSWERS
+    assert positions(TASK, target_stride=40) == [0, 40, 80, *ANSWERS]
 
 
 def test_answer_tokens_alone():
-    assert positions(TASK, labels="answers") == ANSWERS
-    assert positions(TASK, labels="answers", label_stride=2) == ANSWERS
+    assert positions(TASK, targets="answers") == ANSWERS
+    assert positions(TASK, targets="answers", target_stride=2) == ANSWERS
     # Prose has none.
-    assert len(positions(PROSE, labels="answers", labels_per_sequence=20)) == 20
+    assert len(positions(PROSE, targets="answers", targets_per_sequence=20)) == 20
 
 
 def test_text_alone():
-    assert positions(TASK, labels="text", label_stride=16) == [0, 16, 32, 48, 64, 80, 96]
-    assert positions(TASK, labels="text", label_stride=1) == list(range(99))
-    assert len(positions(TASK, labels="text", labels_per_sequence=20)) == 20
+    assert positions(TASK, targets="text", target_stride=16) == [0, 16, 32, 48, 64, 80, 96]
+    assert positions(TASK, targets="text", target_stride=1) == list(range(99))
+    assert len(positions(TASK, targets="text", targets_per_sequence=20)) == 20
 
 
-def test_prose_gives_all_there_are():
-    assert positions(PROSE) == positions(PROSE, label_stride=1) == list(range(99))
-    assert positions(PROSE, label_stride=200) == [0]
+def test_prose_has_targets_in_all_of_it():
+    assert positions(PROSE) == positions(PROSE, target_stride=1) == list(range(99))
+    assert positions(PROSE, target_stride=200) == [0]
 
 
 @pytest.mark.parametrize("places", [[3, 17, 38], [0]])
@@ -54,6 +54,6 @@ def test_states_are_those_that_give_the_models_logits(places):
     model = tiny_model()
     ids = list(range(40))
     with torch.no_grad():
-        states = label_states(model, ids, torch.tensor(places))
+        states = states_at(model, ids, torch.tensor(places))
         expected = model(torch.tensor([ids])).logits[0, places]
         torch.testing.assert_close(model.get_output_embeddings()(states), expected)

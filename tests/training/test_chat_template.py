@@ -3,7 +3,7 @@
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.training.turns import UserTurn
+from rtpurbo.training.chat_template import UserTurn
 from tests.tiny_tokenizer import tiny_tokenizer
 
 TRIMMING = (
@@ -33,14 +33,14 @@ def test_ends_that_are_no_special_token_are_found_in_the_text(template, before, 
     turn = UserTurn.of(tokenizer)
     assert (turn.before, turn.after) == (before, after)
     assert turn.stop_tokens(tokenizer) == []
-    assert turn.words_of(sampled) == "Add two and two."
-    assert turn.words_of(" Add two") == "Add two"
+    assert turn.user_text(sampled) == "Add two and two."
+    assert turn.user_text(" Add two") == "Add two"
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for message in messages %}user:{% endfor %}", "does not keep a user message"),
+        ("{% for message in messages %}user:{% endfor %}", "changes a user message"),
         ("{{ raise_exception('a system message is needed') }}", "a system message is needed"),
     ],
 )

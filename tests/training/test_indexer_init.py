@@ -1,4 +1,4 @@
-"""The SVD start is the best low-rank estimate, in the sense it claims."""
+"""Initialisation of the indexers: the SVD is the best low-rank estimate."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from rtpurbo.config import IndexerSettings
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
-from rtpurbo.training.start import low_rank_projections, shared_projections, start_indexers
+from rtpurbo.training.indexer_init import init_indexers, low_rank_projections, shared_projections
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 
 FEATURES, RANK, SCALING = 12, 3, 0.3
@@ -47,14 +47,14 @@ def test_no_small_change_improves_it(states):
         assert squared_error(states, query + change[0], key + change[1]) > best
 
 
-def test_the_data_matters(states):
+def test_projections_depend_on_the_data(states):
     white = torch.eye(FEATURES, dtype=torch.float64)
     informed = squared_error(states, *low_rank_projections(*moments(states), SCALING, RANK))
     blind = squared_error(states, *low_rank_projections(white, white, SCALING, RANK))
     assert informed < 0.7 * blind
 
 
-def test_more_dimensions_than_features_leaves_the_rest_zero(states):
+def test_dimensions_beyond_the_features_are_zero(states):
     query, key = low_rank_projections(*moments(states), SCALING, FEATURES + 2)
     assert query.shape == key.shape == (FEATURES + 2, FEATURES)
     assert not query[FEATURES:].any()
@@ -122,14 +122,14 @@ def test_no_small_change_of_any_head_improves_shared_projections(heads):
 
 
 @pytest.mark.parametrize("start", ["covariance", "weight"])
-def test_heads_of_a_group_start_from_one_key(start):
+def test_heads_of_a_group_are_initialised_with_one_key(start):
     """Two heads share a KV head; the third has one of its own, and starts as without sharing."""
     ids = torch.randint(2, 64, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     weights = {}
     for shared_keys in (False, True):
         model = tiny_model()
         make_sparse(model, sparse_config(model, (0, 1, 4), shared_keys=shared_keys))
-        start_indexers(model, start, [ids, ids[:30]])
+        init_indexers(model, start, [ids, ids[:30]])
         weights[shared_keys] = indexer_weights(model)
     for layer in (0, 1):
         query, key = (f"layers.{layer}.indexer.{side}_weight" for side in ("query", "key"))
@@ -143,32 +143,32 @@ def test_heads_of_a_group_start_from_one_key(start):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_weight_start_is_exact_for_white_inputs_at_full_rank(family):
+def test_weight_init_is_exact_for_white_inputs_at_full_rank(family):
     model = tiny_model(family)
     config = sparse_config(model, index_space="pre_rope")
     make_sparse(
         model, replace(config, indexer=IndexerSettings(index_dim=8, index_space="pre_rope"))
     )
-    start_indexers(model, "weight", [])
+    init_indexers(model, "weight", [])
     for module in headwise_modules(model):
         for query, key in zip(module.indexer.query_weight, module.indexer.key_weight, strict=True):
             expected = module.scaling * torch.eye(8)
             torch.testing.assert_close(query.T @ key, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_weight_start_refuses_normalised_queries():
+def test_weight_init_refuses_normalised_queries():
     model = tiny_model("qwen3")
     make_sparse(model, sparse_config(model))
     with pytest.raises(RTPurboError, match="covariance"):
-        start_indexers(model, "weight", [])
+        init_indexers(model, "weight", [])
 
 
-def test_random_start_is_seeded():
+def test_random_init_is_seeded():
     model = tiny_model()
     make_sparse(model, sparse_config(model))
 
     def weights(seed):
-        start_indexers(model, "random", [], seed=seed)
+        init_indexers(model, "random", [], seed=seed)
         return torch.cat([weight.flatten() for weight in indexer_weights(model).values()])
 
     assert torch.equal(weights(0), weights(0))

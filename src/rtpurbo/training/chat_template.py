@@ -1,4 +1,4 @@
-"""The text around a user's turn in a chat template, found by rendering it with a placeholder."""
+"""Text around a user message in a chat template, found by rendering a placeholder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PLACEHOLDER = "PLACEHOLDER-OF-A-USER-TURN"
 
 @dataclass(frozen=True)
 class UserTurn:
-    """The rendered text before and after what a user says.
+    """Rendered text before and after a user message.
 
     Attributes:
-        before: up to the user's words, default system prompt included.
-        after: the end of the turn and the header of the assistant's turn.
+        before: text up to the message, including a default system prompt.
+        after: end of the turn and header of the assistant's turn.
     """
 
     before: str
@@ -27,10 +27,10 @@ class UserTurn:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> UserTurn:
-        """The user's turn of a tokenizer with a chat template.
+        """Returns the user turn of a tokenizer's chat template.
 
         Raises:
-            RTPurboError: the template does not render one user message as it is.
+            RTPurboError: the template fails on one user message or changes it.
         """
         try:
             rendered = str(
@@ -38,24 +38,27 @@ class UserTurn:
                     [{"role": "user", "content": PLACEHOLDER}],
                     tokenize=False,
                     add_generation_prompt=True,
-                    # Templates of reasoning models know this option; others ignore it.
+                    # Option of reasoning models' templates; others ignore it.
                     enable_thinking=False,
                 )
             )
         except TemplateError as error:
             raise RTPurboError(f"the chat template fails on one user message: {error}.") from error
         if rendered.count(PLACEHOLDER) != 1:
-            raise RTPurboError("the chat template does not keep a user message as it is.")
+            raise RTPurboError(
+                "the chat template changes a user message: set mixture.documents and "
+                "mixture.conversations of the stages to 0."
+            )
         before, after = rendered.split(PLACEHOLDER)
         return cls(before, after)
 
     def stop_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The special token that ends the user's turn, if a special token does."""
+        """Returns the special token that ends the user's turn, if there is one."""
         following = encode(tokenizer, self.after.lstrip())[:1]
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         return [token_id for token_id in following if token_id in special]
 
-    def words_of(self, text: str) -> str:
-        """The user's words in sampled text: up to the end of the turn, if it comes."""
+    def user_text(self, text: str) -> str:
+        """Returns the user message in sampled text, up to the end of the turn if it is there."""
         end = self.after.strip().split("\n")[0]
         return (text.partition(end)[0] if end else text).strip()

@@ -1,10 +1,9 @@
-"""Where the indexers start: the best low-rank estimate of the logits, by the SVD.
+"""Initialisation of the indexers: the best low-rank estimate of the logits, by the SVD.
 
-A head's logit is `s * f(q) . f(k)`, if the features f were all that counts. The rank-r bilinear form
-closest to it, weighing every direction by how much queries and keys use it, is the truncated SVD of
-`C_q^1/2 (s I) C_k^1/2`, where C are second moments of the features: from data (`covariance`), or from
-the projections as if their inputs were white (`weight`). Starting from data is worth a hundred steps
-(docs/experiment-log.md). Heads that share an index key are estimated
+With features f of queries and keys, a head's logit is approximated by `s * f(q) . f(k)`. The rank-r bilinear form
+with the least mean squared error is the truncated SVD of `C_q^1/2 (s I) C_k^1/2`, where C are second moments of
+the features: estimated from data (`covariance`), or from the projections for white inputs (`weight`). `covariance`
+saves about a hundred steps of training (docs/experiment-log.md). Heads that share an index key are estimated
 together (`shared_projections`).
 """
 
@@ -18,25 +17,25 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sharding import whole
 from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.settings import IndexerStart
+from rtpurbo.settings import IndexerInit
 from rtpurbo.training.capture import CapturedHeads, run_backbone
 
 
-def start_indexers(
-    model: PreTrainedModel, start: IndexerStart, sequences: list[list[int]], *, seed: int = 0
+def init_indexers(
+    model: PreTrainedModel, init: IndexerInit, sequences: list[list[int]], *, seed: int = 0
 ) -> None:
-    """Sets the weights of every indexer.
+    """Initialises the weights of every indexer.
 
     Args:
         model: sparse.
-        start: `covariance`, `weight` or `random`.
+        init: `covariance`, `weight` or `random`.
         sequences: token sequences, for `covariance`.
-        seed: for `random`.
+        seed: seed of `random`.
     """
-    if start == "covariance":
-        _start_from_data(model, sequences)
-    elif start == "weight":
-        _start_from_weights(model)
+    if init == "covariance":
+        _init_from_data(model, sequences)
+    elif init == "weight":
+        _init_from_weights(model)
     else:
         generator = torch.Generator().manual_seed(seed)
         for module in headwise_modules(model):
@@ -51,12 +50,12 @@ def start_indexers(
 def low_rank_projections(
     query_moment: Tensor, key_moment: Tensor, scaling: float, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """The rank-`rank` projections whose dot product is closest to `scaling * f(q) . f(k)`.
+    """Returns the rank-`rank` projections whose dot product is closest to `scaling * f(q) . f(k)`.
 
     Args:
         query_moment: second moment of the query features, [features, features].
-        key_moment: of the key features.
-        scaling: the head's factor.
+        key_moment: second moment of the key features, [features, features].
+        scaling: factor on the dot products.
         rank: index_dim.
 
     Returns:
@@ -76,7 +75,7 @@ def low_rank_projections(
 
 
 def _root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its pseudo-inverse."""
+    """Returns the symmetric square root and its pseudo-inverse."""
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=values.max() * 1e-8)
     return vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
@@ -85,7 +84,7 @@ def _root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
 def shared_projections(
     query_moments: Tensor, key_moment: Tensor, scaling: float, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """The projections that best estimate the logits of heads that share an index key.
+    """Returns the projections that best estimate the logits of heads that share an index key.
 
     With `D = W_K C_k^1/2` and `B_h = C_h^1/2 W_h^T`, the mean squared error of the logits, summed over
     the heads h, is
@@ -97,8 +96,8 @@ def shared_projections(
     given D. Two facts make this the problem of a single head:
 
     - `A^T A = s^2 C_k^1/2 (sum_h C_h) C_k^1/2`, so D is that of a head whose query moment is the sum;
-    - the least-squares solution is `W_h^T = s C_k^1/2 D^+`, whatever C_h is. All heads start with the
-      same query weight, which training then fits to each.
+    - the least-squares solution is `W_h^T = s C_k^1/2 D^+`, whatever C_h is. All heads get the same
+      query weight, which training then fits to each.
 
     Args:
         query_moments: second moments C_h of the heads' query features, [heads, features, features].
@@ -116,9 +115,9 @@ def _set_weights(module: SparseAttention, query_moments: Tensor, key_moments: Te
     """Sets the indexer of a layer from second moments.
 
     Args:
-        module: the layer.
-        query_moments: of its retrieval heads, [heads, features, features].
-        key_moments: of the keys that each of them reads.
+        module: layer.
+        query_moments: second moments of its retrieval heads' queries, [heads, features, features].
+        key_moments: second moments of the keys of each of these heads.
     """
     indexer, device = module.indexer, query_moments.device
     entries = torch.arange(len(module.retrieval_heads), device=device)
@@ -126,7 +125,7 @@ def _set_weights(module: SparseAttention, query_moments: Tensor, key_moments: Te
         entries = module.layout(device).retrieval.key_value_heads
     for entry in range(indexer.key_weight.shape[0]):
         heads = entries == entry
-        # Heads that share an index key read the same keys.
+        # Heads that share an index key have the same KV head.
         query, key = shared_projections(
             query_moments[heads],
             key_moments[heads][0],
@@ -137,17 +136,17 @@ def _set_weights(module: SparseAttention, query_moments: Tensor, key_moments: Te
         indexer.key_weight.data[entry].copy_(key)
 
 
-def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None:
+def _init_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None:
     moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def add_up(seen: CapturedHeads) -> None:
-        readers = seen.key_value_heads.tolist()
+        key_value_heads = seen.key_value_heads.tolist()
         for number, name in enumerate(seen.names):
             query, key = (
                 (states.T @ states).double() / len(states)
                 for states in (
                     seen.query_features[0, number].float(),
-                    seen.key_features[0, readers[number]].float(),
+                    seen.key_features[0, key_value_heads[number]].float(),
                 )
             )
             query_sum, key_sum = moments.get(name, (0.0, 0.0))
@@ -157,37 +156,37 @@ def _start_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None
         run_backbone(model, [sequence], add_up)
     for module in headwise_modules(model):
         if module.retrieval_heads:
-            of_heads = [moments[module.layer_idx, head] for head in module.retrieval_heads]
+            by_head = [moments[module.layer_idx, head] for head in module.retrieval_heads]
             queries, keys = (
-                torch.stack(part) / len(sequences) for part in zip(*of_heads, strict=True)
+                torch.stack(part) / len(sequences) for part in zip(*by_head, strict=True)
             )
             _set_weights(module, queries, keys)
 
 
-def _start_from_weights(model: PreTrainedModel) -> None:
+def _init_from_weights(model: PreTrainedModel) -> None:
     for module in headwise_modules(model):
         if module.retrieval_heads:
             dimensions = module.indexer.feature_dimensions
-            of_heads = [
+            by_head = [
                 [
                     (rows @ rows.T)[dimensions][:, dimensions]
                     for rows in _projection_rows(module, head)
                 ]
                 for head in module.retrieval_heads
             ]
-            queries, keys = (torch.stack(part) for part in zip(*of_heads, strict=True))
+            queries, keys = (torch.stack(part) for part in zip(*by_head, strict=True))
             _set_weights(module, queries, keys)
 
 
 def _projection_rows(layer: SparseAttention, head: int) -> tuple[Tensor, Tensor]:
-    """Rows of the query and key projections of one query head, [head_dim, hidden_size]."""
+    """Returns the query and key projections of one query head, [head_dim, hidden_size] each."""
     module, size = layer.module, layer.head_dim
     names = {name for name, _ in module.named_children()}
     fused = "qkv_proj" in names
     if names & {"q_norm", "k_norm"} or not (fused or {"q_proj", "k_proj"} <= names):
         raise RTPurboError(
-            "the start 'weight' does not suit models that normalise queries and keys, or project them "
-            "otherwise: choose 'covariance'."
+            "init 'weight' does not support models that normalise queries and keys or have other projections: "
+            "choose 'covariance'."
         )
     key_head = head // (layer.num_attention_heads // layer.num_key_value_heads)
     query_weight, key_weight = (
