@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from rtpurbo.errors import RTPurboError
@@ -62,11 +64,21 @@ def takes_packed_documents(config: Any) -> bool:
     return is_sparse or config.model_type in FAMILIES
 
 
+def is_text_part(model_type: str) -> bool:
+    """True for the text decoder of a vision-language model that has no class for text alone."""
+    return (
+        model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and model_type in MODEL_MAPPING_NAMES
+        and model_type.endswith("_text")
+        and model_type.removesuffix("_text") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    )
+
+
 def check_architecture(config: Any) -> None:
     """Refuses a model that cannot be made sparse, as far as its configuration tells.
 
     Args:
-        config: of a causal language model.
+        config: of a causal language model, or of the text decoder of a multimodal one.
 
     Raises:
         RTPurboError: with the reason.
@@ -83,8 +95,13 @@ def _refusal(config: Any) -> str | None:
     )
     if is_encoder or getattr(config, "is_encoder_decoder", False):
         return "it has an encoder, and only decoders are supported"
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get_text_config() is not config:
-        return "it is not a causal language model of text alone"
+    if config.get_text_config() is not config:
+        return (
+            "it is multimodal, and only its text decoder can be: pass the checkpoint's name or folder "
+            "to rtpurbo.convert, or to rtpurbo.models.base.load_base_model, which load that part"
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_text_part(kind):
+        return "it is not a causal language model"
     if getattr(config, "num_attention_heads", None) is None:
         return "it has no attention heads"
     bidirectional = getattr(config, "use_bidirectional_attention", None)

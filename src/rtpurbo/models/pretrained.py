@@ -23,6 +23,15 @@ from rtpurbo.models.architecture import check_architecture
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.model_config import RTPurboModelConfig
 from rtpurbo.models.sharding import Sharding, load_sharded
+from rtpurbo.models.text_part import (
+    check_text_part,
+    forget_key_mapping,
+    is_composite,
+    key_mapping,
+    register_text_class,
+    settle_tied_embeddings,
+    text_config,
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,18 @@ def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -
         options: for `AutoConfig.from_pretrained`: where to look.
 
     Raises:
-        RTPurboError: it cannot be loaded, or its architecture is not supported. The text part of
-            a vision-language model is not enough: its weights have other names.
+        RTPurboError: it cannot be loaded, or its architecture is not supported.
+
+    Returns:
+        The configuration; of a multimodal model, that of its text decoder.
     """
+    return _load_configs(name, sparse=sparse, **options)[0]
+
+
+def _load_configs(
+    name: str, *, sparse: bool = False, **options: Any
+) -> tuple[PretrainedConfig, PretrainedConfig | None]:
+    """The configuration as `load_pretrained_config` returns it, and that of the whole multimodal model."""
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
@@ -78,8 +96,11 @@ def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -
                 "was made from, which `rtpurbo inspect` shows."
             )
         config = config.dense()
+    whole = config if is_composite(config) else None
+    if whole is not None:
+        config = text_config(whole)
     check_architecture(config)
-    return config
+    return config, whole
 
 
 def load_pretrained(
@@ -105,10 +126,14 @@ def load_pretrained(
         RTPurboError: model or tokenizer cannot be loaded, weights are missing, or the
             architecture is not supported.
     """
+    whole = None
     if config is None:
-        config = load_pretrained_config(name, **options)
+        config, whole = _load_configs(name, **options)
     loading_options = {**options, **(model_options or {}), "config": config, "dtype": dtype}
-    model = load_weights(name, sharding, **loading_options)
+    if whole is None:
+        model = load_weights(name, sharding, **loading_options)
+    else:
+        model = _load_text_part(name, whole, sharding, **loading_options)
     return model, load_tokenizer(name, **options)
 
 
@@ -124,6 +149,7 @@ def load_weights(name: str, sharding: Sharding | None = None, **options: Any) ->
         RTPurboError: it cannot be loaded, or weights are missing.
     """
     options["trust_remote_code"] = False
+    register_text_class(options["config"])
     with quiet_transformers():
         try:
             if sharding is None:
@@ -143,6 +169,34 @@ def load_weights(name: str, sharding: Sharding | None = None, **options: Any) ->
             f"The files of the model {name} lack {len(missing)} weights, such as "
             f"{missing[0]}; fetch or save the model again."
         )
+    return model
+
+
+def _load_text_part(
+    name: str, whole: PretrainedConfig, sharding: Sharding | None, **options: Any
+) -> PreTrainedModel:
+    """Loads the text decoder of a multimodal model as a causal language model.
+
+    Args:
+        name: a folder or a name on the Hub.
+        whole: configuration of the multimodal model.
+        sharding: must be None.
+        options: as for `load_weights`.
+
+    Raises:
+        RTPurboError: as `load_weights` does, or the model differs from the multimodal one on text.
+    """
+    if sharding is not None:
+        raise RTPurboError(
+            f"{name} is a multimodal {whole.model_type} model, whose text decoder cannot be loaded in "
+            "parts: choose --parallel data."
+        )
+    mapping = key_mapping(options["config"])
+    model = load_weights(name, **options, key_mapping=mapping)
+    forget_key_mapping(model, mapping)
+    settle_tied_embeddings(model)
+    with quiet_transformers():
+        check_text_part(model, whole)
     return model
 
 

@@ -77,7 +77,7 @@ def check_equal(model: PreTrainedModel, expected: Tensor) -> None:
     Raises:
         RTPurboError: it differs, or cannot run over a cache.
     """
-    difference, limit = _difference(logits_over_cache(model), expected)
+    difference, limit = logits_difference(logits_over_cache(model), expected)
     if not difference <= limit:
         raise RTPurboError(
             f"{_prefix(model)} with a window over everything its logits differ from those of the dense "
@@ -90,8 +90,8 @@ def _prefix(model: PreTrainedModel) -> str:
     return f"this {model.config.model_type} model cannot be made sparse:"
 
 
-def _difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Difference of logits, and the largest that is allowed."""
+def logits_difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Returns the difference of logits, and the largest that is allowed."""
     error = (actual - expected).float()
     if expected.dtype.itemsize >= 4:
         return float(error.abs().max() / expected.float().abs().max()), TOLERANCE
