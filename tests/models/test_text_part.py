@@ -68,6 +68,8 @@ def test_the_text_decoder_equals_the_whole_model_on_text(kind, tmp_path):
     names = [name for name, _ in base.model.named_parameters()]
     assert not any("vision" in name or "visual" in name for name in names)
     assert base.reference.architecture.endswith("ForCausalLM")
+    tied = base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
+    assert tied == wrapper.config.tie_word_embeddings
 
     sparse = make_sparse(base.model, seeing_everything(base.model))
     torch.testing.assert_close(

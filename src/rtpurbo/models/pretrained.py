@@ -100,6 +100,7 @@ def _load_configs(
     if whole is not None:
         config = text_config(whole)
     check_architecture(config)
+    register_text_class(config)
     return config, whole
 
 
@@ -149,7 +150,6 @@ def load_weights(name: str, sharding: Sharding | None = None, **options: Any) ->
         RTPurboError: it cannot be loaded, or weights are missing.
     """
     options["trust_remote_code"] = False
-    register_text_class(options["config"])
     with quiet_transformers():
         try:
             if sharding is None:

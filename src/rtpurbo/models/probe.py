@@ -6,11 +6,12 @@ itself there for one forward and notes what it is given; nothing has to be known
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,11 @@ class _Recording:
 
 _recordings: list[_Recording] = []
 
+# Conversion makes a model sparse several times; each probe is three forwards.
+_known: WeakKeyDictionary[
+    PreTrainedModel, tuple[tuple[str, torch.device, torch.dtype], dict[int, AttentionTraits]]
+] = WeakKeyDictionary()
+
 
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -115,6 +121,23 @@ def probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
     Raises:
         RTPurboError: a layer that should be convertible by the configuration is not, with the reason.
     """
+    state = (model.config.to_json_string(), model.device, model.dtype)
+    known = _known.get(model)
+    if known is not None and known[0] == state and _are_in(model, known[1]):
+        return {number: replace(traits) for number, traits in known[1].items()}
+    traits = _probe(model)
+    _known[model] = state, {number: replace(found) for number, found in traits.items()}
+    return traits
+
+
+def _are_in(model: PreTrainedModel, traits: Mapping[int, AttentionTraits]) -> bool:
+    """True if the attention modules that were probed are still those of the model."""
+    modules = set(model.modules())
+    return all(found.module in modules for found in traits.values())
+
+
+def _probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
+    """Runs the forwards of `probe`."""
     records = _run(model)
     converted = convertible_layers(model.config)
     traits = {}

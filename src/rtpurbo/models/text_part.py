@@ -62,7 +62,8 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         )
     text: PretrainedConfig = copy.deepcopy(config.get_text_config(decoder=True))
     # The output embedding belongs to the wrapper, which ties it by its own setting.
-    text.tie_word_embeddings = config.tie_word_embeddings
+    if hasattr(config, "tie_word_embeddings"):
+        text.tie_word_embeddings = config.tie_word_embeddings
     for name in _SHARED_SETTINGS:
         if getattr(text, name, None) is None and getattr(config, name, None) is not None:
             setattr(text, name, getattr(config, name))
@@ -85,9 +86,8 @@ def key_mapping(config: PretrainedConfig) -> dict[str, str]:
     """Returns the names in a multimodal checkpoint, as regular expressions, with those of the text model.
 
     Args:
-        config: of the text decoder.
+        config: of the text decoder, registered with `register_text_class`.
     """
-    register_text_class(config)
     prefix = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
     own = rf"(?=(?:{re.escape(prefix)}|lm_head)\.)"
     return {
@@ -116,7 +116,8 @@ def settle_tied_embeddings(model: PreTrainedModel) -> None:
     Wrappers of transformers tie by default, except where the checkpoint has both weights.
     """
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if model.config.tie_word_embeddings and output.weight is not embedding.weight:
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    if is_tied and output.weight is not embedding.weight:
         model.config.tie_word_embeddings = False
 
 

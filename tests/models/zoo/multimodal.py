@@ -67,7 +67,11 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
         {"image_token_id": 500, "tie_word_embeddings": False},
     ),
-    "qwen2_5_vl": ({"rope_parameters": MROPE}, QWEN_VISION, IMAGE_TOKENS),
+    "qwen2_5_vl": (
+        {"rope_parameters": MROPE},
+        QWEN_VISION,
+        {**IMAGE_TOKENS, "tie_word_embeddings": True},
+    ),
     "qwen3_vl": (
         {"rope_parameters": {**MROPE, "mrope_interleaved": True}},
         {**QWEN_VISION, "deepstack_visual_indexes": [0]},
