@@ -23,9 +23,9 @@ FULL_ATTENTION = ("full_attention", "hybrid")
 
 
 def layer_types(config: Any) -> list[str]:
-    """The type of each layer, as transformers names it.
+    """Returns the type of each layer, as transformers names it.
 
-    Layers that read the keys and values of another layer, and those that are so read, are `shared`.
+    Layers that share keys and values with another layer are `shared`.
 
     Args:
         config: of a text decoder.
@@ -45,7 +45,7 @@ def layer_types(config: Any) -> list[str]:
 
 
 def convertible_layers(config: Any) -> list[bool]:
-    """For each layer, whether it has full attention; all others stay as they are."""
+    """Returns for each layer True if it has full attention and is converted."""
     window = getattr(config, "sliding_window", None)
     is_full = window is None or window_covers_context(config, window)
     return [
@@ -55,9 +55,10 @@ def convertible_layers(config: Any) -> list[bool]:
 
 
 def takes_packed_documents(config: Any) -> bool:
-    """True if every layer keeps documents that share a row apart.
+    """True if every layer separates the documents that are packed into one sequence.
 
-    Sparse layers do; recurrent states run on, and not every model tells its windowed layers of documents.
+    Sparse layers do. Recurrent states do not, and not every model passes document boundaries to its
+    windowed layers.
     """
     types = layer_types(config)
     is_sparse = all(convertible_layers(config)) and "hybrid" not in types
@@ -75,7 +76,7 @@ def is_text_part(model_type: str) -> bool:
 
 
 def check_architecture(config: Any) -> None:
-    """Refuses a model that cannot be made sparse, as far as its configuration tells.
+    """Refuses a model whose configuration shows that it cannot be made sparse.
 
     Args:
         config: of a causal language model, or of the text decoder of a multimodal one.
@@ -127,26 +128,26 @@ def _refusal(config: Any) -> str | None:
 
 
 def num_key_value_heads(config: Any) -> int:
-    """KV heads of the full-attention layers."""
+    """Number of KV heads of the full-attention layers."""
     heads = getattr(_full_attention_config(config), "num_key_value_heads", None)
     return int(heads or config.num_attention_heads)
 
 
 def head_dim_of(config: Any) -> int:
-    """Dimensions of a head of the full-attention layers; older configurations leave it to be worked out."""
+    """Dimensions of a head of the full-attention layers; computed where older configurations lack it."""
     head_dim = getattr(_full_attention_config(config), "head_dim", None)
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
 def _full_attention_config(config: Any) -> Any:
-    """The configuration of the first full-attention layer, where sizes may differ by layer (Gemma 4)."""
+    """Configuration of the first full-attention layer; sizes may differ by layer (Gemma 4)."""
     of_layers = getattr(config, "per_layer_config", None)  # transformers >= 5.20
     full = [number for number, is_full in enumerate(convertible_layers(config)) if is_full]
     return of_layers[full[0]] if of_layers is not None and full else config
 
 
 def context_length(config: Any) -> int:
-    """The longest sequence that a model is made for, with the extension that its configuration asks for.
+    """Returns the context length of a model, including the extension set in its configuration.
 
     Checkpoints that are extended by YaRN often keep the context of their training in
     `max_position_embeddings`.
@@ -162,5 +163,5 @@ def context_length(config: Any) -> int:
 
 
 def window_covers_context(config: Any, window: int) -> bool:
-    """True if a model's own sliding window is as long as its context, and so no window at all."""
+    """True if a model's own sliding window is as long as its context, and therefore has no effect."""
     return window >= context_length(config)
