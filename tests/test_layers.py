@@ -13,17 +13,14 @@ SOURCE = Path(__file__).parent.parent / "src" / "rtpurbo"
 FLOORS = (
     {
         "config",
-        "defaults",
         "devices",
         "errors",
         "formats",
         "files",
         "interruption",
         "launch",
-        "lengths",
         "output_lock",
         "processes",
-        "settings",
         "speed_records",
         "strict_json",
         "validation",
@@ -31,7 +28,9 @@ FLOORS = (
         "visible",
     },
     {"ops"},
-    {"data", "models"},
+    {"data"},
+    {"defaults", "lengths", "renamed_settings", "settings"},
+    {"models"},
     {"training", "evaluation"},
     {"calibration"},
     {"benchmarks"},
@@ -41,8 +40,9 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
-NEIGHBOURLY_FLOORS = {FLOOR_OF["config"], FLOOR_OF["__init__"]}
+NEIGHBOURLY_FLOORS = {FLOOR_OF["config"], FLOOR_OF["settings"], FLOOR_OF["__init__"]}
 FORBIDDEN_PACKAGES = {"ops": {"transformers"}}
+FORBIDDEN_PARTS = {"models": {"data"}}
 
 
 def imported_modules(module: str, source: str) -> set[str]:
@@ -81,6 +81,8 @@ def violations(module: str, source: str) -> list[str]:
         other = rest[0] if rest else "__init__"
         if other not in FLOOR_OF:
             found.append(f"{module} imports {name}, which has no floor")
+        elif other in FORBIDDEN_PARTS.get(part, ()):
+            found.append(f"{module} imports {name}")
         elif FLOOR_OF[other] > floor:
             found.append(f"{module} imports {name}, from a floor above")
         elif FLOOR_OF[other] == floor and other != part and floor not in NEIGHBOURLY_FLOORS:

@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
+from families import families_page  # noqa: E402
 from made_pages import (  # noqa: E402
     commands_page,
     report_64k_page,
@@ -34,6 +35,7 @@ BORROWED = {
 """Pages of the site that are files elsewhere in the repository."""
 
 MADE: dict[str, Callable[[], str]] = {
+    "families.md": families_page,
     "tables.md": results_page,
     "reference/commands.md": commands_page,
     "example-report.html": report_page,

@@ -1,4 +1,4 @@
-"""A sparse model as data: which heads retrieve, what a query sees, how the index is made."""
+"""Configuration of a sparse model: head map, attention rule, indexer settings."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HeadGranularity = Literal["query_head", "kv_group"]
 
 
 MAX_INDEX_DIM = 1024
-"""More dimensions than any head has; an index of more would cost more than it saves."""
+"""Upper limit of `index_dim`, above the size of any head."""
 
 
 def check_choice(name: str, value: str, allowed: Any) -> None:
-    """Refuses a value that is not one of a Literal type's."""
+    """Refuses a value that a Literal type does not contain."""
     if value not in get_args(allowed):
         raise RTPurboError(
             f"{name} is '{value}', but it must be one of: {', '.join(get_args(allowed))}."
@@ -32,28 +32,29 @@ def check_choice(name: str, value: str, allowed: Any) -> None:
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """Tokens that a query attends to.
+    """Rule that decides which keys a query attends to.
 
     Attributes:
-        num_sink_tokens: keys 0..S-1, seen by every query.
-        sliding_window: the W most recent keys, the query's own counted.
+        num_sink_tokens: number S of sink keys 0..S-1, which every query attends to.
+        sliding_window: number W of the most recent keys, including the query's own.
         top_p: mass that the indexer's selection must reach, in (0, 1]; 1 selects every key.
-        reading: what the mass is a share of; see `rtpurbo.ops.eager.selection`.
-        far_floor: reading `far` selects nothing for rows whose estimated far mass is below this.
-        min_tokens: far tokens that a row selects at the least, however much mass lies near (blocks:
-            as many as hold so many tokens).
-        granularity: what a row selects when it selects for itself: tokens, or blocks of keys.
+        reading: distribution that top-p applies to; see `rtpurbo.ops.eager.selection`.
+        far_floor: with reading `far`, a query whose estimated far mass is below this selects nothing.
+        min_tokens: minimum number of far tokens that a query selects, whatever their mass (with blocks:
+            the number of blocks that hold so many tokens).
+        granularity: unit of a query's own selection: tokens, or blocks of keys.
         block_size: keys in a block; blocks are aligned to position 0.
-        prefill_mode: what retrieval heads do with more than one query row: `dense` (the paper),
-            `top_p` (each row its own set), or one block list for a tile of rows: `row_share` judges
-            a block by its mass, `row_peak` by its strongest key (no exponential a key, so faster).
-        query_block_size: rows that share one list under `row_share` and `row_peak`.
-        row_share: a block is on the list if any row of the tile gives it this share of its mass.
-        row_stride: every so many rows of a tile are asked, the last row of all among them.
-        retrieval_window: the window of retrieval heads, which read by their index what lies before
-            it; None: `sliding_window`.
-        index_storage: how index keys are kept: `model`, in 16 bits where the model has as many; or
-            `float8`, half as much to hold and to read at every step, for scores that are a little off.
+        prefill_mode: attention of retrieval heads for more than one query: `dense` (the paper), `top_p`
+            (a selection for each query), or one block list for each query block: `row_share` selects
+            blocks by mass, `row_peak` by their maximum score (faster: no exponential for each key).
+        query_block_size: queries that share a block list under `row_share` and `row_peak`.
+        row_share: a block is listed if any query of the query block gives it this share of its mass.
+        row_stride: stride of the queries of a query block that are evaluated; the last query of the
+            prompt is always among them.
+        retrieval_window: window of retrieval heads, which select earlier keys by their index;
+            None: `sliding_window`.
+        index_storage: dtype of cached index keys: `model`, the dtype of the model; or `float8`, which
+            halves their size and the reads of a decode step, with less precise scores.
     """
 
     num_sink_tokens: int = 4
@@ -111,15 +112,15 @@ class AttentionRule:
 
     @property
     def near_window(self) -> int:
-        """The window of retrieval heads."""
+        """Window of retrieval heads."""
         return self.retrieval_window or self.sliding_window
 
     def num_selecting_rows(self, num_queries: int, num_decode_rows: int = 0) -> int:
-        """Number of last queries that select their keys; retrieval heads are dense for the others.
+        """Returns how many of the last queries select keys; retrieval heads are dense for the others.
 
         Args:
-            num_queries: query rows of this call; a single one is a decoding step.
-            num_decode_rows: last rows that are treated as decoding steps although they come together.
+            num_queries: queries of this call; a single one is a decode step.
+            num_decode_rows: number of last queries of a prefill that select as decode steps do.
         """
         if num_queries == 1 or self.prefill_mode != "dense":
             return num_queries
@@ -128,15 +129,15 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Retrieval heads of every layer, and the scores that decided them.
+    """Retrieval heads of each layer, and the scores that selected them.
 
     Attributes:
         retrieval_heads: for each layer, the query heads that need the whole context, ascending.
-            A layer that is not converted (it was windowed already) has None.
+            None for a layer that is not converted.
         num_attention_heads: query heads of a layer.
         num_key_value_heads: KV heads of a layer.
         scores: for each layer, the retrieval score of each query head (paper: head calibration).
-        granularity: whether heads were chosen one by one or by whole KV groups.
+        granularity: unit of the selection: single query heads or whole KV groups.
     """
 
     retrieval_heads: tuple[tuple[int, ...] | None, ...]
@@ -161,7 +162,14 @@ class HeadMap:
         num_attention_heads: int,
         num_key_value_heads: int,
     ) -> HeadMap:
-        """The same retrieval heads in every converted layer; `layers` tells which those are."""
+        """Returns a map with the same retrieval heads in every converted layer.
+
+        Args:
+            heads: query heads.
+            layers: for each layer, True if it is converted.
+            num_attention_heads: query heads of a layer.
+            num_key_value_heads: KV heads of a layer.
+        """
         chosen = tuple(sorted(heads))
         return cls(
             tuple(chosen if converted else None for converted in layers),
@@ -171,23 +179,23 @@ class HeadMap:
 
     @property
     def num_retrieval_heads(self) -> int:
-        """Retrieval heads of all layers together."""
+        """Total number of retrieval heads."""
         return sum(len(heads or ()) for heads in self.retrieval_heads)
 
     @property
     def num_heads(self) -> int:
-        """Query heads of all converted layers together."""
+        """Total number of query heads of converted layers."""
         return self.num_attention_heads * sum(heads is not None for heads in self.retrieval_heads)
 
     @property
     def num_full_key_value_heads(self) -> int:
-        """KV heads that hold a retrieval head, of all layers together."""
+        """Total number of full KV heads, which serve a retrieval head."""
         return sum(
             len(self.full_key_value_heads(layer)) for layer in range(len(self.retrieval_heads))
         )
 
     def full_key_value_heads(self, layer: int) -> list[int]:
-        """The KV heads of `layer` that serve at least one retrieval head."""
+        """Returns the KV heads of `layer` that serve at least one retrieval head."""
         group = self.num_attention_heads // self.num_key_value_heads
         return sorted({head // group for head in self.retrieval_heads[layer] or ()})
 
@@ -198,11 +206,11 @@ class IndexerSettings:
 
     Attributes:
         index_dim: dimensions of an index query and an index key.
-        index_space: what is projected: `pre_rope` (the paper), `post_rope`, or `low_frequency`, the
+        index_space: input of the projection: `pre_rope` (the paper), `post_rope`, or `low_frequency`, the
             rotary pairs whose wavelength is at least `min_wavelength`, after RoPE.
         min_wavelength: in tokens; None until conversion fixes it to the model's context length.
-        shared_keys: one index key for each full KV head, which all retrieval heads that read the KV
-            head share, instead of one for each retrieval head.
+        shared_keys: one index key for each full KV head, shared by its retrieval heads, instead of one
+            for each retrieval head.
     """
 
     index_dim: int = 16
@@ -224,23 +232,23 @@ class IndexerSettings:
 
 @dataclass(frozen=True)
 class RTPurboConfig:
-    """Everything that turns a given dense model into its sparse one, apart from trained weights."""
+    """Configuration that makes a given dense model sparse, without trained weights."""
 
     head_map: HeadMap
     attention: AttentionRule = field(default_factory=AttentionRule)
     indexer: IndexerSettings = field(default_factory=IndexerSettings)
 
     def with_rule(self, **changes: Any) -> RTPurboConfig:
-        """The same configuration with some fields of the attention rule changed."""
+        """Returns a copy with changed fields of the attention rule."""
         return replace(self, attention=replace(self.attention, **changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns the configuration as plain JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RTPurboConfig:
-        """Reads what `to_dict` wrote.
+        """Reads the output of `to_dict`.
 
         Raises:
             RTPurboError: a field is missing, unknown or out of range.
@@ -298,8 +306,8 @@ def head_map_from_dict(data: dict[str, Any]) -> HeadMap:
 
 
 def default_sliding_window(context_length: int) -> int:
-    """The window for a context: an eighth of it, from 256 to the paper's 8,192 keys.
+    """Returns the window for a context: an eighth of it, from 256 to the paper's 8,192 keys.
 
-    Short windows, not the indexer, lose most before stage 2 (docs/experiment-log.md).
+    Before stage 2, short windows cost more accuracy than the indexer (docs/experiment-log.md).
     """
     return max(256, min(8192, 2 ** round(math.log2(context_length / 8))))

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "tooling"))
 
+import families  # noqa: E402
 import made_pages  # noqa: E402
 import pictures  # noqa: E402
 
@@ -23,6 +24,25 @@ def test_the_page_of_results_has_every_table():
             assert found["command"] in page
     full, sparse = page.index("| full |"), page.index("| rtpurbo |")
     assert page.index("## Quality") < full < sparse < page.index("## Speed")
+
+
+def test_the_page_of_families_has_a_row_for_every_type_of_the_zoo():
+    page = families.families_page()
+    supported, rest = page.split("## Text decoders of multimodal models")
+    multimodal, refused = rest.split("## Refused")
+    for part, names in (
+        (supported, families.EQUAL),
+        (multimodal, families.WRAPPERS),
+        (refused, families.REFUSED),
+    ):
+        rows = [line for line in part.splitlines() if line.startswith("| ") and "`" in line][1:]
+        assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(names)
+    assert "| Qwen3 | `qwen3` | none | yes | yes |" in supported
+    assert "| Qwen3.5 | `qwen3_5_text` | `linear_attention` | no | no |" in supported
+    assert "| gemma3 | `gemma3_text` | `sliding_attention` | yes | no |" in multimodal
+    assert "latent attention" in next(
+        line for line in refused.splitlines() if "DeepSeek V3" in line
+    )
 
 
 def test_results_of_one_group_of_ablations_become_tables(tmp_path, monkeypatch):

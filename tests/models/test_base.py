@@ -8,12 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import base, hub
@@ -153,32 +148,6 @@ def test_an_architecture_is_refused_before_its_weights_are_read(tmp_path, archit
     (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
     with pytest.raises(RTPurboError, match=f"this {architecture} model cannot be made sparse"):
         load_base_model(str(tmp_path))
-
-
-def test_a_model_of_text_and_images_is_refused(tmp_path):
-    """Its text alone would be supported."""
-    config = Gemma3Config(
-        text_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "vocab_size": 512,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-        },
-    )
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    for read in (read_config, load_base_model):
-        with pytest.raises(RTPurboError, match="this gemma3 model cannot be made sparse"):
-            read(str(tmp_path))
 
 
 def test_code_in_a_model_folder_is_not_run_whatever_standard_input_says(

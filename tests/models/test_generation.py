@@ -184,11 +184,43 @@ def test_assisted_decoding_accepts_what_a_good_assistant_says(model):
     assert len(forwards) < 40
 
 
-def test_prompt_lookup_equals_greedy(model):
-    ids, mask = padded_batch((0,), 12)
+@pytest.mark.parametrize("draft_tokens", [5, 70])
+def test_a_sparse_draft_with_windowed_layers_proposes_what_it_would_write(draft_tokens):
+    ids, mask = padded_batch((0,), 24)
+    target = tiny_model("gemma3_text").double()
+    expected = generate(target, ids, mask, 90)
+    # The same weights and a window over everything: no proposal is rejected.
+    draft = make_sparse(
+        tiny_model("gemma3_text").double(), sparse_config(target, sliding_window=200)
+    )
+    settings = draft.generation_config
+    settings.num_assistant_tokens = draft_tokens
+    settings.num_assistant_tokens_schedule = "constant"
+    settings.assistant_confidence_threshold = 0.0
+    forwards = []
+    hook = target.register_forward_pre_hook(lambda *_: forwards.append(1))
+    assert torch.equal(generate(target, ids, mask, 90, assistant_model=draft), expected)
+    hook.remove()
+    assert len(forwards) <= 90 // (draft_tokens + 1) + 2
+    # With a short window, some proposals are rejected.
+    make_sparse(restore(draft), sparse_config(target, sliding_window=8))
+    assert torch.equal(generate(target, ids, mask, 90, assistant_model=draft), expected)
+    sparse = sparse_model("gemma3_text", **WINDOW)
+    expected, _ = greedy_by_recomputation(sparse, ids, mask, 40)
+    settings.num_assistant_tokens = 5
+    assert torch.equal(generate(sparse, ids, mask, 40, assistant_model=draft), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("proposed", [4, 100])
+def test_prompt_lookup_equals_greedy(family, proposed):
+    """More proposed tokens than the cache can crop by default are taken into account."""
+    model = sparse_model(family, **WINDOW)
+    ids, mask = padded_batch((0,), 60 if proposed > 64 else 12)
     ids, mask = ids.repeat(1, 3), mask.repeat(1, 3)
     expected, _ = greedy_by_recomputation(model, ids, mask, 30)
-    assert torch.equal(generate(model, ids, mask, 30, prompt_lookup_num_tokens=4), expected)
+    result = generate(model, ids, mask, 30, prompt_lookup_num_tokens=proposed)
+    assert torch.equal(result, expected)
 
 
 def test_the_cache_comes_by_itself(model):

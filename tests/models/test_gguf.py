@@ -184,7 +184,7 @@ def test_an_artifact_finds_its_gguf_file_by_the_copy(file, tmp_path, own_cache):
     file = shutil.move(file, tmp_path / "elsewhere.gguf")
     load(folder)
     shutil.rmtree(own_cache)
-    with pytest.raises(RTPurboError, match=r"the local file tiny.gguf, .*give its path"):
+    with pytest.raises(RTPurboError, match=r"the local file tiny.gguf, .*pass its path"):
         load(folder)
     load(folder, base_model=str(file))
 

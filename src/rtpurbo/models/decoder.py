@@ -1,4 +1,4 @@
-"""The decoder layers of a loaded model, and the linear layers in them that a LoRA adapts."""
+"""Decoder layers of a loaded model, and their linear layers that LoRA adapts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rtpurbo.errors import RTPurboError
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The module that runs the decoder layers, which a causal language model calls."""
+    """Returns the module that runs the decoder layers of a causal language model."""
     decoder = model.get_decoder()
     if isinstance(decoder, PreTrainedModel) and decoder is not model:
         return decoder
-    # Some models find themselves, others their output embedding.
+    # Some models return themselves, others their output embedding.
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a model's decoder.
+    """Returns the layers of a model's decoder.
 
     Raises:
         RTPurboError: the model has none.
@@ -34,11 +34,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def projections(layer: nn.Module, *, beyond_attention: bool) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of a decoder layer, by the last part of their names.
+    """Yields the linear layers of a decoder layer with the last part of their names.
 
     Args:
         layer: a decoder layer.
-        beyond_attention: those of the MLP too, instead of the attention's alone.
+        beyond_attention: include the MLP; False yields those of the attention only.
     """
     for path, module in layer.named_modules():
         *parents, name = path.split(".")

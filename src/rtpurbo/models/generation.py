@@ -18,6 +18,7 @@ from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.pretrained import refuse_offloading
 from rtpurbo.models.slots import padding_form
+from rtpurbo.models.text_part import OTHER_MODALITIES
 
 
 class CacheProvider:
@@ -49,13 +50,19 @@ class CacheProvider:
         """Refuses what the decoder would do wrongly, or fail to do, without a word.
 
         Raises:
-            RTPurboError: attention weights are asked for, or weights were offloaded meanwhile.
+            RTPurboError: attention weights are asked for, an image is given, or weights were offloaded meanwhile.
         """
         asked = arguments.get("output_attentions")
         if self.model.config.output_attentions if asked is None else asked:
             raise RTPurboError(
                 "a sparse model has no attention weights to return: leave output_attentions out, or "
                 "restore the dense model with rtpurbo.restore."
+            )
+        other = [name for name in OTHER_MODALITIES if arguments.get(name) is not None]
+        if other:
+            raise RTPurboError(
+                f"a sparse model takes text alone, not {other[0]}: it is the text decoder of its "
+                "multimodal model."
             )
         if hasattr(self.model, "_hf_hook"):
             refuse_offloading(self.model)

@@ -1,4 +1,4 @@
-"""Loading with transformers, from a folder or the Hub, with its errors in one sentence."""
+"""Loading with transformers, from a folder or the Hub; errors are reported in one sentence."""
 
 from __future__ import annotations
 
@@ -23,14 +23,23 @@ from rtpurbo.models.architecture import check_architecture
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.model_config import RTPurboModelConfig
 from rtpurbo.models.sharding import Sharding, load_sharded
+from rtpurbo.models.text_part import (
+    check_text_part,
+    forget_key_mapping,
+    is_composite,
+    key_mapping,
+    register_text_class,
+    settle_tied_embeddings,
+    text_config,
+)
 
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """Arguments of `from_pretrained` that a caller adds.
+    """Additional arguments of `from_pretrained`.
 
     Attributes:
-        hub: where and how to look on the Hugging Face Hub, such as `token` and `cache_dir`.
+        hub: of the access to the Hugging Face Hub, such as `token` and `cache_dir`.
         model: of `AutoModelForCausalLM`, such as `device_map`.
     """
 
@@ -39,7 +48,7 @@ class LoadingOptions:
 
     @property
     def places_model(self) -> bool:
-        """True if the model's weights are put on their devices while they are loaded."""
+        """True if transformers places the weights on their devices while it loads them."""
         return self.model.get("device_map") is not None
 
 
@@ -47,7 +56,7 @@ NO_OPTIONS = LoadingOptions()
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer, and the fingerprint of its weights as they are stored."""
+    """Model, its tokenizer, and the fingerprint of its weights as they are stored."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -55,17 +64,26 @@ class Loaded(NamedTuple):
 
 
 def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -> PretrainedConfig:
-    """Loads the configuration of a model that can be made sparse, without its weights.
+    """Loads and checks the configuration of a model, without its weights.
 
     Args:
         name: a folder or a name on the Hub.
-        sparse: whether `name` may be a sparse model, whose dense configuration is returned.
-        options: for `AutoConfig.from_pretrained`: where to look.
+        sparse: also take a sparse model, and return its dense configuration.
+        options: for `AutoConfig.from_pretrained`.
 
     Raises:
-        RTPurboError: it cannot be loaded, or its architecture is not supported. The text part of
-            a vision-language model is not enough: its weights have other names.
+        RTPurboError: it cannot be loaded, or its architecture is not supported.
+
+    Returns:
+        The configuration; of a multimodal model, that of its text decoder.
     """
+    return _load_configs(name, sparse=sparse, **options)[0]
+
+
+def _load_configs(
+    name: str, *, sparse: bool = False, **options: Any
+) -> tuple[PretrainedConfig, PretrainedConfig | None]:
+    """The configuration as `load_pretrained_config` returns it, and that of the whole multimodal model."""
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
@@ -74,12 +92,16 @@ def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -
     if isinstance(config, RTPurboModelConfig):
         if not sparse:
             raise RTPurboError(
-                f"{name} is a sparse model of rtpurbo, not a dense one; give the dense model that it "
+                f"{name} is a sparse model of rtpurbo, not a dense one: pass the dense model that it "
                 "was made from, which `rtpurbo inspect` shows."
             )
         config = config.dense()
+    whole = config if is_composite(config) else None
+    if whole is not None:
+        config = text_config(whole)
     check_architecture(config)
-    return config
+    register_text_class(config)
+    return config, whole
 
 
 def load_pretrained(
@@ -95,20 +117,24 @@ def load_pretrained(
 
     Args:
         name: a folder or a name on the Hub.
-        dtype: the type of the weights, or "auto" for the one that they are stored in.
-        config: the model's configuration, if it is known or changed.
+        dtype: of the weights; "auto" is the one that they are stored in.
+        config: replaces the one in the folder or on the Hub.
         model_options: for `from_pretrained` of the model alone.
-        sharding: processes that each keep a part of the weights; None loads the whole model.
-        options: for `from_pretrained` of model and tokenizer: where to look.
+        sharding: processes that each keep a shard of the weights; None loads the whole model.
+        options: for `from_pretrained` of model and tokenizer.
 
     Raises:
         RTPurboError: model or tokenizer cannot be loaded, weights are missing, or the
             architecture is not supported.
     """
+    whole = None
     if config is None:
-        config = load_pretrained_config(name, **options)
+        config, whole = _load_configs(name, **options)
     loading_options = {**options, **(model_options or {}), "config": config, "dtype": dtype}
-    model = load_weights(name, sharding, **loading_options)
+    if whole is None:
+        model = load_weights(name, sharding, **loading_options)
+    else:
+        model = _load_text_part(name, whole, sharding, **loading_options)
     return model, load_tokenizer(name, **options)
 
 
@@ -137,12 +163,40 @@ def load_weights(name: str, sharding: Sharding | None = None, **options: Any) ->
         except Exception as error:  # a damaged file can raise anything
             _refuse(name, error)
     if loading["missing_keys"]:
-        # transformers would go on with random weights.
+        # transformers would initialise them at random.
         missing = sorted(loading["missing_keys"])
         raise RTPurboError(
             f"The files of the model {name} lack {len(missing)} weights, such as "
-            f"{missing[0]}; fetch or save the model again."
+            f"{missing[0]}: download or save the model again."
         )
+    return model
+
+
+def _load_text_part(
+    name: str, whole: PretrainedConfig, sharding: Sharding | None, **options: Any
+) -> PreTrainedModel:
+    """Loads the text decoder of a multimodal model as a causal language model.
+
+    Args:
+        name: a folder or a name on the Hub.
+        whole: configuration of the multimodal model.
+        sharding: must be None.
+        options: as for `load_weights`.
+
+    Raises:
+        RTPurboError: as `load_weights` does, or the model differs from the multimodal one on text.
+    """
+    if sharding is not None:
+        raise RTPurboError(
+            f"{name} is a multimodal {whole.model_type} model, whose text decoder cannot be loaded in "
+            "parts: choose --parallel data."
+        )
+    mapping = key_mapping(options["config"])
+    model = load_weights(name, **options, key_mapping=mapping)
+    forget_key_mapping(model, mapping)
+    settle_tied_embeddings(model)
+    with quiet_transformers():
+        check_text_part(model, whole)
     return model
 
 
@@ -162,7 +216,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         except Exception as error:  # a damaged file can raise anything
             raise RTPurboError(
                 f"The tokenizer of {name} cannot be loaded ({_first_line(error)}); "
-                "put the tokenizer's files beside the model's."
+                "put the tokenizer's files into the model's folder."
             ) from error
 
 
@@ -173,12 +227,12 @@ def load_with_fingerprint(
     sharding: Sharding | None = None,
     **options: Any,
 ) -> Loaded:
-    """Loads a model as `load_pretrained` does; its fingerprint does not depend on `dtype`.
+    """Loads a model like `load_pretrained`, with a fingerprint that does not depend on `dtype`.
 
     Raises:
         RTPurboError: as `load_pretrained` does, or weights are offloaded.
     """
-    # A fingerprint rounds to bfloat16, so only float16, which has other values, would change it.
+    # A fingerprint rounds to bfloat16, so only a cast to float16 would change it.
     narrow = dtype == torch.float16
     model, tokenizer = load_pretrained(
         name, "auto" if narrow else dtype, sharding=sharding, **options
@@ -186,7 +240,7 @@ def load_with_fingerprint(
     refuse_offloading(model)
     found = fingerprint(model)
     if narrow and sharding is not None:
-        # FSDP holds on to the parameters that it divided: read them again in the other type.
+        # FSDP keeps references to the parameters that it sharded: load them again in the other dtype.
         del model
         model, tokenizer = load_pretrained(name, dtype, sharding=sharding, **options)
     elif narrow:
@@ -198,12 +252,12 @@ def load_with_fingerprint(
 
 
 def refuse_offloading(model: PreTrainedModel) -> None:
-    """Refuses a model of which accelerate moves weights to a device only while they are used.
+    """Refuses a model with offloaded weights, which accelerate moves to a device while they are used.
 
     Raises:
-        RTPurboError: some are offloaded to the CPU or the disk.
+        RTPurboError: weights are offloaded to the CPU or the disk.
     """
-    # A model on the meta device without such hooks is there for its shapes.
+    # A model on the meta device without hooks serves for its shapes.
     offloaded = any(weight.is_meta for weight in model.parameters()) and any(
         hasattr(module, "_hf_hook") for module in model.modules()
     )
@@ -216,22 +270,22 @@ def refuse_offloading(model: PreTrainedModel) -> None:
 
 
 def torch_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
-    """A type of weights by its name, as transformers takes it; "auto" stays.
+    """Returns the torch dtype of a name; "auto" is returned as it is.
 
     Raises:
-        RTPurboError: there is no such type.
+        RTPurboError: there is no such dtype.
     """
     if dtype == "auto":
         return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
-        raise RTPurboError(f"there is no dtype '{dtype}': pass a torch type, its name or 'auto'.")
+        raise RTPurboError(f"there is no dtype '{dtype}': pass a torch.dtype, its name or 'auto'.")
     return found
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers from printing progress bars and warnings."""
+    """Suppresses the progress bars and warnings of transformers."""
     log = transformers.utils.logging
     verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -248,10 +302,10 @@ def _refuse(name: str, error: Exception) -> NoReturn:
     raise RTPurboError(
         f"The model {name} cannot be loaded ({_first_line(error)}); check that it is a causal "
         "language model that transformers knows without code of its own, and that its files are "
-        "whole."
+        "complete."
     ) from error
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error's message, without its last full stop."""
+    """Returns the first line of an error's message, without a final full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,16 +1,17 @@
 """Properties of a model's attention, found by running it on a few tokens.
 
-transformers calls one function of every layer that attends (`AttentionInterface`). The probe puts
-itself there for one forward and notes what it is given; nothing has to be known of the model's family.
+Attention layers of transformers call a registered function (`AttentionInterface`). The probe registers
+one that records its arguments, so it needs no knowledge of the model's family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from rtpurbo.models.rotation import Embeddings, RotaryLayout, RotaryProbe
 from rtpurbo.models.unconverted import unconverted_attention
 
 IMPLEMENTATION = "rtpurbo-probe"
-# Enough to tell apart the columns of a rotary embedding (`rtpurbo.models.rotation`) several times over.
+# Enough to distinguish the columns of a rotary embedding (`rtpurbo.models.rotation`) several times over.
 NUM_TOKENS = 40
 # Arguments of the attention function that change nothing for a causal layer.
 HARMLESS = frozenset({"sliding_window", "s_aux", "is_causal", "position_ids", "cache_position"})
@@ -42,8 +43,8 @@ class AttentionTraits:
         head_dim: dimensions of queries and keys.
         value_dim: dimensions of values.
         scaling: factor on the dot products.
-        rotation: how heads are rotated; None if that could not be found out.
-        refusal: why the layer cannot be made sparse; None if it can.
+        rotation: layout of the rotary embedding; None if it is unknown.
+        refusal: reason why the layer cannot be made sparse; None if it can.
     """
 
     module: nn.Module
@@ -58,7 +59,7 @@ class AttentionTraits:
 
 @dataclass
 class _Record:
-    """Observations of one attention module: calls of the attention function, and what rotates the heads."""
+    """Calls of the attention function by one attention module, and its rotary embedding."""
 
     calls: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = field(default_factory=list)
     embeddings: Embeddings | None = None
@@ -72,12 +73,12 @@ class _Record:
 
 @dataclass
 class _Recording:
-    """One forward of the probe.
+    """Recording of one forward of the probe.
 
     Attributes:
-        records: what was seen of each attention module.
-        embeddings: what to rotate the heads with instead, by attention module. Attention then gives
-            zeros, so that hidden states do not depend on it.
+        records: by attention module.
+        embeddings: rotary embeddings that replace the model's own, by attention module. Attention then
+            returns zeros, so that hidden states do not depend on it.
     """
 
     records: dict[nn.Module, _Record] = field(default_factory=dict)
@@ -86,11 +87,16 @@ class _Recording:
 
 _recordings: list[_Recording] = []
 
+# Conversion makes a model sparse several times; each probe is three forwards.
+_known: WeakKeyDictionary[
+    PreTrainedModel, tuple[tuple[str, torch.device, torch.dtype], dict[int, AttentionTraits]]
+] = WeakKeyDictionary()
+
 
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function while a model is probed."""
+    """Attention function that records its arguments."""
     recording = _recordings[-1]
     record = recording.records.setdefault(module, _Record())
     record.calls.append((query, key, value, kwargs))
@@ -110,11 +116,28 @@ def probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
     """Finds the properties of the attention of each layer that can be made sparse.
 
     Args:
-        model: dense or sparse; it is run on a few tokens.
+        model: dense or sparse; it runs on a few tokens, once until it changes.
 
     Raises:
         RTPurboError: a layer that should be convertible by the configuration is not, with the reason.
     """
+    state = (model.config.to_json_string(), model.device, model.dtype)
+    known = _known.get(model)
+    if known is not None and known[0] == state and _are_in(model, known[1]):
+        return {number: replace(traits) for number, traits in known[1].items()}
+    traits = _probe(model)
+    _known[model] = state, {number: replace(found) for number, found in traits.items()}
+    return traits
+
+
+def _are_in(model: PreTrainedModel, traits: Mapping[int, AttentionTraits]) -> bool:
+    """True if the attention modules that were probed are still those of the model."""
+    modules = set(model.modules())
+    return all(found.module in modules for found in traits.values())
+
+
+def _probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
+    """Runs the forwards of `probe`."""
     records = _run(model)
     converted = convertible_layers(model.config)
     traits = {}
@@ -137,7 +160,7 @@ def probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
 def _measure_rotations(
     model: PreTrainedModel, records: dict[nn.Module, _Record], traits: list[AttentionTraits]
 ) -> None:
-    """Finds out how each layer rotates its heads, in two more forwards."""
+    """Measures the rotary embedding of each layer in two more forwards."""
     probes = {}
     for found in traits:
         rotary = RotaryProbe.of(records[found.module].embeddings)
@@ -187,7 +210,7 @@ def _traits(module: nn.Module, record: _Record) -> AttentionTraits:
 def _run(
     model: PreTrainedModel, embeddings: dict[nn.Module, Embeddings] | None = None
 ) -> dict[nn.Module, _Record]:
-    """One forward, with the last token at the end of the context."""
+    """Runs one forward, with the last token at the end of the context."""
     config, decoder = model.config, decoder_of(model)
     device = model.get_input_embeddings().weight.device
     places = torch.arange(NUM_TOKENS, device=device)[None]
@@ -197,7 +220,7 @@ def _run(
         "use_cache": False,
     }
     if "position_ids" in names_of(type(decoder).forward):
-        # Frequencies may depend on the length: those of the whole context are wanted.
+        # Frequencies may depend on the length: those for the whole context are needed.
         positions = places.clone()
         positions[0, -1] = context_length(config) - 1
         arguments["position_ids"] = positions
@@ -209,7 +232,7 @@ def _run(
 
 @contextmanager
 def _probing(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
-    """Records every call of the attention function inside a `with` block."""
+    """Records the calls of the attention function inside a `with` block."""
     before = model.config._attn_implementation
     training = [module for module in model.modules() if module.training]
     hooks = []
@@ -237,7 +260,7 @@ def _probing(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
 def _note(
     recording: _Recording, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Keeps what rotates the heads of a module, or puts something else in its place."""
+    """Records the rotary embedding of a module, or replaces it."""
     given = kwargs.get("position_embeddings")
     recording.records.setdefault(module, _Record()).embeddings = given
     if recording.embeddings is None or module not in recording.embeddings:
@@ -246,7 +269,7 @@ def _note(
 
 
 def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Half precision would round slow frequencies."""
+    """Runs a rotary embedding in float32: half precision would round low frequencies."""
     if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
         return (args[0].float(), *args[1:])
     return None

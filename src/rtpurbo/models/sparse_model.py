@@ -56,10 +56,16 @@ class SparseModel(PreTrainedModel, GenerationMixin):
         """Makes `generate` use a HeadwiseCache wherever it would make a cache of its own."""
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             generation_config.cache_implementation = None
-            # A prompt's own tokens, proposed as its continuation, are taken back if they are not.
+            # Proposed tokens that are rejected are cropped: from the prompt, or of the draft model itself.
             proposed = generation_config.prompt_lookup_num_tokens or 0
+            if generation_config.is_assistant:
+                proposed = max(proposed, int(self.generation_config.num_assistant_tokens or 0))
             slack = max(DEFAULT_CROP_SLACK, proposed + 1)
-            model_kwargs[CACHE_NAME] = HeadwiseCache(self, crop_slack=slack)
+            made = HeadwiseCache(self, crop_slack=slack)
+            if generation_config.is_assistant and hasattr(made, "activate_past_recording"):
+                # As transformers does for a draft's cache of its own: windowed layers then can be cropped.
+                made.activate_past_recording()
+            model_kwargs[CACHE_NAME] = made
         cache = model_kwargs.get(CACHE_NAME)
         if isinstance(cache, HeadwiseCache):
             cache.expected_length = generation_config.max_length or 0

@@ -1,4 +1,4 @@
-"""Text in, text out: what chat models and plain ones need around `generate()`."""
+"""Text generation around `generate()`: prompts, chat templates, stop tokens, streaming."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rtpurbo.visible import visible
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: those the model names, and the end of the tokenizer's turn."""
+    """Returns the token ids that end an answer: those of the model and the tokenizer's end of turn."""
     named = model.generation_config.eos_token_id
     stops = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return sorted(token_id for token_id in stops if token_id is not None)
@@ -23,14 +23,14 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 def chat_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
 ) -> list[int]:
-    """The tokens of a conversation, up to where the model's answer begins.
+    """Returns the token ids of a conversation, up to the start of the model's answer.
 
     Args:
         tokenizer: of a chat model.
         messages: each with `role` and `content`.
 
     Raises:
-        RTPurboError: there is no chat template, or it does not take these messages.
+        RTPurboError: the tokenizer has no chat template, or the template refuses the messages.
     """
     if not tokenizer.chat_template:
         raise RTPurboError(
@@ -43,7 +43,7 @@ def chat_tokens(
         )
     except TemplateError as error:
         raise RTPurboError(
-            f"the model's chat template does not take these messages ({error}); some take no "
+            f"the model's chat template does not take these messages ({error}); some support no "
             "system message."
         ) from error
     return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
@@ -58,15 +58,15 @@ def continue_tokens(
     sample: bool = False,
     streamer: TextStreamer | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, up to its end of turn.
+    """Generates the continuation of each prompt, up to the end of the model's turn.
 
     Args:
         model: dense or sparse.
         tokenizer: the model's.
-        prompts: tokens of the prompts, answered as one batch, padded on the left.
-        max_new_tokens: the most tokens to write.
-        sample: draw tokens as the model's generation settings say, instead of taking the likeliest.
-        streamer: shown tokens as they come; for a single prompt.
+        prompts: token ids of the prompts, run as one left-padded batch.
+        max_new_tokens: maximum number of tokens to generate.
+        sample: sample with the model's generation settings instead of greedy decoding.
+        streamer: receives the tokens of a single prompt as they are generated.
     """
     stops = stop_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id
@@ -92,10 +92,10 @@ def continue_tokens(
 
 
 class _VisibleStreamer(TextStreamer):
-    """Writes to standard output, which may be a terminal, without control characters."""
+    """Streamer that escapes control characters, for a terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Writes a piece of text."""
+        """Prints a piece of text."""
         super().on_finalized_text(visible(text), stream_end)
 
 
@@ -109,27 +109,27 @@ def generate_text(
     chat: bool | None = None,
     stream: bool = False,
 ) -> str:
-    """Continues a prompt, or answers it as a chat message.
+    """Generates the continuation of a prompt, or the answer to it as a chat message.
 
     Args:
         model: dense or sparse.
         tokenizer: the model's.
         prompt: text.
-        max_new_tokens: the most tokens to write.
-        sample: draw tokens as the model's generation settings say, instead of taking the likeliest.
-        chat: put the prompt into the tokenizer's chat template; None does if there is one.
-        stream: print the text to standard output while it is written.
+        max_new_tokens: maximum number of tokens to generate.
+        sample: sample with the model's generation settings instead of greedy decoding.
+        chat: apply the tokenizer's chat template; None applies it if there is one.
+        stream: print the text to standard output while it is generated.
 
     Raises:
-        RTPurboError: the prompt is empty or longer than the model's context, or `chat` is asked of
-            a model that has no chat template.
+        RTPurboError: the prompt is empty or too long for the model's context, or `chat` is True and
+            there is no chat template.
     """
     if chat or (chat is None and tokenizer.chat_template):
         prompt_ids = chat_tokens(tokenizer, [{"role": "user", "content": prompt}])
     else:
         prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not prompt_ids:
-        raise RTPurboError("the prompt is empty: give at least one word to continue.")
+        raise RTPurboError("the prompt is empty: pass at least one word.")
     context = context_length(model.config)
     if len(prompt_ids) + max_new_tokens > context:
         raise RTPurboError(

@@ -1,7 +1,7 @@
-"""A check of sparse models of types that are not tested one by one: they must equal their dense selves.
+"""Check of sparse models of types without tests of their own: the logits must equal the dense ones.
 
-The sparse model with a window over everything runs over a few tokens, in two forwards of which the
-second continues the cache, and is compared with the dense model.
+The sparse model, with a window over all tokens, runs two forwards of a few tokens, the second over the
+cache of the first, and is compared with the dense model.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ TOLERANCE = 1e-3
 HALF_TOLERANCE = 5e-2
 
 
-# Models that were found equal, and whether with retrieval heads: nobody waits for the same check twice.
+# Models that passed, and whether with retrieval heads; they are not checked again.
 _checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def needs_check(model: PreTrainedModel, config: RTPurboConfig) -> bool:
-    """True if a model is to be checked: its type has no tests of its own, and it was not checked before."""
+    """True if the type of a model has no tests of its own and the model was not checked before."""
     retrieves = config.head_map.num_retrieval_heads > 0
     is_checked = model in _checked and _checked[model] >= retrieves
     return model.config.model_type not in FAMILIES and not is_checked
@@ -40,10 +40,10 @@ def needs_check(model: PreTrainedModel, config: RTPurboConfig) -> bool:
 
 @torch.no_grad()
 def logits_over_cache(model: PreTrainedModel) -> Tensor:
-    """Logits of two forwards, the second over the cache of the first: [1, tokens, vocabulary].
+    """Returns the logits of two forwards, the second over the cache of the first: [1, tokens, vocabulary].
 
     Raises:
-        RTPurboError: it does not run so.
+        RTPurboError: the model does not run over a cache.
     """
     size = model.config.vocab_size
     tokens = torch.randint(0, size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
@@ -68,16 +68,16 @@ def logits_over_cache(model: PreTrainedModel) -> Tensor:
 
 
 def check_equal(model: PreTrainedModel, expected: Tensor) -> None:
-    """Refuses a sparse model that differs from the dense one.
+    """Refuses a sparse model whose logits differ from those of the dense model.
 
     Args:
         model: sparse, with a window over `NUM_TOKENS` tokens.
         expected: from `logits_over_cache` before the model was made sparse.
 
     Raises:
-        RTPurboError: it differs, or cannot run over a cache.
+        RTPurboError: the logits differ, or the model does not run over a cache.
     """
-    difference, limit = _difference(logits_over_cache(model), expected)
+    difference, limit = logits_difference(logits_over_cache(model), expected)
     if not difference <= limit:
         raise RTPurboError(
             f"{_prefix(model)} with a window over everything its logits differ from those of the dense "
@@ -90,8 +90,8 @@ def _prefix(model: PreTrainedModel) -> str:
     return f"this {model.config.model_type} model cannot be made sparse:"
 
 
-def _difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Difference of logits, and the largest that is allowed."""
+def logits_difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Returns the difference of logits, and the largest that is allowed."""
     error = (actual - expected).float()
     if expected.dtype.itemsize >= 4:
         return float(error.abs().max() / expected.float().abs().max()), TOLERANCE

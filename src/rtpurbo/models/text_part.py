@@ -1,0 +1,247 @@
+"""Text decoders of multimodal checkpoints, loaded as causal language models.
+
+A vision-language checkpoint has a composite configuration, and stores the weights of its text decoder
+under a prefix. transformers loads them into the class of a text model, given the text configuration and
+a mapping of names; vision weights are not read.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import is_text_part
+from rtpurbo.models.arguments import CACHE_NAME
+from rtpurbo.models.decoder import decoder_of
+from rtpurbo.models.verification import NUM_TOKENS, logits_difference
+
+# Names of the text decoder's module in the wrappers of transformers.
+_DECODER_NAMES = r"(?:language_model|text_model|llm)"
+# Settings that a composite configuration holds for its text part too.
+_SHARED_SETTINGS = ("dtype", "quantization_config")
+# Inputs of other modalities, which a text decoder would ignore.
+OTHER_MODALITIES = ("pixel_values", "pixel_values_videos", "image_embeds", "input_features")
+
+
+def is_composite(config: PretrainedConfig) -> bool:
+    """True if a configuration has a text part and parts of other modalities."""
+    return config.get_text_config(decoder=True) is not config and not config.is_encoder_decoder
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Returns a copy of the text part of a composite configuration, complete in itself.
+
+    Args:
+        config: composite.
+
+    Raises:
+        RTPurboError: transformers has no image-text-to-text class for the composite model, against
+            which the text decoder is checked.
+    """
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise RTPurboError(
+            f"this {config.model_type} model cannot be made sparse: it is neither a causal language "
+            "model nor an image-text-to-text model of transformers."
+        )
+    text: PretrainedConfig = copy.deepcopy(config.get_text_config(decoder=True))
+    # The output embedding belongs to the wrapper, which ties it by its own setting.
+    if hasattr(config, "tie_word_embeddings"):
+        text.tie_word_embeddings = config.tie_word_embeddings
+    for name in _SHARED_SETTINGS:
+        if getattr(text, name, None) is None and getattr(config, name, None) is not None:
+            setattr(text, name, getattr(config, name))
+    text.name_or_path = config.name_or_path
+    return text
+
+
+def register_text_class(config: PretrainedConfig) -> None:
+    """Registers a causal language model with `AutoModelForCausalLM` where transformers has none.
+
+    Args:
+        config: of a text decoder; nothing happens unless `is_text_part` holds for its type.
+    """
+    if is_text_part(config.model_type) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # transformers registers nothing for a configuration of its own without `exist_ok`.
+        AutoModelForCausalLM.register(type(config), _text_class(type(config)), exist_ok=True)
+
+
+def key_mapping(config: PretrainedConfig) -> dict[str, str]:
+    """Returns the names in a multimodal checkpoint, as regular expressions, with those of the text model.
+
+    Args:
+        config: of the text decoder, registered with `register_text_class`.
+    """
+    prefix = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
+    own = rf"(?=(?:{re.escape(prefix)}|lm_head)\.)"
+    return {
+        # A causal language model inside the wrapper, then a bare decoder.
+        rf"^(?:model\.)?{_DECODER_NAMES}\.{own}": "",
+        rf"^(?:model\.)?{_DECODER_NAMES}\.": f"{prefix}.",
+    }
+
+
+def forget_key_mapping(model: PreTrainedModel, mapping: dict[str, str]) -> None:
+    """Lets `save_pretrained` write the text model's own names instead of the wrapper's.
+
+    Args:
+        model: loaded with `mapping`.
+        mapping: from `key_mapping`.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        kept = [one for one in conversions if not set(one.source_patterns) & set(mapping)]
+        model._weight_conversions = kept or None
+
+
+def settle_tied_embeddings(model: PreTrainedModel) -> None:
+    """Corrects the configuration of a model whose checkpoint holds an output embedding of its own.
+
+    Wrappers of transformers tie by default, except where the checkpoint has both weights.
+    """
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    if is_tied and output.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def check_text_part(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Refuses a text model whose logits differ from those of its multimodal model for a text.
+
+    Args:
+        model: the text decoder as a causal language model, with its weights.
+        config: composite, of the whole model.
+
+    Raises:
+        RTPurboError: the logits differ, or the multimodal model does not run without its other parts.
+    """
+    prefix = f"the text decoder of this {config.model_type} model cannot be made sparse:"
+    # Random, but none that stands for an image.
+    special = {
+        value for name, value in config.to_dict().items() if re.search("token_(id|index)$", name)
+    }
+    allowed = torch.tensor([one for one in range(model.config.vocab_size) if one not in special])
+    generator = torch.Generator().manual_seed(0)
+    tokens = allowed[torch.randint(len(allowed), (1, NUM_TOKENS), generator=generator)]
+    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    run = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    try:
+        with torch.device("meta"):
+            wrapper = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(config), attn_implementation=model.config._attn_implementation
+            )
+        if any(type(part) is type(model) for part in wrapper.modules()):
+            # It returns the logits of a causal language model inside of it, which is this one.
+            return
+        _place_text_model(model, wrapper.eval())
+        expected = wrapper(**run).logits
+    except Exception as error:  # any wrapper's own code runs here
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise RTPurboError(f"{prefix} the model does not run on text alone ({reason}).") from error
+    model.eval()
+    actual = model(**run).logits
+    difference, limit = logits_difference(actual, expected)
+    if not difference <= limit:
+        raise RTPurboError(
+            f"{prefix} alone, its logits differ from those of the whole model by {difference:.1e} of "
+            f"their size, and at most {limit:g} is allowed."
+        )
+
+
+def _place_text_model(model: PreTrainedModel, wrapper: PreTrainedModel) -> None:
+    """Puts a text model into a multimodal model without weights; its other parts stay on the meta device."""
+    inner = wrapper.get_decoder()
+    path = next(name for name, module in wrapper.named_modules() if module is inner)
+    wrapper.set_submodule(path, decoder_of(model))
+    wrapper.set_output_embeddings(model.get_output_embeddings())
+
+
+class TextDecoderForCausalLM(PreTrainedModel, GenerationMixin):
+    """Text decoder with an output embedding; base of classes that `register_text_class` makes."""
+
+    base_model_prefix = "model"
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.model = MODEL_MAPPING[type(config)](config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Runs the decoder, as the causal language models of transformers do.
+
+        Args:
+            input_ids: [batch, length].
+            attention_mask: [batch, cached + length], 1 for tokens.
+            position_ids: [batch, length].
+            past_key_values: the cache, under the older of its two names.
+            cache: the cache, under the name of transformers 5.24.
+            inputs_embeds: [batch, length, hidden], in place of `input_ids`.
+            labels: [batch, length], for the loss.
+            use_cache: whether to return a cache.
+            logits_to_keep: number of last positions, or their indices; 0 keeps all.
+            kwargs: for the decoder and the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{CACHE_NAME: past_key_values if cache is None else cache, **kwargs},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+
+def _text_class(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """A causal language model for a type of text decoder, with what transformers knows of its family."""
+    decoder = MODEL_MAPPING[config_class]
+    family = next(base for base in decoder.__mro__[1:] if issubclass(base, PreTrainedModel))
+    name = f"{decoder.__name__.removesuffix('Model')}ForCausalLM"
+    own = {"__module__": __name__, "config_class": config_class}
+    made = type(name, (TextDecoderForCausalLM, family), {**own, "__doc__": decoder.__doc__})
+    # Pickle finds classes by the name in their module.
+    globals()[name] = made
+    return made
