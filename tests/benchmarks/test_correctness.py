@@ -32,7 +32,7 @@ def test_what_is_right_passes(output, states):
 
 
 @pytest.mark.parametrize("wrong", [1.1, -1.0, torch.nan, 0.0])
-def test_one_wrong_row_is_found(output, states, wrong):
+def test_one_wrong_query_is_found(output, states, wrong):
     output[1, 2, -3] *= wrong
     assert "relative error" in compare(output, states, mask).complaint
 
@@ -44,7 +44,7 @@ def test_a_window_of_one_key_too_many_is_found(states):
     assert compare(output, states, mask).complaint
 
 
-def test_rows_from_anywhere_and_all_of_the_last():
+def test_random_queries_and_all_of_the_last():
     rows = sampled_queries(10_000, CPU)
     assert rows[-64:].tolist() == list(range(9936, 10_000))
     assert 100 < len(rows) <= 128

@@ -37,7 +37,7 @@ def test_lists_have_the_density_asked_for(density):
     assert density_of(lists, length, LONG) == pytest.approx(density, rel=0.01)
 
 
-def test_near_blocks_alone_may_be_denser_than_what_was_asked_for():
+def test_near_blocks_alone_may_exceed_the_density():
     lists = synthetic_lists(chunks_of(2048, LONG, 100), 2048, LONG, 1, 0.02, CPU)
     density = density_of(lists, 2048, LONG)
     assert density == pytest.approx(CausalBlocks.of(2048, LONG).near_share)

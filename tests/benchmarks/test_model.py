@@ -72,7 +72,7 @@ def test_logits_that_are_not_finite_get_no_figure(monkeypatch):
     assert "the logits are not finite" in made.results.errors[0]
 
 
-def test_a_dense_step_computes_what_the_model_would():
+def test_a_dense_step_computes_the_logits_of_the_model():
     from transformers import DynamicCache
 
     from rtpurbo.benchmarks.dense_model import attending, full_cache

@@ -24,7 +24,7 @@ def test_states_are_the_document_s_again_and_again(artifact):
     assert torch.equal(longer.index_queries[:, :, 100:200], states.index_queries)
 
 
-def test_the_density_is_what_the_index_finds(artifact):
+def test_the_density_is_that_of_the_index(artifact):
     made = session(wanted=("rtpurbo", "sdpa-flash"))
     bench_profile(made, artifact, RULE, [150], torch.float16)
     assert not made.results.errors

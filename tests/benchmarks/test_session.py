@@ -28,7 +28,7 @@ def failing(error):
     return {"": prepare}
 
 
-def test_what_is_right_is_timed_and_logged():
+def test_correct_results_are_timed_and_logged():
     lines, written = [], []
     run = session(log=lines.append, on_record=lambda results: written.append(len(results.records)))
     run.run(entry("rtpurbo", density=0.1, check=lambda call: None, is_ours=True, note="a note"))
@@ -39,7 +39,7 @@ def test_what_is_right_is_timed_and_logged():
     assert written == [1, 2]
 
 
-def test_what_is_wrong_gets_no_figure():
+def test_wrong_results_are_not_recorded():
     run = session()
     run.run(entry("rtpurbo", check=lambda call: "it is wrong", is_ours=True))
     assert not run.results.records
@@ -109,7 +109,7 @@ def test_the_faster_variant_counts_and_a_slow_one_is_tried_alone():
     assert made[3:] == ["slow way"]
 
 
-def test_only_what_is_wanted_is_measured():
+def test_only_wanted_implementations_are_measured():
     run = session(wanted=("peer",))
     run.run(entry("rtpurbo"))
     run.run(entry())

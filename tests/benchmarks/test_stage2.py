@@ -42,7 +42,7 @@ def test_steps_move_the_lora_alone():
     assert (gradient != 0).all()
 
 
-def test_what_selects_nothing_is_refused():
+def test_sequences_without_a_selection_are_rejected():
     with pytest.raises(RTPurboError, match="sequences of 30 tokens are not longer than sinks"):
         run(30)
 

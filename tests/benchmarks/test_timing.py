@@ -20,7 +20,7 @@ def test_fast_calls_warm_up_and_are_repeated():
     assert found.milliseconds_p10 < found.milliseconds < found.milliseconds_p90
 
 
-def test_few_repeats_of_what_takes_long_and_none_of_what_is_slow():
+def test_few_repeats_of_long_calls_and_none_of_slow_ones():
     clock = FakeClock([600.0])
     assert measure(lambda: None, clock, 20).repeats == 5
     assert clock.repeats == [5]

@@ -102,7 +102,7 @@ def test_shapes_that_do_not_fit_are_refused(operator, spoil, message, problem):
     ],
     ids=["selector", "statistics"],
 )
-def test_what_kernels_cannot_do_runs_eager_or_is_refused(watched, problem):
+def test_calls_without_kernels_run_eagerly_or_are_rejected(watched, problem):
     layout = HeadLayout.build([0, 1, 2, 3], 4, 2)
     rule = AttentionRule(sliding_window=8, block_size=8, prefill_mode="top_p")
 

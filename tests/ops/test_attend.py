@@ -58,7 +58,7 @@ def test_huge_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize("with_log_sum_exp", [False, True])
-def test_a_row_that_sees_nothing_gives_zero_and_finite_gradients(with_log_sum_exp):
+def test_a_query_without_keys_gives_zero_and_finite_gradients(with_log_sum_exp):
     problem = random_problem(5, 9)
     mask = torch.ones(1, 4, 5, 9, dtype=torch.bool)
     mask[:, :, 2] = False

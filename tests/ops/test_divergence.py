@@ -86,7 +86,7 @@ def test_chunks_change_nothing(monkeypatch):
     assert len(chunks) > 5
 
 
-def test_a_row_sees_its_own_document_alone():
+def test_a_query_sees_its_own_document_only():
     near, far = near_and_far(torch.tensor([2, 9, 15]), document_starts([3, 13], "cpu"), 4, 2)
     assert near.nonzero().tolist() == [
         *([0, key] for key in (0, 1, 2)),

@@ -45,7 +45,7 @@ def test_equals_the_oracle(retrieval_heads, mode, q_len, k_len):
 
 @pytest.mark.parametrize("num_decode_rows", [1, 7, 30])
 @pytest.mark.parametrize("padding", [(0,), (0, 17)])
-def test_last_rows_select_as_in_decoding(num_decode_rows, padding):
+def test_last_queries_select_as_in_decode_steps(num_decode_rows, padding):
     problem = random_problem(30, 63, padding=padding)
     mask = oracles.headwise_keys(problem, RULE, (0, 3), num_decode_rows)
     assert (mask != oracles.headwise_keys(problem, RULE, (0, 3))).any()

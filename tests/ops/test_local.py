@@ -44,7 +44,7 @@ def test_local_attention_equals_the_oracle(q_len, k_len, windows, sinks):
 
 
 @pytest.mark.parametrize("padding", [(0,), (350, 7), (390, 400)])
-def test_local_attention_over_several_chunks_reads_only_what_is_in_reach(padding):
+def test_local_attention_over_several_chunks_reads_only_keys_in_reach(padding):
     problem = random_problem(390, 400, padding=padding, heads=2, key_value_heads=1, head_dim=4)
     mask = oracles.near_keys(problem, 8, 2)
     check(local_attention, problem, mask, sliding_window=8, num_sink_tokens=2)

@@ -119,7 +119,7 @@ def test_sets_are_found_by_a_kernel_on_a_gpu(monkeypatch, device, dtype, has_tri
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
-def test_rows_select_the_same_by_the_kernel(monkeypatch, granularity):
+def test_queries_select_the_same_with_the_kernel(monkeypatch, granularity):
     rule = replace(RULE, granularity=granularity, top_p=0.7, min_tokens=7)
     problem = random_problem(1, 60, padding=(0, 9), heads=2, key_value_heads=1, seed=3)
     expected = select(problem, rule)
@@ -130,7 +130,7 @@ def test_rows_select_the_same_by_the_kernel(monkeypatch, granularity):
 
 @given(problem=problems, rule=rules)
 @quick
-def test_rows_select_what_the_brute_force_selects(problem, rule):
+def test_queries_select_the_same_as_brute_force(problem, rule):
     expected = oracles.retrieval_keys(problem, replace(rule, prefill_mode="top_p"))
     near = oracles.near_keys(problem, rule.sliding_window, rule.num_sink_tokens)
     assert torch.equal(select(problem, rule), expected & ~near)
@@ -143,7 +143,7 @@ def test_rows_select_what_the_brute_force_selects(problem, rule):
     mode=st.sampled_from(["row_share", "row_peak"]),
 )
 @quick
-def test_tiles_select_what_the_brute_force_selects(problem, rule, row_share, mode):
+def test_query_blocks_select_the_same_as_brute_force(problem, rule, row_share, mode):
     rule = replace(rule, row_share=row_share, prefill_mode=mode)
     if problem.queries.shape[2] == 1:  # one row selects for itself
         rule = replace(rule, prefill_mode="top_p")
@@ -165,7 +165,7 @@ def test_selection_grows_with_p(problem, rule, other):
 
 @given(problem=problems, rule=rules)
 @quick
-def test_what_is_read_reaches_p(problem, rule):
+def test_the_mass_read_reaches_p(problem, rule):
     logits, near, far = ingredients(problem, rule)
     selected = select(problem, rule)
     assert not (selected & ~far).any()
@@ -215,7 +215,7 @@ def test_block_lists_cover_token_lists_of_one_key_blocks(problem, rule):
 
 @given(problem=problems, rule=rules)
 @quick
-def test_a_block_list_reaches_what_the_token_list_reaches(problem, rule):
+def test_a_block_list_reaches_the_mass_of_the_token_list(problem, rule):
     logits, near, far = ingredients(problem, rule)
     candidates, target = target_mass(rule, masses(logits), near, far)
     if rule.reading == "paper":
@@ -228,7 +228,7 @@ def test_a_block_list_reaches_what_the_token_list_reaches(problem, rule):
 
 @given(problem=problems, rule=rules, row_share=st.floats(0.01, 0.9))
 @quick
-def test_every_row_of_a_tile_gets_the_blocks_that_any_row_needs(problem, rule, row_share):
+def test_a_query_block_reads_the_blocks_of_all_its_queries(problem, rule, row_share):
     rule = replace(rule, row_share=row_share, prefill_mode="row_share")
     logits, near, far = ingredients(problem, rule)
     blocks = block_ids(problem.key_positions, rule.block_size)
@@ -279,7 +279,7 @@ def test_index_scores_are_at_least_fp32():
 
 @given(problem=problems, rule=rules, count=st.integers(1, 12))
 @quick
-def test_every_row_selects_at_least_so_many_of_the_heaviest(problem, rule, count):
+def test_every_query_selects_at_least_min_tokens(problem, rule, count):
     floored = replace(rule, min_tokens=count)
     plain, chosen = select(problem, rule), select(problem, floored)
     assert (chosen | plain == chosen).all()

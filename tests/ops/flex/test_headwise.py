@@ -74,7 +74,7 @@ def test_gradients_equal_the_specifications(retrieval_heads, num_selecting, grad
     torch.testing.assert_close(found, expected)
 
 
-def test_few_rows_at_a_time_select_the_same(monkeypatch):
+def test_small_chunks_of_queries_select_the_same(monkeypatch):
     call = arguments(random_problem(100, 100), (0, 3), 50)
     expected, _ = flex(*call, RULE, scaling=0.3)
     monkeypatch.setattr("rtpurbo.ops.flex.selection.MAX_PAIRS", 7 * 2 * 100)
@@ -103,7 +103,7 @@ def test_states_of_several_dtypes_are_cast_to_that_of_autocast():
         headwise_attention(*call, RULE, scaling=0.3, backend="flex")
 
 
-def test_layers_of_a_length_share_what_is_compiled(monkeypatch, gradients_on_a_cpu):
+def test_layers_of_a_length_share_a_compiled_kernel(monkeypatch, gradients_on_a_cpu):
     """Whatever their heads, whatever the rows that select: one graph, and one backward."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(headwise._attend, backend=counter, dynamic=False, fullgraph=True)
@@ -151,7 +151,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("complaint", REFUSED)
-def test_what_it_cannot_do_is_refused(complaint):
+def test_unsupported_calls_are_rejected(complaint):
     call = REFUSED[complaint](arguments(random_problem(40, 40), (0, 3), 40))
     mode = "top_p" if complaint == "only the last ones may" else "dense"
     with pytest.raises(ValueError, match=f"{complaint}.* Choose backend 'eager'"):

@@ -85,7 +85,7 @@ def test_sparse_prefill_equals_eager_and_counts_as_it_does():
     ],
     ids=str,
 )
-def test_kernels_say_what_they_cannot_do(changes, padding, reason):
+def test_unsupported_calls_are_rejected_with_a_reason(changes, padding, reason):
     problem = kernel_problem(20, 60, DTYPES[0])
     rule = replace(RULE, **changes)
     layout = HeadLayout.build((0,), 4, 2, problem.queries.device)

@@ -62,7 +62,7 @@ def test_first_matrices_lie_in_shared_memory_or_in_registers():
     ]
 
 
-def test_what_a_loop_changes_is_not_known():
+def test_values_changed_in_a_loop_are_unknown():
     lines = ["UMOV UR7, 0x40000040", ".L_x_0:", PRODUCT, "ULDC UR7, c[0x0][0x610]"]
     assert len(strange_descriptors(listing(*lines, "@P0 BRA `(.L_x_0)", "EXIT"))) == 1
     lines[-1] = "@P1 UMOV UR7, 0x40000040"

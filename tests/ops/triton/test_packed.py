@@ -20,7 +20,7 @@ def test_documents_do_not_see_each_other(dtype, lengths):
     torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_kernels_refuse_what_needs_gradients():
+def test_kernels_reject_calls_that_need_gradients():
     given = [part.to(DEVICE).requires_grad_() for part in states(20)]
     with pytest.raises(ValueError, match="the kernels compute no gradients"):
         packed_attention(*given, (20,), scaling=SCALING, backend="triton")

@@ -200,7 +200,7 @@ def test_pages_hold_the_same(page_size, changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"granularity": "block"}, {"top_p": 1.0}], ids=str)
-def test_statistics_count_what_was_read(changes):
+def test_statistics_count_the_keys_read(changes):
     counted = SelectionStatistics()
     step = Step.build(150, replace(RULE, **changes), dtype=torch.float16, padding=(0, 120), spare=4)
     _, _, selection = step.run(statistics=counted)
@@ -211,7 +211,7 @@ def test_statistics_count_what_was_read(changes):
     assert counted.queries == 4
 
 
-def test_what_does_not_fit_is_refused():
+def test_arguments_that_do_not_fit_are_rejected():
     step = Step.build(60, RULE, dtype=torch.float16)
     queries, full, windowed, layout, index_queries = step.arguments
 
@@ -244,7 +244,7 @@ def test_long_sequences_on_a_gpu(dtype, reading, granularity):
 
 @pytest.mark.parametrize("reading", ["residual", "paper"])
 @pytest.mark.parametrize("heads", [(0, 1, 2, 3), (2,), ()], ids=str)
-def test_counters_are_left_as_they_were_found(reading, heads):
+def test_the_histogram_workspace_is_zero_after_a_step(reading, heads):
     step = Step.build(300, replace(RULE, reading=reading), heads, dtype=DTYPES[0], padding=(0, 40))
     queries, full, windowed, layout, index_queries = step.arguments
     histogram_workspace = zero_histograms(2 * len(heads), queries.device)

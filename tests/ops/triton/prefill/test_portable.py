@@ -70,7 +70,7 @@ def test_windows_of_every_head(dtype, q_len, k_len, padding, heads, key_value_he
     ids=str,
 )
 @pytest.mark.parametrize("shared_index", [False, True])
-def test_block_lists_and_what_they_add(
+def test_block_lists_and_block_sparse_attention(
     dtype, row_share, row_stride, q_len, k_len, padding, shared_index
 ):
     rule = AttentionRule(

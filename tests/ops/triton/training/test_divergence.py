@@ -59,7 +59,7 @@ def test_sizes_that_fill_no_tile(head_dim, index_dim, heads, key_value_heads):
     assert_as_exact_as_eager(problem, RULE, torch.float16)
 
 
-def test_rows_that_weigh_little_keep_their_gradient():
+def test_queries_with_small_weights_keep_their_gradient():
     problem = indexer_problem((200,))
     faint = replace(problem, upstream=problem.upstream.abs() * 1e-9)
     assert_as_exact_as_eager(faint, RULE, torch.float16)
@@ -72,7 +72,7 @@ def test_rows_that_weigh_little_keep_their_gradient():
     assert not keys.any()
 
 
-def test_rows_that_weigh_little_count_beside_one_that_weighs_much():
+def test_queries_with_small_weights_count_next_to_one_with_a_large_weight():
     problem = indexer_problem((260,))
     weights = torch.full_like(problem.upstream, 1e-6)
     weights[:, 60] = 1.0
@@ -85,13 +85,13 @@ def test_rows_that_weigh_little_count_beside_one_that_weighs_much():
     assert (found - expected).norm() < 2e-3 * expected.norm()
 
 
-def test_sharp_rows_stay_exact():
+def test_sharp_distributions_stay_exact():
     problem = indexer_problem((260,))
     sharp = replace(problem, query_states=8 * problem.query_states)
     assert_as_exact_as_eager(sharp, RULE, torch.float16)
 
 
-def test_no_rows_and_no_gradient():
+def test_no_queries_and_no_gradient():
     problem = indexer_problem((60,), rows=[]).to(DEVICE, torch.float16, torch.float32)
     losses, queries, keys = problem.run(indexer_divergence, RULE, backend="triton")
     assert losses.shape == (3, 0)
@@ -130,7 +130,7 @@ def test_real_sizes_on_a_gpu(head_dim, index_dim, dtype):
 
 
 @pytest.mark.gpu
-def test_rows_of_a_long_sequence_lose_and_learn_as_alone():
+def test_loss_and_gradient_of_single_queries_of_a_long_sequence():
     """Offsets at 131,072 tokens: rows taken out have the loss and the gradient that they have among all."""
     length, heads = 131072, 20
     generator = torch.Generator(DEVICE).manual_seed(0)

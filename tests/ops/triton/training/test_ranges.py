@@ -27,7 +27,7 @@ def pairs(documents, rows, margin, lag):
 
 @pytest.mark.parametrize(("margin", "lag"), REACHES)
 @pytest.mark.parametrize(("documents", "rows"), CASES, ids=str)
-def test_tiles_of_rows(documents, rows, margin, lag):
+def test_ranges_of_query_blocks(documents, rows, margin, lag):
     places, starts, seen, counted = pairs(documents, rows, margin, lag)
     tiles = query_block_ranges(places, starts, margin, lag, 32, 16)
     for number, bounds in enumerate(tiles.tolist()):
@@ -44,7 +44,7 @@ def test_tiles_of_rows(documents, rows, margin, lag):
 
 @pytest.mark.parametrize(("margin", "lag"), REACHES)
 @pytest.mark.parametrize(("documents", "rows"), CASES, ids=str)
-def test_tiles_of_keys(documents, rows, margin, lag):
+def test_ranges_of_key_tiles(documents, rows, margin, lag):
     places, starts, _, counted = pairs(documents, rows, margin, lag)
     tiles = key_block_ranges(places, starts, counted.shape[1], margin, lag, 16, 32)
     for number, (first, whole_from, whole_to, end) in enumerate(tiles.tolist()):
