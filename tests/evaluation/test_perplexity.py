@@ -66,7 +66,7 @@ def test_every_row_is_sparse_while_measuring(model, corpus):
     near = 8 + 2  # window and sinks of the tiny models
     layers, heads, windows = 2, len(RETRIEVAL_HEADS), 2
     # The last token is run too, though nothing follows it.
-    assert statistics.rows == layers * heads * windows * (LENGTH - near)
+    assert statistics.queries == layers * heads * windows * (LENGTH - near)
     assert 0 < statistics.share_read < 1
     assert model.rtpurbo_config.attention.prefill_mode == "dense"
     assert math.isfinite(sparse)

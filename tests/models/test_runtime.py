@@ -77,7 +77,7 @@ def test_observing_inside_dense_and_counting_inside_counting():
         with model.rtpurbo.counting() as some:
             logits_of(model, ids, mask)
         logits_of(model, ids, mask)
-    assert some.rows == all_of_it.rows > 0
+    assert some.queries == all_of_it.queries > 0
     with model.rtpurbo.dense(), model.rtpurbo.observed(seen.append, dense=False):
         logits_of(model, ids, mask)
         assert all(module.dense for module in headwise_modules(model))

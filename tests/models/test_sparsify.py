@@ -201,9 +201,9 @@ def test_counting_what_is_read():
         far = sum(max(0, row - 8 - 2 + 1) for length in lengths for row in range(length))
         assert statistics.far_keys == far * 2 * 2  # retrieval heads x layers
     assert 0 < shares[0.3] < shares[0.9] < shares[1.0] == 1
-    counted = statistics.rows
+    counted = statistics.queries
     logits_of(model, ids, mask)
-    assert statistics.rows == counted
+    assert statistics.queries == counted
 
 
 @pytest.mark.parametrize("sparse", [False, True])
