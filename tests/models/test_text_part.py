@@ -26,6 +26,8 @@ from tests.tiny_artifact import save_tiny_artifact
 from tests.tiny_models import HEADS, any_model, make_sparse
 from tests.tiny_tokenizer import tiny_tokenizer
 
+FAST = ("gemma3", "mistral3", "internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llama4")
+
 
 def tiny_wrapper(kind, seed=0):
     torch.manual_seed(seed)
@@ -54,8 +56,18 @@ def batch():
     return ids, mask
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("kind", FAST)
 def test_the_text_decoder_equals_the_whole_model_on_text(kind, tmp_path):
+    check_equal(kind, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in WRAPPERS if kind not in FAST])
+def test_every_text_decoder_equals_its_whole_model_on_text(kind, tmp_path):
+    check_equal(kind, tmp_path)
+
+
+def check_equal(kind, tmp_path):
     wrapper = tiny_wrapper(kind)
     folder = save(wrapper, tmp_path / "model")
     assert read_config(folder).model_type == wrapper.config.get_text_config().model_type
@@ -78,9 +90,7 @@ def test_the_text_decoder_equals_the_whole_model_on_text(kind, tmp_path):
     check_generation(sparse, whole, ids, mask)
     sparse.save_pretrained(tmp_path / "sparse")
     tiny_tokenizer().save_pretrained(tmp_path / "sparse")
-    assert {"model.layers.1.mlp.down_proj.weight", "lm_head.weight"} & saved_names(
-        tmp_path / "sparse"
-    )
+    assert any(name.startswith("model.layers.1.") for name in saved_names(tmp_path / "sparse"))
     again, _ = rtpurbo.load(tmp_path / "sparse")
     assert torch.equal(logits(again, ids, mask), logits(sparse, ids, mask))
 
@@ -202,6 +212,16 @@ def test_a_multimodal_model_in_memory_is_refused(kind):
     config = seeing_everything(any_model("llama"))
     with pytest.raises(RTPurboError, match=r"multimodal.*rtpurbo\.convert"):
         sparsify(wrapper, config)
+
+
+def test_a_bidirectional_prefix_is_refused(tmp_path):
+    text = {**TEXT, "model_type": "gemma"}
+    vision = {**VISION, "model_type": "siglip_vision_model"}
+    AutoConfig.for_model("paligemma", text_config=text, vision_config=vision).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(RTPurboError, match="its attention is not causal"):
+        read_config(str(tmp_path))
 
 
 def test_no_weights_are_read_before_a_refusal(tmp_path):

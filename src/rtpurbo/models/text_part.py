@@ -166,11 +166,17 @@ def check_text_part(model: PreTrainedModel, config: PretrainedConfig) -> None:
 
 
 def _place_text_model(model: PreTrainedModel, wrapper: PreTrainedModel) -> None:
-    """Puts a text model into a multimodal model without weights; its other parts stay on the meta device."""
-    inner = wrapper.get_decoder()
+    """Replaces the text decoder of a multimodal model on the meta device and removes its other parts."""
+    inner, decoder = wrapper.get_decoder(), decoder_of(model)
     path = next(name for name, module in wrapper.named_modules() if module is inner)
-    wrapper.set_submodule(path, decoder_of(model))
+    wrapper.set_submodule(path, decoder)
     wrapper.set_output_embeddings(model.get_output_embeddings())
+    # Some wrappers move their inputs to the device of their first parameter.
+    for owner in (wrapper, *(module for module in wrapper.children() if module is not decoder)):
+        for name, part in list(owner.named_children()):
+            weights = list(part.parameters())
+            if part is not decoder and weights and all(weight.is_meta for weight in weights):
+                setattr(owner, name, nn.Identity())
 
 
 class TextDecoderForCausalLM(PreTrainedModel, GenerationMixin):

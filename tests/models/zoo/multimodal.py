@@ -103,6 +103,51 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**VISION, "model_type": "clip_vision_model"},
         {"image_token_index": 500, "tie_word_embeddings": False},
     ),
+    "qwen2_vl": (
+        {"rope_parameters": MROPE},
+        {"depth": 1, "embed_dim": 32, "hidden_size": 48, "num_heads": 2},
+        IMAGE_TOKENS,
+    ),
+    "qwen3_vl_moe": (
+        {
+            "rope_parameters": {**MROPE, "mrope_interleaved": True},
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+        {**QWEN_VISION, "deepstack_visual_indexes": [0]},
+        IMAGE_TOKENS,
+    ),
+    "glm4v": (
+        {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        {**QWEN_VISION, "image_size": 28},
+        IMAGE_TOKENS,
+    ),
+    "gemma4": (
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 8,
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 0,
+            "pad_token_id": 0,
+        },
+        VISION,
+        {},
+    ),
+    "idefics3": ({"model_type": "llama"}, VISION, {"image_token_id": 500}),
+    "smolvlm": ({"model_type": "llama"}, VISION, {"image_token_id": 500}),
+    "llava_next": (
+        {"model_type": "mistral", "sliding_window": None},
+        {**VISION, "model_type": "clip_vision_model"},
+        {"image_token_index": 500, "tie_word_embeddings": False},
+    ),
+    "lfm2_vl": (
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2},
+        {**VISION, "model_type": "siglip2_vision_model"},
+        {"image_token_id": 500},
+    ),
 }
 
 
