@@ -29,14 +29,14 @@ from rtpurbo.ops.triton.decode.workspace import (
 )
 from rtpurbo.ops.triton.softmax import LOG2_E, combine_lanes, update_softmax_lanes
 
-# Programs that share the selected keys of a head: one for so many tokens of the capacity, up to a number per
-# head, and up to a number for all heads; keys of a gathered tile, at most.
+# Programs that share the selected keys of a head: one per TOKENS_PER_PROGRAM tokens of the capacity, with limits
+# per head and for all heads. GATHER_TILE: largest number of keys of a gathered tile.
 TOKENS_PER_PROGRAM = 512
 MAX_PROGRAMS = 256
 MAX_PROGRAMS_IN_TOTAL = 2048
 GATHER_TILE = 16
 GATHER_WARPS = 1
-# Smallest width of the segments: fewer segments compile no kernel of their own.
+# Smallest width of the segments, so that fewer segments do not compile another kernel.
 MIN_SEGMENT_WIDTH = 64
 
 

@@ -39,7 +39,7 @@ from rtpurbo.ops.triton.softmax import LOG2_E
 
 # Entries that a program compacts at a time, at most.
 COMPACTED_ENTRIES = 512
-# Smallest width of the splits: fewer splits compile no kernel of their own.
+# Smallest width of the splits, so that fewer splits do not compile another kernel.
 MIN_SPLIT_WIDTH = 64
 
 
