@@ -48,10 +48,12 @@ def test_reads_are_told(tiny_artifact, monkeypatch):
 def test_an_interrupted_answer_stops_and_the_conversation_goes_on(tiny_artifact, monkeypatch):
     answer = Conversation.answer
 
-    def interrupted(self, text):
-        pieces = answer(self, text)
-        yield next(pieces)
-        pieces.throw(KeyboardInterrupt)
+    def interrupted(self, text, show):
+        def show_one(piece):
+            show(piece)
+            raise KeyboardInterrupt
+
+        answer(self, text, show_one)
 
     expected = talk(tiny_artifact, "magic")
     with monkeypatch.context() as patch:
@@ -129,5 +131,9 @@ def test_without_a_chat_template_there_is_a_sentence(tiny_base, tiny_artifact, t
 
 
 def test_escape_codes_in_an_answer_are_shown_and_not_sent(tiny_artifact, monkeypatch):
-    monkeypatch.setattr(Conversation, "answer", lambda self, text: (x for x in ["a \x1b[2J", "b"]))
+    def answer(self, text, show):
+        show("a \x1b[2J")
+        show("b")
+
+    monkeypatch.setattr(Conversation, "answer", answer)
     assert "a \\x1b[2Jb" in talk(tiny_artifact, "magic")

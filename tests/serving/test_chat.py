@@ -1,10 +1,11 @@
-from contextlib import closing
+import signal
 
 import pytest
 import torch
 
 import rtpurbo
 from rtpurbo.errors import RTPurboError
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import counting
@@ -30,7 +31,10 @@ def conversation(loaded):
 
 
 def say(conversation, text):
-    return "".join(conversation.answer(text))
+    pieces = []
+    answer = conversation.answer(text, pieces.append)
+    assert "".join(pieces) == answer
+    return answer
 
 
 def test_answers_are_those_of_generate(loaded, conversation):
@@ -66,27 +70,41 @@ def test_a_new_conversation_knows_nothing_of_the_old(loaded, conversation, reset
     assert conversation.last_answer.reused_tokens == 0
 
 
-def test_an_answer_that_is_not_read_on_stops_and_is_kept(conversation):
+def test_ctrl_c_stops_an_answer_between_two_tokens(conversation):
     conversation.max_new_tokens = 500
-    with closing(conversation.answer(LONG)) as pieces:
-        first = next(pieces)
+    pieces = []
+
+    def interrupt(piece):
+        pieces.append(piece)
+        if len(pieces) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(StoppedBySignalError), stopping_cleanly():
+        conversation.answer(LONG, interrupt)
     partial = conversation.messages[-1]
     assert partial["role"] == "assistant"
-    assert partial["content"].startswith(first)
-    assert 0 < conversation.last_answer.new_tokens < 500
+    assert partial["content"].startswith("".join(pieces))
+    answer = conversation.last_answer
+    assert 0 < answer.new_tokens < 500
+    assert conversation._cache.get_seq_length() == answer.prompt_tokens + answer.new_tokens - 1
     conversation.max_new_tokens = 5
     say(conversation, "go on")
     assert conversation.last_answer.reused_tokens > 0
 
 
-def test_an_interruption_is_passed_on_and_stops_the_answer(conversation):
+def test_any_other_interruption_keeps_the_text_and_not_the_cache(conversation):
     conversation.max_new_tokens = 500
-    pieces = conversation.answer(LONG)
-    next(pieces)
+
+    def interrupt(piece):
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        pieces.throw(KeyboardInterrupt)
-    assert conversation.last_answer.new_tokens < 500
+        conversation.answer(LONG, interrupt)
+    assert 0 < conversation.last_answer.new_tokens < 500
     assert len(conversation.messages) == 2
+    conversation.max_new_tokens = 5
+    say(conversation, "go on")
+    assert conversation.last_answer.reused_tokens == 0
 
 
 def test_what_fails_leaves_the_conversation_as_it_was(conversation, monkeypatch):

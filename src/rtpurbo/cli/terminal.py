@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from contextlib import closing
 
 from rich.console import Console
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.formats import percent, short_bytes
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.serving.chat import Answer, Conversation
 from rtpurbo.visible import visible
 
@@ -78,13 +79,16 @@ def describe(answer: Answer) -> str:
 
 
 def _answer(conversation: Conversation, console: Console, message: str) -> None:
+    def show(piece: str) -> None:
+        console.print(visible(piece), end="", markup=False, soft_wrap=True)
+
     try:
-        # Closed at once, an answer that is not read to its end stops being written.
-        with closing(conversation.answer(message)) as pieces:
-            for piece in pieces:
-                console.print(visible(piece), end="", markup=False, soft_wrap=True)
+        with stopping_cleanly():
+            conversation.answer(message, show)
         console.print()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if isinstance(error, StoppedBySignalError) and error.number != signal.SIGINT:
+            raise
         console.print(" (stopped)", style="dim")
     except RTPurboError as error:
         console.print(visible(f"error: {error}"), markup=False)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from threading import Event, Thread
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
+from rtpurbo.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
 from rtpurbo.models.architecture import context_length, convertible_layers
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
@@ -117,18 +112,22 @@ class Conversation:
             self.messages.append({"role": "system", "content": self.system})
         self._forget()
 
-    def answer(self, text: str) -> Generator[str, None, None]:
-        """Answers a message piece by piece.
+    def answer(self, text: str, show: Callable[[str], None] = lambda piece: None) -> str:
+        """Generates the answer to a message.
 
-        An answer that is not read to its end (the iterator is closed, or an exception such as
-        KeyboardInterrupt ends it) stops there, and what was written of it is kept.
+        KeyboardInterrupt stops the answer, and the part generated so far stays in the conversation.
+        Within `rtpurbo.interruption.stopping_cleanly`, Ctrl-C stops it between two tokens, so that the
+        cache is kept as well.
 
         Args:
             text: the user's message.
+            show: receives the answer piece by piece.
+
+        Returns:
+            The answer.
 
         Raises:
-            RTPurboError: the conversation has become longer than the model's context; it is then as
-                it was before.
+            RTPurboError: the conversation is longer than the model's context; it is left unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = chat_tokens(self.tokenizer, messages)
@@ -139,19 +138,47 @@ class Conversation:
                 f"is {context_length(self.model.config):,}: begin a new one."
             )
         reused = self._reuse(prompt)
-        writing = _Writing(self, prompt, min(room, self.max_new_tokens))
+        statistics = SelectionStatistics()
+        streamer = _AnswerStreamer(self.tokenizer, show, statistics)
+        is_interrupted, is_cache_valid = False, False
         try:
-            yield from writing.pieces()
+            with (
+                steps_undisturbed(),
+                counting(self.model, statistics) if self.count_reads else nullcontext(),
+            ):
+                self._generate(prompt, min(room, self.max_new_tokens), streamer)
+            is_cache_valid = True
+        except KeyboardInterrupt:
+            is_interrupted, is_cache_valid = True, streamer.is_stopped
+            raise
         finally:
-            written = writing.finish()
-            if written is None:
-                self._forget()  # something failed, perhaps in the middle of a layer
+            if is_cache_valid:
+                self._held = [*prompt, *streamer.tokens][: self._cache.get_seq_length()]
             else:
-                self._held = written[: self._cache.get_seq_length()]
-                new = written[len(prompt) :]
-                content = str(self.tokenizer.decode(new, skip_special_tokens=True))
+                self._forget()  # the exception may have come in the middle of a layer
+            if is_cache_valid or is_interrupted:
+                content = str(self.tokenizer.decode(streamer.tokens, skip_special_tokens=True))
                 self.messages = [*messages, {"role": "assistant", "content": content}]
-                self.last_answer = self._describe(len(prompt), reused, len(new), writing.far_read)
+                far_read = streamer.far_read if self.count_reads else None
+                self.last_answer = self._describe(
+                    len(prompt), reused, len(streamer.tokens), far_read
+                )
+        return content
+
+    def _generate(self, prompt: list[int], max_new_tokens: int, streamer: TextStreamer) -> None:
+        stops = stop_tokens(self.model, self.tokenizer)
+        padding = self.tokenizer.pad_token_id
+        ids = torch.tensor([prompt], device=self.model.device)
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops or None,
+            pad_token_id=padding if padding is not None else (stops or [0])[0],
+            streamer=streamer,
+            **{CACHE_NAME: self._cache},
+            **self.sampling.arguments(),
+        )
 
     def _forget(self) -> None:
         self._cache = HeadwiseCache(self.model)
@@ -228,84 +255,44 @@ def reads_of_steps(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int,
     return near, dense
 
 
-class _Writing:
-    """One run of `generate` in a thread of its own, which can be stopped after any token."""
+class _AnswerStreamer(TextStreamer):
+    """Passes an answer's text on, and stops between two tokens where a signal asks for it.
 
-    def __init__(self, conversation: Conversation, prompt: list[int], max_new_tokens: int) -> None:
-        self._statistics = SelectionStatistics()
-        self._counts = conversation.count_reads
-        self._read_by_prompt: float | None = None
-        self._stop = Event()
-        self._error: BaseException | None = None
-        self._written: list[int] | None = None
-        self._streamer = TextIteratorStreamer(
-            conversation.tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
-        self._thread = Thread(
-            target=self._run, args=(conversation, prompt, max_new_tokens), daemon=True
-        )
-        self._thread.start()
+    Attributes:
+        tokens: of the answer so far.
+        is_stopped: True once a signal stopped the answer between two tokens.
+    """
 
-    def pieces(self) -> Iterator[str]:
-        """The text as it is written."""
-        for piece in self._streamer:
-            if piece:
-                yield piece
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def finish(self) -> list[int] | None:
-        """Stops, and gives prompt and answer as tokens; None if something failed."""
-        self._stop.set()
-        self._thread.join()
-        return self._written
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        show: Callable[[str], None],
+        statistics: SelectionStatistics,
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tokens: list[int] = []
+        self.is_stopped = False
+        self._show, self._statistics = show, statistics
+        self._read_by_prompt = 0.0
 
     @property
-    def far_read(self) -> float | None:
-        """Far keys that the answer's tokens read, over all heads; None if they were not counted."""
-        if self._read_by_prompt is None:
-            return None
+    def far_read(self) -> float:
+        """Far keys that the answer's tokens read, over all heads."""
         return self._statistics.far_keys_read - self._read_by_prompt
 
-    def _run(self, conversation: Conversation, prompt: list[int], max_new_tokens: int) -> None:
-        model, tokenizer = conversation.model, conversation.tokenizer
-        stops = stop_tokens(model, tokenizer)
-        ids = torch.tensor([prompt], device=model.device)
-        padding = tokenizer.pad_token_id
-        try:
-            with counting(model, self._statistics) if self._counts else nullcontext():
-                output = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=stops or None,
-                    pad_token_id=padding if padding is not None else (stops or [0])[0],
-                    streamer=self._streamer,
-                    stopping_criteria=[_AfterEachToken(self._after_token)],
-                    **{CACHE_NAME: conversation._cache},
-                    **conversation.sampling.arguments(),
-                )
-            self._written = output[0].tolist()
-        except BaseException as error:
-            self._error = error
-        finally:
-            # After an error nobody else would tell the reader that nothing more comes.
-            self._streamer.end()
+    def put(self, value: Tensor) -> None:
+        """Receives the prompt [1, tokens] and then each new token [1]."""
+        if not self.next_tokens_are_prompt:
+            if not self.tokens:
+                # The first token came from the prompt's own queries.
+                self._read_by_prompt = self._statistics.far_keys_read
+            self.tokens += value.tolist()
+        super().put(value)
+        if number := stop_requested():
+            self.is_stopped = True
+            raise StoppedBySignalError(number)
 
-    def _after_token(self) -> bool:
-        if self._counts and self._read_by_prompt is None:
-            # The first token came from the prompt's own rows.
-            self._read_by_prompt = self._statistics.far_keys_read
-        return self._stop.is_set()
-
-
-class _AfterEachToken(StoppingCriteria):
-    """Calls a function after every token, which tells whether it was the last."""
-
-    def __init__(self, is_last: Callable[[], bool]) -> None:
-        self._is_last = is_last
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Returns bool [batch]: the sequences that are done."""
-        return torch.full((input_ids.shape[0],), self._is_last(), device=input_ids.device)
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Receives text that later tokens do not change."""
+        if text:
+            self._show(text)
