@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 
 import rtpurbo
 from rtpurbo import AutoRTPurboModelForCausalLM, RTPurboError
-from rtpurbo.models import artifact as artifact_module
 from rtpurbo.models import pretrained
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.serving.export import export
@@ -125,7 +124,7 @@ def test_a_dense_model_on_the_hub_is_refused_before_its_weights_come(tiny_base, 
         assert allow_patterns is not None
         return str(tiny_base)
 
-    monkeypatch.setattr(artifact_module, "snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(RTPurboError, match="somebody/dense is a dense model"):
         AutoRTPurboModelForCausalLM.from_pretrained(
             "somebody/dense", revision="v2", token="secret", cache_dir="elsewhere"

@@ -59,7 +59,7 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path, monkeypatch):
 
     shards = Shards(tmp_path)
     shards.add(0, group(0))
-    monkeypatch.setattr("rtpurbo.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(RTPurboError, match="no space left"):
         shards.flush()
     assert not files(tmp_path)
