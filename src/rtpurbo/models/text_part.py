@@ -78,8 +78,12 @@ def register_text_class(config: PretrainedConfig) -> None:
         config: of a text decoder; nothing happens unless `is_text_part` holds for its type.
     """
     if is_text_part(config.model_type) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        made = _text_class(type(config))
         # transformers registers nothing for a configuration of its own without `exist_ok`.
-        AutoModelForCausalLM.register(type(config), _text_class(type(config)), exist_ok=True)
+        AutoModelForCausalLM.register(type(config), made, exist_ok=True)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            # transformers 5.17 and older ignore `exist_ok` there.
+            MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[type(config)] = made
 
 
 def key_mapping(config: PretrainedConfig) -> dict[str, str]:
