@@ -140,30 +140,39 @@ class Conversation:
         reused = self._reuse(prompt)
         statistics = SelectionStatistics()
         streamer = _AnswerStreamer(self.tokenizer, show, statistics)
-        is_interrupted, is_cache_valid = False, False
         try:
             with (
                 steps_undisturbed(),
                 counting(self.model, statistics) if self.count_reads else nullcontext(),
             ):
                 self._generate(prompt, min(room, self.max_new_tokens), streamer)
-            is_cache_valid = True
         except KeyboardInterrupt:
-            is_interrupted, is_cache_valid = True, streamer.is_stopped
+            self._keep(messages, prompt, reused, streamer, is_cache_valid=streamer.is_stopped)
             raise
-        finally:
-            if is_cache_valid:
-                self._held = [*prompt, *streamer.tokens][: self._cache.get_seq_length()]
-            else:
-                self._forget()  # the exception may have come in the middle of a layer
-            if is_cache_valid or is_interrupted:
-                content = str(self.tokenizer.decode(streamer.tokens, skip_special_tokens=True))
-                self.messages = [*messages, {"role": "assistant", "content": content}]
-                far_read = streamer.far_read if self.count_reads else None
-                self.last_answer = self._describe(
-                    len(prompt), reused, len(streamer.tokens), far_read
-                )
-        return content
+        except BaseException:
+            self._forget()
+            raise
+        return self._keep(messages, prompt, reused, streamer)
+
+    def _keep(
+        self,
+        messages: list[dict[str, str]],
+        prompt: list[int],
+        reused: int,
+        streamer: _AnswerStreamer,
+        *,
+        is_cache_valid: bool = True,
+    ) -> str:
+        """Appends the answer to the messages and returns it."""
+        if is_cache_valid:
+            self._held = [*prompt, *streamer.tokens][: self._cache.get_seq_length()]
+        else:
+            self._forget()  # the interruption may have come in the middle of a layer
+        answer = str(self.tokenizer.decode(streamer.tokens, skip_special_tokens=True))
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        far_read = streamer.far_read if self.count_reads else None
+        self.last_answer = self._describe(len(prompt), reused, len(streamer.tokens), far_read)
+        return answer
 
     def _generate(self, prompt: list[int], max_new_tokens: int, streamer: TextStreamer) -> None:
         stops = stop_tokens(self.model, self.tokenizer)
