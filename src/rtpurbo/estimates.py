@@ -30,8 +30,8 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.document_answers import BATCH_TOKENS
 from rtpurbo.training.lora_scale import SCALES, SEQUENCES_PER_KIND
-from rtpurbo.training.pools import HELD_OUT
 from rtpurbo.training.probe import PROBE_QUERIES
+from rtpurbo.training.sequences import HELD_OUT
 from rtpurbo.training.vocabulary import COLUMNS
 
 THROUGHPUT = {"H100": 4e14, "H200": 4e14, "A100": 2e14, "cuda": 1e14, "cpu": 1e11}

@@ -47,7 +47,8 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
-from rtpurbo.training.pools import Pools, read_pools, write_pools
+from rtpurbo.training.pools import read_pools, write_pools
+from rtpurbo.training.sequences import Pools
 from rtpurbo.training.source import Texts, check_shares, random_access
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill

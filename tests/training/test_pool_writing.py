@@ -7,7 +7,8 @@ import pytest
 from rtpurbo.data.texts import load_texts
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
 from rtpurbo.training import pools as module
-from rtpurbo.training.pools import HELD_OUT, read_pools, write_pools
+from rtpurbo.training.pools import read_pools, write_pools
+from rtpurbo.training.sequences import HELD_OUT
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
-from rtpurbo.training.pools import Pools, kept_sequences, read_sequences, save_sequences
-from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.pools import kept_sequences, read_sequences, save_sequences
+from rtpurbo.training.sequences import Pools, TrainingMix, TrainingSequence
 from tests.tiny_tokenizer import tiny_tokenizer
 
 

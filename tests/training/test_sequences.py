@@ -9,8 +9,7 @@ import pytest
 from rtpurbo.data.tasks import TASKS
 from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
-from rtpurbo.training.pools import Pools
-from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.sequences import Pools, TrainingMix, TrainingSequence
 from tests.data.readers import filler, keys_and_values
 from tests.tiny_tokenizer import tiny_tokenizer
 

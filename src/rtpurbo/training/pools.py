@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,37 +23,12 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.conversations import write_conversations
 from rtpurbo.training.document_answers import write_document_answers
-from rtpurbo.training.sequences import TrainingSequence
-
-HELD_OUT = 16
-"""Sequences of each pool that are held out from training; half of the pool if it is smaller than twice that."""
+from rtpurbo.training.sequences import HELD_OUT, Pools, TrainingSequence
 
 MAX_CONVERSATIONS, MAX_DOCUMENTS = 512, 128
 """Largest pools; a stage that needs more sequences repeats them."""
 
 CONVERSATIONS_FILE, DOCUMENTS_FILE = "conversations.safetensors", "documents.safetensors"
-
-
-@dataclass(frozen=True)
-class Pools:
-    """Sequences written before training, by task.
-
-    Attributes:
-        conversations: short conversations (`write_conversations`).
-        documents: long documents with answers (`write_document_answers`).
-    """
-
-    conversations: tuple[TrainingSequence, ...] = ()
-    documents: tuple[TrainingSequence, ...] = ()
-
-    def split(self) -> tuple[Pools, Pools]:
-        """Returns the pools to train on and the held-out ones, which are the end of each pool."""
-        pools = (self.conversations, self.documents)
-        cuts = [len(pool) - min(HELD_OUT, len(pool) // 2) for pool in pools]
-        return (
-            Pools(*(pool[:cut] for pool, cut in zip(pools, cuts, strict=True))),
-            Pools(*(pool[cut:] for pool, cut in zip(pools, cuts, strict=True))),
-        )
 
 
 def write_pools(

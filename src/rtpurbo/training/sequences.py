@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,10 +15,10 @@ from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import SequenceSettings
 
-if TYPE_CHECKING:
-    from rtpurbo.training.pools import Pools
-
 GOLDEN_RATIO = 0.6180339887498949
+
+HELD_OUT = 16
+"""Sequences of each pool that are held out from training; half of the pool if it is smaller than twice that."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,28 @@ class TrainingSequence:
 
     input_ids: list[int]
     num_answer_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Sequences written before training, by task.
+
+    Attributes:
+        conversations: short conversations (`write_conversations`).
+        documents: long documents with answers (`write_document_answers`).
+    """
+
+    conversations: tuple[TrainingSequence, ...] = ()
+    documents: tuple[TrainingSequence, ...] = ()
+
+    def split(self) -> tuple[Pools, Pools]:
+        """Returns the pools to train on and the held-out ones, which are the end of each pool."""
+        pools = (self.conversations, self.documents)
+        cuts = [len(pool) - min(HELD_OUT, len(pool) // 2) for pool in pools]
+        return (
+            Pools(*(pool[:cut] for pool, cut in zip(pools, cuts, strict=True))),
+            Pools(*(pool[cut:] for pool, cut in zip(pools, cuts, strict=True))),
+        )
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,8 @@ from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
 from rtpurbo.training.packing import choose_queries
-from rtpurbo.training.pools import Pools
 from rtpurbo.training.probe import Probe
-from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.sequences import Pools, TrainingMix, TrainingSequence
 from rtpurbo.training.source import SequenceSource, Texts, random_access
 
 LOGGED = {

@@ -20,8 +20,7 @@ from rtpurbo.training.failure import SequenceResult
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
 from rtpurbo.training.lora_scale import HeldOut, choose_scale, draw_held_out, losses_by_scale
-from rtpurbo.training.pools import Pools
-from rtpurbo.training.sequences import TrainingMix, TrainingSequence
+from rtpurbo.training.sequences import Pools, TrainingMix, TrainingSequence
 from rtpurbo.training.source import SequenceSource, Texts, random_access
 from rtpurbo.training.student import check_trainable, save_student, trainable, trained_weights
 from rtpurbo.training.targets import states_at
