@@ -91,7 +91,9 @@ def test_no_configuration(checkpoint):
 def test_prompts_that_share_lists(checkpoint):
     entry = json.loads((checkpoint / "config.json").read_text())["rtpurbo"]["attention"]
     change_config(checkpoint, attention={**entry, "prefill_mode": "row_peak"})
-    assert isinstance(refused(checkpoint, "prefill_mode 'row_peak' shares block lists"), RTPurboError)
+    assert isinstance(
+        refused(checkpoint, "prefill_mode 'row_peak' shares block lists"), RTPurboError
+    )
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0.0.dev3"])

@@ -8,9 +8,9 @@ from typing import Any
 
 from rtpurbo import strict_json
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_CONFIG_FILE = "config.json"
 _CROP_SLACK = 64
 """Slots of a windowed KV head beyond sinks and window, as `rtpurbo.models.cache` allocates them."""
 
@@ -37,7 +37,7 @@ def read_cache_shape(folder: Path) -> CacheShape | None:
         The sizes; None if the folder has no such file or the file does not state them.
     """
     try:
-        data = strict_json.read(folder / _CONFIG_FILE)
+        data = strict_json.read(folder / MODEL_CONFIG_FILE)
     except (OSError, ValueError):
         return None
     config = data.get("base_config", data) if isinstance(data, dict) else None
