@@ -12,6 +12,7 @@ from typing import Any
 from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
+from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.files import write_json_atomically
 from rtpurbo.version import __version__, library_commit
 
@@ -70,11 +71,24 @@ class Record:
 
 
 @dataclass(frozen=True)
+class CaseResult:
+    """Result of a policy on a case.
+
+    Attributes:
+        records: one per metric, at least one.
+        samples: the questions with the model's answers.
+    """
+
+    records: list[Record]
+    samples: list[SampleRecord]
+
+
+@dataclass(frozen=True)
 class Resumption:
     """State that a later run needs to resume this one.
 
     Attributes:
-        conditions: what decides questions and answers, as `Conditions.to_dict` gives it.
+        conditions: what decides questions and answers, from `conditions_of`.
         tests: what was asked for, such as "lm-eval mmlu_pro 0", with the tests that it stands for:
             suite, task, context length and samples of each.
         samples: how many belong to the records, in the file beside.
@@ -162,12 +176,17 @@ def read_results(path: str | Path) -> Results:
                 f"{path} has results of format {data['format_version']}, but this rtpurbo "
                 f"({__version__}) reads up to {FORMAT_VERSION}: upgrade rtpurbo."
             )
-        records = [Record(**_with_tuples(row)) for row in data.pop("records")]
+        records = [record_of_row(row) for row in data.pop("records")]
         averages = [Average(**_with_tuples(row)) for row in data.pop("averages", ())]
         resumption = Resumption(**data.pop("resumption")) if "resumption" in data else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no results or is corrupt; evaluate again.") from error
     return Results(data, records, averages, resumption)
+
+
+def record_of_row(row: dict[str, Any]) -> Record:
+    """Returns the record of a row of JSON."""
+    return Record(**_with_tuples(row))
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:

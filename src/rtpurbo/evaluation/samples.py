@@ -1,4 +1,4 @@
-"""Every question and answer of a test, so that two runs can be compared one by one."""
+"""Questions and answers of cases, so that two runs can be compared question by question."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.files import write_text_atomically
-
-SUFFIX = ".samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -105,19 +103,9 @@ class SampleRecord:
     metric: str | None = None
 
 
-def samples_path(results: str | Path) -> Path:
-    """Where the samples behind a file of results lie: beside it."""
-    results = Path(results)
-    return results.with_name(results.name.removesuffix(".json") + SUFFIX)
-
-
 def write_samples(path: str | Path, records: Sequence[SampleRecord]) -> None:
     """Writes a line of JSON for every sample."""
-    lines = []
-    for record in records:
-        row = asdict(record)
-        row |= row.pop("sample")
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = (json.dumps(row_of_sample(record), ensure_ascii=False) + "\n" for record in records)
     write_text_atomically(path, "".join(lines))
 
 
@@ -132,11 +120,19 @@ def read_samples(path: str | Path) -> list[SampleRecord]:
         raise RTPurboError(f"there is no file of samples {path}; check the path.")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [_record(strict_json.parse(line)) for line in lines if line]
+        return [sample_of_row(strict_json.parse(line)) for line in lines if line]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no samples or is corrupt; evaluate again.") from error
 
 
-def _record(row: dict[str, Any]) -> SampleRecord:
-    sample = Sample(**{name: row.pop(name) for name in Sample.__dataclass_fields__})
-    return SampleRecord(**row, sample=sample)
+def row_of_sample(record: SampleRecord) -> dict[str, Any]:
+    """Returns a row of JSON, without the nesting of `sample`."""
+    row = asdict(record)
+    return row | row.pop("sample")
+
+
+def sample_of_row(row: dict[str, Any]) -> SampleRecord:
+    """Returns the sample of a row of JSON."""
+    names = Sample.__dataclass_fields__
+    sample = Sample(**{name: row[name] for name in names})
+    return SampleRecord(**{name: row[name] for name in row if name not in names}, sample=sample)
