@@ -11,6 +11,7 @@ from rtpurbo.cli import options
 
 
 def calibrate(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")],
     model: options.Model = None,
     effort: options.Effort = "auto",
@@ -38,18 +39,7 @@ def calibrate(
 
     with ProgressBars() as progress:
         head_map = conversion.calibrate(
-            model,
-            output,
-            changes=options.changed_settings(
-                others, ratio=ratio, threshold=threshold, count=count, seed=seed
-            ),
-            effort=effort,
-            max_length=max_length,
-            data=data or None,
-            device=device,
-            dtype=dtype,
-            force=force,
-            progress=progress,
+            model, output, progress=progress, **options.job_options(context)
         )
     Console().print(head_map_picture(head_map))
     typer.echo(f"Written to {output}.")

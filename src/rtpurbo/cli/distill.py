@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import typer
+
 from rtpurbo.cli import options
 
 
 def distill(
+    context: typer.Context,
     artifact: options.Artifact,
     output_dir: options.OutputFolder,
     effort: options.Effort = "auto",
@@ -33,24 +36,6 @@ def distill(
 
     with stopping_cleanly(), ProgressBars() as progress:
         folder = conversion.distill(
-            artifact,
-            output_dir,
-            changes=options.changed_settings(
-                others,
-                stage2_steps=stage2_steps,
-                lora_rank=lora_rank,
-                stream=stream,
-                seed=seed,
-            ),
-            effort=effort,
-            max_length=max_length,
-            data=data or None,
-            device=device,
-            dtype=dtype,
-            resume=resume,
-            force=force,
-            progress=progress,
-            parallel=parallel,
-            report_to=report_to or (),
+            artifact, output_dir, progress=progress, **options.job_options(context)
         )
     say(f"Written to {folder}.")

@@ -11,6 +11,7 @@ from rtpurbo.cli import options
 
 
 def train_indexer(
+    context: typer.Context,
     head_map: Annotated[Path, typer.Option(help="File that `rtpurbo calibrate` wrote.")],
     output_dir: options.OutputFolder,
     model: options.Model = None,
@@ -44,29 +45,6 @@ def train_indexer(
 
     with stopping_cleanly(), ProgressBars() as progress:
         folder = conversion.train_indexer(
-            model,
-            head_map,
-            output_dir,
-            changes=options.changed_settings(
-                others,
-                window=window,
-                top_p=top_p,
-                reading=reading,
-                index_space=index_space,
-                index_dim=index_dim,
-                stage1_steps=stage1_steps,
-                stream=stream,
-                seed=seed,
-            ),
-            effort=effort,
-            max_length=max_length,
-            data=data or None,
-            device=device,
-            dtype=dtype,
-            resume=resume,
-            force=force,
-            progress=progress,
-            parallel=parallel,
-            report_to=report_to or (),
+            model, head_map, output_dir, progress=progress, **options.job_options(context)
         )
     say(f"Written to {folder}.")
