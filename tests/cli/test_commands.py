@@ -211,7 +211,8 @@ def test_options_reach_the_function(monkeypatch, function, command, changes):
     real = getattr(conversion, function)
 
     def spy(*arguments, **options):
-        calls.append(inspect.signature(real).bind(*arguments, **options).arguments)
+        call = inspect.signature(real).bind(*arguments, **options).arguments
+        calls.append(call | call.pop("options", {}))
         return HeadMap.uniform([], [], 4, 2) if function == "calibrate" else Path("out")
 
     monkeypatch.setattr(conversion, function, spy)

@@ -35,11 +35,11 @@ def calibrate(
 
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars
+    from rtpurbo.job_options import settings_options
     from rtpurbo.reporting.headmap import head_map_picture
 
     with ProgressBars() as progress:
-        head_map = conversion.calibrate(
-            model, output, progress=progress, **options.job_options(context)
-        )
+        given = settings_options(options.job_options(context))
+        head_map = conversion.calibrate(model, output, force=force, progress=progress, **given)
     Console().print(head_map_picture(head_map))
     typer.echo(f"Written to {output}.")

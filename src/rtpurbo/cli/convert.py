@@ -71,14 +71,17 @@ def convert(
         raise RTPurboError(
             "--preset was replaced by --effort: choose quick, standard, thorough or auto."
         )
-    given = options.job_options(context)
     if dry_run:
-        say(str(conversion.plan_conversion(model, **settings_options(given))))
+        given = settings_options(options.job_options(context))
+        say(str(conversion.plan_conversion(model, **given)))
         return
     if output_dir is None:
         raise RTPurboError("there is no folder to write to: name one with --output-dir.")
     with stopping_cleanly(), ProgressBars() as progress:
         folder = conversion.convert(
-            model, output_dir, progress=progress, on_plan=lambda plan: say(str(plan)), **given
+            model,
+            output_dir,
+            on_plan=lambda plan: say(str(plan)),
+            **options.job_options(context, progress),
         )
     say(f"Written to {folder}. Try: rtpurbo generate {folder} 'Once upon a time'")

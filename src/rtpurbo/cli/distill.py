@@ -35,7 +35,5 @@ def distill(
     from rtpurbo.interruption import stopping_cleanly
 
     with stopping_cleanly(), ProgressBars() as progress:
-        folder = conversion.distill(
-            artifact, output_dir, progress=progress, **options.job_options(context)
-        )
+        folder = conversion.distill(artifact, output_dir, **options.job_options(context, progress))
     say(f"Written to {folder}.")

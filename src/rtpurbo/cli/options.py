@@ -14,6 +14,7 @@ from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
     from rtpurbo.job_options import JobOptions
+    from rtpurbo.settings import Progress
 
 _HEADS = "Which heads retrieve"
 _ATTENTION = "What heads see"
@@ -264,12 +265,13 @@ def assignments(option: str, given: Sequence[str] | None) -> dict[str, str]:
     return values
 
 
-def job_options(context: typer.Context) -> JobOptions:
+def job_options(context: typer.Context, progress: Progress | None = None) -> JobOptions:
     """Returns keyword arguments for the functions of `rtpurbo.conversion`.
 
     Args:
         context: of a command. Its options are those of `rtpurbo.job_options.JobOptions`, and some that each
             change one setting.
+        progress: called after each step; None calls nothing.
     """
     from rtpurbo.job_options import JobOptions
 
@@ -278,6 +280,8 @@ def job_options(context: typer.Context) -> JobOptions:
     shared = {name: given.get(name) for name in JobOptions.__annotations__}
     found = {name: value for name, value in shared.items() if value not in (None, (), [])}
     found["changes"] = changed_settings(given["others"], **settings)
+    if progress is not None:
+        found["progress"] = progress
     return cast(JobOptions, found)
 
 

@@ -45,6 +45,6 @@ def train_indexer(
 
     with stopping_cleanly(), ProgressBars() as progress:
         folder = conversion.train_indexer(
-            model, head_map, output_dir, progress=progress, **options.job_options(context)
+            model, head_map, output_dir, **options.job_options(context, progress)
         )
     say(f"Written to {folder}.")
