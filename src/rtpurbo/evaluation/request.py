@@ -11,7 +11,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.cases import HARNESS, Case, check_name, choose_cases, suite_of
 from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
 from rtpurbo.evaluation.questions.suites import QuestionData, check_opt_in
-from rtpurbo.settings import check_context
+from rtpurbo.lengths import check_context
 
 DEFAULT_LENGTHS = (2048, 4096)
 DEFAULT_POLICIES = ("full", "rtpurbo")

@@ -19,9 +19,10 @@ from rtpurbo.evaluation.reads import metering
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.stopping import questions_undisturbed
 from rtpurbo.evaluation.task_suite import TaskSuite
+from rtpurbo.lengths import check_context
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.text import stop_tokens
-from rtpurbo.settings import Progress, check_context, no_progress
+from rtpurbo.settings import Progress, no_progress
 
 
 @dataclass(frozen=True)
