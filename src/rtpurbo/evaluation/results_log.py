@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, replace
 from functools import reduce
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rtpurbo import strict_json
@@ -262,12 +261,7 @@ class ResultsLog:
     def __enter__(self) -> ResultsLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.write()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.evaluation.batching import TOKENS_AT_ONCE
 from rtpurbo.evaluation.cases import HARNESS, Case
 from rtpurbo.evaluation.harness.local_data import local_config
@@ -178,7 +178,7 @@ class Harness:
                 tasks = manager.load([spec])["tasks"]
         except Exception as error:  # a task can be code, and a download fail in many ways
             raise RTPurboError(
-                f"lm-eval cannot load the task {name} ({_summary(error)}): check the network, or "
+                f"lm-eval cannot load the task {name} ({first_line(error)}): check the network, or "
                 f"give its data with --task-data {name}=FILE."
             ) from error
         for task in tasks.values():
@@ -208,8 +208,3 @@ def _own_length(task: Any) -> int | None:
     documents = task.test_docs() if task.has_test_docs() else None
     length = documents[0].get("max_length") if documents is not None and len(documents) else None
     return length if isinstance(length, int) else None
-
-
-def _summary(error: Exception) -> str:
-    """The first line of an error's message, without its last full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
