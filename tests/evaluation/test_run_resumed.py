@@ -223,13 +223,15 @@ def test_another_artifact_is_refused(tiny_artifact, copy, tmp_path, nothing_load
 class Harness:
     """Stands in for lm-eval: a group of two tasks of two metrics, asked with one forward each."""
 
+    makes_prompts = True
+
     def __init__(self, task_data, max_new_tokens, seed):
         pass
 
     def prepare(self, tokenizer, case, context_length):
         return [Case("lm-eval", name, context_length, case.samples) for name in ("one", "two")]
 
-    def run(self, model, tokenizer, case, after_sample):
+    def run(self, model, tokenizer, case, after_sample, questions):
         model(torch.ones(1, 200, dtype=torch.long), use_cache=False)
         after_sample()
         sample = Sample.of([1], ["a"], "a", 100.0)

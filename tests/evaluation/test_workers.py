@@ -69,7 +69,7 @@ def test_results_are_those_of_one_process(tiny_artifact, tmp_path):
 
 def test_questions_of_ruler_are_made_once(tiny_artifact, tmp_path):
     manifest = workers.RunManifest(Source(tiny_artifact))
-    left = [manifest.runner(tmp_path).task_suite.ruler for _ in range(2)]
+    left = [manifest.runner(tmp_path).suites["ruler"] for _ in range(2)]
     _, tokenizer = load(tiny_artifact)
     made = left[0].examples(tokenizer, "niah_multivalue", 1000, 2)
     [file] = tmp_path.iterdir()

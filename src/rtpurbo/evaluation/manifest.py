@@ -10,10 +10,14 @@ from typing import Any
 import torch
 
 from rtpurbo.data.texts import load_texts
+from rtpurbo.evaluation.cases import HARNESS
 from rtpurbo.evaluation.conditions import conditions_of
+from rtpurbo.evaluation.needle import NeedleSuite
+from rtpurbo.evaluation.perplexity import PerplexitySuite
 from rtpurbo.evaluation.policies import Source
+from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.bank import QuestionBank
-from rtpurbo.evaluation.questions.suites import QuestionData
+from rtpurbo.evaluation.questions.suites import SHORT, QuestionData
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.runner import Runner
@@ -56,36 +60,38 @@ class RunManifest:
         Raises:
             RTPurboError: a file is missing or of another format, or lm-eval is not installed.
         """
-        seed, harness = self.source.seed, None
+        seed = self.source.seed
+        corpus = load_texts(self.data, "heldout")
+        materials = Materials.of(corpus, self.squad, self.hotpotqa)
+        data = QuestionData.read(self.question_data, seed)
+        suites: dict[str, TaskSuite] = {
+            "needle": NeedleSuite(corpus, seed),
+            "perplexity": PerplexitySuite(corpus, seed),
+            "ruler": RulerSuite(materials, seed, prompts),
+            babilong.SUITE: RulerSuite(materials, seed, prompts, data.babilong),
+            **dict.fromkeys(SHORT, QuestionBank(data, self.max_new_tokens)),
+        }
         if self.uses_harness:
             # Importing lm-eval takes seconds, and it may not be installed.
             from rtpurbo.evaluation.harness.suite import Harness
 
-            harness = Harness(self.task_data, self.max_new_tokens, seed)
-        corpus = load_texts(self.data, "heldout")
-        materials = Materials.of(corpus, self.squad, self.hotpotqa)
-        data = QuestionData.read(self.question_data, seed)
-        task_suite = TaskSuite(
-            corpus,
-            RulerSuite(materials, seed, prompts),
-            RulerSuite(materials, seed, prompts, data.babilong),
-            QuestionBank(data, self.max_new_tokens),
-            harness,
-            seed,
-        )
+            suites[HARNESS] = Harness(self.task_data, self.max_new_tokens, seed)
         source = self.source if device is None else replace(self.source, device=device)
-        return Runner(source, task_suite, self.cache_length)
+        return Runner(source, suites, self.cache_length)
 
-    def conditions(self, task_suite: TaskSuite) -> dict[str, Any]:
+    def conditions(self, runner: Runner) -> dict[str, Any]:
         """Returns the conditions of the run, which a later run must have to resume it.
 
         Args:
-            task_suite: of its runner.
+            runner: of this run.
         """
+        prose, ruler = runner.suites["perplexity"], runner.suites["ruler"]
+        assert isinstance(prose, PerplexitySuite)
+        assert isinstance(ruler, RulerSuite)
         return conditions_of(
             self.source,
-            task_suite.corpus,
-            task_suite.ruler.materials,
+            prose.corpus,
+            ruler.materials,
             task_data={**self.task_data, **self.question_data},
             max_new_tokens=self.max_new_tokens,
             cache_length=self.cache_length,

@@ -129,7 +129,7 @@ def evaluate(
     )
     runner = manifest.runner()
     log = ResultsLog() if results is None else results
-    log.begin(manifest.conditions(runner.task_suite) if log.path else None, request.cases)
+    log.begin(manifest.conditions(runner) if log.path else None, request.cases)
     with nullcontext(runner) if processes == 1 else started_workers(manifest, processes) as workers:
         run = _Run(request.cases, log, workers, keep_sample, progress)
         run.evaluate(names)

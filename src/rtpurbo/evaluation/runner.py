@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -62,16 +62,16 @@ class Runner:
 
     Args:
         source: the artifact, and how its models are loaded.
-        task_suite: prompts and scoring of all cases.
+        suites: task suites by name.
         cache_length: tokens at which cache sizes are computed; None takes each case's length.
     """
 
     count = 1
 
     def __init__(
-        self, source: Source, task_suite: TaskSuite, cache_length: int | None = None
+        self, source: Source, suites: Mapping[str, TaskSuite], cache_length: int | None = None
     ) -> None:
-        self.source, self.task_suite, self.cache_length = source, task_suite, cache_length
+        self.source, self.suites, self.cache_length = source, suites, cache_length
         self._policy: str | None = None
         self._loaded: Loaded | None = None
 
@@ -93,19 +93,35 @@ class Runner:
         """
         for policy, own in groupby(jobs, lambda job: job.policy):
             jobs_of_policy = list(own)
-            model, tokenizer = self._load(policy)
-            cases = [job.case for job in jobs_of_policy]
-            context = context_length(model.config)
-            check_context("tests", max(case.context_length for case in cases), context)
-            tests = self.task_suite.prepare(tokenizer, cases, context, progress)
-            for case in cases:
-                listener.prepared(case, tests[case])
+            model, _ = self._load(policy)
+            tests = self._prepare(policy, [job.case for job in jobs_of_policy], listener, progress)
             for job in jobs_of_policy:
                 for test in tests[job.case]:
                     if test not in job.done:
                         with questions_undisturbed(model, f"{test} of {policy}"):
                             after_sample = partial(listener.answered, policy)
                             listener.measured(self._measure(job, test, after_sample))
+
+    def _prepare(
+        self, policy: str, cases: Sequence[Case], listener: Listener, progress: Progress
+    ) -> dict[Case, list[Case]]:
+        """Makes the prompts of a policy's cases, and returns the cases that each stands for."""
+        model, tokenizer = self._load(policy)
+        context = context_length(model.config)
+        check_context("tests", max(case.context_length for case in cases), context)
+        count = sum(self.suites[case.suite].makes_prompts for case in cases)
+        tests: dict[Case, list[Case]] = {}
+        made = 0
+        for case in cases:
+            suite = self.suites[case.suite]
+            if suite.makes_prompts:
+                progress("prompts", made, count, {})
+                made += 1
+            tests[case] = suite.prepare(tokenizer, case, context)
+            listener.prepared(case, tests[case])
+        if count:
+            progress("prompts", count, count, {})
+        return tests
 
     def _measure(self, job: Job, test: Case, after_sample: Callable[[], None]) -> Part:
         policy, (model, tokenizer) = POLICIES[job.policy], self._load(job.policy)
@@ -115,7 +131,8 @@ class Runner:
         if isinstance(policy, BudgetPolicy) and budget is not None:
             policy.set_budget(model, budget)
         with metering(model, self.source.config.head_map, ended) as meter:
-            outcomes = self.task_suite.run(test, model, tokenizer, after_sample, job.questions)
+            suite = self.suites[test.suite]
+            outcomes = suite.run(model, tokenizer, test, after_sample, job.questions)
         # Questions with their own lengths have no common cache size.
         length = self.cache_length or test.context_length
         return Part(

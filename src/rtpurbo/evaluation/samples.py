@@ -20,14 +20,14 @@ from rtpurbo.files import write_text_atomically
 
 @dataclass(frozen=True)
 class Sample:
-    """One question.
+    """A question with the model's answer.
 
     Attributes:
-        answers: strings that were expected.
-        generated: what the model wrote.
-        score: 100 if it is right, 0 if not, or between if some answers are.
-        prompt_tokens: the length of the prompt.
-        prompt_hash: tells in a few letters whether two runs had the same prompt.
+        answers: expected strings.
+        generated: the model's text.
+        score: 100 if it is right, 0 if not, or between if some of the expected strings are missing.
+        prompt_tokens: length of the prompt.
+        prompt_hash: short hash of the prompt, to compare prompts of two runs.
     """
 
     answers: list[str]
@@ -40,22 +40,22 @@ class Sample:
     def of(
         cls, prompt_ids: Sequence[int], answers: Sequence[str], generated: str, score: float
     ) -> Sample:
-        """A sample with what is kept of its prompt."""
+        """Returns a sample with length and hash of its prompt."""
         digest = hashlib.sha256(array("i", prompt_ids).tobytes()).hexdigest()[:16]
         return cls(list(answers), generated, score, len(prompt_ids), digest)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Samples of a test.
+    """Score of a case by one metric.
 
     Attributes:
         score: right answers in percent, or perplexity.
-        ci95: the 95 % interval of the score, by bootstrap over questions or windows;
-            None if the score is no mean of theirs.
-        count: how many of these there were.
-        samples: every question; none for perplexity.
-        metric: what the score is, where a suite has several.
+        ci95: 95 % interval of the score, by bootstrap over questions or windows; None if the score is
+            not a mean over them.
+        count: number of questions or windows.
+        samples: all questions; empty for perplexity.
+        metric: name of the metric, where a suite has several.
     """
 
     score: float
@@ -66,29 +66,29 @@ class Outcome:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], metric: str | None = None) -> Outcome:
-        """The mean score of at least one sample."""
+        """Returns the mean score of at least one sample."""
         scores = [sample.score for sample in samples]
         interval = bootstrap_interval(scores)
         return cls(fmean(scores), interval, len(samples), tuple(samples), metric)
 
     @classmethod
     def of_losses(cls, losses: Sequence[float]) -> Outcome:
-        """The perplexity of at least one window, of which the mean loss a token is given."""
+        """Returns the perplexity from the mean loss per token of each window, at least one."""
         low, high = bootstrap_interval(losses)
         return cls(math.exp(fmean(losses)), (math.exp(low), math.exp(high)), len(losses))
 
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """A sample and where it belongs.
+    """A sample and its case.
 
     Attributes:
         suite: as in `rtpurbo.evaluation.records.Record`, like the next three.
         task: of the suite.
         context_length: tokens.
-        policy: what ran.
-        seed: of the test.
-        number: of the question in the test, from 0.
+        policy: name.
+        seed: of the case.
+        number: of the question in the case, from 0.
         sample: the question and the answer.
         metric: as in `Record`.
     """
@@ -104,13 +104,13 @@ class SampleRecord:
 
 
 def write_samples(path: str | Path, records: Sequence[SampleRecord]) -> None:
-    """Writes a line of JSON for every sample."""
+    """Writes one line of JSON per sample."""
     lines = (json.dumps(row_of_sample(record), ensure_ascii=False) + "\n" for record in records)
     write_text_atomically(path, "".join(lines))
 
 
 def read_samples(path: str | Path) -> list[SampleRecord]:
-    """Reads what `write_samples` wrote.
+    """Returns the samples that `write_samples` wrote.
 
     Raises:
         RTPurboError: the file is missing or corrupt.
