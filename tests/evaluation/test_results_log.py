@@ -196,6 +196,14 @@ def test_files_without_a_log_are_resumed_and_logged_with_the_next_result(old):
     assert resumed(old).every_test() == [TEST]
 
 
+def test_a_log_that_was_cut_in_its_first_line_is_none(old):
+    log_path(old).write_text('{"run": {"dev')
+    assert resumed(old).records == [RECORD]
+    with resumed(old) as results:
+        results.add(CaseResult([replace(RECORD, task="multikey")], []))
+    assert len(resumed(old).records) == 2
+
+
 def test_without_resume_nothing_is_kept(path):
     other = replace(RECORD, task="multikey")
     with opened(path) as results:

@@ -108,12 +108,9 @@ class ResultsLog:
 
     def _read(self, path: Path, conditions: Mapping[str, Any]) -> None:
         log = log_path(path)
-        if has_log := log.exists():
-            lines, self._log_bytes = _read_log(log)
-        elif path.exists():
+        lines, self._log_bytes = _read_log(log)
+        if not (has_log := bool(lines)) and path.exists():
             lines = self._unlogged = _lines_of_files(path)
-        else:
-            return
         try:
             for line in lines:
                 self._apply(line)
@@ -270,8 +267,8 @@ def _place(item: Record | SampleRecord) -> _Place:
 
 
 def _read_log(path: Path) -> tuple[list[_Line], int]:
-    """Returns the lines of a log, and the bytes of those that are whole."""
-    content = path.read_bytes()
+    """Returns the whole lines of a log, which may not exist, and their bytes."""
+    content = path.read_bytes() if path.exists() else b""
     content = content[: content.rfind(b"\n") + 1]
     try:
         return [strict_json.parse(line) for line in content.decode().split("\n")[:-1]], len(content)
