@@ -21,12 +21,12 @@ from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
+from rtpurbo.lengths import check_context
 from rtpurbo.models.architecture import context_length, convertible_layers, num_key_value_heads
 from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     CalibrationSettings,
     Progress,
-    check_context,
     no_progress,
 )
 

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo import strict_json
-from rtpurbo.config import RTPurboConfig
+from rtpurbo.config import DEFAULT_CROP_SLACK, RTPurboConfig
 from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_CROP_SLACK = 64
-"""Slots of a windowed KV head beyond sinks and window, as `rtpurbo.models.cache` allocates them."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def stored_tokens(
         layer_window: window of the layers that are not converted; None: the whole context.
     """
     head_map, rule = config.head_map, config.attention
-    windowed = rule.num_sink_tokens + rule.sliding_window + _CROP_SLACK
+    windowed = rule.num_sink_tokens + rule.sliding_window + DEFAULT_CROP_SLACK
     sparse = dense = 0
     for layer, retrieval_heads in enumerate(head_map.retrieval_heads):
         heads = head_map.num_key_value_heads

@@ -9,7 +9,7 @@ from pathlib import Path
 from sys import stderr
 from typing import Any
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 
 PROJECT = "rtpurbo"
 
@@ -53,7 +53,7 @@ class Trackers:
                     tracker.start()
                     tracker.store_init_configuration(_flat(configuration or {}))
             except Exception as error:  # trackers raise errors of many types
-                text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+                text = first_line(error)
                 raise RTPurboError(
                     f"the tracker '{name}' does not start ({text}): set it up, or leave "
                     f"--report-to {name} out."
