@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_and_block, head_start, slot_offsets
+from rtpurbo.ops.triton.precision import IEEE
 from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, log_sum_exp, update_softmax
 
 
@@ -55,7 +56,7 @@ def _add_tile(
         key_states, key_strides, block_table, table_stride, sequence, key_value_head,
         start + shift, length, head_dim, N, D, PAGE_SIZE,
     )  # fmt: skip
-    scores = tl.dot(queries, keys.T, input_precision="ieee") * scale
+    scores = tl.dot(queries, keys.T, input_precision=IEEE) * scale
     values = _load_tile(
         value_states, value_strides, block_table, table_stride, sequence, key_value_head,
         start + shift, length, head_dim, N, D, PAGE_SIZE,
