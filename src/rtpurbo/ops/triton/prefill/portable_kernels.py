@@ -90,23 +90,35 @@ def window_kernel(
     query_descriptor, key_states, key_strides, value_states, value_strides, block_table, table_stride,
     output_ptr, lse_ptr,
     heads_ptr, key_value_heads_ptr, windows_ptr, query_starts_ptr, first_slots_ptr, sink_slots_ptr,
+    query_offsets_ptr, query_counts_ptr,
     T, H, num_dense, head_dim, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_od, stride_lb, stride_lh,
     HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr, PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Window attention (sinks and window) of one query block of one head; arguments as in `portable`."""
+    """Window attention (sinks and window) of one query block of one head; arguments as in `portable`.
+
+    With `query_counts_ptr`, queries of all sequences are packed along one dimension: a sequence has its count of
+    them, at most T, from its offset on.
+    """
     program, sequence = tl.program_id(0), tl.program_id(1)
     entry, tile = head_and_block(program, tl.cdiv(T, M), H, num_dense)
+    num_queries, query_offset, batch = T, 0, sequence
+    if query_counts_ptr is not None:
+        num_queries = tl.load(query_counts_ptr + sequence)
+        query_offset = tl.load(query_offsets_ptr + sequence)
+        batch = sequence * 0
+        if tile * M >= num_queries:
+            return
     head = tl.load(heads_ptr + entry)
     key_value_head = tl.load(key_value_heads_ptr + entry)
     window = tl.load(windows_ptr + entry)
     query_start = tl.load(query_starts_ptr + sequence)
-    first_position, length = query_start + tile * M, query_start + T
+    first_position, length = query_start + tile * M, query_start + num_queries
     slot_shift = tl.load(first_slots_ptr + sequence) if HAS_SLOTS else 0
     sink_shift = tl.load(sink_slots_ptr + sequence) if HAS_SLOTS else 0
 
-    queries = _load_queries(query_descriptor, sequence, head, tile * M, M, D)
+    queries = _load_queries(query_descriptor, batch, head, query_offset + tile * M, M, D)
     positions = first_position + tl.arange(0, M)
     lowest = tl.maximum(positions - window + 1, num_sinks)
     peak = tl.full([M], float("-inf"), tl.float32)
@@ -147,10 +159,13 @@ def window_kernel(
         )  # fmt: skip
 
     query_indices = (tile * M + tl.arange(0, M)).to(tl.int64)
+    in_call = query_indices < num_queries
+    if query_counts_ptr is not None:
+        query_indices += query_offset
     _store(
-        output_ptr + sequence.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh,
-        lse_ptr + sequence.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh,
-        accumulator, peak, total, query_indices < T, head_dim,
+        output_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh,
+        lse_ptr + batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh,
+        accumulator, peak, total, in_call, head_dim,
         stride_ot, stride_od, query_indices, D, HAS_LSE,
     )  # fmt: skip
 
