@@ -192,9 +192,7 @@ class ServedAttention(nn.Module):
         index_keys = self._projected(
             self.indexer.index_keys, unrotated_keys, keys, kept[retrieval.key_value_heads]
         )
-        full.pages.write(
-            full.batch.slots[: len(keys)], keys[:, kept], values[:, kept], index_keys
-        )
+        full.pages.write(full.batch.slots[: len(keys)], keys[:, kept], values[:, kept], index_keys)
         index_queries = self._projected(
             self.indexer.index_queries, unrotated_queries, queries, retrieval.heads
         )

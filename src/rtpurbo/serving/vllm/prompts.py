@@ -32,9 +32,7 @@ def model_state_class() -> type:
             super().add_request(req_index, new_req_data)
             self._prompt_lengths[req_index] = new_req_data.prompt_len
 
-        def prepare_attn(
-            self, input_batch: Any, *arguments: Any, **options: Any
-        ) -> dict[str, Any]:
+        def prepare_attn(self, input_batch: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
             """Builds the metadata of a step."""
             if input_batch.prompt_lens is not None:
                 lengths = self._prompt_lengths[input_batch.idx_mapping_np]
