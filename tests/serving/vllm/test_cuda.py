@@ -159,8 +159,8 @@ def rule_of(window=WINDOW, **options):
 
 
 def assert_close(actual, expected):
-    # Each path rounds its result, and what it reads is rounded alike.
-    tolerance = 6 * EPSILON[expected.dtype] * max(1.0, expected.abs().max().item())
+    # Each path rounds its result, and exponentials differ in the last bits of float32.
+    tolerance = 8 * EPSILON[expected.dtype] * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
