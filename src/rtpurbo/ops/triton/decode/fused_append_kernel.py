@@ -120,7 +120,7 @@ def _project(
         if factor is not None:
             products *= factor
         if stored is not None:
-            in_index &= stored
+            in_index = index_dims < tl.where(stored, INDEX_DIM, 0)
         tl.store(target + index_dims, products.to(target.dtype.element_ty), mask=in_index)
 
 
@@ -248,7 +248,7 @@ def fused_append_kernel(
             head = tl.load(full_heads + place)
             slot = tl.load(full_slots if FULL_PAGE == 0 else full_slots + sequence)
             if FULL_PAGE > 0:
-                stored = valid & (slot >= 0)
+                stored = dims < tl.where(slot >= 0, HEAD_DIM, 0)
             key_target = _target(full_keys, full_key_strides, sequence, place, slot, FULL_PAGE)
             value_target = _target(
                 full_values, full_value_strides, sequence, place, slot, FULL_PAGE
@@ -258,7 +258,7 @@ def fused_append_kernel(
             head = tl.load(windowed_heads + place)
             slot = tl.load(windowed_slots + sequence * windowed_slot_stride)
             if WINDOWED_PAGE > 0:
-                stored = valid & (slot >= 0)
+                stored = dims < tl.where(slot >= 0, HEAD_DIM, 0)
             key_target = _target(
                 windowed_keys, windowed_key_strides, sequence, place, slot, WINDOWED_PAGE
             )
