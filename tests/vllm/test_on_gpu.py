@@ -6,6 +6,7 @@ scores, so answers differ from those of the eager path; that is why the referenc
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import rtpurbo
 from rtpurbo.models.sparse_layers import headwise_modules
@@ -40,9 +41,9 @@ MODES = {
 ROUNDING = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.5}
 
 
-def load_reference(checkpoint, dtype=torch.float32):
-    """The same checkpoint as a transformers model on the GPU, with the Triton kernels."""
-    model, _ = rtpurbo.load(checkpoint, device="cuda", dtype=dtype)
+def load_reference(checkpoint):
+    """The same checkpoint as a transformers model on the GPU, in float32, with the Triton kernels."""
+    model, _ = rtpurbo.load(checkpoint, device="cuda")
     for module in headwise_modules(model):
         module.backend = "triton"
     return model
@@ -71,9 +72,7 @@ def expected(reference, prompts):
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_windows_that_cover_everything_equal_the_dense_model(dtype, tmp_path, prompts):
     checkpoint = save_checkpoint(tmp_path, rule={"sliding_window": CONTEXT})
-    dense = load_reference(checkpoint, dtype).float()
-    for module in headwise_modules(dense):
-        module.dense = True
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype).float().cuda()
     wanted = expected_answers(dense, prompts, NEW)
     options = {"dtype": str(dtype).removeprefix("torch."), "max_num_batched_tokens": 128}
     with running(checkpoint, **options, **MEMORY) as llm:

