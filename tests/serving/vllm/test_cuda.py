@@ -9,6 +9,7 @@ import torch
 
 from rtpurbo.config import AttentionRule, Reading
 from rtpurbo.ops import HeadLayout
+from rtpurbo.ops.triton.decode.workspace import zero_histograms
 from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.pages import Batch, LayerCache, Part, divide
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
@@ -128,8 +129,9 @@ class Step:
             index = index.to(DEVICE)
         pages.write(slots, self.random(*shape), self.random(*shape), index)
 
-    def attended(self, path, uniform=False, **rule):
+    def attended(self, path, uniform=False, histograms=None, **rule):
         full, windowed = self.caches["full"], self.caches["windowed"]
+        full = full and replace(full, histograms=histograms)
         caches = [
             cache and replace(cache, batch=replace(cache.batch, uniform=uniform))
             for cache in (full, windowed)
@@ -223,6 +225,19 @@ def test_uniform_steps_tell_prompts_from_answers(reading, min_tokens):
     uniform = step.attended(cuda, uniform=True)
     assert_close(uniform, step.attended(cuda))
     assert_close(uniform[[1, 3, 4]], step.attended(eager, top_p=1.0)[[1, 3, 4]])
+
+
+@pytest.mark.parametrize("reading", ["residual", pytest.param("paper", marks=pytest.mark.slow)])
+def test_a_histogram_workspace_is_zeros_again(reading):
+    requests = [(60, 1, 30), (41, 1, 40)]
+    step = Step(requests, DTYPES[0], rule_of(reading=reading))
+    workspace = zero_histograms(2 * len(requests) * len(RETRIEVAL) + 1, step.queries.device)
+    expected = step.attended(cuda, uniform=True)
+    assert torch.equal(step.attended(cuda, uniform=True, histograms=workspace), expected)
+    assert torch.equal(step.attended(cuda, histograms=workspace), expected)
+    assert (workspace == 0).all()
+    too_small = workspace[:1]
+    assert torch.equal(step.attended(cuda, uniform=True, histograms=too_small), expected)
 
 
 @pytest.mark.gpu

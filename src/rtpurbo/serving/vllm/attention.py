@@ -76,6 +76,7 @@ class ServedAttention(nn.Module):
         self.heads = heads
         self.full = caches.full if heads.num_full else None
         self.windowed = caches.windowed[layer] if heads.num_windowed else None
+        self.histograms = caches.histograms
         self._layouts: dict[torch.device, HeadLayout] = {}
 
     def layout(self, device: torch.device) -> HeadLayout:
@@ -205,7 +206,7 @@ class ServedAttention(nn.Module):
     def _cache(self, cache: PagedCache | None, metadata: Any) -> LayerCache | None:
         if cache is None:
             return None
-        return LayerCache(cache.pages[self.layer], metadata[cache.name])
+        return LayerCache(cache.pages[self.layer], metadata[cache.name], self.histograms)
 
     def _projected(
         self, project: Callable[[Tensor], Tensor], unrotated: Tensor, states: Tensor, heads: Tensor

@@ -7,17 +7,22 @@ N queries select, P requests have other queries; for other letters see `pages`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rtpurbo.config import AttentionRule
+from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.states import PagedStates
+from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import Batch, LayerCache
+
+HISTOGRAM_BATCH = 64
+"""Sequences that the histogram workspace suffices for: 1 MiB per retrieval head of the layer that has most."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,8 @@ def attend(
             for part in (full, windowed)
         )
         chosen = None if index_queries is None else index_queries[:count]
-        output[:count] = _decoded(
-            queries[:count], chosen, of_full, of_windowed, layout, rule, scaling
+        _decode(
+            queries[:count], chosen, of_full, of_windowed, layout, rule, scaling, output[:count]
         )
         return
     steps = [None if part is None else _step_queries(part.batch, rule) for part in (full, windowed)]
@@ -163,15 +168,19 @@ def attend(
             part and at and _paged(part, at.block_table, at.lengths)
             for part, at in zip((full, windowed), steps, strict=True)
         )
-        output[step.selecting] = _decoded(
-            queries[step.selecting],
+        chosen_queries = queries[step.selecting]
+        attended = torch.empty_like(chosen_queries)
+        _decode(
+            chosen_queries,
             None if index_queries is None else index_queries[step.selecting],
             of_full,
             of_windowed,
             layout,
             rule,
             scaling,
+            attended,
         )
+        output[step.selecting] = attended
     if step.most_prompt_queries:
         of_full, of_windowed = (
             part and at and _paged(part, at.prompt_block_table, at.prompt_counts)
@@ -220,7 +229,29 @@ def _step_queries(batch: Batch, rule: AttentionRule) -> StepQueries:
 
 def _paged(cache: LayerCache, block_table: Tensor, lengths: Tensor) -> PagedStates:
     pages = cache.pages
-    return PagedStates(pages.keys, pages.values, block_table, lengths, pages.index_keys)
+    return PagedStates(
+        pages.keys, pages.values, block_table, lengths, pages.index_keys, cache.histograms
+    )
+
+
+def new_histograms(config: RTPurboConfig, heads: Sequence[LayerHeads]) -> Tensor:
+    """Histogram workspace for all layers of a rank, which run one after the other, on the default device.
+
+    Batches of more than `HISTOGRAM_BATCH` sequences allocate their own in each layer, which costs a launch.
+    """
+    from rtpurbo.ops.triton.decode.workspace import zero_histograms
+
+    largest = max(len(of_layer.retrieval) for of_layer in heads)
+    planes = 2 if config.attention.reading == "paper" else 1
+    return zero_histograms(planes * largest * HISTOGRAM_BATCH, torch.get_default_device())
+
+
+def _histograms(
+    workspace: Tensor | None, batch: int, num_retrieval: int, rule: AttentionRule
+) -> Tensor | None:
+    """The part of the workspace for a batch; None if it does not suffice."""
+    rows = batch * num_retrieval * (2 if rule.reading == "paper" else 1)
+    return workspace[:rows] if workspace is not None and rows <= len(workspace) else None
 
 
 def _without_heads(states: PagedStates) -> PagedStates:
@@ -230,7 +261,7 @@ def _without_heads(states: PagedStates) -> PagedStates:
     )
 
 
-def _decoded(
+def _decode(
     queries: Tensor,
     index_queries: Tensor | None,
     full: PagedStates | None,
@@ -238,13 +269,17 @@ def _decoded(
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
-) -> Tensor:
-    """Decode attention [N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim]."""
+    output: Tensor,
+) -> None:
+    """Writes the decode attention [N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim]."""
     from rtpurbo.ops.triton.decode.attention import decode_attention
 
     some = full or windowed
     assert some is not None
-    attended, _ = decode_attention(
+    if full is not None:
+        workspace = _histograms(full.histogram_workspace, len(queries), len(layout.retrieval), rule)
+        full = replace(full, histogram_workspace=workspace)
+    decode_attention(
         queries[:, :, None],
         full or _without_heads(some),
         windowed or _without_heads(some),
@@ -252,8 +287,8 @@ def _decoded(
         None if index_queries is None else index_queries[:, :, None],
         rule,
         scaling=scaling,
+        output=output[:, :, None],
     )
-    return attended[:, :, 0]
 
 
 def _prefill(

@@ -141,10 +141,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Pages of a layer in one group, and the batch with the block table of the group."""
+    """Pages of a layer in one group.
+
+    Attributes:
+        pages: pages of the layer.
+        batch: batch of the step with the block table of the group.
+        histograms: histogram workspace of the decode kernels, shared by the layers; None to allocate one.
+    """
 
     pages: Pages
     batch: Batch
+    histograms: Tensor | None = None
 
 
 def no_states(like: Tensor, batch_size: int) -> KeyValueStates:

@@ -43,6 +43,7 @@ def decode_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     sinks: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Head-wise attention of one query token per sequence.
 
@@ -64,11 +65,12 @@ def decode_attention(
         statistics: accumulates the selected keys; synchronises with the GPU.
         return_log_sum_exp: also return the log-sum-exp.
         sinks: learned sinks [H], part of the window's mass in the selection.
+        output: contiguous [B, H, 1, D] to write the output to; None to allocate one.
 
     Returns:
         Output [B, H, 1, D] and the log-sum-exp [B, H, 1] or None.
     """
-    output, log_sum_exp, _ = decode_step(
+    attended, log_sum_exp, _ = decode_step(
         query_states,
         full,
         windowed,
@@ -79,8 +81,9 @@ def decode_attention(
         statistics,
         return_log_sum_exp,
         sinks,
+        output,
     )
-    return output, log_sum_exp
+    return attended, log_sum_exp
 
 
 def decode_step(
@@ -94,6 +97,7 @@ def decode_step(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     sinks: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Selection | None]:
     """`decode_attention` and its selection; None if all far keys are read or no head retrieves."""
     states = _full_states(full, query_states.shape[0])
@@ -115,17 +119,18 @@ def decode_step(
                 selection = select_top_p(queries, states, layout, rule, window, scores)
             selected = selected_attention(queries, states, layout, rule, scaling, selection)
         workspace = states.histogram_workspace
-        output, log_sum_exp = combine_splits(
+        attended, log_sum_exp = combine_splits(
             queries,
             layout,
             window,
             selected,
             workspace if scores.histogram is workspace else None,
             return_log_sum_exp,
+            output,
         )
     if statistics is not None and len(layout.retrieval):
         _count(statistics, states, rule, selection, queries.shape[0], len(layout.retrieval))
-    return output, log_sum_exp, selection
+    return attended, log_sum_exp, selection
 
 
 def _full_states(full: KeyValueStates | PagedStates, batch: int) -> FullStates:

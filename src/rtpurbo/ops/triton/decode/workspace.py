@@ -78,6 +78,7 @@ class FullStates:
             first_slots=None,
             block_table=states.block_table,
             page_size=states.page_size,
+            histogram_workspace=states.histogram_workspace,
         )
 
     @property
