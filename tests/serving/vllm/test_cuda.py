@@ -28,8 +28,8 @@ LAYERS = 3
 class Step:
     """A step of an engine: requests in the pages of two groups, and what its attention is given.
 
-    What no request holds is NaN: other blocks, rows behind an end. Block 0, which stands where a request
-    gave its block back, is zeros, as it is in vLLM.
+    All memory without a token of a request is NaN: other blocks, also those that the table still names where a
+    request freed its block, and the rest of a last block. Block 0, which belongs to no request, is zeros.
 
     Args:
         requests: (tokens, rows of this step, tokens of the prompt) of each.
@@ -68,6 +68,7 @@ class Step:
             for name, parts in groups.items()
         }
         stride = max(sizes.values())
+        freed = len(numbers) + 1
         memory = torch.full(((len(numbers) + 2) * stride,), -1, dtype=torch.int8, device=DEVICE)
         memory[:stride] = 0
         self.caches = {}
@@ -81,7 +82,7 @@ class Step:
             blocks = torch.as_strided(memory, shape, strides).view(dtype)
             pages = divide(blocks, dict.fromkeys(range(LAYERS), parts))[LAYERS - 1]
             longest = max(-(-tokens // size) for tokens, *_ in requests)
-            table = torch.zeros(len(requests), longest, dtype=torch.int32)
+            table = torch.full((len(requests), longest), freed, dtype=torch.int32)
             for request, (tokens, rows, _) in enumerate(requests):
                 kept = self.kept_tokens(name, tokens, rows, size)
                 for number in {token // size for token in kept}:

@@ -139,6 +139,8 @@ class ServedAttention(nn.Module):
         assert cache is not None
         # Batches are padded; in graphs there are more tokens than slots.
         count = min(queries.shape[0], cache.batch.slots.shape[0])
+        if cache.batch.uniform:
+            count = min(count, cache.batch.device_lengths.shape[0])
         queries, keys, values, positions, unrotated_queries, unrotated_keys = (
             states[:count]
             for states in (

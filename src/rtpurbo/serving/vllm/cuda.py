@@ -152,7 +152,9 @@ def attend(
     if cache.batch.uniform:
         count = min(queries.shape[0], cache.batch.device_lengths.shape[0])
         of_full, of_windowed = (
-            part and _paged(part, part.batch.block_table[:count], part.batch.device_lengths[:count])
+            None
+            if part is None
+            else _paged(part, part.batch.block_table[:count], part.batch.device_lengths[:count])
             for part in (full, windowed)
         )
         chosen = None if index_queries is None else index_queries[:count]
@@ -160,13 +162,13 @@ def attend(
             queries[:count], chosen, of_full, of_windowed, layout, rule, scaling, output[:count]
         )
         return
-    steps = [None if part is None else _step_queries(part.batch, rule) for part in (full, windowed)]
-    step = steps[0] or steps[1]
-    assert step is not None
+    step = _step_queries(cache.batch, rule)
     if step.selecting.numel():
         of_full, of_windowed = (
-            part and at and _paged(part, at.block_table, at.lengths)
-            for part, at in zip((full, windowed), steps, strict=True)
+            None
+            if part is None
+            else _paged(part, _step_queries(part.batch, rule).block_table, step.lengths)
+            for part in (full, windowed)
         )
         chosen_queries = queries[step.selecting]
         attended = torch.empty_like(chosen_queries)
@@ -183,8 +185,12 @@ def attend(
         output[step.selecting] = attended
     if step.most_prompt_queries:
         of_full, of_windowed = (
-            part and at and _paged(part, at.prompt_block_table, at.prompt_counts)
-            for part, at in zip((full, windowed), steps, strict=True)
+            None
+            if part is None
+            else _paged(
+                part, _step_queries(part.batch, rule).prompt_block_table, step.prompt_counts
+            )
+            for part in (full, windowed)
         )
         _prefill(queries, of_full, of_windowed, layout, rule, scaling, step, output)
 

@@ -26,15 +26,19 @@ def _load_queries(descriptor, sequence, head, first_query, M: tl.constexpr, D: t
 
 @triton.jit
 def _load_tile(
-    states, strides, block_table, table_stride, sequence, head, slot, length, head_dim,
+    states, strides, block_table, table_stride, sequence, head, slot, first, length, head_dim,
     N: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """States [N, D] of one head from `slot` on; zero outside. `states` is a descriptor, or pages."""
+    """States [N, D] of one head from `slot` on; zero outside. `states` is a descriptor, or pages.
+
+    Pages are read from slot `first` up to `length`, exclusive: between sinks and window, those of a windowed head
+    may belong to another sequence by now.
+    """
     if PAGE_SIZE == 0:
         tile = states.load([sequence, head, slot, 0]).reshape([N, D])
     else:
         slots, dims = slot + tl.arange(0, N), tl.arange(0, D)
-        in_use = (slots >= 0) & (slots < length)
+        in_use = (slots >= first) & (slots < length)
         offsets = slot_offsets(
             slots, in_use, strides, block_table, sequence * table_stride, PAGE_SIZE
         )
@@ -47,19 +51,19 @@ def _load_tile(
 @triton.jit
 def _add_tile(
     accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-    block_table, table_stride, sequence, key_value_head, start, shift, length, head_dim,
+    block_table, table_stride, sequence, key_value_head, start, shift, first, length, head_dim,
     lowest, highest, scale,
     MASKED: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Adds N keys from position `start` on; if MASKED, query i sees positions lowest[i] to highest[i]."""
     keys = _load_tile(
         key_states, key_strides, block_table, table_stride, sequence, key_value_head,
-        start + shift, length, head_dim, N, D, PAGE_SIZE,
+        start + shift, first, length, head_dim, N, D, PAGE_SIZE,
     )  # fmt: skip
     scores = tl.dot(queries, keys.T, input_precision=IEEE) * scale
     values = _load_tile(
         value_states, value_strides, block_table, table_stride, sequence, key_value_head,
-        start + shift, length, head_dim, N, D, PAGE_SIZE,
+        start + shift, first, length, head_dim, N, D, PAGE_SIZE,
     )  # fmt: skip
     if MASKED:
         columns = start + tl.arange(0, N)
@@ -134,13 +138,15 @@ def window_kernel(
     for start in tl.range(first_position, first_position + M, N, num_stages=1):
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, first_seen,
+            length, head_dim,
             lowest, positions, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     for start in tl.range(edge, interior, N, num_stages=1):
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, first_seen,
+            length, head_dim,
             lowest, positions, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     first_key = tl.zeros([M], tl.int32)
@@ -148,13 +154,15 @@ def window_kernel(
     for start in tl.range(0, num_sinks, N, num_stages=1):
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, sink_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, sink_shift, 0,
+            tl.minimum(length, num_sinks), head_dim,
             first_key, last_sink, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     for start in tl.range(interior, first_position, N, num_stages=STAGES):
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, first_seen,
+            length, head_dim,
             lowest, positions, scale, False, N, D, PAGE_SIZE,
         )  # fmt: skip
 
@@ -222,14 +230,16 @@ def block_sparse_kernel(
         start = tl.load(blocks_ptr + i) * N
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, num_sinks,
+            length, head_dim,
             lowest, highest, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     for i in tl.range(EDGE, EDGE + num_whole, num_stages=STAGES):
         start = tl.load(blocks_ptr + i) * N
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, num_sinks,
+            length, head_dim,
             lowest, highest, scale, False, N, D, PAGE_SIZE,
         )  # fmt: skip
     _store(
