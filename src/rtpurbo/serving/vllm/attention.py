@@ -94,24 +94,18 @@ class ServedAttention(nn.Module):
         """Attention block: [T, hidden_size] to [T, hidden_size]."""
         projected, _ = self.qkv_proj(hidden_states)
         queries, keys, values = projected.split(self.sizes, -1)
-        if self.fuses_append:
-            output = queries.new_empty(queries.shape)
-            torch.ops.rtpurbo.serve_attention(
-                queries, keys, values, positions, None, None, output, self.name
-            )
-            attended, _ = self.o_proj(output)
-            return attended
-        if hasattr(self, "q_norm"):
-            queries, keys = (
-                norm(states.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-                for norm, states in ((self.q_norm, queries), (self.k_norm, keys))
-            )
         unrotated: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.before_rotation:
-            # The rotary embedding may work in place.
-            unrotated = queries.clone(), keys.clone()
-        queries, keys = self.rotary_emb(positions, queries, keys)
-        output = torch.empty_like(queries)
+        if not self.fuses_append:
+            if hasattr(self, "q_norm"):
+                queries, keys = (
+                    norm(states.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+                    for norm, states in ((self.q_norm, queries), (self.k_norm, keys))
+                )
+            if self.before_rotation:
+                # The rotary embedding may work in place.
+                unrotated = queries.clone(), keys.clone()
+            queries, keys = self.rotary_emb(positions, queries, keys)
+        output = queries.new_empty(queries.shape)
         torch.ops.rtpurbo.serve_attention(
             queries, keys, values, positions, *unrotated, output, self.name
         )
@@ -143,14 +137,7 @@ class ServedAttention(nn.Module):
             count = min(count, cache.batch.device_lengths.shape[0])
         queries, keys, values, positions, unrotated_queries, unrotated_keys = (
             states[:count]
-            for states in (
-                queries,
-                keys,
-                values,
-                positions,
-                unrotated_queries,
-                unrotated_keys,
-            )
+            for states in (queries, keys, values, positions, unrotated_queries, unrotated_keys)
         )
         if self.fuses_append:
             table = rotary_table(self.rotary_emb, self.head_dim)

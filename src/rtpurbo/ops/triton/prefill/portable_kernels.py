@@ -167,13 +167,13 @@ def window_kernel(
         )  # fmt: skip
 
     query_indices = (tile * M + tl.arange(0, M)).to(tl.int64)
-    in_call = query_indices < num_queries
+    output_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    lse_ptr += batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
     if query_counts_ptr is not None:
-        query_indices += query_offset
+        output_ptr += query_offset.to(tl.int64) * stride_ot
+        lse_ptr += query_offset
     _store(
-        output_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh,
-        lse_ptr + batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh,
-        accumulator, peak, total, in_call, head_dim,
+        output_ptr, lse_ptr, accumulator, peak, total, query_indices < num_queries, head_dim,
         stride_ot, stride_od, query_indices, D, HAS_LSE,
     )  # fmt: skip
 
