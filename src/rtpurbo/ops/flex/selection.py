@@ -10,6 +10,7 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import estimated_logits, index_scores, select_per_query
+from rtpurbo.ops.eager.unselected import UnselectedMass, unselected_mass
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask
 from rtpurbo.ops.states import (
     HeadLayout,
@@ -36,8 +37,8 @@ def selected_bits(
     num_queries: int,
     num_keys: int,
     statistics: SelectionStatistics | None = None,
-) -> Tensor:
-    """Far keys selected by the last queries.
+) -> tuple[Tensor, UnselectedMass | None]:
+    """Far keys selected by the last queries, and the estimated mass of the others.
 
     Args:
         query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
@@ -53,7 +54,8 @@ def selected_bits(
 
     Returns:
         int32 [batch, num_attention_heads, num_queries, num_keys / BITS]; bit b of word w is key BITS * w + b.
-        Local heads select nothing.
+        Local heads select nothing. With `block_means`, the mass of the unselected far keys of the retrieval
+        heads and selecting queries, else None.
     """
     assert states.index_keys is not None
     batch, num_heads, _, _ = query_states.shape
@@ -64,6 +66,9 @@ def selected_bits(
     key_heads = index_key_heads(states.index_keys, states.keys.shape[1], retrieval.key_value_heads)
     length = keys.shape[2]
     words = queries.new_zeros(batch, num_heads, num_queries, num_keys // BITS, dtype=torch.int32)
+    # Keys are in order, so their number gives the number of blocks.
+    num_blocks = -(-length // rule.block_size)
+    unselected = []
     queries_at_once = max(1, MAX_PAIRS // (batch * len(retrieval) * length))
     for start in range(0, selecting, queries_at_once):
         chunk = slice(start, min(start + queries_at_once, selecting))
@@ -84,13 +89,19 @@ def selected_bits(
         estimate = estimated_logits(
             rule.reading, chunk_queries.logits, chunk_queries.score_index(), near, far
         )
-        # Keys are in order, so their number gives the number of blocks.
-        num_blocks = -(-length // rule.block_size)
         selected = select_per_query(rule, estimate, near, far, states.positions, num_blocks)
         if statistics is not None:
             statistics.add_queries(chunk_queries, selected)
         words[:, retrieval.heads, chunk] = packed_bits(selected, num_keys)
-    return words
+        if rule.unselected == "block_means":
+            unselected.append(
+                unselected_mass(
+                    estimate, far & ~selected, states.positions, rule.block_size, num_blocks
+                )
+            )
+    if not unselected:
+        return words, None
+    return words, UnselectedMass(*(torch.cat(parts, 2) for parts in zip(*unselected, strict=True)))
 
 
 def packed_bits(mask: Tensor, num_keys: int) -> Tensor:
