@@ -170,7 +170,7 @@ def window_kernel(
     output_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     lse_ptr += batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
     if query_counts_ptr is not None:
-        output_ptr += query_offset.to(tl.int64) * stride_ot
+        output_ptr += tl.cast(query_offset, tl.int64) * stride_ot
         lse_ptr += query_offset
     _store(
         output_ptr, lse_ptr, accumulator, peak, total, query_indices < num_queries, head_dim,
