@@ -36,8 +36,10 @@ def chosen_map(
     if choice == "random":
         return random_head_map(best, seed)
     if choice == "kv_group_same_memory":
-        group = best.num_attention_heads // num_key_value_heads
-        count = group * best.num_full_key_value_heads
+        count = sum(
+            best.group_size(layer) * len(best.full_key_value_heads(layer))
+            for layer in best.converted_layers
+        )
         whole = replace(settings, granularity="kv_group", threshold=None, count=count)
         return choose_heads(scores, num_key_value_heads, whole)
     return best

@@ -149,7 +149,7 @@ def dealt_windows(
         (layer, head)
         for layer, heads in enumerate(head_map.retrieval_heads)
         if heads is not None
-        for head in range(head_map.num_attention_heads)
+        for head in range(head_map.num_query_heads(layer))
         if head not in heads
     ]
     sizes = torch.tensor(windows, dtype=torch.float64)
@@ -167,8 +167,8 @@ def dealt_windows(
         left -= float(more[head, size])
         at[head] = size
     dealt: list[list[int] | None] = [
-        None if heads is None else [mean] * head_map.num_attention_heads
-        for heads in head_map.retrieval_heads
+        None if heads is None else [mean] * head_map.num_query_heads(layer)
+        for layer, heads in enumerate(head_map.retrieval_heads)
     ]
     for (layer, head), size in zip(local, at.tolist(), strict=True):
         dealt[layer][head] = windows[size]  # type: ignore[index]

@@ -18,7 +18,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.job import Job, calibrate_base
 from rtpurbo.lengths import check_lengths
-from rtpurbo.models.architecture import context_length, head_dim_of
+from rtpurbo.models.architecture import context_length, convertible_shapes
 from rtpurbo.models.artifact import load_base, read_indexers
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.artifact_folder import check_is_dense, find_artifact
@@ -378,8 +378,9 @@ def choose_settings(
             rule = default_rule(resolved, context)
             ours = {name: changes[name] for name in changes if name.startswith("attention.")}
             rule = change_settings(ConversionSettings(attention=rule), ours).attention
+        head_dim = max(shape.head_dim for shape in convertible_shapes(config).values())
         settings = default_settings(
-            resolved, context, head_dim=head_dim_of(config), max_length=max_length, rule=rule
+            resolved, context, head_dim=head_dim, max_length=max_length, rule=rule
         )
     elif max_length is not None:
         raise RTPurboError("max_length has no effect on given settings: change their lengths.")

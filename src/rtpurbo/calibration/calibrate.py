@@ -21,7 +21,8 @@ from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import context_length, convertible_layers, num_key_value_heads
+from rtpurbo.models.architecture import context_length
+from rtpurbo.models.sparsify import empty_head_map
 from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     CalibrationSettings,
@@ -81,19 +82,21 @@ def calibrate(
         if settings.ranking == "interleaved"
         else (settings.ranking,)
     )
+    # By kind, the scores of all heads of all layers that each document gives.
     rows: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    layers: list[int] = []
+    sizes: dict[int, int] = {}
     for number in range(settings.num_documents):
         for kind in kinds:
             scores = _scores(kind, model, tokenizer, corpus, settings, seed, number)
-            layers = sorted(scores)
-            rows[kind].append(torch.stack([scores[layer] for layer in layers]))
+            sizes = {layer: len(scores[layer]) for layer in sorted(scores)}
+            rows[kind].append(torch.cat([scores[layer] for layer in sizes]))
         progress("calibrate", number + 1, settings.num_documents, {})
     measured = [torch.stack(documents) for documents in rows.values()]
     mean = _together(*(documents.mean(0) for documents in measured))
     by_document = torch.stack([_together(*each) for each in zip(*measured, strict=True)])
-    head_map = _chosen(model, dict(zip(layers, mean, strict=True)), settings)
-    stability = measure_stability(by_document.flatten(1), head_map.num_retrieval_heads)
+    by_layer = dict(zip(sizes, mean.split(list(sizes.values())), strict=True))
+    head_map = _chosen(model, by_layer, settings)
+    stability = measure_stability(by_document, head_map.num_retrieval_heads)
     return Calibration(head_map, stability, settings)
 
 
@@ -110,8 +113,7 @@ def _by_gates(
     window = default_sliding_window(context_length(model.config))
     ratio = settings.ratio
     if settings.count is not None:
-        heads = model.config.num_attention_heads * sum(convertible_layers(model.config))
-        ratio = min(1.0, settings.count / heads)
+        ratio = min(1.0, settings.count / empty_head_map(model).num_heads)
     scores = train_gates(
         model,
         GateSequences(tokenizer, corpus, (settings.length,), seed),
@@ -131,7 +133,7 @@ def _chosen(
     by_layer: list[list[float] | None] = [None] * model.config.num_hidden_layers
     for layer, values in scores.items():
         by_layer[layer] = values.tolist()
-    return choose_heads(by_layer, num_key_value_heads(model.config), settings)
+    return choose_heads(by_layer, empty_head_map(model).num_key_value_heads, settings)
 
 
 def _together(first: Tensor, *second: Tensor) -> Tensor:

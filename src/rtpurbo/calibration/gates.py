@@ -19,10 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.calibration.gate_sequences import target_positions
-from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import num_key_value_heads
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import empty_head_map, gated_heads, restore, running_dense, sparsify
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
@@ -112,10 +111,11 @@ def train_gates(
                 for layer, gate in gates.items():
                     total[layer] += gate.detach() / len(last)
             progress("gates", step + 1, steps, {"loss": loss.item(), "open": budget})
-        heads = model.config.num_attention_heads
         return {
-            layer: value.repeat_interleave(heads // value.numel()).cpu()
-            for layer, value in total.items()
+            module.layer_idx: gate.repeat_interleave(
+                module.num_attention_heads // gate.numel()
+            ).cpu()
+            for module, gate in zip(headwise_modules(model), total.values(), strict=True)
         }
 
 
@@ -193,17 +193,17 @@ def _gated(
     Yields:
         The gates by layer: fp32 [num_key_value_heads] or [num_attention_heads].
     """
-    config = model.config
-    count = num_key_value_heads(config) if per_group else config.num_attention_heads
-    head_map: HeadMap = empty_head_map(model)
-    sparsify(model, RTPurboConfig(head_map, rule))
+    sparsify(model, RTPurboConfig(empty_head_map(model), rule))
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         set_gradient_checkpointing(model, True)
     model.train()
     gates = {
         module.layer_idx: torch.full(
-            (count,), INITIAL_GATE, device=module.device, requires_grad=True
+            (module.num_key_value_heads if per_group else module.num_attention_heads,),
+            INITIAL_GATE,
+            device=module.device,
+            requires_grad=True,
         )
         for module in headwise_modules(model)
     }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rtpurbo.models.architecture import head_dim_of, num_key_value_heads
+from rtpurbo.models.architecture import attention_shapes
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import HeadwiseLayer
+from rtpurbo.models.probe import probe
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
 
 # Tensors of this device have shapes but no memory, so that any length can be counted anywhere.
@@ -41,10 +42,14 @@ def cache_bytes(
     def states(heads: int, dim: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
         return torch.zeros(batch_size, heads, context_length, dim, dtype=dtype, device=DEVICE)
 
-    heads, head_dim = num_key_value_heads(model.config), head_dim_of(model.config)
-    keys = states(heads, head_dim)
+    shapes, traits = attention_shapes(model.config), probe(model)
     attention = {each.layer_idx: each for each in headwise_modules(model)} if sparse else {}
     for number, layer in enumerate(cache.layers):
+        found = traits.get(number)
+        shape = found or shapes[number]
+        heads, head_dim = shape.num_key_value_heads, shape.head_dim
+        keys = states(heads, head_dim)
+        values = states(heads, head_dim if found is None else found.value_dim)
         if isinstance(layer, HeadwiseLayer):
             index, own = None, attention[number]
             if own.retrieval_heads and index_keys:
@@ -52,9 +57,9 @@ def cache_bytes(
                 dtype = torch.float8_e4m3fn if in_float8 else model.dtype
                 num_keys, index_dim, _ = own.indexer.key_weight.shape
                 index = states(num_keys, index_dim, dtype)
-            layer.append(keys, states(heads, own.value_dim), index, own.layout(DEVICE))
+            layer.append(keys, values, index, own.layout(DEVICE))
         else:
-            layer.update(keys, keys)
+            layer.update(keys, values)
     if isinstance(cache, HeadwiseCache):
         return cache.num_bytes()
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -62,5 +67,9 @@ def cache_bytes(
 
 def full_key_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of the keys, without values, of so many tokens in the KV heads kept whole."""
-    key_bytes = head_dim_of(model.config) * model.dtype.itemsize
-    return model.rtpurbo_config.head_map.num_full_key_value_heads * key_bytes * tokens
+    head_map = model.rtpurbo_config.head_map
+    values = sum(
+        len(head_map.full_key_value_heads(layer.layer_idx)) * layer.head_dim
+        for layer in headwise_modules(model)
+    )
+    return values * model.dtype.itemsize * tokens

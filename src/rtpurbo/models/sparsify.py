@@ -13,12 +13,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import (
-    check_architecture,
-    context_length,
-    convertible_layers,
-    num_key_value_heads,
-)
+from rtpurbo.models.architecture import AttentionShape, check_architecture, context_length
 from rtpurbo.models.attention import IMPLEMENTATION
 from rtpurbo.models.entering import attach_fast_entry, detach_fast_entry
 from rtpurbo.models.generation import attach_cache, detach_cache
@@ -53,12 +48,11 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
         RTPurboError: the model cannot be made sparse, the head map belongs to another model, or the
             model is wrapped, offloaded or of another kind (`check_can_be_sparse`).
     """
-    check_can_be_sparse(model)
-    check_architecture(model.config)
-    check_head_map(model.config, config.head_map)
+    traits = _checked_traits(model)
+    check_head_map(config.head_map, traits, model.config.num_hidden_layers)
     config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
-    traits = probe(model)
-    _check_traits(traits, config)
+    if config.indexer.index_space == "pre_rope":
+        _check_rotations(traits)
     if is_sparse(model):
         restore(model)
     expected = logits_over_cache(model) if needs_check(model, config) else None
@@ -81,19 +75,21 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     return model
 
 
-def _check_traits(traits: Mapping[int, AttentionTraits], config: RTPurboConfig) -> None:
-    """Refuses what the probe found and the head map or the indexer cannot go with."""
-    head_map = config.head_map
-    expected = (head_map.num_attention_heads, head_map.num_key_value_heads)
+def _checked_traits(model: PreTrainedModel) -> dict[int, AttentionTraits]:
+    """Properties of the layers that are converted, of a model that can be made sparse.
+
+    Raises:
+        RTPurboError: it cannot, with the reason.
+    """
+    check_can_be_sparse(model)
+    check_architecture(model.config)
+    return probe(model)
+
+
+def _check_rotations(traits: Mapping[int, AttentionTraits]) -> None:
+    """Refuses rotary embeddings that cannot be undone."""
     for number, found in traits.items():
-        heads = (found.num_attention_heads, found.num_key_value_heads)
-        if heads != expected:
-            raise RTPurboError(
-                f"layer {number} cannot be made sparse: it attends with {heads[0]} query heads on "
-                f"{heads[1]} KV heads, not with the {expected[0]} on {expected[1]} of the head map."
-            )
-        undone = found.rotation is not None and found.rotation.partners is not None
-        if config.indexer.index_space == "pre_rope" and not undone:
+        if found.rotation is None or found.rotation.partners is None:
             raise RTPurboError(
                 f"the rotary embedding of layer {number} cannot be undone, so index_space 'pre_rope' "
                 "does not suit this model: choose 'low_frequency'."
@@ -239,32 +235,46 @@ def observing(
 
 
 def empty_head_map(model: PreTrainedModel) -> HeadMap:
-    """A head map of this model without any retrieval head."""
-    config = model.config
-    return HeadMap.uniform(
-        [], convertible_layers(config), config.num_attention_heads, num_key_value_heads(config)
-    )
-
-
-def check_head_map(config: Any, head_map: HeadMap) -> None:
-    """Refuses a head map that does not fit a transformers configuration.
+    """Head map of a model without retrieval heads, with the numbers of heads that it attends with.
 
     Raises:
-        RTPurboError: it has another shape, or leaves out other layers than those with windows.
+        RTPurboError: the model cannot be made sparse.
     """
-    shape = (config.num_hidden_layers, config.num_attention_heads, num_key_value_heads(config))
-    given = (
-        len(head_map.retrieval_heads),
-        head_map.num_attention_heads,
-        head_map.num_key_value_heads,
+    traits = _checked_traits(model)
+    of_layers = [traits.get(number) for number in range(model.config.num_hidden_layers)]
+    return HeadMap(
+        tuple(None if found is None else () for found in of_layers),
+        tuple(None if found is None else found.num_attention_heads for found in of_layers),
+        tuple(None if found is None else found.num_key_value_heads for found in of_layers),
     )
-    if shape != given:
+
+
+def check_head_map(
+    head_map: HeadMap, layers: Mapping[int, AttentionTraits | AttentionShape], num_layers: int
+) -> None:
+    """Refuses a head map that does not fit a model.
+
+    Args:
+        head_map: of an artifact or a calibration.
+        layers: heads of the layers of the model that are converted.
+        num_layers: number of decoder layers of the model.
+
+    Raises:
+        RTPurboError: numbers of layers or heads differ, or the map converts other layers.
+    """
+    prefix = "the head map belongs to another model: it has"
+    if len(head_map.retrieval_heads) != num_layers:
         raise RTPurboError(
-            "the head map belongs to another model: it has (layers, query heads, KV heads) = "
-            f"{given}, the model has {shape}."
+            f"{prefix} {len(head_map.retrieval_heads)} layers, the model has {num_layers}."
         )
-    converted = [heads is not None for heads in head_map.retrieval_heads]
-    if converted != convertible_layers(config):
+    if head_map.converted_layers != sorted(layers):
         raise RTPurboError(
             "the head map names other layers than those of this model that have full attention."
         )
+    for number, found in layers.items():
+        given = (head_map.num_query_heads(number), head_map.num_kv_heads(number))
+        if given != (found.num_attention_heads, found.num_key_value_heads):
+            raise RTPurboError(
+                f"{prefix} {given[0]} query heads on {given[1]} KV heads in layer {number}, the model "
+                f"has {found.num_attention_heads} on {found.num_key_value_heads}."
+            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,23 @@ class CacheShape:
         head_dim: dimensions of a key and of a value.
         dtype: data type of the stored weights, which the cache shares unless loaded otherwise.
         layer_window: window in tokens of the layers that are not converted.
+        num_kv_heads: KV heads of a layer; None if they are not known.
+        of_layers: by layer, the settings of the base model that differ there.
     """
 
     head_dim: int
     dtype: str
     layer_window: int | None = None
+    num_kv_heads: int | None = None
+    of_layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def head_dim_of(self, layer: int) -> int:
+        """Returns the dimensions of a key and of a value in a layer."""
+        return self.of_layers.get(layer, {}).get("head_dim") or self.head_dim
+
+    def num_kv_heads_of(self, layer: int) -> int | None:
+        """Returns the KV heads of a layer; None if they are not known."""
+        return self.of_layers.get(layer, {}).get("num_key_value_heads") or self.num_kv_heads
 
 
 def read_cache_shape(folder: Path) -> CacheShape | None:
@@ -55,16 +68,17 @@ def _shape(config: dict[str, Any]) -> CacheShape | None:
     if not isinstance(head_dim, int) or config.get("kv_lora_rank") is not None:
         return None
     dtype, window = config.get("dtype") or config.get("torch_dtype"), config.get("sliding_window")
+    kv_heads, of_layers = config.get("num_key_value_heads"), config.get("per_layer_config")
     return CacheShape(
         head_dim,
         dtype if dtype in _ELEMENT_BYTES else "bfloat16",
         window if isinstance(window, int) else None,
+        kv_heads if isinstance(kv_heads, int) else None,
+        {int(layer): changes for layer, changes in (of_layers or {}).items()},
     )
 
 
-def stored_tokens(
-    config: RTPurboConfig, length: int, layer_window: int | None = None
-) -> tuple[int, int]:
+def stored_tokens(config: RTPurboConfig, length: int) -> tuple[int, int]:
     """Returns tokens times KV heads in the sparse and in the dense cache of one sequence.
 
     Windowed KV heads have all their slots from the start.
@@ -72,21 +86,28 @@ def stored_tokens(
     Args:
         config: the sparse model.
         length: tokens of context.
-        layer_window: window of the layers that are not converted; None: the whole context.
     """
+    by_layer = [
+        _tokens_of_layer(config, layer, length)
+        for layer in range(len(config.head_map.retrieval_heads))
+    ]
+    return sum(sparse for sparse, _ in by_layer), sum(dense for _, dense in by_layer)
+
+
+def _tokens_of_layer(
+    config: RTPurboConfig, layer: int, length: int, shape: CacheShape | None = None
+) -> tuple[int, int]:
+    """Returns tokens times KV heads in the sparse and in the dense cache of a layer."""
     head_map, rule = config.head_map, config.attention
+    heads = head_map.num_kv_heads(layer)
+    if head_map.retrieval_heads[layer] is None:
+        if shape is not None:
+            heads = shape.num_kv_heads_of(layer) or heads
+            length = min(length, shape.layer_window or length)
+        return heads * length, heads * length
+    full = len(head_map.full_key_value_heads(layer))
     windowed = rule.num_sink_tokens + rule.sliding_window + _CROP_SLACK
-    sparse = dense = 0
-    for layer, retrieval_heads in enumerate(head_map.retrieval_heads):
-        heads = head_map.num_key_value_heads
-        if retrieval_heads is None:
-            kept = heads * min(length, layer_window or length)
-            sparse, dense = sparse + kept, dense + kept
-            continue
-        full = len(head_map.full_key_value_heads(layer))
-        sparse += full * length + (heads - full) * windowed
-        dense += heads * length
-    return sparse, dense
+    return full * length + (heads - full) * windowed, heads * length
 
 
 def cache_sizes(config: RTPurboConfig, shape: CacheShape, length: int) -> tuple[int, int]:
@@ -99,13 +120,15 @@ def cache_sizes(config: RTPurboConfig, shape: CacheShape, length: int) -> tuple[
         shape: sizes of the base model.
         length: tokens of context.
     """
-    sparse, dense = stored_tokens(config, length, shape.layer_window)
     element = _ELEMENT_BYTES[shape.dtype]
-    token = 2 * shape.head_dim * element
     head_map, indexer = config.head_map, config.indexer
+    sparse_bytes = dense_bytes = 0
+    for layer in range(len(head_map.retrieval_heads)):
+        sparse, dense = _tokens_of_layer(config, layer, length, shape)
+        token = 2 * shape.head_dim_of(layer) * element
+        sparse_bytes, dense_bytes = sparse_bytes + sparse * token, dense_bytes + dense * token
     keys = (
         head_map.num_full_key_value_heads if indexer.shared_keys else head_map.num_retrieval_heads
     )
     index_element = 1 if config.attention.index_storage == "float8" else element
-    index = keys * indexer.index_dim * index_element * length
-    return sparse * token + index, dense * token
+    return sparse_bytes + keys * indexer.index_dim * index_element * length, dense_bytes

@@ -124,13 +124,14 @@ def _exact(features: Tensor) -> Tensor:
 
 
 def merge_heads(captured: list[CapturedHeads]) -> list[CapturedHeads]:
-    """Concatenates the heads of layers with equal numbers of features, for fewer and larger operations.
+    """Concatenates the heads of layers of equal sizes, for fewer and larger operations.
 
     The given states are freed as they are concatenated, so that little more than one copy exists.
     """
-    groups: dict[int, list[CapturedHeads]] = {}
+    groups: dict[tuple[int, int, float], list[CapturedHeads]] = {}
     for seen in captured:
-        groups.setdefault(seen.query_features.shape[-1], []).append(seen)
+        sizes = (seen.query_features.shape[-1], seen.queries.shape[-1], seen.scaling)
+        groups.setdefault(sizes, []).append(seen)
     return [_merged(group) for group in groups.values()]
 
 
