@@ -45,8 +45,8 @@ def choose_heads(
     units: list[tuple[int, range]] = []
     for layer in empty.converted_layers:
         size = empty.group_size(layer) if settings.granularity == "kv_group" else 1
-        heads = empty.num_query_heads(layer)
-        units += [(layer, range(first, first + size)) for first in range(0, heads, size)]
+        firsts = range(0, empty.num_query_heads(layer), size)
+        units += [(layer, range(first, first + size)) for first in firsts]
 
     def score(unit: tuple[int, range]) -> float:
         layer, heads = unit
