@@ -9,7 +9,7 @@ from rtpurbo.config import AttentionRule, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparsify import empty_head_map, restore, sparsify
-from tests.models.zoo.configurations import EQUAL, REFUSED
+from tests.models.zoo.configurations import EQUAL, HEADS_BY_LAYER, REFUSED
 from tests.tiny_models import LENGTH, any_model, logits_of, make_sparse, padded_batch
 
 # Of different kinds: interleaved and partial rotation, none, windows, sinks, recurrent layers, mixtures.
@@ -20,6 +20,7 @@ FAST = [
     "MiniMax M2",
     "Llama 4",
     "Gemma 4",
+    *HEADS_BY_LAYER,
     "Command-A",
     "Falcon-H1",
     "Mixtral",
