@@ -19,6 +19,7 @@ from rtpurbo.evaluation.reads import metering
 from rtpurbo.models.artifact_config import CONFIG_FILE, LOG_FILE, ArtifactConfig
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.probe import probe
+from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import empty_head_map, restore, sparsify
 from rtpurbo.reporting.cache_sizes import cache_sizes, read_cache_shape
 from rtpurbo.reporting.html.sections.head_map import head_map_section
@@ -34,7 +35,15 @@ from rtpurbo.settings import (
 )
 from rtpurbo.training.log import TrainingLog
 from tests.models.zoo.configurations import EQUAL, HEADS_BY_LAYER
-from tests.tiny_models import any_model, make_sparse, sparse_config
+from tests.ops.triton.support import DEVICE, DTYPES
+from tests.tiny_models import (
+    any_model,
+    assert_same_logits,
+    logits_of,
+    make_sparse,
+    padded_batch,
+    sparse_config,
+)
 from tests.tiny_tokenizer import tiny_tokenizer
 
 # Query heads, KV heads and size of a head, of the layers that are converted.
@@ -230,3 +239,20 @@ def test_reads_and_random_heads_follow_the_layers(name):
     # Local heads read two sinks and a window of eight tokens at most.
     assert 0 < reads.tokens_mean <= 10
     assert 0 < reads.mass_kept < 1
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", HEADS_BY_LAYER)
+def test_kernels_take_each_layer_with_its_own_heads(name):
+    pytest.importorskip("triton")
+    rule = {"top_p": 1.0, "block_size": 16, "sliding_window": 16}
+    model = sparse(name, **rule).to(DEVICE, DTYPES[-1])
+    ids, mask = (part.to(DEVICE) for part in padded_batch((2,), 26))
+    outputs = {}
+    for backend in ("eager", "triton"):
+        for layer in headwise_modules(model):
+            layer.backend = backend
+        outputs[backend] = logits_of(model, ids, mask, (24, 1, 1))
+        assert {layer.used_backend for layer in headwise_modules(model)} == {backend}
+    tolerance = 1e-4 if DTYPES[-1] == torch.float32 else 3e-2
+    assert_same_logits(outputs["triton"], outputs["eager"], mask, tolerance)
