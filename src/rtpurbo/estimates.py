@@ -19,7 +19,7 @@ from rtpurbo.models.architecture import (
     AttentionShape,
     attention_shapes,
     check_architecture,
-    convertible_layers,
+    convertible_shapes,
 )
 from rtpurbo.models.decoder import decoder_layers, projections
 from rtpurbo.ops.eager.visibility import MAX_CHUNK_ELEMENTS
@@ -65,8 +65,9 @@ class ModelShape:
         layer_parameters: parameters of all decoder layers that are active for one token.
         lora_features: sum of input and output features of the linear layers that a LoRA adapts, without and with
             (True) those beyond the attention; times the rank it is the number of parameters of the LoRA.
-        attention: heads of each decoder layer.
-        converted: for each layer, True if it has full attention and is converted.
+        num_layers: number of decoder layers.
+        attention: heads of each layer with attention.
+        full_attention: heads of each layer with full attention, which is converted.
         layer_window: window of the other layers, in tokens.
         hidden_size: width of the residual stream.
         mlp_size: width of the MLP that is active for one token.
@@ -77,8 +78,9 @@ class ModelShape:
     decoder_parameters: int
     layer_parameters: int
     lora_features: dict[bool, int]
+    num_layers: int
     attention: tuple[AttentionShape, ...]
-    converted: tuple[bool, ...]
+    full_attention: tuple[AttentionShape, ...]
     layer_window: int
     hidden_size: int
     mlp_size: int
@@ -118,23 +120,14 @@ class ModelShape:
             decoder_parameters=decoder_parameters,
             layer_parameters=used,
             lora_features=features,
-            attention=tuple(attention_shapes(config)),
-            converted=tuple(convertible_layers(config)),
+            num_layers=config.num_hidden_layers,
+            attention=tuple(attention_shapes(config).values()),
+            full_attention=tuple(convertible_shapes(config).values()),
             layer_window=getattr(config, "sliding_window", None) or 0,
             hidden_size=config.hidden_size,
             mlp_size=mlp_size,
             vocabulary=config.vocab_size,
         )
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(self.attention)
-
-    @property
-    def full_attention(self) -> list[AttentionShape]:
-        """Heads of each layer that is converted."""
-        return [shape for shape, full in zip(self.attention, self.converted, strict=True) if full]
 
     @property
     def num_heads(self) -> int:

@@ -101,6 +101,5 @@ def full_cache(model: PreTrainedModel, length: int, batch: int) -> Cache:
         size = (batch, shape.num_key_value_heads, length, shape.head_dim)
         return torch.randn(size, dtype=model.dtype, device=model.device)
 
-    return Cache(
-        layers=[FullLayer(states(shape), states(shape)) for shape in attention_shapes(config)]
-    )
+    shapes = attention_shapes(config).values()
+    return Cache(layers=[FullLayer(states(shape), states(shape)) for shape in shapes])

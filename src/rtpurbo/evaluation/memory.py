@@ -25,7 +25,8 @@ def cache_bytes(
 ) -> int:
     """Bytes of the cache after a prompt.
 
-    The model's own kind of cache is filled as its layers would fill it.
+    The model's own kind of cache is filled as its layers would fill it. Recurrent states, which do not
+    grow with the prompt, are left out.
 
     Args:
         model: dense or sparse.
@@ -46,7 +47,9 @@ def cache_bytes(
     attention = {each.layer_idx: each for each in headwise_modules(model)} if sparse else {}
     for number, layer in enumerate(cache.layers):
         found = traits.get(number)
-        shape = found or shapes[number]
+        shape = found or shapes.get(number)
+        if shape is None:
+            continue
         heads, head_dim = shape.num_key_value_heads, shape.head_dim
         keys = states(heads, head_dim)
         values = states(heads, head_dim if found is None else found.value_dim)
@@ -62,7 +65,11 @@ def cache_bytes(
             layer.update(keys, values)
     if isinstance(cache, HeadwiseCache):
         return cache.num_bytes()
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(
+        layer.keys.nbytes + layer.values.nbytes
+        for number, layer in enumerate(cache.layers)
+        if number in shapes
+    )
 
 
 def full_key_bytes(model: PreTrainedModel, tokens: int) -> int:

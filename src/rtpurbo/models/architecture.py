@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.families import FAMILIES
+from rtpurbo.models.families import FAMILIES, WITHOUT_ATTENTION
 
 # Layer types of transformers whose attention sees every earlier token; `hybrid` layers have a recurrent
 # state beside it.
@@ -143,34 +143,31 @@ class AttentionShape:
     head_dim: int
 
 
-def attention_shapes(config: Any) -> list[AttentionShape]:
-    """Returns the heads of each layer, as the configuration states them.
-
-    Layers without attention have those of the others.
+def attention_shapes(config: Any) -> dict[int, AttentionShape]:
+    """Returns the heads of each layer with attention, by layer, as the configuration states them.
 
     Args:
         config: of a text decoder.
     """
     of_layers = getattr(config, "per_layer_config", None)  # transformers >= 5.20
-    shapes = []
-    for layer in range(config.num_hidden_layers):
+    shapes = {}
+    for layer, kind in enumerate(layer_types(config)):
+        if kind in WITHOUT_ATTENTION:
+            continue
         own = config if of_layers is None else of_layers[layer]
         listed = getattr(own, "num_attention_heads_per_layer", None)
         heads = own.num_attention_heads if listed is None else listed[layer]
-        # Older configurations lack a size of heads, or a number of KV heads.
+        kv_heads = getattr(own, "num_key_value_heads", None) or heads
+        # Older configurations lack a size of heads.
         head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-        shapes.append(
-            AttentionShape(heads, getattr(own, "num_key_value_heads", None) or heads, head_dim)
-        )
+        shapes[layer] = AttentionShape(heads, kv_heads, head_dim)
     return shapes
 
 
 def convertible_shapes(config: Any) -> dict[int, AttentionShape]:
     """Returns the heads of the layers that are converted, by layer."""
     converted = convertible_layers(config)
-    return {
-        layer: shape for layer, shape in enumerate(attention_shapes(config)) if converted[layer]
-    }
+    return {layer: shape for layer, shape in attention_shapes(config).items() if converted[layer]}
 
 
 def context_length(config: Any) -> int:

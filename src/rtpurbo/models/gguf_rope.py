@@ -30,7 +30,7 @@ def set_rope_scaling(config: PretrainedConfig, header: GgufHeader) -> None:
         RTPurboError: the file scales its frequencies in a way that is not supported.
     """
     dimensions = header.hyperparameter("rope.dimension_count")
-    head_dim = attention_shapes(config)[0].head_dim
+    head_dim = next(iter(attention_shapes(config).values())).head_dim
     if dimensions not in (None, head_dim):
         raise _unsupported(header, f"{dimensions} of {head_dim} dimensions")
     kind = header.hyperparameter("rope.scaling.type")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from rtpurbo import strict_json
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE
+from rtpurbo.models.families import WITHOUT_ATTENTION
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CROP_SLACK = 64
@@ -25,22 +26,24 @@ class CacheShape:
         dtype: data type of the stored weights, which the cache shares unless loaded otherwise.
         layer_window: window in tokens of the layers that are not converted.
         num_kv_heads: KV heads of a layer; None if they are not known.
-        of_layers: by layer, the settings of the base model that differ there.
+        layer_types: type of each layer; empty if they are not known.
+        of_layers: by layer, the sizes that differ there.
     """
 
     head_dim: int
     dtype: str
     layer_window: int | None = None
     num_kv_heads: int | None = None
-    of_layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    layer_types: Sequence[str] = ()
+    of_layers: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
     def head_dim_of(self, layer: int) -> int:
         """Returns the dimensions of a key and of a value in a layer."""
-        return self.of_layers.get(layer, {}).get("head_dim") or self.head_dim
+        return self.of_layers.get(layer, {}).get("head_dim", self.head_dim)
 
     def num_kv_heads_of(self, layer: int) -> int | None:
         """Returns the KV heads of a layer; None if they are not known."""
-        return self.of_layers.get(layer, {}).get("num_key_value_heads") or self.num_kv_heads
+        return self.of_layers.get(layer, {}).get("num_key_value_heads", self.num_kv_heads)
 
 
 def read_cache_shape(folder: Path) -> CacheShape | None:
@@ -67,15 +70,33 @@ def _shape(config: dict[str, Any]) -> CacheShape | None:
     # Latent attention caches something else than keys and values of every head.
     if not isinstance(head_dim, int) or config.get("kv_lora_rank") is not None:
         return None
-    dtype, window = config.get("dtype") or config.get("torch_dtype"), config.get("sliding_window")
-    kv_heads, of_layers = config.get("num_key_value_heads"), config.get("per_layer_config")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    window = config.get("sliding_window") or config.get("attention_chunk_size")
+    layer_types = config.get("layer_types") or config.get("layers_block_type")
     return CacheShape(
         head_dim,
         dtype if dtype in _ELEMENT_BYTES else "bfloat16",
         window if isinstance(window, int) else None,
-        kv_heads if isinstance(kv_heads, int) else None,
-        {int(layer): changes for layer, changes in (of_layers or {}).items()},
+        _sizes(config).get("num_key_value_heads"),
+        tuple(map(str, layer_types)) if isinstance(layer_types, list) else (),
+        _sizes_by_layer(config.get("per_layer_config")),
     )
+
+
+def _sizes_by_layer(of_layers: Any) -> dict[int, dict[str, int]]:
+    """Returns the sizes of single layers that a configuration of transformers 5.20 or newer states."""
+    if not isinstance(of_layers, dict):
+        return {}
+    return {
+        int(layer): _sizes(changes)
+        for layer, changes in of_layers.items()
+        if layer.isdecimal() and isinstance(changes, dict)
+    }
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, int]:
+    names = ("head_dim", "num_key_value_heads")
+    return {name: config[name] for name in names if isinstance(config.get(name), int)}
 
 
 def stored_tokens(config: RTPurboConfig, length: int) -> tuple[int, int]:
@@ -102,6 +123,8 @@ def _tokens_of_layer(
     heads = head_map.num_kv_heads(layer)
     if head_map.retrieval_heads[layer] is None:
         if shape is not None:
+            if set(shape.layer_types[layer : layer + 1]) & set(WITHOUT_ATTENTION):
+                return 0, 0
             heads = shape.num_kv_heads_of(layer) or heads
             length = min(length, shape.layer_window or length)
         return heads * length, heads * length

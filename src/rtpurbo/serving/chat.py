@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
-from rtpurbo.models.architecture import attention_shapes, context_length
+from rtpurbo.models.architecture import attention_shapes, context_length, layer_types
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import counting
@@ -223,7 +223,7 @@ class Conversation:
         steps = range(prompt + 1, prompt + new)
         if far_read is not None and len(steps):
             near, everything = reads_of_steps(self.model, steps)
-            shapes = attention_shapes(self.model.config)
+            shapes = attention_shapes(self.model.config).values()
             heads = sum(shape.num_attention_heads for shape in shapes)
             read = (near + far_read) / heads / len(steps)
             dense = everything / heads / len(steps)
@@ -249,12 +249,17 @@ def reads_of_steps(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int,
         Keys in sinks and windows, and all keys that the dense model would read.
     """
     config, rule = model.rtpurbo_config, model.rtpurbo_config.attention
+    kinds = layer_types(model.config)
     near = dense = 0
-    for layer, shape in enumerate(attention_shapes(model.config)):
+    for layer, shape in attention_shapes(model.config).items():
         heads, retrieval_heads = shape.num_attention_heads, config.head_map.retrieval_heads[layer]
         if retrieval_heads is None:
-            own = heads * sum(min(length, model.config.sliding_window) for length in lengths)
-            near, dense = near + own, dense + own
+            if kinds[layer] == "chunked_attention":
+                chunk = model.config.attention_chunk_size
+                read = sum((length - 1) % chunk + 1 for length in lengths)
+            else:
+                read = sum(min(length, model.config.sliding_window) for length in lengths)
+            near, dense = near + heads * read, dense + heads * read
             continue
         retrieving = len(retrieval_heads)
         for length in lengths:
