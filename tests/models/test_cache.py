@@ -81,7 +81,7 @@ def test_the_ring_shows_each_query_its_sinks_and_window(
         first_slots = None
         if ordered:
             first_slots = torch.tensor(padding, dtype=torch.int32).clamp(max=start + new)
-        slots.enter(chunk, first_slots, start)
+        slots.begin_forward(chunk, first_slots, start)
         states = ring.append(labels, labels + 1000)
         check_addresses(states, sinks, is_chunk_behind_ring=ordered and start > 0 and new > 1)
         for row, (queries, held) in enumerate(

@@ -10,7 +10,7 @@ import torch
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import decoding, entering
+from rtpurbo.models import decoding, fused_append
 from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules
@@ -52,7 +52,7 @@ class PlainStep:
         PlainStep.prepared += 1
 
     @staticmethod
-    def suits(device):
+    def supports(device):
         return True
 
     @staticmethod
@@ -194,9 +194,9 @@ def test_a_prompt_that_comes_in_single_tokens(plain_steps, model):
 
 def test_short_answers_are_not_worth_it(plain_steps, model):
     ids, mask = padded_batch(PADDING, PROMPT)
-    generate(model, ids, mask, decoding.STEPS_THAT_PAY)
+    generate(model, ids, mask, decoding.CAPTURE_COST_IN_STEPS)
     assert plain_steps.prepared == 0
-    generate(model, ids, mask, decoding.STEPS_THAT_PAY + 1)
+    generate(model, ids, mask, decoding.CAPTURE_COST_IN_STEPS + 1)
     assert plain_steps.prepared == 1
 
 
@@ -487,20 +487,20 @@ def in_both_ways(model, monkeypatch, run):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_graphs_say_what_their_steps_say(family, options, batch, gpu_batch, monkeypatch):
     model, (ids, mask) = gpu_model(family), gpu_batch(BATCHES[batch])
-    results, entered = [], []
+    results, appended = [], []
 
     def counted(module, *arguments):
-        entered.append(module)
-        return enter(module, *arguments)
+        appended.append(module)
+        return append_fused(module, *arguments)
 
-    enter = entering.enter
-    monkeypatch.setattr(entering, "enter", counted)
+    append_fused = fused_append.append_fused
+    monkeypatch.setattr(fused_append, "append_fused", counted)
 
     def run():
-        entered.clear()
+        appended.clear()
         result = generate(model, ids, mask, return_dict_in_generate=True, **options)
         results.append((captures(model), result.past_key_values.is_static))
-        assert set(entered) == set(headwise_modules(model))  # by its kernel
+        assert set(appended) == set(headwise_modules(model))  # by its kernel
         return result.sequences
 
     graphed, plain = in_both_ways(model, monkeypatch, run)

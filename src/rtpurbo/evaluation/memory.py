@@ -38,7 +38,7 @@ def cache_bytes(
     sparse = is_sparse(model) and not dense
     cache = HeadwiseCache(model) if sparse else DynamicCache(config=model.config)
     if isinstance(cache, HeadwiseCache):
-        cache.enter(None, batch_size, context_length, DEVICE)
+        cache.begin_forward(None, batch_size, context_length, DEVICE)
 
     def states(heads: int, dim: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
         return torch.zeros(batch_size, heads, context_length, dim, dtype=dtype, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Makes a dense model sparse in place, and dense again; watches and counts while it is sparse."""
+"""Makes a dense model sparse in place, and dense again; observes and measures sparse models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import AttentionShape, check_architecture, context_length
 from rtpurbo.models.attention import IMPLEMENTATION
-from rtpurbo.models.entering import attach_fast_entry, detach_fast_entry
+from rtpurbo.models.fused_append import attach_fused_append, detach_fused_append
 from rtpurbo.models.generation import attach_cache, detach_cache
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.models.probe import AttentionTraits, probe
@@ -34,8 +34,8 @@ from rtpurbo.ops import SelectionStatistics, Selector
 def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     """Makes the attention of every full-attention layer sparse, in place.
 
-    A `SparseAttention` hangs on every attention module, which stays. Indexer weights start at zero: train
-    them, or load them with `load_indexers`.
+    A `SparseAttention` is attached to every attention module, which is kept. Indexer weights start at
+    zero: train them, or load them with `load_indexers`.
 
     Args:
         model: a dense causal language model of any architecture that `check_architecture` lets pass.
@@ -97,7 +97,7 @@ def _check_rotations(traits: Mapping[int, AttentionTraits]) -> None:
 
 
 def _attach(layer: SparseAttention, settings: IndexerSettings) -> None:
-    """Hangs a sparse layer on its attention module."""
+    """Attaches a sparse layer to its attention module."""
     module: Any = layer.module
     if layer.retrieval_heads:
         weight = next(module.parameters())
@@ -112,7 +112,7 @@ def _attach(layer: SparseAttention, settings: IndexerSettings) -> None:
         module.indexer.train(module.training)
     module._rtpurbo = layer
     layer.hook = module.register_forward_pre_hook(note_rotation, with_kwargs=True)
-    attach_fast_entry(layer)
+    attach_fused_append(layer)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
@@ -124,7 +124,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for layer in headwise_modules(model):
         module: Any = layer.module
         layer.hook.remove()
-        detach_fast_entry(module)
+        detach_fused_append(module)
         if layer.retrieval_heads:
             del module.indexer
         del module._rtpurbo
@@ -137,17 +137,14 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def resolve_indexer_settings(model: PreTrainedModel, settings: IndexerSettings) -> IndexerSettings:
-    """Fixes a wavelength left open to the model's context: kept pairs never complete a turn."""
+    """Sets an open `min_wavelength` to the model's context, within which no kept pair completes a turn."""
     if settings.min_wavelength is not None:
         return settings
     return replace(settings, min_wavelength=float(context_length(model.config)))
 
 
 def feature_dimensions(layer: SparseAttention, settings: IndexerSettings) -> list[int]:
-    """The dimensions of a head that the indexer of this layer projects.
-
-    All of them where the rotation is not known.
-    """
+    """Returns the dimensions of a head that the indexer of this layer projects: all, if RoPE is not known."""
     if settings.index_space != "low_frequency" or layer.rotation is None:
         return list(range(layer.head_dim))
     assert settings.min_wavelength is not None
@@ -155,7 +152,7 @@ def feature_dimensions(layer: SparseAttention, settings: IndexerSettings) -> lis
 
 
 def runtime(model: PreTrainedModel) -> Runtime:
-    """The runtime settings of a sparse model, which are also `model.rtpurbo`.
+    """Returns the runtime settings of a sparse model, which are also `model.rtpurbo`.
 
     Raises:
         RTPurboError: the model is not sparse.
@@ -169,44 +166,44 @@ def set_rule(model: PreTrainedModel, **changes: Any) -> None:
 
 
 def set_selector(model: PreTrainedModel, selector: Selector | None) -> None:
-    """Lets something else than the rule choose far keys where rows select; None gives it back."""
+    """Sets a selector of far keys that replaces the rule's; None restores the rule."""
     for module in headwise_modules(model):
         module.selector = selector
 
 
 def using_rule(model: PreTrainedModel, **changes: Any) -> AbstractContextManager[None]:
-    """As `Runtime.rule`."""
+    """Changes the rule inside a `with` block; see `Runtime.rule`."""
     return runtime(model).rule(**changes)
 
 
 def counting(
     model: PreTrainedModel, statistics: SelectionStatistics | None = None
 ) -> AbstractContextManager[SelectionStatistics]:
-    """As `Runtime.counting`."""
+    """Counts selected keys inside a `with` block; see `Runtime.counting`."""
     return runtime(model).counting(statistics)
 
 
 def decoding_last(model: PreTrainedModel, num_decode_rows: int) -> AbstractContextManager[None]:
-    """As `Runtime.decoding_last`."""
+    """Lets the last queries of a forward select as decode steps; see `Runtime.decoding_last`."""
     return runtime(model).decoding_last(num_decode_rows)
 
 
 def running_dense(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """As `Runtime.dense`."""
+    """Runs dense attention inside a `with` block; see `Runtime.dense`."""
     return runtime(model).dense()
 
 
 def gated_heads(
     model: PreTrainedModel, gates: Mapping[int, Tensor]
 ) -> AbstractContextManager[None]:
-    """As `Runtime.gated`."""
+    """Mixes full and windowed attention inside a `with` block; see `Runtime.gated`."""
     return runtime(model).gated(gates)
 
 
 def packing(
     model: PreTrainedModel, document_lengths: Sequence[int] | None
 ) -> AbstractContextManager[None]:
-    """As `Runtime.packed`."""
+    """Separates packed documents inside a `with` block; see `Runtime.packed`."""
     return runtime(model).packed(document_lengths)
 
 
@@ -214,14 +211,14 @@ def packing(
 def observing(
     model: PreTrainedModel, observer: Callable[[LayerObservation], None], *, dense: bool = True
 ) -> Iterator[None]:
-    """Shows every converted layer's queries and keys to `observer`.
+    """Calls `observer` with the queries and keys of every converted layer, inside a `with` block.
 
-    A dense model is made sparse for the while (without retrieval heads) and restored after.
+    A dense model is sparse without retrieval heads meanwhile, and is restored afterwards.
 
     Args:
         model: dense or sparse.
-        observer: called once a layer and forward.
-        dense: run attention dense, as the original; False runs a sparse model as it is.
+        observer: called once for each layer and forward.
+        dense: run dense attention; False runs the attention of a sparse model.
     """
     borrowed = not is_sparse(model)
     if borrowed:
