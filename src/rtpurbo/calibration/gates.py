@@ -23,7 +23,7 @@ from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import empty_head_map, gated_heads, restore, running_dense, sparsify
+from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, loss_on
@@ -91,7 +91,7 @@ def train_gates(
         for step in range(steps):
             positions, answers = target_positions(upcoming, f"gates-{step}")
             ids = upcoming.input_ids
-            with running_dense(model), autocast(model):
+            with runtime(model).dense(), autocast(model):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
             loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)
             if not loss.isfinite():
@@ -208,7 +208,7 @@ def _gated(
         for module in headwise_modules(model)
     }
     try:
-        with gated_heads(model, gates):
+        with runtime(model).gated(gates):
             yield gates
     finally:
         model.eval()

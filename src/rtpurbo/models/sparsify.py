@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
@@ -181,30 +180,6 @@ def counting(
 ) -> AbstractContextManager[SelectionStatistics]:
     """Counts selected keys inside a `with` block; see `Runtime.counting`."""
     return runtime(model).counting(statistics)
-
-
-def decoding_last(model: PreTrainedModel, num_decode_rows: int) -> AbstractContextManager[None]:
-    """Lets the last queries of a forward select as decode steps; see `Runtime.decoding_last`."""
-    return runtime(model).decoding_last(num_decode_rows)
-
-
-def running_dense(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Runs dense attention inside a `with` block; see `Runtime.dense`."""
-    return runtime(model).dense()
-
-
-def gated_heads(
-    model: PreTrainedModel, gates: Mapping[int, Tensor]
-) -> AbstractContextManager[None]:
-    """Mixes full and windowed attention inside a `with` block; see `Runtime.gated`."""
-    return runtime(model).gated(gates)
-
-
-def packing(
-    model: PreTrainedModel, document_lengths: Sequence[int] | None
-) -> AbstractContextManager[None]:
-    """Separates packed documents inside a `with` block; see `Runtime.packed`."""
-    return runtime(model).packed(document_lengths)
 
 
 @contextmanager

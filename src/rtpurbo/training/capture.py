@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import observing, packing
+from rtpurbo.models.sparsify import observing, runtime
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.packed import document_starts
@@ -239,7 +239,7 @@ def run_backbone(
     with (
         torch.no_grad(),
         observing(model, observe, dense=dense),
-        packing(model, lengths if len(lengths) > 1 else None),
+        runtime(model).packed(lengths if len(lengths) > 1 else None),
     ):
         decoder_of(model)(ids, position_ids=positions, use_cache=False)
 
