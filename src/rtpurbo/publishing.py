@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.files import check_stays_inside
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base_reference import BaseReference
@@ -67,9 +67,8 @@ def push_artifact(folder: str | Path, name: str, *, private: bool = False) -> st
         url = str(api.create_repo(name, private=private, exist_ok=True))
         api.create_commit(name, operations, commit_message="Upload with rtpurbo")
     except Exception as error:  # the network fails in many ways
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RTPurboError(
-            f"cannot push to '{name}' ({first_line}); check the name and the network, and log in "
+            f"cannot push to '{name}' ({first_line(error)}); check the name and the network, and log in "
             "with `hf auth login`."
         ) from error
     return url

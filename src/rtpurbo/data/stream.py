@@ -21,7 +21,7 @@ from rtpurbo.data.texts import (
     import_datasets,
     parse_hub_source,
 )
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -260,5 +260,6 @@ def _open_source(datasets: Any, source: str) -> Any:
 
 
 def _cannot_read(source: str, error: Exception) -> RTPurboError:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return RTPurboError(f"Cannot read the texts {source}: {text}; check them and the network.")
+    return RTPurboError(
+        f"Cannot read the texts {source}: {first_line(error)}; check them and the network."
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 from rtpurbo import strict_json
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -262,7 +262,7 @@ def _read_file(path: Path, source: str) -> list[str]:
             dataset = datasets.Dataset.from_parquet(str(path))
         except Exception as error:  # the errors of the Parquet reader have no base of their own
             raise RTPurboError(
-                f"Cannot read the text file {source}: {_first_line(error)}; "
+                f"Cannot read the text file {source}: {first_line(error)}; "
                 "check that it is a Parquet file."
             ) from error
         return _text_column(dataset, source)
@@ -357,7 +357,7 @@ def _read_hub_dataset(source: str) -> list[str]:
         dataset = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # the library raises the errors of its many sources
         raise RTPurboError(
-            f"Cannot load the dataset {source}: {_first_line(error)}; "
+            f"Cannot load the dataset {source}: {first_line(error)}; "
             "check its name, configuration and split, and the network."
         ) from error
     return _text_column(dataset, source)
@@ -385,7 +385,3 @@ def import_datasets(source: str) -> Any:
             f"Reading {source} needs the package datasets; install it with "
             "pip install 'rtpurbo[data]'."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

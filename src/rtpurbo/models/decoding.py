@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.arguments import CACHE_NAME, named
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.graphs import CudaGraph
-from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
+from rtpurbo.models.sparse_layer import SparseAttention
+from rtpurbo.models.sparse_layers import headwise_modules
 
 # A capture takes about as long as this many steps without a graph.
 CAPTURE_COST_IN_STEPS = 16
@@ -156,8 +157,7 @@ class GraphedDecoder:
     def _watched_modules(self, model: PreTrainedModel) -> list[SparseAttention] | None:
         """Returns the sparse layers; None if they are observed, dense or eager."""
         if not self._modules:
-            found = (sparse_layer_of(module) for module in model.base_model.modules())
-            self._modules = [layer for layer in found if layer is not None]
+            self._modules = headwise_modules(model)
         for module in self._modules:
             watched = module.statistics is not None or module.observer is not None
             watched = watched or module.selector is not None
@@ -232,7 +232,7 @@ class GraphedDecoder:
             _undo(cache, seen)
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+            reason = first_line(error, with_type=True)
             self._has_failed = not isinstance(error, torch.OutOfMemoryError)
         if reason is not None:
             _undo(cache, seen)

@@ -17,7 +17,7 @@ from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.pretrained import refuse_offloading
-from rtpurbo.models.slots import padding_form
+from rtpurbo.models.slots import fitting_mask, padding_form
 from rtpurbo.models.text_part import OTHER_MODALITIES
 
 
@@ -99,13 +99,10 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
         if not torch.is_inference_mode_enabled():
             leave_inference_mode(cache, tokens.shape[0])
         return cache.begin_forward(mask, tokens.shape[0], tokens.shape[1], tokens.device)
-    batch, length = tokens.shape[:2]
-    if mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
-        raise RTPurboError(
-            f"the attention mask is {tuple(mask.shape)}, but must be {(batch, length)}: without a "
-            "cache it covers the tokens given."
-        )
-    return None if mask is None or padding_form(mask)[0] == "none" else mask
+    if mask is None:
+        return None
+    fitting_mask(mask, *tokens.shape[:2])
+    return None if padding_form(mask)[0] == "none" else mask
 
 
 def _check_rows(cache: HeadwiseCache, batch: int) -> None:

@@ -32,6 +32,20 @@ def padding_form(mask: Tensor) -> tuple[Padding, bool]:
     return "left" if is_ascending else "any", have_begun
 
 
+def fitting_mask(mask: Tensor, batch: int, total: int) -> Tensor:
+    """Returns a mask cut to [batch, total].
+
+    Raises:
+        RTPurboError: it is shorter, or of another number of sequences.
+    """
+    if mask.shape[0] != batch or mask.shape[1] < total:
+        raise RTPurboError(
+            f"the attention mask is {tuple(mask.shape)}, but must be {(batch, total)}: it covers the "
+            "tokens in the cache, if there is one, and the new ones."
+        )
+    return mask[:, :total]
+
+
 def positions_of(mask: Tensor) -> Tensor:
     """Returns the positions int64 [batch, tokens] of a mask's tokens, -1 for padding."""
     real = mask.to(torch.bool)
@@ -108,7 +122,7 @@ class TokenSlots:
         if seen == 0:
             self.clear()
         if mask is not None:
-            mask = self._fitting(mask, batch, seen + new).to(device, torch.bool)
+            mask = fitting_mask(mask, batch, seen + new).to(device, torch.bool)
             if self.padding != "any" and (seen == 0 or new > 1 or not self.have_begun):
                 self.padding, self.have_begun = padding_form(mask)
                 self._set_first_slots(mask)
@@ -123,15 +137,6 @@ class TokenSlots:
         self.ring.begin_forward(
             self.query_positions, self.first_slots, seen, self.padding == "none"
         )
-
-    @staticmethod
-    def _fitting(mask: Tensor, batch: int, total: int) -> Tensor:
-        if mask.shape[0] != batch or mask.shape[1] < total:
-            raise RTPurboError(
-                f"the attention mask is {tuple(mask.shape)}, but must be {(batch, total)}: "
-                "it covers the tokens in the cache and the new ones."
-            )
-        return mask[:, :total]
 
     def _set_first_slots(self, mask: Tensor) -> None:
         if self.padding == "any":

@@ -9,7 +9,7 @@ from pathlib import Path
 from sys import stderr
 from typing import Any
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 
 PROJECT = "rtpurbo"
 
@@ -53,9 +53,8 @@ class Trackers:
                     tracker.start()
                     tracker.store_init_configuration(_flat(configuration or {}))
             except Exception as error:  # trackers raise errors of many types
-                text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
                 raise RTPurboError(
-                    f"the tracker '{name}' does not start ({text}): set it up, or leave "
+                    f"the tracker '{name}' does not start ({first_line(error)}): set it up, or leave "
                     f"--report-to {name} out."
                 ) from error
             self._trackers.append(tracker)
