@@ -41,7 +41,7 @@ from rtpurbo.evaluation.perplexity import token_losses
 from rtpurbo.files import write_json_atomically
 from rtpurbo.models.artifact import load, load_base
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
-from rtpurbo.models.sparsify import counting, runtime, using_rule
+from rtpurbo.models.sparsify import counting, runtime
 from rtpurbo.settings import (
     CalibrationSettings,
     ConversionSettings,
@@ -141,7 +141,7 @@ def following(model: PreTrainedModel, rule: PrefillRule) -> Iterator[None]:
         yield
         return
     block_size = replace(model.rtpurbo_config.attention, **rule.changes).block_size
-    with using_rule(model, **rule.changes), fast_selection(block_size, model.device):
+    with runtime(model).rule(**rule.changes), fast_selection(block_size, model.device):
         yield
 
 

@@ -14,7 +14,7 @@ from rtpurbo.models import decoding, fused_append
 from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import counting, observing, restore, set_rule, set_selector, using_rule
+from rtpurbo.models.sparsify import counting, observing, restore, runtime, set_rule, set_selector
 from tests.models.test_generation import WINDOW, generate, greedy_by_recomputation
 from tests.models.test_slots import holes
 from tests.tiny_models import (
@@ -352,7 +352,7 @@ def test_a_rule_wider_than_the_cache_is_refused_as_ever(plain_steps, model):
     ids, mask = padded_batch(PADDING, 60)
     cache = HeadwiseCache(model)
     decoded(model, ids[:, :40], mask[:, :40], cache)
-    with using_rule(model, sliding_window=32), pytest.raises(RTPurboError, match="new cache"):
+    with runtime(model).rule(sliding_window=32), pytest.raises(RTPurboError, match="new cache"):
         logits_of(model, ids[:, 40:41], mask[:, :41], [1], cache)
     logits = logits_of(model, ids[:, 40:], mask, [1] * 20, cache)
     assert_same_logits(logits, logits_of(model, ids, mask)[:, 40:], mask)
@@ -517,7 +517,7 @@ def test_graphs_are_as_exact_as_steps_as_usual(batch, gpu_batch):
         module.indexer.query_weight.data.mul_(0.005)
     steps = [1] * 60 + [9] + [1] * 107
     logits = []
-    with using_rule(model, min_tokens=ids.shape[1]):
+    with runtime(model).rule(min_tokens=ids.shape[1]):
         for graphs in (True, False):
             model.rtpurbo_graphs = graphs
             cache = HeadwiseCache(model)

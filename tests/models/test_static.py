@@ -6,7 +6,7 @@ import torch
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.sparsify import using_rule
+from rtpurbo.models.sparsify import runtime
 from tests.models.test_slots import Looks, holes, states_seen  # noqa: F401
 from tests.models.zoo.configurations import EQUAL, HEADS_BY_LAYER
 from tests.tiny_models import (
@@ -75,7 +75,7 @@ def test_steps_equal_one_forward_while_every_ring_wraps(family, batch):
 
 def test_steps_with_an_index_in_float8(model):
     ids, mask = padded_batch(PADDING, LENGTH)
-    with using_rule(model, index_storage="float8"):
+    with runtime(model).rule(index_storage="float8"):
         cache = static_cache(model, ids, mask)
         decoded = logits_of(model, ids[:, PROMPT:], mask, [1] * (LENGTH - PROMPT), cache)
         assert_same_logits(decoded, logits_of(model, ids, mask)[:, PROMPT:], mask)

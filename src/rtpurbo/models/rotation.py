@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtpurbo.errors import RTPurboError
+
 # Bits of the number that identifies a column: enough for head dimensions below 2,048.
 CODE_BITS = 10
 # What a rotation by a right angle changes, relative to the size of a head; a norm behind it changes less.
@@ -69,6 +71,20 @@ class RotaryLayout:
         exact = states.to(torch.promote_types(states.dtype, torch.float32))
         undone = (exact * cosines - exact[..., partners] * signs * sines) / norm
         return torch.where(rotated, undone, exact).to(states.dtype)
+
+
+def invertible(layer: int, rotation: RotaryLayout | None) -> RotaryLayout:
+    """Returns the rotation of a layer, if it can be undone.
+
+    Raises:
+        RTPurboError: it cannot, or is not known.
+    """
+    if rotation is None or rotation.partners is None:
+        raise RTPurboError(
+            f"the rotary embedding of layer {layer} cannot be undone, which index_space 'pre_rope' "
+            "needs: choose 'low_frequency'."
+        )
+    return rotation
 
 
 def unrotated(head_dim: int) -> RotaryLayout:

@@ -16,7 +16,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache_layers import HeadwiseLayer, NewStates
 from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.models.probe import AttentionTraits
-from rtpurbo.models.rotation import Embeddings
+from rtpurbo.models.rotation import Embeddings, invertible
 from rtpurbo.ops import (
     HeadLayout,
     KeyValueStates,
@@ -209,12 +209,9 @@ class SparseAttention:
         return torch.arange(length, device=queries.device).expand(batch, length)
 
     def _undo_rotation(self, states: Tensor, embeddings: Embeddings | None) -> Tensor:
-        if self.rotation is None or self.rotation.partners is None or embeddings is None:
-            raise RTPurboError(
-                f"the rotary embedding of layer {self.layer_idx} cannot be undone, so index_space "
-                "'pre_rope' does not suit this model: choose 'low_frequency'."
-            )
-        return self.rotation.undo(states, embeddings)
+        rotation = invertible(self.layer_idx, None if embeddings is None else self.rotation)
+        assert embeddings is not None
+        return rotation.undo(states, embeddings)
 
     def index(
         self,

@@ -18,6 +18,7 @@ from rtpurbo.models.fused_append import attach_fused_append, detach_fused_append
 from rtpurbo.models.generation import attach_cache, detach_cache
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.models.probe import AttentionTraits, probe
+from rtpurbo.models.rotation import invertible
 from rtpurbo.models.runtime import Runtime
 from rtpurbo.models.sparse_layer import (
     LayerObservation,
@@ -51,7 +52,8 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     check_head_map(config.head_map, traits, model.config.num_hidden_layers)
     config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
     if config.indexer.index_space == "pre_rope":
-        _check_rotations(traits)
+        for number, found in traits.items():
+            invertible(number, found.rotation)
     if is_sparse(model):
         restore(model)
     expected = logits_over_cache(model) if needs_check(model, config) else None
@@ -66,7 +68,7 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     if expected is not None:
         try:
             window = max(NUM_TOKENS, config.attention.sliding_window)
-            with using_rule(model, sliding_window=window):
+            with model.rtpurbo.rule(sliding_window=window):
                 check_equal(model, expected)
         except RTPurboError:
             restore(model)
@@ -83,16 +85,6 @@ def _checked_traits(model: PreTrainedModel) -> dict[int, AttentionTraits]:
     check_can_be_sparse(model)
     check_architecture(model.config)
     return probe(model)
-
-
-def _check_rotations(traits: Mapping[int, AttentionTraits]) -> None:
-    """Refuses rotary embeddings that cannot be undone."""
-    for number, found in traits.items():
-        if found.rotation is None or found.rotation.partners is None:
-            raise RTPurboError(
-                f"the rotary embedding of layer {number} cannot be undone, so index_space 'pre_rope' "
-                "does not suit this model: choose 'low_frequency'."
-            )
 
 
 def _attach(layer: SparseAttention, settings: IndexerSettings) -> None:
@@ -168,11 +160,6 @@ def set_selector(model: PreTrainedModel, selector: Selector | None) -> None:
     """Sets a selector of far keys that replaces the rule's; None restores the rule."""
     for module in headwise_modules(model):
         module.selector = selector
-
-
-def using_rule(model: PreTrainedModel, **changes: Any) -> AbstractContextManager[None]:
-    """Changes the rule inside a `with` block; see `Runtime.rule`."""
-    return runtime(model).rule(**changes)
 
 
 def counting(

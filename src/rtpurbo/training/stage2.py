@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.models.architecture import context_length
-from rtpurbo.models.sparsify import runtime, using_rule
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import DistillationSettings, Progress, check_context, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
@@ -95,7 +95,7 @@ def distill(
 
     with (
         trainable(model, settings, seed) as student,
-        using_rule(model, prefill_mode=settings.prefill_mode),
+        runtime(model).rule(prefill_mode=settings.prefill_mode),
     ):
         loop = StageLoop(
             "stage2",
