@@ -1,4 +1,4 @@
-"""From a dense model and some prose to a head map."""
+"""Calibration of a dense model on texts, which finds its retrieval heads."""
 
 from __future__ import annotations
 
@@ -34,14 +34,20 @@ from rtpurbo.settings import (
 
 @dataclass(frozen=True)
 class Calibration:
-    """A head map, how sure we can be of it, and how it was found; None where that is not known."""
+    """Result of a calibration.
+
+    Attributes:
+        head_map: retrieval heads and scores.
+        stability: agreement of the documents; None if it was not measured.
+        settings: settings of the calibration; None if they are not known.
+    """
 
     head_map: HeadMap
     stability: Stability | None
     settings: CalibrationSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns plain JSON types."""
         return asdict(self)
 
 
@@ -57,18 +63,18 @@ def calibrate(
 ) -> Calibration:
     """Finds the retrieval heads.
 
-    Scores are gates trained on long-range tasks, or means over documents: of prose whose needles stand at depths from
-    5 % to 50 % (repeated filler would draw attention to every copy, docs/experiment-log.md), of chains of variables, or
-    of both, whose best heads come in turn.
+    Scores are gates trained on long-range tasks, or means over documents: prose with needles at depths from 5 % to
+    50 % (repeated filler would draw attention to every copy, docs/experiment-log.md), chains of variables, or both,
+    whose best heads are taken in turn.
 
     Args:
         model: dense.
         tokenizer: the model's.
-        corpus: prose that the needles are hidden in.
+        corpus: prose in which the needles are hidden.
         settings: documents and choice.
-        rule: sinks and window that gates compare full attention with; the default for the context if None.
-        seed: of the documents.
-        progress: told after each document.
+        rule: sinks and window of a head with a closed gate; None for the default of the context.
+        seed: seed of the documents.
+        progress: called after each document.
 
     Raises:
         RTPurboError: documents are longer than the model's context or than the text.
@@ -109,7 +115,7 @@ def _by_gates(
     seed: int,
     progress: Progress,
 ) -> Calibration:
-    """The heads whose gates stay open."""
+    """Calibrates by gates: retrieval heads are those whose gates stay open."""
     window = default_sliding_window(context_length(model.config))
     ratio = settings.ratio
     if settings.count is not None:
@@ -129,7 +135,7 @@ def _by_gates(
 def _chosen(
     model: PreTrainedModel, scores: dict[int, Tensor], settings: CalibrationSettings
 ) -> HeadMap:
-    """The head map of these scores, given by layer."""
+    """Returns the head map of scores by layer."""
     by_layer: list[list[float] | None] = [None] * model.config.num_hidden_layers
     for layer, values in scores.items():
         by_layer[layer] = values.tolist()
@@ -137,7 +143,7 @@ def _chosen(
 
 
 def _together(first: Tensor, *second: Tensor) -> Tensor:
-    """Scores of one kind as they are, of two kinds in turn."""
+    """Returns scores of one kind unchanged, and those of two kinds merged by `in_turn`."""
     return in_turn(first, *second) if second else first
 
 
@@ -150,7 +156,7 @@ def _scores(
     seed: int,
     number: int,
 ) -> dict[int, Tensor]:
-    """The scores that one document gives, by layer."""
+    """Returns the scores of one document by layer."""
     if kind == "variable_tracking":
         rng = random.Random(f"chains-{seed}-{number}")
         chained = make_chain_document(tokenizer, corpus, settings.length, rng)
@@ -162,7 +168,7 @@ def _scores(
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Result of `rtpurbo calibrate`, read from its file.
+    """Reads the file that `rtpurbo calibrate` wrote.
 
     Raises:
         RTPurboError: the file is missing or is not one.

@@ -46,7 +46,7 @@ TARGETS = DistillationSettings(answer_weight=2.0, decode_queries=0)
 
 
 class Sequences(Protocol):
-    """A source of training sequences."""
+    """Source of training sequences."""
 
     def sequence(self, number: int) -> Conversation:
         """Sequence `number`, with the spans of its answers."""
@@ -154,7 +154,7 @@ class SharedScaleDescent:
 
 
 def _free(gate: Tensor, gradient: Tensor) -> Tensor:
-    """The gradients of gates that can follow them: neither open nor closed already."""
+    """Returns the gradients of gates that can move along them: not clamped at 0 or 1."""
     return gradient[
         (gate > 0) & (gate < 1) | (gate == 0) & (gradient < 0) | (gate == 1) & (gradient > 0)
     ]
@@ -188,7 +188,7 @@ def project(gates: Sequence[Tensor], budget: float) -> None:
 def _gated(
     model: PreTrainedModel, rule: AttentionRule, per_group: bool
 ) -> Iterator[dict[int, Tensor]]:
-    """A dense model with gates on its heads, ready for their gradients, and dense again afterwards.
+    """Attaches trainable gates to the heads of a dense model, inside a `with` block.
 
     Yields:
         The gates by layer: fp32 [num_key_value_heads] or [num_attention_heads].
