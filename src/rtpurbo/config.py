@@ -128,7 +128,7 @@ class AttentionRule:
 
 
 HeadCounts = int | tuple[int | None, ...]
-"""Heads of a layer, if all converted layers have the same number; a number for each layer otherwise."""
+"""Number of heads of every layer, or a number for each layer where converted layers differ."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class HeadMap:
     Attributes:
         retrieval_heads: for each layer, the query heads that need the whole context, ascending.
             None for a layer that is not converted.
-        num_attention_heads: query heads of a layer. A tuple has a number for each layer, None if it is
-            not converted; equal numbers become a single one.
-        num_key_value_heads: KV heads of a layer, in the same form.
+        num_attention_heads: number of query heads of a layer; where layers differ, a tuple with a number
+            for each layer, None if it is not converted. A tuple of equal numbers becomes one number.
+        num_key_value_heads: number of KV heads of a layer, in the same form.
         scores: for each layer, the retrieval score of each query head (paper: head calibration).
         granularity: unit of the selection: single query heads or whole KV groups.
     """
@@ -228,17 +228,17 @@ class HeadMap:
         )
 
     def num_query_heads(self, layer: int) -> int:
-        """Returns the query heads of a layer; 0 if the map does not know, of a layer not converted."""
+        """Returns the number of query heads of a layer; 0 for an unconverted layer if layers differ."""
         counts = self.num_attention_heads
         return counts if isinstance(counts, int) else counts[layer] or 0
 
     def num_kv_heads(self, layer: int) -> int:
-        """Returns the KV heads of a layer; 0 if the map does not know, of a layer not converted."""
+        """Returns the number of KV heads of a layer; 0 for an unconverted layer if layers differ."""
         counts = self.num_key_value_heads
         return counts if isinstance(counts, int) else counts[layer] or 0
 
     def group_size(self, layer: int) -> int:
-        """Returns the query heads that share a KV head in a converted layer."""
+        """Returns the number of query heads that share a KV head in a converted layer."""
         return self.num_query_heads(layer) // self.num_kv_heads(layer)
 
     def full_key_value_heads(self, layer: int) -> list[int]:
