@@ -44,7 +44,9 @@ class Problem:
         kept = slice(None) if key_value_heads is None else key_value_heads
         indexed = slice(None) if index_heads is None else index_heads
         if self.shared_index:
-            indexed = torch.arange(self.keys.shape[1])[kept] * int((self.kv_head_index == 0).sum())
+            indexed = torch.arange(self.keys.shape[1], device=self.keys.device)[kept] * int(
+                (self.kv_head_index == 0).sum()
+            )
         return KeyValueStates(
             self.keys[:, kept],
             self.values[:, kept],

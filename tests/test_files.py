@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import (
+    append_text,
     check_output_folder,
     save_tensors_atomically,
     whole_file,
@@ -216,3 +217,16 @@ def test_an_old_folder_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch):
         (new / "file").write_text("new")
     (kept,) = tmp_path.glob(".folder.*/old/file")
     assert kept.read_text() == "old"
+
+
+def test_text_is_appended_after_what_is_kept(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    size = append_text(path, "one\u00e9\n", 0)
+    assert size == path.stat().st_size == 6
+    with path.open("a") as file:
+        file.write("cut sho")
+    assert append_text(path, "two\n", size) == 10
+    assert path.read_text(encoding="utf-8") == "one\u00e9\ntwo\n"
+    # Its parent is a file.
+    with pytest.raises(RTPurboError, match=r"cannot write to .*log.jsonl/below .*: choose another"):
+        append_text(path / "below", "", 0)

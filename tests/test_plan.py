@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rtpurbo import plan as plans
-from rtpurbo.conversion import choose_settings, plan_conversion, with_stage2
+from rtpurbo.conversion import plan_conversion, with_stage2
 from rtpurbo.defaults import EFFORTS
 from rtpurbo.errors import RTPurboError
+from rtpurbo.job_options import choose_settings
 from rtpurbo.lengths import check_lengths, lengths_of
 from rtpurbo.models.families import FAMILIES
 from rtpurbo.plan import make_plan

@@ -5,11 +5,11 @@ import pytest
 
 from rtpurbo.defaults import default_settings
 from rtpurbo.errors import RTPurboError
+from rtpurbo.lengths import check_context
 from rtpurbo.renamed_settings import RENAMED
 from rtpurbo.settings import (
     IndexerTrainingSettings,
     change_settings,
-    check_context,
     recorded_changes,
 )
 

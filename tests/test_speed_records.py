@@ -10,7 +10,6 @@ from rtpurbo.speed_records import (
     SpeedResults,
     read_speed,
     stated_density,
-    with_phase,
     write_speed,
 )
 
@@ -78,11 +77,6 @@ def test_an_unknown_phase_is_refused(path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(RTPurboError, match="there is no file"):
         read_speed(tmp_path / "nothing.json")
-
-
-def test_phases_can_be_told_apart():
-    assert with_phase([RECORD], "prefill") == [RECORD]
-    assert with_phase([RECORD], "decode") == []
 
 
 @pytest.mark.parametrize(("reached", "stated"), [(0.104, 0.1), (0.106, 0.106), (0.09, 0.09)])

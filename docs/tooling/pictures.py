@@ -18,8 +18,8 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.ops.eager.selection import smallest_set, target_mass
-from rtpurbo.reporting.figures import figure_style, svg, svg_document
 from rtpurbo.reporting.palette import PALETTE
+from rtpurbo.reporting.svg import figure_style, svg, svg_document
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"

@@ -21,6 +21,9 @@ HeadGranularity = Literal["query_head", "kv_group"]
 MAX_INDEX_DIM = 1024
 """Upper limit of `index_dim`, above the size of any head."""
 
+DEFAULT_CROP_SLACK = 64
+"""Slots of a windowed KV head beyond sinks and window: tokens that can be taken back (assisted decoding)."""
+
 
 def check_choice(name: str, value: str, allowed: Any) -> None:
     """Refuses a value that a Literal type does not contain."""

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rtpurbo.calibration.calibrate import read_calibration
-from rtpurbo.config import AttentionRule, HeadMap
+from rtpurbo.config import HeadMap
 from rtpurbo.data.texts import load_texts
-from rtpurbo.defaults import default_rule, default_settings, resolve_effort
 from rtpurbo.devices import base_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.job import Job, calibrate_base
+from rtpurbo.job_options import JobOptions, choose_settings, settings_options
 from rtpurbo.lengths import check_lengths
-from rtpurbo.models.architecture import context_length, convertible_shapes
+from rtpurbo.models.architecture import context_length
 from rtpurbo.models.artifact import load_base, read_indexers
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.artifact_folder import check_is_dense, find_artifact
-from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
+from rtpurbo.models.base import DEFAULT_MODEL, BaseModel, load_base_model, read_config
 from rtpurbo.models.sparse_layers import load_indexers
 from rtpurbo.models.sparsify import sparsify
 from rtpurbo.plan import Plan, make_plan
@@ -30,11 +30,13 @@ from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
     Progress,
-    change_settings,
     no_progress,
     recorded_changes,
 )
 from rtpurbo.training.student import check_trainable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def ignore_plan(plan: Plan) -> None:
@@ -45,84 +47,36 @@ def convert(
     model: str | None,
     output_dir: str | Path,
     *,
-    settings: ConversionSettings | None = None,
-    changes: Mapping[str, Any] | None = None,
-    effort: str = "auto",
-    max_length: int | None = None,
-    data: Sequence[str] | None = None,
-    device: str = "auto",
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress = no_progress,
-    parallel: str = "data",
-    report_to: Sequence[str] = (),
-    dtype: str = "auto",
     on_plan: Callable[[Plan], None] = ignore_plan,
+    **options: Unpack[JobOptions],
 ) -> Path:
-    """Makes a sparse model of a dense one: calibration, stage 1, stage 2 and a refresh of the indexers.
+    """Converts a dense model to a sparse one: calibration, stage 1, stage 2 and a refresh of the indexers.
 
     Args:
         model: name on the Hugging Face Hub, folder, or None for the embedded default.
-        output_dir: where the artifact goes; written whole or not at all. Until then the work lives beside it.
-        settings: all hyper-parameters; those of `effort` if None.
-        changes: fields to change on them, as `rtpurbo.settings.change_settings` takes them.
-        effort: `quick` (two CPU cores), `standard` (a GPU), `thorough` (more steps, longer sequences), or
-            `auto`, which takes `quick` on a CPU and `standard` on a GPU.
-        max_length: tokens of the longest training sequence; the effort's if None.
-        data: files or `hf:NAME` to train on; Python's own documentation if None.
-        device: `auto`, `cpu`, `cuda`, ...
-        resume: continue an interrupted conversion into the same folder.
-        force: replace an existing output folder, or start an interrupted conversion anew.
-        progress: told after each step.
-        parallel: how the processes that `torchrun` started share the work: `data`, each with the whole model and
-            its part of the texts, or `fsdp`, each with a part of the weights too.
-        report_to: experiment trackers to show figures to, such as `tensorboard`.
-        dtype: of the frozen base model: `float32`, `bfloat16`, `float16`, or `auto`, the checkpoint's on a GPU and
-            float32 on a CPU. What is trained is float32.
+        output_dir: folder of the artifact, written whole or not at all. Files of unfinished work are in a
+            folder of the same name with `.work` appended.
         on_plan: receives the plan before texts and weights are read.
+        **options: see `rtpurbo.job_options.JobOptions`.
 
     Returns:
         The artifact's folder.
 
     Raises:
-        RTPurboError: anything about model, data, folder or settings that one sentence can say.
+        RTPurboError: an error in model, data, folder or settings that one sentence can describe.
         StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`, after a
-            checkpoint was saved. Without it, signals do what they do elsewhere; `resume` continues from the
+            checkpoint was saved. Without it, signals have their usual effect; `resume` continues from the
             latest checkpoint.
     """
-    with Job(
-        output_dir,
-        data,
-        device,
-        resume=resume,
-        force=force,
-        progress=progress,
-        parallel=parallel,
-        report_to=report_to,
-        dtype=dtype,
-    ) as job:
+    with Job(output_dir, **options) as job:
         plan = plan_conversion(
             model,
-            settings=settings,
-            changes=changes,
-            effort=effort,
-            max_length=max_length,
-            data=data,
-            device=device,
-            dtype=dtype,
             shards=job.processes.count if job.processes.shard_weights else 1,
             processes=job.processes.count,
+            **settings_options(options),
         )
         on_plan(plan)
-        job.read_texts(plan.settings)
-        base = load_base_model(
-            model,
-            device=job.device,
-            dtype=job.dtype,
-            progress=job.progress,
-            processes=job.processes,
-        )
-        job.open(base, plan.settings, "convert")
+        base = job.open(_loading(model), plan.settings, "convert")
         job.write_pools(base, job.settings.stage1, job.settings.stage2, job.settings.refresh)
         config = job.calibrate(base)
         sparsify(base.model, config)
@@ -148,13 +102,13 @@ def plan_conversion(
 
     Args:
         model: as `convert` takes it.
-        settings: as `convert` takes them.
-        changes: as `convert` takes them.
-        effort: as `convert` takes it.
-        max_length: as `convert` takes it.
-        data: as `convert` takes it; the texts are not read.
-        device: as `convert` takes it.
-        dtype: of the frozen weights, as `rtpurbo.plan.make_plan` takes it.
+        settings: see `rtpurbo.job_options.SettingsOptions`, as for the next six.
+        changes: fields to change.
+        effort: default settings.
+        max_length: tokens of the longest training sequence.
+        data: not read.
+        device: of the conversion.
+        dtype: of the frozen weights.
         shards: processes that share the weights, as `make_plan` takes it.
         processes: of `torchrun`, as `make_plan` takes it.
 
@@ -218,47 +172,17 @@ def train_indexer(
     model: str | None,
     head_map: str | Path,
     output_dir: str | Path,
-    *,
-    settings: ConversionSettings | None = None,
-    changes: Mapping[str, Any] | None = None,
-    effort: str = "auto",
-    max_length: int | None = None,
-    data: Sequence[str] | None = None,
-    device: str = "auto",
-    force: bool = False,
-    resume: bool = False,
-    progress: Progress = no_progress,
-    parallel: str = "data",
-    report_to: Sequence[str] = (),
-    dtype: str = "auto",
+    **options: Unpack[JobOptions],
 ) -> Path:
     """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate` wrote."""
     found = read_calibration(Path(head_map))
-    with Job(
-        output_dir,
-        data,
-        device,
-        resume=resume,
-        force=force,
-        progress=progress,
-        parallel=parallel,
-        report_to=report_to,
-        dtype=dtype,
-    ) as job:
+    with Job(output_dir, **options) as job:
         config = _dense_config(model)
-        settings = choose_settings(config, job.device, settings, effort, max_length, changes)
+        settings = job.choose_settings(config)
         if found.settings is not None:
             settings = replace(settings, calibration=found.settings)
         check_lengths(settings, context_length(config), ["stage1"])
-        job.read_texts(settings)
-        base = load_base_model(
-            model,
-            device=job.device,
-            dtype=job.dtype,
-            progress=job.progress,
-            processes=job.processes,
-        )
-        job.open(base, settings, "train-indexer", ["stage1"])
+        base = job.open(_loading(model), settings, "train-indexer", ["stage1"])
         job.keep_calibration(found)
         job.write_pools(base, job.settings.stage1)
         sparsify(base.model, job.config(found.head_map))
@@ -266,23 +190,7 @@ def train_indexer(
         return job.finish(base)
 
 
-def distill(
-    artifact: str | Path,
-    output_dir: str | Path,
-    *,
-    settings: ConversionSettings | None = None,
-    changes: Mapping[str, Any] | None = None,
-    effort: str = "auto",
-    max_length: int | None = None,
-    data: Sequence[str] | None = None,
-    device: str = "auto",
-    force: bool = False,
-    resume: bool = False,
-    progress: Progress = no_progress,
-    parallel: str = "data",
-    report_to: Sequence[str] = (),
-    dtype: str = "auto",
-) -> Path:
+def distill(artifact: str | Path, output_dir: str | Path, **options: Unpack[JobOptions]) -> Path:
     """Stage 2 alone: adds it, and the refresh, to an artifact that has a trained indexer.
 
     The refresh uses the recorded settings of stage 1, with `changes`; or those in `settings`.
@@ -290,37 +198,42 @@ def distill(
     folder = find_artifact(artifact)
     before = ArtifactConfig.read(folder)
     indexers = read_indexers(folder)
-    by_effort, changes = settings is None, dict(changes or {})
+    changes = dict(options.get("changes") or {})
+    by_effort = options.get("settings") is None
     if by_effort:
         changes = recorded_changes(before.settings, "calibration", "stage1") | changes
     revision = before.base.revision if before.base.source == "hub" else None
-    with Job(
-        output_dir,
-        data,
-        device,
-        resume=resume,
-        force=force,
-        progress=progress,
-        parallel=parallel,
-        report_to=report_to,
-        dtype=dtype,
-    ) as job:
+    options["changes"] = changes
+    with Job(output_dir, **options) as job:
         config = read_config(before.base.name, revision=revision)
         rule = before.config.attention
-        settings = choose_settings(config, job.device, settings, effort, max_length, changes, rule)
+        settings = job.choose_settings(config, rule)
         settings = replace(settings, attention=rule, indexer=before.config.indexer)
         if by_effort and "stage2.steps" not in changes:
             settings = with_stage2(settings)
         check_lengths(settings, context_length(config), ["stage1", "stage2"])
-        job.read_texts(settings)
-        base = load_base(folder, device=job.device, dtype=job.dtype, processes=job.processes)
-        job.open(base, settings, "distill", ["stage1", "stage2"])
+
+        def load(job: Job) -> BaseModel:
+            return load_base(folder, device=job.device, dtype=job.dtype, processes=job.processes)
+
+        base = job.open(load, settings, "distill", ["stage1", "stage2"])
         job.write_pools(base, job.settings.stage2, job.settings.refresh)
         sparsify(base.model, before.config)
         load_indexers(base.model, indexers)
         job.keep_stage1(folder, before, indexers)
         job.stage2(base)
         return job.finish(base)
+
+
+def _loading(model: str | None) -> Callable[[Job], BaseModel]:
+    """Returns a function that loads a base model for a job."""
+    return lambda job: load_base_model(
+        model,
+        device=job.device,
+        dtype=job.dtype,
+        progress=job.progress,
+        processes=job.processes,
+    )
 
 
 def with_stage2(settings: ConversionSettings) -> ConversionSettings:
@@ -344,44 +257,3 @@ def _dense_config(model: str | None) -> Any:
     if model is not None:
         check_is_dense(model)
     return read_config(model)
-
-
-def choose_settings(
-    config: Any,
-    device: torch.device,
-    settings: ConversionSettings | None,
-    effort: str,
-    max_length: int | None,
-    changes: Mapping[str, Any] | None,
-    rule: AttentionRule | None = None,
-) -> ConversionSettings:
-    """Returns the settings given, or those of an effort, with changes made to them.
-
-    Args:
-        config: text configuration of the model.
-        device: where to work.
-        settings: that were given.
-        effort: as `convert` takes it.
-        max_length: as `convert` takes it.
-        changes: as `convert` takes them.
-        rule: of an artifact that exists already; lengths that are left out follow its window.
-
-    Raises:
-        RTPurboError: there is no such effort or setting, or a value is of the wrong type or out of range.
-    """
-    changes = changes or {}
-    resolved = resolve_effort(effort, device.type)
-    if settings is None:
-        context = context_length(config)
-        if rule is None:
-            # Lengths follow the window, so it is changed before they are chosen.
-            rule = default_rule(resolved, context)
-            ours = {name: changes[name] for name in changes if name.startswith("attention.")}
-            rule = change_settings(ConversionSettings(attention=rule), ours).attention
-        head_dim = max(shape.head_dim for shape in convertible_shapes(config).values())
-        settings = default_settings(
-            resolved, context, head_dim=head_dim, max_length=max_length, rule=rule
-        )
-    elif max_length is not None:
-        raise RTPurboError("max_length has no effect on given settings: change their lengths.")
-    return change_settings(settings, changes)

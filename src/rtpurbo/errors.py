@@ -13,7 +13,7 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
     """Returns the first line of an error's message without a final full stop.
 
     Args:
-        error: an error of any type; its type stands in for an empty message.
+        error: an error of any type; its type replaces an empty message.
         with_type: begin with the type.
     """
     name, message = type(error).__name__, str(error).strip()

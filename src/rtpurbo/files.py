@@ -82,6 +82,36 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_text(path: Path, text: str, keep: int) -> int:
+    """Appends `text` to `path` as UTF-8 and flushes it to the disk.
+
+    Args:
+        path: the file; it and missing parent folders are made.
+        text: to append.
+        keep: bytes of the file to keep. What follows them is of a write that was interrupted.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        RTPurboError: the file cannot be written to, or the disk is full.
+    """
+    try:
+        with explaining_a_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.truncate(keep)
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+                return file.tell()
+    except OSError as error:
+        raise RTPurboError(
+            f"cannot write to {path} ({error.strerror}): choose another place or change its "
+            "permissions."
+        ) from error
+
+
 def write_json_atomically(path: str | os.PathLike[str], obj: Any) -> None:
     """Writes `obj` to `path` as indented JSON, whole or not at all."""
     write_text_atomically(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")

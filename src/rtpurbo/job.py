@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from rtpurbo import strict_json
 from rtpurbo.assembly import HEAD_MAP_FILE, assemble, figures_file, indexers_file, stage2_kind
 from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
 from rtpurbo.calibration.selection import Stability
-from rtpurbo.config import HeadMap, RTPurboConfig
+from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.data.stream import open_stream
 from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.devices import base_dtype, resolve_device
@@ -29,6 +25,8 @@ from rtpurbo.files import (
     whole_folder,
     write_json_atomically,
 )
+from rtpurbo.job_options import choose_settings
+from rtpurbo.job_plan import settle_plan
 from rtpurbo.lengths import STAGES, Stage, lengths_of
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import BaseModel
@@ -37,7 +35,6 @@ from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, l
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.output_lock import OutputLock
 from rtpurbo.processes import ALONE, Result, join_processes
-from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
@@ -49,32 +46,11 @@ from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.pools import read_pools, write_pools
 from rtpurbo.training.sequences import Pools
-from rtpurbo.training.source import Texts, check_shares, random_access
+from rtpurbo.training.source import Texts, random_access
 from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.training.student import check_trainable
 from rtpurbo.training.trackers import Trackers, check_trackers
-from rtpurbo.version import __version__
-
-PLAN_FILE = "plan.json"
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    """Reads the plan of an interrupted job.
-
-    Raises:
-        RTPurboError: the file is broken.
-    """
-    try:
-        plan: dict[str, Any] = strict_json.read(path)
-        for stage in ("stage1", "stage2"):
-            _ = plan["settings"][stage]["sequences_per_step"]
-        plan["settings"] = current_settings(plan["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RTPurboError(
-            f"{path} is broken, so the conversion cannot be continued: pass --force to start anew."
-        ) from error
-    return plan
 
 
 def calibrate_base(
@@ -99,33 +75,41 @@ def calibrate_base(
 class Job:
     """One conversion: its work folder, and the stages that read and write it.
 
-    Every stage leaves one file when it is done and is skipped if the file is there; while it runs it
-    keeps checkpoints. Several processes do the same together; the main one writes and talks.
+    Every stage writes one file when it is finished and is skipped if the file exists; until then it
+    writes checkpoints. With several processes, all do the same, and the main one writes and prints.
 
     Args:
-        output_dir: where the artifact goes.
+        output_dir: folder of the artifact.
+        settings: see `rtpurbo.job_options.JobOptions`, as for the rest.
+        changes: fields to change.
+        effort: default settings.
+        max_length: tokens of the longest training sequence.
         data: training texts.
-        device: where to work.
-        resume: continue what an interrupted job left.
-        force: replace what exists.
-        progress: told after each step.
-        parallel: how several processes share the work, `data` or `fsdp`.
-        report_to: trackers to show figures to.
-        dtype: of the base model, as `rtpurbo.devices.base_dtype` takes it.
+        device: of the conversion.
+        dtype: of the base model.
+        resume: continue an interrupted job.
+        force: replace existing files.
+        progress: called after each step.
+        parallel: `data` or `fsdp`.
+        report_to: experiment trackers.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
-        data: Sequence[str] | None,
-        device: str,
         *,
-        resume: bool,
-        force: bool,
-        progress: Progress,
+        settings: ConversionSettings | None = None,
+        changes: Mapping[str, Any] | None = None,
+        effort: str = "auto",
+        max_length: int | None = None,
+        data: Sequence[str] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        resume: bool = False,
+        force: bool = False,
+        progress: Progress = no_progress,
         parallel: str = "data",
         report_to: Sequence[str] = (),
-        dtype: str = "auto",
     ) -> None:
         self.output_dir = Path(output_dir)
         self.work = self.output_dir.absolute().with_name(self.output_dir.name + ".work")
@@ -140,6 +124,7 @@ class Job:
         self.may_replace = self.processes.from_main(lambda: self._check_places(force))
         check_trackers(report_to)
         self._report_to = list(report_to)
+        self._choice = settings, effort, max_length, changes
         self.train_text: Texts
         self.held_out: TextCorpus
         self.log = TrainingLog(None)
@@ -149,12 +134,7 @@ class Job:
     def __enter__(self) -> Job:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.log.trackers.finish()
         self.lock.release()
 
@@ -171,12 +151,55 @@ class Job:
             )
         return may_replace
 
-    def read_texts(self, settings: ConversionSettings) -> None:
-        """Reads the training and the held-out text, or opens their stream; needs no model.
+    def choose_settings(self, config: Any, rule: AttentionRule | None = None) -> ConversionSettings:
+        """Returns the settings that the options ask for, as `rtpurbo.job_options.choose_settings` does."""
+        return choose_settings(config, self.device, *self._choice, rule)
+
+    def open(
+        self,
+        load: Callable[[Job], BaseModel],
+        settings: ConversionSettings,
+        command: str,
+        stages: Sequence[Stage] = STAGES,
+    ) -> BaseModel:
+        """Reads the texts, loads the model, and makes the work folder or checks the one to resume.
+
+        Args:
+            load: loads the dense model.
+            settings: of the conversion.
+            command: its name.
+            stages: stages that will run, for which the texts must be long enough.
+
+        Returns:
+            The dense model.
 
         Raises:
-            RTPurboError: a source is missing, unreadable or empty.
+            RTPurboError: texts are missing, unreadable or shorter than a training sequence, all weights of
+                a model in half precision are to be trained, the processes cannot share a step, or the
+                interrupted job was another.
         """
+        self._read_texts(settings)
+        base = load(self)
+        if "stage2" in stages:
+            check_trainable(base.model.dtype, settings.stage2)
+        self._check_texts(base, settings, stages)
+        self.settings = self.processes.from_main(
+            lambda: settle_plan(
+                self.work, base, settings, command, self.data, self.processes, self.resume
+            )
+        )
+        if self.processes.is_main:
+            trackers = Trackers(
+                self._report_to,
+                self.output_dir.absolute().with_name(self.output_dir.name + ".runs"),
+                self.output_dir.name,
+                self.settings.to_dict(),
+            )
+            self.log = TrainingLog(self.work / LOG_FILE, trackers)
+        return base
+
+    def _read_texts(self, settings: ConversionSettings) -> None:
+        """Reads the training and the held-out text, or opens their stream."""
         stream = settings.stream
         if stream.enabled:
             self.train_text = open_stream(
@@ -189,74 +212,6 @@ class Job:
         else:
             self.train_text = load_texts(self.data, "train")
             self.held_out = load_texts(self.data, "heldout")
-
-    def open(
-        self,
-        base: BaseModel,
-        settings: ConversionSettings,
-        command: str,
-        stages: Sequence[Stage] = STAGES,
-    ) -> None:
-        """Makes the work folder, or checks that the one to resume was made for the same job.
-
-        Args:
-            base: the dense model.
-            settings: of the conversion.
-            command: its name.
-            stages: stages that will run, for which the texts must be long enough.
-
-        Raises:
-            RTPurboError: a training sequence would be longer than the text, all weights of a model in half
-                precision are to be trained, the processes cannot share a step, or the interrupted job was another.
-        """
-        if "stage2" in stages:
-            check_trainable(base.model.dtype, settings.stage2)
-        self._check_texts(base, settings, stages)
-        self.settings = self.processes.from_main(lambda: self._plan(base, settings, command))
-        if self.processes.is_main:
-            trackers = Trackers(
-                self._report_to,
-                self.output_dir.absolute().with_name(self.output_dir.name + ".runs"),
-                self.output_dir.name,
-                self.settings.to_dict(),
-            )
-            self.log = TrainingLog(self.work / LOG_FILE, trackers)
-
-    def _plan(
-        self, base: BaseModel, settings: ConversionSettings, command: str
-    ) -> ConversionSettings:
-        """Writes down what is to be done, or compares it; settings with what they left open filled in."""
-        path = self.work / PLAN_FILE
-        resumed = _read_plan(path) if self.resume and path.is_file() else None
-        for stage in ("stage1", "stage2"):
-            # A resumed job takes as many sequences a step as before, with any number of processes.
-            recorded = resumed and resumed["settings"][stage]["sequences_per_step"]
-            resolved = getattr(settings, stage).resolved(recorded or self.processes.count)
-            check_shares(resolved.per_step, self.processes)
-            settings = replace(settings, **{stage: resolved})
-        plan = json.loads(
-            json.dumps(
-                {
-                    "command": command,
-                    "library_version": __version__,
-                    "base_model": vars(base.reference),
-                    "dtype": str(base.model.dtype).removeprefix("torch."),
-                    "data": self.data,
-                    "settings": settings.to_dict(),
-                }
-            )
-        )
-        if resumed is not None:
-            if resumed != plan:
-                raise RTPurboError(
-                    f"the interrupted conversion in {self.work} had another model, data or settings: "
-                    "repeat its command, or pass --force to start anew."
-                )
-            return settings
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
-        write_json_atomically(path, plan)
-        return settings
 
     def _check_texts(
         self, base: BaseModel, settings: ConversionSettings, stages: Sequence[Stage]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
-from rtpurbo.settings import ConversionSettings, IndexerTrainingSettings, check_context
+from rtpurbo.settings import ConversionSettings, IndexerTrainingSettings
 
 Stage = Literal["calibration", "stage1", "stage2"]
 STAGES: tuple[Stage, ...] = ("calibration", "stage1", "stage2")
@@ -24,6 +24,24 @@ def lengths_of(
     if settings.stage2.steps:
         lengths["stage2"] = settings.stage2.lengths
     return {stage: lengths[stage] for stage in stages if stage in lengths}
+
+
+def check_context(what: str, length: int, context_length: int) -> None:
+    """Refuses sequences that are longer than the model's context.
+
+    Args:
+        what: name of the sequences, in the plural.
+        length: tokens of the longest one.
+        context_length: the model's context, in tokens.
+
+    Raises:
+        RTPurboError: the longest one does not fit.
+    """
+    if length > context_length:
+        raise RTPurboError(
+            f"{what} of {length:,} tokens do not fit the model's context of {context_length:,}: "
+            "choose a shorter length."
+        )
 
 
 def check_lengths(

@@ -282,24 +282,6 @@ class ConversionSettings:
         return asdict(self)
 
 
-def check_context(what: str, length: int, context_length: int) -> None:
-    """Refuses sequences that are longer than the model's context.
-
-    Args:
-        what: name of the sequences, in the plural.
-        length: tokens of the longest one.
-        context_length: the model's context, in tokens.
-
-    Raises:
-        RTPurboError: the longest one does not fit.
-    """
-    if length > context_length:
-        raise RTPurboError(
-            f"{what} of {length:,} tokens do not fit the model's context of {context_length:,}: "
-            "choose a shorter length."
-        )
-
-
 def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) -> ConversionSettings:
     """Returns settings with some fields changed.
 

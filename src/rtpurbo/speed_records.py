@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -157,11 +156,6 @@ def stated_density(asked: float, reached: float, tolerance: float) -> float:
     """
     nearly = 0.95 * asked <= reached <= (1 + tolerance) * asked
     return asked if nearly else round(reached, 4)
-
-
-def with_phase(records: Sequence[SpeedRecord], phase: str) -> list[SpeedRecord]:
-    """The records of one phase."""
-    return [record for record in records if record.phase == phase]
 
 
 def _triton_version() -> str | None:

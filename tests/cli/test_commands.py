@@ -16,6 +16,7 @@ from rtpurbo.cli import OUT_OF_MEMORY, PANELS, app
 from rtpurbo.config import HeadMap
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation import run as evaluation
+from rtpurbo.evaluation.paths import log_path
 from rtpurbo.evaluation.records import read_results
 from rtpurbo.evaluation.samples import read_samples
 from rtpurbo.interruption import StoppedBySignalError
@@ -145,6 +146,9 @@ def test_eval_does_not_replace_results_unless_it_is_told_to(tiny_artifact, tmp_p
     assert output.read_text() == "precious"
     assert run(*command, "--force").exit_code == 0
     assert len(read_results(output).records) == 1
+    # A run that was killed leaves only its log.
+    output.unlink()
+    assert f"{log_path(output)} exists: pass --resume" in error_of(*command)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -207,7 +211,8 @@ def test_options_reach_the_function(monkeypatch, function, command, changes):
     real = getattr(conversion, function)
 
     def spy(*arguments, **options):
-        calls.append(inspect.signature(real).bind(*arguments, **options).arguments)
+        call = inspect.signature(real).bind(*arguments, **options).arguments
+        calls.append(call | call.pop("options", {}))
         return HeadMap.uniform([], [], 4, 2) if function == "calibrate" else Path("out")
 
     monkeypatch.setattr(conversion, function, spy)

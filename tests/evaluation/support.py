@@ -1,7 +1,5 @@
 """What tests of results and of their resumption share."""
 
-from rtpurbo.evaluation.conditions import Conditions
-
 
 def conditions(**changes):
     """Made-up ones."""
@@ -11,4 +9,4 @@ def conditions(**changes):
         "dtype": "float32", "device": "cpu", "rtpurbo": "0.1.0", "torch": "2.11.0",
         "transformers": "5.17.0", "lm_eval": None,
     }  # fmt: skip
-    return Conditions(**(given | changes))
+    return given | changes

@@ -4,7 +4,8 @@ import pytest
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.evaluation import needle
-from rtpurbo.evaluation.needle import TASKS, needle_accuracy
+from rtpurbo.evaluation.cases import Case
+from rtpurbo.evaluation.needle import TASKS, NeedleSuite
 from rtpurbo.models.text import continue_tokens
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -15,6 +16,12 @@ LENGTH = 512
 @pytest.fixture(scope="module")
 def corpus():
     return load_texts(None, "heldout")
+
+
+def answers(model, corpus, task, samples, seed=0):
+    case = Case("needle", task, LENGTH, samples)
+    [outcome] = NeedleSuite(corpus, seed).run(model, tiny_tokenizer(), case)
+    return outcome
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def test_accuracy_is_the_share_of_right_answers(monkeypatch, asked, corpus, task
     answer_with(
         monkeypatch, asked, lambda number, answers: " and ".join(answers) if number else "1"
     )
-    outcome = needle_accuracy(tiny_model(), tiny_tokenizer(), corpus, task, LENGTH, samples=4)
+    outcome = answers(tiny_model(), corpus, task, 4)
     assert outcome.score == 75
     assert [sample.score for sample in outcome.samples] == [0, 100, 100, 100]
     assert all(len(sample.answers) == TASKS[task]["num_values"] for sample in outcome.samples)
@@ -56,14 +63,14 @@ def test_accuracy_is_the_share_of_right_answers(monkeypatch, asked, corpus, task
 
 def test_single_needles_stand_at_even_depths(monkeypatch, asked, corpus):
     answer_with(monkeypatch, asked, lambda number, answers: "")
-    needle_accuracy(tiny_model(), tiny_tokenizer(), corpus, "single", LENGTH, samples=4)
+    answers(tiny_model(), corpus, "single", 4)
     assert [depth for _, depth in asked] == [0.125, 0.375, 0.625, 0.875]
 
 
 def test_questions_depend_on_the_seed_alone(asked, corpus):
     def questions(model, seed):
         asked.clear()
-        needle_accuracy(model, tiny_tokenizer(), corpus, "multikey", LENGTH, 2, seed)
+        answers(model, corpus, "multikey", 2, seed)
         return [example.prompt_ids for example, _ in asked]
 
     models = [

@@ -5,7 +5,8 @@ import torch
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.evaluation import perplexity
-from rtpurbo.evaluation.perplexity import prose_perplexity, token_losses
+from rtpurbo.evaluation.cases import Case
+from rtpurbo.evaluation.perplexity import PerplexitySuite, token_losses
 from rtpurbo.models.sparsify import counting, set_rule
 from tests.tiny_models import HEADS, RETRIEVAL_HEADS, make_sparse, sparse_config, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -28,7 +29,9 @@ def measure(model, corpus, seed=0):
 
 
 def outcome(model, corpus, seed=0):
-    return prose_perplexity(model, tiny_tokenizer(), corpus, LENGTH, samples=2, seed=seed)
+    case = Case("perplexity", "prose", LENGTH, 2)
+    [outcome] = PerplexitySuite(corpus, seed).run(model, tiny_tokenizer(), case)
+    return outcome
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])

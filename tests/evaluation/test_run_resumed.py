@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation import results_file
 from rtpurbo.evaluation.cases import Case
+from rtpurbo.evaluation.paths import log_path, samples_path
 from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.records import read_results
-from rtpurbo.evaluation.results_file import ResultsFile
+from rtpurbo.evaluation.results_log import ResultsLog
 from rtpurbo.evaluation.run import evaluate
-from rtpurbo.evaluation.samples import Outcome, Sample, read_samples, samples_path
+from rtpurbo.evaluation.samples import Outcome, Sample, read_samples
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.artifact_config import INDEXER_FILE
 
@@ -30,7 +30,7 @@ def run(artifact, path, *, resume=True, **options):
     options = {
         "suites": SUITES, "policies": POLICIES, "samples": SAMPLES, "device": "cpu",
     } | options  # fmt: skip
-    with ResultsFile(path, str(artifact), "cpu", "rtpurbo eval", resume=resume) as results:
+    with ResultsLog(path, str(artifact), "cpu", "rtpurbo eval", resume=resume) as results:
         return evaluate(artifact, results=results, **options)
 
 
@@ -85,7 +85,7 @@ def whole(tiny_artifact, tmp_path_factory):
 
 @pytest.fixture
 def copy(whole, tmp_path):
-    for path in (whole, samples_path(whole)):
+    for path in (whole, samples_path(whole), log_path(whole)):
         shutil.copy(path, tmp_path)
     return tmp_path / whole.name
 
@@ -103,10 +103,9 @@ def nothing_loaded(monkeypatch):
     [1, SAMPLES + 1, A_POLICY + SAMPLES + 1, 2 * A_POLICY + 1, 2 * A_POLICY + SAMPLES + 1],
 )
 def test_a_run_cut_anywhere_and_resumed_gives_what_an_uninterrupted_one_does(
-    tiny_artifact, whole, tmp_path, monkeypatch, after
+    tiny_artifact, whole, tmp_path, after
 ):
     path = tmp_path / "results.json"
-    monkeypatch.setattr(results_file, "SECONDS_BETWEEN", -1)
     with pytest.raises(MemoryError):
         run(tiny_artifact, path, progress=Stop(after, be_killed))
     there = len(read_results(path).records) if path.exists() else 0
@@ -194,7 +193,10 @@ def other_text(folder):
         ({"seed": 1}, "measured with --seed 0, not 1: repeat its command, or name another file"),
         ({"dtype": torch.bfloat16}, "measured with --dtype float32, not bfloat16"),
         ({"max_new_tokens": 4}, "measured with --max-new-tokens left out, not 4"),
-        ({"cache_length": 1024}, "measured with caches weighed at the length left out, not 1024"),
+        (
+            {"cache_length": 1024},
+            "measured with cache sizes computed at the length left out, not 1024",
+        ),
         ({"data": other_text}, r"measured with other prose \(--data\): repeat"),
         ({"samples": 3}, "has 2 samples of needle single 512, not 3: ask for as many"),
     ],
@@ -221,13 +223,15 @@ def test_another_artifact_is_refused(tiny_artifact, copy, tmp_path, nothing_load
 class Harness:
     """Stands in for lm-eval: a group of two tasks of two metrics, asked with one forward each."""
 
+    makes_prompts = True
+
     def __init__(self, task_data, max_new_tokens, seed):
         pass
 
     def prepare(self, tokenizer, case, context_length):
         return [Case("lm-eval", name, context_length, case.samples) for name in ("one", "two")]
 
-    def run(self, model, tokenizer, case, after_sample):
+    def run(self, model, tokenizer, case, after_sample, questions):
         model(torch.ones(1, 200, dtype=torch.long), use_cache=False)
         after_sample()
         sample = Sample.of([1], ["a"], "a", 100.0)
@@ -236,7 +240,6 @@ class Harness:
 
 def test_groups_of_tasks_with_several_metrics(tiny_artifact, tmp_path, monkeypatch):
     monkeypatch.setattr("rtpurbo.evaluation.harness.suite.Harness", Harness)
-    monkeypatch.setattr(results_file, "SECONDS_BETWEEN", -1)
     options = {"suites": ["lm-eval:both"], "samples": None}
     whole, path = tmp_path / "whole.json", tmp_path / "results.json"
     records = run(tiny_artifact, whole, **options)

@@ -3,12 +3,12 @@ import math
 import pytest
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.paths import log_path, samples_path
 from rtpurbo.evaluation.samples import (
     Outcome,
     Sample,
     SampleRecord,
     read_samples,
-    samples_path,
     write_samples,
 )
 
@@ -26,6 +26,7 @@ def test_round_trip(tmp_path):
     path = samples_path(tmp_path / "results.json")
     assert path.name == "results.samples.jsonl"
     assert samples_path("top-p-0.9").name == "top-p-0.9.samples.jsonl"
+    assert log_path("top-p-0.9.json").name == "top-p-0.9.log.jsonl"
     write_samples(path, RECORDS)
     assert read_samples(path) == RECORDS
     assert len(path.read_text().split("\n")) == 3

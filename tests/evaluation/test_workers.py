@@ -12,7 +12,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation import workers
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.policies import Source
-from rtpurbo.evaluation.results_file import ResultsFile
+from rtpurbo.evaluation.results_log import ResultsLog
 from rtpurbo.evaluation.run import evaluate
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.artifact import load
@@ -39,7 +39,7 @@ def test_results_are_those_of_one_process(tiny_artifact, tmp_path):
     for processes in (1, 3):
         calls = []
         file = tmp_path / f"{processes}.json"
-        with ResultsFile(file, "tiny", "cpu", "evaluate") as results:
+        with ResultsLog(file, "tiny", "cpu", "evaluate") as results:
             records = examine(
                 tiny_artifact,
                 processes,
@@ -55,7 +55,7 @@ def test_results_are_those_of_one_process(tiny_artifact, tmp_path):
 
     # What is there is not measured again, by however many processes.
     calls = []
-    with ResultsFile(file, "tiny", "cpu", "evaluate", resume=True) as results:
+    with ResultsLog(file, "tiny", "cpu", "evaluate", resume=True) as results:
         again = examine(
             tiny_artifact,
             2,
@@ -68,7 +68,8 @@ def test_results_are_those_of_one_process(tiny_artifact, tmp_path):
 
 
 def test_questions_of_ruler_are_made_once(tiny_artifact, tmp_path):
-    left = [workers.RunManifest(Source(tiny_artifact)).task_suite(tmp_path).ruler for _ in range(2)]
+    manifest = workers.RunManifest(Source(tiny_artifact))
+    left = [manifest.runner(tmp_path).suites["ruler"] for _ in range(2)]
     _, tokenizer = load(tiny_artifact)
     made = left[0].examples(tokenizer, "niah_multivalue", 1000, 2)
     [file] = tmp_path.iterdir()
@@ -100,7 +101,7 @@ def test_a_signal_ends_all_processes_and_keeps_what_was_measured(tiny_artifact, 
         if done:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    results = ResultsFile(tmp_path / "results.json", "tiny", "cpu", "evaluate")
+    results = ResultsLog(tmp_path / "results.json", "tiny", "cpu", "evaluate")
     with pytest.raises(StoppedBySignalError), stopping_cleanly(), results:
         examine(tiny_artifact, 2, results=results, progress=stop)
     assert len(results.records) == 1
@@ -108,29 +109,40 @@ def test_a_signal_ends_all_processes_and_keeps_what_was_measured(tiny_artifact, 
 
 
 class Memory:
-    """In place of an runner: a GPU that is too full so many times."""
+    """A runner on a GPU that is too full so many times."""
 
     def __init__(self, times, error):
         self.times = times
         self.error = error
 
-    def prepare(self, name, cases):
+    def run(self, jobs, listener):
         if self.times:
             self.times -= 1
             raise self.error
-        return {case: [] for case in cases}
+        for job in jobs:
+            listener.answered(job.policy)
 
     def release(self):
         pass
 
 
 class Pool:
-    """In place of a pool of processes: does what it is given at once."""
+    """A pool of processes that runs each job at once in this one."""
 
     def submit(self, function, job):
         future = Future()
         future.set_result(function(job))
         return future
+
+
+class Answers(list):
+    """A listener that keeps the policies of answers."""
+
+    def answered(self, policy, count=1):
+        self.extend(count * [policy])
+
+
+JOBS = [workers.Job(policy, Case("ruler", "vt", 32768, 25)) for policy in ("full", "rtpurbo")]
 
 
 @pytest.mark.parametrize(
@@ -141,19 +153,15 @@ class Pool:
     ],
 )
 def test_what_found_too_little_memory_is_done_again_in_the_end(monkeypatch, error):
-    jobs = [
-        workers.Job(policy, Case("ruler", "vt", 32768, 25), frozenset(), ())
-        for policy in ("full", "rtpurbo")
-    ]
-
     def done(times):
-        worker = workers._Worker(None, None, torch.device("cpu"), Memory(times, error))
-        monkeypatch.setattr(workers, "_worker", worker, raising=False)
-        return [finished.job for finished in workers.Workers(Pool()).do(jobs)]
+        memory = Memory(times, error)
+        monkeypatch.setattr(workers, "_worker", workers._Worker(lambda: memory), raising=False)
+        answers = Answers()
+        workers.WorkerPool(Pool()).run(JOBS, answers)
+        return answers
 
-    first, second = jobs
-    assert set(done(0)) == set(done(2)) == {first, second}
-    assert done(1) == [second, first]
+    assert set(done(0)) == set(done(2)) == {"full", "rtpurbo"}
+    assert done(1) == ["rtpurbo", "full"]
     said = f"at ruler vt 32768 beside other processes: ask for fewer .* \\({error}\\)"
     with pytest.raises(RTPurboError, match=said):
         done(3)
@@ -161,11 +169,19 @@ def test_what_found_too_little_memory_is_done_again_in_the_end(monkeypatch, erro
 
 def test_what_fails_otherwise_is_not_done_again(monkeypatch):
     memory = Memory(1, RuntimeError("shapes do not match"))
-    worker = workers._Worker(None, None, torch.device("cpu"), memory)
-    monkeypatch.setattr(workers, "_worker", worker, raising=False)
-    job = workers.Job("full", Case("ruler", "vt", 32768, 25), frozenset(), ())
+    monkeypatch.setattr(workers, "_worker", workers._Worker(lambda: memory), raising=False)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        list(workers.Workers(Pool()).do([job]))
+        workers.WorkerPool(Pool()).run(JOBS[:1], Answers())
+
+
+def test_the_longest_jobs_of_a_policy_start_first(monkeypatch):
+    started = []
+    monkeypatch.setattr(workers, "_run", lambda job: started.append(job) or workers.Report(job))
+    cases = [Case("ruler", "vt", length, 9) for length in (4096, 8192)]
+    cases.append(Case("gsm8k", "all", 0, 9))
+    jobs = [workers.Job(policy, case) for policy in ("full", "rtpurbo") for case in cases]
+    workers.WorkerPool(Pool()).run(jobs, Answers())
+    assert started == [jobs[place] for place in (2, 1, 0, 5, 4, 3)]
 
 
 def test_processes_take_the_gpus_in_turn(monkeypatch):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import rtpurbo
+from rtpurbo.config import DEFAULT_CROP_SLACK
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.models.cache import DEFAULT_CROP_SLACK
 from rtpurbo.reporting.cache_sizes import cache_sizes, read_cache_shape, stored_tokens
 from tests.models.zoo.configurations import EQUAL
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base

@@ -10,16 +10,15 @@ from rtpurbo.reporting.figures import (
     HEIGHT,
     WIDTH,
     Axis,
-    Mark,
     Series,
     averaged,
     bar_plot,
     heat_map,
     length_axis,
     line_plot,
-    svg_document,
 )
 from rtpurbo.reporting.html.view import Legend
+from rtpurbo.reporting.svg import Mark, svg_document
 from tests.reporting.html.parsed import Page
 
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs the extra `plots`")

@@ -167,12 +167,12 @@ def held(stage, done, total, figures):
     seen.add(stage)
 
 seen = set()
-with Job(Path(sys.argv[2]), None, "cpu", resume=False, force=False, progress=held,
-         parallel="fsdp", dtype=sys.argv[3]) as job:
+with Job(Path(sys.argv[2]), device="cpu", progress=held, parallel="fsdp", dtype=sys.argv[3]) as job:
     job.progress = held  # on both processes
-    job.read_texts(SETTINGS)
-    base = load_base_model(sys.argv[1], dtype=job.dtype, processes=job.processes)
-    job.open(base, SETTINGS, "convert")
+    base = job.open(
+        lambda job: load_base_model(sys.argv[1], dtype=job.dtype, processes=job.processes),
+        SETTINGS, "convert",
+    )
     sparsify(base.model, job.calibrate(base))
     job.stage1(base)
     job.stage2(base)

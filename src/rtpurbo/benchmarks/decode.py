@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rtpurbo.benchmarks import sdpa
 from rtpurbo.benchmarks.correctness import Mask, compare, near
-from rtpurbo.benchmarks.layer import LayerShape, LayerStates, dtype_name
+from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, Granularity, IndexStorage
@@ -130,20 +130,7 @@ class DecodeCase:
 
     def facts(self, density: float) -> dict[str, Any]:
         """Record fields that are known before the measurement."""
-        states = self.sets[0]
-        return {
-            "phase": "decode",
-            "context_length": states.length,
-            "batch_size": states.keys.shape[0],
-            "num_attention_heads": self.shape.num_attention_heads,
-            "num_key_value_heads": self.shape.num_key_value_heads,
-            "num_retrieval_heads": len(self.shape.retrieval_heads),
-            "head_dim": self.shape.head_dim,
-            "sliding_window": self.rule.sliding_window,
-            "retrieval_window": self.rule.near_window,
-            "density": round(density, 4),
-            "dtype": dtype_name(states.queries.dtype),
-        }
+        return self.shape.facts("decode", self.sets[0], self.rule, density)
 
 
 def num_sets(

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rtpurbo.config import HeadMap
+from rtpurbo.benchmarks.layer import dtype_name
+from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 
@@ -128,3 +129,30 @@ def draw_indexers(model: PreTrainedModel, seed: int = 0) -> None:
         for weight in module.indexer.parameters():
             generator = torch.Generator(weight.device).manual_seed(seed)
             weight.data.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+
+
+def model_facts(
+    phase: str,
+    geometry: str,
+    model: PreTrainedModel,
+    head_map: HeadMap,
+    rule: AttentionRule,
+    length: int,
+    **others: Any,
+) -> dict[str, Any]:
+    """Record fields that are known before the measurement, with `others` in addition."""
+    config = model.config
+    return {
+        "phase": phase,
+        "context_length": length,
+        "batch_size": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "num_retrieval_heads": head_map.num_retrieval_heads,
+        "head_dim": config.head_dim,
+        "sliding_window": rule.sliding_window,
+        "density": 1.0,
+        "dtype": dtype_name(model.dtype),
+        "model": f"{geometry}, {config.num_hidden_layers} layers",
+        **others,
+    }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
 from rtpurbo.ops import HeadLayout, KeyValueStates
 
@@ -85,6 +87,25 @@ class LayerShape:
         return tuple(
             head for head in range(self.num_attention_heads) if head // self.group in groups
         )
+
+    def facts(
+        self, phase: str, states: LayerStates, rule: AttentionRule, density: float, **others: Any
+    ) -> dict[str, Any]:
+        """Record fields that are known before the measurement; `others` replace some of them."""
+        return {
+            "phase": phase,
+            "context_length": states.length,
+            "batch_size": states.keys.shape[0],
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "num_retrieval_heads": len(self.retrieval_heads),
+            "head_dim": self.head_dim,
+            "sliding_window": rule.sliding_window,
+            "retrieval_window": rule.near_window,
+            "density": round(density, 4),
+            "dtype": dtype_name(states.queries.dtype),
+            **others,
+        }
 
     def layout(
         self, device: torch.device, retrieval_heads: Sequence[int] | None = None

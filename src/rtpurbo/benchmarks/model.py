@@ -14,8 +14,12 @@ from transformers import PreTrainedModel
 
 from rtpurbo.benchmarks import dense_model, sdpa
 from rtpurbo.benchmarks.decode import SELECTION_TOLERANCE, forced, forced_note
-from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
-from rtpurbo.benchmarks.layer import dtype_name
+from rtpurbo.benchmarks.geometries import (
+    build_model,
+    draw_indexers,
+    model_facts,
+    spread_head_map,
+)
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.sparse_model import filled_cache, forcing_density
 from rtpurbo.benchmarks.timing import Call, replayed
@@ -49,21 +53,11 @@ class ModelCase:
 
     def facts(self, phase: str, length: int, batch: int, density: float) -> dict[str, Any]:
         """Record fields that are known before the measurement."""
-        config, rule = self.model.config, self.rules[phase]
-        return {
-            "phase": phase,
-            "context_length": length,
-            "batch_size": batch,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "num_retrieval_heads": self.head_map.num_retrieval_heads,
-            "head_dim": config.head_dim,
-            "sliding_window": rule.sliding_window,
-            "retrieval_window": rule.near_window,
-            "density": round(density, 4),
-            "dtype": dtype_name(self.model.dtype),
-            "model": f"{self.geometry}, {config.num_hidden_layers} layers",
-        }
+        rule = self.rules[phase]
+        return model_facts(
+            phase, self.geometry, self.model, self.head_map, rule, length,
+            batch_size=batch, density=round(density, 4), retrieval_window=rule.near_window,
+        )  # fmt: skip
 
     def make_sparse(self) -> None:
         """Makes the model sparse, with random indexers."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from rtpurbo.benchmarks import sdpa
 from rtpurbo.benchmarks.correctness import Mask, causal, compare, near
 from rtpurbo.benchmarks.flex import flex_attention
-from rtpurbo.benchmarks.layer import LayerShape, LayerStates, dtype_name
+from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.lists import density_of, listed_keys
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
@@ -61,20 +61,10 @@ class PrefillCase:
 
     def facts(self, density: float, num_retrieval_heads: int | None = None) -> dict[str, Any]:
         """Record fields that are known before the measurement."""
-        retrieval = len(self.shape.retrieval_heads)
-        return {
-            "phase": "prefill",
-            "context_length": self.length,
-            "batch_size": 1,
-            "num_attention_heads": self.shape.num_attention_heads,
-            "num_key_value_heads": self.shape.num_key_value_heads,
-            "num_retrieval_heads": num_retrieval_heads or retrieval,
-            "head_dim": self.shape.head_dim,
-            "sliding_window": self.rule.sliding_window,
-            "retrieval_window": self.rule.near_window,
-            "density": round(density, 4),
-            "dtype": dtype_name(self.states.queries.dtype),
-        }
+        retrieval = num_retrieval_heads or len(self.shape.retrieval_heads)
+        return self.shape.facts(
+            "prefill", self.states, self.rule, density, num_retrieval_heads=retrieval
+        )
 
 
 def bench_prefill(

@@ -9,65 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, Measurement, PartTimer
 from rtpurbo.benchmarks.training import (
     IMPLEMENTATIONS,
-    RATIO,
+    TrainingCase,
+    check_is_longer,
     complaint,
-    facts,
     figures,
     random_tokens,
-    take_gradient,
 )
-from rtpurbo.config import AttentionRule, RTPurboConfig
-from rtpurbo.errors import RTPurboError
+from rtpurbo.config import AttentionRule
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import sparsify
 from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training.layerwise import train_layer_by_layer
-from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sequences import TrainingSequence
 
 # Tokens beyond a window in the warm-up step and in the correctness check.
 WARM_UP_TOKENS = 4096
 
 
-class Stage1Case:
-    """Model whose indexers are trained.
+class Stage1Case(TrainingCase):
+    """Model whose indexers are trained; arguments as of `TrainingCase`."""
 
-    Args:
-        geometry: name in `GEOMETRIES`.
-        rule: windows, and the distribution that top-p applies to.
-        dtype: dtype of the model's weights; indexers are in fp32.
-        device: device to measure on.
-        layers: number of layers; None for all.
-    """
+    phase = "stage1"
 
-    def __init__(
-        self,
-        geometry: str,
-        rule: AttentionRule,
-        dtype: torch.dtype,
-        device: torch.device,
-        layers: int | None,
-    ) -> None:
-        self.geometry, self.rule = geometry, rule
-        self.model = build_model(geometry, layers, dtype, device)
-        self.head_map = spread_head_map(self.model.config, RATIO)
-        sparsify(self.model, RTPurboConfig(self.head_map, rule))
-        draw_indexers(self.model)
-        self.weights: list[Tensor] = []
-        for module in headwise_modules(self.model):
-            if module.retrieval_heads:
-                self.weights += module.indexer.float().requires_grad_(True).parameters()
-        self.optimizer, _ = make_optimizer(self.weights, 1e-4, 0.0, 0, 1)
+    def prepare(self, device: torch.device) -> list[Tensor]:
+        """Returns the weights of all indexers."""
         self.timer = PartTimer(device)
-
-    def facts(self, length: int) -> dict[str, Any]:
-        """Record fields that are known before the measurement."""
-        return facts("stage1", self.geometry, self.model, self.head_map, self.rule, length)
+        modules = [module for module in headwise_modules(self.model) if module.retrieval_heads]
+        return [
+            weight
+            for module in modules
+            for weight in module.indexer.float().requires_grad_(True).parameters()
+        ]
 
     def sequences(self, length: int, documents: int) -> list[TrainingSequence]:
         """Random tokens in documents of equal length."""
@@ -100,7 +75,7 @@ class Stage1Case:
     ) -> tuple[Tensor, Tensor]:
         """Losses of `num_queries` queries, and the gradients of all weights in one vector."""
         losses = self.learn(sequences, backend, num_queries)
-        return losses, take_gradient(self.weights, self.optimizer)
+        return losses, self.take_gradient()
 
 
 def bench_stage1(
@@ -129,11 +104,7 @@ def bench_stage1(
         RTPurboError: documents are not longer than sinks and window.
     """
     shortest = min(lengths) // documents
-    if shortest <= rule.sliding_window + rule.num_sink_tokens:
-        raise RTPurboError(
-            f"documents of {shortest:,} tokens are not longer than sinks and window "
-            f"({rule.sliding_window + rule.num_sink_tokens:,} tokens), so there is nothing to learn; use longer ones."
-        )
+    check_is_longer("documents", shortest, rule, "there is nothing to learn")
     session.log(f"{geometry}: initialising random weights")
     case = Stage1Case(geometry, rule, dtype, session.device, layers)
     kernels = "triton" if session.device.type == "cuda" else "auto"

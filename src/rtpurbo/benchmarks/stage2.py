@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rtpurbo.benchmarks.geometries import build_model, draw_indexers, spread_head_map
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call
 from rtpurbo.benchmarks.training import (
     IMPLEMENTATIONS,
-    RATIO,
+    TrainingCase,
+    check_is_longer,
     complaint,
-    facts,
     figures,
     random_tokens,
-    take_gradient,
 )
-from rtpurbo.config import AttentionRule, RTPurboConfig
-from rtpurbo.errors import RTPurboError
+from rtpurbo.config import AttentionRule
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import runtime, sparsify
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.optimizer import make_optimizer
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.sharding import clip_gradients, gradient_norm
 from rtpurbo.training.stage2 import MAX_GRADIENT_NORM, autocast, backpropagate
@@ -48,43 +43,22 @@ CHECKED_LAYERS = 4
 LORA_INIT_STD = 0.05
 
 
-class Stage2Case:
-    """Sparse model with a trained LoRA.
+class Stage2Case(TrainingCase):
+    """Sparse model with a trained LoRA; arguments as of `TrainingCase`, prefill of retrieval heads is dense."""
 
-    Args:
-        geometry: name in `GEOMETRIES`.
-        rule: windows and selection; prefill of retrieval heads is dense.
-        dtype: dtype of the model's weights; the LoRA is in fp32.
-        device: device to measure on.
-        layers: number of layers; None for all.
-    """
+    phase = "stage2"
+    rule_changes: ClassVar = {"prefill_mode": "dense"}
 
-    def __init__(
-        self,
-        geometry: str,
-        rule: AttentionRule,
-        dtype: torch.dtype,
-        device: torch.device,
-        layers: int | None,
-    ) -> None:
-        self.geometry = geometry
-        self.rule = replace(rule, prefill_mode="dense")
-        self.model = build_model(geometry, layers, dtype, device)
-        self.head_map = spread_head_map(self.model.config, RATIO)
-        sparsify(self.model, RTPurboConfig(self.head_map, self.rule))
-        draw_indexers(self.model)
+    def prepare(self, device: torch.device) -> Iterable[Tensor]:
+        """Returns the weights of the LoRA."""
         self.opened = ExitStack()
         self.student = self.opened.enter_context(trainable(self.model, SETTINGS, 0))
-        self.weights = list(trained_weights(self.student).values())
+        weights = trained_weights(self.student)
         generator = torch.Generator(device).manual_seed(0)
-        for name, weight in trained_weights(self.student).items():
+        for name, weight in weights.items():
             if "lora_B" in name:
                 weight.data.normal_(0.0, LORA_INIT_STD, generator=generator)
-        self.optimizer, _ = make_optimizer(self.weights, 1e-4, 0.0, 0, 1)
-
-    def facts(self, length: int) -> dict[str, Any]:
-        """Record fields that are known before the measurement."""
-        return facts("stage2", self.geometry, self.model, self.head_map, self.rule, length)
+        return weights.values()
 
     def sequence(self, length: int) -> tuple[TrainingSequence, TeacherTargets]:
         """Random tokens that end with an answer, and the dense model's targets for it."""
@@ -113,7 +87,7 @@ class Stage2Case:
     ) -> tuple[Tensor, Tensor]:
         """Loss, and the gradients of all weights in one vector."""
         loss = self.learn(sequence, targets, backend)
-        return loss, take_gradient(self.weights, self.optimizer)
+        return loss, self.take_gradient()
 
 
 def bench_stage2(
@@ -140,11 +114,7 @@ def bench_stage2(
     Raises:
         RTPurboError: sequences are not longer than sinks and window.
     """
-    if min(lengths) <= rule.sliding_window + rule.num_sink_tokens:
-        raise RTPurboError(
-            f"sequences of {min(lengths):,} tokens are not longer than sinks and window "
-            f"({rule.sliding_window + rule.num_sink_tokens:,} tokens), so nothing would be sparse; use longer ones."
-        )
+    check_is_longer("sequences", min(lengths), rule, "nothing would be sparse")
     session.log(f"{geometry}: initialising random weights")
     case = Stage2Case(geometry, rule, dtype, session.device, layers)
     fewer = CHECKED_LAYERS if layers is None else min(layers, CHECKED_LAYERS)

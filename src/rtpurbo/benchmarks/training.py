@@ -1,17 +1,26 @@
-"""Record fields and correctness check that the benchmarks of both training stages share."""
+"""Case, record fields and correctness check that the benchmarks of both training stages share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.benchmarks.layer import dtype_name
+from rtpurbo.benchmarks.geometries import (
+    build_model,
+    draw_indexers,
+    model_facts,
+    spread_head_map,
+)
 from rtpurbo.benchmarks.timing import Measurement
-from rtpurbo.config import AttentionRule, HeadMap
+from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.sparsify import sparsify
+from rtpurbo.training.optimizer import make_optimizer
 
 IMPLEMENTATIONS = ("rtpurbo", "eager")
 RATIO = 0.15
@@ -19,42 +28,71 @@ RATIO = 0.15
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 
 
-def facts(
-    phase: str,
-    geometry: str,
-    model: PreTrainedModel,
-    head_map: HeadMap,
-    rule: AttentionRule,
-    length: int,
-) -> dict[str, Any]:
-    """Record fields that are known before the measurement."""
-    config = model.config
-    return {
-        "phase": phase,
-        "context_length": length,
-        "batch_size": 1,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "num_retrieval_heads": head_map.num_retrieval_heads,
-        "head_dim": config.head_dim,
-        "sliding_window": rule.sliding_window,
-        "density": 1.0,
-        "dtype": dtype_name(model.dtype),
-        "model": f"{geometry}, {config.num_hidden_layers} layers",
-    }
+class TrainingCase:
+    """Sparse model with random weights, of which some are trained.
+
+    A subclass sets `phase`, and the trained weights in `prepare`.
+
+    Args:
+        geometry: name in `GEOMETRIES`.
+        rule: windows and selection.
+        dtype: dtype of the model's weights.
+        device: device to measure on.
+        layers: number of layers; None for all.
+    """
+
+    phase: ClassVar[str]
+    rule_changes: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        geometry: str,
+        rule: AttentionRule,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: int | None,
+    ) -> None:
+        self.geometry, self.rule = geometry, replace(rule, **self.rule_changes)
+        self.model = build_model(geometry, layers, dtype, device)
+        self.head_map = spread_head_map(self.model.config, RATIO)
+        sparsify(self.model, RTPurboConfig(self.head_map, self.rule))
+        draw_indexers(self.model)
+        self.weights = list(self.prepare(device))
+        self.optimizer, _ = make_optimizer(self.weights, 1e-4, 0.0, 0, 1)
+
+    def prepare(self, device: torch.device) -> Iterable[Tensor]:
+        """Returns the trained weights, in fp32."""
+        raise NotImplementedError
+
+    def facts(self, length: int) -> dict[str, Any]:
+        """Record fields that are known before the measurement."""
+        return model_facts(self.phase, self.geometry, self.model, self.head_map, self.rule, length)
+
+    def take_gradient(self) -> Tensor:
+        """Gradients of all trained weights in one vector; clears them."""
+        gradients = [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.cat(gradients)
+
+
+def check_is_longer(what: str, shortest: int, rule: AttentionRule, consequence: str) -> None:
+    """Refuses sequences that are not longer than sinks and window.
+
+    Raises:
+        RTPurboError: they are not.
+    """
+    reach = rule.sliding_window + rule.num_sink_tokens
+    if shortest <= reach:
+        raise RTPurboError(
+            f"{what} of {shortest:,} tokens are not longer than sinks and window "
+            f"({reach:,} tokens), so {consequence}; use longer ones."
+        )
 
 
 def random_tokens(model: PreTrainedModel, length: int) -> Tensor:
     """Token ids int64 [length], the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (length,), generator=generator)
-
-
-def take_gradient(weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Gradients of all weights in one vector; clears them."""
-    gradient = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None])
-    optimizer.zero_grad(set_to_none=True)
-    return gradient
 
 
 def complaint(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str | None:

@@ -21,13 +21,13 @@ from rtpurbo.config import AttentionRule, HeadMap, default_sliding_window, head_
 from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
+from rtpurbo.lengths import check_context
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.sparsify import empty_head_map
 from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     CalibrationSettings,
     Progress,
-    check_context,
     no_progress,
 )
 

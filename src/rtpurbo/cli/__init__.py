@@ -11,11 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 from rtpurbo.cli import bench
-from rtpurbo.cli.calibrate import calibrate
 from rtpurbo.cli.chat import chat
 from rtpurbo.cli.convert import convert
 from rtpurbo.cli.demo import demo
-from rtpurbo.cli.distill import distill
 from rtpurbo.cli.evaluate import evaluate
 from rtpurbo.cli.export import export
 from rtpurbo.cli.generate import generate
@@ -23,7 +21,7 @@ from rtpurbo.cli.inspect import inspect
 from rtpurbo.cli.push import push
 from rtpurbo.cli.report import report
 from rtpurbo.cli.serve import serve
-from rtpurbo.cli.train_indexer import train_indexer
+from rtpurbo.cli.stages import calibrate, distill, train_indexer
 from rtpurbo.errors import RTPurboError
 from rtpurbo.launch import is_first_process_of_its_machine, started_by_torchrun
 from rtpurbo.version import __version__

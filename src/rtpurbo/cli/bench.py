@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rtpurbo.cli import options
+from rtpurbo.cli.bench_options import (
+    Batch,
+    Density,
+    Device,
+    Dtype,
+    HeadDim,
+    Heads,
+    Implementation,
+    KeyValueHeads,
+    Length,
+    Output,
+    Plot,
+    Repeats,
+    RetrievalHeads,
+    RetrievalWindow,
+    RowStride,
+    TimeLimit,
+    Window,
+    Windows,
+)
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
@@ -23,82 +44,6 @@ TRAINING_LENGTHS = {"stage1": [49152, 131072], "stage2": [32768]}
 PREFILL_DENSITY, DECODE_DENSITY = 0.1, 0.03
 WINDOW, RETRIEVAL_WINDOW = 8192, 512
 
-Length = Annotated[
-    list[int] | None,
-    typer.Option(
-        min=1,
-        help="Context length in tokens. Repeat it for several.",
-        show_default="8192, 32768, 131072",
-    ),
-]
-Density = Annotated[
-    list[float] | None,
-    typer.Option(
-        help="Forced density: share of the key blocks that retrieval heads read (prefill), or of the "
-        "keys that they select (decode). Repeat it for several.",
-        show_default="0.1 in prefill, 0.03 in decode",
-    ),
-]
-Window = Annotated[int, typer.Option(min=64, help="Window of local heads, in tokens.")]
-Windows = Annotated[
-    list[int] | None,
-    typer.Option(
-        "--window",
-        min=64,
-        help="Window of local heads, in tokens. Repeat it for several.",
-        show_default="8192",
-    ),
-]
-RetrievalWindow = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Window of retrieval heads, in tokens.",
-        show_default="512 in prefill, the window in decode",
-    ),
-]
-RowStride = Annotated[
-    int | None,
-    typer.Option(min=1, help="Score every n-th query of a prompt.", show_default=False),
-]
-Heads = Annotated[int, typer.Option(min=1, help="Query heads of the layer.")]
-KeyValueHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="KV heads of the layer.")]
-HeadDim = Annotated[int, typer.Option(min=16, help="Dimensions of a head.")]
-RetrievalHeads = Annotated[
-    int, typer.Option(min=1, help="Retrieval heads of the layer, evenly spaced.")
-]
-Batch = Annotated[
-    list[int] | None,
-    typer.Option(min=1, help="Batch size. Repeat it for several.", show_default="1"),
-]
-Dtype = Annotated[Literal["bfloat16", "float16"], typer.Option(help="Dtype of all states.")]
-Implementation = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Measure only this implementation. Repeat it for several.", show_default="all"
-    ),
-]
-Repeats = Annotated[
-    int, typer.Option(min=1, help="Timed calls; fewer if they take more than 3 seconds in total.")
-]
-TimeLimit = Annotated[
-    float,
-    typer.Option(
-        min=0, help="Seconds; other implementations expected to take longer per call are skipped."
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="JSON file for the results.", show_default=False),
-]
-Plot = Annotated[
-    Path | None,
-    typer.Option(
-        help="Image file for a plot of the results; needs the extra `plots`.", show_default=False
-    ),
-]
-Device = Annotated[str, typer.Option(hidden=True)]
-
 app = typer.Typer(
     no_args_is_help=True,
     help="Measure speed and memory against dense kernels, on an NVIDIA GPU.",
@@ -107,6 +52,7 @@ app = typer.Typer(
 
 @app.command()
 def prefill(
+    context: typer.Context,
     length: Length = None,
     density: Density = None,
     window: Windows = None,
@@ -147,18 +93,19 @@ def prefill(
     near = retrieval_window or RETRIEVAL_WINDOW
     rules = [_rule(size, near, row_stride) for size in window or [WINDOW]]
     densities = _densities(density, PREFILL_DENSITY)
-    session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
-    if profile is None:
-        bench_prefill(session, shape, rules, length or LENGTHS, densities, _dtype(dtype))
-    else:
-        bench_profile(
-            session, profile, rules[0], length or LENGTHS, _dtype(dtype), data or None, base_model
-        )
-    _finish(session.results, plot)
+    lengths = length or LENGTHS
+    with _measuring(context, IMPLEMENTATIONS) as session:
+        if profile is None:
+            bench_prefill(session, shape, rules, lengths, densities, _dtype(dtype))
+        else:
+            bench_profile(
+                session, profile, rules[0], lengths, _dtype(dtype), data or None, base_model
+            )
 
 
 @app.command()
 def decode(
+    context: typer.Context,
     length: Length = None,
     density: Density = None,
     window: Windows = None,
@@ -186,13 +133,14 @@ def decode(
     shape = LayerShape.spread(heads, kv_heads, head_dim, retrieval_heads)
     rules = [_rule(size, retrieval_window) for size in window or [WINDOW]]
     densities = _densities(density, DECODE_DENSITY)
-    session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
-    bench_decode(session, shape, rules, length or LENGTHS, densities, batch or [1], _dtype(dtype))
-    _finish(session.results, plot)
+    lengths, batches = length or LENGTHS, batch or [1]
+    with _measuring(context, IMPLEMENTATIONS) as session:
+        bench_decode(session, shape, rules, lengths, densities, batches, _dtype(dtype))
 
 
 @app.command()
 def model(
+    context: typer.Context,
     geometry: Annotated[
         str, typer.Option(help="qwen3-8b, qwen3-30b-a3b or smollm2-135m, with random weights.")
     ] = "qwen3-8b",
@@ -231,20 +179,19 @@ def model(
     densities = {"model-prefill": prefill_density, "model-decode": decode_density}
     for value in densities.values():
         _densities([value], value)
-    session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, plot)
     rules = {}
     for chosen in ["decode", "prefill"] if phase == "both" else [phase]:
         # A smaller window for retrieval heads is profitable where one block list serves a whole query block.
         near = retrieval_window or (RETRIEVAL_WINDOW if chosen == "prefill" else None)
         rules[f"model-{chosen}"] = _rule(window, near, row_stride)
-    bench_model(
-        session, geometry, rules, length or LENGTHS, densities, batch or [1], _dtype(dtype), layers
-    )
-    _finish(session.results, plot)
+    lengths, batches = length or LENGTHS, batch or [1]
+    with _measuring(context, IMPLEMENTATIONS) as session:
+        bench_model(session, geometry, rules, lengths, densities, batches, _dtype(dtype), layers)
 
 
 @app.command()
 def training(
+    context: typer.Context,
     geometry: Annotated[
         str, typer.Option(help="qwen3-8b, qwen3-30b-a3b or smollm2-135m, with random weights.")
     ] = "qwen3-8b",
@@ -286,13 +233,12 @@ def training(
         raise RTPurboError(
             "--documents is for stage 1 only: stage 2 does not pack documents; leave it out."
         )
-    session = _session(device, implementation, IMPLEMENTATIONS, repeats, time_limit, output, None)
     rule, lengths = _rule(window, None), length or TRAINING_LENGTHS[phase]
-    if phase == "stage1":
-        bench_stage1(session, geometry, rule, lengths, documents, _dtype(dtype), layers)
-    else:
-        bench_stage2(session, geometry, rule, lengths, _dtype(dtype), layers)
-    _finish(session.results, None)
+    with _measuring(context, IMPLEMENTATIONS) as session:
+        if phase == "stage1":
+            bench_stage1(session, geometry, rule, lengths, documents, _dtype(dtype), layers)
+        else:
+            bench_stage2(session, geometry, rule, lengths, _dtype(dtype), layers)
 
 
 @app.command()
@@ -332,7 +278,7 @@ def show(
     if not records:
         raise RTPurboError("no record is left to show; loosen the filters or pass other files.")
     if not markdown:
-        _finish(SpeedResults(records), plot)
+        _show(SpeedResults(records), plot)
         return
     typer.echo(speed_markdown(records))
     if plot is not None:
@@ -362,16 +308,14 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _session(
-    device: str,
-    implementations: Sequence[str] | None,
-    known: Sequence[str],
-    repeats: int,
-    time_limit: float,
-    output: Path | None,
-    plot: Path | None,
-) -> Session:
-    """Checks options before anything is measured, and returns the session."""
+@contextmanager
+def _measuring(context: typer.Context, known: Sequence[str]) -> Iterator[Session]:
+    """Checks a command's options before anything is measured; prints and plots the results at the end.
+
+    Args:
+        context: of the command.
+        known: names for its option `--implementation`.
+    """
     import torch
 
     from rtpurbo.benchmarks.session import Session
@@ -379,34 +323,38 @@ def _session(
     from rtpurbo.reporting.figures import check_matplotlib
     from rtpurbo.speed_records import write_speed
 
-    for name in implementations or ():
+    options = context.params
+    wanted, output, plot = options["implementation"] or (), options["output"], options.get("plot")
+    for name in wanted:
         if name not in known:
             raise RTPurboError(
                 f"there is no implementation '{name}' here; choose one of: {', '.join(known)}."
             )
     if plot is not None:
         check_matplotlib("--plot")
-    if device == "cuda" and not torch.cuda.is_available():
+    if options["device"] == "cuda" and not torch.cuda.is_available():
         raise RTPurboError("benchmarks need an NVIDIA GPU, and PyTorch finds none here.")
-    place = resolve_device(device)
+    place = resolve_device(options["device"])
     command = shlex.join(["rtpurbo", *sys.argv[1:]])
 
     def write(results: SpeedResults) -> None:
         if output is not None:
             write_speed(output, device_name(place), command, results)
 
-    return Session(
+    session = Session(
         place,
-        repeats=repeats,
-        time_limit=time_limit,
-        wanted=tuple(implementations or ()),
+        repeats=options["repeats"],
+        time_limit=options["time_limit"],
+        wanted=tuple(wanted),
         log=lambda text: typer.echo(text, err=True),
         on_record=write,
     )
+    yield session
+    _show(session.results, plot)
 
 
-def _finish(results: SpeedResults, plot: Path | None) -> None:
-    """Prints and plots the results; exits with 1 if a result was wrong."""
+def _show(results: SpeedResults, plot: str | Path | None) -> None:
+    """Prints and plots results; exits with 1 if a result was wrong."""
     from rich.console import Console
 
     from rtpurbo.reporting.speed import save_plot, speed_tables

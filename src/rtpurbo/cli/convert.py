@@ -12,6 +12,7 @@ from rtpurbo.errors import RTPurboError
 
 
 def convert(
+    context: typer.Context,
     model: options.Model = None,
     output_dir: Annotated[
         Path | None,
@@ -64,38 +65,15 @@ def convert(
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
     from rtpurbo.interruption import stopping_cleanly
+    from rtpurbo.job_options import settings_options
 
     if preset is not None:
         raise RTPurboError(
             "--preset was replaced by --effort: choose quick, standard, thorough or auto."
         )
-    changes = options.changed_settings(
-        others,
-        ratio=ratio,
-        threshold=threshold,
-        count=count,
-        window=window,
-        top_p=top_p,
-        reading=reading,
-        index_space=index_space,
-        index_dim=index_dim,
-        stage1_steps=stage1_steps,
-        stage2_steps=stage2_steps,
-        lora_rank=lora_rank,
-        stream=stream,
-        seed=seed,
-    )
     if dry_run:
-        plan = conversion.plan_conversion(
-            model,
-            changes=changes,
-            effort=effort,
-            max_length=max_length,
-            data=data or None,
-            device=device,
-            dtype=dtype,
-        )
-        say(str(plan))
+        given = settings_options(options.job_options(context))
+        say(str(conversion.plan_conversion(model, **given)))
         return
     if output_dir is None:
         raise RTPurboError("there is no folder to write to: name one with --output-dir.")
@@ -103,17 +81,7 @@ def convert(
         folder = conversion.convert(
             model,
             output_dir,
-            changes=changes,
-            effort=effort,
-            max_length=max_length,
-            data=data or None,
-            device=device,
-            dtype=dtype,
-            resume=resume,
-            force=force,
-            progress=progress,
-            parallel=parallel,
-            report_to=report_to or (),
             on_plan=lambda plan: say(str(plan)),
+            **options.job_options(context, progress),
         )
     say(f"Written to {folder}. Try: rtpurbo generate {folder} 'Once upon a time'")

@@ -124,8 +124,9 @@ def evaluate(
         typer.Option(
             "--output",
             "-o",
-            help="JSON file for the results, written while they come; every question with its "
-            "answer goes to NAME.samples.jsonl beside it.",
+            help="JSON file for the results, written at the end and when the run is stopped; every "
+            "question with its answer goes to NAME.samples.jsonl in the same folder. NAME.log.jsonl, "
+            "which --resume reads, gets each result as soon as it is there.",
             show_default=False,
         ),
     ] = None,
@@ -159,14 +160,16 @@ def evaluate(
     """
     if resume and output is None:
         raise RTPurboError("--resume continues a file of results: name it with --output.")
-    if output is not None and output.exists() and not (resume or force):
-        raise RTPurboError(
-            f"{output} exists: pass --resume to go on with it, or --force to replace it."
-        )
 
     from rtpurbo.evaluation import request
     from rtpurbo.evaluation.cases import DEFAULT_SUITES
+    from rtpurbo.evaluation.paths import log_path, samples_path
 
+    for path in () if output is None or resume or force else (output, log_path(output)):
+        if path.exists():
+            raise RTPurboError(
+                f"{path} exists: pass --resume to go on with it, or --force to replace it."
+            )
     suites = options.suites_with_tasks(suite or DEFAULT_SUITES, tasks, length)
     lengths = length or request.DEFAULT_LENGTHS
     policies = policy or request.DEFAULT_POLICIES
@@ -188,15 +191,14 @@ def evaluate(
     from rtpurbo.cli.progress import ProgressBars
     from rtpurbo.devices import device_name, resolve_device
     from rtpurbo.evaluation import run
-    from rtpurbo.evaluation.results_file import ResultsFile
-    from rtpurbo.evaluation.samples import samples_path
+    from rtpurbo.evaluation.results_log import ResultsLog
     from rtpurbo.models.artifact_folder import find_artifact
     from rtpurbo.reporting.card import rewrite_card
     from rtpurbo.reporting.tables import results_tables
 
     place = resolve_device(device)
     command = shlex.join(["rtpurbo", *sys.argv[1:]])
-    results = ResultsFile(output, artifact, device_name(place), command, resume=resume)
+    results = ResultsLog(output, artifact, device_name(place), command, resume=resume)
     with _stopping_cleanly(output), results, ProgressBars() as progress:
         records = run.evaluate(
             artifact,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from rtpurbo.config import IndexSpace, Reading
 from rtpurbo.errors import RTPurboError
+
+if TYPE_CHECKING:
+    from rtpurbo.job_options import JobOptions
+    from rtpurbo.settings import Progress
 
 _HEADS = "Which heads retrieve"
 _ATTENTION = "What heads see"
@@ -261,7 +265,27 @@ def assignments(option: str, given: Sequence[str] | None) -> dict[str, str]:
     return values
 
 
-def changed_settings(others: list[str] | None, **options: Any) -> dict[str, Any]:
+def job_options(context: typer.Context, progress: Progress | None = None) -> JobOptions:
+    """Returns keyword arguments for the functions of `rtpurbo.conversion`.
+
+    Args:
+        context: of a command. Its options are those of `rtpurbo.job_options.JobOptions`, and some that each
+            change one setting.
+        progress: called after each step; None calls nothing.
+    """
+    from rtpurbo.job_options import JobOptions
+
+    given = context.params
+    settings = {name: given[name] for name in _SETTINGS if name in given}
+    shared = {name: given.get(name) for name in JobOptions.__annotations__}
+    found = {name: value for name, value in shared.items() if value not in (None, (), [])}
+    found["changes"] = changed_settings(given["others"], **settings)
+    if progress is not None:
+        found["progress"] = progress
+    return cast(JobOptions, found)
+
+
+def changed_settings(others: Sequence[str] | None, **options: Any) -> dict[str, Any]:
     """Settings, by dotted name, that the user gave a value.
 
     Args:

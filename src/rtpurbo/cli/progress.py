@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -52,12 +50,7 @@ class ProgressBars:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:

@@ -12,25 +12,25 @@ from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
 from rtpurbo.evaluation.samples import Sample, SampleRecord
 
 AVERAGED = ("ruler", *QUESTION_SUITES)
-"""The suites whose tasks have an average: others mix what has no common scale."""
+"""Suites with averages; tasks of other suites have no common scale."""
 
 
 @dataclass(frozen=True)
 class Average:
-    """The mean of the tasks of a suite.
+    """Mean over the tasks of a suite.
 
-    Policies answer the same questions, so their difference is far surer than either mean: what a
-    question is worth cancels out.
+    Policies answer the same questions, so their difference has a much smaller variance than either
+    mean: the difficulty of a question cancels out.
 
     Attributes:
         suite: as in `rtpurbo.evaluation.records.Record`, like the next two.
         context_length: tokens.
-        policy: what ran.
-        tasks: how many; each counts as much.
-        samples: questions of all of them.
+        policy: name.
+        tasks: number of tasks, which all have the same weight.
+        samples: number of questions of all tasks.
         score: in percent.
-        ci95: the 95 % interval of the score, by bootstrap over the questions of each task.
-        difference: points above the dense model; None of itself, or where it has other questions.
+        ci95: 95 % interval of the score, by bootstrap over the questions of each task.
+        difference: points above the dense model; None for the dense model, or if it has other questions.
         difference_ci95: the 95 % bootstrap interval of the difference, paired by question.
     """
 
@@ -50,10 +50,10 @@ _Answers = dict[str, dict[int, Sample]]
 
 
 def averages_of(samples: Sequence[SampleRecord]) -> list[Average]:
-    """The averages of all policies that took every task that any of them took at a length.
+    """Returns the averages of all policies that have all tasks that any policy has at a length.
 
     Args:
-        samples: of a run; those of suites that are not `AVERAGED` are passed over.
+        samples: of a run; suites that are not `AVERAGED` are ignored.
     """
     taken: dict[tuple[str, int], dict[str, _Answers]] = {}
     for item in samples:
@@ -79,7 +79,7 @@ def find_average(
     tasks: int,
     suite: str = "ruler",
 ) -> Average | None:
-    """The average of so many tasks of a suite; None if there is none, or it is of fewer."""
+    """Returns the average of this number of tasks of a suite; None if there is none."""
     place = (suite, context_length, policy, tasks)
     found = (
         one for one in averages if (one.suite, one.context_length, one.policy, one.tasks) == place

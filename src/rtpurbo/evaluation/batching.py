@@ -18,7 +18,7 @@ MASK_ENTRIES = 2**30
 
 
 def questions_at_once(model: PreTrainedModel, context_length: int, most: int = MOST_AT_ONCE) -> int:
-    """The questions of a batch whose prompts differ in length.
+    """Returns the batch size for questions whose prompts differ in length.
 
     A GPU answers several in the time of one; a CPU does not, and each would wait. In a dense model
     several padded prompts need a mask, [batch, length, length], and one alone needs none: long
@@ -27,7 +27,7 @@ def questions_at_once(model: PreTrainedModel, context_length: int, most: int = M
     Args:
         model: dense or sparse.
         context_length: tokens of the longest prompt and answer.
-        most: the limit of short ones.
+        most: largest batch size.
     """
     if model.device.type != "cuda":
         return 1
@@ -40,12 +40,12 @@ def questions_at_once(model: PreTrainedModel, context_length: int, most: int = M
 def batches_by_length(
     model: PreTrainedModel, lengths: Sequence[int], most: int = MOST_SHORT_AT_ONCE
 ) -> list[list[int]]:
-    """Batches of questions of similar length, the longest first.
+    """Returns batches of questions of similar length, the longest first.
 
     Args:
         model: dense or sparse.
         lengths: tokens of each question's prompt and answer, at least one.
-        most: the limit of a batch.
+        most: largest batch size.
 
     Returns:
         The places of the questions in `lengths`, by batch.

@@ -1,4 +1,4 @@
-"""Budgets of far tokens: policies with a budget read as many as `rtpurbo` did in the same tests."""
+"""Budgets of far tokens: the mean number that `rtpurbo` read in the same cases."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from rtpurbo.evaluation.records import Record
 
 
 def has_budget(policy: str) -> bool:
-    """True if the policy of this name needs a budget of far tokens."""
+    """Returns True if a policy needs a budget of far tokens."""
     return isinstance(POLICIES[policy], BudgetPolicy)
 
 
 def budget_of(policy: str, case: Case, records: Iterable[Record]) -> int | None:
-    """The far tokens that a policy may read in a row of a test; None for those that have no budget.
+    """Returns the far tokens per query that a policy may read in a case; None if it has no budget.
 
     Args:
-        policy: its name.
-        case: the test.
-        records: as `far_token_budget` takes them; not asked for where there is no budget.
+        policy: name.
+        case: to run.
+        records: as `far_token_budget` takes them; not read for policies without a budget.
     """
     return far_token_budget(case, records) if has_budget(policy) else None
 
 
 def far_token_budget(case: Case, records: Iterable[Record]) -> int:
-    """The far tokens that a row may read: the mean of those records that count, rounded up.
+    """Returns the far tokens that a query may read: the mean over queries of some records, rounded up.
 
-    They are those of the suite's tests at the length. Tasks of lm-eval have nothing in common but
-    the model's context, so each has a budget of its own. Nobody gets less than the mean; where no
-    row has anything far, there is nothing to read.
+    The records are those of the suite at the length of the case. Tasks of lm-eval have only the model's
+    context in common, so each has its own budget. Without any query that has far tokens, it is 0.
 
     Args:
-        case: the test.
-        records: of the policy that sets budgets, one of each test, in the order of the tests.
+        case: to run.
+        records: of the policy that sets budgets, one per case, in the order of the cases.
     """
     far_tokens, rows = 0.0, 0
     for record in records:

@@ -14,7 +14,7 @@ from rtpurbo.evaluation.questions.suites import ONE_TASK, SHORT
 from rtpurbo.evaluation.ruler.tasks import TASKS as RULER_TASKS
 
 HARNESS = "lm-eval"
-"""The suite of LM Evaluation Harness, which alone knows its tasks."""
+"""Suite of LM Evaluation Harness, whose tasks are known only to that package."""
 
 SUITES: dict[str, tuple[str, ...]] = {
     "needle": tuple(needle_tasks.TASKS),
@@ -24,25 +24,25 @@ SUITES: dict[str, tuple[str, ...]] = {
     babilong.SUITE: babilong.TASKS,
     HARNESS: (),
 }
-"""The tasks of every suite."""
+"""Tasks of every suite."""
 
 DEFAULT_SAMPLES = 10
 
 DEFAULT_SUITES = ("needle", "perplexity")
 DEFAULT_TASKS = {**SUITES, "needle": ("single", "multikey")}
-"""What a suite runs if no task is named."""
+"""Tasks of a suite that is given without any."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One test that every policy takes.
+    """One test, the same for every policy.
 
     Attributes:
         suite: a name of `SUITES`.
         task: of the suite.
-        context_length: tokens; 0 for the model's context in the suite `lm-eval`, and for the length
-            that the questions themselves have in those of `rtpurbo.evaluation.questions`.
-        samples: questions or windows; 0 for all that there are, in the suite `lm-eval`.
+        context_length: tokens; 0 is the model's context in the suite `lm-eval`, and the questions' own
+            length in suites of short questions.
+        samples: number of questions or windows; 0 is all of them, in the suite `lm-eval`.
     """
 
     suite: str
@@ -60,13 +60,13 @@ def choose_cases(
     samples: int | None = None,
     questions: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[Case]:
-    """The tests that the arguments of `evaluate` name.
+    """Returns the cases that the arguments of `evaluate` select.
 
     Args:
         suites: as `evaluate` takes them, like the next two.
         lengths: tokens.
-        samples: of each test.
-        questions: how many there are for the tasks of suites that take theirs from files.
+        samples: of each case.
+        questions: number of questions by suite and task, for suites that read them from files.
 
     Raises:
         RTPurboError: a suite or task is unknown, a suite has no length, no tasks or no questions,
@@ -94,8 +94,8 @@ def choose_cases(
         else:
             for task in tasks:
                 check_name(f"{suite} task", task, SUITES[suite])
-            everybody = () if isinstance(lengths, Mapping) else lengths
-            suite_lengths = _own_lengths(given, own_lengths, suite, lengths, everybody)
+            default = () if isinstance(lengths, Mapping) else lengths
+            suite_lengths = _own_lengths(given, own_lengths, suite, lengths, default)
             number = samples or DEFAULT_SAMPLES
         if not suite_lengths or (min(suite_lengths) < 2 and suite_lengths != (0,)):
             raise RTPurboError(f"the suite '{suite}' needs lengths of at least 2 tokens.")
@@ -127,7 +127,7 @@ def _question_cases(
     samples: int | None,
     questions: Mapping[str, Mapping[str, int]],
 ) -> list[Case]:
-    """The tests of a suite whose questions have their own length."""
+    """Returns the cases of a suite whose questions have their own length."""
     if own_lengths:
         raise RTPurboError(
             f"the questions of {suite} have their own length: write {suite}, not {given}."
@@ -162,12 +162,12 @@ def _own_lengths(
     written: str,
     suite: str,
     lengths: Sequence[int] | Mapping[str, Sequence[int]],
-    otherwise: Sequence[int],
+    default: Sequence[int],
 ) -> Sequence[int]:
-    """The lengths written behind a suite, else those under its name, else others."""
+    """Returns the lengths written after a suite, else those for its name, else the default."""
     if written:
         return _parse_lengths(given, written)
-    return lengths.get(suite, otherwise) if isinstance(lengths, Mapping) else otherwise
+    return lengths.get(suite, default) if isinstance(lengths, Mapping) else default
 
 
 def _parse_lengths(suite: str, lengths: str) -> list[int]:
@@ -180,6 +180,6 @@ def _parse_lengths(suite: str, lengths: str) -> list[int]:
 
 
 def check_name(kind: str, name: str, known: Sequence[str] | Mapping[str, object]) -> None:
-    """Refuses a name that is not among the known ones, and lists them."""
+    """Refuses an unknown name, with a list of the known ones."""
     if name not in known:
         raise RTPurboError(f"there is no {kind} '{name}': choose from {', '.join(known)}.")

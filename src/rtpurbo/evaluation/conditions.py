@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,119 +33,82 @@ _DECIDING_FILES = (
 )
 
 _DIFFERENCES = {
+    # A digest of the files that its models are made of; they contain the fingerprint of the base model.
     "artifact": "another artifact",
     "prose": "other prose (--data)",
     "words": "the words of {before} in RULER, not of {now}",
     "single_hop": "other questions of ruler:qa_1 (--squad)",
     "two_hop": "other questions of ruler:qa_2 (--hotpotqa)",
+    # Digests of the files of suites and tasks of lm-eval, by name.
     "task_data": "other questions (--task-data)",
     "max_new_tokens": "--max-new-tokens {before}, not {now}",
     "seed": "--seed {before}, not {now}",
-    "cache_length": "caches weighed at the length {before}, not {now}",
+    "cache_length": "cache sizes computed at the length {before}, not {now}",
     "dtype": "--dtype {before}, not {now}",
+    # Devices of one kind run the same kernels.
     "device": "a device of the kind {before}, not {now}",
     "rtpurbo": "rtpurbo {before}, not {now}",
     "torch": "torch {before}, not {now}",
     "transformers": "transformers {before}, not {now}",
     "lm_eval": "lm-eval {before}, not {now}",
 }
-"""What to say of each condition that was another."""
+"""All conditions, with the words of a message about a difference."""
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Everything that decides questions and answers of a run.
+def conditions_of(
+    source: Source,
+    corpus: TextCorpus,
+    materials: Materials,
+    *,
+    task_data: Mapping[str, str | Path] | None = None,
+    max_new_tokens: int | None = None,
+    cache_length: int | None = None,
+) -> dict[str, Any]:
+    """Returns everything that decides the questions and answers of a run, as plain JSON types.
 
-    Attributes:
-        artifact: a digest of the files that its models are made of; they name the weights of the base
-            model by their fingerprint.
-        prose: one of the text.
-        words: where those of RULER come from.
-        single_hop: a digest of the questions of `ruler:qa_1`.
-        two_hop: one of those of `ruler:qa_2`.
-        task_data: digests of the files given for suites and tasks of lm-eval, by their names.
-        max_new_tokens: the most that answers to their questions may have.
-        seed: of the tests.
-        cache_length: tokens at which cache sizes are computed; None for each test's.
-        dtype: of the weights.
-        device: its kind; devices of one kind run the same kernels.
-        rtpurbo: version of the package.
-        torch: version of the package.
-        transformers: version of the package.
-        lm_eval: version of the package; None where it is not installed.
+    Args:
+        source: the artifact, and how its models are loaded.
+        corpus: prose.
+        materials: of RULER.
+        task_data: files for suites and tasks of lm-eval, by their names.
+        max_new_tokens: limit of answers to their questions.
+        cache_length: tokens at which cache sizes are computed; None takes each case's length.
     """
+    return {
+        "artifact": _digest_of_artifact(source.folder),
+        "prose": _digest(
+            document.encode("utf-8", "surrogatepass") for document in corpus.documents
+        ),
+        "words": materials.vocabulary.name,
+        "single_hop": _digest_of_questions(materials.single_hop),
+        "two_hop": _digest_of_questions(materials.two_hop),
+        "task_data": {
+            task: _digest_of_data(Path(path)) for task, path in (task_data or {}).items()
+        },
+        "max_new_tokens": max_new_tokens,
+        "seed": source.seed,
+        "cache_length": cache_length,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "device": device_kind(torch.device(source.device)),
+        "rtpurbo": __version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "lm_eval": _version_if_installed("lm_eval"),
+    }
 
-    artifact: str
-    prose: str
-    words: str
-    single_hop: str
-    two_hop: str
-    task_data: Mapping[str, str]
-    max_new_tokens: int | None
-    seed: int
-    cache_length: int | None
-    dtype: str
-    device: str
-    rtpurbo: str
-    torch: str
-    transformers: str
-    lm_eval: str | None
 
-    @classmethod
-    def of(
-        cls,
-        source: Source,
-        corpus: TextCorpus,
-        materials: Materials,
-        *,
-        task_data: Mapping[str, str | Path] | None = None,
-        max_new_tokens: int | None = None,
-        cache_length: int | None = None,
-    ) -> Conditions:
-        """Those of a run.
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns descriptions of the conditions that differ, such as "--seed 0, not 1".
 
-        Args:
-            source: the artifact, and how its models are loaded.
-            corpus: prose.
-            materials: of RULER.
-            task_data: files for suites and tasks of lm-eval, by their names.
-            max_new_tokens: as the attribute.
-            cache_length: as the attribute.
-        """
-        return cls(
-            _digest_of_artifact(source.folder),
-            _digest(document.encode("utf-8", "surrogatepass") for document in corpus.documents),
-            materials.vocabulary.name,
-            _digest_of_questions(materials.single_hop),
-            _digest_of_questions(materials.two_hop),
-            {task: _digest_of_data(Path(path)) for task, path in (task_data or {}).items()},
-            max_new_tokens,
-            source.seed,
-            cache_length,
-            str(source.dtype).removeprefix("torch."),
-            device_kind(torch.device(source.device)),
-            __version__,
-            version("torch"),
-            version("transformers"),
-            _version_if_installed("lm_eval"),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
-
-    def differences(self, before: Mapping[str, Any]) -> list[str]:
-        """Describes the conditions that differ, such as "--seed 0, not 1".
-
-        Args:
-            before: conditions as `to_dict` gave them.
-        """
-        now = self.to_dict()
-        return [
-            words.format(before=_said(before.get(name)), now=_said(now[name]))
-            for name, words in _DIFFERENCES.items()
-            if before.get(name) != now[name]
-        ]
+    Args:
+        before: conditions of the run to resume, read from its file.
+        now: conditions of this run.
+    """
+    return [
+        words.format(before=_said(before.get(name)), now=_said(now[name]))
+        for name, words in _DIFFERENCES.items()
+        if before.get(name) != now[name]
+    ]
 
 
 def _said(value: Any) -> str:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rtpurbo.data.texts import load_texts
-from rtpurbo.evaluation.conditions import Conditions
+from rtpurbo.evaluation.cases import HARNESS
+from rtpurbo.evaluation.conditions import conditions_of
+from rtpurbo.evaluation.needle import NeedleSuite
+from rtpurbo.evaluation.perplexity import PerplexitySuite
 from rtpurbo.evaluation.policies import Source
+from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.bank import QuestionBank
-from rtpurbo.evaluation.questions.suites import QuestionData
+from rtpurbo.evaluation.questions.suites import SHORT, QuestionData
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.runner import Runner
@@ -21,81 +26,73 @@ from rtpurbo.evaluation.task_suite import TaskSuite
 
 @dataclass(frozen=True)
 class RunManifest:
-    """Everything a process needs to run cases.
+    """Everything that a process needs to run cases; picklable.
 
     Attributes:
-        source: the artifact, and how its models are loaded.
-        asks_harness: whether any test is one of lm-eval's.
-        data: as `rtpurbo.evaluation.run.evaluate` takes it, like the rest.
-        seed: of the tests.
+        source: the artifact, and how its models are loaded; its seed is that of the cases.
+        uses_harness: some case is a task of lm-eval.
+        data: as `rtpurbo.evaluation.run.evaluate` takes it, like the next two.
         squad: questions of `ruler:qa_1`.
-        hotpotqa: those of `ruler:qa_2`.
-        task_data: files for tasks of lm-eval.
+        hotpotqa: questions of `ruler:qa_2`.
+        task_data: files for tasks of lm-eval, by task.
         question_data: files for the suites of `rtpurbo.evaluation.questions`, by suite.
-        max_new_tokens: the most that answers to tasks of lm-eval and to questions of these suites may
-            have.
-        cache_length: tokens at which the cache is weighed.
+        max_new_tokens: limit of answers to tasks of lm-eval and to questions of these suites.
+        cache_length: tokens at which cache sizes are computed; None takes each case's length.
     """
 
     source: Source
-    asks_harness: bool = False
+    uses_harness: bool = False
     data: Sequence[str] | None = None
-    seed: int = 0
     squad: str | Path | None = None
     hotpotqa: str | Path | None = None
-    task_data: Mapping[str, str | Path] | None = None
-    question_data: Mapping[str, str | Path] | None = None
+    task_data: Mapping[str, str | Path] = field(default_factory=dict)
+    question_data: Mapping[str, str | Path] = field(default_factory=dict)
     max_new_tokens: int | None = None
     cache_length: int | None = None
 
-    def task_suite(self, questions: Path | None = None) -> TaskSuite:
-        """Its tests.
+    def runner(self, prompts: Path | None = None, device: torch.device | None = None) -> Runner:
+        """Returns a runner with the prompts and data of all suites.
 
         Args:
-            questions: a folder where processes find the prompts that others made.
+            prompts: a folder where processes share prompts; None shares none.
+            device: where to put models; None takes that of `source`.
 
         Raises:
             RTPurboError: a file is missing or of another format, or lm-eval is not installed.
         """
-        harness = None
-        if self.asks_harness:
-            # Imported where it is asked for: it takes long, and may not be installed.
-            from rtpurbo.evaluation.harness.suite import Harness
-
-            harness = Harness(self.task_data or {}, self.max_new_tokens, self.seed)
+        seed = self.source.seed
         corpus = load_texts(self.data, "heldout")
         materials = Materials.of(corpus, self.squad, self.hotpotqa)
-        data = QuestionData.read(self.question_data or {}, self.seed)
-        return TaskSuite(
-            corpus,
-            RulerSuite(materials, self.seed, questions),
-            RulerSuite(materials, self.seed, questions, data.babilong),
-            QuestionBank(data, self.max_new_tokens),
-            harness,
-            self.seed,
-        )
+        data = QuestionData.read(self.question_data, seed)
+        suites: dict[str, TaskSuite] = {
+            "needle": NeedleSuite(corpus, seed),
+            "perplexity": PerplexitySuite(corpus, seed),
+            "ruler": RulerSuite(materials, seed, prompts),
+            babilong.SUITE: RulerSuite(materials, seed, prompts, data.babilong),
+            **dict.fromkeys(SHORT, QuestionBank(data, self.max_new_tokens)),
+        }
+        if self.uses_harness:
+            # Importing lm-eval takes seconds, and it may not be installed.
+            from rtpurbo.evaluation.harness.suite import Harness
 
-    def conditions(self, task_suite: TaskSuite) -> Conditions:
-        """Returns the conditions of the run.
+            suites[HARNESS] = Harness(self.task_data, self.max_new_tokens, seed)
+        source = self.source if device is None else replace(self.source, device=device)
+        return Runner(source, suites, self.cache_length)
+
+    def conditions(self, runner: Runner) -> dict[str, Any]:
+        """Returns the conditions of the run, which a later run must have to resume it.
 
         Args:
-            task_suite: its tests.
+            runner: of this run.
         """
-        return Conditions.of(
+        prose, ruler = runner.suites["perplexity"], runner.suites["ruler"]
+        assert isinstance(prose, PerplexitySuite)
+        assert isinstance(ruler, RulerSuite)
+        return conditions_of(
             self.source,
-            task_suite.corpus,
-            task_suite.ruler.materials,
-            task_data={**(self.task_data or {}), **(self.question_data or {})},
+            prose.corpus,
+            ruler.materials,
+            task_data={**self.task_data, **self.question_data},
             max_new_tokens=self.max_new_tokens,
             cache_length=self.cache_length,
         )
-
-    def runner(self, task_suite: TaskSuite, device: torch.device | None = None) -> Runner:
-        """Somebody who follows it.
-
-        Args:
-            task_suite: its tests.
-            device: where to put models, if not where it says.
-        """
-        source = self.source if device is None else replace(self.source, device=device)
-        return Runner(source, task_suite, self.cache_length)

@@ -1,4 +1,4 @@
-"""Perplexity of prose, where every query of a sparse model selects its keys."""
+"""Perplexity of prose, in which every query of a sparse model selects its keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus, begin_ids
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.samples import Outcome
+from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparsify import runtime
@@ -21,50 +23,53 @@ from rtpurbo.models.sparsify import runtime
 CHUNK_POSITIONS = 512
 
 
-def prose_perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: TextCorpus,
-    context_length: int,
-    samples: int,
-    seed: int = 0,
-    after_sample: Callable[[], None] = lambda: None,
-) -> Outcome:
-    """The exponential of the mean loss a token over windows of prose.
+class PerplexitySuite(TaskSuite):
+    """Exponential of the mean loss per token over windows of prose.
 
-    A sparse model whose rule is dense for several rows at once would measure nothing of the
-    selection here, so each row then selects for itself, as in decoding.
+    The queries of a sparse model whose rule is dense in prefill would not select here, so each query
+    selects for itself, as in decoding.
 
     Args:
-        model: dense or sparse.
-        tokenizer: the model's.
-        corpus: prose that no training saw.
-        context_length: tokens of a window.
-        samples: windows; they depend on everything but the model.
-        seed: of the windows.
-        after_sample: called after each.
-
-    Raises:
-        RTPurboError: the corpus is shorter than a window.
+        corpus: prose that is not in any training.
+        seed: of the windows, which do not depend on the model.
     """
-    start = begin_ids(tokenizer)
-    means = []
-    with _every_row_sparse(model):
-        for number in range(samples):
-            rng = random.Random(f"prose-{context_length}-{seed}-{number}")
-            window = start + corpus.sample_tokens(tokenizer, context_length - len(start), rng)
-            losses = token_losses(model, torch.tensor([window], device=model.device))
-            means.append(losses.double().mean().item())
-            after_sample()
-    return Outcome.of_losses(means)
+
+    makes_prompts = False
+
+    def __init__(self, corpus: TextCorpus, seed: int = 0) -> None:
+        self.corpus, self.seed = corpus, seed
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        case: Case,
+        after_sample: Callable[[], None] = ignore_sample,
+        questions: range | None = None,
+    ) -> list[Outcome]:
+        """Returns the perplexity.
+
+        Raises:
+            RTPurboError: the corpus is shorter than a window.
+        """
+        start, length = begin_ids(tokenizer), case.context_length
+        means = []
+        with _every_query_sparse(model):
+            for number in range(case.samples):
+                rng = random.Random(f"prose-{length}-{self.seed}-{number}")
+                window = start + self.corpus.sample_tokens(tokenizer, length - len(start), rng)
+                losses = token_losses(model, torch.tensor([window], device=model.device))
+                means.append(losses.double().mean().item())
+                after_sample()
+        return [Outcome.of_losses(means)]
 
 
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
-    """Cross-entropy in nats of each token [batch, length] but the first.
+    """Returns the cross-entropy in nats of each token [batch, length] but the first.
 
-    Logits are made some positions at a time: those of a long window and a large vocabulary are
-    larger than many a model.
+    Logits are computed for some positions at a time, because those of a long window and a large
+    vocabulary may be larger than the model.
     """
     hidden = decoder_of(model)(token_ids, use_cache=False).last_hidden_state[:, :-1]
     head, targets = model.get_output_embeddings(), token_ids[:, 1:]
@@ -77,7 +82,7 @@ def token_losses(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     return torch.cat(losses, 1)
 
 
-def _every_row_sparse(model: PreTrainedModel) -> AbstractContextManager[None]:
+def _every_query_sparse(model: PreTrainedModel) -> AbstractContextManager[None]:
     if is_sparse(model) and model.rtpurbo_config.attention.prefill_mode == "dense":
         return runtime(model).rule(prefill_mode="top_p")
     return nullcontext()

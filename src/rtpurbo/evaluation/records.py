@@ -1,4 +1,4 @@
-"""Results as data: one record a number, with where it came from."""
+"""Results files: records of measurements with their origin."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
+from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.files import write_json_atomically
 from rtpurbo.version import __version__, library_commit
 
@@ -25,14 +26,14 @@ class Record:
 
     Attributes:
         suite: a name of `rtpurbo.evaluation.cases.SUITES`.
-        task: what of the suite, such as "single", "prose" or "niah_single_1".
+        task: of the suite, such as "single", "prose" or "niah_single_1".
         context_length: tokens; 0 where questions have their own length.
-        policy: what ran, a name of `rtpurbo.evaluation.policies.POLICIES`.
+        policy: a name of `rtpurbo.evaluation.policies.POLICIES`.
         samples: examples or windows behind the score.
         score: right answers in percent, or perplexity.
         far_tokens_read: share of the keys beyond sinks and window that retrieval heads read, where
-            they select; None if nothing was beyond.
-        kv_bytes: what the key-value cache of one sequence of `context_length` tokens holds.
+            they select; None if there were none.
+        kv_bytes: size of the key-value cache of one sequence of `context_length` tokens.
         ci95: the 95 % interval of the score, by bootstrap.
         tokens_read_mean: keys that a row of a retrieval head reads, sinks and window included, over
             the rows that select; see `rtpurbo.evaluation.reads.Reads`, as for the next five.
@@ -43,9 +44,9 @@ class Record:
         far_tokens_histogram: rows by the tokens that they read beyond sinks and window, of those that
             have any: none, 1, 2 to 3, 4 to 7, and so on in powers of two.
         far_token_budget: far tokens that the policy was told to read in a row; None if it decides.
-        metric: what the score is, where a suite has several.
+        metric: name of the metric, where a suite has several.
         far_tokens_mean: keys beyond sinks and window that such a row reads, of the rows that have any.
-        far_rows: how many those are.
+        far_rows: number of those rows.
     """
 
     suite: str
@@ -70,14 +71,27 @@ class Record:
 
 
 @dataclass(frozen=True)
+class CaseResult:
+    """Result of a policy on a case.
+
+    Attributes:
+        records: one per metric, at least one.
+        samples: the questions with the model's answers.
+    """
+
+    records: list[Record]
+    samples: list[SampleRecord]
+
+
+@dataclass(frozen=True)
 class Resumption:
     """State that a later run needs to resume this one.
 
     Attributes:
-        conditions: what decides questions and answers, as `Conditions.to_dict` gives it.
-        tests: what was asked for, such as "lm-eval mmlu_pro 0", with the tests that it stands for:
-            suite, task, context length and samples of each.
-        samples: how many belong to the records, in the file beside.
+        conditions: what decides questions and answers, from `conditions_of`.
+        tests: requested cases, such as "lm-eval mmlu_pro 0", with the cases that each stands for:
+            suite, task, context length and samples.
+        samples: number of samples that belong to the records, in `NAME.samples.jsonl`.
     """
 
     conditions: dict[str, Any]
@@ -90,10 +104,10 @@ class Results:
     """A file of records.
 
     Attributes:
-        origin: what the file says of where the records came from: model, device, versions, command.
+        origin: model, device, versions and command of the records.
         records: the measurements.
-        averages: of suites that are there with their questions.
-        resumption: how to go on; None if the file does not tell.
+        averages: of suites, from their questions.
+        resumption: state for a later run; None if the file has none.
     """
 
     origin: dict[str, Any]
@@ -112,17 +126,17 @@ def write_results(
     averages: Sequence[Average] = (),
     resumption: Resumption | None = None,
 ) -> None:
-    """Writes records with all that is needed to measure them again.
+    """Writes records with everything that is needed to measure them again.
 
     Args:
         path: the JSON file.
         model: the artifact or model.
-        device: what it ran on.
-        command: how to get the same results.
+        device: where the model ran.
+        command: command that gives the same results.
         records: the measurements.
         extra: more about the origin.
         averages: of these records.
-        resumption: how to go on, where more is to come.
+        resumption: state for a later run.
     """
     write_json_atomically(
         path,
@@ -145,7 +159,7 @@ def write_results(
 
 
 def read_results(path: str | Path) -> Results:
-    """Reads what `write_results` wrote.
+    """Returns the results that `write_results` wrote.
 
     Raises:
         RTPurboError: the file is missing, corrupt or of a newer format.
@@ -162,7 +176,7 @@ def read_results(path: str | Path) -> Results:
                 f"{path} has results of format {data['format_version']}, but this rtpurbo "
                 f"({__version__}) reads up to {FORMAT_VERSION}: upgrade rtpurbo."
             )
-        records = [Record(**_with_tuples(row)) for row in data.pop("records")]
+        records = [record_of_row(row) for row in data.pop("records")]
         averages = [Average(**_with_tuples(row)) for row in data.pop("averages", ())]
         resumption = Resumption(**data.pop("resumption")) if "resumption" in data else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -170,6 +184,11 @@ def read_results(path: str | Path) -> Results:
     return Results(data, records, averages, resumption)
 
 
+def record_of_row(row: dict[str, Any]) -> Record:
+    """Returns the record of a row of JSON."""
+    return Record(**_with_tuples(row))
+
+
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose lists are what JSON makes of tuples."""
+    """Returns a row of JSON with its lists as tuples."""
     return {name: tuple(item) if isinstance(item, list) else item for name, item in row.items()}

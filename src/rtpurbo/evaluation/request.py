@@ -1,4 +1,4 @@
-"""Checks of what is to be evaluated; only the name of a wheel imports torch."""
+"""Checks of an evaluation's arguments, without importing torch (except for the name of a wheel)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.cases import HARNESS, Case, check_name, choose_cases, suite_of
 from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
 from rtpurbo.evaluation.questions.suites import QuestionData, check_opt_in
-from rtpurbo.settings import check_context
+from rtpurbo.lengths import check_context
 
 DEFAULT_LENGTHS = (2048, 4096)
 DEFAULT_POLICIES = ("full", "rtpurbo")
@@ -32,15 +32,15 @@ POLICY_NAMES = (
     "local-only",
     "random-heads",
 )
-"""The names of `rtpurbo.evaluation.policies.POLICIES`, which take seconds to import."""
+"""Names of `rtpurbo.evaluation.policies.POLICIES`, whose import takes seconds."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The tests to run, and the files with their questions.
+    """Cases to run, and the files with their questions.
 
     Attributes:
-        cases: the tests.
+        cases: to run.
         harness_data: files for tasks of lm-eval, by task.
         question_data: files for question suites, by suite.
     """
@@ -61,7 +61,7 @@ class Request:
         seed: int = 0,
         run_code: bool = False,
     ) -> Request:
-        """Checks the arguments of `rtpurbo.evaluation.run.evaluate` of the same names.
+        """Checks the arguments of the same names of `rtpurbo.evaluation.run.evaluate`.
 
         Raises:
             RTPurboError: a name is unknown, questions are missing or malformed, or a suite runs code
@@ -82,7 +82,7 @@ class Request:
         return cls(cases, harness_data, question_data)
 
     def check_lengths(self, artifact: str | Path, base_model: str | None = None) -> None:
-        """Refuses tests beyond the context of the model, where a folder or a wheel's name tells it.
+        """Refuses cases beyond the model's context, if it is known without loading the model.
 
         Args:
             artifact: the artifact or export.
@@ -114,7 +114,7 @@ def _split(
 
 
 def _context_length(artifact: Path, base_model: str | None) -> int | None:
-    """The context in tokens, by a configuration that is at hand; None if loading has to tell it."""
+    """Returns the context in tokens from local configuration files; None if they do not have it."""
     try:
         written = artifact / "rtpurbo_config.json"
         base: str | Path = artifact  # an export, unless it names its base
@@ -133,5 +133,5 @@ def _context_length(artifact: Path, base_model: str | None) -> int | None:
             return None  # an extended context
         return int(config["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RTPurboError):
-        # Loading says what is wrong, if anything is.
+        # Loading the model reports what is wrong.
         return None

@@ -1,11 +1,10 @@
-"""Runs every policy through every test and collects the records."""
+"""Evaluation of policies on cases: one run, its jobs and its results."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -14,11 +13,10 @@ import torch
 from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.budgets import budget_of, has_budget
+from rtpurbo.evaluation.case_results import Part, joined
 from rtpurbo.evaluation.cases import DEFAULT_SUITES, HARNESS, Case, check_name
 from rtpurbo.evaluation.manifest import RunManifest
-from rtpurbo.evaluation.parts import CaseResult, Part, joined
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
-from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.request import (
     DEFAULT_LENGTHS,
@@ -26,11 +24,11 @@ from rtpurbo.evaluation.request import (
     EVERY_POLICY,
     Request,
 )
-from rtpurbo.evaluation.results_file import ResultsFile
-from rtpurbo.evaluation.runner import Runner
+from rtpurbo.evaluation.results_log import ResultsLog
+from rtpurbo.evaluation.runner import Job, Runner
 from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.evaluation.task_suite import in_parts
-from rtpurbo.evaluation.workers import Finished, Job, Workers, started_workers
+from rtpurbo.evaluation.workers import WorkerPool, started_workers
 from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.settings import Progress, no_progress
 
@@ -54,11 +52,11 @@ def evaluate(
     max_new_tokens: int | None = None,
     run_code: bool = False,
     processes: int = 1,
-    results: ResultsFile | None = None,
+    results: ResultsLog | None = None,
     keep_sample: Callable[[SampleRecord], None] = lambda sample: None,
     progress: Progress = no_progress,
 ) -> list[Record]:
-    """Measures an artifact: quality, what retrieval heads read, and bytes of cache.
+    """Measures an artifact: quality, tokens that retrieval heads read, and cache sizes in bytes.
 
     Args:
         artifact: a folder, or a name on the Hugging Face Hub.
@@ -77,7 +75,7 @@ def evaluate(
         device: where to compute.
         dtype: of the weights; None chooses what suits the device.
         base_model: where to take the base model from, if not from where the artifact says.
-        cache_length: tokens at which the cache is weighed; None takes each test's.
+        cache_length: tokens at which cache sizes are computed; None takes each test's length.
         squad: questions of `ruler:qa_1`, a file in SQuAD's format; None takes the built-in ones.
         hotpotqa: those of `ruler:qa_2`, in HotpotQA's distractor format; None takes the built-in ones.
         task_data: files with the questions of `gsm8k`, `math`, `mmlu_pro`, `humaneval` and `babilong`,
@@ -86,22 +84,22 @@ def evaluate(
         max_new_tokens: the most tokens of answers to questions of these suites (but for BABILong) and
             to tasks of lm-eval; None leaves it to the suite or task.
         run_code: agree that `humaneval` executes code that the model writes, in a limited process.
-        processes: that take tests side by side, on all GPUs there are where `device` names none of
-            them. A caller that uses several has its own code under `if __name__ == "__main__"`.
-        results: given all that a policy makes of a test as soon as it is there; what one that resumes
-            has already is not measured again.
-        keep_sample: given every question with its answer, as soon as its test is done.
-        progress: told after each sample.
+        processes: number of processes that run tests at the same time, on all GPUs unless `device` has
+            a number. A caller that uses several has its own code under `if __name__ == "__main__"`.
+        results: receives the result of each test as soon as it is finished. Results that it has from
+            earlier runs are not measured again.
+        keep_sample: called with every question and its answer, as soon as its test is finished.
+        progress: called after each sample.
 
     Returns:
         The records of all tests, policy by policy.
 
     Raises:
         RTPurboError: a name is unknown, the artifact or a file cannot be loaded, a test is
-            longer than the model's context or too short for its task, what is to be resumed was
-            measured otherwise, or there is too little memory for so many processes.
-        StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`; a
-            test that was under way is lost, unless its last questions were and there is one process.
+            longer than the model's context or too short for its task, the results to resume were
+            measured under other conditions, or there is too little memory for so many processes.
+        StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`; the
+            current test is lost, unless there is one process and it is answering the last questions.
     """
     names = run_order(policies)
     request = Request.of(
@@ -118,12 +116,10 @@ def evaluate(
     device = resolve_device(device)
     folder = find_artifact(artifact)
     request.check_lengths(folder, base_model)
-    cases = request.cases
     manifest = RunManifest(
         Source(folder, device, dtype or default_dtype(device), base_model, seed),
-        asks_harness=any(case.suite == HARNESS for case in cases),
+        uses_harness=any(case.suite == HARNESS for case in request.cases),
         data=data,
-        seed=seed,
         squad=squad,
         hotpotqa=hotpotqa,
         task_data=request.harness_data,
@@ -131,24 +127,18 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         cache_length=cache_length,
     )
-    task_suite = manifest.task_suite()
-    if results is None:
-        results = ResultsFile()
-    if results.path is not None:
-        results.begin(manifest.conditions(task_suite))
-    for case in cases:
-        results.ask(case)
-    run = _Run(cases, results, keep_sample, progress)
-    if processes == 1:
-        run.one_by_one(names, manifest.runner(task_suite))
-    else:
-        with started_workers(manifest, processes) as workers:
-            run.side_by_side(names, workers)
+    runner = manifest.runner()
+    log = ResultsLog() if results is None else results
+    log.begin(manifest.conditions(runner) if log.path else None, request.cases)
+    with nullcontext(runner) if processes == 1 else started_workers(manifest, processes) as workers:
+        run = _Run(request.cases, log, workers, keep_sample, progress)
+        run.evaluate(names)
+    runner.release()
     return run.records(names)
 
 
 def run_order(policies: Sequence[str]) -> list[str]:
-    """The policies to run, in turn: what sets a budget comes before those that keep to it.
+    """Returns the policies to run; the one that sets budgets comes before those that have one.
 
     Raises:
         RTPurboError: a name is unknown.
@@ -168,136 +158,111 @@ class _Bar:
     """Progress of a policy.
 
     Attributes:
-        done: samples taken.
-        total: samples to take. How many tasks of lm-eval have is known when they are answered.
-        figures: the latest.
+        policy: name.
+        progress: called after each sample.
+        done: answered samples.
+        total: samples to answer; of tasks of lm-eval, their number is unknown in the beginning.
+        figures: the latest scores.
     """
 
     policy: str
     progress: Progress
-    done: int
-    total: int
+    done: int = 0
+    total: int = 0
     figures: dict[str, float] = field(default_factory=dict)
 
     def show(self) -> None:
-        """Tells it."""
-        self.progress(self.policy, self.done, self.total, self.figures)
-
-    def after_sample(self) -> None:
-        """Counts one more."""
-        self.done += 1
-        self.total = max(self.done, self.total)
-        self.show()
+        """Reports the progress."""
+        self.progress(self.policy, self.done, max(self.done, self.total), self.figures)
 
 
-@dataclass
 class _Run:
-    """One call of `evaluate`; arguments as its."""
+    """One call of `evaluate`: the `Listener` of its jobs, and the only writer of its results.
 
-    cases: Sequence[Case]
-    results: ResultsFile
-    keep_sample: Callable[[SampleRecord], None]
-    progress: Progress
+    Args:
+        cases: as requested.
+        log: keeps results.
+        workers: runs jobs.
+        keep_sample: as in `evaluate`, like the next.
+        progress: called after each sample.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        log: ResultsLog,
+        workers: Runner | WorkerPool,
+        keep_sample: Callable[[SampleRecord], None],
+        progress: Progress,
+    ) -> None:
+        self.cases, self.log, self.workers = cases, log, workers
+        self.keep_sample, self.progress = keep_sample, progress
+        self._bars: dict[str, _Bar] = {}
+        self._parts: dict[tuple[str, Case], list[Part]] = {}
+
+    def evaluate(self, names: Sequence[str]) -> None:
+        """Evaluates policies on the cases that they have no results of."""
+        # A pool runs policies side by side, but first all that a budget depends on.
+        groups = [list(group) for _, group in groupby(names, has_budget)]
+        for group in [[name] for name in names] if self.workers.count == 1 else groups:
+            jobs = [job for name in group for job in self._jobs(name)]
+            self.workers.run(jobs, self, self.progress)
 
     def records(self, names: Sequence[str]) -> list[Record]:
-        """Returns the records of all tests."""
-        tests = dict.fromkeys(test for case in self.cases for test in self.results.tests(case))
-        return [
-            record for name in names for test in tests for record in self.results.of(test, name)
-        ]
+        """Returns the records of policies on all cases."""
+        tests = dict.fromkeys(test for case in self.cases for test in self.log.tests(case))
+        return [record for name in names for test in tests for record in self.log.of(test, name)]
 
-    def one_by_one(self, names: Sequence[str], runner: Runner) -> None:
-        """Takes policies through the tests that they have not taken."""
-        for name in names:
-            bar = self._bar(name)
-            bar.show()
-            if missing := self._missing(name):
-                for case, tests in runner.prepare(name, missing, self.progress).items():
-                    self.results.set_tests(case, tests)
-                for test in (test for case in missing for test in self.results.tests(case)):
-                    if not self._is_done(test, name):
-                        budget = budget_of(name, test, self._read())
-                        runner.take(name, test, budget, partial(self._keep, bar), bar.after_sample)
-            runner.release()
+    def prepared(self, case: Case, tests: Sequence[Case]) -> None:
+        """Records the cases that a requested case stands for."""
+        self.log.set_tests(case, tests)
 
-    def side_by_side(self, names: Sequence[str], workers: Workers) -> None:
-        """The same, several at a time: first all that sets budgets, then those that keep to them."""
-        for keeps_to_it, together in groupby(names, has_budget):
-            read = tuple(self._read()) if keeps_to_it else ()
-            bars, jobs = {}, list[Job]()
-            for name in together:
-                bars[name] = self._bar(name)
-                bars[name].show()
-                for case in sorted(self._missing(name), key=_order_of_work):
-                    done = {test for test in self.results.tests(case) if self._is_done(test, name)}
-                    job = Job(name, case, frozenset(done), read)
-                    parts = in_parts(case, workers.count)
-                    jobs += [replace(job, questions=part) for part in parts] if parts[1:] else [job]
-            unfinished: dict[Job, list[Finished]] = {}
-            for finished in workers.do(jobs):
-                self.results.set_tests(finished.job.case, finished.tests)
-                bar = bars[finished.job.policy]
-                for taken in finished.taken:
-                    bar.done += taken.records[0].samples
-                    self._keep(bar, taken)
-                if finished.job.questions is not None:
-                    bar.done += len(finished.job.questions)
-                    bar.show()
-                    whole = replace(finished.job, questions=None)
-                    parts_done = unfinished.setdefault(whole, [])
-                    parts_done.append(finished)
-                    if len(parts_done) == len(in_parts(whole.case, workers.count)):
-                        self._keep(bar, joined(_parts_in_order(unfinished.pop(whole))))
+    def answered(self, policy: str, count: int = 1) -> None:
+        """Advances the bar of a policy."""
+        self._bars[policy].done += count
+        self._bars[policy].show()
 
-    def _missing(self, name: str) -> list[Case]:
-        return [
-            case
-            for case in self.cases
-            if not self.results.tests(case)
-            or not all(self._is_done(test, name) for test in self.results.tests(case))
-        ]
-
-    def _is_done(self, test: Case, name: str) -> bool:
-        records = self.results.of(test, name)
-        # With more tests beside it, a test has another budget.
-        budget = budget_of(name, test, self._read())
-        return bool(records) and records[0].far_token_budget == budget
-
-    def _read(self) -> Iterator[Record]:
-        """Returns the records of the policy that sets budgets."""
-        for test in self.results.every_test():
-            yield from self.results.of(test, BUDGET_POLICY)[:1]
-
-    def _bar(self, name: str) -> _Bar:
-        done = total = 0
-        for case in self.cases:
-            for test in self.results.tests(case) or [case]:
-                samples = test.samples
-                if self._is_done(test, name):
-                    samples = self.results.of(test, name)[0].samples
-                    done += samples
-                total += samples
-        return _Bar(name, self.progress, done, total)
-
-    def _keep(self, bar: _Bar, taken: CaseResult) -> None:
-        for sample in taken.samples:
+    def measured(self, part: Part) -> None:
+        """Logs the result of a case when its last part is there."""
+        parts = self._parts.setdefault((part.policy, part.test), [])
+        parts.append(part)
+        if len(parts) < len(in_parts(part.test, self.workers.count)):
+            return
+        result = joined(self._parts.pop((part.policy, part.test)))
+        for sample in result.samples:
             self.keep_sample(sample)
-        self.results.add(taken.records, taken.samples)
-        bar.figures = {str(taken.test): record.score for record in taken.records[-1:]}
+        self.log.add(result)
+        bar = self._bars[part.policy]
+        bar.figures = {str(part.test): result.records[-1].score}
         bar.show()
 
+    def _jobs(self, name: str) -> list[Job]:
+        """Returns the jobs of a policy, and shows its bar."""
+        records = tuple(self._budget_records()) if has_budget(name) else ()
+        done = frozenset(
+            test for test in self.log.every_test() if self._is_done(test, name, records)
+        )
+        bar = self._bars[name] = _Bar(name, self.progress)
+        jobs = []
+        for case in self.cases:
+            tests = self.log.tests(case)
+            for test in tests or [case]:
+                samples = self.log.of(test, name)[0].samples if test in done else 0
+                bar.done += samples
+                bar.total += samples or test.samples
+            if not tests or not done.issuperset(tests):
+                parts = in_parts(case, self.workers.count)
+                for questions in parts if parts[1:] else [None]:
+                    jobs.append(Job(name, case, done, records, questions))
+        bar.show()
+        return jobs
 
-def _order_of_work(case: Case) -> float:
-    """Sorts cases so that the longest jobs do not come last, with nothing left to run beside them.
+    def _is_done(self, test: Case, name: str, budget_records: Sequence[Record]) -> bool:
+        records = self.log.of(test, name)
+        # More cases of a suite at the same length give it another budget.
+        budget = budget_of(name, test, budget_records)
+        return bool(records) and records[0].far_token_budget == budget
 
-    Short questions have the longest answers.
-    """
-    return -math.inf if case.suite in SHORT else -case.context_length
-
-
-def _parts_in_order(parts: Sequence[Finished]) -> list[Part]:
-    return [
-        finished.part
-        for finished in sorted(parts, key=lambda each: (each.job.questions or range(1)).start)
-        if finished.part is not None
-    ]
+    def _budget_records(self) -> Iterator[Record]:
+        for test in self.log.every_test():
+            yield from self.log.of(test, BUDGET_POLICY)[:1]

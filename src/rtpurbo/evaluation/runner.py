@@ -1,130 +1,159 @@
-"""Takes policies through tests, with one policy's model in memory at a time."""
+"""Runner of evaluation jobs in one process, with one policy's model in memory at a time."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Protocol
 
 import torch
 
+from rtpurbo.evaluation.budgets import budget_of
+from rtpurbo.evaluation.case_results import Part
 from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.parts import CaseResult, Part, joined
 from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Loaded, Source
 from rtpurbo.evaluation.reads import metering
+from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.stopping import questions_undisturbed
 from rtpurbo.evaluation.task_suite import TaskSuite
+from rtpurbo.lengths import check_context
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.text import stop_tokens
-from rtpurbo.settings import Progress, check_context, no_progress
+from rtpurbo.settings import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """A policy to evaluate on a case.
+
+    Attributes:
+        policy: name.
+        case: as requested; a group of lm-eval's tasks stands for several cases.
+        done: cases that have results of the policy already.
+        budget_records: records of the policy that sets budgets; empty for policies without a budget.
+        questions: consecutive questions of the case to ask; None asks all.
+    """
+
+    policy: str
+    case: Case
+    done: frozenset[Case] = frozenset()
+    budget_records: tuple[Record, ...] = ()
+    questions: range | None = None
+
+
+class Listener(Protocol):
+    """Receiver of the results of jobs."""
+
+    def prepared(self, case: Case, tests: Sequence[Case]) -> None:
+        """Receives the cases that a requested case stands for."""
+
+    def answered(self, policy: str, count: int = 1) -> None:
+        """Receives the number of samples that a policy has answered since the last call."""
+
+    def measured(self, part: Part) -> None:
+        """Receives the measurements of a finished case or part of it."""
 
 
 class Runner:
-    """Asks the questions.
+    """Runs jobs one after the other in this process.
 
     Args:
         source: the artifact, and how its models are loaded.
-        task_suite: the tests.
-        cache_length: tokens at which the cache is weighed; None takes each test's.
+        suites: task suites by name.
+        cache_length: tokens at which cache sizes are computed; None takes each case's length.
     """
 
+    count = 1
+
     def __init__(
-        self, source: Source, task_suite: TaskSuite, cache_length: int | None = None
+        self, source: Source, suites: Mapping[str, TaskSuite], cache_length: int | None = None
     ) -> None:
-        self.source, self.task_suite, self.cache_length = source, task_suite, cache_length
+        self.source, self.suites, self.cache_length = source, suites, cache_length
         self._policy: str | None = None
         self._loaded: Loaded | None = None
 
-    def prepare(
-        self, name: str, cases: Sequence[Case], progress: Progress = no_progress
-    ) -> dict[Case, list[Case]]:
-        """Loads a policy's model in place of the one before it, and makes the prompts of its tests.
+    def run(
+        self, jobs: Sequence[Job], listener: Listener, progress: Progress = no_progress
+    ) -> None:
+        """Runs jobs; all prompts of a policy are made before its first answer.
 
         Args:
-            name: the policy's.
-            cases: its tests.
-            progress: told after each.
-
-        Returns:
-            The tests to take, by the case that asks for them, as `TaskSuite.prepare` gives them.
+            jobs: those of one policy are consecutive.
+            listener: receives the results of each case as soon as it is finished.
+            progress: called after the prompts of each case are made.
 
         Raises:
-            RTPurboError: a test is longer than the model's context or too short for its task, or the
-                data of a task cannot be had.
+            RTPurboError: a case is longer than the model's context or too short for its task, or the
+                data of a task is not available.
+            StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`; the
+                results of the current case are lost unless its last questions were being answered.
         """
-        model, tokenizer = self._load(name)
+        for policy, own in groupby(jobs, lambda job: job.policy):
+            jobs_of_policy = list(own)
+            model, _ = self._load(policy)
+            tests = self._prepare(policy, [job.case for job in jobs_of_policy], listener, progress)
+            for job in jobs_of_policy:
+                for test in tests[job.case]:
+                    if test not in job.done:
+                        with questions_undisturbed(model, f"{test} of {policy}"):
+                            after_sample = partial(listener.answered, policy)
+                            listener.measured(self._measure(job, test, after_sample))
+
+    def _prepare(
+        self, policy: str, cases: Sequence[Case], listener: Listener, progress: Progress
+    ) -> dict[Case, list[Case]]:
+        """Makes the prompts of a policy's cases, and returns the cases that each stands for."""
+        model, tokenizer = self._load(policy)
         context = context_length(model.config)
         check_context("tests", max(case.context_length for case in cases), context)
-        return self.task_suite.prepare(tokenizer, cases, context, progress)
+        count = sum(self.suites[case.suite].makes_prompts for case in cases)
+        tests: dict[Case, list[Case]] = {}
+        made = 0
+        for case in cases:
+            suite = self.suites[case.suite]
+            if suite.makes_prompts:
+                progress("prompts", made, count, {})
+                made += 1
+            tests[case] = suite.prepare(tokenizer, case, context)
+            listener.prepared(case, tests[case])
+        if count:
+            progress("prompts", count, count, {})
+        return tests
 
-    def take(
-        self,
-        name: str,
-        test: Case,
-        budget: int | None,
-        keep: Callable[[CaseResult], None],
-        after_sample: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Takes a policy through a test that was prepared.
-
-        Args:
-            name: the policy's.
-            test: which.
-            budget: the far tokens that a `BudgetPolicy` may read in a row; None for the others.
-            keep: given all that comes of it.
-            after_sample: called after each question or window.
-
-        Raises:
-            StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`;
-                nothing is kept then, unless the last questions were under way.
-        """
-        model, _ = self._load(name)
-        with questions_undisturbed(model, f"{test} of {name}"):
-            keep(joined([self._measured(name, test, budget, after_sample)]))
-
-    def take_part(self, name: str, test: Case, budget: int | None, questions: range) -> Part:
-        """Takes a policy through some questions of a test that was prepared.
-
-        Args:
-            name: the policy's.
-            test: which; `TaskSuite.run` says which tests have parts.
-            budget: as in `take`.
-            questions: consecutive ones.
-
-        Raises:
-            StoppedBySignalError: as in `take`.
-        """
-        model, _ = self._load(name)
-        with questions_undisturbed(model, f"{test} of {name}"):
-            return self._measured(name, test, budget, questions=questions)
-
-    def _measured(
-        self,
-        name: str,
-        test: Case,
-        budget: int | None,
-        after_sample: Callable[[], None] = lambda: None,
-        questions: range | None = None,
-    ) -> Part:
-        policy, (model, tokenizer) = POLICIES[name], self._load(name)
-        # What follows an answer in a batch where others go on.
+    def _measure(self, job: Job, test: Case, after_sample: Callable[[], None]) -> Part:
+        policy, (model, tokenizer) = POLICIES[job.policy], self._load(job.policy)
+        # Tokens that fill an ended sequence while others of its batch continue.
         ended = {*stop_tokens(model, tokenizer), tokenizer.pad_token_id} - {None}
+        budget = budget_of(job.policy, test, job.budget_records)
         if isinstance(policy, BudgetPolicy) and budget is not None:
             policy.set_budget(model, budget)
         with metering(model, self.source.config.head_map, ended) as meter:
-            outcomes = self.task_suite.run(test, model, tokenizer, after_sample, questions)
-        # Questions with lengths of their own have no cache size in common.
+            suite = self.suites[test.suite]
+            outcomes = suite.run(model, tokenizer, test, after_sample, job.questions)
+        # Questions with their own lengths have no common cache size.
         length = self.cache_length or test.context_length
-        kv_bytes = policy.kv_bytes(model, length) if length else None
-        return Part(test, name, self.task_suite.seed, budget, outcomes, meter.measured(), kv_bytes)
+        return Part(
+            test,
+            job.policy,
+            self.source.seed,
+            budget,
+            outcomes,
+            meter.measured(),
+            policy.kv_bytes(model, length) if length else None,
+            job.questions.start if job.questions else 0,
+        )
 
     def release(self) -> None:
-        """Takes the model out of memory."""
+        """Frees the model's memory."""
         self._policy = self._loaded = None
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _load(self, name: str) -> Loaded:
-        if self._loaded is None or self._policy != name:
+    def _load(self, policy: str) -> Loaded:
+        if self._loaded is None or self._policy != policy:
             self.release()
-            self._policy, self._loaded = name, POLICIES[name].prepare(self.source)
+            self._policy, self._loaded = policy, POLICIES[policy].prepare(self.source)
         return self._loaded

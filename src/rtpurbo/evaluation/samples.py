@@ -1,4 +1,4 @@
-"""Every question and answer of a test, so that two runs can be compared one by one."""
+"""Questions and answers of cases, so that two runs can be compared question by question."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.files import write_text_atomically
 
-SUFFIX = ".samples.jsonl"
-
 
 @dataclass(frozen=True)
 class Sample:
-    """One question.
+    """A question with the model's answer.
 
     Attributes:
-        answers: strings that were expected.
-        generated: what the model wrote.
-        score: 100 if it is right, 0 if not, or between if some answers are.
-        prompt_tokens: the length of the prompt.
-        prompt_hash: tells in a few letters whether two runs had the same prompt.
+        answers: expected strings.
+        generated: the model's text.
+        score: 100 if it is right, 0 if not, or between if some of the expected strings are missing.
+        prompt_tokens: length of the prompt.
+        prompt_hash: short hash of the prompt, to compare prompts of two runs.
     """
 
     answers: list[str]
@@ -42,22 +40,22 @@ class Sample:
     def of(
         cls, prompt_ids: Sequence[int], answers: Sequence[str], generated: str, score: float
     ) -> Sample:
-        """A sample with what is kept of its prompt."""
+        """Returns a sample with length and hash of its prompt."""
         digest = hashlib.sha256(array("i", prompt_ids).tobytes()).hexdigest()[:16]
         return cls(list(answers), generated, score, len(prompt_ids), digest)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Samples of a test.
+    """Score of a case by one metric.
 
     Attributes:
         score: right answers in percent, or perplexity.
-        ci95: the 95 % interval of the score, by bootstrap over questions or windows;
-            None if the score is no mean of theirs.
-        count: how many of these there were.
-        samples: every question; none for perplexity.
-        metric: what the score is, where a suite has several.
+        ci95: 95 % interval of the score, by bootstrap over questions or windows; None if the score is
+            not a mean over them.
+        count: number of questions or windows.
+        samples: all questions; empty for perplexity.
+        metric: name of the metric, where a suite has several.
     """
 
     score: float
@@ -68,29 +66,29 @@ class Outcome:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], metric: str | None = None) -> Outcome:
-        """The mean score of at least one sample."""
+        """Returns the mean score of at least one sample."""
         scores = [sample.score for sample in samples]
         interval = bootstrap_interval(scores)
         return cls(fmean(scores), interval, len(samples), tuple(samples), metric)
 
     @classmethod
     def of_losses(cls, losses: Sequence[float]) -> Outcome:
-        """The perplexity of at least one window, of which the mean loss a token is given."""
+        """Returns the perplexity from the mean loss per token of each window, at least one."""
         low, high = bootstrap_interval(losses)
         return cls(math.exp(fmean(losses)), (math.exp(low), math.exp(high)), len(losses))
 
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """A sample and where it belongs.
+    """A sample and its case.
 
     Attributes:
         suite: as in `rtpurbo.evaluation.records.Record`, like the next three.
         task: of the suite.
         context_length: tokens.
-        policy: what ran.
-        seed: of the test.
-        number: of the question in the test, from 0.
+        policy: name.
+        seed: of the case.
+        number: of the question in the case, from 0.
         sample: the question and the answer.
         metric: as in `Record`.
     """
@@ -105,24 +103,14 @@ class SampleRecord:
     metric: str | None = None
 
 
-def samples_path(results: str | Path) -> Path:
-    """Where the samples behind a file of results lie: beside it."""
-    results = Path(results)
-    return results.with_name(results.name.removesuffix(".json") + SUFFIX)
-
-
 def write_samples(path: str | Path, records: Sequence[SampleRecord]) -> None:
-    """Writes a line of JSON for every sample."""
-    lines = []
-    for record in records:
-        row = asdict(record)
-        row |= row.pop("sample")
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    """Writes one line of JSON per sample."""
+    lines = (json.dumps(row_of_sample(record), ensure_ascii=False) + "\n" for record in records)
     write_text_atomically(path, "".join(lines))
 
 
 def read_samples(path: str | Path) -> list[SampleRecord]:
-    """Reads what `write_samples` wrote.
+    """Returns the samples that `write_samples` wrote.
 
     Raises:
         RTPurboError: the file is missing or corrupt.
@@ -132,11 +120,19 @@ def read_samples(path: str | Path) -> list[SampleRecord]:
         raise RTPurboError(f"there is no file of samples {path}; check the path.")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [_record(strict_json.parse(line)) for line in lines if line]
+        return [sample_of_row(strict_json.parse(line)) for line in lines if line]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no samples or is corrupt; evaluate again.") from error
 
 
-def _record(row: dict[str, Any]) -> SampleRecord:
-    sample = Sample(**{name: row.pop(name) for name in Sample.__dataclass_fields__})
-    return SampleRecord(**row, sample=sample)
+def row_of_sample(record: SampleRecord) -> dict[str, Any]:
+    """Returns a row of JSON, without the nesting of `sample`."""
+    row = asdict(record)
+    return row | row.pop("sample")
+
+
+def sample_of_row(row: dict[str, Any]) -> SampleRecord:
+    """Returns the sample of a row of JSON."""
+    names = Sample.__dataclass_fields__
+    sample = Sample(**{name: row[name] for name in names})
+    return SampleRecord(**{name: row[name] for name in row if name not in names}, sample=sample)

@@ -1,4 +1,4 @@
-"""A signal ends an evaluation between two questions, not within one."""
+"""Signals that end an evaluation between two questions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rtpurbo.models.arguments import named
 
 @contextmanager
 def questions_undisturbed(model: PreTrainedModel, test: str) -> Iterator[None]:
-    """Inside, a first signal waits until the model is given another prompt, or until the end.
+    """Context in which a first signal waits until the model receives another prompt, or until the end.
 
-    So a test whose last questions are under way is finished. A GPU answers several at once: what
-    learns of each of them could not know whether others follow.
+    A case whose last questions are being answered is finished. A callback after each answer would not
+    be sufficient, because a GPU answers several questions at once.
 
     Args:
-        model: answers.
-        test: what is asked, for the message.
+        model: the model that answers.
+        test: name of the case, for the message.
 
     Raises:
         StoppedBySignalError: a signal came.

@@ -1,154 +1,80 @@
-"""The tests of a run: what each case asks of a model, the same of every policy."""
+"""Task suites: prompts and scoring of cases, the same for every policy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.data.texts import TextCorpus
-from rtpurbo.evaluation.cases import HARNESS, Case
-from rtpurbo.evaluation.needle import needle_accuracy
-from rtpurbo.evaluation.perplexity import prose_perplexity
-from rtpurbo.evaluation.questions import babilong
-from rtpurbo.evaluation.questions.bank import QuestionBank
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.questions.suites import SHORT
-from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.samples import Outcome
-from rtpurbo.settings import Progress
-
-if TYPE_CHECKING:
-    from rtpurbo.evaluation.harness.suite import Harness
-
 
 # Fewer leave a GPU idle, as a step takes about as long for many questions as for few.
 QUESTIONS_OF_A_PART = 48
 
 
-@dataclass(frozen=True)
-class TaskSuite:
-    """Runs cases.
+def ignore_sample() -> None:
+    """Default of `after_sample`: does nothing."""
+
+
+class TaskSuite(ABC):
+    """Cases of one suite.
 
     Attributes:
-        corpus: prose.
-        ruler: RULER's tests.
-        babilong: those of BABILong; without its questions, it has no tasks.
-        questions: the suites whose questions have their own length.
-        harness: those of LM Evaluation Harness; None if no case asks for them.
-        seed: of all tests.
+        makes_prompts: prompts take long to make, which `prepare` does once for all policies.
     """
 
-    corpus: TextCorpus
-    ruler: RulerSuite
-    babilong: RulerSuite
-    questions: QuestionBank
-    harness: Harness | None = None
-    seed: int = 0
-
-    @property
-    def _filled(self) -> dict[str, RulerSuite]:
-        """Suites whose prompts are filled to a length, by name."""
-        return {"ruler": self.ruler, babilong.SUITE: self.babilong}
+    makes_prompts = True
 
     def prepare(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        cases: Sequence[Case],
-        context_length: int,
-        progress: Progress,
-    ) -> dict[Case, list[Case]]:
-        """Makes the prompts that take long to make, and finds out which do not fit their length.
+        self, tokenizer: PreTrainedTokenizerBase, case: Case, context_length: int
+    ) -> list[Case]:
+        """Makes the prompts of a case.
 
         Args:
-            tokenizer: the model's.
-            cases: the tests.
-            context_length: the model's.
-            progress: told after each test.
+            tokenizer: the model's; all policies share it.
+            case: as requested.
+            context_length: the model's, in tokens.
 
         Returns:
-            The tests to run, by the case that asks for them: groups of tasks have become their tasks.
+            The cases to run: a group of tasks has become its tasks.
 
         Raises:
-            RTPurboError: a task is unknown, its data cannot be had, or it does not fit its length.
+            RTPurboError: the task is unknown, its data is not available, or it does not fit its length.
         """
-        long = [case for case in cases if case.suite in (*self._filled, *SHORT, HARNESS)]
-        ready: dict[Case, list[Case]] = {}
-        for case in cases:
-            if case in long:
-                progress("prompts", long.index(case), len(long), {})
-            if case.suite == HARNESS:
-                assert self.harness is not None
-                ready[case] = self.harness.prepare(tokenizer, case, context_length)
-                continue
-            if case.suite in self._filled:
-                suite = self._filled[case.suite]
-                suite.examples(tokenizer, case.task, case.context_length, case.samples)
-            elif case.suite in SHORT:
-                self.questions.prepare(tokenizer, case.suite, case.samples, context_length)
-            ready[case] = [case]
-        if long:
-            progress("prompts", len(long), len(long), {})
-        return ready
+        return [case]
 
+    @abstractmethod
     def run(
         self,
-        case: Case,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        after_sample: Callable[[], None],
+        case: Case,
+        after_sample: Callable[[], None] = ignore_sample,
         questions: range | None = None,
     ) -> list[Outcome]:
         """Returns an outcome for each metric of a case.
 
         Args:
-            case: one that was prepared.
             model: dense or sparse.
             tokenizer: the model's.
+            case: from `prepare`.
             after_sample: called after each question or window.
             questions: consecutive questions of the case, where `in_parts` has several; None asks all.
         """
-        length, samples = case.context_length, case.samples
-        if case.suite == HARNESS:
-            assert self.harness is not None
-            return self.harness.run(model, tokenizer, case, after_sample)
-        if case.suite in self._filled:
-            suite = self._filled[case.suite]
-            return [suite.run(model, tokenizer, case.task, length, samples, after_sample)]
-        if case.suite in SHORT:
-            asked = range(samples) if questions is None else questions
-            return [self.questions.run(model, tokenizer, case.suite, asked, after_sample)]
-        if case.suite == "needle":
-            return [
-                needle_accuracy(
-                    model,
-                    tokenizer,
-                    self.corpus,
-                    case.task,
-                    length,
-                    samples,
-                    self.seed,
-                    after_sample,
-                )
-            ]
-        return [
-            prose_perplexity(
-                model, tokenizer, self.corpus, length, samples, self.seed, after_sample
-            )
-        ]
 
 
 def in_parts(case: Case, most: int) -> list[range]:
-    """Divides the questions of a case, for several processes to share.
+    """Divides the questions of a case among several processes.
 
-    Suites of short questions have one task and many questions, which take long together. Other tests
-    are one part.
+    Suites of short questions have one task with many questions. Other cases are one part.
 
     Args:
-        case: the test.
-        most: the most parts.
+        case: to divide.
+        most: largest number of parts.
     """
     if case.suite not in SHORT:
         return [range(case.samples)]

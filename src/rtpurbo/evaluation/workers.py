@@ -1,22 +1,25 @@
-"""Several processes that take policies through tests side by side, on all GPUs there are.
+"""Worker pool: several processes that run evaluation jobs at the same time, on all GPUs.
 
-A small model leaves a GPU idle for most of a decoding step, and its tests have nothing to do with one
-another. Each process holds one policy's model; questions of RULER, which take long to make, are made by
-the first that needs them and left in a folder for the others.
+A small model leaves a GPU idle for most of a decoding step, and cases are independent of one another.
+Each process holds one policy's model. RULER's prompts, which take long to make, are made by the first
+process that needs them and shared through a folder.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import groupby
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
@@ -25,95 +28,98 @@ import torch
 
 from rtpurbo.devices import may_lack_memory
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.budgets import budget_of
+from rtpurbo.evaluation.case_results import Part
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.manifest import RunManifest
-from rtpurbo.evaluation.parts import CaseResult, Part
-from rtpurbo.evaluation.records import Record
-from rtpurbo.evaluation.runner import Runner
+from rtpurbo.evaluation.questions.suites import SHORT
+from rtpurbo.evaluation.runner import Job, Listener, Runner
+from rtpurbo.settings import Progress, no_progress
 
 
-@dataclass(frozen=True)
-class Job:
-    """A policy and a case to take it through.
-
-    Attributes:
-        policy: its name.
-        case: may stand for several tests.
-        done: those of them that were taken before.
-        read: what the policy that sets budgets made of all tests.
-        questions: a part of the case's, if it is divided; None for the whole case.
-    """
-
-    policy: str
-    case: Case
-    done: frozenset[Case]
-    read: tuple[Record, ...]
-    questions: range | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A job that was done.
+@dataclass
+class Report:
+    """Results of a job that ran in a worker process; a `Listener` that is sent to the caller's process.
 
     Attributes:
         job: which.
-        tests: that its case stands for.
-        taken: what the policy made of those that it had not taken.
-        part: of a job that is a part of a case, its measurements; the rest of the case is in other jobs.
+        tests: cases that each requested case stands for.
+        answers: number of answered samples.
+        parts: measurements.
+        too_large: the error message, if the job may have run out of memory.
     """
 
     job: Job
-    tests: list[Case]
-    taken: list[CaseResult]
-    part: Part | None = None
+    tests: dict[Case, Sequence[Case]] = field(default_factory=dict)
+    answers: int = 0
+    parts: list[Part] = field(default_factory=list)
+    too_large: str | None = None
+
+    def prepared(self, case: Case, tests: Sequence[Case]) -> None:
+        """Records the cases that a requested case stands for."""
+        self.tests[case] = tests
+
+    def answered(self, policy: str, count: int = 1) -> None:
+        """Counts answered samples."""
+        self.answers += count
+
+    def measured(self, part: Part) -> None:
+        """Records the measurements of a case."""
+        self.parts.append(part)
+
+    def replay(self, listener: Listener) -> None:
+        """Repeats all calls for another listener."""
+        for case, tests in self.tests.items():
+            listener.prepared(case, tests)
+        for part in self.parts:
+            listener.measured(part)
+        listener.answered(self.job.policy, self.answers)
 
 
-@dataclass(frozen=True)
-class TooLarge:
-    """A job for which there may have been too little memory.
+class WorkerPool:
+    """Processes that run jobs; `started_workers` starts them and shuts them down.
 
     Attributes:
-        job: which.
-        reason: what was said about it.
-    """
-
-    job: Job
-    reason: str
-
-
-class Workers:
-    """Processes that do jobs; `started_workers` starts them and shuts them down.
-
-    Attributes:
-        count: how many they are.
+        count: number of processes.
     """
 
     def __init__(self, pool: ProcessPoolExecutor, count: int = 1) -> None:
         self._pool, self.count = pool, count
 
-    def do(self, jobs: Sequence[Job]) -> Iterator[Finished]:
-        """Does jobs, begun in this order, and gives each when it is done.
+    def run(
+        self, jobs: Sequence[Job], listener: Listener, progress: Progress = no_progress
+    ) -> None:
+        """Runs jobs; those that run out of memory are repeated at the end, one after the other.
 
-        What found too little memory beside others is done again in the end, one after the other.
+        Args:
+            jobs: those of one policy are consecutive.
+            listener: receives the results of each job when it is finished.
+            progress: not called; prompts are made in the processes.
 
         Raises:
-            RTPurboError: of a job, which may find too little memory alone, or a process was killed.
+            RTPurboError: an error of a job, a job that runs out of memory alone, or a killed process.
         """
+        # The longest jobs start first, so that none of them runs alone at the end.
+        ordered = [
+            job
+            for _, own in groupby(jobs, lambda job: job.policy)
+            for job in sorted(own, key=_order_of_work)
+        ]
         too_large: list[Job] = []
         try:
-            for future in as_completed([self._pool.submit(_do, job) for job in jobs]):
-                if isinstance(done := future.result(), Finished):
-                    yield done
+            for future in as_completed([self._pool.submit(_run, job) for job in ordered]):
+                report = future.result()
+                if report.too_large:
+                    too_large.append(report.job)
                 else:
-                    too_large.append(done.job)
+                    report.replay(listener)
             for job in too_large:
-                if isinstance(done := self._pool.submit(_do, job).result(), TooLarge):
+                report = self._pool.submit(_run, job).result()
+                if report.too_large:
                     raise RTPurboError(
                         f"there is too little memory for {job.policy} at {job.case} beside other "
-                        f"processes: ask for fewer of them with --processes ({done.reason})"
+                        f"processes: ask for fewer of them with --processes ({report.too_large})"
                     )
-                yield done
+                report.replay(listener)
         except BrokenProcessPool as error:
             raise RTPurboError(
                 "one of the processes that measure was killed, perhaps for lack of memory: ask for "
@@ -121,28 +127,32 @@ class Workers:
             ) from error
 
 
+def _order_of_work(job: Job) -> float:
+    # Short questions have the longest answers.
+    return -math.inf if job.case.suite in SHORT else -job.case.context_length
+
+
 @contextmanager
-def started_workers(manifest: RunManifest, count: int) -> Iterator[Workers]:
-    """So many processes, until the end of the block, which leaves none of them at work.
+def started_workers(manifest: RunManifest, count: int) -> Iterator[WorkerPool]:
+    """Starts processes, and leaves none of them running at the end of the block.
 
     Args:
-        manifest: what they follow. Where its device is `cuda` without a number, they take the GPUs in
-            turn.
-        count: of processes.
+        manifest: the run. With a device `cuda` without a number, processes take the GPUs in turn.
+        count: number of processes.
     """
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as questions:
-        # Each process takes one: which it is in the pool, it is not told.
+    with tempfile.TemporaryDirectory() as prompts:
+        # Each process takes one device, because a pool does not number its processes.
         devices: SimpleQueue[torch.device] = context.SimpleQueue()
         for index in range(count):
             devices.put(_device(torch.device(manifest.source.device), index))
         pool = ProcessPoolExecutor(
-            count, context, _begin, (manifest, Path(questions), devices, count)
+            count, context, _start_worker, (manifest, Path(prompts), devices, count)
         )
         try:
-            yield Workers(pool, count)
+            yield WorkerPool(pool, count)
         except BaseException:
-            # Nobody waits for tests that are not wanted any more.
+            # Running jobs are not wanted any more.
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -151,74 +161,65 @@ def started_workers(manifest: RunManifest, count: int) -> Iterator[Workers]:
 
 
 def _device(device: torch.device, index: int) -> torch.device:
-    """The device of the process of this index."""
+    """Returns the device of the process with this index."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", index % torch.cuda.device_count())
     return device
 
 
-@dataclass
 class _Worker:
-    """State of a worker process; its runner is made by the first job, whose errors reach the caller."""
+    """State of a worker process.
 
-    manifest: RunManifest
-    questions: Path
-    device: torch.device
-    runner: Runner | None = None
-    is_stopping: bool = False
+    Args:
+        new_runner: makes the runner at the first job, so that its errors reach the caller.
+    """
 
-    def do(self, job: Job) -> Finished | TooLarge:
-        """Does the job, if there is memory for it."""
-        if self.is_stopping:
+    def __init__(self, new_runner: Callable[[], Runner]) -> None:
+        self._runner = cache(new_runner)
+        self._is_stopping = False
+
+    def run(self, job: Job) -> Report:
+        """Runs a job, and reports if it may have run out of memory."""
+        if self._is_stopping:
             sys.exit()
-        if self.runner is None:
-            task_suite = self.manifest.task_suite(self.questions)
-            self.runner = self.manifest.runner(task_suite, self.device)
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
+        runner, report = self._runner(), Report(job)
         try:
-            return self._finished(job, self.runner)
+            runner.run([job], report)
         except RuntimeError as error:
             if not may_lack_memory(error):
                 raise
-            self.runner.release()
-            return TooLarge(job, str(error))
+            runner.release()
+            return Report(job, too_large=str(error))
         finally:
-            # What is kept for later is missing elsewhere.
+            # Other processes need the memory.
             torch.cuda.empty_cache()
+        return report
 
-    def _finished(self, job: Job, runner: Runner) -> Finished:
-        tests = runner.prepare(job.policy, [job.case])[job.case]
-        if job.questions is not None:
-            budget = budget_of(job.policy, job.case, job.read)
-            part = runner.take_part(job.policy, job.case, budget, job.questions)
-            return Finished(job, tests, [], part)
-        taken: list[CaseResult] = []
-        for test in tests:
-            if test not in job.done:
-                budget = budget_of(job.policy, test, job.read)
-                runner.take(job.policy, test, budget, taken.append)
-        return Finished(job, tests, taken)
-
-    def shutdown(self, number: int, frame: FrameType | None) -> None:
+    def shut_down(self, number: int, frame: FrameType | None) -> None:
         """Abandons the current job and those that the pool has queued for this process."""
-        self.is_stopping = True
+        self._is_stopping = True
         sys.exit()
 
 
 _worker: _Worker
 
 
-def _begin(
-    manifest: RunManifest, questions: Path, devices: SimpleQueue[torch.device], count: int
+def _start_worker(
+    manifest: RunManifest, prompts: Path, devices: SimpleQueue[torch.device], count: int
 ) -> None:
     global _worker
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    _worker = _Worker(manifest, questions, devices.get())
+    _worker = _Worker(partial(_new_runner, manifest, prompts, devices.get()))
     # Ctrl-C reaches all processes of a terminal; the parent process shuts the workers down.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _worker.shutdown)
+    signal.signal(signal.SIGTERM, _worker.shut_down)
 
 
-def _do(job: Job) -> Finished | TooLarge:
-    return _worker.do(job)
+def _new_runner(manifest: RunManifest, prompts: Path, device: torch.device) -> Runner:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return manifest.runner(prompts, device)
+
+
+def _run(job: Job) -> Report:
+    return _worker.run(job)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from rtpurbo.config import RTPurboConfig
+from rtpurbo.config import DEFAULT_CROP_SLACK, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import layer_types
 from rtpurbo.models.cache_layers import HeadwiseLayer, kept_tokens
@@ -18,8 +18,6 @@ from rtpurbo.models.ring import RingSlots
 from rtpurbo.models.slots import Padding, TokenSlots
 from rtpurbo.models.windowed_layer import WindowedLayer
 
-# Tokens that can be removed (assisted decoding) after a ring has wrapped.
-DEFAULT_CROP_SLACK = 64
 # A static cache's capacity is a multiple of this.
 CAPACITY_STEP = 256
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import GenerationMixin, PreTrainedModel
 
+from rtpurbo.config import DEFAULT_CROP_SLACK
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME
-from rtpurbo.models.cache import DEFAULT_CROP_SLACK, HeadwiseCache
+from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.decoding import attach_decoder
 from rtpurbo.models.pretrained import refuse_offloading
 from rtpurbo.models.saving import save_sparse

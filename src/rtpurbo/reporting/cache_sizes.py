@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo import strict_json
-from rtpurbo.config import RTPurboConfig
+from rtpurbo.config import DEFAULT_CROP_SLACK, RTPurboConfig
 from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE
 from rtpurbo.models.families import WITHOUT_ATTENTION
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_CROP_SLACK = 64
-"""Slots of a windowed KV head beyond sinks and window, as `rtpurbo.models.cache` allocates them."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _tokens_of_layer(
             length = min(length, shape.layer_window or length)
         return heads * length, heads * length
     full = len(head_map.full_key_value_heads(layer))
-    windowed = rule.num_sink_tokens + rule.sliding_window + _CROP_SLACK
+    windowed = rule.num_sink_tokens + rule.sliding_window + DEFAULT_CROP_SLACK
     return full * length + (heads - full) * windowed, heads * length
 
 

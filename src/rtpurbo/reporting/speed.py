@@ -17,12 +17,11 @@ from rtpurbo.reporting.figures import (
     Series,
     check_matplotlib,
     draw_lines,
-    figure_style,
     legend_handles,
     length_axis,
-    save_image,
 )
 from rtpurbo.reporting.roofline import achieved
+from rtpurbo.reporting.svg import figure_style, save_image
 from rtpurbo.speed_records import SpeedRecord
 
 BASELINES = {"sdpa-flash": "x flash", "sdpa-cudnn": "x cuDNN"}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean
+from collections.abc import Callable, Sequence
 
 from rtpurbo.evaluation.averages import Average, find_average
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
-from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.formats import percent, short_length, suite_title
 from rtpurbo.reporting.entries import (
     Entry,
@@ -19,6 +17,13 @@ from rtpurbo.reporting.entries import (
     style_of,
 )
 from rtpurbo.reporting.losses import Loss, loss_of_mean
+from rtpurbo.reporting.selection import (
+    by_suite,
+    far_share,
+    mean_of_queries,
+    mean_score,
+    tasks_of,
+)
 
 
 def questions_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> Grid:
@@ -31,8 +36,8 @@ def questions_grid(records: Sequence[Record], averages: Sequence[Average] = ()) 
     policies = policy_order(records)
     scores = {(record.suite, record.policy): record.score for record in records}
     rows = []
-    for suite in dict.fromkeys(record.suite for record in records):
-        samples = max(record.samples for record in records if record.suite == suite)
+    for suite, own in by_suite(records).items():
+        samples = max(record.samples for record in own)
         dense = scores.get((suite, DENSE_POLICY))
         pairs = [find_average(averages, 0, policy, 1, suite) for policy in policies]
         means = [
@@ -54,9 +59,7 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
         averages: of these tasks, if there are any; those of other lengths are ignored.
     """
     scores = {(record.task, record.policy): record for record in records}
-    measured = {record.task for record in records}
-    tasks = [task for task in TASKS if task in measured] + sorted(measured - set(TASKS))
-    policies = policy_order(records)
+    tasks, policies = tasks_of(records), policy_order(records)
     suite, length = records[0].suite, records[0].context_length
     header = [f"{suite_title(suite)} {short_length(length)}", *policies]
     rows = [
@@ -69,7 +72,7 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
         ]
         for task in tasks
     ]
-    means = {policy: _mean(records, policy, len(tasks)) for policy in policies}
+    means = {policy: mean_score(records, policy) for policy in policies}
     found = {name: find_average(averages, length, name, len(tasks), suite) for name in policies}
     rows.append(
         [
@@ -80,16 +83,18 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
     if any(one is not None and one.difference is not None for one in found.values()):
         title = f"minus {DENSE_POLICY} (95 %, in pairs)"
         rows.append([Entry(title), *(difference_entry(found[name]) for name in policies)])
-    rows.append(
-        [Entry("far tokens read (mean)"), *(_far_entry(records, name) for name in policies)]
-    )
+    figures = {
+        "far tokens read (mean)": [_figure(far_share(records, name), percent) for name in policies]
+    }
     if any(record.tokens_read_mean is not None for record in records):
-        rows.append(
-            [Entry("tokens read (mean)"), *(_tokens_entry(records, name) for name in policies)]
-        )
-        rows.append(
-            [Entry("attention recall"), *(_recall_entry(records, name) for name in policies)]
-        )
+        for title, field, write in (
+            ("tokens read (mean)", "tokens_read_mean", "{:,.0f}".format),
+            ("attention recall", "mass_kept", percent),
+        ):
+            figures[title] = [
+                _figure(mean_of_queries(records, name, field), write) for name in policies
+            ]
+    rows += [[Entry(title), *entries] for title, entries in figures.items()]
     # The cache has the same length for every task.
     first = {record.policy: record for record in reversed(records)}
     rows.append(
@@ -101,40 +106,8 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
     return header, rows
 
 
-def _mean(records: Sequence[Record], policy: str, num_tasks: int) -> float | None:
-    """Returns the mean of a policy's tasks; None unless it has all of them."""
-    scores = [record.score for record in records if record.policy == policy]
-    return fmean(scores) if len(scores) == num_tasks else None
-
-
-def _far_entry(records: Sequence[Record], policy: str) -> Entry:
-    shares = [
-        record.far_tokens_read
-        for record in records
-        if record.policy == policy and record.far_tokens_read is not None
-    ]
-    return Entry(percent(fmean(shares)) if shares else "-")
-
-
-def _tokens_entry(records: Sequence[Record], policy: str) -> Entry:
-    mean = _mean_of_queries(records, policy, "tokens_read_mean")
-    return Entry("-" if mean is None else f"{mean:,.0f}")
-
-
-def _recall_entry(records: Sequence[Record], policy: str) -> Entry:
-    mean = _mean_of_queries(records, policy, "mass_kept")
-    return Entry("-" if mean is None else percent(mean))
-
-
-def _mean_of_queries(records: Sequence[Record], policy: str, field: str) -> float | None:
-    """Returns the mean over measured queries, which all have the same weight."""
-    measured = [record for record in records if record.policy == policy and record.measured_rows]
-    queries = sum(record.measured_rows for record in measured)
-    return (
-        sum(getattr(record, field) * record.measured_rows for record in measured) / queries
-        if queries
-        else None
-    )
+def _figure(mean: float | None, write: Callable[[float], str]) -> Entry:
+    return Entry("-" if mean is None else write(mean))
 
 
 def mean_entry(mean: float | None, dense: float | None, average: Average | None = None) -> Entry:

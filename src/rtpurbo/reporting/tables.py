@@ -24,6 +24,7 @@ from rtpurbo.reporting.entries import (
     share_entry,
     tokens_entry,
 )
+from rtpurbo.reporting.selection import lengths_of, pick
 from rtpurbo.reporting.suite_tables import questions_grid, ruler_grid
 
 BY_TASK = ("ruler", babilong.SUITE)
@@ -73,16 +74,14 @@ def _grids(
 ) -> list[Grid]:
     """Grids of suites with few tasks, of short questions, and of each long suite and length."""
     questions = [record for record in records if record.suite in SHORT]
-    long = [record for record in records if record.suite in BY_TASK]
     others = [record for record in records if record.suite not in (*SHORT, *BY_TASK)]
     grids = [_grid(others, cache_length)] if others else []
     if questions:
         grids.append(questions_grid(questions, averages))
     for suite in BY_TASK:
-        own = [record for record in long if record.suite == suite]
-        for length in sorted({record.context_length for record in own}):
-            at_length = [record for record in own if record.context_length == length]
-            grids.append(ruler_grid(at_length, averages))
+        own = pick(records, suite=suite)
+        for length in lengths_of(own):
+            grids.append(ruler_grid(pick(own, context_length=length), averages))
     return grids
 
 
@@ -111,11 +110,11 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
         if reads is not None:
             row.append(share_entry(scores.get((reads, policy))))
             row += [entry(scores.get((reads, policy))) for _, entry in per_query]
-        row.append(
-            cache_entry(
-                _longest(records, policy, longest), _longest(records, DENSE_POLICY, longest)
-            )
+        found = (
+            next(iter(pick(records, policy=name, context_length=longest)), None)
+            for name in (policy, DENSE_POLICY)
         )
+        row.append(cache_entry(*found))
         rows.append(row)
     return header, rows
 
@@ -123,8 +122,3 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
 def _test(record: Record) -> tuple[str, str, int]:
     task = record.task if record.metric is None else f"{record.task} {record.metric}"
     return record.suite, task, record.context_length
-
-
-def _longest(records: Sequence[Record], policy: str, length: int) -> Record | None:
-    found = (item for item in records if (item.policy, item.context_length) == (policy, length))
-    return next(found, None)

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus
+from rtpurbo.lengths import check_context
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.sparsify import runtime
 from rtpurbo.processes import ALONE, Processes
-from rtpurbo.settings import DistillationSettings, Progress, check_context, no_progress
+from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult
 from rtpurbo.training.log import TrainingLog

@@ -1,6 +1,7 @@
 import pytest
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.questions import bank as module
 from rtpurbo.evaluation.questions.bank import QuestionBank, prompt_tokens
 from rtpurbo.evaluation.questions.suite import Prompt
@@ -50,13 +51,14 @@ def test_each_answer_is_scored_with_its_own_question(monkeypatch, on_a_gpu, data
 
     monkeypatch.setattr(module, "continue_tokens", generate)
     calls = []
-    outcome = bank.run(tiny_model(), tokenizer, suite, range(6), lambda: calls.append(1))
+    case = Case(suite, "all", 0, 6)
+    [outcome] = bank.run(tiny_model(), tokenizer, case, lambda: calls.append(1))
     assert [sample.score for sample in outcome.samples] == [100, 100, 100, 100, 0, 100]
     assert outcome.score == pytest.approx(500 / 6)
     assert len(calls) == 6
     assert limits == {SHORT[suite].max_new_tokens}
     # A part has its own questions.
-    part = bank.run(tiny_model(), tokenizer, suite, range(3, 6))
+    [part] = bank.run(tiny_model(), tokenizer, case, questions=range(3, 6))
     assert part.samples == outcome.samples[3:]
 
 
@@ -89,6 +91,7 @@ def test_models_without_a_template_continue_text():
 
 def test_questions_beyond_the_context_are_refused(data):
     bank = QuestionBank(data, max_new_tokens=100)
-    bank.prepare(tiny_tokenizer(), "gsm8k", 6, 4096)
+    case = Case("gsm8k", "all", 0, 6)
+    bank.prepare(tiny_tokenizer(), case, 4096)
     with pytest.raises(RTPurboError, match=r"do not fit the model's context of 150: lower --max"):
-        bank.prepare(tiny_tokenizer(), "gsm8k", 6, 150)
+        bank.prepare(tiny_tokenizer(), case, 150)

@@ -3,7 +3,7 @@
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.results_file import ResultsFile
+from rtpurbo.evaluation.results_log import ResultsLog
 from rtpurbo.evaluation.run import evaluate
 from tests.evaluation.questions.support import write_questions
 
@@ -27,7 +27,7 @@ def test_all_policies_answer_the_same_questions_in_one_file(tiny_artifact, task_
         "run_code": True,
     }
     file = tmp_path / "results.json"
-    with ResultsFile(file, "tiny", "cpu", "evaluate") as results:
+    with ResultsLog(file, "tiny", "cpu", "evaluate") as results:
         records = quick(tiny_artifact, results=results, **options)
     places = [("gsm8k", "all", 0), ("humaneval", "all", 0), ("babilong", "qa4", 1024)]
     assert [(each.policy, each.suite, each.task, each.context_length) for each in records] == [
@@ -45,7 +45,7 @@ def test_all_policies_answer_the_same_questions_in_one_file(tiny_artifact, task_
     # What is there is not measured again; other suites are added.
     calls = []
     options["suites"] = [*options["suites"], "mmlu_pro"]
-    with ResultsFile(file, "tiny", "cpu", "evaluate", resume=True) as results:
+    with ResultsLog(file, "tiny", "cpu", "evaluate", resume=True) as results:
         again = quick(
             tiny_artifact,
             results=results,
@@ -56,7 +56,7 @@ def test_all_policies_answer_the_same_questions_in_one_file(tiny_artifact, task_
     assert calls[0] == ("full", 6, 8)
     task_data["gsm8k"].write_bytes(task_data["math"].read_bytes())
     with (
-        ResultsFile(file, "tiny", "cpu", "evaluate", resume=True) as results,
+        ResultsLog(file, "tiny", "cpu", "evaluate", resume=True) as results,
         pytest.raises(RTPurboError),
     ):
         quick(tiny_artifact, results=results, **options)
@@ -66,7 +66,7 @@ def test_processes_share_a_suite(tiny_artifact, task_data, monkeypatch):
     monkeypatch.setattr("rtpurbo.evaluation.task_suite.QUESTIONS_OF_A_PART", 2)
     found = []
     for processes in (1, 2):
-        results, calls = ResultsFile(), []
+        results, calls = ResultsLog(), []
         records = quick(
             tiny_artifact,
             policies=["rtpurbo"],

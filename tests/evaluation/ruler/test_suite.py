@@ -1,5 +1,6 @@
 import pytest
 
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.ruler import suite as module
 from rtpurbo.evaluation.ruler.scoring import answer_score
 from rtpurbo.evaluation.ruler.suite import RulerSuite
@@ -40,14 +41,15 @@ def test_who_knows_gets_100_and_who_is_silent_0(monkeypatch, suite, task):
 
     calls = []
     answer_with(monkeypatch, know)
-    outcome = suite.run(tiny_model(), tokenizer, task, LENGTH, 2, lambda: calls.append(1))
+    case = Case("ruler", task, LENGTH, 2)
+    [outcome] = suite.run(tiny_model(), tokenizer, case, lambda: calls.append(1))
     assert outcome.score == 100
     assert rooms == {TASKS[task].tokens_to_generate}
     assert len(calls) == len(outcome.samples) == 2
     assert len({sample.prompt_hash for sample in outcome.samples}) == 2
 
     answer_with(monkeypatch, lambda prompt, room: "")
-    assert suite.run(tiny_model(), tokenizer, task, LENGTH, 2).score == 0
+    assert suite.run(tiny_model(), tokenizer, case)[0].score == 0
 
 
 def test_scores_are_the_mean_of_parts(monkeypatch, suite):
@@ -55,7 +57,8 @@ def test_scores_are_the_mean_of_parts(monkeypatch, suite):
     first, second = suite.examples(tokenizer, "niah_multivalue", LENGTH, 2)
     said = {bytes(first.prompt_ids): first.answers[1], bytes(second.prompt_ids): "no idea"}
     answer_with(monkeypatch, lambda prompt, room: said[prompt])
-    outcome = suite.run(tiny_model(), tokenizer, "niah_multivalue", LENGTH, 2)
+    case = Case("ruler", "niah_multivalue", LENGTH, 2)
+    [outcome] = suite.run(tiny_model(), tokenizer, case)
     assert [sample.score for sample in outcome.samples] == [25, 0]
     assert outcome.score == 12.5
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.evaluation.batching import TOKENS_AT_ONCE
 from rtpurbo.evaluation.cases import HARNESS, Case
 from rtpurbo.evaluation.harness.local_data import local_config
 from rtpurbo.evaluation.harness.outcomes import outcomes_of
 from rtpurbo.evaluation.harness.package import lm_eval
 from rtpurbo.evaluation.samples import Outcome
+from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
 from rtpurbo.models.architecture import context_length
 
 # What lm-eval lets a model write where a task does not say.
@@ -28,7 +29,7 @@ DEFAULT_NEW_TOKENS = 256
 QUESTIONS_AT_ONCE = 8
 
 
-class Harness:
+class Harness(TaskSuite):
     """The tasks of lm-eval in one run.
 
     Args:
@@ -61,17 +62,14 @@ class Harness:
     ) -> list[Case]:
         """Loads a task, or all those of a group, with their data.
 
-        Args:
-            tokenizer: the model's; RULER's tasks count with it.
-            case: names the task; its length, if any, is that of the prompts that a task makes up.
-            context_length: the model's.
+        The length of a case, if any, is that of the prompts that a task generates.
 
         Returns:
-            A case for each task. Its length is that of its prompts, where it tells, or the model's.
+            A case for each task. Its length is that of its prompts, if recorded, or the model's.
 
         Raises:
-            RTPurboError: the task is unknown, its data cannot be had, or its answers leave no room for
-                questions.
+            RTPurboError: the task is unknown, its data is not available, or its answers leave no room
+                for questions.
         """
         if (case, context_length) not in self._cases:
             manager = self._manager(tokenizer, case.context_length)
@@ -89,18 +87,12 @@ class Harness:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         case: Case,
-        after_sample: Callable[[], None],
+        after_sample: Callable[[], None] = ignore_sample,
+        questions: range | None = None,
     ) -> list[Outcome]:
-        """Asks a model the questions of one task, through the chat template if there is one.
+        """Returns an outcome for each metric of a task; prompts have the chat template if there is one.
 
-        Args:
-            model: dense or sparse.
-            tokenizer: the model's.
-            case: from `prepare`.
-            after_sample: called for each answer, or for each choice that a question offers.
-
-        Returns:
-            An outcome for each of the task's metrics.
+        `after_sample` is called for each answer, or for each choice that a question offers.
         """
         task = self._tasks[case.task, case.context_length]
         is_gpu = model.device.type == "cuda"
@@ -178,7 +170,7 @@ class Harness:
                 tasks = manager.load([spec])["tasks"]
         except Exception as error:  # a task can be code, and a download fail in many ways
             raise RTPurboError(
-                f"lm-eval cannot load the task {name} ({_summary(error)}): check the network, or "
+                f"lm-eval cannot load the task {name} ({first_line(error)}): check the network, or "
                 f"give its data with --task-data {name}=FILE."
             ) from error
         for task in tasks.values():
@@ -208,8 +200,3 @@ def _own_length(task: Any) -> int | None:
     documents = task.test_docs() if task.has_test_docs() else None
     length = documents[0].get("max_length") if documents is not None and len(documents) else None
     return length if isinstance(length, int) else None
-
-
-def _summary(error: Exception) -> str:
-    """The first line of an error's message, without its last full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Policies to compare, one file each. A new policy is a new file that defines `POLICY`."""
+"""Policies to compare. A new policy is a new file that defines `POLICY`, or an entry of `POLICIES` in one."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = [
 def _find_policies() -> dict[str, Policy]:
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     found = [module.POLICY for module in modules if hasattr(module, "POLICY")]
+    found += [policy for module in modules for policy in getattr(module, "POLICIES", ())]
     return {policy.name: policy for policy in sorted(found, key=lambda policy: policy.place)}
 
 

@@ -1,4 +1,4 @@
-"""Asks a model the questions of a suite and scores its answers."""
+"""Suites of short questions with generated answers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.data.texts import begin_ids, encode
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.batching import batches_by_length
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.questions.files import Row
 from rtpurbo.evaluation.questions.suite import Prompt, QuestionSuite
 from rtpurbo.evaluation.questions.suites import SHORT, QuestionData
 from rtpurbo.evaluation.samples import Outcome, Sample
+from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
 from rtpurbo.models.text import continue_tokens
 
 SANDBOXES_AT_ONCE = 4
 
 
-class QuestionBank:
-    """The question suites of one run.
+class QuestionBank(TaskSuite):
+    """The suites of short questions.
 
     Args:
         data: the questions.
-        max_new_tokens: the most tokens of an answer; None takes each suite's default.
+        max_new_tokens: limit of an answer; None takes each suite's default.
     """
 
     def __init__(self, data: QuestionData, max_new_tokens: int | None = None) -> None:
@@ -33,51 +35,39 @@ class QuestionBank:
         self._prompts: dict[str, list[list[int]]] = {}
 
     def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, suite: str, samples: int, context_length: int
-    ) -> None:
+        self, tokenizer: PreTrainedTokenizerBase, case: Case, context_length: int
+    ) -> list[Case]:
         """Renders the prompts of a suite.
-
-        Args:
-            tokenizer: the model's.
-            suite: a name of `SHORT`.
-            samples: the first so many questions are asked.
-            context_length: the model's, in tokens.
 
         Raises:
             RTPurboError: a prompt and its answer do not fit into the context.
         """
-        limit = self._limit(SHORT[suite])
-        longest = max(map(len, self._rendered(tokenizer, suite)[:samples]))
+        limit = self._limit(SHORT[case.suite])
+        longest = max(map(len, self._rendered(tokenizer, case.suite)[: case.samples]))
         if longest + limit > context_length:
             raise RTPurboError(
-                f"a question of {suite} has {longest:,} tokens, which with {limit:,} of an answer "
-                f"do not fit the model's context of {context_length:,}: lower --max-new-tokens."
+                f"a question of {case.suite} has {longest:,} tokens, which with {limit:,} of an "
+                f"answer do not fit the model's context of {context_length:,}: lower "
+                "--max-new-tokens."
             )
+        return [case]
 
     def run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        suite: str,
-        questions: range,
-        after_sample: Callable[[], None] = lambda: None,
-    ) -> Outcome:
-        """Greedy answers to the questions of a suite, and their score in percent.
-
-        Args:
-            model: dense or sparse.
-            tokenizer: the model's.
-            suite: a name of `SHORT`.
-            questions: their numbers, at least one.
-            after_sample: called after each.
-        """
-        kind = SHORT[suite]
+        case: Case,
+        after_sample: Callable[[], None] = ignore_sample,
+        questions: range | None = None,
+    ) -> list[Outcome]:
+        """Returns the score of greedy answers, in percent."""
+        kind, asked = SHORT[case.suite], range(case.samples) if questions is None else questions
         limit = self._limit(kind)
-        rendered, rows = self._rendered(tokenizer, suite), self.data.shuffled(suite)
+        rendered, rows = self._rendered(tokenizer, case.suite), self.data.shuffled(case.suite)
         answered: dict[int, Sample] = {}
-        lengths = [len(rendered[number]) + limit for number in questions]
+        lengths = [len(rendered[number]) + limit for number in asked]
         for batch in batches_by_length(model, lengths):
-            numbers = [questions[place] for place in batch]
+            numbers = [asked[place] for place in batch]
             prompts = [rendered[number] for number in numbers]
             written = continue_tokens(model, tokenizer, prompts, limit)
             correct = _scores(kind, [rows[number] for number in numbers], written)
@@ -85,13 +75,13 @@ class QuestionBank:
                 answers = kind.answers(rows[number])
                 answered[number] = Sample.of(rendered[number], answers, generated, 100.0 * right)
                 after_sample()
-        return Outcome.of([answered[number] for number in questions])
+        return [Outcome.of([answered[number] for number in asked])]
 
     def _limit(self, kind: QuestionSuite) -> int:
         return self.max_new_tokens or kind.max_new_tokens
 
     def _rendered(self, tokenizer: PreTrainedTokenizerBase, suite: str) -> list[list[int]]:
-        """The prompts of all questions; all policies share a tokenizer."""
+        """Returns the prompts of all questions."""
         if suite not in self._prompts:
             render = partial(prompt_tokens, tokenizer)
             prompt = SHORT[suite].prompt

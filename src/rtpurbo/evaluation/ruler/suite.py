@@ -1,4 +1,4 @@
-"""Asks a model the questions of a task."""
+"""Suites whose prompts are filled to a length: RULER and BABILong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.evaluation.batching import questions_at_once
+from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.ruler.draft import Task
 from rtpurbo.evaluation.ruler.examples import (
     Example,
@@ -18,17 +19,18 @@ from rtpurbo.evaluation.ruler.examples import (
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.evaluation.samples import Outcome, Sample
+from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
 from rtpurbo.models.text import continue_tokens
 
 
-class RulerSuite:
-    """The tests of one run, each made once for all policies, which share a tokenizer.
+class RulerSuite(TaskSuite):
+    """Cases whose prompts are filled to their length; each prompt is made once for all policies.
 
     Args:
-        materials: what haystacks are made of.
-        seed: of the tests.
-        folder: where other processes of the run leave the tests that they made, and find this one's.
-        tasks: by name; RULER's unless another suite is filled to a length in the same way.
+        materials: words, prose and passages of the haystacks.
+        seed: of the questions.
+        folder: where the processes of a run share prompts; None shares none.
+        tasks: by name; those of RULER, or of another suite that fills prompts in the same way.
     """
 
     def __init__(
@@ -47,51 +49,49 @@ class RulerSuite:
     def examples(
         self, tokenizer: PreTrainedTokenizerBase, task: str, context_length: int, samples: int
     ) -> list[Example]:
-        """The questions of a test."""
-        test = (task, context_length, samples)
-        if test not in self._made:
+        """Returns the questions of a case."""
+        place = (task, context_length, samples)
+        if place not in self._made:
             shared = self.folder and self.folder / f"{task}-{context_length}-{samples}.json"
             if shared and shared.exists():
-                self._made[test] = read_examples(shared)
+                self._made[place] = read_examples(shared)
             else:
-                self._made[test] = make_examples(
+                self._made[place] = make_examples(
                     self.tasks[task], tokenizer, context_length, samples, self.seed, self.materials
                 )
                 if shared:
-                    write_examples(shared, self._made[test])
-        return self._made[test]
+                    write_examples(shared, self._made[place])
+        return self._made[place]
+
+    def prepare(
+        self, tokenizer: PreTrainedTokenizerBase, case: Case, context_length: int
+    ) -> list[Case]:
+        """Makes the prompts of a case."""
+        self.examples(tokenizer, case.task, case.context_length, case.samples)
+        return [case]
 
     def run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        task: str,
-        context_length: int,
-        samples: int,
-        after_sample: Callable[[], None] = lambda: None,
-    ) -> Outcome:
-        """Greedy answers to the questions of a test, and their mean score in percent.
-
-        Args:
-            model: dense or sparse.
-            tokenizer: the model's.
-            task: the name of one of the tasks.
-            context_length: the most tokens of prompt and answer.
-            samples: questions.
-            after_sample: called after each.
+        case: Case,
+        after_sample: Callable[[], None] = ignore_sample,
+        questions: range | None = None,
+    ) -> list[Outcome]:
+        """Returns the mean score of greedy answers, in percent.
 
         Raises:
-            RTPurboError: `context_length` is too short for the task.
+            RTPurboError: the length of the case is too short for its task.
         """
-        examples = self.examples(tokenizer, task, context_length, samples)
-        kind, answered = self.tasks[task], list[Sample]()
-        at_once = questions_at_once(model, context_length)
-        for first in range(0, samples, at_once):
+        examples = self.examples(tokenizer, case.task, case.context_length, case.samples)
+        task, answered = self.tasks[case.task], list[Sample]()
+        at_once = questions_at_once(model, case.context_length)
+        for first in range(0, case.samples, at_once):
             batch = examples[first : first + at_once]
             prompts = [example.prompt_ids for example in batch]
-            written = continue_tokens(model, tokenizer, prompts, kind.tokens_to_generate)
+            written = continue_tokens(model, tokenizer, prompts, task.tokens_to_generate)
             for example, generated in zip(batch, written, strict=True):
-                score = 100 * kind.score(generated, example.answers, example.rejected)
+                score = 100 * task.score(generated, example.answers, example.rejected)
                 answered.append(Sample.of(example.prompt_ids, example.answers, generated, score))
                 after_sample()
-        return Outcome.of(answered)
+        return [Outcome.of(answered)]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from rtpurbo.evaluation.policies import BUDGET_POLICY, DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import short_length, suite_title
 from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Series
-from rtpurbo.reporting.html.view import Definitions, Legend, Plot, Plots, swatch
+from rtpurbo.reporting.html.sources import Quality, Sources
+from rtpurbo.reporting.html.view import (
+    Block,
+    Definitions,
+    Heading,
+    Legend,
+    Plot,
+    Plots,
+    swatch,
+)
 
 
 def style_of(policy: str, policies: Sequence[str]) -> int | None:
@@ -24,11 +33,6 @@ def main_policy(records: Sequence[Record]) -> str | None:
     return BUDGET_POLICY if BUDGET_POLICY in sparse else next(iter(sparse), None)
 
 
-def lengths_of(records: Iterable[Record]) -> list[int]:
-    """Returns the context lengths of some records, ascending."""
-    return sorted({record.context_length for record in records})
-
-
 def name_of(record: Record, with_length: bool = True) -> str:
     """Returns task, metric where there are several, and length of a record."""
     name = record.task if record.metric is None else f"{record.task} {record.metric}"
@@ -38,14 +42,15 @@ def name_of(record: Record, with_length: bool = True) -> str:
     return f"{name} {short_length(record.context_length)}" if with_length else name
 
 
-def mean_of_queries(records: Iterable[Record], field: str) -> float | None:
-    """Returns the mean of a field over measured queries, which all have the same weight."""
-    known = [
-        record for record in records if record.measured_rows and getattr(record, field) is not None
-    ]
-    queries = sum(record.measured_rows for record in known)
-    total = sum(getattr(record, field) * record.measured_rows for record in known)
-    return total / queries if queries else None
+def by_model(sources: Sources, blocks_of: Callable[[Quality], list[Block]]) -> list[Block]:
+    """Returns the blocks of each model, with its name above them where there are several."""
+    blocks: list[Block] = []
+    for quality in sources.quality:
+        if own := blocks_of(quality):
+            if len(sources.quality) > 1:
+                blocks.append(Heading(f"Model: {quality.model}"))
+            blocks += own
+    return blocks
 
 
 def plots_of_policies(plots: Sequence[Plot], policies: Sequence[str]) -> Plots:

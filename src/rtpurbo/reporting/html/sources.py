@@ -44,11 +44,8 @@ class Origin:
     @property
     def dtype(self) -> str:
         """The dtype of weights: the file's entry, else the command's option."""
-        run = self.facts.get("resumption")
-        conditions = run.get("conditions") if isinstance(run, dict) else None
-        for known in (self.facts, conditions):
-            if isinstance(known, dict) and isinstance(known.get("dtype"), str):
-                return str(known["dtype"])
+        if isinstance(self.facts.get("dtype"), str):
+            return str(self.facts["dtype"])
         found = set(re.findall(r"--dtype[= ](\w+)", str(self.facts.get("command", ""))))
         return found.pop() if len(found) == 1 and "auto" not in found else "dtype not recorded"
 
@@ -194,7 +191,9 @@ def _read_file(path: Path, sources: Sources) -> None:
     if kind == "quality":
         results = read_results(path)
         _check_numbers(path, results.records, ("score",))
-        with_results(sources, path.name, results.origin, results.records, results.averages)
+        run = {} if results.resumption is None else results.resumption.conditions
+        facts = {"dtype": run.get("dtype"), **results.origin}
+        with_results(sources, path.name, facts, results.records, results.averages)
     else:
         speed = read_speed(path)
         _check_numbers(path, speed.records, ("milliseconds",))

@@ -9,22 +9,17 @@ from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length, suite_at
 from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Axis, bar_plot
-from rtpurbo.reporting.html.policies import lengths_of, main_policy, style_of
+from rtpurbo.reporting.html.policies import by_model, main_policy, style_of
 from rtpurbo.reporting.html.sources import Quality, Sources
-from rtpurbo.reporting.html.view import Block, Heading, Missing, Plot, Plots, Section, Text
+from rtpurbo.reporting.html.view import Block, Missing, Plot, Plots, Section, Text
+from rtpurbo.reporting.selection import by_suite, lengths_of, pick
 
 _TITLE = "Far tokens per query"
 
 
 def budgets_section(sources: Sources) -> Section | Missing:
     """Returns a histogram for each length, and at the longest for each policy that selects."""
-    blocks: list[Block] = []
-    for quality in sources.quality:
-        plots = _plots(quality)
-        if plots and len(sources.quality) > 1:
-            blocks.append(Heading(f"Model: {quality.model}"))
-        if plots:
-            blocks.append(Plots(plots))
+    blocks = by_model(sources, _of_model)
     if not blocks:
         reason = "no results have histograms of far tokens; those of format 1 lack them."
         return Missing(_TITLE, reason)
@@ -35,24 +30,19 @@ def budgets_section(sources: Sources) -> Section | Missing:
     return Section("budgets", _TITLE, [said, *blocks])
 
 
-def _plots(quality: Quality) -> list[Plot]:
+def _of_model(quality: Quality) -> list[Block]:
     plots = []
     policies, main = policy_order(quality.records), main_policy(quality.records)
-    for suite in dict.fromkeys(record.suite for record in quality.records):
-        of_suite = [record for record in quality.records if record.suite == suite]
+    for suite, of_suite in by_suite(quality.records).items():
         lengths = lengths_of(of_suite)
         for policy in policies:
             for length in lengths:
-                chosen = [
-                    record
-                    for record in of_suite
-                    if (record.policy, record.context_length) == (policy, length)
-                ]
+                chosen = pick(of_suite, policy=policy, context_length=length)
                 if _selects(chosen) and (policy == main or length == lengths[-1]):
                     title = f"{policy}: {suite_at(suite, length)}"
                     style = style_of(policy, policies)
                     plots.append(_plot(title, quality.where(chosen), chosen, style))
-    return plots
+    return [Plots(plots)] if plots else []
 
 
 def _selects(records: Sequence[Record]) -> bool:

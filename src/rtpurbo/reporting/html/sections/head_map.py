@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rtpurbo.config import HeadMap
 from rtpurbo.formats import percent
-from rtpurbo.reporting.figures import Mark, heat_map
+from rtpurbo.reporting.figures import heat_map
 from rtpurbo.reporting.headmap import score_level
 from rtpurbo.reporting.html.sources import Sources
 from rtpurbo.reporting.html.view import (
@@ -18,6 +18,7 @@ from rtpurbo.reporting.html.view import (
     Table,
     Text,
 )
+from rtpurbo.reporting.svg import Mark
 
 _TITLE = "Retrieval heads"
 

@@ -9,9 +9,9 @@ from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import short_bytes, short_length
 from rtpurbo.reporting.entries import cache_entry, policy_order
 from rtpurbo.reporting.figures import Series, bytes_axis, length_axis, line_plot
-from rtpurbo.reporting.html.policies import plots_of_policies, style_of
+from rtpurbo.reporting.html.policies import by_model, plots_of_policies, style_of
 from rtpurbo.reporting.html.sources import Quality, Sources
-from rtpurbo.reporting.html.view import Block, Heading, Missing, Plot, Section, Table, Text
+from rtpurbo.reporting.html.view import Block, Missing, Plot, Section, Table, Text
 
 _TITLE = "KV cache"
 
@@ -20,13 +20,7 @@ Sizes = dict[tuple[str, int], Record]
 
 def memory_section(sources: Sources) -> Section | Missing:
     """Returns cache sizes as a plot and a table."""
-    blocks: list[Block] = []
-    for quality in sources.quality:
-        sizes = _sizes(quality)
-        if sizes:
-            if len(sources.quality) > 1:
-                blocks.append(Heading(f"Model: {quality.model}"))
-            blocks += _of_model(quality, sizes)
+    blocks = by_model(sources, _of_model)
     if not blocks:
         return Missing(_TITLE, "no results record the size of a cache.")
     said = Text(
@@ -54,7 +48,10 @@ def _sizes(quality: Quality) -> Sizes:
     }
 
 
-def _of_model(quality: Quality, sizes: Sizes) -> list[Block]:
+def _of_model(quality: Quality) -> list[Block]:
+    sizes = _sizes(quality)
+    if not sizes:
+        return []
     policies = [name for name in policy_order(quality.records) if _lengths(sizes, name)]
     lengths = _lengths(sizes)
     where = quality.where(list(sizes.values()), samples=False)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from rtpurbo.evaluation.averages import Average, find_average
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
-from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.formats import short_length, suite_title
 from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
+    by_model,
     described,
-    lengths_of,
     name_of,
     plots_of_policies,
     style_of,
@@ -34,6 +32,7 @@ from rtpurbo.reporting.html.view import (
     Table,
     Text,
 )
+from rtpurbo.reporting.selection import by_suite, lengths_of, mean_score, pick, tasks_of
 from rtpurbo.reporting.tables import BY_TASK
 
 _TITLE = "Quality"
@@ -45,25 +44,19 @@ def quality_section(sources: Sources) -> Section | Missing:
     """Returns plots over lengths and a table for each suite."""
     if not any(quality.records for quality in sources.quality):
         return Missing(_TITLE, "no results of `rtpurbo eval` were given.")
-    blocks: list[Block] = [Text(LEGEND)]
-    for quality in sources.quality:
-        policies = policy_order(quality.records)
-        if len(sources.quality) > 1:
-            blocks.append(Heading(f"Model: {quality.model}"))
-        plots = _plots(quality, policies)
-        if plots:
-            blocks.append(plots_of_policies(plots, policies))
-        blocks += _tables(quality, policies)
-        blocks.append(Heading("Policies compared"))
-        blocks.append(described(policies))
-    return Section("quality", _TITLE, blocks)
+    return Section("quality", _TITLE, [Text(LEGEND), *by_model(sources, _of_model)])
 
 
-def mean_score(records: Sequence[Record], policy: str) -> float | None:
-    """Returns the mean score of a policy over all tests of some records; None unless it has all."""
-    tests = {(name_of(record), record.suite) for record in records}
-    scores = [record.score for record in records if record.policy == policy]
-    return fmean(scores) if scores and len(scores) == len(tests) else None
+def _of_model(quality: Quality) -> list[Block]:
+    policies = policy_order(quality.records)
+    plots = _plots(quality, policies)
+    blocks: list[Block] = [plots_of_policies(plots, policies)] if plots else []
+    return [
+        *blocks,
+        *_tables(quality, policies),
+        Heading("Policies compared"),
+        described(policies),
+    ]
 
 
 def _plots(quality: Quality, policies: Sequence[str]) -> list[Plot]:
@@ -97,7 +90,7 @@ def _lines(records: Sequence[Record], policies: Sequence[str]) -> list[Series]:
     lines = []
     for policy in policies:
         means = [
-            (length, mean_score([r for r in records if r.context_length == length], policy))
+            (length, mean_score(pick(records, context_length=length), policy))
             for length in lengths_of(records)
         ]
         points = [(float(length), mean) for length, mean in means if mean is not None]
@@ -141,13 +134,11 @@ def _between(interval: tuple[float, float] | None) -> str:
 
 def _tables(quality: Quality, policies: Sequence[str]) -> list[Block]:
     tables: list[Block] = []
-    short = [record for record in quality.records if record.suite in SHORT]
+    suites = by_suite(quality.records)
+    short = {suite: suites.pop(suite) for suite in list(suites) if suite in SHORT}
     if short:
         tables.append(_questions_table(quality, short, policies))
-    for suite in dict.fromkeys(record.suite for record in quality.records):
-        records = [record for record in quality.records if record.suite == suite]
-        if suite in SHORT:
-            continue
+    for suite, records in suites.items():
         if suite in BY_TASK:
             tables += _ruler_tables(quality, records, policies)
         else:
@@ -156,13 +147,15 @@ def _tables(quality: Quality, policies: Sequence[str]) -> list[Block]:
     return tables
 
 
-def _questions_table(quality: Quality, records: Sequence[Record], policies: Sequence[str]) -> Table:
+def _questions_table(
+    quality: Quality, suites: Mapping[str, Sequence[Record]], policies: Sequence[str]
+) -> Table:
     """Suites of short questions by policy, with paired differences."""
     rows: list[list[str | Cell]] = []
-    for suite in dict.fromkeys(record.suite for record in records):
-        own = [record for record in records if record.suite == suite]
+    for suite, own in suites.items():
         name = f"{suite_title(suite)} ({max(record.samples for record in own):,})"
         rows.append([name, *_mean_cells(quality, own, policies)])
+    records = [record for own in suites.values() for record in own]
     caption = f"Questions, % right; {quality.where(records)}"
     return Table(caption, ("suite (questions)", *policies), rows)
 
@@ -171,19 +164,19 @@ def _ruler_tables(
     quality: Quality, records: Sequence[Record], policies: Sequence[str]
 ) -> list[Block]:
     """Means by length, then the tasks of each length, all but the longest folded."""
-    lengths, suite = lengths_of(records), suite_title(records[0].suite)
+    lengths, tasks, suite = lengths_of(records), tasks_of(records), suite_title(records[0].suite)
     tables: list[Block] = []
     if len(lengths) > 1:
         rows: list[list[str | Cell]] = []
         for length in lengths:
-            chosen = [record for record in records if record.context_length == length]
+            chosen = pick(records, context_length=length)
             rows.append([short_length(length), *_mean_cells(quality, chosen, policies)])
         caption = f"{suite}, mean of all tasks by length, % right; {quality.where(records)}"
         tables.append(Table(caption, ("length", *policies), rows))
     for length in reversed(lengths):
-        chosen = [record for record in records if record.context_length == length]
+        chosen = sorted(pick(records, context_length=length), key=lambda r: tasks.index(r.task))
         title = f"{suite} at {short_length(length)}"
-        whole = _table(quality, f"{title}, % right", _in_task_order(chosen), policies, mean=True)
+        whole = _table(quality, f"{title}, % right", chosen, policies, mean=True)
         tables.append(whole if length == lengths[-1] else Folded(title, whole))
     return tables
 
@@ -221,12 +214,3 @@ def _mean_cells(quality: Quality, records: Sequence[Record], policies: Sequence[
         )
         for each in policies
     ]
-
-
-def _in_task_order(records: Sequence[Record]) -> list[Record]:
-    order = list(TASKS)
-    place = {
-        task: order.index(task) if task in order else len(order)
-        for task in {record.task for record in records}
-    }
-    return sorted(records, key=lambda record: (place[record.task], record.task))

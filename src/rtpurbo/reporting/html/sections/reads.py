@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
@@ -11,9 +10,8 @@ from rtpurbo.formats import percent, short_length, suite_at, suite_title
 from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
-    lengths_of,
+    by_model,
     main_policy,
-    mean_of_queries,
     name_of,
     plots_of_policies,
     style_of,
@@ -24,12 +22,18 @@ from rtpurbo.reporting.html.view import (
     Block,
     Cell,
     Folded,
-    Heading,
     Missing,
     Plot,
     Section,
     Table,
     Text,
+)
+from rtpurbo.reporting.selection import (
+    by_suite,
+    far_share,
+    lengths_of,
+    mean_of_queries,
+    pick,
 )
 
 _TITLE = "Tokens read"
@@ -37,12 +41,7 @@ _TITLE = "Tokens read"
 
 def reads_section(sources: Sources) -> Section | Missing:
     """Returns plots over lengths, and tables by task and by policy."""
-    blocks: list[Block] = []
-    for quality in sources.quality:
-        if any(map(_has_reads, quality.records)):
-            if len(sources.quality) > 1:
-                blocks.append(Heading(f"Model: {quality.model}"))
-            blocks += _of_model(quality)
+    blocks = by_model(sources, _of_model)
     if not blocks:
         return Missing(_TITLE, "no results record the tokens that were read.")
     said = Text(
@@ -53,29 +52,19 @@ def reads_section(sources: Sources) -> Section | Missing:
     return Section("reads", _TITLE, [said, *blocks])
 
 
-def far_share(records: Sequence[Record], policy: str) -> float | None:
-    """Returns the mean share of far tokens that a policy read, over tests that have any."""
-    shares = [
-        record.far_tokens_read
-        for record in records
-        if record.policy == policy and record.far_tokens_read is not None
-    ]
-    return fmean(shares) if shares else None
-
-
 def _of_model(quality: Quality) -> list[Block]:
+    if not any(map(_has_reads, quality.records)):
+        return []
     policies = policy_order(quality.records)
     plots = []
-    for suite in dict.fromkeys(record.suite for record in quality.records):
-        records = [record for record in quality.records if record.suite == suite]
+    for suite, records in by_suite(quality.records).items():
         if len(lengths_of(records)) > 1:
             plots += _plots(quality, suite_title(suite), records, policies)
     blocks: list[Block] = [plots_of_policies(plots, policies)] if plots else []
     main = main_policy(quality.records)
     if main is not None:
-        known = [r for r in quality.records if r.policy == main and _has_reads(r)]
-        for suite in dict.fromkeys(record.suite for record in known):
-            blocks.append(_by_test(quality, [r for r in known if r.suite == suite], main))
+        known = filter(_has_reads, pick(quality.records, policy=main))
+        blocks += [_by_test(quality, records, main) for records in by_suite(known).values()]
     blocks.append(Folded("By policy and length", _by_policy(quality, policies)))
     return blocks
 
@@ -111,13 +100,9 @@ def _lines(
     for policy in policies:
         points = []
         for length in lengths:
-            chosen = [
-                record
-                for record in records
-                if (record.policy, record.context_length) == (policy, length)
-            ]
+            chosen = pick(records, context_length=length)
             share = field == "far_tokens_read"
-            mean = far_share(chosen, policy) if share else mean_of_queries(chosen, field)
+            mean = far_share(chosen, policy) if share else mean_of_queries(chosen, policy, field)
             if mean is not None:
                 points.append((float(length), max(mean, 1e-9)))
         if points:
@@ -176,19 +161,14 @@ def _without_empty_columns(
 
 def _by_policy(quality: Quality, policies: Sequence[str]) -> Table:
     rows = []
-    for suite in dict.fromkeys(record.suite for record in quality.records):
-        of_suite = [record for record in quality.records if record.suite == suite]
+    for suite, of_suite in by_suite(quality.records).items():
         for length in lengths_of(of_suite):
             for policy in policies:
-                chosen = [
-                    record
-                    for record in of_suite
-                    if (record.policy, record.context_length) == (policy, length)
-                ]
+                chosen = pick(of_suite, policy=policy, context_length=length)
                 if not chosen or policy == DENSE_POLICY:
                     continue
-                tokens = mean_of_queries(chosen, "tokens_read_mean")
-                mass = mean_of_queries(chosen, "mass_kept")
+                tokens = mean_of_queries(chosen, policy, "tokens_read_mean")
+                mass = mean_of_queries(chosen, policy, "mass_kept")
                 far = far_share(chosen, policy)
                 rows.append(
                     (

@@ -10,11 +10,11 @@ from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length
 from rtpurbo.models.card import base_name
-from rtpurbo.reporting.html.policies import lengths_of, main_policy
+from rtpurbo.reporting.html.policies import main_policy
 from rtpurbo.reporting.html.sections.memory import cache_ratio
-from rtpurbo.reporting.html.sections.reads import far_share
 from rtpurbo.reporting.html.sections.speed import best_decode
 from rtpurbo.reporting.html.sources import Quality, Sources
+from rtpurbo.reporting.selection import far_share, lengths_of, pick
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def _of_quality(sources: Sources) -> list[Headline]:
     if policy is None:
         return []
     figures = [*_answers(quality, policy), *_perplexity(quality, policy)]
-    selecting = [r for r in quality.records if r.policy == policy]
-    longest = [r for r in selecting if r.context_length == max(lengths_of(selecting))]
+    selecting = pick(quality.records, policy=policy)
+    longest = pick(selecting, context_length=max(lengths_of(selecting)))
     far = far_share(longest, policy)
     if far is not None:
         at = short_length(longest[0].context_length)
@@ -124,11 +124,11 @@ def _of_quality(sources: Sources) -> list[Headline]:
 
 def _answers(quality: Quality, policy: str) -> list[Headline]:
     """RULER's mean at its longest length, else that of all other questions."""
-    ruler = [record for record in quality.records if record.suite == "ruler"]
+    ruler = pick(quality.records, suite="ruler")
     asked = [r for r in quality.records if r.suite not in ("ruler", "perplexity")]
     if ruler:
         length = max(lengths_of(ruler))
-        pair = _means([r for r in ruler if r.context_length == length], policy)
+        pair = _means(pick(ruler, context_length=length), policy)
         where = f"RULER at {short_length(length)}"
     else:
         pair = _means(asked, policy)
@@ -148,11 +148,11 @@ def _answers(quality: Quality, policy: str) -> list[Headline]:
 
 
 def _perplexity(quality: Quality, policy: str) -> list[Headline]:
-    records = [record for record in quality.records if record.suite == "perplexity"]
+    records = pick(quality.records, suite="perplexity")
     if not records:
         return []
     length = max(lengths_of(records))
-    pair = _means([r for r in records if r.context_length == length], policy)
+    pair = _means(pick(records, context_length=length), policy)
     if pair is None:
         return []
     change = f"{100 * (pair[0] / pair[1] - 1):+.1f} %"
@@ -168,9 +168,7 @@ def _perplexity(quality: Quality, policy: str) -> list[Headline]:
 def _means(records: list[Record], policy: str) -> tuple[float, float, int, int] | None:
     """Mean scores of a policy and the dense model over tests that both have, their number and samples."""
     found = {
-        name: {
-            (r.suite, r.task, r.metric, r.context_length): r for r in records if r.policy == name
-        }
+        name: {(r.suite, r.task, r.metric, r.context_length): r for r in pick(records, policy=name)}
         for name in (policy, DENSE_POLICY)
     }
     both = found[policy].keys() & found[DENSE_POLICY].keys()

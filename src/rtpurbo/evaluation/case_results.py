@@ -1,4 +1,4 @@
-"""Measurements of a test, whole or in parts that several processes took, and their records."""
+"""Measurements of a case, whole or in parts by several processes, and the records made from them."""
 
 from __future__ import annotations
 
@@ -10,38 +10,24 @@ from numpy.typing import NDArray
 
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.reads import reads_of
-from rtpurbo.evaluation.records import Record
+from rtpurbo.evaluation.records import CaseResult, Record
 from rtpurbo.evaluation.samples import Outcome, SampleRecord
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """All that a policy made of a test.
-
-    Attributes:
-        test: which.
-        records: one for each metric.
-        samples: the questions behind them, with their answers.
-    """
-
-    test: Case
-    records: list[Record]
-    samples: list[SampleRecord]
-
-
-@dataclass(frozen=True)
 class Part:
-    """The measurements of one policy on consecutive questions of a test, or on all of them.
+    """Measurements of one policy on consecutive questions of a case, or on all of them.
 
     Attributes:
-        test: the whole test.
-        policy: its name.
+        test: the whole case.
+        policy: name.
         seed: of the questions.
-        budget: the far tokens that the policy was told to read; None if it decides.
-        outcomes: one for each metric.
-        reads: float32 [4, queries] as `ReadMeter.measured` returns it; an array, since tensors would
+        budget: far tokens per query that the policy was given; None if it has no budget.
+        outcomes: one per metric.
+        reads: float32 [4, queries] from `ReadMeter.measured`; an array, because tensors would
             need shared memory between processes.
-        kv_bytes: size of the cache of one sequence; None where tests have no length.
+        kv_bytes: cache size of one sequence in bytes; None where cases have no length.
+        first: number of the first question.
     """
 
     test: Case
@@ -51,15 +37,17 @@ class Part:
     outcomes: list[Outcome]
     reads: NDArray[np.float32]
     kv_bytes: int | None
+    first: int = 0
 
 
 def joined(parts: Sequence[Part]) -> CaseResult:
-    """Returns the records of a test from all its parts.
+    """Returns the result of a case from all its parts.
 
     Args:
-        parts: in the order of their questions. More than one only of tests with a single metric, whose
-            score is the mean of its questions.
+        parts: in any order. Only cases with a single metric, whose score is the mean over their
+            questions, have several.
     """
+    parts = sorted(parts, key=lambda part: part.first)
     first = parts[0]
     place = (first.test.suite, first.test.task, first.test.context_length, first.policy)
     outcomes = first.outcomes
@@ -93,4 +81,4 @@ def joined(parts: Sequence[Part]) -> CaseResult:
         for outcome in outcomes
         for number, sample in enumerate(outcome.samples)
     ]
-    return CaseResult(first.test, records, kept)
+    return CaseResult(records, kept)

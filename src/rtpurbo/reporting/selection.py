@@ -1,0 +1,69 @@
+"""Selections of records and their means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+from rtpurbo.evaluation.records import Record
+from rtpurbo.evaluation.ruler.tasks import TASKS
+
+
+def pick(records: Iterable[Record], **values: Any) -> list[Record]:
+    """Returns the records whose fields have these values."""
+    return [
+        record
+        for record in records
+        if all(getattr(record, name) == value for name, value in values.items())
+    ]
+
+
+def by_suite(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Returns the records of each suite, in the order of its first record."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.suite, []).append(record)
+    return groups
+
+
+def lengths_of(records: Iterable[Record]) -> list[int]:
+    """Returns the context lengths of some records, ascending."""
+    return sorted({record.context_length for record in records})
+
+
+def tasks_of(records: Iterable[Record]) -> list[str]:
+    """Returns the tasks of some records: RULER's in its order, then others by name."""
+    found = {record.task for record in records}
+    return [task for task in TASKS if task in found] + sorted(found - set(TASKS))
+
+
+def mean_score(records: Sequence[Record], policy: str) -> float | None:
+    """Returns the mean score of a policy over all tests of some records; None unless it has all."""
+    tests = {
+        (record.suite, record.task, record.metric, record.context_length) for record in records
+    }
+    scores = [record.score for record in pick(records, policy=policy)]
+    return fmean(scores) if scores and len(scores) == len(tests) else None
+
+
+def far_share(records: Iterable[Record], policy: str) -> float | None:
+    """Returns the mean share of far tokens that a policy read, over tests that have any."""
+    shares = [
+        record.far_tokens_read
+        for record in pick(records, policy=policy)
+        if record.far_tokens_read is not None
+    ]
+    return fmean(shares) if shares else None
+
+
+def mean_of_queries(records: Iterable[Record], policy: str, field: str) -> float | None:
+    """Returns the mean of a field over measured queries, which all have the same weight."""
+    known = [
+        record
+        for record in pick(records, policy=policy)
+        if record.measured_rows and getattr(record, field) is not None
+    ]
+    queries = sum(record.measured_rows for record in known)
+    total = sum(getattr(record, field) * record.measured_rows for record in known)
+    return total / queries if queries else None

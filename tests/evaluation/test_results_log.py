@@ -1,0 +1,327 @@
+import json
+import os
+import signal
+from dataclasses import asdict, replace
+
+import pytest
+
+from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation import results_log
+from rtpurbo.evaluation.cases import Case
+from rtpurbo.evaluation.paths import log_path, samples_path
+from rtpurbo.evaluation.records import CaseResult, Record, read_results
+from rtpurbo.evaluation.results_log import ResultsLog
+from rtpurbo.evaluation.samples import Sample, SampleRecord, read_samples
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
+from tests.evaluation.support import conditions
+
+TEST = Case("needle", "single", 4096, 1)
+RECORD = Record("needle", "single", 4096, "full", 1, 100.0)
+SAMPLE = SampleRecord("needle", "single", 4096, "full", 0, 0, Sample.of([1], ["a"], "a", 100.0))
+
+
+def opened(path, device="cpu", command="rtpurbo eval model", resume=False):
+    return ResultsLog(path, "model", device, command, {"note": "by hand"}, resume=resume)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file that can be resumed."""
+    path = tmp_path / "results.json"
+    with opened(path) as results:
+        results.begin(conditions(), [TEST])
+        results.add(CaseResult([RECORD], [SAMPLE]))
+    return path
+
+
+@pytest.fixture
+def old(path):
+    """A file of an rtpurbo that had no logs."""
+    log_path(path).unlink()
+    return path
+
+
+def resumed(path, cases=(), **changes):
+    results = opened(path, resume=True)
+    results.begin(conditions(**changes), cases)
+    return results
+
+
+def change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_was_there_when_it_was_cut_is_written(tmp_path):
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt), opened(path) as results:
+        results.begin()
+        results.add(CaseResult([RECORD], [SAMPLE]))
+        assert not path.exists()
+        raise KeyboardInterrupt
+    written = read_results(path)
+    assert written.records == [RECORD]
+    assert written.origin["note"] == "by hand"
+    assert "ruler_words" not in written.origin
+    assert written.resumption is None
+    assert read_samples(samples_path(path)) == [SAMPLE]
+
+
+def test_averages_and_the_words_of_ruler(tmp_path):
+    path = tmp_path / "results.json"
+    with opened(path) as results:
+        results.begin()
+        for policy, score in (("full", 100.0), ("rtpurbo", 90.0)):
+            sample = SampleRecord("ruler", "vt", 4096, policy, 0, 0, Sample.of([1], [], "", score))
+            record = Record("ruler", "vt", 4096, policy, 1, score)
+            results.add(CaseResult([record], [sample]))
+    dense, sparse = read_results(path).averages
+    assert (dense.score, dense.difference) == (100.0, None)
+    assert (sparse.score, sparse.difference, sparse.difference_ci95) == (
+        90.0,
+        -10.0,
+        (-10.0, -10.0),
+    )
+    assert results.averages == [dense, sparse]
+    assert "ruler_words" in read_results(path).origin
+
+
+def test_the_log_grows_with_each_result(tmp_path):
+    path = tmp_path / "results.json"
+    results = opened(path)
+    results.begin(conditions(), [TEST])
+    assert list(tmp_path.iterdir()) == []
+    for number, policy in enumerate(("full", "rtpurbo")):
+        results.add(CaseResult([replace(RECORD, policy=policy)], [replace(SAMPLE, policy=policy)]))
+        lines = log_path(path).read_text().splitlines()
+        assert [next(iter(json.loads(line))) for line in lines] == [
+            "run",
+            "case",
+            *((number + 1) * ["records"]),
+        ]
+    assert list(tmp_path.iterdir()) == [log_path(path)]
+    assert resumed(path).records == results.records
+    assert resumed(path).samples == results.samples
+
+
+def test_nothing_is_written_without_a_path_or_records(tmp_path):
+    with opened(None) as results:
+        results.begin()
+        results.add(CaseResult([RECORD], []))
+    assert results.records == [RECORD]
+    with opened(tmp_path / "results.json") as results:
+        results.begin(conditions(), [TEST])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["write_samples", "append_text"])
+def test_a_signal_waits_until_all_files_are_written(monkeypatch, tmp_path, name):
+    path, write = tmp_path / "results.json", getattr(results_log, name)
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(*arguments)
+
+    monkeypatch.setattr(results_log, name, interrupted)
+    with pytest.raises(StoppedBySignalError), stopping_cleanly(), opened(path) as results:
+        results.begin(conditions())
+        results.add(CaseResult([RECORD], [SAMPLE]))
+    assert read_results(path).records == [RECORD]
+    assert read_samples(samples_path(path)) == [SAMPLE]
+    assert resumed(path).records == [RECORD]
+
+
+def test_a_killed_run_is_resumed_from_whole_lines_and_its_files_are_written(path):
+    other = replace(RECORD, task="multikey", score=50.0)
+    # After the last file was written, a result was logged and another one only in part.
+    results = resumed(path)
+    results.add(CaseResult([other], []))
+    whole = log_path(path).read_bytes()
+    log_path(path).write_bytes(whole + b'{"records": [{"suite": "needle", "ta')
+    with resumed(path) as results:
+        assert results.records == [RECORD, other]
+    assert read_results(path).records == [RECORD, other]
+    assert log_path(path).read_bytes().startswith(whole)
+
+    third = replace(RECORD, task="multivalue")
+    with resumed(path) as results:
+        results.add(CaseResult([third], []))
+    assert log_path(path).read_bytes().startswith(whole + b'{"run"')
+    assert resumed(path).records == [RECORD, other, third]
+
+    for lost in (path, samples_path(path)):
+        before = lost.read_bytes()
+        lost.unlink()
+        with resumed(path):
+            pass
+        assert lost == path or lost.read_bytes() == before
+    assert read_results(path).records == [RECORD, other, third]
+
+
+def test_a_disk_that_is_full_for_a_while_loses_nothing(path, monkeypatch):
+    other = replace(RECORD, task="multikey")
+    with resumed(path) as results:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "full")))
+            with pytest.raises(
+                RTPurboError, match=r"no space left on the disk to write .*log.jsonl"
+            ):
+                results.add(CaseResult([other], []))
+        results.add(CaseResult([replace(other, score=1.0)], []))
+    assert resumed(path).records == [RECORD, replace(other, score=1.0)]
+
+
+def test_what_is_resumed_is_kept_and_what_is_new_comes_after(path):
+    other = Record("needle", "multikey", 4096, "full", 1, 50.0)
+    with resumed(path) as results:
+        assert results.of(TEST, "full") == [RECORD]
+        assert results.of(TEST, "rtpurbo") == []
+        assert results.tests(TEST) == [TEST]
+        results.add(CaseResult([other], []))
+    assert read_results(path).records == [RECORD, other]
+    assert read_samples(samples_path(path)) == [SAMPLE]
+
+
+def test_files_without_a_log_are_resumed_and_logged_with_the_next_result(old):
+    other = Record("needle", "multikey", 4096, "full", 1, 50.0)
+    before = old.read_bytes()
+    with resumed(old) as results:
+        assert results.records == [RECORD]
+    assert old.read_bytes() == before
+    assert not log_path(old).exists()
+    with resumed(old, [TEST]) as results:
+        results.add(CaseResult([other], []))
+    assert read_results(old).records == [RECORD, other]
+    assert resumed(old).records == [RECORD, other]
+    assert resumed(old).samples == [SAMPLE]
+    assert resumed(old).every_test() == [TEST]
+
+
+def test_a_log_that_was_cut_in_its_first_line_is_none(old):
+    log_path(old).write_text('{"run": {"dev')
+    assert resumed(old).records == [RECORD]
+    with resumed(old) as results:
+        results.add(CaseResult([replace(RECORD, task="multikey")], []))
+    assert len(resumed(old).records) == 2
+
+
+def test_without_resume_nothing_is_kept(path):
+    other = replace(RECORD, task="multikey")
+    with opened(path) as results:
+        results.begin(conditions(seed=1))
+        assert results.records == []
+    assert read_results(path).records == [RECORD]
+    results = opened(path)
+    results.begin(conditions(seed=1))
+    results.add(CaseResult([other], []))
+    # A kill here must not leave the files of the run that is replaced.
+    assert not path.exists()
+    assert not samples_path(path).exists()
+    assert resumed(path, seed=1).records == [other]
+
+
+def test_where_there_is_nothing_it_begins(tmp_path):
+    with resumed(tmp_path / "results.json") as results:
+        pass
+    assert results.records == []
+
+
+def test_a_test_taken_again_takes_its_place(path):
+    again = Record("needle", "single", 4096, "full", 1, 0.0)
+    with resumed(path) as results:
+        results.add(CaseResult([again], []))
+    assert read_results(path).records == [again]
+    assert results.samples == []
+    assert resumed(path).records == [again]
+
+
+def test_samples_of_a_test_that_was_interrupted_are_left(old):
+    line = samples_path(old).read_text()
+    samples_path(old).write_text(line + line.replace("single", "multikey"))
+    assert resumed(old).samples == [SAMPLE]
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_the_origin_tells_of_all_runs(path, monkeypatch, is_old):
+    monkeypatch.setattr(results_log, "library_commit", lambda: "second")
+    commands = "rtpurbo eval model --resume", "rtpurbo eval model --length 9 --resume"
+    for number, command in enumerate(commands):
+        with opened(path, f"gpu {number}", command, resume=True) as results:
+            results.begin(conditions())
+            results.add(CaseResult([Record("needle", "single", number, "full", 1, 0.0)], []))
+        if is_old:
+            log_path(path).unlink()
+    origin = read_results(path).origin
+    assert origin["device"] == "cpu, gpu 0, gpu 1"
+    assert origin["command"] == "rtpurbo eval model && rtpurbo eval model --length 9 --resume"
+    assert origin["commit"].split(", ")[-1] == "second"
+    assert origin["commit"].count("second") == 1
+
+
+def test_groups_are_known_again(path):
+    group = Case("lm-eval", "mmlu_pro", 0, 0)
+    tests = [Case("lm-eval", name, 1024, 0) for name in ("mmlu_pro_math", "mmlu_pro_law")]
+    with resumed(path, [group]) as results:
+        assert results.tests(group) == []
+        results.set_tests(group, tests)
+        results.add(CaseResult([Record("lm-eval", "mmlu_pro_law", 1024, "full", 9, 0.0)], []))
+    assert resumed(path, [group]).tests(group) == tests
+    with pytest.raises(RTPurboError, match="has all samples of lm-eval mmlu_pro_math 1024, not 5:"):
+        resumed(path, [Case("lm-eval", "mmlu_pro", 0, 5)])
+    with pytest.raises(RTPurboError, match="has 1 samples of needle single 4096, not 2: ask for"):
+        resumed(path, [Case("needle", "single", 4096, 2)])
+
+
+def test_what_was_measured_otherwise_is_refused_and_left_alone(path):
+    before = path.read_bytes(), log_path(path).read_bytes()
+    sentence = r"results.json cannot be resumed, because it was measured with --seed 0, not 1 and "
+    sentence += r"with --dtype float32, not float16: repeat its command, or name another file"
+    with (
+        pytest.raises(RTPurboError, match=sentence),
+        opened(path, resume=True) as results,
+    ):
+        results.begin(conditions(seed=1, dtype="float16"))
+    assert (path.read_bytes(), log_path(path).read_bytes()) == before
+
+
+def test_a_log_that_lacks_results_of_the_file_is_refused(path):
+    change(path, records=[asdict(RECORD), asdict(replace(RECORD, task="multikey"))])
+    with pytest.raises(RTPurboError, match=r"has results that .*results.log.jsonl lacks: remove"):
+        resumed(path)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_what_does_not_record_its_conditions_is_refused(tmp_path, is_old):
+    path = tmp_path / "results.json"
+    with opened(path) as results:
+        results.begin()
+        results.add(CaseResult([RECORD], []))
+    if is_old:
+        log_path(path).unlink()
+    with pytest.raises(RTPurboError, match="does not record under what conditions it was measured"):
+        resumed(path)
+
+
+@pytest.mark.parametrize("content", ["", "line lost"])
+def test_lost_samples_are_told(old, content):
+    samples_path(old).write_text(content and samples_path(old).read_text().replace("single", "x"))
+    with pytest.raises(
+        RTPurboError, match=r"samples.jsonl has 0 of its samples and not 1: put the"
+    ):
+        resumed(old)
+    samples_path(old).unlink()
+    with pytest.raises(RTPurboError, match="there is no file of samples"):
+        resumed(old)
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", '{"records": [], "samples": []}', '{"run": {}}', "[]", "{", '{"a": 1, "a": 1}']
+)
+def test_a_broken_file_is_told(path, line):
+    with log_path(path).open("a") as log:
+        log.write(line + "\n")
+    with pytest.raises(RTPurboError, match=r"log.jsonl holds no results or is corrupt"):
+        resumed(path)
+    log_path(path).unlink()
+    change(path, resumption={"a": 1})
+    with pytest.raises(RTPurboError, match=r"results.json holds no results or is corrupt"):
+        resumed(path)
