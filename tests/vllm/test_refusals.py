@@ -96,10 +96,10 @@ def test_prompts_that_share_lists(checkpoint):
     )
 
 
-@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0.0.dev3"])
+@pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.0.0.dev3"])
 def test_another_vllm(version, sound, monkeypatch):
     monkeypatch.setattr(vllm, "__version__", version)
-    error = refused(sound, f"but vLLM {version} is installed: install vllm==0.32")
+    error = refused(sound, f"but vLLM {version} is installed: install vllm==0.33")
     assert isinstance(error, RTPurboError)
 
 

@@ -72,6 +72,7 @@ class PagedStates:
         lengths: int32 [batch]; 0 for an unused entry of the batch.
         index_pages: [num_pages, num_index_keys, page_size, index_dim], as `KeyValueStates.index_keys`;
             None without retrieval heads.
+        histogram_workspace: as `KeyValueStates.histogram_workspace`.
     """
 
     key_pages: Tensor
@@ -79,6 +80,7 @@ class PagedStates:
     block_table: Tensor
     lengths: Tensor
     index_pages: Tensor | None = None
+    histogram_workspace: Tensor | None = None
 
     @property
     def page_size(self) -> int:

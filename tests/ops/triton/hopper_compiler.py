@@ -23,10 +23,12 @@ from rtpurbo.ops.triton.decode.fused_append import (
     AppendSlots,
     HeadNorm,
     IndexProjection,
+    PagedSlots,
+    RotaryTable,
     fused_kv_append,
 )
-from rtpurbo.ops.triton.headwise import prefill_attention
-from rtpurbo.ops.triton.prefill import hopper
+from rtpurbo.ops.triton.headwise import head_tables, prefill_attention
+from rtpurbo.ops.triton.prefill import hopper, portable
 from rtpurbo.ops.triton.sets import top_k, top_set
 from rtpurbo.ops.triton.training.divergence import indexer_divergence
 from tests.ops.triton.hopper_code import strange_descriptors
@@ -35,6 +37,8 @@ from tests.ops.triton.hopper_code import strange_descriptors
 MOST_STACK = 16
 # The loss of stage 1 spills a few more around the loop over tiles that need a mask, which is short.
 MOST_STACK_OF = {"query_gradient_kernel": 48}
+# The loss of stage 1 multiplies float32 as three products of TF32, which is as exact as float32.
+USE_TF32 = ("query_gradient_kernel", "key_gradient_kernel")
 
 
 class AbsentHopper:
@@ -74,10 +78,11 @@ def check(name, code):
         listing = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     strange = strange_descriptors(listing)
     assert not strange, f"{name} has wrong matrix descriptors: {strange}"
+    assert name in USE_TF32 or "tf32" not in code["ptx"], f"{name} multiplies float32 as TF32"
     stack = int(re.search(r"STACK:(\d+)", usage)[1])
     # fp32 products do not run on tensor cores and need more registers than there are.
     fits = stack <= MOST_STACK_OF.get(name, MOST_STACK)
-    fits |= "%queries: !tt.ptr<f32>" in code["ttgir"]
+    fits |= bool(re.search(r"%quer\w+: !tt\.(ptr<f32>|tensordesc<.*?xf32\b)", code["ttgir"]))
     assert fits, f"{name} spills: {usage}"
     if name == "block_maxima_kernel" and "f16" in code["ttgir"]:
         assert "max.f16x2" in code["ptx"], f"{name} computes maxima one by one"
@@ -116,6 +121,7 @@ def step(
     index_dtype=torch.float16,
     batch=2,
     page_size=0,
+    windowed_page_size=0,
     shared_keys=False,
     **rule,
 ):
@@ -147,6 +153,10 @@ def step(
         )
     ring = states(batch, key_value_heads - full, window + 9, head_dim)
     windowed = KeyValueStates(ring, ring, torch.zeros(batch, window + 9, dtype=torch.int64))
+    if windowed_page_size:
+        pages = states(capacity, key_value_heads - full, windowed_page_size, head_dim)
+        table = torch.zeros(batch, capacity // windowed_page_size, dtype=torch.int32)
+        windowed = PagedStates(pages, pages, table, full_states.lengths)
     decode_step(
         states(batch, heads, 1, head_dim),
         full_states,
@@ -207,6 +217,76 @@ def fused_append(
             ring,
             states(batch, index_keys, 4096, index_dim, dtype=index_dtype) if ranks else None,
         ),
+    )
+
+
+def paged_append(
+    heads,
+    key_value_heads,
+    retrieval_heads,
+    *,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    table_dtype=torch.bfloat16,
+    index_dtype=torch.float16,
+    page_sizes=(16, 64),
+    norm=False,
+    rotated=True,
+    uniform=True,
+):
+    """Compiles the fused append of tokens to pages."""
+    layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
+    full, ranks, tokens = len(layout.full_key_value_heads), len(retrieval_heads), 3
+    kept, windowed = (
+        torch.empty(50, count, size, head_dim, dtype=dtype)
+        for count, size in zip((full, key_value_heads - full), page_sizes, strict=True)
+    )
+    states = torch.empty(tokens, heads + 2 * key_value_heads, 1, head_dim, dtype=dtype)
+    weight = torch.empty(head_dim, dtype=dtype)
+    index_weight = torch.empty(ranks, 16, head_dim)
+    numbers = torch.zeros(tokens, dtype=torch.int64)
+    lengths = torch.zeros(tokens, dtype=torch.int32) if uniform else None
+    fused_kv_append(
+        *states.split([heads, key_value_heads, key_value_heads], 1),
+        RotaryTable(torch.empty(4096, head_dim, dtype=table_dtype), numbers),
+        HeadNorm(weight, weight, 1e-6) if norm else None,
+        IndexProjection(index_weight, index_weight, torch.arange(head_dim), rotated)
+        if ranks
+        else None,
+        layout,
+        PagedSlots(
+            numbers,
+            numbers,
+            kept,
+            kept,
+            windowed,
+            windowed,
+            torch.empty(50, ranks, page_sizes[0], 16, dtype=index_dtype) if ranks else None,
+            lengths,
+            lengths,
+        ),
+    )
+
+
+def packed_prompts(head_dim, page_size, dtype=torch.bfloat16):
+    """Compiles the prefill kernel for packed queries."""
+    layout = HeadLayout.build((0, 9), 32, 4)
+    pages = torch.empty(50, 2, page_size, head_dim, dtype=dtype)
+    numbers = torch.zeros(3, dtype=torch.int32)
+    states = PagedStates(pages, pages, torch.zeros(3, 20, dtype=torch.int32), numbers)
+    queries, output = (
+        torch.empty(1, 300, 32, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2)
+    )
+    tables = head_tables(layout, AttentionRule())
+    portable.window_attention(
+        queries,
+        [(states, tables["dense_and_local_full"]), (states, tables["local_windowed"])],
+        numbers,
+        4,
+        0.1,
+        output,
+        None,
+        portable.PackedQueries(numbers, numbers, 200),
     )
 
 
@@ -281,6 +361,14 @@ def compile_prompts():
     prompt((0, 9), head_dim=128, page_size=64)
 
 
+def compile_float32():
+    """Compiles the attention kernels with matrix products for float32 states."""
+    options = {"dtype": torch.float32, "for_hopper": False, "head_dim": 16}
+    prompt((0, 9), prefill_mode="row_peak", **options)
+    prompt((0, 9), page_size=16, **options)
+    step(8, 4, (0, 1), dtype=torch.float32, head_dim=16, page_size=16)
+
+
 def compile_losses():
     """Compiles the loss of stage 1; sizes divisible by 16 are specialised."""
     for index_dim in (4, 32):
@@ -306,14 +394,30 @@ def compile_fused_appends():
     fused_append(1, 1, (0,), index_dim=1, num_features=1, batch=1)
 
 
+def compile_serving():
+    """Compiles the kernels for the caches of vLLM."""
+    paged_append(32, 8, (0, 9))
+    paged_append(32, 8, (0, 9), norm=True, rotated=False, uniform=False, page_sizes=(64, 16))
+    paged_append(32, 8, (0, 9), index_dtype=torch.float8_e4m3fn, table_dtype=torch.float32)
+    paged_append(12, 2, (), head_dim=64, dtype=torch.float16)
+    paged_append(8, 8, (1,), dtype=torch.float32, index_dtype=torch.float32)
+    packed_prompts(128, 16)
+    packed_prompts(64, 64, torch.float16)
+    step(32, 8, (0, 9), page_size=64, windowed_page_size=16)
+    step(12, 2, (), head_dim=64, page_size=16, windowed_page_size=16)
+    step(8, 4, (0, 1), dtype=torch.float32, page_size=16, windowed_page_size=64)
+
+
 def main():
     """Compiles shapes that take different paths through the kernels."""
     driver.set_active(AbsentHopper())
     pdl.supports_pdl = window_and_scores.supports_pdl = lambda device: True
     JITFunction.run = compile_only(JITFunction.run)
+    compile_float32()
     compile_prompts()
     compile_losses()
     compile_fused_appends()
+    compile_serving()
     for entries in (83, 8192, 40000):
         top_set(torch.empty(2, entries), torch.empty(2))
         top_k(torch.empty(2, entries), 128)

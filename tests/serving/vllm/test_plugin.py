@@ -1,4 +1,5 @@
 import ast
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from rtpurbo.errors import RTPurboError
 from rtpurbo.serving.export import VLLM_ARCHITECTURES, VLLM_PREFIX
 from rtpurbo.serving.vllm import plugin
-from rtpurbo.serving.vllm.versions import TESTED, check_version
+from rtpurbo.serving.vllm.versions import TO_INSTALL, check_version
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,14 +39,14 @@ def test_errors_are_logged_and_not_raised(monkeypatch, caplog):
     assert "cannot register its sparse models" in caplog.text
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1.dev3+gabc"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.33.0", "0.33.1.dev3+gabc"])
 def test_tested_versions(version):
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.3.2", "1.32.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "0.3.2", "1.32.0", "dev"])
 def test_other_versions_are_named_with_the_one_to_install(version):
     with pytest.raises(
-        RTPurboError, match=f"vLLM {version} is installed: install vllm=={TESTED[-1]}"
+        RTPurboError, match=re.escape(f"vLLM {version} is installed: install {TO_INSTALL}.")
     ):
         check_version(version)

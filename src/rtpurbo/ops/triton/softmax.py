@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rtpurbo.ops.triton.precision import IEEE
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -30,7 +32,7 @@ def update_softmax(accumulator, peak, total, scores, values, MASKED: tl.constexp
     rescale = tl.exp2(peak - base)
     total = total * rescale + tl.sum(weights, 1)
     accumulator = accumulator * rescale[:, None]
-    accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
+    accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision=IEEE)
     return accumulator, new_peak, total
 
 

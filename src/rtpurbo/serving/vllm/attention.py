@@ -5,12 +5,14 @@ T tokens of all requests in a step, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.library import Library
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from rtpurbo.config import RTPurboConfig
@@ -20,6 +22,7 @@ from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
+from rtpurbo.serving.vllm.versions import rotary_table
 
 OPERATOR = "rtpurbo::serve_attention"
 """Custom operator of a layer, opaque to compilers: vLLM splits the graphs of the model there."""
@@ -68,9 +71,12 @@ class ServedAttention(nn.Module):
         self.sizes = [original.q_size, original.kv_size, original.kv_size]
         self.rule = config.attention
         self.before_rotation = config.indexer.index_space == "pre_rope" and indexer is not None
+        table = rotary_table(self.rotary_emb, self.head_dim)
+        self.fuses_append = current_platform.is_cuda() and table is not None
         self.heads = heads
         self.full = caches.full if heads.num_full else None
         self.windowed = caches.windowed[layer] if heads.num_windowed else None
+        self.histograms = caches.histograms
         self._layouts: dict[torch.device, HeadLayout] = {}
 
     def layout(self, device: torch.device) -> HeadLayout:
@@ -88,18 +94,21 @@ class ServedAttention(nn.Module):
         """Attention block: [T, hidden_size] to [T, hidden_size]."""
         projected, _ = self.qkv_proj(hidden_states)
         queries, keys, values = projected.split(self.sizes, -1)
-        if hasattr(self, "q_norm"):
-            queries, keys = (
-                norm(states.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-                for norm, states in ((self.q_norm, queries), (self.k_norm, keys))
-            )
         unrotated: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.before_rotation:
-            # The rotary embedding may work in place.
-            unrotated = queries.clone(), keys.clone()
-        queries, keys = self.rotary_emb(positions, queries, keys)
-        output = torch.empty_like(queries)
-        torch.ops.rtpurbo.serve_attention(queries, keys, values, *unrotated, output, self.name)
+        if not self.fuses_append:
+            if hasattr(self, "q_norm"):
+                queries, keys = (
+                    norm(states.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+                    for norm, states in ((self.q_norm, queries), (self.k_norm, keys))
+                )
+            if self.before_rotation:
+                # The rotary embedding may work in place.
+                unrotated = queries.clone(), keys.clone()
+            queries, keys = self.rotary_emb(positions, queries, keys)
+        output = queries.new_empty(queries.shape)
+        torch.ops.rtpurbo.serve_attention(
+            queries, keys, values, positions, *unrotated, output, self.name
+        )
         attended, _ = self.o_proj(output)
         return attended
 
@@ -108,65 +117,100 @@ class ServedAttention(nn.Module):
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
+        positions: Tensor,
         unrotated_queries: Tensor,
         unrotated_keys: Tensor,
         output: Tensor,
     ) -> None:
-        """Appends the tokens of a step to the caches and writes `output`; all are [T, heads, D]."""
+        """Appends the tokens of a step to the caches and writes `output`; all states are [T, heads, D]."""
         metadata = get_forward_context().attn_metadata
         if metadata is None:
             output.zero_()  # memory profiling of vLLM, before it allocates the cache
             return
         layout = self.layout(queries.device)
         full, windowed = self._cache(self.full, metadata), self._cache(self.windowed, metadata)
-        for cache, kept, kv_head_index in (
-            (full, layout.full_key_value_heads, layout.retrieval.key_value_heads),
-            (windowed, layout.windowed_key_value_heads, None),
-        ):
-            if cache is None:
-                continue
-            # Batches are padded; in graphs there are more tokens than slots.
-            num_tokens = cache.batch.slots.shape[0]
-            index_keys = None
-            if kv_head_index is not None:
-                index_keys = self._index_keys(
-                    unrotated_keys[:num_tokens], keys[:num_tokens], kept[kv_head_index]
-                )
-            cache.pages.write(
-                cache.batch.slots[: keys.shape[0]],
-                keys[:num_tokens, kept],
-                values[:num_tokens, kept],
-                index_keys,
+        cache = full or windowed
+        assert cache is not None
+        # Batches are padded; in graphs there are more tokens than slots.
+        count = min(queries.shape[0], cache.batch.slots.shape[0])
+        if cache.batch.uniform:
+            count = min(count, cache.batch.device_lengths.shape[0])
+        queries, keys, values, positions, unrotated_queries, unrotated_keys = (
+            states[:count]
+            for states in (queries, keys, values, positions, unrotated_queries, unrotated_keys)
+        )
+        if self.fuses_append:
+            table = rotary_table(self.rotary_emb, self.head_dim)
+            assert table is not None
+            queries, index_queries = cuda.append(
+                queries,
+                keys,
+                values,
+                (table, positions),
+                (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else None,
+                getattr(self, "indexer", None),
+                full,
+                windowed,
+                layout,
+                self.rule,
             )
-        index_queries = None
-        if full is not None:
-            index_queries = self._index_queries(unrotated_queries, queries, layout.retrieval.heads)
+        else:
+            index_queries = self._append(
+                queries, keys, values, unrotated_queries, unrotated_keys, full, windowed, layout
+            )
         attend = cuda.attend if queries.is_cuda else eager.attend
         attend(queries, index_queries, full, windowed, layout, self.rule, self.scaling, output)
+
+    def _append(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        unrotated_queries: Tensor,
+        unrotated_keys: Tensor,
+        full: LayerCache | None,
+        windowed: LayerCache | None,
+        layout: HeadLayout,
+    ) -> Tensor | None:
+        """Appends tokens after norm and RoPE, and returns the index queries [T, retrieval heads, index_dim]."""
+        if windowed is not None:
+            kept = layout.windowed_key_value_heads
+            windowed.pages.write(windowed.batch.slots[: len(keys)], keys[:, kept], values[:, kept])
+        if full is None:
+            return None
+        kept, retrieval = layout.full_key_value_heads, layout.retrieval
+        index_keys = self._projected(
+            self.indexer.index_keys, unrotated_keys, keys, kept[retrieval.key_value_heads]
+        )
+        full.pages.write(full.batch.slots[: len(keys)], keys[:, kept], values[:, kept], index_keys)
+        index_queries = self._projected(
+            self.indexer.index_queries, unrotated_queries, queries, retrieval.heads
+        )
+        if full.batch.uniform and self.rule.prefill_mode == "dense":
+            assert full.batch.device_prompt_lengths is not None
+            selects = full.batch.device_lengths > full.batch.device_prompt_lengths
+            index_queries = index_queries * selects[: len(queries), None, None]
+        return index_queries
 
     def _cache(self, cache: PagedCache | None, metadata: Any) -> LayerCache | None:
         if cache is None:
             return None
-        return LayerCache(cache.pages[self.layer], metadata[cache.name])
+        return LayerCache(cache.pages[self.layer], metadata[cache.name], self.histograms)
 
-    def _index_keys(self, unrotated: Tensor, keys: Tensor, kv_head_index: Tensor) -> Tensor:
-        """Index keys [T, retrieval heads, index_dim]."""
-        before, after = (
-            states[:, kv_head_index].transpose(0, 1)[None] for states in (unrotated, keys)
-        )
+    def _projected(
+        self, project: Callable[[Tensor], Tensor], unrotated: Tensor, states: Tensor, heads: Tensor
+    ) -> Tensor:
+        """Index states [T, heads, index_dim] of some heads."""
+        before, after = (part[:, heads].transpose(0, 1)[None] for part in (unrotated, states))
         features = self.indexer.features(after, lambda _: before)
-        return self.indexer.index_keys(features)[0].transpose(0, 1)
-
-    def _index_queries(self, unrotated: Tensor, queries: Tensor, heads: Tensor) -> Tensor:
-        """Index queries [retrieval heads, T, index_dim]."""
-        before, after = (states[:, heads].transpose(0, 1)[None] for states in (unrotated, queries))
-        return self.indexer.index_queries(self.indexer.features(after, lambda _: before))[0]
+        return project(features)[0].transpose(0, 1)
 
 
 def serve_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
+    positions: Tensor,
     unrotated_queries: Tensor | None,
     unrotated_keys: Tensor | None,
     output: Tensor,
@@ -175,9 +219,10 @@ def serve_attention(
     """Custom operator: the layer `name` appends the tokens to its caches and writes `output`.
 
     Args:
-        queries: [T, query heads * D], after RoPE.
-        keys: [T, KV heads * D], after RoPE.
+        queries: [T, query heads * D], after RoPE; as projected if the layer fuses the append.
+        keys: [T, KV heads * D], as the queries.
         values: same shape.
+        positions: int64 [T], position of each token.
         unrotated_queries: queries before RoPE, if the indexer reads those.
         unrotated_keys: keys before RoPE, if the indexer reads those.
         output: shape of the queries, written.
@@ -191,13 +236,14 @@ def serve_attention(
     if unrotated_queries is not None and unrotated_keys is not None:
         raw_queries = unrotated_queries.unflatten(-1, (-1, layer.head_dim))
         raw_keys = unrotated_keys.unflatten(-1, (-1, layer.head_dim))
-    layer.attend(queries, keys, values, raw_queries, raw_keys, output)
+    layer.attend(queries, keys, values, positions, raw_queries, raw_keys, output)
 
 
 def _serve_attention_fake(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
+    positions: Tensor,
     unrotated_queries: Tensor | None,
     unrotated_keys: Tensor | None,
     output: Tensor,

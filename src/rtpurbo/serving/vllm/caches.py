@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.serving.vllm.cuda import new_histograms
 from rtpurbo.serving.vllm.layout import CachePlan, Group, LayerHeads, TokenBytes, plan_cache
 from rtpurbo.serving.vllm.metadata import HeadwiseBackend
 from rtpurbo.serving.vllm.pages import Part, divide
@@ -67,11 +69,13 @@ class Caches:
         plan: layout of the caches.
         full: cache of the full KV heads; None without retrieval heads.
         windowed: cache of each layer that has windowed KV heads on some rank.
+        histograms: histogram workspace of the decode kernels; None without a GPU or without retrieval heads.
     """
 
     plan: CachePlan
     full: PagedCache | None
     windowed: Mapping[int, PagedCache]
+    histograms: Tensor | None
 
 
 def make_caches(
@@ -145,7 +149,8 @@ def make_caches(
             max_blocks=group.num_windowed_blocks(longest, plan.window, plan.sinks, in_flight),
         )
         windowed |= dict.fromkeys(group.layers, cache)
-    return Caches(plan, full, windowed)
+    histograms = new_histograms(config, heads) if full and current_platform.is_cuda() else None
+    return Caches(plan, full, windowed, histograms)
 
 
 def index_dtype_of(config: RTPurboConfig, dtype: torch.dtype) -> torch.dtype:

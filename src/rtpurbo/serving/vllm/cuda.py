@@ -1,54 +1,134 @@
-"""Attention over pages with Triton kernels; equals `eager`, except that decode kernels round selections.
+"""KV append and attention over pages with Triton kernels; equals `eager`, but decode kernels round selections.
 
 All selecting queries of a step, of any request, form one decode call, each as a sequence of its own. The prompt
-queries of each request are one call of the prefill kernels. N queries select; for other letters see `pages`.
+queries of all requests are one call of the prefill kernel. Nothing here waits for the GPU or iterates over requests.
+N queries select, P requests have other queries; for other letters see `pages`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rtpurbo.config import AttentionRule
-from rtpurbo.ops import HeadGroup, HeadLayout
+from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.states import PagedStates
-from rtpurbo.serving.vllm.pages import Batch, LayerCache, no_states
+from rtpurbo.serving.vllm.layout import LayerHeads
+from rtpurbo.serving.vllm.pages import Batch, LayerCache
 
-
-@dataclass(frozen=True)
-class PromptQueries:
-    """Consecutive queries of one request that do not select.
-
-    Attributes:
-        start: first query.
-        end: end of the range, exclusive.
-        request: index of the request.
-        length: int32 [1], tokens of the request up to the last of these queries, on the device.
-    """
-
-    start: int
-    end: int
-    request: int
-    length: Tensor
+HISTOGRAM_BATCH = 64
+"""Sequences that the histogram workspace suffices for: 1 MiB per retrieval head of the layer that has most."""
 
 
 @dataclass(frozen=True)
 class StepQueries:
-    """Queries of a step by kernel; the same for all layers and groups.
+    """Queries of a step by kernel; the same for all layers of a group.
 
     Attributes:
         selecting: int64 [N], indices of the selecting queries.
-        requests: int64 [N], requests of these queries.
-        lengths: int32 [N], tokens of the request up to each query.
-        prompts: queries that do not select.
+        lengths: int32 [N], tokens of the request up to each of them.
+        block_table: int32 [N, blocks], blocks of their requests.
+        prompt_offsets: int32 [P], first query of each request with queries that do not select.
+        prompt_counts: int32 [P], number of these queries.
+        prompt_starts: int32 [P], position of the first one.
+        prompt_block_table: int32 [P, blocks], blocks of these requests.
+        most_prompt_queries: largest of `prompt_counts`.
     """
 
     selecting: Tensor
-    requests: Tensor
     lengths: Tensor
-    prompts: tuple[PromptQueries, ...]
+    block_table: Tensor
+    prompt_offsets: Tensor
+    prompt_counts: Tensor
+    prompt_starts: Tensor
+    prompt_block_table: Tensor
+    most_prompt_queries: int
+
+
+def append(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    norms: tuple[Any, Any] | None,
+    indexer: Any,
+    full: LayerCache | None,
+    windowed: LayerCache | None,
+    layout: HeadLayout,
+    rule: AttentionRule,
+) -> tuple[Tensor, Tensor | None]:
+    """Appends tokens to the pages in one launch.
+
+    Args:
+        queries: [T, H, D], as projected.
+        keys: [T, KV heads, D], as projected.
+        values: same shape.
+        rotary: table of cosines and sines as in `RotaryTable`, and positions int64 [T].
+        norms: RMSNorm modules of query and key heads, or None.
+        indexer: indexer of the layer; None without retrieval heads.
+        full: full KV heads of the layer; None if it has none.
+        windowed: windowed KV heads of the layer; None if it has none.
+        layout: query and KV heads by kind.
+        rule: windows and selection.
+
+    Returns:
+        Queries [T, H, D] after norm and RoPE, and index queries [T, retrieval heads, index_dim] or None. In a uniform
+        step, the index query of a prompt is zeros.
+    """
+    # Imported here, so that the module can be imported without Triton.
+    from rtpurbo.ops.triton.decode.fused_append import (
+        HeadNorm,
+        IndexProjection,
+        PagedSlots,
+        RotaryTable,
+        fused_kv_append,
+    )
+
+    norm = projection = lengths = prompt_lengths = None
+    if norms is not None:
+        query_norm, key_norm = norms
+        norm = HeadNorm(query_norm.weight, key_norm.weight, query_norm.variance_epsilon)
+    if indexer is not None and len(layout.retrieval):
+        projection = IndexProjection(
+            indexer.query_weight,
+            indexer.key_weight,
+            indexer.feature_dimensions,
+            indexer.settings.index_space != "pre_rope",
+        )
+    # A missing cache is not written by any head: any pages will do.
+    of_full, of_windowed = full or windowed, windowed or full
+    assert of_full is not None
+    assert of_windowed is not None
+    batch = of_full.batch
+    if batch.uniform and rule.prefill_mode == "dense":
+        assert batch.device_prompt_lengths is not None
+        lengths, prompt_lengths = batch.device_lengths, batch.device_prompt_lengths
+    rotated, index_queries = fused_kv_append(
+        queries[:, :, None],
+        keys[:, :, None],
+        values[:, :, None],
+        RotaryTable(*rotary),
+        norm,
+        projection,
+        layout,
+        PagedSlots(
+            of_full.batch.slots,
+            of_windowed.batch.slots,
+            of_full.pages.keys,
+            of_full.pages.values,
+            of_windowed.pages.keys,
+            of_windowed.pages.values,
+            of_full.pages.index_keys,
+            lengths,
+            prompt_lengths,
+        ),
+    )
+    return rotated[:, :, 0], None if index_queries is None else index_queries[:, :, 0]
 
 
 def attend(
@@ -61,93 +141,93 @@ def attend(
     scaling: float,
     output: Tensor,
 ) -> None:
-    """Writes the attention output of a step; arguments as in `eager.attend`."""
-    cache = full or windowed
-    assert cache is not None
-    if cache.batch.uniform:
-        _attend_uniform(queries, index_queries, full, windowed, layout, rule, scaling, output)
-        return
-    step = _step_queries(cache.batch, rule)
-    if step.selecting.numel():
-        chosen = None
-        if index_queries is not None:
-            chosen = index_queries[:, step.selecting].transpose(0, 1)
-        output[step.selecting] = _decoded(
-            queries[step.selecting],
-            chosen,
-            _per_query(full, step),
-            _per_query(windowed, step),
-            layout,
-            rule,
-            scaling,
-        )
-    for prompt in step.prompts:
-        output[prompt.start : prompt.end] = _prefilled(
-            queries[prompt.start : prompt.end],
-            _of_prompt(full, prompt),
-            _of_prompt(windowed, prompt),
-            layout,
-            rule,
-            scaling,
-        )
+    """Writes the attention output of a step; arguments as in `eager.attend`.
 
-
-def _attend_uniform(
-    queries: Tensor,
-    index_queries: Tensor | None,
-    full: LayerCache | None,
-    windowed: LayerCache | None,
-    layout: HeadLayout,
-    rule: AttentionRule,
-    scaling: float,
-    output: Tensor,
-) -> None:
-    """Attention of one query per request, without host synchronisation, so that it can be captured in a CUDA graph.
-
-    A graph may be replayed when a query is the last one of a prompt, which must be dense. Its index query is set to
-    zeros: then all far keys have the same score and level, and `min_tokens` selects whole levels.
+    A uniform step depends on device tensors alone, so that it can be captured in a CUDA graph. It may be replayed when
+    a query is the last one of a prompt, which must be dense. The index query is zeros then (see `append`): all far
+    keys have the same score and level, and `min_tokens` selects whole levels.
     """
     cache = full or windowed
     assert cache is not None
-    batch = cache.batch
-    count = min(queries.shape[0], batch.device_lengths.shape[0])
-    lengths = batch.device_lengths[:count]
-    chosen = None
-    if index_queries is not None:
-        chosen = index_queries[:, :count].transpose(0, 1)
-        if rule.prefill_mode == "dense":
-            assert batch.device_prompt_lengths is not None
-            selects = lengths > batch.device_prompt_lengths[:count]
-            chosen = chosen * selects[:, None, None]
-            rule = replace(rule, min_tokens=max(1, rule.min_tokens))
-    of_full, of_windowed = (
-        None if part is None else _paged(part, part.batch.block_table[:count], lengths)
-        for part in (full, windowed)
-    )
-    output[:count] = _decoded(queries[:count], chosen, of_full, of_windowed, layout, rule, scaling)
+    if cache.batch.uniform:
+        count = min(queries.shape[0], cache.batch.device_lengths.shape[0])
+        of_full, of_windowed = (
+            None
+            if part is None
+            else _paged(part, part.batch.block_table[:count], part.batch.device_lengths[:count])
+            for part in (full, windowed)
+        )
+        chosen = None if index_queries is None else index_queries[:count]
+        _decode(
+            queries[:count], chosen, of_full, of_windowed, layout, rule, scaling, output[:count]
+        )
+        return
+    step = _step_queries(cache.batch, rule)
+    if step.selecting.numel():
+        of_full, of_windowed = (
+            None
+            if part is None
+            else _paged(part, _step_queries(part.batch, rule).block_table, step.lengths)
+            for part in (full, windowed)
+        )
+        chosen_queries = queries[step.selecting]
+        attended = torch.empty_like(chosen_queries)
+        _decode(
+            chosen_queries,
+            None if index_queries is None else index_queries[step.selecting],
+            of_full,
+            of_windowed,
+            layout,
+            rule,
+            scaling,
+            attended,
+        )
+        output[step.selecting] = attended
+    if step.most_prompt_queries:
+        of_full, of_windowed = (
+            None
+            if part is None
+            else _paged(
+                part, _step_queries(part.batch, rule).prompt_block_table, step.prompt_counts
+            )
+            for part in (full, windowed)
+        )
+        _prefill(queries, of_full, of_windowed, layout, rule, scaling, step, output)
 
 
 def _step_queries(batch: Batch, rule: AttentionRule) -> StepQueries:
-    """Queries of a step by kernel, computed by the first layer and cached in the batch."""
+    """Queries of a step by kernel, computed by the first layer of a group and cached in the batch."""
     if batch.step_queries is None:
+        starts, lengths = batch.starts.numpy(), batch.lengths.numpy()
+        num_queries, selecting = batch.num_queries.numpy(), batch.num_selecting(rule).numpy()
+        num_prompt = num_queries - selecting
+        (prompts,) = np.nonzero(num_prompt)
+        requests = np.repeat(np.arange(len(lengths)), selecting)
+        # Number of each selecting query among those of its request, counted from the last one.
+        from_end = np.repeat(np.cumsum(selecting), selecting) - 1 - np.arange(len(requests))
+        parts = [
+            requests,
+            (starts[1:] - 1)[requests] - from_end,
+            lengths[requests] - from_end,
+            prompts,
+            starts[prompts],
+            num_prompt[prompts],
+            (lengths - num_queries)[prompts],
+        ]
         device = batch.block_table.device
-        single: list[tuple[int, int, int]] = []
-        prompts: list[tuple[int, int, int, int]] = []
-        for request, start, end, length in batch.requests():
-            first = end - batch.num_selecting_queries(request, rule)
-            if start < first:
-                prompts.append((start, first, request, length - (end - first)))
-            single += [(query, request, length - (end - 1 - query)) for query in range(first, end)]
-        selecting = torch.tensor(single, dtype=torch.int64).reshape(-1, 3).to(device)
-        ends = torch.tensor([end for *_, end in prompts], dtype=torch.int32).to(device)
+        host = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+        if device.type == "cuda":
+            host = host.pin_memory()
+        numbers = host.to(device, non_blocking=True).split([len(part) for part in parts])
         batch.step_queries = StepQueries(
-            selecting[:, 0],
-            selecting[:, 1],
-            selecting[:, 2].to(torch.int32),
-            tuple(
-                PromptQueries(start, end, request, ends[number : number + 1])
-                for number, (start, end, request, _) in enumerate(prompts)
-            ),
+            selecting=numbers[1].long(),
+            lengths=numbers[2],
+            block_table=batch.block_table.index_select(0, numbers[0]),
+            prompt_offsets=numbers[4],
+            prompt_counts=numbers[5],
+            prompt_starts=numbers[6],
+            prompt_block_table=batch.block_table.index_select(0, numbers[3]),
+            most_prompt_queries=int(num_prompt.max(initial=0)),
         )
     assert isinstance(batch.step_queries, StepQueries)
     return batch.step_queries
@@ -155,46 +235,39 @@ def _step_queries(batch: Batch, rule: AttentionRule) -> StepQueries:
 
 def _paged(cache: LayerCache, block_table: Tensor, lengths: Tensor) -> PagedStates:
     pages = cache.pages
-    return PagedStates(pages.keys, pages.values, block_table, lengths, pages.index_keys)
-
-
-def _per_query(cache: LayerCache | None, step: StepQueries) -> PagedStates | None:
-    """Paged states of the selecting queries, each as a sequence that ends with it."""
-    if cache is None:
-        return None
-    return _paged(cache, cache.batch.block_table[step.requests], step.lengths)
-
-
-def _of_prompt(cache: LayerCache | None, prompt: PromptQueries) -> PagedStates | None:
-    """Paged states of a request, up to the last of some queries."""
-    if cache is None:
-        return None
-    return _paged(cache, cache.batch.block_table[prompt.request][None], prompt.length)
-
-
-def _prefilled(
-    queries: Tensor,
-    full: PagedStates | None,
-    windowed: PagedStates | None,
-    layout: HeadLayout,
-    rule: AttentionRule,
-    scaling: float,
-) -> Tensor:
-    """Prefill attention [queries, H, D], with dense retrieval heads."""
-    # Imported here, so that the module can be imported without Triton.
-    from rtpurbo.ops.triton.headwise import prefill_attention
-
-    # Missing states are not read by any head: any states will do.
-    full, windowed = full or windowed, windowed or full
-    assert full is not None
-    assert windowed is not None
-    output, _ = prefill_attention(
-        queries[None].transpose(1, 2), full, windowed, layout, None, rule, scaling=scaling
+    return PagedStates(
+        pages.keys, pages.values, block_table, lengths, pages.index_keys, cache.histograms
     )
-    return output[0].transpose(0, 1)
 
 
-def _decoded(
+def new_histograms(config: RTPurboConfig, heads: Sequence[LayerHeads]) -> Tensor:
+    """Histogram workspace for all layers of a rank, which run one after the other, on the default device.
+
+    Batches of more than `HISTOGRAM_BATCH` sequences allocate their own in each layer, which costs a launch.
+    """
+    from rtpurbo.ops.triton.decode.workspace import zero_histograms
+
+    largest = max(len(of_layer.retrieval) for of_layer in heads)
+    planes = 2 if config.attention.reading == "paper" else 1
+    return zero_histograms(planes * largest * HISTOGRAM_BATCH, torch.get_default_device())
+
+
+def _histograms(
+    workspace: Tensor | None, batch: int, num_retrieval: int, rule: AttentionRule
+) -> Tensor | None:
+    """The part of the workspace for a batch; None if it does not suffice."""
+    rows = batch * num_retrieval * (2 if rule.reading == "paper" else 1)
+    return workspace[:rows] if workspace is not None and rows <= len(workspace) else None
+
+
+def _without_heads(states: PagedStates) -> PagedStates:
+    """The same pages, of which no head is used."""
+    return PagedStates(
+        states.key_pages[:, :0], states.value_pages[:, :0], states.block_table, states.lengths
+    )
+
+
+def _decode(
     queries: Tensor,
     index_queries: Tensor | None,
     full: PagedStates | None,
@@ -202,61 +275,51 @@ def _decoded(
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,
-) -> Tensor:
-    """Decode attention [N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim].
-
-    The decode kernels support pages for full KV heads only. So query heads of windowed KV heads are a second call, in
-    which their KV heads are passed as full ones with local heads only.
-    """
+    output: Tensor,
+) -> None:
+    """Writes the decode attention [N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim]."""
     from rtpurbo.ops.triton.decode.attention import decode_attention
 
-    output = torch.empty_like(queries)
-    # Windowed KV heads have no retrieval heads, so their window is that of local heads.
-    calls = ((full, "full", rule), (windowed, "windowed", replace(rule, retrieval_window=None)))
-    for states, kind, call_rule in calls:
-        if states is None:
-            continue
-        heads, part = _part_of(layout, kind)
-        retrieves = index_queries is not None and len(part.retrieval) > 0
-        attended, _ = decode_attention(
-            queries[:, heads, None],
-            states,
-            no_states(queries, queries.shape[0]),
-            part,
-            index_queries[:, :, None] if retrieves and index_queries is not None else None,
-            call_rule,
-            scaling=scaling,
-        )
-        output[:, heads] = attended[:, :, 0]
-    return output
+    some = full or windowed
+    assert some is not None
+    if full is not None:
+        workspace = _histograms(full.histogram_workspace, len(queries), len(layout.retrieval), rule)
+        full = replace(full, histogram_workspace=workspace)
+    decode_attention(
+        queries[:, :, None],
+        full or _without_heads(some),
+        windowed or _without_heads(some),
+        layout,
+        None if index_queries is None else index_queries[:, :, None],
+        rule,
+        scaling=scaling,
+        output=output[:, :, None],
+    )
 
 
-def _part_of(layout: HeadLayout, kind: str) -> tuple[Tensor, HeadLayout]:
-    """Query heads of the full or of the windowed KV heads, and a layout of these heads alone."""
-    key = ("served", kind)
-    if key not in layout.derived:
-        kept = layout.full_key_value_heads if kind == "full" else layout.windowed_key_value_heads
-        num_key_value_heads = (
-            layout.full_key_value_heads.numel() + layout.windowed_key_value_heads.numel()
-        )
-        group = layout.order.numel() // num_key_value_heads
-        device = layout.order.device
-        heads = (kept[:, None] * group + torch.arange(group, device=device)).flatten()
-        retrieval = torch.empty(0, dtype=torch.int64, device=device)
-        if kind == "full":
-            retrieval = torch.searchsorted(heads, layout.retrieval.heads)
-        everything = torch.arange(heads.numel(), device=device)
-        local = everything[~torch.isin(everything, retrieval)]
-        no_heads = HeadGroup(everything[:0], everything[:0])
-        layout.derived[key] = (
-            heads,
-            HeadLayout(
-                HeadGroup(retrieval, retrieval // group),
-                HeadGroup(local, local // group),
-                no_heads,
-                torch.arange(kept.numel(), device=device),
-                everything[:0],
-                torch.cat([retrieval, local]).argsort(),
-            ),
-        )
-    return layout.derived[key]
+def _prefill(
+    queries: Tensor,
+    full: PagedStates | None,
+    windowed: PagedStates | None,
+    layout: HeadLayout,
+    rule: AttentionRule,
+    scaling: float,
+    step: StepQueries,
+    output: Tensor,
+) -> None:
+    """Writes the attention of the prompt queries, with dense retrieval heads."""
+    from rtpurbo.ops.triton.headwise import head_tables
+    from rtpurbo.ops.triton.prefill.portable import PackedQueries, window_attention
+
+    tables = head_tables(layout, rule)
+    sources = ((full, tables["dense_and_local_full"]), (windowed, tables["local_windowed"]))
+    window_attention(
+        queries[None].transpose(1, 2),
+        [(states, table) for states, table in sources if states is not None],
+        step.prompt_starts,
+        rule.num_sink_tokens,
+        scaling,
+        output[None].transpose(1, 2),
+        None,
+        PackedQueries(step.prompt_offsets, step.prompt_counts, step.most_prompt_queries),
+    )

@@ -27,7 +27,7 @@ def attend(
 
     Args:
         queries: [T, H, D], after RoPE.
-        index_queries: [retrieval heads, T, index_dim]; None if no query selects.
+        index_queries: [T, retrieval heads, index_dim]; None without retrieval heads.
         full: full KV heads of the layer; None if it has none.
         windowed: windowed KV heads of the layer; None if it has none.
         layout: query heads by kind.
@@ -37,8 +37,19 @@ def attend(
     """
     cache = full or windowed
     assert cache is not None
-    for request, start, end, length in cache.batch.requests():
-        selecting = cache.batch.num_selecting_queries(request, rule)
+    batch = cache.batch
+    for request, (start, length, num_queries, selecting) in enumerate(
+        zip(
+            batch.starts.tolist()[:-1],
+            batch.lengths.tolist(),
+            batch.num_queries.tolist(),
+            batch.num_selecting(rule).tolist(),
+            strict=True,
+        )
+    ):
+        if not num_queries:
+            continue
+        end = start + num_queries
         positions = torch.arange(length - (end - start), length, device=queries.device)
         attended, _ = headwise_attention(
             queries[None, start:end].transpose(1, 2),
@@ -46,7 +57,7 @@ def attend(
             _full_states(full, request, length, queries),
             _windowed_states(windowed, request, length, end - start, rule, queries),
             layout,
-            index_queries[None, :, end - selecting : end]
+            index_queries[None, end - selecting : end].transpose(1, 2)
             if index_queries is not None and selecting
             else None,
             rule,

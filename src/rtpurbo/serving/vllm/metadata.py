@@ -50,10 +50,12 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
         """CUDA graph support: steps in which every request has one query.
 
         In a graph, the kernels must read all keys for the last query of a prompt. That works if tokens are selected,
-        but not with blocks: partial blocks at the ends of the far keys have lower scores than whole ones.
+        but not with blocks: partial blocks at the ends of the far keys have lower scores than whole ones. And it works
+        only if `min_tokens` selects the best level of scores, whatever its mass.
         """
         rule = read_config(vllm_config.model_config.hf_config).attention
-        if rule.granularity != "token":
+        prompts_select = rule.prefill_mode != "dense"
+        if not prompts_select and (rule.granularity != "token" or rule.min_tokens == 0):
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -67,18 +69,18 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
         batch = common_attn_metadata
         lengths = batch.seq_lens_cpu_upper_bound
         assert lengths is not None
+        # Both model runners pass prompt lengths on the CPU, one of them because of `PromptLengths`, but not for the
+        # dummy requests of a capture.
         prompt_lengths = batch.rswa_prefix_lens
         if prompt_lengths is None:
-            # Both model runners pass prompt lengths, but not for the dummy requests of a capture.
             prompt_lengths = torch.zeros(batch.num_reqs, dtype=torch.int32)
         uniform = self._serves_uniform and batch.max_query_len == 1
         kept = self._prompt_lengths[: prompt_lengths.shape[0]]
         kept.copy_(prompt_lengths, non_blocking=True)
         return HeadwiseMetadata(
-            batch.query_start_loc_cpu.tolist(),
-            lengths.tolist(),
-            # One runner keeps them on the GPU: no synchronisation where they are not needed.
-            [] if uniform else prompt_lengths.tolist(),
+            batch.query_start_loc_cpu,
+            lengths,
+            prompt_lengths,
             batch.block_table_tensor,
             batch.slot_mapping,
             batch.seq_lens,

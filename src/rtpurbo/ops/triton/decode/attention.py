@@ -25,7 +25,7 @@ from rtpurbo.ops.triton.decode.combine import combine_splits
 from rtpurbo.ops.triton.decode.selected_attention import selected_attention
 from rtpurbo.ops.triton.decode.top_p import select_top_p
 from rtpurbo.ops.triton.decode.window_and_scores import window_and_scores
-from rtpurbo.ops.triton.decode.workspace import FullStates, Selection
+from rtpurbo.ops.triton.decode.workspace import FullStates, Selection, WindowedStates
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
 
 MAX_BLOCK_SIZE = 1024
@@ -34,7 +34,7 @@ MAX_BLOCK_SIZE = 1024
 def decode_attention(
     query_states: Tensor,
     full: KeyValueStates | PagedStates,
-    windowed: KeyValueStates,
+    windowed: KeyValueStates | PagedStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -43,6 +43,7 @@ def decode_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     sinks: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Head-wise attention of one query token per sequence.
 
@@ -55,7 +56,8 @@ def decode_attention(
             to slots and `length` gives the slots in use; `positions` are not read. Unused slots may be
             uninitialised. Index keys may be float8_e4m3fn: half the bytes, for scores with an error of
             some 3 %.
-        windowed: cache of the windowed KV heads, addressed by `positions`.
+        windowed: cache of the windowed KV heads, addressed by `positions`; paged only if `full` is, with the
+            same lengths. Pages outside of sinks and window are not read.
         layout: query heads by kind.
         index_queries: [B, R, 1, I]; None without retrieval heads.
         rule: windows and selection.
@@ -63,11 +65,12 @@ def decode_attention(
         statistics: accumulates the selected keys; synchronises with the GPU.
         return_log_sum_exp: also return the log-sum-exp.
         sinks: learned sinks [H], part of the window's mass in the selection.
+        output: contiguous [B, H, 1, D] to write the output to; None to allocate one.
 
     Returns:
         Output [B, H, 1, D] and the log-sum-exp [B, H, 1] or None.
     """
-    output, log_sum_exp, _ = decode_step(
+    attended, log_sum_exp, _ = decode_step(
         query_states,
         full,
         windowed,
@@ -78,14 +81,15 @@ def decode_attention(
         statistics,
         return_log_sum_exp,
         sinks,
+        output,
     )
-    return output, log_sum_exp
+    return attended, log_sum_exp
 
 
 def decode_step(
     query_states: Tensor,
     full: KeyValueStates | PagedStates,
-    windowed: KeyValueStates,
+    windowed: KeyValueStates | PagedStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -93,17 +97,19 @@ def decode_step(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     sinks: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Selection | None]:
     """`decode_attention` and its selection; None if all far keys are read or no head retrieves."""
     states = _full_states(full, query_states.shape[0])
-    _check(query_states, states, windowed, layout, index_queries, rule)
+    windowed_states = WindowedStates.of(windowed)
+    _check(query_states, states, windowed_states, layout, index_queries, rule)
     queries = query_states if query_states.stride(-1) == 1 else query_states.contiguous()
     if index_queries is not None and index_queries.stride(-1) != 1:
         index_queries = index_queries.contiguous()
     selection = None
     with torch.cuda.device_of(queries):
         window, scores = window_and_scores(
-            queries, states, windowed, layout, index_queries, rule, scaling
+            queries, states, windowed_states, layout, index_queries, rule, scaling
         )
         if sinks is not None:
             window = window.with_sinks(sinks)
@@ -113,17 +119,18 @@ def decode_step(
                 selection = select_top_p(queries, states, layout, rule, window, scores)
             selected = selected_attention(queries, states, layout, rule, scaling, selection)
         workspace = states.histogram_workspace
-        output, log_sum_exp = combine_splits(
+        attended, log_sum_exp = combine_splits(
             queries,
             layout,
             window,
             selected,
             workspace if scores.histogram is workspace else None,
             return_log_sum_exp,
+            output,
         )
     if statistics is not None and len(layout.retrieval):
         _count(statistics, states, rule, selection, queries.shape[0], len(layout.retrieval))
-    return output, log_sum_exp, selection
+    return attended, log_sum_exp, selection
 
 
 def _full_states(full: KeyValueStates | PagedStates, batch: int) -> FullStates:
@@ -147,7 +154,7 @@ def _full_states(full: KeyValueStates | PagedStates, batch: int) -> FullStates:
 def _check(
     query_states: Tensor,
     full: FullStates,
-    windowed: KeyValueStates,
+    windowed: WindowedStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -169,6 +176,8 @@ def _check(
                 f"keys and values must have {head_dim} contiguous elements per token, as queries have; "
                 f"got {states.shape[-1]} with stride {states.stride(-1)}."
             )
+    if windowed.page_size and not full.page_size:
+        raise ValueError("windowed states are paged, but full states are not.")
     if len(layout.retrieval) and (index_queries is None or full.index_keys is None):
         raise ValueError("retrieval heads need index queries and index keys.")
 

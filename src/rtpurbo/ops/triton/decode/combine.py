@@ -118,6 +118,7 @@ def combine_splits(
     selected: PartialAttention,
     histogram_workspace: Tensor | None,
     return_log_sum_exp: bool,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp of all heads in head order; zeroes the histogram workspace.
 
@@ -128,12 +129,14 @@ def combine_splits(
         selected: partial results of B * R heads over the selected far keys.
         histogram_workspace: int32 [B * R, LEVELS] to zero, or None.
         return_log_sum_exp: also return the log-sum-exp.
+        output: contiguous tensor to write the output to; None to allocate one.
 
     Returns:
         Output [B, H, 1, D] and log-sum-exp fp32 [B, H, 1], or None.
     """
     batch, num_heads, _, head_dim = queries.shape
-    output = queries.new_empty(batch, num_heads, 1, head_dim)
+    if output is None:
+        output = queries.new_empty(batch, num_heads, 1, head_dim)
     log_sum_exp = None
     if return_log_sum_exp:
         log_sum_exp = queries.new_empty(batch, num_heads, 1, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""Fused KV append of a decode step: QK-norm, RoPE, index projection and cache writes in one kernel.
+"""Fused KV append: QK-norm, RoPE, index projection and cache writes in one kernel.
 
 Runs before the kernels of `attention` and replaces these modules: RMSNorm of each head, rotary embedding, the
-projections of the indexer, and the copies into the token's slots of a static cache.
+projections of the indexer, and the copies into the token's slots of a static or a paged cache.
 
 B sequences, H query heads, F full and K - F windowed KV heads, R retrieval heads; D head_dim, I index_dim,
 N dimensions of a head that the indexer projects.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rtpurbo.ops.states import HeadLayout
 from rtpurbo.ops.triton.decode.fused_append_kernel import fused_append_kernel
+from rtpurbo.ops.triton.decode.workspace import strides
 
 # Weights of the indexer that one warp multiplies at a time.
 INDEX_ELEMENTS = 2048
@@ -79,27 +80,68 @@ class AppendSlots:
     index_keys: Tensor | None
 
 
+@dataclass(frozen=True)
+class PagedSlots:
+    """Paged caches and the slots that T tokens are written to.
+
+    Attributes:
+        full_slots: int64 [T], page times page size plus place in the page; negative if the token is not stored.
+        windowed_slots: int64 [T], same for the windowed KV heads.
+        full_keys: [pages, F, page_size, D].
+        full_values: same shape.
+        windowed_keys: [pages, K - F, page_size, D].
+        windowed_values: same shape.
+        index_keys: [pages, R, page_size, I], in any floating dtype; None without retrieval heads.
+        lengths: int32 [T], tokens of the sequences, each of which has one token here; None if all index queries
+            are needed.
+        prompt_lengths: int32 [T]; index queries of sequences that are no longer than this are zeros.
+    """
+
+    full_slots: Tensor
+    windowed_slots: Tensor
+    full_keys: Tensor
+    full_values: Tensor
+    windowed_keys: Tensor
+    windowed_values: Tensor
+    index_keys: Tensor | None
+    lengths: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosines and sines of all positions.
+
+    Attributes:
+        table: [positions, rotary_dim], cosines of half of the rotated dimensions, then their sines.
+        positions: int [T], position of each token.
+    """
+
+    table: Tensor
+    positions: Tensor
+
+
 def fused_kv_append(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: tuple[Tensor, Tensor] | RotaryTable | None,
     norm: HeadNorm | None,
     projection: IndexProjection | None,
     layout: HeadLayout,
-    slots: AppendSlots,
+    slots: AppendSlots | PagedSlots,
 ) -> tuple[Tensor, Tensor | None]:
-    """Appends one token per sequence to a static cache and prepares its query.
+    """Appends one token per sequence to a static cache, or tokens to a paged one, and prepares their queries.
 
     Args:
         queries: [B, H, 1, D] as projected, before norm and RoPE; may be a view of a fused projection.
         keys: [B, K, 1, D], as projected.
         values: [B, K, 1, D].
-        rotary: cosines and sines, [B or 1, 1, rotary_dim] each; None without RoPE.
+        rotary: cosines and sines, [B or 1, 1, rotary_dim] each, or a table of them with pages; None without RoPE.
         norm: QK-norm; None if there is none or if it was applied before.
         projection: of index states; None without retrieval heads.
         layout: query and KV heads by kind.
-        slots: cache and slots to write.
+        slots: cache and slots to write. With pages, B is the number of tokens, of any sequences.
 
     Returns:
         Queries [B, H, 1, D] after norm and RoPE, and index queries [B, R, 1, I] (float16 for bfloat16 states)
@@ -120,18 +162,31 @@ def fused_kv_append(
         index_dim, num_features = projection.query_weight.shape[1:]
         dtype = torch.float16 if queries.dtype == torch.bfloat16 else queries.dtype
         index_queries = queries.new_empty(batch, num_retrieval, 1, index_dim, dtype=dtype)
-    cosines = sines = None
+    cosines = sines = positions = None
     rotary_dim = rotary_stride = 0
-    if rotary is not None:
+    if isinstance(rotary, RotaryTable):
+        cosines, sines = rotary.table.chunk(2, -1)
+        positions = rotary.positions
+        rotary_dim, rotary_stride = rotary.table.shape[-1], rotary.table.stride(0)
+    elif rotary is not None:
         cosines, sines = (part.contiguous() for part in rotary)
         rotary_dim = cosines.shape[-1]
         rotary_stride = rotary_dim if cosines.shape[0] > 1 else 0
     index_width = triton.next_power_of_2(index_dim)
     feature_width = triton.next_power_of_2(num_features)
-    index_strides = (0, 0, 0) if slots.index_keys is None else slots.index_keys.stride()[:3]
+    programs = num_heads + num_full + num_windowed + num_retrieval + num_index_keys
+    lengths = prompt_lengths = None
+    if isinstance(slots, PagedSlots):
+        grid = (batch, programs)
+        full_slots, windowed_slot_stride = slots.full_slots, 1
+        full_page, windowed_page = slots.full_keys.shape[2], slots.windowed_keys.shape[2]
+        lengths, prompt_lengths = slots.lengths, slots.prompt_lengths
+    else:
+        grid = (programs, batch)
+        full_slots, windowed_slot_stride = slots.full_slot, slots.windowed_slots.stride(0)
+        full_page = windowed_page = 0
     with torch.cuda.device_of(queries):
-        programs = num_heads + num_full + num_windowed + num_retrieval + num_index_keys
-        fused_append_kernel[(programs, batch)](
+        fused_append_kernel[grid](
             queries,
             queries.stride()[:2],
             keys,
@@ -144,27 +199,30 @@ def fused_kv_append(
             cosines,
             sines,
             rotary_stride,
+            positions,
             None if projection is None else projection.feature_dimensions,
             None if projection is None else projection.query_weight.contiguous(),
             None if projection is None else projection.key_weight.contiguous(),
-            slots.full_slot,
+            full_slots,
             slots.windowed_slots,
-            slots.windowed_slots.stride(0),
+            windowed_slot_stride,
+            lengths,
+            prompt_lengths,
             layout.full_key_value_heads,
             layout.windowed_key_value_heads,
             layout.retrieval.heads,
             rotated,
             index_queries,
             slots.full_keys,
-            slots.full_keys.stride()[:3],
+            strides(slots.full_keys),
             slots.full_values,
-            slots.full_values.stride()[:3],
+            strides(slots.full_values),
             slots.windowed_keys,
-            slots.windowed_keys.stride()[:3],
+            strides(slots.windowed_keys),
             slots.windowed_values,
-            slots.windowed_values.stride()[:3],
+            strides(slots.windowed_values),
             None if projection is None else slots.index_keys,
-            index_strides,
+            strides(slots.index_keys),
             num_heads,
             num_full,
             num_windowed,
@@ -174,6 +232,7 @@ def fused_kv_append(
             WIDTH=triton.next_power_of_2(head_dim),
             ROTARY_DIM=rotary_dim,
             INDEX_ROTARY_DIM=rotary_dim if projection is not None and projection.rotated else 0,
+            HALF_TABLES=positions is not None,
             UNIT_OFFSET=norm is not None and norm.unit_offset,
             NUM_FEATURES=num_features,
             FEATURE_WIDTH=feature_width,
@@ -181,6 +240,8 @@ def fused_kv_append(
             INDEX_WIDTH=index_width,
             INDEX_TILE=max(1, min(index_width, INDEX_ELEMENTS // feature_width)),
             SHARED_KEYS=num_index_keys != num_retrieval,
+            FULL_PAGE=full_page,
+            WINDOWED_PAGE=windowed_page,
             num_warps=1,
         )
     return rotated, index_queries

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, slot_offsets
+from rtpurbo.ops.triton.precision import IEEE
 from rtpurbo.ops.triton.softmax import log_sum_exp, update_softmax
 
 
@@ -123,7 +124,7 @@ def window_split(
         tile_values = tl.load(
             values + value_offsets[:, None] + dims[None, :], mask=loaded, other=0.0
         )
-        logits = tl.dot(group_queries, tile_keys.T, input_precision="ieee") * scale
+        logits = tl.dot(group_queries, tile_keys.T, input_precision=IEEE) * scale
         near = (positions < num_sinks)[None, :] | (positions[None, :] > before_window[:, None])
         logits = tl.where(seen[None, :] & near, logits, float("-inf"))
         accumulator, peak, total = update_softmax(

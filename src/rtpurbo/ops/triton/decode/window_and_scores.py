@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, index_key_heads
+from rtpurbo.ops.states import HeadLayout, index_key_heads
 from rtpurbo.ops.triton.addresses import sequence_extent
 from rtpurbo.ops.triton.decode.index_scores import score_chunk
 from rtpurbo.ops.triton.decode.pdl import allow_dependent_launch, supports_pdl
@@ -23,6 +23,7 @@ from rtpurbo.ops.triton.decode.workspace import (
     FullStates,
     IndexScores,
     PartialAttention,
+    WindowedStates,
     entries_per_chunk,
     strides,
 )
@@ -76,6 +77,8 @@ def window_and_scores_kernel(
     table_stride,
     lengths,
     first_slots,
+    windowed_block_table,
+    windowed_table_stride,
     full_heads,
     windowed_heads,
     retrieval_heads,
@@ -114,6 +117,7 @@ def window_and_scores_kernel(
     SCORE_TILES: tl.constexpr,
     PLANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    WINDOWED_PAGE_SIZE: tl.constexpr,
     SCORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -144,14 +148,22 @@ def window_and_scores_kernel(
         )  # fmt: skip
     elif program < window_programs:
         key_value_head = program // num_splits - num_full
+        windowed_row = table_row
+        num_entries = num_windowed_slots
+        if WINDOWED_PAGE_SIZE > 0:
+            windowed_row = sequence * windowed_table_stride
+            window_keys = tl.maximum(query_position - num_sinks + 1, 0)
+            num_entries = tl.minimum(query_position + 1, num_sinks)
+            num_entries += tl.minimum(window_keys, sliding_window)
         window_split(
             queries, query_strides, windowed_keys, windowed_key_strides, windowed_values,
-            windowed_value_strides, block_table, table_row, slot_positions, position_stride,
-            num_windowed_slots, sequence, program % num_splits, key_value_head,
+            windowed_value_strides, windowed_block_table, windowed_row, slot_positions,
+            position_stride, num_entries, sequence, program % num_splits, key_value_head,
             tl.load(windowed_heads + key_value_head).to(tl.int32) * GROUP, retrieval_heads,
-            query_position, first_slot, num_sinks, near_window, sliding_window, widest_window,
+            query_position, first_slot, num_sinks, near_window, sliding_window, sliding_window,
             scale, log_sums, outputs, num_heads, num_splits, num_retrieval, GROUP, GROUP_WIDTH,
-            RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, SPLIT, 0, True,
+            RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, SPLIT, WINDOWED_PAGE_SIZE,
+            WINDOWED_PAGE_SIZE == 0,
         )  # fmt: skip
     elif SCORE:
         score_chunk(
@@ -166,7 +178,7 @@ def window_and_scores_kernel(
 def window_and_scores(
     queries: Tensor,
     full: FullStates,
-    windowed: KeyValueStates,
+    windowed: WindowedStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -177,7 +189,7 @@ def window_and_scores(
     Args:
         queries: [B, H, 1, D].
         full: cache of the full KV heads.
-        windowed: cache of the windowed KV heads, in any order.
+        windowed: cache of the windowed KV heads: slots in any order, or pages.
         layout: query heads by kind.
         index_queries: [B, R, 1, I]; None without retrieval heads.
         rule: windows and selection.
@@ -198,7 +210,9 @@ def window_and_scores(
 
     widest = max(rule.near_window, rule.sliding_window if len(layout.local_full) else 0)
     num_near = min(rule.num_sink_tokens + widest, full.capacity) if num_full else 0
-    num_windowed_slots = windowed.keys.shape[2] if num_windowed else 0
+    num_windowed_slots = 0
+    if num_windowed:
+        num_windowed_slots = windowed.num_slots(rule.num_sink_tokens + rule.sliding_window)
     num_splits = max(1, triton.cdiv(max(num_near, num_windowed_slots), SPLIT))
     window = PartialAttention.allocate(queries, batch * num_heads, num_splits)
 
@@ -225,7 +239,7 @@ def window_and_scores(
         windowed.values,
         strides(windowed.values),
         windowed.positions,
-        windowed.positions.stride(0),
+        0 if windowed.positions is None else windowed.positions.stride(0),
         index_queries,
         (0, 0) if index_queries is None else index_queries.stride()[:2],
         full.index_keys,
@@ -235,6 +249,8 @@ def window_and_scores(
         full.table_stride,
         full.lengths,
         full.first_slots,
+        windowed.block_table,
+        windowed.table_stride,
         layout.full_key_value_heads,
         layout.windowed_key_value_heads,
         layout.retrieval.heads,
@@ -273,6 +289,7 @@ def window_and_scores(
         SCORE_TILES=chunk_tokens // score_tile,
         PLANES=scores.planes,
         PAGE_SIZE=full.page_size,
+        WINDOWED_PAGE_SIZE=windowed.page_size,
         SCORE=score,
         PDL=supports_pdl(queries.device),
         num_warps=4,

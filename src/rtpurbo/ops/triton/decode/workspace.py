@@ -78,6 +78,7 @@ class FullStates:
             first_slots=None,
             block_table=states.block_table,
             page_size=states.page_size,
+            histogram_workspace=states.histogram_workspace,
         )
 
     @property
@@ -92,6 +93,49 @@ class FullStates:
             lengths = torch.full((1,), self.capacity, device=self.keys.device)
         positions = lengths.expand(batch) - 1
         return positions if self.first_slots is None else positions - self.first_slots
+
+
+@dataclass(frozen=True)
+class WindowedStates:
+    """KV cache of the windowed KV heads as the kernels address it: slots in any order, or pages.
+
+    Attributes:
+        keys: [B, windowed KV heads, slots, D], or [pages, windowed KV heads, page_size, D].
+        values: same shape.
+        positions: int64 [B, slots], position in each slot; None with pages.
+        block_table: int32 [B, max_pages], or None.
+        page_size: tokens of a page; 0 without pages.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor | None
+    block_table: Tensor | None = None
+    page_size: int = 0
+
+    @classmethod
+    def of(cls, states: KeyValueStates | PagedStates) -> WindowedStates:
+        """Views of a cache."""
+        if isinstance(states, PagedStates):
+            return cls(
+                states.key_pages, states.value_pages, None, states.block_table, states.page_size
+            )
+        return cls(states.keys, states.values, states.positions)
+
+    @property
+    def table_stride(self) -> int | None:
+        """Elements between the block tables of two sequences; None without pages."""
+        return None if self.block_table is None else self.block_table.stride(0)
+
+    def num_slots(self, num_near: int) -> int:
+        """Largest number of keys of a sequence.
+
+        Args:
+            num_near: sinks and window, of which pages may hold more than are read.
+        """
+        if self.block_table is None:
+            return self.keys.shape[2]
+        return min(num_near, self.block_table.shape[1] * self.page_size)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,21 @@ from rtpurbo.ops.triton.tiles import TileSizes, descriptor
 
 
 @dataclass(frozen=True)
+class PackedQueries:
+    """Division of packed queries [1, num_attention_heads, total, head_dim] among sequences with pages.
+
+    Attributes:
+        offsets: int32 [batch], index of the first query of each sequence.
+        counts: int32 [batch], number of queries; 0 for none.
+        most: upper limit of `counts`.
+    """
+
+    offsets: Tensor
+    counts: Tensor
+    most: int
+
+
+@dataclass(frozen=True)
 class BlockLists:
     """Far key blocks that each query block reads in addition to its near keys.
 
@@ -52,6 +67,7 @@ def window_attention(
     scaling: float,
     output: Tensor,
     log_sum_exp: Tensor | None,
+    packed: PackedQueries | None = None,
 ) -> None:
     """Window attention (sinks and window) of the heads in the tables.
 
@@ -63,8 +79,11 @@ def window_attention(
         scaling: factor on the dot products.
         output: shape of the queries; written for the heads in the tables only.
         log_sum_exp: fp32 [batch, num_attention_heads, q_len], written; or None.
+        packed: division of the queries among sequences; None if each has q_len of them.
     """
     batch, _, q_len, head_dim = query_states.shape
+    if packed is not None:
+        batch, q_len = packed.counts.shape[0], packed.most
     for states, table in sources:
         if not len(table):
             continue
@@ -82,6 +101,8 @@ def window_attention(
             starts,
             starts if slots is None else slots,
             starts if sinks is None else sinks,
+            None if packed is None else packed.offsets,
+            None if packed is None else packed.counts,
             q_len,
             len(table),
             table.num_dense,

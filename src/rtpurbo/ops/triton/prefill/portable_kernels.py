@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_and_block, head_start, slot_offsets
+from rtpurbo.ops.triton.precision import IEEE
 from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, log_sum_exp, update_softmax
 
 
@@ -25,15 +26,19 @@ def _load_queries(descriptor, sequence, head, first_query, M: tl.constexpr, D: t
 
 @triton.jit
 def _load_tile(
-    states, strides, block_table, table_stride, sequence, head, slot, length, head_dim,
+    states, strides, block_table, table_stride, sequence, head, slot, first, length, head_dim,
     N: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """States [N, D] of one head from `slot` on; zero outside. `states` is a descriptor, or pages."""
+    """States [N, D] of one head from `slot` on; zero outside. `states` is a descriptor, or pages.
+
+    Pages are read from slot `first` up to `length`, exclusive: between sinks and window, those of a windowed head
+    may belong to another sequence by now.
+    """
     if PAGE_SIZE == 0:
         tile = states.load([sequence, head, slot, 0]).reshape([N, D])
     else:
         slots, dims = slot + tl.arange(0, N), tl.arange(0, D)
-        in_use = (slots >= 0) & (slots < length)
+        in_use = (slots >= first) & (slots < length)
         offsets = slot_offsets(
             slots, in_use, strides, block_table, sequence * table_stride, PAGE_SIZE
         )
@@ -46,19 +51,19 @@ def _load_tile(
 @triton.jit
 def _add_tile(
     accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-    block_table, table_stride, sequence, key_value_head, start, shift, length, head_dim,
+    block_table, table_stride, sequence, key_value_head, start, shift, first, length, head_dim,
     lowest, highest, scale,
     MASKED: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Adds N keys from position `start` on; if MASKED, query i sees positions lowest[i] to highest[i]."""
     keys = _load_tile(
         key_states, key_strides, block_table, table_stride, sequence, key_value_head,
-        start + shift, length, head_dim, N, D, PAGE_SIZE,
+        start + shift, first, length, head_dim, N, D, PAGE_SIZE,
     )  # fmt: skip
-    scores = tl.dot(queries, keys.T, input_precision="ieee") * scale
+    scores = tl.dot(queries, keys.T, input_precision=IEEE) * scale
     values = _load_tile(
         value_states, value_strides, block_table, table_stride, sequence, key_value_head,
-        start + shift, length, head_dim, N, D, PAGE_SIZE,
+        start + shift, first, length, head_dim, N, D, PAGE_SIZE,
     )  # fmt: skip
     if MASKED:
         columns = start + tl.arange(0, N)
@@ -89,23 +94,35 @@ def window_kernel(
     query_descriptor, key_states, key_strides, value_states, value_strides, block_table, table_stride,
     output_ptr, lse_ptr,
     heads_ptr, key_value_heads_ptr, windows_ptr, query_starts_ptr, first_slots_ptr, sink_slots_ptr,
+    query_offsets_ptr, query_counts_ptr,
     T, H, num_dense, head_dim, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_od, stride_lb, stride_lh,
     HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr, PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Window attention (sinks and window) of one query block of one head; arguments as in `portable`."""
+    """Window attention (sinks and window) of one query block of one head; arguments as in `portable`.
+
+    With `query_counts_ptr`, queries of all sequences are packed along one dimension: a sequence has its count of
+    them, at most T, from its offset on.
+    """
     program, sequence = tl.program_id(0), tl.program_id(1)
     entry, tile = head_and_block(program, tl.cdiv(T, M), H, num_dense)
+    num_queries, query_offset, batch = T, 0, sequence
+    if query_counts_ptr is not None:
+        num_queries = tl.load(query_counts_ptr + sequence)
+        query_offset = tl.load(query_offsets_ptr + sequence)
+        batch = sequence * 0
+        if tile * M >= num_queries:
+            return
     head = tl.load(heads_ptr + entry)
     key_value_head = tl.load(key_value_heads_ptr + entry)
     window = tl.load(windows_ptr + entry)
     query_start = tl.load(query_starts_ptr + sequence)
-    first_position, length = query_start + tile * M, query_start + T
+    first_position, length = query_start + tile * M, query_start + num_queries
     slot_shift = tl.load(first_slots_ptr + sequence) if HAS_SLOTS else 0
     sink_shift = tl.load(sink_slots_ptr + sequence) if HAS_SLOTS else 0
 
-    queries = _load_queries(query_descriptor, sequence, head, tile * M, M, D)
+    queries = _load_queries(query_descriptor, batch, head, query_offset + tile * M, M, D)
     positions = first_position + tl.arange(0, M)
     lowest = tl.maximum(positions - window + 1, num_sinks)
     peak = tl.full([M], float("-inf"), tl.float32)
@@ -121,13 +138,15 @@ def window_kernel(
     for start in tl.range(first_position, first_position + M, N, num_stages=1):
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, first_seen,
+            length, head_dim,
             lowest, positions, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     for start in tl.range(edge, interior, N, num_stages=1):
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, first_seen,
+            length, head_dim,
             lowest, positions, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     first_key = tl.zeros([M], tl.int32)
@@ -135,21 +154,26 @@ def window_kernel(
     for start in tl.range(0, num_sinks, N, num_stages=1):
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, sink_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, sink_shift, 0,
+            tl.minimum(length, num_sinks), head_dim,
             first_key, last_sink, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     for start in tl.range(interior, first_position, N, num_stages=STAGES):
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, first_seen,
+            length, head_dim,
             lowest, positions, scale, False, N, D, PAGE_SIZE,
         )  # fmt: skip
 
     query_indices = (tile * M + tl.arange(0, M)).to(tl.int64)
+    output_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    lse_ptr += batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
+    if query_counts_ptr is not None:
+        output_ptr += query_offset.to(tl.int64) * stride_ot
+        lse_ptr += query_offset
     _store(
-        output_ptr + sequence.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh,
-        lse_ptr + sequence.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh,
-        accumulator, peak, total, query_indices < T, head_dim,
+        output_ptr, lse_ptr, accumulator, peak, total, query_indices < num_queries, head_dim,
         stride_ot, stride_od, query_indices, D, HAS_LSE,
     )  # fmt: skip
 
@@ -206,14 +230,16 @@ def block_sparse_kernel(
         start = tl.load(blocks_ptr + i) * N
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, num_sinks,
+            length, head_dim,
             lowest, highest, scale, True, N, D, PAGE_SIZE,
         )  # fmt: skip
     for i in tl.range(EDGE, EDGE + num_whole, num_stages=STAGES):
         start = tl.load(blocks_ptr + i) * N
         accumulator, peak, total = _add_tile(
             accumulator, peak, total, queries, key_states, key_strides, value_states, value_strides,
-            block_table, table_stride, sequence, key_value_head, start, slot_shift, length, head_dim,
+            block_table, table_stride, sequence, key_value_head, start, slot_shift, num_sinks,
+            length, head_dim,
             lowest, highest, scale, False, N, D, PAGE_SIZE,
         )  # fmt: skip
     _store(

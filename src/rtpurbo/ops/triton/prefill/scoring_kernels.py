@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, slot_offsets
+from rtpurbo.ops.triton.precision import IEEE
 from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, finite_maximum, log_sum_exp
 
 
@@ -128,7 +129,7 @@ def block_maxima_kernel(
         if PACKED:
             scores = tl.dot(queries, keys.T, out_dtype=tl.float16)
         else:
-            scores = tl.dot(queries, keys.T, input_precision="ieee")
+            scores = tl.dot(queries, keys.T, input_precision=IEEE)
         if (block < whole_from) | (block + G > whole_to):
             far = (columns >= num_sinks)[None, :] & (
                 columns[None, :] <= positions[:, None] - window
