@@ -43,7 +43,7 @@ from rtpurbo.files import write_json_atomically
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base import BaseModel, load_base_model
-from rtpurbo.models.sparsify import decoding_last, empty_head_map, restore, set_rule, sparsify
+from rtpurbo.models.sparsify import empty_head_map, restore, runtime, set_rule, sparsify
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import CalibrationSettings, DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
@@ -185,7 +185,7 @@ def compare(model: torch.nn.Module, asked: list[Asked], selecting: bool) -> dict
     for each in asked:
         rows = each.sequence.num_answer_tokens if selecting else 0
         there = each.targets.to(model.device)
-        with decoding_last(model, rows):
+        with runtime(model).decoding_last(rows):
             values = predictions(model, each.sequence, there, there.token_ids)
             states = states_at(model, each.sequence.input_ids, there.positions)
             first, _ = most_likely(states, model.get_output_embeddings(), 1)

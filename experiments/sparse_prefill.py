@@ -41,7 +41,7 @@ from rtpurbo.evaluation.perplexity import token_losses
 from rtpurbo.files import write_json_atomically
 from rtpurbo.models.artifact import load, load_base
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
-from rtpurbo.models.sparsify import counting, decoding_last, using_rule
+from rtpurbo.models.sparsify import counting, runtime
 from rtpurbo.settings import (
     CalibrationSettings,
     ConversionSettings,
@@ -141,7 +141,7 @@ def following(model: PreTrainedModel, rule: PrefillRule) -> Iterator[None]:
         yield
         return
     block_size = replace(model.rtpurbo_config.attention, **rule.changes).block_size
-    with using_rule(model, **rule.changes), fast_selection(block_size, model.device):
+    with runtime(model).rule(**rule.changes), fast_selection(block_size, model.device):
         yield
 
 
@@ -233,7 +233,7 @@ def measure(
                 break
             for task, example in examples.items():
                 rows = len(example.answer_ids) - 1 if rule.decoding else 0
-                with decoding_last(model, rows) if is_sparse(model) else nullcontext():
+                with runtime(model).decoding_last(rows) if is_sparse(model) else nullcontext():
                     right[task].append(is_predicted(model, example))
         record["backend_in_tasks"] = backend(model)
     record["right"] = right

@@ -1,6 +1,7 @@
 """Configuration: a round trip through JSON, ranges, and what a head map knows."""
 
 import json
+from math import prod
 
 import pytest
 from hypothesis import given, settings
@@ -20,11 +21,17 @@ HEAD_MAP = HeadMap(((0, 5), None, (), (2, 3)), 6, 3, ((0.5,) * 6, None, (0.0,) *
 
 @st.composite
 def head_maps(draw):
-    groups, group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    heads = groups * group
-    layer = st.sets(st.integers(0, heads - 1)).map(lambda chosen: tuple(sorted(chosen)))
-    layers = draw(st.lists(st.none() | layer, min_size=1, max_size=6))
-    return HeadMap(tuple(layers), heads, groups)
+    """Maps whose layers have the same numbers of heads, or numbers of their own."""
+    shapes = st.tuples(st.integers(1, 4), st.integers(1, 4))
+    own = st.just(draw(shapes)) if draw(st.booleans()) else shapes
+    layers = draw(st.lists(st.none() | own, min_size=1, max_size=6))
+    heads = [
+        None if shape is None else tuple(sorted(draw(st.sets(st.integers(0, prod(shape) - 1)))))
+        for shape in layers
+    ]
+    query_heads = tuple(None if shape is None else prod(shape) for shape in layers)
+    kv_heads = tuple(None if shape is None else shape[0] for shape in layers)
+    return HeadMap(tuple(heads), query_heads, kv_heads)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +54,15 @@ def test_a_configuration_survives_json(config):
 def test_any_head_map_survives_json(head_map):
     config = RTPurboConfig(head_map)
     assert RTPurboConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_head_map_of_equal_layers_is_stored_as_before():
+    assert json.dumps(RTPurboConfig(HEAD_MAP).to_dict()["head_map"]) == (
+        '{"retrieval_heads": [[0, 5], null, [], [2, 3]], "num_attention_heads": 6, '
+        '"num_key_value_heads": 3, "scores": [[0.5, 0.5, 0.5, 0.5, 0.5, 0.5], null, '
+        "[0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], "
+        '"granularity": "query_head"}'
+    )
 
 
 @pytest.mark.parametrize("part", ["head_map", "attention", "indexer"])
@@ -125,12 +141,44 @@ def test_a_head_map_counts_its_heads():
 @given(head_map=head_maps())
 @settings(deadline=None, max_examples=40)
 def test_full_key_value_heads_are_those_that_serve_a_retrieval_head(head_map):
-    group = head_map.num_attention_heads // head_map.num_key_value_heads
-    for layer, heads in enumerate(head_map.retrieval_heads):
+    for layer in head_map.converted_layers:
+        group, heads = head_map.group_size(layer), head_map.retrieval_heads[layer]
         full = head_map.full_key_value_heads(layer)
-        for head in range(head_map.num_key_value_heads):
-            readers = set(range(head * group, (head + 1) * group))
-            assert (head in full) == bool(readers & set(heads or ()))
+        for head in range(head_map.num_kv_heads(layer)):
+            query_heads = set(range(head * group, (head + 1) * group))
+            assert (head in full) == bool(query_heads & set(heads))
+
+
+def test_equal_numbers_of_heads_are_one_number():
+    head_map = HeadMap(((0,), None, ()), (6, None, 6), (3, None, 2))
+    assert head_map.num_attention_heads == 6
+    assert head_map.num_key_value_heads == (3, None, 2)
+    assert not head_map.is_uniform
+    assert HeadMap(((0,), None, ()), (6, None, 6), 3) == HeadMap(((0,), None, ()), 6, 3)
+    assert head_map.num_heads == 12
+    assert [head_map.num_kv_heads(layer) for layer in range(3)] == [3, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": [6, 6, 6, 6]}, "each of the 3 converted layers"),
+        ({"num_key_value_heads": [3, None, 3]}, "each of the 3 converted layers"),
+        ({"num_key_value_heads": [3, None, "3", 3]}, "num_key_value_heads is .*whole number"),
+        ({"num_key_value_heads": [3, None, True, 3]}, "num_key_value_heads is .*whole number"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is None"),
+        ({"num_attention_heads": "6"}, "num_attention_heads is '6'"),
+        ({"num_key_value_heads": [3, None, 4, 3]}, "6 query heads and 4 KV heads in layer 2"),
+        ({"num_attention_heads": [6, None, 9, 6]}, "scores must hold a number for each query head"),
+        ({"num_attention_heads": [6, None, 6, 3]}, "heads .2, 3. in layer 3.*3 query heads"),
+    ],
+    ids=str,
+)
+def test_numbers_of_heads_that_do_not_fit_are_refused(changes, message):
+    data = RTPurboConfig(HEAD_MAP).to_dict()
+    data["head_map"] |= changes
+    with pytest.raises(RTPurboError, match=message):
+        RTPurboConfig.from_dict(data)
 
 
 def test_a_uniform_head_map_skips_layers_that_are_not_converted():

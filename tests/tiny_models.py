@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
-from rtpurbo.models.architecture import convertible_layers, num_key_value_heads
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import restore, sparsify
+from rtpurbo.models.sparsify import empty_head_map, restore, sparsify
 
 VOCABULARY = 64
 HEADS, KEY_VALUE_HEADS = 6, 3
@@ -86,6 +85,18 @@ def any_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel
     return model.eval().requires_grad_(False)
 
 
+def head_map_of(model: PreTrainedModel, heads: Sequence[int]) -> HeadMap:
+    """A map with these retrieval heads, as far as a layer has them, in every convertible layer."""
+    empty = empty_head_map(model)
+    return replace(
+        empty,
+        retrieval_heads=tuple(
+            None if own is None else tuple(h for h in sorted(heads) if h < empty.num_query_heads(n))
+            for n, own in enumerate(empty.retrieval_heads)
+        ),
+    )
+
+
 def sparse_config(
     model: PreTrainedModel,
     heads: Sequence[int] = RETRIEVAL_HEADS,
@@ -94,9 +105,7 @@ def sparse_config(
     **rule: Any,
 ) -> RTPurboConfig:
     """These retrieval heads in every convertible layer; a small window unless told otherwise."""
-    head_map = HeadMap.uniform(
-        heads, convertible_layers(model.config), HEADS, num_key_value_heads(model.config)
-    )
+    head_map = head_map_of(model, heads)
     rule = {"num_sink_tokens": 2, "sliding_window": 8, "min_tokens": 1, "block_size": 8} | rule
     indexer = IndexerSettings(4, index_space, shared_keys=shared_keys)
     return RTPurboConfig(head_map, AttentionRule(**rule), indexer)

@@ -212,7 +212,7 @@ def what_the_cache_holds() -> str:
         layer_head in head_map.full_key_value_heads(layer)
         for layer, retrieval in enumerate(head_map.retrieval_heads)
         if retrieval is not None
-        for layer_head in range(head_map.num_key_value_heads)
+        for layer_head in range(head_map.num_kv_heads(layer))
     ]
     pitch = INNER / len(heads)
     full = sum(heads)

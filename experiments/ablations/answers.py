@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ablations.questions import PROSE, Asked, kinds_of, label_predictions
 from rtpurbo.evaluation.policies.top_k import TopKSelector
 from rtpurbo.evaluation.reads import ReadMeter
-from rtpurbo.models.sparsify import counting, decoding_last, set_selector
+from rtpurbo.models.sparsify import counting, runtime, set_selector
 from rtpurbo.training.teacher import top_logits_divergence
 
 
@@ -54,7 +54,11 @@ def answer_all(
                 if one.question.kind != kind:
                     continue
                 targets = one.targets.to(model.device)
-                with decoding_last(model, one.question.selecting) if selects else nullcontext():
+                with (
+                    runtime(model).decoding_last(one.question.selecting)
+                    if selects
+                    else nullcontext()
+                ):
                     likeliest, found, labels = label_predictions(
                         model, one.question, targets.token_ids, exact=exact
                     )

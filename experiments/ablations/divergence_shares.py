@@ -21,7 +21,7 @@ from rtpurbo.calibration.selection import Scores
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import empty_head_map, restore, running_dense, sparsify
+from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
 from rtpurbo.ops import KeyValueStates
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 from rtpurbo.training.stage2 import autocast
@@ -56,7 +56,7 @@ def divergence_shares(
     """
     sparsify(model, RTPurboConfig(empty_head_map(model), rule))
     try:
-        with gated(model) as gates, running_dense(model):
+        with gated(model) as gates, runtime(model).dense():
             for number in range(num_sequences):
                 sequence = mix.sequence(number)
                 with torch.no_grad():

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from ablations.arms import HeadChoice
 from rtpurbo.calibration.selection import Scores, choose_heads
-from rtpurbo.config import HeadMap
+from rtpurbo.config import HeadCounts, HeadMap
 from rtpurbo.evaluation.policies.random_heads import random_head_map
 from rtpurbo.settings import CalibrationSettings
 
 
 def chosen_map(
     scores: Scores,
-    num_key_value_heads: int,
+    num_key_value_heads: HeadCounts,
     settings: CalibrationSettings,
     choice: HeadChoice,
     seed: int,
@@ -22,7 +22,7 @@ def chosen_map(
 
     Args:
         scores: for each layer, a score for each query head; None for a layer that is not converted.
-        num_key_value_heads: KV heads of a layer.
+        num_key_value_heads: KV heads of a layer, as in a head map.
         settings: how many heads, and by what granularity.
         choice: `global` is the library's own, and so is `divergence`, of other scores; `per_layer` gives
             every layer the same number of heads, as far as it comes out even; `random` draws them, in
@@ -36,8 +36,10 @@ def chosen_map(
     if choice == "random":
         return random_head_map(best, seed)
     if choice == "kv_group_same_memory":
-        group = best.num_attention_heads // num_key_value_heads
-        count = group * best.num_full_key_value_heads
+        count = sum(
+            best.group_size(layer) * len(best.full_key_value_heads(layer))
+            for layer in best.converted_layers
+        )
         whole = replace(settings, granularity="kv_group", threshold=None, count=count)
         return choose_heads(scores, num_key_value_heads, whole)
     return best

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rtpurbo.models.sparsify import decoding_last, running_dense
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training import stage2
 from rtpurbo.training.failure import SequenceResult
@@ -43,9 +43,9 @@ def backpropagate(
 ) -> SequenceResult:
     """As `stage2.backpropagate`, with a teacher that runs beside: all its logits would not fit a disk."""
     positions = targets.positions
-    with torch.no_grad(), running_dense(model), without_adapter(model), stage2.autocast(model):
+    with torch.no_grad(), runtime(model).dense(), without_adapter(model), stage2.autocast(model):
         teacher = states_at(model, sequence.input_ids, positions)
-    with decoding_last(model, stage2.num_selecting_queries(sequence, settings)):
+    with runtime(model).decoding_last(stage2.num_selecting_queries(sequence, settings)):
         with stage2.autocast(model):
             student = states_at(model, sequence.input_ids, positions)
             divergence = vocabulary_divergence(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import empty_head_map, restore, running_dense, sparsify
+from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
 from rtpurbo.ops import HeadLayout, KeyValueStates, headwise_attention, local_attention
 from rtpurbo.ops.eager.attend import attend_to_logits, attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask
@@ -80,7 +80,7 @@ def window_costs(
             lambda *call, module=module, attend=attend: measure(module, attend, *call)
         )
     try:
-        with running_dense(model):
+        with runtime(model).dense():
             for sequence in sequences:
                 model.base_model(torch.tensor([sequence], device=model.device), use_cache=False)
     finally:
@@ -149,7 +149,7 @@ def dealt_windows(
         (layer, head)
         for layer, heads in enumerate(head_map.retrieval_heads)
         if heads is not None
-        for head in range(head_map.num_attention_heads)
+        for head in range(head_map.num_query_heads(layer))
         if head not in heads
     ]
     sizes = torch.tensor(windows, dtype=torch.float64)
@@ -167,8 +167,8 @@ def dealt_windows(
         left -= float(more[head, size])
         at[head] = size
     dealt: list[list[int] | None] = [
-        None if heads is None else [mean] * head_map.num_attention_heads
-        for heads in head_map.retrieval_heads
+        None if heads is None else [mean] * head_map.num_query_heads(layer)
+        for layer, heads in enumerate(head_map.retrieval_heads)
     ]
     for (layer, head), size in zip(local, at.tolist(), strict=True):
         dealt[layer][head] = windows[size]  # type: ignore[index]

@@ -336,19 +336,19 @@ def _rewound_log(folder: Path, stage: str) -> TrainingLog:
 
 def _window_facts(head_map: HeadMap, windows: list[list[int] | None]) -> dict[str, Any]:
     """How many local heads have each window, and what bounded KV heads hold on the mean."""
-    group = head_map.num_attention_heads // head_map.num_key_value_heads
     counts: dict[int, int] = {}
     held = []
     for layer, sizes in enumerate(windows):
         heads, full = head_map.retrieval_heads[layer], head_map.full_key_value_heads(layer)
         if sizes is None or heads is None:
             continue
+        group = head_map.group_size(layer)
         for head, size in enumerate(sizes):
             if head not in heads:
                 counts[size] = counts.get(size, 0) + 1
         held += [
             max(sizes[first : first + group])
-            for first in range(0, head_map.num_attention_heads, group)
+            for first in range(0, len(sizes), group)
             if first // group not in full
         ]
     return {

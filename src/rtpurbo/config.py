@@ -152,6 +152,10 @@ class AttentionRule:
         return min(num_decode_rows, num_queries)
 
 
+HeadCounts = int | tuple[int | None, ...]
+"""Number of heads of every layer, or a number for each layer where converted layers differ."""
+
+
 @dataclass(frozen=True)
 class HeadMap:
     """Retrieval heads of each layer, and the scores that selected them.
@@ -159,25 +163,42 @@ class HeadMap:
     Attributes:
         retrieval_heads: for each layer, the query heads that need the whole context, ascending.
             None for a layer that is not converted.
-        num_attention_heads: query heads of a layer.
-        num_key_value_heads: KV heads of a layer.
+        num_attention_heads: number of query heads of a layer; where layers differ, a tuple with a number
+            for each layer, None if it is not converted. A tuple of equal numbers becomes one number.
+        num_key_value_heads: number of KV heads of a layer, in the same form.
         scores: for each layer, the retrieval score of each query head (paper: head calibration).
         granularity: unit of the selection: single query heads or whole KV groups.
     """
 
     retrieval_heads: tuple[tuple[int, ...] | None, ...]
-    num_attention_heads: int
-    num_key_value_heads: int
+    num_attention_heads: HeadCounts
+    num_key_value_heads: HeadCounts
     scores: tuple[tuple[float, ...] | None, ...] = ()
     granularity: HeadGranularity = "query_head"
 
     def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            object.__setattr__(self, name, self._simplified(name, getattr(self, name)))
         for layer, heads in enumerate(self.retrieval_heads):
-            if heads and not all(0 <= head < self.num_attention_heads for head in heads):
+            count = self.num_query_heads(layer)
+            if heads and not all(0 <= head < count for head in heads):
                 raise RTPurboError(
                     f"the head map names heads {list(heads)} in layer {layer}, "
-                    f"but the model has {self.num_attention_heads} query heads a layer."
+                    f"but the model has {count} query heads a layer."
                 )
+
+    def _simplified(self, name: str, counts: HeadCounts) -> HeadCounts:
+        """Returns a single number if all converted layers have the same number of heads."""
+        if isinstance(counts, int):
+            return counts
+        converted = [heads is not None for heads in self.retrieval_heads]
+        if [count is not None for count in counts] != converted:
+            raise RTPurboError(
+                f"{name} is {list(counts)}, but it must have a number for each of the "
+                f"{sum(converted)} converted layers and null for the others."
+            )
+        distinct = {count for count in counts if count is not None}
+        return distinct.pop() if len(distinct) == 1 else tuple(counts)
 
     @classmethod
     def uniform(
@@ -208,9 +229,14 @@ class HeadMap:
         return sum(len(heads or ()) for heads in self.retrieval_heads)
 
     @property
+    def converted_layers(self) -> list[int]:
+        """Layers that are converted, ascending."""
+        return [layer for layer, heads in enumerate(self.retrieval_heads) if heads is not None]
+
+    @property
     def num_heads(self) -> int:
         """Total number of query heads of converted layers."""
-        return self.num_attention_heads * sum(heads is not None for heads in self.retrieval_heads)
+        return sum(map(self.num_query_heads, self.converted_layers))
 
     @property
     def num_full_key_value_heads(self) -> int:
@@ -219,10 +245,31 @@ class HeadMap:
             len(self.full_key_value_heads(layer)) for layer in range(len(self.retrieval_heads))
         )
 
+    @property
+    def is_uniform(self) -> bool:
+        """True if all converted layers have the same numbers of heads."""
+        return isinstance(self.num_attention_heads, int) and isinstance(
+            self.num_key_value_heads, int
+        )
+
+    def num_query_heads(self, layer: int) -> int:
+        """Returns the number of query heads of a layer; 0 for an unconverted layer if layers differ."""
+        counts = self.num_attention_heads
+        return counts if isinstance(counts, int) else counts[layer] or 0
+
+    def num_kv_heads(self, layer: int) -> int:
+        """Returns the number of KV heads of a layer; 0 for an unconverted layer if layers differ."""
+        counts = self.num_key_value_heads
+        return counts if isinstance(counts, int) else counts[layer] or 0
+
+    def group_size(self, layer: int) -> int:
+        """Returns the number of query heads that share a KV head in a converted layer."""
+        return self.num_query_heads(layer) // self.num_kv_heads(layer)
+
     def full_key_value_heads(self, layer: int) -> list[int]:
         """Returns the KV heads of `layer` that serve at least one retrieval head."""
-        group = self.num_attention_heads // self.num_key_value_heads
-        return sorted({head // group for head in self.retrieval_heads[layer] or ()})
+        heads = self.retrieval_heads[layer]
+        return sorted({head // self.group_size(layer) for head in heads}) if heads else []
 
 
 @dataclass(frozen=True)
@@ -312,22 +359,41 @@ def head_map_from_dict(data: dict[str, Any]) -> HeadMap:
         name: tuple(None if row is None else tuple(row) for row in data.get(name) or ())
         for name in ("retrieval_heads", "scores")
     }
-    head_map = HeadMap(**{**data, **rows})
-    query, key_value = head_map.num_attention_heads, head_map.num_key_value_heads
-    if key_value < 1 or query < 1 or query % key_value:
-        raise RTPurboError(
-            f"the head map has {query} query heads and {key_value} KV heads, but the first must be a "
-            "multiple of the second."
+    counts = {
+        name: _head_counts(name, data[name])
+        for name in ("num_attention_heads", "num_key_value_heads")
+    }
+    head_map = HeadMap(**{**data, **rows, **counts})
+    for layer in head_map.converted_layers:
+        query, key_value = head_map.num_query_heads(layer), head_map.num_kv_heads(layer)
+        if key_value < 1 or query < 1 or query % key_value:
+            raise RTPurboError(
+                f"the head map has {query} query heads and {key_value} KV heads in layer {layer}, but "
+                "the first must be a multiple of the second."
+            )
+    scores = head_map.scores
+    if scores and (
+        len(scores) != len(head_map.retrieval_heads)
+        or any(
+            row is not None and len(row) != head_map.num_query_heads(layer)
+            for layer, row in enumerate(scores)
         )
-    if head_map.scores and (
-        len(head_map.scores) != len(head_map.retrieval_heads)
-        or any(row is not None and len(row) != query for row in head_map.scores)
     ):
         raise RTPurboError(
-            f"the head map's scores must hold {query} numbers for each of its "
+            "the head map's scores must hold a number for each query head of its "
             f"{len(head_map.retrieval_heads)} layers."
         )
     return head_map
+
+
+def _head_counts(name: str, value: Any) -> HeadCounts:
+    """Reads the heads of a layer, or of each layer, from JSON types."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    if not all(type(count) is int or (count is None and listed is value) for count in listed):
+        raise RTPurboError(
+            f"{name} is {value!r:.60}, but it must be a whole number, or a list of one for each layer."
+        )
+    return tuple(value) if listed is value else value
 
 
 def default_sliding_window(context_length: int) -> int:

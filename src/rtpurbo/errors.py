@@ -9,6 +9,13 @@ class RTPurboError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message without its full stop, or the error's type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def first_line(error: BaseException, *, with_type: bool = False) -> str:
+    """Returns the first line of an error's message without a final full stop.
+
+    Args:
+        error: an error of any type; its type replaces an empty message.
+        with_type: begin with the type.
+    """
+    name, message = type(error).__name__, str(error).strip()
+    text = f"{name}: {message}" if with_type else message or name
+    return text.splitlines()[0].rstrip(".")

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rtpurbo.models.architecture import (
+    AttentionShape,
+    attention_shapes,
     check_architecture,
-    convertible_layers,
-    head_dim_of,
-    num_key_value_heads,
+    convertible_shapes,
 )
 from rtpurbo.models.decoder import decoder_layers, projections
 from rtpurbo.ops.eager.visibility import MAX_CHUNK_ELEMENTS
@@ -66,11 +66,9 @@ class ModelShape:
         lora_features: sum of input and output features of the linear layers that a LoRA adapts, without and with
             (True) those beyond the attention; times the rank it is the number of parameters of the LoRA.
         num_layers: number of decoder layers.
-        full_layers: number of layers with full attention, which are converted.
+        attention: heads of each layer with attention.
+        full_attention: heads of each layer with full attention, which is converted.
         layer_window: window of the other layers, in tokens.
-        num_heads: query heads of a layer.
-        num_kv_heads: KV heads of a layer.
-        head_dim: dimensions of a head.
         hidden_size: width of the residual stream.
         mlp_size: width of the MLP that is active for one token.
         vocabulary: size of the vocabulary.
@@ -81,11 +79,9 @@ class ModelShape:
     layer_parameters: int
     lora_features: dict[bool, int]
     num_layers: int
-    full_layers: int
+    attention: tuple[AttentionShape, ...]
+    full_attention: tuple[AttentionShape, ...]
     layer_window: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     hidden_size: int
     mlp_size: int
     vocabulary: int
@@ -116,7 +112,6 @@ class ModelShape:
             )
             for beyond in (False, True)
         }
-        heads, full_layers = config.num_attention_heads, sum(convertible_layers(config))
         mlp_size = config.intermediate_size
         if experts > 1:
             mlp_size = active_experts * getattr(config, "moe_intermediate_size", mlp_size)
@@ -126,15 +121,28 @@ class ModelShape:
             layer_parameters=used,
             lora_features=features,
             num_layers=config.num_hidden_layers,
-            full_layers=full_layers,
+            attention=tuple(attention_shapes(config).values()),
+            full_attention=tuple(convertible_shapes(config).values()),
             layer_window=getattr(config, "sliding_window", None) or 0,
-            num_heads=heads,
-            num_kv_heads=num_key_value_heads(config),
-            head_dim=head_dim_of(config),
             hidden_size=config.hidden_size,
             mlp_size=mlp_size,
             vocabulary=config.vocab_size,
         )
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of all converted layers."""
+        return sum(shape.num_attention_heads for shape in self.full_attention)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of all converted layers."""
+        return sum(shape.num_key_value_heads for shape in self.full_attention)
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of the largest head of the converted layers."""
+        return max(shape.head_dim for shape in self.full_attention)
 
     def forward_flops(self, length: int, window: int | None = None, share: float = 0.0) -> float:
         """Returns the operations of one forward over a sequence, without output logits.
@@ -144,11 +152,13 @@ class ModelShape:
             window: window of local heads; None runs every head dense.
             share: share of dense heads.
         """
-        quadratic = 2 * self.head_dim * length**2
-        full = quadratic if window is None else _mixed(quadratic, share, length, window)
-        windowed = _mixed(quadratic, 0.0, length, self.layer_window)
-        attention = self.full_layers * full + (self.num_layers - self.full_layers) * windowed
-        return 2 * self.layer_parameters * length + self.num_heads * attention
+        every, full = (
+            2 * length**2 * sum(shape.num_attention_heads * shape.head_dim for shape in shapes)
+            for shapes in (self.attention, self.full_attention)
+        )
+        attention = _mixed(every - full, 0.0, length, self.layer_window)
+        attention += full if window is None else _mixed(full, share, length, window)
+        return 2 * self.layer_parameters * length + attention
 
 
 def _mixed(quadratic: float, share: float, length: int, window: int) -> float:
@@ -195,7 +205,7 @@ def peak_bytes(
     if any("documents" in stage.mixture and stage.steps for stage in (settings.stage1, stage2)):
         # KV cache of the documents that the model answers, and one layer of the prefill.
         tokens = max(*settings.stage1.lengths, *stage2.lengths, BATCH_TOKENS // shards)
-        cached = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
+        cached = 2 * sum(each.num_key_value_heads * each.head_dim for each in shape.attention)
         stages.append(tokens * (cached + _layer_values(shape)) * itemsize)
     if stage2.steps:
         states: float = trained_parameters(shape, stage2) * _ADAMW_BYTES
@@ -213,7 +223,10 @@ def peak_bytes(
 
 def _layer_values(shape: ModelShape) -> int:
     """Returns the values of a token in one decoder layer, without gradients."""
-    states = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    states = max(
+        2 * (each.num_attention_heads + each.num_key_value_heads) * each.head_dim
+        for each in shape.attention
+    )
     return 4 * shape.hidden_size + states + 3 * shape.mlp_size
 
 
@@ -226,7 +239,7 @@ def _stage1_bytes(
 ) -> float:
     """Returns the bytes of the states that stage 1 keeps and of a forward, a step or a probe."""
     stage, longest = settings.stage1, max(settings.stage1.lengths)
-    heads, kv_heads = retrieval_heads, shape.full_layers * shape.num_kv_heads
+    heads, kv_heads, layers = retrieval_heads, shape.num_kv_heads, len(shape.full_attention)
     if settings.calibration.granularity == "kv_group":
         kv_heads = math.ceil(heads * shape.num_kv_heads / shape.num_heads)
     kv_heads = min(kv_heads, heads)
@@ -235,11 +248,11 @@ def _stage1_bytes(
     kept_queries = min(longest, queries * stage.steps_per_sequence)
     if stage.steps_per_sequence == 1:
         # Layer-wise training frees the states of each layer.
-        heads, kv_heads = (math.ceil(count / shape.full_layers) for count in (heads, kv_heads))
+        heads, kv_heads = (math.ceil(count / layers) for count in (heads, kv_heads))
         sequences, kept_queries = 1, longest
     # States, and the features that the indexer projects.
     kept = (kv_heads * longest + heads * kept_queries) * 2 * shape.head_dim * itemsize
-    scored = heads if on_gpu else math.ceil(retrieval_heads / shape.full_layers)
+    scored = heads if on_gpu else math.ceil(retrieval_heads / layers)
     # Index keys with a copy, their gradients twice; features of KV heads in fp32.
     step = longest * (4 * scored * settings.indexer.index_dim + kv_heads * shape.head_dim) * _FP32
     # The probe computes scores, masks and sorted keys in plain PyTorch, in chunks of queries.
@@ -298,7 +311,7 @@ def stage_seconds(
         device_name: result of `rtpurbo.devices.device_name`.
         processes: number of processes that share the sequences of a step.
     """
-    share = retrieval_heads / (shape.num_heads * shape.full_layers)
+    share = retrieval_heads / shape.num_heads
     window = settings.attention.sliding_window
     on_gpu = device_name != "cpu"
 

@@ -10,7 +10,7 @@ import torch
 from rtpurbo.config import AttentionRule
 from rtpurbo.defaults import default_rule, default_settings, resolve_effort
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import context_length, head_dim_of
+from rtpurbo.models.architecture import context_length, convertible_shapes
 from rtpurbo.settings import ConversionSettings, Progress, change_settings
 
 
@@ -95,8 +95,9 @@ def choose_settings(
             rule = default_rule(resolved, context)
             ours = {name: changes[name] for name in changes if name.startswith("attention.")}
             rule = change_settings(ConversionSettings(attention=rule), ours).attention
+        head_dim = max(shape.head_dim for shape in convertible_shapes(config).values())
         settings = default_settings(
-            resolved, context, head_dim=head_dim_of(config), max_length=max_length, rule=rule
+            resolved, context, head_dim=head_dim, max_length=max_length, rule=rule
         )
     elif max_length is not None:
         raise RTPurboError("max_length has no effect on given settings: change their lengths.")

@@ -160,9 +160,8 @@ def make_plan(
         RTPurboError: more retrieval heads are requested than the model has.
     """
     shape = ModelShape.of(config)
-    num_heads = shape.num_heads * shape.full_layers
-    asked = _heads_asked_for(settings.calibration, num_heads)
-    retrieval_heads = num_heads if asked is None else asked
+    asked = _heads_asked_for(settings.calibration, shape.num_heads)
+    retrieval_heads = shape.num_heads if asked is None else asked
     resolved = _dtype(config, dtype, device)
     name, on_gpu = device_name(device), device.type != "cpu"
     memory = peak_bytes(
@@ -180,8 +179,8 @@ def make_plan(
         dtype=str(resolved).removeprefix("torch."),
         device=name,
         context_length=context_length(config),
-        num_heads=num_heads,
-        num_kv_heads=shape.num_kv_heads * shape.full_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
         num_retrieval_heads=asked,
         settings=settings,
         data=None if data is None else tuple(data),

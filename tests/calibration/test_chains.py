@@ -81,5 +81,5 @@ def test_tokenizers_that_do_not_tell_places_are_refused():
             return found
 
     tokenizer.__class__ = Other
-    with pytest.raises(RTPurboError, match="reads the text of its own tokens as other ones"):
+    with pytest.raises(RTPurboError, match="encodes the text of its own tokens differently"):
         make_chain_document(tokenizer, corpus(), 1500, random.Random(0))

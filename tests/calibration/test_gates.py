@@ -12,7 +12,7 @@ from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import is_sparse
-from rtpurbo.models.sparsify import empty_head_map, gated_heads, running_dense, sparsify
+from rtpurbo.models.sparsify import empty_head_map, runtime, sparsify
 from rtpurbo.settings import CalibrationSettings
 from tests.calibration.silent import silent_model
 from tests.tiny_models import FAMILIES, tiny_model
@@ -38,9 +38,9 @@ def test_open_gates_are_dense_and_closed_ones_windows(family):
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     for value, expected in ((1.0, dense), (0.0, windows)):
         for count in (heads, kv_heads):
-            with gated_heads(model, {layer: torch.full((count,), value) for layer in layers}):
+            with runtime(model).gated({layer: torch.full((count,), value) for layer in layers}):
                 torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
-                with running_dense(model):  # gates do not reach the dense model
+                with runtime(model).dense():  # gates do not reach the dense model
                     torch.testing.assert_close(logits(model), dense, atol=1e-4, rtol=1e-4)
     assert (windows - dense).abs().max() > 0.01
     assert torch.equal(logits(model), windows)
@@ -52,7 +52,7 @@ def test_a_gate_of_a_kv_head_is_that_of_all_its_query_heads():
     by_group = torch.tensor([0.2, 0.9, 0.5])
     found = []
     for gates in (by_group, by_group.repeat_interleave(2)):
-        with gated_heads(model, {0: gates, 1: gates}):
+        with runtime(model).gated({0: gates, 1: gates}):
             found.append(logits(model))
     assert torch.equal(*found)
 

@@ -33,6 +33,22 @@ def test_a_group_comes_whole():
     assert chosen(count=3, granularity="kv_group") == ((0, 1), None, (2, 3))
 
 
+def test_groups_of_different_layers_have_different_sizes():
+    scores = ((0.9, 0.1, 0.2, 0.0), None, (0.3, 0.8), (0.5, 0.4, 0.1))
+    kv_heads = (2, None, 2, 1)
+
+    def of(**settings):
+        return choose_heads(scores, kv_heads, CalibrationSettings(**settings))
+
+    assert of(count=4).retrieval_heads == ((0,), None, (1,), (0, 1))
+    assert of(count=3, granularity="kv_group").retrieval_heads == ((0, 1), None, (1,), ())
+    found = of(count=4, granularity="kv_group")
+    assert found.retrieval_heads == ((0, 1), None, (1,), (0, 1, 2))
+    assert (found.num_attention_heads, found.num_key_value_heads) == ((4, None, 2, 3), kv_heads)
+    with pytest.raises(RTPurboError, match="9 query heads"):
+        of(count=10)
+
+
 def test_the_map_keeps_the_scores():
     head_map = choose_heads(SCORES, 2, CalibrationSettings(ratio=0.25))
     assert head_map.scores == SCORES

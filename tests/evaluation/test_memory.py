@@ -5,7 +5,8 @@ from transformers import DynamicCache
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import set_rule
-from tests.tiny_models import KEY_VALUE_HEADS, make_sparse, sparse_config, tiny_model
+from tests.models.zoo.configurations import EQUAL
+from tests.tiny_models import KEY_VALUE_HEADS, any_model, make_sparse, sparse_config, tiny_model
 
 LENGTH = 100
 
@@ -64,3 +65,22 @@ def test_long_caches_are_counted_without_memory():
     model = tiny_model()
     make_sparse(model, sparse_config(model, heads=[0]))
     assert cache_bytes(model, 10**9) > 10**11
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5", "Nemotron-H", "Llama 4", "Gemma 4"])
+def test_layers_without_attention_take_no_room(name):
+    model_type, changes = EQUAL[name]
+    model = any_model(model_type, **changes)
+    dense = cache_bytes(model, LENGTH)
+    cache = prefilled(model, DynamicCache(config=model.config), 1)
+    holding = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    assert dense == sum(layer.keys.nbytes + layer.values.nbytes for layer in holding)
+    make_sparse(model, sparse_config(model))
+    cache = prefilled(model, HeadwiseCache(model), 1)
+    recurrent = sum(
+        state.nbytes
+        for layer in cache.layers
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {}))
+        for state in states.values()
+    )
+    assert cache_bytes(model, LENGTH) == cache.num_bytes() - recurrent

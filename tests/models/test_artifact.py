@@ -276,7 +276,11 @@ def test_several_are_shipped():
         ("config.head_map.granularity", "evil", "granularity is 'evil'"),
         ("config.head_map.num_key_value_heads", 0, "0 KV heads"),
         ("config.head_map.num_key_value_heads", 4, "4 KV heads"),
-        ("config.head_map.scores", [[1.0]], "scores must hold 6 numbers for each of its 2 layers"),
+        (
+            "config.head_map.scores",
+            [[1.0]],
+            "scores must hold a number for each query head of its 2 layers",
+        ),
         ("config.head_map.scores", "abc", "scores must hold"),
         ("config.head_map.scores", [[float("nan")] * 6] * 2, "scores must hold"),
         ("config.head_map.retrieval_heads", [["a"], [0]], "retrieval_heads must hold"),

@@ -10,12 +10,13 @@ from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import observing
 from tests import oracles
+from tests.models.zoo.configurations import EQUAL, HEADS_BY_LAYER
 from tests.oracles import Problem, left_padded_positions
 from tests.tiny_models import (
     FAMILIES,
-    KEY_VALUE_HEADS,
     LENGTH,
     PADDING,
+    any_model,
     logits_of,
     make_sparse,
     padded_batch,
@@ -59,34 +60,27 @@ def test_a_windowed_layer_gets_its_usual_mask():
 def layer_problem(model, layer, ids, mask):
     """A layer, its inputs on these tokens as a problem for the oracle, and its output."""
     module, seen = headwise_modules(model)[layer], {}
-    observations = []
-    projected = module.module.get_submodule(
-        "qkv_proj" if hasattr(module.module, "qkv_proj") else "v_proj"
-    )
-    hooks = [
-        projected.register_forward_hook(lambda _, args, output: seen.update(values=output)),
-        module.module.o_proj.register_forward_pre_hook(lambda _, args: seen.update(output=args[0])),
-    ]
+    raw = module.indexer.settings.index_space == "pre_rope"
+    forward = module.forward
+
+    def record(queries, keys, values, *rest):
+        seen.update(values=values, output=forward(queries, keys, values, *rest))
+        return seen["output"]
 
     def observe(view):
-        observations.append(view)
-        if view.layer == layer:
-            seen["before"] = view.undo_rotation(view.queries), view.undo_rotation(view.keys)
+        if view.layer == module.layer_idx:
+            states = view.queries, view.keys
+            seen.update(view=view, features=[*map(view.undo_rotation, states)] if raw else states)
 
+    module.forward = record
     with observing(model, observe, dense=False):
         logits_of(model, ids, mask)
-    for hook in hooks:
-        hook.remove()
-    view = observations[layer]
-    values = seen["values"][..., -KEY_VALUE_HEADS * module.head_dim :]
-    values = values.unflatten(-1, (KEY_VALUE_HEADS, -1)).transpose(1, 2)
-    raw = module.indexer.settings.index_space == "pre_rope"
-    queries = seen["before"][0] if raw else view.queries
-    keys = seen["before"][1] if raw else view.keys
+    del module.forward
+    view, (queries, keys) = seen["view"], seen["features"]
     problem = Problem(
         view.queries,
         view.keys,
-        values,
+        seen["values"],
         torch.zeros(*queries.shape[:3], module.indexer.settings.index_dim),
         torch.zeros(*queries.shape[:3], module.indexer.settings.index_dim),
         view.positions,
@@ -104,8 +98,7 @@ def layer_problem(model, layer, ids, mask):
             (keys[:, key_value_head], problem.index_keys, module.indexer.key_weight[key_rank]),
         ):
             target[:, head] = source[..., kept].double() @ weight.double().T
-    output = seen["output"].unflatten(-1, (len(problem.kv_head_index), -1)).transpose(1, 2)
-    return module, problem, output
+    return module, problem, seen["output"]
 
 
 def check_layer(model, layer):
@@ -119,6 +112,18 @@ def check_layer(model, layer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_equals_the_oracle(family):
     model = sparse_model(family)
+    for layer in range(len(headwise_modules(model))):
+        check_layer(model, layer)
+
+
+@pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize("name", HEADS_BY_LAYER)
+def test_layers_with_different_heads_equal_the_oracle(name, shared_keys):
+    model_type, changes = EQUAL[name]
+    model = any_model(model_type, **changes).double()
+    rule = {"prefill_mode": "top_p", "top_p": 0.6}
+    make_sparse(model, sparse_config(model, shared_keys=shared_keys, **rule))
+    assert not model.rtpurbo_config.head_map.is_uniform
     for layer in range(len(headwise_modules(model))):
         check_layer(model, layer)
 

@@ -10,7 +10,7 @@ from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import GrowingBuffer, HeadwiseLayer
 from rtpurbo.models.ring import RingBuffer, RingSlots
 from rtpurbo.models.slots import TokenSlots
-from rtpurbo.models.sparsify import using_rule
+from rtpurbo.models.sparsify import runtime
 from tests.oracles import is_near, left_padded_positions
 from tests.tiny_models import (
     LENGTH,
@@ -81,7 +81,7 @@ def test_the_ring_shows_each_query_its_sinks_and_window(
         first_slots = None
         if ordered:
             first_slots = torch.tensor(padding, dtype=torch.int32).clamp(max=start + new)
-        slots.enter(chunk, first_slots, start)
+        slots.begin_forward(chunk, first_slots, start)
         states = ring.append(labels, labels + 1000)
         check_addresses(states, sinks, is_chunk_behind_ring=ordered and start > 0 and new > 1)
         for row, (queries, held) in enumerate(
@@ -168,7 +168,7 @@ def test_the_cache_is_smaller_than_a_dense_one(model):
 
 def test_an_index_in_float8_takes_a_byte_a_number(model):
     ids, mask = padded_batch()
-    with using_rule(model, index_storage="float8"):
+    with runtime(model).rule(index_storage="float8"):
         cache = filled(model, ids[:, :FAR], mask[:, :FAR])
         for layer in cache.layers:
             assert layer.index_keys.storage.dtype == torch.float8_e4m3fn
@@ -306,7 +306,7 @@ def test_a_dense_model_gets_none():
 def test_a_cache_made_for_less_refuses_a_wider_rule(model, change):
     ids, mask = padded_batch()
     cache = filled(model, ids[:, :FAR], mask[:, :FAR])
-    with using_rule(model, **change), pytest.raises(RTPurboError, match="make a new cache"):
+    with runtime(model).rule(**change), pytest.raises(RTPurboError, match="make a new cache"):
         logits_of(model, ids[:, FAR:], mask, [LENGTH - FAR], cache)
 
 
@@ -317,6 +317,6 @@ def test_a_cache_serves_a_narrower_rule():
     ids, mask = padded_batch()
     cache = filled(model, ids[:, :FAR], mask[:, :FAR])
     wide = logits_of(model, ids, mask)[:, FAR:]
-    with using_rule(model, sliding_window=5):
+    with runtime(model).rule(sliding_window=5):
         assert not torch.allclose(wide, logits_of(model, ids, mask)[:, FAR:])
         check_continuation(model, cache, ids, mask, FAR)

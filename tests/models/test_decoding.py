@@ -10,11 +10,11 @@ import torch
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import decoding, entering
+from rtpurbo.models import decoding, fused_append
 from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import counting, observing, restore, set_rule, set_selector, using_rule
+from rtpurbo.models.sparsify import counting, observing, restore, runtime, set_rule, set_selector
 from tests.models.test_generation import WINDOW, generate, greedy_by_recomputation
 from tests.models.test_slots import holes
 from tests.tiny_models import (
@@ -52,7 +52,7 @@ class PlainStep:
         PlainStep.prepared += 1
 
     @staticmethod
-    def suits(device):
+    def supports(device):
         return True
 
     @staticmethod
@@ -194,9 +194,9 @@ def test_a_prompt_that_comes_in_single_tokens(plain_steps, model):
 
 def test_short_answers_are_not_worth_it(plain_steps, model):
     ids, mask = padded_batch(PADDING, PROMPT)
-    generate(model, ids, mask, decoding.STEPS_THAT_PAY)
+    generate(model, ids, mask, decoding.CAPTURE_COST_IN_STEPS)
     assert plain_steps.prepared == 0
-    generate(model, ids, mask, decoding.STEPS_THAT_PAY + 1)
+    generate(model, ids, mask, decoding.CAPTURE_COST_IN_STEPS + 1)
     assert plain_steps.prepared == 1
 
 
@@ -352,7 +352,7 @@ def test_a_rule_wider_than_the_cache_is_refused_as_ever(plain_steps, model):
     ids, mask = padded_batch(PADDING, 60)
     cache = HeadwiseCache(model)
     decoded(model, ids[:, :40], mask[:, :40], cache)
-    with using_rule(model, sliding_window=32), pytest.raises(RTPurboError, match="new cache"):
+    with runtime(model).rule(sliding_window=32), pytest.raises(RTPurboError, match="new cache"):
         logits_of(model, ids[:, 40:41], mask[:, :41], [1], cache)
     logits = logits_of(model, ids[:, 40:], mask, [1] * 20, cache)
     assert_same_logits(logits, logits_of(model, ids, mask)[:, 40:], mask)
@@ -487,20 +487,20 @@ def in_both_ways(model, monkeypatch, run):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_graphs_say_what_their_steps_say(family, options, batch, gpu_batch, monkeypatch):
     model, (ids, mask) = gpu_model(family), gpu_batch(BATCHES[batch])
-    results, entered = [], []
+    results, appended = [], []
 
     def counted(module, *arguments):
-        entered.append(module)
-        return enter(module, *arguments)
+        appended.append(module)
+        return append_fused(module, *arguments)
 
-    enter = entering.enter
-    monkeypatch.setattr(entering, "enter", counted)
+    append_fused = fused_append.append_fused
+    monkeypatch.setattr(fused_append, "append_fused", counted)
 
     def run():
-        entered.clear()
+        appended.clear()
         result = generate(model, ids, mask, return_dict_in_generate=True, **options)
         results.append((captures(model), result.past_key_values.is_static))
-        assert set(entered) == set(headwise_modules(model))  # by its kernel
+        assert set(appended) == set(headwise_modules(model))  # by its kernel
         return result.sequences
 
     graphed, plain = in_both_ways(model, monkeypatch, run)
@@ -517,7 +517,7 @@ def test_graphs_are_as_exact_as_steps_as_usual(batch, gpu_batch):
         module.indexer.query_weight.data.mul_(0.005)
     steps = [1] * 60 + [9] + [1] * 107
     logits = []
-    with using_rule(model, min_tokens=ids.shape[1]):
+    with runtime(model).rule(min_tokens=ids.shape[1]):
         for graphs in (True, False):
             model.rtpurbo_graphs = graphs
             cache = HeadwiseCache(model)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.sparsify import restore, using_rule
+from rtpurbo.models.sparsify import restore, runtime
 from tests.tiny_models import (
     FAMILIES,
     HEADS,
@@ -269,7 +269,7 @@ def test_a_restored_model_makes_its_own_cache_again():
 
 def test_dense_prefill_differs_only_in_how_prompts_are_read(model):
     ids, mask = padded_batch()
-    with using_rule(model, prefill_mode="dense"):
+    with runtime(model).rule(prefill_mode="dense"):
         cache = HeadwiseCache(model)
         prompt = logits_of(model, ids, mask, [44], cache)
         assert_same_logits(prompt, logits_of(model, ids, mask), mask)

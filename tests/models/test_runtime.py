@@ -5,7 +5,7 @@ import torch
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import packing, running_dense, using_rule
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.ops import SelectionStatistics
 from tests.tiny_models import logits_of, padded_batch, sparse_model, tiny_model
 
@@ -93,9 +93,8 @@ def test_one_context_manager_serves_once_but_the_runtime_serves_always():
     assert model.rtpurbo_config.attention.top_p == 0.6
 
 
-@pytest.mark.parametrize("run", [running_dense, using_rule, lambda model: packing(model, None)])
-def test_a_dense_model_has_no_settings_to_change(run):
+def test_a_dense_model_has_no_settings_to_change():
     model = tiny_model()
     with pytest.raises(RTPurboError, match="the model is dense"):
-        run(model)
+        runtime(model)
     assert not hasattr(model, "rtpurbo")

@@ -96,7 +96,7 @@ def test_labels_under_left_padding_are_those_of_the_mask(chunks):
     _, mask = padded_batch()
     slots, seen = TokenSlots(RingSlots(2, 8, 0)), 0
     for new in chunks:
-        slots.enter(mask[:, : seen + new], 3, seen, new, CPU)
+        slots.begin_forward(mask[:, : seen + new], 3, seen, new, CPU)
         seen += new
         expected = left_padded_positions(PADDING, LENGTH)[:, :seen]
         assert torch.equal(slots.positions, expected)
@@ -109,13 +109,13 @@ def test_labels_under_left_padding_are_those_of_the_mask(chunks):
 def test_padding_anywhere_stays():
     _, mask = padded_batch()
     slots = TokenSlots(RingSlots(2, 8, 0))
-    slots.enter(holes(mask), 3, 0, LENGTH, CPU)
+    slots.begin_forward(holes(mask), 3, 0, LENGTH, CPU)
     assert (slots.padding, slots.first_slots) == ("any", None)
     assert torch.equal(slots.positions, positions_of(holes(mask)))
     longer = torch.cat([mask, mask[:, -2:]], 1)
-    slots.enter(longer, 3, LENGTH, 2, CPU)
+    slots.begin_forward(longer, 3, LENGTH, 2, CPU)
     assert slots.padding == "any"
-    slots.enter(mask, 3, 0, LENGTH, CPU)
+    slots.begin_forward(mask, 3, 0, LENGTH, CPU)
     assert slots.padding == "left"
 
 

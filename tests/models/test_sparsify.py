@@ -8,14 +8,7 @@ import torch
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights, is_sparse, load_indexers
-from rtpurbo.models.sparsify import (
-    counting,
-    empty_head_map,
-    observing,
-    restore,
-    sparsify,
-    using_rule,
-)
+from rtpurbo.models.sparsify import counting, empty_head_map, observing, restore, runtime, sparsify
 from tests.tiny_models import (
     HEADS,
     KEY_VALUE_HEADS,
@@ -180,12 +173,12 @@ def test_a_dense_model_is_named_as_such(act):
 def test_using_a_rule_for_a_while():
     model, (ids, mask) = sparse_model(), padded_batch()
     rule, before = model.rtpurbo_config.attention, logits_of(model, ids, mask)
-    with using_rule(model, top_p=1.0):
+    with runtime(model).rule(top_p=1.0):
         assert model.rtpurbo_config.attention == replace(rule, top_p=1.0)
         assert not torch.equal(logits_of(model, ids, mask), before)
     assert model.rtpurbo_config.attention == rule
     assert torch.equal(logits_of(model, ids, mask), before)
-    with pytest.raises(KeyError), using_rule(model, top_p=1.0):
+    with pytest.raises(KeyError), runtime(model).rule(top_p=1.0):
         raise KeyError
     assert torch.equal(logits_of(model, ids, mask), before)
 
@@ -194,7 +187,7 @@ def test_counting_what_is_read():
     model, (ids, mask) = sparse_model(), padded_batch()
     shares = {}
     for top_p in (0.3, 0.9, 1.0):
-        with using_rule(model, top_p=top_p), counting(model) as statistics:
+        with runtime(model).rule(top_p=top_p), counting(model) as statistics:
             logits_of(model, ids, mask)
         shares[top_p] = statistics.share_read
         lengths = mask.sum(1).tolist()

@@ -6,14 +6,18 @@ import torch
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
-from rtpurbo.models.sparsify import using_rule
+from rtpurbo.models.sparsify import runtime
 from tests.models.test_slots import Looks, holes, states_seen  # noqa: F401
+from tests.models.zoo.configurations import EQUAL, HEADS_BY_LAYER
 from tests.tiny_models import (
     FAMILIES,
     PADDING,
+    any_model,
     assert_same_logits,
     logits_of,
+    make_sparse,
     padded_batch,
+    sparse_config,
     sparse_model,
 )
 
@@ -24,6 +28,15 @@ PROMPT, LENGTH = 24, 90
 @pytest.fixture(scope="module")
 def model():
     return sparse_model()
+
+
+def model_of(name):
+    """A sparse model of a family, or of a type of the zoo whose layers differ."""
+    if name in FAMILIES:
+        return sparse_model(name)
+    model_type, changes = EQUAL[name]
+    model = any_model(model_type, **changes).double()
+    return make_sparse(model, sparse_config(model, prefill_mode="top_p", top_p=0.6))
 
 
 def static_cache(model, ids, mask, capacity=128, crop_slack=8):
@@ -45,10 +58,10 @@ def addresses(cache):
     return [tensor.data_ptr() for tensor in tensors]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HEADS_BY_LAYER])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_steps_equal_one_forward_while_every_ring_wraps(family, batch):
-    model, (ids, mask) = sparse_model(family), padded_batch(BATCHES[batch], LENGTH)
+    model, (ids, mask) = model_of(family), padded_batch(BATCHES[batch], LENGTH)
     cache = static_cache(model, ids, mask)
     before = addresses(cache)
     steps = [1] * (LENGTH - PROMPT)
@@ -62,7 +75,7 @@ def test_steps_equal_one_forward_while_every_ring_wraps(family, batch):
 
 def test_steps_with_an_index_in_float8(model):
     ids, mask = padded_batch(PADDING, LENGTH)
-    with using_rule(model, index_storage="float8"):
+    with runtime(model).rule(index_storage="float8"):
         cache = static_cache(model, ids, mask)
         decoded = logits_of(model, ids[:, PROMPT:], mask, [1] * (LENGTH - PROMPT), cache)
         assert_same_logits(decoded, logits_of(model, ids, mask)[:, PROMPT:], mask)

@@ -15,15 +15,14 @@ from transformers import (
 )
 
 import rtpurbo
-from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
+from rtpurbo.config import AttentionRule, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import convertible_layers, num_key_value_heads
 from rtpurbo.models.base import load_base_model, read_config
 from rtpurbo.models.sparsify import sparsify
 from rtpurbo.models.text import generate_text
 from tests.models.zoo.multimodal import TEXT, VISION, WRAPPERS, wrapper_config
 from tests.tiny_artifact import save_tiny_artifact
-from tests.tiny_models import HEADS, any_model, make_sparse
+from tests.tiny_models import any_model, head_map_of, make_sparse
 from tests.tiny_tokenizer import tiny_tokenizer
 
 FAST = ("gemma3", "mistral3", "internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llama4")
@@ -102,10 +101,7 @@ def saved_names(folder):
 
 
 def seeing_everything(model):
-    config = model.config
-    head_map = HeadMap.uniform(
-        [1, 4], convertible_layers(config), HEADS, num_key_value_heads(config)
-    )
+    head_map = head_map_of(model, [1, 4])
     rule = AttentionRule(num_sink_tokens=2, sliding_window=8, top_p=1.0, min_tokens=1, block_size=8)
     return RTPurboConfig(head_map, replace(rule, sliding_window=256), IndexerSettings(4))
 

@@ -12,8 +12,9 @@ from rtpurbo.models.sparsify import counting
 from rtpurbo.models.text import chat_tokens
 from rtpurbo.ops import SelectionStatistics
 from rtpurbo.serving.chat import Conversation, Sampling, reads_of_steps
+from tests.models.zoo.configurations import EQUAL
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
-from tests.tiny_models import sparse_model
+from tests.tiny_models import any_model, make_sparse, sparse_config, sparse_model
 from tests.tiny_tokenizer import CHAT_TEMPLATE
 
 LONG = "the special magic numbers are hidden in the provided text " * 6
@@ -227,6 +228,19 @@ def test_layers_with_windows_of_their_own_read_those():
     # Two layers of 8 keys, one of all keys; six heads each. Retrieval heads have windows as well.
     assert near == 6 * (2 * (5 + 8) + 5 + (8 + 2))
     assert dense == 6 * (2 * (5 + 8) + 105)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("Qwen3.5", 0), ("Llama 4", 3 * 6 * (5 + 4)), ("Laguna", 2 * 6 * (5 + 8))]
+)
+def test_layers_without_attention_read_nothing_and_chunks_read_their_own(name, own):
+    model_type, changes = EQUAL[name]
+    model = any_model(model_type, **changes)
+    make_sparse(model, sparse_config(model, (0,)))
+    near, dense = reads_of_steps(model, [5, 100])
+    full = len(headwise_modules(model))
+    assert near == own + full * 6 * (5 + 2 + 8)
+    assert dense == own + full * 6 * (5 + 100)
 
 
 def test_the_caches_are_weighed(conversation):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import running_dense
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings
 from rtpurbo.training.layerwise import train_layer_by_layer
 from rtpurbo.training.sequences import TrainingSequence
@@ -58,7 +58,7 @@ def test_indexers_learn_the_same_from_packed_documents_as_from_single_ones(name)
 @pytest.mark.parametrize("name", FAST)
 def test_a_lora_approaches_the_dense_model(name):
     model, sequence, losses = sparse(name), sequences()[0], []
-    with running_dense(model):
+    with runtime(model).dense():
         targets = teacher_targets(model, sequence, STAGE2, "seed")
     with trainable(model, STAGE2, 0) as student:
         weights = trained_weights(student)

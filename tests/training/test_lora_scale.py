@@ -12,7 +12,7 @@ from rtpurbo.conversion import convert, distill
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.models.sparsify import running_dense
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import DistillationSettings, no_progress
 from rtpurbo.training.lora_scale import SCALES, TOLERANCE, choose_scale, losses_by_scale
@@ -31,7 +31,7 @@ SEQUENCES = [TrainingSequence(IDS[0], 7), TrainingSequence(IDS[1])]
 
 def test_scales_interpolate_between_the_model_before_and_after():
     model = sparse_model(prefill_mode="dense", dtype=torch.float32)
-    with running_dense(model):
+    with runtime(model).dense():
         held_out = [(each, teacher_targets(model, each, LEARNT, "seed")) for each in SEQUENCES]
 
     def loss():

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import decoding_last, running_dense
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.models.stage2_weights import apply_stage2
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
@@ -37,7 +37,7 @@ def make_model():
 
 
 def targets_of(model, sequence, settings):
-    with running_dense(model):
+    with runtime(model).dense():
         return teacher_targets(model, sequence, settings, "seed")
 
 
@@ -60,7 +60,7 @@ def gradients(weights):
 def written_out(model, sequence, targets, settings):
     """Loss and mean divergence, from logits of every token."""
     rows = min(settings.decode_queries, sequence.num_answer_tokens or settings.decode_queries)
-    with decoding_last(model, rows):
+    with runtime(model).decoding_last(rows):
         logits = model(torch.tensor([sequence.input_ids])).logits[0, targets.positions]
     student = logits.log_softmax(-1).gather(-1, targets.token_ids)
     teacher = targets.log_probabilities

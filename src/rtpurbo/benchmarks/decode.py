@@ -119,9 +119,9 @@ class DecodeCase:
         length = torch.tensor([states.length], dtype=torch.int32, device=states.keys.device)
         slots = RingSlots(self.rule.num_sink_tokens, self.rule.sliding_window, 0)
         ring = RingBuffer(slots)
-        slots.enter(states.positions[:, :-1])
+        slots.begin_forward(states.positions[:, :-1])
         ring.append(windowed.keys[:, :, :-1], windowed.values[:, :, :-1])
-        slots.enter(states.positions[:, -1:])
+        slots.begin_forward(states.positions[:, -1:])
         in_ring = ring.append(windowed.keys[:, :, -1:], windowed.values[:, :, -1:])
         histogram_workspace = new_histogram_workspace(
             full.keys.shape[0], len(self.layout.retrieval), full.keys.device

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 from rtpurbo.benchmarks import sdpa
-from rtpurbo.models.architecture import head_dim_of
+from rtpurbo.models.architecture import AttentionShape, attention_shapes
 
 IMPLEMENTATION = "rtpurbo-benchmark"
 
@@ -96,10 +96,10 @@ class FullLayer(CacheLayerMixin):
 def full_cache(model: PreTrainedModel, length: int, batch: int) -> Cache:
     """Cache of a dense model, full of random states."""
     config = model.config
-    head_dim = head_dim_of(config)
-    shape = (batch, config.num_key_value_heads, length, head_dim)
 
-    def states() -> Tensor:
-        return torch.randn(shape, dtype=model.dtype, device=model.device)
+    def states(shape: AttentionShape) -> Tensor:
+        size = (batch, shape.num_key_value_heads, length, shape.head_dim)
+        return torch.randn(size, dtype=model.dtype, device=model.device)
 
-    return Cache(layers=[FullLayer(states(), states()) for _ in range(config.num_hidden_layers)])
+    shapes = attention_shapes(config).values()
+    return Cache(layers=[FullLayer(states(shape), states(shape)) for shape in shapes])

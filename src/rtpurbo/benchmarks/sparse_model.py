@@ -81,7 +81,7 @@ def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) ->
     cache.expected_length = expected
     device, dtype = model.device, model.dtype
     index_dtype = index_dtype_of(dtype)
-    cache.enter(None, batch, length, device)
+    cache.begin_forward(None, batch, length, device)
 
     def states(heads: int, dim: int, kind: torch.dtype) -> Tensor:
         return torch.randn(batch, heads, length, dim, dtype=kind, device=device)

@@ -23,7 +23,7 @@ from rtpurbo.benchmarks.training import (
 )
 from rtpurbo.config import AttentionRule
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import running_dense
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.sharding import clip_gradients, gradient_norm
@@ -65,7 +65,7 @@ class Stage2Case(TrainingCase):
         ids = random_tokens(self.model, length)
         sequence = TrainingSequence(ids.tolist(), min(ANSWER_TOKENS, length // 2))
         assert isinstance(self.student, PeftModel)
-        with self.student.disable_adapter(), running_dense(self.model), autocast(self.model):
+        with self.student.disable_adapter(), runtime(self.model).dense(), autocast(self.model):
             return sequence, teacher_targets(self.model, sequence, SETTINGS, "position_labels")
 
     def learn(self, sequence: TrainingSequence, targets: TeacherTargets, backend: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""Finding the retrieval heads: needle documents, a score for each query head, and the choice."""
+"""Calibration: documents, scores of query heads, gates, and the choice of retrieval heads."""

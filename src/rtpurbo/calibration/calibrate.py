@@ -1,4 +1,4 @@
-"""From a dense model and some prose to a head map."""
+"""Calibration of a dense model on texts, which finds its retrieval heads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from rtpurbo.data.needles import make_calibration_document
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
 from rtpurbo.lengths import check_context
-from rtpurbo.models.architecture import context_length, convertible_layers, num_key_value_heads
+from rtpurbo.models.architecture import context_length
+from rtpurbo.models.sparsify import empty_head_map
 from rtpurbo.renamed_settings import current_settings
 from rtpurbo.settings import (
     CalibrationSettings,
@@ -33,14 +34,20 @@ from rtpurbo.settings import (
 
 @dataclass(frozen=True)
 class Calibration:
-    """A head map, how sure we can be of it, and how it was found; None where that is not known."""
+    """Result of a calibration.
+
+    Attributes:
+        head_map: retrieval heads and scores.
+        stability: agreement of the documents; None if it was not measured.
+        settings: settings of the calibration; None if they are not known.
+    """
 
     head_map: HeadMap
     stability: Stability | None
     settings: CalibrationSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns plain JSON types."""
         return asdict(self)
 
 
@@ -56,18 +63,18 @@ def calibrate(
 ) -> Calibration:
     """Finds the retrieval heads.
 
-    Scores are gates trained on long-range tasks, or means over documents: of prose whose needles stand at depths from
-    5 % to 50 % (repeated filler would draw attention to every copy, docs/experiment-log.md), of chains of variables, or
-    of both, whose best heads come in turn.
+    Scores are gates trained on long-range tasks, or means over documents: prose with needles at depths from 5 % to
+    50 % (repeated filler would draw attention to every copy, docs/experiment-log.md), chains of variables, or both,
+    whose best heads are taken in turn.
 
     Args:
         model: dense.
         tokenizer: the model's.
-        corpus: prose that the needles are hidden in.
+        corpus: prose in which the needles are hidden.
         settings: documents and choice.
-        rule: sinks and window that gates compare full attention with; the default for the context if None.
-        seed: of the documents.
-        progress: told after each document.
+        rule: sinks and window of a head with a closed gate; None for the default of the context.
+        seed: seed of the documents.
+        progress: called after each document.
 
     Raises:
         RTPurboError: documents are longer than the model's context or than the text.
@@ -81,19 +88,21 @@ def calibrate(
         if settings.ranking == "interleaved"
         else (settings.ranking,)
     )
+    # By kind, the scores of all heads of all layers that each document gives.
     rows: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    layers: list[int] = []
+    sizes: dict[int, int] = {}
     for number in range(settings.num_documents):
         for kind in kinds:
             scores = _scores(kind, model, tokenizer, corpus, settings, seed, number)
-            layers = sorted(scores)
-            rows[kind].append(torch.stack([scores[layer] for layer in layers]))
+            sizes = {layer: len(scores[layer]) for layer in sorted(scores)}
+            rows[kind].append(torch.cat([scores[layer] for layer in sizes]))
         progress("calibrate", number + 1, settings.num_documents, {})
     measured = [torch.stack(documents) for documents in rows.values()]
     mean = _together(*(documents.mean(0) for documents in measured))
     by_document = torch.stack([_together(*each) for each in zip(*measured, strict=True)])
-    head_map = _chosen(model, dict(zip(layers, mean, strict=True)), settings)
-    stability = measure_stability(by_document.flatten(1), head_map.num_retrieval_heads)
+    by_layer = dict(zip(sizes, mean.split(list(sizes.values())), strict=True))
+    head_map = _chosen(model, by_layer, settings)
+    stability = measure_stability(by_document, head_map.num_retrieval_heads)
     return Calibration(head_map, stability, settings)
 
 
@@ -106,12 +115,11 @@ def _by_gates(
     seed: int,
     progress: Progress,
 ) -> Calibration:
-    """The heads whose gates stay open."""
+    """Calibrates by gates: retrieval heads are those whose gates stay open."""
     window = default_sliding_window(context_length(model.config))
     ratio = settings.ratio
     if settings.count is not None:
-        heads = model.config.num_attention_heads * sum(convertible_layers(model.config))
-        ratio = min(1.0, settings.count / heads)
+        ratio = min(1.0, settings.count / empty_head_map(model).num_heads)
     scores = train_gates(
         model,
         GateSequences(tokenizer, corpus, (settings.length,), seed),
@@ -127,15 +135,15 @@ def _by_gates(
 def _chosen(
     model: PreTrainedModel, scores: dict[int, Tensor], settings: CalibrationSettings
 ) -> HeadMap:
-    """The head map of these scores, given by layer."""
+    """Returns the head map of scores by layer."""
     by_layer: list[list[float] | None] = [None] * model.config.num_hidden_layers
     for layer, values in scores.items():
         by_layer[layer] = values.tolist()
-    return choose_heads(by_layer, num_key_value_heads(model.config), settings)
+    return choose_heads(by_layer, empty_head_map(model).num_key_value_heads, settings)
 
 
 def _together(first: Tensor, *second: Tensor) -> Tensor:
-    """Scores of one kind as they are, of two kinds in turn."""
+    """Returns scores of one kind unchanged, and those of two kinds merged by `in_turn`."""
     return in_turn(first, *second) if second else first
 
 
@@ -148,7 +156,7 @@ def _scores(
     seed: int,
     number: int,
 ) -> dict[int, Tensor]:
-    """The scores that one document gives, by layer."""
+    """Returns the scores of one document by layer."""
     if kind == "variable_tracking":
         rng = random.Random(f"chains-{seed}-{number}")
         chained = make_chain_document(tokenizer, corpus, settings.length, rng)
@@ -160,7 +168,7 @@ def _scores(
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Result of `rtpurbo calibrate`, read from its file.
+    """Reads the file that `rtpurbo calibrate` wrote.
 
     Raises:
         RTPurboError: the file is missing or is not one.

@@ -1,8 +1,8 @@
-"""The chain score of a query head: how much it looks back where a chain of variables is followed.
+"""Chain score of a query head: attention to earlier assignments in a chain of variables.
 
-The retrieval score asks which heads look from a sentence back to its copy. A chain asks for more: from an
-assignment the one before it must be found, from the value in the question the first of them, and all from
-the answer. What that needs and copies do not is lost at 32K (docs/experiment-log.md).
+The retrieval score measures attention from a sentence to its earlier copy. A chain needs more: from an
+assignment to the one before it, from the value in the question to the first assignment, and from the
+answer to all of them. Without the heads that do this, accuracy at 32K is lost (docs/experiment-log.md).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparsify import observing
 
 NEAR = 256
-"""Tokens so near do not count as looked back at."""
+"""Attention to tokens within this distance is not counted."""
 
 BUSIEST = 0.25
-"""A head may act on one token of a line: of the rows, this share that looks back most counts."""
+"""Share of the queries that are counted, those with the most attention: a head may act on one token of a line."""
 
 
 @dataclass(frozen=True)
 class ChainDocument:
-    """Chains in dull sentences, and a question about one with its answer.
+    """Chains of variables among noise sentences, and a question about one chain with its answer.
 
     Attributes:
-        input_ids: all of it.
+        input_ids: tokens of the document.
         hidden: indices of the tokens of assignments.
-        rows: indices of those tokens that have to look back, by what they look for.
+        rows: indices of the queries that need earlier tokens, by kind.
     """
 
     input_ids: list[int]
@@ -49,19 +49,24 @@ class ChainDocument:
 def make_chain_document(
     tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
 ) -> ChainDocument:
-    """One of training's sequences, with the places of what is hidden and asked.
+    """Draws a training sequence, with the indices of its assignments and of the queries that need them.
 
     Raises:
-        RTPurboError: the tokenizer does not tell which characters its tokens are.
+        RTPurboError: the tokenizer does not return the characters of its tokens.
     """
     sequence = LongRangeMix(tokenizer, corpus).chains(length, rng, NOISE, most_questions=1)
     drawn = sequence.conversation
     text = decode(tokenizer, drawn.input_ids)
     if not tokenizer.is_fast:
-        raise RTPurboError("chains can be found with fast tokenizers alone.")
+        raise RTPurboError(
+            "the chain score needs a fast tokenizer: choose calibration.ranking=gates or induction."
+        )
     found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     if found["input_ids"] != drawn.input_ids:
-        raise RTPurboError("the tokenizer reads the text of its own tokens as other ones.")
+        raise RTPurboError(
+            "the tokenizer encodes the text of its own tokens differently, so the chain score cannot be "
+            "computed: choose calibration.ranking=gates or induction."
+        )
 
     def tokens(places: Iterable[tuple[int, int]]) -> list[int]:
         return [
@@ -86,15 +91,15 @@ def make_chain_document(
 
 
 def _place(text: str, part: str, after: int) -> tuple[int, int]:
-    """The first and the one-past-the-last character of a part of a text, from a place on."""
+    """Returns start and end of a part of a text, searched from an index on."""
     start = text.index(part, after)
     return start, start + len(part)
 
 
 def chain_scores(model: PreTrainedModel, document: ChainDocument) -> dict[int, Tensor]:
-    """The attention that goes far back to assignments, mean over the three kinds of rows.
+    """Returns the attention to distant assignments, as the mean over the three kinds of queries.
 
-    Only these rows are computed, so no n x n matrix is made.
+    Only these queries are computed, so no n x n matrix is made.
 
     Args:
         model: dense, on any device.
@@ -116,7 +121,7 @@ def chain_scores(model: PreTrainedModel, document: ChainDocument) -> dict[int, T
 
 
 def _looked_back(seen: LayerObservation, rows: Sequence[int], hidden: Sequence[int]) -> Tensor:
-    """The mass on hidden tokens far before these rows, mean over the busiest of them: [heads]."""
+    """Returns the mean attention of the `BUSIEST` queries to distant hidden tokens: [heads]."""
     asked = torch.tensor(rows, device=seen.keys.device)
     wanted = torch.tensor(hidden, device=seen.keys.device)
     is_far = asked[:, None] - wanted > NEAR

@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.calibration.gate_sequences import target_positions
-from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import num_key_value_heads
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import empty_head_map, gated_heads, restore, running_dense, sparsify
+from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, loss_on
@@ -47,7 +46,7 @@ TARGETS = DistillationSettings(answer_weight=2.0, decode_queries=0)
 
 
 class Sequences(Protocol):
-    """A source of training sequences."""
+    """Source of training sequences."""
 
     def sequence(self, number: int) -> Conversation:
         """Sequence `number`, with the spans of its answers."""
@@ -92,7 +91,7 @@ def train_gates(
         for step in range(steps):
             positions, answers = target_positions(upcoming, f"gates-{step}")
             ids = upcoming.input_ids
-            with running_dense(model), autocast(model):
+            with runtime(model).dense(), autocast(model):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
             loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)
             if not loss.isfinite():
@@ -112,10 +111,11 @@ def train_gates(
                 for layer, gate in gates.items():
                     total[layer] += gate.detach() / len(last)
             progress("gates", step + 1, steps, {"loss": loss.item(), "open": budget})
-        heads = model.config.num_attention_heads
         return {
-            layer: value.repeat_interleave(heads // value.numel()).cpu()
-            for layer, value in total.items()
+            module.layer_idx: gate.repeat_interleave(
+                module.num_attention_heads // gate.numel()
+            ).cpu()
+            for module, gate in zip(headwise_modules(model), total.values(), strict=True)
         }
 
 
@@ -154,7 +154,7 @@ class SharedScaleDescent:
 
 
 def _free(gate: Tensor, gradient: Tensor) -> Tensor:
-    """The gradients of gates that can follow them: neither open nor closed already."""
+    """Returns the gradients of gates that can move along them: not clamped at 0 or 1."""
     return gradient[
         (gate > 0) & (gate < 1) | (gate == 0) & (gradient < 0) | (gate == 1) & (gradient > 0)
     ]
@@ -188,27 +188,27 @@ def project(gates: Sequence[Tensor], budget: float) -> None:
 def _gated(
     model: PreTrainedModel, rule: AttentionRule, per_group: bool
 ) -> Iterator[dict[int, Tensor]]:
-    """A dense model with gates on its heads, ready for their gradients, and dense again afterwards.
+    """Attaches trainable gates to the heads of a dense model, inside a `with` block.
 
     Yields:
         The gates by layer: fp32 [num_key_value_heads] or [num_attention_heads].
     """
-    config = model.config
-    count = num_key_value_heads(config) if per_group else config.num_attention_heads
-    head_map: HeadMap = empty_head_map(model)
-    sparsify(model, RTPurboConfig(head_map, rule))
+    sparsify(model, RTPurboConfig(empty_head_map(model), rule))
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         set_gradient_checkpointing(model, True)
     model.train()
     gates = {
         module.layer_idx: torch.full(
-            (count,), INITIAL_GATE, device=module.device, requires_grad=True
+            (module.num_key_value_heads if per_group else module.num_attention_heads,),
+            INITIAL_GATE,
+            device=module.device,
+            requires_grad=True,
         )
         for module in headwise_modules(model)
     }
     try:
-        with gated_heads(model, gates):
+        with runtime(model).gated(gates):
             yield gates
     finally:
         model.eval()

@@ -1,4 +1,4 @@
-"""The retrieval score of a query head (paper: head calibration)."""
+"""Retrieval score of a query head (paper: head calibration)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rtpurbo.ops.eager.visibility import causal_mask
 
 
 def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> dict[int, Tensor]:
-    """Attention that the later needle's queries pay to the earlier needle, per query head.
+    """Returns the attention of the later needle's queries to the earlier needle, for each query head.
 
-    `R_h = 1/|N_post| * sum over rows t of the later needle, columns j of the earlier one, of A_h(t, j)`, less what a
-    head without any preference would give (|N_pre| / length), so that documents of all lengths compare. Only the
-    needle's rows are computed, so no n x n matrix is made.
+    `R_h = 1/|N_post| * sum over rows t of the later needle, columns j of the earlier one, of A_h(t, j)`, minus
+    that of a head with uniform attention (|N_pre| / length), so that documents of all lengths are comparable. Only
+    the needle's queries are computed, so no n x n matrix is made.
 
     Args:
         model: dense, on any device.
@@ -42,11 +42,11 @@ def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> d
 
 
 def attention_of_rows(seen: LayerObservation, rows: slice | Tensor) -> Tensor:
-    """The full attention of some rows: [heads, rows, keys], in at least fp32.
+    """Returns the full attention of some queries: [heads, queries, keys], in at least fp32.
 
     Args:
-        seen: a layer's states of one document.
-        rows: which.
+        seen: states of a layer for one document.
+        rows: indices of the queries.
     """
     queries, keys = seen.queries[:, :, rows], seen.keys
     group = queries.shape[1] // keys.shape[1]

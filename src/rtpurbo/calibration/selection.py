@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import accumulate, combinations
 
 import torch
 from torch import Tensor
 
-from rtpurbo.config import HeadMap
+from rtpurbo.config import HeadCounts, HeadMap
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import CalibrationSettings
 
@@ -18,7 +18,7 @@ Scores = Sequence[Sequence[float] | None]
 
 
 def choose_heads(
-    scores: Scores, num_key_value_heads: int, settings: CalibrationSettings
+    scores: Scores, num_key_value_heads: HeadCounts, settings: CalibrationSettings
 ) -> HeadMap:
     """Ranks all heads of all layers together and takes the best.
 
@@ -27,43 +27,54 @@ def choose_heads(
 
     Args:
         scores: for each layer, a score for each query head; None for a layer that is not converted.
-        num_key_value_heads: KV heads of a layer.
+        num_key_value_heads: KV heads of a layer, as in a head map.
         settings: ratio, threshold or count; granularity.
 
     Raises:
         RTPurboError: more heads are asked for than there are, or none is left.
     """
-    num_heads = len(next(row for row in scores if row is not None))
-    unit = num_heads // num_key_value_heads if settings.granularity == "kv_group" else 1
-    # (score of the unit, layer, first head), best first; ties go to the earlier layer and head.
-    units = [
-        (max(row[first : first + unit]), layer, first)
-        for layer, row in enumerate(scores)
-        if row is not None
-        for first in range(0, num_heads, unit)
-    ]
-    units.sort(key=lambda item: (-item[0], item[1], item[2]))
-    total = unit * len(units)
+    # Without retrieval heads, for the numbers of heads of each layer.
+    empty = HeadMap(
+        tuple(None if row is None else () for row in scores),
+        tuple(None if row is None else len(row) for row in scores),
+        num_key_value_heads,
+        tuple(None if row is None else tuple(float(value) for value in row) for row in scores),
+        settings.granularity,
+    )
+    # Layer and heads of each unit, best first; ties go to the earlier layer and head.
+    units: list[tuple[int, range]] = []
+    for layer in empty.converted_layers:
+        size = empty.group_size(layer) if settings.granularity == "kv_group" else 1
+        firsts = range(0, empty.num_query_heads(layer), size)
+        units += [(layer, range(first, first + size)) for first in firsts]
+
+    def score(unit: tuple[int, range]) -> float:
+        layer, heads = unit
+        row = scores[layer]
+        assert row is not None
+        return max(row[head] for head in heads)
+
+    units.sort(key=score, reverse=True)
     if settings.threshold is not None:
-        taken = [item for item in units if item[0] >= settings.threshold]
+        taken = [unit for unit in units if score(unit) >= settings.threshold]
     else:
+        total = empty.num_heads
         wanted = settings.count if settings.count is not None else math.ceil(settings.ratio * total)
         if not 0 <= wanted <= total:
             raise RTPurboError(
                 f"{wanted} retrieval heads were asked for, but the model has {total} query heads."
             )
-        taken = units[: -(-wanted // unit)]
-    chosen: list[list[int] | None] = [None if row is None else [] for row in scores]
-    for _, layer, first in taken:
-        heads = chosen[layer]
-        assert heads is not None
-        heads.extend(range(first, first + unit))
-    return HeadMap(
-        tuple(None if heads is None else tuple(sorted(heads)) for heads in chosen),
-        num_heads,
-        num_key_value_heads,
-        tuple(None if row is None else tuple(float(value) for value in row) for row in scores),
-        settings.granularity,
+        before = accumulate((len(heads) for _, heads in units), initial=0)
+        taken = [unit for unit, heads in zip(units, before, strict=False) if heads < wanted]
+    chosen: dict[int, list[int]] = {layer: [] for layer in empty.converted_layers}
+    for layer, heads in taken:
+        chosen[layer] += heads
+    return replace(
+        empty,
+        retrieval_heads=tuple(
+            None if row is None else tuple(sorted(chosen[layer]))
+            for layer, row in enumerate(scores)
+        ),
     )
 
 
@@ -71,11 +82,11 @@ def in_turn(first: Tensor, second: Tensor) -> Tensor:
     """Scores by which the best heads of two rankings come in turn.
 
     Args:
-        first: [layers, heads], of which the best head comes first.
+        first: scores of all heads, of which the best head comes first.
         second: of the same shape.
 
     Returns:
-        1 for the best head, then less the worse the better of a head's two ranks is; [layers, heads].
+        1 for the best head, then less the worse the better of a head's two ranks is; of the same shape.
     """
     places = []
     for turn, scores in enumerate((first, second)):

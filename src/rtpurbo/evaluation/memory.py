@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rtpurbo.models.architecture import head_dim_of, num_key_value_heads
+from rtpurbo.models.architecture import attention_shapes
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import HeadwiseLayer
+from rtpurbo.models.probe import probe
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
 
 # Tensors of this device have shapes but no memory, so that any length can be counted anywhere.
@@ -24,7 +25,8 @@ def cache_bytes(
 ) -> int:
     """Bytes of the cache after a prompt.
 
-    The model's own kind of cache is filled as its layers would fill it.
+    The model's own kind of cache is filled as its layers would fill it. Recurrent states, which do not
+    grow with the prompt, are left out.
 
     Args:
         model: dense or sparse.
@@ -36,15 +38,21 @@ def cache_bytes(
     sparse = is_sparse(model) and not dense
     cache = HeadwiseCache(model) if sparse else DynamicCache(config=model.config)
     if isinstance(cache, HeadwiseCache):
-        cache.enter(None, batch_size, context_length, DEVICE)
+        cache.begin_forward(None, batch_size, context_length, DEVICE)
 
     def states(heads: int, dim: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
         return torch.zeros(batch_size, heads, context_length, dim, dtype=dtype, device=DEVICE)
 
-    heads, head_dim = num_key_value_heads(model.config), head_dim_of(model.config)
-    keys = states(heads, head_dim)
+    shapes, traits = attention_shapes(model.config), probe(model)
     attention = {each.layer_idx: each for each in headwise_modules(model)} if sparse else {}
     for number, layer in enumerate(cache.layers):
+        found = traits.get(number)
+        shape = found or shapes.get(number)
+        if shape is None:
+            continue
+        heads, head_dim = shape.num_key_value_heads, shape.head_dim
+        keys = states(heads, head_dim)
+        values = states(heads, head_dim if found is None else found.value_dim)
         if isinstance(layer, HeadwiseLayer):
             index, own = None, attention[number]
             if own.retrieval_heads and index_keys:
@@ -52,15 +60,23 @@ def cache_bytes(
                 dtype = torch.float8_e4m3fn if in_float8 else model.dtype
                 num_keys, index_dim, _ = own.indexer.key_weight.shape
                 index = states(num_keys, index_dim, dtype)
-            layer.append(keys, states(heads, own.value_dim), index, own.layout(DEVICE))
+            layer.append(keys, values, index, own.layout(DEVICE))
         else:
-            layer.update(keys, keys)
+            layer.update(keys, values)
     if isinstance(cache, HeadwiseCache):
         return cache.num_bytes()
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(
+        layer.keys.nbytes + layer.values.nbytes
+        for number, layer in enumerate(cache.layers)
+        if number in shapes
+    )
 
 
 def full_key_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of the keys, without values, of so many tokens in the KV heads kept whole."""
-    key_bytes = head_dim_of(model.config) * model.dtype.itemsize
-    return model.rtpurbo_config.head_map.num_full_key_value_heads * key_bytes * tokens
+    head_map = model.rtpurbo_config.head_map
+    values = sum(
+        len(head_map.full_key_value_heads(layer.layer_idx)) * layer.head_dim
+        for layer in headwise_modules(model)
+    )
+    return values * model.dtype.itemsize * tokens

@@ -17,7 +17,7 @@ from rtpurbo.evaluation.samples import Outcome
 from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparse_layers import is_sparse
-from rtpurbo.models.sparsify import using_rule
+from rtpurbo.models.sparsify import runtime
 
 # Logits of this many positions are held at once.
 CHUNK_POSITIONS = 512
@@ -84,5 +84,5 @@ def token_losses(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
 
 def _every_query_sparse(model: PreTrainedModel) -> AbstractContextManager[None]:
     if is_sparse(model) and model.rtpurbo_config.attention.prefill_mode == "dense":
-        return using_rule(model, prefill_mode="top_p")
+        return runtime(model).rule(prefill_mode="top_p")
     return nullcontext()

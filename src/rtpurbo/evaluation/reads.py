@@ -191,7 +191,6 @@ class WindowReader:
 
     def __init__(self, meter: ReadMeter, head_map: HeadMap, rule: AttentionRule) -> None:
         self.meter, self.head_map, self.rule = meter, head_map, rule
-        self._group = head_map.num_attention_heads // head_map.num_key_value_heads
         self._keys: dict[int, GrowingBuffer] = {}
         self._positions: dict[int, GrowingBuffer] = {}
 
@@ -203,13 +202,14 @@ class WindowReader:
             return
         if positions.shape[1] > 1 or layer not in self._keys:
             self._keys[layer], self._positions[layer] = GrowingBuffer(), GrowingBuffer()
-        readers = [head // self._group for head in heads]
-        keys = self._keys[layer].append(observation.keys[:, sorted(set(readers))])
+        group = self.head_map.group_size(layer)
+        kv_heads = [head // group for head in heads]
+        keys = self._keys[layer].append(observation.keys[:, sorted(set(kv_heads))])
         labels = self._positions[layer].append(positions[:, None, :, None])[:, 0, :, 0]
         if not self.meter.needs_queries:
             return
-        order = {reader: place for place, reader in enumerate(sorted(set(readers)))}
-        keys = keys[:, [order[reader] for reader in readers]]
+        order = {kv_head: place for place, kv_head in enumerate(sorted(set(kv_heads)))}
+        keys = keys[:, [order[kv_head] for kv_head in kv_heads]]
         queries = observation.queries[:, heads]
         per_row = keys.shape[0] * keys.shape[1] * keys.shape[2]
         for chunk in query_chunks(queries.shape[2], per_row, ROW_STRIDE):

@@ -5,6 +5,7 @@ A probe of the loaded model confirms it (`rtpurbo.models.probe`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.models.auto.modeling_auto import (
@@ -15,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.families import FAMILIES
+from rtpurbo.models.families import FAMILIES, WITHOUT_ATTENTION
 
 # Layer types of transformers whose attention sees every earlier token; `hybrid` layers have a recurrent
 # state beside it.
@@ -127,23 +128,46 @@ def _refusal(config: Any) -> str | None:
     return f"no layer has full attention of its own (layers are {sorted(set(layer_types(config)))})"
 
 
-def num_key_value_heads(config: Any) -> int:
-    """Number of KV heads of the full-attention layers."""
-    heads = getattr(_full_attention_config(config), "num_key_value_heads", None)
-    return int(heads or config.num_attention_heads)
+@dataclass(frozen=True)
+class AttentionShape:
+    """Numbers and size of the heads of one layer.
+
+    Attributes:
+        num_attention_heads: query heads.
+        num_key_value_heads: KV heads.
+        head_dim: dimensions of a head.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
 
 
-def head_dim_of(config: Any) -> int:
-    """Dimensions of a head of the full-attention layers; computed where older configurations lack it."""
-    head_dim = getattr(_full_attention_config(config), "head_dim", None)
-    return head_dim or config.hidden_size // config.num_attention_heads
+def attention_shapes(config: Any) -> dict[int, AttentionShape]:
+    """Returns the heads of each layer with attention, by layer, as the configuration states them.
 
-
-def _full_attention_config(config: Any) -> Any:
-    """Configuration of the first full-attention layer; sizes may differ by layer (Gemma 4)."""
+    Args:
+        config: of a text decoder.
+    """
     of_layers = getattr(config, "per_layer_config", None)  # transformers >= 5.20
-    full = [number for number, is_full in enumerate(convertible_layers(config)) if is_full]
-    return of_layers[full[0]] if of_layers is not None and full else config
+    shapes = {}
+    for layer, kind in enumerate(layer_types(config)):
+        if kind in WITHOUT_ATTENTION:
+            continue
+        own = config if of_layers is None else of_layers[layer]
+        listed = getattr(own, "num_attention_heads_per_layer", None)
+        heads = own.num_attention_heads if listed is None else listed[layer]
+        kv_heads = getattr(own, "num_key_value_heads", None) or heads
+        # Older configurations lack a size of heads.
+        head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        shapes[layer] = AttentionShape(heads, kv_heads, head_dim)
+    return shapes
+
+
+def convertible_shapes(config: Any) -> dict[int, AttentionShape]:
+    """Returns the heads of the layers that are converted, by layer."""
+    converted = convertible_layers(config)
+    return {layer: shape for layer, shape in attention_shapes(config).items() if converted[layer]}
 
 
 def context_length(config: Any) -> int:

@@ -1,4 +1,4 @@
-"""The artifact: a small folder that turns a base model into its sparse version, on any machine."""
+"""Artifacts: small folders that make a base model sparse."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from rtpurbo.processes import ALONE, Processes
 
 
 def checkpoint_name(name: str) -> str:
-    """Name of an indexer's weight in a checkpoint for vLLM: `model.layers.3.self_attn.indexer...`."""
+    """Returns the name of an indexer weight in a checkpoint for vLLM: `model.layers.3.self_attn.indexer...`."""
     return "model." + name.replace(".indexer.", ".self_attn.indexer.")
 
 
 def read_indexers(folder: Path, *, before_stage2: bool = False) -> dict[str, Tensor]:
-    """The indexers' weights of an artifact or an export, as `load_indexers` takes them.
+    """Reads the indexer weights of an artifact or an export, for `load_indexers`.
 
     Args:
         folder: the artifact's or the export's.
@@ -147,7 +147,7 @@ def _load_export(
     dtype: torch.dtype | Literal["auto"],
     options: LoadingOptions,
 ) -> PreTrainedModel:
-    """The dense model in the folder of an export."""
+    """Loads the dense model in the folder of an export."""
     config = load_pretrained_config(str(folder), sparse=True)
     model = load_weights(str(folder), config=config, dtype=dtype, **options.model)
     refuse_offloading(model)

@@ -2,7 +2,7 @@
 
 A model's own attention modules stay: their projections, norms, rotary embeddings and gates run as before.
 They call this function with queries and keys after the rotation, or, where there is a cache, with the
-`EnteringStates` that `HeadwiseLayer.update` returned in the place of keys and values.
+`NewStates` that `HeadwiseLayer.update` returned in the place of keys and values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import window_covers_context
-from rtpurbo.models.cache_layers import EnteringStates
+from rtpurbo.models.cache_layers import NewStates
 from rtpurbo.models.slots import positions_of
 from rtpurbo.models.sparse_layer import sparse_layer_of
 from rtpurbo.models.unconverted import unconverted_attention
@@ -59,8 +59,8 @@ def key_positions_as_mask(
 def sparse_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | EnteringStates,
-    value: Tensor | EnteringStates,
+    key: Tensor | NewStates,
+    value: Tensor | NewStates,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     s_aux: Tensor | None = None,

@@ -1,4 +1,4 @@
-"""The dense model's configuration that an artifact keeps, against that of the base model at hand.
+"""Comparison of the dense configuration that an artifact keeps with that of the base model.
 
 A fingerprint covers weights alone; with another rotary embedding, norm or activation the same weights
 are another model.
@@ -46,7 +46,7 @@ _WITHOUT_EFFECT = {
 
 
 def kept_config(folder: Path) -> PretrainedConfig | None:
-    """The dense model's configuration in the config.json of an artifact or an export.
+    """Returns the configuration of the dense model in the config.json of an artifact or an export.
 
     Returns:
         None if there is none, as in artifacts made before it was kept.

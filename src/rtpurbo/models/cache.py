@@ -1,4 +1,4 @@
-"""A key-value cache that is really smaller: full KV heads grow, the others live in a ring."""
+"""KV cache of a sparse model: full KV heads grow, windowed ones are ring buffers."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ CAPACITY_STEP = 256
 
 
 def roomy_capacity(tokens: int, expected: int = 0) -> int:
-    """Slots of a static cache for so many tokens: an eighth more, or what is expected if less.
+    """Returns the slots of a static cache for this many tokens: an eighth more, or up to the expected number.
 
     Args:
-        tokens: to be held at once.
-        expected: tokens that it is to hold in the end; 0 if unknown.
+        tokens: number of tokens now.
+        expected: number of tokens in the end; 0 if unknown.
     """
     room = max(CAPACITY_STEP, tokens // 8)
     if expected > tokens:
-        # A long answer is allowed more often than it is given.
+        # Most answers are shorter than the limit.
         room = min(expected - tokens, max(room, 2048))
     return -(-(tokens + room) // CAPACITY_STEP) * CAPACITY_STEP
 
 
 class HeadwiseCache(Cache):
-    """The cache of a sparse model, as `generate` expects it.
+    """Cache of a sparse model, for `generate` and plain calls.
 
     Args:
         model: a model made sparse by `rtpurbo.sparsify` or `rtpurbo.load`.
-        crop_slack: tokens that can be taken back (assisted decoding) once a window is full.
-        reserve: tokens to allocate at once for KV heads kept whole; 0 grows as needed.
+        crop_slack: tokens that can be removed (assisted decoding) once a window is full.
+        reserve: tokens to allocate at once for full KV heads; 0 grows as needed.
 
     Raises:
         RTPurboError: the model is not sparse.
@@ -59,7 +59,7 @@ class HeadwiseCache(Cache):
             )
         rule = config.attention
         self.slots = TokenSlots(RingSlots(rule.num_sink_tokens, rule.sliding_window, crop_slack))
-        # Layers that stay as they are keep what transformers gives them, such as recurrent states.
+        # Layers that are not converted keep the layers of transformers, such as recurrent states.
         layers: list[CacheLayerMixin] = DynamicCache(config=model.config).layers
         for number, kind in enumerate(layer_types(model.config)):
             if config.head_map.retrieval_heads[number] is not None:
@@ -68,7 +68,7 @@ class HeadwiseCache(Cache):
                 layers[number] = WindowedLayer(self.slots, model.config.sliding_window)
         super().__init__(layers=layers)
         self._first = next(layer for layer in layers if isinstance(layer, HeadwiseLayer))
-        # Tokens that it is to hold in the end, where `generate` knows.
+        # Number of tokens in the end, if `generate` knows it.
         self.expected_length = 0
 
     @property
@@ -82,16 +82,16 @@ class HeadwiseCache(Cache):
         return self.slots.is_fixed
 
     def make_static(self, capacity: int) -> None:
-        """Fixes the tensors for so many tokens, so that every step of one token is the same to the device.
+        """Fixes the tensors for this many tokens, so that every decode step runs the same operations.
 
-        Where the step stands is counted on the device alone. Several tokens can still be added, and
-        a larger capacity is taken if they need it.
+        The sequence length is kept on the device. Several tokens can still be appended, and the
+        capacity grows if they need it.
 
         Args:
             capacity: slots for tokens, padding included.
 
         Raises:
-            RTPurboError: nothing was read yet, or the sequences have padding between tokens.
+            RTPurboError: the cache is empty, or the sequences have padding between tokens.
         """
         seen = self.get_seq_length()
         if seen == 0 or capacity < seen:
@@ -110,7 +110,7 @@ class HeadwiseCache(Cache):
 
     @property
     def can_be_static(self) -> bool:
-        """True if everything that a step changes can be counted on the device."""
+        """True if `make_static` is supported."""
         return self.padding != "any" and all(
             type(layer) in (HeadwiseLayer, WindowedLayer)
             and not getattr(layer, "record_past", False)
@@ -118,42 +118,38 @@ class HeadwiseCache(Cache):
         )
 
     def make_growing(self) -> None:
-        """Undoes `make_static`; the room is kept."""
+        """Undoes `make_static`; the capacity is kept."""
         self.slots.release()
 
     def recount(self, seen: int) -> None:
-        """Follows what the device has done on its own: this many tokens are held."""
+        """Sets the number of tokens held, after steps that ran on the device alone."""
         self.slots.recount(seen)
         for layer in self.layers:
             layer.recount(seen)
 
     def rewind(self, seen: int) -> None:
-        """Takes a static cache back to where it stood before one step of one token.
-
-        That step may then run again: it writes the same in the same places.
-        """
+        """Sets a static cache back to before one decode step, which may then run again."""
         self.recount(seen)
         self.slots.rewind(seen)
 
-    def enter(
+    def begin_forward(
         self, mask: Tensor | None, batch: int, new: int, device: torch.device
     ) -> Tensor | dict[str, Tensor | None] | None:
-        """Tells all layers of the tokens of a forward, before it runs.
+        """Assigns slots to the new tokens of a forward, before it runs.
 
         Args:
-            mask: [batch, tokens seen and new], 1 for real tokens; None if what enters is real.
-            batch: sequences.
-            new: tokens of each.
-            device: where they are.
+            mask: [batch, seen + new], 1 for real tokens; None if the new tokens are real.
+            batch: number of sequences.
+            new: new tokens of each.
+            device: device of the tokens.
 
         Returns:
-            The mask that the forward still needs: none, but for layers that stay as they are behind
-            padding, or with fixed slots.
+            The attention mask for the layers that are not converted; None if they need none.
         """
         seen = self.get_seq_length()
         if self.is_static and seen + new > self.slots.capacity:
             self.make_static(roomy_capacity(seen + new))
-        self.slots.enter(mask, batch, seen, new, device)
+        self.slots.begin_forward(mask, batch, seen, new, device)
         others = [layer for layer in self.layers if type(layer) is not HeadwiseLayer]
         if not others:
             return None
@@ -168,19 +164,19 @@ class HeadwiseCache(Cache):
         return mask
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, padding included, which is the same in every layer."""
+        """Returns the number of tokens, padding included, which is the same in every layer."""
         return self._first.seen
 
     def reset(self) -> None:
-        """Forgets everything and frees its memory."""
+        """Removes all tokens and frees their memory."""
         super().reset()
         self.slots.clear()
 
     def crop(self, tokens: int) -> None:
-        """Takes back -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
+        """Removes the last -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
 
         Raises:
-            RTPurboError: the ring no longer holds what the remaining tokens would see.
+            RTPurboError: the ring no longer holds the window of the remaining tokens.
         """
         seen = self.get_seq_length()
         kept = kept_tokens(seen, tokens)
@@ -195,30 +191,30 @@ class HeadwiseCache(Cache):
             self.slots.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in a new order, for beam search; a static cache keeps its addresses."""
+        """Reorders the sequences, for beam search; a static cache keeps its addresses."""
         super().reorder_cache(beam_idx)
         self.slots.map_rows(
             lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)), in_place=True
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeats each sequence `repeats` times."""
         super().batch_repeat_interleave(repeats)
         self.slots.map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
+        """Keeps these sequences."""
         super().batch_select_indices(indices)
         self.slots.map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def num_bytes(self) -> int:
-        """Bytes of every tensor the cache holds."""
+        """Returns the size of all tensors of the cache in bytes."""
         total = sum(tensor.nbytes for tensor in self.slots.tensors())
         return total + sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
 
 
 def _tensors(layer: Any) -> Iterator[Tensor]:
-    """All tensors of a cache layer."""
+    """Yields the tensors of a cache layer."""
     if isinstance(layer, HeadwiseLayer):
         yield from (tensor for _, _, tensor in layer.held_tensors())
     for name in ("keys", "values", "conv_states", "recurrent_states"):
@@ -229,7 +225,7 @@ def _tensors(layer: Any) -> Iterator[Tensor]:
 
 
 def headwise_layer(original: CacheLayerMixin, slots: TokenSlots, reserve: int) -> HeadwiseLayer:
-    """The layer that takes the place of one of transformers', which may keep a recurrent state too."""
+    """Returns the sparse layer that replaces one of transformers, which may have a recurrent state too."""
     if not hasattr(original, "recurrent_states"):
         return HeadwiseLayer(slots, reserve)
     from rtpurbo.models.hybrid_layer import HybridLayer

@@ -1,4 +1,4 @@
-"""Cache layer of a sparse model: full KV heads that grow, and a ring of sinks and window."""
+"""Cache layer of a sparse model: full KV heads that grow, and a ring buffer of sinks and window."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rtpurbo.ops import HeadLayout, KeyValueStates, new_histogram_workspace
 
 
 def kept_tokens(seen: int, tokens: int) -> int:
-    """Tokens that are left of those seen after `crop(tokens)`, in either of its meanings."""
+    """Returns the number of tokens that are kept by `crop(tokens)`, in either of its meanings."""
     tokens = int(tokens)  # assisted decoding may count them in a tensor
     return max(0, seen + tokens) if tokens <= 0 else min(seen, tokens)
 
@@ -32,7 +32,7 @@ class GrowingBuffer:
         self.storage: Tensor | None = None
 
     def append(self, states: Tensor) -> Tensor:
-        """Adds states [batch, heads, new, dim] and returns everything held so far, as a view."""
+        """Appends states [batch, heads, new, dim] and returns all states, as a view."""
         needed = self.length + states.shape[2]
         capacity = 0 if self.storage is None else self.storage.shape[2]
         if needed > capacity:
@@ -43,17 +43,17 @@ class GrowingBuffer:
         return self.storage[:, :, :needed]
 
     def put(self, slot: Tensor, states: Tensor) -> Tensor:
-        """Adds one token at a slot that only the device knows, and returns the whole capacity."""
+        """Writes one token to a slot int64 [1] on the device, and returns the whole storage."""
         assert self.storage is not None
         target, states = self.storage, states.to(self.storage.dtype)
-        if target.element_size() == 1:  # PyTorch copies bytes so, but no float8
+        if target.element_size() == 1:  # index_copy_ supports uint8, but not float8
             target, states = target.view(torch.uint8), states.view(torch.uint8)
         target.index_copy_(2, slot, states)
         self.length += 1
         return self.storage
 
     def set_capacity(self, capacity: int) -> None:
-        """Makes room for so many tokens, no more and no less."""
+        """Reallocates the storage for exactly this many tokens."""
         if self.storage is not None and self.storage.shape[2] != capacity:
             self._move(self.storage, capacity)
 
@@ -66,11 +66,11 @@ class GrowingBuffer:
 
 
 @dataclass(frozen=True)
-class EnteringStates:
-    """New tokens on their way from a cache layer, through a model's own code, to the attention function.
+class NewStates:
+    """New keys and values that a cache layer passes to the attention function, which appends them.
 
     Attributes:
-        layer: the cache layer that they enter.
+        layer: the cache layer.
         keys: [batch, num_key_value_heads, new, head_dim], after RoPE.
         values: shaped as `keys`.
     """
@@ -81,15 +81,15 @@ class EnteringStates:
 
     @property
     def shape(self) -> torch.Size:
-        """Asked for by the attention of dense models alone."""
+        """Refuses the attention of dense models, which alone asks for a shape."""
         raise RTPurboError("a HeadwiseCache only works with a model that rtpurbo made sparse.")
 
 
 class HeadwiseLayer(CacheLayerMixin):
-    """A layer's cache: full KV heads grow, with index keys beside them; bounded ones are a ring.
+    """Cache of a layer: full KV heads and their index keys grow, windowed KV heads are a ring buffer.
 
     Args:
-        slots: where the tokens of the cache lie, the same for all its layers.
+        slots: slots and positions of the tokens, shared by all layers of the cache.
         reserve: tokens to allocate at once for full KV heads.
     """
 
@@ -113,10 +113,10 @@ class HeadwiseLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def check_rule(self, rule: AttentionRule) -> None:
-        """Refuses a rule that would look for keys which the ring does not keep.
+        """Refuses a rule that reads keys which the ring buffer does not keep.
 
         Raises:
-            RTPurboError: its window or its sinks are more than the cache was made for.
+            RTPurboError: the window or the number of sinks is larger than that of the cache.
         """
         window, sinks = self.slots.ring.sliding_window, self.slots.ring.num_sink_tokens
         if rule.sliding_window > window or rule.num_sink_tokens > sinks:
@@ -132,7 +132,7 @@ class HeadwiseLayer(CacheLayerMixin):
         index_keys: Tensor | None,
         layout: HeadLayout,
     ) -> tuple[KeyValueStates, KeyValueStates]:
-        """Adds tokens, of which the slots were told before, and returns what their queries may see.
+        """Appends tokens in the slots of `begin_forward`, and returns the keys and values of their queries.
 
         Args:
             key_states: [batch, num_key_value_heads, new, head_dim], after RoPE.
@@ -141,14 +141,14 @@ class HeadwiseLayer(CacheLayerMixin):
             layout: the layer's heads.
 
         Returns:
-            States of the full KV heads and of the bounded ones.
+            States of the full and of the windowed KV heads.
         """
         self.is_initialized = True
         self.seen += key_states.shape[2]
-        full, bounded = layout.full_key_value_heads, layout.windowed_key_value_heads
+        full, windowed = layout.full_key_value_heads, layout.windowed_key_value_heads
         return (
             self._append_full(key_states[:, full], value_states[:, full], index_keys, layout),
-            self.ring.append(key_states[:, bounded], value_states[:, bounded]),
+            self.ring.append(key_states[:, windowed], value_states[:, windowed]),
         )
 
     def _append_full(
@@ -188,11 +188,11 @@ class HeadwiseLayer(CacheLayerMixin):
             length=None if slots.newest is None else slots.length,
             histogram_workspace=None
             if slots.newest is None
-            else self._counters(index_keys, layout),
+            else self._histograms(index_keys, layout),
         )
 
-    def _counters(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:
-        """Memory of this cache's own that a step in fixed slots finds as the one before left it."""
+    def _histograms(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:
+        """Histogram workspace that keeps its contents between steps in fixed slots."""
         if index_keys is None:
             return None
         held, batch, heads = self.histogram_workspace, index_keys.shape[0], len(layout.retrieval)
@@ -200,8 +200,8 @@ class HeadwiseLayer(CacheLayerMixin):
             self.histogram_workspace = new_histogram_workspace(batch, heads, index_keys.device)
         return self.histogram_workspace
 
-    def count_entered(self, layout: HeadLayout) -> tuple[KeyValueStates, KeyValueStates]:
-        """Follows one token that was written straight into its slots; returns what `append` does."""
+    def count_appended(self, layout: HeadLayout) -> tuple[KeyValueStates, KeyValueStates]:
+        """Counts a token that a kernel wrote into its slots, and returns what `append` returns."""
         self.seen += 1
         for buffer in (self.full_keys, self.full_values, self.index_keys):
             if buffer.storage is not None:
@@ -213,12 +213,12 @@ class HeadwiseLayer(CacheLayerMixin):
         return full, self.ring.states()
 
     def make_static(self, capacity: int) -> None:
-        """Gives the full KV heads room for so many tokens at once."""
+        """Sets the capacity of the full KV heads, in tokens."""
         for buffer in (self.full_keys, self.full_values, self.index_keys):
             buffer.set_capacity(capacity)
 
     def recount(self, seen: int) -> None:
-        """Follows what the device has done on its own: this many tokens are held."""
+        """Sets the number of tokens held, after steps that ran on the device alone."""
         self.seen = seen
         for buffer in (self.full_keys, self.full_values, self.index_keys):
             if buffer.storage is not None:
@@ -226,16 +226,16 @@ class HeadwiseLayer(CacheLayerMixin):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[EnteringStates, EnteringStates]:
-        """Hands new tokens on to the attention function, which knows the heads and calls `append`."""
-        states = EnteringStates(self, key_states, value_states)
+    ) -> tuple[NewStates, NewStates]:
+        """Returns the new tokens for the attention function, which knows the heads and calls `append`."""
+        states = NewStates(self, key_states, value_states)
         return states, states
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Buffers are made by the first `append`."""
 
     def held_tensors(self) -> Iterator[tuple[Any, str, Tensor]]:
-        """Every tensor: who holds it, under which name, and what it is."""
+        """Yields the owner, the attribute name and the value of every tensor."""
         owners = [(part, "storage") for part in (self.full_keys, self.full_values, self.index_keys)]
         for owner, name in [*owners, (self.ring, "keys"), (self.ring, "values")]:
             tensor = getattr(owner, name)
@@ -255,24 +255,24 @@ class HeadwiseLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """The mask covers every token seen: (length, offset)."""
-        if isinstance(query_length, Tensor):  # the places of the new tokens, in transformers 5.0
+        if isinstance(query_length, Tensor):  # positions of the new tokens, in transformers 5.0
             query_length = query_length.shape[0]
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """Unbounded."""
+        """Returns -1: the length is not limited."""
         return -1
 
     get_max_cache_shape = get_max_length  # transformers before 5.20
 
     def reset(self) -> None:
-        """Forgets everything and frees its memory."""
+        """Removes all tokens and frees their memory."""
         self._clear()
 
     def crop(self, tokens: int) -> None:
-        """Takes back -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
+        """Removes the last -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
 
-        `HeadwiseCache.crop` sees to the slots.
+        `HeadwiseCache.crop` updates the slots.
         """
         kept = kept_tokens(self.seen, tokens)
         if kept == 0:
@@ -283,18 +283,18 @@ class HeadwiseLayer(CacheLayerMixin):
             buffer.length = min(buffer.length, kept)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in a new order, for beam search; fixed slots keep their addresses."""
+        """Reorders the sequences, for beam search; fixed slots keep their addresses."""
         self._map(
             lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)),
             in_place=self.slots.is_fixed,
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeats each sequence `repeats` times."""
         self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
+        """Keeps these sequences."""
         self._map(lambda tensor: tensor[indices])
 
     def offload(self) -> None:
@@ -302,4 +302,4 @@ class HeadwiseLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Offloading back and forth is not supported; the cache is small instead."""
+        """Does nothing: offloading back and forth is not supported."""

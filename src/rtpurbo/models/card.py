@@ -110,8 +110,7 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
     head_map, rule = artifact.config.head_map, artifact.config.attention
     indexer = artifact.config.indexer
     heads = head_map.num_retrieval_heads
-    converted = sum(row is not None for row in head_map.retrieval_heads)
-    key_value_heads = converted * head_map.num_key_value_heads
+    key_value_heads = sum(map(head_map.num_kv_heads, head_map.converted_layers))
     facts = [
         ("Base model", base_name(artifact)),
         ("Architecture", artifact.base.architecture),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -31,6 +32,18 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return child
     raise RTPurboError(f"no decoder layers were found in this {type(model).__name__}.")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Sets all modules to evaluation mode inside a `with` block."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def projections(layer: nn.Module, *, beyond_attention: bool) -> Iterator[tuple[str, nn.Linear]]:

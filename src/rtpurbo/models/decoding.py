@@ -1,12 +1,11 @@
-"""Decoding steps replayed as a CUDA graph: one launch for a whole step instead of thousands.
+"""Decode steps replayed as a CUDA graph: one launch for a whole step instead of thousands.
 
-A sparse model uses this by itself wherever one token a sequence enters a `HeadwiseCache` on a GPU:
-in `generate` (greedy, sampling, beams) and in plain calls under `torch.no_grad()`. The cache is made
-static, the step is captured, and the next steps replay it. `model.rtpurbo_graphs = False` turns it
-off.
+A sparse model does this on a GPU for decode steps over a `HeadwiseCache`: in `generate` (greedy,
+sampling, beams) and in plain calls under `torch.no_grad()`. The cache is made static, the step is
+captured, and later steps replay it. `model.rtpurbo_graphs = False` turns it off.
 
-A replay runs no Python of the model, so what watches the model from inside (`observing`, `counting`,
-hooks of modules within it) makes steps run as usual.
+A replay runs no Python code of the model, so steps run without a graph while the model is observed
+from inside (`observing`, `counting`, hooks of its modules).
 """
 
 from __future__ import annotations
@@ -23,20 +22,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.arguments import CACHE_NAME, named
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.graphs import CudaGraph
-from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
+from rtpurbo.models.sparse_layer import SparseAttention
+from rtpurbo.models.sparse_layers import headwise_modules
 
-# A capture takes about as long as these many steps without a graph.
-STEPS_THAT_PAY = 16
-# Where nobody has said how many steps will come, so many have to come first.
+# A capture takes about as long as this many steps without a graph.
+CAPTURE_COST_IN_STEPS = 16
+# Steps without a graph before a capture, if the number of steps is not known.
 STEPS_BEFORE_CAPTURE = 4
-# Graphs that a model keeps, each for a cache in use.
+# Largest number of graphs of a model, each for one cache.
 MOST_GRAPHS = 4
-# What a replay can follow, or need not.
+# Arguments that a replay supports or may ignore.
 FOLLOWED = {
     *("input_ids", "attention_mask", "position_ids", CACHE_NAME, "inputs_embeds"),
     *("use_cache", "return_dict", "logits_to_keep", "cache_position"),
@@ -45,7 +45,7 @@ FOLLOWED = {
 
 @dataclass
 class StepInputs:
-    """The tensors that a step reads its tokens from, [batch, 1] each."""
+    """Tensors [batch, 1] from which a captured step reads its tokens."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -53,7 +53,7 @@ class StepInputs:
 
 @dataclass
 class PreparedStep:
-    """A step that can be run again on one cache, as long as nothing it relies on has changed."""
+    """Captured step of one cache, valid until a tensor, rule or backend that it uses changes."""
 
     inputs: StepInputs
     run: Callable[[], Tensor]
@@ -65,7 +65,7 @@ class PreparedStep:
     def fits(
         self, cache: HeadwiseCache, batch: int, modules: list[SparseAttention], address: int
     ) -> bool:
-        """True if the captured step still computes what the model would."""
+        """True if the captured step still equals a step of the model."""
         return (
             cache.is_static
             and cache.get_seq_length() < cache.slots.capacity
@@ -80,7 +80,7 @@ class PreparedStep:
 
 
 class GraphedDecoder:
-    """Runs a model's decoding steps by replay: one graph a cache, for as long as the cache lives."""
+    """Replays a model's decode steps; has one graph for each cache, until the cache is freed."""
 
     graph_class: Any = CudaGraph
 
@@ -90,10 +90,10 @@ class GraphedDecoder:
         self._refused: WeakSet[HeadwiseCache] = WeakSet()
         self._has_failed = False
         self._modules: list[SparseAttention] = []
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedDecoder:
-        """A copied model has its own tensors, so it captures its own steps."""
+        """Returns a new decoder: a copied model has its own tensors."""
         return GraphedDecoder()
 
     def step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
@@ -108,8 +108,8 @@ class GraphedDecoder:
         prepared = self._prepared.get(cache)
         if prepared is None or not prepared.fits(cache, ids.shape[0], modules, address):
             del prepared
-            self._prepared.pop(cache, None)  # first, so that its memory can serve the next
-            if not self._pays(cache):
+            self._prepared.pop(cache, None)  # first, so that the next capture can reuse its memory
+            if not self._is_profitable(cache):
                 return None
             prepared = self._prepare(model, arguments, modules, address)
             if prepared is None:
@@ -127,13 +127,13 @@ class GraphedDecoder:
         self._prepared[cache] = prepared
 
     def _is_step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
-        """True if this is a decoding step that asks for nothing beyond its logits."""
+        """True if this is a decode step whose only output is logits."""
         ids, cache = arguments.get("input_ids"), arguments.get(CACHE_NAME)
         if not isinstance(cache, HeadwiseCache) or not isinstance(ids, Tensor):
             return False
         return (
             ids.shape[1] == 1
-            and self.graph_class.suits(ids.device)
+            and self.graph_class.supports(ids.device)
             and not torch.is_grad_enabled()
             and not model.training
             and getattr(model, "rtpurbo_graphs", True)
@@ -155,10 +155,9 @@ class GraphedDecoder:
         )
 
     def _watched_modules(self, model: PreTrainedModel) -> list[SparseAttention] | None:
-        """The sparse attention modules; None if somebody watches them, or wants them otherwise."""
+        """Returns the sparse layers; None if they are observed, dense or eager."""
         if not self._modules:
-            found = (sparse_layer_of(module) for module in model.base_model.modules())
-            self._modules = [layer for layer in found if layer is not None]
+            self._modules = headwise_modules(model)
         for module in self._modules:
             watched = module.statistics is not None or module.observer is not None
             watched = watched or module.selector is not None
@@ -170,18 +169,18 @@ class GraphedDecoder:
         if cache in self._refused:
             return False
         if cache.padding == "any":
-            self._tell("a sequence has padding between its tokens")
+            self._warn("a sequence has padding between its tokens")
             return False
         return cache.can_be_static and cache.slots.have_begun
 
-    def _pays(self, cache: HeadwiseCache) -> bool:
-        """True if enough steps are to come, or have come, for a capture."""
+    def _is_profitable(self, cache: HeadwiseCache) -> bool:
+        """True if enough steps are expected, or have run, for a capture."""
         remaining = cache.expected_length - cache.get_seq_length()
         if remaining > 0:
-            return remaining > STEPS_THAT_PAY
+            return remaining > CAPTURE_COST_IN_STEPS
         steps = self._steps_before.get(cache, 0)
         self._steps_before[cache] = steps + 1
-        # A static cache was here before, and outgrew its capacity or changed its rows.
+        # A static cache had a graph before, and outgrew its capacity or changed its sequences.
         return cache.is_static or steps >= STEPS_BEFORE_CAPTURE
 
     def _prepare(
@@ -192,10 +191,10 @@ class GraphedDecoder:
         address: int,
     ) -> PreparedStep | None:
         ids, cache = arguments["input_ids"], arguments[CACHE_NAME]
-        reason = unsuited(model, ids.device)
+        reason = capture_refusal(model, ids.device)
         if reason is not None:
             self._has_failed = True
-            self._tell(reason)
+            self._warn(reason)
             return None
         seen = cache.get_seq_length()
         inputs = StepInputs(torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.int64))
@@ -222,7 +221,7 @@ class GraphedDecoder:
             if cache.slots.capacity < capacity:
                 cache.make_static(capacity)
             _fill(inputs, arguments, seen)
-            # What kernels compile and look up the first time happens outside of the capture.
+            # Kernels are compiled and cached here, outside of the capture.
             step()
             rewind()
             reason = self.graph_class.refusal(modules)
@@ -233,14 +232,14 @@ class GraphedDecoder:
             _undo(cache, seen)
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+            reason = first_line(error, with_type=True)
             self._has_failed = not isinstance(error, torch.OutOfMemoryError)
         if reason is not None:
             _undo(cache, seen)
             self._refused.add(cache)
-            self._tell(reason)
+            self._warn(reason)
             return None
-        cache.slots.leave()  # these tensors live in the graph's memory
+        cache.slots.end_forward()  # these tensors are in the graph's memory
         output_class = type(outputs.pop())
         return PreparedStep(
             inputs,
@@ -251,9 +250,9 @@ class GraphedDecoder:
             address,
         )
 
-    def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
             warnings.warn(
                 f"decoding runs without a CUDA graph, and slower: {reason}.", stacklevel=2
             )
@@ -269,13 +268,13 @@ def _fill(inputs: StepInputs, arguments: dict[str, Any], seen: int) -> None:
 
 
 def _undo(cache: HeadwiseCache, seen: int) -> None:
-    """Brings a cache back to before a step that may have ended anywhere."""
+    """Sets a cache back to before a step that may have failed anywhere."""
     cache.make_growing()
     cache.recount(seen)
 
 
 def _held(cache: HeadwiseCache) -> Iterator[tuple[Any, str, Tensor]]:
-    """Memory addresses that a captured step relies on."""
+    """Yields the tensors whose addresses a captured step uses, with owner and name."""
     owners: list[tuple[Any, str]] = [(cache.slots.ring, "positions")]
     owners += [(cache.slots, name) for name in ("first_slots", "fixed_positions", "length")]
     for owner, name in owners:
@@ -288,8 +287,8 @@ def _held(cache: HeadwiseCache) -> Iterator[tuple[Any, str, Tensor]]:
             yield layer, "values", layer.values
 
 
-def unsuited(model: PreTrainedModel, device: torch.device) -> str | None:
-    """Why no step of this model can be captured; None if nothing is known against it."""
+def capture_refusal(model: PreTrainedModel, device: torch.device) -> str | None:
+    """Returns the reason why no step of this model can be captured; None if none is known."""
     if {parameter.device for parameter in model.parameters()} != {device}:
         return "the model's weights are not all on one device"
     rotary = getattr(model.base_model, "rotary_emb", None)
@@ -307,13 +306,13 @@ def unsuited(model: PreTrainedModel, device: torch.device) -> str | None:
 
 
 def own_forward(model: PreTrainedModel) -> Callable[..., Any]:
-    """The forward that `attach_decoder` stands before."""
+    """Returns the forward that `attach_decoder` replaced."""
     own = vars(model).get("_rtpurbo_forward")
     return MethodType(type(model).forward, model) if own is None else own
 
 
 def attach_decoder(model: PreTrainedModel) -> None:
-    """Lets this one model (no class is touched) replay its decoding steps where it can."""
+    """Lets this model, without changes to its class, replay its decode steps."""
 
     @wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DecodedCopy:
-    """A folder with a decoded GGUF model, or the place for one.
+    """Folder for a decoded GGUF model.
 
     Attributes:
         folder: where it is.
@@ -60,7 +60,7 @@ class DecodedCopy:
 
         Args:
             dtype: of the weights.
-            progress: told of downloads and of decoding.
+            progress: called during downloads and decoding.
             sharding: processes that each keep a part of the weights; None loads the whole model.
             options: further arguments for transformers.
 

@@ -1,6 +1,6 @@
-"""Families whose decoding steps have a fast path: how their attention modules project and norm, as data.
+"""Families with a fused KV append: how their attention modules project and normalise.
 
-A model of any other family is made sparse too; its tokens enter the cache through its own code.
+Models of other families are made sparse too; their own code writes to the cache.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Family:
     query_key_norm: Literal["none", "per_head", "whole"] = "none"
     unit_offset_norms: bool = False
 
+
+WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
+"""Layer types of transformers that have no keys and values."""
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),

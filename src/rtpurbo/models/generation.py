@@ -1,6 +1,6 @@
-"""Gives plain calls of a sparse model a HeadwiseCache without being told.
+"""Pre-hook of a sparse model's decoder that creates a HeadwiseCache and prepares the mask.
 
-Every forward passes here first: so this is also where padding is looked at, once for all layers.
+It runs once for each forward, so it also computes slots and padding for all layers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.pretrained import refuse_offloading
-from rtpurbo.models.slots import padding_form
+from rtpurbo.models.slots import fitting_mask, padding_form
 from rtpurbo.models.text_part import OTHER_MODALITIES
 
 
 class CacheProvider:
-    """Forward pre-hook of a sparse model's decoder: provides a cache, and the mask that is needed.
+    """Forward pre-hook of a sparse model's decoder that provides a cache and the attention mask.
 
-    An object rather than a closure, so that a copy of the model has a provider for itself.
+    An object rather than a closure, so that a copy of the model has its own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -33,7 +33,7 @@ class CacheProvider:
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """The arguments of the decoder's forward, with a cache where it would make its own."""
+        """Returns the arguments of the decoder's forward, with a cache if it would make one."""
         kwargs = named(module, args, kwargs)
         self._check(kwargs)
         use_cache = kwargs.get("use_cache")
@@ -47,7 +47,7 @@ class CacheProvider:
         return (), kwargs
 
     def _check(self, arguments: dict[str, Any]) -> None:
-        """Refuses what the decoder would do wrongly, or fail to do, without a word.
+        """Refuses arguments that the decoder would ignore or compute wrongly.
 
         Raises:
             RTPurboError: attention weights are asked for, an image is given, or weights were offloaded meanwhile.
@@ -69,14 +69,14 @@ class CacheProvider:
 
 
 def attach_cache(model: PreTrainedModel) -> None:
-    """Gives this one model (no class is touched) a HeadwiseCache wherever it would make its own."""
+    """Gives this model, without changes to its class, a HeadwiseCache where it would make its own."""
     decoder = decoder_of(model)
     model._rtpurbo_hook = decoder.register_forward_pre_hook(CacheProvider(model), with_kwargs=True)
     attach_decoder(model)
 
 
 def needed_mask(arguments: dict[str, Any]) -> Any:
-    """The attention mask that a forward still needs, once its cache knows how it is padded.
+    """Assigns slots in the cache, if any, and returns the attention mask that layers still need.
 
     Raises:
         RTPurboError: the mask is not one of tokens.
@@ -98,21 +98,18 @@ def needed_mask(arguments: dict[str, Any]) -> Any:
         _check_rows(cache, tokens.shape[0])
         if not torch.is_inference_mode_enabled():
             leave_inference_mode(cache, tokens.shape[0])
-        return cache.enter(mask, tokens.shape[0], tokens.shape[1], tokens.device)
-    batch, length = tokens.shape[:2]
-    if mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
-        raise RTPurboError(
-            f"the attention mask is {tuple(mask.shape)}, but must be {(batch, length)}: without a "
-            "cache it covers the tokens given."
-        )
-    return None if mask is None or padding_form(mask)[0] == "none" else mask
+        return cache.begin_forward(mask, tokens.shape[0], tokens.shape[1], tokens.device)
+    if mask is None:
+        return None
+    fitting_mask(mask, *tokens.shape[:2])
+    return None if padding_form(mask)[0] == "none" else mask
 
 
 def _check_rows(cache: HeadwiseCache, batch: int) -> None:
-    """Refuses a cache of another number of sequences.
+    """Refuses a cache with another number of sequences.
 
     Raises:
-        RTPurboError: it holds more or fewer.
+        RTPurboError: the numbers differ.
     """
     positions = cache.slots.ring.positions
     if cache.get_seq_length() and positions is not None and positions.shape[0] != batch:
@@ -123,7 +120,7 @@ def _check_rows(cache: HeadwiseCache, batch: int) -> None:
 
 
 def leave_inference_mode(cache: HeadwiseCache, batch: int) -> None:
-    """Copies what a cache was given in inference mode, which cannot be written to outside of it."""
+    """Copies tensors that were made in inference mode, which cannot be written to outside of it."""
     if any(tensor.is_inference() for tensor in cache.slots.tensors()):
         cache.batch_select_indices(torch.arange(batch))
 

@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is or, as a folder without weights of another format, holds.
+    """Returns the GGUF file at `path`, or in a folder without weights of another format.
 
     Raises:
         RTPurboError: the folder holds several.
@@ -66,7 +66,7 @@ def decode_gguf(
 
     Args:
         path: the file.
-        progress: told after each tensor.
+        progress: called after each tensor.
         dtype: of the weights; None is `GgufHeader.decoded_dtype`.
 
     Raises:
@@ -91,7 +91,7 @@ def decode_gguf(
 
 
 def _end_token_ids(header: GgufHeader, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end generation: a GGUF file names one, and models have several.
+    """Returns the tokens that end generation: a GGUF file has one, models have several.
 
     An instruct model whose file names the end of a text would not stop at the end of its turn.
     """
@@ -106,7 +106,7 @@ def _end_token_ids(header: GgufHeader, tokenizer: PreTrainedTokenizerBase) -> li
 
 @contextmanager
 def _reading_once() -> Iterator[None]:
-    """Has transformers parse a file once, where it would for the weights and for the tokenizer.
+    """Makes transformers parse a file once, instead of once for weights and once for the tokenizer.
 
     Each time takes half a minute where a vocabulary is large.
     """
@@ -121,7 +121,7 @@ def _reading_once() -> Iterator[None]:
 
 @contextmanager
 def _reporting_tensors(progress: Progress) -> Iterator[None]:
-    """Has transformers report each decoded tensor to `progress`, and not print a bar of its own.
+    """Makes transformers report each decoded tensor to `progress` instead of its own progress bar.
 
     It offers no option for this bar.
     """

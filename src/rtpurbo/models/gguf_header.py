@@ -43,7 +43,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One entry of the tensor table.
+    """Entry of the tensor table.
 
     Attributes:
         shape: as torch has it, the fastest dimension last.
@@ -60,7 +60,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Everything in a GGUF file but the weights.
+    """Contents of a GGUF file without the weights.
 
     Attributes:
         metadata: numbers, strings and arrays of numbers; of an array of strings its length.
@@ -82,7 +82,7 @@ class GgufHeader:
         return np.fromfile(self.path, "<f4", count, offset=tensor.start).reshape(tensor.shape)
 
     def decoded_dtype(self) -> torch.dtype:
-        """The type to keep the decoded weights in.
+        """Dtype of the decoded weights.
 
         Files of unquantised weights keep theirs. Quantised weights are kept in bfloat16: what it
         rounds off is a small part of what the quantisation has, and float32 takes twice the space.

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import head_dim_of
+from rtpurbo.models.architecture import attention_shapes
 from rtpurbo.models.gguf_header import GgufHeader
 
 _LLAMA3_TENSOR = "rope_freqs.weight"
@@ -30,7 +30,7 @@ def set_rope_scaling(config: PretrainedConfig, header: GgufHeader) -> None:
         RTPurboError: the file scales its frequencies in a way that is not supported.
     """
     dimensions = header.hyperparameter("rope.dimension_count")
-    head_dim = head_dim_of(config)
+    head_dim = next(iter(attention_shapes(config).values())).head_dim
     if dimensions not in (None, head_dim):
         raise _unsupported(header, f"{dimensions} of {head_dim} dimensions")
     kind = header.hyperparameter("rope.scaling.type")

@@ -18,11 +18,11 @@ class CudaGraph:
 
     Args:
         step: runs the step and returns its logits, always at the same addresses.
-        rewind: takes the step back, so that it can run again.
-        device: where it runs.
+        rewind: undoes the step, so that it can run again.
+        device: device of the step.
     """
 
-    # One for each device: libraries keep memory for every stream that they have met.
+    # One for each device: libraries allocate memory for every stream.
     streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(
@@ -42,18 +42,18 @@ class CudaGraph:
     ) -> None:
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            # PyTorch wants a run on another stream first. A synchronisation of host and
-            # device is found here, where it does no harm: it would break a capture.
+            # PyTorch requires a run on a side stream first. A synchronisation of host and device
+            # is found here: during the capture it would be an error that breaks the stream.
             with refusing_waits():
                 step()
             rewind()
         current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
-        # Matrix products find their workspace in the graph's own memory, and leave it there.
+        # The workspace of matrix products is allocated in the graph's own memory.
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            # Other threads may go on using the device.
+            # Other threads may use the device meanwhile.
             with torch.cuda.graph(
                 self._graph, pool=pool, stream=side, capture_error_mode="thread_local"
             ):
@@ -65,29 +65,29 @@ class CudaGraph:
             torch._C._cuda_clearCublasWorkspaces()
 
     @staticmethod
-    def suits(device: torch.device) -> bool:
+    def supports(device: torch.device) -> bool:
         """True if this device supports graphs now."""
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     @staticmethod
     def refusal(modules: list[SparseAttention]) -> str | None:
-        """Why the step that just ran cannot be captured; None if it can."""
+        """Returns the reason why the last step cannot be captured; None if it can."""
         if any(module.used_backend != "triton" for module in modules):
             return "attention runs without kernels here"
         return None
 
     def __call__(self) -> Tensor:
-        """Runs the step on the device; what Python counts is left alone."""
+        """Replays the step on the device; counters in Python do not change."""
         self._graph.replay()
         return self._logits
 
 
 @contextmanager
 def refusing_waits() -> Iterator[None]:
-    """Makes an error of every operation in which the host waits for the device."""
+    """Raises an error in every operation in which the host waits for the device."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch says that it may miss some
+        warnings.simplefilter("ignore")  # PyTorch warns that it may miss some
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -96,7 +96,7 @@ def refusing_waits() -> Iterator[None]:
 
 
 def _end_broken_capture(stream: torch.cuda.Stream, pool: Any) -> None:
-    """After a capture that failed, PyTorch still is where it was within: brings it back."""
+    """Restores PyTorch's stream, memory pool and generator after a failed capture."""
     torch.cuda.set_stream(stream)
     with suppress(Exception):
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)

@@ -1,4 +1,4 @@
-"""The cache of a layer that attends and keeps a recurrent state too, as those of Falcon-H1 do."""
+"""Cache of a layer with attention and a recurrent state, as in Falcon-H1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class HybridLayer(HeadwiseLayer, LinearAttentionLayer):
     """A head-wise cache beside transformers' recurrent state.
 
     Args:
-        slots: where the tokens of the cache lie.
+        slots: slots of the tokens of the cache.
         reserve: tokens to allocate at once for full KV heads.
         number_of_states: recurrent states of the layer.
     """
@@ -27,21 +27,21 @@ class HybridLayer(HeadwiseLayer, LinearAttentionLayer):
         HeadwiseLayer.__init__(self, slots, reserve)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Makes the recurrent state; the head-wise buffers are made by the first `append`."""
+        """Allocates the recurrent state; the first `append` allocates keys and values."""
         LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Removes all tokens and states."""
         LinearAttentionLayer.reset(self)
         HeadwiseLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in a new order, for beam search."""
+        """Reorders the sequences, for beam search."""
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         HeadwiseLayer.reorder_cache(self, beam_idx)
 
     def crop(self, tokens: int) -> None:
-        """Takes tokens back; transformers says whether a recurrent state can do so."""
+        """Removes tokens; transformers refuses it if the recurrent state does not support it."""
         LinearAttentionLayer.crop(self, tokens)
         HeadwiseLayer.crop(self, tokens)
 

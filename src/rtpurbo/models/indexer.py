@@ -1,4 +1,4 @@
-"""The token indexer: a few dimensions that tell which far tokens a retrieval head wants."""
+"""Token indexer: low-dimensional projections whose products estimate attention logits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rtpurbo.config import IndexerSettings
 
 
 def slow_dimensions(frequencies: Tensor, min_wavelength: float, at_least: int) -> list[int]:
-    """Dimensions of a head that rotate slowly or not at all.
+    """Returns the dimensions of a head that rotate slowly or not at all.
 
     Args:
         frequencies: [head_dim], radians a token of each dimension; 0 where it is not rotated.
         min_wavelength: shortest wavelength kept, in tokens.
-        at_least: dimensions to keep whatever their wavelength (the slowest pairs).
+        at_least: minimum number of dimensions, of the slowest pairs.
 
     Returns:
         Rotated dimensions in ascending order, then those that are not rotated.
@@ -34,7 +34,7 @@ def slow_dimensions(frequencies: Tensor, min_wavelength: float, at_least: int) -
 class TokenIndexer(nn.Module):
     """Projects query and key features of a layer's retrieval heads to index queries and index keys.
 
-    Features are chosen before the projection, so cache and operators need not know the index space.
+    Features are selected before the projection, so cache and operators do not depend on the index space.
     (Paper: indexer, `s_h(m, n) = (W^Q_h q(m))^T (W^K_h k(n))`.)
 
     Each retrieval head has a query weight. Key weights are per retrieval head too, or, with
@@ -45,8 +45,8 @@ class TokenIndexer(nn.Module):
         num_retrieval_heads: retrieval query heads of the layer.
         num_full_key_value_heads: KV heads that the retrieval heads read.
         feature_dimensions: the dimensions of a head that are projected.
-        device: where the weights live.
-        dtype: of the weights.
+        device: device of the weights.
+        dtype: dtype of the weights.
     """
 
     feature_dimensions: Tensor
@@ -75,22 +75,22 @@ class TokenIndexer(nn.Module):
         )
 
     def features(self, states: Tensor, undo_rotation: Callable[[Tensor], Tensor]) -> Tensor:
-        """The features that are projected, [batch, heads, length, features].
+        """Returns the features that are projected: [batch, heads, length, features].
 
         Args:
             states: [batch, heads, length, head_dim], after RoPE.
-            undo_rotation: gives them as they were before it.
+            undo_rotation: function that returns states before RoPE.
         """
         if self.settings.index_space == "pre_rope":
             states = undo_rotation(states)
         return states[..., self.feature_dimensions]
 
     def index_queries(self, features: Tensor) -> Tensor:
-        """[batch, num_retrieval_heads, q_len, index_dim] from the heads' query features."""
+        """Returns index queries [batch, num_retrieval_heads, q_len, index_dim] of query features."""
         return _projected(features, self.query_weight)
 
     def index_keys(self, features: Tensor) -> Tensor:
-        """Index keys [batch, heads, k_len, index_dim] from key features of as many heads.
+        """Returns index keys [batch, heads, k_len, index_dim] of the key features of these heads.
 
         Args:
             features: of the full KV heads with `shared_keys`, else of each retrieval head's KV head.
@@ -99,10 +99,10 @@ class TokenIndexer(nn.Module):
 
 
 def _projected(features: Tensor, weight: Tensor) -> Tensor:
-    """A projection, kept in float16 where the model is in bfloat16.
+    """Returns the projection, in float16 if the model is in bfloat16.
 
-    Index states are small numbers: three more bits of each help, and kernels may add their products
-    up in float16, which halves the work of finding a block's strongest key.
+    Index states are small: float16 has three more bits of precision, and kernels may accumulate in
+    float16, which halves the time to find the maximum score of a block.
     """
     states = features @ weight.to(features.dtype).transpose(-1, -2)
     return states.to(torch.float16) if states.dtype == torch.bfloat16 else states

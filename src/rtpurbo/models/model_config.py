@@ -1,4 +1,4 @@
-"""The transformers configuration of a sparse model, registered with `AutoConfig`."""
+"""Configuration of a sparse model for transformers, registered with `AutoConfig`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RTPurboModelConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def dense(self) -> PretrainedConfig:
-        """The configuration of the dense model.
+        """Returns the configuration of the dense model.
 
         Raises:
             RTPurboError: it is broken, or of a model type that transformers does not know.

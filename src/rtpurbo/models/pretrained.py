@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.architecture import check_architecture
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.model_config import RTPurboModelConfig
@@ -215,7 +215,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
         except Exception as error:  # a damaged file can raise anything
             raise RTPurboError(
-                f"The tokenizer of {name} cannot be loaded ({_first_line(error)}); "
+                f"The tokenizer of {name} cannot be loaded ({first_line(error)}); "
                 "put the tokenizer's files into the model's folder."
             ) from error
 
@@ -300,12 +300,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def _refuse(name: str, error: Exception) -> NoReturn:
     raise RTPurboError(
-        f"The model {name} cannot be loaded ({_first_line(error)}); check that it is a causal "
+        f"The model {name} cannot be loaded ({first_line(error)}); check that it is a causal "
         "language model that transformers knows without code of its own, and that its files are "
         "complete."
     ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, without a final full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers
 from rtpurbo.models.arguments import names_of
-from rtpurbo.models.decoder import decoder_layers, decoder_of
+from rtpurbo.models.decoder import decoder_layers, decoder_of, evaluating
 from rtpurbo.models.rotation import Embeddings, RotaryLayout, RotaryProbe
 from rtpurbo.models.unconverted import unconverted_attention
 
@@ -234,7 +234,6 @@ def _run(
 def _probing(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
     """Records the calls of the attention function inside a `with` block."""
     before = model.config._attn_implementation
-    training = [module for module in model.modules() if module.training]
     hooks = []
     for module in model.modules():
         if "layer_idx" in vars(module):
@@ -242,19 +241,16 @@ def _probing(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
             hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
         elif "rotary" in type(module).__name__.lower():
             hooks.append(module.register_forward_pre_hook(_in_float32))
-    model.eval()
     _recordings.append(recording)
     model.config._attn_implementation = IMPLEMENTATION
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             yield
     finally:
         model.config._attn_implementation = before
         _recordings.pop()
         for hook in hooks:
             hook.remove()
-        for module in training:
-            module.training = True
 
 
 def _note(

@@ -1,8 +1,8 @@
-"""The rotary embedding of a layer, measured by running the layer's own attention module.
+"""Rotary embedding of a layer, measured by running the layer's attention module.
 
-Models differ in which dimensions they rotate, in which pairs, and in what they call cosines and sines.
-A layer is therefore run with cosines and sines of our choice, and its queries and keys show which of
-their columns rotates which dimension.
+Models differ in the dimensions they rotate, in their pairs, and in the layout of cosines and sines. A
+layer is therefore run with chosen cosines and sines, and its queries and keys show which column
+rotates which dimension.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtpurbo.errors import RTPurboError
+
 # Bits of the number that identifies a column: enough for head dimensions below 2,048.
 CODE_BITS = 10
 # What a rotation by a right angle changes, relative to the size of a head; a norm behind it changes less.
 THRESHOLD = 2e-2
 
 Embeddings = Any
-"""Cosines and sines as a model hands them to its layers: a pair of tensors, or one complex tensor."""
+"""Cosines and sines that a model passes to its layers: a pair of tensors, or one complex tensor."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class RotaryLayout:
         return bool((self.signs != 0).any())
 
     def undo(self, states: Tensor, embeddings: Embeddings) -> Tensor:
-        """States as they were before the rotation.
+        """Returns states before the rotation.
 
         Args:
             states: [batch, heads, length, head_dim], of the last tokens of a forward.
-            embeddings: what the attention module received in that forward.
+            embeddings: rotary embedding that the attention module received in that forward.
         """
         assert self.partners is not None
         if not self.is_rotated:
@@ -71,8 +73,22 @@ class RotaryLayout:
         return torch.where(rotated, undone, exact).to(states.dtype)
 
 
+def invertible(layer: int, rotation: RotaryLayout | None) -> RotaryLayout:
+    """Returns the rotation of a layer, if it can be undone.
+
+    Raises:
+        RTPurboError: it cannot, or is not known.
+    """
+    if rotation is None or rotation.partners is None:
+        raise RTPurboError(
+            f"the rotary embedding of layer {layer} cannot be undone, which index_space 'pre_rope' "
+            "needs: choose 'low_frequency'."
+        )
+    return rotation
+
+
 def unrotated(head_dim: int) -> RotaryLayout:
-    """The layout of a layer without a rotation."""
+    """Returns the layout of a layer without a rotation."""
     return RotaryLayout(
         torch.zeros(head_dim, dtype=torch.float64),
         torch.zeros(head_dim, dtype=torch.int64),
@@ -100,7 +116,7 @@ class RotaryProbe:
 
     @classmethod
     def of(cls, embeddings: Embeddings) -> RotaryProbe | None:
-        """The probe in the form of a layer's own embeddings, of tokens of which the second has position 1.
+        """Returns a probe with the shape of a layer's embeddings, of tokens of which the second has position 1.
 
         Returns:
             None if the embeddings are of no known form.
@@ -122,7 +138,7 @@ class RotaryProbe:
         return cls(plain, _like(embeddings, 1 - turned, turned), codes, angles)
 
     def layout(self, plain: Tensor, coded: Tensor) -> RotaryLayout | None:
-        """The rotation that explains a layer's states under both embeddings.
+        """Returns the rotation that explains a layer's states under both embeddings.
 
         Args:
             plain: queries and keys [batch, heads, tokens, head_dim] under `plain`.
@@ -135,7 +151,7 @@ class RotaryProbe:
 
 
 def _decode(plain: Tensor, coded: Tensor, codes: Tensor, angles: Tensor) -> RotaryLayout | None:
-    """The layout that explains the change of states [heads, tokens, head_dim]."""
+    """Returns the layout that explains the change of states [heads, tokens, head_dim]."""
     size = plain.square().mean(-1, keepdim=True).sqrt()
     changed = ((coded - plain).abs() > THRESHOLD * size).any(0)
     length, head_dim = changed.shape
@@ -167,7 +183,7 @@ def _decode(plain: Tensor, coded: Tensor, codes: Tensor, angles: Tensor) -> Rota
 
 
 def _parts(embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines, [batch, length, columns] each; None if embeddings are of another kind."""
+    """Returns cosines and sines, [batch, length, columns] each; None if the form is not known."""
     if isinstance(embeddings, Tensor) and embeddings.is_complex():
         parts = [embeddings.real, embeddings.imag]
     elif isinstance(embeddings, (tuple, list)) and len(embeddings) == 2:
@@ -181,7 +197,7 @@ def _parts(embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
 
 
 def _like(embeddings: Embeddings, cosines: Tensor, sines: Tensor) -> Embeddings:
-    """Cosines and sines [length, columns] in the form of a model's own embeddings."""
+    """Returns cosines and sines [length, columns] in the form of a model's embeddings."""
     if isinstance(embeddings, Tensor):
         value = torch.complex(cosines, sines).to(embeddings.dtype)
         return value.to(embeddings.device).expand(embeddings.shape)

@@ -27,12 +27,12 @@ class Runtime:
         self._layers = list(layers)
 
     def set_rule(self, **changes: Any) -> None:
-        """Changes fields of the attention rule for good: `set_rule(top_p=0.9)`."""
+        """Changes fields of the attention rule permanently: `set_rule(top_p=0.9)`."""
         self._apply_rule(self._model.rtpurbo_config.with_rule(**changes).attention)
 
     @contextmanager
     def rule(self, **changes: Any) -> Iterator[None]:
-        """Changes fields of the attention rule, such as `top_p=0.9`."""
+        """Changes fields of the attention rule inside a `with` block, such as `top_p=0.9`."""
         before = self._model.rtpurbo_config.attention
         self.set_rule(**changes)
         try:
@@ -42,7 +42,7 @@ class Runtime:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Runs attention dense, as in the original model, without a cache."""
+        """Runs dense attention, as in the original model, without a cache."""
         with self._layers_with(dense=True):
             yield
 
@@ -50,10 +50,10 @@ class Runtime:
     def counting(
         self, statistics: SelectionStatistics | None = None
     ) -> Iterator[SelectionStatistics]:
-        """Counts what the retrieval heads select, over every forward inside.
+        """Counts the keys that retrieval heads select inside a `with` block.
 
         Args:
-            statistics: collects the counts; None makes a plain one.
+            statistics: collects the counts; None creates `SelectionStatistics`.
         """
         statistics = SelectionStatistics() if statistics is None else statistics
         with self._layers_with(statistics=statistics):
@@ -61,9 +61,9 @@ class Runtime:
 
     @contextmanager
     def decoding_last(self, num_decode_rows: int) -> Iterator[None]:
-        """Treats the last rows of every forward as decoding steps, which select while prefill is dense.
+        """Lets the last queries of every forward select as decode steps do, while the others are dense.
 
-        Training can then meet what `generate` does, prompt dense and answer sparse, in one forward.
+        Training then computes in one forward what `generate` does: a dense prompt and a sparse answer.
         """
         with self._layers_with(num_decode_rows=num_decode_rows):
             yield
@@ -82,9 +82,9 @@ class Runtime:
 
     @contextmanager
     def packed(self, document_lengths: Sequence[int] | None) -> Iterator[None]:
-        """Keeps documents that follow each other in a sequence apart while attention runs dense.
+        """Separates the documents of a packed sequence in dense attention.
 
-        Their `position_ids` have to be given too.
+        The forward needs their `position_ids` too.
 
         Args:
             document_lengths: tokens of each document; None for one document.
@@ -95,11 +95,11 @@ class Runtime:
 
     @contextmanager
     def observed(self, observer: Callable[[Any], None], *, dense: bool = True) -> Iterator[None]:
-        """Shows every layer's queries and keys to `observer`.
+        """Calls `observer` with the queries and keys of every layer.
 
         Args:
-            observer: called with a `LayerObservation` once a layer and forward.
-            dense: run attention dense, as in the original model; False leaves it as it is.
+            observer: called with a `LayerObservation` for each layer and forward.
+            dense: run dense attention; False runs sparse attention.
         """
         changes: dict[str, Any] = {"observer": observer, **({"dense": True} if dense else {})}
         with self._layers_with(**changes):
@@ -112,14 +112,14 @@ class Runtime:
 
     @contextmanager
     def _layers_with(self, **values: Any) -> Iterator[None]:
-        """Gives all layers the same values of these attributes."""
+        """Sets attributes of all layers inside a `with` block."""
         with _attributes((layer, values) for layer in self._layers):
             yield
 
 
 @contextmanager
 def _attributes(changes: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[None]:
-    """Sets attributes of objects, and restores the values found."""
+    """Sets attributes of objects inside a `with` block, and restores them."""
     changes = list(changes)
     before = [(item, {name: getattr(item, name) for name in values}) for item, values in changes]
     _assign(changes)

@@ -1,4 +1,4 @@
-"""Saving a sparse model as `save_pretrained` does: its weights, and what makes them sparse."""
+"""Saving of a sparse model by `save_pretrained`: weights, configuration and indexers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights sharded over processes (FSDP2): loading a model so, and working with such weights.
+"""Weights sharded over processes (FSDP2): loading, and access to whole weights.
 
 The weights of every decoder layer are sharded; a process gathers them while the layer runs. Embeddings
 and the final norm are replicated: tied embeddings are read in two places, and the loss reads the output
@@ -115,7 +115,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def require_gradients(model: nn.Module) -> None:
-    """Lets gradients flow to all weights but those of indexers; all processes call it together.
+    """Enables gradients of all weights except indexers; all processes call it together.
 
     FSDP keeps a second parameter for the gathered weights, with a flag of its own that stays as it was
     when the layer first ran.

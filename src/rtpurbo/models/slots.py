@@ -1,6 +1,6 @@
-"""Where the tokens of a cache lie: how its sequences are padded, and the position of each token.
+"""Slots of the tokens of a cache: padding of its sequences, and the position of each token.
 
-It is the same in every layer, so a forward works it out once, before the layers run.
+They are the same in every layer, so a forward computes them once, before the layers run.
 """
 
 from __future__ import annotations
@@ -14,62 +14,74 @@ from torch import Tensor
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.ring import RingSlots
 
-# No padding at all; padding before the first real token only; padding anywhere.
+# No padding; padding before the first token of a sequence only; padding anywhere.
 Padding = Literal["none", "left", "any"]
 
 
 def padding_form(mask: Tensor) -> tuple[Padding, bool]:
-    """One look at a mask [batch, tokens].
+    """Classifies a mask [batch, tokens], with one synchronisation of the device.
 
     Returns:
-        How its sequences are padded, and whether each holds a real token: behind such a one, left
-        padding has ended.
+        The padding of its sequences, and whether each has a real token, after which left padding ends.
     """
     mask = mask.to(torch.bool)
-    looks = [mask.all(), (mask[:, 1:] >= mask[:, :-1]).all(), mask.any(1).all()]
-    is_whole, is_ascending, have_begun = torch.stack(looks).tolist()
+    tests = [mask.all(), (mask[:, 1:] >= mask[:, :-1]).all(), mask.any(1).all()]
+    is_whole, is_ascending, have_begun = torch.stack(tests).tolist()
     if is_whole:
         return "none", True
     return "left" if is_ascending else "any", have_begun
 
 
+def fitting_mask(mask: Tensor, batch: int, total: int) -> Tensor:
+    """Returns a mask cut to [batch, total].
+
+    Raises:
+        RTPurboError: it is shorter, or of another number of sequences.
+    """
+    if mask.shape[0] != batch or mask.shape[1] < total:
+        raise RTPurboError(
+            f"the attention mask is {tuple(mask.shape)}, but must be {(batch, total)}: it covers the "
+            "tokens in the cache, if there is one, and the new ones."
+        )
+    return mask[:, :total]
+
+
 def positions_of(mask: Tensor) -> Tensor:
-    """Positions int64 [batch, tokens] of a mask's tokens, -1 for padding."""
+    """Returns the positions int64 [batch, tokens] of a mask's tokens, -1 for padding."""
     real = mask.to(torch.bool)
     return (real.cumsum(1) - 1).masked_fill(~real, -1)
 
 
 def leading_padding(mask: Tensor) -> Tensor:
-    """Padding before the first real token of each sequence: int32 [batch]."""
+    """Returns the padding before the first real token of each sequence: int32 [batch]."""
     return (mask.cumsum(1) == 0).sum(1, dtype=torch.int32)
 
 
 class TokenSlots:
     """Slots of tokens, which all layers of a cache share.
 
-    Slots count the tokens that entered, padding included; positions count the real ones of a
-    sequence. `enter` runs before the layers of every forward, and looks at the data only
-    where a prompt or several tokens enter: a token that enters alone later on is real, once every
-    sequence has begun.
+    Slots count the tokens of the cache, padding included; positions count the real ones of a
+    sequence. `begin_forward` runs before the layers of every forward, and reads the mask on the host
+    only for a prompt or several tokens: a single token is real once every sequence has a real token.
 
-    Fixed slots (`fix`) serve steps of one token whose operations are the same at any length: what
-    changes from step to step is stored on the device alone, at the same addresses.
+    Fixed slots (`fix`) belong to a static cache, whose decode steps have the same operations at any
+    length: what changes between steps is stored on the device, at the same addresses.
 
     Args:
         ring: the slots of windowed KV heads.
 
     Attributes:
-        padding: the form of the padding so far; `any` stays.
-        have_begun: every sequence holds a real token.
+        padding: padding of all tokens so far; `any` is final.
+        have_begun: every sequence has a real token.
         first_slots: int32 [batch], the slot of position 0 in each sequence; None if padding is `any`.
         fixed_positions: int64 [batch, capacity], of all tokens while slots are fixed; -1 for padding
             and beyond the length.
         length: int32 [1], slots in use while slots are fixed.
         positions: int64 [batch, slots], of every token of the last forward and before it; -1 for
             padding.
-        query_positions: int64 [batch, new], of the tokens that entered last.
-        newest: int64 [1], the slot of the one token that entered last while slots are fixed; None
-            after any other forward.
+        query_positions: int64 [batch, new], of the new tokens.
+        newest: int64 [1], the slot of the new token of a decode step in fixed slots; None in any
+            other forward.
     """
 
     fixed_positions: Tensor | None
@@ -80,37 +92,37 @@ class TokenSlots:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Removes all tokens."""
         self.padding: Padding = "none"
         self.have_begun = True
         self.first_slots: Tensor | None = None
         self.release()
-        self.leave()
+        self.end_forward()
         self.ring.clear()
 
-    def leave(self) -> None:
-        """Lets go of what served one forward."""
+    def end_forward(self) -> None:
+        """Drops the tensors of one forward."""
         self.positions: Tensor | None = None
         self.query_positions: Tensor | None = None
         self.newest: Tensor | None = None
-        self.ring.leave()
+        self.ring.end_forward()
 
-    def enter(
+    def begin_forward(
         self, mask: Tensor | None, batch: int, seen: int, new: int, device: torch.device
     ) -> None:
-        """Tokens enter behind those already seen.
+        """Assigns slots to the new tokens of a forward.
 
         Args:
-            mask: [batch, seen + new], 1 for real tokens; None if what enters is real.
+            mask: [batch, seen + new], 1 for real tokens; None if the new tokens are real.
             batch: sequences.
             seen: slots in use before.
             new: slots that are added.
-            device: of the labels.
+            device: of the positions.
         """
         if seen == 0:
             self.clear()
         if mask is not None:
-            mask = self._fitting(mask, batch, seen + new).to(device, torch.bool)
+            mask = fitting_mask(mask, batch, seen + new).to(device, torch.bool)
             if self.padding != "any" and (seen == 0 or new > 1 or not self.have_begun):
                 self.padding, self.have_begun = padding_form(mask)
                 self._set_first_slots(mask)
@@ -118,51 +130,44 @@ class TokenSlots:
             self.first_slots = torch.zeros(batch, dtype=torch.int32, device=device)
         self.newest = None
         if self.is_fixed and new == 1:
-            self._enter_fixed(seen)
+            self._begin_fixed(seen)
         else:
-            self._enter_growing(mask, batch, seen, new, device)
+            self._begin_growing(mask, batch, seen, new, device)
         assert self.query_positions is not None
-        self.ring.enter(self.query_positions, self.first_slots, seen, self.padding == "none")
-
-    @staticmethod
-    def _fitting(mask: Tensor, batch: int, total: int) -> Tensor:
-        if mask.shape[0] != batch or mask.shape[1] < total:
-            raise RTPurboError(
-                f"the attention mask is {tuple(mask.shape)}, but must be {(batch, total)}: "
-                "it covers the tokens in the cache and the new ones."
-            )
-        return mask[:, :total]
+        self.ring.begin_forward(
+            self.query_positions, self.first_slots, seen, self.padding == "none"
+        )
 
     def _set_first_slots(self, mask: Tensor) -> None:
         if self.padding == "any":
             self.first_slots = None
             self.release()
             return
-        # At the same address, for fixed slots.
+        # Fixed slots keep their address.
         if self.first_slots is None:
             self.first_slots = torch.empty(mask.shape[0], dtype=torch.int32, device=mask.device)
         self.first_slots.copy_(leading_padding(mask))
 
-    def _enter_growing(
+    def _begin_growing(
         self, mask: Tensor | None, batch: int, seen: int, new: int, device: torch.device
     ) -> None:
         places = torch.arange(seen + new, device=device)
         if self.padding == "left":
             assert self.first_slots is not None
-            labels = (places - self.first_slots[:, None]).clamp(min=-1)
+            positions = (places - self.first_slots[:, None]).clamp(min=-1)
         elif self.padding == "any" and mask is not None:
-            labels = positions_of(mask)
+            positions = positions_of(mask)
         else:
-            labels = places.expand(batch, seen + new)
-        self.positions, self.query_positions = labels, labels[:, seen:]
+            positions = places.expand(batch, seen + new)
+        self.positions, self.query_positions = positions, positions[:, seen:]
         if self.is_fixed:
             self.rewind(seen + new)
 
-    def _enter_fixed(self, seen: int) -> None:
+    def _begin_fixed(self, seen: int) -> None:
         assert self.first_slots is not None
         assert self.fixed_positions is not None
         assert self.length is not None
-        if self._counted != seen:  # tokens were taken back
+        if self._counted != seen:  # tokens were removed
             self.rewind(seen)
         self.newest = self.length.long()
         self.length += 1
@@ -178,7 +183,7 @@ class TokenSlots:
 
     @property
     def capacity(self) -> int:
-        """Slots that are fixed, in use or not."""
+        """Number of fixed slots, in use or not."""
         return 0 if self.fixed_positions is None else self.fixed_positions.shape[1]
 
     def fix(self, capacity: int, seen: int) -> None:
@@ -190,13 +195,13 @@ class TokenSlots:
         self.rewind(seen)
 
     def release(self) -> None:
-        """Steps of one token run in slots that grow again."""
+        """Undoes `fix`: decode steps append slots again."""
         self.fixed_positions = None
         self.length = None
         self._counted = 0
 
     def recount(self, seen: int) -> None:
-        """Assumes that the counters on the device are at this many slots in use."""
+        """Sets the number of slots in use, after steps that ran on the device alone."""
         self._counted = seen
 
     def rewind(self, seen: int) -> None:
@@ -205,15 +210,15 @@ class TokenSlots:
         assert self.fixed_positions is not None
         assert self.length is not None
         places = torch.arange(self.capacity, device=self.length.device)
-        labels = (places - self.first_slots[:, None]).clamp(min=-1)
-        self.fixed_positions.copy_(labels.masked_fill(places >= seen, -1))
+        positions = (places - self.first_slots[:, None]).clamp(min=-1)
+        self.fixed_positions.copy_(positions.masked_fill(places >= seen, -1))
         self.length.fill_(seen)
         self._counted = seen
 
     def window_mask(self, window: int) -> Tensor:
         """Mask of a step in fixed slots over a ring of `window` slots: bool [batch, 1, 1, window].
 
-        The token of slot s lies in slot s % window of such a ring.
+        The token of slot s is in slot s % window of such a ring.
         """
         assert self.first_slots is not None
         assert self.newest is not None
@@ -223,13 +228,13 @@ class TokenSlots:
         return (held >= self.first_slots[:, None])[:, None, None]
 
     def take_back(self, next_positions: Tensor) -> None:
-        """Forgets the tokens at or after these positions [batch], which the ring can spare."""
+        """Removes the tokens at or after these positions [batch]; see `check_whole_before`."""
         self.ring.forget_from(next_positions)
         if self.padding == "left":
             self.have_begun = bool((next_positions > 0).all())
 
     def next_positions(self, seen: int) -> Tensor:
-        """The position int64 [batch] of the token that would follow the first `seen` slots."""
+        """Returns the position int64 [batch] of the token after the first `seen` slots."""
         if self.first_slots is not None:
             return (seen - self.first_slots.long()).clamp(min=0)
         assert self.positions is not None
@@ -239,13 +244,13 @@ class TokenSlots:
         """Rearranges the sequences.
 
         Args:
-            change: what happens to a tensor whose first dimension are the sequences.
-            in_place: there are as many as before, and fixed slots keep their addresses.
+            change: function of a tensor whose first dimension is the sequences.
+            in_place: the number of sequences stays, and fixed slots keep their addresses.
         """
-        labels = self.positions
-        self.leave()
+        positions = self.positions
+        self.end_forward()
         if self.padding == "any":
-            self.positions = labels  # `next_positions` cannot do without
+            self.positions = positions  # `next_positions` needs them
         for owner, name in self._tensors():
             tensor = getattr(owner, name)
             if tensor is None:
@@ -261,6 +266,6 @@ class TokenSlots:
         yield self.ring, "positions"
 
     def tensors(self) -> list[Tensor]:
-        """Tensors kept between forwards, except the labels of the last one while slots grow."""
+        """Tensors kept between forwards, except the positions of the last one while slots grow."""
         tensors = (self.first_slots, self.fixed_positions, self.length, self.ring.positions)
         return [tensor for tensor in tensors if tensor is not None]

@@ -1,4 +1,4 @@
-"""The sparse layer that hangs on an attention module: its heads, its rule, its indexer, and who watches it."""
+"""Sparse layer that is attached to an attention module: heads, rule, indexer and observers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.cache_layers import EnteringStates, HeadwiseLayer
+from rtpurbo.models.cache_layers import HeadwiseLayer, NewStates
 from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.models.probe import AttentionTraits
-from rtpurbo.models.rotation import Embeddings
+from rtpurbo.models.rotation import Embeddings, invertible
 from rtpurbo.ops import (
     HeadLayout,
     KeyValueStates,
@@ -32,12 +32,12 @@ FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def sparse_layer_of(module: nn.Module) -> SparseAttention | None:
-    """The sparse layer that hangs on an attention module."""
+    """Returns the sparse layer that is attached to an attention module; None if there is none."""
     return vars(module).get("_rtpurbo")
 
 
 def note_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of attention modules: keeps what rotates the heads, for features before it."""
+    """Forward pre-hook of attention modules that keeps the rotary embedding, for features before RoPE."""
     layer = sparse_layer_of(module)
     assert layer is not None
     layer.embeddings = kwargs.get("position_embeddings")
@@ -53,7 +53,7 @@ class LayerObservation:
         keys: [batch, num_key_value_heads, q_len, head_dim], after RoPE.
         positions: int64 [batch, q_len], -1 for padding.
         scaling: factor on the dot products.
-        undo_rotation: gives such states as they were before RoPE, after QK-norm.
+        undo_rotation: function of queries or keys that returns them before RoPE, after QK-norm.
         sinks: learned sinks [num_attention_heads]; None if the model has none.
     """
 
@@ -67,13 +67,13 @@ class LayerObservation:
 
 
 class SparseAttention:
-    """Sparse attention of one layer; it hangs on the attention module, which stays as it is.
+    """Sparse attention of one layer, attached to the attention module, which is not changed.
 
-    The indexer alone becomes a submodule of the attention module, so that it is part of the model's
+    Only the indexer becomes a submodule of the attention module, so that it is part of the model's
     state dict.
 
     Args:
-        traits: of the layer's attention.
+        traits: properties of the layer's attention.
         layer: the layer's number.
         config: head map, rule and indexer settings of the whole model.
 
@@ -81,17 +81,17 @@ class SparseAttention:
         module: the attention module.
         layer_idx: the layer's number.
         rule: windows and selection.
-        dense: run as the original, for a while.
+        dense: run dense attention.
         document_lengths: tokens of packed documents; only where `dense`.
-        num_decode_rows: last rows of a forward that select as decoding steps do.
-        backend: of `rtpurbo.ops`.
-        used_backend: which one the last call took.
-        statistics: counts what is selected.
-        selector: chooses far keys in the place of the rule.
-        observer: is shown the states of each forward.
+        num_decode_rows: number of last queries of a forward that select as decode steps do.
+        backend: backend of `rtpurbo.ops`.
+        used_backend: backend of the last call.
+        statistics: counts the selected keys.
+        selector: selects far keys instead of the rule.
+        observer: called with the states of each forward.
         gates: mix full and windowed attention, [num_key_value_heads] or [num_attention_heads].
-        embeddings: what rotates the heads in the forward that is running.
-        hook: that of `note_rotation`.
+        embeddings: rotary embedding of the current forward.
+        hook: handle of `note_rotation`.
     """
 
     hook: RemovableHandle
@@ -121,17 +121,17 @@ class SparseAttention:
 
     @property
     def indexer(self) -> TokenIndexer:
-        """The layer's token indexer; there is none if no head retrieves."""
+        """Token indexer of a layer with retrieval heads."""
         indexer: TokenIndexer = self.module.get_submodule("indexer")  # type: ignore[assignment]
         return indexer
 
     @property
     def device(self) -> torch.device:
-        """Where the attention module is."""
+        """Device of the attention module."""
         return next(self.module.parameters()).device
 
     def layout(self, device: torch.device) -> HeadLayout:
-        """The layer's heads as index tensors on a device."""
+        """Returns the layer's heads as index tensors on a device."""
         if device not in self._layouts:
             self._layouts[device] = HeadLayout.build(
                 self.retrieval_heads, self.num_attention_heads, self.num_key_value_heads, device
@@ -141,8 +141,8 @@ class SparseAttention:
     def forward(
         self,
         queries: Tensor,
-        keys: Tensor | EnteringStates,
-        values: Tensor | EnteringStates,
+        keys: Tensor | NewStates,
+        values: Tensor | NewStates,
         mask: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor:
@@ -158,13 +158,13 @@ class SparseAttention:
                 "instead of position_ids that restart, and no mask of another kind."
             )
         past: HeadwiseLayer | None = None
-        if isinstance(keys, EnteringStates):
-            entering = keys
-            past, keys, values = entering.layer, entering.keys, entering.values
+        if isinstance(keys, NewStates):
+            new = keys
+            past, keys, values = new.layer, new.keys, new.values
             self._check_cache(past)
         assert isinstance(keys, Tensor)
         assert isinstance(values, Tensor)
-        # Under autocast a rotation in float32 leaves queries and keys in another type than values.
+        # Under autocast, RoPE in float32 leaves queries and keys in another dtype than values.
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         positions = self._query_positions(queries, mask, past)
         undo_rotation = partial(self._undo_rotation, embeddings=embeddings)
@@ -184,10 +184,10 @@ class SparseAttention:
                 return self._attend_gated(queries, positions, states, self.gates, sinks)
         index_queries, index_keys = self.index(queries, keys, undo_rotation, past is not None)
         if past is not None:
-            full, bounded = past.append(keys, values, index_keys, self.layout(keys.device))
+            full, windowed = past.append(keys, values, index_keys, self.layout(keys.device))
         else:
-            full, bounded = self._divided(states, index_keys)
-        return self.attend(positions, queries, index_queries, full, bounded, sinks)
+            full, windowed = self._divided(states, index_keys)
+        return self.attend(positions, queries, index_queries, full, windowed, sinks)
 
     def _check_cache(self, past: HeadwiseLayer) -> None:
         if self.dense:
@@ -209,12 +209,9 @@ class SparseAttention:
         return torch.arange(length, device=queries.device).expand(batch, length)
 
     def _undo_rotation(self, states: Tensor, embeddings: Embeddings | None) -> Tensor:
-        if self.rotation is None or self.rotation.partners is None or embeddings is None:
-            raise RTPurboError(
-                f"the rotary embedding of layer {self.layer_idx} cannot be undone, so index_space "
-                "'pre_rope' does not suit this model: choose 'low_frequency'."
-            )
-        return self.rotation.undo(states, embeddings)
+        rotation = invertible(self.layer_idx, None if embeddings is None else self.rotation)
+        assert embeddings is not None
+        return rotation.undo(states, embeddings)
 
     def index(
         self,
@@ -223,18 +220,18 @@ class SparseAttention:
         undo_rotation: Callable[[Tensor], Tensor],
         caching: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Index queries of the rows that select and index keys, where something will read them."""
+        """Returns index queries of the queries that select, and index keys; None where they are not needed."""
         selecting = self.rule.num_selecting_rows(queries.shape[2], self.num_decode_rows)
         if not self.retrieval_heads or not (selecting or caching):
             return None, None
         layout, indexer = self.layout(keys.device), self.indexer
-        readers = layout.full_key_value_heads
+        kv_heads = layout.full_key_value_heads
         if not indexer.settings.shared_keys:
-            readers = readers[layout.retrieval.key_value_heads]
+            kv_heads = kv_heads[layout.retrieval.key_value_heads]
         with torch.no_grad():
-            index_keys = indexer.index_keys(indexer.features(keys[:, readers], undo_rotation))
+            index_keys = indexer.index_keys(indexer.features(keys[:, kv_heads], undo_rotation))
             if self.rule.index_storage == "float8":
-                # Beyond the largest number of the format lies NaN.
+                # Larger values become NaN in this format.
                 index_keys = index_keys.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
             if not selecting:
                 return None, index_keys
@@ -247,15 +244,15 @@ class SparseAttention:
         queries: Tensor,
         index_queries: Tensor | None,
         full: KeyValueStates,
-        bounded: KeyValueStates,
+        windowed: KeyValueStates,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Sparse attention of one forward, whose tokens have entered the cache if there is one."""
+        """Computes the sparse attention of one forward, after new tokens were appended to the cache, if any."""
         self.used_backend = chosen_backend(
             self.backend,
             queries,
             full,
-            bounded,
+            windowed,
             index_queries,
             self.rule,
             self.statistics,
@@ -267,7 +264,7 @@ class SparseAttention:
             queries,
             query_positions,
             full,
-            bounded,
+            windowed,
             self.layout(queries.device),
             index_queries,
             self.rule,
@@ -286,8 +283,8 @@ class SparseAttention:
             return packed_attention(
                 queries, states.keys, states.values, lengths, scaling=self.scaling
             )
-        readers = torch.arange(self.num_attention_heads, device=queries.device)
-        readers = readers // (self.num_attention_heads // self.num_key_value_heads)
+        heads = torch.arange(self.num_attention_heads, device=queries.device)
+        kv_head_index = heads // (self.num_attention_heads // self.num_key_value_heads)
         parts, start = [], 0
         for length in lengths:
             rows = slice(start, start + length)
@@ -301,7 +298,7 @@ class SparseAttention:
                 queries[:, :, rows],
                 positions[:, rows],
                 document,
-                readers,
+                kv_head_index,
                 scaling=self.scaling,
                 return_log_sum_exp=sinks is not None,
             )
@@ -320,7 +317,7 @@ class SparseAttention:
         gates: Tensor,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Full attention times the gate of a head plus windowed attention times what is left."""
+        """Mixes full and windowed attention: gate * full + (1 - gate) * windowed."""
         full = self._attend_densely(queries, positions, states, sinks)
         windowed = self.attend(positions, queries, None, *self._divided(states, None), sinks)
         each = gates.repeat_interleave(self.num_attention_heads // gates.numel())
@@ -329,9 +326,9 @@ class SparseAttention:
     def _divided(
         self, states: KeyValueStates, index_keys: Tensor | None
     ) -> tuple[KeyValueStates, KeyValueStates]:
-        """States of full KV heads and of bounded ones."""
+        """Returns the states of full and of windowed KV heads."""
         layout = self.layout(states.keys.device)
-        full, bounded = (
+        full, windowed = (
             replace(
                 states,
                 keys=states.keys[:, heads],
@@ -343,4 +340,4 @@ class SparseAttention:
                 (layout.windowed_key_value_heads, None),
             )
         )
-        return full, bounded
+        return full, windowed

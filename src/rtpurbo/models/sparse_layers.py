@@ -1,10 +1,10 @@
-"""The sparse layers of a model, and the weights of their indexers."""
+"""Sparse layers of a model, and the weights of their indexers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
@@ -33,7 +33,7 @@ def is_sparse(model: PreTrainedModel) -> bool:
 
 
 def headwise_modules(model: PreTrainedModel) -> list[SparseAttention]:
-    """The sparse layers in order.
+    """Returns the sparse layers in order.
 
     Raises:
         RTPurboError: the model is not sparse.
@@ -48,22 +48,27 @@ def headwise_modules(model: PreTrainedModel) -> list[SparseAttention]:
 
 
 def indexers_in_float32(model: PreTrainedModel) -> None:
-    """Makes the indexers' weights float32 where they are shorter, for training: updates would be rounded away."""
+    """Converts half-precision indexers to float32 for training, in which small updates would be lost."""
     for module in headwise_modules(model):
         if module.retrieval_heads and module.indexer.query_weight.dtype.itemsize < 4:
             module.indexer.float()
 
 
+def _indexer_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    return {
+        f"layers.{layer.layer_idx}.indexer.{name}": parameter
+        for layer in headwise_modules(model)
+        if layer.retrieval_heads
+        for name, parameter in layer.indexer.named_parameters()
+    }
+
+
 def indexer_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The indexers' weights by name, on the CPU in fp32, as `load_indexers` takes them."""
-    weights = {}
-    for module in headwise_modules(model):
-        if module.retrieval_heads:
-            for name, value in module.indexer.named_parameters():
-                weights[f"layers.{module.layer_idx}.indexer.{name}"] = (
-                    value.detach().float().cpu().clone()
-                )
-    return weights
+    """Returns copies of the indexers' weights by name, on the CPU in fp32, for `load_indexers`."""
+    return {
+        name: parameter.detach().float().cpu().clone()
+        for name, parameter in _indexer_parameters(model).items()
+    }
 
 
 def load_indexers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
@@ -73,7 +78,8 @@ def load_indexers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
         RTPurboError: names or shapes differ from what the head map and the indexer settings ask
             for.
     """
-    expected = {name: value.shape for name, value in indexer_weights(model).items()}
+    parameters = _indexer_parameters(model)
+    expected = {name: parameter.shape for name, parameter in parameters.items()}
     given = {name: value.shape for name, value in weights.items()}
     if expected != given:
         wrong = sorted(set(expected.items()) ^ set(given.items()))[0][0]
@@ -82,7 +88,5 @@ def load_indexers(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
             f"{tuple(given.get(wrong, ())) or 'missing'}, "
             f"expected {tuple(expected.get(wrong, ())) or 'nothing'}."
         )
-    for module in headwise_modules(model):
-        if module.retrieval_heads:
-            for name, parameter in module.indexer.named_parameters():
-                parameter.data.copy_(weights[f"layers.{module.layer_idx}.indexer.{name}"])
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""The class that a model has while it is sparse: a subclass of its own, with what sparsity changes."""
+"""Class of a model while it is sparse: a subclass of its dense class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _sparse_classes: dict[type, type] = {}
 
 
 class SparseModel(PreTrainedModel, GenerationMixin):
-    """Methods that differ in a sparse model from its dense class, which follows in the MRO.
+    """Methods of a sparse model that replace those of its dense class, which follows in the MRO.
 
     Attributes of an instance: `rtpurbo_config` (an `RTPurboConfig`) and `rtpurbo` (a `Runtime`).
     """
@@ -54,7 +54,7 @@ class SparseModel(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Makes `generate` use a HeadwiseCache wherever it would make a cache of its own."""
+        """Creates a HeadwiseCache where `generate` would create a cache of its own."""
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             generation_config.cache_implementation = None
             # Proposed tokens that are rejected are cropped: from the prompt, or of the draft model itself.
@@ -75,7 +75,7 @@ class SparseModel(PreTrainedModel, GenerationMixin):
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles by the dense class: this one exists in no module."""
+        """Copies and pickles through the dense class, because this class is in no module."""
         return _new, (dense_class(self),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class SparseModel(PreTrainedModel, GenerationMixin):
 
 
 def sparse_class(dense: type) -> type:
-    """The sparse subclass of a dense model's class, under the same name."""
+    """Returns the sparse subclass of a dense class, which has the same name."""
     if dense not in _sparse_classes:
         # transformers looks classes up by name and module: in configurations, and in their source.
         own = {"__module__": dense.__module__, "__qualname__": dense.__qualname__}
@@ -100,13 +100,13 @@ def sparse_class(dense: type) -> type:
 
 
 def dense_class(model: PreTrainedModel) -> type:
-    """The class that a sparse model had before."""
+    """Returns the class that a sparse model had before."""
     dense: type = type(model).__mro__[2]
     return dense
 
 
 def check_can_be_sparse(model: Any) -> None:
-    """Refuses what is no transformers model with a language-modelling head, in one piece.
+    """Refuses objects other than whole transformers models with a language-modelling head.
 
     Raises:
         RTPurboError: it is of another kind, its heads are divided among processes, or its weights are

@@ -1,29 +1,24 @@
-"""Makes a dense model sparse in place, and dense again; watches and counts while it is sparse."""
+"""Makes a dense model sparse in place, and dense again; observes and measures sparse models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import (
-    check_architecture,
-    context_length,
-    convertible_layers,
-    num_key_value_heads,
-)
+from rtpurbo.models.architecture import AttentionShape, check_architecture, context_length
 from rtpurbo.models.attention import IMPLEMENTATION
-from rtpurbo.models.entering import attach_fast_entry, detach_fast_entry
+from rtpurbo.models.fused_append import attach_fused_append, detach_fused_append
 from rtpurbo.models.generation import attach_cache, detach_cache
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.models.probe import AttentionTraits, probe
+from rtpurbo.models.rotation import invertible
 from rtpurbo.models.runtime import Runtime
 from rtpurbo.models.sparse_layer import (
     LayerObservation,
@@ -39,8 +34,8 @@ from rtpurbo.ops import SelectionStatistics, Selector
 def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     """Makes the attention of every full-attention layer sparse, in place.
 
-    A `SparseAttention` hangs on every attention module, which stays. Indexer weights start at zero: train
-    them, or load them with `load_indexers`.
+    A `SparseAttention` is attached to every attention module, which is kept. Indexer weights start at
+    zero: train them, or load them with `load_indexers`.
 
     Args:
         model: a dense causal language model of any architecture that `check_architecture` lets pass.
@@ -53,12 +48,12 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
         RTPurboError: the model cannot be made sparse, the head map belongs to another model, or the
             model is wrapped, offloaded or of another kind (`check_can_be_sparse`).
     """
-    check_can_be_sparse(model)
-    check_architecture(model.config)
-    check_head_map(model.config, config.head_map)
+    traits = _checked_traits(model)
+    check_head_map(config.head_map, traits, model.config.num_hidden_layers)
     config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
-    traits = probe(model)
-    _check_traits(traits, config)
+    if config.indexer.index_space == "pre_rope":
+        for number, found in traits.items():
+            invertible(number, found.rotation)
     if is_sparse(model):
         restore(model)
     expected = logits_over_cache(model) if needs_check(model, config) else None
@@ -73,7 +68,7 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     if expected is not None:
         try:
             window = max(NUM_TOKENS, config.attention.sliding_window)
-            with using_rule(model, sliding_window=window):
+            with model.rtpurbo.rule(sliding_window=window):
                 check_equal(model, expected)
         except RTPurboError:
             restore(model)
@@ -81,27 +76,19 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     return model
 
 
-def _check_traits(traits: Mapping[int, AttentionTraits], config: RTPurboConfig) -> None:
-    """Refuses what the probe found and the head map or the indexer cannot go with."""
-    head_map = config.head_map
-    expected = (head_map.num_attention_heads, head_map.num_key_value_heads)
-    for number, found in traits.items():
-        heads = (found.num_attention_heads, found.num_key_value_heads)
-        if heads != expected:
-            raise RTPurboError(
-                f"layer {number} cannot be made sparse: it attends with {heads[0]} query heads on "
-                f"{heads[1]} KV heads, not with the {expected[0]} on {expected[1]} of the head map."
-            )
-        undone = found.rotation is not None and found.rotation.partners is not None
-        if config.indexer.index_space == "pre_rope" and not undone:
-            raise RTPurboError(
-                f"the rotary embedding of layer {number} cannot be undone, so index_space 'pre_rope' "
-                "does not suit this model: choose 'low_frequency'."
-            )
+def _checked_traits(model: PreTrainedModel) -> dict[int, AttentionTraits]:
+    """Properties of the layers that are converted, of a model that can be made sparse.
+
+    Raises:
+        RTPurboError: it cannot, with the reason.
+    """
+    check_can_be_sparse(model)
+    check_architecture(model.config)
+    return probe(model)
 
 
 def _attach(layer: SparseAttention, settings: IndexerSettings) -> None:
-    """Hangs a sparse layer on its attention module."""
+    """Attaches a sparse layer to its attention module."""
     module: Any = layer.module
     if layer.retrieval_heads:
         weight = next(module.parameters())
@@ -116,7 +103,7 @@ def _attach(layer: SparseAttention, settings: IndexerSettings) -> None:
         module.indexer.train(module.training)
     module._rtpurbo = layer
     layer.hook = module.register_forward_pre_hook(note_rotation, with_kwargs=True)
-    attach_fast_entry(layer)
+    attach_fused_append(layer)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
@@ -128,7 +115,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for layer in headwise_modules(model):
         module: Any = layer.module
         layer.hook.remove()
-        detach_fast_entry(module)
+        detach_fused_append(module)
         if layer.retrieval_heads:
             del module.indexer
         del module._rtpurbo
@@ -141,17 +128,14 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def resolve_indexer_settings(model: PreTrainedModel, settings: IndexerSettings) -> IndexerSettings:
-    """Fixes a wavelength left open to the model's context: kept pairs never complete a turn."""
+    """Sets an open `min_wavelength` to the model's context, within which no kept pair completes a turn."""
     if settings.min_wavelength is not None:
         return settings
     return replace(settings, min_wavelength=float(context_length(model.config)))
 
 
 def feature_dimensions(layer: SparseAttention, settings: IndexerSettings) -> list[int]:
-    """The dimensions of a head that the indexer of this layer projects.
-
-    All of them where the rotation is not known.
-    """
+    """Returns the dimensions of a head that the indexer of this layer projects: all, if RoPE is not known."""
     if settings.index_space != "low_frequency" or layer.rotation is None:
         return list(range(layer.head_dim))
     assert settings.min_wavelength is not None
@@ -159,7 +143,7 @@ def feature_dimensions(layer: SparseAttention, settings: IndexerSettings) -> lis
 
 
 def runtime(model: PreTrainedModel) -> Runtime:
-    """The runtime settings of a sparse model, which are also `model.rtpurbo`.
+    """Returns the runtime settings of a sparse model, which are also `model.rtpurbo`.
 
     Raises:
         RTPurboError: the model is not sparse.
@@ -173,59 +157,30 @@ def set_rule(model: PreTrainedModel, **changes: Any) -> None:
 
 
 def set_selector(model: PreTrainedModel, selector: Selector | None) -> None:
-    """Lets something else than the rule choose far keys where rows select; None gives it back."""
+    """Sets a selector of far keys that replaces the rule's; None restores the rule."""
     for module in headwise_modules(model):
         module.selector = selector
-
-
-def using_rule(model: PreTrainedModel, **changes: Any) -> AbstractContextManager[None]:
-    """As `Runtime.rule`."""
-    return runtime(model).rule(**changes)
 
 
 def counting(
     model: PreTrainedModel, statistics: SelectionStatistics | None = None
 ) -> AbstractContextManager[SelectionStatistics]:
-    """As `Runtime.counting`."""
+    """Counts selected keys inside a `with` block; see `Runtime.counting`."""
     return runtime(model).counting(statistics)
-
-
-def decoding_last(model: PreTrainedModel, num_decode_rows: int) -> AbstractContextManager[None]:
-    """As `Runtime.decoding_last`."""
-    return runtime(model).decoding_last(num_decode_rows)
-
-
-def running_dense(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """As `Runtime.dense`."""
-    return runtime(model).dense()
-
-
-def gated_heads(
-    model: PreTrainedModel, gates: Mapping[int, Tensor]
-) -> AbstractContextManager[None]:
-    """As `Runtime.gated`."""
-    return runtime(model).gated(gates)
-
-
-def packing(
-    model: PreTrainedModel, document_lengths: Sequence[int] | None
-) -> AbstractContextManager[None]:
-    """As `Runtime.packed`."""
-    return runtime(model).packed(document_lengths)
 
 
 @contextmanager
 def observing(
     model: PreTrainedModel, observer: Callable[[LayerObservation], None], *, dense: bool = True
 ) -> Iterator[None]:
-    """Shows every converted layer's queries and keys to `observer`.
+    """Calls `observer` with the queries and keys of every converted layer, inside a `with` block.
 
-    A dense model is made sparse for the while (without retrieval heads) and restored after.
+    A dense model is sparse without retrieval heads meanwhile, and is restored afterwards.
 
     Args:
         model: dense or sparse.
-        observer: called once a layer and forward.
-        dense: run attention dense, as the original; False runs a sparse model as it is.
+        observer: called once for each layer and forward.
+        dense: run dense attention; False runs the attention of a sparse model.
     """
     borrowed = not is_sparse(model)
     if borrowed:
@@ -239,32 +194,46 @@ def observing(
 
 
 def empty_head_map(model: PreTrainedModel) -> HeadMap:
-    """A head map of this model without any retrieval head."""
-    config = model.config
-    return HeadMap.uniform(
-        [], convertible_layers(config), config.num_attention_heads, num_key_value_heads(config)
-    )
-
-
-def check_head_map(config: Any, head_map: HeadMap) -> None:
-    """Refuses a head map that does not fit a transformers configuration.
+    """Head map of a model without retrieval heads, with the numbers of heads that it attends with.
 
     Raises:
-        RTPurboError: it has another shape, or leaves out other layers than those with windows.
+        RTPurboError: the model cannot be made sparse.
     """
-    shape = (config.num_hidden_layers, config.num_attention_heads, num_key_value_heads(config))
-    given = (
-        len(head_map.retrieval_heads),
-        head_map.num_attention_heads,
-        head_map.num_key_value_heads,
+    traits = _checked_traits(model)
+    of_layers = [traits.get(number) for number in range(model.config.num_hidden_layers)]
+    return HeadMap(
+        tuple(None if found is None else () for found in of_layers),
+        tuple(None if found is None else found.num_attention_heads for found in of_layers),
+        tuple(None if found is None else found.num_key_value_heads for found in of_layers),
     )
-    if shape != given:
+
+
+def check_head_map(
+    head_map: HeadMap, layers: Mapping[int, AttentionTraits | AttentionShape], num_layers: int
+) -> None:
+    """Refuses a head map that does not fit a model.
+
+    Args:
+        head_map: of an artifact or a calibration.
+        layers: heads of the layers of the model that are converted.
+        num_layers: number of decoder layers of the model.
+
+    Raises:
+        RTPurboError: numbers of layers or heads differ, or the map converts other layers.
+    """
+    prefix = "the head map belongs to another model: it has"
+    if len(head_map.retrieval_heads) != num_layers:
         raise RTPurboError(
-            "the head map belongs to another model: it has (layers, query heads, KV heads) = "
-            f"{given}, the model has {shape}."
+            f"{prefix} {len(head_map.retrieval_heads)} layers, the model has {num_layers}."
         )
-    converted = [heads is not None for heads in head_map.retrieval_heads]
-    if converted != convertible_layers(config):
+    if head_map.converted_layers != sorted(layers):
         raise RTPurboError(
             "the head map names other layers than those of this model that have full attention."
         )
+    for number, found in layers.items():
+        given = (head_map.num_query_heads(number), head_map.num_kv_heads(number))
+        if given != (found.num_attention_heads, found.num_key_value_heads):
+            raise RTPurboError(
+                f"{prefix} {given[0]} query heads on {given[1]} KV heads in layer {number}, the model "
+                f"has {found.num_attention_heads} on {found.num_key_value_heads}."
+            )

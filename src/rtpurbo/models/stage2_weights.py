@@ -29,7 +29,7 @@ FULL_WEIGHTS_FILE = "stage2_weights.safetensors"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
+    """Reads the tensors of a safetensors file.
 
     Raises:
         RTPurboError: it is missing, corrupt or truncated.
@@ -109,7 +109,7 @@ def without_deprecations_of_peft() -> Iterator[None]:
 
 
 def apply_stage2(model: PreTrainedModel, folder: Path, kind: Stage2Kind) -> PreTrainedModel:
-    """Merges the weights of stage 2 into a base model; of kind `none` there are none.
+    """Merges the weights of stage 2, if any, into a base model.
 
     Each process may hold a part of the model; all of them call this together.
     """

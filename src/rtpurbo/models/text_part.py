@@ -26,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.architecture import is_text_part
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.decoder import decoder_of
@@ -157,7 +157,7 @@ def check_text_part(model: PreTrainedModel, config: PretrainedConfig) -> None:
         _place_text_model(model, wrapper.eval())
         expected = wrapper(**run).logits
     except Exception as error:  # any wrapper's own code runs here
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        reason = first_line(error, with_type=True)
         raise RTPurboError(f"{prefix} the model does not run on text alone ({reason}).") from error
     model.eval()
     actual = model(**run).logits

@@ -1,4 +1,4 @@
-"""Attention of layers that stay as they are in a sparse model: those with windows of their own, and dense ones."""
+"""Attention of layers that are not converted: with sliding windows, or dense."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unconverted_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's attention, or the model's own eager one where logits are capped or sinks are learned.
+    """Runs PyTorch's attention, or the eager one of the model if logits are capped or sinks are learned.
 
     Args:
         module: the attention module.
@@ -52,7 +52,7 @@ def unconverted_attention(
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """A causal mask bool [1, 1, q_len, k_len] of queries that are the last tokens."""
+    """Returns a causal mask bool [1, 1, q_len, k_len] of queries that are the last tokens."""
     q_len, k_len = query.shape[2], key.shape[2]
     mask = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device)
     return mask.tril(k_len - q_len)[None, None]

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.config import RTPurboConfig
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.arguments import CACHE_NAME
+from rtpurbo.models.decoder import evaluating
 from rtpurbo.models.families import FAMILIES
 
 NUM_TOKENS = 24
@@ -48,22 +49,18 @@ def logits_over_cache(model: PreTrainedModel) -> Tensor:
     size = model.config.vocab_size
     tokens = torch.randint(0, size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(model.get_input_embeddings().weight.device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        first = model(input_ids=tokens[:, :FIRST], use_cache=True)
-        cache = {CACHE_NAME: getattr(first, CACHE_NAME)}
-        second = model(input_ids=tokens[:, FIRST:], use_cache=True, **cache)
+        with evaluating(model):
+            first = model(input_ids=tokens[:, :FIRST], use_cache=True)
+            cache = {CACHE_NAME: getattr(first, CACHE_NAME)}
+            second = model(input_ids=tokens[:, FIRST:], use_cache=True, **cache)
     except RTPurboError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        reason = first_line(error, with_type=True)
         raise RTPurboError(
             f"{_prefix(model)} it does not run over a cache of transformers' kind ({reason})."
         ) from error
-    finally:
-        for module in training:
-            module.training = True
     return torch.cat([first.logits, second.logits], 1)
 
 

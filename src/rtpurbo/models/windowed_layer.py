@@ -1,4 +1,4 @@
-"""The cache of a layer that keeps the window that the model gave it."""
+"""Cache of a layer that is not converted and has a sliding window of its own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from rtpurbo.models.slots import TokenSlots
 
 
 class WindowedLayer(DynamicSlidingWindowLayer):
-    """As transformers', but while slots are fixed its keys are a ring of one slot a window's key.
+    """Sliding-window layer of transformers whose keys are a ring buffer while slots are fixed.
 
-    The token of slot s lies in slot s % window of the ring; `TokenSlots.window_mask` tells which
-    hold anything.
+    The token of slot s is in slot s % window of the ring; `TokenSlots.window_mask` masks empty slots.
 
     Args:
-        slots: where the tokens of the cache lie.
-        sliding_window: keys that a query of this layer sees.
+        slots: slots of the tokens of the cache.
+        sliding_window: keys that a query of this layer reads.
     """
 
     keys: Any
@@ -51,7 +50,7 @@ class WindowedLayer(DynamicSlidingWindowLayer):
         self.keys, self.values = self.ring
 
     def _held_slots(self) -> Tensor:
-        """Slots of the ring for the tokens that the next ones still see, in their order."""
+        """Returns the slots in the ring of the tokens that later ones still read, oldest first."""
         seen = self.cumulative_length
         first = max(0, seen - self.sliding_window + 1)
         return torch.arange(first, seen, device=self.keys.device) % self.sliding_window
@@ -64,7 +63,7 @@ class WindowedLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Adds tokens and returns what their queries see, and perhaps more (masks tell)."""
+        """Appends tokens and returns the keys and values of their queries, and masked ones."""
         if self.slots.newest is not None and self._is_ring:
             slot = self.slots.newest % self.sliding_window
             self.keys.index_copy_(2, slot, key_states)
@@ -78,13 +77,13 @@ class WindowedLayer(DynamicSlidingWindowLayer):
         return states
 
     def activate_past_recording(self) -> None:
-        """Keeps what leaves the window, until `crop`: not with fixed slots."""
+        """Keeps tokens beyond the window until `crop`; slots are no longer fixed."""
         self._make_dynamic()
         self.slots.release()
         super().activate_past_recording()
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers': a ring that is full cannot be cropped either."""
+        """Removes tokens as transformers does, which refuses it once the window is full."""
         was_ring = self._is_ring
         self._make_dynamic()
         try:
@@ -94,14 +93,14 @@ class WindowedLayer(DynamicSlidingWindowLayer):
                 self.make_static()
 
     def reset(self) -> None:
-        """Forgets everything and frees its memory."""
-        # Not as transformers', which up to 5.19 keeps tensors of the batch that was.
+        """Removes all tokens and frees their memory."""
+        # transformers up to 5.19 would keep tensors of the former batch.
         self.ring = self.keys = self.values = None
         self.is_initialized = False
         self.cumulative_length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in a new order, for beam search; a ring keeps its address."""
+        """Reorders the sequences, for beam search; a ring keeps its address."""
         if not self._is_ring:
             super().reorder_cache(beam_idx)
             return
@@ -109,19 +108,19 @@ class WindowedLayer(DynamicSlidingWindowLayer):
             part.copy_(part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeats each sequence `repeats` times."""
         self._make_dynamic()
         super().batch_repeat_interleave(repeats)
         if self.slots.is_fixed:
             self.make_static()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
+        """Keeps these sequences."""
         self._make_dynamic()
         super().batch_select_indices(indices)
         if self.slots.is_fixed:
             self.make_static()
 
     def recount(self, seen: int) -> None:
-        """Follows what the device has done on its own: this many tokens were seen."""
+        """Sets the number of tokens, after steps that ran on the device alone."""
         self.cumulative_length = seen

@@ -241,7 +241,7 @@ def heat_map(
     """Draws a square for each entry of a matrix.
 
     Args:
-        levels: columns of values from 0 to 1; None draws an empty square.
+        levels: columns of values from 0 to 1, of any lengths; None draws an empty square.
         marks: tooltip and class of each square.
         marked: column and row of the squares with a frame and a dot.
         alternative: text in place of the picture.
@@ -251,13 +251,13 @@ def heat_map(
     Returns:
         An `<svg>` element and its width in units.
     """
-    columns, rows = len(levels), len(levels[0]) if levels else 0
+    columns, rows = len(levels), max(map(len, levels), default=0)
     left, top, right, bottom = 36.0, 6.0, 8.0, 36.0
     width, height = left + columns * side + right, top + rows * side + bottom
     soft, strong, frame = PALETTE["edge"][0], PALETTE["s0"][0], PALETTE["s1"][0]
     with _figure(width, height) as figure:
         axes = _axes(figure, left, right, top, bottom, grid=False)
-        places = [(column, row) for column in range(columns) for row in range(rows)]
+        places = [(column, row) for column in range(columns) for row in range(len(levels[column]))]
         framed = set(marked)
         faces: list[Any] = []
         for column, row in places:

@@ -26,7 +26,7 @@ def head_map_picture(head_map: HeadMap) -> Text:
             picture.append("has a window of its own and is not converted\n", "dim italic")
             continue
         scores = head_map.scores[layer] if layer < len(head_map.scores) else None
-        for head in range(head_map.num_attention_heads):
+        for head in range(head_map.num_query_heads(layer)):
             share = score_level(scores[head] if scores else None, best)
             level = min(int(share * len(SHADES)), len(SHADES) - 1)
             if head in heads:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
-from rtpurbo.models.architecture import context_length, convertible_layers
+from rtpurbo.models.architecture import attention_shapes, context_length, layer_types
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import counting
@@ -223,7 +223,8 @@ class Conversation:
         steps = range(prompt + 1, prompt + new)
         if far_read is not None and len(steps):
             near, everything = reads_of_steps(self.model, steps)
-            heads = self.model.config.num_attention_heads * self.model.config.num_hidden_layers
+            shapes = attention_shapes(self.model.config).values()
+            heads = sum(shape.num_attention_heads for shape in shapes)
             read = (near + far_read) / heads / len(steps)
             dense = everything / heads / len(steps)
         return Answer(
@@ -248,14 +249,19 @@ def reads_of_steps(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int,
         Keys in sinks and windows, and all keys that the dense model would read.
     """
     config, rule = model.rtpurbo_config, model.rtpurbo_config.attention
+    kinds = layer_types(model.config)
     near = dense = 0
-    for layer, converted in enumerate(convertible_layers(model.config)):
-        heads = model.config.num_attention_heads
-        if not converted:
-            own = heads * sum(min(length, model.config.sliding_window) for length in lengths)
-            near, dense = near + own, dense + own
+    for layer, shape in attention_shapes(model.config).items():
+        heads, retrieval_heads = shape.num_attention_heads, config.head_map.retrieval_heads[layer]
+        if retrieval_heads is None:
+            if kinds[layer] == "chunked_attention":
+                chunk = model.config.attention_chunk_size
+                read = sum((length - 1) % chunk + 1 for length in lengths)
+            else:
+                read = sum(min(length, model.config.sliding_window) for length in lengths)
+            near, dense = near + heads * read, dense + heads * read
             continue
-        retrieving = len(config.head_map.retrieval_heads[layer])
+        retrieving = len(retrieval_heads)
         for length in lengths:
             local = min(length, rule.num_sink_tokens + rule.sliding_window)
             others = min(length, rule.num_sink_tokens + rule.near_window)

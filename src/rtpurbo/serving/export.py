@@ -163,6 +163,11 @@ def check_runs_on_vllm(artifact: ArtifactConfig) -> None:
             "models of which some layers had a sliding window before conversion do not run on vLLM "
             "with rtpurbo: serve it with transformers (--to transformers)."
         )
+    if not artifact.config.head_map.is_uniform:
+        raise RTPurboError(
+            "models whose layers differ in their numbers of heads do not run on vLLM with rtpurbo: "
+            "serve it with transformers (--to transformers)."
+        )
     mode = artifact.config.attention.prefill_mode
     if mode not in SERVED_PREFILL_MODES:
         raise RTPurboError(
@@ -187,10 +192,12 @@ def _with_own_keys(
     config, own = artifact.config, dict(indexers)
     if not config.indexer.shared_keys:
         return artifact, own
-    group = config.head_map.num_attention_heads // config.head_map.num_key_value_heads
     for layer, heads in enumerate(config.head_map.retrieval_heads):
         if heads:
-            full = config.head_map.full_key_value_heads(layer)
+            full, group = (
+                config.head_map.full_key_value_heads(layer),
+                config.head_map.group_size(layer),
+            )
             name = f"layers.{layer}.indexer.key_weight"
             own[name] = own[name][[full.index(head // group) for head in heads]]
     config = replace(config, indexer=replace(config.indexer, shared_keys=False))

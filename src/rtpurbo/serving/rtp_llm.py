@@ -39,6 +39,6 @@ def headwise_config(
     for layer, heads in enumerate(head_map.retrieval_heads):
         if heads is not None:
             settings[str(layer)] = [
-                int(head in heads) for head in range(head_map.num_attention_heads)
+                int(head in heads) for head in range(head_map.num_query_heads(layer))
             ]
     return settings

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparse_layer import LayerObservation, SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import observing, packing
+from rtpurbo.models.sparsify import observing, runtime
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.packed import document_starts
@@ -124,13 +124,14 @@ def _exact(features: Tensor) -> Tensor:
 
 
 def merge_heads(captured: list[CapturedHeads]) -> list[CapturedHeads]:
-    """Concatenates the heads of layers with equal numbers of features, for fewer and larger operations.
+    """Concatenates the heads of layers of equal sizes, for fewer and larger operations.
 
     The given states are freed as they are concatenated, so that little more than one copy exists.
     """
-    groups: dict[int, list[CapturedHeads]] = {}
+    groups: dict[tuple[int, int, float], list[CapturedHeads]] = {}
     for seen in captured:
-        groups.setdefault(seen.query_features.shape[-1], []).append(seen)
+        sizes = (seen.query_features.shape[-1], seen.queries.shape[-1], seen.scaling)
+        groups.setdefault(sizes, []).append(seen)
     return [_merged(group) for group in groups.values()]
 
 
@@ -238,7 +239,7 @@ def run_backbone(
     with (
         torch.no_grad(),
         observing(model, observe, dense=dense),
-        packing(model, lengths if len(lengths) > 1 else None),
+        runtime(model).packed(lengths if len(lengths) > 1 else None),
     ):
         decoder_of(model)(ids, position_ids=positions, use_cache=False)
 

@@ -47,7 +47,7 @@ def write_conversations(
     template, free text is sampled instead.
 
     Args:
-        model: dense, before it is made sparse: generation needs a cache, which `running_dense` does not have.
+        model: dense, before it is made sparse: generation needs a cache, which `Runtime.dense` does not have.
         tokenizer: the model's.
         count: number of conversations; fewer are written if the model repeats itself.
         max_user_tokens: maximum number of tokens of a user turn.

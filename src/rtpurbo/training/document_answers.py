@@ -45,7 +45,7 @@ def write_document_answers(
     answers are greedy, the others sampled.
 
     Args:
-        model: dense, before it is made sparse: generation needs a cache, which `running_dense` does not have.
+        model: dense, before it is made sparse: generation needs a cache, which `Runtime.dense` does not have.
         tokenizer: the model's; its chat template is used if it has one.
         corpus: source of the prose.
         lengths: tokens of prompt and longest answer together; documents cycle through them.

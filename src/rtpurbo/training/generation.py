@@ -45,7 +45,7 @@ def generate_tokens(
     together, divide the prompts among them, and all return the tokens of all prompts.
 
     Args:
-        model: dense; a sparse model inside `running_dense` has no cache to generate with.
+        model: dense; a sparse model inside `Runtime.dense` has no cache to generate with.
         tokenizer: the model's.
         prompts: prompts of at least one token each.
         max_new_tokens: maximum number of tokens of a continuation.

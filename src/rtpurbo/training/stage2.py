@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.lengths import check_context
 from rtpurbo.models.architecture import context_length
-from rtpurbo.models.sparsify import decoding_last, running_dense, using_rule
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
@@ -83,7 +83,7 @@ def distill(
     mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, "stage2", written)
     source = SequenceSource(mix, corpus, settings.per_step, processes)
     targets = TeacherCache(teacher_folder, source, settings, seed)
-    with running_dense(model), autocast(model), targets.writing():
+    with runtime(model).dense(), autocast(model), targets.writing():
         for step in range(settings.steps):
             targets.fill(model, step)
             progress("teacher", step + 1, settings.steps, {})
@@ -96,7 +96,7 @@ def distill(
 
     with (
         trainable(model, settings, seed) as student,
-        using_rule(model, prefill_mode=settings.prefill_mode),
+        runtime(model).rule(prefill_mode=settings.prefill_mode),
     ):
         loop = StageLoop(
             "stage2",
@@ -155,7 +155,7 @@ def backpropagate(
         following = torch.tensor(sequence.input_ids, device=model.device)[targets.positions + 1]
         token_ids = torch.cat([token_ids, following[:, None]], -1)
     # Includes the backward pass, which recomputes layers: the same queries have to select again.
-    with decoding_last(model, num_selecting_queries(sequence, settings)):
+    with runtime(model).decoding_last(num_selecting_queries(sequence, settings)):
         student = predictions(model, sequence, targets, token_ids)
         divergence = top_logits_divergence(student[:, : targets.token_ids.shape[-1]], targets)
         loss, figures = loss_of(divergence, answers, settings)
@@ -172,7 +172,7 @@ def loss_on(
     settings: DistillationSettings,
 ) -> Tensor:
     """Returns the loss of a sequence without its cross-entropy term."""
-    with decoding_last(model, num_selecting_queries(sequence, settings)):
+    with runtime(model).decoding_last(num_selecting_queries(sequence, settings)):
         moved = targets.to(model.device)
         student = predictions(model, sequence, moved, moved.token_ids)
     return loss_of(top_logits_divergence(student, moved), targets.answers, settings)[0]

@@ -53,9 +53,8 @@ class Trackers:
                     tracker.start()
                     tracker.store_init_configuration(_flat(configuration or {}))
             except Exception as error:  # trackers raise errors of many types
-                text = first_line(error)
                 raise RTPurboError(
-                    f"the tracker '{name}' does not start ({text}): set it up, or leave "
+                    f"the tracker '{name}' does not start ({first_line(error)}): set it up, or leave "
                     f"--report-to {name} out."
                 ) from error
             self._trackers.append(tracker)

@@ -357,6 +357,19 @@ EQUAL: Zoo = {
     "Solar-open": ("solar_open", ROUTED),
     "HyperCLOVAX": ("hyperclovax", {}),
     "Laguna": ("laguna", WINDOWS),
+    "Laguna, heads by layer": (
+        "laguna",
+        {**WINDOWS, "num_attention_heads_per_layer": [6, 3, 6, 12]},
+    ),
+    "Gemma 4, heads by layer": (
+        "gemma4_text",
+        {
+            **GEMMA4,
+            "sliding_window": 256,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+        },
+    ),
     "Mellum": ("mellum", WINDOWS),
     "BitNet": ("bitnet", {}),
     "Aria": ("aria_text", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
@@ -416,6 +429,19 @@ EQUAL: Zoo = {
             "num_key_value_heads": DROPPED,
         },
     ),
+    "GPT-BigCode": (
+        "gpt_bigcode",
+        {
+            "n_embd": 48,
+            "n_layer": 2,
+            "n_head": 6,
+            "n_positions": 256,
+            "num_key_value_heads": DROPPED,
+        },
+    ),
+    "BioGPT": ("biogpt", {"num_key_value_heads": DROPPED}),
+    "CTRL": ("ctrl", {"num_key_value_heads": DROPPED, "dff": 48}),
+    "GPT-SW3": ("gpt-sw3", {"num_key_value_heads": DROPPED}),
     "LaraMini": ("lara_mini", {"num_hidden_layers": 4}),
     "Zaya": ("zaya", {"num_hidden_layers": 4}),
     "Zamba": (
@@ -440,6 +466,9 @@ EQUAL: Zoo = {
         },
     ),
 }
+
+# Numbers of heads differ between the layers that are converted; with Gemma 4 also their size.
+HEADS_BY_LAYER = ("Gemma 4, heads by layer", "Laguna, heads by layer")
 
 REFUSED: Zoo = {
     "Qwen4-exp": (

@@ -1,14 +1,15 @@
 """Every decoder type: where it sees everything, a sparse model equals its dense self, or is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
+from rtpurbo.config import AttentionRule, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import convertible_layers, num_key_value_heads
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparsify import empty_head_map, restore, sparsify
-from tests.models.zoo.configurations import EQUAL, REFUSED
+from tests.models.zoo.configurations import EQUAL, HEADS_BY_LAYER, REFUSED
 from tests.tiny_models import LENGTH, any_model, logits_of, make_sparse, padded_batch
 
 # Of different kinds: interleaved and partial rotation, none, windows, sinks, recurrent layers, mixtures.
@@ -19,6 +20,7 @@ FAST = [
     "MiniMax M2",
     "Llama 4",
     "Gemma 4",
+    *HEADS_BY_LAYER,
     "Command-A",
     "Falcon-H1",
     "Mixtral",
@@ -35,9 +37,7 @@ RULES = {"windows": (False, 256), "selection": (True, 8)}
 
 
 def seeing_everything(model, all_heads, window):
-    config = model.config
-    heads = config.num_attention_heads
-    chosen = range(heads) if all_heads else {1 % heads, heads // 2}
+    empty = empty_head_map(model)
     rule = AttentionRule(
         num_sink_tokens=2,
         sliding_window=window,
@@ -46,10 +46,14 @@ def seeing_everything(model, all_heads, window):
         block_size=8,
         prefill_mode="top_p",
     )
-    head_map = HeadMap.uniform(
-        sorted(chosen), convertible_layers(config), heads, num_key_value_heads(config)
+    retrieval_heads: list = [None] * len(empty.retrieval_heads)
+    for layer in empty.converted_layers:
+        heads = empty.num_query_heads(layer)
+        chosen = range(heads) if all_heads else {1 % heads, heads // 2}
+        retrieval_heads[layer] = tuple(sorted(chosen))
+    return RTPurboConfig(
+        replace(empty, retrieval_heads=tuple(retrieval_heads)), rule, IndexerSettings(4)
     )
-    return RTPurboConfig(head_map, rule, IndexerSettings(4))
 
 
 def largest_difference(actual, expected, mask):

@@ -26,7 +26,7 @@ def random_head_map(head_map: HeadMap, seed: int) -> HeadMap:
     """As many retrieval heads in the same layers as `head_map` has, drawn at random."""
     rng = random.Random(f"random-heads-{seed}")
     layers = [layer for layer, heads in enumerate(head_map.retrieval_heads) if heads]
-    every = [(layer, head) for layer in layers for head in range(head_map.num_attention_heads)]
+    every = [(layer, head) for layer in layers for head in range(head_map.num_query_heads(layer))]
     drawn = sorted(rng.sample(every, head_map.num_retrieval_heads))
     retrieval_heads = tuple(
         None if heads is None else tuple(head for place, head in drawn if place == layer)

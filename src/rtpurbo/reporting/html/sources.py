@@ -142,7 +142,8 @@ def read_sources(places: Iterable[str | Path]) -> Sources:
             folder = find_artifact(place)
             sources.artifact = ArtifactConfig.read(folder)
             shape = read_cache_shape(folder)
-            sources.head_dim = None if shape is None else shape.head_dim
+            converted = sources.artifact.config.head_map.converted_layers
+            sources.head_dim = shape.head_dim_of(converted[0]) if shape and converted else None
             sources.curves = list(TrainingLog(folder / LOG_FILE).entries())
     if sources.artifact is None and not sources.origins:
         raise RTPurboError(

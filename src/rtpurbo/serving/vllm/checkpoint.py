@@ -6,6 +6,7 @@ from typing import Any
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import convertible_shapes
 from rtpurbo.models.artifact_config import CHECKPOINT_KEY, FORMAT_VERSION
 from rtpurbo.models.sparsify import check_head_map
 
@@ -44,7 +45,7 @@ def read_config(hf_config: Any) -> RTPurboConfig:
             f"{FORMAT_VERSION}: {EXPORT_AGAIN}, or install the rtpurbo that wrote it."
         )
     config = RTPurboConfig.from_dict(entry)
-    check_head_map(hf_config, config.head_map)
+    check_head_map(config.head_map, convertible_shapes(hf_config), hf_config.num_hidden_layers)
     _check_supported(hf_config, config)
     return config
 
@@ -54,6 +55,11 @@ def _check_supported(hf_config: Any, config: RTPurboConfig) -> None:
         raise RTPurboError(
             "some layers of the model have a sliding window of their own, which is not supported on "
             "vLLM: serve it with transformers (rtpurbo export --to transformers)."
+        )
+    if not config.head_map.is_uniform:
+        raise RTPurboError(
+            "the layers of the model differ in their numbers of heads, which is not supported on vLLM: "
+            "serve it with transformers (rtpurbo export --to transformers)."
         )
     if config.attention.prefill_mode not in SERVED_PREFILL_MODES:
         raise RTPurboError(

@@ -61,22 +61,19 @@ def heads_of_rank(head_map: HeadMap, rank: int = 0, world_size: int = 1) -> list
     Raises:
         RTPurboError: the number of heads is not divisible by `world_size`.
     """
-    if head_map.num_key_value_heads % world_size or head_map.num_attention_heads % world_size:
-        raise RTPurboError(
-            f"{head_map.num_attention_heads} query heads and {head_map.num_key_value_heads} KV heads "
-            f"cannot be divided among {world_size} ranks: choose a tensor parallel size that divides "
-            "both."
-        )
-    per_rank = head_map.num_attention_heads // world_size
-    mine = range(rank * per_rank, (rank + 1) * per_rank)
-    return [
-        LayerHeads(
-            tuple(head - mine.start for head in heads or () if head in mine),
-            per_rank,
-            head_map.num_key_value_heads // world_size,
-        )
-        for heads in head_map.retrieval_heads
-    ]
+    of_layers = []
+    for layer, heads in enumerate(head_map.retrieval_heads):
+        query_heads, kv_heads = head_map.num_query_heads(layer), head_map.num_kv_heads(layer)
+        if kv_heads % world_size or query_heads % world_size:
+            raise RTPurboError(
+                f"{query_heads} query heads and {kv_heads} KV heads cannot be divided among "
+                f"{world_size} ranks: choose a tensor parallel size that divides both."
+            )
+        per_rank = query_heads // world_size
+        mine = range(rank * per_rank, (rank + 1) * per_rank)
+        retrieval = tuple(head - mine.start for head in heads or () if head in mine)
+        of_layers.append(LayerHeads(retrieval, per_rank, kv_heads // world_size))
+    return of_layers
 
 
 @dataclass(frozen=True)
@@ -247,8 +244,8 @@ def plan_cache(
 def dense_capacity(config: RTPurboConfig, token_bytes: TokenBytes, memory: int) -> int:
     """Tokens of the dense model's cache in the same memory of one device."""
     head_map = config.head_map
-    layers = len(head_map.retrieval_heads)
-    return memory // (layers * head_map.num_key_value_heads * token_bytes.key_value)
+    kv_heads = sum(map(head_map.num_kv_heads, range(len(head_map.retrieval_heads))))
+    return memory // (kv_heads * token_bytes.key_value)
 
 
 def _layers_with_any(ranks: list[list[LayerHeads]], kind: str) -> tuple[int, ...]:

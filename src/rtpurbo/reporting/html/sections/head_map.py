@@ -57,8 +57,9 @@ def _picture(head_map: HeadMap) -> HeatMap:
     levels: list[list[float | None]] = []
     marks: list[list[Mark]] = []
     framed: list[tuple[int, int]] = []
+    most = _most_heads(head_map)
     for layer, chosen in enumerate(head_map.retrieval_heads):
-        heads = range(head_map.num_attention_heads)
+        heads = range(head_map.num_query_heads(layer) or most)
         scores = [_score(head_map, layer, head) for head in heads]
         if chosen is None:
             levels.append([None for _ in heads])
@@ -90,19 +91,25 @@ def _picture(head_map: HeadMap) -> HeatMap:
 
 def _table(head_map: HeadMap) -> Table:
     rows: list[list[str | Cell]] = []
+    most = _most_heads(head_map)
     for layer, chosen in enumerate(head_map.retrieval_heads):
         cells = []
-        for head in range(head_map.num_attention_heads):
+        for head in range(most):
             score = _score(head_map, layer, head)
             written = NOTHING if score is None else f"{score:.3f}"
             retrieves = chosen is not None and head in chosen
             text = "not converted" if chosen is None else f"● {written}" if retrieves else written
             cells.append(Cell(text, bold=retrieves))
         rows.append([f"layer {layer}", *cells])
-    header = ("", *(f"head {head}" for head in range(head_map.num_attention_heads)))
+    header = ("", *(f"head {head}" for head in range(most)))
     return Table("Retrieval scores of all heads; ● and bold: retrieval head", header, rows)
+
+
+def _most_heads(head_map: HeadMap) -> int:
+    """Returns the largest number of query heads of a layer."""
+    return max(map(head_map.num_query_heads, range(len(head_map.retrieval_heads))), default=0)
 
 
 def _score(head_map: HeadMap, layer: int, head: int) -> float | None:
     scores = head_map.scores[layer] if layer < len(head_map.scores) else None
-    return scores[head] if scores else None
+    return scores[head] if scores and head < len(scores) else None

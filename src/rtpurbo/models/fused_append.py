@@ -1,8 +1,7 @@
-"""One new token a sequence enters fixed slots through one kernel instead of some fifty.
+"""Fused KV append: one kernel for QK-norm, RoPE, index projection and cache write of a decode step.
 
-The kernel does what the attention module of a listed family does in PyTorch (QK-norm of each head and
-rotary embedding), and what the attention function does before it attends: index states and
-`HeadwiseLayer.append`.
+It replaces about fifty kernels of the attention module of a listed family and of
+`HeadwiseLayer.append`, and needs a cache with fixed slots and one new token for each sequence.
 """
 
 from __future__ import annotations
@@ -19,15 +18,13 @@ from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.families import FAMILIES
 from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
 from rtpurbo.ops import KeyValueStates
-from rtpurbo.ops.backends import interprets_kernels
-
-HALF = (torch.float16, torch.bfloat16)
+from rtpurbo.ops.backends import HALF, interprets_kernels
 
 
-class FastEntry:
-    """Forward of an attention module of a listed family: one kernel and the attention of a step, where it can be.
+class FusedAppendForward:
+    """Forward of an attention module of a listed family, with the fused KV append where it is supported.
 
-    An object rather than a closure, so that a copy of the module has one for itself.
+    An object rather than a closure, so that a copy of the module has its own.
 
     Args:
         module: the attention module.
@@ -37,46 +34,50 @@ class FastEntry:
         self.module: Any = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As the module's class has it."""
+        """Runs the forward; arguments and results are those of the module's class."""
         layer = sparse_layer_of(self.module)
         assert layer is not None
         hidden_states = kwargs.get("hidden_states")
         cache = kwargs.get(CACHE_NAME)
         if isinstance(cache, Cache) and hidden_states is not None:
             past = cache.layers[layer.layer_idx]
-            if isinstance(past, HeadwiseLayer) and enters_by_kernel(layer, hidden_states, past):
-                return _step(layer, hidden_states, kwargs.get("position_embeddings"), past), None
+            if isinstance(past, HeadwiseLayer) and supports_fused_append(
+                layer, hidden_states, past
+            ):
+                return _decode_step(
+                    layer, hidden_states, kwargs.get("position_embeddings"), past
+                ), None
         output: tuple[Tensor, Tensor | None] = type(self.module).forward(
             self.module, *args, **kwargs
         )
         return output
 
 
-def attach_fast_entry(layer: SparseAttention) -> None:
-    """Lets an attention module of a listed family run its decoding steps through the kernel where it can.
+def attach_fused_append(layer: SparseAttention) -> None:
+    """Replaces the forward of an attention module of a listed family by `FusedAppendForward`.
 
-    A module whose forward somebody else has replaced, as accelerate does to load weights, keeps it.
+    A forward that is replaced already, as by accelerate to load weights, is kept.
     """
     module: Any = layer.module
     if module.config.model_type in FAMILIES and "forward" not in vars(module):
-        module.forward = FastEntry(module)
+        module.forward = FusedAppendForward(module)
 
 
-def detach_fast_entry(module: nn.Module) -> None:
-    """Undoes `attach_fast_entry`."""
-    if isinstance(vars(module).get("forward"), FastEntry):
+def detach_fused_append(module: nn.Module) -> None:
+    """Undoes `attach_fused_append`."""
+    if isinstance(vars(module).get("forward"), FusedAppendForward):
         del module.forward
 
 
-def _step(
+def _decode_step(
     layer: SparseAttention, hidden_states: Tensor, embeddings: Any, past: HeadwiseLayer
 ) -> Tensor:
     past.check_rule(layer.rule)
     layer.embeddings = None
     queries, keys, values = project(layer, hidden_states)
-    entered = enter(layer, queries, keys, values, embeddings, past)
+    appended = append_fused(layer, queries, keys, values, embeddings, past)
     assert past.slots.query_positions is not None
-    output = layer.attend(past.slots.query_positions.to(queries.device), *entered)
+    output = layer.attend(past.slots.query_positions.to(queries.device), *appended)
     module: Any = layer.module
     return module.o_proj(output.transpose(1, 2).flatten(2))
 
@@ -103,13 +104,15 @@ def project(layer: SparseAttention, hidden_states: Tensor) -> tuple[Tensor, Tens
     return query, key, value
 
 
-def enters_by_kernel(layer: SparseAttention, hidden_states: Tensor, past: HeadwiseLayer) -> bool:
+def supports_fused_append(
+    layer: SparseAttention, hidden_states: Tensor, past: HeadwiseLayer
+) -> bool:
     """True if the fused kernel supports this call: no observers and no gradients.
 
     Args:
         layer: the sparse layer.
         hidden_states: [batch, q_len, hidden_size].
-        past: the layer's cache, which was told of the tokens.
+        past: the layer's cache, after `begin_forward`.
     """
     return (
         past.slots.newest is not None
@@ -126,7 +129,7 @@ def enters_by_kernel(layer: SparseAttention, hidden_states: Tensor, past: Headwi
 
 
 def _has_kernels(backend: str, states: Tensor) -> bool:
-    """As `chosen_backend` has it."""
+    """True if kernels run on these states; see `rtpurbo.ops.api.chosen_backend`."""
     if backend == "auto":
         return states.is_cuda and states.dtype in HALF and has_triton()
     can_run = states.is_cuda or interprets_kernels()
@@ -136,7 +139,7 @@ def _has_kernels(backend: str, states: Tensor) -> bool:
 
 
 def _knows_norms(module: Any, dtype: torch.dtype) -> bool:
-    """True if the norms of heads, if any, are the family's own and unwrapped."""
+    """True if the module has no norms of heads, or unwrapped ones of its family."""
     if FAMILIES[module.config.model_type].query_key_norm != "per_head":
         return True
     norms: list[Any] = [module.q_norm, module.k_norm]
@@ -149,10 +152,10 @@ def _knows_norms(module: Any, dtype: torch.dtype) -> bool:
 
 
 def _has_slots(past: HeadwiseLayer, states: Tensor) -> bool:
-    """True if the storages have enough slots for the sequences: the kernel does not check."""
+    """True if the storages have enough slots for the sequences; the kernel does not check."""
     slots, ring = past.slots, past.slots.ring
     assert slots.newest is not None
-    assert ring.entering is not None
+    assert ring.new_slots is not None
     assert ring.positions is not None
     held = [
         (past.full_keys.storage, slots.capacity),
@@ -166,8 +169,8 @@ def _has_slots(past: HeadwiseLayer, states: Tensor) -> bool:
         held.append((past.index_keys.storage, slots.capacity))
     batch, device = states.shape[0], states.device
     return (
-        slots.newest.device == ring.entering.device == device
-        and ring.entering.shape == (batch, 1)
+        slots.newest.device == ring.new_slots.device == device
+        and ring.new_slots.shape == (batch, 1)
         and all(
             storage is not None
             and storage.device == device
@@ -177,7 +180,7 @@ def _has_slots(past: HeadwiseLayer, states: Tensor) -> bool:
     )
 
 
-def enter(
+def append_fused(
     layer: SparseAttention,
     queries: Tensor,
     keys: Tensor,
@@ -185,9 +188,9 @@ def enter(
     position_embeddings: tuple[Tensor, Tensor] | None,
     past: HeadwiseLayer,
 ) -> tuple[Tensor, Tensor | None, KeyValueStates, KeyValueStates]:
-    """Writes one new token a sequence into the cache, where `enters_by_kernel`.
+    """Writes one new token of each sequence into the cache, where `supports_fused_append` holds.
 
-    Parameters are read in place: a captured step sees later training or loading.
+    Parameters are read in place, so that a captured step sees weights that are trained or loaded later.
 
     Args:
         layer: the sparse layer.
@@ -198,9 +201,9 @@ def enter(
         past: the layer's cache.
 
     Returns:
-        Queries after RoPE, index queries or None, states of full KV heads and of bounded ones.
+        Queries after RoPE, index queries or None, states of full KV heads and of windowed ones.
     """
-    # Without Triton there is none of this.
+    # Triton may not be installed.
     from rtpurbo.ops.triton.decode.fused_append import (
         AppendSlots,
         HeadNorm,
@@ -230,13 +233,13 @@ def enter(
         )
     slots, ring = past.slots, past.ring
     assert slots.newest is not None
-    assert slots.ring.entering is not None
+    assert slots.ring.new_slots is not None
     assert past.full_keys.storage is not None
     assert past.full_values.storage is not None
     assert ring.keys is not None
     assert ring.values is not None
     layout = layer.layout(queries.device)
-    entered, index_queries = fused_kv_append(
+    queries, index_queries = fused_kv_append(
         queries,
         keys,
         values,
@@ -246,7 +249,7 @@ def enter(
         layout,
         AppendSlots(
             slots.newest,
-            slots.ring.entering,
+            slots.ring.new_slots,
             past.full_keys.storage,
             past.full_values.storage,
             ring.keys,
@@ -254,4 +257,4 @@ def enter(
             past.index_keys.storage,
         ),
     )
-    return entered, index_queries, *past.count_entered(layout)
+    return queries, index_queries, *past.count_appended(layout)

@@ -1,4 +1,4 @@
-"""The kernel by which a token enters leaves what PyTorch leaves, in every family."""
+"""The fused KV append equals PyTorch in every family."""
 
 import copy
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from rtpurbo.models import entering, sparse_layer
+from rtpurbo.models import fused_append, sparse_layer
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.families import FAMILIES as FAST
 from rtpurbo.models.sparse_layers import headwise_modules
@@ -52,7 +52,7 @@ def rotated(states, cosines, sines):
 
 
 def in_pytorch(layer, queries, keys, values, position_embeddings, past):
-    """What `enter` stands for."""
+    """What `append_fused` stands for."""
     module = layer.module
     if FAST[module.config.model_type].query_key_norm == "per_head":
         queries = module.q_norm(queries.transpose(1, 2)).transpose(1, 2)
@@ -66,8 +66,8 @@ def in_pytorch(layer, queries, keys, values, position_embeddings, past):
 
 
 @pytest.fixture
-def entered(monkeypatch):
-    """Layers that a token entered by the kernel, each compared with PyTorch; attention is eager."""
+def appended(monkeypatch):
+    """Layers that ran the fused append, each compared with PyTorch; attention is eager."""
     calls = []
 
     def compared(module, queries, keys, values, position_embeddings, past):
@@ -75,7 +75,7 @@ def entered(monkeypatch):
         arguments = (module, queries, keys, values, position_embeddings)
         before = [tensor.clone() for _, _, tensor in past.held_tensors()]
         expected = in_pytorch(*arguments, twin)
-        actual = enter(*arguments, past)
+        actual = append_fused(*arguments, past)
         dtype = queries.dtype
         assert_as_rounded(actual[0], expected[0], dtype)
         assert (actual[1] is None) == (expected[1] is None)
@@ -96,8 +96,8 @@ def entered(monkeypatch):
         calls.append(module.layer_idx)
         return actual
 
-    enter = entering.enter
-    monkeypatch.setattr(entering, "enter", compared)
+    append_fused = fused_append.append_fused
+    monkeypatch.setattr(fused_append, "append_fused", compared)
     monkeypatch.setattr(sparse_layer, "chosen_backend", lambda *_: "eager")
     return calls
 
@@ -115,7 +115,7 @@ def assert_same_states(states, others, dtype):
 
 
 def by_kernel(model):
-    """The model, whose tokens enter by the kernel wherever they can, and under Python's eyes."""
+    """The model with the fused append where it is supported, and without graphs."""
     model.rtpurbo_graphs = False
     set_backend(model, "triton")
     return model
@@ -141,38 +141,38 @@ def batch_of(padding, length):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_what_enters_equals_pytorch_in_every_family(entered, family, batch, dtype):
+def test_the_fused_append_equals_pytorch_in_every_family(appended, family, batch, dtype):
     model = by_kernel(sparse_model(family, dtype=dtype).to(DEVICE))
     ids, mask = batch_of(BATCHES[batch], PROMPT + 3)
     decode(model, static_cache(model, ids, mask), ids, mask)
-    assert entered == [module.layer_idx for module in headwise_modules(model)] * 3
+    assert appended == [module.layer_idx for module in headwise_modules(model)] * 3
 
 
 @pytest.mark.parametrize("heads", [(), (1, 4), (0, 2, 3), range(6)], ids=str)
 @pytest.mark.parametrize("index_space", ["pre_rope", "post_rope", "low_frequency"])
 @pytest.mark.parametrize("shared_keys", [False, True])
-def test_heads_and_index_spaces(entered, heads, index_space, shared_keys):
+def test_heads_and_index_spaces(appended, heads, index_space, shared_keys):
     model = tiny_model("qwen3")
     config = sparse_config(model, heads, index_space, shared_keys)
     model = by_kernel(make_sparse(model, config).to(DEVICE))
     ids, mask = batch_of((0, 3), PROMPT + 3)
     decode(model, static_cache(model, ids, mask), ids, mask)
-    assert len(entered) == 6
+    assert len(appended) == 6
 
 
-def test_steps_equal_one_forward_while_the_ring_wraps(entered):
+def test_steps_equal_one_forward_while_the_ring_wraps(appended):
     """The prompt ends within the padding of a sequence, whose sinks come one by one."""
     model = by_kernel(sparse_model("qwen3", dtype=torch.float32).to(DEVICE))
     ids, mask = batch_of(PADDING, 30)
     cache = static_cache(model, ids, mask, prompt=8)
     logits = decode(model, cache, ids, mask)
     assert_same_logits(logits, logits_of(model, ids, mask)[:, 8:], mask, tolerance=1e-3)
-    assert len(entered) == 2 * 22
+    assert len(appended) == 2 * 22
     assert cache.slots.length.item() == 30
 
 
 def test_steps_by_kernels_alone():
-    """Nothing stands between the kernel by which a token enters and those that attend."""
+    """No kernel runs between the fused append and the attention kernels."""
     model = sparse_model("qwen3", dtype=torch.float32).to(DEVICE)
     ids, mask = batch_of((0, 3), PROMPT + 3)
     expected = logits_of(model, ids, mask)[:, PROMPT:]
@@ -192,7 +192,7 @@ def test_steps_by_kernels_with_shared_index_keys_equal_those_with_one_a_head():
     assert_same_logits(*steps, mask)
 
 
-def test_weights_are_read_where_they_lie(entered):
+def test_weights_are_read_where_they_lie(appended):
     """Whoever changes parameters in place, even behind autograd's back, is followed."""
     model = by_kernel(sparse_model("qwen3", dtype=torch.float32).to(DEVICE))
     ids, mask = batch_of((0,), PROMPT + 4)
@@ -202,10 +202,10 @@ def test_weights_are_read_where_they_lie(entered):
         module.indexer.key_weight.data.neg_()
         module.module.k_norm.weight.data.mul_(2)
     decode(model, cache, ids, mask)
-    assert len(entered) == 8
+    assert len(appended) == 8
 
 
-def test_replayed_steps_enter_by_the_kernel(entered, plain_steps):  # noqa: F811
+def test_replayed_steps_use_the_fused_append(appended, plain_steps):  # noqa: F811
     model = by_kernel(sparse_model("qwen3", dtype=torch.float32).to(DEVICE))
     ids, mask = batch_of((0,), 40)
     model.rtpurbo_graphs = True
@@ -214,7 +214,7 @@ def test_replayed_steps_enter_by_the_kernel(entered, plain_steps):  # noqa: F811
     logits_of(model, ids[:, :20], mask[:, :20], [20], cache)
     logits_of(model, ids[:, 20:24], mask[:, :24], [1] * 4, cache)
     assert plain_steps.runs == 4
-    assert len(entered) == 2 * (1 + 2 + 4)  # warming up, and twice as a graph does
+    assert len(appended) == 2 * (1 + 2 + 4)  # warming up, and twice as a graph does
 
 
 def hooked(model):
@@ -229,15 +229,15 @@ def set_backend(model, backend="eager"):
 @pytest.mark.parametrize(
     ("change", "layers"), [(hooked, [1, 1]), (set_backend, []), (lambda _: None, [0, 1, 0, 1])]
 )
-def test_who_watches_a_norm_or_names_a_backend_is_heard(entered, change, layers):
+def test_who_watches_a_norm_or_names_a_backend_is_heard(appended, change, layers):
     model = by_kernel(sparse_model("qwen3", dtype=torch.float32).to(DEVICE))
     change(model)
     ids, mask = batch_of((0,), PROMPT + 2)
     decode(model, static_cache(model, ids, mask), ids, mask)
-    assert entered == layers
+    assert appended == layers
 
 
-def test_observers_and_gradients_run_in_pytorch(entered):
+def test_observers_and_gradients_run_in_pytorch(appended):
     model = by_kernel(sparse_model("qwen3", dtype=torch.float32).to(DEVICE))
     ids, mask = batch_of((0,), PROMPT + 3)
     cache, seen = static_cache(model, ids, mask), []
@@ -245,16 +245,16 @@ def test_observers_and_gradients_run_in_pytorch(entered):
         logits_of(model, ids[:, PROMPT : PROMPT + 1], mask[:, : PROMPT + 1], [1], cache)
     assert len(seen) == 2
     model(ids[:, PROMPT + 1 : PROMPT + 2], past_key_values=cache)
-    assert entered == []
+    assert appended == []
     decode(model, cache, ids, mask)
-    assert entered == [0, 1]
+    assert appended == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_without_kernels_it_is_pytorch(entered, dtype):
+def test_without_kernels_it_is_pytorch(appended, dtype):
     model = by_kernel(sparse_model("qwen3", dtype=dtype).to(DEVICE))
     if dtype == torch.float32:
         set_backend(model, "auto")
     ids, mask = batch_of((0,), PROMPT + 2)
     decode(model, static_cache(model, ids, mask), ids, mask)
-    assert entered == []
+    assert appended == []
