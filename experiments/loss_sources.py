@@ -9,8 +9,10 @@ at the answers. That is a far finer measure than right or wrong answers to a few
     python experiments/loss_sources.py distill MODEL --data books.jsonl.gz --map gates.json:kv_group:0.5 -o stage2.json
 
 `measure` takes a window and sinks with a map (FILE:GRANULARITY:RATIO:WINDOW:SINKS). Run it once a GPU with
-`--part I/N`: each takes its share of the questions. `distill` trains a LoRA on synthetic tasks and prose with dense
-retrieval heads, and measures the same questions, and prose within the window, before and after.
+`--part I/N`: each takes its share of the questions. Artifacts are measured by their own rule and with dense
+retrieval heads, or with each `--rule` (changes of the attention rule, as JSON). `distill` trains a LoRA on synthetic
+tasks and prose with dense retrieval heads, and measures the same questions, and prose within the window, before and
+after.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from rtpurbo.files import write_json_atomically
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base import BaseModel, load_base_model
-from rtpurbo.models.sparsify import empty_head_map, restore, runtime, set_rule, sparsify
+from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import CalibrationSettings, DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
@@ -243,15 +245,14 @@ def measure(arguments: argparse.Namespace) -> None:
     base.model.cpu()
     for artifact in arguments.artifact:
         has_stage2 = ArtifactConfig.read(Path(artifact)).stage2 != "none"
+        dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
         for stage2 in (False, True)[: 1 + has_stage2]:
-            for top_p in (None, 1.0):
-                dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
-                model, _ = load(artifact, device=arguments.device, dtype=dtype, stage2=stage2)
-                if top_p:
-                    set_rule(model, top_p=top_p)
-                name = f"{Path(artifact).name} stage2={stage2} {'dense' if top_p else 'selection'}"
-                table.add(name, model, asked, selecting=not top_p)
-                del model
+            model, _ = load(artifact, device=arguments.device, dtype=dtype, stage2=stage2)
+            for changes in arguments.rule or [{}, {"top_p": 1.0}]:
+                name = f"{Path(artifact).name} stage2={stage2} {json.dumps(changes)}"
+                with model.rtpurbo.rule(**changes):
+                    table.add(name, model, asked, selecting=changes.get("top_p") != 1.0)
+            del model
 
 
 def train_lora(arguments: argparse.Namespace) -> None:
@@ -317,6 +318,7 @@ def main() -> None:
     measuring = steps.add_parser("measure", parents=[common, questions])
     measuring.add_argument("--map", action="append", default=[])
     measuring.add_argument("--artifact", action="append", default=[])
+    measuring.add_argument("--rule", action="append", type=json.loads, metavar="JSON")
     measuring.add_argument("--part", default="0/1")
     measuring.set_defaults(run=measure)
     training = steps.add_parser("distill", parents=[common, questions])

@@ -48,6 +48,23 @@ def test_variants_are_compared_with_the_dense_model(monkeypatch, model, tmp_path
         assert table["windows"][key][0] > 0.01
 
 
+def test_artifacts_are_measured_with_each_rule(monkeypatch, tiny_base, tiny_artifact, tmp_path):
+    rules = [{}, {"top_p": 0.5}, {"top_p": 0.5, "unselected": "block_means"}]
+    run(
+        monkeypatch, "measure", tiny_base, "--device", "cpu", "--lengths", 768, "--samples", 1,
+        "--tasks", TASKS[0], "--artifact", tiny_artifact,
+        *(option for rule in rules for option in ("--rule", json.dumps(rule))),
+        "-o", tmp_path / "table.json",
+    )  # fmt: skip
+    table = json.loads((tmp_path / "table.json").read_text())
+    name = tiny_artifact.name
+    assert list(table) == [
+        f"{name} stage2={stage2} {json.dumps(rule)}" for stage2 in (False, True) for rule in rules
+    ]
+    figures = {key: rows[f"768 {TASKS[0]}"][0] for key, rows in table.items()}
+    assert len(set(figures.values())) == len(figures)
+
+
 def test_stage_2_is_measured_before_and_after(monkeypatch, model, tmp_path):
     common = ["--device", "cpu", "--window", 128]
     run(
