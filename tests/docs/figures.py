@@ -152,6 +152,22 @@ def public_all_tasks() -> Rows:
     return _by_task([(found, "full"), (found, "rtpurbo")])
 
 
+def public_losing_tasks() -> Rows:
+    both = read(ALL_TASKS)
+    dense_heads = read("quality-qwen2.5-coder-1.5b-dense-heads-32k-h200.json")
+    long_gates = read("quality-qwen2.5-coder-1.5b-gates-at-32k-h200.json")
+    columns = [
+        (both, "full"), (both, "rtpurbo"), (dense_heads, "dense-heads"), (long_gates, "rtpurbo"),
+    ]  # fmt: skip
+    tasks = [one["task"] for one in dense_heads["records"]]
+    rows: Rows = {
+        task: [[_record(one, task=task, policy=policy)["score"]] for one, policy in columns]
+        for task in tasks
+    }
+    means = [fmean(rows[task][column][0] for task in tasks) for column in range(len(columns))]
+    return rows | {"mean": [[mean] for mean in means]}
+
+
 def _by_task(pairs: list[tuple[dict[str, Any], str]]) -> Rows:
     names = {
         "vt": "vt (variable tracking)",
@@ -392,7 +408,8 @@ def sparse_prefill() -> Rows:
 EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
-        public_models, public_tasks, public_all_tasks, trial, long_context, controls, smollm2, model_speed,
+        public_models, public_tasks, public_all_tasks, public_losing_tasks, trial, long_context,
+        controls, smollm2, model_speed,
         layer_prefill, layer_decode, training, sparse_prefill, recipe_means, recipe_policies,
     )
 }  # fmt: skip
