@@ -10,6 +10,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics, causal_attention, retrieval_attention
 from rtpurbo.ops.eager import visibility
 from tests import oracles
+from tests.ops.retrieval_support import run
 from tests.oracles import random_problem
 
 RULE = AttentionRule(
@@ -30,20 +31,6 @@ RULES = {
     )
 }
 SHAPES = [(1, 1), (1, 63), (63, 63), (1, 129), (31, 111), (129, 129)]
-
-
-def run(problem, rule, **options):
-    return retrieval_attention(
-        problem.queries,
-        problem.query_positions,
-        problem.states(),
-        problem.kv_head_index,
-        problem.index_queries,
-        rule,
-        scaling=problem.scaling,
-        return_log_sum_exp=True,
-        **options,
-    )
 
 
 def check(problem, rule):

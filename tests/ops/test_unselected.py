@@ -7,9 +7,10 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
-from rtpurbo.ops import causal_attention, retrieval_attention
+from rtpurbo.ops import causal_attention
 from rtpurbo.ops.eager.unselected import block_value_means
 from tests import oracles
+from tests.ops.retrieval_support import run
 from tests.oracles import random_problem
 
 RULE = AttentionRule(
@@ -22,20 +23,6 @@ RULE = AttentionRule(
     prefill_mode="top_p",
     unselected="block_means",
 )
-
-
-def run(problem, rule, **options):
-    return retrieval_attention(
-        problem.queries,
-        problem.query_positions,
-        problem.states(),
-        problem.kv_head_index,
-        problem.index_queries,
-        rule,
-        scaling=problem.scaling,
-        return_log_sum_exp=True,
-        **options,
-    )
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (1, 63), (63, 63), (1, 129), (31, 111)])
