@@ -1,9 +1,10 @@
-"""Decode step of a layer: one query token per sequence, in four kernels.
+"""Decode step of a layer: one query token per sequence, in four kernels, or five.
 
 1. `window_and_scores`: window attention of every head, and index scores of the far keys with their histogram;
 2. `top_p`: selection of the far keys from the histogram;
 3. `selected_attention`: attention over the selected keys;
-4. `combine`: split-K combine of the partial results.
+4. `unselected`, only with the rule's `block_means`: block means of the other far keys;
+5. `combine`: split-K combine of the partial results.
 
 The first kernel expects a zeroed histogram, and the last one zeroes it again. Without a histogram workspace
 from the caller, a fill precedes the step. Grids and memory depend on shapes alone, so a step can be captured
@@ -24,6 +25,7 @@ from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates, Selectio
 from rtpurbo.ops.triton.decode.combine import combine_splits
 from rtpurbo.ops.triton.decode.selected_attention import selected_attention
 from rtpurbo.ops.triton.decode.top_p import select_top_p
+from rtpurbo.ops.triton.decode.unselected import unselected_attention
 from rtpurbo.ops.triton.decode.window_and_scores import window_and_scores
 from rtpurbo.ops.triton.decode.workspace import FullStates, Selection, WindowedStates
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
@@ -48,7 +50,7 @@ def decode_attention(
     """Head-wise attention of one query token per sequence.
 
     Equals `rtpurbo.ops.eager.headwise.headwise_attention`, except that the selection is rounded up to a whole
-    level of scores (`top_p`).
+    level of scores (`top_p`), and that the masses of unselected keys are quantised (`unselected`).
 
     Args:
         query_states: [B, H, 1, D], after RoPE; the last token of each sequence.
@@ -106,7 +108,7 @@ def decode_step(
     queries = query_states if query_states.stride(-1) == 1 else query_states.contiguous()
     if index_queries is not None and index_queries.stride(-1) != 1:
         index_queries = index_queries.contiguous()
-    selection = None
+    selection = unselected = None
     with torch.cuda.device_of(queries):
         window, scores = window_and_scores(
             queries, states, windowed_states, layout, index_queries, rule, scaling
@@ -118,12 +120,15 @@ def decode_step(
             if rule.top_p < 1:
                 selection = select_top_p(queries, states, layout, rule, window, scores)
             selected = selected_attention(queries, states, layout, rule, scaling, selection)
+            if selection is not None and rule.unselected == "block_means":
+                unselected = unselected_attention(queries, states, layout, rule, scores, selection)
         workspace = states.histogram_workspace
         attended, log_sum_exp = combine_splits(
             queries,
             layout,
             window,
             selected,
+            unselected,
             workspace if scores.histogram is workspace else None,
             return_log_sum_exp,
             output,
@@ -166,7 +171,8 @@ def _check(
         )
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}, but the kernels take at most {MAX_HEAD_DIM}.")
-    if rule.granularity == "block" and rule.block_size > MAX_BLOCK_SIZE:
+    uses_blocks = rule.granularity == "block" or rule.unselected == "block_means"
+    if uses_blocks and rule.block_size > MAX_BLOCK_SIZE:
         raise ValueError(
             f"block_size is {rule.block_size}, but the kernels take at most {MAX_BLOCK_SIZE}."
         )
@@ -178,6 +184,12 @@ def _check(
             )
     if windowed.page_size and not full.page_size:
         raise ValueError("windowed states are paged, but full states are not.")
+    if full.page_size and rule.unselected == "block_means":
+        raise ValueError(
+            "unselected 'block_means' needs a contiguous cache, but the states are paged: use 'dropped'."
+        )
+    if full.value_means is not None and full.value_means.stride(-1) != 1:
+        raise ValueError("value_means must have contiguous elements per block.")
     if len(layout.retrieval) and (index_queries is None or full.index_keys is None):
         raise ValueError("retrieval heads need index queries and index keys.")
 
