@@ -14,6 +14,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.ring import RingBuffer
 from rtpurbo.models.slots import TokenSlots
+from rtpurbo.models.value_means import ValueMeans
 from rtpurbo.ops import HeadLayout, KeyValueStates, new_histogram_workspace
 
 
@@ -91,38 +92,50 @@ class HeadwiseLayer(CacheLayerMixin):
     Args:
         slots: slots and positions of the tokens, shared by all layers of the cache.
         reserve: tokens to allocate at once for full KV heads.
+        mean_block_size: positions in the blocks whose mean values are stored; None to store none.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, slots: TokenSlots, reserve: int = 0) -> None:
+    def __init__(
+        self, slots: TokenSlots, reserve: int = 0, mean_block_size: int | None = None
+    ) -> None:
         super().__init__()
         self.slots = slots
         self._reserve = reserve
+        self._mean_block_size = mean_block_size
         self._clear()
 
     def _clear(self) -> None:
         self.full_keys, self.full_values, self.index_keys = (
             GrowingBuffer(self._reserve) for _ in range(3)
         )
+        size = self._mean_block_size
+        self.value_means = None if size is None else ValueMeans(size)
         self.ring = RingBuffer(self.slots.ring)
         self.histogram_workspace: Tensor | None = None
         self.seen = 0
         self.is_initialized = False
 
     def check_rule(self, rule: AttentionRule) -> None:
-        """Refuses a rule that reads keys which the ring buffer does not keep.
+        """Refuses a rule that needs keys or block means which the cache does not store.
 
         Raises:
-            RTPurboError: the window or the number of sinks is larger than that of the cache.
+            RTPurboError: the window, the sinks or the blocks of the rule do not fit the cache.
         """
         window, sinks = self.slots.ring.sliding_window, self.slots.ring.num_sink_tokens
         if rule.sliding_window > window or rule.num_sink_tokens > sinks:
             raise RTPurboError(
                 f"the cache keeps a window of {window} and {sinks} sinks, but the rule now asks for "
                 f"{rule.sliding_window} and {rule.num_sink_tokens}: make a new cache after set_rule."
+            )
+        size = self._mean_block_size
+        if rule.unselected == "block_means" and size not in (None, rule.block_size):
+            raise RTPurboError(
+                f"the cache stores means of blocks of {size}, but block_size is now {rule.block_size}: "
+                "make a new cache after set_rule."
             )
 
     def append(
@@ -166,11 +179,18 @@ class HeadwiseLayer(CacheLayerMixin):
             grown(self.full_values, values),
             None if index_keys is None else grown(self.index_keys, index_keys),
             layout,
+            keys.shape[2],
         )
 
     def _full_states(
-        self, keys: Tensor, values: Tensor, index_keys: Tensor | None, layout: HeadLayout
+        self,
+        keys: Tensor,
+        values: Tensor,
+        index_keys: Tensor | None,
+        layout: HeadLayout,
+        new: int,
     ) -> KeyValueStates:
+        """States of the full KV heads, whose last `new` tokens have just been appended."""
         slots, device = self.slots, keys.device
         assert slots.positions is not None
         # Beyond the tokens in use, fixed slots hold none: so they are not in order.
@@ -178,6 +198,13 @@ class HeadwiseLayer(CacheLayerMixin):
         first_slots = (
             None if in_order or slots.first_slots is None else slots.first_slots.to(device)
         )
+        value_means = None
+        if self.value_means is not None and slots.padding != "any" and keys.shape[1]:
+            assert self.full_values.storage is not None
+            length = self.seen if slots.newest is None else slots.length
+            value_means = self.value_means.update(
+                self.full_values.storage, new, length, first_slots
+            )
         return KeyValueStates(
             keys,
             values,
@@ -189,6 +216,7 @@ class HeadwiseLayer(CacheLayerMixin):
             histogram_workspace=None
             if slots.newest is None
             else self._histograms(index_keys, layout),
+            value_means=value_means,
         )
 
     def _histograms(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:
@@ -209,13 +237,16 @@ class HeadwiseLayer(CacheLayerMixin):
         keys, values = self.full_keys.storage, self.full_values.storage
         assert keys is not None
         assert values is not None
-        full = self._full_states(keys, values, self.index_keys.storage, layout)
+        full = self._full_states(keys, values, self.index_keys.storage, layout, 1)
         return full, self.ring.states()
 
     def make_static(self, capacity: int) -> None:
         """Sets the capacity of the full KV heads, in tokens."""
         for buffer in (self.full_keys, self.full_values, self.index_keys):
             buffer.set_capacity(capacity)
+        if self.value_means is not None and self.value_means.storage is not None:
+            assert self.full_values.storage is not None
+            self.value_means.reserve(self.full_values.storage)
 
     def recount(self, seen: int) -> None:
         """Sets the number of tokens held, after steps that ran on the device alone."""
@@ -236,7 +267,10 @@ class HeadwiseLayer(CacheLayerMixin):
 
     def held_tensors(self) -> Iterator[tuple[Any, str, Tensor]]:
         """Yields the owner, the attribute name and the value of every tensor."""
-        owners = [(part, "storage") for part in (self.full_keys, self.full_values, self.index_keys)]
+        growing: list[Any] = [self.full_keys, self.full_values, self.index_keys]
+        if self.value_means is not None:
+            growing.append(self.value_means)
+        owners = [(part, "storage") for part in growing]
         for owner, name in [*owners, (self.ring, "keys"), (self.ring, "values")]:
             tensor = getattr(owner, name)
             if tensor is not None:

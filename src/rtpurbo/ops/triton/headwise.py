@@ -226,11 +226,7 @@ def unsupported_reasons(
     used = [states for states in used if states.keys.shape[1]]
     if any(not states.in_order and states.first_slots is None for states in used):
         yield "the order of the keys is unknown (padding other than on the left)"
-    if index_queries is None:
-        return
-    if q_len == 1:
-        if rule.unselected == "block_means":
-            yield "unselected 'block_means' has no decode kernels"
+    if q_len == 1 or index_queries is None:
         return
     if rule.prefill_mode != "row_peak" or index_queries.shape[2] != q_len:
         yield f"prefill_mode '{rule.prefill_mode}' has no kernels: only 'row_peak' has"

@@ -7,6 +7,7 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics
+from rtpurbo.ops.triton.decode import unselected
 from rtpurbo.ops.triton.decode.histogram import LEVEL_WIDTH
 from rtpurbo.ops.value_means import mean_values
 from tests import oracles
@@ -25,6 +26,12 @@ RULE = AttentionRule(
 )
 HALF_LEVEL = LEVEL_WIDTH.value / 2
 GRANULARITIES = ["token", "block"]
+
+
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch):
+    """The interpreter runs programs one after the other."""
+    monkeypatch.setattr(unselected, "UNSELECTED_SPLITS", 2)
 
 
 def with_means(step):
@@ -120,6 +127,13 @@ def test_readings_and_granularities(reading, granularity, changes):
     rule = replace(RULE, reading=reading, granularity=granularity, **changes)
     step = Step.build(301, rule, dtype=torch.float32, padding=(0, 41), spare=5)
     assert check(with_means(step)).max() > 0.05
+
+
+@pytest.mark.parametrize("splits", [1, 32])
+def test_number_of_splits(splits, monkeypatch):
+    monkeypatch.setattr(unselected, "UNSELECTED_SPLITS", splits)
+    rule = replace(RULE, block_size=2)
+    check(with_means(with_coarse_index(Step.build(160, rule, dtype=torch.float32))), exact=True)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

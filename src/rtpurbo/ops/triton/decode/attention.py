@@ -184,7 +184,7 @@ def _check(
             )
     if windowed.page_size and not full.page_size:
         raise ValueError("windowed states are paged, but full states are not.")
-    if full.page_size and rule.unselected == "block_means":
+    if full.page_size and len(layout.retrieval) and rule.unselected == "block_means":
         raise ValueError(
             "unselected 'block_means' needs a contiguous cache, but the states are paged: use 'dropped'."
         )
