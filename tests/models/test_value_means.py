@@ -9,6 +9,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.models.value_means import ValueMeans
 from rtpurbo.ops.eager.unselected import block_value_means
 from tests.models.test_decoding import plain_steps  # noqa: F401
@@ -170,7 +171,7 @@ def test_size_in_bytes(model):
     ids, mask = padded_batch((0,), LENGTH)
     sizes = []
     for unselected in ("dropped", "block_means"):
-        with model.rtpurbo.rule(unselected=unselected):
+        with runtime(model).rule(unselected=unselected):
             cache = HeadwiseCache(model)
             logits_of(model, ids, mask, [LENGTH], cache)
             assert cache.num_bytes() == cache_bytes(model, LENGTH)
@@ -184,7 +185,10 @@ def test_other_block_sizes_need_another_cache(model):
     ids, mask = padded_batch((0,), LENGTH)
     cache = HeadwiseCache(model)
     logits_of(model, ids[:, :PROMPT], mask[:, :PROMPT], [PROMPT], cache)
-    with model.rtpurbo.rule(block_size=4), pytest.raises(RTPurboError, match="means of blocks of 8"):
+    with (
+        runtime(model).rule(block_size=4),
+        pytest.raises(RTPurboError, match="means of blocks of 8"),
+    ):
         logits_of(model, ids[:, PROMPT:], mask, [LENGTH - PROMPT], cache)
 
 
