@@ -58,7 +58,7 @@ class ValueMeans:
             if first < end:
                 completed = values[:, :, first * block_size : end * block_size]
                 means[:, :, first:end] = block_means(completed, block_size)
-        elif isinstance(length, Tensor) and values.is_cuda and has_triton():
+        elif isinstance(length, Tensor) and _has_kernel(values):
             # Needs Triton.
             from rtpurbo.ops.triton.decode.value_means import update_value_means
 
@@ -72,3 +72,7 @@ class ValueMeans:
             completed = mean_values(values, blocks, block_size, first_slots)
             means.scatter_(2, blocks[:, None, :, None].expand_as(completed), completed)
         return means
+
+
+def _has_kernel(values: Tensor) -> bool:
+    return values.is_cuda and values.dtype != torch.float64 and has_triton()
