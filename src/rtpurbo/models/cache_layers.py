@@ -198,13 +198,6 @@ class HeadwiseLayer(CacheLayerMixin):
         first_slots = (
             None if in_order or slots.first_slots is None else slots.first_slots.to(device)
         )
-        value_means = None
-        if self.value_means is not None and slots.padding != "any" and keys.shape[1]:
-            assert self.full_values.storage is not None
-            length = self.seen if slots.newest is None else slots.length
-            value_means = self.value_means.update(
-                self.full_values.storage, new, length, first_slots
-            )
         return KeyValueStates(
             keys,
             values,
@@ -216,8 +209,20 @@ class HeadwiseLayer(CacheLayerMixin):
             histogram_workspace=None
             if slots.newest is None
             else self._histograms(index_keys, layout),
-            value_means=value_means,
+            value_means=self._updated_means(new, first_slots),
         )
+
+    def _updated_means(self, new: int, first_slots: Tensor | None) -> Tensor | None:
+        """Means of whole blocks after `new` tokens; None without them, or if blocks are not contiguous."""
+        values, slots = self.full_values.storage, self.slots
+        assert values is not None
+        if self.value_means is None or slots.padding == "any" or not values.shape[1]:
+            return None
+        length: int | Tensor = self.seen
+        if slots.newest is not None:
+            assert slots.length is not None
+            length = slots.length
+        return self.value_means.update(values, new, length, first_slots)
 
     def _histograms(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:
         """Histogram workspace that keeps its contents between steps in fixed slots."""
