@@ -136,6 +136,11 @@ class AttentionRule:
             )
 
     @property
+    def replaces_unselected(self) -> bool:
+        """True if a query that selects for itself can leave far keys to block means."""
+        return self.unselected == "block_means" and self.top_p < 1
+
+    @property
     def near_window(self) -> int:
         """Window of retrieval heads."""
         return self.retrieval_window or self.sliding_window

@@ -5,24 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
 from rtpurbo.ops import causal_attention
 from rtpurbo.ops.eager.unselected import block_value_means
 from tests import oracles
+from tests.ops import retrieval_support
 from tests.ops.retrieval_support import run
 from tests.oracles import random_problem
 
-RULE = AttentionRule(
-    num_sink_tokens=2,
-    min_tokens=2,
-    sliding_window=16,
-    block_size=8,
-    query_block_size=16,
-    top_p=0.7,
-    prefill_mode="top_p",
-    unselected="block_means",
-)
+RULE = replace(retrieval_support.RULE, unselected="block_means")
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (1, 63), (63, 63), (1, 129), (31, 111)])
@@ -88,6 +79,13 @@ def test_a_selector_drops_the_unselected_keys():
 
     dropped = run(problem, replace(RULE, unselected="dropped"), selector=nothing)
     torch.testing.assert_close(run(problem, RULE, selector=nothing), dropped)
+
+
+def test_dense_retrieval_heads_leave_nothing_to_block_means(monkeypatch):
+    problem, dense = random_problem(20, 90), replace(RULE, top_p=1.0)
+    expected = run(problem, replace(dense, unselected="dropped"))
+    monkeypatch.delattr("rtpurbo.ops.eager.retrieval.block_value_means")
+    torch.testing.assert_close(run(problem, dense), expected)
 
 
 def test_gradients_reach_values_and_near_keys():

@@ -71,7 +71,7 @@ def retrieval_attention(
     key_heads = index_key_heads(states.index_keys, states.keys.shape[1], key_value_heads)
     share_lists = rule.prefill_mode in ("row_share", "row_peak") and query_states.shape[2] > 1
     keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
-    replaces_unselected = rule.unselected == "block_means" and not share_lists and selector is None
+    replaces_unselected = rule.replaces_unselected and not share_lists and selector is None
     if replaces_unselected:
         num_blocks = -(-int(states.positions.max() + 1) // rule.block_size)
         means = block_value_means(states, rule.block_size, num_blocks)[:, key_value_heads]

@@ -93,7 +93,7 @@ def selected_bits(
         if statistics is not None:
             statistics.add_queries(chunk_queries, selected)
         words[:, retrieval.heads, chunk] = packed_bits(selected, num_keys)
-        if rule.unselected == "block_means":
+        if rule.replaces_unselected:
             unselected.append(
                 unselected_mass(
                     estimate, far & ~selected, states.positions, rule.block_size, num_blocks

@@ -120,7 +120,7 @@ def decode_step(
             if rule.top_p < 1:
                 selection = select_top_p(queries, states, layout, rule, window, scores)
             selected = selected_attention(queries, states, layout, rule, scaling, selection)
-            if selection is not None and rule.unselected == "block_means":
+            if selection is not None and rule.replaces_unselected:
                 unselected = unselected_attention(queries, states, layout, rule, scores, selection)
         workspace = states.histogram_workspace
         attended, log_sum_exp = combine_splits(

@@ -240,7 +240,7 @@ def select_top_p(
         list_lengths=queries.new_empty(shape, dtype=torch.int32),
         block=scores.block,
         lowest_levels=queries.new_empty(shape[:2], dtype=torch.int32)
-        if rule.unselected == "block_means"
+        if rule.replaces_unselected
         else None,
     )
     top_p_kernel[(num_segments, batch * num_retrieval)](
