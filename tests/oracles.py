@@ -196,40 +196,6 @@ def attend(problem: Problem, mask: Tensor) -> tuple[Tensor, Tensor]:
     return output, (peak + total.log())[..., 0]
 
 
-def attend_with_block_means(
-    problem: Problem, mask: Tensor, rule: AttentionRule
-) -> tuple[Tensor, Tensor]:
-    """`attend`, with the other far keys at their index scores and at the mean value of their block."""
-    logits = exact_logits(problem)
-    output = torch.zeros_like(problem.queries, dtype=torch.float64)
-    log_sum_exp = torch.full(output.shape[:3], -math.inf, dtype=torch.float64)
-    seen = visible_keys(problem)
-    for batch, head, query in np.ndindex(*output.shape[:3]):
-        positions = problem.key_positions[batch].tolist()
-        values = problem.values[batch, int(problem.kv_head_index[head])].double()
-        terms = []
-        for key in torch.nonzero(seen[batch, head, query])[:, 0].tolist():
-            if mask[batch, head, query, key]:
-                terms.append((logits[batch, head, query, key], values[key]))
-                continue
-            score = (
-                problem.index_queries[batch, head, query].float()
-                @ problem.index_keys[batch, head, key].float()
-            )
-            block = positions[key] // rule.block_size
-            members = [
-                place
-                for place, position in enumerate(positions)
-                if position >= 0 and position // rule.block_size == block
-            ]
-            terms.append((score.double(), values[members].mean(0)))
-        if terms:
-            scores = torch.stack([score for score, _ in terms])
-            log_sum_exp[batch, head, query] = scores.logsumexp(0)
-            output[batch, head, query] = scores.softmax(0) @ torch.stack([v for _, v in terms])
-    return output, log_sum_exp
-
-
 def top_p_set(mass: np.ndarray, target: float) -> set[int]:
     """The largest entries, as few as sum to the target; entries without mass never count."""
     if target <= 0:

@@ -12,7 +12,6 @@ from rtpurbo.strict_json import check_fields
 
 Reading = Literal["paper", "residual", "far"]
 Granularity = Literal["token", "block"]
-Unselected = Literal["dropped", "block_means"]
 PrefillMode = Literal["dense", "top_p", "row_share", "row_peak"]
 IndexStorage = Literal["model", "float8"]
 IndexSpace = Literal["pre_rope", "post_rope", "low_frequency"]
@@ -59,9 +58,6 @@ class AttentionRule:
             None: `sliding_window`.
         index_storage: dtype of cached index keys: `model`, the dtype of the model; or `float8`, which
             halves their size and the reads of a decode step, with less precise scores.
-        unselected: far keys that a query does not select: `dropped` (the paper), or `block_means`, the mean
-            value of each block with the mass that the index estimates for its unselected keys; see
-            `rtpurbo.ops.eager.unselected`. Block lists (`row_share`, `row_peak`) always drop them.
     """
 
     num_sink_tokens: int = 4
@@ -78,7 +74,6 @@ class AttentionRule:
     row_stride: int = 1
     retrieval_window: int | None = None
     index_storage: IndexStorage = "model"
-    unselected: Unselected = "dropped"
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
@@ -117,28 +112,6 @@ class AttentionRule:
         check_choice("granularity", self.granularity, Granularity)
         check_choice("prefill_mode", self.prefill_mode, PrefillMode)
         check_choice("index_storage", self.index_storage, IndexStorage)
-        check_choice("unselected", self.unselected, Unselected)
-        self._check_block_means()
-
-    def _check_block_means(self) -> None:
-        if self.unselected == "dropped":
-            return
-        if self.reading == "paper":
-            raise RTPurboError(
-                "reading 'paper' estimates no masses that compare with exact logits: with unselected "
-                "'block_means', choose reading 'residual' or 'far'."
-            )
-        # Otherwise a block could hold both far keys and keys after the query.
-        if self.near_window < self.block_size:
-            raise RTPurboError(
-                f"retrieval_window is {self.near_window}, but with unselected 'block_means' it must "
-                f"be at least block_size ({self.block_size})."
-            )
-
-    @property
-    def replaces_unselected(self) -> bool:
-        """True if a query that selects for itself can leave far keys to block means."""
-        return self.unselected == "block_means" and self.top_p < 1
 
     @property
     def near_window(self) -> int:

@@ -49,7 +49,7 @@ def test_variants_are_compared_with_the_dense_model(monkeypatch, model, tmp_path
 
 
 def test_artifacts_are_measured_with_each_rule(monkeypatch, tiny_base, tiny_artifact, tmp_path):
-    rules = [{}, {"top_p": 0.5}, {"top_p": 0.5, "unselected": "block_means"}]
+    rules = [{}, {"top_p": 0.5}, {"top_p": 1.0}]
     run(
         monkeypatch, "measure", tiny_base, "--device", "cpu", "--lengths", 768, "--samples", 1,
         "--tasks", TASKS[0], "--artifact", tiny_artifact,

@@ -6,12 +6,22 @@ from itertools import product
 import pytest
 import torch
 
+from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics, causal_attention, retrieval_attention
 from rtpurbo.ops.eager import visibility
 from tests import oracles
-from tests.ops.retrieval_support import RULE, run
+from tests.ops.retrieval_support import run
 from tests.oracles import random_problem
 
+RULE = AttentionRule(
+    num_sink_tokens=2,
+    min_tokens=2,
+    sliding_window=16,
+    block_size=8,
+    query_block_size=16,
+    top_p=0.7,
+    prefill_mode="top_p",
+)
 RULES = {
     f"{reading}-{granularity}-{mode}": replace(
         RULE, reading=reading, granularity=granularity, prefill_mode=mode

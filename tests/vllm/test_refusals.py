@@ -96,12 +96,6 @@ def test_prompts_that_share_lists(checkpoint):
     )
 
 
-def test_block_means(checkpoint):
-    entry = json.loads((checkpoint / "config.json").read_text())["rtpurbo"]["attention"]
-    change_config(checkpoint, attention={**entry, "unselected": "block_means"})
-    assert isinstance(refused(checkpoint, "unselected 'block_means' is not"), RTPurboError)
-
-
 @pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.0.0.dev3"])
 def test_another_vllm(version, sound, monkeypatch):
     monkeypatch.setattr(vllm, "__version__", version)

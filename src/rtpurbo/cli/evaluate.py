@@ -58,9 +58,8 @@ def evaluate(
         typer.Option(
             help="What to compare: full (the dense model), rtpurbo, rtpurbo-paper and "
             "rtpurbo-residual (two readings of top-p), rtpurbo-sparse-prefill (sparse in the prompt "
-            "too), rtpurbo-float8-index, rtpurbo-block-means (means of blocks for what is not "
-            "selected), rtpurbo-before-stage2, the peers dense-heads, quest, top-k and "
-            "oracle-top-p, the controls local-only (windows alone) and random-heads, or all. "
+            "too), rtpurbo-float8-index, rtpurbo-before-stage2, the peers dense-heads, quest, top-k "
+            "and oracle-top-p, the controls local-only (windows alone) and random-heads, or all. "
             "Repeat it for several.",
             show_default="full, rtpurbo",
         ),

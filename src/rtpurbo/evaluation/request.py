@@ -24,7 +24,6 @@ POLICY_NAMES = (
     "rtpurbo-residual",
     "rtpurbo-sparse-prefill",
     "rtpurbo-float8-index",
-    "rtpurbo-block-means",
     "rtpurbo-before-stage2",
     "dense-heads",
     "quest",

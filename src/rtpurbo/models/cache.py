@@ -63,12 +63,7 @@ class HeadwiseCache(Cache):
         layers: list[CacheLayerMixin] = DynamicCache(config=model.config).layers
         for number, kind in enumerate(layer_types(model.config)):
             if config.head_map.retrieval_heads[number] is not None:
-                layers[number] = headwise_layer(
-                    layers[number],
-                    self.slots,
-                    reserve,
-                    rule.block_size if rule.unselected == "block_means" else None,
-                )
+                layers[number] = headwise_layer(layers[number], self.slots, reserve)
             elif kind == "sliding_attention":
                 layers[number] = WindowedLayer(self.slots, model.config.sliding_window)
         super().__init__(layers=layers)
@@ -229,12 +224,10 @@ def _tensors(layer: Any) -> Iterator[Tensor]:
                 yield tensor
 
 
-def headwise_layer(
-    original: CacheLayerMixin, slots: TokenSlots, reserve: int, mean_block_size: int | None
-) -> HeadwiseLayer:
+def headwise_layer(original: CacheLayerMixin, slots: TokenSlots, reserve: int) -> HeadwiseLayer:
     """Returns the sparse layer that replaces one of transformers, which may have a recurrent state too."""
     if not hasattr(original, "recurrent_states"):
-        return HeadwiseLayer(slots, reserve, mean_block_size)
+        return HeadwiseLayer(slots, reserve)
     from rtpurbo.models.hybrid_layer import HybridLayer
 
-    return HybridLayer(slots, reserve, original.number_of_states, mean_block_size)
+    return HybridLayer(slots, reserve, original.number_of_states)

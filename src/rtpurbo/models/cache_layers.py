@@ -14,7 +14,6 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.ring import RingBuffer
 from rtpurbo.models.slots import TokenSlots
-from rtpurbo.models.value_means import ValueMeans
 from rtpurbo.ops import HeadLayout, KeyValueStates, new_histogram_workspace
 
 
@@ -92,50 +91,38 @@ class HeadwiseLayer(CacheLayerMixin):
     Args:
         slots: slots and positions of the tokens, shared by all layers of the cache.
         reserve: tokens to allocate at once for full KV heads.
-        mean_block_size: positions in the blocks whose mean values are stored; None to store none.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(
-        self, slots: TokenSlots, reserve: int = 0, mean_block_size: int | None = None
-    ) -> None:
+    def __init__(self, slots: TokenSlots, reserve: int = 0) -> None:
         super().__init__()
         self.slots = slots
         self._reserve = reserve
-        self._mean_block_size = mean_block_size
         self._clear()
 
     def _clear(self) -> None:
         self.full_keys, self.full_values, self.index_keys = (
             GrowingBuffer(self._reserve) for _ in range(3)
         )
-        size = self._mean_block_size
-        self.value_means = None if size is None else ValueMeans(size)
         self.ring = RingBuffer(self.slots.ring)
         self.histogram_workspace: Tensor | None = None
         self.seen = 0
         self.is_initialized = False
 
     def check_rule(self, rule: AttentionRule) -> None:
-        """Refuses a rule that needs keys or block means which the cache does not store.
+        """Refuses a rule that reads keys which the ring buffer does not keep.
 
         Raises:
-            RTPurboError: the window, the sinks or the blocks of the rule do not fit the cache.
+            RTPurboError: the window or the number of sinks is larger than that of the cache.
         """
         window, sinks = self.slots.ring.sliding_window, self.slots.ring.num_sink_tokens
         if rule.sliding_window > window or rule.num_sink_tokens > sinks:
             raise RTPurboError(
                 f"the cache keeps a window of {window} and {sinks} sinks, but the rule now asks for "
                 f"{rule.sliding_window} and {rule.num_sink_tokens}: make a new cache after set_rule."
-            )
-        size = self._mean_block_size
-        if rule.unselected == "block_means" and size not in (None, rule.block_size):
-            raise RTPurboError(
-                f"the cache stores means of blocks of {size}, but block_size is now {rule.block_size}: "
-                "make a new cache after set_rule."
             )
 
     def append(
@@ -179,18 +166,11 @@ class HeadwiseLayer(CacheLayerMixin):
             grown(self.full_values, values),
             None if index_keys is None else grown(self.index_keys, index_keys),
             layout,
-            keys.shape[2],
         )
 
     def _full_states(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        index_keys: Tensor | None,
-        layout: HeadLayout,
-        new: int,
+        self, keys: Tensor, values: Tensor, index_keys: Tensor | None, layout: HeadLayout
     ) -> KeyValueStates:
-        """States of the full KV heads, whose last `new` tokens have just been appended."""
         slots, device = self.slots, keys.device
         assert slots.positions is not None
         # Beyond the tokens in use, fixed slots hold none: so they are not in order.
@@ -209,20 +189,7 @@ class HeadwiseLayer(CacheLayerMixin):
             histogram_workspace=None
             if slots.newest is None
             else self._histograms(index_keys, layout),
-            value_means=self._updated_means(new, first_slots),
         )
-
-    def _updated_means(self, new: int, first_slots: Tensor | None) -> Tensor | None:
-        """Means of whole blocks after `new` tokens; None without them, or if blocks are not contiguous."""
-        values, slots = self.full_values.storage, self.slots
-        assert values is not None
-        if self.value_means is None or slots.padding == "any" or not values.shape[1]:
-            return None
-        length: int | Tensor = self.seen
-        if slots.newest is not None:
-            assert slots.length is not None
-            length = slots.length
-        return self.value_means.update(values, new, length, first_slots)
 
     def _histograms(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:
         """Histogram workspace that keeps its contents between steps in fixed slots."""
@@ -242,16 +209,13 @@ class HeadwiseLayer(CacheLayerMixin):
         keys, values = self.full_keys.storage, self.full_values.storage
         assert keys is not None
         assert values is not None
-        full = self._full_states(keys, values, self.index_keys.storage, layout, 1)
+        full = self._full_states(keys, values, self.index_keys.storage, layout)
         return full, self.ring.states()
 
     def make_static(self, capacity: int) -> None:
         """Sets the capacity of the full KV heads, in tokens."""
         for buffer in (self.full_keys, self.full_values, self.index_keys):
             buffer.set_capacity(capacity)
-        if self.value_means is not None and self.value_means.storage is not None:
-            assert self.full_values.storage is not None
-            self.value_means.reserve(self.full_values.storage)
 
     def recount(self, seen: int) -> None:
         """Sets the number of tokens held, after steps that ran on the device alone."""
@@ -272,10 +236,7 @@ class HeadwiseLayer(CacheLayerMixin):
 
     def held_tensors(self) -> Iterator[tuple[Any, str, Tensor]]:
         """Yields the owner, the attribute name and the value of every tensor."""
-        growing: list[Any] = [self.full_keys, self.full_values, self.index_keys]
-        if self.value_means is not None:
-            growing.append(self.value_means)
-        owners = [(part, "storage") for part in growing]
+        owners = [(part, "storage") for part in (self.full_keys, self.full_values, self.index_keys)]
         for owner, name in [*owners, (self.ring, "keys"), (self.ring, "values")]:
             tensor = getattr(owner, name)
             if tensor is not None:

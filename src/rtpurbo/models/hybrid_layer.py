@@ -18,20 +18,13 @@ class HybridLayer(HeadwiseLayer, LinearAttentionLayer):
         slots: slots of the tokens of the cache.
         reserve: tokens to allocate at once for full KV heads.
         number_of_states: recurrent states of the layer.
-        mean_block_size: as `HeadwiseLayer` has it.
     """
 
     is_croppable = False
 
-    def __init__(
-        self,
-        slots: TokenSlots,
-        reserve: int,
-        number_of_states: int,
-        mean_block_size: int | None = None,
-    ) -> None:
+    def __init__(self, slots: TokenSlots, reserve: int, number_of_states: int) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        HeadwiseLayer.__init__(self, slots, reserve, mean_block_size)
+        HeadwiseLayer.__init__(self, slots, reserve)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Allocates the recurrent state; the first `append` allocates keys and values."""

@@ -34,9 +34,6 @@ class KeyValueStates:
             shape at any length; None if all are in use. The last ones in use are the queries' own keys.
         histogram_workspace: from `new_histogram_workspace`, zeros before and after each decode step; None to
             allocate one in each step, which costs a launch.
-        value_means: [batch, num_key_value_heads, num_blocks, head_dim] in the dtype of the values, mean values of
-            blocks of the rule's `block_size`, aligned to position 0; undefined for blocks that are not whole.
-            None if they are not stored; a decode step that needs them computes them from the values.
     """
 
     keys: Tensor
@@ -48,7 +45,6 @@ class KeyValueStates:
     sink_slots: Tensor | None = None
     length: Tensor | None = None
     histogram_workspace: Tensor | None = None
-    value_means: Tensor | None = None
 
     def without_last(self, count: int) -> KeyValueStates:
         """The states without the last `count` keys."""

@@ -132,7 +132,7 @@ def _tokens_of_layer(
 
 
 def cache_sizes(config: RTPurboConfig, shape: CacheShape, length: int) -> tuple[int, int]:
-    """Returns bytes of the sparse cache, index keys and block means included, and of the dense one.
+    """Returns bytes of the sparse cache, index keys included, and of the dense one.
 
     Positions and slot numbers, about ten bytes for each slot of a window, are left out.
 
@@ -143,18 +143,13 @@ def cache_sizes(config: RTPurboConfig, shape: CacheShape, length: int) -> tuple[
     """
     element = _ELEMENT_BYTES[shape.dtype]
     head_map, indexer = config.head_map, config.indexer
-    rule = config.attention
-    num_blocks = -(-length // rule.block_size) if rule.unselected == "block_means" else 0
     sparse_bytes = dense_bytes = 0
     for layer in range(len(head_map.retrieval_heads)):
         sparse, dense = _tokens_of_layer(config, layer, length, shape)
         token = 2 * shape.head_dim_of(layer) * element
         sparse_bytes, dense_bytes = sparse_bytes + sparse * token, dense_bytes + dense * token
-        if num_blocks and head_map.retrieval_heads[layer]:
-            full = len(head_map.full_key_value_heads(layer))
-            sparse_bytes += full * num_blocks * shape.head_dim_of(layer) * element
     keys = (
         head_map.num_full_key_value_heads if indexer.shared_keys else head_map.num_retrieval_heads
     )
-    index_element = 1 if rule.index_storage == "float8" else element
+    index_element = 1 if config.attention.index_storage == "float8" else element
     return sparse_bytes + keys * indexer.index_dim * index_element * length, dense_bytes

@@ -149,7 +149,7 @@ def check_runs_on_vllm(artifact: ArtifactConfig) -> None:
 
     Raises:
         RTPurboError: the architecture is not supported there, some layers have windows of their
-            own, unselected keys enter by block means, or queries of a prompt share lists of blocks.
+            own, or rows of a prompt share lists of blocks.
     """
     architecture = artifact.base.architecture
     if architecture not in VLLM_ARCHITECTURES:
@@ -167,12 +167,6 @@ def check_runs_on_vllm(artifact: ArtifactConfig) -> None:
         raise RTPurboError(
             "models whose layers differ in their numbers of heads do not run on vLLM with rtpurbo: "
             "serve it with transformers (--to transformers)."
-        )
-    unselected = artifact.config.attention.unselected
-    if unselected != "dropped":
-        raise RTPurboError(
-            f"unselected '{unselected}' does not run on vLLM: set it to 'dropped' in the artifact's "
-            "rtpurbo_config.json, or serve it with transformers (--to transformers)."
         )
     mode = artifact.config.attention.prefill_mode
     if mode not in SERVED_PREFILL_MODES:

@@ -36,7 +36,6 @@ def test_display_order():
         "rtpurbo-residual",
         "rtpurbo-sparse-prefill",
         "rtpurbo-float8-index",
-        "rtpurbo-block-means",
         "rtpurbo-before-stage2",
         "dense-heads",
         "quest",
@@ -74,11 +73,10 @@ def test_stage2_is_where_it_should_be(models):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("rtpurbo-paper", {"reading": "paper", "min_tokens": 0, "unselected": "dropped"}),
+        ("rtpurbo-paper", {"reading": "paper", "min_tokens": 0}),
         ("rtpurbo-residual", {"reading": "residual", "min_tokens": 1}),
         ("rtpurbo-sparse-prefill", {"prefill_mode": "row_share"}),
         ("rtpurbo-float8-index", {"index_storage": "float8"}),
-        ("rtpurbo-block-means", {"reading": "residual", "unselected": "block_means"}),
         ("dense-heads", {"top_p": 1.0}),
         ("random-heads", {"top_p": 1.0}),
     ],

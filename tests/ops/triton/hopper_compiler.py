@@ -27,7 +27,6 @@ from rtpurbo.ops.triton.decode.fused_append import (
     RotaryTable,
     fused_kv_append,
 )
-from rtpurbo.ops.triton.decode.value_means import update_value_means
 from rtpurbo.ops.triton.headwise import head_tables, prefill_attention
 from rtpurbo.ops.triton.prefill import hopper, portable
 from rtpurbo.ops.triton.sets import top_k, top_set
@@ -152,17 +151,6 @@ def step(
             first_slots=torch.zeros(batch, dtype=torch.int32),
             length=torch.zeros(1, dtype=torch.int32),
         )
-    rule = AttentionRule(sliding_window=window, **rule)
-    if rule.unselected == "block_means":
-        num_blocks = -(-capacity // rule.block_size)
-        full_states.value_means = states(batch, full, num_blocks, head_dim)
-        update_value_means(
-            full_states.value_means,
-            full_states.values,
-            full_states.length,
-            full_states.first_slots,
-            rule.block_size,
-        )
     ring = states(batch, key_value_heads - full, window + 9, head_dim)
     windowed = KeyValueStates(ring, ring, torch.zeros(batch, window + 9, dtype=torch.int64))
     if windowed_page_size:
@@ -175,7 +163,7 @@ def step(
         windowed,
         layout,
         states(batch, ranks, 1, index_dim, dtype=torch.float16) if ranks else None,
-        rule,
+        AttentionRule(sliding_window=window, **rule),
         head_dim**-0.5,
         None,
         True,
@@ -440,12 +428,6 @@ def main():
             step(32, 4, (0, 9), **rule)
             # Sizes of 1 become constants, unless a kernel says otherwise.
             step(1, 1, (0,), num_sink_tokens=1, retrieval_window=1, min_tokens=1, **single, **rule)
-    for granularity in ("token", "block"):
-        rule = {"unselected": "block_means", "granularity": granularity}
-        step(32, 4, (0, 9), **rule)
-        step(6, 2, (0, 1), head_dim=96, dtype=torch.float16, block_size=24, **rule)
-        step(8, 4, (0, 1), head_dim=256, dtype=torch.float32, block_size=128, **rule)
-        step(1, 1, (0,), block_size=1, retrieval_window=1, **single, **rule)
     step(32, 4, ())
     step(6, 2, (0, 1), top_p=1.0, head_dim=96, dtype=torch.float16)
     step(40, 1, (3,), head_dim=256, index_dim=64, dtype=torch.float32)

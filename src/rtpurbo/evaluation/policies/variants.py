@@ -35,7 +35,7 @@ POLICIES = (
         "rtpurbo-paper",
         "the same, selecting as the paper does: top-p over all keys, no floor of tokens",
         place=11,
-        changes={"reading": "paper", "min_tokens": 0, "unselected": "dropped"},
+        changes={"reading": "paper", "min_tokens": 0},
     ),
     # Near keys count with their exact mass, far ones by the indexer; the artifact's floor stays.
     RulePolicy(
@@ -56,17 +56,11 @@ POLICIES = (
         place=14,
         changes={"index_storage": "float8"},
     ),
-    RulePolicy(
-        "rtpurbo-block-means",
-        "the same, with the mean values of blocks in place of the far tokens that are not selected",
-        place=15,
-        changes={"reading": "residual", "unselected": "block_means"},
-    ),
     # The indexers of stage 1 on the dense model's weights.
     RulePolicy(
         "rtpurbo-before-stage2",
         "the sparse model with the weights of the dense one",
-        place=16,
+        place=15,
         stage2=False,
     ),
     # As RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), with rtpurbo's heads and weights.

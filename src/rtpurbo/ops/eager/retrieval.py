@@ -1,7 +1,4 @@
-"""Attention of retrieval heads: sinks, window, and far keys selected by the token indexer.
-
-The far keys that are not selected are dropped, or replaced by block means (`rtpurbo.ops.eager.unselected`).
-"""
+"""Attention of retrieval heads: sinks, window, and far keys selected by the token indexer."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from rtpurbo.ops.eager.selection import (
     select_per_query,
     select_per_query_block,
 )
-from rtpurbo.ops.eager.unselected import add_block_means, block_value_means, unselected_mass
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 from rtpurbo.ops.sinks import with_sink_column
 from rtpurbo.ops.states import (
@@ -45,7 +41,7 @@ def retrieval_attention(
     selector: Selector | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over near and selected far keys; the selection gets no gradient.
+    """Exact attention over near and selected far keys; the selection gets no gradient.
 
     Args:
         query_states: [batch, heads, q_len, head_dim], after RoPE.
@@ -71,10 +67,6 @@ def retrieval_attention(
     key_heads = index_key_heads(states.index_keys, states.keys.shape[1], key_value_heads)
     share_lists = rule.prefill_mode in ("row_share", "row_peak") and query_states.shape[2] > 1
     keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
-    replaces_unselected = rule.replaces_unselected and not share_lists and selector is None
-    if replaces_unselected:
-        num_blocks = -(-int(states.positions.max() + 1) // rule.block_size)
-        means = block_value_means(states, rule.block_size, num_blocks)[:, key_value_heads]
     elements_per_query = query_states.shape[0] * query_states.shape[1] * keys.shape[2]
     outputs, log_sum_exps = [], []
     for chunk in query_chunks(query_states.shape[2], elements_per_query, rule.query_block_size):
@@ -97,16 +89,10 @@ def retrieval_attention(
                 selected = selector(queries) & far
             else:
                 queries_after = query_states.shape[2] - chunk.stop if share_lists else None
-                selected, estimate = _select_by_rule(rule, queries, queries_after, sinks)
+                selected = _select_by_rule(rule, queries, queries_after, sinks)
             if statistics is not None:
                 statistics.add_queries(queries, selected)
         output, log_sum_exp = attend_to_logits(logits, values, near | selected)
-        if replaces_unselected:
-            with torch.no_grad():
-                mass = unselected_mass(
-                    estimate, far & ~selected, states.positions, rule.block_size, num_blocks
-                )
-            output, log_sum_exp = add_block_means(output, log_sum_exp, mass, means)
         outputs.append(output)
         log_sum_exps.append(log_sum_exp)
     return torch.cat(outputs, 2), torch.cat(log_sum_exps, 2) if return_log_sum_exp else None
@@ -114,11 +100,8 @@ def retrieval_attention(
 
 def _select_by_rule(
     rule: AttentionRule, queries: SelectionQueries, queries_after: int | None, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Far keys selected by the indexer, and the estimated logits.
-
-    `queries_after` is the number of later queries of the call, or None without block lists.
-    """
+) -> Tensor:
+    """Far keys selected by the indexer; `queries_after`: later queries of the call, None without block lists."""
     estimate = estimated_logits(
         rule.reading, queries.logits, queries.score_index(), queries.near, queries.far
     )
@@ -129,5 +112,4 @@ def _select_by_rule(
         selected = select_per_query(rule, estimate, near, far, key_positions)
     else:
         selected = select_per_query_block(rule, estimate, near, far, key_positions, queries_after)
-    first_key = 0 if sinks is None else 1
-    return selected[..., first_key:], estimate[..., first_key:]
+    return selected if sinks is None else selected[..., 1:]

@@ -13,7 +13,6 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.eager.unselected import UnselectedMass, add_block_means, block_value_means
 from rtpurbo.ops.flex.blocks import block_mask, padded_length
 from rtpurbo.ops.flex.selection import BITS, selected_bits
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
@@ -60,7 +59,7 @@ def headwise_attention(
     # Index scores and logits are computed in the dtype of the states, not in that of autocast.
     with torch.autocast(query_states.device.type, enabled=False):
         padded = padded_length(length)
-        mask, unselected = _mask(
+        mask = _mask(
             query_states, query_positions, full, layout, index_queries, rule, scaling, statistics,
             padded,
         )  # fmt: skip
@@ -71,41 +70,11 @@ def headwise_attention(
         if query_states.is_cuda:
             attend, tiles = _compiled(), _tiles(query_states.device, query_states.shape[-1])
         output, log_sum_exp = attend(
-            queries,
-            keys,
-            values,
-            mask,
-            scaling,
-            return_log_sum_exp or unselected is not None,
-            tiles,
+            queries, keys, values, mask, scaling, return_log_sum_exp, tiles
         )
-    output = output[:, :, :length]
     if log_sum_exp is not None:
         log_sum_exp = log_sum_exp[:, :, :length]
-        if unselected is not None:
-            output, log_sum_exp = _with_block_means(
-                output, log_sum_exp, unselected, full, layout, rule.block_size
-            )
-    return output, log_sum_exp if return_log_sum_exp else None
-
-
-def _with_block_means(
-    output: Tensor,
-    log_sum_exp: Tensor,
-    unselected: UnselectedMass,
-    full: KeyValueStates,
-    layout: HeadLayout,
-    block_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Adds the unselected far keys of the last queries of the retrieval heads."""
-    heads, num_selecting = layout.retrieval.heads, unselected.log_sum_exp.shape[2]
-    means = block_value_means(full, block_size, unselected.shares.shape[-1])
-    means = means[:, layout.retrieval.key_value_heads].to(output.dtype)
-    output, log_sum_exp = output.clone(), log_sum_exp.clone()
-    output[:, heads, -num_selecting:], log_sum_exp[:, heads, -num_selecting:] = add_block_means(
-        output[:, heads, -num_selecting:], log_sum_exp[:, heads, -num_selecting:], unselected, means
-    )
-    return output, log_sum_exp
+    return output[:, :, :length], log_sum_exp
 
 
 def _mask(
@@ -118,24 +87,23 @@ def _mask(
     scaling: float,
     statistics: SelectionStatistics | None,
     padded: int,
-) -> tuple[BlockMask, UnselectedMass | None]:
-    """Block mask of a layer over `padded` queries and keys, and the mass of unselected far keys."""
+) -> BlockMask:
+    """Block mask of a layer over `padded` queries and keys."""
     batch, num_heads, length, _ = query_states.shape
     retrieves, windows = _of_heads(layout, rule, num_heads)
-    unselected = None
     if index_queries is None or not len(layout.retrieval):
         first = padded
         bits = _nothing_selected(batch, num_heads, padded // BITS, query_states.device)
     else:
         selecting = index_queries.shape[2]
         first = length - selecting
-        bits, unselected = selected_bits(
+        bits = selected_bits(
             query_states, query_positions, full, layout, index_queries, rule, scaling,
             -(-selecting // SELECTING_QUERIES) * SELECTING_QUERIES, padded, statistics,
         )  # fmt: skip
     # A tensor, since a Python number would be compiled in; filled on the device, without a copy.
     start = torch.full((), first, dtype=torch.int32, device=query_states.device)
-    mask = block_mask(
+    return block_mask(
         retrieves,
         padded,
         first,
@@ -144,7 +112,6 @@ def _mask(
         rule.near_window,
         _mask_mod(retrieves, windows, rule.num_sink_tokens, start, bits),
     )
-    return mask, unselected
 
 
 def _mask_mod(

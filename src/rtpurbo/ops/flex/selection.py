@@ -10,7 +10,6 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.selection import estimated_logits, index_scores, select_per_query
-from rtpurbo.ops.eager.unselected import UnselectedMass, unselected_mass
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask
 from rtpurbo.ops.states import (
     HeadLayout,
@@ -37,8 +36,8 @@ def selected_bits(
     num_queries: int,
     num_keys: int,
     statistics: SelectionStatistics | None = None,
-) -> tuple[Tensor, UnselectedMass | None]:
-    """Far keys selected by the last queries, and the estimated mass of the others.
+) -> Tensor:
+    """Far keys selected by the last queries.
 
     Args:
         query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
@@ -54,8 +53,7 @@ def selected_bits(
 
     Returns:
         int32 [batch, num_attention_heads, num_queries, num_keys / BITS]; bit b of word w is key BITS * w + b.
-        Local heads select nothing. With `block_means`, the mass of the unselected far keys of the retrieval
-        heads and selecting queries, else None.
+        Local heads select nothing.
     """
     assert states.index_keys is not None
     batch, num_heads, _, _ = query_states.shape
@@ -66,9 +64,6 @@ def selected_bits(
     key_heads = index_key_heads(states.index_keys, states.keys.shape[1], retrieval.key_value_heads)
     length = keys.shape[2]
     words = queries.new_zeros(batch, num_heads, num_queries, num_keys // BITS, dtype=torch.int32)
-    # Keys are in order, so their number gives the number of blocks.
-    num_blocks = -(-length // rule.block_size)
-    unselected = []
     queries_at_once = max(1, MAX_PAIRS // (batch * len(retrieval) * length))
     for start in range(0, selecting, queries_at_once):
         chunk = slice(start, min(start + queries_at_once, selecting))
@@ -89,19 +84,13 @@ def selected_bits(
         estimate = estimated_logits(
             rule.reading, chunk_queries.logits, chunk_queries.score_index(), near, far
         )
+        # Keys are in order, so their number gives the number of blocks.
+        num_blocks = -(-length // rule.block_size)
         selected = select_per_query(rule, estimate, near, far, states.positions, num_blocks)
         if statistics is not None:
             statistics.add_queries(chunk_queries, selected)
         words[:, retrieval.heads, chunk] = packed_bits(selected, num_keys)
-        if rule.replaces_unselected:
-            unselected.append(
-                unselected_mass(
-                    estimate, far & ~selected, states.positions, rule.block_size, num_blocks
-                )
-            )
-    if not unselected:
-        return words, None
-    return words, UnselectedMass(*(torch.cat(parts, 2) for parts in zip(*unselected, strict=True)))
+    return words
 
 
 def packed_bits(mask: Tensor, num_keys: int) -> Tensor:

@@ -61,11 +61,6 @@ def _check_supported(hf_config: Any, config: RTPurboConfig) -> None:
             "the layers of the model differ in their numbers of heads, which is not supported on vLLM: "
             "serve it with transformers (rtpurbo export --to transformers)."
         )
-    if config.attention.unselected != "dropped":
-        raise RTPurboError(
-            f"unselected '{config.attention.unselected}' is not supported on vLLM: change it to "
-            "'dropped' in config.json."
-        )
     if config.attention.prefill_mode not in SERVED_PREFILL_MODES:
         raise RTPurboError(
             f"prefill_mode '{config.attention.prefill_mode}' shares block lists between queries, but "

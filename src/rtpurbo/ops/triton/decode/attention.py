@@ -1,10 +1,9 @@
-"""Decode step of a layer: one query token per sequence, in four kernels, or five.
+"""Decode step of a layer: one query token per sequence, in four kernels.
 
 1. `window_and_scores`: window attention of every head, and index scores of the far keys with their histogram;
 2. `top_p`: selection of the far keys from the histogram;
 3. `selected_attention`: attention over the selected keys;
-4. `unselected`, only with the rule's `block_means`: block means of the other far keys;
-5. `combine`: split-K combine of the partial results.
+4. `combine`: split-K combine of the partial results.
 
 The first kernel expects a zeroed histogram, and the last one zeroes it again. Without a histogram workspace
 from the caller, a fill precedes the step. Grids and memory depend on shapes alone, so a step can be captured
@@ -25,7 +24,6 @@ from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates, Selectio
 from rtpurbo.ops.triton.decode.combine import combine_splits
 from rtpurbo.ops.triton.decode.selected_attention import selected_attention
 from rtpurbo.ops.triton.decode.top_p import select_top_p
-from rtpurbo.ops.triton.decode.unselected import unselected_attention
 from rtpurbo.ops.triton.decode.window_and_scores import window_and_scores
 from rtpurbo.ops.triton.decode.workspace import FullStates, Selection, WindowedStates
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
@@ -50,7 +48,7 @@ def decode_attention(
     """Head-wise attention of one query token per sequence.
 
     Equals `rtpurbo.ops.eager.headwise.headwise_attention`, except that the selection is rounded up to a whole
-    level of scores (`top_p`), and that the masses of unselected keys are quantised (`unselected`).
+    level of scores (`top_p`).
 
     Args:
         query_states: [B, H, 1, D], after RoPE; the last token of each sequence.
@@ -108,7 +106,7 @@ def decode_step(
     queries = query_states if query_states.stride(-1) == 1 else query_states.contiguous()
     if index_queries is not None and index_queries.stride(-1) != 1:
         index_queries = index_queries.contiguous()
-    selection = unselected = None
+    selection = None
     with torch.cuda.device_of(queries):
         window, scores = window_and_scores(
             queries, states, windowed_states, layout, index_queries, rule, scaling
@@ -120,15 +118,12 @@ def decode_step(
             if rule.top_p < 1:
                 selection = select_top_p(queries, states, layout, rule, window, scores)
             selected = selected_attention(queries, states, layout, rule, scaling, selection)
-            if selection is not None and rule.replaces_unselected:
-                unselected = unselected_attention(queries, states, layout, rule, scores, selection)
         workspace = states.histogram_workspace
         attended, log_sum_exp = combine_splits(
             queries,
             layout,
             window,
             selected,
-            unselected,
             workspace if scores.histogram is workspace else None,
             return_log_sum_exp,
             output,
@@ -171,8 +166,7 @@ def _check(
         )
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}, but the kernels take at most {MAX_HEAD_DIM}.")
-    uses_blocks = rule.granularity == "block" or rule.unselected == "block_means"
-    if uses_blocks and rule.block_size > MAX_BLOCK_SIZE:
+    if rule.granularity == "block" and rule.block_size > MAX_BLOCK_SIZE:
         raise ValueError(
             f"block_size is {rule.block_size}, but the kernels take at most {MAX_BLOCK_SIZE}."
         )
@@ -184,12 +178,6 @@ def _check(
             )
     if windowed.page_size and not full.page_size:
         raise ValueError("windowed states are paged, but full states are not.")
-    if full.page_size and len(layout.retrieval) and rule.unselected == "block_means":
-        raise ValueError(
-            "unselected 'block_means' needs a contiguous cache, but the states are paged: use 'dropped'."
-        )
-    if full.value_means is not None and full.value_means.stride(-1) != 1:
-        raise ValueError("value_means must have contiguous elements per block.")
     if len(layout.retrieval) and (index_queries is None or full.index_keys is None):
         raise ValueError("retrieval heads need index queries and index keys.")
 

@@ -1,7 +1,7 @@
 """Split-K combine: partial results of each query head, weighted by their sums of exponentials.
 
-B sequences, H query heads, R retrieval heads; S splits of the window keys, P splits of the selected keys,
-U splits of the unselected keys; D head_dim.
+B sequences, H query heads, R retrieval heads; S splits of the window keys, P splits of the selected keys;
+D head_dim.
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ def combine_kernel(
     window_outputs,
     selected_log_sums,
     selected_outputs,
-    unselected_log_sums,
-    unselected_outputs,
     retrieval_heads,
     output,
     log_sum_exp,
@@ -69,7 +67,6 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    UNSELECTED_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (output elements, query head, sequence).
@@ -98,12 +95,6 @@ def combine_kernel(
         sequence * num_retrieval + rank, tl.where(rank >= 0, num_selected_splits, 0), dims,
         HEAD_DIM, TILE,
     )  # fmt: skip
-    if UNSELECTED_SPLITS > 0:
-        peaks, totals, accumulators = _add_splits(
-            peaks, totals, accumulators, unselected_log_sums, unselected_outputs,
-            sequence * num_retrieval + rank, tl.where(rank >= 0, UNSELECTED_SPLITS, 0), dims,
-            HEAD_DIM, TILE,
-        )  # fmt: skip
     if histogram_workspace is not None:
         first = tl.program_id(0) * CLEARED
         end = tl.where(rank >= 0, LEVELS, 0)
@@ -125,7 +116,6 @@ def combine_splits(
     layout: HeadLayout,
     window: PartialAttention,
     selected: PartialAttention,
-    unselected: PartialAttention | None,
     histogram_workspace: Tensor | None,
     return_log_sum_exp: bool,
     output: Tensor | None = None,
@@ -137,7 +127,6 @@ def combine_splits(
         layout: query heads by kind.
         window: partial results of B * H heads over sinks and window.
         selected: partial results of B * R heads over the selected far keys.
-        unselected: partial results of B * R heads over the block means of unselected far keys, or None.
         histogram_workspace: int32 [B * R, LEVELS] to zero, or None.
         return_log_sum_exp: also return the log-sum-exp.
         output: contiguous tensor to write the output to; None to allocate one.
@@ -156,8 +145,6 @@ def combine_splits(
         window.outputs,
         selected.log_sums,
         selected.outputs,
-        None if unselected is None else unselected.log_sums,
-        None if unselected is None else unselected.outputs,
         layout.retrieval.heads,
         output,
         log_sum_exp,
@@ -170,7 +157,6 @@ def combine_splits(
         HEAD_DIM=head_dim,
         WIDTH=COMBINED_DIMS,
         TILE=COMBINED_SPLITS,
-        UNSELECTED_SPLITS=0 if unselected is None else len(unselected),
         **dependent_launch(queries.device),
         num_warps=4,
     )

@@ -137,7 +137,6 @@ def top_p_kernel(
     first_slots,
     lists,
     list_lengths,
-    lowest_selected,
     capacity,
     num_heads,
     num_retrieval,
@@ -160,8 +159,7 @@ def top_p_kernel(
     """Program (segment, sequence and retrieval head).
 
     Writes the selected entries in ascending order to `lists` [B, R, G, segment_entries] and their number
-    to `list_lengths` [B, R, G]; for heads with far keys, the lowest selected level to `lowest_selected`
-    [B, R], unless it is None.
+    to `list_lengths` [B, R, G].
     """
     allow_dependent_launch(PDL)
     segment = tl.program_id(0)
@@ -202,8 +200,6 @@ def top_p_kernel(
             SPLIT_WIDTH,
             READING,
         )
-        if (lowest_selected is not None) and segment == 0:
-            tl.store(lowest_selected + head, lowest_far)
         for start in range(0, segment_entries, ENTRIES):
             entries = first_entry + start + lanes
             selected = far_levels >= lowest_far
@@ -239,9 +235,6 @@ def select_top_p(
         lists=queries.new_empty(*shape, scores.segment, dtype=torch.int32),
         list_lengths=queries.new_empty(shape, dtype=torch.int32),
         block=scores.block,
-        lowest_levels=queries.new_empty(shape[:2], dtype=torch.int32)
-        if rule.replaces_unselected
-        else None,
     )
     top_p_kernel[(num_segments, batch * num_retrieval)](
         scores.levels,
@@ -253,7 +246,6 @@ def select_top_p(
         full.first_slots,
         selection.lists,
         selection.list_lengths,
-        selection.lowest_levels,
         full.capacity,
         num_heads,
         num_retrieval,

@@ -41,7 +41,6 @@ class FullStates:
         page_size: tokens of a page; 0 without pages.
         histogram_workspace: int32 [B * R, LEVELS], zeros before and after a step; None to allocate one
             in each step.
-        value_means: [B, full KV heads, blocks, D], mean values of whole blocks; None if they are not stored.
     """
 
     keys: Tensor
@@ -53,7 +52,6 @@ class FullStates:
     block_table: Tensor | None = None
     page_size: int = 0
     histogram_workspace: Tensor | None = None
-    value_means: Tensor | None = None
 
     @classmethod
     def of_states(cls, states: KeyValueStates) -> FullStates:
@@ -66,7 +64,6 @@ class FullStates:
             lengths=states.length,
             first_slots=states.first_slots,
             histogram_workspace=states.histogram_workspace,
-            value_means=states.value_means,
         )
 
     @classmethod
@@ -238,14 +235,11 @@ class Selection:
         lists: int32 [B, R, segments, length], entries: tokens, or blocks of `block` tokens.
         list_lengths: int32 [B, R, segments], valid entries of each list.
         block: tokens of an entry.
-        lowest_levels: int32 [B, R], lowest selected level of heads with far keys; None with unselected
-            `dropped`.
     """
 
     lists: Tensor
     list_lengths: Tensor
     block: int
-    lowest_levels: Tensor | None = None
 
     def keys(self, num_positions: int) -> Tensor:
         """Mask of the tokens in the selected entries, bool [B, R, num_positions]; may include window keys."""
