@@ -56,6 +56,9 @@ class AttentionRule:
             prompt is always among them.
         retrieval_window: window of retrieval heads, which select earlier keys by their index;
             None: `sliding_window`.
+        dense_prompt_queries: number of last queries of a prompt whose local heads read every key, not only
+            sinks and window, so that a question at the end reaches the whole prompt. It applies to a prompt that is
+            read in one forward: in later chunks, windowed KV heads no longer hold the keys.
         index_storage: dtype of cached index keys: `model`, the dtype of the model; or `float8`, which
             halves their size and the reads of a decode step, with less precise scores.
     """
@@ -74,6 +77,7 @@ class AttentionRule:
     row_stride: int = 1
     retrieval_window: int | None = None
     index_storage: IndexStorage = "model"
+    dense_prompt_queries: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
@@ -88,12 +92,9 @@ class AttentionRule:
             )
         if self.block_size < 1 or self.query_block_size < 1:
             raise RTPurboError("block_size and query_block_size must be at least 1.")
-        if self.min_tokens < 0:
-            raise RTPurboError(f"min_tokens is {self.min_tokens}, but it cannot be negative.")
-        if self.num_sink_tokens < 0:
-            raise RTPurboError(
-                f"num_sink_tokens is {self.num_sink_tokens}, but it cannot be negative."
-            )
+        for name in ("min_tokens", "num_sink_tokens", "dense_prompt_queries"):
+            if getattr(self, name) < 0:
+                raise RTPurboError(f"{name} is {getattr(self, name)}, but it cannot be negative.")
         if self.sliding_window < self.block_size:
             raise RTPurboError(
                 f"sliding_window ({self.sliding_window}) is smaller than block_size "

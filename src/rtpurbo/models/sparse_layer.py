@@ -187,7 +187,20 @@ class SparseAttention:
             full, windowed = past.append(keys, values, index_keys, self.layout(keys.device))
         else:
             full, windowed = self._divided(states, index_keys)
-        return self.attend(positions, queries, index_queries, full, windowed, sinks)
+        dense_queries = self._dense_queries(queries.shape[2], past)
+        return self.attend(positions, queries, index_queries, full, windowed, sinks, dense_queries)
+
+    def _dense_queries(self, length: int, past: HeadwiseLayer | None) -> slice | None:
+        """Returns the last queries of a prompt that are dense in local heads; None if there are none.
+
+        Without a cache, the queries before those that select as decode steps do are a prompt.
+        """
+        is_prompt = self.num_decode_rows > 0 if past is None else past.seen == length
+        count = self.rule.dense_prompt_queries
+        if not (count and is_prompt) or length <= self.rule.sliding_window:
+            return None
+        end = length - self.num_decode_rows
+        return slice(max(0, end - count), end)
 
     def _check_cache(self, past: HeadwiseLayer) -> None:
         if self.dense:
@@ -246,6 +259,7 @@ class SparseAttention:
         full: KeyValueStates,
         windowed: KeyValueStates,
         sinks: Tensor | None = None,
+        dense_queries: slice | None = None,
     ) -> Tensor:
         """Computes the sparse attention of one forward, after new tokens were appended to the cache, if any."""
         self.used_backend = chosen_backend(
@@ -272,6 +286,7 @@ class SparseAttention:
             statistics=self.statistics,
             selector=self.selector,
             sinks=sinks,
+            dense_queries=dense_queries,
         )
         return output
 

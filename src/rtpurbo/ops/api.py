@@ -15,6 +15,7 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
 from rtpurbo.ops.backends import HALF, implementation, require_triton, unsupported_reason
+from rtpurbo.ops.eager.dense_queries import with_dense_queries
 from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
@@ -174,6 +175,7 @@ def headwise_attention(
     return_log_sum_exp: bool = False,
     selector: Selector | None = None,
     sinks: Tensor | None = None,
+    dense_queries: slice | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a whole layer; see `rtpurbo.ops.eager.headwise.headwise_attention`."""
@@ -196,6 +198,7 @@ def headwise_attention(
         return_log_sum_exp=return_log_sum_exp,
         selector=selector,
         sinks=sinks,
+        dense_queries=dense_queries,
     )
 
 
@@ -204,10 +207,14 @@ def attend_with(
     query_states: Tensor,
     query_positions: Tensor,
     full: KeyValueStates,
+    windowed: KeyValueStates,
+    layout: HeadLayout,
     *others: Any,
+    scaling: float,
     return_log_sum_exp: bool = False,
     selector: Selector | None = None,
     sinks: Tensor | None = None,
+    dense_queries: slice | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`headwise_attention` with a backend from `chosen_backend`."""
@@ -222,12 +229,28 @@ def attend_with(
         queries,
         query_positions,
         full,
+        windowed,
+        layout,
         *others,
+        scaling=scaling,
         return_log_sum_exp=return_log_sum_exp or not (applies_sinks or sinks is None),
         **options,
     )
     if sinks is not None and not applies_sinks:
         output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
+    if dense_queries is not None:
+        output, log_sum_exp = with_dense_queries(
+            output,
+            log_sum_exp,
+            dense_queries,
+            queries,
+            query_positions,
+            full,
+            windowed,
+            layout,
+            scaling=scaling,
+            sinks=sinks,
+        )
     if queries.dtype != query_states.dtype:
         output = output.to(query_states.dtype)
     return output, log_sum_exp if return_log_sum_exp else None

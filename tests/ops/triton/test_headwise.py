@@ -52,6 +52,19 @@ def test_dense_retrieval_heads_equal_the_oracle(dtype, retrieval_heads, q_len, k
     assert_as_exact_as_eager(problem, mask, output)
 
 
+@pytest.mark.parametrize("retrieval_heads", [(), (0,), (0, 1)], ids=str)
+@pytest.mark.parametrize("padding", [(0,), (0, 17)], ids=str)
+def test_dense_queries_of_local_heads_equal_the_oracle(retrieval_heads, padding):
+    problem, queries = kernel_problem(111, 111, DTYPES[0], padding=padding), slice(80, 105)
+    mask = oracles.headwise_keys(on_cpu(problem), RULE, retrieval_heads)
+    mask[:, :, queries] = oracles.visible_keys(on_cpu(problem))[:, :, queries]
+    options = {"dense_queries": queries}
+    found = run(problem, RULE, retrieval_heads, padding, return_log_sum_exp=True, **options)
+    assert_as_exact_as_eager(problem, mask, *found)
+    output, _ = run(problem, RULE, retrieval_heads, padding, **options)
+    assert_as_exact_as_eager(problem, mask, output)
+
+
 def test_sparse_prefill_equals_eager_and_counts_as_it_does():
     rule = replace(RULE, prefill_mode="row_peak", row_share=0.05, retrieval_window=20)
     problem = kernel_problem(100, 190, torch.float32, padding=(0, 31), index_dim=4)

@@ -29,6 +29,9 @@ def headwise_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Retrieval heads over selected keys, local heads over sinks and window.
 
+    `rtpurbo.ops.headwise_attention` also takes `dense_queries`, for which local heads read every key; see
+    `rtpurbo.ops.eager.dense_queries`.
+
     The last queries, which have index queries (see `rule.num_selecting_rows`), select in retrieval heads; the
     queries before them are dense.
 
