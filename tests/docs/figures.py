@@ -115,19 +115,16 @@ def _cache(found: dict[str, Any], policy: str, length: int) -> float:
 
 
 PUBLIC = {
-    "Qwen2.5-Coder-1.5B-Instruct": "quality-qwen2.5-coder-1.5b-instruct-32k-h200.json",
+    "Qwen2.5-Coder-1.5B-Instruct": "quality-qwen2.5-coder-1.5b-instruct.json",
     "Qwen2.5-Coder-0.5B-Instruct": "quality-qwen2.5-coder-0.5b-instruct-32k-h200.json",
 }
-ALL_TASKS = "quality-qwen2.5-coder-1.5b-top-p-0.88-32k-h200.json"
 LENGTHS = {"4K": 4096, "8K": 8192, "16K": 16384, "32K": 32768, "64K": 65536}
 CONTEXTS = {"32K": 2**15, "128K": 2**17, "256K": 2**18, "512K": 2**19, "1M": 2**20}
 
 
 def public_models() -> Rows:
     rows: Rows = {}
-    for model, name in (
-        PUBLIC | {"the same, top_p .88, all 13 tasks, 40 questions each": ALL_TASKS}
-    ).items():
+    for model, name in PUBLIC.items():
         found = read(name)
         full, sparse = (_average(found, policy, 32768) for policy in ("full", "rtpurbo"))
         rows[model] = [
@@ -142,22 +139,22 @@ def public_models() -> Rows:
 
 
 def public_tasks() -> Rows:
-    found = [read(name) for name in PUBLIC.values()]
-    pairs = [(one, policy) for one in found for policy in ("full", "rtpurbo")]
-    return _by_task(pairs)
+    found = read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"])
+    windowed = read("quality-qwen2.5-coder-1.5b-top-p-0.88-32k-h200.json")
+    return _by_task([(found, "full"), (found, "rtpurbo"), (windowed, "rtpurbo")])
 
 
-def public_all_tasks() -> Rows:
-    found = read(ALL_TASKS)
+def small_public_tasks() -> Rows:
+    found = read(PUBLIC["Qwen2.5-Coder-0.5B-Instruct"])
     return _by_task([(found, "full"), (found, "rtpurbo")])
 
 
 def public_losing_tasks() -> Rows:
-    both = read(ALL_TASKS)
+    found = read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"])
+    windowed = read("quality-qwen2.5-coder-1.5b-top-p-0.88-32k-h200.json")
     dense_heads = read("quality-qwen2.5-coder-1.5b-dense-heads-32k-h200.json")
-    long_gates = read("quality-qwen2.5-coder-1.5b-gates-at-32k-h200.json")
     columns = [
-        (both, "full"), (both, "rtpurbo"), (dense_heads, "dense-heads"), (long_gates, "rtpurbo"),
+        (found, "full"), (windowed, "rtpurbo"), (dense_heads, "dense-heads"), (found, "rtpurbo"),
     ]  # fmt: skip
     tasks = [one["task"] for one in dense_heads["records"]]
     rows: Rows = {
@@ -408,7 +405,7 @@ def sparse_prefill() -> Rows:
 EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
-        public_models, public_tasks, public_all_tasks, public_losing_tasks, trial, long_context,
+        public_models, public_tasks, small_public_tasks, public_losing_tasks, trial, long_context,
         controls, smollm2, model_speed,
         layer_prefill, layer_decode, training, sparse_prefill, recipe_means, recipe_policies,
     )

@@ -121,7 +121,9 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         ("Full KV heads", f"{head_map.num_full_key_value_heads} of {key_value_heads}"),
         (
             "Local heads",
-            f"attend to the last {rule.sliding_window:,} keys and the first {rule.num_sink_tokens}",
+            f"attend to the last {rule.sliding_window:,} keys and the first {rule.num_sink_tokens}"
+            + f"; the last {rule.dense_prompt_queries} queries of a prompt attend to all keys"
+            * (rule.dense_prompt_queries > 0),
         ),
         (
             "Retrieval heads select",
