@@ -44,7 +44,7 @@ $(EXTRAS_READY): $(READY)
 
 test-slow: $(EXTRAS_READY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm"
-	$(BIN)/python -m pytest -q tests/evaluation/ruler/test_vocabulary.py tests/experiments/test_ablations.py
+	$(BIN)/python -m pytest -q tests/evaluation/ruler/test_vocabulary.py
 
 # vLLM settles for its own torch and transformers. The packages that are taken away fit another torch
 # than the one it comes with, and importing them would fail.

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+from ablation_tables import group_markdown
 from typer import Context
 from typer.cli import get_docs_for_click
 from typer.main import get_command
@@ -51,7 +51,7 @@ _ABOUT_ABLATIONS = """## Ablations
 ![Accuracy by the number of retrieval heads; tokens to read by the dimensions of the index;
 divergence of answers by what their queries read; how much queries read](images/ablations-8k.png)
 
-What they mean: [experiment log](experiment-log.md); how they were run: [experiments](experiments.md#ablations).
+What they mean, and how they were run: [experiment log](experiment-log.md).
 """
 
 
@@ -141,9 +141,6 @@ def _speed(path: Path, found: dict[str, Any]) -> str:
 
 
 def _ablation(path: Path, found: dict[str, Any]) -> str:
-    sys.path.insert(0, str(ROOT / "experiments"))
-    from ablations.tables import group_markdown
-
     return group_markdown(found)
 
 

@@ -11,22 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
 from long_tasks import SCORING, TASKS, is_predicted, make_examples
 from low_rank import factors, save_difference, with_difference
-from sharp_teacher import say_progress
-from teacher_training import TeacherSettings, change_context, make_teacher
+from teacher_training import TeacherSettings, change_context, make_teacher, print_progress
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.devices import device_name, resolve_device
@@ -107,7 +102,7 @@ def make_stages(
                 print(
                     f"stage {name}: {settings.steps} steps, {settings.lengths} tokens", flush=True
                 )
-            progress = say_progress if processes.is_main else no_progress
+            progress = print_progress if processes.is_main else no_progress
             make_teacher(
                 base, prose, settings, folder, arguments.workers, progress, processes, start
             )

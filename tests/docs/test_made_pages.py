@@ -48,10 +48,15 @@ def test_the_page_of_families_has_a_row_for_every_type_of_the_zoo():
 def test_results_of_one_group_of_ablations_become_tables(tmp_path, monkeypatch):
     right = {"right": [True, False, True], "divergence": [0.1, 0.2, 0.3], "reads": None}
     prose = {"loss": [2.0], "teacher_loss": [1.9], "divergence": [0.1], "reads": None}
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    from ablations.results import summary
-
     answers = {"4 keys": right, "prose": prose}
+    interval = {"mean": 0.1, "ci95": [0.1, 0.1]}
+    summary = {
+        "score": {"mean": 66.7, "ci95": [0.0, 100.0]},
+        "answer_divergence": interval,
+        "prose_divergence": interval,
+        "perplexity": 7.4,
+        "perplexity_ratio": interval,
+    }
     group = {
         "group": "window",
         "question": "how long?",
@@ -62,7 +67,7 @@ def test_results_of_one_group_of_ablations_become_tables(tmp_path, monkeypatch):
                 "arm": "one",
                 "seconds": 1.0,
                 "answers": {"4096": answers},
-                "summary": {"4096": summary(answers)},
+                "summary": {"4096": summary},
             }
         ],
     }

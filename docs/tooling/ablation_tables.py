@@ -1,30 +1,32 @@
-"""Results as markdown, a table for every kind of measurement."""
+"""Tables of the ablations in benchmarks/results, one for each kind of measurement."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from ablations.index_quality import RECALLS
-from ablations.questions import PROSE
-from ablations.results import least_tokens, paired_difference
 from rtpurbo.calibration.selection import measure_stability
+from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.formats import percent
 
+PROSE = "prose"
+RECALLS = (0.9, 0.95, 0.98)
+
 NOTE = (
-    "Score: answers of which every token is the likeliest, in percent; minus the reference: paired, "
-    "question by question. Divergence: from the dense teacher over its ten likeliest tokens and any "
-    "other, nats a token. Brackets: 95 % by bootstrap over questions or windows. Far tokens: read "
-    "beyond sinks and window by a row that answers; mass kept: of its full attention."
+    "Score: answers of which every token is the likeliest, in percent; minus the reference: paired by "
+    "question. Divergence: from the dense teacher over its ten likeliest tokens and any other token, in "
+    "nats per token. Brackets: 95 % intervals by bootstrap over questions or windows. Far tokens: read "
+    "beyond sinks and window by a query that predicts an answer; attention recall: of these queries."
 )
 
 
 def group_markdown(group: dict[str, Any]) -> str:
-    """The tables of a group's file."""
+    """Returns the tables of a group's file."""
     lines = [f"### {group['group']}: {group['question']}", ""]
     origin = ", ".join(f"{name} {value}" for name, value in group["origin"].items())
     lines += [f"{origin}; reference: {group['reference']}.", ""]
@@ -45,7 +47,7 @@ def _answers(records: Sequence[dict[str, Any]], reference: str, length: str) -> 
     lines = [
         f"| arm | {' | '.join(tasks)} | score | minus reference | divergence of answers "
         "| of prose | perplexity | times the teacher's | far tokens (answers, prose) "
-        "| mass kept (answers, prose) | heads, KV heads | s |",
+        "| attention recall (answers, prose) | heads, KV heads | s |",
         f"|---|{'---:|' * len(tasks)}---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for record in records:
@@ -56,7 +58,7 @@ def _answers(records: Sequence[dict[str, Any]], reference: str, length: str) -> 
         ]
         difference = ""
         if base is not None and tasks:
-            difference = _signed(paired_difference(record, base, length, "right"))
+            difference = _signed(_paired_difference(record, base, length))
         ratio = found["perplexity_ratio"]
         lines.append(
             f"| {record['arm']} | {' | '.join(shares)} | {_interval(found.get('score'), '.1f')} "
@@ -99,15 +101,15 @@ def _index(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _histograms(records: Sequence[dict[str, Any]]) -> list[str]:
-    """How many far tokens rows read, for arms that were measured at several lengths."""
+    """Far tokens that queries read, for arms that were measured at several lengths."""
     lines = []
     for record in records:
         if len(record.get("answers", ())) < 2:
             continue
         lines += [
-            f"{record['arm']}, shares of rows by far tokens read:",
+            f"{record['arm']}, shares of queries by far tokens read:",
             "",
-            "| kind | length | far tokens: mean | share | mass kept | histogram |",
+            "| kind | length | far tokens: mean | share | attention recall | histogram |",
             "|---|---:|---:|---:|---:|---|",
         ]
         for length, answers in record["answers"].items():
@@ -125,7 +127,7 @@ def _histograms(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _maps(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Each map's agreement among its documents, and every pair of maps'."""
+    """Agreement of the documents of each head map, and of each pair of maps."""
     maps = [record for record in records if "map" in record]
     if not maps:
         return []
@@ -152,6 +154,20 @@ def _maps(records: Sequence[dict[str, Any]]) -> list[str]:
             f"| {percent(agreement.overlap)} |"
         )
     return [*lines, ""]
+
+
+def _paired_difference(
+    record: dict[str, Any], reference: dict[str, Any], length: str
+) -> dict[str, Any]:
+    """Difference of right answers in percent from the reference's, paired by question."""
+    own, others = (one["answers"][length] for one in (record, reference))
+    gains = [
+        100.0 * (float(a) - float(b))
+        for kind in own
+        if kind != PROSE
+        for a, b in zip(own[kind]["right"], others[kind]["right"], strict=True)
+    ]
+    return {"mean": fmean(gains), "ci95": bootstrap_interval(gains)}
 
 
 def _interval(found: dict[str, Any] | None, digits: str) -> str:
@@ -193,10 +209,10 @@ def _point(point: Sequence[float] | None) -> str:
 
 
 def _histogram(counts: Sequence[int]) -> str:
-    """The share of every class that has any rows, named by its least number of tokens."""
+    """Share of each bin that is not empty, named by its lower bound in tokens."""
     total = sum(counts)
     return ", ".join(
-        f"{least_tokens(place)}{'+' if place else ''}: {100 * count / total:.0f} %"
+        f"{2 ** (place - 1) if place else 0}{'+' if place else ''}: {100 * count / total:.0f} %"
         for place, count in enumerate(counts)
         if count
     )

@@ -1,4 +1,4 @@
-"""Four long-range tasks, scored by teacher forcing; used by `sharp_teacher.py`, `sparse_prefill.py` and `ablate.py`."""
+"""Four long-range tasks, scored by teacher forcing; used by the recipe of a 64K model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Trains a small model on long-range tasks; used by `sharp_teacher.py` and recipes.
-
-What is learnt is `rtpurbo.data.long_range`: books, needles, chains of variables, quoted passages.
-"""
+"""Training of a small model on the long-range sequences of `rtpurbo.data.long_range`."""
 
 from __future__ import annotations
 
@@ -241,6 +238,13 @@ def trainable(
     if student is not None:
         student.merge_and_unload()
     model.eval().requires_grad_(False)
+
+
+def print_progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    """Prints a line every 25 steps and after the last."""
+    if done % 25 == 0 or done == total:
+        shown = ", ".join(f"{name} {value:,.3f}" for name, value in figures.items())
+        print(f"{stage}: step {done} of {total}: {shown}", flush=True)
 
 
 def train(

@@ -5,13 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_teacher
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "smollm2-64k"))
-
-import make_teacher
 
 from tests.data.test_needles import corpus
 from tests.tiny_models import tiny_model

@@ -1,1 +1,0 @@
-"""Experiments that settle open questions of the conversion; run by `experiments/ablate.py`."""
