@@ -215,8 +215,7 @@ corpus = load_texts(None)
 def fill(base, folder, processes):
     mix = TrainingMix.of(SETTINGS.stage2, base.tokenizer, corpus, 0, "stage2")
     cache = TeacherCache(folder, SequenceSource(mix, corpus, 2, processes), SETTINGS.stage2, 0)
-    with cache.writing():
-        cache.fill(base.model, 0)
+    cache.fill(base.model, 0)
     return cache
 
 class Alone(type(processes)):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rtpurbo.data.texts import load_texts
+from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.training.source import SequenceSource
@@ -77,10 +78,9 @@ def test_targets_are_the_models_most_likely_tokens(mix, model):
 
 def test_targets_are_computed_once(tmp_path, mix, model):
     cache = TeacherCache(tmp_path, SequenceSource(mix, mix.corpus, 1), SETTINGS, seed=0)
-    with cache.writing():
-        cache.fill(model, 1)
-        sequence, before = cache.read(1)
-        cache.fill(None, 1)
+    cache.fill(model, 1)
+    sequence, before = cache.read(1)
+    cache.fill(None, 1)
     for again in (cache, TeacherCache(tmp_path, cache.source, SETTINGS, seed=0)):
         again.fill(None, 1)
         found, targets = again.read(1)
@@ -104,11 +104,33 @@ def test_another_number_of_processes_computes_what_is_missing(tmp_path, mix, mod
     first = SequenceSource(mix, mix.corpus, 2)
     first._lanes = range(0, 2, 2)  # as the first of two processes has them
     cache = TeacherCache(tmp_path, first, SETTINGS, seed=0)
-    with cache.writing():
-        cache.fill(model, 0)
+    cache.fill(model, 0)
     alone = TeacherCache(tmp_path, SequenceSource(mix, mix.corpus, 2), SETTINGS, seed=0)
-    with alone.writing():
-        alone.fill(model, 0)
+    alone.fill(model, 0)
     assert computed == [mix.sequence(0), mix.sequence(1)]
     assert alone.read(0)[0] == mix.sequence(0)
     assert alone.read(1)[0] == mix.sequence(1)
+
+
+def test_a_full_disk_leaves_no_partial_file(tmp_path, mix, model, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    cache = TeacherCache(tmp_path, SequenceSource(mix, mix.corpus, 1), SETTINGS, seed=0)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(RTPurboError, match="no space left"):
+        cache.fill(model, 0)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    cache.fill(model, 0)
+    assert cache.read(0)[0] == mix.sequence(0)
+
+
+@pytest.mark.parametrize("content", [b"", b"not tensors at all"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, mix, content):
+    (tmp_path / "sequence-000000.safetensors").write_bytes(content)
+    cache = TeacherCache(tmp_path, SequenceSource(mix, mix.corpus, 1), SETTINGS, seed=0)
+    with pytest.raises(
+        RTPurboError, match=r"sequence-000000\.safetensors cannot be read: remove it"
+    ):
+        cache.read(0)

@@ -83,7 +83,7 @@ def distill(
     mix = TrainingMix.of(settings, tokenizer, random_access(corpus), seed, "stage2", written)
     source = SequenceSource(mix, corpus, settings.per_step, processes)
     targets = TeacherCache(teacher_folder, source, settings, seed)
-    with runtime(model).dense(), autocast(model), targets.writing():
+    with runtime(model).dense(), autocast(model):
         for step in range(settings.steps):
             targets.fill(model, step)
             progress("teacher", step + 1, settings.steps, {})

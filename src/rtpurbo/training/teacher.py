@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import save_tensors_atomically
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.shards import Shards
 from rtpurbo.training.source import SequenceSource
 from rtpurbo.training.targets import choose_targets, states_at
 from rtpurbo.training.vocabulary import most_likely
@@ -79,34 +82,25 @@ def targets_at(
 
 
 class TeacherCache:
-    """Cache of sequences with their targets, in shards: a stream is read only once.
+    """Cache of sequences with their targets on disk, one file for each: a stream is read only once.
 
     Each process writes and reads its own sequences; a resumed run with another number of processes reads
-    the same shards.
+    the same files.
 
     Args:
-        folder: folder of the shards.
+        folder: folder of the files.
         source: source of the sequences.
         settings: settings for `teacher_targets`.
         seed: seed of the choice of targets.
-
-    Raises:
-        RTPurboError: a shard in the folder cannot be read.
     """
 
     def __init__(
         self, folder: Path, source: SequenceSource, settings: DistillationSettings, seed: int
     ) -> None:
+        self.folder = folder
         self.source = source
         self.settings = settings
         self.seed = seed
-        self._shards = Shards(folder)
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Context in which `fill` is called; on exit everything is on disk, also after an interruption."""
-        with self._shards.writing():
-            yield
 
     def fill(self, teacher: PreTrainedModel, step: int) -> None:
         """Computes the targets of this process's sequences of one step, unless they are cached.
@@ -116,10 +110,10 @@ class TeacherCache:
             step: step number; steps are filled in order.
 
         Raises:
-            RTPurboError: texts cannot be read, or the disk is full.
+            RTPurboError: texts or a file cannot be read, or the disk is full.
         """
         numbers = self.source.numbers(step)
-        missing = torch.tensor([number not in self._shards for number in numbers])
+        missing = torch.tensor([not self._path(number).is_file() for number in numbers])
         needed = missing
         if self.source.processes.shard_weights:
             # All processes run every layer together, so a process runs sequences that another one lacks.
@@ -137,45 +131,61 @@ class TeacherCache:
             targets = teacher_targets(teacher, sequence, self.settings, seed)
             if not missing[place]:
                 continue
-            self._shards.add(
-                number,
+            # Position of the lane's next sequence, for a run that resumes here.
+            lane = None if position is None else position["lanes"][self._lane(number)]
+            save_tensors_atomically(
+                self._path(number),
                 {
                     "input_ids": torch.tensor(sequence.input_ids, dtype=torch.int32),
                     "num_answer_tokens": torch.tensor(sequence.num_answer_tokens),
                     **vars(targets),
                     "token_ids": targets.token_ids.to(torch.int32),
                 },
-                # Position of the lane's next sequence, for a run that resumes here.
-                None if position is None else position["lanes"][self._lane(number)],
+                {"position": json.dumps(lane)},
             )
-
-    def _lane(self, number: int) -> str:
-        return str(number % self.source.per_step)
-
-    def _position_before(self, step: int) -> dict[str, Any] | None:
-        """Position in the stream before a step, recorded with the sequences of the previous step."""
-        numbers = self.source.numbers(step - 1)
-        lanes = {self._lane(number): self._shards.note(number) for number in numbers}
-        if None in lanes.values():
-            return None
-        return {"group": step, "lanes": lanes}
 
     def read(self, number: int) -> tuple[TrainingSequence, TeacherTargets]:
         """Returns one sequence and its targets.
 
         Raises:
-            RTPurboError: its shard cannot be read.
+            RTPurboError: its file cannot be read.
         """
-        tensors = self._shards.read(number)
-        return (
-            TrainingSequence(tensors["input_ids"].tolist(), int(tensors["num_answer_tokens"])),
-            TeacherTargets(
-                tensors["positions"],
-                tensors["answers"],
-                tensors["token_ids"].long(),
-                tensors["log_probabilities"],
-            ),
-        )
+        with self._opened(number) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return (
+                TrainingSequence(tensors["input_ids"].tolist(), int(tensors["num_answer_tokens"])),
+                TeacherTargets(
+                    tensors["positions"],
+                    tensors["answers"],
+                    tensors["token_ids"].long(),
+                    tensors["log_probabilities"],
+                ),
+            )
+
+    def _lane(self, number: int) -> str:
+        return str(number % self.source.per_step)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"sequence-{number:06d}.safetensors"
+
+    def _position_before(self, step: int) -> dict[str, Any] | None:
+        """Position in the stream before a step, recorded with the sequences of the previous step."""
+        lanes = {}
+        for number in self.source.numbers(step - 1):
+            with self._opened(number) as file:
+                lanes[self._lane(number)] = json.loads(file.metadata()["position"])
+        return None if None in lanes.values() else {"group": step, "lanes": lanes}
+
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[Any]:
+        path = self._path(number)
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RTPurboError(
+                f"{path} cannot be read: remove it, and run the command again with --resume."
+            ) from error
 
 
 def top_logits_divergence(student: Tensor, targets: TeacherTargets) -> Tensor:
