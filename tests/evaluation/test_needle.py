@@ -3,9 +3,9 @@ from itertools import count
 import pytest
 
 from rtpurbo.data.texts import load_texts
-from rtpurbo.evaluation import needle
-from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.needle import TASKS, NeedleSuite
+from rtpurbo.evaluation import needle, task_suite
+from rtpurbo.evaluation.cases import NEEDLE_TASKS, Case
+from rtpurbo.evaluation.needle import NeedleSuite
 from rtpurbo.models.text import continue_tokens
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -47,10 +47,10 @@ def answer_with(monkeypatch, asked, write):
         assert [list(example.prompt_ids) for _, example in answered] == list(prompts)
         return [write(number, example.answers) for number, example in answered]
 
-    monkeypatch.setattr(needle, "continue_tokens", generate)
+    monkeypatch.setattr(task_suite, "continue_tokens", generate)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NEEDLE_TASKS)
 def test_accuracy_is_the_share_of_right_answers(monkeypatch, asked, corpus, task):
     answer_with(
         monkeypatch, asked, lambda number, answers: " and ".join(answers) if number else "1"
@@ -58,7 +58,7 @@ def test_accuracy_is_the_share_of_right_answers(monkeypatch, asked, corpus, task
     outcome = answers(tiny_model(), corpus, task, 4)
     assert outcome.score == 75
     assert [sample.score for sample in outcome.samples] == [0, 100, 100, 100]
-    assert all(len(sample.answers) == TASKS[task]["num_values"] for sample in outcome.samples)
+    assert all(len(sample.answers) == NEEDLE_TASKS[task]["num_values"] for sample in outcome.samples)
 
 
 def test_single_needles_stand_at_even_depths(monkeypatch, asked, corpus):

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from rtpurbo.evaluation.stopping import questions_undisturbed
+from rtpurbo.evaluation.runner import questions_undisturbed
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from tests.tiny_models import tiny_model
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation import needle_tasks
 from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
 from rtpurbo.evaluation.questions.suites import ONE_TASK, SHORT
@@ -16,8 +15,15 @@ from rtpurbo.evaluation.ruler.tasks import TASKS as RULER_TASKS
 HARNESS = "lm-eval"
 """Suite of LM Evaluation Harness, whose tasks are known only to that package."""
 
+NEEDLE_TASKS = {
+    "single": {"num_keys": 1, "num_values": 1},
+    "multikey": {"num_keys": 4, "num_values": 1},
+    "multivalue": {"num_keys": 1, "num_values": 4},
+}
+"""Numbers of keys and values of each needle task, as arguments of `make_retrieval_example`."""
+
 SUITES: dict[str, tuple[str, ...]] = {
-    "needle": tuple(needle_tasks.TASKS),
+    "needle": tuple(NEEDLE_TASKS),
     "perplexity": ("prose",),
     "ruler": tuple(RULER_TASKS),
     **dict.fromkeys(SHORT, (ONE_TASK,)),

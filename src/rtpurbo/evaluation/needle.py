@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.needles import is_correct, make_retrieval_example
 from rtpurbo.data.texts import TextCorpus
-from rtpurbo.evaluation.batching import questions_at_once
-from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.needle_tasks import TASKS
-from rtpurbo.evaluation.samples import Outcome, Sample
-from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
-from rtpurbo.models.text import continue_tokens
+from rtpurbo.evaluation.cases import NEEDLE_TASKS, Case
+from rtpurbo.evaluation.samples import Outcome
+from rtpurbo.evaluation.task_suite import Asked, TaskSuite, answer_questions, ignore_sample
 
 # An answer may be worded with a few more tokens than expected.
 SLACK_TOKENS = 8
@@ -47,27 +45,19 @@ class NeedleSuite(TaskSuite):
             RTPurboError: the length leaves no room for prose, or the corpus is too short.
         """
         task, length = case.task, case.context_length
-        examples = [
-            make_retrieval_example(
+        asked = []
+        for number in range(case.samples):
+            example = make_retrieval_example(
                 tokenizer,
                 self.corpus,
                 length,
                 random.Random(f"needle-{task}-{length}-{self.seed}-{number}"),
                 depth=(number + 0.5) / case.samples if task == "single" else None,
                 split="test",
-                **TASKS[task],
+                **NEEDLE_TASKS[task],
             )
-            for number in range(case.samples)
-        ]
-        answered = []
-        at_once = questions_at_once(model, length)
-        for first in range(0, case.samples, at_once):
-            batch = examples[first : first + at_once]
-            limit = max(len(example.answer_ids) for example in batch) + SLACK_TOKENS
-            prompts = [example.prompt_ids for example in batch]
-            written = continue_tokens(model, tokenizer, prompts, limit)
-            for example, generated in zip(batch, written, strict=True):
-                score = 100.0 * is_correct(example, generated)
-                answered.append(Sample.of(example.prompt_ids, example.answers, generated, score))
-                after_sample()
-        return [Outcome.of(answered)]
+            limit = len(example.answer_ids) + SLACK_TOKENS
+            asked.append(
+                Asked(example.prompt_ids, example.answers, limit, partial(is_correct, example))
+            )
+        return [answer_questions(model, tokenizer, asked, length, after_sample)]

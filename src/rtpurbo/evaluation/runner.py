@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from rtpurbo.evaluation.budgets import budget_of
 from rtpurbo.evaluation.case_results import Part
@@ -17,10 +19,11 @@ from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Loaded, Source
 from rtpurbo.evaluation.reads import metering
 from rtpurbo.evaluation.records import Record
-from rtpurbo.evaluation.stopping import questions_undisturbed
 from rtpurbo.evaluation.task_suite import TaskSuite
+from rtpurbo.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
 from rtpurbo.lengths import check_context
 from rtpurbo.models.architecture import context_length
+from rtpurbo.models.arguments import named
 from rtpurbo.models.text import stop_tokens
 from rtpurbo.settings import Progress, no_progress
 
@@ -157,3 +160,34 @@ class Runner:
             self.release()
             self._policy, self._loaded = policy, POLICIES[policy].prepare(self.source)
         return self._loaded
+
+
+@contextmanager
+def questions_undisturbed(model: PreTrainedModel, test: str) -> Iterator[None]:
+    """Context in which a first signal waits until the model receives another prompt, or until the end.
+
+    A case whose last questions are being answered is finished. A callback after each answer would not
+    be sufficient, because a GPU answers several questions at once.
+
+    Args:
+        model: the model that answers.
+        test: name of the case, for the message.
+
+    Raises:
+        StoppedBySignalError: a signal came.
+    """
+
+    def begin(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        number = stop_requested()
+        # One token continues an answer.
+        if number is not None and named(module, arguments, keywords)["input_ids"].shape[1] > 1:
+            raise StoppedBySignalError(number, f"in the test {test}")
+
+    with steps_undisturbed():
+        hook = model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        if (number := stop_requested()) is not None:
+            raise StoppedBySignalError(number, f"after the test {test}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.evaluation.batching import questions_at_once
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.questions.suites import SHORT
-from rtpurbo.evaluation.samples import Outcome
+from rtpurbo.evaluation.samples import Outcome, Sample
+from rtpurbo.models.text import continue_tokens
 
 # Fewer leave a GPU idle, as a step takes about as long for many questions as for few.
 QUESTIONS_OF_A_PART = 48
@@ -65,6 +68,52 @@ class TaskSuite(ABC):
             after_sample: called after each question or window.
             questions: consecutive questions of the case, where `in_parts` has several; None asks all.
         """
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Question with a prompt of the length of its case.
+
+    Attributes:
+        prompt_ids: tokens of the prompt.
+        answers: expected strings.
+        max_new_tokens: limit of the answer.
+        score: returns the score of an answer, from 0 to 1.
+    """
+
+    prompt_ids: Sequence[int]
+    answers: Sequence[str]
+    max_new_tokens: int
+    score: Callable[[str], float]
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    context_length: int,
+    after_sample: Callable[[], None],
+) -> Outcome:
+    """Returns the mean score of greedy answers, in percent.
+
+    Args:
+        model: dense or sparse.
+        tokenizer: the model's.
+        asked: questions of a case.
+        context_length: tokens of the longest prompt and answer.
+        after_sample: called after each question.
+    """
+    samples = []
+    at_once = questions_at_once(model, context_length)
+    for first in range(0, len(asked), at_once):
+        batch = asked[first : first + at_once]
+        limit = max(each.max_new_tokens for each in batch)
+        written = continue_tokens(model, tokenizer, [each.prompt_ids for each in batch], limit)
+        for each, generated in zip(batch, written, strict=True):
+            score = 100.0 * each.score(generated)
+            samples.append(Sample.of(each.prompt_ids, each.answers, generated, score))
+            after_sample()
+    return Outcome.of(samples)
 
 
 def in_parts(case: Case, most: int) -> list[range]:

@@ -6,7 +6,7 @@ import pytest
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.harness import package
+from rtpurbo.evaluation.harness import suite as module
 from rtpurbo.evaluation.harness.suite import Harness
 from rtpurbo.evaluation.run import evaluate
 from tests.evaluation.harness.support import aime24_file, mmlu_pro_folder
@@ -31,7 +31,7 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch, tiny_artifact):
     def missing(name):
         raise ImportError("No module named 'lm_eval'")
 
-    monkeypatch.setattr(package, "import_module", missing)
+    monkeypatch.setattr(module, "import_module", missing)
     with pytest.raises(RTPurboError, match=r"not installed .*: pip install 'rtpurbo\[lm-eval\]'"):
         run(tiny_artifact, "aime24")
 

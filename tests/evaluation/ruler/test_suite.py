@@ -1,8 +1,8 @@
 import pytest
 
+from rtpurbo.evaluation import task_suite
 from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.ruler import suite as module
-from rtpurbo.evaluation.ruler.scoring import answer_score
+from rtpurbo.evaluation.ruler.draft import answer_score
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from tests.evaluation.ruler.support import LENGTH, materials
@@ -21,7 +21,7 @@ def answer_with(monkeypatch, write):
     def generate(model, tokenizer, prompts, max_new_tokens):
         return [write(bytes(prompt), max_new_tokens) for prompt in prompts]
 
-    monkeypatch.setattr(module, "continue_tokens", generate)
+    monkeypatch.setattr(task_suite, "continue_tokens", generate)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -8,6 +8,7 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from rtpurbo.evaluation.batching import TOKENS_AT_ONCE
 from rtpurbo.evaluation.cases import HARNESS, Case
 from rtpurbo.evaluation.harness.local_data import local_config
 from rtpurbo.evaluation.harness.outcomes import outcomes_of
-from rtpurbo.evaluation.harness.package import lm_eval
 from rtpurbo.evaluation.samples import Outcome
 from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
 from rtpurbo.models.architecture import context_length
@@ -27,6 +27,21 @@ from rtpurbo.models.architecture import context_length
 # What lm-eval lets a model write where a task does not say.
 DEFAULT_NEW_TOKENS = 256
 QUESTIONS_AT_ONCE = 8
+
+
+def lm_eval(module: str) -> Any:
+    """Imports a module of lm-eval, such as `evaluator`.
+
+    Raises:
+        RTPurboError: lm-eval, or what it needs for models of transformers, is not installed.
+    """
+    try:
+        return import_module(f"lm_eval.{module}")
+    except ImportError as error:
+        raise RTPurboError(
+            "the suite 'lm-eval' needs LM Evaluation Harness, which is not installed or lacks a "
+            f"package ({error}): pip install 'rtpurbo[lm-eval]'."
+        ) from error
 
 
 class Harness(TaskSuite):

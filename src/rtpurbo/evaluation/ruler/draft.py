@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from rtpurbo.evaluation.ruler.materials import Materials
-from rtpurbo.evaluation.ruler.scoring import answer_score
 
-T = TypeVar("T")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -88,3 +87,16 @@ class Task:
 def offshoot(rng: random.Random) -> random.Random:
     """A generator of its own for something that draws at any time."""
     return random.Random(rng.getrandbits(64))
+
+
+def answer_score(generated: str, answers: Sequence[str], any_answer: bool) -> float:
+    """Returns RULER's metric: the share of the answers that are in the generated text.
+
+    Args:
+        generated: the model's answer.
+        answers: strings to find, in upper or lower case.
+        any_answer: one of the answers is sufficient for a score of 1.
+    """
+    text = _CONTROL_CHARACTERS.sub("\n", generated).lower()
+    found = sum(answer.lower() in text for answer in answers)
+    return float(found > 0) if any_answer else found / len(answers)

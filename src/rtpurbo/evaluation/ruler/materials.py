@@ -21,6 +21,15 @@ from rtpurbo.evaluation.ruler.vocabulary import Vocabulary, load_vocabulary
 MOST_WORDS = 1_000_000
 """More of a corpus is not used: no context is longer."""
 
+NOISE = (
+    "The pond is still.",
+    "The path is long.",
+    "The bread is warm.",
+    "Off we go.",
+    "And home again we come.",
+)
+"""Sentences of a line of noise, five short ones as in RULER."""
+
 # The next sentence is looked for among so many words; lists and code have none.
 WORDS_TO_A_SENTENCE = 200
 
@@ -83,3 +92,9 @@ def first_words(text: str, number: int) -> str:
     """The beginning of a text, its spaces and line breaks kept."""
     ends = [match.end() for match in islice(re.finditer(r"\S+", text), number)]
     return text[: ends[-1]] if ends else ""
+
+
+def noise_lines(num_sentences: int) -> list[str]:
+    """Returns repeated lines of noise of so many sentences; the last line may be incomplete."""
+    whole, rest = divmod(num_sentences, len(NOISE))
+    return [" ".join(NOISE)] * whole + [" ".join(NOISE[:rest])] * bool(rest)

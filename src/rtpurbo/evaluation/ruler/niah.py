@@ -11,7 +11,7 @@ from rtpurbo.data.needles import random_values
 from rtpurbo.data.prompts import hide, hide_among_lines
 from rtpurbo.data.wordings import NeedleWording
 from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
-from rtpurbo.evaluation.ruler.noise import noise_lines
+from rtpurbo.evaluation.ruler.materials import noise_lines
 
 TOKENS_TO_GENERATE = 128
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.evaluation.batching import questions_at_once
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.ruler.draft import Task
 from rtpurbo.evaluation.ruler.examples import (
@@ -18,9 +18,8 @@ from rtpurbo.evaluation.ruler.examples import (
 )
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.tasks import TASKS
-from rtpurbo.evaluation.samples import Outcome, Sample
-from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
-from rtpurbo.models.text import continue_tokens
+from rtpurbo.evaluation.samples import Outcome
+from rtpurbo.evaluation.task_suite import Asked, TaskSuite, answer_questions, ignore_sample
 
 
 class RulerSuite(TaskSuite):
@@ -84,14 +83,14 @@ class RulerSuite(TaskSuite):
             RTPurboError: the length of the case is too short for its task.
         """
         examples = self.examples(tokenizer, case.task, case.context_length, case.samples)
-        task, answered = self.tasks[case.task], list[Sample]()
-        at_once = questions_at_once(model, case.context_length)
-        for first in range(0, case.samples, at_once):
-            batch = examples[first : first + at_once]
-            prompts = [example.prompt_ids for example in batch]
-            written = continue_tokens(model, tokenizer, prompts, task.tokens_to_generate)
-            for example, generated in zip(batch, written, strict=True):
-                score = 100 * task.score(generated, example.answers, example.rejected)
-                answered.append(Sample.of(example.prompt_ids, example.answers, generated, score))
-                after_sample()
-        return [Outcome.of(answered)]
+        task = self.tasks[case.task]
+        asked = [
+            Asked(
+                example.prompt_ids,
+                example.answers,
+                task.tokens_to_generate,
+                partial(task.score, answers=example.answers, rejected=example.rejected),
+            )
+            for example in examples
+        ]
+        return [answer_questions(model, tokenizer, asked, case.context_length, after_sample)]

@@ -6,7 +6,7 @@ from rtpurbo.data.prompts import hide_among_lines
 from rtpurbo.data.variables import draw_chains, scatter
 from rtpurbo.data.wordings import ChainWording
 from rtpurbo.evaluation.ruler.draft import Draft, Request
-from rtpurbo.evaluation.ruler.noise import noise_lines
+from rtpurbo.evaluation.ruler.materials import noise_lines
 
 TOKENS_TO_GENERATE = 30
 NUM_CHAINS, NUM_HOPS = 1, 4
