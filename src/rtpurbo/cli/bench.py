@@ -64,11 +64,10 @@ def prefill(
     retrieval_heads: RetrievalHeads = 5,
     profile: Annotated[
         str | None,
-        typer.Option(
+        options.optional(
             metavar="ARTIFACT",
             help="Use states of a long document instead of random ones: those of the layer with most "
             "retrieval heads of this sparse model, at the density that its index selects.",
-            show_default=False,
         ),
     ] = None,
     base_model: options.BaseModel = None,
@@ -148,8 +147,7 @@ def model(
         Literal["both", "decode", "prefill"], typer.Option(help="What to measure.")
     ] = "both",
     layers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of layers, instead of all.", show_default=False),
+        int | None, options.optional(min=1, help="Number of layers, instead of all.")
     ] = None,
     length: Length = None,
     prefill_density: Annotated[
@@ -197,8 +195,7 @@ def training(
     ] = "qwen3-8b",
     phase: Annotated[Literal["stage1", "stage2"], typer.Option(help="What to measure.")] = "stage1",
     layers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of layers, instead of all.", show_default=False),
+        int | None, options.optional(min=1, help="Number of layers, instead of all.")
     ] = None,
     length: Annotated[
         list[int] | None,
@@ -247,12 +244,9 @@ def show(
         list[Path], typer.Argument(help="JSON files of earlier benchmarks.", show_default=False)
     ],
     window: Annotated[
-        int | None,
-        typer.Option(min=1, help="Only sparse results with this window.", show_default=False),
+        int | None, options.optional(min=1, help="Only sparse results with this window.")
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Only this batch size.", show_default=False)
-    ] = None,
+    batch: Annotated[int | None, options.optional(min=1, help="Only this batch size.")] = None,
     implementation: Implementation = None,
     markdown: Annotated[bool, typer.Option(help="Print tables in Markdown.")] = False,
     plot: Plot = None,

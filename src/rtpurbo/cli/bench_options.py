@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from rtpurbo.cli.options import optional
+
 Length = Annotated[
     list[int] | None,
     typer.Option(
@@ -41,10 +43,7 @@ RetrievalWindow = Annotated[
         show_default="512 in prefill, the window in decode",
     ),
 ]
-RowStride = Annotated[
-    int | None,
-    typer.Option(min=1, help="Score every n-th query of a prompt.", show_default=False),
-]
+RowStride = Annotated[int | None, optional(min=1, help="Score every n-th query of a prompt.")]
 Heads = Annotated[int, typer.Option(min=1, help="Query heads of the layer.")]
 KeyValueHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="KV heads of the layer.")]
 HeadDim = Annotated[int, typer.Option(min=16, help="Dimensions of a head.")]
@@ -71,14 +70,8 @@ TimeLimit = Annotated[
         min=0, help="Seconds; other implementations expected to take longer per call are skipped."
     ),
 ]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="JSON file for the results.", show_default=False),
-]
+Output = Annotated[Path | None, optional("--output", "-o", help="JSON file for the results.")]
 Plot = Annotated[
-    Path | None,
-    typer.Option(
-        help="Image file for a plot of the results; needs the extra `plots`.", show_default=False
-    ),
+    Path | None, optional(help="Image file for a plot of the results; needs the extra `plots`.")
 ]
 Device = Annotated[str, typer.Option(hidden=True)]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from rtpurbo.cli import options
 
-_SAMPLING = "How tokens are drawn"
+_sampling_option = partial(options.optional, rich_help_panel="How tokens are drawn")
 
 
 def chat(
     artifact: options.Artifact,
-    system: Annotated[
-        str | None,
-        typer.Option(help="System message.", show_default=False),
-    ] = None,
+    system: Annotated[str | None, options.optional(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
     show_reads: Annotated[
         bool,
@@ -28,31 +26,20 @@ def chat(
     ] = False,
     temperature: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            help="0 takes the likeliest token. Left out: what the model's own settings say.",
-            show_default=False,
-            rich_help_panel=_SAMPLING,
+        _sampling_option(
+            min=0, help="0 takes the likeliest token. Left out: what the model's own settings say."
         ),
     ] = None,
     sampling_top_p: Annotated[
         float | None,
-        typer.Option(
+        _sampling_option(
             min=0,
             max=1,
             help="Draw from the likeliest tokens that have this much probability together.",
-            show_default=False,
-            rich_help_panel=_SAMPLING,
         ),
     ] = None,
     sampling_top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Draw from so many of the likeliest tokens.",
-            show_default=False,
-            rich_help_panel=_SAMPLING,
-        ),
+        int | None, _sampling_option(min=1, help="Draw from so many of the likeliest tokens.")
     ] = None,
     seed: options.Seed = 0,
     base_model: options.BaseModel = None,

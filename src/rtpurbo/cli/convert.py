@@ -16,11 +16,10 @@ def convert(
     model: options.Model = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(
+        options.optional(
             "--output-dir",
             "-o",
             help="Folder to make; written whole or not at all. Needed unless --dry-run is given.",
-            show_default=False,
         ),
     ] = None,
     effort: options.Effort = "auto",

@@ -31,10 +31,9 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(
+        options.optional(
             metavar="TASK,TASK",
             help="Tasks of the one suite named, as in --suite lm-eval --tasks aime24,mmlu_pro_math.",
-            show_default=False,
         ),
     ] = None,
     length: Annotated[
@@ -67,36 +66,32 @@ def evaluate(
     data: options.Data = None,
     squad: Annotated[
         Path | None,
-        typer.Option(
-            help="Questions of ruler:qa_1: a JSON file in SQuAD's format. Left out: built-in ones.",
-            show_default=False,
+        options.optional(
+            help="Questions of ruler:qa_1: a JSON file in SQuAD's format. Left out: built-in ones."
         ),
     ] = None,
     hotpotqa: Annotated[
         Path | None,
-        typer.Option(
+        options.optional(
             help="Questions of ruler:qa_2: a JSON file in HotpotQA's distractor format. Left out: "
-            "built-in ones.",
-            show_default=False,
+            "built-in ones."
         ),
     ] = None,
     task_data: Annotated[
         list[str] | None,
-        typer.Option(
+        options.optional(
             metavar="NAME=PATH",
             help="The questions of gsm8k, math, mmlu_pro, humaneval or babilong: a .jsonl or .jsonl.gz "
             "file with the columns of the data on the Hub. Or those of a task of lm-eval: such a file, "
             "or a folder with a file for each split. Repeat it for several.",
-            show_default=False,
         ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
+        options.optional(
             min=1,
             help="The most tokens of an answer to lm-eval, gsm8k, math, mmlu_pro and humaneval. Left "
             "out: what the task says.",
-            show_default=False,
         ),
     ] = None,
     run_code: Annotated[
@@ -121,13 +116,12 @@ def evaluate(
     ] = 1,
     output: Annotated[
         Path | None,
-        typer.Option(
+        options.optional(
             "--output",
             "-o",
             help="JSON file for the results, written at the end and when the run is stopped; every "
             "question with its answer goes to NAME.samples.jsonl in the same folder. NAME.log.jsonl, "
             "which --resume reads, gets each result as soon as it is there.",
-            show_default=False,
         ),
     ] = None,
     resume: Annotated[
@@ -140,8 +134,7 @@ def evaluate(
     ] = False,
     force: options.Force = False,
     write_card: Annotated[
-        bool,
-        typer.Option("--write-card", help="Put the results into the artifact's README.md."),
+        bool, typer.Option("--write-card", help="Put the results into the artifact's README.md.")
     ] = False,
     base_model: options.BaseModel = None,
     seed: options.Seed = 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
     from rtpurbo.job_options import JobOptions
     from rtpurbo.settings import Progress
 
-_HEADS = "Which heads retrieve"
-_ATTENTION = "What heads see"
-_INDEXER = "Token indexer"
-_TRAINING = "Training"
+optional = partial(typer.Option, show_default=False)
+"""Option without a default of its own: left out, it changes nothing."""
+
+_heads_option = partial(optional, rich_help_panel="Which heads retrieve")
+_attention_option = partial(optional, rich_help_panel="What heads see")
+_indexer_option = partial(optional, rich_help_panel="Token indexer")
+_training_option = partial(optional, rich_help_panel="Training")
 
 Model = Annotated[
     str | None,
@@ -37,18 +41,16 @@ OutputFolder = Annotated[
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Option(
+    optional(
         help="Text: a .txt, .md, .jsonl, .jsonl.gz or .parquet file, or hf:NAME for a dataset of "
-        "the Hub. Repeat it for several. Left out: the documentation that comes with Python.",
-        show_default=False,
+        "the Hub. Repeat it for several. Left out: the documentation that comes with Python."
     ),
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option(
+    optional(
         help="Take the base model from here instead of where the artifact says; its weights must "
-        "be the same.",
-        show_default=False,
+        "be the same."
     ),
 ]
 Device = Annotated[
@@ -69,25 +71,15 @@ Resume = Annotated[
 
 Ratio = Annotated[
     float | None,
-    typer.Option(
+    _heads_option(
         help="Share of the heads that retrieve: of the query heads, or of the KV heads where these are "
-        "kept whole (calibration.granularity=kv_group, the default on a GPU). The paper takes 0.15 of the query heads.",
-        show_default=False,
-        rich_help_panel=_HEADS,
+        "kept whole (calibration.granularity=kv_group, the default on a GPU). The paper takes 0.15 of the query heads."
     ),
 ]
 Threshold = Annotated[
-    float | None,
-    typer.Option(
-        help="Instead, all heads with at least this retrieval score.",
-        show_default=False,
-        rich_help_panel=_HEADS,
-    ),
+    float | None, _heads_option(help="Instead, all heads with at least this retrieval score.")
 ]
-Count = Annotated[
-    int | None,
-    typer.Option(help="Instead, this many heads.", show_default=False, rich_help_panel=_HEADS),
-]
+Count = Annotated[int | None, _heads_option(help="Instead, this many heads.")]
 Effort = Annotated[
     Literal["auto", "quick", "standard", "thorough"],
     typer.Option(
@@ -98,85 +90,55 @@ Effort = Annotated[
 ]
 MaxLength = Annotated[
     int | None,
-    typer.Option(
+    optional(
         help="Tokens of the longest training sequence. Left out: what the effort takes, at most the "
-        "model's context.",
-        show_default=False,
+        "model's context."
     ),
 ]
 Window = Annotated[
     int | None,
-    typer.Option(
-        help="Recent keys that every head sees. Left out: an eighth of the model's context.",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
+    _attention_option(
+        help="Recent keys that every head sees. Left out: an eighth of the model's context."
     ),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        help="Attention mass that a retrieval head's selection must reach; more reads more.",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
+    _attention_option(
+        help="Attention mass that a retrieval head's selection must reach; more reads more."
     ),
 ]
 ReadingOption = Annotated[
     Reading | None,
-    typer.Option(
+    _attention_option(
         "--reading",
         help="What the mass is a share of: all keys by the indexer's estimate (paper), what the "
         "window and first tokens leave (residual), or the far keys alone (far).",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
     ),
 ]
 IndexSpaceOption = Annotated[
     IndexSpace | None,
-    typer.Option(
+    _indexer_option(
         "--index-space",
         help="What the indexer projects: states before RoPE (the paper), after it, or after it "
         "the slowly turning dimensions alone.",
-        show_default=False,
-        rich_help_panel=_INDEXER,
     ),
 ]
 IndexDim = Annotated[
-    int | None,
-    typer.Option(
-        help="Dimensions of an index key; each costs cache.",
-        show_default=False,
-        rich_help_panel=_INDEXER,
-    ),
+    int | None, _indexer_option(help="Dimensions of an index key; each costs cache.")
 ]
-Stage1Steps = Annotated[
-    int | None,
-    typer.Option(
-        help="Steps that train the indexers.", show_default=False, rich_help_panel=_TRAINING
-    ),
-]
+Stage1Steps = Annotated[int | None, _training_option(help="Steps that train the indexers.")]
 Stage2Steps = Annotated[
     int | None,
-    typer.Option(
-        help="Steps that adapt the model to its windows; 0 leaves its weights alone.",
-        show_default=False,
-        rich_help_panel=_TRAINING,
-    ),
+    _training_option(help="Steps that adapt the model to its windows; 0 leaves its weights alone."),
 ]
 LoraRank = Annotated[
-    int | None,
-    typer.Option(
-        help="Rank of the LoRA of stage 2; 0 trains the full weights.",
-        show_default=False,
-        rich_help_panel=_TRAINING,
-    ),
+    int | None, _training_option(help="Rank of the LoRA of stage 2; 0 trains the full weights.")
 ]
 Stream = Annotated[
     bool | None,
-    typer.Option(
+    _training_option(
         "--stream",
         help="Read the texts of --data during training, never all at once; for large datasets.",
-        show_default=False,
-        rich_help_panel=_TRAINING,
     ),
 ]
 Parallel = Annotated[
@@ -184,27 +146,23 @@ Parallel = Annotated[
     typer.Option(
         help="How the processes that torchrun starts share the work: data, each with the whole "
         "model and its part of the texts, or fsdp, each with a part of the weights too.",
-        rich_help_panel=_TRAINING,
+        rich_help_panel="Training",
     ),
 ]
 ReportTo = Annotated[
     list[str] | None,
-    typer.Option(
+    _training_option(
         help="Show figures to an experiment tracker: tensorboard, wandb, trackio, ... Repeat it "
-        "for several.",
-        show_default=False,
-        rich_help_panel=_TRAINING,
+        "for several."
     ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
+    _training_option(
         "--set",
         metavar="NAME=VALUE",
         help="Any other setting by its name, such as stage1.mixture.needles=0.4 or "
         "stage1.lengths=[4096,8192]; `rtpurbo.settings` describes them. Repeat it for several.",
-        show_default=False,
-        rich_help_panel=_TRAINING,
     ),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from rtpurbo.cli import options
 
 _ENGINE = "Engine"
+_engine_option = partial(options.optional, rich_help_panel=_ENGINE)
 
 
 def serve(
@@ -24,21 +26,17 @@ def serve(
     ],
     max_model_len: Annotated[
         int | None,
-        typer.Option(
+        _engine_option(
             min=1,
             help="Longest request in tokens, prompt and answer. Left out: the model's context.",
-            show_default=False,
-            rich_help_panel=_ENGINE,
         ),
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None,
-        typer.Option(
+        _engine_option(
             min=1,
             help="Tokens that a step computes at the most; every window is held with room for "
             "them, so more costs capacity. Left out: the window, from 512 to 2,048.",
-            show_default=False,
-            rich_help_panel=_ENGINE,
         ),
     ] = None,
     tensor_parallel_size: Annotated[
@@ -60,18 +58,15 @@ def serve(
     ] = "auto",
     cache_gib: Annotated[
         float | None,
-        typer.Option(
+        _engine_option(
             min=0,
             help="Memory for the key-value cache, in GiB on each device. Left out: what is left of "
             "a GPU, or 4 without one.",
-            show_default=False,
-            rich_help_panel=_ENGINE,
         ),
     ] = None,
     base_model: options.BaseModel = None,
     print_command: Annotated[
-        bool,
-        typer.Option("--print-command", help="Print vLLM's command instead of running it."),
+        bool, typer.Option("--print-command", help="Print vLLM's command instead of running it.")
     ] = False,
 ) -> None:
     """Serve a sparse model over HTTP with vLLM, with OpenAI's interface.
