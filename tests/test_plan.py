@@ -31,7 +31,9 @@ def tiny_config(family="llama", context=4096, **changes):
 
 
 def planned(config, device=CPU, effort="auto", max_length=None, changes=None, **options):
-    settings = choose_settings(config, device, None, effort, max_length, changes)
+    settings = choose_settings(
+        config, device, {"effort": effort, "max_length": max_length, "changes": changes}
+    )
     check_lengths(settings, config.max_position_embeddings)
     return make_plan("some/model", config, settings, device=device, **options)
 
@@ -195,7 +197,7 @@ def test_experts_count_by_use(h200):
 
 
 def test_keeping_no_states_saves_memory(h200):
-    settings = choose_settings(shape_of_qwen3_8b(), GPU, None, "standard", None, {})
+    settings = choose_settings(shape_of_qwen3_8b(), GPU, {"effort": "standard"})
     settings = change_settings(settings, {"stage2.steps": 0})
     layerwise = replace(settings, stage1=replace(settings.stage1, steps_per_sequence=1))
     kept, passing = (
@@ -206,18 +208,22 @@ def test_keeping_no_states_saves_memory(h200):
 
 def test_given_settings_take_no_longest_length():
     config = tiny_config()
-    settings = choose_settings(config, CPU, None, "quick", None, {})
-    assert choose_settings(config, CPU, settings, "auto", None, {"seed": 3}).seed == 3
+    settings = choose_settings(config, CPU, {"effort": "quick"})
+    assert choose_settings(config, CPU, {"settings": settings, "changes": {"seed": 3}}).seed == 3
     with pytest.raises(RTPurboError, match="max_length has no effect on given settings"):
-        choose_settings(config, CPU, settings, "auto", 2048, {})
+        choose_settings(config, CPU, {"settings": settings, "max_length": 2048})
 
 
 def test_lengths_follow_a_window_that_is_changed():
     config = tiny_config(context=32768)
-    wide = choose_settings(config, CPU, None, "quick", None, {"attention.sliding_window": 8192})
+    wide = choose_settings(
+        config, CPU, {"effort": "quick", "changes": {"attention.sliding_window": 8192}}
+    )
     assert wide.stage2.lengths == (16384,)
     narrow = {"attention.sliding_window": 32, "attention.block_size": 16}
-    assert choose_settings(config, CPU, None, "quick", None, narrow).stage1.lengths == (64,)
+    assert choose_settings(config, CPU, {"effort": "quick", "changes": narrow}).stage1.lengths == (
+        64,
+    )
 
 
 def test_changes_to_a_stage_2_that_is_left_out_are_refused(tmp_path):
@@ -233,5 +239,5 @@ def test_changes_to_a_stage_2_that_is_left_out_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("effort", "steps"), [("quick", 8), ("standard", 100), ("thorough", 200)])
 def test_stage_2_alone_has_steps_at_every_effort(effort, steps):
-    settings = choose_settings(tiny_config(), CPU, None, effort, None, {})
+    settings = choose_settings(tiny_config(), CPU, {"effort": effort})
     assert with_stage2(settings).stage2.steps == steps

@@ -47,7 +47,7 @@ def test_unknown_settings_are_refused(name):
 
 
 def test_values_out_of_range_are_refused():
-    with pytest.raises(RTPurboError, match="cannot be negative"):
+    with pytest.raises(RTPurboError, match="steps is -1, but it must be at least 0"):
         change_settings(SETTINGS, {"stage1.steps": -1})
     with pytest.raises(RTPurboError, match="not by both"):
         change_settings(SETTINGS, {"calibration.count": 1, "calibration.threshold": 0.5})
@@ -90,7 +90,7 @@ def test_what_is_longer_than_the_context_is_refused():
     [
         ("targets", "all", "targets is 'all', but it must be one of: both, answers, text"),
         ("target_stride", 0, "target_stride is 0"),
-        ("cross_entropy_weight", -1, "cannot be negative"),
+        ("cross_entropy_weight", -1, "cross_entropy_weight is -1.0, but it must be at least 0"),
     ],
 )
 def test_targets_are_checked(name, value, complaint):

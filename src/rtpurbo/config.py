@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.strict_json import check_fields
+from rtpurbo.validation import check_at_least, check_choice
 
 Reading = Literal["paper", "residual", "far"]
 Granularity = Literal["token", "block"]
@@ -23,14 +24,6 @@ MAX_INDEX_DIM = 1024
 
 DEFAULT_CROP_SLACK = 64
 """Slots of a windowed KV head beyond sinks and window: tokens that can be taken back (assisted decoding)."""
-
-
-def check_choice(name: str, value: str, allowed: Any) -> None:
-    """Refuses a value that a Literal type does not contain."""
-    if value not in get_args(allowed):
-        raise RTPurboError(
-            f"{name} is '{value}', but it must be one of: {', '.join(get_args(allowed))}."
-        )
 
 
 @dataclass(frozen=True)
@@ -80,21 +73,17 @@ class AttentionRule:
     dense_prompt_queries: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.top_p <= 1:
-            raise RTPurboError(f"top_p is {self.top_p}, but it must be above 0 and at most 1.")
-        if not 0 < self.row_share <= 1:
-            raise RTPurboError(
-                f"row_share is {self.row_share}, but it must be above 0 and at most 1."
-            )
+        for name in ("top_p", "row_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise RTPurboError(
+                    f"{name} is {getattr(self, name)}, but it must be above 0 and at most 1."
+                )
         if not 0 <= self.far_floor < 1:
             raise RTPurboError(
                 f"far_floor is {self.far_floor}, but it must be at least 0 and below 1."
             )
-        if self.block_size < 1 or self.query_block_size < 1:
-            raise RTPurboError("block_size and query_block_size must be at least 1.")
-        for name in ("min_tokens", "num_sink_tokens", "dense_prompt_queries"):
-            if getattr(self, name) < 0:
-                raise RTPurboError(f"{name} is {getattr(self, name)}, but it cannot be negative.")
+        check_at_least(1, self, "block_size", "query_block_size", "retrieval_window")
+        check_at_least(0, self, "min_tokens", "num_sink_tokens", "dense_prompt_queries")
         if self.sliding_window < self.block_size:
             raise RTPurboError(
                 f"sliding_window ({self.sliding_window}) is smaller than block_size "
@@ -104,10 +93,6 @@ class AttentionRule:
             raise RTPurboError(
                 f"row_stride is {self.row_stride}, but it must divide query_block_size "
                 f"({self.query_block_size})."
-            )
-        if self.retrieval_window is not None and self.retrieval_window < 1:
-            raise RTPurboError(
-                f"retrieval_window is {self.retrieval_window}, but it must be at least 1."
             )
         check_choice("reading", self.reading, Reading)
         check_choice("granularity", self.granularity, Granularity)

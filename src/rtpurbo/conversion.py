@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,13 @@ from rtpurbo.devices import base_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.job import Job, calibrate_base
-from rtpurbo.job_options import JobOptions, choose_settings, settings_options
+from rtpurbo.job_options import (
+    JobOptions,
+    SettingsOptions,
+    check_names,
+    choose_settings,
+    settings_options,
+)
 from rtpurbo.lengths import check_lengths
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.artifact import load_base, read_indexers
@@ -86,47 +92,32 @@ def convert(
 
 
 def plan_conversion(
-    model: str | None,
-    *,
-    settings: ConversionSettings | None = None,
-    changes: Mapping[str, Any] | None = None,
-    effort: str = "auto",
-    max_length: int | None = None,
-    data: Sequence[str] | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    shards: int = 1,
-    processes: int = 1,
+    model: str | None, *, shards: int = 1, processes: int = 1, **options: Unpack[SettingsOptions]
 ) -> Plan:
-    """Plans a conversion and checks its settings; reads the model's configuration alone.
+    """Plans a conversion and checks its settings; reads the model's configuration, but neither texts nor weights.
 
     Args:
         model: as `convert` takes it.
-        settings: see `rtpurbo.job_options.SettingsOptions`, as for the next six.
-        changes: fields to change.
-        effort: default settings.
-        max_length: tokens of the longest training sequence.
-        data: not read.
-        device: of the conversion.
-        dtype: of the frozen weights.
         shards: processes that share the weights, as `make_plan` takes it.
         processes: of `torchrun`, as `make_plan` takes it.
+        **options: see `rtpurbo.job_options.SettingsOptions`.
 
     Raises:
         RTPurboError: as `convert`, about model, device or settings.
     """
-    place = resolve_device(device)
+    check_names(options, SettingsOptions)
+    place = resolve_device(options.get("device", "auto"))
     config = _dense_config(model)
-    settings = choose_settings(config, place, settings, effort, max_length, changes)
-    _check_has_effect(changes or {}, settings)
+    settings = choose_settings(config, place, options)
+    _check_has_effect(options.get("changes") or {}, settings)
     check_lengths(settings, context_length(config))
     plan = make_plan(
         model or DEFAULT_MODEL,
         config,
         settings,
-        data=data,
+        data=options.get("data"),
         device=place,
-        dtype=dtype,
+        dtype=options.get("dtype", "auto"),
         shards=shards,
         processes=processes,
     )
@@ -138,32 +129,35 @@ def calibrate(
     model: str | None,
     output: str | Path,
     *,
-    settings: ConversionSettings | None = None,
-    changes: Mapping[str, Any] | None = None,
-    effort: str = "auto",
-    max_length: int | None = None,
-    data: Sequence[str] | None = None,
-    device: str = "auto",
     force: bool = False,
     progress: Progress = no_progress,
-    dtype: str = "auto",
+    **options: Unpack[SettingsOptions],
 ) -> HeadMap:
     """Finds the retrieval heads and writes the head map, its scores and their stability as JSON.
+
+    Args:
+        model: as `convert` takes it.
+        output: file to write.
+        force: replace an existing file.
+        progress: called after each step.
+        **options: see `rtpurbo.job_options.SettingsOptions`.
 
     Raises:
         RTPurboError: as `convert`, and if the file exists and `force` is false.
     """
+    check_names(options, SettingsOptions)
     output = Path(output)
     if output.exists() and not force:
         raise RTPurboError(
             f"{output} exists already; choose another file or pass --force to replace it."
         )
-    place = resolve_device(device)
+    place = resolve_device(options.get("device", "auto"))
     config = _dense_config(model)
-    settings = choose_settings(config, place, settings, effort, max_length, changes)
+    settings = choose_settings(config, place, options)
     check_lengths(settings, context_length(config), ["calibration"])
-    base = load_base_model(model, device=place, dtype=base_dtype(dtype, place), progress=progress)
-    found = calibrate_base(base, load_texts(data, "train"), settings, progress)
+    dtype = base_dtype(options.get("dtype", "auto"), place)
+    base = load_base_model(model, device=place, dtype=dtype, progress=progress)
+    found = calibrate_base(base, load_texts(options.get("data"), "train"), settings, progress)
     write_json_atomically(output, found.to_dict())
     return found.head_map
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from rtpurbo.files import (
     whole_folder,
     write_json_atomically,
 )
-from rtpurbo.job_options import choose_settings
+from rtpurbo.job_options import JobOptions, check_names, choose_settings, settings_options
 from rtpurbo.job_plan import settle_plan
 from rtpurbo.lengths import STAGES, Stage, lengths_of
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
@@ -51,6 +51,9 @@ from rtpurbo.training.stage1 import train_indexers
 from rtpurbo.training.stage2 import distill
 from rtpurbo.training.student import check_trainable
 from rtpurbo.training.trackers import Trackers, check_trackers
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def calibrate_base(
@@ -80,51 +83,27 @@ class Job:
 
     Args:
         output_dir: folder of the artifact.
-        settings: see `rtpurbo.job_options.JobOptions`, as for the rest.
-        changes: fields to change.
-        effort: default settings.
-        max_length: tokens of the longest training sequence.
-        data: training texts.
-        device: of the conversion.
-        dtype: of the base model.
-        resume: continue an interrupted job.
-        force: replace existing files.
-        progress: called after each step.
-        parallel: `data` or `fsdp`.
-        report_to: experiment trackers.
+        **options: see `rtpurbo.job_options.JobOptions`.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        *,
-        settings: ConversionSettings | None = None,
-        changes: Mapping[str, Any] | None = None,
-        effort: str = "auto",
-        max_length: int | None = None,
-        data: Sequence[str] | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        resume: bool = False,
-        force: bool = False,
-        progress: Progress = no_progress,
-        parallel: str = "data",
-        report_to: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, output_dir: str | Path, **options: Unpack[JobOptions]) -> None:
+        check_names(options, JobOptions)
+        self.options = options
         self.output_dir = Path(output_dir)
         self.work = self.output_dir.absolute().with_name(self.output_dir.name + ".work")
         self.lock = OutputLock(self.output_dir)
-        self.resume = resume
-        place = resolve_device(device)
-        self.processes = join_processes(place, parallel)
+        self.resume = options.get("resume", False)
+        place = resolve_device(options.get("device", "auto"))
+        self.processes = join_processes(place, options.get("parallel", "data"))
         self.device = self.processes.device(place)
-        self.dtype = base_dtype(dtype, self.device)
+        self.dtype = base_dtype(options.get("dtype", "auto"), self.device)
+        progress = options.get("progress", no_progress)
         self.progress = progress if self.processes.is_main else no_progress
-        self.data = list(data) if data else None
-        self.may_replace = self.processes.from_main(lambda: self._check_places(force))
-        check_trackers(report_to)
-        self._report_to = list(report_to)
-        self._choice = settings, effort, max_length, changes
+        self.data = list(options.get("data") or ()) or None
+        self.may_replace = self.processes.from_main(
+            lambda: self._check_places(options.get("force", False))
+        )
+        self._trackers = check_trackers(options.get("report_to", ()))
         self.train_text: Texts
         self.held_out: TextCorpus
         self.log = TrainingLog(None)
@@ -153,7 +132,7 @@ class Job:
 
     def choose_settings(self, config: Any, rule: AttentionRule | None = None) -> ConversionSettings:
         """Returns the settings that the options ask for, as `rtpurbo.job_options.choose_settings` does."""
-        return choose_settings(config, self.device, *self._choice, rule)
+        return choose_settings(config, self.device, settings_options(self.options), rule)
 
     def open(
         self,
@@ -190,7 +169,7 @@ class Job:
         )
         if self.processes.is_main:
             trackers = Trackers(
-                self._report_to,
+                self._trackers,
                 self.output_dir.absolute().with_name(self.output_dir.name + ".runs"),
                 self.output_dir.name,
                 self.settings.to_dict(),

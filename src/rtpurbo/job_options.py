@@ -57,6 +57,14 @@ class JobOptions(SettingsOptions, total=False):
     report_to: Sequence[str]
 
 
+def check_names(options: Mapping[str, Any], kind: type) -> None:
+    """Refuses names that a dictionary of options does not have, as Python does for keyword arguments."""
+    for name in options.keys() - kind.__annotations__.keys():
+        raise TypeError(
+            f"there is no option '{name}': choose from {', '.join(kind.__annotations__)}"
+        )
+
+
 def settings_options(options: JobOptions) -> SettingsOptions:
     """Returns the options of a job that determine settings, texts and device."""
     names = SettingsOptions.__annotations__
@@ -66,10 +74,7 @@ def settings_options(options: JobOptions) -> SettingsOptions:
 def choose_settings(
     config: Any,
     device: torch.device,
-    settings: ConversionSettings | None,
-    effort: str,
-    max_length: int | None,
-    changes: Mapping[str, Any] | None,
+    options: SettingsOptions,
     rule: AttentionRule | None = None,
 ) -> ConversionSettings:
     """Returns the settings given, or those of an effort, with changes made to them.
@@ -77,17 +82,15 @@ def choose_settings(
     Args:
         config: text configuration of the model.
         device: of the conversion.
-        settings: see `SettingsOptions`, as for the next three.
-        effort: default settings.
-        max_length: tokens of the longest training sequence.
-        changes: fields to change.
+        options: `settings`, `effort`, `max_length` and `changes` count.
         rule: attention rule of an artifact, whose window determines the lengths.
 
     Raises:
         RTPurboError: there is no such effort or setting, or a value is of the wrong type or out of range.
     """
-    changes = changes or {}
-    resolved = resolve_effort(effort, device.type)
+    changes = options.get("changes") or {}
+    settings, max_length = options.get("settings"), options.get("max_length")
+    resolved = resolve_effort(options.get("effort", "auto"), device.type)
     if settings is None:
         context = context_length(config)
         if rule is None:

@@ -12,12 +12,11 @@ from rtpurbo.config import (
     HeadGranularity,
     IndexerSettings,
     PrefillMode,
-    check_choice,
 )
 from rtpurbo.data.tasks import TASKS
 from rtpurbo.errors import RTPurboError
 from rtpurbo.renamed_settings import current_setting, current_settings
-from rtpurbo.validation import checked_value, field_types
+from rtpurbo.validation import check_at_least, check_choice, checked_value, field_types
 
 IndexerInit = Literal["covariance", "weight", "random"]
 Targets = Literal["both", "answers", "text"]
@@ -69,10 +68,8 @@ class CalibrationSettings:
             )
         if self.threshold is not None and self.count is not None:
             raise RTPurboError("choose retrieval heads by threshold or by count, not by both.")
-        if self.num_documents < 1:
-            raise RTPurboError("calibration needs at least one document.")
-        _check_at_least(1, self, "length")
-        _check_at_least(0, self, "count")
+        check_at_least(1, self, "length", "num_documents")
+        check_at_least(0, self, "count")
         check_choice("granularity", self.granularity, HeadGranularity)
         check_choice("ranking", self.ranking, Ranking)
 
@@ -144,7 +141,7 @@ class IndexerTrainingSettings(SequenceSettings):
     def __post_init__(self) -> None:
         _check_training(self)
         check_choice("init", self.init, IndexerInit)
-        _check_at_least(
+        check_at_least(
             1, self, "steps_per_sequence", "queries_per_step", "init_sequences", "probe_sequences",
             "probe_every",
         )  # fmt: skip
@@ -208,15 +205,13 @@ class DistillationSettings(SequenceSettings):
 
     def __post_init__(self) -> None:
         _check_training(self)
-        _check_at_least(0, self, "lora_rank", "decode_queries", "refresh_steps")
-        _check_at_least(
+        check_at_least(
+            0, self, "lora_rank", "decode_queries", "refresh_steps", "cross_entropy_weight"
+        )
+        check_at_least(
             1, self, "checkpoint_every", "top_logits", "targets_per_sequence", "target_stride"
         )
         check_choice("targets", self.targets, Targets)
-        if self.cross_entropy_weight < 0:
-            raise RTPurboError(
-                f"cross_entropy_weight is {self.cross_entropy_weight}, but it cannot be negative."
-            )
         if self.lora_scale is not None and not 0 <= self.lora_scale <= 1:
             raise RTPurboError(
                 f"lora_scale is {self.lora_scale}, but it must be from 0 to 1, or null to be found."
@@ -243,8 +238,7 @@ class StreamSettings:
     held_out: int = 64
 
     def __post_init__(self) -> None:
-        if self.buffer_size < 1 or self.held_out < 1:
-            raise RTPurboError("buffer_size and held_out of a stream must be at least 1.")
+        check_at_least(1, self, "buffer_size", "held_out")
 
 
 @dataclass(frozen=True)
@@ -369,10 +363,7 @@ def _names_of(settings: Any) -> set[str]:
 
 
 def _check_training(settings: IndexerTrainingSettings | DistillationSettings) -> None:
-    if settings.steps < 0:
-        raise RTPurboError(
-            f"the number of training steps is {settings.steps}, but it cannot be negative."
-        )
+    check_at_least(0, settings, "steps")
     if not settings.lengths or min(settings.lengths) < 1:
         raise RTPurboError("training needs at least one sequence length, in tokens.")
     mixture = settings.mixture
@@ -384,16 +375,8 @@ def _check_training(settings: IndexerTrainingSettings | DistillationSettings) ->
     # One form, whatever order it was written in: a task without a share is left out.
     used = {name: mixture[name] for name in TASKS if mixture.get(name)}
     object.__setattr__(settings, "mixture", used)
-    _check_at_least(0, settings, "learning_rate", "weight_decay", "warmup_steps", "answer_weight")
+    check_at_least(0, settings, "learning_rate", "weight_decay", "warmup_steps", "answer_weight")
     if settings.sequences_per_step is not None and settings.sequences_per_step < 1:
         raise RTPurboError(
             f"sequences_per_step is {settings.sequences_per_step}, but a step needs at least one."
         )
-
-
-def _check_at_least(least: int, settings: Any, *names: str) -> None:
-    """Refuses fields below a bound; None is allowed."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise RTPurboError(f"{name} is {value}, but it must be at least {least}.")

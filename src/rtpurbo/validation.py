@@ -1,4 +1,4 @@
-"""Type checks of setting values, derived from the annotations of their dataclasses."""
+"""Checks of setting values: choices, lower bounds, and types by the annotations of their dataclasses."""
 
 from __future__ import annotations
 
@@ -19,6 +19,22 @@ _EXPECTED = {
     float: "a number",
     str: "a string",
 }
+
+
+def check_choice(name: str, value: str, allowed: Any) -> None:
+    """Refuses a value that a Literal type does not contain."""
+    if value not in get_args(allowed):
+        raise RTPurboError(
+            f"{name} is '{value}', but it must be one of: {', '.join(get_args(allowed))}."
+        )
+
+
+def check_at_least(least: int, settings: Any, *names: str) -> None:
+    """Refuses fields below a bound; None is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise RTPurboError(f"{name} is {value}, but it must be at least {least}.")
 
 
 def field_types(settings: type) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def test_accuracy_is_the_share_of_right_answers(monkeypatch, asked, corpus, task
     outcome = answers(tiny_model(), corpus, task, 4)
     assert outcome.score == 75
     assert [sample.score for sample in outcome.samples] == [0, 100, 100, 100]
-    assert all(len(sample.answers) == NEEDLE_TASKS[task]["num_values"] for sample in outcome.samples)
+    assert all(
+        len(sample.answers) == NEEDLE_TASKS[task]["num_values"] for sample in outcome.samples
+    )
 
 
 def test_single_needles_stand_at_even_depths(monkeypatch, asked, corpus):

@@ -38,51 +38,33 @@ class SparsePrefill:
         self.rule = rule
         self.lists = lists
 
-    def __call__(
-        self,
-        queries: Tensor,
-        full: KeyValueStates,
-        windowed: KeyValueStates,
-        index_queries: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        """Output [batch, num_attention_heads, q_len, head_dim]; arguments as in `prefill_attention`."""
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Returns the output [batch, num_attention_heads, q_len, head_dim].
 
-        def choose(*arguments: Any) -> Iterator[tuple[int, BlockLists]]:
-            for first_query, found in block_lists(*arguments):
+        Args:
+            *arguments: queries, full, windowed, index queries and scaling, as in `prefill_attention`.
+        """
+
+        def choose(*scored: Any) -> Iterator[tuple[int, BlockLists]]:
+            for first_query, found in block_lists(*scored):
                 yield first_query, found if self.lists is None else self.lists[first_query]
 
-        return self._attend(choose, queries, full, windowed, index_queries, scaling)
+        return self._attend(choose, *arguments)
 
-    def found_lists(
-        self,
-        queries: Tensor,
-        full: KeyValueStates,
-        windowed: KeyValueStates,
-        index_queries: Tensor,
-        scaling: float,
-    ) -> Iterator[tuple[int, BlockLists]]:
-        """Block lists of the index, each for some thousands of queries."""
+    def found_lists(self, *arguments: Any) -> Iterator[tuple[int, BlockLists]]:
+        """Returns the block lists of the index, each for some thousands of queries; arguments as of a call."""
         found: list[tuple[int, BlockLists]] = []
 
-        def keep(*arguments: Any) -> Iterator[tuple[int, BlockLists]]:
-            found.extend(block_lists(*arguments))
+        def keep(*scored: Any) -> Iterator[tuple[int, BlockLists]]:
+            found.extend(block_lists(*scored))
             return iter(())
 
-        self._attend(keep, queries, full, windowed, index_queries, scaling)
+        self._attend(keep, *arguments)
         return iter(found)
 
-    def force(
-        self,
-        density: float,
-        queries: Tensor,
-        full: KeyValueStates,
-        windowed: KeyValueStates,
-        index_queries: Tensor,
-        scaling: float,
-    ) -> float:
-        """Computes lists of about `density` for later calls; returns their density."""
-        arguments = queries, full, windowed, index_queries, scaling
+    def force(self, density: float, *arguments: Any) -> float:
+        """Computes lists of about `density` for later calls and returns their density; arguments as of a call."""
+        queries = arguments[0]
         found = self.found_lists(*arguments)
         chunks = [(first_query, lists.blocks.shape[2]) for first_query, lists in found]
         length, heads = queries.shape[2], len(self.layout.retrieval)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 Call = Callable[[], Any]
@@ -21,36 +22,45 @@ MIN_REPEATS = 3
 HEAD_START_CYCLES = 2 * 10**8
 
 
-class Clock(Protocol):
-    """Times calls on a device and measures their memory."""
+class Clock:
+    """Wall clock of the host, for devices that run synchronously and whose memory is not counted."""
 
     def first(self, call: Call) -> float:
-        """Milliseconds of the first call, without one-time work of the host."""
+        """Returns the milliseconds of the first call, without one-time work of the host."""
+        return self.times(call, 1)[0]
 
     def times(self, call: Call, repeats: int) -> list[float]:
-        """Milliseconds of each of `repeats` consecutive calls."""
+        """Returns the milliseconds of each of `repeats` consecutive calls."""
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - start))
+        return times
 
     def memory(self) -> int | None:
-        """Bytes in use; None where memory is not counted."""
+        """Returns the bytes in use; None where memory is not counted."""
+        return None
 
     def peak_memory(self) -> int | None:
-        """Peak of the bytes in use since `reset_peak`; None where memory is not counted."""
+        """Returns the peak of the bytes in use since `reset_peak`; None where memory is not counted."""
+        return None
 
     def reset_peak(self) -> None:
         """Resets the peak to the current use."""
 
 
-class CudaClock:
+class CudaClock(Clock):
     """CUDA events on the current stream: host work that overlaps with the GPU's is not counted."""
 
     def first(self, call: Call) -> float:
-        """See `Clock`."""
+        """Lets the GPU wait until the host has prepared the call."""
         torch.cuda.synchronize()
         torch.cuda._sleep(HEAD_START_CYCLES)
-        return self.times(call, 1)[0]
+        return super().first(call)
 
     def times(self, call: Call, repeats: int) -> list[float]:
-        """See `Clock`."""
+        """Returns the times between events before and after each call."""
         events = []
         for _ in range(repeats):
             pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -62,49 +72,21 @@ class CudaClock:
         return [start.elapsed_time(end) for start, end in events]
 
     def memory(self) -> int | None:
-        """See `Clock`."""
+        """Returns the allocated bytes."""
         return torch.cuda.memory_allocated()
 
     def peak_memory(self) -> int | None:
-        """See `Clock`."""
+        """Returns the peak of the allocated bytes."""
         return torch.cuda.max_memory_allocated()
 
     def reset_peak(self) -> None:
-        """See `Clock`."""
+        """Resets the peak."""
         torch.cuda.reset_peak_memory_stats()
-
-
-class WallClock:
-    """Wall clock of the host, for devices that run synchronously."""
-
-    def first(self, call: Call) -> float:
-        """See `Clock`."""
-        return self.times(call, 1)[0]
-
-    def times(self, call: Call, repeats: int) -> list[float]:
-        """See `Clock`."""
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            times.append(1000 * (time.perf_counter() - start))
-        return times
-
-    def memory(self) -> int | None:
-        """See `Clock`."""
-        return None
-
-    def peak_memory(self) -> int | None:
-        """See `Clock`."""
-        return None
-
-    def reset_peak(self) -> None:
-        """See `Clock`."""
 
 
 def clock_of(device: torch.device) -> Clock:
     """Clock for a device."""
-    return CudaClock() if device.type == "cuda" else WallClock()
+    return CudaClock() if device.type == "cuda" else Clock()
 
 
 @dataclass(frozen=True)
@@ -129,13 +111,11 @@ class Measurement:
 
     def per(self, count: int) -> Measurement:
         """Measurement of one of `count` equal parts of each call."""
-        return Measurement(
-            self.milliseconds / count,
-            self.milliseconds_p10 / count,
-            self.milliseconds_p90 / count,
-            self.repeats,
-            self.peak_memory_bytes,
-            self.scratch_bytes,
+        return replace(
+            self,
+            milliseconds=self.milliseconds / count,
+            milliseconds_p10=self.milliseconds_p10 / count,
+            milliseconds_p90=self.milliseconds_p90 / count,
         )
 
 
@@ -165,18 +145,8 @@ def measure(
         times = clock.times(call, count)
     if before is not None and peak is not None:
         scratch = max(0, peak - before - result_bytes)
-    return Measurement(
-        quantile(times, 0.5), quantile(times, 0.1), quantile(times, 0.9), len(times), peak, scratch
-    )
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """Quantile `share` (0 to 1) of the values, linearly interpolated."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    median, low, high = map(float, np.quantile(times, (0.5, 0.1, 0.9)))
+    return Measurement(median, low, high, len(times), peak, scratch)
 
 
 def replayed(calls: Sequence[Call], device: torch.device) -> Call:

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.config import check_choice
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import (
     check_output_folder,
@@ -38,6 +37,7 @@ from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
 from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, SERVED_PREFILL_MODES
 from rtpurbo.serving.vllm.plugin import ARCHITECTURES
+from rtpurbo.validation import check_choice
 
 Target = Literal["vllm", "rtp-llm", "transformers"]
 
