@@ -43,6 +43,5 @@ class OracleTopP(Policy):
 POLICY = OracleTopP(
     "oracle-top-p",
     "the artifact's top-p by the true attention mass, which no index knows",
-    place=23,
     keeps_index=False,
 )

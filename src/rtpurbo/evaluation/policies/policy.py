@@ -28,13 +28,11 @@ class Policy(ABC):
     Attributes:
         name: short, for commands and tables.
         description: one line.
-        place: in tables, counted from the top.
         keeps_index: its cache holds index keys.
     """
 
     name: str
     description: str
-    place: int = 100
     keeps_index: bool = True
 
     @abstractmethod

@@ -91,6 +91,5 @@ class Quest(BudgetPolicy):
 POLICY = Quest(
     "quest",
     f"pages of {PAGE_SIZE} tokens by Quest's bounds; rtpurbo's mean budget",
-    place=21,
     keeps_index=False,
 )

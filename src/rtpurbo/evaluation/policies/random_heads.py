@@ -38,6 +38,5 @@ def random_head_map(head_map: HeadMap, seed: int) -> HeadMap:
 POLICY = RandomHeads(
     "random-heads",
     "control: as many heads, drawn at random, that read everything",
-    place=31,
     keeps_index=False,
 )

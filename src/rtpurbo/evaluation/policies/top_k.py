@@ -43,5 +43,4 @@ class TopK(BudgetPolicy):
 POLICY = TopK(
     "top-k",
     "the same number of far tokens for every row, by the index; rtpurbo's mean budget",
-    place=22,
 )

@@ -27,53 +27,46 @@ class LocalOnly(Policy):
         return model, tokenizer
 
 
-POLICIES = (
-    Full(DENSE_POLICY, "the dense model before conversion", place=0),
-    RulePolicy(BUDGET_POLICY, "the sparse model, as the artifact has it", place=10),
+VARIANTS = (
+    Full(DENSE_POLICY, "the dense model before conversion"),
+    RulePolicy(BUDGET_POLICY, "the sparse model, as the artifact has it"),
     # The paper (arXiv 2605.16928): mass is a share of the indexer's softmax over every visible key.
     RulePolicy(
         "rtpurbo-paper",
         "the same, selecting as the paper does: top-p over all keys, no floor of tokens",
-        place=11,
         changes={"reading": "paper", "min_tokens": 0},
     ),
     # Near keys count with their exact mass, far ones by the indexer; the artifact's floor stays.
     RulePolicy(
         "rtpurbo-residual",
         "the same with the reading `residual`: far tokens are added to the near mass",
-        place=12,
         changes={"reading": "residual"},
     ),
     RulePolicy(
         "rtpurbo-sparse-prefill",
         "the same, selecting in the prompt too: one block list for a tile of rows",
-        place=13,
         changes={"prefill_mode": "row_share"},
     ),
     RulePolicy(
         "rtpurbo-float8-index",
         "the same, with index keys kept in float8",
-        place=14,
         changes={"index_storage": "float8"},
     ),
     # The indexers of stage 1 on the dense model's weights.
     RulePolicy(
         "rtpurbo-before-stage2",
         "the sparse model with the weights of the dense one",
-        place=15,
         stage2=False,
     ),
     # As RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), with rtpurbo's heads and weights.
     RulePolicy(
         "dense-heads",
         "retrieval heads read everything, the others windows (RazorAttention, DuoAttention)",
-        place=20,
         keeps_index=False,
         changes={"top_p": 1.0},
     ),
-    LocalOnly(
-        "local-only",
-        "control: no retrieval head, sinks and window alone (StreamingLLM)",
-        place=30,
-    ),
+)
+
+LOCAL_ONLY = LocalOnly(
+    "local-only", "control: no retrieval head, sinks and window alone (StreamingLLM)"
 )

@@ -60,10 +60,19 @@ def make_examples(
     Raises:
         RTPurboError: `context_length` leaves no room for the smallest haystack.
     """
-    drafts = [_draft(task, context_length, seed, number, materials) for number in range(samples)]
-    limit = context_length - task.tokens_to_generate
-    if any(len(prompt(tokenizer, draft, draft.smallest)) > limit for draft in drafts):
-        least = _least_length(task, tokenizer, context_length, samples, seed, materials)
+
+    def drafts_at(length: int) -> list[Draft]:
+        return [_draft(task, length, seed, number, materials) for number in range(samples)]
+
+    def least_length(drafts: list[Draft]) -> int:
+        smallest = max(len(prompt(tokenizer, draft, draft.smallest)) for draft in drafts)
+        return smallest + task.tokens_to_generate
+
+    drafts = drafts_at(context_length)
+    if (least := least_length(drafts)) > context_length:
+        # A longer context may have a longer smallest prompt.
+        while (longer := least_length(drafts_at(least))) > least:
+            least = longer
         raise RTPurboError(
             f"the {task.suite} task {task.name} does not fit into {context_length:,} tokens: with this "
             f"model's tokenizer it needs at least {least:,}."
@@ -72,7 +81,7 @@ def make_examples(
     for draft in drafts:
         size = largest_that_fits(
             lambda size, draft=draft: len(prompt(tokenizer, draft, size)),  # type: ignore[misc]
-            limit,
+            context_length - task.tokens_to_generate,
             draft.smallest,
         )
         prompt_ids = array("i", prompt(tokenizer, draft, size))
@@ -107,25 +116,3 @@ def _draft(task: Task, context_length: int, seed: int, number: int, materials: M
     # Without the length: what is asked stays, only the haystack grows.
     rng = random.Random(f"{task.suite.lower()}-{task.name}-{seed}-{number}")
     return task.draft(Request(materials, context_length, seed, number, rng))
-
-
-def _least_length(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    context_length: int,
-    samples: int,
-    seed: int,
-    materials: Materials,
-) -> int:
-    """The least length that holds every smallest prompt, which may itself grow with the length."""
-    while True:
-        smallest = max(
-            len(prompt(tokenizer, draft, draft.smallest))
-            for draft in (
-                _draft(task, context_length, seed, number, materials) for number in range(samples)
-            )
-        )
-        least = smallest + task.tokens_to_generate
-        if least <= context_length:
-            return context_length
-        context_length = least
