@@ -50,8 +50,12 @@ from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
 from rtpurbo.settings import CalibrationSettings, DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import distill, predictions
-from rtpurbo.training.targets import states_at
-from rtpurbo.training.teacher import TeacherTargets, teacher_targets, top_logits_divergence
+from rtpurbo.training.teacher import (
+    TeacherTargets,
+    states_at,
+    teacher_targets,
+    top_logits_divergence,
+)
 from rtpurbo.training.vocabulary import most_likely
 
 PROSE_LENGTH = 1024

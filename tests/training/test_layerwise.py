@@ -10,7 +10,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
 from rtpurbo.ops.eager import visibility
 from rtpurbo.settings import IndexerTrainingSettings
-from rtpurbo.training import backpropagation
+from rtpurbo.training import layerwise
 from rtpurbo.training.capture import capture_heads, run_backbone
 from rtpurbo.training.indexer_loss import indexer_loss, queries_with_far_keys
 from rtpurbo.training.layerwise import train_layer_by_layer
@@ -137,7 +137,7 @@ def test_chunks_of_queries_compute_the_same_gradients(monkeypatch):
     walked = []
 
     monkeypatch.setattr(visibility, "MAX_CHUNK_ELEMENTS", 1000)
-    monkeypatch.setattr(backpropagation, "query_chunks", lambda *sizes: _fresh(walked, *sizes))
+    monkeypatch.setattr(layerwise, "query_chunks", lambda *sizes: _fresh(walked, *sizes))
     torch.testing.assert_close(train(model, given), expected, atol=1e-5, rtol=1e-4)
     assert len(walked) > 8
 

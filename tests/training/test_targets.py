@@ -5,7 +5,7 @@ import torch
 
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.targets import choose_targets, states_at
+from rtpurbo.training.teacher import choose_targets, states_at
 from tests.tiny_models import tiny_model
 
 TASK, PROSE = TrainingSequence(list(range(100)), 7), TrainingSequence(list(range(100)))

@@ -8,10 +8,10 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.training.source import SequenceSource
-from rtpurbo.training.targets import states_at
 from rtpurbo.training.teacher import (
     TeacherCache,
     TeacherTargets,
+    states_at,
     teacher_targets,
     top_logits_divergence,
 )

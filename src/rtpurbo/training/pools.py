@@ -59,37 +59,29 @@ def write_pools(
             the disk is full.
     """
     stages = [stage.resolved(processes.count) for stage in stages if stage.steps]
-    reading = [stage for stage in stages if "documents" in stage.mixture]
-    if reading:
-        documents = max(_count(stage, "documents") for stage in reading)
-        kept_sequences(
-            folder / DOCUMENTS_FILE,
-            lambda: write_document_answers(
-                model,
-                tokenizer,
-                corpus,
-                reading[-1].lengths,
-                min(documents, MAX_DOCUMENTS),
-                seed=seed,
-                progress=progress,
-            ),
-            processes,
+
+    def write_task(
+        task: str, file: str, most: int, write: Callable[..., list[TrainingSequence]]
+    ) -> None:
+        training = [stage for stage in stages if task in stage.mixture]
+        if training:
+            count = min(most, max(_count(stage, task) for stage in training))
+            lengths = training[-1].lengths
+            kept_sequences(folder / file, lambda: write(lengths, count), processes)
+
+    def documents(lengths: Sequence[int], count: int) -> list[TrainingSequence]:
+        return write_document_answers(
+            model, tokenizer, corpus, lengths, count, seed=seed, progress=progress
         )
-    conversing = [stage for stage in stages if "conversations" in stage.mixture]
-    if conversing:
-        conversations = max(_count(stage, "conversations") for stage in conversing)
-        kept_sequences(
-            folder / CONVERSATIONS_FILE,
-            lambda: write_conversations(
-                model,
-                tokenizer,
-                min(conversations, MAX_CONVERSATIONS),
-                seed=seed,
-                batch_size=128 if model.device.type == "cuda" else 16,
-                progress=progress,
-            ),
-            processes,
+
+    def conversations(_: Sequence[int], count: int) -> list[TrainingSequence]:
+        batch_size = 128 if model.device.type == "cuda" else 16
+        return write_conversations(
+            model, tokenizer, count, seed=seed, batch_size=batch_size, progress=progress
         )
+
+    write_task("documents", DOCUMENTS_FILE, MAX_DOCUMENTS, documents)
+    write_task("conversations", CONVERSATIONS_FILE, MAX_CONVERSATIONS, conversations)
 
 
 def read_pools(folder: Path) -> Pools:

@@ -18,12 +18,11 @@ from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparse_layers import headwise_modules, indexers_in_float32
 from rtpurbo.processes import ALONE, Processes
 from rtpurbo.settings import IndexerTrainingSettings, Progress, no_progress
-from rtpurbo.training.backpropagation import backpropagate
 from rtpurbo.training.capture import CapturedHeads, capture_heads
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult
 from rtpurbo.training.indexer_init import init_indexers
-from rtpurbo.training.layerwise import train_layer_by_layer
+from rtpurbo.training.layerwise import backpropagate, train_layer_by_layer
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.training.loop import StageLoop
 from rtpurbo.training.packing import choose_queries

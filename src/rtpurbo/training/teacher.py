@@ -1,8 +1,9 @@
-"""Top logits of the dense teacher, computed once and cached on disk."""
+"""Target positions of stage 2, and the dense teacher's top logits there, computed once and cached on disk."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically
+from rtpurbo.models.decoder import decoder_of
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.source import SequenceSource
-from rtpurbo.training.targets import choose_targets, states_at
 from rtpurbo.training.vocabulary import most_likely
 
 
@@ -42,6 +43,45 @@ class TeacherTargets:
     def to(self, device: torch.device) -> TeacherTargets:
         """Returns a copy on a device."""
         return TeacherTargets(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def choose_targets(
+    sequence: TrainingSequence, settings: DistillationSettings, seed: str
+) -> tuple[Tensor, Tensor]:
+    """Chooses target positions in the answer, in the text before it, or in both.
+
+    Args:
+        sequence: at least two tokens.
+        settings: `targets`, `target_stride` and `targets_per_sequence`.
+        seed: seed of the random choice.
+
+    Returns:
+        int64 [targets], ascending positions whose logits predict the target tokens, and bool [targets],
+        true where the target token belongs to an answer.
+    """
+    last = len(sequence.input_ids) - 1
+    first_answer = last - sequence.num_answer_tokens
+    answers = list(range(first_answer, last))
+    if settings.targets == "answers" and answers:
+        text: list[int] = []
+    else:
+        text = list(range(last if settings.targets == "text" else first_answer))
+        if settings.targets == "text":
+            answers = []
+        if settings.target_stride is not None:
+            text = text[:: settings.target_stride]
+        else:
+            wanted = max(0, min(len(text), settings.targets_per_sequence - len(answers)))
+            text = sorted(random.Random(seed).sample(text, wanted))
+    positions = torch.tensor([*text, *answers])
+    return positions, positions >= first_answer
+
+
+def states_at(model: PreTrainedModel, input_ids: list[int], positions: Tensor) -> Tensor:
+    """Returns the model's last hidden states at some positions: [positions, hidden_size]."""
+    ids = torch.tensor([input_ids], device=model.device)
+    states = decoder_of(model)(ids, use_cache=False).last_hidden_state
+    return states[0].index_select(0, positions.to(model.device))
 
 
 def teacher_targets(
