@@ -20,23 +20,16 @@ from rtpurbo.ops.triton.prefill.scoring import block_lists
 
 
 class SparsePrefill:
-    """Sparse prefill of one layer.
+    """Sparse prefill of one layer, with the block lists of the index until `force` replaces them.
 
     Args:
         layout: heads of the layer.
         rule: windows, block sizes and the stride of scored queries.
-        lists: block lists by their first query; None for those of the index.
     """
 
-    def __init__(
-        self,
-        layout: HeadLayout,
-        rule: AttentionRule,
-        lists: Mapping[int, BlockLists] | None = None,
-    ) -> None:
-        self.layout = layout
-        self.rule = rule
-        self.lists = lists
+    def __init__(self, layout: HeadLayout, rule: AttentionRule) -> None:
+        self.layout, self.rule = layout, rule
+        self.lists: Mapping[int, BlockLists] | None = None
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Returns the output [batch, num_attention_heads, q_len, head_dim].

@@ -18,10 +18,12 @@ from rtpurbo.cli.bench_options import (
     Density,
     Device,
     Dtype,
+    Geometry,
     HeadDim,
     Heads,
     Implementation,
     KeyValueHeads,
+    Layers,
     Length,
     Output,
     Plot,
@@ -140,15 +142,11 @@ def decode(
 @app.command()
 def model(
     context: typer.Context,
-    geometry: Annotated[
-        str, typer.Option(help="qwen3-8b, qwen3-30b-a3b or smollm2-135m, with random weights.")
-    ] = "qwen3-8b",
+    geometry: Geometry = "qwen3-8b",
     phase: Annotated[
         Literal["both", "decode", "prefill"], typer.Option(help="What to measure.")
     ] = "both",
-    layers: Annotated[
-        int | None, options.optional(min=1, help="Number of layers, instead of all.")
-    ] = None,
+    layers: Layers = None,
     length: Length = None,
     prefill_density: Annotated[
         float, typer.Option(help="Share of the key blocks read in prefill.")
@@ -190,13 +188,9 @@ def model(
 @app.command()
 def training(
     context: typer.Context,
-    geometry: Annotated[
-        str, typer.Option(help="qwen3-8b, qwen3-30b-a3b or smollm2-135m, with random weights.")
-    ] = "qwen3-8b",
+    geometry: Geometry = "qwen3-8b",
     phase: Annotated[Literal["stage1", "stage2"], typer.Option(help="What to measure.")] = "stage1",
-    layers: Annotated[
-        int | None, options.optional(min=1, help="Number of layers, instead of all.")
-    ] = None,
+    layers: Layers = None,
     length: Annotated[
         list[int] | None,
         typer.Option(

@@ -44,6 +44,10 @@ RetrievalWindow = Annotated[
     ),
 ]
 RowStride = Annotated[int | None, optional(min=1, help="Score every n-th query of a prompt.")]
+Geometry = Annotated[
+    str, typer.Option(help="qwen3-8b, qwen3-30b-a3b or smollm2-135m, with random weights.")
+]
+Layers = Annotated[int | None, optional(min=1, help="Number of layers, instead of all.")]
 Heads = Annotated[int, typer.Option(min=1, help="Query heads of the layer.")]
 KeyValueHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="KV heads of the layer.")]
 HeadDim = Annotated[int, typer.Option(min=16, help="Dimensions of a head.")]
