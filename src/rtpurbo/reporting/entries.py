@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rtpurbo.evaluation.policies import DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
-from rtpurbo.formats import percent, short_bytes
+from rtpurbo.formats import short_bytes
 from rtpurbo.reporting.losses import Loss, loss_of_record
 
 
@@ -45,25 +45,9 @@ def style_of(loss: Loss) -> str:
     return {"heavy": "bold red", "slight": "yellow", "": ""}[loss.tint]
 
 
-def share_entry(record: Record | None) -> Entry:
-    """Returns the share of the far tokens that was read."""
-    if record is None or record.far_tokens_read is None:
-        return Entry("-")
-    return Entry(percent(record.far_tokens_read))
-
-
-def tokens_entry(record: Record | None) -> Entry:
-    """Returns the mean number of tokens that a query of a retrieval head read."""
-    if record is None or record.tokens_read_mean is None:
-        return Entry("-")
-    return Entry(f"{record.tokens_read_mean:,.0f}")
-
-
-def recall_entry(record: Record | None) -> Entry:
-    """Returns the share of full attention on the tokens that were read."""
-    if record is None or record.mass_kept is None:
-        return Entry("-")
-    return Entry(percent(record.mass_kept))
+def value_entry(value: float | None, write: Callable[[float], str]) -> Entry:
+    """Returns a value as text, or a dash where it was not measured."""
+    return Entry("-" if value is None else write(value))
 
 
 def cache_entry(record: Record | None, dense: Record | None) -> Entry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rtpurbo.evaluation.averages import Average, find_average
 from rtpurbo.evaluation.policies import DENSE_POLICY
@@ -15,6 +15,7 @@ from rtpurbo.reporting.entries import (
     policy_order,
     score_entry,
     style_of,
+    value_entry,
 )
 from rtpurbo.reporting.losses import Loss, loss_of_mean
 from rtpurbo.reporting.selection import (
@@ -84,7 +85,9 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
         title = f"minus {DENSE_POLICY} (95 %, in pairs)"
         rows.append([Entry(title), *(difference_entry(found[name]) for name in policies)])
     figures = {
-        "far tokens read (mean)": [_figure(far_share(records, name), percent) for name in policies]
+        "far tokens read (mean)": [
+            value_entry(far_share(records, name), percent) for name in policies
+        ]
     }
     if any(record.tokens_read_mean is not None for record in records):
         for title, field, write in (
@@ -92,7 +95,7 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
             ("attention recall", "mass_kept", percent),
         ):
             figures[title] = [
-                _figure(mean_of_queries(records, name, field), write) for name in policies
+                value_entry(mean_of_queries(records, name, field), write) for name in policies
             ]
     rows += [[Entry(title), *entries] for title, entries in figures.items()]
     # The cache has the same length for every task.
@@ -104,10 +107,6 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
         ]
     )
     return header, rows
-
-
-def _figure(mean: float | None, write: Callable[[float], str]) -> Entry:
-    return Entry("-" if mean is None else write(mean))
 
 
 def mean_entry(mean: float | None, dense: float | None, average: Average | None = None) -> Entry:

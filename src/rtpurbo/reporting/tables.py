@@ -12,17 +12,15 @@ from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
-from rtpurbo.formats import short_length
+from rtpurbo.formats import percent, short_length
 from rtpurbo.models.card import markdown_rows
 from rtpurbo.reporting.entries import (
     Entry,
     Grid,
     cache_entry,
     policy_order,
-    recall_entry,
     score_entry,
-    share_entry,
-    tokens_entry,
+    value_entry,
 )
 from rtpurbo.reporting.selection import lengths_of, pick
 from rtpurbo.reporting.suite_tables import questions_grid, ruler_grid
@@ -30,8 +28,11 @@ from rtpurbo.reporting.suite_tables import questions_grid, ruler_grid
 BY_TASK = ("ruler", babilong.SUITE)
 """Suites with a table for each length."""
 
-PER_QUERY = [("tokens read", tokens_entry), ("attention recall", recall_entry)]
-"""Measured at the same test as the far tokens."""
+PER_QUERY = [
+    ("tokens read", "tokens_read_mean", "{:,.0f}".format),
+    ("attention recall", "mass_kept", percent),
+]
+"""Title, field and format of figures that are measured at the same test as the far tokens."""
 
 
 def results_tables(
@@ -97,7 +98,7 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
         header.append(f"far tokens read ({reads[1]} {short_length(reads[2])})")
     # Results of format 1 lack figures per query.
     per_query = [] if all(item.tokens_read_mean is None for item in records) else PER_QUERY
-    header += [title for title, _ in per_query]
+    header += [title for title, _, _ in per_query]
     header.append(f"KV cache at {short_length(cache_length or longest)}")
 
     rows = []
@@ -108,8 +109,9 @@ def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
             for test in tests
         ]
         if reads is not None:
-            row.append(share_entry(scores.get((reads, policy))))
-            row += [entry(scores.get((reads, policy))) for _, entry in per_query]
+            fields = [("far_tokens_read", percent), *(each[1:] for each in per_query)]
+            record = scores.get((reads, policy))
+            row += [value_entry(getattr(record, field, None), write) for field, write in fields]
         found = (
             next(iter(pick(records, policy=name, context_length=longest)), None)
             for name in (policy, DENSE_POLICY)

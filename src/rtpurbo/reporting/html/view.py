@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from rtpurbo.reporting.figures import MARKERS, Series
 from rtpurbo.reporting.palette import NUM_SERIES_COLORS, series_color
@@ -34,31 +33,37 @@ class Cell:
     bold: bool = True
 
 
+class Block:
+    """Part of a section, which the macro `block` of the templates renders by its kind."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the class in lower case."""
+        return type(self).__name__.lower()
+
+
 @dataclass(frozen=True)
-class Table:
+class Table(Block):
     """A table whose first column names its rows."""
 
-    kind: ClassVar[str] = "table"
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
 
 
 @dataclass(frozen=True)
-class Facts:
+class Facts(Block):
     """Names and values; names in `code` have values in a monospace font."""
 
-    kind: ClassVar[str] = "facts"
     caption: str
     rows: Sequence[tuple[str, str]]
     code: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Legend:
+class Legend(Block):
     """Names of series with their colours and markers."""
 
-    kind: ClassVar[str] = "legend"
     entries: Sequence[tuple[str, str, str]]
 
     @classmethod
@@ -85,77 +90,64 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Plots:
+class Plots(Block):
     """Figures side by side, with a common legend."""
 
-    kind: ClassVar[str] = "plots"
     plots: Sequence[Plot]
     legend: Legend | None = None
 
 
 @dataclass(frozen=True)
-class HeatMap:
+class HeatMap(Block):
     """A drawing with a size in CSS pixels below which it scrolls."""
 
-    kind: ClassVar[str] = "heat"
     name: str
     svg: str
     width: float
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Block):
     """A paragraph."""
 
-    kind: ClassVar[str] = "text"
     text: str
     class_: str = ""
 
 
 @dataclass(frozen=True)
-class Heading:
+class Heading(Block):
     """A heading within a section."""
 
-    kind: ClassVar[str] = "heading"
     text: str
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(Block):
     """Preformatted text."""
 
-    kind: ClassVar[str] = "code"
     text: str
 
 
 @dataclass(frozen=True)
-class Items:
+class Items(Block):
     """A list of sentences."""
 
-    kind: ClassVar[str] = "items"
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
-class Definitions:
+class Definitions(Block):
     """Names with colour, marker and description."""
 
-    kind: ClassVar[str] = "definitions"
     entries: Sequence[tuple[str, str, str, str]]
 
 
 @dataclass(frozen=True)
-class Folded:
+class Folded(Block):
     """A block that is shown on request, and on paper."""
 
-    kind: ClassVar[str] = "folded"
     summary: str
     block: Table | Code
-
-
-Block = (
-    Table | Facts | Legend | Plots | HeatMap | Text | Heading | Code | Items | Definitions | Folded
-)
 
 
 @dataclass(frozen=True)
