@@ -1,11 +1,11 @@
 """RTPurbo turns full-attention language models sparse, with a few hundred training steps.
 
 `convert` runs the stages `calibrate`, `train_indexer` and `distill`; `load` and
-`AutoRTPurboModelForCausalLM` return the result as a transformers model. The names below are imported when
-they are first used, so that `import rtpurbo` takes no time.
+`AutoRTPurboModelForCausalLM` return the result as a transformers model. Names are imported on
+first use, so that `import rtpurbo` is fast.
 
-transformers' own Auto classes load sparse models too, from the moment on that transformers is imported
-before this package, or that anything named here has been used.
+The Auto classes of transformers load sparse models too, once transformers was imported before this package or a
+name of this package was used.
 """
 
 import sys
@@ -66,7 +66,7 @@ def __dir__() -> list[str]:
 
 
 def _register_auto_classes() -> None:
-    """Makes sparse models known to transformers, unless that would have to be imported first."""
+    """Registers sparse models with the Auto classes of transformers, if transformers is imported."""
     if "transformers" in sys.modules:
         import_module("rtpurbo.models.auto")
 

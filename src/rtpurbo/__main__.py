@@ -1,4 +1,4 @@
-"""`python -m rtpurbo` is `rtpurbo`."""
+"""Entry point of `python -m rtpurbo`."""
 
 from rtpurbo.cli import main
 

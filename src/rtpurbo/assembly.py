@@ -1,4 +1,4 @@
-"""The artifact, put together from what the stages of a job left in its work folder."""
+"""Assembly of an artifact from the files of a job's work folder."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ HEAD_MAP_FILE = "head_map.json"
 
 
 def indexers_file(work: Path, stage: str) -> Path:
-    """Where a work folder has the indexers that a stage trained."""
+    """Returns the path of the indexers that a stage trained."""
     return work / f"indexer_{stage}.safetensors"
 
 
 def figures_file(work: Path, stage: str) -> Path:
-    """Where it has what a stage measured."""
+    """Returns the path of the figures that a stage measured."""
     return work / f"{stage}_figures.json"
 
 
@@ -53,15 +53,15 @@ def assemble(
     data: Sequence[str] | None,
     may_replace: bool,
 ) -> Path:
-    """Writes the artifact into its place, whole or not at all, and clears the work away.
+    """Writes the artifact, whole or not at all, and removes the work folder.
 
     Args:
-        work: where head map, indexers, stage 2, figures and log are, as far as there are any.
-        output_dir: the artifact's folder.
-        base: the sparse model, with its final indexers.
-        settings: of the job.
-        data: what it trained on.
-        may_replace: another folder in that place.
+        work: work folder, with head map, indexers, stage 2, figures and log if there are any.
+        output_dir: folder of the artifact.
+        base: sparse model with its final indexers.
+        settings: settings of the job.
+        data: sources of the training texts.
+        may_replace: replace an existing folder.
     """
     kind = stage2_kind(work)
     is_refreshed = indexers_file(work, "refresh").is_file()
@@ -91,14 +91,14 @@ def assemble(
 
 
 def _names(data: Sequence[str] | None) -> list[str] | str:
-    """Names of the training data, without the folders of the files."""
+    """Returns the names of the training data, without the folders of files."""
     if data is None:
         return "built-in"
     return [source if source.startswith("hf:") else Path(source).name for source in data]
 
 
 def _figures(work: Path) -> dict[str, Any]:
-    """Figures that calibration and the stages measured."""
+    """Returns the figures of calibration and of all stages."""
     figures: dict[str, Any] = {}
     head_map = work / HEAD_MAP_FILE
     if head_map.is_file():

@@ -1,4 +1,4 @@
-"""The whole path on a real model: convert, then compare with the dense model, side by side."""
+"""Demonstration on a real model: conversion, then comparison with the dense model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from rtpurbo.reporting.html.page import write_report
 from rtpurbo.reporting.tables import markdown_tables, results_tables
 from rtpurbo.settings import Progress, no_progress
 
-# Few samples, so that two CPU cores answer them in minutes; `rtpurbo eval` takes any number.
-CELLS = (
+# Few samples, so that two CPU cores need only minutes.
+CASES = (
     Case("needle", "single", 1024, 3),
     Case("needle", "single", 2048, 2),
     Case("needle", "single", 4096, 1),
@@ -73,12 +73,12 @@ def run_demo(
     """Converts the embedded model, evaluates it beside the dense one, and writes a report.
 
     Args:
-        output_dir: gets `artifact/`, `results.json`, `report.md` and, with matplotlib, `report.html`; what is there is
-            replaced.
-        device: where to work.
-        seed: of everything.
-        progress: told after each step.
-        console: where the table is printed.
+        output_dir: receives `artifact/`, `results.json`, `report.md` and, with matplotlib, `report.html`; existing
+            files are replaced.
+        device: device of the conversion and evaluation.
+        seed: seed of all randomness.
+        progress: called after each step.
+        console: console for the table.
 
     Returns:
         The records of the table.
@@ -110,7 +110,7 @@ def run_demo(
         records,
         {"kv_bytes_at": CACHE_LENGTH},
     )
-    samples = ", ".join(f"{cell.task} {cell.context_length}: {cell.samples}" for cell in CELLS)
+    samples = ", ".join(f"{cell.task} {cell.context_length}: {cell.samples}" for cell in CASES)
     report = _REPORT.format(
         minutes=(time.monotonic() - began) / 60,
         device=device_name(place),
@@ -135,7 +135,7 @@ def _evaluate(
 ) -> list[Record]:
     return evaluate(
         artifact,
-        suites=CELLS,
+        suites=CASES,
         policies=policies,
         seed=seed,
         device=device,

@@ -1,4 +1,4 @@
-"""Where to compute, in which type, and by what."""
+"""Devices, their names and default dtypes."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -9,14 +9,14 @@ import torch
 from rtpurbo.errors import RTPurboError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Types of a base model's weights, by the names that `--dtype` takes."""
+"""Dtypes of a base model's weights, as named by `--dtype`."""
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of this name; `auto` is the first GPU, or the CPU where there is none.
+    """Returns the device of a name; `auto` is the first GPU, or the CPU if there is none.
 
     Raises:
-        RTPurboError: there is no such device here.
+        RTPurboError: the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,23 +30,22 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The type in which a device computes fast enough: float32 on the CPU, else bfloat16."""
+    """Returns the default dtype of inference: float32 on a CPU, else bfloat16."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def base_dtype(name: str, device: torch.device) -> torch.dtype | Literal["auto"]:
-    """The type that a base model is loaded in for training.
+    """Returns the dtype in which a base model is loaded for training.
 
     Args:
-        name: one of `DTYPES`; `auto` is the checkpoint's on a GPU, and float32 on a CPU, which gains
-            nothing from a shorter type.
-        device: where the model runs.
+        name: one of `DTYPES`; `auto` is the checkpoint's dtype on a GPU and float32 on a CPU.
+        device: device of the model.
 
     Returns:
-        The type, or "auto" for that of the checkpoint.
+        The dtype, or "auto" for that of the checkpoint.
 
     Raises:
-        RTPurboError: there is no such type.
+        RTPurboError: there is no such dtype.
     """
     if name not in DTYPES:
         raise RTPurboError(f"there is no dtype '{name}': choose one of {', '.join(DTYPES)}.")
@@ -58,17 +57,17 @@ def base_dtype(name: str, device: torch.device) -> torch.dtype | Literal["auto"]
 
 @cache
 def has_triton() -> bool:
-    """True if kernels can be compiled here."""
+    """Returns True if Triton is installed."""
     return find_spec("triton") is not None
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a device in results, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
+    """Returns the name of a device in results, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def device_kind(device: torch.device) -> str:
-    """Kind of a device; devices of one kind run the same kernels, such as "cuda 9.0" or "cpu"."""
+    """Returns the kind of a device, such as "cuda 9.0" or "cpu"; devices of one kind run the same kernels."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -76,8 +75,8 @@ def device_kind(device: torch.device) -> str:
 
 
 def may_lack_memory(error: RuntimeError) -> bool:
-    """True if an error may come from too little memory, cuDNN's indirect messages included.
+    """Returns True if an error may be caused by a lack of memory.
 
-    cuDNN beside other programs on a full H100 spoke of an internal error (docs/experiment-log.md).
+    On a full H100, cuDNN reports an internal error (docs/experiment-log.md).
     """
     return isinstance(error, torch.OutOfMemoryError) or "CUDNN_STATUS_INTERNAL_ERROR" in str(error)

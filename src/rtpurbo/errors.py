@@ -1,10 +1,10 @@
-"""The error that tells a user what went wrong."""
+"""Errors of users and their messages."""
 
 
 class RTPurboError(Exception):
-    """A mistake of the user's that one sentence explains.
+    """Error that a user can correct.
 
-    The message names what is wrong and what to do about it; the command line prints it without a
+    The message is one sentence that names the problem and the remedy; the command line prints it without a
     traceback.
     """
 
@@ -13,8 +13,8 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
     """Returns the first line of an error's message without a final full stop.
 
     Args:
-        error: an error of any type; its type replaces an empty message.
-        with_type: begin with the type.
+        error: error of any type; its type replaces an empty message.
+        with_type: prefix the message with the type.
     """
     name, message = type(error).__name__, str(error).strip()
     text = f"{name}: {message}" if with_type else message or name

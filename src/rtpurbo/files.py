@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors and torch report what the system said in words of their own.
-_FULL_IN_WORDS = (
+# Messages of safetensors and torch, which do not raise OSError.
+_FULL_MESSAGES = (
     "No space left on device",
     "Disk quota exceeded",
     "File too large",
@@ -32,19 +32,19 @@ _FULL_IN_WORDS = (
 
 @contextmanager
 def explaining_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what a full disk makes of a write into one sentence.
+    """Context in which errors of a full disk become an `RTPurboError`.
 
     Args:
-        path: what is being written.
+        path: path that is written.
 
     Raises:
-        RTPurboError: there was no space for it.
+        RTPurboError: the disk is full.
     """
     try:
         yield
-    except Exception as error:  # safetensors and torch raise classes of their own
+    except Exception as error:  # safetensors and torch raise other classes
         full = isinstance(error, OSError) and error.errno in _FULL
-        if not (full or any(words in str(error) for words in _FULL_IN_WORDS)):
+        if not (full or any(words in str(error) for words in _FULL_MESSAGES)):
             raise
         raise RTPurboError(
             f"there is no space left on the disk to write {path}: free some and run the command "
@@ -54,10 +54,10 @@ def explaining_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path to write to beside `path`, and renames what was written on success.
+    """Yields a temporary path in the same folder, which is renamed to `path` on success.
 
-    Missing parent folders are made. On failure the temporary file is removed and whatever stood
-    at `path` stays as it was.
+    Missing parent folders are created. On failure the temporary file is removed, and an existing file is
+    unchanged.
 
     Raises:
         RTPurboError: the parent folder cannot be written to, or the disk is full.
@@ -68,7 +68,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         with explaining_a_full_disk(path):
             new = temporary / path.name
             yield new
-            # Else a machine that loses power may keep the new name with nothing behind it.
+            # Otherwise the file could be empty after a power failure.
             with new.open("rb") as written:
                 os.fsync(written.fileno())
             new.replace(path)
@@ -86,12 +86,12 @@ def append_text(path: Path, text: str, keep: int) -> int:
     """Appends `text` to `path` as UTF-8 and flushes it to the disk.
 
     Args:
-        path: the file; it and missing parent folders are made.
-        text: to append.
-        keep: bytes of the file to keep. What follows them is of a write that was interrupted.
+        path: file; it and missing parent folders are created.
+        text: text to append.
+        keep: bytes of the file to keep; the rest belongs to an interrupted write.
 
     Returns:
-        The bytes of the file.
+        The size of the file in bytes.
 
     Raises:
         RTPurboError: the file cannot be written to, or the disk is full.
@@ -125,26 +125,26 @@ def save_tensors_atomically(
     """Writes named tensors to `path` in the safetensors format, whole or not at all.
 
     Args:
-        path: the file to write.
-        tensors: tensors of any shape, type and device.
-        metadata: strings to store in the file's header.
+        path: file to write.
+        tensors: tensors of any shape, dtype and device.
+        metadata: strings in the file's header.
     """
     from safetensors.torch import save_file  # imports torch, which takes seconds
 
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        # With empty metadata and no tensors it writes a header that it cannot read.
+        # With empty metadata and no tensors, safetensors writes a header that it cannot read.
         save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
-        # safetensors lets nobody else read what it writes; an artifact is made to be shared.
+        # safetensors creates files that only their owner can read; artifacts are shared.
         temporary.chmod(0o644)
 
 
 def check_output_folder(destination: str | os.PathLike[str], overwrite: bool) -> None:
-    """Checks, before a long job, that its result can be put into `destination`.
+    """Checks before a long job that a folder can be written.
 
     Raises:
-        RTPurboError: `destination` is taken and `overwrite` is false, cannot be replaced, or
-            cannot be made.
+        RTPurboError: `destination` exists and `overwrite` is false, cannot be replaced, or cannot be
+            created.
     """
     destination = Path(destination)
     if destination.exists() or destination.is_symlink():
@@ -165,13 +165,13 @@ def check_output_folder(destination: str | os.PathLike[str], overwrite: bool) ->
 
 @contextmanager
 def whole_folder(destination: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary sibling folder and renames it to `destination` on success.
+    """Yields a temporary sibling folder, which is renamed to `destination` on success.
 
-    On failure the temporary folder is removed and whatever stood at `destination` stays as it
-    was. An empty `destination` counts as free.
+    On failure the temporary folder is removed, and an existing folder is unchanged. An empty folder can
+    always be replaced.
 
     Args:
-        destination: the folder to make; missing parents are made too.
+        destination: folder; missing parents are created.
         overwrite: replace `destination` if it exists.
 
     Raises:
@@ -185,7 +185,7 @@ def whole_folder(destination: str | os.PathLike[str], overwrite: bool = False) -
         with explaining_a_full_disk(destination):
             new.mkdir()
             yield new
-        # The job may have been long: somebody else may have taken the place meanwhile.
+        # Another program may have created the folder in the meantime.
         check_output_folder(destination, overwrite)
         with signals_held():
             if destination.exists():
@@ -202,7 +202,7 @@ def whole_folder(destination: str | os.PathLike[str], overwrite: bool = False) -
 
 
 def _temporary_sibling(path: Path) -> Path:
-    """Makes an empty folder beside `path`, so that a rename between them is atomic."""
+    """Creates an empty folder on the same file system as `path`, so that renaming is atomic."""
     parent = path.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -215,15 +215,15 @@ def _temporary_sibling(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder for downloaded models; the environment variable RTPURBO_CACHE overrides it."""
+    """Returns the folder for downloaded models; the environment variable RTPURBO_CACHE overrides it."""
     return Path(os.environ.get("RTPURBO_CACHE") or "~/.cache/rtpurbo").expanduser()
 
 
 def check_stays_inside(folder: Path, path: Path) -> None:
-    """Refuses a file that is a link out of its folder; those of the Hub's cache are allowed.
+    """Refuses a file that is a link out of its folder; links of the Hub's cache are allowed.
 
     Raises:
-        RTPurboError: it is one.
+        RTPurboError: the file is such a link.
     """
     target, inside = path.resolve(), folder.resolve()
     blobs = inside.parent.parent / "blobs"

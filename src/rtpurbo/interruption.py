@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a long job finishes the step it is at, saves what it has and stops."""
+"""Handling of SIGTERM and Ctrl-C: a long job finishes its step, saves its state and stops."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RESUME = "pass --resume to the same command to continue."
 
 
 class StoppedBySignalError(KeyboardInterrupt):
-    """The job was asked to stop and did.
+    """Raised when a job has stopped because of a signal.
 
-    Like every KeyboardInterrupt it passes through `except Exception`.
+    As a KeyboardInterrupt, it is not caught by `except Exception`.
 
     Args:
-        number: of the signal.
-        where: how far it came, such as "after step 12 of stage1".
-        advice: how to go on.
+        number: number of the signal.
+        where: place of the stop, such as "after step 12 of stage1".
+        advice: how to continue.
     """
 
     def __init__(self, number: int, where: str = "", advice: str = RESUME) -> None:
@@ -33,7 +33,7 @@ class StoppedBySignalError(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 plus the signal's number, as shells have it: 143 for SIGTERM, 130 for Ctrl-C."""
+        """Exit code as in shells, 128 plus the signal's number: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + self.number
 
 
@@ -45,8 +45,8 @@ class _Requests:
         self.pending: int | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        # A second signal is impatience: it stops at once, with what was saved last. But torchrun
-        # passes on what its processes may have got already.
+        # A second signal stops at once, with the last saved state. Under torchrun a process may receive the
+        # same signal twice.
         if self.depth and (self.pending is None or started_by_torchrun()):
             self.pending = self.pending or number
             return
@@ -59,13 +59,13 @@ _requests = _Requests()
 
 @contextmanager
 def stopping_cleanly(seconds: float | None = None) -> Iterator[None]:
-    """Turns SIGTERM and Ctrl-C into `StoppedBySignalError` inside, at the end of a step where one is under way.
+    """Context in which SIGTERM and Ctrl-C raise `StoppedBySignalError`, at the end of the current step if there is one.
 
-    Outside the main thread, where Python allows no handlers, signals do what they did before, and there
-    is no time limit.
+    Outside the main thread, where Python does not support handlers, signals keep their effect, and there is no
+    time limit.
 
     Args:
-        seconds: after which this process sends itself SIGTERM; None never does.
+        seconds: time after which this process sends itself SIGTERM; None for no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -86,12 +86,12 @@ def stopping_cleanly(seconds: float | None = None) -> Iterator[None]:
 
 @contextmanager
 def steps_undisturbed() -> Iterator[None]:
-    """Inside, a first signal waits until somebody asks `stop_requested`, or until the end.
+    """Context in which a first signal is delayed until `stop_requested` is checked, or until the end.
 
-    Of several within one another, the end is that of the outermost.
+    Nested contexts end with the outermost one.
 
     Raises:
-        StoppedBySignalError: at the end, if a signal waits and nobody asked.
+        StoppedBySignalError: at the end, if a signal is pending.
     """
     number = None
     _requests.depth += 1
@@ -109,7 +109,7 @@ def steps_undisturbed() -> Iterator[None]:
 def signals_held() -> Iterator[None]:
     """Delays SIGTERM and Ctrl-C until the end of the block, for a few short steps.
 
-    Outside the main thread, where Python allows no handlers, they do not.
+    Outside the main thread, where Python does not support handlers, it has no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -123,12 +123,12 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # None stands for a handler that is not Python's.
+            # None is a handler that was not installed by Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         for received in waiting:
             signal.raise_signal(received)
 
 
 def stop_requested() -> int | None:
-    """The signal that waits, if one does."""
+    """Returns the pending signal, or None."""
     return _requests.pending

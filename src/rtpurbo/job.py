@@ -1,4 +1,4 @@
-"""One conversion at work: its folder beside the artifact-to-be, and the stages that read and write it."""
+"""Conversion job: its work folder, and the stages that read and write it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def calibrate_base(
 
 
 class Job:
-    """One conversion: its work folder, and the stages that read and write it.
+    """Conversion with its work folder.
 
     Every stage writes one file when it is finished and is skipped if the file exists; until then it
     writes checkpoints. With several processes, all do the same, and the main one writes and prints.
@@ -118,8 +118,8 @@ class Job:
         self.lock.release()
 
     def _check_places(self, force: bool) -> bool:
-        """Checks that artifact and work folder can be made; whether the former may replace another."""
-        # An interrupted job was allowed to take this place, and may have been stopped just after.
+        """Checks that artifact and work folder can be created, and returns True if the artifact may replace another."""
+        # An interrupted job had permission to replace the folder.
         may_replace = force or (self.resume and self.work.exists())
         check_output_folder(self.output_dir, may_replace)
         self.lock.acquire()
@@ -200,7 +200,7 @@ class Job:
         random_access(self.train_text).sample_tokens(
             base.tokenizer, max(max(each) for each in lengths.values()), random.Random(0)
         )
-        # The probe of stage 1 reads held-out text, and so does stage 2 where it finds its share.
+        # The probe of stage 1 reads held-out text, and so does stage 2 to find the LoRA scale.
         held_out = [*lengths.get("stage1", ())]
         if settings.stage2.lora_scale is None:
             held_out += lengths.get("stage2", ())
@@ -208,17 +208,17 @@ class Job:
             self.held_out.sample_tokens(base.tokenizer, max(held_out), random.Random(0))
 
     def config(self, head_map: HeadMap) -> RTPurboConfig:
-        """The sparse model's configuration."""
+        """Returns the configuration of the sparse model."""
         return RTPurboConfig(head_map, self.settings.attention, self.settings.indexer)
 
     def write_pools(
         self, base: BaseModel, *stages: IndexerTrainingSettings | DistillationSettings
     ) -> None:
-        """Sequences for training that the dense model writes, in the work folder if they are not there.
+        """Lets the dense model write training sequences into the work folder, unless they exist.
 
         Args:
-            base: dense.
-            stages: those to be run that may have a share of such sequences.
+            base: dense model.
+            stages: stages that may train on such sequences.
 
         Raises:
             RTPurboError: documents do not fit their lengths, or the model writes no usable conversation.
@@ -239,7 +239,7 @@ class Job:
         self.pools = read_pools(self.work)
 
     def calibrate(self, base: BaseModel) -> RTPurboConfig:
-        """The head map, from the work folder if it is there."""
+        """Finds the retrieval heads, unless the work folder has a head map, and returns the configuration."""
         path = self.work / HEAD_MAP_FILE
         if not self.processes.from_main(path.is_file):
             found = self._with_model(
@@ -253,15 +253,15 @@ class Job:
         return self.config(self.processes.from_main(lambda: read_calibration(path).head_map))
 
     def _with_model(self, base: BaseModel, function: Callable[[], Result]) -> Result:
-        """Runs the model on the main process alone, or on every process that holds a part of it."""
+        """Runs a function on the main process, or on all processes if they share the weights."""
         return function() if is_sharded(base.model) else self.processes.from_main(function)
 
     def stage1(self, base: BaseModel) -> None:
-        """Trained indexers, in the model and in the work folder."""
+        """Trains the indexers, or loads them from the work folder."""
         self._train_indexers(base, "stage1", self.settings.stage1, on_student=False)
 
     def keep_calibration(self, found: Calibration) -> None:
-        """Takes what was found before for its own calibration."""
+        """Writes a calibration that was found before into the work folder."""
         if self.processes.is_main:
             write_json_atomically(self.work / HEAD_MAP_FILE, found.to_dict())
 
@@ -280,7 +280,7 @@ class Job:
                 shutil.copyfile(folder / LOG_FILE, self.work / LOG_FILE)
 
     def stage2(self, base: BaseModel) -> None:
-        """Stage 2's weights and refreshed indexers, in the model and in the work folder."""
+        """Trains stage 2 and refreshes the indexers, or loads both from the work folder."""
         settings = self.settings.stage2
         if not settings.steps:
             return
@@ -343,7 +343,7 @@ class Job:
         self._discard(f"{stage}.checkpoint")
 
     def _checkpoint(self, stage: str, every: int = 20) -> Checkpoint:
-        """The checkpoints of a stage; the log forgets what came after the last."""
+        """Returns the checkpoints of a stage, and removes log entries after the last one."""
         checkpoint = Checkpoint(self.work / f"{stage}.checkpoint", every, processes=self.processes)
         if self.processes.is_main:
             checkpoint.remove_remains()
@@ -351,13 +351,13 @@ class Job:
         return checkpoint
 
     def _discard(self, *names: str) -> None:
-        """Removes folders that a stage, now done, needs no more."""
+        """Removes folders of a finished stage."""
         if self.processes.is_main:
             for name in names:
                 shutil.rmtree(self.work / name, ignore_errors=True)
 
     def finish(self, base: BaseModel) -> Path:
-        """Puts the artifact together from the work folder, in its place, and clears the work away."""
+        """Assembles the artifact from the work folder and removes that folder."""
         return self.processes.from_main(
             lambda: assemble(
                 self.work, self.output_dir, base, self.settings, self.data, self.may_replace

@@ -1,4 +1,4 @@
-"""A lock on an output folder: two jobs at once would mix their files."""
+"""Lock of an output folder, so that two jobs do not write to it at the same time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rtpurbo.errors import RTPurboError
 
 
 class OutputLock:
-    """Held by the one job of a machine that makes an output folder; it ends with the process.
+    """Lock of an output folder on this machine; released when the process ends.
 
     Args:
-        folder: that the job makes; its parent must exist when the lock is acquired.
+        folder: output folder; its parent must exist when the lock is acquired.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,10 +23,10 @@ class OutputLock:
         self._lock = FileLock(self._path, timeout=0)
 
     def acquire(self) -> None:
-        """Takes the lock.
+        """Acquires the lock.
 
         Raises:
-            RTPurboError: another job has it, or the lock's file cannot be made.
+            RTPurboError: another job holds it, or the lock file cannot be created.
         """
         try:
             self._lock.acquire()
@@ -41,7 +41,7 @@ class OutputLock:
             ) from error
 
     def release(self) -> None:
-        """Gives the lock back, if it is held."""
+        """Releases the lock, if it is held."""
         if self._lock.is_locked:
             self._path.unlink(missing_ok=True)
             self._lock.release()

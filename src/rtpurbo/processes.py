@@ -1,7 +1,7 @@
-"""The processes that train together: which one this is, and what they tell each other.
+"""Processes of distributed training and their communication.
 
-`torchrun` starts them; alone, a process talks to nobody and nothing is initialised. Only the main one
-writes files and prints.
+`torchrun` starts them; for a single process nothing is initialised. Only the main process writes files and
+prints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.launch import started_by_torchrun
 
 Parallelism = Literal["data", "fsdp"]
-"""How several processes share a training: each holds the model, or each a part of every layer."""
+"""Kinds of parallelism: each process holds the whole model, or a part of every layer."""
 
 Result = TypeVar("Result")
 
@@ -30,10 +30,10 @@ _TENSOR_PARALLEL = (
 
 
 def check_parallelism(name: str) -> Parallelism:
-    """The parallelism of this name.
+    """Returns the parallelism of a name.
 
     Raises:
-        RTPurboError: it is not offered.
+        RTPurboError: it is not supported.
     """
     if name == "data":
         return "data"
@@ -46,13 +46,13 @@ def check_parallelism(name: str) -> Parallelism:
 
 @dataclass(frozen=True)
 class Processes:
-    """One of the processes of a job.
+    """Process of a job.
 
     Attributes:
-        index: of this process, over all machines.
-        count: of all processes.
-        local_index: of this process on its machine.
-        parallelism: how they share the work.
+        index: rank of this process, over all machines.
+        count: number of processes.
+        local_index: rank of this process on its machine.
+        parallelism: kind of parallelism.
     """
 
     index: int = 0
@@ -71,13 +71,13 @@ class Processes:
         return self.index == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """The GPU of this process, where `device` leaves open which."""
+        """Returns the device of this process: one GPU for each process."""
         if self.count > 1 and device.type == "cuda":
             return torch.device("cuda", self.local_index)
         return device
 
     def wait(self) -> None:
-        """Waits until all processes are here."""
+        """Waits for all processes."""
         if self.count > 1:
             dist.barrier()
 
@@ -88,7 +88,7 @@ class Processes:
                 dist.all_reduce(tensor)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values of all processes: from [...] on each to [count, ...] on all of them."""
+        """Gathers the values [...] of all processes as [count, ...] on each of them."""
         if self.count == 1:
             return values[None]
         gathered = [torch.empty_like(values) for _ in range(self.count)]
@@ -104,10 +104,10 @@ class Processes:
         return gathered
 
     def from_main(self, function: Callable[[], Result]) -> Result:
-        """Calls a function on the main process alone and gives its result to all.
+        """Calls a function on the main process and returns its result on all processes.
 
         Raises:
-            RTPurboError: on every process, if the function raises it.
+            RTPurboError: on all processes, if the function raises it.
         """
         if self.count == 1:
             return function()
@@ -128,14 +128,14 @@ ALONE = Processes()
 
 
 def join_processes(device: torch.device, parallelism: str = "data") -> Processes:
-    """Joins the processes that `torchrun` started; a process alone stays alone.
+    """Initialises communication with the processes that `torchrun` started, if there are any.
 
     Args:
-        device: where they compute; decides how they talk (gloo for `cpu`, NCCL for `cuda`).
+        device: device of the computation; the backend is gloo for `cpu`, NCCL for `cuda`.
         parallelism: `data` or `fsdp`.
 
     Raises:
-        RTPurboError: the parallelism is not offered.
+        RTPurboError: the parallelism is not supported.
     """
     checked = check_parallelism(parallelism)
     if not started_by_torchrun():
@@ -147,6 +147,6 @@ def join_processes(device: torch.device, parallelism: str = "data") -> Processes
 
 
 def leave_processes() -> None:
-    """Ends the talk that `join_processes` began, so that the process can exit without a warning."""
+    """Ends the communication, so that the process exits without a warning."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Puts an artifact on the Hugging Face Hub."""
+"""Upload of artifacts to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ _TEXTS = (".json", ".jsonl", ".md")
 
 
 def push_artifact(folder: str | Path, name: str, *, private: bool = False) -> str:
-    """Uploads an artifact to a model repository, which is made where it is missing.
+    """Uploads an artifact to a model repository, which is created if it does not exist.
 
     Only `PUBLISHED_FILES` are uploaded, and the path of a local base model is shortened to the name of
     its folder.
 
     Args:
-        folder: the artifact's.
-        name: of the repository, such as "somebody/smollm2-rtpurbo".
-        private: whether a new repository is private.
+        folder: folder of the artifact.
+        name: name of the repository, such as "somebody/smollm2-rtpurbo".
+        private: make a new repository private.
 
     Returns:
-        Where to see it.
+        The URL of the repository.
 
     Raises:
-        RTPurboError: `folder` holds no artifact, a file is a link that leaves it, or the Hub refuses
-            or cannot be reached.
+        RTPurboError: `folder` is not an artifact, a file is a link out of it, or the Hub refuses the upload or
+            cannot be reached.
     """
     folder = Path(folder)
     base = ArtifactConfig.read(folder).base
@@ -75,10 +75,10 @@ def push_artifact(folder: str | Path, name: str, *, private: bool = False) -> st
 
 
 def published_files(folder: Path) -> list[Path]:
-    """The files of an artifact or an export, in order of their names.
+    """Returns the files of an artifact or an export, sorted by name.
 
     Raises:
-        RTPurboError: one is a link that leaves the folder.
+        RTPurboError: a file is a link out of the folder.
     """
     found = []
     for path in sorted(folder.rglob("*")):

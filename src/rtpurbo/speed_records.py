@@ -1,4 +1,4 @@
-"""Speed as data: one record an entry of a table, with where it came from."""
+"""Records of speed measurements and their files."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ Phase = Literal["prefill", "decode", "model-prefill", "model-decode", "stage1", 
 
 @dataclass(frozen=True)
 class SpeedRecord:
-    """One measurement.
+    """Speed measurement.
 
     Attributes:
-        phase: what was timed: one layer's operator, a forward of a whole model, or a step of training.
-        context_length: tokens, the new ones included.
-        batch_size: sequences.
+        phase: kind of measurement: operator of a layer, forward pass of a whole model, or training step.
+        context_length: tokens, new ones included.
+        batch_size: number of sequences.
         num_attention_heads: query heads of a layer.
         num_key_value_heads: KV heads of a layer.
-        num_retrieval_heads: query heads of the layer, or of all layers of a model, that retrieve.
+        num_retrieval_heads: retrieval heads of the layer, or of all layers of a model.
         head_dim: dimensions of a head.
-        sliding_window: keys that a local head sees beside the sinks.
+        sliding_window: window of local heads, without sinks.
         density: share of the causal key blocks that retrieval heads read, near ones included; in
-            decoding, of the keys that they select. 1 where they read everything. A density that was
-            asked for is stated as such if it was nearly reached.
-        implementation: who computed it.
-        milliseconds: of a call, the median.
-        milliseconds_p10: a tenth of the calls were faster.
-        milliseconds_p90: a tenth of the calls were slower.
-        retrieval_window: the window of retrieval heads.
-        peak_memory_bytes: the most memory in use at once, inputs included.
-        scratch_bytes: of these, what was neither there before the call nor its result.
-        model: geometry of the model, if it was a whole one.
-        tokens_per_second: of training.
-        peak_memory_gib: the peak again, in GiB, of training.
-        loss_milliseconds: of a training step, what computing the loss and its gradients took.
+            decoding, share of the keys that they select; 1 for dense heads. The requested density if it
+            was nearly reached.
+        implementation: name of the implementation.
+        milliseconds: median time of a call.
+        milliseconds_p10: 10th percentile.
+        milliseconds_p90: 90th percentile.
+        retrieval_window: window of retrieval heads.
+        peak_memory_bytes: peak memory, inputs included.
+        scratch_bytes: part of the peak that was neither allocated before the call nor is its result.
+        model: geometry of a whole model.
+        tokens_per_second: speed of training.
+        peak_memory_gib: peak memory of training in GiB.
+        loss_milliseconds: time of the loss and its gradients in a training step.
         loss_share: the same as a share of the step.
         dtype: dtype of the states or weights, as in "bfloat16"; None in files of earlier versions.
-        device: the device, which a file states once for all records.
-        note: what else to know.
+        device: device, which a file states once for all records.
+        note: further remarks.
     """
 
     phase: Phase
@@ -75,7 +75,7 @@ class SpeedRecord:
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; what was not measured is left out."""
+        """Returns plain JSON types without fields that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -88,9 +88,9 @@ class SpeedResults:
 
     Attributes:
         records: the measurements.
-        notes: what was left out, and why.
-        errors: what was refused a figure because it computed something wrong.
-        origin: what a file says of where the records came from.
+        notes: reasons for measurements that were left out.
+        errors: results that are not recorded because they are wrong.
+        origin: provenance of the records, from their file.
     """
 
     records: list[SpeedRecord] = field(default_factory=list)
@@ -100,13 +100,13 @@ class SpeedResults:
 
 
 def write_speed(path: str | Path, device: str, command: str, results: SpeedResults) -> None:
-    """Writes records with all that is needed to measure them again.
+    """Writes records with everything that is needed to reproduce them.
 
     Args:
-        path: the JSON file.
-        device: what it ran on.
-        command: how to get the same results.
-        results: the measurements.
+        path: JSON file.
+        device: name of the device.
+        command: command that reproduces the results.
+        results: measurements.
     """
     write_json_atomically(
         path,
@@ -124,10 +124,10 @@ def write_speed(path: str | Path, device: str, command: str, results: SpeedResul
 
 
 def read_speed(path: str | Path) -> SpeedResults:
-    """Reads what `write_speed` wrote.
+    """Returns the results that `write_speed` wrote.
 
     Raises:
-        RTPurboError: the file is missing, or not one of these.
+        RTPurboError: the file is missing or corrupt.
     """
     path = Path(path)
     if not path.is_file():
@@ -145,14 +145,14 @@ def read_speed(path: str | Path) -> SpeedResults:
 
 
 def stated_density(asked: float, reached: float, tolerance: float) -> float:
-    """The density that a record states: what was asked for if that was nearly reached.
+    """Returns the density of a record: the requested one if it was nearly reached.
 
-    So measurements at several lengths can be told to belong together.
+    Measurements at several lengths can thus be grouped by density.
 
     Args:
-        asked: what selections or lists were made for.
-        reached: what they have.
-        tolerance: share of what was asked for by which they may exceed it.
+        asked: requested density.
+        reached: actual density.
+        tolerance: share of the requested density by which it may be exceeded.
     """
     nearly = 0.95 * asked <= reached <= (1 + tolerance) * asked
     return asked if nearly else round(reached, 4)

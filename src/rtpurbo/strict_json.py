@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written: parsed strictly, and checked against a dataclass."""
+"""Strict parsing of untrusted JSON, and type checks against a dataclass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rtpurbo.errors import RTPurboError
 
 
 def parse(text: str) -> Any:
-    """Parses JSON, and refuses what Python's parser would let through.
+    """Parses JSON more strictly than Python's parser.
 
     Raises:
-        ValueError: it is no JSON, names a key twice or is nested too deeply.
+        ValueError: the text is not JSON, has a duplicate key or is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -30,19 +30,19 @@ def read(path: Path) -> Any:
     """Parses a UTF-8 file as `parse` does.
 
     Raises:
-        ValueError: as `parse` does, or it is not UTF-8.
-        OSError: it cannot be read.
+        ValueError: as `parse`, or the file is not UTF-8.
+        OSError: the file cannot be read.
     """
     return parse(path.read_text(encoding="utf-8"))
 
 
 def check_fields(kind: type, data: Mapping[str, Any]) -> None:
-    """Checks values for a dataclass of plain fields before it is made.
+    """Checks the arguments of a dataclass.
 
     Args:
-        kind: a dataclass whose fields are int, float, str, bool, dict, a Literal, or one of these
-            and None; other fields are not looked at.
-        data: its arguments by name.
+        kind: dataclass; fields of other types than int, float, str, bool, dict, Literal and their unions with
+            None are not checked.
+        data: arguments by name.
 
     Raises:
         RTPurboError: a value is of another type, or a number is not finite.

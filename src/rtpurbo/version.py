@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 
 def library_commit() -> str | None:
-    """The git commit of this library; None where it does not run from its repository."""
+    """Returns the git commit of this library; None if it does not run from its repository."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: one file a command, and no logic but printing."""
+"""Command line: one file for each command, without logic besides printing."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ OUT_OF_MEMORY = (
 )
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of a training or an evaluation that a signal stopped."""
+"""Exit codes of a job that a signal stopped."""
 
 
 class CommandGroup(TyperGroup):
-    """Commands whose foreseeable errors end in one sentence and exit code 1.
+    """Group of commands whose expected errors print one sentence and exit with code 1.
 
-    What a signal stopped cleanly exits with 128 plus the signal's number.
+    A command that a signal stopped exits with 128 plus the signal's number.
     """
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command that was given."""
+        """Runs a command."""
         try:
             return super().invoke(ctx)
         except RTPurboError as error:
@@ -63,7 +63,7 @@ class CommandGroup(TyperGroup):
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch is not imported to know its exception.
+    # By name, so that torch is not imported.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -73,7 +73,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Start here": {"demo": demo, "convert": convert},
-    "Use and judge an artifact": {
+    "Use and evaluate an artifact": {
         "chat": chat,
         "generate": generate,
         "eval": evaluate,
@@ -82,16 +82,16 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "push": push,
     },
     "Serve it": {"export": export, "serve": serve},
-    "The steps of a conversion, one by one": {
+    "Steps of a conversion": {
         "calibrate": calibrate,
         "train-indexer": train_indexer,
         "distill": distill,
     },
 }
-"""Commands by name, under the headings of the help."""
+"""Commands by name and heading of the help."""
 
-PASSING_ON = {"serve"}
-"""Commands that take options of another program, which they pass on."""
+WITH_EXTRA_OPTIONS = {"serve"}
+"""Commands that pass unknown options to another program."""
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -103,7 +103,7 @@ app = typer.Typer(
 )
 for _panel, _commands in PANELS.items():
     for _name, _command in _commands.items():
-        _unknown = _name in PASSING_ON
+        _unknown = _name in WITH_EXTRA_OPTIONS
         _settings = {"allow_extra_args": _unknown, "ignore_unknown_options": _unknown}
         app.command(_name, rich_help_panel=_panel, context_settings=_settings)(_command)
 app.add_typer(bench.app, name="bench", rich_help_panel="Measure speed")
@@ -118,15 +118,18 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Turn a full-attention language model sparse, with a few hundred training steps.
 
-    Most attention heads only need a window and the first tokens. RTPurbo finds the few that
-    retrieve from far back, teaches them where to look, and adapts the model to the rest.
+    Most attention heads need only a window and the first tokens. RTPurbo finds the heads that need the whole
+    context and trains an index that selects which distant tokens they read.
 
-    Try `rtpurbo demo`, or convert a model of yours and use it:
+    Try `rtpurbo demo`, or convert a model and use it:
 
     `rtpurbo convert MODEL --output-dir sparse`
 
@@ -137,12 +140,12 @@ def main_options(
 def main() -> None:
     """Runs the command line."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads of GNU OpenMP that spin while they wait take a shared machine's cores from each other.
+    # Spinning threads of GNU OpenMP occupy the cores of a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         app()
     except SystemExit as end:
-        # After an error the others may wait for this process, and it must not wait for them.
+        # After an error, other processes may wait for this one, so it must not wait for them.
         if started_by_torchrun() and end.code in (None, 0, *STOPPED):
             from rtpurbo.processes import leave_processes
 

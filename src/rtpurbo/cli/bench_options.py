@@ -1,4 +1,4 @@
-"""Options that the benchmarks share."""
+"""Options of several benchmarks."""
 
 from __future__ import annotations
 

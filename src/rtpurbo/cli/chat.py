@@ -9,25 +9,27 @@ import typer
 
 from rtpurbo.cli import options
 
-_sampling_option = partial(options.optional, rich_help_panel="How tokens are drawn")
+_sampling_option = partial(options.optional, rich_help_panel="Sampling")
 
 
 def chat(
     artifact: options.Artifact,
     system: Annotated[str | None, options.optional(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of tokens of an answer.")
+    ] = 512,
     show_reads: Annotated[
         bool,
         typer.Option(
             "--show-reads",
-            help="Show after each answer how many tokens heads read and the size of the cache, "
-            "beside the dense model. Slows a GPU down.",
+            help="Show after each answer the tokens read per head and the size of the cache, compared with "
+            "the dense model. Slows a GPU down.",
         ),
     ] = False,
     temperature: Annotated[
         float | None,
         _sampling_option(
-            min=0, help="0 takes the likeliest token. Left out: what the model's own settings say."
+            min=0, help="Sampling temperature; 0 is greedy. Default: the model's own setting."
         ),
     ] = None,
     sampling_top_p: Annotated[
@@ -35,23 +37,23 @@ def chat(
         _sampling_option(
             min=0,
             max=1,
-            help="Draw from the likeliest tokens that have this much probability together.",
+            help="Probability mass of nucleus sampling.",
         ),
     ] = None,
     sampling_top_k: Annotated[
-        int | None, _sampling_option(min=1, help="Draw from so many of the likeliest tokens.")
+        int | None, _sampling_option(min=1, help="Number of most likely tokens to sample from.")
     ] = None,
     seed: options.Seed = 0,
     base_model: options.BaseModel = None,
     device: options.Device = "auto",
 ) -> None:
-    """Talk with a sparse model in the terminal.
+    """Chat with a sparse model in the terminal.
 
     `rtpurbo chat smollm2-sparse --system "Answer in one sentence."`
 
-    The cache is kept between turns, so that only what is new is read. /reset begins a new
-    conversation, /quit leaves, and Ctrl-C stops an answer. Takes exports for vLLM and transformers
-    as well as artifacts.
+    The cache is kept between turns, so that only new tokens are processed. /reset starts a new
+    conversation, /quit exits, and Ctrl-C stops an answer. Exports for vLLM and transformers can be used
+    like artifacts.
     """
     from rich.console import Console
     from transformers import set_seed

@@ -19,7 +19,7 @@ def convert(
         options.optional(
             "--output-dir",
             "-o",
-            help="Folder to make; written whole or not at all. Needed unless --dry-run is given.",
+            help="Output folder, written whole or not at all. Required without --dry-run.",
         ),
     ] = None,
     effort: options.Effort = "auto",
@@ -54,10 +54,10 @@ def convert(
     force: options.Force = False,
     preset: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Make a model sparse: find the heads that retrieve, train their indexers, adapt the rest.
+    """Convert a dense model: find its retrieval heads, train their indexers, optionally distil.
 
-    The result is a small folder, an *artifact*, that turns the dense model into its sparse version
-    wherever both are. Settings suit the model's context; the plan is printed first.
+    The result is a small folder, an *artifact*, with which the dense model is loaded as a sparse one.
+    Default settings depend on the model's context; the plan is printed first.
 
     `rtpurbo convert HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-sparse`
     """

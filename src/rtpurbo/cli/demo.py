@@ -12,7 +12,7 @@ def demo(
     seed: options.Seed = 0,
     device: options.Device = "auto",
 ) -> None:
-    """Make a small model sparse from start to end, and compare it with the dense one.
+    """Convert a small model and compare it with the dense one.
 
     Takes minutes on two CPU cores.
     """

@@ -55,7 +55,7 @@ def evaluate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to compare: full (the dense model), rtpurbo, rtpurbo-paper and "
+            help="Policy to compare: full (the dense model), rtpurbo, rtpurbo-paper and "
             "rtpurbo-residual (two readings of top-p), rtpurbo-sparse-prefill (sparse in the prompt "
             "too), rtpurbo-float8-index, rtpurbo-before-stage2, the peers dense-heads, quest, top-k "
             "and oracle-top-p, the controls local-only (windows alone) and random-heads, or all. "
@@ -98,8 +98,8 @@ def evaluate(
         bool,
         typer.Option(
             "--run-code",
-            help="Let humaneval execute the code that the model writes, in a limited process without "
-            "network. It is untrusted: docs/evaluation.md says how far it is contained.",
+            help="Allow humaneval to execute code that the model writes, in a limited process without "
+            "network. The code is untrusted: docs/evaluation.md describes the sandbox.",
         ),
     ] = False,
     dtype: Annotated[
@@ -110,8 +110,8 @@ def evaluate(
         int,
         typer.Option(
             min=1,
-            help="Take so many tests at a time, each in a process of its own, on all GPUs there are. "
-            "A small model leaves most of a GPU idle while it writes; memory is what limits them.",
+            help="Number of tests that run at the same time, each in its own process, on all GPUs. "
+            "A small model leaves most of a GPU idle in decoding; memory limits the number.",
         ),
     ] = 1,
     output: Annotated[
@@ -140,10 +140,10 @@ def evaluate(
     seed: options.Seed = 0,
     device: options.Device = "auto",
 ) -> None:
-    """Measure a sparse model beside the dense one: quality, tokens read and cache size.
+    """Evaluate a sparse model and the dense one: quality, tokens read and cache size.
 
-    Every policy gets the same tests, from the part of the text that conversion does not train on.
-    Ctrl-C and SIGTERM end a run after the question it is at; `--resume` continues from there.
+    Every policy gets the same tests, on text that conversion does not train on.
+    Ctrl-C and SIGTERM end a run after the current question; `--resume` continues it.
 
     `rtpurbo eval smollm2-sparse --suite needle --length 4096 --samples 20`
 
@@ -167,7 +167,7 @@ def evaluate(
     lengths = length or request.DEFAULT_LENGTHS
     policies = policy or request.DEFAULT_POLICIES
     files = options.assignments("--task-data", task_data)
-    # Mistakes are reported before torch is imported, which takes seconds.
+    # Errors are reported before torch is imported, which takes seconds.
     request.Request.of(
         suites,
         lengths,

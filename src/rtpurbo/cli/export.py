@@ -13,10 +13,10 @@ from rtpurbo.serving.rtp_llm import SEQUENCE_THRESHOLD
 
 def export(
     artifact: options.Artifact,
-    folder: Annotated[Path, typer.Argument(help="Folder to make; written whole or not at all.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder, written whole or not at all.")],
     target: Annotated[
         Literal["vllm", "rtp-llm", "transformers"],
-        typer.Option("--to", help="Who is to read it."),
+        typer.Option("--to", help="Format of the export."),
     ],
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -31,7 +31,7 @@ def export(
         ),
     ] = False,
     sequence_threshold: Annotated[
-        int, typer.Option(min=0, help="For rtp-llm: shorter prompts are read dense.")
+        int, typer.Option(min=0, help="For rtp-llm: shorter prompts are processed dense.")
     ] = SEQUENCE_THRESHOLD,
     base_model: options.BaseModel = None,
     force: options.Force = False,

@@ -13,9 +13,9 @@ from rtpurbo.cli import options
 def generate(
     artifact: options.Artifact,
     prompt: Annotated[str, typer.Argument(help="Text; - reads it from standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 256,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")
+        bool, typer.Option("--sample", help="Sample instead of greedy decoding.")
     ] = False,
     chat: Annotated[
         bool | None,
@@ -29,7 +29,7 @@ def generate(
     base_model: options.BaseModel = None,
     device: options.Device = "auto",
 ) -> None:
-    """Let a sparse model write, word by word.
+    """Generate text with a sparse model, streamed.
 
     `rtpurbo generate smollm2-sparse - --max-new-tokens 100 < long-question.txt`
     """

@@ -6,7 +6,7 @@ from rtpurbo.cli import options
 
 
 def inspect(artifact: options.Artifact) -> None:
-    """Show an artifact: its settings, its retrieval heads, its training and its files."""
+    """Show settings, retrieval heads, cache sizes, training and files of an artifact."""
     from rich.console import Console
 
     from rtpurbo.models.artifact_folder import find_artifact

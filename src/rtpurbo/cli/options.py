@@ -1,4 +1,4 @@
-"""Arguments and options that commands share."""
+"""Arguments and options of several commands."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 optional = partial(typer.Option, show_default=False)
 """Option without a default of its own: left out, it changes nothing."""
 
-_heads_option = partial(optional, rich_help_panel="Which heads retrieve")
-_attention_option = partial(optional, rich_help_panel="What heads see")
+_heads_option = partial(optional, rich_help_panel="Retrieval heads")
+_attention_option = partial(optional, rich_help_panel="Attention")
 _indexer_option = partial(optional, rich_help_panel="Token indexer")
 _training_option = partial(optional, rich_help_panel="Training")
 
@@ -37,7 +37,7 @@ Artifact = Annotated[
     str, typer.Argument(help="Folder that `rtpurbo convert` wrote, or its name on the Hub.")
 ]
 OutputFolder = Annotated[
-    Path, typer.Option("--output-dir", "-o", help="Folder to make; written whole or not at all.")
+    Path, typer.Option("--output-dir", "-o", help="Output folder, written whole or not at all.")
 ]
 Data = Annotated[
     list[str] | None,
@@ -49,8 +49,8 @@ Data = Annotated[
 BaseModel = Annotated[
     str | None,
     optional(
-        help="Take the base model from here instead of where the artifact says; its weights must "
-        "be the same."
+        help="Base model to use instead of the one that the artifact names; its weights must be the "
+        "same."
     ),
 ]
 Device = Annotated[
@@ -83,9 +83,8 @@ Count = Annotated[int | None, _heads_option(help="Instead, this many heads.")]
 Effort = Annotated[
     Literal["auto", "quick", "standard", "thorough"],
     typer.Option(
-        help="How much work to spend: quick suits two CPU cores and minutes, standard a GPU, "
-        "thorough takes more steps and longer sequences; auto is quick on a CPU and standard on a "
-        "GPU."
+        help="Default settings: quick for minutes on two CPU cores, standard for a GPU, thorough with "
+        "more steps and longer sequences; auto is quick on a CPU and standard on a GPU."
     ),
 ]
 MaxLength = Annotated[
@@ -97,14 +96,12 @@ MaxLength = Annotated[
 ]
 Window = Annotated[
     int | None,
-    _attention_option(
-        help="Recent keys that every head sees. Left out: an eighth of the model's context."
-    ),
+    _attention_option(help="Window in tokens. Default: an eighth of the model's context."),
 ]
 TopP = Annotated[
     float | None,
     _attention_option(
-        help="Attention mass that a retrieval head's selection must reach; more reads more."
+        help="Attention mass that a retrieval head's selection must reach; a higher value reads more."
     ),
 ]
 ReadingOption = Annotated[
@@ -124,12 +121,12 @@ IndexSpaceOption = Annotated[
     ),
 ]
 IndexDim = Annotated[
-    int | None, _indexer_option(help="Dimensions of an index key; each costs cache.")
+    int | None, _indexer_option(help="Dimensions of an index key, which is part of the cache.")
 ]
 Stage1Steps = Annotated[int | None, _training_option(help="Steps that train the indexers.")]
 Stage2Steps = Annotated[
     int | None,
-    _training_option(help="Steps that adapt the model to its windows; 0 leaves its weights alone."),
+    _training_option(help="Steps of self-distillation; 0 keeps the weights unchanged."),
 ]
 LoraRank = Annotated[
     int | None, _training_option(help="Rank of the LoRA of stage 2; 0 trains the full weights.")
@@ -181,21 +178,21 @@ _SETTINGS = {
     "stream": "stream.enabled",
     "seed": "seed",
 }
-"""The setting, by dotted name, that each option changes."""
+"""Dotted name of the setting that each option changes."""
 
 _CHOICES_OF_HEADS = ("calibration.ratio", "calibration.threshold", "calibration.count")
-"""Settings of which one alone decides how many heads retrieve."""
+"""Settings of the number of retrieval heads, which exclude each other."""
 
 
 def suites_with_tasks(
     suites: Sequence[str], tasks: str | None, lengths: Sequence[int] | None
 ) -> list[str]:
-    """Suites as `rtpurbo.evaluate` takes them.
+    """Returns suites as arguments of `rtpurbo.evaluate`.
 
     Args:
-        suites: names, perhaps with tasks and lengths of their own.
-        tasks: those of the one suite, separated by commas, if they are named apart.
-        lengths: that the user gave; lm-eval's tasks take no others.
+        suites: names, optionally with tasks and lengths.
+        tasks: tasks of the only suite, separated by commas, from a separate option.
+        lengths: lengths that the user gave; the only ones that tasks of lm-eval use.
     """
     names = list(suites)
     if tasks is not None:
@@ -213,7 +210,7 @@ def suites_with_tasks(
 
 
 def assignments(option: str, given: Sequence[str] | None) -> dict[str, str]:
-    """NAME=VALUE, given several times, as a dictionary."""
+    """Returns repeated NAME=VALUE options as a dictionary."""
     values = {}
     for assignment in given or []:
         name, found, value = assignment.partition("=")
@@ -244,11 +241,11 @@ def job_options(context: typer.Context, progress: Progress | None = None) -> Job
 
 
 def changed_settings(others: Sequence[str] | None, **options: Any) -> dict[str, Any]:
-    """Settings, by dotted name, that the user gave a value.
+    """Returns the settings that the user changed, by dotted name.
 
     Args:
-        others: NAME=VALUE, as `--set` takes them; values are JSON, or plain text.
-        options: values of the options above, by their names; None where one was left out.
+        others: NAME=VALUE arguments of `--set`; values are JSON, or plain text.
+        options: values of the options above, by name; None if not given.
     """
     changes = {_SETTINGS[name]: value for name, value in options.items() if value is not None}
     for assignment in others or []:

@@ -24,10 +24,10 @@ def say(text: str) -> None:
 
 
 class ProgressBars:
-    """A bar for each stage: a context manager to pass on as `progress`; only the main process draws.
+    """Progress bar for each stage, to be passed as `progress`; only the main process draws.
 
     Args:
-        console: where to draw; standard error if None.
+        console: console; standard error if None.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -54,20 +54,20 @@ class ProgressBars:
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-        """Moves a stage's bar, which its first call makes."""
+        """Updates the bar of a stage, which the first call creates."""
         written = "  ".join(_figure(name, value) for name, value in figures.items())
         if stage not in self._tasks:
-            # What a resumed stage had done before says nothing about the time it takes now.
+            # Steps of an earlier run are ignored in the estimate of the remaining time.
             self._tasks[stage] = self._progress.add_task(
                 stage, total=total, completed=max(0, done - 1), figures=written
             )
         self._progress.update(self._tasks[stage], completed=done, total=total, figures=written)
         if done >= total and stage not in self._finished:
             self._finished.add(stage)
-            self._tell_a_log(f"{stage} {done}/{total}  {written}")
+            self._log_line(f"{stage} {done}/{total}  {written}")
 
-    def _tell_a_log(self, text: str) -> None:
-        """Bars are drawn in a terminal alone; a log gets a line when a stage ends."""
+    def _log_line(self, text: str) -> None:
+        """Prints a line at the end of a stage if the output is not a terminal, which shows bars."""
         console = self._progress.console
         if not console.is_terminal:
             seconds = self._progress.get_time() - self._began
@@ -75,7 +75,7 @@ class ProgressBars:
 
 
 def _figure(name: str, value: float) -> str:
-    """A figure as people say it: "tokens/s 1,234"."""
+    """Formats a figure, such as "tokens/s 1,234"."""
     if name.endswith("_per_second"):
         return f"{name.removesuffix('_per_second')}/s {value:,.0f}"
     return f"{name.replace('_', ' ')} {value:.4g}"

@@ -22,9 +22,9 @@ def report(
         "report.html"
     ),
 ) -> None:
-    """Put an artifact and its results on one page: tables, head map, plots, how they were made.
+    """Write an HTML report of an artifact and its results: tables, head map, plots, provenance.
 
-    The page is a single file that needs no network, for phones, desktops and paper.
+    The report is a single file that needs no network.
 
     `rtpurbo report smollm2-sparse quality.json decode.json -o report.html`
     """

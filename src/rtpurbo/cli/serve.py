@@ -28,15 +28,15 @@ def serve(
         int | None,
         _engine_option(
             min=1,
-            help="Longest request in tokens, prompt and answer. Left out: the model's context.",
+            help="Longest request in tokens, prompt and answer. Default: the model's context.",
         ),
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None,
         _engine_option(
             min=1,
-            help="Tokens that a step computes at the most; every window is held with room for "
-            "them, so more costs capacity. Left out: the window, from 512 to 2,048.",
+            help="Maximum number of tokens of a step; windowed caches have room for them, so a higher value "
+            "costs capacity. Default: the window, from 512 to 2,048.",
         ),
     ] = None,
     tensor_parallel_size: Annotated[
@@ -45,14 +45,14 @@ def serve(
             "--tensor-parallel-size",
             "-tp",
             min=1,
-            help="Devices that share the heads.",
+            help="Number of devices for tensor parallelism.",
             rich_help_panel=_ENGINE,
         ),
     ] = 1,
     dtype: Annotated[
         str,
         typer.Option(
-            help="Type to run in, such as bfloat16 or float32; auto is 16 bits.",
+            help="Dtype, such as bfloat16 or float32; auto is 16 bits.",
             rich_help_panel=_ENGINE,
         ),
     ] = "auto",
@@ -60,8 +60,8 @@ def serve(
         float | None,
         _engine_option(
             min=0,
-            help="Memory for the key-value cache, in GiB on each device. Left out: what is left of "
-            "a GPU, or 4 without one.",
+            help="Memory for the KV cache, in GiB on each device. Default: the free memory of a GPU, or 4 "
+            "without one.",
         ),
     ] = None,
     base_model: options.BaseModel = None,

@@ -26,9 +26,8 @@ def calibrate(
     dtype: options.Dtype = "auto",
     force: options.Force = False,
 ) -> None:
-    """Step 1: find the heads that retrieve, and show them.
+    """Step 1: find the retrieval heads and show them.
 
-    Sentences stand twice in long prose; heads that look back from the second to the first retrieve.
     The head map is written for `rtpurbo train-indexer`.
     """
     from rich.console import Console
@@ -69,10 +68,9 @@ def train_indexer(
     resume: options.Resume = False,
     force: options.Force = False,
 ) -> None:
-    """Step 2: train the token indexers, which tell retrieval heads where to look.
+    """Step 2: train the token indexers, which select the tokens that retrieval heads read.
 
-    The model's own weights stay as they are. The result is an artifact that works already;
-    `rtpurbo distill` makes it better.
+    The model's weights are unchanged. The result is a complete artifact; `rtpurbo distill` adds stage 2.
     """
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
@@ -104,9 +102,9 @@ def distill(
     resume: options.Resume = False,
     force: options.Force = False,
 ) -> None:
-    """Step 3: teach the sparse model to answer as the dense one does.
+    """Step 3: distil the dense model into the sparse one.
 
-    Takes an artifact that `rtpurbo train-indexer` wrote and writes another, with adapted weights.
+    Reads an artifact of `rtpurbo train-indexer` and writes another one with trained weights.
     """
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say

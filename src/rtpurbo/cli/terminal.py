@@ -1,4 +1,4 @@
-"""A chat in the terminal."""
+"""Chat in the terminal."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ COMMANDS = {
 
 
 def chat(conversation: Conversation, console: Console, *, show_reads: bool = False) -> None:
-    """Talks until the user leaves or the input ends.
+    """Runs the chat until the user quits or the input ends.
 
-    Ctrl-C stops an answer, and what was written of it stays in the conversation.
+    Ctrl-C stops an answer; its beginning stays in the conversation.
 
     Args:
-        conversation: answers.
-        console: where to write; messages come from standard input.
+        conversation: conversation with the model.
+        console: console for the output; messages come from standard input.
         show_reads: show after each answer the tokens read and the size of the cache.
     """
     at_terminal = sys.stdin.isatty()
     if at_terminal:
-        import readline  # noqa: F401  # lets lines be edited and called back
+        import readline  # noqa: F401  # line editing and history
 
         console.print("Ctrl-C stops an answer; /help tells what else there is.", style="dim")
     while True:

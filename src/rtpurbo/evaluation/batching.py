@@ -9,20 +9,20 @@ from transformers import PreTrainedModel
 from rtpurbo.models.sparse_layers import is_sparse
 
 MOST_AT_ONCE = 32
-# Short questions with long answers: a step takes about as long for many as for one.
+# For short questions with long answers, whose steps take about as long for many sequences as for one.
 MOST_SHORT_AT_ONCE = 128
-# The cache of all of them must fit beside the model.
+# Limits the size of the cache of a batch.
 TOKENS_AT_ONCE = 2**18
-# Of a dense model's mask, a byte each before attention turns it into its own numbers.
+# Entries of a dense model's mask, of one byte each before attention converts it.
 MASK_ENTRIES = 2**30
 
 
 def questions_at_once(model: PreTrainedModel, context_length: int, most: int = MOST_AT_ONCE) -> int:
     """Returns the batch size for questions whose prompts differ in length.
 
-    A GPU answers several in the time of one; a CPU does not, and each would wait. In a dense model
-    several padded prompts need a mask, [batch, length, length], and one alone needs none: long
-    prompts are slower together, and one batch of eight at 32K took 50 GB (docs/experiment-log.md).
+    Batches save time on a GPU only. In a dense model, several padded prompts need a mask [batch, length,
+    length], and a single prompt needs none: long prompts are slower in a batch, and a batch of eight at 32K
+    took 50 GB (docs/experiment-log.md).
 
     Args:
         model: dense or sparse.
@@ -48,7 +48,7 @@ def batches_by_length(
         most: largest batch size.
 
     Returns:
-        The places of the questions in `lengths`, by batch.
+        Indices into `lengths`, by batch.
     """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     batches = []

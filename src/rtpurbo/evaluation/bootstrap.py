@@ -9,22 +9,21 @@ from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-# Draws of this many numbers are held at once.
+# Maximum number of drawn numbers in memory.
 _NUMBERS_AT_ONCE = 2**24
 
 
 def bootstrap_interval(
     values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """The interval that holds the middle 95 % of the means of resampled values.
+    """Returns the interval of the middle 95 % of the means of resampled values.
 
-    It knows no more than the values: where all are equal, as with nothing but right answers, it has
-    no width.
+    If all values are equal, for example if all answers are correct, its width is zero.
 
     Args:
-        values: at least one.
-        resamples: how many means are drawn.
-        seed: of the draws.
+        values: at least one value.
+        resamples: number of resampled means.
+        seed: seed of the draws.
     """
     return interval_of_mean([values], resamples, seed)
 
@@ -32,14 +31,14 @@ def bootstrap_interval(
 def interval_of_mean(
     groups: Sequence[Sequence[float]], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """The same of the mean of several groups' means, each of which is resampled within itself.
+    """Returns the interval of the mean over the means of several groups, each resampled separately.
 
-    Tasks of a suite are such groups: which there are is no matter of chance, their questions are.
+    Tasks of a suite are such groups: their questions are a random sample, the tasks are not.
 
     Args:
-        groups: at least one, of at least one value each.
-        resamples: how many means are drawn.
-        seed: of the draws.
+        groups: at least one group of at least one value.
+        resamples: number of resampled means.
+        seed: seed of the draws.
     """
     rng = np.random.default_rng(seed)
     means = np.mean([_resampled_means(values, resamples, rng) for values in groups], axis=0)

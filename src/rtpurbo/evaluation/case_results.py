@@ -1,4 +1,4 @@
-"""Measurements of a case, whole or in parts by several processes, and the records made from them."""
+"""Measurements of a case, in one or several parts, and the records made from them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.probe import probe
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
 
-# Tensors of this device have shapes but no memory, so that any length can be counted anywhere.
+# Tensors on this device have no memory, so that any length can be computed.
 DEVICE = torch.device("meta")
 
 
@@ -23,17 +23,17 @@ def cache_bytes(
     index_keys: bool = True,
     dense: bool = False,
 ) -> int:
-    """Bytes of the cache after a prompt.
+    """Returns the bytes of the cache after a prompt.
 
-    The model's own kind of cache is filled as its layers would fill it. Recurrent states, which do not
-    grow with the prompt, are left out.
+    The model's cache class is filled as in a prefill. Recurrent states, whose size does not depend on the
+    prompt, are left out.
 
     Args:
         model: dense or sparse.
         context_length: tokens of the prompt.
         batch_size: sequences.
-        index_keys: whether those of retrieval heads are held too.
-        dense: of a sparse model, what it held before it became sparse.
+        index_keys: True to include the index keys of retrieval heads.
+        dense: True for the cache that a sparse model had before it was converted.
     """
     sparse = is_sparse(model) and not dense
     cache = HeadwiseCache(model) if sparse else DynamicCache(config=model.config)
@@ -73,7 +73,7 @@ def cache_bytes(
 
 
 def full_key_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the keys, without values, of so many tokens in the KV heads kept whole."""
+    """Returns the bytes of the keys, without values, of a number of tokens in full KV heads."""
     head_map = model.rtpurbo_config.head_map
     values = sum(
         len(head_map.full_key_value_heads(layer.layer_idx)) * layer.head_dim

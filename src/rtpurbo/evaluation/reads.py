@@ -23,30 +23,30 @@ from rtpurbo.ops import SelectionQueries, SelectionStatistics
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 
-# Of rows that come together, every so many is measured unless a meter sets another stride.
+# Default stride of the measured queries of a prefill.
 ROW_STRIDE = 8
-# Where kernels decode, a step that is measured runs eager, for many times as long as a replayed graph:
-# every fourth of the first 32 steps of an answer does, so that a long answer costs no more than eight.
+# With kernels, a measured decode step runs eager, which takes many times as long as the replay of a CUDA graph:
+# every fourth of the first 32 steps of an answer is measured, at most eight.
 STEP_STRIDE = 4
 STEPS_WATCHED = 32
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Tokens read in a test; a row is one query of one head.
+    """Tokens read in a case, over the measured queries of all heads.
 
     Attributes:
-        tokens_mean: tokens read, sinks and window included; None if no row was measured, as with
-            the two after it.
-        tokens_p50: half of the rows read no more.
-        tokens_p95: of 100 rows, 95 read no more.
-        mass_kept: mean share of a row's full attention that lies on what it reads.
-        far_tokens_mean: tokens read beyond sinks and window, of the rows that have any.
-        far_rows: how many those are.
-        far_share: what share of the tokens at hand they read; None if there are no such rows.
-        far_histogram: rows that have any by the far tokens that they read: none, 1, 2 to 3, 4 to 7,
-            and so on in powers of two.
-        rows: how many were measured.
+        tokens_mean: mean number of tokens read, sinks and window included; None if no query was measured,
+            as for the next two.
+        tokens_p50: median.
+        tokens_p95: 95th percentile.
+        mass_kept: mean attention recall.
+        far_tokens_mean: mean number of far tokens read, over queries that have far tokens.
+        far_rows: number of these queries.
+        far_share: share of their far tokens that they read; None if there are no such queries.
+        far_histogram: number of these queries by far tokens read: none, 1, 2 to 3, 4 to 7, and so on in
+            powers of two.
+        rows: number of measured queries.
     """
 
     tokens_mean: float | None = None
@@ -62,23 +62,28 @@ class Reads:
 
 @dataclass
 class ReadMeter(SelectionStatistics):
-    """Measures rows that select, while `metering` lets it.
+    """Measures queries that select, inside `metering`.
 
-    Figures stay on the device until `reads` is asked, so that nothing waits for them.
+    Measurements stay on the device until `reads` or `measured` is called, to avoid device synchronisations.
 
     Attributes:
-        row_stride: of rows that come together, every so many is measured.
+        row_stride: stride of the measured queries of a prefill.
     """
 
     row_stride: int = ROW_STRIDE
 
     def __post_init__(self) -> None:
-        # Each [4, rows]: tokens read, far tokens read, far tokens available, attention recall.
+        # Each [4, queries]: tokens read, far tokens read, far tokens, attention recall.
         self._measured: list[Tensor] = []
         self._active: Tensor | None = None
 
     def begin(self, active: Tensor | None, measure: bool) -> None:
-        """Announces a forward: which sequences [batch] still write, and whether its rows count."""
+        """Prepares for a forward pass.
+
+        Args:
+            active: bool [batch], sequences that have not ended; None if all are active.
+            measure: True if the queries of this pass are measured.
+        """
         self._active = active
         self.needs_queries = measure
 
@@ -89,7 +94,7 @@ class ReadMeter(SelectionStatistics):
         """Ignores the kernels' counts."""
 
     def add_queries(self, rows: SelectionQueries, selected: Tensor) -> None:
-        """Measures rows; see `SelectionStatistics.add_queries`."""
+        """Measures queries; see `SelectionStatistics.add_queries`."""
         if not self.needs_queries:
             return
         stride = self.row_stride if rows.logits.shape[2] > 1 else 1
@@ -108,12 +113,12 @@ class ReadMeter(SelectionStatistics):
         )
 
     def add_dense_rows(self, positions: Tensor, num_heads: int) -> None:
-        """Adds rows at these positions int64 [batch, rows] that read all they may."""
+        """Adds dense queries at these positions, int64 [batch, queries]."""
         if self.needs_queries:
             positions = positions[:, None, :: self.row_stride if positions.shape[1] > 1 else 1]
             positions = positions.expand(-1, num_heads, -1)
             tokens = positions + 1
-            # A dense model has no window: all that it reads counts as far.
+            # A dense model has no window, so all tokens count as far.
             self._keep(tokens, tokens, tokens, torch.ones_like(tokens), positions)
 
     def _keep(
@@ -123,16 +128,16 @@ class ReadMeter(SelectionStatistics):
         if self._active is not None:
             real = real & self._active[:, None, None]
         parts = [part.float() for part in (tokens, far_read, far, mass)]
-        # Rows that do not count are marked, not taken out: that would wait for the device.
+        # Ignored queries are marked and not removed, which would synchronise with the device.
         parts[0] = parts[0].masked_fill(~real, -1)
         self._measured.append(torch.stack([part.flatten() for part in parts]))
 
     def measured(self) -> NDArray[np.float32]:
         """Returns the measurements so far, float32 [4, queries].
 
-        They are: tokens read, far tokens read, far tokens at hand, attention recall.
+        Rows: tokens read, far tokens read, far tokens, attention recall.
         """
-        # Few and large tensors leave a device faster than many small ones.
+        # Few large copies from a device are faster than many small ones.
         by_device: dict[torch.device, list[Tensor]] = {}
         for part in self._measured:
             by_device.setdefault(part.device, []).append(part)
@@ -142,7 +147,7 @@ class ReadMeter(SelectionStatistics):
         return array
 
     def reads(self) -> Reads:
-        """Figures measured so far."""
+        """Returns the figures measured so far."""
         return reads_of(self.measured())
 
 
@@ -153,7 +158,7 @@ def reads_of(measured: NDArray[np.float32]) -> Reads:
         return Reads()
     with_far = far > 0
     some_far = bool(with_far.any())
-    # quantile takes at most 2**24 numbers; this takes any.
+    # torch.quantile is limited to 2**24 numbers.
     ordered = tokens.sort().values
     median, high = (
         float(ordered[max(0, -(-ordered.numel() * part // 100) - 1)]) for part in (50, 95)
@@ -172,20 +177,20 @@ def reads_of(measured: NDArray[np.float32]) -> Reads:
 
 
 def _histogram(counts: Tensor) -> tuple[int, ...]:
-    """Histogram of counts, in the bins 0, 1, 2 to 3, 4 to 7, ..."""
+    """Returns a histogram of counts with the bins 0, 1, 2 to 3, 4 to 7, ..."""
     # The exponent e of m * 2**e with m from 1/2 to 1: 0 for 0, 1 for 1, 2 for 2 and 3.
     bins = torch.frexp(counts).exponent
     return tuple(torch.bincount(bins).tolist()) if bins.numel() else ()
 
 
 class WindowReader:
-    """Shows a meter what heads would read that have become local: sinks and window.
+    """Observer that passes sinks and window of former retrieval heads, now local, to a meter.
 
-    Their caches no longer hold the other keys, so this keeps keys of its own.
+    It keeps all keys, because the windowed cache of these heads does not.
 
     Args:
-        meter: measures.
-        head_map: the heads that retrieved before.
+        meter: meter.
+        head_map: former retrieval heads.
         rule: sinks and window.
     """
 
@@ -195,7 +200,7 @@ class WindowReader:
         self._positions: dict[int, GrowingBuffer] = {}
 
     def __call__(self, observation: LayerObservation) -> None:
-        """Takes the states of a layer; more than one row at once begins a new prompt."""
+        """Receives the states of a layer; more than one query begins a new prompt."""
         layer, positions = observation.layer, observation.positions
         heads = list(self.head_map.retrieval_heads[layer] or ())
         if not heads:
@@ -222,21 +227,20 @@ class WindowReader:
 
 
 class ForwardWatch:
-    """Tells a meter of every forward of a model before it runs, and whether its rows count.
+    """Prepares a meter before every forward pass of a model, and attaches it to layers if queries are measured.
 
-    Where kernels decode, a step whose rows do not count must find nobody watching, so that a graph
-    can be replayed. That is decided before anything of the model's own forward, in whose place the
-    graph may stand; no module within is then called. A base model that is called without its head
-    announces itself.
+    In steps that are not measured nothing is attached, so that kernels can replay a CUDA graph. This is decided
+    in a hook before the forward pass, because the graph may replace the pass and call no inner module. A base
+    model that is called without its head has a hook of its own.
 
-    A reader needs the keys of every step up to the last that counts, so none before it is replayed.
+    A reader needs the keys of every step up to the last measured one, so none of these is replayed.
 
     Args:
         model: dense or sparse.
-        meter: measures.
-        head_map: the heads that retrieve, where the model itself has none.
+        meter: meter.
+        head_map: retrieval heads, if the model has none.
         stop_ids: tokens that end or pad a sequence.
-        reader: shown the states of heads that have become local; None where heads retrieve.
+        reader: observer of former retrieval heads; None if the model has retrieval heads.
     """
 
     def __init__(
@@ -252,11 +256,11 @@ class ForwardWatch:
         self._modules = [] if self._is_dense else headwise_modules(model)
         self._stops = torch.tensor(sorted(stop_ids), device=model.device)
         self._steps = 0
-        self._is_told = False
+        self._inside_model = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches the forwards inside a `with` block."""
+        """Context in which forward passes are watched."""
         hooks = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(self._end, always_call=True),
@@ -269,59 +273,59 @@ class ForwardWatch:
         finally:
             for hook in hooks:
                 hook.remove()
-            self._count_in(None)
-            self._show(None)
+            self._attach_meter(None)
+            self._attach_reader(None)
 
     def _begin(self, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        self._is_told = True
-        self._tell(named(module, arguments, keywords))
+        self._inside_model = True
+        self._prepare(named(module, arguments, keywords))
 
     def _end(self, *_: Any) -> None:
-        self._is_told = False
+        self._inside_model = False
 
     def _begin_base(self, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        # A step that is captured calls the base model several times, and is one step.
-        if not self._is_told:
-            self._tell(named(module, arguments, keywords))
+        # The capture of a graph calls the base model several times in one step.
+        if not self._inside_model:
+            self._prepare(named(module, arguments, keywords))
 
-    def _tell(self, given: dict[str, Any]) -> None:
+    def _prepare(self, given: dict[str, Any]) -> None:
         ids, active = given["input_ids"], None
         if ids.shape[1] > 1:
             self._steps = 0
             counts = given.get("use_cache") is False
-            self._show(self.reader)
+            self._attach_reader(self.reader)
         else:
             counts = step_counts(self._steps, ids.device)
             if not any_step_counts_from(self._steps, ids.device):
-                self._show(None)
+                self._attach_reader(None)
             self._steps += 1
             if counts:
                 active = ~torch.isin(ids[:, 0], self._stops)
         if counts != self.meter.needs_queries:
-            self._count_in(self.meter if counts else None)
+            self._attach_meter(self.meter if counts else None)
         self.meter.begin(active, counts)
         if self._is_dense:
             self.meter.add_dense_rows(_positions(given), self.head_map.num_retrieval_heads)
 
-    def _count_in(self, meter: ReadMeter | None) -> None:
+    def _attach_meter(self, meter: ReadMeter | None) -> None:
         for module in self._modules:
             module.statistics = meter
 
-    def _show(self, reader: WindowReader | None) -> None:
+    def _attach_reader(self, reader: WindowReader | None) -> None:
         if self.reader is not None:
             for module in self._modules:
                 module.observer = reader
 
 
 def step_counts(step: int, device: torch.device) -> bool:
-    """True if a decoding step is measured; steps of an answer count from 0."""
+    """Returns True if a decode step is measured; steps of an answer are numbered from 0."""
     if device.type != "cuda":
         return True
     return any_step_counts_from(step, device) and step % STEP_STRIDE == 0
 
 
 def any_step_counts_from(step: int, device: torch.device) -> bool:
-    """True if a decoding step or any later one may be measured."""
+    """Returns True if a decode step or any later one may be measured."""
     return device.type != "cuda" or step < STEPS_WATCHED
 
 
@@ -329,16 +333,16 @@ def any_step_counts_from(step: int, device: torch.device) -> bool:
 def metering(
     model: PreTrainedModel, head_map: HeadMap, stop_ids: Collection[int]
 ) -> Iterator[ReadMeter]:
-    """Measures what retrieval heads read in the forwards inside.
+    """Context in which the reads of retrieval heads are measured.
 
-    Rows count that select, as decoding rows do (on a GPU those of some steps, `step_counts`); without
-    a cache, all rows do. Sequences that have ended and wait for others of their batch do not count. A
-    dense model's rows read everything; where no head of a sparse model retrieves, those of `head_map`
-    read sinks and window.
+    Queries that select are measured: those of decode steps (on a GPU of some steps, see `step_counts`) and,
+    without a cache, all queries. Sequences that have ended before others of their batch are ignored. Queries
+    of a dense model read everything; if a sparse model has no retrieval heads, those of `head_map` read sinks
+    and window.
 
     Args:
         model: dense or sparse.
-        head_map: the heads that retrieve, where the model itself has none.
+        head_map: retrieval heads, if the model has none.
         stop_ids: tokens that end or pad a sequence.
     """
     meter = ReadMeter(row_stride=ROW_STRIDE)
@@ -350,7 +354,7 @@ def metering(
 
 
 def _positions(arguments: dict[str, Any]) -> Tensor:
-    """Positions int64 [batch, new] of what enters a dense model."""
+    """Returns the positions of the input of a dense model, int64 [batch, new]."""
     ids, mask = arguments["input_ids"], arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return positions_of(mask)[:, -ids.shape[1] :]

@@ -164,7 +164,7 @@ class Runner:
 
 @contextmanager
 def questions_undisturbed(model: PreTrainedModel, test: str) -> Iterator[None]:
-    """Context in which a first signal waits until the model receives another prompt, or until the end.
+    """Context in which a first signal is delayed until the model receives another prompt, or until the end.
 
     A case whose last questions are being answered is finished. A callback after each answer would not
     be sufficient, because a GPU answers several questions at once.
@@ -174,12 +174,12 @@ def questions_undisturbed(model: PreTrainedModel, test: str) -> Iterator[None]:
         test: name of the case, for the message.
 
     Raises:
-        StoppedBySignalError: a signal came.
+        StoppedBySignalError: the process received a signal.
     """
 
     def begin(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         number = stop_requested()
-        # One token continues an answer.
+        # A single token continues an answer.
         if number is not None and named(module, arguments, keywords)["input_ids"].shape[1] > 1:
             raise StoppedBySignalError(number, f"in the test {test}")
 

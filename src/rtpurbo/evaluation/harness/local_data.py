@@ -1,4 +1,4 @@
-"""Files in place of a task's data on the Hub: the same columns, read from disk."""
+"""Files that replace a task's data on the Hub and have the same columns."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 from rtpurbo.errors import RTPurboError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""What files may end with, and who reads them."""
+"""Loader of `datasets` by the ending of a file."""
 
 SPLITS = ("train", "validation", "test", "dev")
 
 
 def local_config(task: str, path: str | Path) -> dict[str, Any]:
-    """A task that lm-eval knows, with its data from files.
+    """Returns the configuration of a task of lm-eval with data from files.
 
-    Prompts, few-shot examples and metrics stay as lm-eval has them; files need the columns of the
-    data set on the Hub.
+    Prompts, few-shot examples and metrics are those of lm-eval; files need the columns of the data set on
+    the Hub.
 
     Args:
-        task: its name.
-        path: a file, which holds the questions; or a folder with a file for each split, such as
-            `test.jsonl` and, where examples are shown before each question, `validation.jsonl`.
+        task: name of the task.
+        path: file with the questions; or folder with a file for each split, such as `test.jsonl` and, for
+            few-shot examples, `validation.jsonl`.
 
     Raises:
-        RTPurboError: there is no such file, or it is of a format unknown.
+        RTPurboError: there is no such file, or its format is unknown.
     """
     path = Path(path)
     if path.is_dir():
@@ -40,7 +40,7 @@ def local_config(task: str, path: str | Path) -> dict[str, Any]:
                 "split, such as test.jsonl."
             )
     elif path.is_file():
-        # Whichever split the task takes its questions from.
+        # For any split that the task takes its questions from.
         files = dict.fromkeys(SPLITS, path)
     else:
         raise RTPurboError(f"there is no file {path} with data for the task {task}.")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.evaluation.samples import Outcome, Sample
 
-# What RULER's tasks in lm-eval give for lengths other than a sample's own.
+# Value of RULER's tasks in lm-eval for lengths other than a sample's own.
 OTHER_LENGTH = -1.0
 
 
@@ -21,12 +21,12 @@ def outcomes_of(
     higher_is_better: Mapping[str, bool],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Outcome]:
-    """The outcomes of one task.
+    """Returns the outcomes of a task.
 
     Args:
-        samples: what lm-eval logged of each question.
-        aggregated: its results, as `metric,filter`.
-        higher_is_better: by metric.
+        samples: lm-eval's log of each question.
+        aggregated: results by `metric,filter`.
+        higher_is_better: direction of each metric.
         tokenizer: counts the tokens of prompts.
     """
     outcomes = []
@@ -39,7 +39,7 @@ def outcomes_of(
         name = name if chosen == "none" else f"{name},{chosen}"
         numbers = [float(value) for value in values if isinstance(value, int | float)]
         if len(numbers) < len(values):
-            # Such as word perplexity, which is no mean of its samples.
+            # Such as word perplexity, which is not a mean over samples.
             score = aggregated.get(f"{metric},{chosen}")
             if isinstance(score, int | float):
                 outcomes.append(Outcome(float(score), None, len(values), (), name))
@@ -50,8 +50,8 @@ def outcomes_of(
             numbers = [number for number in numbers if number != OTHER_LENGTH]
         if not numbers:
             continue
-        # lm-eval does not tell which metrics are shares; what is better when larger and never above
-        # 1 is taken for one.
+        # lm-eval does not say which metrics are shares: one that is better if higher and never above 1 is
+        # treated as a share.
         is_share = higher_is_better.get(metric, True) and all(0 <= item <= 1 for item in numbers)
         scores = [100 * number if is_share else number for number in numbers]
         kept = tuple(
@@ -62,7 +62,7 @@ def outcomes_of(
 
 
 def _measured(samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Every metric with the filter of answers before it, in lm-eval's order."""
+    """Yields each metric with its filter of answers, in lm-eval's order."""
     pairs = [(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]]
     yield from dict.fromkeys(pairs)
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval as cases: found, loaded once for all policies, and asked of a model."""
+"""Tasks of lm-eval as cases, loaded once for all policies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rtpurbo.evaluation.samples import Outcome
 from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
 from rtpurbo.models.architecture import context_length
 
-# What lm-eval lets a model write where a task does not say.
+# lm-eval's limit of an answer for tasks that set none.
 DEFAULT_NEW_TOKENS = 256
 QUESTIONS_AT_ONCE = 8
 
@@ -45,13 +45,13 @@ def lm_eval(module: str) -> Any:
 
 
 class Harness(TaskSuite):
-    """The tasks of lm-eval in one run.
+    """Tasks of lm-eval in a run.
 
     Args:
-        task_data: files to take in place of a task's data on the Hub, by the task's name; see
+        task_data: files that replace a task's data on the Hub, by the task's name; see
             `rtpurbo.evaluation.harness.local_data`.
-        max_new_tokens: the most that an answer may have; None leaves it to the task.
-        seed: of prompts that a task makes up.
+        max_new_tokens: limit of an answer; None takes that of the task.
+        seed: seed of generated prompts.
 
     Raises:
         RTPurboError: lm-eval is not installed, or a file is missing.
@@ -77,7 +77,7 @@ class Harness(TaskSuite):
     ) -> list[Case]:
         """Loads a task, or all those of a group, with their data.
 
-        The length of a case, if any, is that of the prompts that a task generates.
+        The length of a case, if any, is that of generated prompts.
 
         Returns:
             A case for each task. Its length is that of its prompts, if recorded, or the model's.
@@ -154,7 +154,7 @@ class Harness(TaskSuite):
 
     def _manager(self, tokenizer: PreTrainedTokenizerBase, length: int) -> Any:
         if length not in self._managers:
-            # RULER's tasks load the tokenizer themselves, by its name.
+            # RULER's tasks load the tokenizer by its name.
             folder = Path(self._folder.name) / "tokenizer"
             if not folder.is_dir():
                 tokenizer.save_pretrained(folder)
@@ -165,7 +165,7 @@ class Harness(TaskSuite):
         return self._managers[length]
 
     def _load(self, manager: Any, name: str) -> dict[str, Any]:
-        """The tasks behind a name, by theirs."""
+        """Returns the tasks that a name stands for, by their names."""
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists all."
@@ -180,10 +180,10 @@ class Harness(TaskSuite):
         random.seed(self.seed)
         np.random.seed(self.seed)
         try:
-            # RULER's tasks print how far they are.
+            # RULER's tasks print their progress.
             with redirect_stdout(io.StringIO()):
                 tasks = manager.load([spec])["tasks"]
-        except Exception as error:  # a task can be code, and a download fail in many ways
+        except Exception as error:  # tasks can be code, and downloads fail in many ways
             raise RTPurboError(
                 f"lm-eval cannot load the task {name} ({first_line(error)}): check the network, or "
                 f"give its data with --task-data {name}=FILE."
@@ -211,7 +211,7 @@ class _AnswerHook:
 
 
 def _own_length(task: Any) -> int | None:
-    """The length that a task has made its prompts for, which RULER's tell with every question."""
+    """Returns the length that a task generated its prompts for, which RULER's tasks record."""
     documents = task.test_docs() if task.has_test_docs() else None
     length = documents[0].get("max_length") if documents is not None and len(documents) else None
     return length if isinstance(length, int) else None

@@ -1,4 +1,4 @@
-"""Top-p with the true attention instead of the indexer's estimate: how good an index could get."""
+"""Top-p selection by exact attention instead of the index: the upper bound of any index."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from rtpurbo.ops.eager.selection import estimated_logits, select_per_query
 
 @dataclass(frozen=True)
 class OracleSelector:
-    """Selects by a rule, from exact logits.
+    """Selection by a rule from exact logits.
 
     Attributes:
-        rule: reading, p, floor and granularity.
+        rule: attention rule.
     """
 
     rule: AttentionRule
 
     def __call__(self, rows: SelectionQueries) -> Tensor:
-        """The far keys of each row: bool [batch, heads, rows, k_len]."""
+        """Returns the selected far keys of each query: bool [batch, heads, queries, k_len]."""
         logits = estimated_logits(self.rule.reading, rows.logits, rows.logits, rows.near, rows.far)
         return select_per_query(self.rule, logits, rows.near, rows.far, rows.key_positions)
 
 
 class OracleTopP(Policy):
-    """The artifact's rule; scoring costs as much as dense attention, so it is no way to be fast."""
+    """The artifact's rule with exact scores, which cost as much as dense attention."""
 
     def prepare(self, source: Source) -> Loaded:
-        """Makes the model."""
+        """Returns the model."""
         model, tokenizer = source.sparse()
         set_selector(model, OracleSelector(model.rtpurbo_config.attention))
         return model, tokenizer

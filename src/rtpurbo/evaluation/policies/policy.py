@@ -15,20 +15,20 @@ from rtpurbo.models.sparsify import set_rule, set_selector
 from rtpurbo.ops import Selector
 
 DENSE_POLICY = "full"
-"""The policy that all others are measured against."""
+"""Policy that all others are compared with."""
 
 BUDGET_POLICY = "rtpurbo"
-"""The policy whose mean reading is the budget of each `BudgetPolicy`."""
+"""Policy whose mean number of far tokens read is the budget of each `BudgetPolicy`."""
 
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """One of the things compared.
+    """Policy to compare.
 
     Attributes:
-        name: short, for commands and tables.
-        description: one line.
-        keeps_index: its cache holds index keys.
+        name: short name, for commands and tables.
+        description: description in one line.
+        keeps_index: True if the cache has index keys.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Policy(ABC):
 
     @abstractmethod
     def prepare(self, source: Source) -> Loaded:
-        """Makes the model."""
+        """Returns the model."""
 
     def kv_bytes(self, model: PreTrainedModel, context_length: int) -> int:
         """Returns the cache size of one sequence in bytes."""
@@ -49,15 +49,15 @@ class RulePolicy(Policy):
     """The artifact's sparse model with some fields of its attention rule changed.
 
     Attributes:
-        changes: those fields.
-        stage2: whether with the weights of stage 2.
+        changes: changed fields.
+        stage2: True for the weights of stage 2.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     stage2: bool = True
 
     def prepare(self, source: Source) -> Loaded:
-        """Makes the model."""
+        """Returns the model."""
         model, tokenizer = source.sparse(stage2=self.stage2)
         set_rule(model, **self.changes)
         return model, tokenizer
@@ -68,11 +68,11 @@ class BudgetPolicy(Policy):
     """The artifact's sparse model, whose retrieval heads read a given number of far tokens."""
 
     def prepare(self, source: Source) -> Loaded:
-        """Makes the model, which has no budget yet."""
+        """Returns the model, without a budget."""
         return source.sparse()
 
     def set_budget(self, model: PreTrainedModel, far_tokens: int) -> None:
-        """Tells the model how many far tokens a row of the next test may read."""
+        """Sets the number of far tokens that a query of the next case may read."""
         set_selector(model, self.selector(far_tokens))
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Quest (arXiv 2406.10774): pages of keys, ranked by the most that any key of theirs could score."""
+"""Quest (arXiv 2406.10774): selection of pages of keys by an upper bound of their scores."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rtpurbo.ops import SelectionQueries
 from rtpurbo.ops.eager.selection import block_ids, spread_blocks
 
 PAGE_SIZE = 16
-"""Tokens of a page, as in Quest's own evaluation."""
+"""Tokens per page, as in Quest's evaluation."""
 
 
 class QuestSelector:
-    """The pages of highest bounds.
+    """Selection of the pages with the highest bounds.
 
-    The bound of a page sums, over the dimensions of a head, the larger of query times the page's
-    least key element and query times its greatest.
+    The bound of a page sums, over the dimensions of a head, the larger of query times the page's minimum key
+    element and query times its maximum.
 
     Args:
-        far_tokens: how many to read; rounded up to whole pages.
-        page_size: tokens of a page; pages are aligned to position 0.
+        far_tokens: number of tokens to read, rounded up to whole pages.
+        page_size: tokens per page; pages are aligned to position 0.
     """
 
     def __init__(self, far_tokens: int, page_size: int = PAGE_SIZE) -> None:
@@ -32,15 +32,15 @@ class QuestSelector:
         self.page_size = page_size
 
     def __call__(self, rows: SelectionQueries) -> Tensor:
-        """The far keys of each row: bool [batch, heads, rows, k_len]."""
+        """Returns the selected far keys of each query: bool [batch, heads, queries, k_len]."""
         pages = block_ids(rows.key_positions, self.page_size)
         least, greatest = page_bounds(rows.key_states, rows.key_positions, pages)
-        # Half precision would make ties of pages that are not.
+        # In half precision, different bounds could be equal.
         precise = torch.promote_types(least.dtype, torch.float32)
         queries, least, greatest = (
             part.to(precise) for part in (rows.query_states, least, greatest)
         )
-        # max(q * least, q * greatest), summed: the sign of q tells which of the two it is.
+        # The sum of max(q * least, q * greatest); the sign of q decides which of the two is larger.
         bounds = queries.clamp(min=0) @ greatest.transpose(-1, -2)
         bounds += queries.clamp(max=0) @ least.transpose(-1, -2)
         has_far = torch.zeros_like(bounds[:, :1], dtype=torch.int32).scatter_reduce(
@@ -51,12 +51,12 @@ class QuestSelector:
 
 
 def page_bounds(keys: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest of a page's keys, element by element.
+    """Returns the elementwise minimum and maximum of the keys of each page.
 
     Args:
         keys: [batch, heads, k_len, head_dim].
         positions: int64 [batch, k_len], -1 where there is no key.
-        pages: int64 [batch, k_len], the page of each key.
+        pages: int64 [batch, k_len], page of each key.
 
     Returns:
         Two tensors [batch, heads, pages, head_dim]; 0 where a page has no key.
@@ -75,7 +75,7 @@ def page_bounds(keys: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor,
 
 
 class Quest(BudgetPolicy):
-    """Page bounds choose what retrieval heads read beyond sinks and window; heads as rtpurbo's."""
+    """The artifact's sparse model with page bounds instead of the index."""
 
     def selector(self, far_tokens: int) -> QuestSelector:
         """Returns the selection of that many far tokens."""

@@ -1,4 +1,4 @@
-"""As many heads, but drawn at random: a control that shows whether it is the right heads that count."""
+"""Control with random retrieval heads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rtpurbo.models.sparsify import sparsify
 
 
 class RandomHeads(Policy):
-    """The heads drawn read everything, so that no indexer is to blame; weights as rtpurbo's."""
+    """Random retrieval heads that read everything, so that results do not depend on an index."""
 
     def prepare(self, source: Source) -> Loaded:
-        """Makes the model."""
+        """Returns the model."""
         model, tokenizer = source.sparse()
         config = model.rtpurbo_config.with_rule(top_p=1.0)
         sparsify(model, replace(config, head_map=random_head_map(config.head_map, source.seed)))
@@ -23,7 +23,7 @@ class RandomHeads(Policy):
 
 
 def random_head_map(head_map: HeadMap, seed: int) -> HeadMap:
-    """As many retrieval heads in the same layers as `head_map` has, drawn at random."""
+    """Returns a map with the same number of retrieval heads in the same layers, drawn at random."""
     rng = random.Random(f"random-heads-{seed}")
     layers = [layer for layer, heads in enumerate(head_map.retrieval_heads) if heads]
     every = [(layer, head) for layer in layers for head in range(head_map.num_query_heads(layer))]

@@ -1,4 +1,4 @@
-"""Where the models of all policies come from: one artifact."""
+"""Artifact from which the models of all policies are loaded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class Source:
-    """An artifact, and how to load models from it.
+    """Artifact with options for loading.
 
     Attributes:
-        folder: the artifact's.
-        device: where to put models.
-        dtype: of their weights.
-        base_model: where to take the base model from, if not from where the artifact says.
-        seed: of what a policy draws.
+        folder: folder of the artifact.
+        device: device of the models.
+        dtype: dtype of the weights.
+        base_model: replaces the base model that the artifact names.
+        seed: seed of random policies.
     """
 
     folder: Path
@@ -35,18 +35,18 @@ class Source:
 
     @property
     def config(self) -> RTPurboConfig:
-        """The artifact's head map, rule and indexer settings."""
+        """Head map, attention rule and indexer settings of the artifact."""
         return ArtifactConfig.read(self.folder).config
 
     def dense(self) -> Loaded:
-        """The base model."""
+        """Returns the base model."""
         base = load_base(
             self.folder, base_model=self.base_model, device=self.device, dtype=self.dtype
         )
         return base.model, base.tokenizer
 
     def sparse(self, *, stage2: bool = True) -> Loaded:
-        """The sparse model, with the weights of stage 2 or those before it."""
+        """Returns the sparse model, with or without the weights of stage 2."""
         return load(
             self.folder,
             base_model=self.base_model,

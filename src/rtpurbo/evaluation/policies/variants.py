@@ -13,15 +13,15 @@ class Full(Policy):
     """Dense model: every head of the base model reads everything."""
 
     def prepare(self, source: Source) -> Loaded:
-        """Makes the model."""
+        """Returns the model."""
         return source.dense()
 
 
 class LocalOnly(Policy):
-    """Windows only, as StreamingLLM (arXiv 2309.17453): every head reads sinks and window."""
+    """Sinks and window for every head, as in StreamingLLM (arXiv 2309.17453)."""
 
     def prepare(self, source: Source) -> Loaded:
-        """Makes the model."""
+        """Returns the model."""
         model, tokenizer = source.sparse()
         sparsify(model, replace(model.rtpurbo_config, head_map=empty_head_map(model)))
         return model, tokenizer
@@ -58,7 +58,7 @@ VARIANTS = (
         "the sparse model with the weights of the dense one",
         stage2=False,
     ),
-    # As RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), with rtpurbo's heads and weights.
+    # As in RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), with rtpurbo's heads and weights.
     RulePolicy(
         "dense-heads",
         "retrieval heads read everything, the others windows (RazorAttention, DuoAttention)",

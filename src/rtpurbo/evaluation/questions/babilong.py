@@ -1,7 +1,7 @@
 """BABILong: facts of bAbI tasks scattered in order through the text of a book, and a question.
 
-The facts stand between sentences at random depths. Prompt and answer together have the length of
-the test, as in RULER, whose code fills the prompts.
+The facts are inserted between sentences at random depths. Prompts are filled to the length of the case as in
+RULER.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _INTRODUCTION = (
 )
 _EXAMPLE = 'For example, after the sentences "{facts}" the question "{question}" has the answer "{answer}".'
 
-# Names of places, people and things that no question has, so that no example gives anything away.
+# Names of places, people and objects that are in no question, so that examples reveal nothing.
 _TASKS: dict[str, tuple[str, str, str, str, str]] = {
     "qa1": (
         "where a person is, from one fact",
@@ -79,28 +79,28 @@ TASKS = tuple(_TASKS)
 
 @dataclass(frozen=True)
 class BabilongTask(Task):
-    """One task of BABILong with its questions.
+    """Task of BABILong with its questions.
 
     Attributes:
-        rows: the questions, in the order in which tests take them.
+        rows: questions, in the order of the cases.
     """
 
     suite: str = "BABILong"
     rows: Sequence[Row] = field(default=(), repr=False)
 
     def score(self, generated: str, answers: Sequence[str], rejected: Sequence[str]) -> float:
-        """1 if the first sentence names the answer and no rejected candidate, else 0."""
+        """Returns 1 if the first sentence names the answer and no rejected candidate, else 0."""
         first = re.split(r"\n|(?<=[.!?])\s", generated.strip(), maxsplit=1)[0]
         said = _words(first)
         return float(all(_words(answer) <= said for answer in answers) and not said & {*rejected})
 
 
 def babilong_tasks(rows: Iterable[Row], seed: int) -> dict[str, BabilongTask]:
-    """Returns the tasks that a file has questions of.
+    """Returns the tasks that a file has questions for.
 
     Args:
-        rows: of the file.
-        seed: of the order of the questions.
+        rows: rows of the file.
+        seed: seed of the order of the questions.
 
     Raises:
         RTPurboError: the file has no question of a known task.
@@ -129,9 +129,9 @@ def babilong_tasks(rows: Iterable[Row], seed: int) -> dict[str, BabilongTask]:
 
 
 def rejected_candidates(question: str, answer: str) -> tuple[str, ...]:
-    """Returns the candidates of the answer's kind that a right answer does not name.
+    """Returns the candidates of the answer's kind that a correct answer does not name.
 
-    Those that the question names may be repeated.
+    An answer may repeat those that the question names.
     """
     same = next((kind for kind in KINDS if answer.lower() in kind), frozenset[str]())
     return tuple(sorted(same - {answer.lower()} - _words(question)))

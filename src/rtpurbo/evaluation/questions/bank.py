@@ -23,7 +23,7 @@ SANDBOXES_AT_ONCE = 4
 
 
 class QuestionBank(TaskSuite):
-    """The suites of short questions.
+    """Suites of short questions.
 
     Args:
         data: the questions.
@@ -97,7 +97,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         [{"role": "user", "content": prompt.message}],
         tokenize=False,
         add_generation_prompt=True,
-        # Known to templates of models that can think out loud; ignored by others.
+        # Option of reasoning models' templates; others ignore it.
         enable_thinking=False,
     )
     return encode(tokenizer, str(rendered))

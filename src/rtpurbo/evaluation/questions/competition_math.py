@@ -72,7 +72,7 @@ def normalise(answer: str) -> str:
     text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
     text = _MIXED_FRACTION.sub(r"\\frac{\1}{\2}", text)
     text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
-    # "x = 5" answers as "5" does.
+    # "x = 5" is equivalent to "5".
     if re.match(r"^\s*[a-zA-Z]\s*=[^=]*$", text):
         text = text.partition("=")[2]
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if _is_one_number(text) else text
@@ -84,7 +84,7 @@ def normalise(answer: str) -> str:
 
 
 def is_equivalent(given: str, expected: str) -> bool:
-    """True if two answers agree after normalisation, or are equal numbers."""
+    """Returns True if two answers agree after normalisation, or are equal numbers."""
     one, other = normalise(given), normalise(expected)
     value = _number(one)
     return one == other or (value is not None and value == _number(other))
@@ -95,7 +95,7 @@ def _is_one_number(text: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    """The exact value of an integer, a decimal or a fraction of integers."""
+    """Returns the exact value of an integer, a decimal or a fraction of integers."""
     try:
         if match := _PLAIN_FRACTION.fullmatch(text):
             sign, top, bottom, plain_top, plain_bottom = match.groups()

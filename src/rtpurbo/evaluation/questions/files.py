@@ -12,14 +12,14 @@ from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 
 Row = Mapping[str, Any]
-"""One question: the columns of a line."""
+"""Question: the columns of a line."""
 
 
 def read_rows(suite: str, path: str | Path, columns: Mapping[str, type]) -> list[Row]:
     """Reads the questions of a suite.
 
     Args:
-        suite: its name, for error messages.
+        suite: name of the suite, for error messages.
         path: a `.jsonl` or `.jsonl.gz` file.
         columns: the columns that every line must have, with the type of their values.
 

@@ -47,7 +47,7 @@ _MARKERS = (r"####\s*", r"\\boxed\{", r"answer(?:\s+is)?\s*:?\s*")
 
 
 def extract_number(generated: str) -> Decimal | None:
-    r"""Returns the number that an answer ends with; None if it has none.
+    r"""Returns the number that an answer states; None if it states none.
 
     The last number after `####` counts, else the last one in `\boxed{}`, else the last one after
     "answer is", else the last one of the text.

@@ -20,7 +20,7 @@ _INSTRUCTION = (
 )
 
 _BLOCK = re.compile(r"```(?:python|py|Python)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
-# Where a continuation leaves the function: the next statement without indentation.
+# A continuation ends before the next statement without indentation.
 _END_OF_FUNCTION = re.compile(r"\n(?=[^\s)\]}#])")
 
 
@@ -38,7 +38,7 @@ def extract_code(generated: str, entry_point: str) -> str | None:
 def program(row: Row, generated: str) -> str:
     """Returns the program that passes if the generated function is right.
 
-    The prompt stays in front: it imports names and defines helpers that the function may use.
+    It begins with the prompt, which has imports and helpers that the function may use.
     """
     code = extract_code(generated, row["entry_point"])
     if code is None:

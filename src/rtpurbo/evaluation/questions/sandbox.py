@@ -2,7 +2,7 @@
 
 The process has limits of CPU time, wall-clock time, memory, file size and open files, an empty
 environment, an empty temporary folder, no standard input, and its own process group, which is
-killed in the end. Network namespaces cut it off where the kernel permits them; an audit hook
+killed at the end. Network namespaces cut it off where the kernel permits them; an audit hook
 refuses sockets, new processes, `ctypes` and writing outside the temporary folder everywhere. This
 contains what a model writes by accident. It is no defence against code that attacks the
 interpreter or the kernel: such code runs with the rights of the user, who may want a container.
@@ -26,14 +26,14 @@ _RUNNER = Path(__file__).with_name("sandbox_runner.py")
 
 
 def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
-    """True if a Python program runs to its end without an error within its limits.
+    """Returns True if a Python program ends without an error within its limits.
 
     Args:
         program: source text.
-        seconds: the most CPU time; wall-clock time may be half as much again.
-        memory_bytes: the most address space.
+        seconds: limit of CPU time; wall-clock time may be 1.5 times as long.
+        memory_bytes: limit of the address space.
     """
-    # A program that exits early has status 0 too; it cannot print what it does not know.
+    # A program that exits early has status 0 too, but cannot print the marker.
     marker = secrets.token_hex(16)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
@@ -54,7 +54,7 @@ def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BY
         except subprocess.TimeoutExpired:
             output = b""
         finally:
-            # Processes that the program may have left are of its group too.
+            # Processes that the program left behind belong to its group.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return output.endswith(marker.encode())

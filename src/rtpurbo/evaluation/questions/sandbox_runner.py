@@ -44,8 +44,8 @@ def _leave_network() -> None:
 
 
 def _refuse(folder: str) -> None:
-    """Installs an audit hook, which nothing in the interpreter can remove."""
-    # Names in the closure: the program can change the globals of this module.
+    """Installs an audit hook, which cannot be removed."""
+    # Closure variables: the program can change the globals of this module.
     real, absolute, fspath = os.path.realpath, os.path.isabs, os.fspath
     allowed, refused, changes = (folder, folder + os.sep), _REFUSED, _CHANGES_FILES
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -73,7 +73,7 @@ def _refuse(folder: str) -> None:
 
 
 def main() -> None:
-    """Reads, limits itself, runs the program and reports."""
+    """Reads the program, sets the limits, runs the program and prints the marker."""
     marker, _, program = sys.stdin.buffer.read().partition(b"\n")
     report = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)

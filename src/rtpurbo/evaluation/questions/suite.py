@@ -10,10 +10,10 @@ from rtpurbo.evaluation.questions.files import Row
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question in the two forms that models take.
+    """Question for models with and without a chat template.
 
     Attributes:
-        message: the user's message, for models with a chat template.
+        message: user message, for models with a chat template.
         text: few-shot text that a model without a chat template continues.
     """
 
@@ -23,7 +23,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class QuestionSuite:
-    """A benchmark of independent short questions with generated answers.
+    """Benchmark of independent short questions with generated answers.
 
     Attributes:
         name: as in `--suite`.
@@ -31,7 +31,7 @@ class QuestionSuite:
         max_new_tokens: the default limit of an answer.
         prompt: renders a row.
         answers: the reference answers of a row, as kept in the sample records.
-        is_correct: scores an answer to a row. Called once an answer, possibly from several threads.
+        is_correct: scores an answer to a row; called once for each answer, possibly from several threads.
         runs_code: scoring executes generated code, so `--run-code` is required.
     """
 

@@ -1,4 +1,4 @@
-"""The question suites by name, and their questions from files."""
+"""Question suites by name, and their questions from files."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SHORT = {
 """Suites whose questions have their own length, by name."""
 
 ONE_TASK = "all"
-"""The task of each of them."""
+"""Name of the only task of each of these suites."""
 
 NAMES = (*SHORT, babilong.SUITE)
 
 
 @dataclass(frozen=True)
 class QuestionData:
-    """The questions of a run.
+    """Questions of a run.
 
     Attributes:
-        rows: by suite, in the order of the files.
-        seed: of the order in which tests take them.
+        rows: questions by suite, in the order of the files.
+        seed: seed of the order in which cases use them.
     """
 
     rows: Mapping[str, list[Row]]
@@ -48,7 +48,7 @@ class QuestionData:
 
         Args:
             paths: files by suite, names of `NAMES`.
-            seed: of the order in which tests take them.
+            seed: seed of the order in which cases use them.
 
         Raises:
             RTPurboError: a file is missing, empty or of another kind, or a line is malformed.
@@ -72,7 +72,7 @@ class QuestionData:
         return {} if rows is None else babilong_tasks(rows, self.seed)
 
     def shuffled(self, suite: str) -> list[Row]:
-        """Returns the questions of a suite of `SHORT` in the order in which tests take them."""
+        """Returns the questions of a suite of `SHORT` in the order in which cases use them."""
         rows = list(self.rows[suite])
         random.Random(f"{suite}-{self.seed}").shuffle(rows)
         return rows
@@ -88,7 +88,7 @@ class QuestionData:
 
 
 def check_opt_in(suites: Mapping[str, object], run_code: bool) -> None:
-    """Refuses suites that execute generated code, unless the user has agreed to that.
+    """Refuses suites that execute generated code without the user's consent.
 
     Raises:
         RTPurboError: a suite runs code, and `run_code` is not set.

@@ -1,1 +1,1 @@
-"""RULER's thirteen tasks (arXiv 2404.06654), generated offline at any length; one family a file."""
+"""RULER's thirteen tasks (arXiv 2404.06654), generated offline at any length."""

@@ -1,4 +1,4 @@
-"""Common words extraction: a numbered list, ten words of which come up far more often."""
+"""Common words extraction: a numbered list in which ten words are far more frequent than the others."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Frequencies:
     """Frequencies of words in a list.
 
     Attributes:
-        common: each of the ten common words.
-        uncommon: every other one.
+        common: count of each of the ten common words.
+        uncommon: count of each other word.
     """
 
     common: int
@@ -72,13 +72,13 @@ def draft(request: Request) -> Draft:
 
 
 def _apart(words: Iterator[str], every: Sequence[str]) -> list[str]:
-    """The next words that are no part of another, as "sun" is of "sunset": they would be found in it."""
+    """Returns the next words that are not part of another word, in which scoring would find them."""
     together = " ".join(every)
     return list(islice((word for word in words if together.count(word) == 1), NUM_COMMON))
 
 
 def _uncommon(request: Request, words: Iterator[str], common: Sequence[str]) -> Iterator[str]:
-    """The other words, and compounds without common words when they run out."""
+    """Yields the other words, and then compounds that contain no common word."""
     compounds = request.materials.vocabulary.compounds(offshoot(request.rng))
     return chain(words, (word for word in compounds if not any(other in word for other in common)))
 

@@ -1,4 +1,4 @@
-"""Definition of a task: it drafts questions whose haystack can grow, and scores answers."""
+"""Definition of a task: drafts of questions whose haystack can grow, and scores of answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
 
 @dataclass(frozen=True)
 class Request:
-    """Asks a task for one question.
+    """Request for one question of a task.
 
     Attributes:
-        materials: what haystacks are made of.
-        context_length: tokens that prompt and answer may have; some tasks change with it.
-        seed: of the whole test.
-        number: of the question in the test.
+        materials: materials of haystacks.
+        context_length: maximum number of tokens of prompt and answer.
+        seed: seed of the case.
+        number: number of the question in the case.
         rng: the source of all randomness, seeded by task, seed and number.
     """
 
@@ -33,16 +33,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Draft:
-    """A question with everything drawn but the size of its haystack.
+    """Question without the size of its haystack.
 
     Attributes:
-        text: what comes before the question, around a haystack of so many units; the unit is the
-            task's. The same size gives the same text, and a larger one extends a smaller one.
-        question: what is asked at the end.
-        opening: the words that open the answer and give nothing away.
-        answers: strings that a right answer contains.
-        smallest: the least size that leaves a question worth asking.
-        rejected: strings that a right answer does not contain, for tasks that look at them.
+        text: returns the text before the question for a size of the haystack, in units of the task. The
+            same size gives the same text, and a larger one extends a smaller one.
+        question: question after the text.
+        opening: opening words of the answer, which reveal nothing.
+        answers: strings that a correct answer contains.
+        smallest: smallest size that is allowed.
+        rejected: strings that a correct answer does not contain, for tasks that check them.
     """
 
     text: Callable[[int], str]
@@ -55,15 +55,15 @@ class Draft:
 
 @dataclass(frozen=True)
 class Task:
-    """A task of RULER, or of another suite whose prompts are filled to a length.
+    """Task of RULER, or of another suite whose prompts are filled to a length.
 
     Attributes:
-        name: the suite's.
+        name: name in the suite.
         description: one line.
-        tokens_to_generate: room kept for the answer, and the most that is generated.
-        draft: makes a question.
-        any_answer: one of the answers is enough, as they are ways to say the same.
-        suite: the suite's name in messages.
+        tokens_to_generate: maximum number of tokens of the answer, for which room is kept.
+        draft: returns a question.
+        any_answer: one of the answers is sufficient, because they are synonyms.
+        suite: name of the suite in messages.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Task:
 
 
 def offshoot(rng: random.Random) -> random.Random:
-    """A generator of its own for something that draws at any time."""
+    """Returns a separate generator, for draws whose number is not known."""
     return random.Random(rng.getrandbits(64))
 
 

@@ -1,4 +1,4 @@
-"""Prompts as tokens: every question of a test, filled to the length asked for."""
+"""Prompts as tokens: the questions of a case, filled to its length."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """A question of a test.
+    """Question of a case.
 
     Attributes:
-        prompt_ids: the tokens of the prompt, ending with the opening words of the answer.
-        answers: strings that a right answer contains.
-        rejected: strings that a right answer does not contain, for tasks that look at them.
+        prompt_ids: tokens of the prompt, including the opening words of the answer.
+        answers: strings that a correct answer contains.
+        rejected: strings that a correct answer does not contain, for tasks that check them.
     """
 
     prompt_ids: array[int]
@@ -44,18 +44,18 @@ def make_examples(
     seed: int,
     materials: Materials,
 ) -> list[Example]:
-    """The questions of a test; number k is the same whatever else is asked for.
+    """Returns the questions of a case; question k does not depend on the number of questions.
 
-    Prompt and generated tokens together have at most `context_length` tokens, and with the
-    smallest addition to the haystack they would have more.
+    Prompt and generated tokens together have at most `context_length` tokens, and would have more with one
+    more unit of the haystack.
 
     Args:
         task: of RULER or another suite.
         tokenizer: the model's; its chat template is used if it has one.
-        context_length: the most tokens of prompt and answer.
-        samples: questions.
-        seed: of the test.
-        materials: what haystacks are made of.
+        context_length: maximum number of tokens of prompt and answer.
+        samples: number of questions.
+        seed: seed of the case.
+        materials: materials of haystacks.
 
     Raises:
         RTPurboError: `context_length` leaves no room for the smallest haystack.
@@ -90,7 +90,7 @@ def make_examples(
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Keeps the questions of a test, for `read_examples` in another process."""
+    """Writes the questions of a case, for `read_examples` in another process."""
     rows = [
         (example.prompt_ids.tolist(), example.answers, example.rejected) for example in examples
     ]
@@ -98,7 +98,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Reads what `write_examples` wrote."""
+    """Returns the questions that `write_examples` wrote."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     return [
         Example(array("i", prompt_ids), tuple(answers), tuple(rejected))
@@ -107,12 +107,12 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, draft: Draft, size: int) -> list[int]:
-    """The tokens of a question around a haystack of some size."""
+    """Returns the tokens of a question with a haystack of some size."""
     question = Question(draft.question, draft.opening, "")
     return conversation_tokens(tokenizer, draft.text(size), [question]).input_ids
 
 
 def _draft(task: Task, context_length: int, seed: int, number: int, materials: Materials) -> Draft:
-    # Without the length: what is asked stays, only the haystack grows.
+    # Without the length: the question is the same at every length, and only the haystack grows.
     rng = random.Random(f"{task.suite.lower()}-{task.name}-{seed}-{number}")
     return task.draft(Request(materials, context_length, seed, number, rng))

@@ -1,4 +1,4 @@
-"""Frequent words extraction: made-up words whose counts fall off as those of a Zipf law."""
+"""Frequent words extraction: code words with Zipf-distributed counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS_TO_GENERATE = 50
 ALPHA = 2.0
 NUM_FREQUENT = 3
 TOKENS_TO_A_WORD = 50
-"""The vocabulary grows with the context: a word for so many tokens."""
+"""Tokens of context for each word of the vocabulary."""
 
 LEAST_VOCABULARY = 10
 

@@ -19,7 +19,7 @@ from rtpurbo.evaluation.ruler.questions import (
 from rtpurbo.evaluation.ruler.vocabulary import Vocabulary, load_vocabulary
 
 MOST_WORDS = 1_000_000
-"""More of a corpus is not used: no context is longer."""
+"""Maximum number of words of a corpus that are used; no context is longer."""
 
 NOISE = (
     "The pond is still.",
@@ -30,7 +30,7 @@ NOISE = (
 )
 """Sentences of a line of noise, five short ones as in RULER."""
 
-# The next sentence is looked for among so many words; lists and code have none.
+# Words that are searched for the beginning of a sentence; lists and code have none.
 WORDS_TO_A_SENTENCE = 200
 
 
@@ -40,9 +40,9 @@ class Materials:
 
     Attributes:
         vocabulary: words of keys and lists.
-        essay: the words of prose, in order, with its punctuation.
-        single_hop: passages that answer a question each.
-        two_hop: passages of which two are needed for an answer.
+        essay: words of prose in order, with punctuation.
+        single_hop: questions that one passage answers.
+        two_hop: questions that need two passages.
     """
 
     vocabulary: Vocabulary
@@ -58,13 +58,13 @@ class Materials:
         hotpotqa: str | Path | None = None,
         vocabulary: Vocabulary | None = None,
     ) -> Materials:
-        """Collects them.
+        """Returns the materials of a run.
 
         Args:
             corpus: prose.
-            squad: a file in SQuAD's format for `qa_1`; None takes the built-in questions.
-            hotpotqa: one in HotpotQA's distractor format for `qa_2`; None takes the built-in ones.
-            vocabulary: words; None takes those of `load_vocabulary`.
+            squad: file in SQuAD's format for `qa_1`; None for the built-in questions.
+            hotpotqa: file in HotpotQA's distractor format for `qa_2`; None for the built-in questions.
+            vocabulary: words; None for those of `load_vocabulary`.
 
         Raises:
             RTPurboError: a file is missing or of another format.
@@ -78,10 +78,10 @@ class Materials:
         )
 
     def prose(self, rng: random.Random) -> Iterator[str]:
-        """Words of the essay from the start of a random sentence on, over and over again."""
+        """Yields the words of the essay cyclically from the start of a random sentence on."""
         start = rng.randrange(len(self.essay))
         for place in range(start, min(start + WORDS_TO_A_SENTENCE, len(self.essay))):
-            # The pattern wants to see that a word ends there.
+            # The pattern needs the space after the word.
             if SENTENCE_END.search(f"{self.essay[place - 1]} "):
                 start = place
                 break
@@ -89,7 +89,7 @@ class Materials:
 
 
 def first_words(text: str, number: int) -> str:
-    """The beginning of a text, its spaces and line breaks kept."""
+    """Returns the first words of a text with their spaces and line breaks."""
     ends = [match.end() for match in islice(re.finditer(r"\S+", text), number)]
     return text[: ends[-1]] if ends else ""
 

@@ -1,4 +1,4 @@
-"""Needles in a haystack: values of keys, hidden in noise, in prose or among other needles."""
+"""Needles in a haystack: values of keys, hidden in noise, prose or other needles."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from rtpurbo.evaluation.ruler.materials import noise_lines
 TOKENS_TO_GENERATE = 128
 
 DEPTHS = tuple(number / 39 for number in range(40))
-"""Where needles may stand, from 0 (the beginning) to 1; no two stand at one depth."""
+"""Possible depths of needles, from 0 (the beginning) to 1; each is used once."""
 
 SMALLEST = {"noise": 20, "needles": 8, "essay": 100}
-"""The smallest haystack: sentences of noise, distracting needles, words of prose."""
+"""Size of the smallest haystack: sentences of noise, distracting needles, or words of prose."""
 
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """One kind of needles.
+    """Kind of needle task.
 
     Attributes:
         haystack: repeated noise, needles with other keys, or prose.
         keys: compounds of two words, or UUIDs.
         values: seven digits, or UUIDs.
-        num_keys: keys with values; those that are not asked for distract.
-        num_values: values of each key.
-        num_queries: keys that are asked for.
+        num_keys: number of keys; those that are not queried are distractors.
+        num_values: number of values of each key.
+        num_queries: number of queried keys.
     """
 
     haystack: Literal["noise", "needles", "essay"]
@@ -55,7 +55,7 @@ class NeedleTask:
         sentences = [wording.state(key, value) for key in held for value in held[key]]
         rng.shuffle(sentences)
         hidden = list(zip(sorted(rng.sample(DEPTHS, len(sentences))), sentences, strict=True))
-        # Keys and values that distract go on drawing from here; nothing else does.
+        # Nothing else draws from these iterators, so distractors do not depend on the size.
         distractors = Stream(wording.state(*pair) for pair in zip(keys, values, strict=True))
         prose = Stream(request.materials.prose(offshoot(rng)))
 

@@ -1,4 +1,4 @@
-"""Question answering: passages that hold the answer, amid others that distract."""
+"""Question answering: passages that contain the answer among distracting passages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rtpurbo.evaluation.ruler.questions import PassageQuestion, QuestionSet
 
 TOKENS_TO_GENERATE = 32
 
-# Passages cut from prose, and the least that is left of a passage that is cut to fit.
+# Words of a passage of prose, and the minimum of a passage that is truncated.
 WORDS_TO_A_PASSAGE, LEAST_WORDS = 100, 8
 SMALLEST = 30
 
@@ -23,7 +23,7 @@ OPENING = "Answer:"
 
 
 def drafting(questions_of: Callable[[Materials], QuestionSet]) -> Callable[[Request], Draft]:
-    """A task on one of the sets of questions."""
+    """Returns the function that drafts questions of one of the sets."""
 
     def draft(request: Request) -> Draft:
         questions = questions_of(request.materials)
@@ -50,7 +50,7 @@ def drafting(questions_of: Callable[[Materials], QuestionSet]) -> Callable[[Requ
 
 
 def _question(questions: QuestionSet, request: Request) -> PassageQuestion:
-    """Every question once before any comes again."""
+    """Returns a question; each is used once before any is repeated."""
     order = list(questions.questions)
     random.Random(f"ruler-questions-{request.seed}").shuffle(order)
     return order[request.number % len(order)]
@@ -59,7 +59,7 @@ def _question(questions: QuestionSet, request: Request) -> PassageQuestion:
 def _distractors(
     request: Request, questions: QuestionSet, asked: PassageQuestion, rng: random.Random
 ) -> Iterator[str]:
-    """Related passages first, then the others, then pieces of prose without end."""
+    """Yields related passages, then the others, then pieces of prose without end."""
     for numbers in (set(asked.related), set(range(len(questions.passages))) - set(asked.related)):
         order = sorted(numbers - set(asked.gold))
         rng.shuffle(order)
@@ -69,21 +69,21 @@ def _distractors(
 
 
 def _prose_passages(materials: Materials, answers: Sequence[str], rng: random.Random) -> list[str]:
-    """All of the prose, in pieces, without those in which an answer happens to stand."""
+    """Returns all of the prose in pieces, without those that contain an answer."""
     words = Stream(materials.prose(rng)).first(len(materials.essay))
     pieces = [
         " ".join(words[start : start + WORDS_TO_A_PASSAGE])
         for start in range(0, len(words), WORDS_TO_A_PASSAGE)
     ]
-    innocent = [
+    without_answer = [
         piece for piece in pieces if not any(answer.lower() in piece.lower() for answer in answers)
     ]
-    # "Yes" and its like stand everywhere.
-    return innocent or pieces
+    # Answers such as "yes" are in every piece.
+    return without_answer or pieces
 
 
 def _fill(distractors: Stream[tuple[float, str]], num_words: int) -> Iterator[tuple[float, str]]:
-    """Passages of so many words together, the last one cut short if need be."""
+    """Yields passages of `num_words` words together; the last one may be truncated."""
     number = 0
     while num_words >= LEAST_WORDS:
         number += 1
@@ -96,7 +96,7 @@ def _fill(distractors: Stream[tuple[float, str]], num_words: int) -> Iterator[tu
 
 
 def _documents(placed: Sequence[tuple[float, str]]) -> str:
-    """Passages in the order of their depths, numbered."""
+    """Returns the passages in the order of their depths, numbered."""
     numbered = (
         f"Document {number}:\n{passage}" for number, (_, passage) in enumerate(sorted(placed), 1)
     )

@@ -15,13 +15,13 @@ from rtpurbo.errors import RTPurboError
 
 @dataclass(frozen=True)
 class PassageQuestion:
-    """A question that passages of its set answer.
+    """Question that passages of its set answer.
 
     Attributes:
-        question: as asked.
-        answers: ways to put the answer, any of which is right.
+        question: text of the question.
+        answers: correct answers, which are synonyms.
         gold: numbers of the passages that answer it.
-        related: numbers of those that resemble them and distract most.
+        related: numbers of the most similar other passages.
     """
 
     question: str
@@ -35,9 +35,9 @@ class QuestionSet:
     """Questions and the passages they are about.
 
     Attributes:
-        name: where they come from.
-        passages: texts, each once.
-        questions: at least one.
+        name: source of the questions.
+        passages: distinct texts.
+        questions: at least one question.
     """
 
     name: str
@@ -46,7 +46,7 @@ class QuestionSet:
 
 
 def built_in_questions(kind: Literal["single_hop", "two_hop"]) -> QuestionSet:
-    """Our own questions about places and people that do not exist, so that no model knows them."""
+    """Returns built-in questions about invented places and people, which no model knows."""
     text = resources.files(__package__).joinpath("passages.json").read_text(encoding="utf-8")
     data = json.loads(text)
     passages = [f"{passage['title']}\n{passage['text']}" for passage in data["passages"]]
@@ -83,7 +83,7 @@ def read_hotpotqa(path: str | Path) -> QuestionSet:
 
 
 class _Passages:
-    """Numbers passages, each text once."""
+    """Numbers of distinct passages."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -117,7 +117,6 @@ def _squad_questions(data: Any, passages: _Passages) -> Iterable[PassageQuestion
         for number, paragraph in zip(numbers, article["paragraphs"], strict=True):
             related = tuple(other for other in dict.fromkeys(numbers) if other != number)
             for asked in paragraph["qas"]:
-                # Annotators often agree; each wording counts once.
                 answers = dict.fromkeys(answer["text"] for answer in asked["answers"])
                 if not asked.get("is_impossible", False):
                     yield PassageQuestion(asked["question"], tuple(answers), (number,), related)

@@ -74,4 +74,4 @@ TASKS = {
         ),
     )
 }
-"""Every task by name, in RULER's order."""
+"""Tasks by name, in RULER's order."""

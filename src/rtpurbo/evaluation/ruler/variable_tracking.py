@@ -1,4 +1,4 @@
-"""Variable tracking: who holds a value in the end of a chain of assignments, strewn over noise."""
+"""Variable tracking: the variables of a value, along chains of assignments in noise."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rtpurbo.evaluation.ruler.materials import noise_lines
 TOKENS_TO_GENERATE = 30
 NUM_CHAINS, NUM_HOPS = 1, 4
 
-# The worked example is some 500 tokens long.
+# The worked example has about 500 tokens.
 EXAMPLE_SENTENCES = 75
 SMALLEST = 40
 
 
 def draft(request: Request) -> Draft:
-    """Draws a chain to ask for, and another one for the worked example before it."""
+    """Draws a queried chain, and another one for the worked example before it."""
     rng = request.rng
     wording = ChainWording.draw(rng, "test")
     introduction = wording.introduce(rng)

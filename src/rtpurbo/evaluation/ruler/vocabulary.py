@@ -1,4 +1,4 @@
-"""The English words of keys and lists: from the package `wonderwords`, else our own."""
+"""English words of keys and lists: those of the package `wonderwords` if it is installed, else built-in ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rtpurbo.errors import RTPurboError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words by their part of speech, none of which training on needles sees.
+    """Words by part of speech, none of which is in training needles.
 
     Attributes:
-        name: where they come from, for results: other words make other samples.
-        adjectives: in alphabetical order, as are the others.
-        nouns: for keys.
-        verbs: only for lists.
+        name: source, recorded in results because other words give other samples.
+        adjectives: adjectives in alphabetical order.
+        nouns: nouns in alphabetical order.
+        verbs: verbs in alphabetical order, for lists only.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Vocabulary:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """All of them, each once."""
+        """All distinct words."""
         return tuple(sorted({*self.adjectives, *self.nouns, *self.verbs}))
 
     def compounds(self, rng: random.Random) -> Iterator[str]:
-        """Keys such as "quaint-teapot", no two the same."""
+        """Yields distinct keys such as "quaint-teapot"."""
         given: set[str] = set()
-        # Drawing until something new comes gets slow where little is left.
+        # Rejection sampling is slow when few compounds are left.
         while len(given) < len(self.adjectives) * len(self.nouns) / 2:
             compound = f"{rng.choice(self.adjectives)}-{rng.choice(self.nouns)}"
             if compound not in given:
@@ -52,7 +52,7 @@ class Vocabulary:
 
 @cache
 def load_vocabulary() -> Vocabulary:
-    """The words of RULER, which are those of `wonderwords` 3, if that is installed; else our own."""
+    """Returns the words of RULER (`wonderwords` 3) if the package is installed, else the built-in ones."""
     try:
         wonderwords = importlib.import_module("wonderwords")
     except ImportError:
@@ -61,10 +61,7 @@ def load_vocabulary() -> Vocabulary:
 
 
 def own_vocabulary() -> Vocabulary:
-    """Words that the project brings along, enough for lists of some 50,000 tokens.
-
-    Longer lists go on with compounds.
-    """
+    """Returns the built-in words, sufficient for lists of about 50,000 tokens; longer lists add compounds."""
     adjectives, nouns = words_of("test")
     return Vocabulary(
         "rtpurbo",
@@ -75,7 +72,7 @@ def own_vocabulary() -> Vocabulary:
 
 
 def wonderwords_vocabulary(wonderwords: ModuleType) -> Vocabulary:
-    """The plain words among those of the package."""
+    """Returns the words of the package without hyphens and capitals."""
     words = wonderwords.RandomWord()
     adjectives, nouns, verbs = (
         _unseen(words.filter(include_categories=[category]))
@@ -85,6 +82,6 @@ def wonderwords_vocabulary(wonderwords: ModuleType) -> Vocabulary:
 
 
 def _unseen(words: Iterable[str]) -> tuple[str, ...]:
-    """Words in lower case and without hyphens that no needle of a training has."""
+    """Returns words in lower case and without hyphens that are not in training needles."""
     seen = {word for part in words_of("train") for word in part}
     return tuple(sorted({word for word in words if word.isalpha() and word.islower()} - seen))
