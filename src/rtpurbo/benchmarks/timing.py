@@ -17,6 +17,8 @@ Call = Callable[[], Any]
 SLOW = 1000.0
 # Milliseconds of warm-up calls before fast calls are timed, until the GPU reaches its usual clock rate.
 WARM_UP = 200.0
+# Milliseconds of all timed calls together; at least MIN_REPEATS calls are timed.
+BUDGET = 3000.0
 MIN_REPEATS = 3
 # Cycles for which the GPU sleeps while the host prepares a first call: about 0.1 s.
 HEAD_START_CYCLES = 2 * 10**8
@@ -119,16 +121,13 @@ class Measurement:
         )
 
 
-def measure(
-    call: Call, clock: Clock, repeats: int, budget: float = 3.0, result_bytes: int = 0
-) -> Measurement:
+def measure(call: Call, clock: Clock, repeats: int, result_bytes: int = 0) -> Measurement:
     """Times a call; the first run is a warm-up, and counts only if it is slow.
 
     Args:
         call: the function to time.
         clock: clock of the device.
         repeats: largest number of calls.
-        budget: seconds for all calls together; at least MIN_REPEATS calls run nevertheless.
         result_bytes: size of a call's result.
     """
     clock.reset_peak()
@@ -139,7 +138,7 @@ def measure(
     if first >= SLOW:
         times = [first]
     else:
-        count = max(MIN_REPEATS, min(repeats, int(1000 * budget / max(first, 1e-3))))
+        count = max(MIN_REPEATS, min(repeats, int(BUDGET / max(first, 1e-3))))
         if first < WARM_UP:
             clock.times(call, min(count, int(WARM_UP / max(first, 1e-3))))
         times = clock.times(call, count)

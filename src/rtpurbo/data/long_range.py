@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHARES = {"prose": 0.30, "needles": 0.37, "variables": 0.13, "passage": 0.08, "counting": 0.12}
-"""Shares of the kinds of sequences."""
+"""Shares of the kinds of sequences, each of which is a method of `LongRangeMix`."""
 
 PROSE, NOISE, NEEDLES = "prose", "noise", "needles"
 HAYSTACKS = {PROSE: 0.5, NOISE: 0.2, NEEDLES: 0.3}
@@ -109,16 +109,8 @@ class LongRangeMix:
     def sequence(self, number: int, length: int) -> Conversation:
         """Returns sequence `number`, at most `length` tokens long; prose has no answers."""
         rng = random.Random(f"long-range-{self.seed}-{number}")
-        kind = _draw(SHARES, rng)
-        if kind == "needles":
-            return self.needles(length, rng)
-        if kind == "variables":
-            return self.variables(length, rng)
-        if kind == "passage":
-            return self.passage(length, rng)
-        if kind == "counting":
-            return self.counting(length, rng)
-        return self.prose(length, rng)
+        conversation: Conversation = getattr(self, _draw(SHARES, rng))(length, rng)
+        return conversation
 
     def prose(self, length: int, rng: random.Random) -> Conversation:
         """Returns prose of exactly `length` tokens, without a question."""

@@ -22,31 +22,31 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement.
+    """Measurement of a policy on a case.
 
     Attributes:
         suite: a name of `rtpurbo.evaluation.cases.SUITES`.
         task: of the suite, such as "single", "prose" or "niah_single_1".
         context_length: tokens; 0 where questions have their own length.
         policy: a name of `rtpurbo.evaluation.policies.POLICIES`.
-        samples: examples or windows behind the score.
-        score: right answers in percent, or perplexity.
-        far_tokens_read: share of the keys beyond sinks and window that retrieval heads read, where
-            they select; None if there were none.
-        kv_bytes: size of the key-value cache of one sequence of `context_length` tokens.
-        ci95: the 95 % interval of the score, by bootstrap.
-        tokens_read_mean: keys that a row of a retrieval head reads, sinks and window included, over
-            the rows that select; see `rtpurbo.evaluation.reads.Reads`, as for the next five.
-        tokens_read_p50: the median.
-        tokens_read_p95: of 100 rows, 95 read no more.
-        mass_kept: mean share of such a row's full attention that lies on what it reads.
-        measured_rows: rows, each of one head, behind these four.
-        far_tokens_histogram: rows by the tokens that they read beyond sinks and window, of those that
-            have any: none, 1, 2 to 3, 4 to 7, and so on in powers of two.
-        far_token_budget: far tokens that the policy was told to read in a row; None if it decides.
-        metric: name of the metric, where a suite has several.
-        far_tokens_mean: keys beyond sinks and window that such a row reads, of the rows that have any.
-        far_rows: number of those rows.
+        samples: number of questions or windows.
+        score: correct answers in percent, or perplexity.
+        far_tokens_read: share of the far tokens that selecting queries of retrieval heads read; None without
+            far tokens.
+        kv_bytes: bytes of the KV cache of a sequence of `context_length` tokens.
+        ci95: 95 % bootstrap interval of the score.
+        tokens_read_mean: mean number of tokens that these queries read, sinks and window included; see
+            `rtpurbo.evaluation.reads.Reads`, as for the next five.
+        tokens_read_p50: median.
+        tokens_read_p95: 95th percentile.
+        mass_kept: mean attention recall.
+        measured_rows: number of measured queries, over all heads.
+        far_tokens_histogram: number of queries that have far tokens, by far tokens read: none, 1, 2 to 3, 4 to
+            7, and so on in powers of two.
+        far_token_budget: far tokens that the policy may read per query; None without a budget.
+        metric: name of the metric, if a suite has several.
+        far_tokens_mean: mean number of far tokens read by queries that have any.
+        far_rows: number of these queries.
     """
 
     suite: str

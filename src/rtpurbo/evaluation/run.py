@@ -1,4 +1,4 @@
-"""Evaluation of policies on cases: one run, its jobs and its results."""
+"""Evaluation of policies on cases."""
 
 from __future__ import annotations
 
@@ -56,39 +56,37 @@ def evaluate(
     keep_sample: Callable[[SampleRecord], None] = lambda sample: None,
     progress: Progress = no_progress,
 ) -> list[Record]:
-    """Measures an artifact: quality, tokens that retrieval heads read, and cache sizes in bytes.
+    """Evaluates an artifact: quality, tokens that retrieval heads read, and cache sizes.
 
     Args:
-        artifact: a folder, or a name on the Hugging Face Hub.
-        suites: names of `rtpurbo.evaluation.cases.SUITES`; `suite:task,task` takes some tasks of a
-            suite, and `suite@2048,8192` has lengths of its own. `lm-eval:task,task` takes tasks of
-            LM Evaluation Harness. A `Case` is one test, with a length and samples of its own.
-        lengths: tokens of a test, for all suites or by the suite's name. Tasks of lm-eval have the
-            model's context, unless lengths are named for them; RULER's among them, which makes
-            prompts to measure, needs one.
-        samples: questions or windows of each test; None takes 10, and all questions of `gsm8k`,
+        artifact: folder, or name on the Hugging Face Hub.
+        suites: names of `rtpurbo.evaluation.cases.SUITES`; `suite:task,task` selects tasks of a suite, and
+            `suite@2048,8192` its lengths. `lm-eval:task,task` selects tasks of LM Evaluation Harness. A
+            `Case` is a single test with its own length and samples.
+        lengths: tokens of a test, for all suites or by suite. Tasks of lm-eval have the model's context
+            unless lengths are given for them, which RULER's tasks of lm-eval need.
+        samples: questions or windows of each test; None for 10, and for all questions of `gsm8k`,
             `math`, `mmlu_pro`, `humaneval` and tasks of lm-eval.
-        policies: names of `rtpurbo.evaluation.policies.POLICIES`, or `all`. Those that read as much as
-            `rtpurbo` on average over a suite's tests at a length make it run before them.
-        data: prose, as `load_texts` takes it; its held-out part is used.
-        seed: of the tests; the same seed gives every policy the same tests.
-        device: where to compute.
-        dtype: of the weights; None chooses what suits the device.
-        base_model: where to take the base model from, if not from where the artifact says.
-        cache_length: tokens at which cache sizes are computed; None takes each test's length.
-        squad: questions of `ruler:qa_1`, a file in SQuAD's format; None takes the built-in ones.
-        hotpotqa: those of `ruler:qa_2`, in HotpotQA's distractor format; None takes the built-in ones.
+        policies: names of `rtpurbo.evaluation.policies.POLICIES`, or `all`. `rtpurbo` runs before policies
+            with the same mean budget of far tokens.
+        data: prose, as an argument of `load_texts`; its held-out part is used.
+        seed: seed of the tests, which are the same for all policies.
+        device: device of the models.
+        dtype: dtype of the weights; None for the default of the device.
+        base_model: replaces the base model that the artifact names.
+        cache_length: tokens at which cache sizes are computed; None for each test's length.
+        squad: questions of `ruler:qa_1`, a file in SQuAD's format; None for the built-in ones.
+        hotpotqa: questions of `ruler:qa_2`, in HotpotQA's distractor format; None for the built-in ones.
         task_data: files with the questions of `gsm8k`, `math`, `mmlu_pro`, `humaneval` and `babilong`,
-            by the suite's name; and files for tasks of lm-eval instead of the Hub's, by the task's
-            name, see `rtpurbo.evaluation.harness.local_data`.
-        max_new_tokens: the most tokens of answers to questions of these suites (but for BABILong) and
-            to tasks of lm-eval; None leaves it to the suite or task.
-        run_code: agree that `humaneval` executes code that the model writes, in a limited process.
+            by suite; and files that replace the Hub's data of tasks of lm-eval, by task, see
+            `rtpurbo.evaluation.harness.local_data`.
+        max_new_tokens: limit of an answer in these suites (except BABILong) and in tasks of lm-eval; None
+            for the default of the suite or task.
+        run_code: allow `humaneval` to execute code that the model writes, in a limited process.
         processes: number of processes that run tests at the same time, on all GPUs unless `device` has
-            a number. A caller that uses several has its own code under `if __name__ == "__main__"`.
-        results: receives the result of each test as soon as it is finished. Results that it has from
-            earlier runs are not measured again.
-        keep_sample: called with every question and its answer, as soon as its test is finished.
+            a number. With several, the caller's script needs `if __name__ == "__main__"`.
+        results: receives the result of each finished test. Results of earlier runs are not measured again.
+        keep_sample: called with every question and its answer when the test is finished.
         progress: called after each sample.
 
     Returns:

@@ -25,7 +25,7 @@ class Sample:
     Attributes:
         answers: expected strings.
         generated: the model's text.
-        score: 100 if it is right, 0 if not, or between if some of the expected strings are missing.
+        score: 100 if the answer is correct, 0 if not, or between if some expected strings are missing.
         prompt_tokens: length of the prompt.
         prompt_hash: short hash of the prompt, to compare prompts of two runs.
     """
@@ -50,7 +50,7 @@ class Outcome:
     """Score of a case by one metric.
 
     Attributes:
-        score: right answers in percent, or perplexity.
+        score: correct answers in percent, or perplexity.
         ci95: 95 % interval of the score, by bootstrap over questions or windows; None if the score is
             not a mean over them.
         count: number of questions or windows.

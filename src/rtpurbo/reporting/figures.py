@@ -83,7 +83,7 @@ class Series:
         return [point for point in self.points if all(map(math.isfinite, point))]
 
 
-def length_axis(lengths: Sequence[float], name: str = "context, tokens") -> Axis:
+def length_axis(lengths: Sequence[float]) -> Axis:
     """Returns a logarithmic axis of context lengths, with a tick at each that has room for it."""
     ordered = sorted(set(lengths))
     room = 0.11 * math.log(ordered[-1] / ordered[0])
@@ -91,7 +91,9 @@ def length_axis(lengths: Sequence[float], name: str = "context, tokens") -> Axis
     for length in ordered:
         if not ticks or math.log(length / ticks[-1]) > room:
             ticks.append(length)
-    return Axis(name, lambda value: short_length(round(value)), "log2", ticks=tuple(ticks))
+    return Axis(
+        "context, tokens", lambda value: short_length(round(value)), "log2", ticks=tuple(ticks)
+    )
 
 
 def bytes_axis(name: str) -> Axis:
