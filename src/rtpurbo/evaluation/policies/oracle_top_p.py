@@ -42,6 +42,6 @@ class OracleTopP(Policy):
 
 POLICY = OracleTopP(
     "oracle-top-p",
-    "the artifact's top-p by the true attention mass, which no index knows",
+    "the artifact's top-p by exact attention instead of the index",
     keeps_index=False,
 )

@@ -37,6 +37,6 @@ def random_head_map(head_map: HeadMap, seed: int) -> HeadMap:
 
 POLICY = RandomHeads(
     "random-heads",
-    "control: as many heads, drawn at random, that read everything",
+    "control: the same number of heads, drawn at random, that read everything",
     keeps_index=False,
 )

@@ -42,5 +42,5 @@ class TopK(BudgetPolicy):
 
 POLICY = TopK(
     "top-k",
-    "the same number of far tokens for every row, by the index; rtpurbo's mean budget",
+    "the same number of far tokens for every query, by the index; rtpurbo's mean budget",
 )

@@ -29,14 +29,14 @@ class LocalOnly(Policy):
 
 VARIANTS = (
     Full(DENSE_POLICY, "the dense model before conversion"),
-    RulePolicy(BUDGET_POLICY, "the sparse model, as the artifact has it"),
+    RulePolicy(BUDGET_POLICY, "the sparse model of the artifact"),
     # The paper (arXiv 2605.16928): mass is a share of the indexer's softmax over every visible key.
     RulePolicy(
         "rtpurbo-paper",
-        "the same, selecting as the paper does: top-p over all keys, no floor of tokens",
+        "the same, selecting as the paper does: top-p over all keys, no minimum of tokens",
         changes={"reading": "paper", "min_tokens": 0},
     ),
-    # Near keys count with their exact mass, far ones by the indexer; the artifact's floor stays.
+    # Near keys count with their exact mass, far ones by the indexer; the artifact's minimum of tokens is kept.
     RulePolicy(
         "rtpurbo-residual",
         "the same with the reading `residual`: far tokens are added to the near mass",
@@ -44,12 +44,12 @@ VARIANTS = (
     ),
     RulePolicy(
         "rtpurbo-sparse-prefill",
-        "the same, selecting in the prompt too: one block list for a tile of rows",
+        "the same, selecting in the prompt too: one block list for each query block",
         changes={"prefill_mode": "row_share"},
     ),
     RulePolicy(
         "rtpurbo-float8-index",
-        "the same, with index keys kept in float8",
+        "the same, with index keys in float8",
         changes={"index_storage": "float8"},
     ),
     # The indexers of stage 1 on the dense model's weights.
