@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.strict_json import check_fields
-from rtpurbo.validation import check_at_least, check_choice
+from rtpurbo.validation import check_at_least, check_choice, check_fields
 
 Reading = Literal["paper", "residual", "far"]
 Granularity = Literal["token", "block"]

@@ -1,17 +1,10 @@
-"""Strict parsing of untrusted JSON, and type checks against a dataclass."""
+"""Strict parsing of untrusted JSON."""
 
 from __future__ import annotations
 
 import json
-import math
-import types
-from collections.abc import Mapping
-from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from rtpurbo.errors import RTPurboError
+from typing import Any
 
 
 def parse(text: str) -> Any:
@@ -34,67 +27,6 @@ def read(path: Path) -> Any:
         OSError: the file cannot be read.
     """
     return parse(path.read_text(encoding="utf-8"))
-
-
-def check_fields(kind: type, data: Mapping[str, Any]) -> None:
-    """Checks the arguments of a dataclass.
-
-    Args:
-        kind: dataclass; fields of other types than int, float, str, bool, dict, Literal and their unions with
-            None are not checked.
-        data: arguments by name.
-
-    Raises:
-        RTPurboError: a value is of another type, or a number is not finite.
-    """
-    hints = _hints(kind)
-    for field in fields(kind):
-        if field.name in data and not _fits(data[field.name], hints[field.name]):
-            raise RTPurboError(
-                f"{field.name} is {_shown(data[field.name])}, but it must be "
-                f"{_in_words(hints[field.name])}."
-            )
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if origin is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if origin is dict or hint is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint not in (str, bool, type(None)) or isinstance(value, hint)
-
-
-def _in_words(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_in_words(each) for each in get_args(hint))
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    words = {
-        float: "a finite number",
-        int: "a whole number",
-        str: "a string",
-        bool: "true or false",
-    }
-    return "null" if hint is type(None) else words.get(hint, "an object")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

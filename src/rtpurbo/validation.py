@@ -6,6 +6,7 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rtpurbo.errors import RTPurboError
@@ -37,9 +38,34 @@ def check_at_least(least: int, settings: Any, *names: str) -> None:
             raise RTPurboError(f"{name} is {value}, but it must be at least {least}.")
 
 
-def field_types(settings: type) -> dict[str, Any]:
-    """Returns the resolved type of each field of a settings dataclass, by field name."""
-    return get_type_hints(settings)
+@cache
+def field_types(kind: type) -> dict[str, Any]:
+    """Returns the resolved type of each field of a dataclass, by field name."""
+    return get_type_hints(kind)
+
+
+def check_fields(kind: type, data: Mapping[str, Any]) -> None:
+    """Checks arguments of a dataclass that were read from JSON; unlike settings, they are not converted.
+
+    Args:
+        kind: dataclass; fields of other types than int, float, str, bool, dict, Literal and their unions with
+            None are not checked.
+        data: arguments by name.
+
+    Raises:
+        RTPurboError: a value is of another type, or a number is not finite.
+    """
+    for name, expected in field_types(kind).items():
+        if name in data and _is_plain(expected):
+            converted = _converted(data[name], expected)
+            if converted is _WRONG or (type(data[name]) is float and type(converted) is int):
+                raise _wrong_type(name, data[name], expected)
+
+
+def _is_plain(expected: Any) -> bool:
+    if get_origin(expected) in (Union, types.UnionType):
+        return all(map(_is_plain, get_args(expected)))
+    return get_origin(expected) in (Literal, dict) or expected in (*_EXPECTED, type(None))
 
 
 def checked_value(name: str, value: Any, expected: Any) -> Any:
@@ -58,8 +84,14 @@ def checked_value(name: str, value: Any, expected: Any) -> Any:
     """
     converted = _converted(value, expected)
     if converted is _WRONG:
-        raise RTPurboError(f"{name} is {_shown(value)}, but it must be {_description(expected)}.")
+        raise _wrong_type(name, value, expected)
     return converted
+
+
+def _wrong_type(name: str, value: Any, expected: Any) -> RTPurboError:
+    shown = _shown(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    return RTPurboError(f"{name} is {shown}, but it must be {_description(expected)}.")
 
 
 def _converted(value: Any, expected: Any) -> Any:
@@ -78,8 +110,8 @@ def _converted(value: Any, expected: Any) -> Any:
             return _WRONG
         entries = {key: _converted(item, arguments[1]) for key, item in value.items()}
         return _WRONG if any(item is _WRONG for item in entries.values()) else entries
-    if expected is type(None):
-        return None if value is None else _WRONG
+    if origin is dict or expected is type(None):
+        return value if isinstance(value, origin or expected) else _WRONG
     if expected in (int, float):
         return _number(value, expected)
     return value if isinstance(value, expected) else _WRONG
@@ -104,6 +136,8 @@ def _description(expected: Any) -> str:
         return "a list of whole numbers, such as [4096,8192]"
     if origin is Mapping:
         return 'an object of numbers by name, such as {"needles": 0.5}'
+    if origin is dict:
+        return "an object"
     if expected is type(None):
         return "null"
     if is_dataclass(expected) and isinstance(expected, type):

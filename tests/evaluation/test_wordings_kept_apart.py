@@ -17,7 +17,7 @@ from rtpurbo.data.reading import reading_example
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.data.variables import make_variable_example
 from rtpurbo.data.wordings import fill, templates
-from rtpurbo.evaluation.needle import TASKS as NEEDLE_TASKS
+from rtpurbo.evaluation.cases import NEEDLE_TASKS
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from tests.evaluation.ruler.support import draft_of
 

@@ -11,7 +11,7 @@ from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
 from rtpurbo.models.base_reference import BaseReference
-from rtpurbo.strict_json import check_fields
+from rtpurbo.validation import check_fields
 from rtpurbo.version import __version__
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.wheels import PREFIX, WHEEL_MODELS
-from rtpurbo.strict_json import check_fields
+from rtpurbo.validation import check_fields
 
 # Longest path of the usual file systems.
 _LONGEST_NAME = 4096
