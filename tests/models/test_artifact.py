@@ -249,7 +249,7 @@ def test_several_are_shipped():
     ("path", "value", "message"),
     [
         ("stage2", "evil", "stage2 is 'evil', but it must be one of"),
-        ("stage2", None, "stage2 is None"),
+        ("stage2", None, "stage2 is null"),
         ("stage2", 5, "stage2 is 5"),
         ("format_version", -5, "format_version -5"),
         ("format_version", 0, "format_version 0"),
