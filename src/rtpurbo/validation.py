@@ -6,7 +6,6 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rtpurbo.errors import RTPurboError
@@ -38,7 +37,6 @@ def check_at_least(least: int, settings: Any, *names: str) -> None:
             raise RTPurboError(f"{name} is {value}, but it must be at least {least}.")
 
 
-@cache
 def field_types(kind: type) -> dict[str, Any]:
     """Returns the resolved type of each field of a dataclass, by field name."""
     return get_type_hints(kind)
