@@ -33,6 +33,7 @@ class AttentionRule:
         num_sink_tokens: number S of sink keys 0..S-1, which every query attends to.
         sliding_window: number W of the most recent keys, including the query's own.
         top_p: mass that the indexer's selection must reach, in (0, 1]; 1 selects every key.
+        layer_top_p: the same for each layer, in place of `top_p`; None for layers that are not converted.
         reading: distribution that top-p applies to; see `rtpurbo.ops.eager.selection`.
         far_floor: with reading `far`, a query whose estimated far mass is below this selects nothing.
         min_tokens: minimum number of far tokens that a query selects, whatever their mass (with blocks:
@@ -70,13 +71,16 @@ class AttentionRule:
     retrieval_window: int | None = None
     index_storage: IndexStorage = "model"
     dense_prompt_queries: int = 0
+    layer_top_p: tuple[float | None, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("top_p", "row_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise RTPurboError(
-                    f"{name} is {getattr(self, name)}, but it must be above 0 and at most 1."
-                )
+        if self.layer_top_p is not None:
+            object.__setattr__(self, "layer_top_p", tuple(self.layer_top_p))
+        shares = [("top_p", self.top_p), ("row_share", self.row_share)]
+        shares += [("layer_top_p", one) for one in self.layer_top_p or () if one is not None]
+        for name, share in shares:
+            if not 0 < share <= 1:
+                raise RTPurboError(f"{name} is {share}, but it must be above 0 and at most 1.")
         if not 0 <= self.far_floor < 1:
             raise RTPurboError(
                 f"far_floor is {self.far_floor}, but it must be at least 0 and below 1."
@@ -97,6 +101,12 @@ class AttentionRule:
         check_choice("granularity", self.granularity, Granularity)
         check_choice("prefill_mode", self.prefill_mode, PrefillMode)
         check_choice("index_storage", self.index_storage, IndexStorage)
+
+    def for_layer(self, layer: int) -> AttentionRule:
+        """Returns the rule of one layer."""
+        if self.layer_top_p is None:
+            return self
+        return replace(self, top_p=self.layer_top_p[layer] or self.top_p, layer_top_p=None)
 
     @property
     def near_window(self) -> int:
@@ -273,8 +283,17 @@ class RTPurboConfig:
     attention: AttentionRule = field(default_factory=AttentionRule)
     indexer: IndexerSettings = field(default_factory=IndexerSettings)
 
+    def __post_init__(self) -> None:
+        by_layer, layers = self.attention.layer_top_p, len(self.head_map.retrieval_heads)
+        if by_layer is not None and len(by_layer) != layers:
+            raise RTPurboError(
+                f"layer_top_p has {len(by_layer)} values, but the model has {layers} layers."
+            )
+
     def with_rule(self, **changes: Any) -> RTPurboConfig:
-        """Returns a copy with changed fields of the attention rule."""
+        """Returns a copy with changed fields of the attention rule; a `top_p` applies to every layer."""
+        if "top_p" in changes:
+            changes = {"layer_top_p": None, **changes}
         return replace(self, attention=replace(self.attention, **changes))
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+from rtpurbo.config import AttentionRule
 from rtpurbo.formats import percent
 from rtpurbo.models.artifact_config import CONFIG_FILE, LOG_FILE, ArtifactConfig, Stage2Kind
 
@@ -127,7 +128,7 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         ),
         (
             "Retrieval heads select",
-            f"top-p {rule.top_p:g} ({rule.reading}), at least {rule.min_tokens} tokens, "
+            f"top-p {_top_p(rule)} ({rule.reading}), at least {rule.min_tokens} tokens, "
             f"by {rule.granularity}; in the prompt: {rule.prefill_mode}",
         ),
         (
@@ -145,6 +146,11 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         facts.append(("Seed", str(artifact.settings["seed"])))
     facts.append(("Converted with", f"rtpurbo {artifact.library_version}"))
     return facts
+
+
+def _top_p(rule: AttentionRule) -> str:
+    values = [value for value in rule.layer_top_p or () if value is not None]
+    return f"{min(values):g} to {max(values):g} by layer" if values else f"{rule.top_p:g}"
 
 
 def base_name(artifact: ArtifactConfig) -> str:

@@ -108,7 +108,7 @@ class Runtime:
     def _apply_rule(self, rule: AttentionRule) -> None:
         self._model.rtpurbo_config = self._model.rtpurbo_config.with_rule(**vars(rule))
         for layer in self._layers:
-            layer.rule = rule
+            layer.rule = rule.for_layer(layer.layer_idx)
 
     @contextmanager
     def _layers_with(self, **values: Any) -> Iterator[None]:

@@ -106,7 +106,7 @@ class SparseAttention:
         self.scaling = traits.scaling
         self.rotation = traits.rotation
         self.retrieval_heads = list(config.head_map.retrieval_heads[layer] or ())
-        self.rule = config.attention
+        self.rule = config.attention.for_layer(layer)
         self.dense = False
         self.document_lengths: tuple[int, ...] | None = None
         self.num_decode_rows = 0

@@ -1,0 +1,170 @@
+"""Top-p for each layer: the reading of far keys goes where dropped mass changes the answers.
+
+The same dropped mass costs most layers nothing and a few layers almost everything (docs/experiment-log.md). For each
+layer with retrieval heads, the divergence from dense retrieval heads and the share of far keys read are measured for
+several values of p at the answers of long-range sequences, while all other layers read everything. The values that
+minimise the sum of the divergences within a mean share of far keys read are then chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rtpurbo.data.prompts import Conversation
+from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.sparse_layer import SparseAttention
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import runtime
+from rtpurbo.ops import SelectionStatistics
+from rtpurbo.settings import Progress, no_progress
+
+TOP_P = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98)
+"""Values that are measured."""
+
+
+class Sequences(Protocol):
+    """Source of sequences."""
+
+    def sequence(self, number: int) -> Conversation:
+        """Sequence `number`, with the spans of its answers."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a value of p in one layer.
+
+    Attributes:
+        divergence: from dense retrieval heads, in nats per token of the answers.
+        share_read: share of the far keys that the layer reads.
+    """
+
+    divergence: float
+    share_read: float
+
+
+Costs = Mapping[int, Mapping[float, Cost]]
+"""Costs by layer and value of p."""
+
+
+def measure_costs(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    count: int,
+    *,
+    values: Sequence[float] = TOP_P,
+    progress: Progress = no_progress,
+) -> dict[int, dict[float, Cost]]:
+    """Measures every value of p in every layer with retrieval heads.
+
+    Args:
+        model: sparse, with trained indexers.
+        sequences: longer than sinks and window.
+        count: number of sequences, of which those without an answer are skipped.
+        values: values of p below 1.
+        progress: called after each sequence.
+    """
+    layers = [layer for layer in headwise_modules(model) if layer.retrieval_heads]
+    found: dict[tuple[int, float], list[Cost]] = {}
+    for number in range(count):
+        conversation = sequences.sequence(number)
+        if conversation.answer_spans:
+            start, end = conversation.answer_spans[0]
+            with _answering(model, conversation.input_ids[:start]) as answer:
+                tokens = conversation.input_ids[start - 1 : end - 1]
+                dense = answer(tokens)
+                for layer in layers:
+                    for top_p in values:
+                        cost = _cost(layer, top_p, dense, tokens, answer)
+                        found.setdefault((layer.layer_idx, top_p), []).append(cost)
+        progress("top-p", number + 1, count, {})
+    return {
+        layer.layer_idx: {
+            top_p: Cost(
+                fmean(cost.divergence for cost in found[layer.layer_idx, top_p]),
+                fmean(cost.share_read for cost in found[layer.layer_idx, top_p]),
+            )
+            for top_p in values
+        }
+        for layer in layers
+    }
+
+
+@contextmanager
+def _answering(model: PreTrainedModel, prompt: Sequence[int]) -> Iterator[Any]:
+    """Yields a function from tokens after a prompt to the log-probabilities after each, fp32 [tokens, vocabulary].
+
+    Their queries select for themselves, as in decode steps.
+    """
+    device = model.device
+    cache = HeadwiseCache(model, crop_slack=1024)
+
+    def answer(tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor([list(tokens)], device=device)
+        logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
+        cache.crop(-len(tokens))
+        return logits.float().log_softmax(-1)
+
+    with torch.no_grad(), runtime(model).rule(top_p=1.0):
+        ids = torch.tensor([list(prompt[:-1])], device=device)
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with runtime(model).rule(top_p=1.0, prefill_mode="top_p"):
+            yield answer
+
+
+def _cost(
+    layer: SparseAttention, top_p: float, dense: Tensor, tokens: Sequence[int], answer: Any
+) -> Cost:
+    statistics = SelectionStatistics()
+    before = layer.rule, layer.statistics
+    layer.rule, layer.statistics = replace(layer.rule, top_p=top_p), statistics
+    try:
+        found = answer(tokens)
+    finally:
+        layer.rule, layer.statistics = before
+    divergence = (dense.exp() * (dense - found)).sum(-1).mean().item()
+    return Cost(max(0.0, divergence), statistics.share_read or 0.0)
+
+
+def mean_share_read(
+    costs: Costs, weights: Mapping[int, float], chosen: Mapping[int, float]
+) -> float:
+    """Returns the mean share of far keys that retrieval heads read with the chosen values."""
+    return sum(weights[n] * costs[n][top_p].share_read for n, top_p in chosen.items()) / sum(
+        weights[n] for n in chosen
+    )
+
+
+def choose_top_p(costs: Costs, weights: Mapping[int, float], share_read: float) -> dict[int, float]:
+    """Chooses p for each layer: the smallest sum of divergences within a mean share of far keys read.
+
+    Starts at the smallest values and raises, step by step, the layer that loses the most divergence per far key read.
+
+    Args:
+        costs: from `measure_costs`.
+        weights: number of retrieval heads of each layer.
+        share_read: mean over retrieval heads of the share of far keys that may be read.
+    """
+    chosen = {layer: min(by_value) for layer, by_value in costs.items()}
+    while True:
+        best: tuple[float, int, float] | None = None
+        for layer, current in chosen.items():
+            for value, cost in costs[layer].items():
+                raised = {**chosen, layer: value}
+                if value <= current or mean_share_read(costs, weights, raised) > share_read:
+                    continue
+                gain = costs[layer][current].divergence - cost.divergence
+                price = weights[layer] * (cost.share_read - costs[layer][current].share_read)
+                rate = gain / max(price, 1e-9)
+                if gain > 0 and (best is None or rate > best[0]):
+                    best = rate, layer, value
+        if best is None:
+            return chosen
+        chosen[best[1]] = best[2]
