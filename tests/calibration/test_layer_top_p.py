@@ -98,5 +98,5 @@ def test_another_number_of_layers_is_refused(model):
 
 
 def test_a_value_out_of_range_is_refused():
-    with pytest.raises(RTPurboError, match="layer_top_p is 1.5"):
+    with pytest.raises(RTPurboError, match=r"layer_top_p is 1\.5"):
         AttentionRule(layer_top_p=(0.5, None, 1.5))
