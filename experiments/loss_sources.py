@@ -116,7 +116,9 @@ def rank(arguments: argparse.Namespace) -> None:
 def rule_of(base: BaseModel, arguments: argparse.Namespace) -> AttentionRule:
     """Windows as asked for, or as the model's context suggests."""
     window = arguments.window or default_sliding_window(base.model.config.max_position_embeddings)
-    return AttentionRule(sliding_window=window, top_p=1.0)
+    return AttentionRule(
+        sliding_window=window, top_p=1.0, dense_prompt_queries=arguments.dense_prompt_queries
+    )
 
 
 def configurations(
@@ -185,11 +187,11 @@ def prose(base: BaseModel, arguments: argparse.Namespace) -> list[Asked]:
 
 
 @torch.no_grad()
-def compare(model: torch.nn.Module, asked: list[Asked], selecting: bool) -> dict[str, list[float]]:
+def compare(model: torch.nn.Module, asked: list[Asked]) -> dict[str, list[float]]:
     """Divergence in nats a token and agreement with the dense model's tokens, by length and task."""
     found: dict[str, list[list[float]]] = {}
     for each in asked:
-        rows = each.sequence.num_answer_tokens if selecting else 0
+        rows = each.sequence.num_answer_tokens
         there = each.targets.to(model.device)
         with runtime(model).decoding_last(rows):
             values = predictions(model, each.sequence, there, there.token_ids)
@@ -217,12 +219,10 @@ class Table:
         self.path, self.lengths = path, lengths
         self.rows: dict[str, dict[str, list[float]]] = {}
 
-    def add(
-        self, name: str, model: torch.nn.Module, asked: list[Asked], selecting: bool = False
-    ) -> None:
+    def add(self, name: str, model: torch.nn.Module, asked: list[Asked]) -> None:
         """Measures a variant."""
         began = time.monotonic()
-        figures = compare(model, asked, selecting)
+        figures = compare(model, asked)
         self.rows[name] = figures
         mean = {
             length: round(fmean(row[0] for key, row in figures.items() if key.startswith(f"{length} ")), 4)
@@ -255,7 +255,7 @@ def measure(arguments: argparse.Namespace) -> None:
             for changes in arguments.rule or [{}, {"top_p": 1.0}]:
                 name = f"{Path(artifact).name} stage2={stage2} {json.dumps(changes)}"
                 with model.rtpurbo.rule(**changes):
-                    table.add(name, model, asked, selecting=changes.get("top_p") != 1.0)
+                    table.add(name, model, asked)
             del model
 
 
@@ -304,6 +304,7 @@ def main() -> None:
     common.add_argument("--data", action="append")
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     common.add_argument("--window", type=int)
+    common.add_argument("--dense-prompt-queries", type=int, default=512)
     common.add_argument("--output", "-o", type=Path, default=Path("loss_sources.json"))
     ranking = steps.add_parser("rank", parents=[common])
     ranking.add_argument("--by", default="gates-group")
