@@ -13,8 +13,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
-from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -23,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError, first_line
-from rtpurbo.models.arguments import CACHE_NAME, named
+from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.graphs import CudaGraph
@@ -92,9 +90,9 @@ class GraphedDecoder:
         self._modules: list[SparseAttention] = []
         self._warned: set[str] = set()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedDecoder:
-        """Returns a new decoder: a copied model has its own tensors."""
-        return GraphedDecoder()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles as a new decoder: a copied model has its own tensors."""
+        return GraphedDecoder, ()
 
     def step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
         """Returns the result of the captured step; None if the model's own forward has to run."""
@@ -202,7 +200,8 @@ class GraphedDecoder:
 
         def step() -> Tensor:
             outputs[:] = [
-                own_forward(model)(
+                dense_class(model).forward(
+                    model,
                     input_ids=inputs.input_ids,
                     position_ids=inputs.position_ids,
                     use_cache=True,
@@ -287,6 +286,11 @@ def _held(cache: HeadwiseCache) -> Iterator[tuple[Any, str, Tensor]]:
             yield layer, "values", layer.values
 
 
+def dense_class(model: PreTrainedModel) -> Any:
+    """Returns the class that a sparse model had before; see `rtpurbo.models.sparse_model.sparse_class`."""
+    return type(model).__mro__[2]
+
+
 def capture_refusal(model: PreTrainedModel, device: torch.device) -> str | None:
     """Returns the reason why no step of this model can be captured; None if none is known."""
     if {parameter.device for parameter in model.parameters()} != {device}:
@@ -303,35 +307,3 @@ def capture_refusal(model: PreTrainedModel, device: torch.device) -> str | None:
             if package not in ("rtpurbo", "transformers", "accelerate", "peft"):
                 return f"a {type(module).__name__} within the model has a hook of its own"
     return None
-
-
-def own_forward(model: PreTrainedModel) -> Callable[..., Any]:
-    """Returns the forward that `attach_decoder` replaced."""
-    own = vars(model).get("_rtpurbo_forward")
-    return MethodType(type(model).forward, model) if own is None else own
-
-
-def attach_decoder(model: PreTrainedModel) -> None:
-    """Lets this model, without changes to its class, replay its decode steps."""
-
-    @wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        decoder = vars(self).get("_rtpurbo_decoder")
-        arguments = named(self, args, kwargs)
-        output = None if decoder is None else decoder.step(self, arguments)
-        return own_forward(self)(**arguments) if output is None else output
-
-    model._rtpurbo_decoder = GraphedDecoder()
-    model._rtpurbo_forward = vars(model).get("forward")
-    # A bound method, which a copy of the model binds to the copy.
-    model.forward = MethodType(forward, model)
-
-
-def detach_decoder(model: PreTrainedModel) -> None:
-    """Undoes `attach_decoder`."""
-    before = vars(model).pop("_rtpurbo_forward")
-    del model._rtpurbo_decoder
-    if before is None:
-        del model.forward
-    else:
-        model.forward = before

@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.arguments import CACHE_NAME, named
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.decoder import decoder_of
-from rtpurbo.models.decoding import attach_decoder, detach_decoder
 from rtpurbo.models.pretrained import refuse_offloading
 from rtpurbo.models.slots import fitting_mask, padding_form
 from rtpurbo.models.text_part import OTHER_MODALITIES
@@ -68,13 +66,6 @@ class CacheProvider:
             refuse_offloading(self.model)
 
 
-def attach_cache(model: PreTrainedModel) -> None:
-    """Gives this model, without changes to its class, a HeadwiseCache where it would make its own."""
-    decoder = decoder_of(model)
-    model._rtpurbo_hook = decoder.register_forward_pre_hook(CacheProvider(model), with_kwargs=True)
-    attach_decoder(model)
-
-
 def needed_mask(arguments: dict[str, Any]) -> Any:
     """Assigns slots in the cache, if any, and returns the attention mask that layers still need.
 
@@ -123,10 +114,3 @@ def leave_inference_mode(cache: HeadwiseCache, batch: int) -> None:
     """Copies tensors that were made in inference mode, which cannot be written to outside of it."""
     if any(tensor.is_inference() for tensor in cache.slots.tensors()):
         cache.batch_select_indices(torch.arange(batch))
-
-
-def detach_cache(model: PreTrainedModel) -> None:
-    """Undoes `attach_cache`."""
-    detach_decoder(model)
-    model._rtpurbo_hook.remove()
-    del model._rtpurbo_hook

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from transformers import GenerationMixin, PreTrainedModel
 
 from rtpurbo.config import DEFAULT_CROP_SLACK
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.arguments import CACHE_NAME
+from rtpurbo.models.arguments import CACHE_NAME, named
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.decoding import attach_decoder
+from rtpurbo.models.decoding import dense_class
 from rtpurbo.models.pretrained import refuse_offloading
 from rtpurbo.models.saving import save_sparse
 from rtpurbo.models.sparse_layers import check_is_not_wrapped
-
-# Set on the instance by `attach_decoder`; a copy gets its own.
-_DECODER = ("_rtpurbo_decoder", "_rtpurbo_forward", "forward")
-
 
 _sparse_classes: dict[type, type] = {}
 
@@ -76,33 +73,26 @@ class SparseModel(PreTrainedModel, GenerationMixin):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles through the dense class, because this class is in no module."""
-        return _new, (dense_class(self),), self.__getstate__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name not in _DECODER}
-        if vars(self)["_rtpurbo_forward"] is not None:
-            state["forward"] = vars(self)["_rtpurbo_forward"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        attach_decoder(self)
+        return _new, (dense_class(self),), dict(vars(self))
 
 
 def sparse_class(dense: type) -> type:
-    """Returns the sparse subclass of a dense class, which has the same name."""
+    """Returns the sparse subclass of a dense class, which has the same name and follows in its MRO."""
     if dense not in _sparse_classes:
+        dense_forward: Any = dense.forward  # type: ignore[attr-defined]
+
+        @wraps(dense_forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            arguments = named(self, args, kwargs)
+            output = self._rtpurbo_decoder.step(self, arguments)
+            return dense_forward(self, **arguments) if output is None else output
+
         # transformers looks classes up by name and module: in configurations, and in their source.
         own = {"__module__": dense.__module__, "__qualname__": dense.__qualname__}
+        own |= {"__doc__": dense.__doc__, "forward": forward}
         bases: tuple[Any, ...] = (SparseModel, dense)
-        _sparse_classes[dense] = type(dense.__name__, bases, {**own, "__doc__": dense.__doc__})
+        _sparse_classes[dense] = type(dense.__name__, bases, own)
     return _sparse_classes[dense]
-
-
-def dense_class(model: PreTrainedModel) -> type:
-    """Returns the class that a sparse model had before."""
-    dense: type = type(model).__mro__[2]
-    return dense
 
 
 def check_can_be_sparse(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import AttentionShape, check_architecture, context_length
 from rtpurbo.models.attention import IMPLEMENTATION
+from rtpurbo.models.decoder import decoder_of
+from rtpurbo.models.decoding import GraphedDecoder, dense_class
 from rtpurbo.models.fused_append import attach_fused_append, detach_fused_append
-from rtpurbo.models.generation import attach_cache, detach_cache
+from rtpurbo.models.generation import CacheProvider
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.models.probe import AttentionTraits, probe
 from rtpurbo.models.rotation import invertible
@@ -26,9 +29,15 @@ from rtpurbo.models.sparse_layer import (
     note_rotation,
 )
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
-from rtpurbo.models.sparse_model import check_can_be_sparse, dense_class, sparse_class
+from rtpurbo.models.sparse_model import check_can_be_sparse, sparse_class
 from rtpurbo.models.verification import NUM_TOKENS, check_equal, logits_over_cache, needs_check
 from rtpurbo.ops import SelectionStatistics, Selector
+
+# Set on the instance of a sparse model.
+_OWN_ATTRIBUTES = (
+    *("_rtpurbo_dense_implementation", "_rtpurbo_artifact", "_rtpurbo_hook", "_rtpurbo_decoder"),
+    *("rtpurbo_config", "rtpurbo"),
+)
 
 
 def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
@@ -62,8 +71,10 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     model._rtpurbo_dense_implementation = model.config._attn_implementation
     model.config._attn_implementation = IMPLEMENTATION
     model.rtpurbo_config = config
-    model.__class__ = sparse_class(type(model))
-    attach_cache(model)
+    _set_class(model, sparse_class(type(model)))
+    provider = CacheProvider(model)
+    model._rtpurbo_hook = decoder_of(model).register_forward_pre_hook(provider, with_kwargs=True)
+    model._rtpurbo_decoder = GraphedDecoder()
     model.rtpurbo = runtime(model)
     if expected is not None:
         try:
@@ -119,12 +130,18 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         if layer.retrieval_heads:
             del module.indexer
         del module._rtpurbo
-    detach_cache(model)
+    model._rtpurbo_hook.remove()
     model.config._attn_implementation = model._rtpurbo_dense_implementation
-    model.__class__ = dense_class(model)
-    for name in ("_rtpurbo_dense_implementation", "_rtpurbo_artifact", "rtpurbo_config", "rtpurbo"):
+    _set_class(model, dense_class(model))
+    for name in _OWN_ATTRIBUTES:
         vars(model).pop(name, None)
     return model
+
+
+def _set_class(model: PreTrainedModel, new: Any) -> None:
+    model.__class__ = new
+    if "_old_forward" in vars(model):  # that accelerate wraps
+        model._old_forward = MethodType(new.forward, model)
 
 
 def resolve_indexer_settings(model: PreTrainedModel, settings: IndexerSettings) -> IndexerSettings:
