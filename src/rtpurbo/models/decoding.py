@@ -42,18 +42,13 @@ FOLLOWED = {
 
 
 @dataclass
-class StepInputs:
-    """Tensors [batch, 1] from which a captured step reads its tokens."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-
-
-@dataclass
 class PreparedStep:
-    """Captured step of one cache, valid until a tensor, rule or backend that it uses changes."""
+    """Captured step of one cache, valid until a tensor, rule or backend that it uses changes.
 
-    inputs: StepInputs
+    It reads tokens and position_ids from `inputs`, [batch, 1] each.
+    """
+
+    inputs: tuple[Tensor, Tensor]
     run: Callable[[], Tensor]
     output_class: type
     held: list[tuple[Any, str, Tensor]]
@@ -67,7 +62,7 @@ class PreparedStep:
         return (
             cache.is_static
             and cache.get_seq_length() < cache.slots.capacity
-            and self.inputs.input_ids.shape[0] == batch
+            and self.inputs[0].shape[0] == batch
             and self.weights_address == address
             and all(getattr(owner, name) is tensor for owner, name, tensor in self.held)
             and all(
@@ -195,15 +190,15 @@ class GraphedDecoder:
             self._warn(reason)
             return None
         seen = cache.get_seq_length()
-        inputs = StepInputs(torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.int64))
+        inputs = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.int64)
         outputs: list[Any] = []
 
         def step() -> Tensor:
             outputs[:] = [
                 dense_class(model).forward(
                     model,
-                    input_ids=inputs.input_ids,
-                    position_ids=inputs.position_ids,
+                    input_ids=inputs[0],
+                    position_ids=inputs[1],
                     use_cache=True,
                     return_dict=True,
                     **{CACHE_NAME: cache},
@@ -257,13 +252,10 @@ class GraphedDecoder:
             )
 
 
-def _fill(inputs: StepInputs, arguments: dict[str, Any], seen: int) -> None:
-    inputs.input_ids.copy_(arguments["input_ids"])
+def _fill(inputs: tuple[Tensor, Tensor], arguments: dict[str, Any], seen: int) -> None:
+    inputs[0].copy_(arguments["input_ids"])
     positions = arguments.get("position_ids")
-    if positions is None:
-        inputs.position_ids.fill_(seen)
-    else:
-        inputs.position_ids.copy_(positions)
+    inputs[1].fill_(seen) if positions is None else inputs[1].copy_(positions)
 
 
 def _undo(cache: HeadwiseCache, seen: int) -> None:

@@ -91,11 +91,8 @@ def project(layer: SparseAttention, hidden_states: Tensor) -> tuple[Tensor, Tens
         fused = module.qkv_proj(hidden_states)
         query, key, value = fused.split([heads * layer.head_dim for heads in sizes], -1)
     else:
-        query, key, value = (
-            module.q_proj(hidden_states),
-            module.k_proj(hidden_states),
-            module.v_proj(hidden_states),
-        )
+        projections = module.q_proj, module.k_proj, module.v_proj
+        query, key, value = (projection(hidden_states) for projection in projections)
     if family.query_key_norm == "whole":
         query, key = module.q_norm(query), module.k_norm(key)
     query, key, value = (
@@ -153,28 +150,21 @@ def _knows_norms(module: Any, dtype: torch.dtype) -> bool:
 
 def _has_slots(past: HeadwiseLayer, states: Tensor) -> bool:
     """True if the storages have enough slots for the sequences; the kernel does not check."""
-    slots, ring = past.slots, past.slots.ring
-    assert slots.newest is not None
-    assert ring.new_slots is not None
-    assert ring.positions is not None
-    held = [
-        (past.full_keys.storage, slots.capacity),
-        (past.full_values.storage, slots.capacity),
-        (past.ring.keys, ring.positions.shape[1]),
-        (past.ring.values, ring.positions.shape[1]),
-    ]
+    slots: Any = past.slots
+    batch, device = states.shape[0], states.device
+    capacity, ring_size = slots.capacity, slots.ring.positions.shape[1]
+    full = [(part.storage, capacity) for part in (past.full_keys, past.full_values)]
+    held: list[Any] = [*full, (past.ring.keys, ring_size), (past.ring.values, ring_size)]
     if any(storage is None or storage.dtype != states.dtype for storage, _ in held):
         return False
     if past.index_keys.storage is not None:  # in a dtype of its own
-        held.append((past.index_keys.storage, slots.capacity))
-    batch, device = states.shape[0], states.device
+        held.append((past.index_keys.storage, capacity))
+    new_slots = slots.ring.new_slots
     return (
-        slots.newest.device == ring.new_slots.device == device
-        and ring.new_slots.shape == (batch, 1)
+        slots.newest.device == new_slots.device == device
+        and new_slots.shape == (batch, 1)
         and all(
-            storage is not None
-            and storage.device == device
-            and storage.shape[::2] == (batch, num_slots)
+            storage.device == device and storage.shape[::2] == (batch, num_slots)
             for storage, num_slots in held
         )
     )
@@ -215,15 +205,10 @@ def append_fused(
     family = FAMILIES[module.config.model_type]
     norm = projection = None
     if family.query_key_norm == "per_head":
-        query_norm: Any = module.q_norm
-        key_norm: Any = module.k_norm
-        epsilon = getattr(query_norm, "variance_epsilon", None)
-        norm = HeadNorm(
-            query_norm.weight,
-            key_norm.weight,
-            query_norm.eps if epsilon is None else epsilon,
-            family.unit_offset_norms,
-        )
+        weights = module.q_norm.weight, module.k_norm.weight
+        epsilon = getattr(module.q_norm, "variance_epsilon", None)
+        epsilon = module.q_norm.eps if epsilon is None else epsilon
+        norm = HeadNorm(*weights, epsilon, family.unit_offset_norms)
     if layer.retrieval_heads:
         projection = IndexProjection(
             layer.indexer.query_weight,
@@ -231,13 +216,8 @@ def append_fused(
             layer.indexer.feature_dimensions,
             layer.indexer.settings.index_space != "pre_rope",
         )
-    slots, ring = past.slots, past.ring
-    assert slots.newest is not None
-    assert slots.ring.new_slots is not None
-    assert past.full_keys.storage is not None
-    assert past.full_values.storage is not None
-    assert ring.keys is not None
-    assert ring.values is not None
+    slots: Any = past.slots
+    held: Any = past
     layout = layer.layout(queries.device)
     queries, index_queries = fused_kv_append(
         queries,
@@ -250,11 +230,11 @@ def append_fused(
         AppendSlots(
             slots.newest,
             slots.ring.new_slots,
-            past.full_keys.storage,
-            past.full_values.storage,
-            ring.keys,
-            ring.values,
-            past.index_keys.storage,
+            held.full_keys.storage,
+            held.full_values.storage,
+            held.ring.keys,
+            held.ring.values,
+            held.index_keys.storage,
         ),
     )
     return queries, index_queries, *past.count_appended(layout)
