@@ -3,6 +3,7 @@ import copy
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,17 +211,11 @@ def test_a_cached_model_needs_no_network(monkeypatch, no_hub, model_folder):
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **options: config)
     load = base.load_with_fingerprint
 
-    def load_with_fingerprint(name, dtype, **options):
-        assert (name, options) == (
-            DEFAULT_MODEL,
-            {
-                "sharding": None,
-                "model_options": {},
-                "revision": "0123abc",
-                "local_files_only": True,
-            },
-        )
-        return load(str(model_folder), dtype)
+    def load_with_fingerprint(name, options):
+        hub_options = {"revision": "0123abc", "local_files_only": True}
+        assert name == DEFAULT_MODEL
+        assert (options.sharding, options.model, options.hub) == (None, {}, hub_options)
+        return load(str(model_folder), replace(options, hub={}))
 
     monkeypatch.setattr(base, "load_with_fingerprint", load_with_fingerprint)
     reference = load_base_model().reference

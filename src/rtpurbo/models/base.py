@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import cache_folder
+from rtpurbo.launch import is_main_process
 from rtpurbo.models.artifact_config import CONFIG_FILE
 from rtpurbo.models.base_reference import BaseReference
 from rtpurbo.models.dequantized import DecodedCopy, find_decoded, load_checked
@@ -23,12 +28,12 @@ from rtpurbo.models.gguf import SUFFIX, find_gguf, read_gguf_config
 from rtpurbo.models.hub import HubUnreachableError, find_on_hub
 from rtpurbo.models.pretrained import (
     NO_OPTIONS,
+    Dtype,
     Loaded,
     LoadingOptions,
     load_pretrained_config,
     load_with_fingerprint,
 )
-from rtpurbo.models.progress import shown_in_terminal
 from rtpurbo.models.sharding import Sharding
 from rtpurbo.models.wheels import PREFIX, WheelModel, find_wheel_model
 from rtpurbo.processes import ALONE, Processes
@@ -41,8 +46,6 @@ WHEEL_MODEL = "wheel:smollm2-135m-instruct"
 """The same model, quantised to about 4 bits, in a wheel of the Python package registry."""
 
 logger = logging.getLogger(__name__)
-
-Dtype = torch.dtype | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,14 @@ class _Origin:
         source: as in `BaseReference`.
         revision: as in `BaseReference`.
         read_config: reads the configuration alone.
-        load: loads the model, given the dtype of its weights, a progress callback, the processes
-            that shard it (None: no sharding), and further options.
+        load: loads the model.
     """
 
     name: str
     source: Literal["hub", "local", "gguf", "wheel"]
     revision: str | None
     read_config: Callable[[], PretrainedConfig]
-    load: Callable[[Dtype, Progress, Sharding | None, LoadingOptions], Loaded]
+    load: Callable[[Progress, LoadingOptions], Loaded]
 
 
 def load_base_model(
@@ -140,14 +142,20 @@ def load_referenced(
         revision = reference.revision if reference.source == "hub" else None
         origin = _find(reference.name, revision, options.hub)
         return _load(origin, device, dtype, progress, processes, options)
-    copy = find_decoded(_gguf_cache(), reference.fingerprint)
-    if copy is None:
+    folder = find_decoded(_gguf_cache(), reference.fingerprint)
+    if folder is None:
         raise RTPurboError(
             f"The base model is the local file {reference.name}, which this machine has not decoded "
             "yet; pass its path as the base model."
         )
-    loaded = load_checked(copy, dtype, _sharding(processes, device), options)
-    return _frozen(loaded, device, reference.name, "gguf", None, options)
+    origin = _Origin(
+        reference.name,
+        "gguf",
+        None,
+        lambda: load_pretrained_config(str(folder)),
+        lambda progress, options: load_checked(folder, options),
+    )
+    return _load(origin, device, dtype, progress, processes, options)
 
 
 def read_config(name: str | None, *, revision: str | None = None) -> PretrainedConfig:
@@ -208,15 +216,13 @@ def _find(name: str | None, revision: str | None, hub: Mapping[str, Any] | None 
 def _from_hub(name: str, revision: str | None, hub: Mapping[str, Any] | None = None) -> _Origin:
     commit, from_cache = find_on_hub(name, revision, **(hub or {}))
     revision = commit or revision
-    options = {**(hub or {}), "revision": revision, "local_files_only": from_cache}
+    access = {**(hub or {}), "revision": revision, "local_files_only": from_cache}
     return _Origin(
         name,
         "hub",
         revision,
-        lambda: load_pretrained_config(name, **options),
-        lambda dtype, progress, sharding, extra: load_with_fingerprint(
-            name, dtype, sharding=sharding, model_options=extra.model, **options
-        ),
+        lambda: load_pretrained_config(name, **access),
+        lambda progress, options: load_with_fingerprint(name, replace(options, hub=access)),
     )
 
 
@@ -237,9 +243,7 @@ def _from_folder(folder: Path) -> _Origin:
         "local",
         None,
         lambda: load_pretrained_config(name),
-        lambda dtype, progress, sharding, extra: load_with_fingerprint(
-            name, dtype, sharding=sharding, model_options=extra.model
-        ),
+        lambda progress, options: load_with_fingerprint(name, replace(options, hub={})),
     )
 
 
@@ -295,25 +299,46 @@ def _load(
     processes: Processes,
     options: LoadingOptions,
 ) -> BaseModel:
+    sharding = Sharding(processes, device) if processes.shard_weights else None
     with shown_in_terminal(progress) as shown:
-        loaded = origin.load(dtype, shown, _sharding(processes, device), options)
-    return _frozen(loaded, device, origin.name, origin.source, origin.revision, options)
-
-
-def _sharding(processes: Processes, device: torch.device) -> Sharding | None:
-    return Sharding(processes, device) if processes.shard_weights else None
-
-
-def _frozen(
-    loaded: Loaded,
-    device: torch.device,
-    name: str,
-    source: Literal["hub", "local", "gguf", "wheel"],
-    revision: str | None,
-    options: LoadingOptions,
-) -> BaseModel:
+        loaded = origin.load(shown, replace(options, dtype=dtype, sharding=sharding))
     model = loaded.model.eval().requires_grad_(False)
     if not options.places_model:
         model = model.to(device)
-    reference = BaseReference(name, source, revision, loaded.fingerprint, type(model).__name__)
+    reference = BaseReference(
+        origin.name, origin.source, origin.revision, loaded.fingerprint, type(model).__name__
+    )
     return BaseModel(model, loaded.tokenizer, reference)
+
+
+@contextmanager
+def shown_in_terminal(progress: Progress | None) -> Iterator[Progress]:
+    """Yields `progress`, or in place of None one that draws bars on standard error.
+
+    Nothing is drawn unless standard error is a terminal, nor by processes other than the main one.
+    """
+    if progress is not None:
+        yield progress
+        return
+    console = Console(stderr=True)
+    bars = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal and is_main_process()),
+    )
+    tasks = {}
+
+    def show(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if stage not in tasks:
+            bars.start()  # most models need no bar
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done)
+
+    try:
+        yield show
+    finally:
+        bars.stop()

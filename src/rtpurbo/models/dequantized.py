@@ -6,9 +6,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -18,13 +18,11 @@ from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.gguf import decode_gguf
 from rtpurbo.models.pretrained import (
-    NO_OPTIONS,
     Loaded,
     LoadingOptions,
     load_with_fingerprint,
     quiet_transformers,
 )
-from rtpurbo.models.sharding import Sharding
 from rtpurbo.settings import Progress
 
 ORIGIN_FILE = "origin.json"
@@ -49,33 +47,25 @@ class DecodedCopy:
     provide: Callable[[Progress], Path]
     dtype: torch.dtype | None = None
 
-    def load(
-        self,
-        dtype: torch.dtype | Literal["auto"],
-        progress: Progress,
-        sharding: Sharding | None = None,
-        options: LoadingOptions = NO_OPTIONS,
-    ) -> Loaded:
+    def load(self, progress: Progress, options: LoadingOptions) -> Loaded:
         """Loads the copy, which is made first if it is missing, damaged or of another file.
 
         Args:
-            dtype: of the weights.
             progress: called during downloads and decoding.
-            sharding: processes that each keep a part of the weights; None loads the whole model.
-            options: further arguments for transformers.
+            options: how to load it.
 
         Raises:
             RTPurboError: there is no GGUF file, or it cannot be decoded.
         """
         if self.is_current():
             try:
-                return load_checked(self.folder, dtype, sharding, options)
+                return load_checked(self.folder, options)
             except RTPurboError:
                 logger.warning("The cached model in %s is damaged; making it again.", self.folder)
                 self._make(progress, again=True)
         else:
             self._make(progress)
-        return load_checked(self.folder, dtype, sharding, options)
+        return load_checked(self.folder, options)
 
     def is_current(self) -> bool:
         """True if there is a copy, made from this file; its weights are not looked at."""
@@ -108,20 +98,13 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
     return origin if isinstance(origin, dict) else None
 
 
-def load_checked(
-    folder: Path,
-    dtype: torch.dtype | Literal["auto"],
-    sharding: Sharding | None = None,
-    options: LoadingOptions = NO_OPTIONS,
-) -> Loaded:
+def load_checked(folder: Path, options: LoadingOptions) -> Loaded:
     """Loads a decoded copy and checks its fingerprint.
 
     Raises:
         RTPurboError: the copy is damaged.
     """
-    loaded = load_with_fingerprint(
-        str(folder), dtype, sharding=sharding, model_options=options.model
-    )
+    loaded = load_with_fingerprint(str(folder), replace(options, hub={}))
     origin = read_origin(folder)
     if origin is None or origin.get("fingerprint") != loaded.fingerprint:
         raise RTPurboError(f"The decoded model in {folder} is damaged; remove the folder.")

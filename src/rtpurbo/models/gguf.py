@@ -17,7 +17,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.gguf_config import gguf_config
 from rtpurbo.models.gguf_header import GgufHeader, read_gguf_header
-from rtpurbo.models.pretrained import load_pretrained
+from rtpurbo.models.pretrained import LoadingOptions, load_pretrained
 from rtpurbo.settings import Progress
 
 SUFFIX = ".gguf"
@@ -79,13 +79,12 @@ def decode_gguf(
     # Reading the vocabulary comes first, and takes a while.
     progress("decoding", 0, len(header.tensors), {})
     with _reading_once(), _reporting_tensors(progress):
-        model, tokenizer = load_pretrained(
-            str(path.parent),
+        options = LoadingOptions(
+            {"gguf_file": path.name},
+            {} if quantization is None else {"quantization_config": quantization(dequantize=True)},
             dtype or header.decoded_dtype(),
-            config=config,
-            model_options=quantization and {"quantization_config": quantization(dequantize=True)},
-            gguf_file=path.name,
         )
+        model, tokenizer = load_pretrained(str(path.parent), options, config=config)
     model.generation_config.eos_token_id = _end_token_ids(header, tokenizer) or None
     return model, tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -33,6 +33,8 @@ from rtpurbo.models.text_part import (
     text_config,
 )
 
+Dtype = torch.dtype | Literal["auto"]
+
 
 @dataclass(frozen=True)
 class LoadingOptions:
@@ -41,10 +43,14 @@ class LoadingOptions:
     Attributes:
         hub: of the access to the Hugging Face Hub, such as `token` and `cache_dir`.
         model: of `AutoModelForCausalLM`, such as `device_map`.
+        dtype: of the weights; "auto" is the one that they are stored in.
+        sharding: processes that each keep a shard of the weights; None loads the whole model.
     """
 
     hub: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    dtype: Dtype = torch.float32
+    sharding: Sharding | None = None
 
     @property
     def places_model(self) -> bool:
@@ -105,23 +111,14 @@ def _load_configs(
 
 
 def load_pretrained(
-    name: str,
-    dtype: torch.dtype | Literal["auto"],
-    *,
-    config: PretrainedConfig | None = None,
-    model_options: Mapping[str, Any] | None = None,
-    sharding: Sharding | None = None,
-    **options: Any,
+    name: str, options: LoadingOptions, *, config: PretrainedConfig | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer; the architecture is checked before weights are read.
 
     Args:
         name: a folder or a name on the Hub.
-        dtype: of the weights; "auto" is the one that they are stored in.
+        options: how to load them.
         config: replaces the one in the folder or on the Hub.
-        model_options: for `from_pretrained` of the model alone.
-        sharding: processes that each keep a shard of the weights; None loads the whole model.
-        options: for `from_pretrained` of model and tokenizer.
 
     Raises:
         RTPurboError: model or tokenizer cannot be loaded, weights are missing, or the
@@ -129,13 +126,13 @@ def load_pretrained(
     """
     whole = None
     if config is None:
-        config, whole = _load_configs(name, **options)
-    loading_options = {**options, **(model_options or {}), "config": config, "dtype": dtype}
+        config, whole = _load_configs(name, **options.hub)
+    settings = {**options.hub, **options.model, "config": config, "dtype": options.dtype}
     if whole is None:
-        model = load_weights(name, sharding, **loading_options)
+        model = load_weights(name, options.sharding, **settings)
     else:
-        model = _load_text_part(name, whole, sharding, **loading_options)
-    return model, load_tokenizer(name, **options)
+        model = _load_text_part(name, whole, options.sharding, **settings)
+    return model, load_tokenizer(name, **options.hub)
 
 
 def load_weights(name: str, sharding: Sharding | None = None, **options: Any) -> PreTrainedModel:
@@ -220,29 +217,21 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
             ) from error
 
 
-def load_with_fingerprint(
-    name: str,
-    dtype: torch.dtype | Literal["auto"],
-    *,
-    sharding: Sharding | None = None,
-    **options: Any,
-) -> Loaded:
-    """Loads a model like `load_pretrained`, with a fingerprint that does not depend on `dtype`.
+def load_with_fingerprint(name: str, options: LoadingOptions) -> Loaded:
+    """Loads a model like `load_pretrained`, with a fingerprint that does not depend on the dtype.
 
     Raises:
         RTPurboError: as `load_pretrained` does, or weights are offloaded.
     """
     # A fingerprint rounds to bfloat16, so only a cast to float16 would change it.
-    narrow = dtype == torch.float16
-    model, tokenizer = load_pretrained(
-        name, "auto" if narrow else dtype, sharding=sharding, **options
-    )
+    narrow = options.dtype == torch.float16
+    model, tokenizer = load_pretrained(name, replace(options, dtype="auto") if narrow else options)
     refuse_offloading(model)
     found = fingerprint(model)
-    if narrow and sharding is not None:
+    if narrow and options.sharding is not None:
         # FSDP keeps references to the parameters that it sharded: load them again in the other dtype.
         del model
-        model, tokenizer = load_pretrained(name, dtype, sharding=sharding, **options)
+        model, tokenizer = load_pretrained(name, options)
     elif narrow:
         # Not `model.half()`, which would round the frequencies of the rotary embedding as well.
         for parameter in model.parameters():
@@ -269,7 +258,7 @@ def refuse_offloading(model: PreTrainedModel) -> None:
         )
 
 
-def torch_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
+def torch_dtype(dtype: torch.dtype | str) -> Dtype:
     """Returns the torch dtype of a name; "auto" is returned as it is.
 
     Raises:
