@@ -6,8 +6,8 @@ import torch
 
 import rtpurbo
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.artifact import kept_config
 from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE
-from rtpurbo.models.base_config import kept_config
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.tiny_models import FAMILIES
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo import strict_json
 from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact_config import (
     INDEXER_BEFORE_STAGE2_FILE,
     INDEXER_FILE,
+    MODEL_CONFIG_FILE,
     ArtifactConfig,
 )
 from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.base import BaseModel, load_base_model, load_referenced
-from rtpurbo.models.base_config import check_base_config
 from rtpurbo.models.base_reference import BaseReference
+from rtpurbo.models.model_config import MODEL_TYPE, RTPurboModelConfig
 from rtpurbo.models.pretrained import (
     NO_OPTIONS,
+    Dtype,
     LoadingOptions,
     load_pretrained_config,
     load_tokenizer,
@@ -32,6 +36,33 @@ from rtpurbo.models.sparse_layers import load_indexers
 from rtpurbo.models.sparsify import sparsify
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.processes import ALONE, Processes
+
+# Settings that do not change the logits of a prompt.
+_WITHOUT_EFFECT = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "distributed_config",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "tokenizer_class",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def checkpoint_name(name: str) -> str:
@@ -63,7 +94,7 @@ def load(
     base_model: str | None = None,
     stage2: bool = True,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    dtype: Dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a sparse model: a transformers model whose `generate()` works, with its tokenizer.
 
@@ -84,8 +115,9 @@ def load(
             each other.
     """
     folder = find_artifact(path_or_name)
+    options = LoadingOptions(dtype=dtype)
     model, tokenizer = load_model(
-        folder, base_model=base_model, stage2=stage2, device=device, dtype=dtype
+        folder, options, base_model=base_model, stage2=stage2, device=device
     )
     # An export has no other base than itself.
     return model, load_tokenizer(str(folder)) if tokenizer is None else tokenizer
@@ -93,45 +125,49 @@ def load(
 
 def load_model(
     folder: Path,
+    options: LoadingOptions,
     *,
     base_model: str | None = None,
     stage2: bool = True,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | Literal["auto"] = torch.float32,
-    options: LoadingOptions = NO_OPTIONS,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Loads the model of an artifact or an export, as `load` does.
 
     Args:
         folder: the artifact's or the export's.
-        base_model: as for `load`, like the next three.
+        options: dtype and further arguments for transformers; a device map in them overrides `device`.
+        base_model: as for `load`, like the next two.
         stage2: False leaves stage 2 out.
         device: where to put the model.
-        dtype: of the weights.
-        options: further arguments for transformers; a device map in them overrides `device`.
 
     Returns:
         The model, and the tokenizer of its base model; None for an export.
     """
+    device = resolve_device(device)
     artifact = ArtifactConfig.read(folder)
-    if artifact.stage2 == "merged" and not stage2:
+    is_export = artifact.stage2 == "merged"
+    if is_export and not stage2:
         raise RTPurboError(
             f"{folder} is an export: its weights hold stage 2 and cannot do without it; load the "
             "artifact that it was made from."
         )
+    if not is_export and options.model.get("quantization_config") is not None:
+        raise RTPurboError(
+            f"{folder} is checked against the weights of its base model, and stage 2 is merged "
+            "into them, which quantised weights do not allow: export it first (`rtpurbo export "
+            "--to transformers`), and load the export with quantization_config."
+        )
     indexers = read_indexers(folder, before_stage2=not stage2)
-
     tokenizer = None
-    if artifact.stage2 == "merged":
-        model = _load_export(folder, resolve_device(device), dtype, options)
+    if is_export:
+        config = load_pretrained_config(str(folder), sparse=True)
+        model = load_weights(str(folder), config=config, dtype=options.dtype, **options.model)
+        refuse_offloading(model)
+        model = model if options.places_model else model.to(device)
     else:
-        if options.model.get("quantization_config") is not None:
-            raise RTPurboError(
-                f"{folder} is checked against the weights of its base model, and stage 2 is merged "
-                "into them, which quantised weights do not allow: export it first (`rtpurbo export "
-                "--to transformers`), and load the export with quantization_config."
-            )
-        base = load_base(folder, base_model=base_model, device=device, dtype=dtype, options=options)
+        base = load_base(
+            folder, base_model=base_model, device=device, dtype=options.dtype, options=options
+        )
         model, tokenizer = base.model, base.tokenizer
         if stage2:
             model = apply_stage2(model, folder, artifact.stage2)
@@ -141,25 +177,12 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _load_export(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype | Literal["auto"],
-    options: LoadingOptions,
-) -> PreTrainedModel:
-    """Loads the dense model in the folder of an export."""
-    config = load_pretrained_config(str(folder), sparse=True)
-    model = load_weights(str(folder), config=config, dtype=dtype, **options.model)
-    refuse_offloading(model)
-    return model if options.places_model else model.to(device)
-
-
 def load_base(
     folder: Path,
     *,
     base_model: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    dtype: Dtype = torch.float32,
     processes: Processes = ALONE,
     options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
@@ -195,3 +218,68 @@ def check_base(found: BaseReference, expected: BaseReference, artifact_name: str
             f"{expected.name} ({expected.architecture}), and the weights at hand "
             f"({found.architecture}) differ."
         )
+
+
+def kept_config(folder: Path) -> PretrainedConfig | None:
+    """Returns the configuration of the dense model in the config.json of an artifact or an export.
+
+    Returns:
+        None if there is none, as in artifacts made before it was kept.
+
+    Raises:
+        RTPurboError: it is broken.
+    """
+    path = folder / MODEL_CONFIG_FILE
+    try:
+        data = strict_json.read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RTPurboError(f"{path} is corrupt ({error}); convert or download it again.") from error
+    if not isinstance(data, dict) or data.get("model_type") != MODEL_TYPE:
+        return None
+    base = data.get("base_config")
+    return RTPurboModelConfig(base_config=base if isinstance(base, dict) else {}).dense()
+
+
+def check_base_config(config: PretrainedConfig, folder: Path) -> None:
+    """Refuses a base model that computes otherwise than the one an artifact was made for.
+
+    A fingerprint covers weights alone; with another rotary embedding, norm or activation the same
+    weights are another model.
+
+    Args:
+        config: of the base model at hand.
+        folder: the artifact's.
+
+    Raises:
+        RTPurboError: settings that change the logits differ.
+    """
+    kept = kept_config(folder)
+    if kept is None:
+        return
+    then, now = kept.to_dict(), config.to_dict()
+    different = [
+        f"{name} ({_shown(then[name])}, now {_shown(now[name])})"
+        for name in sorted(then.keys() & now.keys() - _WITHOUT_EFFECT)
+        if not _same(then[name], now[name])
+    ]
+    if different:
+        raise RTPurboError(
+            f"the configuration of the base model has changed since {folder} was made: "
+            f"{', '.join(different)}; use the configuration of then, or convert again."
+        )
+
+
+def _same(then: Any, now: Any) -> bool:
+    """True if two settings are equal; numbers may have been rounded to float32 on their way (GGUF)."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return then.keys() == now.keys() and all(_same(then[name], now[name]) for name in then)
+    if isinstance(then, float) and isinstance(now, float):
+        return math.isclose(then, now, rel_tol=1e-6)
+    return bool(then == now)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -97,9 +97,8 @@ class AutoRTPurboModelForCausalLM:
         folder = find_artifact(pretrained_model_name_or_path, revision=revision, **hub)
         model, _ = load_model(
             folder,
+            LoadingOptions(hub, {**kwargs, **model_options}, torch_dtype(dtype)),
             base_model=base_model,
-            dtype=torch_dtype(dtype),
-            options=LoadingOptions(hub, {**kwargs, **model_options}),
         )
         # Adapters trained on the model name this as their base.
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)

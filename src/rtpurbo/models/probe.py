@@ -29,10 +29,12 @@ IMPLEMENTATION = "rtpurbo-probe"
 # Enough to distinguish the columns of a rotary embedding (`rtpurbo.models.rotation`) several times over.
 NUM_TOKENS = 40
 # Arguments of the attention function that change nothing for a causal layer.
-HARMLESS = frozenset({"sliding_window", "s_aux", "is_causal", "position_ids", "cache_position"})
+HARMLESS = frozenset(
+    {"scaling", "sliding_window", "s_aux", "is_causal", "position_ids", "cache_position"}
+)
 
 
-@dataclass
+@dataclass(eq=False)
 class AttentionTraits:
     """Properties of one layer's attention.
 
@@ -44,7 +46,6 @@ class AttentionTraits:
         value_dim: dimensions of values.
         scaling: factor on the dot products.
         rotation: layout of the rotary embedding; None if it is unknown.
-        refusal: reason why the layer cannot be made sparse; None if it can.
     """
 
     module: nn.Module
@@ -54,7 +55,6 @@ class AttentionTraits:
     value_dim: int
     scaling: float
     rotation: RotaryLayout | None = None
-    refusal: str | None = None
 
 
 @dataclass
@@ -150,9 +150,10 @@ def _probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
             raise RTPurboError(
                 f"{prefix} it calls transformers' attention interface {len(seen)} times."
             )
+        reason = _refusal(*seen[0])
+        if reason is not None:
+            raise RTPurboError(f"{prefix} {reason}.")
         traits[number] = _traits(*seen[0])
-        if traits[number].refusal is not None:
-            raise RTPurboError(f"{prefix} {traits[number].refusal}.")
     _measure_rotations(model, records, list(traits.values()))
     return traits
 
@@ -179,32 +180,30 @@ def _measure_rotations(
 def _traits(module: nn.Module, record: _Record) -> AttentionTraits:
     query, key, value, kwargs = record.calls[0]
     scaling = kwargs.get("scaling")
-    found = AttentionTraits(
-        module,
-        query.shape[1],
-        key.shape[1],
-        key.shape[-1],
-        value.shape[-1],
-        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-    )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    sizes = query.shape[1], key.shape[1], key.shape[-1], value.shape[-1]
+    return AttentionTraits(module, *sizes, scaling)
+
+
+def _refusal(module: nn.Module, record: _Record) -> str | None:
+    """Returns the reason why a layer cannot be made sparse; None if it can."""
+    query, key, _, kwargs = record.calls[0]
     unknown = [
-        name
-        for name, given in kwargs.items()
-        if name not in HARMLESS and isinstance(given, Tensor) and name != "scaling"
+        name for name, given in kwargs.items() if name not in HARMLESS and isinstance(given, Tensor)
     ]
     if kwargs.get("softcap") is not None:
-        found.refusal = "it caps its attention logits"
-    elif len(record.calls) > 1:
-        found.refusal = "its attention module runs more than once in a forward"
-    elif getattr(module, "is_causal", True) is False:
-        found.refusal = "its attention is not causal"
-    elif hasattr(module, "indexer") and vars(module).get("_rtpurbo") is None:
-        found.refusal = "it selects keys by an indexer of its own"
-    elif unknown:
-        found.refusal = f"its attention takes {', '.join(sorted(unknown))}"
-    elif query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
-        found.refusal = f"its queries {tuple(query.shape)} do not fit its keys {tuple(key.shape)}"
-    return found
+        return "it caps its attention logits"
+    if len(record.calls) > 1:
+        return "its attention module runs more than once in a forward"
+    if getattr(module, "is_causal", True) is False:
+        return "its attention is not causal"
+    if hasattr(module, "indexer") and vars(module).get("_rtpurbo") is None:
+        return "it selects keys by an indexer of its own"
+    if unknown:
+        return f"its attention takes {', '.join(sorted(unknown))}"
+    if query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
+        return f"its queries {tuple(query.shape)} do not fit its keys {tuple(key.shape)}"
+    return None
 
 
 def _run(

@@ -66,7 +66,7 @@ class LayerObservation:
     sinks: Tensor | None = None
 
 
-class SparseAttention:
+class SparseAttention(AttentionTraits):
     """Sparse attention of one layer, attached to the attention module, which is not changed.
 
     Only the indexer becomes a submodule of the attention module, so that it is part of the model's
@@ -77,8 +77,7 @@ class SparseAttention:
         layer: the layer's number.
         config: head map, rule and indexer settings of the whole model.
 
-    Attributes:
-        module: the attention module.
+    Attributes, beside those of `AttentionTraits`:
         layer_idx: the layer's number.
         rule: windows and selection.
         dense: run dense attention.
@@ -97,14 +96,8 @@ class SparseAttention:
     hook: RemovableHandle
 
     def __init__(self, traits: AttentionTraits, layer: int, config: RTPurboConfig) -> None:
-        self.module = traits.module
+        super().__init__(**vars(traits))
         self.layer_idx = layer
-        self.num_attention_heads = traits.num_attention_heads
-        self.num_key_value_heads = traits.num_key_value_heads
-        self.head_dim = traits.head_dim
-        self.value_dim = traits.value_dim
-        self.scaling = traits.scaling
-        self.rotation = traits.rotation
         self.retrieval_heads = list(config.head_map.retrieval_heads[layer] or ())
         self.rule = config.attention.for_layer(layer)
         self.dense = False

@@ -88,8 +88,8 @@ def sparse_class(dense: type) -> type:
             return dense_forward(self, **arguments) if output is None else output
 
         # transformers looks classes up by name and module: in configurations, and in their source.
-        own = {"__module__": dense.__module__, "__qualname__": dense.__qualname__}
-        own |= {"__doc__": dense.__doc__, "forward": forward}
+        names = ("__module__", "__qualname__", "__doc__")
+        own = {"forward": forward, **{name: getattr(dense, name) for name in names}}
         bases: tuple[Any, ...] = (SparseModel, dense)
         _sparse_classes[dense] = type(dense.__name__, bases, own)
     return _sparse_classes[dense]
