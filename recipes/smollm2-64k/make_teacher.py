@@ -31,8 +31,8 @@ from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.formats import short_length
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.base import BaseModel, load_base_model
-from rtpurbo.models.card import markdown_rows
 from rtpurbo.processes import ALONE, Processes, join_processes, leave_processes
+from rtpurbo.reporting.model_card import markdown_rows
 from rtpurbo.settings import no_progress
 
 ADAPTER_RANK = 48

@@ -17,10 +17,10 @@ from rtpurbo.models.artifact_config import (
     save_artifact,
 )
 from rtpurbo.models.base import BaseModel
-from rtpurbo.models.card import model_card
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparse_layers import indexer_weights
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER, FULL_WEIGHTS_FILE, read_tensors
+from rtpurbo.reporting.model_card import model_card
 from rtpurbo.settings import ConversionSettings
 from rtpurbo.training.curves import curves_as_text
 from rtpurbo.training.log import TrainingLog

@@ -15,10 +15,10 @@ from rtpurbo.evaluation.run import Case, evaluate
 from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.base import WHEEL_MODEL
-from rtpurbo.models.card import artifact_facts, markdown_rows
 from rtpurbo.reporting.figures import has_matplotlib
 from rtpurbo.reporting.headmap import head_map_picture
 from rtpurbo.reporting.html.page import write_report
+from rtpurbo.reporting.model_card import artifact_facts, markdown_rows
 from rtpurbo.reporting.tables import markdown_tables, results_tables
 from rtpurbo.settings import Progress, no_progress
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rtpurbo.evaluation.records import Record
 from rtpurbo.files import write_text_atomically
 from rtpurbo.models.artifact_config import CARD_FILE, LOG_FILE, ArtifactConfig
-from rtpurbo.models.card import model_card
+from rtpurbo.reporting.model_card import model_card
 from rtpurbo.reporting.tables import markdown_tables
 from rtpurbo.training.curves import curves_as_text
 from rtpurbo.training.log import TrainingLog

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from rtpurbo.formats import short_bytes, short_length
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
-from rtpurbo.models.card import artifact_facts
 from rtpurbo.reporting.cache_sizes import cache_sizes, read_cache_shape, stored_tokens
 from rtpurbo.reporting.headmap import head_map_picture
+from rtpurbo.reporting.model_card import artifact_facts
 from rtpurbo.training.curves import training_curves
 from rtpurbo.training.log import TrainingLog
 from rtpurbo.visible import visible

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from rtpurbo.formats import percent, short_bytes, short_length
-from rtpurbo.models.card import markdown_rows
 from rtpurbo.reporting.figures import (
     Axis,
     Series,
@@ -20,6 +19,7 @@ from rtpurbo.reporting.figures import (
     legend_handles,
     length_axis,
 )
+from rtpurbo.reporting.model_card import markdown_rows
 from rtpurbo.reporting.roofline import achieved
 from rtpurbo.reporting.svg import figure_style, save_image
 from rtpurbo.speed_records import SpeedRecord

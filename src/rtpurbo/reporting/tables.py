@@ -13,7 +13,6 @@ from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length
-from rtpurbo.models.card import markdown_rows
 from rtpurbo.reporting.entries import (
     Entry,
     Grid,
@@ -22,6 +21,7 @@ from rtpurbo.reporting.entries import (
     score_entry,
     value_entry,
 )
+from rtpurbo.reporting.model_card import markdown_rows
 from rtpurbo.reporting.selection import lengths_of, pick
 from rtpurbo.reporting.suite_tables import questions_grid, ruler_grid
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rtpurbo.models.card import artifact_facts
 from rtpurbo.reporting.html.sources import Sources
 from rtpurbo.reporting.html.view import Block, Code, Facts, Folded, Items, Section
+from rtpurbo.reporting.model_card import artifact_facts
 
 # In this order, under these names; any other entry of a file follows under its own name.
 _NAMES = {

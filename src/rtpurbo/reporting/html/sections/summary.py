@@ -9,11 +9,11 @@ from statistics import fmean
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length
-from rtpurbo.models.card import base_name
 from rtpurbo.reporting.html.policies import main_policy
 from rtpurbo.reporting.html.sections.memory import cache_ratio
 from rtpurbo.reporting.html.sections.speed import best_decode
 from rtpurbo.reporting.html.sources import Quality, Sources
+from rtpurbo.reporting.model_card import base_name
 from rtpurbo.reporting.selection import far_share, lengths_of, pick
 
 
