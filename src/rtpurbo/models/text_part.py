@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -20,15 +20,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationMixin,
+    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
 
 from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.architecture import is_text_part
-from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.verification import NUM_TOKENS, logits_difference
 
@@ -195,54 +193,8 @@ class TextDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        cache: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Runs the decoder, as the causal language models of transformers do.
-
-        Args:
-            input_ids: [batch, length].
-            attention_mask: [batch, cached + length], 1 for tokens.
-            position_ids: [batch, length].
-            past_key_values: the cache, under the older of its two names.
-            cache: the cache, under the name of transformers 5.24.
-            inputs_embeds: [batch, length, hidden], in place of `input_ids`.
-            labels: [batch, length], for the loss.
-            use_cache: whether to return a cache.
-            logits_to_keep: number of last positions, or their indices; 0 keeps all.
-            kwargs: for the decoder and the loss.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{CACHE_NAME: past_key_values if cache is None else cache, **kwargs},
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+    # Runs `model` and `lm_head`, with the argument names of the installed transformers.
+    forward = LlamaForCausalLM.forward
 
 
 def _text_class(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +62,16 @@ class WindowedLayer(DynamicSlidingWindowLayer):
             held = self._held_slots()
             self.keys, self.values = self.keys[:, :, held], self.values[:, :, held]
 
+    @contextmanager
+    def _dynamic(self) -> Iterator[None]:
+        """Keeps keys and values as transformers does inside a `with` block, and in rings again afterwards."""
+        self._make_dynamic()
+        try:
+            yield
+        finally:
+            if self.slots.is_fixed:
+                self.make_static()
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -70,11 +82,8 @@ class WindowedLayer(DynamicSlidingWindowLayer):
             self.values.index_copy_(2, slot, value_states)
             self.cumulative_length += 1
             return self.keys, self.values
-        self._make_dynamic()
-        states = super().update(key_states, value_states, *args, **kwargs)
-        if self.slots.is_fixed:
-            self.make_static()
-        return states
+        with self._dynamic():
+            return super().update(key_states, value_states, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
         """Keeps tokens beyond the window until `crop`; slots are no longer fixed."""
@@ -84,13 +93,8 @@ class WindowedLayer(DynamicSlidingWindowLayer):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Removes tokens as transformers does, which refuses it once the window is full."""
-        was_ring = self._is_ring
-        self._make_dynamic()
-        try:
+        with self._dynamic():
             super().crop(*args, **kwargs)
-        finally:
-            if was_ring:
-                self.make_static()
 
     def reset(self) -> None:
         """Removes all tokens and frees their memory."""
@@ -109,17 +113,13 @@ class WindowedLayer(DynamicSlidingWindowLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence `repeats` times."""
-        self._make_dynamic()
-        super().batch_repeat_interleave(repeats)
-        if self.slots.is_fixed:
-            self.make_static()
+        with self._dynamic():
+            super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these sequences."""
-        self._make_dynamic()
-        super().batch_select_indices(indices)
-        if self.slots.is_fixed:
-            self.make_static()
+        with self._dynamic():
+            super().batch_select_indices(indices)
 
     def recount(self, seen: int) -> None:
         """Sets the number of tokens, after steps that ran on the device alone."""
