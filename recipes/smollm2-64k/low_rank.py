@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, whole_folder, write_json_atomically
 from rtpurbo.models.base import BaseModel
-from rtpurbo.models.fingerprint import fingerprint
+from rtpurbo.models.pretrained import fingerprint
 
 TENSORS = "difference.safetensors"
 ORIGIN = "difference.json"

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import base, hub
 from rtpurbo.models.base import DEFAULT_MODEL, load_base_model, read_config
-from rtpurbo.models.fingerprint import fingerprint
+from rtpurbo.models.pretrained import fingerprint
 from tests.tiny_tokenizer import tiny_tokenizer
 
 

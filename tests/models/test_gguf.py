@@ -12,7 +12,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models import dequantized
 from rtpurbo.models.artifact import load
 from rtpurbo.models.base import load_base_model, load_referenced, read_config
-from rtpurbo.models.fingerprint import fingerprint
+from rtpurbo.models.pretrained import fingerprint
 from tests.tiny_artifact import save_tiny_artifact
 from tests.tiny_gguf import ARCHITECTURES, tiny_model, write_tiny_gguf
 from tests.tiny_tokenizer import tiny_tokenizer

@@ -15,11 +15,11 @@ from filelock import FileLock
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_folder, write_json_atomically
-from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.gguf import decode_gguf
 from rtpurbo.models.pretrained import (
     Loaded,
     LoadingOptions,
+    fingerprint,
     load_with_fingerprint,
     quiet_transformers,
 )

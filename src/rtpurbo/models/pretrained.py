@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,9 @@ from transformers import (
 
 from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.architecture import check_architecture
-from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.model_config import RTPurboModelConfig
 from rtpurbo.models.sharding import Sharding, load_sharded
+from rtpurbo.models.sharding import whole as whole_tensor
 from rtpurbo.models.text_part import (
     check_text_part,
     forget_key_mapping,
@@ -32,6 +33,9 @@ from rtpurbo.models.text_part import (
     settle_tied_embeddings,
     text_config,
 )
+
+# Values of each parameter that a fingerprint covers.
+_VALUES = 64
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -238,6 +242,32 @@ def load_with_fingerprint(name: str, options: LoadingOptions) -> Loaded:
             parameter.data = parameter.data.half()
         model.config.dtype = torch.float16
     return Loaded(model, tokenizer, found)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Returns a SHA-256 that tells base weights apart, in a moment even for large models.
+
+    It covers the name, shape and up to 64 evenly spaced values of each parameter. The values are
+    rounded to bfloat16, so that loading the same weights in float32 or bfloat16 gives the same
+    fingerprint; float16 does not, so it must be taken before a cast to that. What adapters (LoRA)
+    and token indexers add to a model does not count. All processes that hold parts of a sharded
+    model call it together.
+    """
+    parameters: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and "indexer" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            parameters[name] = parameter.detach()
+
+    digest = hashlib.sha256()
+    for name, weights in sorted(parameters.items()):
+        # Sharded weights are gathered one at a time.
+        values = whole_tensor(weights).reshape(-1)
+        stride = max(1, -(-values.numel() // _VALUES))
+        values = values[::stride].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(weights.shape)}\n".encode())
+        digest.update(values.numpy().astype("<i2").tobytes())
+    return digest.hexdigest()
 
 
 def refuse_offloading(model: PreTrainedModel) -> None:

@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rtpurbo.files import explaining_a_full_disk, write_json_atomically
 from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE, ArtifactConfig, save_artifact
 from rtpurbo.models.base_reference import BaseReference
-from rtpurbo.models.fingerprint import fingerprint
 from rtpurbo.models.model_config import MODEL_TYPE
+from rtpurbo.models.pretrained import fingerprint
 from rtpurbo.models.sparse_layers import indexer_weights
 
 # Arguments of `save_pretrained` that are for the upload alone.
