@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.cache_layers import GrowingBuffer, HeadwiseLayer
-from rtpurbo.models.ring import RingBuffer, RingSlots
+from rtpurbo.models.cache_layers import GrowingBuffer, HeadwiseLayer, RingBuffer
+from rtpurbo.models.ring import RingSlots
 from rtpurbo.models.slots import TokenSlots
 from rtpurbo.models.sparsify import runtime
 from tests.oracles import is_near, left_padded_positions

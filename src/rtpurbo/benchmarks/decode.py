@@ -20,7 +20,8 @@ from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, replayed
 from rtpurbo.config import AttentionRule, Granularity, IndexStorage
-from rtpurbo.models.ring import RingBuffer, RingSlots
+from rtpurbo.models.cache_layers import RingBuffer
+from rtpurbo.models.ring import RingSlots
 from rtpurbo.ops.api import new_histogram_workspace
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 from rtpurbo.ops.triton.decode.attention import decode_step

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.ring import RingBuffer
+from rtpurbo.models.ring import RingSlots
 from rtpurbo.models.slots import TokenSlots
 from rtpurbo.ops import HeadLayout, KeyValueStates, new_histogram_workspace
 
@@ -63,6 +63,79 @@ class GrowingBuffer:
         if self.storage is not None:
             storage[:, :, : self.length] = self.storage[:, :, : self.length]
         self.storage = storage
+
+
+class RingBuffer:
+    """Ring buffer of windowed KV heads: keys and values [batch, heads, S + R + 1, dim].
+
+    Args:
+        slots: slots of the tokens; `begin_forward` runs before every `append`.
+    """
+
+    def __init__(self, slots: RingSlots) -> None:
+        self.slots = slots
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> KeyValueStates:
+        """Writes the new tokens, and returns the keys and values that their queries read.
+
+        Args:
+            keys: [batch, heads, new, head_dim].
+            values: shaped as `keys`.
+        """
+        slots, device = self.slots, keys.device
+        assert slots.new_slots is not None
+        if self.keys is None or self.values is None:
+            num_slots = slots.num_sink_tokens + slots.size + 1
+            self.keys, self.values = (
+                part.new_zeros(*part.shape[:2], num_slots, part.shape[3]) for part in (keys, values)
+            )
+        # Autocast may have changed since the buffer was allocated.
+        keys, values = keys.to(self.keys.dtype), values.to(self.values.dtype)
+        before = None
+        if slots.window is not None:
+            # Read before the write below overwrites it.
+            window = slots.window.to(device)
+            before = [_gather(part, window) for part in (self.keys, self.values)]
+        new_slots = slots.new_slots.to(device)[:, None, :, None]
+        self.keys.scatter_(2, new_slots.expand(keys.shape), keys)
+        self.values.scatter_(2, new_slots.expand(values.shape), values)
+        if before is not None:
+            sinks = slots.num_sink_tokens
+            keys = torch.cat([self.keys[:, :, :sinks], before[0], keys], 2)
+            values = torch.cat([self.values[:, :, :sinks], before[1], values], 2)
+        elif keys.shape[2] == 1:
+            return self.states()
+        return self._with_positions(keys, values)
+
+    def states(self) -> KeyValueStates:
+        """Returns the keys and values that the query of the latest token reads."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self._with_positions(self.keys[:, :, :-1], self.values[:, :, :-1])
+
+    def _with_positions(self, keys: Tensor, values: Tensor) -> KeyValueStates:
+        slots, device = self.slots, keys.device
+        assert slots.key_positions is not None
+        first_slots, sink_slots = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (slots.first_slots, slots.sink_slots)
+        )
+        return KeyValueStates(
+            keys,
+            values,
+            slots.key_positions.to(device),
+            in_order=slots.in_order,
+            first_slots=first_slots,
+            sink_slots=sink_slots,
+        )
+
+
+def _gather(states: Tensor, slots: Tensor) -> Tensor:
+    """Returns the states [batch, heads, keys, dim] in slots [batch, keys]."""
+    batch, heads, _, dim = states.shape
+    return states.gather(2, slots[:, None, :, None].expand(batch, heads, -1, dim))
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _has_slots(past: HeadwiseLayer, states: Tensor) -> bool:
     """True if the storages have enough slots for the sequences; the kernel does not check."""
     slots: Any = past.slots
     batch, device = states.shape[0], states.device
-    capacity, ring_size = slots.capacity, slots.ring.positions.shape[1]
+    capacity, ring_size = (part.positions.shape[1] for part in (slots, slots.ring))
     full = [(part.storage, capacity) for part in (past.full_keys, past.full_values)]
     held: list[Any] = [*full, (past.ring.keys, ring_size), (past.ring.values, ring_size)]
     if any(storage is None or storage.dtype != states.dtype for storage, _ in held):
