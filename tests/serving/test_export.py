@@ -220,14 +220,15 @@ def test_vllm_does_not_run_layers_with_windows_of_their_own(tmp_path):
         export(artifact, tmp_path / "vllm", "vllm")
 
 
-def test_vllm_does_not_run_lists_that_rows_share(tmp_path):
+def test_vllm_does_not_support_shared_block_lists(tmp_path):
     base = save_tiny_base(tmp_path / "base")
     artifact = save_tiny_artifact(tmp_path / "artifact", base)
     file = artifact / CONFIG_FILE
     config = json.loads(file.read_text())
     config["config"]["attention"]["prefill_mode"] = "row_peak"
     file.write_text(json.dumps(config))
-    with pytest.raises(RTPurboError, match=r"'row_peak' shares lists .* set it to 'dense'"):
+    message = "'row_peak' shares block lists .* change it to 'dense' in the artifact's"
+    with pytest.raises(RTPurboError, match=message):
         export(artifact, tmp_path / "vllm", "vllm")
     export(artifact, tmp_path / "transformers", "transformers")
 

@@ -186,3 +186,12 @@ def test_serve_without_vllm_says_what_to_install(checkpoint, monkeypatch):
     result = serve(checkpoint)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: vLLM is not installed here: install vllm==0.33")
+
+
+def test_the_command_can_be_printed_without_vllm(checkpoint, monkeypatch):
+    monkeypatch.setattr("rtpurbo.serving.installation.find_spec", lambda name: None)
+    result = serve(checkpoint, "--print-command", "-tp", "3")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"python3 -m {SERVER_MODULE} --model {checkpoint} ")
+    assert "--kv-cache-memory-bytes" not in result.stdout
+    assert result.stderr.startswith("1 GiB of cache holds ")

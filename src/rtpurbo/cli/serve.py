@@ -66,7 +66,10 @@ def serve(
     ] = None,
     base_model: options.BaseModel = None,
     print_command: Annotated[
-        bool, typer.Option("--print-command", help="Print vLLM's command instead of running it.")
+        bool,
+        typer.Option(
+            "--print-command", help="Print vLLM's command instead of running it; needs no vLLM."
+        ),
     ] = False,
 ) -> None:
     """Serve a sparse model over HTTP with vLLM, with OpenAI's interface.
@@ -88,7 +91,7 @@ def serve(
     )
 
     # First, because an export may take minutes.
-    installation = find_vllm()
+    installation = find_vllm(required=not print_command)
     settings = ServerSettings(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,

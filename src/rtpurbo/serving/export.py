@@ -25,6 +25,7 @@ from rtpurbo.files import (
 from rtpurbo.models.artifact import checkpoint_name, load, read_indexers
 from rtpurbo.models.artifact_config import (
     CHECKPOINT_KEY,
+    CONFIG_FILE,
     INDEXER_FILE,
     LOG_FILE,
     MODEL_CONFIG_FILE,
@@ -35,7 +36,7 @@ from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
-from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, SERVED_PREFILL_MODES
+from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, check_served
 from rtpurbo.serving.vllm.plugin import ARCHITECTURES
 from rtpurbo.validation import check_choice
 
@@ -110,7 +111,7 @@ def export(
     folder = find_artifact(artifact)
     config = ArtifactConfig.read(folder)
     if target == "vllm":
-        check_runs_on_vllm(config)
+        _check_vllm(config)
     if head_map_only:
         if target != "rtp-llm":
             raise RTPurboError("only an export for rtp-llm can do without weights.")
@@ -144,13 +145,8 @@ def export(
     return destination
 
 
-def check_runs_on_vllm(artifact: ArtifactConfig) -> None:
-    """Refuses what rtpurbo's vLLM plugin cannot run.
-
-    Raises:
-        RTPurboError: the architecture is not supported there, some layers have windows of their
-            own, or rows of a prompt share lists of blocks.
-    """
+def _check_vllm(artifact: ArtifactConfig) -> None:
+    """Rejects what rtpurbo's vLLM plugin cannot serve."""
     architecture = artifact.base.architecture
     if architecture not in VLLM_ARCHITECTURES:
         raise RTPurboError(
@@ -158,23 +154,7 @@ def check_runs_on_vllm(artifact: ArtifactConfig) -> None:
             f"{', '.join(VLLM_ARCHITECTURES)} do: serve it with transformers "
             "(--to transformers)."
         )
-    if None in artifact.config.head_map.retrieval_heads:
-        raise RTPurboError(
-            "models of which some layers had a sliding window before conversion do not run on vLLM "
-            "with rtpurbo: serve it with transformers (--to transformers)."
-        )
-    if not artifact.config.head_map.is_uniform:
-        raise RTPurboError(
-            "models whose layers differ in their numbers of heads do not run on vLLM with rtpurbo: "
-            "serve it with transformers (--to transformers)."
-        )
-    mode = artifact.config.attention.prefill_mode
-    if mode not in SERVED_PREFILL_MODES:
-        raise RTPurboError(
-            f"prefill_mode '{mode}' shares lists of blocks between rows, and vLLM cuts prompts where it "
-            "likes: set it to 'dense' in the artifact's rtpurbo_config.json, or serve it with "
-            "transformers (--to transformers)."
-        )
+    check_served(artifact.config, f"the artifact's {CONFIG_FILE}")
 
 
 def _refuse_quantised_weights(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -18,21 +19,32 @@ class Installation:
     """A vLLM that can serve sparse models.
 
     Attributes:
-        version: such as "0.32.0".
+        version: such as "0.32.0"; empty if it is installed on another machine only.
         on_cpu: whether it is built for machines without a GPU.
+        python: interpreter of its environment.
     """
 
     version: str
     on_cpu: bool
+    python: str = sys.executable
 
 
-def find_vllm() -> Installation:
-    """The vLLM of this environment.
+ELSEWHERE = Installation("", on_cpu=False, python="python3")
+"""A vLLM for GPUs on another machine, such as in a container."""
+
+
+def find_vllm(*, required: bool = True) -> Installation:
+    """Finds the vLLM of this environment.
+
+    Args:
+        required: fail if there is none; otherwise `ELSEWHERE` is returned.
 
     Raises:
         RTPurboError: there is none, or rtpurbo was not tested with its version.
     """
     if find_spec("vllm") is None:
+        if not required:
+            return ELSEWHERE
         raise RTPurboError(
             f"vLLM is not installed here: install {TO_INSTALL} in the environment of rtpurbo."
         )

@@ -101,7 +101,7 @@ def server_command(
     cache_bytes = _cache_bytes(settings, installation)
     if cache_bytes is not None:
         options["--kv-cache-memory-bytes"] = str(cache_bytes)
-    command = [sys.executable, "-m", SERVER_MODULE]
+    command = [installation.python, "-m", SERVER_MODULE]
     for option, value in options.items():
         if not _is_given(option, settings.others):
             command += [option, value]

@@ -7,7 +7,7 @@ from typing import Any
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import convertible_shapes
-from rtpurbo.models.artifact_config import CHECKPOINT_KEY, FORMAT_VERSION
+from rtpurbo.models.artifact_config import CHECKPOINT_KEY, FORMAT_VERSION, MODEL_CONFIG_FILE
 from rtpurbo.models.sparsify import check_head_map
 
 EXPORT_AGAIN = "export the artifact again (rtpurbo export --to vllm)"
@@ -46,26 +46,41 @@ def read_config(hf_config: Any) -> RTPurboConfig:
         )
     config = RTPurboConfig.from_dict(entry)
     check_head_map(config.head_map, convertible_shapes(hf_config), hf_config.num_hidden_layers)
-    _check_supported(hf_config, config)
+    check_served(config, MODEL_CONFIG_FILE)
+    _check_model(hf_config, config)
     return config
 
 
-def _check_supported(hf_config: Any, config: RTPurboConfig) -> None:
+def check_served(config: RTPurboConfig, file: str) -> None:
+    """Rejects head maps and attention rules that the plugin does not support.
+
+    Args:
+        config: configuration of an artifact or a checkpoint.
+        file: name of the file with its settings, for error messages.
+
+    Raises:
+        RTPurboError: some layers have a sliding window of their own or another number of heads, or a
+            setting of the rule is not supported.
+    """
+    elsewhere = "serve it with transformers (rtpurbo export --to transformers)"
     if None in config.head_map.retrieval_heads:
         raise RTPurboError(
-            "some layers of the model have a sliding window of their own, which is not supported on "
-            "vLLM: serve it with transformers (rtpurbo export --to transformers)."
+            "some layers of the model had a sliding window before conversion, which is not supported "
+            f"on vLLM: {elsewhere}."
         )
     if not config.head_map.is_uniform:
         raise RTPurboError(
             "the layers of the model differ in their numbers of heads, which is not supported on vLLM: "
-            "serve it with transformers (rtpurbo export --to transformers)."
+            f"{elsewhere}."
         )
     if config.attention.prefill_mode not in SERVED_PREFILL_MODES:
         raise RTPurboError(
             f"prefill_mode '{config.attention.prefill_mode}' shares block lists between queries, but "
-            "vLLM splits prompts at any token: change it to 'dense' in config.json."
+            f"vLLM splits prompts at any token: change it to 'dense' in {file}, or {elsewhere}."
         )
+
+
+def _check_model(hf_config: Any, config: RTPurboConfig) -> None:
     if config.indexer.min_wavelength is None and config.indexer.index_space == "low_frequency":
         raise RTPurboError(f"the checkpoint lacks min_wavelength: {EXPORT_AGAIN}.")
     for name in ("llama_4_scaling", "dual_chunk_attention_config"):
