@@ -1,4 +1,4 @@
-"""`rtpurbo bench prefill | decode | model | training`."""
+"""`rtpurbo bench prefill | decode | model | training | serve`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rtpurbo.cli import options
+from rtpurbo.cli import bench_serve, options
 from rtpurbo.cli.bench_options import (
     Batch,
     Density,
@@ -49,6 +49,9 @@ WINDOW, RETRIEVAL_WINDOW = 8192, 512
 app = typer.Typer(
     no_args_is_help=True,
     help="Measure speed and memory against dense kernels, on an NVIDIA GPU.",
+)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    bench_serve.serve
 )
 
 

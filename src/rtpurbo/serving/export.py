@@ -50,8 +50,9 @@ VLLM_ARCHITECTURES = tuple(name.removeprefix(VLLM_PREFIX) for name in ARCHITECTU
 
 HEADWISE_FILE = "headwise_config.json"
 
+SHARD_INDEX_FILE = "model.safetensors.index.json"
+
 _SHARD_SIZE = "5GB"
-_SHARD_INDEX_FILE = "model.safetensors.index.json"
 # Where another export left its mark in a model's configuration.
 _OWN_ENTRIES = (CHECKPOINT_KEY, PROMPT_LENGTHS_KEY, ENTRY)
 
@@ -229,7 +230,7 @@ def _index_shards(folder: Path) -> None:
             places |= dict.fromkeys(file.keys(), path.name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    write_json_atomically(folder / _SHARD_INDEX_FILE, index)
+    write_json_atomically(folder / SHARD_INDEX_FILE, index)
 
 
 def _change_config(folder: Path, changes: Mapping[str, Any]) -> None:

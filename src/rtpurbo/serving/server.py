@@ -84,7 +84,7 @@ def server_command(
     """The command that starts the server.
 
     Args:
-        checkpoint: folder of an export for vLLM.
+        checkpoint: folder of an export for vLLM, or of a dense model.
         name: what clients call the model, unless the settings tell another.
         settings: of the server.
         installation: the vLLM that runs it.
@@ -93,9 +93,11 @@ def server_command(
         "--model": str(checkpoint),
         "--served-model-name": name,
         "--dtype": settings.dtype,
-        "--max-num-batched-tokens": str(_batched_tokens(settings, checkpoint)),
         "--tensor-parallel-size": str(settings.tensor_parallel_size),
     }
+    # vLLM chooses for a dense model.
+    if settings.max_num_batched_tokens is not None or is_checkpoint(checkpoint):
+        options["--max-num-batched-tokens"] = str(_batched_tokens(settings, checkpoint))
     if settings.max_model_len is not None:
         options["--max-model-len"] = str(settings.max_model_len)
     cache_bytes = _cache_bytes(settings, installation)

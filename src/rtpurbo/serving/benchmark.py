@@ -1,0 +1,255 @@
+"""Benchmark of vLLM's server under load, dense and sparse, with vLLM's own client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import torch
+
+from rtpurbo.devices import device_name
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import write_json_atomically
+from rtpurbo.models.artifact_config import CHECKPOINT_KEY, INDEXER_FILE, MODEL_CONFIG_FILE
+from rtpurbo.serving.export import SHARD_INDEX_FILE, VLLM_PREFIX
+from rtpurbo.serving.installation import Installation
+from rtpurbo.serving.server import ServerSettings, server_command
+from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY
+
+POLICIES = ("full", "rtpurbo")
+"""The dense model on stock vLLM, and the sparse model."""
+
+START_SECONDS = 900
+"""Longest start of a server; compilation takes minutes on a CPU."""
+
+_NAME = "model"
+# `vllm bench serve`, also where the distribution has another name.
+_CLIENT = (
+    "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
+    "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests of one length.
+
+    Attributes:
+        context_length: prompt tokens of a request.
+        output_tokens: answer tokens of a request.
+        concurrency: largest number of requests at a time.
+        request_rate: mean arrivals per second of a Poisson process; None sends a request as soon as
+            another one ends.
+        requests: number of requests; None for two rounds of `concurrency`, at least four.
+    """
+
+    context_length: int
+    output_tokens: int
+    concurrency: int
+    request_rate: float | None = None
+    requests: int | None = None
+
+
+def bench_serve(
+    checkpoint: Path,
+    settings: ServerSettings,
+    installation: Installation,
+    loads: Sequence[Load],
+    *,
+    policies: Iterable[str] = POLICIES,
+    command: str = "",
+    output: Path | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Measures a server under each load, the dense model first.
+
+    Args:
+        checkpoint: folder of an export for vLLM.
+        settings: options of both servers.
+        installation: vLLM that runs them.
+        loads: loads to measure.
+        policies: subset of `POLICIES`.
+        command: command line to record.
+        output: JSON file, written after every measurement.
+        log: receives a line per measurement.
+
+    Returns:
+        A record per policy and load; times are in milliseconds.
+
+    Raises:
+        RTPurboError: a server does not start, or a request fails.
+    """
+    records: list[dict[str, Any]] = []
+    device = device_name(torch.device("cpu" if installation.on_cpu else "cuda"))
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for policy in policies:
+            served = checkpoint if policy == "rtpurbo" else dense_view(checkpoint, folder / "dense")
+            with running_server(served, settings, installation, folder / policy) as server:
+                warm: set[int] = set()
+                for seed, load in enumerate(loads):
+                    if load.context_length not in warm:
+                        # Kernels are compiled for the length.
+                        once = Load(load.context_length, 4, 1, requests=1)
+                        server.run(once, len(loads) + seed)
+                        warm.add(load.context_length)
+                    found = {
+                        "phase": "serve",
+                        "engine": "vllm",
+                        "engine_version": installation.version,
+                        "policy": policy,
+                        **server.run(load, seed),
+                        "cache_tokens": server.cache_tokens(),
+                    }
+                    records.append(found)
+                    log(describe(found))
+                    if output is not None:
+                        facts = {"device": device, "command": command, "model": checkpoint.name}
+                        write_json_atomically(output, {**facts, "records": records})
+    return records
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Returns a record as a line of text."""
+    return (
+        f"{record['policy']}: {record['concurrency']} x {record['context_length']:,} tokens: "
+        f"first token {record['time_to_first_token_ms']:.0f} ms, "
+        f"{record['time_per_output_token_ms']:.2f} ms per output token, "
+        f"{record['output_tokens_per_second']:.1f} output tokens/s"
+    )
+
+
+def dense_view(checkpoint: Path, folder: Path) -> Path:
+    """Makes a folder with the dense model of an export, out of links to its weights.
+
+    Args:
+        checkpoint: folder of an export for vLLM.
+        folder: folder to create.
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name not in (MODEL_CONFIG_FILE, INDEXER_FILE, SHARD_INDEX_FILE):
+            (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((checkpoint / MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
+    for entry in (CHECKPOINT_KEY, PROMPT_LENGTHS_KEY):
+        del config[entry]
+    config["architectures"] = [name.removeprefix(VLLM_PREFIX) for name in config["architectures"]]
+    write_json_atomically(folder / MODEL_CONFIG_FILE, config)
+    index = json.loads((checkpoint / SHARD_INDEX_FILE).read_text(encoding="utf-8"))
+    index["weight_map"] = {
+        tensor: file for tensor, file in index["weight_map"].items() if file != INDEXER_FILE
+    }
+    write_json_atomically(folder / SHARD_INDEX_FILE, index)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Server:
+    address: str
+    checkpoint: Path
+    installation: Installation
+    folder: Path
+
+    def run(self, load: Load, seed: int) -> dict[str, Any]:
+        """Sends the requests of a load; prompts differ between seeds."""
+        requests = load.requests or max(4, 2 * load.concurrency)
+        options = {
+            "base-url": self.address,
+            "model": _NAME,
+            "tokenizer": self.checkpoint,
+            "dataset-name": "random",
+            "random-input-len": load.context_length,
+            "random-output-len": load.output_tokens,
+            "num-prompts": requests,
+            "max-concurrency": load.concurrency,
+            "request-rate": load.request_rate or "inf",
+            "seed": seed,
+            "result-dir": self.folder,
+            "result-filename": "result.json",
+        }
+        command = [self.installation.python, "-c", _CLIENT, "--ignore-eos", "--save-result"]
+        for option, value in options.items():
+            command += [f"--{option}", str(value)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise RTPurboError(f"vLLM's benchmark client failed: {_last_line(finished.stderr)}")
+        result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        if result["failed"] or result["completed"] != requests:
+            raise RTPurboError(
+                f"{requests - result['completed']} of {requests} requests of {load.context_length:,} "
+                "tokens failed: lower the length or the concurrency."
+            )
+        return {
+            "context_length": load.context_length,
+            "output_tokens": load.output_tokens,
+            "concurrency": load.concurrency,
+            "request_rate": load.request_rate,
+            "requests": requests,
+            "time_to_first_token_ms": result["median_ttft_ms"],
+            "time_to_first_token_ms_p99": result["p99_ttft_ms"],
+            "time_per_output_token_ms": result["median_tpot_ms"],
+            "time_per_output_token_ms_p99": result["p99_tpot_ms"],
+            "output_tokens_per_second": result["output_throughput"],
+        }
+
+    def cache_tokens(self) -> int | None:
+        """Tokens of context that fit in the cache, from vLLM's log."""
+        log = (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"KV cache size: ([\d,]+) tokens", log)
+        return int(found[1].replace(",", "")) if found else None
+
+
+@contextmanager
+def running_server(
+    checkpoint: Path, settings: ServerSettings, installation: Installation, folder: Path
+) -> Iterator[_Server]:
+    """Context manager of a server on a free local port; its log goes to `folder`."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    local = ("--host", "127.0.0.1", "--port", str(port))
+    settings = replace(settings, others=(*settings.others, *local))
+    command = server_command(checkpoint, _NAME, settings, installation)
+    server = _Server(f"http://127.0.0.1:{port}", checkpoint, installation, folder)
+    with (folder / "server.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
+    try:
+        _wait(process, server)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], server: _Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(URLError, ConnectionError), urlopen(server.address + "/health", timeout=5):
+            return
+        time.sleep(1)
+    log = (server.folder / "server.log").read_text(encoding="utf-8", errors="replace")
+    raise RTPurboError(f"the server did not start: {_last_line(log)}")
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
