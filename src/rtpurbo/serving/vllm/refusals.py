@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -16,6 +17,8 @@ from rtpurbo.serving.vllm.checkpoint import read_config
 from rtpurbo.serving.vllm.layout import heads_of_rank
 from rtpurbo.serving.vllm.versions import check_version
 
+logger = logging.getLogger(__name__)
+
 
 def check(config: VllmConfig) -> None:
     """Rejects unsupported settings and checkpoints.
@@ -28,6 +31,12 @@ def check(config: VllmConfig) -> None:
     heads_of_rank(checkpoint.head_map, 0, config.parallel_config.tensor_parallel_size)
     for reason in refusals(config):
         raise RTPurboError(reason)
+    if checkpoint.attention.dense_prompt_queries:
+        logger.warning(
+            "dense_prompt_queries=%d has no effect on vLLM, which reads prompts in chunks and frees the "
+            "keys outside of the window between them: local heads keep to the window.",
+            checkpoint.attention.dense_prompt_queries,
+        )
 
 
 def refusals(config: VllmConfig) -> Iterator[str]:
@@ -46,35 +55,42 @@ def refusals(config: VllmConfig) -> Iterator[str]:
         yield "sparse models generate text and give no embeddings: leave out --runner."
     if config.speculative_config is not None:
         yield (
-            "sparse models are served without speculative decoding: leave out --speculative-config."
+            "speculative decoding verifies several tokens in a step, but sparse decode steps have one "
+            "query per request: leave out --speculative-config."
         )
     if config.lora_config is not None:
         yield (
-            "sparse models are served without LoRA adapters: leave out --enable-lora, and export "
-            "the artifact, which merges the LoRA of stage 2."
+            "LoRA adapters change the queries and keys that the index was trained on: leave out "
+            "--enable-lora; an export has the LoRA of stage 2 merged already."
         )
     if parallel.pipeline_parallel_size > 1:
         yield (
-            "sparse models are divided by heads, not by layers: leave out --pipeline-parallel-size "
-            "and choose --tensor-parallel-size."
+            "the caches of all layers share blocks on one device, which excludes pipeline parallelism: "
+            "leave out --pipeline-parallel-size and choose --tensor-parallel-size."
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        yield "sparse models do not divide a context among ranks: leave out context parallelism."
+        yield (
+            "a query selects among all keys of its request, so a context is not divided among ranks: "
+            "leave out context parallelism."
+        )
     if parallel.enable_dbo:
-        yield "sparse models are served without overlapping batches: leave out --enable-dbo."
+        yield (
+            "the decode kernels share one workspace, so batches do not overlap: leave out --enable-dbo."
+        )
     if config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
         yield (
-            "the cache of sparse models stays where it is: leave out --kv-transfer-config and "
-            "--kv-offloading-size."
+            "windowed heads keep a part of a request's blocks only, which connectors do not know: leave "
+            "out --kv-transfer-config and --kv-offloading-size."
         )
     if cache.cache_dtype != "auto":
         yield (
-            f"the cache of sparse models has the model's own dtype: leave out --kv-cache-dtype "
+            "the kernels read keys and values in the model's dtype: leave out --kv-cache-dtype "
             f"{cache.cache_dtype}."
         )
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield (
-            "sparse models keep two kinds of caches: leave out --disable-hybrid-kv-cache-manager."
+            "full and windowed KV heads have caches of different sizes: leave out "
+            "--disable-hybrid-kv-cache-manager."
         )
     if os.environ.get("VLLM_KV_CACHE_LAYOUT"):
         yield "sparse models choose the layout of their cache: unset VLLM_KV_CACHE_LAYOUT."
