@@ -32,7 +32,7 @@ BLOCK = re.compile(
 # typer may bring its own copy of click, so that click's class is not always the right one.
 UsageError = typer.BadParameter.__base__
 # Programs whose arguments are not checked here.
-OTHER_PROGRAMS = {"pip", "pytest", "curl", "ray", "lm_eval", "tensorboard", "git"}
+OTHER_PROGRAMS = {"pip", "pytest", "curl", "docker", "ray", "lm_eval", "tensorboard", "git"}
 
 
 @dataclass(frozen=True)

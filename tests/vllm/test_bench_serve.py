@@ -9,7 +9,7 @@ import pytest
 from rtpurbo import strict_json
 from tests.vllm.checkpoints import save_checkpoint
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 def test_dense_and_sparse_in_one_run(tmp_path):
