@@ -134,3 +134,8 @@ def test_capacity_is_what_was_told(server, checkpoint):
     [line] = [line for line in log.splitlines() if "KV cache size: " in line]
     held = int(line.split("KV cache size: ")[1].split(" tokens")[0].replace(",", ""))
     assert held == pytest.approx(told.tokens, rel=0.05)
+    with urlopen(server.address + "/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    gauges = dict(line.split(" ") for line in lines if line.startswith("rtpurbo:"))
+    assert float(gauges["rtpurbo:cache_tokens"]) == held
+    assert float(gauges["rtpurbo:dense_cache_tokens"]) == pytest.approx(told.dense_tokens, rel=0.05)

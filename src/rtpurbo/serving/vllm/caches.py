@@ -78,6 +78,30 @@ class Caches:
     histograms: Tensor | None
 
 
+def plan_of(config: RTPurboConfig, vllm_config: VllmConfig) -> tuple[CachePlan, TokenBytes]:
+    """Plans the caches of a model on an engine.
+
+    Args:
+        config: head map, attention rule and indexer settings.
+        vllm_config: configuration of the engine.
+
+    Returns:
+        The plan, and the bytes of a token of a head.
+    """
+    model = vllm_config.model_config
+    assert isinstance(model.dtype, torch.dtype)
+    token_bytes = TokenBytes.of(config, model.get_head_size(), model.dtype.itemsize)
+    plan = plan_cache(
+        config,
+        token_bytes,
+        tokens=model.max_model_len,
+        in_flight=vllm_config.max_in_flight_tokens,
+        world_size=vllm_config.parallel_config.tensor_parallel_size,
+        lone_block_size=vllm_config.cache_config.block_size,
+    )
+    return plan, token_bytes
+
+
 def make_caches(
     config: RTPurboConfig,
     heads: list[LayerHeads],
@@ -94,19 +118,11 @@ def make_caches(
         prefix: prefix of the names of the caches.
         vllm_config: configuration of the engine.
     """
+    plan, _ = plan_of(config, vllm_config)
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
-    token_bytes = TokenBytes.of(config, head_dim, dtype.itemsize)
     longest = vllm_config.model_config.max_model_len
     in_flight = vllm_config.max_in_flight_tokens
-    plan = plan_cache(
-        config,
-        token_bytes,
-        tokens=longest,
-        in_flight=in_flight,
-        world_size=vllm_config.parallel_config.tensor_parallel_size,
-        lone_block_size=vllm_config.cache_config.block_size,
-    )
     index_dtype = index_dtype_of(config, dtype)
 
     def parts_of(layer: int, *, full: bool) -> tuple[Part, ...]:

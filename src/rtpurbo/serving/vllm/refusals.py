@@ -15,13 +15,14 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, supports_head_dim
 from rtpurbo.serving.vllm.checkpoint import read_config
 from rtpurbo.serving.vllm.layout import heads_of_rank
+from rtpurbo.serving.vllm.metrics import set_gauges
 from rtpurbo.serving.vllm.versions import check_version
 
 logger = logging.getLogger(__name__)
 
 
 def check(config: VllmConfig) -> None:
-    """Rejects unsupported settings and checkpoints.
+    """Rejects unsupported settings and checkpoints, and adds what the model's cache holds to vLLM's metrics.
 
     Raises:
         RTPurboError: the version of vLLM, the checkpoint or a setting is not supported.
@@ -37,6 +38,7 @@ def check(config: VllmConfig) -> None:
             "keys outside of the window between them: local heads keep to the window.",
             checkpoint.attention.dense_prompt_queries,
         )
+    set_gauges(checkpoint, config)
 
 
 def refusals(config: VllmConfig) -> Iterator[str]:
