@@ -20,10 +20,10 @@ class Capacity:
     """Capacity of a KV cache, in requests of one length.
 
     Attributes:
-        memory: bytes of the cache, on each device.
+        memory: size of the cache in bytes, on each device.
         request_tokens: tokens of a request.
-        tokens: of all requests that fit together.
-        dense_tokens: the same for the dense model.
+        tokens: tokens of all requests that fit at the same time.
+        dense_tokens: `tokens` of the dense model.
     """
 
     memory: int
@@ -51,12 +51,12 @@ def capacity_of(
     """Computes the capacity of a cache for a checkpoint, as vLLM with rtpurbo lays it out.
 
     Args:
-        checkpoint: the folder of an export for vLLM.
-        memory: bytes for the cache, on each device.
-        in_flight: tokens that may be computed before blocks are given back: vLLM's
+        checkpoint: folder of an export for vLLM.
+        memory: size of the cache in bytes, on each device.
+        in_flight: tokens that may be computed before blocks are freed: vLLM's
             `max_num_batched_tokens`, times the batches that run at once.
         max_model_len: tokens of a request; None for the model's context.
-        dtype: of the running model; for "auto", vLLM takes 16 bits.
+        dtype: dtype of the running model; "auto" is one of 16 bits.
         tensor_parallel_size: devices that share the heads.
 
     Raises:
@@ -73,7 +73,7 @@ def capacity_of(
         in_flight=in_flight,
         world_size=tensor_parallel_size,
     )
-    # Devices divide the heads of a token, so together they hold as many more tokens.
+    # Devices share the heads of a token, so their memory adds up.
     dense = dense_capacity(config, token_bytes, memory * tensor_parallel_size)
     return Capacity(memory, request, plan.capacity(memory, request, in_flight), dense)
 

