@@ -1,4 +1,4 @@
-"""Engines in processes of their own: tensor parallelism, a killed worker, and models that are not ours."""
+"""Engines in processes of their own: tensor and data parallelism, a killed worker, and dense models."""
 
 import json
 import os
@@ -38,6 +38,29 @@ def main():
 
 if __name__ == "__main__":
     main()
+"""
+
+DATA_PARALLEL = """
+import asyncio, json, sys
+from vllm import AsyncEngineArgs, AsyncLLMEngine
+from tests.vllm.engines import OPTIONS, greedy
+
+async def answer(engine, number, prompt, new):
+    async for output in engine.generate({"prompt_token_ids": prompt}, greedy(new), str(number)):
+        last = output
+    return list(last.outputs[0].token_ids)
+
+async def main():
+    checkpoint, prompts, new = json.loads(sys.argv[1])
+    engine = AsyncLLMEngine.from_engine_args(
+        AsyncEngineArgs(checkpoint, data_parallel_size=2, **OPTIONS)
+    )
+    tasks = [answer(engine, number, prompt, new) for number, prompt in enumerate(prompts)]
+    print("RESULT " + json.dumps(await asyncio.gather(*tasks)), flush=True)
+    engine.shutdown()
+
+if __name__ == "__main__":
+    asyncio.run(main())
 """
 
 KILL = """
@@ -120,6 +143,16 @@ def test_two_ranks_with_different_heads(uneven, prompts, tmp_path):
         found = generated(tmp_path, uneven, prompts, binding, tensor_parallel_size=2, **options)
         for answers in found["answers"]:
             assert_same_answers(reference, prompts, answers, wanted)
+
+
+def test_two_engines_of_data_parallelism(uneven, prompts, tmp_path):
+    reference = load_reference(uneven)
+    wanted = expected_answers(reference, prompts, NEW)
+    printed = run(DATA_PARALLEL, tmp_path, json.dumps([str(uneven), prompts, NEW]))
+    results = [line for line in printed.splitlines() if line.startswith("RESULT ")]
+    assert results, printed[-5000:]
+    found = json.loads(results[0].removeprefix("RESULT "))
+    assert_same_answers(reference, prompts, found, wanted)
 
 
 def test_an_engine_in_another_process(uneven, prompts, tmp_path):
