@@ -135,8 +135,26 @@ def _quality(path: Path, found: dict[str, Any]) -> str:
 def _speed(path: Path, found: dict[str, Any]) -> str:
     notes = "\n".join(f"- {note}" for note in found["notes"])
     title = f"### {path.stem} {{#{anchor(path)}}}\n\n{_origin(path, found)}"
-    return "\n\n".join(
-        part for part in (title, notes, speed_markdown(read_speed(path).records)) if part
+    is_served = found["records"][0]["phase"] == "serve"
+    table = _serve(found["records"]) if is_served else speed_markdown(read_speed(path).records)
+    return "\n\n".join(part for part in (title, notes, table) if part)
+
+
+def _serve(records: list[dict[str, Any]]) -> str:
+    """Table of `rtpurbo bench serve`."""
+    columns = {
+        "engine": lambda record: f"{record['engine']} {record['engine_version']}",
+        "policy": lambda record: record["policy"],
+        "prompt": lambda record: f"{record['context_length']:,}",
+        "requests at a time": lambda record: f"{record['concurrency']}",
+        "first token, ms": lambda record: f"{record['time_to_first_token_ms']:,.0f}",
+        "per output token, ms": lambda record: f"{record['time_per_output_token_ms']:.2f}",
+        "output tokens/s": lambda record: f"{record['output_tokens_per_second']:,.1f}",
+        "tokens in the cache": lambda record: f"{record['cache_tokens'] or 0:,}",
+    }
+    rows = [[cell(record) for cell in columns.values()] for record in records]
+    return "\n".join(
+        f"| {' | '.join(row)} |" for row in [[*columns], ["---"] * 2 + ["---:"] * 6, *rows]
     )
 
 

@@ -26,6 +26,19 @@ def test_the_page_of_results_has_every_table():
     assert page.index("## Quality") < full < sparse < page.index("## Speed")
 
 
+def test_a_table_of_a_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(made_pages, "RESULTS", tmp_path)
+    record = {
+        "phase": "serve", "engine": "vllm", "engine_version": "0.32.0", "policy": "rtpurbo",
+        "context_length": 32768, "concurrency": 8, "time_to_first_token_ms": 1234.5,
+        "time_per_output_token_ms": 9.123, "output_tokens_per_second": 800.0, "cache_tokens": 5000,
+    }  # fmt: skip
+    facts = {"device": "a GPU", "torch": "2.11", "command": "rtpurbo bench serve", "notes": []}
+    (tmp_path / "serve.json").write_text(json.dumps({**facts, "records": [record]}))
+    page = made_pages.results_page()
+    assert "| vllm 0.32.0 | rtpurbo | 32,768 | 8 | 1,234 | 9.12 | 800.0 | 5,000 |" in page
+
+
 def test_the_page_of_families_has_a_row_for_every_type_of_the_zoo():
     page = families.families_page()
     supported, rest = page.split("## Text decoders of multimodal models")

@@ -27,6 +27,7 @@ from rtpurbo.serving.export import SHARD_INDEX_FILE, VLLM_PREFIX
 from rtpurbo.serving.installation import Installation
 from rtpurbo.serving.server import ServerSettings, server_command
 from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY
+from rtpurbo.version import library_commit
 
 POLICIES = ("full", "rtpurbo")
 """The dense model on stock vLLM, and the sparse model."""
@@ -116,7 +117,14 @@ def bench_serve(
                     records.append(found)
                     log(describe(found))
                     if output is not None:
-                        facts = {"device": device, "command": command, "model": checkpoint.name}
+                        facts = {
+                            "device": device,
+                            "torch": torch.__version__,
+                            "commit": library_commit(),
+                            "command": command,
+                            "model": checkpoint.name,
+                            "notes": [],
+                        }
                         write_json_atomically(output, {**facts, "records": records})
     return records
 
