@@ -117,7 +117,7 @@ def bench_serve(
                     records.append(found)
                     log(describe(found))
                     if output is not None:
-                        facts = {
+                        facts: dict[str, Any] = {
                             "device": device,
                             "torch": torch.__version__,
                             "commit": library_commit(),
