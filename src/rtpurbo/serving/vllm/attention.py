@@ -69,7 +69,7 @@ class ServedAttention(nn.Module):
         self.head_dim: int = original.head_dim
         self.scaling: float = original.scaling
         self.sizes = [original.q_size, original.kv_size, original.kv_size]
-        self.rule = config.attention
+        self.rule = config.attention.for_layer(layer)
         self.before_rotation = config.indexer.index_space == "pre_rope" and indexer is not None
         table = rotary_table(self.rotary_emb, self.head_dim)
         self.fuses_append = current_platform.is_cuda() and table is not None
