@@ -16,7 +16,7 @@ SIZE = 16
 init_none_hash(sha256)
 
 
-def spec_of(window=64, sinks=4, block_size=SIZE, max_blocks=1000):
+def spec_of(window=64, sinks=4, block_size=SIZE, max_blocks=1000, keeps_prompts=False):
     return SinkWindowSpec(
         block_size=block_size,
         num_kv_heads=1,
@@ -28,6 +28,7 @@ def spec_of(window=64, sinks=4, block_size=SIZE, max_blocks=1000):
         num_sink_tokens=sinks,
         group=1,
         max_blocks=max_blocks,
+        keeps_prompts=keeps_prompts,
     )
 
 
@@ -114,7 +115,7 @@ def test_a_hit_is_the_longest_prefix_whose_sinks_and_window_are_cached(
 def step(manager, request, computed, end):
     """What the scheduler does for a chunk; returns blocks that it asked for."""
     name = request.request_id
-    manager.remove_skipped_blocks(name, computed)
+    manager.remove_skipped_blocks(name, computed, request.num_prompt_tokens)
     asked = manager.get_num_blocks_to_allocate(name, end, [], computed, computed, end)
     manager.allocate_new_blocks(name, end, end)
     manager.cache_blocks(request, end, replay_boundaries=[])
@@ -167,6 +168,63 @@ def test_taking_a_prefix_keeps_its_sinks_and_counts_them():
     assert [number for number, block in enumerate(held[:20]) if not block.is_null] == [0, 18, 19]
     manager.free("second")
     assert pool.get_num_free_blocks() == 199
+
+
+def real_blocks(manager, name):
+    blocks = manager.req_to_blocks[name]
+    return {number for number, block in enumerate(blocks) if not block.is_null}
+
+
+def test_all_blocks_are_kept_until_a_prompt_has_been_read():
+    pool = pool_of()
+    manager = manager_of(pool, spec_of(keeps_prompts=True, max_blocks=50))
+    request = request_of(range(400))
+    manager.add_local_computed_blocks("request", [], 0, 0)
+    for computed in range(0, 400, 100):
+        free = pool.get_num_free_blocks()
+        asked = step(manager, request, computed, computed + 100)
+        assert free - pool.get_num_free_blocks() == asked
+        assert real_blocks(manager, "request") == set(range(-(-(computed + 100) // SIZE)))
+    request.append_output_token_ids(7)
+    step(manager, request, 400, 401)
+    assert real_blocks(manager, "request") == {0, *range(21, 26)}
+    manager.free("request")
+    assert pool.get_num_free_blocks() == 199
+
+
+@pytest.mark.parametrize("evicted", [(), (12,), (5, 12, 15)])
+def test_a_prefix_is_reused_up_to_a_block_that_is_missing(evicted):
+    pool = pool_of()
+    spec = spec_of(window=32, sinks=4, keeps_prompts=True)
+    blocks = cache_some(pool, request_of(range(320)), spec, [True] * 20)
+    pool.free_blocks(reversed(blocks))
+    pool.evict_blocks({blocks[number].block_id for number in evicted})
+    manager, request = manager_of(pool, spec), request_of(range(400), "second")
+    hit, length = hit_of(manager, request)
+    assert length == 320
+    kept = set(range(min(evicted, default=20)))
+    free = pool.get_num_free_blocks()
+    asked = manager.get_num_blocks_to_allocate("second", 400, hit, length, length, 400)
+    manager.add_local_computed_blocks("second", hit, length, 0)
+    manager.allocate_new_blocks("second", 400, 400)
+    assert free - pool.get_num_free_blocks() == asked
+    assert real_blocks(manager, "second") == kept | {18, 19} | set(range(20, 25))
+    request.append_output_token_ids(7)
+    step(manager, request, 400, 401)
+    assert real_blocks(manager, "second") == {0, 23, 24, 25}
+    manager.free("second")
+    assert pool.get_num_free_blocks() == 199
+
+
+def test_two_tokens_of_a_prompt_remain_to_be_computed():
+    """A step of single tokens may be a CUDA graph, in which they keep to their windows."""
+    pool, spec = pool_of(), spec_of(window=32, keeps_prompts=True)
+    cache_some(pool, request_of(range(320)), spec, [True] * 20)
+    manager = manager_of(pool, spec)
+    # vLLM passes the tokens without the last one.
+    for tokens, expected in ((322, 320), (321, 304), (306, 304), (305, 288), (1, 0)):
+        request = request_of(range(tokens - 1))
+        assert hit_of(manager, request)[1] == expected
 
 
 def test_without_its_sinks_a_prefix_is_not_taken():

@@ -37,9 +37,10 @@ class Step:
         rule: of the model.
         retrieval: heads that retrieve.
         head_dim: of a head.
+        missing: blocks of the windowed group that a reused prefix lacks, as (request, block).
     """
 
-    def __init__(self, requests, dtype, rule, retrieval=RETRIEVAL, head_dim=16):
+    def __init__(self, requests, dtype, rule, retrieval=RETRIEVAL, head_dim=16, missing=()):
         self.rule, self.head_dim, self.dtype = rule, head_dim, dtype
         self.layout = HeadLayout.build(retrieval, HEADS, KEY_VALUE_HEADS, DEVICE)
         self.generator = torch.Generator().manual_seed(0)
@@ -83,8 +84,12 @@ class Step:
             pages = divide(blocks, dict.fromkeys(range(LAYERS), parts))[LAYERS - 1]
             longest = max(-(-tokens // size) for tokens, *_ in requests)
             table = torch.full((len(requests), longest), freed, dtype=torch.int32)
-            for request, (tokens, rows, _) in enumerate(requests):
-                kept = self.kept_tokens(name, tokens, rows, size)
+            for request, (tokens, rows, prompt) in enumerate(requests):
+                kept = self.kept_tokens(name, tokens, rows, prompt, size)
+                if name == "windowed":
+                    kept = [token for token in kept if (request, token // size) not in missing]
+                    for number in (block for of, block in missing if of == request):
+                        table[request, number] = 0
                 for number in {token // size for token in kept}:
                     table[request, number] = numbers.pop()
                 self.fill(pages, table[request], kept)
@@ -105,9 +110,10 @@ class Step:
     def on_device(self, numbers):
         return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
 
-    def kept_tokens(self, name, tokens, rows, size):
+    def kept_tokens(self, name, tokens, rows, prompt, size):
         """Tokens whose blocks a request holds."""
-        if name == "full":
+        reads_prompt = self.rule.dense_prompt_queries and tokens - rows < prompt
+        if name == "full" or reads_prompt:
             return range(tokens)
         first = max(0, tokens - rows - self.rule.sliding_window + 1) // size * size
         sinks = -(-self.rule.num_sink_tokens // size) * size
@@ -201,6 +207,37 @@ def test_mixed_batch(retrieval, dtype):
 def test_rules(options):
     step = Step([(60, 1, 30), (46, 6, 43), (20, 20, 20)], DTYPES[0], rule_of(**options))
     assert_close(step.attended(cuda), step.attended(eager))
+
+
+# (tokens, rows, prompt): generating; a whole prompt; the dense queries of a prompt begin in a chunk, or end in it
+# before generated tokens that are computed again, or are its last token; none in a chunk; a short prompt; padding.
+ENDS = [(60, 1, 30), (90, 34, 90), (80, 12, 85), (62, 10, 55), (40, 1, 40), (50, 8, 90)]
+ENDS += [(12, 12, 12), (9, 0, 9)]
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "options"),
+    [
+        (RETRIEVAL, {}),
+        pytest.param(RETRIEVAL, {"prefill_mode": "top_p"}, marks=pytest.mark.slow),
+        pytest.param((), {}, marks=pytest.mark.slow),
+        pytest.param(range(HEADS), {}, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("missing", [(), ((1, 1), (1, 2), (2, 2), (4, 1))])
+def test_dense_queries_at_the_end_of_prompts(missing, retrieval, options):
+    rule = rule_of(dense_prompt_queries=12, **options)
+    step = Step(ENDS, DTYPES[0], rule, tuple(retrieval), missing=missing)
+    found = step.attended(cuda)
+    assert_close(found, step.attended(eager))
+    windowed = step.attended(cuda, dense_prompt_queries=0)
+    rows = torch.arange(len(found))
+    # Of the second request the last 12 queries, of the third one the last 7, of the fourth one the first 3.
+    dense = (rows >= 23) & (rows < 35) | (rows >= 40) & (rows < 50) | (rows == 57)
+    changes = (found - windowed).abs().flatten(1).max(1).values.cpu()
+    assert (changes[~dense] == 0).all()
+    if len(retrieval) < HEADS:
+        assert (changes[dense] > 0).all()
 
 
 @pytest.mark.slow

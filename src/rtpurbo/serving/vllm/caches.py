@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ def make_caches(
         return (states, states, index) if full else (states, states)
 
     def registered(
-        number: int, planned: Group, spec_type: type[AttentionSpec], *, full: bool, **fields: int
+        number: int, planned: Group, spec_type: type[AttentionSpec], *, full: bool, **fields: Any
     ) -> PagedCache:
         spec = spec_type(
             block_size=planned.block_size,
@@ -162,7 +163,8 @@ def make_caches(
             sliding_window=plan.window,
             num_sink_tokens=plan.sinks,
             group=number,
-            max_blocks=group.num_windowed_blocks(longest, plan.window, plan.sinks, in_flight),
+            max_blocks=plan.num_windowed_blocks(group, longest, in_flight),
+            keeps_prompts=plan.keeps_prompts,
         )
         windowed |= dict.fromkeys(group.layers, cache)
     histograms = new_histograms(config, heads) if full and current_platform.is_cuda() else None

@@ -1,15 +1,16 @@
 """KV append and attention over pages with Triton kernels; equals `eager`, but decode kernels round selections.
 
 All selecting queries of a step, of any request, form one decode call, each as a sequence of its own. The prompt
-queries of all requests are one call of the prefill kernel. Nothing here waits for the GPU or iterates over requests.
-N queries select, P requests have other queries; for other letters see `pages`.
+queries of all requests are one call of the prefill kernel, and the queries at the end of their prompts another one.
+Nothing here waits for the GPU or iterates over requests. N queries select, P requests have other queries; for other
+letters see `pages`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +20,32 @@ from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.states import PagedStates
 from rtpurbo.serving.vllm.layout import LayerHeads
-from rtpurbo.serving.vllm.pages import Batch, LayerCache
+from rtpurbo.serving.vllm.pages import NULL_BLOCK, LayerCache
+
+if TYPE_CHECKING:
+    from rtpurbo.ops.triton.heads import HeadTable
 
 HISTOGRAM_BATCH = 64
 """Sequences that the histogram workspace suffices for: 1 MiB per retrieval head of the layer that has most."""
+
+
+@dataclass(frozen=True)
+class PromptQueries:
+    """Consecutive prompt queries of P requests.
+
+    Attributes:
+        offsets: int32 [P], index of the first query of each request.
+        counts: int32 [P], number of its queries.
+        starts: int32 [P], position of the first one among the keys in the block table.
+        block_table: int32 [P, blocks], blocks of these requests.
+        most: largest of `counts`; 0 without requests.
+    """
+
+    offsets: Tensor
+    counts: Tensor
+    starts: Tensor
+    block_table: Tensor
+    most: int
 
 
 @dataclass(frozen=True)
@@ -33,21 +56,15 @@ class StepQueries:
         selecting: int64 [N], indices of the selecting queries.
         lengths: int32 [N], tokens of the request up to each of them.
         block_table: int32 [N, blocks], blocks of their requests.
-        prompt_offsets: int32 [P], first query of each request with queries that do not select.
-        prompt_counts: int32 [P], number of these queries.
-        prompt_starts: int32 [P], position of the first one.
-        prompt_block_table: int32 [P, blocks], blocks of these requests.
-        most_prompt_queries: largest of `prompt_counts`.
+        prompts: queries that do not select.
+        dense: queries that are dense in local heads, which `prompts` or `selecting` contain too.
     """
 
     selecting: Tensor
     lengths: Tensor
     block_table: Tensor
-    prompt_offsets: Tensor
-    prompt_counts: Tensor
-    prompt_starts: Tensor
-    prompt_block_table: Tensor
-    most_prompt_queries: int
+    prompts: PromptQueries
+    dense: PromptQueries
 
 
 def append(
@@ -162,12 +179,12 @@ def attend(
             queries[:count], chosen, of_full, of_windowed, layout, rule, scaling, output[:count]
         )
         return
-    step = _step_queries(cache.batch, rule)
+    step = _step_queries(cache, rule)
     if step.selecting.numel():
         of_full, of_windowed = (
             None
             if part is None
-            else _paged(part, _step_queries(part.batch, rule).block_table, step.lengths)
+            else _paged(part, _step_queries(part, rule).block_table, step.lengths)
             for part in (full, windowed)
         )
         chosen_queries = queries[step.selecting]
@@ -183,25 +200,30 @@ def attend(
             attended,
         )
         output[step.selecting] = attended
-    if step.most_prompt_queries:
-        of_full, of_windowed = (
-            None
-            if part is None
-            else _paged(
-                part, _step_queries(part.batch, rule).prompt_block_table, step.prompt_counts
-            )
-            for part in (full, windowed)
-        )
-        _prefill(queries, of_full, of_windowed, layout, rule, scaling, step, output)
+    tables = _tables(layout, rule)
+    for part, name in ((full, "full"), (windowed, "windowed")):
+        if part is None:
+            continue
+        of_group = _step_queries(part, rule)
+        for chosen, table in (
+            (of_group.prompts, tables[f"prompts_{name}"]),
+            # After the others: it replaces their results for the local heads.
+            (of_group.dense, tables[f"dense_local_{name}"]),
+        ):
+            if chosen.most:
+                _prefill(queries, part, table, rule, scaling, chosen, output)
 
 
-def _step_queries(batch: Batch, rule: AttentionRule) -> StepQueries:
+def _step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
     """Queries of a step by kernel, computed by the first layer of a group and cached in the batch."""
+    batch = cache.batch
     if batch.step_queries is None:
         starts, lengths = batch.starts.numpy(), batch.lengths.numpy()
         num_queries, selecting = batch.num_queries.numpy(), batch.num_selecting(rule).numpy()
         num_prompt = num_queries - selecting
         (prompts,) = np.nonzero(num_prompt)
+        first_dense, num_dense = (part.numpy() for part in batch.dense_queries(rule))
+        (dense,) = np.nonzero(num_dense)
         requests = np.repeat(np.arange(len(lengths)), selecting)
         # Number of each selecting query among those of its request, counted from the last one.
         from_end = np.repeat(np.cumsum(selecting), selecting) - 1 - np.arange(len(requests))
@@ -213,6 +235,10 @@ def _step_queries(batch: Batch, rule: AttentionRule) -> StepQueries:
             starts[prompts],
             num_prompt[prompts],
             (lengths - num_queries)[prompts],
+            dense,
+            (starts[:-1] + first_dense - lengths + num_queries)[dense],
+            num_dense[dense],
+            first_dense[dense],
         ]
         device = batch.block_table.device
         host = torch.from_numpy(np.concatenate(parts).astype(np.int32))
@@ -223,14 +249,66 @@ def _step_queries(batch: Batch, rule: AttentionRule) -> StepQueries:
             selecting=numbers[1].long(),
             lengths=numbers[2],
             block_table=batch.block_table.index_select(0, numbers[0]),
-            prompt_offsets=numbers[4],
-            prompt_counts=numbers[5],
-            prompt_starts=numbers[6],
-            prompt_block_table=batch.block_table.index_select(0, numbers[3]),
-            most_prompt_queries=int(num_prompt.max(initial=0)),
+            prompts=PromptQueries(
+                numbers[4],
+                numbers[5],
+                numbers[6],
+                batch.block_table.index_select(0, numbers[3]),
+                int(num_prompt.max(initial=0)),
+            ),
+            dense=PromptQueries(
+                numbers[8],
+                numbers[9],
+                *_without_null_blocks(
+                    numbers[10],
+                    batch.block_table.index_select(0, numbers[7]),
+                    cache.pages.block_size,
+                ),
+                int(num_dense.max(initial=0)),
+            ),
         )
     assert isinstance(batch.step_queries, StepQueries)
     return batch.step_queries
+
+
+def _without_null_blocks(
+    starts: Tensor, block_table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Moves blocks together where earlier ones are missing, which does not change dense causal attention.
+
+    Args:
+        starts: int32 [P], position of the first query of each request.
+        block_table: int32 [P, blocks].
+        block_size: tokens per block.
+
+    Returns:
+        Positions of the queries among the remaining keys, and the new block table.
+    """
+    if not len(starts):
+        return starts, block_table
+    numbers = torch.arange(block_table.shape[1], device=block_table.device)
+    # Entries after a request's last block are undefined.
+    missing = (block_table == NULL_BLOCK) & (numbers < (starts // block_size)[:, None])
+    order = missing.int().argsort(stable=True, dim=1)
+    return starts - missing.sum(1, dtype=torch.int32) * block_size, block_table.gather(1, order)
+
+
+def _tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]:
+    """Head tables of the prefill launches of full and windowed KV heads, cached per layout and window."""
+    from rtpurbo.ops.triton.headwise import head_tables
+    from rtpurbo.ops.triton.heads import EVERYTHING, HeadTable
+
+    key = ("serving", rule.sliding_window)
+    if key not in layout.derived:
+        tables = head_tables(layout, rule)
+        layout.derived[key] = {
+            "prompts_full": tables["dense_and_local_full"],
+            "prompts_windowed": tables["local_windowed"],
+            "dense_local_full": HeadTable.build(layout.local_full, EVERYTHING),
+            "dense_local_windowed": HeadTable.build(layout.local_windowed, EVERYTHING),
+        }
+    cached: dict[str, HeadTable] = layout.derived[key]
+    return cached
 
 
 def _paged(cache: LayerCache, block_table: Tensor, lengths: Tensor) -> PagedStates:
@@ -299,27 +377,23 @@ def _decode(
 
 def _prefill(
     queries: Tensor,
-    full: PagedStates | None,
-    windowed: PagedStates | None,
-    layout: HeadLayout,
+    cache: LayerCache,
+    table: HeadTable,
     rule: AttentionRule,
     scaling: float,
-    step: StepQueries,
+    chosen: PromptQueries,
     output: Tensor,
 ) -> None:
-    """Writes the attention of the prompt queries, with dense retrieval heads."""
-    from rtpurbo.ops.triton.headwise import head_tables
+    """Writes the attention of the chosen prompt queries of all requests, for the heads in the table."""
     from rtpurbo.ops.triton.prefill.portable import PackedQueries, window_attention
 
-    tables = head_tables(layout, rule)
-    sources = ((full, tables["dense_and_local_full"]), (windowed, tables["local_windowed"]))
     window_attention(
         queries[None].transpose(1, 2),
-        [(states, table) for states, table in sources if states is not None],
-        step.prompt_starts,
+        [(_paged(cache, chosen.block_table, chosen.counts), table)],
+        chosen.starts,
         rule.num_sink_tokens,
         scaling,
         output[None].transpose(1, 2),
         None,
-        PackedQueries(step.prompt_offsets, step.prompt_counts, step.most_prompt_queries),
+        PackedQueries(chosen.offsets, chosen.counts, chosen.most),
     )

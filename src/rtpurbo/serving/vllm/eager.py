@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates, headwise_attention
-from rtpurbo.serving.vllm.pages import LayerCache, no_states
+from rtpurbo.serving.vllm.pages import NULL_BLOCK, LayerCache, no_states
 
 
 def attend(
@@ -38,30 +38,35 @@ def attend(
     cache = full or windowed
     assert cache is not None
     batch = cache.batch
-    for request, (start, length, num_queries, selecting) in enumerate(
+    first_dense, num_dense = batch.dense_queries(rule)
+    for request, (start, length, num_queries, selecting, first, dense) in enumerate(
         zip(
             batch.starts.tolist()[:-1],
             batch.lengths.tolist(),
             batch.num_queries.tolist(),
             batch.num_selecting(rule).tolist(),
+            first_dense.tolist(),
+            num_dense.tolist(),
             strict=True,
         )
     ):
         if not num_queries:
             continue
         end = start + num_queries
-        positions = torch.arange(length - (end - start), length, device=queries.device)
+        computed = length - num_queries
+        positions = torch.arange(computed, length, device=queries.device)
         attended, _ = headwise_attention(
             queries[None, start:end].transpose(1, 2),
             positions[None],
             _full_states(full, request, length, queries),
-            _windowed_states(windowed, request, length, end - start, rule, queries),
+            _windowed_states(windowed, request, length, None if dense else computed, rule, queries),
             layout,
             index_queries[None, end - selecting : end].transpose(1, 2)
             if index_queries is not None and selecting
             else None,
             rule,
             scaling=scaling,
+            dense_queries=slice(first - computed, first - computed + dense) if dense else None,
             backend="eager",
         )
         output[start:end] = attended[0].transpose(0, 1)
@@ -89,19 +94,25 @@ def _windowed_states(
     cache: LayerCache | None,
     request: int,
     length: int,
-    num_queries: int,
+    computed: int | None,
     rule: AttentionRule,
     like: Tensor,
 ) -> KeyValueStates:
-    """States of the blocks with the sinks and the windows of the last `num_queries` queries of a request."""
+    """States of the blocks with the sinks and the windows of the queries from position `computed` on.
+
+    If `computed` is None, those of all blocks that the request has.
+    """
     if cache is None:
         return no_states(like, 1)
     pages, size = cache.pages, cache.pages.block_size
     sinks = -(-rule.num_sink_tokens // size)
-    window = max(0, length - num_queries - rule.sliding_window + 1) // size
     numbers = torch.arange(-(-length // size), device=like.device)
-    if window > sinks:
-        numbers = torch.cat([numbers[:sinks], numbers[window:]])
+    if computed is not None:
+        window = max(0, computed - rule.sliding_window + 1) // size
+        if window > sinks:
+            numbers = torch.cat([numbers[:sinks], numbers[window:]])
+    else:
+        numbers = numbers[cache.batch.block_table[request, : len(numbers)] != NULL_BLOCK]
     table = cache.batch.block_table[request, numbers]
     positions = (numbers[:, None] * size + torch.arange(size, device=like.device)).flatten()
     # Only the last block may be partly unused.
@@ -109,7 +120,8 @@ def _windowed_states(
     keys, values = (
         _gathered(part, table)[:, :, : positions.numel()] for part in (pages.keys, pages.values)
     )
-    return KeyValueStates(keys, values, positions[None], in_order=window <= sinks)
+    in_order = len(numbers) * size >= length
+    return KeyValueStates(keys, values, positions[None], in_order=in_order)
 
 
 def _gathered(part: Tensor, table: Tensor) -> Tensor:

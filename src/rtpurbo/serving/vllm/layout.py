@@ -12,7 +12,7 @@ This module does not import vLLM, so that the capacity can be computed without a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -150,12 +150,15 @@ class CachePlan:
         windowed: groups of the other KV heads; empty if every KV head is full.
         window: tokens of the sliding window.
         sinks: first tokens that are kept.
+        keeps_prompts: windowed groups keep every token until the prompt of a request has been read, for its dense
+            queries.
     """
 
     full: Group | None
     windowed: tuple[Group, ...]
     window: int
     sinks: int
+    keeps_prompts: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -167,18 +170,32 @@ class CachePlan:
         """Bytes of a block, those of the largest group."""
         return max(group.page_bytes for group in self.groups)
 
+    def num_windowed_blocks(self, group: Group, tokens: int, in_flight: int) -> int:
+        """Largest number of blocks of a request with `tokens` tokens in a windowed group."""
+        if self.keeps_prompts:
+            return group.num_full_blocks(tokens)
+        return group.num_windowed_blocks(tokens, self.window, self.sinks, in_flight)
+
     def blocks_per_request(self, tokens: int, in_flight: int) -> int:
         """Largest number of blocks of a request with `tokens` tokens."""
         full = self.full.num_full_blocks(tokens) if self.full else 0
-        limits = (self.window, self.sinks, in_flight)
-        return full + sum(group.num_windowed_blocks(tokens, *limits) for group in self.windowed)
+        return full + sum(
+            self.num_windowed_blocks(group, tokens, in_flight) for group in self.windowed
+        )
+
+    def blocks_after_prompt(self, tokens: int, in_flight: int) -> int:
+        """Largest number of blocks of a request with `tokens` tokens whose prompt has been read."""
+        return replace(self, keeps_prompts=False).blocks_per_request(tokens, in_flight)
 
     def request_bytes(self, tokens: int, in_flight: int) -> int:
-        """Largest number of bytes of a request with `tokens` tokens."""
-        return self.block_bytes * self.blocks_per_request(tokens, in_flight)
+        """Largest number of bytes of a request with `tokens` tokens whose prompt has been read."""
+        return self.block_bytes * self.blocks_after_prompt(tokens, in_flight)
 
     def capacity(self, memory: int, tokens: int, in_flight: int) -> int:
-        """Tokens of all requests of a given length that fit into memory, as vLLM computes it.
+        """Tokens of all requests of a given length that fit into memory while one of them reads its prompt.
+
+        Without `keeps_prompts`, this is the size that vLLM reports. With it, vLLM reports what fits if all requests
+        read their prompts at once, but its scheduler completes a prompt before it begins the next one.
 
         Args:
             memory: bytes for the cache, on one rank.
@@ -187,7 +204,11 @@ class CachePlan:
                 asynchronous scheduling).
         """
         blocks = memory // self.block_bytes
-        return int(blocks / self.blocks_per_request(tokens, in_flight) * tokens)
+        largest = self.blocks_per_request(tokens, in_flight)
+        if not self.keeps_prompts or blocks < largest:
+            return int(blocks / largest * tokens)
+        others = (blocks - largest) / self.blocks_after_prompt(tokens, in_flight)
+        return int((1 + others) * tokens)
 
 
 def plan_cache(
@@ -215,6 +236,7 @@ def plan_cache(
     """
     ranks = [heads_of_rank(config.head_map, rank, world_size) for rank in range(world_size)]
     window, sinks = config.attention.sliding_window, config.attention.num_sink_tokens
+    keeps_prompts = config.attention.dense_prompt_queries > 0
     full_layers = _layers_with_any(ranks, "num_full")
     windowed_layers = _layers_with_any(ranks, "num_windowed")
     best: CachePlan | None = None
@@ -231,7 +253,7 @@ def plan_cache(
                 Group(layers, windowed_size, _largest(ranks, token_bytes.windowed, layers))
                 for layers in bins
             ]
-            plan = CachePlan(full, tuple(windowed), window, sinks)
+            plan = CachePlan(full, tuple(windowed), window, sinks, keeps_prompts)
             if found is None or _cost(plan, tokens, in_flight) < _cost(found, tokens, in_flight):
                 found = plan
         assert found is not None

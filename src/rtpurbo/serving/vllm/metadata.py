@@ -38,6 +38,7 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
+        self._rule = read_config(vllm_config.model_config.hf_config).attention
         # CUDA graphs read the prompt lengths at a fixed address.
         self._prompt_lengths = torch.zeros(largest, dtype=torch.int32, device=device)
         support = self.get_cudagraph_support(vllm_config, kv_cache_spec)
@@ -74,10 +75,9 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
         prompt_lengths = batch.rswa_prefix_lens
         if prompt_lengths is None:
             prompt_lengths = torch.zeros(batch.num_reqs, dtype=torch.int32)
-        uniform = self._serves_uniform and batch.max_query_len == 1
         kept = self._prompt_lengths[: prompt_lengths.shape[0]]
         kept.copy_(prompt_lengths, non_blocking=True)
-        return HeadwiseMetadata(
+        metadata = HeadwiseMetadata(
             batch.query_start_loc_cpu,
             lengths,
             prompt_lengths,
@@ -85,8 +85,13 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
             batch.slot_mapping,
             batch.seq_lens,
             kept,
-            uniform,
         )
+        if self._serves_uniform and batch.max_query_len == 1:
+            # vLLM replays a CUDA graph of such a step in any case. In it, the last query of a prompt keeps to its window.
+            metadata.uniform = not (
+                self._rule.dense_prompt_queries and metadata.dense_queries(self._rule)[1].any()
+            )
+        return metadata
 
 
 class HeadwiseBackend(AttentionBackend):

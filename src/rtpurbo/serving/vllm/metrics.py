@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.serving.vllm.caches import plan_of
-from rtpurbo.serving.vllm.layout import dense_capacity
+from rtpurbo.serving.vllm.layout import CachePlan, dense_capacity
 
 
 def set_gauges(config: RTPurboConfig, vllm_config: VllmConfig) -> None:
@@ -20,16 +20,23 @@ def set_gauges(config: RTPurboConfig, vllm_config: VllmConfig) -> None:
         vllm_config: configuration of the engine.
     """
 
+    def requests() -> tuple[int, int]:
+        return vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
+
+    def memory(plan: CachePlan) -> int:
+        # vLLM adds up the blocks of data-parallel engines, but not their tokens.
+        reported = vllm_config.cache_config.kv_cache_size_tokens or 0
+        blocks = -(-reported * plan.blocks_per_request(*requests()) // requests()[0])
+        return blocks * plan.block_bytes
+
     def tokens() -> int:
-        return vllm_config.cache_config.kv_cache_size_tokens or 0
+        plan, _ = plan_of(config, vllm_config)
+        return plan.capacity(memory(plan), *requests())
 
     def dense_tokens() -> int:
-        # vLLM adds up the blocks of data-parallel engines, but not their tokens.
         plan, token_bytes = plan_of(config, vllm_config)
-        longest = vllm_config.model_config.max_model_len
-        memory = tokens() * plan.request_bytes(longest, vllm_config.max_in_flight_tokens) // longest
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        return dense_capacity(config, token_bytes, memory * ranks)
+        return dense_capacity(config, token_bytes, memory(plan) * ranks)
 
     _gauge("cache_tokens", "Tokens of context that fit in the KV cache.").set_function(tokens)
     _gauge(

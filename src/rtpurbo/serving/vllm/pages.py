@@ -15,6 +15,10 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops import KeyValueStates
 
 
+NULL_BLOCK = 0
+"""Block of vLLM that belongs to no request; a block table has it where a reused prefix lacks a block."""
+
+
 @dataclass(frozen=True)
 class Pages:
     """Views of one layer in the blocks of a cache, [num_blocks, heads, block_size, dimensions]."""
@@ -137,6 +141,21 @@ class Batch:
         if rule.prefill_mode != "dense":
             return num_queries
         return (self.lengths - self.prompt_lengths).clamp(min=0).minimum(num_queries)
+
+
+    def dense_queries(self, rule: AttentionRule) -> tuple[Tensor, Tensor]:
+        """Queries of each request that are dense in local heads, the last ones of its prompt.
+
+        The windowed group has kept the blocks of their requests that are not null (see `SinkWindowManager`).
+
+        Returns:
+            Position of the first one and their number, int32 [R] on the CPU.
+        """
+        start, end = self.lengths - self.num_queries, self.prompt_lengths.minimum(self.lengths)
+        first = (self.prompt_lengths - rule.dense_prompt_queries).maximum(start)
+        # In shorter prompts, windows hold everything.
+        beyond_window = self.prompt_lengths > rule.sliding_window
+        return first, (end - first).clamp(min=0) * beyond_window
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 
@@ -18,8 +17,6 @@ from rtpurbo.serving.vllm.layout import heads_of_rank
 from rtpurbo.serving.vllm.metrics import set_gauges
 from rtpurbo.serving.vllm.versions import check_version
 
-logger = logging.getLogger(__name__)
-
 
 def check(config: VllmConfig) -> None:
     """Rejects unsupported settings and checkpoints, and adds what the model's cache holds to vLLM's metrics.
@@ -32,12 +29,6 @@ def check(config: VllmConfig) -> None:
     heads_of_rank(checkpoint.head_map, 0, config.parallel_config.tensor_parallel_size)
     for reason in refusals(config):
         raise RTPurboError(reason)
-    if checkpoint.attention.dense_prompt_queries:
-        logger.warning(
-            "dense_prompt_queries=%d has no effect on vLLM, which reads prompts in chunks and frees the "
-            "keys outside of the window between them: local heads keep to the window.",
-            checkpoint.attention.dense_prompt_queries,
-        )
     set_gauges(checkpoint, config)
 
 

@@ -1,8 +1,8 @@
 """Cache spec and manager for sinks and window in vLLM.
 
 vLLM's sliding window frees the first tokens, and its prefix caching does not require them. The manager here keeps the
-blocks of the sinks for the lifetime of a request, and reuses a cached prefix only if they are cached. The spec is
-not a subclass of vLLM's `SlidingWindowSpec`, which vLLM splits and promotes by rules of its own.
+blocks of the sinks for the lifetime of a request, and reuses a cached prefix only if they are cached. With dense
+queries at the end of prompts, it keeps all blocks of a request until its prompt has been read. The spec is not a subclass of vLLM's `SlidingWindowSpec`, which vLLM splits and promotes by rules of its own.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ class SinkWindowManager(SlidingWindowManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Longest cached prefix whose sinks and last window are cached.
 
+        With `keeps_prompts`, its other blocks are reused up to the first one that is not cached.
+
         Returns:
-            Blocks of the prefix per group, null blocks where none is needed, and its length in tokens.
+            Blocks of the prefix per group, null blocks where none is reused, and its length in tokens.
         """
         assert isinstance(kv_cache_spec, SinkWindowSpec)
         assert not drop_eagle_block, "speculative decoding is rejected at start"
@@ -62,11 +64,18 @@ class SinkWindowManager(SlidingWindowManager):
             return block_pool.get_cached_block(block_hashes[number], kv_cache_group_ids)
 
         end = max_length // block_size
+        leading = min(kv_cache_spec.num_sink_blocks, end)
+        if kv_cache_spec.keeps_prompts:
+            # At least two tokens remain. A step of single tokens may replay a CUDA graph, in which the last query of a
+            # prompt keeps to its window.
+            leading = end = max(0, max_length - 1) // block_size
         found: dict[int, list[KVCacheBlock]] = {}
-        for number in range(min(kv_cache_spec.num_sink_blocks, end)):
+        for number in range(leading):
             blocks = cached(number)
             if blocks is None:
-                end = number
+                leading = number
+                if number < kv_cache_spec.num_sink_blocks:
+                    end = number
                 break
             found[number] = blocks
 
@@ -86,7 +95,7 @@ class SinkWindowManager(SlidingWindowManager):
         hits = tuple([block_pool.null_block] * end for _ in kv_cache_group_ids)
         first = max(0, end - kv_cache_spec.num_window_blocks)
         for number, blocks in found.items():
-            if number < end and (number >= first or number < kv_cache_spec.num_sink_blocks):
+            if number < end and (number >= first or number < leading):
                 for hit, block in zip(hits, blocks, strict=True):
                     hit[number] = block
         return hits, end * block_size
@@ -95,6 +104,13 @@ class SinkWindowManager(SlidingWindowManager):
     def reachable_block_mask(cls, *arguments: Any, **options: Any) -> None:
         """Returns None: every block may be reused for a prefix."""
         return
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Number of first tokens that a request with computed tokens does not need when it is scheduled first."""
+        if self.kv_cache_spec.keeps_prompts:
+            return 0
+        skipped: int = super().get_num_skipped_tokens(num_computed_tokens)
+        return skipped
 
     def get_num_blocks_to_allocate(
         self,
@@ -140,10 +156,20 @@ class SinkWindowManager(SlidingWindowManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Frees the blocks between sinks and window."""
-        skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
-        end = min(skipped, len(self.req_to_blocks[request_id]))
-        self._remove_blocks_in_range(request_id, self.kv_cache_spec.num_sink_blocks, end)
+        """Frees the blocks between sinks and window, with `keeps_prompts` only after the prompt has been read."""
+        first = self.kv_cache_spec.num_sink_blocks
+        if self.kv_cache_spec.keeps_prompts:
+            assert num_prompt_tokens is not None, "vLLM passes the length of the prompt"
+            if processed_computed_tokens < num_prompt_tokens:
+                return
+        skipped = super().get_num_skipped_tokens(processed_computed_tokens) // self.block_size
+        blocks = self.req_to_blocks[request_id]
+        end = min(skipped, len(blocks))
+        self._remove_blocks_in_range(request_id, first, end)
+        if first < end and not blocks[first].is_null:
+            # vLLM frees from the end up to a null block. A reused prefix has some before its window.
+            gap = next(number for number in range(first, end) if blocks[number].is_null)
+            self._remove_blocks_in_range(request_id, first, gap)
 
 
 @register_kv_cache_spec(manager_class=SinkWindowManager)
@@ -156,6 +182,7 @@ class SinkWindowSpec(AttentionSpec):
         num_sink_tokens: first tokens that are kept.
         group: number of the group; groups are not merged.
         max_blocks: largest number of blocks of a request.
+        keeps_prompts: blocks before the window are kept until the prompt has been read.
         extra_retained_tokens: required by vLLM's manager; 0.
     """
 
@@ -163,6 +190,7 @@ class SinkWindowSpec(AttentionSpec):
     num_sink_tokens: int
     group: int
     max_blocks: int
+    keeps_prompts: bool = False
     extra_retained_tokens: int = 0
 
     @property
