@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.serving.capacity import capacity_of
-from rtpurbo.serving.vllm.layout import TokenBytes, plan_cache
+from rtpurbo.serving.vllm.layout import TokenBytes, dense_capacity, plan_cache
 from tests.vllm.checkpoints import save_checkpoint
 from tests.vllm.engines import running, scheduler
 
@@ -45,6 +46,32 @@ def test_capacity_is_what_was_predicted(checkpoint):
     assert abs(tokens / plan.capacity(MEMORY, CONTEXT, IN_FLIGHT) - 1) < 0.001
     predicted = capacity_of(checkpoint, MEMORY, in_flight=IN_FLIGHT, dtype="float32")
     assert abs(tokens / predicted.tokens - 1) < 0.001
+
+
+def test_dense_queries_at_the_end_of_prompts_cost_one_prompt(tmp_path):
+    rule = {"sliding_window": 1024, "dense_prompt_queries": 64}
+    checkpoint = save_checkpoint(
+        tmp_path, layers=LAYERS, rule=rule, max_position_embeddings=CONTEXT
+    )
+    tokens, blocks = held_by(checkpoint)
+    config = ArtifactConfig.read(checkpoint).config
+    plan = plan_cache(config, TokenBytes.of(config, 32, 4), tokens=CONTEXT, in_flight=IN_FLIGHT)
+    assert blocks == MEMORY // plan.block_bytes
+    # vLLM reports what fits if all requests read their prompts at once.
+    assert tokens == int(blocks / plan.blocks_per_request(CONTEXT, IN_FLIGHT) * CONTEXT)
+    metrics = {sample.name: sample.value for sample in samples()}
+    fits = plan.capacity(MEMORY, CONTEXT, IN_FLIGHT)
+    assert metrics["rtpurbo:cache_tokens"] == fits > 1.5 * tokens
+    assert metrics["rtpurbo:dense_cache_tokens"] == pytest.approx(fits_dense(config), rel=0.001)
+
+
+def samples():
+    for metric in REGISTRY.collect():
+        yield from metric.samples
+
+
+def fits_dense(config):
+    return dense_capacity(config, TokenBytes.of(config, 32, 4), MEMORY)
 
 
 def test_the_gain_over_the_dense_model_is_what_was_predicted(checkpoint):

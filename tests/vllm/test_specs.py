@@ -216,17 +216,6 @@ def test_a_prefix_is_reused_up_to_a_block_that_is_missing(evicted):
     assert pool.get_num_free_blocks() == 199
 
 
-def test_two_tokens_of_a_prompt_remain_to_be_computed():
-    """A step of single tokens may be a CUDA graph, in which they keep to their windows."""
-    pool, spec = pool_of(), spec_of(window=32, keeps_prompts=True)
-    cache_some(pool, request_of(range(320)), spec, [True] * 20)
-    manager = manager_of(pool, spec)
-    # vLLM passes the tokens without the last one.
-    for tokens, expected in ((322, 320), (321, 304), (306, 304), (305, 288), (1, 0)):
-        request = request_of(range(tokens - 1))
-        assert hit_of(manager, request)[1] == expected
-
-
 def test_without_its_sinks_a_prefix_is_not_taken():
     pool, spec = pool_of(), spec_of(window=32, sinks=4)
     request = request_of(range(320))

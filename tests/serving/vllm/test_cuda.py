@@ -224,7 +224,9 @@ ENDS += [(12, 12, 12), (9, 0, 9)]
         pytest.param(range(HEADS), {}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("missing", [(), ((1, 1), (1, 2), (2, 2), (4, 1))])
+@pytest.mark.parametrize(
+    "missing", [pytest.param((), marks=pytest.mark.slow), ((1, 1), (2, 1), (2, 2))]
+)
 def test_dense_queries_at_the_end_of_prompts(missing, retrieval, options):
     rule = rule_of(dense_prompt_queries=12, **options)
     step = Step(ENDS, DTYPES[0], rule, tuple(retrieval), missing=missing)

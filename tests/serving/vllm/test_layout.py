@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,22 @@ def test_blocks_of_a_request_by_hand():
         expected += -(-(63 + 64) // group.block_size) + 1 + 1
     assert plan.blocks_per_request(512, 64) == expected
     assert plan.capacity(100 * plan.block_bytes, 512, 64) == int(100 / expected * 512)
+
+
+def test_one_request_at_a_time_holds_its_whole_prompt():
+    config = config_of([[0, 2], [], [], [], [], []], window=64, dense_prompt_queries=8)
+    plan = plan_of(config, tokens=512, in_flight=64)
+    assert plan.keeps_prompts
+    windowed = plan_of(config_of([[0, 2], [], [], [], [], []], window=64), tokens=512, in_flight=64)
+    assert replace(plan, keeps_prompts=False) == windowed
+    largest = sum(-(-512 // group.block_size) for group in plan.groups)
+    assert plan.blocks_per_request(512, 64) == largest
+    after = windowed.blocks_per_request(512, 64)
+    assert plan.blocks_after_prompt(512, 64) == after < largest
+    assert plan.request_bytes(512, 64) == windowed.request_bytes(512, 64)
+    memory = (largest + 10 * after) * plan.block_bytes
+    assert plan.capacity(memory, 512, 64) == 11 * 512
+    assert plan.capacity((largest - 1) * plan.block_bytes, 512, 64) < 512
 
 
 def test_without_retrieval_heads_and_with_nothing_else():

@@ -142,7 +142,6 @@ class Batch:
             return num_queries
         return (self.lengths - self.prompt_lengths).clamp(min=0).minimum(num_queries)
 
-
     def dense_queries(self, rule: AttentionRule) -> tuple[Tensor, Tensor]:
         """Queries of each request that are dense in local heads, the last ones of its prompt.
 

@@ -64,11 +64,7 @@ class SinkWindowManager(SlidingWindowManager):
             return block_pool.get_cached_block(block_hashes[number], kv_cache_group_ids)
 
         end = max_length // block_size
-        leading = min(kv_cache_spec.num_sink_blocks, end)
-        if kv_cache_spec.keeps_prompts:
-            # At least two tokens remain. A step of single tokens may replay a CUDA graph, in which the last query of a
-            # prompt keeps to its window.
-            leading = end = max(0, max_length - 1) // block_size
+        leading = end if kv_cache_spec.keeps_prompts else min(kv_cache_spec.num_sink_blocks, end)
         found: dict[int, list[KVCacheBlock]] = {}
         for number in range(leading):
             blocks = cached(number)
