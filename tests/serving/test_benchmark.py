@@ -21,10 +21,12 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model"); parser.add_argument("--port", type=int)
 arguments, _ = parser.parse_known_args()
 sparse = "rtpurbo" in json.loads((pathlib.Path(arguments.model) / "config.json").read_text())
-print(f"GPU KV cache size: {20_000 if sparse else 10_000:,} tokens, Maximum concurrency", flush=True)
+print(f"GPU KV cache size: {15_000 if sparse else 10_000:,} tokens, Maximum concurrency", flush=True)
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
+        if sparse and self.path == "/metrics":
+            self.wfile.write(b"# TYPE rtpurbo:cache_tokens gauge\\nrtpurbo:cache_tokens 20000.0\\n")
 HTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
 """
 CLIENT = """

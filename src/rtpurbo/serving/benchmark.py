@@ -216,7 +216,14 @@ class _Server:
         }
 
     def cache_tokens(self) -> int | None:
-        """Tokens of context that fit in the cache, from vLLM's log."""
+        """Tokens of context that fit in the cache: the gauge of the plugin, or vLLM's log for a dense model.
+
+        For a sparse model, the log may assume that all requests read their prompts at once (`CachePlan.capacity`).
+        """
+        with urlopen(f"{self.address}/metrics") as response:
+            metrics = response.read().decode()
+        if gauge := re.search(r"^rtpurbo:cache_tokens(?:{.*})? (\S+)$", metrics, re.MULTILINE):
+            return int(float(gauge[1]))
         log = (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")
         found = re.search(r"KV cache size: ([\d,]+) tokens", log)
         return int(found[1].replace(",", "")) if found else None

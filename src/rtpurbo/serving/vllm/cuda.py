@@ -295,8 +295,8 @@ def _without_null_blocks(
 
 def _tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]:
     """Head tables of the prefill launches of full and windowed KV heads, cached per layout and window."""
-    from rtpurbo.ops.triton.headwise import head_tables
     from rtpurbo.ops.triton.heads import EVERYTHING, HeadTable
+    from rtpurbo.ops.triton.headwise import head_tables
 
     key = ("serving", rule.sliding_window)
     if key not in layout.derived:

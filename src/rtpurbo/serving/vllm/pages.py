@@ -14,7 +14,6 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import KeyValueStates
 
-
 NULL_BLOCK = 0
 """Block of vLLM that belongs to no request; a block table has it where a reused prefix lacks a block."""
 

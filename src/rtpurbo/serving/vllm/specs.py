@@ -2,7 +2,8 @@
 
 vLLM's sliding window frees the first tokens, and its prefix caching does not require them. The manager here keeps the
 blocks of the sinks for the lifetime of a request, and reuses a cached prefix only if they are cached. With dense
-queries at the end of prompts, it keeps all blocks of a request until its prompt has been read. The spec is not a subclass of vLLM's `SlidingWindowSpec`, which vLLM splits and promotes by rules of its own.
+queries at the end of prompts, it keeps all blocks of a request until its prompt has been read. The spec is not a
+subclass of vLLM's `SlidingWindowSpec`, which vLLM splits and promotes by rules of its own.
 """
 
 from __future__ import annotations
