@@ -50,8 +50,9 @@ class AttentionRule:
         retrieval_window: window of retrieval heads, which select earlier keys by their index;
             None: `sliding_window`.
         dense_prompt_queries: number of last queries of a prompt whose local heads read every key, not only
-            sinks and window, so that a question at the end reaches the whole prompt. It applies to a prompt that is
-            read in one forward: in later chunks, windowed KV heads no longer hold the keys.
+            sinks and window, so that a question at the end reaches the whole prompt. With transformers, it
+            applies to a prompt that is read in one forward: in later chunks, windowed KV heads no longer hold the
+            keys. vLLM keeps them until the prompt has been read.
         index_storage: dtype of cached index keys: `model`, the dtype of the model; or `float8`, which
             halves their size and the reads of a decode step, with less precise scores.
     """

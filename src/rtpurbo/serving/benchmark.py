@@ -220,7 +220,7 @@ class _Server:
 
         For a sparse model, the log may assume that all requests read their prompts at once (`CachePlan.capacity`).
         """
-        with urlopen(f"{self.address}/metrics") as response:
+        with urlopen(f"{self.address}/metrics", timeout=60) as response:
             metrics = response.read().decode()
         if gauge := re.search(r"^rtpurbo:cache_tokens(?:{.*})? (\S+)$", metrics, re.MULTILINE):
             return int(float(gauge[1]))
