@@ -161,8 +161,8 @@ def attend(
     """Writes the attention output of a step; arguments as in `eager.attend`.
 
     A uniform step depends on device tensors alone, so that it can be captured in a CUDA graph. It may be replayed when
-    a query is the last one of a prompt, which must be dense. The index query is zeros then (see `append`): all far
-    keys have the same score and level, and `min_tokens` selects whole levels.
+    a query is the last one of a prompt, which must be dense in retrieval heads. The index query is zeros then (see
+    `append`): all far keys have the same score and level, and `min_tokens` selects whole levels.
     """
     cache = full or windowed
     assert cache is not None
@@ -205,13 +205,11 @@ def attend(
         if part is None:
             continue
         of_group = _step_queries(part, rule)
-        for chosen, table in (
-            (of_group.prompts, tables[f"prompts_{name}"]),
-            # After the others: it replaces their results for the local heads.
-            (of_group.dense, tables[f"dense_local_{name}"]),
-        ):
-            if chosen.most:
-                _prefill(queries, part, table, rule, scaling, chosen, output)
+        # Dense queries come last: they replace the results for the local heads.
+        for kind, prompts in (("prompts", of_group.prompts), ("dense_local", of_group.dense)):
+            if prompts.most:
+                table = tables[f"{kind}_{name}"]
+                _prefill(queries, part, table, rule, scaling, prompts, output)
 
 
 def _step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
@@ -381,19 +379,19 @@ def _prefill(
     table: HeadTable,
     rule: AttentionRule,
     scaling: float,
-    chosen: PromptQueries,
+    prompts: PromptQueries,
     output: Tensor,
 ) -> None:
-    """Writes the attention of the chosen prompt queries of all requests, for the heads in the table."""
+    """Writes the attention of prompt queries of all requests, for the heads in the table."""
     from rtpurbo.ops.triton.prefill.portable import PackedQueries, window_attention
 
     window_attention(
         queries[None].transpose(1, 2),
-        [(_paged(cache, chosen.block_table, chosen.counts), table)],
-        chosen.starts,
+        [(_paged(cache, prompts.block_table, prompts.counts), table)],
+        prompts.starts,
         rule.num_sink_tokens,
         scaling,
         output[None].transpose(1, 2),
         None,
-        PackedQueries(chosen.offsets, chosen.counts, chosen.most),
+        PackedQueries(prompts.offsets, prompts.counts, prompts.most),
     )
