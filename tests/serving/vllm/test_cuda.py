@@ -283,10 +283,12 @@ def test_a_histogram_workspace_is_zeros_again(reading):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_long_requests(head_dim, dtype):
+@pytest.mark.parametrize("dense", [0, 512])
+def test_long_requests(dense, head_dim, dtype):
     requests = [(20_000, 1, 100), (9_001, 1, 9_000), (1_500, 1_500, 1_500), (6_000, 700, 6_000)]
     requests += [(3_000, 300, 2_900), (64, 1, 10)]
-    step = Step(requests, dtype, rule_of(1024), head_dim=head_dim)
+    rule = rule_of(1024, dense_prompt_queries=dense)
+    step = Step(requests, dtype, rule, head_dim=head_dim)
     assert_close(step.attended(cuda), step.attended(eager))
 
 
