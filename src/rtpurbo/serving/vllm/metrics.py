@@ -20,18 +20,18 @@ def set_gauges(config: RTPurboConfig, vllm_config: VllmConfig) -> None:
         vllm_config: configuration of the engine.
     """
 
-    def requests() -> tuple[int, int]:
+    def limits() -> tuple[int, int]:
         return vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
 
     def memory(plan: CachePlan) -> int:
         # vLLM adds up the blocks of data-parallel engines, but not their tokens.
         reported = vllm_config.cache_config.kv_cache_size_tokens or 0
-        blocks = -(-reported * plan.blocks_per_request(*requests()) // requests()[0])
+        blocks = -(-reported * plan.blocks_per_request(*limits()) // limits()[0])
         return blocks * plan.block_bytes
 
     def tokens() -> int:
         plan, _ = plan_of(config, vllm_config)
-        return plan.capacity(memory(plan), *requests())
+        return plan.capacity(memory(plan), *limits())
 
     def dense_tokens() -> int:
         plan, token_bytes = plan_of(config, vllm_config)
