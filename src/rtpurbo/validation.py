@@ -95,6 +95,8 @@ def _wrong_type(name: str, value: Any, expected: Any) -> RTPurboError:
 def _converted(value: Any, expected: Any) -> Any:
     origin, arguments = get_origin(expected), get_args(expected)
     if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
         candidates = (_converted(value, argument) for argument in arguments)
         return next((found for found in candidates if found is not _WRONG), _WRONG)
     if origin is Literal:
