@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ CANDIDATES = {"needles": 3, "variables": 3, "reading": 3}
 
 TEXT_LABELS = 256
 """Target positions outside of answers."""
+
+
+class Sequences(Protocol):
+    """Source of sequences."""
+
+    def sequence(self, number: int) -> Conversation:
+        """Sequence `number`, with the spans of its answers."""
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.calibration.gate_sequences import target_positions
+from rtpurbo.calibration.gate_sequences import Sequences, target_positions
 from rtpurbo.config import AttentionRule, RTPurboConfig
-from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
@@ -43,13 +41,6 @@ MOMENTUM, SCALE_DECAY, MAX_GRADIENT = 0.9, 0.99, 5.0
 """Averages of the gradient and of its square over steps; a gradient is clipped to so many times its usual size."""
 
 TARGETS = DistillationSettings(answer_weight=2.0, decode_queries=0)
-
-
-class Sequences(Protocol):
-    """Source of training sequences."""
-
-    def sequence(self, number: int) -> Conversation:
-        """Sequence `number`, with the spans of its answers."""
 
 
 def train_gates(

@@ -8,17 +8,16 @@ minimise the sum of the divergences within a mean share of far keys read are the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.data.prompts import Conversation
+from rtpurbo.calibration.gate_sequences import Sequences
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
@@ -28,13 +27,6 @@ from rtpurbo.settings import Progress, no_progress
 
 TOP_P = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98)
 """Values that are measured."""
-
-
-class Sequences(Protocol):
-    """Source of sequences."""
-
-    def sequence(self, number: int) -> Conversation:
-        """Sequence `number`, with the spans of its answers."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,9 @@ class Cost:
 
 Costs = Mapping[int, Mapping[float, Cost]]
 """Costs by layer and value of p."""
+
+Answer = Callable[[Sequence[int]], Tensor]
+"""Function from tokens after a prompt to the log-probabilities after each, fp32 [tokens, vocabulary]."""
 
 
 def measure_costs(
@@ -98,11 +93,8 @@ def measure_costs(
 
 
 @contextmanager
-def _answering(model: PreTrainedModel, prompt: Sequence[int]) -> Iterator[Any]:
-    """Yields a function from tokens after a prompt to the log-probabilities after each, fp32 [tokens, vocabulary].
-
-    Their queries select for themselves, as in decode steps.
-    """
+def _answering(model: PreTrainedModel, prompt: Sequence[int]) -> Iterator[Answer]:
+    """Yields an `Answer` whose queries select for themselves, as in decode steps; all layers read everything."""
     device = model.device
     cache = HeadwiseCache(model, crop_slack=1024)
 
@@ -115,12 +107,12 @@ def _answering(model: PreTrainedModel, prompt: Sequence[int]) -> Iterator[Any]:
     with torch.no_grad(), runtime(model).rule(top_p=1.0):
         ids = torch.tensor([list(prompt[:-1])], device=device)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        with runtime(model).rule(top_p=1.0, prefill_mode="top_p"):
+        with runtime(model).rule(prefill_mode="top_p"):
             yield answer
 
 
 def _cost(
-    layer: SparseAttention, top_p: float, dense: Tensor, tokens: Sequence[int], answer: Any
+    layer: SparseAttention, top_p: float, dense: Tensor, tokens: Sequence[int], answer: Answer
 ) -> Cost:
     statistics = SelectionStatistics()
     before = layer.rule, layer.statistics
