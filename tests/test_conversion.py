@@ -22,6 +22,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import load_base_model
+from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.renamed_settings import RENAMED
 from rtpurbo.settings import (
     CalibrationSettings,
@@ -35,7 +36,7 @@ from rtpurbo.training import pools
 SETTINGS = ConversionSettings(
     attention=AttentionRule(sliding_window=64, min_tokens=8, block_size=16),
     indexer=IndexerSettings(index_dim=4),
-    calibration=CalibrationSettings(length=384, num_documents=2, count=3),
+    calibration=CalibrationSettings(length=384, num_documents=2, count=3, top_p_sequences=2),
     stage1=IndexerTrainingSettings(
         steps=30, lengths=(800,), steps_per_sequence=8, queries_per_step=32, warmup_steps=2,
         init_sequences=1, probe_sequences=1, probe_every=15,
@@ -109,6 +110,26 @@ def test_the_log_has_every_step(whole):
     assert sum(stage1[-5:]) < sum(stage1[:5])
 
 
+def test_each_layer_has_a_top_p(whole, tiny_base, tmp_path):
+    artifact = ArtifactConfig.read(whole)
+    by_layer = artifact.config.attention.layer_top_p
+    assert by_layer == tuple(artifact.figures["top_p"]["values"])
+    costs = artifact.figures["top_p"]["costs"]
+    heads = artifact.config.head_map.retrieval_heads
+    assert set(costs) == {str(layer) for layer, each in enumerate(heads) if each}
+    assert artifact.settings["attention"]["layer_top_p"] is None
+    assert [layer.rule.top_p for layer in headwise_modules(load(whole)[0])] == list(by_layer)
+
+
+def test_values_that_settings_name_are_kept(tiny_base, tmp_path):
+    rule = replace(SETTINGS.attention, layer_top_p=(0.5, 0.7))
+    settings = replace(SETTINGS, attention=rule, stage2=replace(SETTINGS.stage2, steps=0))
+    convert(str(tiny_base), tmp_path / "artifact", settings=settings, device="cpu")
+    artifact = ArtifactConfig.read(tmp_path / "artifact")
+    assert artifact.config.attention.layer_top_p == (0.5, 0.7)
+    assert "top_p" not in artifact.figures
+
+
 def test_before_stage2_is_kept_apart(whole):
     ids = torch.arange(100)[None]
     after, before = (load(whole, stage2=stage2)[0](ids).logits for stage2 in (True, False))
@@ -118,7 +139,7 @@ def test_before_stage2_is_kept_apart(whole):
 @pytest.mark.parametrize(
     ("stage", "step"),
     [("calibrate", 1), ("stage1", 1), ("stage1", 25), ("teacher", 3), ("stage2", 1), ("stage2", 5),
-     ("refresh", 4)],
+     ("refresh", 4), ("top-p", 1)],
 )  # fmt: skip
 def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_path):
     output = tmp_path / "artifact"

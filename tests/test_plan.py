@@ -66,6 +66,7 @@ def test_every_model_has_a_plan(family, context, effort):
         "writing": has_stage2 and bool({"conversations", "documents"} & stage2.mixture.keys()),
         "stage2": has_stage2,
         "refresh": has_stage2,
+        "top_p": effort != "quick",
     }
     assert {stage: seconds > 0 for stage, seconds in vars(plan.seconds).items()} == expected
 

@@ -26,6 +26,7 @@ from rtpurbo.training.curves import curves_as_text
 from rtpurbo.training.log import TrainingLog
 
 HEAD_MAP_FILE = "head_map.json"
+TOP_P_FILE = "top_p.json"
 
 
 def indexers_file(work: Path, stage: str) -> Path:
@@ -103,6 +104,8 @@ def _figures(work: Path) -> dict[str, Any]:
     head_map = work / HEAD_MAP_FILE
     if head_map.is_file():
         figures["stability"] = json.loads(head_map.read_text(encoding="utf-8"))["stability"]
+    if (work / TOP_P_FILE).is_file():
+        figures["top_p"] = json.loads((work / TOP_P_FILE).read_text(encoding="utf-8"))
     for stage in ("stage1", "stage2", "refresh"):
         path = figures_file(work, stage)
         if path.is_file():

@@ -1,4 +1,4 @@
-"""From a dense model to an artifact: calibrate, stage 1, stage 2, refresh; each step resumable and usable alone."""
+"""From a dense model to an artifact: calibrate, stage 1, stage 2, refresh, top-p by layer; each step resumable."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def convert(
     on_plan: Callable[[Plan], None] = ignore_plan,
     **options: Unpack[JobOptions],
 ) -> Path:
-    """Converts a dense model to a sparse one: calibration, stage 1, stage 2 and a refresh of the indexers.
+    """Converts a dense model to a sparse one: calibration, stage 1, stage 2 with a refresh, top-p by layer.
 
     Args:
         model: name on the Hugging Face Hub, folder, or None for the embedded default.
@@ -88,6 +88,7 @@ def convert(
         sparsify(base.model, config)
         job.stage1(base)
         job.stage2(base)
+        job.top_p(base)
         return job.finish(base)
 
 
@@ -168,7 +169,7 @@ def train_indexer(
     output_dir: str | Path,
     **options: Unpack[JobOptions],
 ) -> Path:
-    """Stage 1 alone: an artifact without stage 2 from a head map that `calibrate` wrote."""
+    """Stage 1 and top-p by layer alone: an artifact without stage 2 from a head map that `calibrate` wrote."""
     found = read_calibration(Path(head_map))
     with Job(output_dir, **options) as job:
         config = _dense_config(model)
@@ -181,6 +182,7 @@ def train_indexer(
         job.write_pools(base, job.settings.stage1)
         sparsify(base.model, job.config(found.head_map))
         job.stage1(base)
+        job.top_p(base)
         return job.finish(base)
 
 
@@ -191,6 +193,8 @@ def distill(artifact: str | Path, output_dir: str | Path, **options: Unpack[JobO
     """
     folder = find_artifact(artifact)
     before = ArtifactConfig.read(folder)
+    if "top_p" in before.figures:  # measured before stage 2, and again after it
+        before = replace(before, config=before.config.with_rule(layer_top_p=None))
     indexers = read_indexers(folder)
     changes = dict(options.get("changes") or {})
     by_effort = options.get("settings") is None
@@ -216,6 +220,7 @@ def distill(artifact: str | Path, output_dir: str | Path, **options: Unpack[JobO
         load_indexers(base.model, indexers)
         job.keep_stage1(folder, before, indexers)
         job.stage2(base)
+        job.top_p(base)
         return job.finish(base)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from rtpurbo.calibration.layer_top_p import TOP_P
 from rtpurbo.models.architecture import (
     AttentionShape,
     attention_shapes,
@@ -292,6 +293,7 @@ class StageSeconds:
     stage1: float
     stage2: float
     refresh: float
+    top_p: float
 
 
 def stage_seconds(
@@ -353,12 +355,19 @@ def stage_seconds(
     # A step of gates: the dense model, the gated one, and its gradients.
     passes = {"interleaved": 2, "gates": 6}.get(calibration.ranking, 1)
     documents = calibration.num_documents * passes
+    # Each value of p in each layer with retrieval heads takes a forward pass of an answer's tokens.
+    tried = calibration.top_p_sequences * min(shape.num_layers, retrieval_heads) * (len(TOP_P) + 1)
+    by_layer = 0.0
+    if tried and settings.attention.layer_top_p is None:
+        prompts = calibration.top_p_sequences * shape.forward_flops(calibration.length)
+        by_layer = seconds(prompts + 2 * shape.parameters * 16 * tried, tried)
     return StageSeconds(
         writing=_writing_seconds(shape, stage2, device_name),
         calibration=seconds(documents * shape.forward_flops(calibration.length), documents),
         stage1=indexers(settings.stage1, dense=True),
         stage2=seconds(sequences * (flops + logits), sequences * (1 + student_passes)) + measured,
         refresh=indexers(settings.refresh, dense=False) if has_refresh else 0.0,
+        top_p=by_layer,
     )
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rtpurbo.assembly import HEAD_MAP_FILE, assemble, figures_file, indexers_file, stage2_kind
+from rtpurbo.assembly import (
+    HEAD_MAP_FILE,
+    TOP_P_FILE,
+    assemble,
+    figures_file,
+    indexers_file,
+    stage2_kind,
+)
 from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
+from rtpurbo.calibration.layer_top_p import find_layer_top_p
 from rtpurbo.calibration.selection import Stability
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.data.stream import open_stream
@@ -32,6 +42,7 @@ from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, load_indexers
+from rtpurbo.models.sparsify import set_rule
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.output_lock import OutputLock
 from rtpurbo.processes import ALONE, Result, join_processes
@@ -312,6 +323,28 @@ class Job:
         if settings.refresh_steps and kind != "none":
             refresh = self.settings.refresh
             self._train_indexers(base, "refresh", refresh, on_student=True)
+
+    def top_p(self, base: BaseModel) -> None:
+        """Gives each layer a top-p of its own, or that from the work folder; keeps values that the settings name."""
+        settings, path = self.settings.calibration, self.work / TOP_P_FILE
+        if not settings.top_p_sequences or self.settings.attention.layer_top_p is not None:
+            return
+        if not self.processes.from_main(path.is_file):
+            found = self._with_model(
+                base,
+                lambda: find_layer_top_p(
+                    base.model,
+                    base.tokenizer,
+                    random_access(self.train_text),
+                    settings,
+                    seed=self.settings.seed,
+                    progress=self.progress,
+                ),
+            )
+            if self.processes.is_main:
+                write_json_atomically(path, asdict(found))
+        stored = self.processes.from_main(lambda: json.loads(path.read_text(encoding="utf-8")))
+        set_rule(base.model, layer_top_p=tuple(stored["values"]))
 
     def _train_indexers(
         self, base: BaseModel, stage: str, settings: IndexerTrainingSettings, *, on_student: bool

@@ -98,6 +98,9 @@ class Plan:
         if stage2.steps and stage2.refresh_steps:
             refresh = settings.refresh
             lines.append(("refresh", f"{_steps(refresh)} at {_lengths(refresh.lengths)}"))
+        if calibration.top_p_sequences and rule.layer_top_p is None:
+            sequences = f"{calibration.top_p_sequences} sequences of {calibration.length:,} tokens"
+            lines.append(("top-p", f"by layer, on {sequences}, with the reading of {rule.top_p:g}"))
         data = "documentation of Python (built in)" if self.data is None else ", ".join(self.data)
         memory = f"about {_rounded(self.peak_gib)} GiB expected at the peak"
         return [
@@ -125,6 +128,7 @@ class Plan:
             "stage 1": self.seconds.stage1,
             "stage 2": self.seconds.stage2,
             "refresh": self.seconds.refresh,
+            "top-p": self.seconds.top_p,
         }
         parts = ", ".join(
             f"{name} {_rounded(seconds / 60)}" for name, seconds in stages.items() if seconds

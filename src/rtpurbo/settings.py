@@ -51,6 +51,8 @@ class CalibrationSettings:
             earlier copy; `variable_tracking`, attention to earlier assignments along chains of variables;
             `interleaved`, the best heads of both rankings alternately; or `gates`, the effect of the head
             on answers of long-range tasks (`rtpurbo.calibration.gates`).
+        top_p_sequences: sequences of `length` tokens by which each layer gets a top-p of its own, once indexers are
+            trained (`rtpurbo.calibration.layer_top_p`); 0 for `attention.top_p` in all layers.
     """
 
     length: int = 4096
@@ -60,6 +62,7 @@ class CalibrationSettings:
     count: int | None = None
     granularity: HeadGranularity = "query_head"
     ranking: Ranking = "induction"
+    top_p_sequences: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
@@ -69,7 +72,7 @@ class CalibrationSettings:
         if self.threshold is not None and self.count is not None:
             raise RTPurboError("choose retrieval heads by threshold or by count, not by both.")
         check_at_least(1, self, "length", "num_documents")
-        check_at_least(0, self, "count")
+        check_at_least(0, self, "count", "top_p_sequences")
         check_choice("granularity", self.granularity, HeadGranularity)
         check_choice("ranking", self.ranking, Ranking)
 

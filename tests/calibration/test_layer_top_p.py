@@ -3,13 +3,23 @@
 import pytest
 import torch
 
-from rtpurbo.calibration.layer_top_p import Cost, choose_top_p, mean_share_read, measure_costs
+from rtpurbo.calibration.layer_top_p import (
+    TOP_P,
+    Cost,
+    choose_top_p,
+    find_layer_top_p,
+    mean_share_read,
+    measure_costs,
+)
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
+from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import runtime
+from rtpurbo.settings import CalibrationSettings
 from tests.tiny_models import VOCABULARY, make_sparse, sparse_config, tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
 
 VALUES = (0.6, 0.9, 0.99)
 
@@ -100,3 +110,24 @@ def test_another_number_of_layers_is_refused(model):
 def test_a_value_out_of_range_is_refused():
     with pytest.raises(RTPurboError, match=r"layer_top_p is 1\.5"):
         AttentionRule(layer_top_p=(0.5, None, 1.5))
+
+
+def test_the_choice_reads_no_more_than_one_top_p():
+    model = tiny_model(vocab_size=512, max_position_embeddings=512).to(torch.float64)
+    make_sparse(model, sparse_config(model, top_p=0.8, min_tokens=0))
+    settings = CalibrationSettings(length=300, top_p_sequences=2)
+    steps = []
+    found = find_layer_top_p(
+        model, tiny_tokenizer(), load_texts(None, "train"), settings,
+        progress=lambda stage, done, total, figures: steps.append((stage, done, total)),
+    )  # fmt: skip
+    assert steps == [("top-p", 1, 2), ("top-p", 2, 2)]
+    heads = model.rtpurbo_config.head_map.retrieval_heads
+    assert len(found.values) == len(heads)
+    for value, by_value in zip(found.values, found.costs.values(), strict=True):
+        assert set(by_value) == {*TOP_P, 0.8}
+        assert value in by_value
+    weights = {layer: len(heads[layer]) for layer in found.costs}
+    chosen = dict(enumerate(found.values))
+    assert mean_share_read(found.costs, weights, chosen) <= found.share_read
+    assert 0 < found.divergence <= found.divergence_of_one

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -24,6 +25,8 @@ OPTIONS = {
 @contextmanager
 def running(checkpoint: Path, **options: Any) -> Iterator[LLM]:
     """An engine in fp32, gone afterwards."""
+    # The first model runner leaves capturing disabled, and the second one, in the same process, never enables it.
+    set_cudagraph_capturing_enabled(True)
     llm = LLM(str(checkpoint), **{**OPTIONS, **options})
     try:
         yield llm

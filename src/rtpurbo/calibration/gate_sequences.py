@@ -1,10 +1,11 @@
-"""Sequences that gates are trained on: long-range tasks with several questions each, and some prose."""
+"""Sequences of calibration on answers: long-range tasks with several questions each, and some prose."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -28,7 +29,7 @@ SHARES = {
     "counting": 0.1,
     "prose": 0.05,
 }
-"""Shares of the kinds of sequences."""
+"""Shares of the kinds of sequences that gates are trained on."""
 
 CANDIDATES = {"needles": 3, "variables": 3, "reading": 3}
 """Draws of each sequence of a kind, of which the one with the most questions is taken."""
@@ -53,12 +54,14 @@ class GateSequences:
         corpus: prose.
         lengths: tokens of a sequence; sequences take them in turn.
         seed: of everything.
+        shares: share of each kind.
     """
 
     tokenizer: PreTrainedTokenizerBase
     corpus: Prose
     lengths: tuple[int, ...]
     seed: int = 0
+    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
 
     def sequence(self, number: int) -> Conversation:
         """Sequence `number`; prose if its kind does not fit the length.
@@ -68,7 +71,7 @@ class GateSequences:
         """
         rng = random.Random(f"gates-{self.seed}-{number}")
         length = self.lengths[number % len(self.lengths)]
-        kind = kind_at(number, SHARES)
+        kind = kind_at(number, self.shares)
         with suppress(RTPurboError):
             drawn = [self._draw(kind, length, rng) for _ in range(CANDIDATES.get(kind, 1))]
             return max(drawn, key=lambda conversation: len(conversation.answer_spans))

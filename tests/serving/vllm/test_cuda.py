@@ -136,6 +136,13 @@ class Step:
             index = index.to(DEVICE)
         pages.write(slots, self.random(*shape), self.random(*shape), index)
 
+    def uniform_index_queries(self):
+        """Index queries as `append` leaves them in a uniform step: zeros for the last query of a prompt."""
+        if self.index_queries is None:
+            return None
+        selects = self.on_device([tokens > prompt for tokens, _, prompt in self.requests])
+        return self.index_queries * selects[:, None, None].to(self.index_queries.dtype)
+
     def attended(self, path, uniform=False, histograms=None, **rule):
         full, windowed = self.caches["full"], self.caches["windowed"]
         full = full and replace(full, histograms=histograms)
@@ -144,14 +151,9 @@ class Step:
             for cache in (full, windowed)
         ]
         output = torch.full_like(self.queries, torch.nan)
-        index_queries = self.index_queries
-        if uniform and index_queries is not None:
-            # As `append` leaves them.
-            selects = self.on_device([tokens > prompt for tokens, _, prompt in self.requests])
-            index_queries = index_queries * selects[:, None, None].to(index_queries.dtype)
         path.attend(
             self.queries,
-            index_queries,
+            self.uniform_index_queries() if uniform else self.index_queries,
             *caches,
             self.layout,
             replace(self.rule, **rule),
@@ -314,13 +316,15 @@ def test_a_graph_serves_other_steps():
     # The second step's tokens go where the first step's memory is.
     held.attended(cuda, uniform=True)
     graph, output = torch.cuda.CUDAGraph(), torch.empty_like(held.queries)
+    index_queries = held.uniform_index_queries()
     arguments = (held.caches["full"], held.caches["windowed"], held.layout, held.rule, held.scaling)
     with torch.cuda.graph(graph):
-        cuda.attend(held.queries, held.index_queries, *arguments, output)
+        cuda.attend(held.queries, index_queries, *arguments, output)
     graph.replay()
     assert_close(output, expected[0])
     other = steps[1]
     held.queries.copy_(other.queries)
+    index_queries.copy_(other.uniform_index_queries())
     for name, cache in held.caches.items():
         theirs = other.caches[name]
         cache.batch.block_table.copy_(theirs.batch.block_table)
