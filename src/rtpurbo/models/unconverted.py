@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+QUERIES_AT_ONCE = 1024
+"""Queries of a block of eager attention."""
+
 
 def unconverted_attention(
     module: nn.Module,
@@ -30,7 +33,7 @@ def unconverted_attention(
         kwargs: of transformers' attention interface.
 
     Returns:
-        Output [batch, q_len, num_attention_heads, head_dim], and attention weights or None.
+        Output [batch, q_len, num_attention_heads, head_dim], and None for the weights.
     """
     is_plain = kwargs.get("s_aux") is None and kwargs.get("softcap") is None
     if attention_mask is not None and attention_mask.ndim == 2:
@@ -48,7 +51,18 @@ def unconverted_attention(
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
             ~attention_mask, lowest
         )
-    return own(module, query, key, value, attention_mask, **kwargs)
+    # In blocks of queries: the weights of a whole long prompt may be larger than the memory.
+    window, ahead = kwargs.get("sliding_window"), key.shape[2] - query.shape[2]
+    outputs = []
+    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+        end = min(start + QUERIES_AT_ONCE, query.shape[2])
+        keys = slice(max(0, ahead + start + 1 - window) if window else 0, ahead + end)
+        output, _ = own(
+            module, query[:, :, start:end], key[:, :, keys], value[:, :, keys],
+            attention_mask[:, :, start:end, keys], **kwargs,
+        )  # fmt: skip
+        outputs.append(output)
+    return torch.cat(outputs, 1), None
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
