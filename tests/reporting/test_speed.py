@@ -75,5 +75,10 @@ def test_a_picture(tmp_path):
     assert (tmp_path / "speed.png").stat().st_size > 1000
     save_plot(RECORDS, tmp_path / "speed.svg")
     assert "var(--s0)" in (tmp_path / "speed.svg").read_text()
+    whole = replace(RECORD, phase="model-prefill", model="one, 2 layers")
+    save_plot([whole, replace(whole, model="another, 2 layers")], tmp_path / "models.svg")
+    text = (tmp_path / "models.svg").read_text()
+    assert "one, 2 layers" in text
+    assert "another, 2 layers" in text
     with pytest.raises(RTPurboError, match="cannot be drawn"):
         save_plot(RECORDS, tmp_path / "speed.unknown")

@@ -1,4 +1,4 @@
-"""Sparse model in a long context: a cache filled with random states, and block lists of a given density."""
+"""Sparse model in a long context: caches of random states or of prompts, and block lists of a given density."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from rtpurbo.benchmarks.layer import index_dtype_of
 from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
 from rtpurbo.config import AttentionRule
+from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
+from rtpurbo.models.decoding import CAPTURE_COST_IN_STEPS
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops.backends import BACKENDS
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
@@ -98,3 +100,34 @@ def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) ->
             module.layout(device),
         )
     return cache
+
+
+def read_prompts(model: PreTrainedModel, prompts: Tensor, length: int) -> HeadwiseCache:
+    """Cache of a sparse model that has read prompts.
+
+    Prompts are read one at a time, each whole: a batch of them would take the activations of all, and
+    `AttentionRule.dense_prompt_queries` applies to a prompt of one forward.
+
+    Args:
+        model: sparse model whose layers all have full attention.
+        prompts: token ids, int64 [batch, prompt length].
+        length: tokens that the cache will hold in the end.
+    """
+    # Fewer steps than this would run without a CUDA graph.
+    expected = length + CAPTURE_COST_IN_STEPS
+    whole: HeadwiseCache | None = None
+    for sequence, prompt in enumerate(prompts):
+        cache = HeadwiseCache(model, reserve=roomy_capacity(prompts.shape[1], expected))
+        cache.expected_length = expected
+        model(prompt[None], **{CACHE_NAME: cache}, logits_to_keep=1)
+        if whole is None:
+            whole = cache
+            whole.batch_repeat_interleave(len(prompts))
+            continue
+        for layer, read in zip(whole.layers, cache.layers, strict=True):
+            for (_, _, held), (_, _, new) in zip(
+                layer.held_tensors(), read.held_tensors(), strict=True
+            ):
+                held[sequence] = new[0]
+    assert whole is not None
+    return whole

@@ -34,6 +34,7 @@ from rtpurbo.cli.bench_options import (
     TimeLimit,
     Window,
     Windows,
+    check_model_options,
 )
 from rtpurbo.errors import RTPurboError
 
@@ -146,6 +147,16 @@ def decode(
 def model(
     context: typer.Context,
     geometry: Geometry = "qwen3-8b",
+    artifact: Annotated[
+        str | None,
+        options.optional(
+            metavar="ARTIFACT",
+            help="Instead of a geometry, the model of this artifact with its own weights, rule and head "
+            "map, reading held-out text.",
+        ),
+    ] = None,
+    base_model: options.BaseModel = None,
+    data: options.Data = None,
     phase: Annotated[
         Literal["both", "decode", "prefill"], typer.Option(help="What to measure.")
     ] = "both",
@@ -169,23 +180,36 @@ def model(
     plot: Plot = None,
     device: Device = "cuda",
 ) -> None:
-    """Measure a whole model with random weights: dense, and with 15 % retrieval heads.
+    """Measure a whole model, dense and sparse: random weights with 15 % retrieval heads, or an artifact.
 
     `rtpurbo bench model --geometry qwen3-8b --phase decode --length 131072 -o model.json`
+    `rtpurbo bench model --artifact qwen3-8b-sparse --data books.jsonl.gz --length 32768 --batch 16`
     """
-    from rtpurbo.benchmarks.model import IMPLEMENTATIONS, bench_model
+    from rtpurbo.benchmarks.artifact_model import bench_artifact
+    from rtpurbo.benchmarks.model import bench_model
+    from rtpurbo.benchmarks.model_case import IMPLEMENTATIONS
 
+    check_model_options(context)
+    phases = ["decode", "prefill"] if phase == "both" else [phase]
+    batches = batch or [1]
+    if artifact is not None:
+        with _measuring(context, IMPLEMENTATIONS) as session:
+            bench_artifact(
+                session, artifact, phases, length, batches, _dtype(dtype), data, base_model
+            )
+        return
     densities = {"model-prefill": prefill_density, "model-decode": decode_density}
     for value in densities.values():
         _densities([value], value)
     rules = {}
-    for chosen in ["decode", "prefill"] if phase == "both" else [phase]:
+    for chosen in phases:
         # A smaller window for retrieval heads is profitable where one block list serves a whole query block.
         near = retrieval_window or (RETRIEVAL_WINDOW if chosen == "prefill" else None)
         rules[f"model-{chosen}"] = _rule(window, near, row_stride)
-    lengths, batches = length or LENGTHS, batch or [1]
     with _measuring(context, IMPLEMENTATIONS) as session:
-        bench_model(session, geometry, rules, lengths, densities, batches, _dtype(dtype), layers)
+        bench_model(
+            session, geometry, rules, length or LENGTHS, densities, batches, _dtype(dtype), layers
+        )
 
 
 @app.command()

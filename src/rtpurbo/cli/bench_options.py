@@ -8,6 +8,14 @@ from typing import Annotated, Literal
 import typer
 
 from rtpurbo.cli.options import optional
+from rtpurbo.errors import RTPurboError
+
+# Options of `bench model` for models with random weights, and for those of artifacts.
+GEOMETRY_OPTIONS = (
+    *("geometry", "layers", "prefill_density", "decode_density"),
+    *("window", "retrieval_window", "row_stride"),
+)
+ARTIFACT_OPTIONS = ("data", "base_model")
 
 Length = Annotated[
     list[int] | None,
@@ -79,3 +87,21 @@ Plot = Annotated[
     Path | None, optional(help="Image file for a plot of the results; needs the extra `plots`.")
 ]
 Device = Annotated[str, typer.Option(hidden=True)]
+
+
+def check_model_options(context: typer.Context) -> None:
+    """Refuses options of `bench model` that have no meaning with, or without, `--artifact`.
+
+    Raises:
+        RTPurboError: there is one.
+    """
+    has_artifact = context.params["artifact"] is not None
+    for name in ARTIFACT_OPTIONS if not has_artifact else GEOMETRY_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise RTPurboError(
+                f"{option} is for random weights, and an artifact has its own: leave it or --artifact out."
+                if has_artifact
+                else f"{option} is for the model of an artifact: name one with --artifact."
+            )

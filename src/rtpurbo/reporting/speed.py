@@ -126,7 +126,7 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
     """Draws time against context length, a line for each implementation, window and density.
 
     Args:
-        records: measurements; each phase, batch size, device and dtype gets a plot of its own.
+        records: measurements; each phase, model, batch size, device and dtype gets a plot of its own.
         path: the file: .svg (which follows light and dark), .png or another format of matplotlib.
 
     Raises:
@@ -137,11 +137,11 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
     columns = max(1, len(pictures))
     with figure_style() as new_figure:
         figure = new_figure(figsize=(6 * columns, 4.5), layout="constrained", facecolor="white")
-        for (phase, batch, made_with), axes in zip(
+        for picture, axes in zip(
             pictures, figure.subplots(1, columns, squeeze=False)[0], strict=False
         ):
-            chosen = (phase, batch, made_with)
-            lines = _lines([record for record in records if _picture(record) == chosen])
+            phase, batch, made_with = picture
+            lines = _lines([record for record in records if _picture(record) == picture])
             fastest = min(time for points in lines.values() for _, time in points)
             unit, factor = ("microseconds", 1000) if fastest < 1 else ("milliseconds", 1)
             ours = [label for label in lines if label.startswith("rtpurbo")]
@@ -168,8 +168,9 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
 
 
 def _picture(record: SpeedRecord) -> tuple[str, int, str]:
-    """Phase, batch size, and device with dtype: what one plot has in common."""
-    return record.phase, record.batch_size, _made_with(record)
+    """Phase, batch size, and model, device and dtype: what one plot has in common."""
+    made_with = ", ".join(filter(None, [record.model, _made_with(record)]))
+    return record.phase, record.batch_size, made_with
 
 
 def _lines(records: Sequence[SpeedRecord]) -> dict[str, list[tuple[int, float]]]:
