@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -160,7 +159,7 @@ class ArtifactModel(ModelCase):
 def bench_artifact(
     session: Session,
     artifact: str | Path,
-    phases: Sequence[Literal["decode", "prefill"]],
+    phases: Sequence[str],
     lengths: Sequence[int] | None,
     batches: Sequence[int],
     dtype: torch.dtype,
@@ -172,7 +171,7 @@ def bench_artifact(
     Args:
         session: measures the entries.
         artifact: folder of a converted model, or its name on the Hub.
-        phases: what to measure.
+        phases: what to measure, "decode" or "prefill".
         lengths: tokens of the context; None for usual ones within the model's context.
         batches: batch sizes of decode steps; prompts have batch size 1.
         dtype: dtype of the weights.

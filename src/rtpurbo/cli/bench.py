@@ -190,7 +190,7 @@ def model(
     from rtpurbo.benchmarks.model_case import IMPLEMENTATIONS
 
     check_model_options(context)
-    phases = ["decode", "prefill"] if phase == "both" else [phase]
+    phases = [chosen for chosen in ("decode", "prefill") if phase in ("both", chosen)]
     batches = batch or [1]
     if artifact is not None:
         with _measuring(context, IMPLEMENTATIONS) as session:
