@@ -103,6 +103,21 @@ def test_the_model_of_an_artifact_from_options_to_a_plot(tiny_artifact, tmp_path
     assert "artifact artifact, 2 layers" in (tmp_path / "speed.svg").read_text()
 
 
+def test_a_peer_far_off_its_earlier_time_is_flagged(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "MAX_SETS", 1)
+    options = ["--length", 256, *TINY, "--implementation", "sdpa-flash"]
+    first, second = tmp_path / "earlier" / "first.json", tmp_path / "second.json"
+    assert run("bench", "decode", *options, "-o", first).exit_code == 0
+    data = json.loads(first.read_text())
+    data["records"][0] |= {"milliseconds": 1e-6, "dtype": "float16"}
+    first.write_text(json.dumps(data))
+    result = run("bench", "decode", *options, "--earlier", first.parent, "-o", second)
+    assert "measuring again" in result.stderr
+    assert "! far off the usual time" in " ".join(result.stdout.split())
+    [record] = json.loads(second.read_text())["records"]
+    assert record["usual_milliseconds"] == 1e-6
+
+
 def test_a_wrong_result_ends_in_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr("rtpurbo.benchmarks.prefill.compare", lambda *args: Wrong())
     result = run(

@@ -53,6 +53,17 @@ def test_a_table_for_each_phase():
     assert max(len(line) for line in text.splitlines()) <= 100
 
 
+def test_times_far_off_the_usual_one_are_marked():
+    off = replace(FLASH, usual_milliseconds=100.0)
+    text = text_of([RECORD, off])
+    assert "425!" in text
+    assert "14.17!" in text
+    assert "! far off the usual time: sdpa-flash at 128K usually takes 100 ms" in text
+    assert "14.17! |" in speed_markdown([RECORD, off])
+    assert "usually takes 100 ms" in speed_markdown([RECORD, off])
+    assert "!" not in text_of(RECORDS)
+
+
 def test_markdown():
     text = speed_markdown(RECORDS)
     assert "| 128K | rtpurbo | 8K | 10.0 % | 30 | 14.17 | - |" in text

@@ -14,10 +14,12 @@ import typer
 
 from rtpurbo.cli import bench_serve, options
 from rtpurbo.cli.bench_options import (
+    EARLIER,
     Batch,
     Density,
     Device,
     Dtype,
+    Earlier,
     Geometry,
     HeadDim,
     Heads,
@@ -84,6 +86,7 @@ def prefill(
     time_limit: TimeLimit = 60.0,
     output: Output = None,
     plot: Plot = None,
+    earlier: Earlier = EARLIER,
     device: Device = "cuda",
 ) -> None:
     """Measure prefill attention of one layer.
@@ -126,6 +129,7 @@ def decode(
     time_limit: TimeLimit = 60.0,
     output: Output = None,
     plot: Plot = None,
+    earlier: Earlier = EARLIER,
     device: Device = "cuda",
 ) -> None:
     """Measure decode attention of one layer, in a CUDA graph.
@@ -178,6 +182,7 @@ def model(
     time_limit: TimeLimit = 60.0,
     output: Output = None,
     plot: Plot = None,
+    earlier: Earlier = EARLIER,
     device: Device = "cuda",
 ) -> None:
     """Measure a whole model, dense and sparse: random weights with 15 % retrieval heads, or an artifact.
@@ -238,6 +243,7 @@ def training(
     repeats: Repeats = 5,
     time_limit: TimeLimit = 60.0,
     output: Output = None,
+    earlier: Earlier = EARLIER,
     device: Device = "cuda",
 ) -> None:
     """Measure a training step: stage 1 with 15 % retrieval heads on all queries, or stage 2 of a LoRA.
@@ -336,7 +342,7 @@ def _measuring(context: typer.Context, known: Sequence[str]) -> Iterator[Session
     from rtpurbo.benchmarks.session import Session
     from rtpurbo.devices import device_name, resolve_device
     from rtpurbo.reporting.figures import check_matplotlib
-    from rtpurbo.speed_records import write_speed
+    from rtpurbo.speed_records import usual_times, write_speed
 
     options = context.params
     wanted, output, plot = options["implementation"] or (), options["output"], options.get("plot")
@@ -363,6 +369,7 @@ def _measuring(context: typer.Context, known: Sequence[str]) -> Iterator[Session
         wanted=tuple(wanted),
         log=lambda text: typer.echo(text, err=True),
         on_record=write,
+        usual=usual_times(options["earlier"]),
     )
     yield session
     _show(session.results, plot)

@@ -86,6 +86,14 @@ Output = Annotated[Path | None, optional("--output", "-o", help="JSON file for t
 Plot = Annotated[
     Path | None, optional(help="Image file for a plot of the results; needs the extra `plots`.")
 ]
+EARLIER = Path("benchmarks/results")
+Earlier = Annotated[
+    Path,
+    typer.Option(
+        help="Folder with results of earlier benchmarks. Dense kernels that are slower than they were "
+        "there on this device are measured again, and flagged if their times stay far off."
+    ),
+]
 Device = Annotated[str, typer.Option(hidden=True)]
 
 
