@@ -40,8 +40,9 @@ class SpeedRecord:
         retrieval_window: window of retrieval heads.
         peak_memory_bytes: peak memory, inputs included.
         scratch_bytes: part of the peak that was neither allocated before the call nor is its result.
-        model: geometry of a whole model.
-        tokens_per_second: speed of training.
+        model: geometry of a whole model, or the name of an artifact.
+        tokens_per_second: speed of training, or of the decode steps of a whole model.
+        memory_gb: memory in GB (1e9 bytes) that holds as many sequences as `batch_size`, beside the weights.
         peak_memory_gib: peak memory of training in GiB.
         loss_milliseconds: time of the loss and its gradients in a training step.
         loss_share: the same as a share of the step.
@@ -70,6 +71,7 @@ class SpeedRecord:
     scratch_bytes: int | None = None
     model: str | None = None
     tokens_per_second: float | None = None
+    memory_gb: float | None = None
     peak_memory_gib: float | None = None
     loss_milliseconds: float | None = None
     loss_share: float | None = None

@@ -3,10 +3,12 @@ import torch
 
 from rtpurbo.benchmarks import artifact_model
 from rtpurbo.benchmarks.artifact_model import HeldOutText, bench_artifact
+from rtpurbo.benchmarks.model_case import USABLE_MEMORY
 from rtpurbo.benchmarks.sparse_model import read_prompts
 from rtpurbo.benchmarks.timing import max_calls
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import attention_shapes
 from rtpurbo.models.artifact import load
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import set_rule
@@ -54,7 +56,7 @@ def test_decode_steps_run_the_rule_of_the_artifact_at_every_batch_size(tiny_arti
     assert {(record.num_retrieval_heads, record.sliding_window) for record in records} == {(4, 32)}
     assert {record.density for record in records if record.implementation == "sdpa-flash"} == {1}
     sparse = found(made)["rtpurbo"]
-    assert "own rule on held-out text" in sparse.note
+    assert "own rule on 3 passages of held-out text" in sparse.note
     assert "forced" not in sparse.note
 
 
@@ -95,17 +97,19 @@ def test_a_batch_of_prompts_decodes_as_each_of_them_does(tiny_artifact, dense_pr
     torch.manual_seed(0)
     ids = torch.randint(512, (3, 120))
     with torch.no_grad():
-        together = read_prompts(model, ids[:, :100], 120)
+        together = read_prompts(model, ids[:, :100], 120, 5)
+        order = torch.tensor([0, 1, 2, 0, 1])
         for position in range(100, 120):
-            logits = model(ids[:, position : position + 1], past_key_values=together).logits
+            tokens = ids[order, position : position + 1]
+            logits = model(tokens, past_key_values=together).logits
         for sequence in range(3):
             alone = HeadwiseCache(model)
             model(ids[sequence : sequence + 1, :100], past_key_values=alone)
             for position in range(100, 120):
                 token = ids[sequence : sequence + 1, position : position + 1]
                 expected = model(token, past_key_values=alone).logits
-            found_logits = logits[sequence : sequence + 1]
-            torch.testing.assert_close(found_logits, expected, atol=1e-3, rtol=1e-4)
+            for found_logits in logits[order == sequence]:
+                torch.testing.assert_close(found_logits, expected[0], atol=1e-3, rtol=1e-4)
 
 
 def test_the_steps_of_a_measurement_end_within_the_context(tiny_artifact):
@@ -146,3 +150,37 @@ def test_every_sequence_reads_another_passage():
     alone = HeldOutText(TextCorpus("test", ("word " * 400,)), tiny_tokenizer(), 300)
     with pytest.raises(RTPurboError, match="no 4 different passages of 300 tokens"):
         alone.passages(4, 300)
+
+
+def test_more_sequences_of_the_sparse_model_fit_into_a_memory(tiny_artifact, monkeypatch):
+    monkeypatch.setattr(artifact_model, "MAX_PASSAGES", 2)
+    model, _ = load(tiny_artifact)
+    weights = sum(weight.nbytes for weight in [*model.parameters(), *model.buffers()])
+    [(kv_heads, head_dim)] = {
+        (shape.num_key_value_heads, shape.head_dim)
+        for shape in attention_shapes(model.config).values()
+    }
+    length, layers = 800, model.config.num_hidden_layers
+    dense_bytes = 2 * length * kv_heads * head_dim * 4 * layers
+    memory = (weights + 2.5 * dense_bytes) / USABLE_MEMORY / 1e9
+    made = session(repeats=3, clock=RepeatingClock())
+    bench_artifact(made, tiny_artifact, ["decode"], [length], [1], torch.float32, memory_gb=memory)
+    assert not made.results.errors
+    found_at = {
+        (record.implementation, record.batch_size): record for record in made.results.records
+    }
+    for (_, batch), record in found_at.items():
+        assert record.tokens_per_second == pytest.approx(1000 * batch / record.milliseconds, abs=1)
+    filling = {name: batch for (name, batch), record in found_at.items() if record.memory_gb}
+    cache = read_prompts(model, torch.ones(1, length, dtype=torch.int64), length, 1)
+    expected = int((USABLE_MEMORY * memory * 1e9 - weights) // cache.num_bytes())
+    assert filling == {"sdpa-flash": 2, "rtpurbo": expected}
+    assert expected > 2
+    assert "on 2 passages" in found_at["rtpurbo", expected].note
+
+
+def test_a_memory_that_is_too_small_is_a_note(tiny_artifact):
+    made = session(repeats=3)
+    bench_artifact(made, tiny_artifact, ["decode"], [LENGTH], [1], torch.float32, memory_gb=1e-5)
+    assert {record.batch_size for record in made.results.records} == {1}
+    assert any("not one sequence of 160 tokens fits" in note for note in made.results.notes)

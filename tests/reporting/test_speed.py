@@ -64,6 +64,18 @@ def test_times_far_off_the_usual_one_are_marked():
     assert "!" not in text_of(RECORDS)
 
 
+def test_tokens_a_second_and_the_memory_of_a_batch():
+    record = replace(
+        STEP, phase="model-decode", model="m", memory_gb=80.0, tokens_per_second=1234.5
+    )
+    text = speed_markdown([record])
+    assert "| tokens/s |" in text
+    assert "128K x 8 in 80 GB" in text
+    assert "| 1,234 |" in text
+    assert "1,234" in text_of([record])
+    assert "tokens/s" not in speed_markdown(RECORDS)
+
+
 def test_markdown():
     text = speed_markdown(RECORDS)
     assert "| 128K | rtpurbo | 8K | 10.0 % | 30 | 14.17 | - |" in text

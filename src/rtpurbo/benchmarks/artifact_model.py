@@ -35,6 +35,8 @@ from rtpurbo.ops.states import SelectionStatistics
 LENGTHS = (8192, 32768, 131072)
 # Decode steps whose selections are counted, before the timed ones.
 COUNTED_STEPS = 16
+# Different passages of a batch; sequences beyond them repeat the passages, which would take long to read.
+MAX_PASSAGES = 32
 # Passages of short texts are often drawn twice; for each passage, this many draws are made at most.
 MAX_DRAWS = 10
 
@@ -110,9 +112,11 @@ class ArtifactModel(ModelCase):
         if not session.wants("rtpurbo"):
             return
         first = length - num_steps(session)
-        ids = self.text.passages(batch, length).to(self.model.device)
-        session.log(f"{self.name}: reading prompts of {first:,} tokens x {batch}")
-        cache = read_prompts(self.model, ids[:, :first], length)
+        different = min(batch, MAX_PASSAGES)
+        passages = self.text.passages(different, length).to(self.model.device)
+        session.log(f"{self.name}: reading {different} prompts of {first:,} tokens")
+        cache = read_prompts(self.model, passages[:, :first], length, batch)
+        ids = passages[torch.arange(batch, device=passages.device) % different]
 
         def step() -> Tensor:
             position = cache.get_seq_length()
@@ -127,7 +131,7 @@ class ArtifactModel(ModelCase):
             self,
             step,
             self.facts("model-decode", length, batch, selected),
-            f"own rule on held-out text, {100 * selected:.3g} % of the keys selected",
+            f"own rule on {different} passages of held-out text, {100 * selected:.3g} % of the keys selected",
         )
 
     def sparse_prompts(self, session: Session, length: int) -> Iterator[Entry]:
@@ -165,6 +169,7 @@ def bench_artifact(
     dtype: torch.dtype,
     data: Sequence[str] | None = None,
     base_model: str | None = None,
+    memory_gb: float | None = None,
 ) -> None:
     """Measures a converted model in each phase: first dense, then sparse under its own rule.
 
@@ -177,6 +182,7 @@ def bench_artifact(
         dtype: dtype of the weights.
         data: text sources; None for the texts of the library.
         base_model: replaces the base model that the artifact names.
+        memory_gb: as in `measure_model`.
 
     Raises:
         RTPurboError: the artifact or the text cannot be used, or a length exceeds the model's context.
@@ -204,10 +210,11 @@ def bench_artifact(
             "a measurement; use a longer one."
         )
     text = HeldOutText(corpus, tokenizer, max(lengths))
-    text.passages(max(batches) if "decode" in phases else 1, max(lengths))
+    most = max(batches) if memory_gb is None else MAX_PASSAGES
+    text.passages(min(most, MAX_PASSAGES) if "decode" in phases else 1, max(lengths))
     config, indexers = model.rtpurbo_config, indexer_weights(model)
     rules = {f"model-{phase}": config.attention for phase in phases}
     case = ArtifactModel(
         restore(model), f"artifact {name}", config.head_map, rules, config, indexers, text
     )
-    measure_model(session, case, lengths, batches)
+    measure_model(session, case, lengths, batches, memory_gb)

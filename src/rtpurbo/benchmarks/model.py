@@ -103,6 +103,7 @@ def bench_model(
     batches: Sequence[int],
     dtype: torch.dtype,
     layers: int | None = None,
+    memory_gb: float | None = None,
 ) -> None:
     """Measures a model with random weights in each phase: first dense, then sparse.
 
@@ -116,9 +117,10 @@ def bench_model(
         batches: batch sizes of decode steps; prompts have batch size 1.
         dtype: dtype of the weights.
         layers: number of layers; None for all.
+        memory_gb: as in `measure_model`.
     """
     session.log(f"{geometry}: initialising random weights")
     model = build_model(geometry, layers, dtype, session.device)
     head_map = spread_head_map(model.config, RATIO)
     case = RandomModel(model, geometry, head_map, rules, densities)
-    measure_model(session, case, lengths, batches)
+    measure_model(session, case, lengths, batches, memory_gb)

@@ -14,11 +14,17 @@ from transformers import PreTrainedModel
 from rtpurbo.benchmarks import dense_model, sdpa
 from rtpurbo.benchmarks.geometries import model_facts
 from rtpurbo.benchmarks.session import Entry, Session, release
-from rtpurbo.benchmarks.timing import Call, replayed
+from rtpurbo.benchmarks.sparse_model import filled_cache
+from rtpurbo.benchmarks.timing import Call, Measurement, replayed
 from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.models.arguments import CACHE_NAME
+from rtpurbo.models.sparse_layers import is_sparse
 
 IMPLEMENTATIONS = ("rtpurbo", "rtpurbo-dense-retrieval", "sdpa-flash", "sdpa-cudnn")
+# Share of the memory for weights and caches; the rest is for activations, as in vLLM's default.
+USABLE_MEMORY = 0.9
+# Tokens for which the cache of a sequence has room beyond its length.
+ROOM = 64
 # Tokens of the warm-up prompt, which runs all one-time work.
 WARM_UP_TOKENS = 1024
 
@@ -70,6 +76,7 @@ class ModelCase:
                 self.facts("model-decode", length, batch, 1.0),
                 growth=1,
                 note=step_note(session.device),
+                figures=partial(steps_figures, batch),
             )
 
     def dense_prompts(self, session: Session, length: int) -> Iterator[Entry]:
@@ -92,6 +99,20 @@ class ModelCase:
             phase, self.name, self.model, self.head_map, rule, length,
             batch_size=batch, density=round(density, 4), retrieval_window=rule.near_window,
         )  # fmt: skip
+
+    def fitting_batch(self, length: int, memory_gb: float) -> int:
+        """Number of sequences whose caches fit into `USABLE_MEMORY` of a memory in GB, beside the weights.
+
+        Sizes are those of the tensors of a cache for one sequence.
+        """
+        if is_sparse(self.model):
+            cache_bytes = filled_cache(self.model, length, 1, ROOM).num_bytes()
+        else:
+            layers = dense_model.full_cache(self.model, length, 1).layers
+            cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        free = USABLE_MEMORY * memory_gb * 1e9 - sum(weight.nbytes for weight in weights)
+        return max(0, int(free // cache_bytes))
 
     def tokens(self, batch: int, count: int) -> torch.Tensor:
         """Random tokens, int64 [batch, count]."""
@@ -126,7 +147,11 @@ class ModelCase:
 
 
 def measure_model(
-    session: Session, case: ModelCase, lengths: Sequence[int], batches: Sequence[int]
+    session: Session,
+    case: ModelCase,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    memory_gb: float | None = None,
 ) -> None:
     """Measures the phases that a case has rules for: first the dense model, then the sparse one.
 
@@ -135,26 +160,57 @@ def measure_model(
         case: the model.
         lengths: tokens of the context.
         batches: batch sizes of decode steps; prompts have batch size 1.
+        memory_gb: also measure decode steps of as many sequences as fit into this memory, weights included;
+            the dense and the sparse model then have different batch sizes.
     """
-    for is_sparse in (False, True):
-        if is_sparse:
+    for sparse in (False, True):
+        if sparse:
             case.make_sparse()
         for length in sorted(lengths):
             if "model-decode" in case.rules:
-                steps = case.sparse_steps if is_sparse else case.dense_steps
-                for batch in sorted(batches):
-                    _run(session, steps(session, length, batch), f"model-decode at {length:,}")
+                steps = case.sparse_steps if sparse else case.dense_steps
+                for batch, limit in _batches(session, case, length, batches, memory_gb):
+                    entries = steps(session, length, batch)
+                    _run(session, entries, f"model-decode at {length:,}", limit)
+                    del entries
                     release(session.device)
             if "model-prefill" in case.rules:
-                prompts = case.sparse_prompts if is_sparse else case.dense_prompts
+                prompts = case.sparse_prompts if sparse else case.dense_prompts
                 _run(session, prompts(session, length), f"model-prefill at {length:,}")
                 release(session.device)
 
 
-def _run(session: Session, entries: Iterator[Entry], title: str) -> None:
+def _batches(
+    session: Session,
+    case: ModelCase,
+    length: int,
+    batches: Sequence[int],
+    memory_gb: float | None,
+) -> list[tuple[int, float | None]]:
+    """Batch sizes of decode steps, each with the memory in GB that it fills; None for given ones."""
+    chosen: dict[int, float | None] = dict.fromkeys(sorted(batches))
+    if memory_gb is not None:
+        fitting = case.fitting_batch(length, memory_gb)
+        if fitting:
+            chosen[fitting] = memory_gb
+        else:
+            session.note(f"not one sequence of {length:,} tokens fits into {memory_gb:g} GB")
+    return list(chosen.items())
+
+
+def _run(
+    session: Session, entries: Iterator[Entry], title: str, memory_gb: float | None = None
+) -> None:
     with session.guarded(f"{title} tokens"), torch.no_grad():
         for entry in entries:
+            if memory_gb is not None:
+                entry.facts["memory_gb"] = memory_gb
             session.run(entry)
+
+
+def steps_figures(batch: int, found: Measurement) -> dict[str, Any]:
+    """Record fields of decode steps that are computed from the measurement."""
+    return {"tokens_per_second": round(1000 * batch / found.milliseconds, 1)}
 
 
 def step_note(device: torch.device) -> str:
@@ -164,7 +220,15 @@ def step_note(device: torch.device) -> str:
 
 def sparse_step_entry(case: ModelCase, call: Call, facts: dict[str, Any], note: str) -> Entry:
     """Entry of decode steps of a sparse model, which captures its own CUDA graph in the first call."""
-    entry = Entry("rtpurbo", {"": lambda: call}, facts, is_ours=True, growth=1, note=note)
+    entry = Entry(
+        "rtpurbo",
+        {"": lambda: call},
+        facts,
+        is_ours=True,
+        growth=1,
+        note=note,
+        figures=partial(steps_figures, facts["batch_size"]),
+    )
 
     def check(call: Callable[[], Any]) -> str | None:
         with warnings.catch_warnings(record=True) as caught:

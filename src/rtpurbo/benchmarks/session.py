@@ -103,7 +103,7 @@ class Session:
             return
         expected = self._expected(entry)
         if not entry.is_ours and expected > 1000 * self.time_limit:
-            self._note(
+            self.note(
                 f"{entry.title} skipped: it would take about {expected / 1000:.0f} s per call, "
                 f"more than --time-limit {self.time_limit:g}"
             )
@@ -132,7 +132,7 @@ class Session:
                 record = again
         if 1 / TOLERANCE <= record.milliseconds / usual <= TOLERANCE:
             return record
-        self._note(
+        self.note(
             f"{entry.title} is far off its usual time: {record.milliseconds:.4g} ms instead of "
             f"{usual:.4g} ms"
         )
@@ -233,9 +233,10 @@ class Session:
             self.results.errors.append(f"{text}.")
             self.log(self.results.errors[-1])
         else:
-            self._note(text)
+            self.note(text)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Adds a note to the results, and logs it."""
         self.results.notes.append(f"{text}.")
         self.log(self.results.notes[-1])
 

@@ -27,6 +27,7 @@ from rtpurbo.cli.bench_options import (
     KeyValueHeads,
     Layers,
     Length,
+    Memory,
     Output,
     Plot,
     Repeats,
@@ -176,6 +177,7 @@ def model(
     retrieval_window: RetrievalWindow = None,
     row_stride: RowStride = None,
     batch: Batch = None,
+    memory: Memory = None,
     dtype: Dtype = "bfloat16",
     implementation: Implementation = None,
     repeats: Repeats = 20,
@@ -200,7 +202,7 @@ def model(
     if artifact is not None:
         with _measuring(context, IMPLEMENTATIONS) as session:
             bench_artifact(
-                session, artifact, phases, length, batches, _dtype(dtype), data, base_model
+                session, artifact, phases, length, batches, _dtype(dtype), data, base_model, memory
             )
         return
     densities = {"model-prefill": prefill_density, "model-decode": decode_density}
@@ -213,8 +215,9 @@ def model(
         rules[f"model-{chosen}"] = _rule(window, near, row_stride)
     with _measuring(context, IMPLEMENTATIONS) as session:
         bench_model(
-            session, geometry, rules, length or LENGTHS, densities, batches, _dtype(dtype), layers
-        )
+            session, geometry, rules, length or LENGTHS, densities, batches, _dtype(dtype), layers,
+            memory,
+        )  # fmt: skip
 
 
 @app.command()

@@ -66,6 +66,14 @@ Batch = Annotated[
     list[int] | None,
     typer.Option(min=1, help="Batch size. Repeat it for several.", show_default="1"),
 ]
+Memory = Annotated[
+    float | None,
+    optional(
+        min=1,
+        help="Also measure decode steps of as many sequences as fit into this memory in GB, weights "
+        "included: a larger batch in the sparse model than in the dense one.",
+    ),
+]
 Dtype = Annotated[Literal["bfloat16", "float16"], typer.Option(help="Dtype of all states.")]
 Implementation = Annotated[
     list[str] | None,

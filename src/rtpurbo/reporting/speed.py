@@ -43,11 +43,12 @@ def speed_tables(records: Sequence[SpeedRecord]) -> list[Table]:
     tables = []
     for title, chosen in _phases(records).items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for number, name in enumerate(HEADER):
+        for number, name in enumerate(_header(chosen)):
             table.add_column(name, justify="left" if number == 1 else "right", no_wrap=True)
         for record in chosen:
             style = "bold" if record.implementation.startswith("rtpurbo") else ""
-            table.add_row(*(Text(cell, style) for cell in _row(records, record)))
+            cells = _row(records, record)[: len(table.columns)]
+            table.add_row(*(Text(cell, style) for cell in cells))
         table.caption = _caption(chosen) or None
         tables.append(table)
     return tables
@@ -57,10 +58,17 @@ def speed_markdown(records: Sequence[SpeedRecord]) -> str:
     """Returns the same tables in Markdown, for documentation."""
     parts = []
     for title, chosen in _phases(records).items():
-        rows = (_row(records, record) for record in chosen)
-        table = f"**{title}**\n\n{markdown_rows(HEADER, rows)}"
+        header = _header(chosen)
+        rows = (_row(records, record)[: len(header)] for record in chosen)
+        table = f"**{title}**\n\n{markdown_rows(header, rows)}"
         parts += [table, *filter(None, [_caption(chosen)])]
     return "\n\n".join(parts)
+
+
+def _header(records: Sequence[SpeedRecord]) -> list[str]:
+    """Titles of the columns, with tokens a second where a record has them."""
+    has_tokens = any(record.tokens_per_second is not None for record in records)
+    return [*HEADER, *(["tokens/s"] if has_tokens else [])]
 
 
 def speedup(records: Sequence[SpeedRecord], record: SpeedRecord, baseline: str) -> float | None:
@@ -95,9 +103,13 @@ def _made_with(record: SpeedRecord) -> str:
 def _row(records: Sequence[SpeedRecord], record: SpeedRecord) -> list[str]:
     speed = achieved(record)
     baselines = [_baseline(records, record, name) for name in BASELINES]
-    context = short_length(record.context_length)
+    context, tokens = short_length(record.context_length), record.tokens_per_second
+    if record.batch_size > 1:
+        context += f" x {record.batch_size}"
+    if record.memory_gb is not None:
+        context += f" in {record.memory_gb:g} GB"
     return [
-        context if record.batch_size == 1 else f"{context} x {record.batch_size}",
+        context,
         record.implementation,
         "-" if is_dense(record) else short_length(record.sliding_window),
         percent(record.density),
@@ -110,6 +122,7 @@ def _row(records: Sequence[SpeedRecord], record: SpeedRecord) -> list[str]:
         ),
         "-" if speed is None else f"{speed[0]:,.0f} {speed[1]}",
         "-" if record.scratch_bytes is None else short_bytes(record.scratch_bytes),
+        "-" if tokens is None else f"{tokens:,.0f}",
     ]
 
 
