@@ -243,6 +243,6 @@ class Session:
 
 def release(device: torch.device) -> None:
     """Frees unused memory for the next entry."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
