@@ -66,9 +66,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         [shape] = arguments.shapes
-        write_json_atomically(arguments.output, measure(shape, arguments))
+        measure(shape, arguments)
         return
     records: list[dict[str, Any]] = []
+    failed: list[str] = []
     for shape in arguments.shapes:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "part.json"
@@ -77,8 +78,9 @@ def main() -> None:
             command = [sys.executable, __file__, shape, "--worker", f"--output={part}", *options]
             if subprocess.run(command, check=False).returncode:
                 print(f"{shape} failed", file=sys.stderr)
-                continue
-            records += json.loads(part.read_text(encoding="utf-8"))
+                failed.append(shape)
+            if part.is_file():  # the stages before a failure
+                records += json.loads(part.read_text(encoding="utf-8"))
         write_json_atomically(
             arguments.output,
             {
@@ -91,7 +93,7 @@ def main() -> None:
             },
         )
     print(table(records))
-    if len({record["shape"] for record in records}) < len(set(arguments.shapes)):
+    if failed:
         sys.exit(1)
 
 
@@ -122,10 +124,20 @@ def make_tokenizer(corpus: TextCorpus, vocabulary: int) -> PreTrainedTokenizerFa
 
 
 class Meter:
-    """Peak memory of a stage, and the moments at which its steps were done."""
+    """Peak memory of a stage, and the moments at which its steps were done.
 
-    def __init__(self, shape: str, device: torch.device) -> None:
+    Args:
+        shape: name of the model's shape.
+        device: device of the model.
+        output: file that gets the records after every stage; None for none.
+        facts: further fields of the records.
+    """
+
+    def __init__(
+        self, shape: str, device: torch.device, output: Path | None = None, **facts: Any
+    ) -> None:
         self.shape, self.device = shape, device
+        self.output, self.facts = output, facts
         self.records: list[dict[str, Any]] = []
         self._times: list[tuple[str, float]] = []
 
@@ -173,24 +185,32 @@ class Meter:
                 "seconds_per_step": sum(per_step),
                 "steps": steps,
                 "minutes": seconds / 60,
+                "measured_seconds": time.perf_counter() - self._times[0][1],
+                **self.facts,
             }
         )
+        if self.output is not None:
+            write_json_atomically(self.output, self.records)
         print(self.records[-1], flush=True)
 
 
-def measure(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The records of one shape."""
+def measure(shape: str, arguments: argparse.Namespace) -> None:
+    """Measures one shape, and writes its records."""
+    begin = time.perf_counter()
     GEOMETRIES["tiny"] = ("qwen3", TINY)
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
     settings = settings_without_answers(arguments.effort, arguments.context, arguments.length)
     corpus, held_out = load_texts(None, "train"), load_texts(None, "heldout")
     tokenizer = make_tokenizer(corpus, GEOMETRIES[shape][1]["vocab_size"])
-    meter = Meter(shape, device)
     model = build_model(shape, None, dtype, device, arguments.context)
-    weights = {
-        "parameters": model.num_parameters(),
-        "weights_gib": sum(weight.nbytes for weight in model.parameters()) / GIB,
-    }
+    meter = Meter(
+        shape,
+        device,
+        arguments.output,
+        parameters=model.num_parameters(),
+        weights_gib=sum(weight.nbytes for weight in model.parameters()) / GIB,
+    )
+    print(f"{shape}: text and model made in {time.perf_counter() - begin:.0f} s", flush=True)
 
     meter.start()
     documents = replace(settings.calibration, num_documents=2)
@@ -225,7 +245,6 @@ def measure(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             meter.finish("stage2", turn, settings.stage2.steps, shorter_stage2.lengths)
             apply_stage2(model, work / "stage2", stage2_kind(work))
         indexers("refresh", settings.stage2.refresh_steps, True)
-    return [record | weights for record in meter.records]
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -237,11 +256,13 @@ def table(records: list[dict[str, Any]]) -> str:
     ]
     for shape in dict.fromkeys(record["shape"] for record in records):
         of_shape = {record["stage"]: record for record in records if record["shape"] == shape}
-        peaks = [of_shape[stage]["peak_allocated_gib"] for stage in stages]
+        peaks = [of_shape.get(stage, {}).get("peak_allocated_gib") for stage in stages]
         cells = ["-" if peak is None else f"{peak:.1f}" for peak in peaks]
-        minutes = sum(record["minutes"] for record in of_shape.values())
+        minutes = f"{sum(record['minutes'] for record in of_shape.values()):.1f}"
+        if len(of_shape) < len(stages):  # a stage failed
+            minutes = "-"
         weights = statistics.fmean(record["weights_gib"] for record in of_shape.values())
-        lines.append(f"| {shape} | {weights:.1f} | {' | '.join(cells)} | {minutes:.1f} |")
+        lines.append(f"| {shape} | {weights:.1f} | {' | '.join(cells)} | {minutes} |")
     return "\n".join(lines)
 
 
