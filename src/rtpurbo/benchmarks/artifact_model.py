@@ -131,7 +131,8 @@ class ArtifactModel(ModelCase):
             self,
             step,
             self.facts("model-decode", length, batch, selected),
-            f"own rule on {different} passages of held-out text, {100 * selected:.3g} % of the keys selected",
+            f"own rule on held-out text, {different} different prompts; "
+            f"{100 * selected:.3g} % of the keys selected",
         )
 
     def sparse_prompts(self, session: Session, length: int) -> Iterator[Entry]:
