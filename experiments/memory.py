@@ -3,10 +3,10 @@
 `python experiments/memory.py qwen3-8b qwen3-14b qwen3-30b-a3b --output benchmarks/results/memory-h200.json`
 
 Every shape has a process of its own. It runs the stages of a conversion with the settings of `--effort` (calibration,
-stage 1, and stage 2 with the refresh where the effort has them), each for two turns of its sequence lengths. The first
-turn holds what happens once (compilation, initialization of the indexers, the first probe); minutes are that turn, and
-the second one as often as the remaining steps need it. Weights are made on the device in the dtype that they are run
-in, as a checkpoint would be loaded.
+stage 1, stage 2 with the refresh where the effort has them, and top-p by layer), each for two turns of its sequence
+lengths. The first turn holds what happens once (compilation, initialization of the indexers, the first probe); minutes
+are that turn, and the second one as often as the remaining steps need it. Weights are made on the device in the dtype
+that they are run in, as a checkpoint would be loaded. The records of a stage are written when it ends.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from rtpurbo.assembly import stage2_kind
 from rtpurbo.benchmarks.geometries import GEOMETRIES, build_model
 from rtpurbo.calibration.calibrate import calibrate
+from rtpurbo.calibration.layer_top_p import find_layer_top_p
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.data.tasks import TASKS
 from rtpurbo.data.texts import TextCorpus, load_texts
@@ -245,6 +246,11 @@ def measure(shape: str, arguments: argparse.Namespace) -> None:
             meter.finish("stage2", turn, settings.stage2.steps, shorter_stage2.lengths)
             apply_stage2(model, work / "stage2", stage2_kind(work))
         indexers("refresh", settings.stage2.refresh_steps, True)
+
+    meter.start()
+    sequences = replace(settings.calibration, top_p_sequences=2)
+    find_layer_top_p(model, tokenizer, corpus, sequences, progress=meter.step)
+    meter.finish("top-p", 1, settings.calibration.top_p_sequences, (sequences.length,))
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -8,8 +8,8 @@ import pytest
 @pytest.mark.parametrize(
     ("effort", "stages"),
     [
-        ("standard", ["calibrate", "stage1"]),
-        ("thorough", ["calibrate", "stage1", "stage2", "refresh"]),
+        ("standard", ["calibrate", "stage1", "top-p"]),
+        ("thorough", ["calibrate", "stage1", "stage2", "refresh", "top-p"]),
     ],
 )
 def test_a_tiny_shape_is_measured_in_a_process_of_its_own(
