@@ -54,6 +54,7 @@ def test_without_a_gpu(command, monkeypatch):
         (["model", "--artifact", "some", "--decode-density", "0.1"], "--decode-density is for"),
         (["model", "--artifact", "some", "--row-stride", "2"], "--row-stride is for random"),
         (["model", "--data", "books.txt"], "--data is for the model of an artifact"),
+        (["model", "--phase", "prefill", "--memory", "80"], "--memory is for decode steps"),
         (["training", "--implementation", "flex"], "no implementation 'flex' here"),
         (["training", "--documents", "9", "--device", "cpu"], "nothing to learn"),
         (["training", "--phase", "stage2", "--documents", "2"], "--documents is for stage 1"),

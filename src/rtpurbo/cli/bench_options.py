@@ -106,12 +106,14 @@ Device = Annotated[str, typer.Option(hidden=True)]
 
 
 def check_model_options(context: typer.Context) -> None:
-    """Refuses options of `bench model` that have no meaning with, or without, `--artifact`.
+    """Refuses options of `bench model` that have no meaning together, or without `--artifact`.
 
     Raises:
         RTPurboError: there is one.
     """
     has_artifact = context.params["artifact"] is not None
+    if context.params["memory"] is not None and context.params["phase"] == "prefill":
+        raise RTPurboError("--memory is for decode steps: leave it or --phase prefill out.")
     for name in ARTIFACT_OPTIONS if not has_artifact else GEOMETRY_OPTIONS:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
