@@ -56,7 +56,7 @@ def test_decode_steps_run_the_rule_of_the_artifact_at_every_batch_size(tiny_arti
     assert {(record.num_retrieval_heads, record.sliding_window) for record in records} == {(4, 32)}
     assert {record.density for record in records if record.implementation == "sdpa-flash"} == {1}
     sparse = found(made)["rtpurbo"]
-    assert "own rule on held-out text, 3 different prompts" in sparse.note
+    assert "own rule on held-out text (distinct prompts: 3)" in sparse.note
     assert "forced" not in sparse.note
 
 
@@ -176,7 +176,7 @@ def test_more_sequences_of_the_sparse_model_fit_into_a_memory(tiny_artifact, mon
     expected = int((USABLE_MEMORY * memory * 1e9 - weights) // cache.num_bytes())
     assert filling == {"sdpa-flash": 2, "rtpurbo": expected}
     assert expected > 2
-    assert "2 different prompts" in found_at["rtpurbo", expected].note
+    assert "distinct prompts: 2" in found_at["rtpurbo", expected].note
 
 
 def test_a_memory_that_is_too_small_is_a_note(tiny_artifact):

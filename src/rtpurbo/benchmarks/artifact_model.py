@@ -131,7 +131,7 @@ class ArtifactModel(ModelCase):
             self,
             step,
             self.facts("model-decode", length, batch, selected),
-            f"own rule on held-out text, {different} different prompts; "
+            f"own rule on held-out text (distinct prompts: {different}); "
             f"{100 * selected:.3g} % of the keys selected",
         )
 
