@@ -3,10 +3,10 @@
 `python experiments/memory.py qwen3-8b qwen3-14b qwen3-30b-a3b --output benchmarks/results/memory-h200.json`
 
 Every shape has a process of its own. It runs the stages of a conversion with the settings of `--effort` (calibration,
-stage 1, and stage 2 with the refresh where the effort has them), each for two turns of its sequence lengths. The first
-turn holds what happens once (compilation, initialization of the indexers, the first probe); minutes are that turn, and
-the second one as often as the remaining steps need it. Weights are made on the device in the dtype that they are run
-in, as a checkpoint would be loaded.
+stage 1, stage 2 with the refresh where the effort has them, and top-p by layer), each for two turns of its sequence
+lengths. The first turn holds what happens once (compilation, initialization of the indexers, the first probe); minutes
+are that turn, and the second one as often as the remaining steps need it. Weights are made on the device in the dtype
+that they are run in, as a checkpoint would be loaded. The records of a stage are written when it ends.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from rtpurbo.assembly import stage2_kind
 from rtpurbo.benchmarks.geometries import GEOMETRIES, build_model
 from rtpurbo.calibration.calibrate import calibrate
+from rtpurbo.calibration.layer_top_p import find_layer_top_p
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.data.tasks import TASKS
 from rtpurbo.data.texts import TextCorpus, load_texts
@@ -66,9 +67,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         [shape] = arguments.shapes
-        write_json_atomically(arguments.output, measure(shape, arguments))
+        measure(shape, arguments)
         return
     records: list[dict[str, Any]] = []
+    failed: list[str] = []
     for shape in arguments.shapes:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "part.json"
@@ -77,8 +79,9 @@ def main() -> None:
             command = [sys.executable, __file__, shape, "--worker", f"--output={part}", *options]
             if subprocess.run(command, check=False).returncode:
                 print(f"{shape} failed", file=sys.stderr)
-                continue
-            records += json.loads(part.read_text(encoding="utf-8"))
+                failed.append(shape)
+            if part.is_file():  # the stages before a failure
+                records += json.loads(part.read_text(encoding="utf-8"))
         write_json_atomically(
             arguments.output,
             {
@@ -91,7 +94,7 @@ def main() -> None:
             },
         )
     print(table(records))
-    if len({record["shape"] for record in records}) < len(set(arguments.shapes)):
+    if failed:
         sys.exit(1)
 
 
@@ -122,10 +125,20 @@ def make_tokenizer(corpus: TextCorpus, vocabulary: int) -> PreTrainedTokenizerFa
 
 
 class Meter:
-    """Peak memory of a stage, and the moments at which its steps were done."""
+    """Peak memory of a stage, and the moments at which its steps were done.
 
-    def __init__(self, shape: str, device: torch.device) -> None:
+    Args:
+        shape: name of the model's shape.
+        device: device of the model.
+        output: file that gets the records after every stage; None for none.
+        facts: further fields of the records.
+    """
+
+    def __init__(
+        self, shape: str, device: torch.device, output: Path | None = None, **facts: Any
+    ) -> None:
         self.shape, self.device = shape, device
+        self.output, self.facts = output, facts
         self.records: list[dict[str, Any]] = []
         self._times: list[tuple[str, float]] = []
 
@@ -173,24 +186,32 @@ class Meter:
                 "seconds_per_step": sum(per_step),
                 "steps": steps,
                 "minutes": seconds / 60,
+                "measured_seconds": time.perf_counter() - self._times[0][1],
+                **self.facts,
             }
         )
+        if self.output is not None:
+            write_json_atomically(self.output, self.records)
         print(self.records[-1], flush=True)
 
 
-def measure(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The records of one shape."""
+def measure(shape: str, arguments: argparse.Namespace) -> None:
+    """Measures one shape, and writes its records."""
+    begin = time.perf_counter()
     GEOMETRIES["tiny"] = ("qwen3", TINY)
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
     settings = settings_without_answers(arguments.effort, arguments.context, arguments.length)
     corpus, held_out = load_texts(None, "train"), load_texts(None, "heldout")
     tokenizer = make_tokenizer(corpus, GEOMETRIES[shape][1]["vocab_size"])
-    meter = Meter(shape, device)
     model = build_model(shape, None, dtype, device, arguments.context)
-    weights = {
-        "parameters": model.num_parameters(),
-        "weights_gib": sum(weight.nbytes for weight in model.parameters()) / GIB,
-    }
+    meter = Meter(
+        shape,
+        device,
+        arguments.output,
+        parameters=model.num_parameters(),
+        weights_gib=sum(weight.nbytes for weight in model.parameters()) / GIB,
+    )
+    print(f"{shape}: text and model made in {time.perf_counter() - begin:.0f} s", flush=True)
 
     meter.start()
     documents = replace(settings.calibration, num_documents=2)
@@ -225,7 +246,11 @@ def measure(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             meter.finish("stage2", turn, settings.stage2.steps, shorter_stage2.lengths)
             apply_stage2(model, work / "stage2", stage2_kind(work))
         indexers("refresh", settings.stage2.refresh_steps, True)
-    return [record | weights for record in meter.records]
+
+    meter.start()
+    sequences = replace(settings.calibration, top_p_sequences=2)
+    find_layer_top_p(model, tokenizer, corpus, sequences, progress=meter.step)
+    meter.finish("top-p", 1, settings.calibration.top_p_sequences, (sequences.length,))
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -237,11 +262,13 @@ def table(records: list[dict[str, Any]]) -> str:
     ]
     for shape in dict.fromkeys(record["shape"] for record in records):
         of_shape = {record["stage"]: record for record in records if record["shape"] == shape}
-        peaks = [of_shape[stage]["peak_allocated_gib"] for stage in stages]
+        peaks = [of_shape.get(stage, {}).get("peak_allocated_gib") for stage in stages]
         cells = ["-" if peak is None else f"{peak:.1f}" for peak in peaks]
-        minutes = sum(record["minutes"] for record in of_shape.values())
+        minutes = f"{sum(record['minutes'] for record in of_shape.values()):.1f}"
+        if len(of_shape) < len(stages):  # a stage failed
+            minutes = "-"
         weights = statistics.fmean(record["weights_gib"] for record in of_shape.values())
-        lines.append(f"| {shape} | {weights:.1f} | {' | '.join(cells)} | {minutes:.1f} |")
+        lines.append(f"| {shape} | {weights:.1f} | {' | '.join(cells)} | {minutes} |")
     return "\n".join(lines)
 
 

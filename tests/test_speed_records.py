@@ -10,6 +10,7 @@ from rtpurbo.speed_records import (
     SpeedResults,
     read_speed,
     stated_density,
+    usual_times,
     write_speed,
 )
 
@@ -82,3 +83,16 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(("reached", "stated"), [(0.104, 0.1), (0.106, 0.106), (0.09, 0.09)])
 def test_a_density_nearly_reached_is_stated_as_asked_for(reached, stated):
     assert stated_density(0.1, reached, 0.05) == stated
+
+
+def test_usual_times_are_medians_of_earlier_results(tmp_path):
+    for number, milliseconds in enumerate([100.0, 120.0, 900.0]):
+        record = replace(RECORD, implementation="sdpa-cudnn", milliseconds=milliseconds)
+        if milliseconds == 900.0:
+            record = replace(record, usual_milliseconds=110.0)
+        results = SpeedResults([record, RECORD])
+        write_speed(tmp_path / f"{number}.json", "NVIDIA H200", "rtpurbo bench", results)
+    (tmp_path / "quality.json").write_text('{"records": [{"suite": "ruler"}]}')
+    task = replace(RECORD, device="NVIDIA H200", dtype="bfloat16").task
+    assert usual_times(tmp_path) == {("sdpa-cudnn", *task): 110.0, ("rtpurbo", *task): 30.0}
+    assert usual_times(tmp_path / "nowhere") == {}

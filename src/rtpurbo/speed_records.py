@@ -6,6 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, get_args
 
 from rtpurbo import strict_json
@@ -39,12 +40,15 @@ class SpeedRecord:
         retrieval_window: window of retrieval heads.
         peak_memory_bytes: peak memory, inputs included.
         scratch_bytes: part of the peak that was neither allocated before the call nor is its result.
-        model: geometry of a whole model.
-        tokens_per_second: speed of training.
+        model: geometry of a whole model, or the name of an artifact.
+        tokens_per_second: speed of training, or of the decode steps of a whole model.
+        memory_gb: memory in GB (1e9 bytes) that holds as many sequences as `batch_size`, beside the weights.
         peak_memory_gib: peak memory of training in GiB.
         loss_milliseconds: time of the loss and its gradients in a training step.
         loss_share: the same as a share of the step.
         dtype: dtype of the states or weights, as in "bfloat16"; None in files of earlier versions.
+        usual_milliseconds: median of earlier results of the same implementation and task on the device, if
+            the time is far off it.
         device: device, which a file states once for all records.
         note: further remarks.
     """
@@ -67,12 +71,29 @@ class SpeedRecord:
     scratch_bytes: int | None = None
     model: str | None = None
     tokens_per_second: float | None = None
+    memory_gb: float | None = None
     peak_memory_gib: float | None = None
     loss_milliseconds: float | None = None
     loss_share: float | None = None
     dtype: str | None = None
+    usual_milliseconds: float | None = None
     device: str | None = None
     note: str | None = None
+
+    @property
+    def task(self) -> tuple[Any, ...]:
+        """Work that was measured and its device: records of one task can be compared."""
+        return (
+            self.phase,
+            self.model or "",
+            self.device or "",
+            self.dtype or "",
+            self.batch_size,
+            self.context_length,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types without fields that are None."""
@@ -142,6 +163,33 @@ def read_speed(path: str | Path) -> SpeedResults:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no benchmarks or is corrupt; measure again.") from error
     return SpeedResults(records, notes, origin=data)
+
+
+def usual_times(folder: Path) -> dict[tuple[Any, ...], float]:
+    """Median times of earlier results, for `Session`.
+
+    Records that are far off their usual time themselves are left out.
+
+    Args:
+        folder: folder of files that `write_speed` wrote, and others; it need not exist.
+
+    Returns:
+        Milliseconds by implementation and task.
+    """
+    times: dict[tuple[Any, ...], list[float]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            records = read_speed(path).records
+        except RTPurboError:  # results of another kind
+            continue
+        for record in records:
+            if record.usual_milliseconds is None:
+                # Files of earlier versions state no dtype, which is this one.
+                record = replace(record, dtype=record.dtype or "bfloat16")
+                times.setdefault((record.implementation, *record.task), []).append(
+                    record.milliseconds
+                )
+    return {key: median(found) for key, found in times.items()}
 
 
 def stated_density(asked: float, reached: float, tolerance: float) -> float:

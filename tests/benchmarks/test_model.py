@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from rtpurbo.benchmarks import geometries, model
+from rtpurbo.benchmarks import geometries
 from rtpurbo.benchmarks.geometries import build_model, spread_head_map
 from rtpurbo.benchmarks.model import bench_model
+from rtpurbo.benchmarks.model_case import ModelCase
 from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
 from tests.benchmarks.support import CPU, session
@@ -65,8 +66,8 @@ def test_a_prompt():
 
 
 def test_logits_that_are_not_finite_get_no_figure(monkeypatch):
-    real = model._forward
-    monkeypatch.setattr(model, "_forward", lambda *args: real(*args) * torch.nan)
+    real = ModelCase.forward
+    monkeypatch.setattr(ModelCase, "forward", lambda *args: real(*args) * torch.nan)
     made = run("model-prefill", wanted=("rtpurbo-dense-retrieval",))
     assert not made.results.records
     assert "the logits are not finite" in made.results.errors[0]

@@ -114,3 +114,38 @@ def test_only_wanted_implementations_are_measured():
     run.run(entry("rtpurbo"))
     run.run(entry())
     assert [record.implementation for record in run.results.records] == ["peer"]
+
+
+USUAL = {("peer", "prefill", "", "cpu", "", 1, 100, 4, 2, 16): 100.0}
+
+
+def measured(times, name="peer", **options):
+    """Record of an implementation whose measurements take these milliseconds, and the results."""
+    remaining = list(times)
+    clock = FakeClock()
+    clock.times = lambda call, repeats: [remaining.pop(0)] * repeats
+    clock.first = lambda call: 500.0  # above the warm-up
+    run = session(clock=clock, usual=USUAL)
+    run.run(entry(name, **options))
+    assert not remaining
+    [record] = run.results.records
+    return record, run.results
+
+
+def test_a_peer_that_is_slower_than_usual_is_measured_again():
+    record, results = measured([450.0, 110.0])
+    assert (record.milliseconds, record.usual_milliseconds) == (110.0, None)
+    assert not results.notes
+
+
+@pytest.mark.parametrize("times", [[450.0, 480.0, 440.0], [60.0]])
+def test_a_peer_that_stays_far_off_its_usual_time_is_flagged(times):
+    record, results = measured(times)
+    assert (record.milliseconds, record.usual_milliseconds) == (times[-1], 100.0)
+    [note] = results.notes
+    assert f"far off its usual time: {times[-1]:g} ms instead of 100 ms" in note
+
+
+def test_other_tasks_and_our_own_times_have_no_usual_time():
+    assert measured([450.0], length=200)[0].usual_milliseconds is None
+    assert measured([450.0], is_ours=True)[0].usual_milliseconds is None

@@ -49,6 +49,12 @@ def test_without_a_gpu(command, monkeypatch):
         (["prefill", "--row-stride", "3"], "row_stride is 3"),
         (["prefill", "--device", "abacus"], "'abacus' is not available"),
         (["model", "--geometry", "giant", "--device", "cpu"], "no geometry 'giant'"),
+        (["model", "--artifact", "nowhere", "--device", "cpu"], "nowhere is not a folder"),
+        (["model", "--artifact", "some", "--geometry", "qwen3-8b"], "--geometry is for random"),
+        (["model", "--artifact", "some", "--decode-density", "0.1"], "--decode-density is for"),
+        (["model", "--artifact", "some", "--row-stride", "2"], "--row-stride is for random"),
+        (["model", "--data", "books.txt"], "--data is for the model of an artifact"),
+        (["model", "--phase", "prefill", "--memory", "80"], "--memory is for decode steps"),
         (["training", "--implementation", "flex"], "no implementation 'flex' here"),
         (["training", "--documents", "9", "--device", "cpu"], "nothing to learn"),
         (["training", "--phase", "stage2", "--documents", "2"], "--documents is for stage 1"),
@@ -81,6 +87,36 @@ def test_a_step_from_options_to_a_file(tmp_path, monkeypatch):
     assert [record["implementation"] for record in data["records"]] == ["sdpa-flash"]
     assert [record["dtype"] for record in data["records"]] == ["float16"]
     assert "decode (cpu, float16)" in result.stdout
+
+
+def test_the_model_of_an_artifact_from_options_to_a_plot(tiny_artifact, tmp_path):
+    output = tmp_path / "speed.json"
+    result = run(
+        "bench", "model", "--artifact", tiny_artifact, "--phase", "decode", "--length", 128,
+        "--batch", 2, "--repeats", 1, "--device", "cpu", "-o", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    records = json.loads(output.read_text())["records"]
+    assert {record["implementation"] for record in records} == {"sdpa-flash", "rtpurbo"}
+    assert {record["batch_size"] for record in records} == {2}
+    shown = run("bench", "show", output, "--markdown", "--plot", tmp_path / "speed.svg")
+    assert "model-decode: artifact artifact, 2 layers" in shown.stdout
+    assert "artifact artifact, 2 layers" in (tmp_path / "speed.svg").read_text()
+
+
+def test_a_peer_far_off_its_earlier_time_is_flagged(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "MAX_SETS", 1)
+    options = ["--length", 256, *TINY, "--implementation", "sdpa-flash"]
+    first, second = tmp_path / "earlier" / "first.json", tmp_path / "second.json"
+    assert run("bench", "decode", *options, "-o", first).exit_code == 0
+    data = json.loads(first.read_text())
+    data["records"][0] |= {"milliseconds": 1e-6, "dtype": "float16"}
+    first.write_text(json.dumps(data))
+    result = run("bench", "decode", *options, "--earlier", first.parent, "-o", second)
+    assert "measuring again" in result.stderr
+    assert "! far off the usual time" in " ".join(result.stdout.split())
+    [record] = json.loads(second.read_text())["records"]
+    assert record["usual_milliseconds"] == 1e-6
 
 
 def test_a_wrong_result_ends_in_an_error(monkeypatch, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 @pytest.mark.parametrize(
     ("effort", "stages"),
     [
-        ("standard", ["calibrate", "stage1"]),
-        ("thorough", ["calibrate", "stage1", "stage2", "refresh"]),
+        ("standard", ["calibrate", "stage1", "top-p"]),
+        ("thorough", ["calibrate", "stage1", "stage2", "refresh", "top-p"]),
     ],
 )
 def test_a_tiny_shape_is_measured_in_a_process_of_its_own(
@@ -27,6 +27,7 @@ def test_a_tiny_shape_is_measured_in_a_process_of_its_own(
     for record in written["records"]:
         assert record["parameters"] > 300_000
         assert record["weights_gib"] * memory.GIB == pytest.approx(2 * record["parameters"])
+        assert record["measured_seconds"] > 0
         assert record["minutes"] * 60 > record["seconds_per_step"] > 0
         assert record["peak_allocated_gib"] is None
     assert f"| tiny | 0.0 |{' - |' * len(stages)}" in capsys.readouterr().out
@@ -43,7 +44,7 @@ def test_lengths_are_those_of_a_long_context():
 def test_minutes_are_those_of_all_steps(monkeypatch):
     meter = memory.Meter("tiny", memory.torch.device("cpu"))
     # The first turn of two steps took 10 s, the second 4 s; what comes after them took 3 s.
-    times = iter([0, 6, 10, 11, 14, 17])
+    times = iter([0, 6, 10, 11, 14, 17, 18])
     monkeypatch.setattr(memory.time, "perf_counter", lambda: next(times))
     meter.start()
     for _ in range(4):
@@ -53,3 +54,28 @@ def test_minutes_are_those_of_all_steps(monkeypatch):
     [record] = meter.records
     assert record["seconds_per_step"] == 2
     assert record["minutes"] * 60 == 10 + 18 * 2 + 3
+    assert record["measured_seconds"] == 18
+
+
+def test_stages_before_a_failure_are_kept(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "memory.json"
+
+    def run(command, check):
+        part = next(word.removeprefix("--output=") for word in command if "--output=" in word)
+        meter = memory.Meter("tiny", memory.torch.device("cpu"), memory.Path(part), weights_gib=1.0)
+        meter.start()
+        meter.step("calibrate", 1, 2, {})
+        meter.step("calibrate", 2, 2, {})
+        meter.finish("calibrate", 1, 150, (8,))
+        return memory.subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(memory, "library_commit", lambda: None)
+    monkeypatch.setattr(memory.subprocess, "run", run)
+    options = ["tiny", "--device", "cpu", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *options])
+    with pytest.raises(SystemExit):
+        memory.main()
+    assert [record["stage"] for record in json.loads(output.read_text())["records"]] == [
+        "calibrate"
+    ]
+    assert "tiny failed" in capsys.readouterr().err

@@ -53,6 +53,29 @@ def test_a_table_for_each_phase():
     assert max(len(line) for line in text.splitlines()) <= 100
 
 
+def test_times_far_off_the_usual_one_are_marked():
+    off = replace(FLASH, usual_milliseconds=100.0)
+    text = text_of([RECORD, off])
+    assert "425!" in text
+    assert "14.17!" in text
+    assert "! far off the usual time: sdpa-flash at 128K usually takes 100 ms" in text
+    assert "14.17! |" in speed_markdown([RECORD, off])
+    assert "usually takes 100 ms" in speed_markdown([RECORD, off])
+    assert "!" not in text_of(RECORDS)
+
+
+def test_tokens_a_second_and_the_memory_of_a_batch():
+    record = replace(
+        STEP, phase="model-decode", model="m", memory_gb=80.0, tokens_per_second=1234.5
+    )
+    text = speed_markdown([record])
+    assert "| tokens/s |" in text
+    assert "128K x 8 in 80 GB" in text
+    assert "| 1,234 |" in text
+    assert "1,234" in text_of([record])
+    assert "tokens/s" not in speed_markdown(RECORDS)
+
+
 def test_markdown():
     text = speed_markdown(RECORDS)
     assert "| 128K | rtpurbo | 8K | 10.0 % | 30 | 14.17 | - |" in text
@@ -75,5 +98,10 @@ def test_a_picture(tmp_path):
     assert (tmp_path / "speed.png").stat().st_size > 1000
     save_plot(RECORDS, tmp_path / "speed.svg")
     assert "var(--s0)" in (tmp_path / "speed.svg").read_text()
+    whole = replace(RECORD, phase="model-prefill", model="one, 2 layers")
+    save_plot([whole, replace(whole, model="another, 2 layers")], tmp_path / "models.svg")
+    text = (tmp_path / "models.svg").read_text()
+    assert "one, 2 layers" in text
+    assert "another, 2 layers" in text
     with pytest.raises(RTPurboError, match="cannot be drawn"):
         save_plot(RECORDS, tmp_path / "speed.unknown")

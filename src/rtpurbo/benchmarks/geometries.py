@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rtpurbo.benchmarks.layer import dtype_name
 from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.architecture import attention_shapes
 from rtpurbo.models.sparse_layers import headwise_modules
 
 CONTEXT = 2**20
@@ -133,7 +134,7 @@ def draw_indexers(model: PreTrainedModel, seed: int = 0) -> None:
 
 def model_facts(
     phase: str,
-    geometry: str,
+    name: str,
     model: PreTrainedModel,
     head_map: HeadMap,
     rule: AttentionRule,
@@ -141,18 +142,15 @@ def model_facts(
     **others: Any,
 ) -> dict[str, Any]:
     """Record fields that are known before the measurement, with `others` in addition."""
-    config = model.config
     return {
         "phase": phase,
         "context_length": length,
         "batch_size": 1,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
+        **vars(attention_shapes(model.config)[0]),
         "num_retrieval_heads": head_map.num_retrieval_heads,
-        "head_dim": config.head_dim,
         "sliding_window": rule.sliding_window,
         "density": 1.0,
         "dtype": dtype_name(model.dtype),
-        "model": f"{geometry}, {config.num_hidden_layers} layers",
+        "model": f"{name}, {model.config.num_hidden_layers} layers",
         **others,
     }

@@ -1,4 +1,4 @@
-"""Sparse model in a long context: a cache filled with random states, and block lists of a given density."""
+"""Sparse model in a long context: caches of random states or of prompts, and block lists of a given density."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from rtpurbo.benchmarks.layer import index_dtype_of
 from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
 from rtpurbo.config import AttentionRule
+from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
+from rtpurbo.models.decoding import CAPTURE_COST_IN_STEPS
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops.backends import BACKENDS
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
@@ -80,7 +82,6 @@ def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) ->
     cache = HeadwiseCache(model, reserve=roomy_capacity(length + 1, expected))
     cache.expected_length = expected
     device, dtype = model.device, model.dtype
-    index_dtype = index_dtype_of(dtype)
     cache.begin_forward(None, batch, length, device)
 
     def states(heads: int, dim: int, kind: torch.dtype) -> Tensor:
@@ -90,7 +91,9 @@ def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) ->
         index_keys = None
         if module.retrieval_heads:
             num_keys, index_dim, _ = module.indexer.key_weight.shape
-            index_keys = states(num_keys, index_dim, index_dtype)
+            index_keys = states(num_keys, index_dim, index_dtype_of(dtype))
+            if module.rule.index_storage == "float8":
+                index_keys = index_keys.to(torch.float8_e4m3fn)
         layer.append(
             states(module.num_key_value_heads, module.head_dim, dtype),
             states(module.num_key_value_heads, module.head_dim, dtype),
@@ -98,3 +101,35 @@ def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) ->
             module.layout(device),
         )
     return cache
+
+
+def read_prompts(model: PreTrainedModel, prompts: Tensor, length: int, batch: int) -> HeadwiseCache:
+    """Cache of a sparse model whose sequences have read prompts; sequence b has read prompt b % len(prompts).
+
+    Prompts are read one at a time, each whole: a batch of them would take the activations of all, and
+    `AttentionRule.dense_prompt_queries` applies to a prompt of one forward.
+
+    Args:
+        model: sparse model whose layers all have full attention.
+        prompts: token ids, int64 [number of prompts, prompt length].
+        length: tokens that the cache will hold in the end.
+        batch: number of sequences, at least that of the prompts.
+    """
+    # Fewer steps than this would run without a CUDA graph.
+    expected = length + CAPTURE_COST_IN_STEPS
+    whole: HeadwiseCache | None = None
+    for number, prompt in enumerate(prompts):
+        cache = HeadwiseCache(model, reserve=roomy_capacity(prompts.shape[1], expected))
+        cache.expected_length = expected
+        model(prompt[None], **{CACHE_NAME: cache}, logits_to_keep=1)
+        if whole is None:
+            whole = cache
+            whole.batch_repeat_interleave(batch)
+            continue
+        for layer, read in zip(whole.layers, cache.layers, strict=True):
+            for (_, _, held), (_, _, new) in zip(
+                layer.held_tensors(), read.held_tensors(), strict=True
+            ):
+                held[number :: len(prompts)] = new[0]
+    assert whole is not None
+    return whole

@@ -148,6 +148,11 @@ def measure(call: Call, clock: Clock, repeats: int, result_bytes: int = 0) -> Me
     return Measurement(median, low, high, len(times), peak, scratch)
 
 
+def max_calls(repeats: int) -> int:
+    """Largest number of calls for a check and `measure`: the check, the first, warm-up and timed ones."""
+    return 2 + 2 * max(MIN_REPEATS, repeats)
+
+
 def replayed(calls: Sequence[Call], device: torch.device) -> Call:
     """One call that runs all `calls`: on a GPU the replay of a CUDA graph."""
 

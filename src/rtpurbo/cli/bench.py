@@ -14,10 +14,12 @@ import typer
 
 from rtpurbo.cli import bench_serve, options
 from rtpurbo.cli.bench_options import (
+    EARLIER,
     Batch,
     Density,
     Device,
     Dtype,
+    Earlier,
     Geometry,
     HeadDim,
     Heads,
@@ -25,6 +27,7 @@ from rtpurbo.cli.bench_options import (
     KeyValueHeads,
     Layers,
     Length,
+    Memory,
     Output,
     Plot,
     Repeats,
@@ -34,6 +37,7 @@ from rtpurbo.cli.bench_options import (
     TimeLimit,
     Window,
     Windows,
+    check_model_options,
 )
 from rtpurbo.errors import RTPurboError
 
@@ -83,6 +87,7 @@ def prefill(
     time_limit: TimeLimit = 60.0,
     output: Output = None,
     plot: Plot = None,
+    earlier: Earlier = EARLIER,
     device: Device = "cuda",
 ) -> None:
     """Measure prefill attention of one layer.
@@ -125,6 +130,7 @@ def decode(
     time_limit: TimeLimit = 60.0,
     output: Output = None,
     plot: Plot = None,
+    earlier: Earlier = EARLIER,
     device: Device = "cuda",
 ) -> None:
     """Measure decode attention of one layer, in a CUDA graph.
@@ -146,6 +152,16 @@ def decode(
 def model(
     context: typer.Context,
     geometry: Geometry = "qwen3-8b",
+    artifact: Annotated[
+        str | None,
+        options.optional(
+            metavar="ARTIFACT",
+            help="Instead of a geometry, the model of this artifact with its own weights, rule and head "
+            "map, reading held-out text.",
+        ),
+    ] = None,
+    base_model: options.BaseModel = None,
+    data: options.Data = None,
     phase: Annotated[
         Literal["both", "decode", "prefill"], typer.Option(help="What to measure.")
     ] = "both",
@@ -161,31 +177,47 @@ def model(
     retrieval_window: RetrievalWindow = None,
     row_stride: RowStride = None,
     batch: Batch = None,
+    memory: Memory = None,
     dtype: Dtype = "bfloat16",
     implementation: Implementation = None,
     repeats: Repeats = 20,
     time_limit: TimeLimit = 60.0,
     output: Output = None,
     plot: Plot = None,
+    earlier: Earlier = EARLIER,
     device: Device = "cuda",
 ) -> None:
-    """Measure a whole model with random weights: dense, and with 15 % retrieval heads.
+    """Measure a whole model, dense and sparse: random weights with 15 % retrieval heads, or an artifact.
 
     `rtpurbo bench model --geometry qwen3-8b --phase decode --length 131072 -o model.json`
+    `rtpurbo bench model --artifact qwen3-8b-sparse --data books.jsonl.gz --length 32768 --batch 16`
     """
-    from rtpurbo.benchmarks.model import IMPLEMENTATIONS, bench_model
+    from rtpurbo.benchmarks.artifact_model import bench_artifact
+    from rtpurbo.benchmarks.model import bench_model
+    from rtpurbo.benchmarks.model_case import IMPLEMENTATIONS
 
+    check_model_options(context)
+    phases = [chosen for chosen in ("decode", "prefill") if phase in ("both", chosen)]
+    batches = batch or [1]
+    if artifact is not None:
+        with _measuring(context, IMPLEMENTATIONS) as session:
+            bench_artifact(
+                session, artifact, phases, length, batches, _dtype(dtype), data, base_model, memory
+            )
+        return
     densities = {"model-prefill": prefill_density, "model-decode": decode_density}
     for value in densities.values():
         _densities([value], value)
     rules = {}
-    for chosen in ["decode", "prefill"] if phase == "both" else [phase]:
+    for chosen in phases:
         # A smaller window for retrieval heads is profitable where one block list serves a whole query block.
         near = retrieval_window or (RETRIEVAL_WINDOW if chosen == "prefill" else None)
         rules[f"model-{chosen}"] = _rule(window, near, row_stride)
-    lengths, batches = length or LENGTHS, batch or [1]
     with _measuring(context, IMPLEMENTATIONS) as session:
-        bench_model(session, geometry, rules, lengths, densities, batches, _dtype(dtype), layers)
+        bench_model(
+            session, geometry, rules, length or LENGTHS, densities, batches, _dtype(dtype), layers,
+            memory,
+        )  # fmt: skip
 
 
 @app.command()
@@ -214,6 +246,7 @@ def training(
     repeats: Repeats = 5,
     time_limit: TimeLimit = 60.0,
     output: Output = None,
+    earlier: Earlier = EARLIER,
     device: Device = "cuda",
 ) -> None:
     """Measure a training step: stage 1 with 15 % retrieval heads on all queries, or stage 2 of a LoRA.
@@ -312,7 +345,7 @@ def _measuring(context: typer.Context, known: Sequence[str]) -> Iterator[Session
     from rtpurbo.benchmarks.session import Session
     from rtpurbo.devices import device_name, resolve_device
     from rtpurbo.reporting.figures import check_matplotlib
-    from rtpurbo.speed_records import write_speed
+    from rtpurbo.speed_records import usual_times, write_speed
 
     options = context.params
     wanted, output, plot = options["implementation"] or (), options["output"], options.get("plot")
@@ -339,6 +372,7 @@ def _measuring(context: typer.Context, known: Sequence[str]) -> Iterator[Session
         wanted=tuple(wanted),
         log=lambda text: typer.echo(text, err=True),
         on_record=write,
+        usual=usual_times(options["earlier"]),
     )
     yield session
     _show(session.results, plot)

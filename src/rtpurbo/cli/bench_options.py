@@ -8,6 +8,14 @@ from typing import Annotated, Literal
 import typer
 
 from rtpurbo.cli.options import optional
+from rtpurbo.errors import RTPurboError
+
+# Options of `bench model` for models with random weights, and for those of artifacts.
+GEOMETRY_OPTIONS = (
+    *("geometry", "layers", "prefill_density", "decode_density"),
+    *("window", "retrieval_window", "row_stride"),
+)
+ARTIFACT_OPTIONS = ("data", "base_model")
 
 Length = Annotated[
     list[int] | None,
@@ -58,6 +66,14 @@ Batch = Annotated[
     list[int] | None,
     typer.Option(min=1, help="Batch size. Repeat it for several.", show_default="1"),
 ]
+Memory = Annotated[
+    float | None,
+    optional(
+        min=1,
+        help="Also measure decode steps of as many sequences as fit into this memory in GB, weights "
+        "included: a larger batch in the sparse model than in the dense one.",
+    ),
+]
 Dtype = Annotated[Literal["bfloat16", "float16"], typer.Option(help="Dtype of all states.")]
 Implementation = Annotated[
     list[str] | None,
@@ -78,4 +94,32 @@ Output = Annotated[Path | None, optional("--output", "-o", help="JSON file for t
 Plot = Annotated[
     Path | None, optional(help="Image file for a plot of the results; needs the extra `plots`.")
 ]
+EARLIER = Path("benchmarks/results")
+Earlier = Annotated[
+    Path,
+    typer.Option(
+        help="Folder with results of earlier benchmarks. Dense kernels that are slower than they were "
+        "there on this device are measured again, and flagged if their times stay far off."
+    ),
+]
 Device = Annotated[str, typer.Option(hidden=True)]
+
+
+def check_model_options(context: typer.Context) -> None:
+    """Refuses options of `bench model` that have no meaning together, or without `--artifact`.
+
+    Raises:
+        RTPurboError: there is one.
+    """
+    has_artifact = context.params["artifact"] is not None
+    if context.params["memory"] is not None and context.params["phase"] == "prefill":
+        raise RTPurboError("--memory is for decode steps: leave it or --phase prefill out.")
+    for name in ARTIFACT_OPTIONS if not has_artifact else GEOMETRY_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise RTPurboError(
+                f"{option} is for random weights, and an artifact has its own: leave it or --artifact out."
+                if has_artifact
+                else f"{option} is for the model of an artifact: name one with --artifact."
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -25,6 +24,8 @@ from rtpurbo.reporting.svg import figure_style, save_image
 from rtpurbo.speed_records import SpeedRecord
 
 BASELINES = {"sdpa-flash": "x flash", "sdpa-cudnn": "x cuDNN"}
+# Mark of times that are far off the usual ones of the device.
+UNUSUAL = "!"
 HEADER = [
     "context",
     "implementation",
@@ -42,11 +43,13 @@ def speed_tables(records: Sequence[SpeedRecord]) -> list[Table]:
     tables = []
     for title, chosen in _phases(records).items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for number, name in enumerate(HEADER):
+        for number, name in enumerate(_header(chosen)):
             table.add_column(name, justify="left" if number == 1 else "right", no_wrap=True)
         for record in chosen:
             style = "bold" if record.implementation.startswith("rtpurbo") else ""
-            table.add_row(*(Text(cell, style) for cell in _row(records, record)))
+            cells = _row(records, record)[: len(table.columns)]
+            table.add_row(*(Text(cell, style) for cell in cells))
+        table.caption = _caption(chosen) or None
         tables.append(table)
     return tables
 
@@ -55,37 +58,37 @@ def speed_markdown(records: Sequence[SpeedRecord]) -> str:
     """Returns the same tables in Markdown, for documentation."""
     parts = []
     for title, chosen in _phases(records).items():
-        rows = (_row(records, record) for record in chosen)
-        parts.append(f"**{title}**\n\n{markdown_rows(HEADER, rows)}")
+        header = _header(chosen)
+        rows = (_row(records, record)[: len(header)] for record in chosen)
+        table = f"**{title}**\n\n{markdown_rows(header, rows)}"
+        parts += [table, *filter(None, [_caption(chosen)])]
     return "\n\n".join(parts)
+
+
+def _header(records: Sequence[SpeedRecord]) -> list[str]:
+    """Titles of the columns, with tokens a second where a record has them."""
+    has_tokens = any(record.tokens_per_second is not None for record in records)
+    return [*HEADER, *(["tokens/s"] if has_tokens else [])]
 
 
 def speedup(records: Sequence[SpeedRecord], record: SpeedRecord, baseline: str) -> float | None:
     """Returns the speedup of a record over a baseline of the same task; None without one."""
-    for other in records:
-        if other.implementation == baseline and _task(other) == _task(record):
-            return other.milliseconds / record.milliseconds
-    return None
+    other = _baseline(records, record, baseline)
+    return None if other is None else other.milliseconds / record.milliseconds
 
 
-def _task(record: SpeedRecord) -> tuple[Any, ...]:
-    return (
-        record.phase,
-        record.model or "",
-        record.device or "",
-        record.dtype or "",
-        record.batch_size,
-        record.context_length,
-        record.num_attention_heads,
-        record.num_key_value_heads,
-        record.head_dim,
-    )
+def _baseline(
+    records: Sequence[SpeedRecord], record: SpeedRecord, baseline: str
+) -> SpeedRecord | None:
+    """Record of a baseline for the same task as another record."""
+    same = (one for one in records if one.implementation == baseline and one.task == record.task)
+    return next(same, None)
 
 
 def _phases(records: Sequence[SpeedRecord]) -> dict[str, list[SpeedRecord]]:
     """Records by phase, model, device and dtype, the shortest context and the slowest first."""
     phases: dict[str, list[SpeedRecord]] = {}
-    for record in sorted(records, key=lambda record: (*_task(record), -record.milliseconds)):
+    for record in sorted(records, key=lambda record: (*record.task, -record.milliseconds)):
         title = record.phase if record.model is None else f"{record.phase}: {record.model}"
         title += f" ({_made_with(record)})" if _made_with(record) else ""
         phases.setdefault(title, []).append(record)
@@ -99,18 +102,44 @@ def _made_with(record: SpeedRecord) -> str:
 
 def _row(records: Sequence[SpeedRecord], record: SpeedRecord) -> list[str]:
     speed = achieved(record)
-    ratios = [speedup(records, record, baseline) for baseline in BASELINES]
-    context = short_length(record.context_length)
+    baselines = [_baseline(records, record, name) for name in BASELINES]
+    context, tokens = short_length(record.context_length), record.tokens_per_second
+    if record.batch_size > 1:
+        context += f" x {record.batch_size}"
+    if record.memory_gb is not None:
+        context += f" in {record.memory_gb:g} GB"
     return [
-        context if record.batch_size == 1 else f"{context} x {record.batch_size}",
+        context,
         record.implementation,
         "-" if is_dense(record) else short_length(record.sliding_window),
         percent(record.density),
-        _short(record.milliseconds),
-        *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        _short(record.milliseconds) + _mark(record),
+        *(
+            "-"
+            if other is None
+            else f"{other.milliseconds / record.milliseconds:.2f}{_mark(other) or _mark(record)}"
+            for other in baselines
+        ),
         "-" if speed is None else f"{speed[0]:,.0f} {speed[1]}",
         "-" if record.scratch_bytes is None else short_bytes(record.scratch_bytes),
+        "-" if tokens is None else f"{tokens:,.0f}",
     ]
+
+
+def _mark(record: SpeedRecord) -> str:
+    """Mark of a time that is far off the usual one, and of ratios with it."""
+    return "" if record.usual_milliseconds is None else UNUSUAL
+
+
+def _caption(records: Sequence[SpeedRecord]) -> str:
+    """Explanation of the marks in a table; empty without any."""
+    usual = [
+        f"{record.implementation} at {short_length(record.context_length)} usually takes "
+        f"{_short(record.usual_milliseconds)} ms"
+        for record in records
+        if record.usual_milliseconds is not None
+    ]
+    return f"{UNUSUAL} far off the usual time: {'; '.join(usual)}" if usual else ""
 
 
 def is_dense(record: SpeedRecord) -> bool:
@@ -126,7 +155,7 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
     """Draws time against context length, a line for each implementation, window and density.
 
     Args:
-        records: measurements; each phase, batch size, device and dtype gets a plot of its own.
+        records: measurements; each phase, model, batch size, device and dtype gets a plot of its own.
         path: the file: .svg (which follows light and dark), .png or another format of matplotlib.
 
     Raises:
@@ -137,11 +166,11 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
     columns = max(1, len(pictures))
     with figure_style() as new_figure:
         figure = new_figure(figsize=(6 * columns, 4.5), layout="constrained", facecolor="white")
-        for (phase, batch, made_with), axes in zip(
+        for picture, axes in zip(
             pictures, figure.subplots(1, columns, squeeze=False)[0], strict=False
         ):
-            chosen = (phase, batch, made_with)
-            lines = _lines([record for record in records if _picture(record) == chosen])
+            phase, batch, made_with = picture
+            lines = _lines([record for record in records if _picture(record) == picture])
             fastest = min(time for points in lines.values() for _, time in points)
             unit, factor = ("microseconds", 1000) if fastest < 1 else ("milliseconds", 1)
             ours = [label for label in lines if label.startswith("rtpurbo")]
@@ -168,8 +197,9 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
 
 
 def _picture(record: SpeedRecord) -> tuple[str, int, str]:
-    """Phase, batch size, and device with dtype: what one plot has in common."""
-    return record.phase, record.batch_size, _made_with(record)
+    """Phase, batch size, and model, device and dtype: what one plot has in common."""
+    made_with = ", ".join(filter(None, [record.model, _made_with(record)]))
+    return record.phase, record.batch_size, made_with
 
 
 def _lines(records: Sequence[SpeedRecord]) -> dict[str, list[tuple[int, float]]]:
