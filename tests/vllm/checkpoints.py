@@ -112,11 +112,12 @@ def assert_same_answers(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
+    tie: float = TIE,
 ) -> None:
     """Answers are equal, token for token, but behind a place where two tokens are equally likely.
 
     Sums over a batch are rounded in another order than sums over one row, so of two tokens whose
-    log-probabilities differ by less than `TIE` either may win. One answer in twenty may have such a
+    log-probabilities differ by less than `tie` either may win. One answer in twenty may have such a
     place, and a warning tells of each.
     """
     assert len(answers) == len(expected) == len(prompts)
@@ -132,7 +133,7 @@ def assert_same_answers(
             f"a prompt of {len(prompt)} tokens gets token {answer[place]} for {wanted[place]} at "
             f"{place}, which is likelier by {gap:.1e}"
         )
-        assert 0 <= gap < TIE, message
+        assert 0 <= gap < tie, message
         warnings.warn(message, stacklevel=2)
         ties += 1
     assert ties <= max(1, len(prompts) / 20)

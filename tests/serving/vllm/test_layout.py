@@ -139,6 +139,15 @@ def test_without_retrieval_heads_and_with_nothing_else():
     assert plan_of(config_of([range(8)]), lone_block_size=128).full.block_size == 128
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3"])
+def test_float8_keys_and_values_take_half_the_room(cache_dtype):
+    config = config_of([[0], [], [4]])
+    half = TokenBytes.of(config, HEAD_DIM, BYTES)
+    quarter = TokenBytes.of(config, HEAD_DIM, BYTES, cache_dtype)
+    assert quarter.key_value * 2 == half.key_value
+    assert quarter.index == half.index
+
+
 def test_float8_index_keys_take_half_the_room():
     both = [config_of([[0]], index_storage=kind) for kind in ("model", "float8")]
     half, quarter = (TokenBytes.of(config, HEAD_DIM, BYTES).index for config in both)

@@ -6,6 +6,7 @@ T tokens of all requests in a step, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
-from rtpurbo.serving.vllm.versions import rotary_table
+from rtpurbo.serving.vllm.versions import cache_scales, rotary_table
 
 OPERATOR = "rtpurbo::serve_attention"
 """Custom operator of a layer, opaque to compilers: vLLM splits the graphs of the model there."""
@@ -32,8 +33,8 @@ class ServedAttention(nn.Module):
     """Head-wise attention with the projections of the original attention module.
 
     Args:
-        original: attention module of the model family; all its submodules but the attention itself are
-            kept under their names.
+        original: attention module of the model family; its submodules are kept under their names. vLLM's attention
+            layer among them computes nothing, but loads the scales of a float8 cache.
         heads: heads of this layer on this rank.
         config: attention rule and indexer settings.
         indexer: indexer of the rank's retrieval heads; None if the layer has none on any rank.
@@ -42,6 +43,7 @@ class ServedAttention(nn.Module):
     """
 
     # Only some families have norms, and only some layers an indexer.
+    attn: nn.Module
     qkv_proj: nn.Module
     o_proj: nn.Module
     rotary_emb: nn.Module
@@ -60,8 +62,7 @@ class ServedAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, child in original.named_children():
-            if name != "attn":
-                setattr(self, name, child)
+            setattr(self, name, child)
         if indexer is not None:
             self.indexer = indexer
         self.name = original.attn.layer_name.removesuffix(".attn")
@@ -159,7 +160,11 @@ class ServedAttention(nn.Module):
                 queries, keys, values, unrotated_queries, unrotated_keys, full, windowed, layout
             )
         attend = cuda.attend if queries.is_cuda else eager.attend
-        attend(queries, index_queries, full, windowed, layout, self.rule, self.scaling, output)
+        # Scales of stored keys and values are factors on the dot products and on the output.
+        scaling, value_scale = self.scaling * cache.pages.key_scale, cache.pages.value_scale
+        attend(queries, index_queries, full, windowed, layout, self.rule, scaling, output)
+        if value_scale != 1:
+            output.mul_(value_scale)
 
     def _append(
         self,
@@ -195,7 +200,11 @@ class ServedAttention(nn.Module):
     def _cache(self, cache: PagedCache | None, metadata: Any) -> LayerCache | None:
         if cache is None:
             return None
-        return LayerCache(cache.pages[self.layer], metadata[cache.name], self.histograms)
+        pages = cache.pages[self.layer]
+        if pages.keys.dtype == torch.float8_e4m3fn:
+            key_scale, value_scale = cache_scales(self.attn)
+            pages = replace(pages, key_scale=key_scale, value_scale=value_scale)
+        return LayerCache(pages, metadata[cache.name], self.histograms)
 
     def _projected(
         self, project: Callable[[Tensor], Tensor], unrotated: Tensor, states: Tensor, heads: Tensor

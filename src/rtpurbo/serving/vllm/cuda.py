@@ -143,6 +143,8 @@ def append(
             of_full.pages.index_keys,
             lengths,
             prompt_lengths,
+            of_full.pages.key_scale,
+            of_full.pages.value_scale,
         ),
     )
     return rotated[:, :, 0], None if index_queries is None else index_queries[:, :, 0]

@@ -28,6 +28,9 @@ MAX_WINDOWED_GROUPS = 8
 # Share of memory that another group must save.
 _MIN_SAVING_PER_GROUP = 0.01
 
+FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
+"""Values of `--kv-cache-dtype` with which keys and values are stored as float8_e4m3fn."""
+
 
 @dataclass(frozen=True)
 class LayerHeads:
@@ -89,10 +92,25 @@ class TokenBytes:
     index: int
 
     @classmethod
-    def of(cls, config: RTPurboConfig, head_dim: int, bytes_per_element: int) -> TokenBytes:
-        """Sizes for a model with `bytes_per_element`; index keys of bfloat16 models are float16."""
+    def of(
+        cls,
+        config: RTPurboConfig,
+        head_dim: int,
+        bytes_per_element: int,
+        cache_dtype: str = "auto",
+    ) -> TokenBytes:
+        """Sizes for a model; index keys of bfloat16 models are float16.
+
+        Args:
+            config: attention rule and indexer settings.
+            head_dim: dimensions of a head.
+            bytes_per_element: size of an element in the model's dtype.
+            cache_dtype: dtype of keys and values as in vLLM's `--kv-cache-dtype`; others than
+                `FLOAT8_CACHE_DTYPES` are the model's.
+        """
         index_bytes = 1 if config.attention.index_storage == "float8" else bytes_per_element
-        return cls(2 * head_dim * bytes_per_element, config.indexer.index_dim * index_bytes)
+        key_value_bytes = 1 if cache_dtype in FLOAT8_CACHE_DTYPES else bytes_per_element
+        return cls(2 * head_dim * key_value_bytes, config.indexer.index_dim * index_bytes)
 
     def full(self, heads: LayerHeads) -> int:
         """Bytes of a token of a layer in the full group."""
