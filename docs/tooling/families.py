@@ -80,8 +80,9 @@ def _row(name: str, config: Any) -> str:
     kept = {
         one for one, is_sparse in zip(layer_types(config), converted, strict=True) if not is_sparse
     }
-    # The plugin takes models in which every layer is sparse.
-    on_vllm = all(converted) and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) in VLLM_ARCHITECTURES
+    # The plugin takes layers that are sparse or have a sliding window.
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    on_vllm = kept <= {"sliding_attention"} and architecture in VLLM_ARCHITECTURES
     cells = [
         name,
         f"`{kind}`",

@@ -14,6 +14,7 @@ import torch
 import rtpurbo
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.files import whole_folder
+from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.artifact_config import ArtifactConfig, save_artifact
 from rtpurbo.models.base import load_base_model
 from rtpurbo.models.sparse_layers import indexer_weights
@@ -40,7 +41,12 @@ SHAPE = {
 }
 # The logits of these models differ by 3e-5 between float32 and float64.
 TIE = 1e-4
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+# Windows of layers that are not converted; the last layer stays full.
+OWN_WINDOWS = {
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 
 
 def save_checkpoint(
@@ -53,12 +59,20 @@ def save_checkpoint(
     **changes: Any,
 ) -> Path:
     """Exports a sparse model of random weights that selects few tokens, and returns its folder."""
+    if family == "gemma3_text":
+        changes = OWN_WINDOWS | changes
     shape = {**SHAPE, "num_hidden_layers": len(layers), **changes}
     tiny_model(family, **shape).save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     base = load_base_model(str(folder / "base"))
+    converted = convertible_layers(base.model.config)
     heads = HeadMap(
-        tuple(map(tuple, layers)), shape["num_attention_heads"], shape["num_key_value_heads"]
+        tuple(
+            tuple(chosen) if is_sparse else None
+            for chosen, is_sparse in zip(layers, converted, strict=True)
+        ),
+        shape["num_attention_heads"],
+        shape["num_key_value_heads"],
     )
     attention = {
         "num_sink_tokens": SINKS,

@@ -76,9 +76,17 @@ def capacity_of(
         tokens=request,
         in_flight=in_flight,
         world_size=tensor_parallel_size,
+        own_window=model.get("sliding_window"),
     )
     # Devices share the heads of a token, so their memory adds up.
-    dense = dense_capacity(config, token_bytes, memory * tensor_parallel_size)
+    dense = dense_capacity(
+        config,
+        token_bytes,
+        memory * tensor_parallel_size,
+        tokens=request,
+        in_flight=in_flight,
+        own_window=model.get("sliding_window"),
+    )
     return Capacity(memory, request, plan.capacity(memory, request, in_flight), dense)
 
 

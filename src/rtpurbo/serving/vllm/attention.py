@@ -16,14 +16,14 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from rtpurbo.config import RTPurboConfig
+from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.ops import HeadLayout
 from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
-from rtpurbo.serving.vllm.versions import cache_scales, rotary_table
+from rtpurbo.serving.vllm.versions import cache_scales, has_unit_offset, rotary_table
 
 OPERATOR = "rtpurbo::serve_attention"
 """Custom operator of a layer, opaque to compilers: vLLM splits the graphs of the model there."""
@@ -71,6 +71,11 @@ class ServedAttention(nn.Module):
         self.scaling: float = original.scaling
         self.sizes = [original.q_size, original.kv_size, original.kv_size]
         self.rule = config.attention.for_layer(layer)
+        if config.head_map.retrieval_heads[layer] is None:
+            self.rule = _own_rule(self.rule, original.attn.sliding_window)
+        self.norms: tuple[Any, Any, bool] | None = None
+        if hasattr(self, "q_norm"):
+            self.norms = self.q_norm, self.k_norm, has_unit_offset(self.q_norm)
         self.before_rotation = config.indexer.index_space == "pre_rope" and indexer is not None
         table = rotary_table(self.rotary_emb, self.head_dim)
         self.fuses_append = current_platform.is_cuda() and table is not None
@@ -148,7 +153,7 @@ class ServedAttention(nn.Module):
                 keys,
                 values,
                 (table, positions),
-                (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else None,
+                self.norms,
                 getattr(self, "indexer", None),
                 full,
                 windowed,
@@ -213,6 +218,18 @@ class ServedAttention(nn.Module):
         before, after = (part[:, heads].transpose(0, 1)[None] for part in (unrotated, states))
         features = self.indexer.features(after, lambda _: before)
         return project(features)[0].transpose(0, 1)
+
+
+def _own_rule(rule: AttentionRule, window: int) -> AttentionRule:
+    """Rule of a layer that is not converted and keeps its sliding window."""
+    return replace(
+        rule,
+        sliding_window=window,
+        num_sink_tokens=0,
+        retrieval_window=None,
+        dense_prompt_queries=0,
+        block_size=min(rule.block_size, window),
+    )
 
 
 def serve_attention(

@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.serving.vllm.checkpoint import own_window
 from rtpurbo.serving.vllm.cuda import new_histograms
 from rtpurbo.serving.vllm.layout import (
     FLOAT8_CACHE_DTYPES,
@@ -111,6 +112,7 @@ def plan_of(config: RTPurboConfig, vllm_config: VllmConfig) -> tuple[CachePlan, 
         in_flight=vllm_config.max_in_flight_tokens,
         world_size=vllm_config.parallel_config.tensor_parallel_size,
         lone_block_size=vllm_config.cache_config.block_size,
+        own_window=own_window(model.hf_config),
     )
     return plan, token_bytes
 
@@ -169,16 +171,17 @@ def make_caches(
     full = registered(0, plan.full, FullAttentionSpec, full=True) if plan.full else None
     windowed: dict[int, PagedCache] = {}
     for number, group in enumerate(plan.windowed, start=1):
+        window, sinks, keeps_prompts = plan.retention(group)
         cache = registered(
             number,
             group,
             SinkWindowSpec,
             full=False,
-            sliding_window=plan.window,
-            num_sink_tokens=plan.sinks,
+            sliding_window=window,
+            num_sink_tokens=sinks,
             group=number,
             max_blocks=plan.num_windowed_blocks(group, longest, in_flight),
-            keeps_prompts=plan.keeps_prompts,
+            keeps_prompts=keeps_prompts,
         )
         windowed |= dict.fromkeys(group.layers, cache)
     histograms = new_histograms(config, heads) if full and current_platform.is_cuda() else None

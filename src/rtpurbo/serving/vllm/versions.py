@@ -44,6 +44,13 @@ def cache_scales(attention: Any) -> tuple[float, float]:
     return attention._k_scale_float, attention._v_scale_float
 
 
+def has_unit_offset(norm: Any) -> bool:
+    """True if the factor of an RMSNorm of vLLM is 1 + weight."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+    return isinstance(norm, GemmaRMSNorm)
+
+
 def rotary_table(rotary: Any, head_dim: int) -> Tensor | None:
     """Cosines and sines of a rotary embedding of vLLM, for `RotaryTable`.
 
