@@ -142,7 +142,7 @@ def test_float8_cache(mode, llama, prompts, monkeypatch):
         assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted, 5e-3)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3_text"])
 def test_families(family, tmp_path, prompts):
     checkpoint = save_checkpoint(tmp_path, family)
     reference = load_reference(checkpoint)

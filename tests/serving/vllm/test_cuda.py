@@ -231,6 +231,15 @@ def test_rules(options):
     assert_close(step.attended(cuda), step.attended(eager))
 
 
+def test_layers_with_a_window_of_their_own():
+    """Layers without sinks and retrieval heads."""
+    rule = replace(rule_of(window=20), num_sink_tokens=0)
+    step = Step(MIXED, DTYPES[0], rule, retrieval=())
+    assert_close(step.attended(cuda), step.attended(eager))
+    step = Step([(60, 1, 30), (40, 1, 40), (5, 1, 5)], DTYPES[0], rule, retrieval=())
+    assert_close(step.attended(cuda, uniform=True), step.attended(eager))
+
+
 # (tokens, rows, prompt): generating; a whole prompt; the dense queries of a prompt begin in a chunk, or end in it
 # before generated tokens that are computed again, or are its last token; none in a chunk; a short prompt; padding.
 ENDS = [(60, 1, 30), (90, 34, 90), (80, 12, 85), (62, 10, 55), (40, 1, 40), (50, 8, 90)]

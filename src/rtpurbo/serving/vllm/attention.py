@@ -15,6 +15,7 @@ from torch.library import Library
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.models.indexer import TokenIndexer
@@ -23,6 +24,7 @@ from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
+from rtpurbo.serving.vllm.specs import SinkWindowSpec
 from rtpurbo.serving.vllm.versions import cache_scales, has_unit_offset, rotary_table
 
 OPERATOR = "rtpurbo::serve_attention"
@@ -72,7 +74,7 @@ class ServedAttention(nn.Module):
         self.sizes = [original.q_size, original.kv_size, original.kv_size]
         self.rule = config.attention.for_layer(layer)
         if config.head_map.retrieval_heads[layer] is None:
-            self.rule = _own_rule(self.rule, original.attn.sliding_window)
+            self.rule = _own_rule(self.rule, caches.windowed[layer].spec)
         self.norms: tuple[Any, Any, bool] | None = None
         if hasattr(self, "q_norm"):
             self.norms = self.q_norm, self.k_norm, has_unit_offset(self.q_norm)
@@ -220,12 +222,14 @@ class ServedAttention(nn.Module):
         return project(features)[0].transpose(0, 1)
 
 
-def _own_rule(rule: AttentionRule, window: int) -> AttentionRule:
+def _own_rule(rule: AttentionRule, spec: AttentionSpec) -> AttentionRule:
     """Rule of a layer that is not converted and keeps its sliding window."""
+    assert isinstance(spec, SinkWindowSpec)
+    window = spec.sliding_window
     return replace(
         rule,
         sliding_window=window,
-        num_sink_tokens=0,
+        num_sink_tokens=spec.num_sink_tokens,
         retrieval_window=None,
         dense_prompt_queries=0,
         block_size=min(rule.block_size, window),
