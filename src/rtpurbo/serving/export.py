@@ -48,8 +48,8 @@ VLLM_PREFIX = "RTPurbo"
 VLLM_ARCHITECTURES = tuple(name.removeprefix(VLLM_PREFIX) for name in ARCHITECTURES)
 """Dense architectures whose sparse versions run on vLLM."""
 
-# Architectures of vLLM with a sliding window in some of the layers.
-_OWN_WINDOWS = ("Gemma3ForCausalLM",)
+VLLM_WINDOWED_ARCHITECTURES = ("Gemma3ForCausalLM",)
+"""Those of them whose layers may have a sliding window in the dense model."""
 
 HEADWISE_FILE = "headwise_config.json"
 
@@ -159,10 +159,13 @@ def _check_vllm(artifact: ArtifactConfig) -> None:
             f"{', '.join(VLLM_ARCHITECTURES)} do: serve it with transformers "
             "(--to transformers)."
         )
-    if None in artifact.config.head_map.retrieval_heads and architecture not in _OWN_WINDOWS:
+    if (
+        None in artifact.config.head_map.retrieval_heads
+        and architecture not in VLLM_WINDOWED_ARCHITECTURES
+    ):
         raise RTPurboError(
             "some layers of the model had a sliding window before conversion, which vLLM supports for "
-            f"{', '.join(_OWN_WINDOWS)} and not for {architecture}: serve it with transformers "
+            f"{', '.join(VLLM_WINDOWED_ARCHITECTURES)} and not for {architecture}: serve it with transformers "
             "(--to transformers)."
         )
     check_served(artifact.config, f"the artifact's {CONFIG_FILE}")
