@@ -20,13 +20,14 @@ from rtpurbo.models.architecture import convertible_layers, layer_types
 from rtpurbo.models.families import FAMILIES
 from rtpurbo.models.sparsify import empty_head_map, sparsify
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
-from rtpurbo.serving.export import VLLM_ARCHITECTURES
+from rtpurbo.serving.export import VLLM_WINDOWED_ARCHITECTURES
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.models.zoo.configurations import EQUAL, REFUSED
 from tests.models.zoo.multimodal import WRAPPERS, wrapper_config
 from tests.tiny_models import COMMON, DROPPED, any_model
+from tests.vllm.checkpoints import FAMILIES as SERVED_FAMILIES
 
 _ABOUT = f"""# Model families
 
@@ -38,7 +39,8 @@ the same way with a few tokens; a type that differs is refused.
 The Triton kernels take a `head_dim` up to {MAX_HEAD_DIM}; layers with larger heads run with PyTorch operators.
 Layers that do not attend to all earlier tokens keep their own attention, window or recurrent state.
 *Fused decode entry*: one kernel norms, rotates and appends the keys of a decode step; other families run
-transformers' own code for that. *vLLM*: rtpurbo's plugin serves the architecture.
+transformers' own code for that. *vLLM*: rtpurbo's plugin serves the model type; a test compares the tokens of vLLM's
+engine with those of transformers.
 
 ## Supported
 """
@@ -80,8 +82,8 @@ def _row(name: str, config: Any) -> str:
     kept = {
         one for one, is_sparse in zip(layer_types(config), converted, strict=True) if not is_sparse
     }
-    # The plugin takes models in which every layer is sparse.
-    on_vllm = all(converted) and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) in VLLM_ARCHITECTURES
+    windows = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) in VLLM_WINDOWED_ARCHITECTURES
+    on_vllm = kind in SERVED_FAMILIES and kept <= ({"sliding_attention"} if windows else set())
     cells = [
         name,
         f"`{kind}`",

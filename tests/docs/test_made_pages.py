@@ -52,7 +52,7 @@ def test_the_page_of_families_has_a_row_for_every_type_of_the_zoo():
         assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(names)
     assert "| Qwen3 | `qwen3` | none | yes | yes |" in supported
     assert "| Qwen3.5 | `qwen3_5_text` | `linear_attention` | no | no |" in supported
-    assert "| gemma3 | `gemma3_text` | `sliding_attention` | yes | no |" in multimodal
+    assert "| gemma3 | `gemma3_text` | `sliding_attention` | yes | yes |" in multimodal
     assert "latent attention" in next(
         line for line in refused.splitlines() if "DeepSeek V3" in line
     )

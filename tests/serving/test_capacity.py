@@ -30,6 +30,14 @@ def test_types_of_twice_the_size_halve_both(checkpoint):
     assert single.tokens == pytest.approx(half.tokens / 2, rel=0.01)
 
 
+def test_a_float8_cache_holds_nearly_twice_as_much(checkpoint):
+    half = capacity_of(checkpoint, GIB, in_flight=64)
+    quarter = capacity_of(checkpoint, GIB, in_flight=64, kv_cache_dtype="fp8")
+    assert quarter.dense_tokens == 2 * half.dense_tokens
+    # Index keys keep their dtype.
+    assert 1.5 * half.tokens < quarter.tokens < 2 * half.tokens
+
+
 def test_tokens_in_flight_and_short_requests_cost_capacity(checkpoint):
     best = capacity_of(checkpoint, GIB, in_flight=64)
     assert capacity_of(checkpoint, GIB, in_flight=512).tokens < best.tokens

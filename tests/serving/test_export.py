@@ -24,7 +24,7 @@ from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.tiny_models import FAMILIES
 from tests.tiny_tokenizer import CHAT_TEMPLATE
 
-VLLM_FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+VLLM_FAMILIES = ["gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
 STANDALONE = ["vllm", "transformers"]
 
 
@@ -211,7 +211,7 @@ def test_vllm_does_not_run_every_family(tmp_path, family):
     assert not (tmp_path / "vllm").exists()
 
 
-def test_vllm_does_not_run_layers_with_windows_of_their_own(tmp_path):
+def test_vllm_does_not_run_every_family_with_windows_of_its_own(tmp_path):
     types = ["sliding_attention", "full_attention"]
     windows = {"use_sliding_window": True, "sliding_window": 8, "layer_types": types}
     base = save_tiny_base(tmp_path / "base", family="qwen3", **windows)

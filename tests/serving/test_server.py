@@ -104,6 +104,13 @@ def test_the_command_has_the_right_settings(checkpoint):
     }
 
 
+def test_a_float8_cache_is_ordered_and_counted(checkpoint):
+    settings = ServerSettings(kv_cache_dtype="fp8")
+    assert options_of(checkpoint, settings)["--kv-cache-dtype"] == "fp8"
+    model = served_capacity(checkpoint, ServerSettings(), GPU)
+    assert served_capacity(checkpoint, settings, GPU).dense_tokens == 2 * model.dense_tokens
+
+
 @pytest.mark.parametrize("spelling", ["--served-model-name", "--served_model_name"])
 def test_options_of_the_user_come_once(checkpoint, spelling):
     settings = ServerSettings(others=(f"{spelling}=mine", "--port=80"))

@@ -15,6 +15,7 @@ import torch
 import rtpurbo
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.files import whole_folder
+from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.artifact_config import ArtifactConfig, save_artifact
 from rtpurbo.models.base import load_base_model
 from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
@@ -44,7 +45,12 @@ SHAPE = {
 TIE = 1e-4
 # Relative change of scores or top-p, far above the rounding of float32.
 EDGE = 1e-4
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+# Windows of layers that are not converted; the last layer stays full.
+OWN_WINDOWS = {
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 
 
 def save_checkpoint(
@@ -57,12 +63,20 @@ def save_checkpoint(
     **changes: Any,
 ) -> Path:
     """Exports a sparse model of random weights that selects few tokens, and returns its folder."""
+    if family == "gemma3_text":
+        changes = OWN_WINDOWS | changes
     shape = {**SHAPE, "num_hidden_layers": len(layers), **changes}
     tiny_model(family, **shape).save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     base = load_base_model(str(folder / "base"))
+    converted = convertible_layers(base.model.config)
     heads = HeadMap(
-        tuple(map(tuple, layers)), shape["num_attention_heads"], shape["num_key_value_heads"]
+        tuple(
+            tuple(chosen) if is_sparse else None
+            for chosen, is_sparse in zip(layers, converted, strict=True)
+        ),
+        shape["num_attention_heads"],
+        shape["num_key_value_heads"],
     )
     attention = {
         "num_sink_tokens": SINKS,
@@ -116,11 +130,12 @@ def assert_same_answers(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
+    tie: float = TIE,
 ) -> None:
     """Answers are equal, token for token, up to a place where rounding decides between two tokens.
 
     Sums over a batch are rounded in another order than sums over one row, so of two tokens whose
-    log-probabilities differ by less than `TIE` either may win; so may the token that the reference
+    log-probabilities differ by less than `tie` either may win; so may the token that the reference
     gives when all scores of its indexers, or `top_p`, change by `EDGE`: then a key is at the edge of a
     selection. One answer in twenty may have such a place, with a warning for each.
     """
@@ -138,7 +153,7 @@ def assert_same_answers(
             f"{place}, which is likelier by {gap:.1e}"
         )
         given = prompt + wanted[:place]
-        assert 0 <= gap < TIE or answer[place] in _tokens_at_an_edge(model, prompt, given), message
+        assert 0 <= gap < tie or answer[place] in _tokens_at_an_edge(model, prompt, given), message
         warnings.warn(message, stacklevel=2)
         ties += 1
     assert ties <= max(1, len(prompts) / 20)

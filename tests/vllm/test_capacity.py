@@ -71,7 +71,21 @@ def samples():
 
 
 def fits_dense(config):
-    return dense_capacity(config, TokenBytes.of(config, 32, 4), MEMORY)
+    token_bytes = TokenBytes.of(config, 32, 4)
+    return dense_capacity(config, token_bytes, MEMORY, tokens=CONTEXT, in_flight=IN_FLIGHT)
+
+
+def test_layers_with_a_window_of_their_own(tmp_path):
+    rule = {"sliding_window": 1024}
+    checkpoint = save_checkpoint(
+        tmp_path, "gemma3_text", rule=rule, max_position_embeddings=CONTEXT, sliding_window=512
+    )
+    tokens, _ = held_by(checkpoint)
+    predicted = capacity_of(checkpoint, MEMORY, in_flight=IN_FLIGHT, dtype="float32")
+    assert abs(tokens / predicted.tokens - 1) < 0.001
+    dense, _ = held_by(checkpoint.parent / "base")
+    print(f"sparse {tokens}, dense {dense}, predicted {predicted}")
+    assert tokens / dense > 1
 
 
 def test_the_gain_over_the_dense_model_is_what_was_predicted(checkpoint):

@@ -111,7 +111,11 @@ def test_another_vllm(version, sound, monkeypatch):
             "speculative decoding verifies several tokens",
         ),
         ({"enable_lora": True}, "LoRA adapters change the queries and keys"),
-        ({"kv_cache_dtype": "fp8"}, "leave out --kv-cache-dtype fp8"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "leave out --kv-cache-dtype fp8_e5m2, or choose fp8"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            "leave out --kv-cache-dtype-skip-layers",
+        ),
         ({"disable_hybrid_kv_cache_manager": True}, "caches of different sizes"),
         ({"kv_offloading_size": 1.0}, "which connectors do not know"),
         ({"runner": "pooling"}, "give no embeddings"),

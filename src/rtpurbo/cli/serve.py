@@ -56,6 +56,13 @@ def serve(
             rich_help_panel=_ENGINE,
         ),
     ] = "auto",
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Dtype of cached keys and values: auto for the model's dtype, or fp8.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto",
     cache_gib: Annotated[
         float | None,
         _engine_option(
@@ -97,6 +104,7 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         tensor_parallel_size=tensor_parallel_size,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         cache_bytes=None if cache_gib is None else int(cache_gib * GIB),
         others=tuple(context.args),
     )

@@ -66,8 +66,10 @@ class PagedStates:
     There is no padding: sequence b has `lengths[b]` tokens, and the query of a decode step is the last one.
 
     Attributes:
-        key_pages: [num_pages, num_key_value_heads, page_size, head_dim], after RoPE.
-        value_pages: the same shape.
+        key_pages: [num_pages, num_key_value_heads, page_size, head_dim], after RoPE, in the dtype of the queries or
+            float8_e4m3fn. Scales of float8 are the caller's: that of keys is part of the factor on the dot products,
+            that of values a factor on the output.
+        value_pages: the same shape and dtype.
         block_table: int32 [batch, max_pages], contiguous per sequence; entries beyond its end are not read.
         lengths: int32 [batch]; 0 for an unused entry of the batch.
         index_pages: [num_pages, num_index_keys, page_size, index_dim], as `KeyValueStates.index_keys`;

@@ -46,6 +46,7 @@ def capacity_of(
     in_flight: int,
     max_model_len: int | None = None,
     dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
     tensor_parallel_size: int = 1,
 ) -> Capacity:
     """Computes the capacity of a cache for a checkpoint, as vLLM with rtpurbo lays it out.
@@ -57,6 +58,7 @@ def capacity_of(
             `max_num_batched_tokens`, times the batches that run at once.
         max_model_len: tokens of a request; None for the model's context.
         dtype: dtype of the running model; "auto" is one of 16 bits.
+        kv_cache_dtype: dtype of keys and values as in vLLM's `--kv-cache-dtype`; "auto" is the model's.
         tensor_parallel_size: devices that share the heads.
 
     Raises:
@@ -65,16 +67,26 @@ def capacity_of(
     config = ArtifactConfig.read(checkpoint).config
     model = json.loads((checkpoint / MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     request = max_model_len or int(model["max_position_embeddings"])
-    token_bytes = TokenBytes.of(config, _head_dim(model), _ELEMENT_BYTES.get(dtype, 2))
+    token_bytes = TokenBytes.of(
+        config, _head_dim(model), _ELEMENT_BYTES.get(dtype, 2), kv_cache_dtype
+    )
     plan = plan_cache(
         config,
         token_bytes,
         tokens=request,
         in_flight=in_flight,
         world_size=tensor_parallel_size,
+        own_window=model.get("sliding_window"),
     )
     # Devices share the heads of a token, so their memory adds up.
-    dense = dense_capacity(config, token_bytes, memory * tensor_parallel_size)
+    dense = dense_capacity(
+        config,
+        token_bytes,
+        memory * tensor_parallel_size,
+        tokens=request,
+        in_flight=in_flight,
+        own_window=model.get("sliding_window"),
+    )
     return Capacity(memory, request, plan.capacity(memory, request, in_flight), dense)
 
 

@@ -48,6 +48,9 @@ VLLM_PREFIX = "RTPurbo"
 VLLM_ARCHITECTURES = tuple(name.removeprefix(VLLM_PREFIX) for name in ARCHITECTURES)
 """Dense architectures whose sparse versions run on vLLM."""
 
+VLLM_WINDOWED_ARCHITECTURES = ("Gemma3ForCausalLM",)
+"""Those of them whose layers may have a sliding window in the dense model."""
+
 HEADWISE_FILE = "headwise_config.json"
 
 SHARD_INDEX_FILE = "model.safetensors.index.json"
@@ -154,6 +157,15 @@ def _check_vllm(artifact: ArtifactConfig) -> None:
         raise RTPurboError(
             f"{architecture} does not run on vLLM with rtpurbo, only "
             f"{', '.join(VLLM_ARCHITECTURES)} do: serve it with transformers "
+            "(--to transformers)."
+        )
+    if (
+        None in artifact.config.head_map.retrieval_heads
+        and architecture not in VLLM_WINDOWED_ARCHITECTURES
+    ):
+        raise RTPurboError(
+            "some layers of the model had a sliding window before conversion, which vLLM supports for "
+            f"{', '.join(VLLM_WINDOWED_ARCHITECTURES)} and not for {architecture}: serve it with transformers "
             "(--to transformers)."
         )
     check_served(artifact.config, f"the artifact's {CONFIG_FILE}")

@@ -42,6 +42,7 @@ class ServerSettings:
         cache_bytes: size of the cache on each device; None for the remaining memory of a GPU, and for
             `CPU_CACHE_BYTES` elsewhere.
         others: options of vLLM's server, as on its command line.
+        kv_cache_dtype: dtype of cached keys and values: "auto" for the model's, or "fp8".
     """
 
     max_model_len: int | None = None
@@ -50,6 +51,7 @@ class ServerSettings:
     dtype: str = "auto"
     cache_bytes: int | None = None
     others: tuple[str, ...] = ()
+    kv_cache_dtype: str = "auto"
 
 
 def prepare_checkpoint(artifact: str | Path, *, base_model: str | None = None) -> Path:
@@ -98,6 +100,8 @@ def server_command(
     # vLLM chooses for a dense model.
     if settings.max_num_batched_tokens is not None or is_checkpoint(checkpoint):
         options["--max-num-batched-tokens"] = str(_batched_tokens(settings, checkpoint))
+    if settings.kv_cache_dtype != "auto":
+        options["--kv-cache-dtype"] = settings.kv_cache_dtype
     if settings.max_model_len is not None:
         options["--max-model-len"] = str(settings.max_model_len)
     cache_bytes = _cache_bytes(settings, installation)
@@ -122,6 +126,7 @@ def served_capacity(
         in_flight=batches * _batched_tokens(settings, checkpoint),
         max_model_len=settings.max_model_len,
         dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
         tensor_parallel_size=settings.tensor_parallel_size,
     )
 

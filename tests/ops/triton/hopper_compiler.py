@@ -119,6 +119,7 @@ def step(
     index_dim=16,
     dtype=torch.bfloat16,
     index_dtype=torch.float16,
+    cache_dtype=None,
     batch=2,
     page_size=0,
     windowed_page_size=0,
@@ -136,8 +137,8 @@ def step(
     if page_size:
         pages = capacity // page_size
         full_states = PagedStates(
-            states(pages, full, page_size, head_dim),
-            states(pages, full, page_size, head_dim),
+            states(pages, full, page_size, head_dim, dtype=cache_dtype or dtype),
+            states(pages, full, page_size, head_dim, dtype=cache_dtype or dtype),
             torch.zeros(batch, pages, dtype=torch.int32),
             torch.zeros(batch, dtype=torch.int32),
             states(pages, index_keys, page_size, index_dim, dtype=index_dtype),
@@ -154,7 +155,8 @@ def step(
     ring = states(batch, key_value_heads - full, window + 9, head_dim)
     windowed = KeyValueStates(ring, ring, torch.zeros(batch, window + 9, dtype=torch.int64))
     if windowed_page_size:
-        pages = states(capacity, key_value_heads - full, windowed_page_size, head_dim)
+        shape = (capacity, key_value_heads - full, windowed_page_size, head_dim)
+        pages = states(*shape, dtype=cache_dtype or dtype)
         table = torch.zeros(batch, capacity // windowed_page_size, dtype=torch.int32)
         windowed = PagedStates(pages, pages, table, full_states.lengths)
     decode_step(
@@ -229,6 +231,7 @@ def paged_append(
     dtype=torch.bfloat16,
     table_dtype=torch.bfloat16,
     index_dtype=torch.float16,
+    cache_dtype=None,
     page_sizes=(16, 64),
     norm=False,
     rotated=True,
@@ -238,7 +241,7 @@ def paged_append(
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
     full, ranks, tokens = len(layout.full_key_value_heads), len(retrieval_heads), 3
     kept, windowed = (
-        torch.empty(50, count, size, head_dim, dtype=dtype)
+        torch.empty(50, count, size, head_dim, dtype=cache_dtype or dtype)
         for count, size in zip((full, key_value_heads - full), page_sizes, strict=True)
     )
     states = torch.empty(tokens, heads + 2 * key_value_heads, 1, head_dim, dtype=dtype)
@@ -268,10 +271,10 @@ def paged_append(
     )
 
 
-def packed_prompts(head_dim, page_size, dtype=torch.bfloat16):
+def packed_prompts(head_dim, page_size, dtype=torch.bfloat16, cache_dtype=None):
     """Compiles the prefill kernel for packed queries."""
     layout = HeadLayout.build((0, 9), 32, 4)
-    pages = torch.empty(50, 2, page_size, head_dim, dtype=dtype)
+    pages = torch.empty(50, 2, page_size, head_dim, dtype=cache_dtype or dtype)
     numbers = torch.zeros(3, dtype=torch.int32)
     states = PagedStates(pages, pages, torch.zeros(3, 20, dtype=torch.int32), numbers)
     queries, output = (
@@ -406,6 +409,12 @@ def compile_serving():
     step(32, 8, (0, 9), page_size=64, windowed_page_size=16)
     step(12, 2, (), head_dim=64, page_size=16, windowed_page_size=16)
     step(8, 4, (0, 1), dtype=torch.float32, page_size=16, windowed_page_size=64)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        options = {"dtype": dtype, "cache_dtype": torch.float8_e4m3fn}
+        paged_append(32, 8, (0, 9), norm=True, **options)
+        for head_dim in (64, 128):
+            packed_prompts(head_dim, 16, **options)
+            step(32, 8, (0, 9), head_dim=head_dim, page_size=64, windowed_page_size=16, **options)
 
 
 def main():

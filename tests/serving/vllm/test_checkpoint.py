@@ -36,6 +36,13 @@ def test_reads_what_the_export_wrote():
         ({"entry": {"attention": {"prefill_mode": "row_share"}}}, "change it to 'dense'"),
         ({"entry": {"attention": {"top_q": 1}}}, "holds an unknown field"),
         ({"entry": {"indexer": {"min_wavelength": None}}}, "lacks min_wavelength"),
+        (
+            {
+                "layer_types": ["linear_attention", "full_attention"],
+                "entry": {"head_map": {"retrieval_heads": [None, [1, 4]]}},
+            },
+            r"layers of the type \['linear_attention'\], but only layers with full attention",
+        ),
         ({"llama_4_scaling": {"beta": 1}}, "models with llama_4_scaling are not supported"),
     ],
 )

@@ -37,10 +37,20 @@ class Step:
         rule: of the model.
         retrieval: heads that retrieve.
         head_dim: of a head.
+        cache_dtype: of keys and values in the pages; None for that of the model.
         missing: blocks of the windowed group that a reused prefix lacks, as (request, block).
     """
 
-    def __init__(self, requests, dtype, rule, retrieval=RETRIEVAL, head_dim=16, missing=()):
+    def __init__(
+        self,
+        requests,
+        dtype,
+        rule,
+        retrieval=RETRIEVAL,
+        head_dim=16,
+        missing=(),
+        cache_dtype=None,
+    ):
         self.rule, self.head_dim, self.dtype = rule, head_dim, dtype
         self.layout = HeadLayout.build(retrieval, HEADS, KEY_VALUE_HEADS, DEVICE)
         self.generator = torch.Generator().manual_seed(0)
@@ -60,9 +70,9 @@ class Step:
         numbers = list(range(1, 2 + sum(-(-tokens // 16) for tokens, *_ in requests) * 2))
         random.Random(0).shuffle(numbers)
         full_heads = self.layout.full_key_value_heads.numel()
-        states = Part(full_heads, head_dim, dtype)
+        states = Part(full_heads, head_dim, cache_dtype or dtype)
         index = Part(len(retrieval), INDEX_DIM, dtype)
-        windowed = Part(KEY_VALUE_HEADS - full_heads, head_dim, dtype)
+        windowed = Part(KEY_VALUE_HEADS - full_heads, head_dim, cache_dtype or dtype)
         groups = {"full": (states, states, index), "windowed": (windowed, windowed)}
         sizes = {
             name: LAYERS * BLOCK_SIZES[name] * sum(part.token_bytes for part in parts)
@@ -194,6 +204,18 @@ def test_mixed_batch(retrieval, dtype):
     assert_close(step.attended(cuda), step.attended(eager))
 
 
+@pytest.mark.parametrize(
+    "dtype", [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.slow)], ids=str
+)
+def test_float8_pages(dtype):
+    step = Step(MIXED, dtype, rule_of(dense_prompt_queries=12), cache_dtype=torch.float8_e4m3fn)
+    assert step.caches["full"].pages.keys.dtype == torch.float8_e4m3fn
+    assert_close(step.attended(cuda), step.attended(eager))
+    one_query = [(60, 1, 30), (40, 1, 39), (5, 1, 4)]
+    step = Step(one_query, dtype, rule_of(), cache_dtype=torch.float8_e4m3fn)
+    assert_close(step.attended(cuda, uniform=True), step.attended(eager))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -209,6 +231,15 @@ def test_mixed_batch(retrieval, dtype):
 def test_rules(options):
     step = Step([(60, 1, 30), (46, 6, 43), (20, 20, 20)], DTYPES[0], rule_of(**options))
     assert_close(step.attended(cuda), step.attended(eager))
+
+
+def test_layers_with_a_window_of_their_own():
+    """Layers without sinks and retrieval heads."""
+    rule = replace(rule_of(window=20), num_sink_tokens=0)
+    step = Step(MIXED, DTYPES[0], rule, retrieval=())
+    assert_close(step.attended(cuda), step.attended(eager))
+    step = Step([(60, 1, 30), (40, 1, 40), (5, 1, 5)], DTYPES[0], rule, retrieval=())
+    assert_close(step.attended(cuda, uniform=True), step.attended(eager))
 
 
 # (tokens, rows, prompt): generating; a whole prompt; the dense queries of a prompt begin in a chunk, or end in it

@@ -114,6 +114,31 @@ def test_blocks_of_a_request_by_hand():
     assert plan.capacity(100 * plan.block_bytes, 512, 64) == int(100 / expected * 512)
 
 
+def test_layers_with_a_window_of_their_own_by_hand():
+    converted = (0, 3)
+    config = config_of([[0, 2], [], [], []], window=256, dense_prompt_queries=8)
+    head_map = replace(config.head_map, retrieval_heads=((0, 2), None, None, ()))
+    config = replace(config, head_map=head_map)
+    plan = plan_of(config, tokens=2048, in_flight=64, own_window=100)
+    own = [group for group in plan.windowed if group.window is not None]
+    assert [layer for group in own for layer in group.layers] == [1, 2]
+    assert all(plan.retention(group) == (100, 0, False) for group in own)
+    others = [group for group in plan.windowed if group.window is None]
+    assert {layer for group in others for layer in group.layers} == set(converted)
+    assert all(plan.retention(group) == (256, 4, True) for group in others)
+    expected = sum(2048 // group.block_size for group in (plan.full, *others))
+    expected += sum(-(-(99 + 64) // group.block_size) + 1 for group in own)
+    assert plan.blocks_per_request(2048, 64) == expected
+
+    # Dense: two layers keep everything, two keep windows.
+    token_bytes = TokenBytes.of(config, HEAD_DIM, BYTES)
+    options = {"tokens": 2048, "in_flight": 64, "own_window": 100}
+    dense = dense_capacity(config, token_bytes, 2**30, **options)
+    all_layers = 2**30 // (4 * 4 * token_bytes.key_value)
+    assert 1.7 * all_layers < dense < 2 * all_layers
+    assert plan.capacity(2**30, 2048, 64) > dense
+
+
 def test_one_request_at_a_time_holds_its_whole_prompt():
     config = config_of([[0, 2], [], [], [], [], []], window=64, dense_prompt_queries=8)
     plan = plan_of(config, tokens=512, in_flight=64)
@@ -139,6 +164,15 @@ def test_without_retrieval_heads_and_with_nothing_else():
     assert plan_of(config_of([range(8)]), lone_block_size=128).full.block_size == 128
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3"])
+def test_float8_keys_and_values_take_half_the_room(cache_dtype):
+    config = config_of([[0], [], [4]])
+    half = TokenBytes.of(config, HEAD_DIM, BYTES)
+    quarter = TokenBytes.of(config, HEAD_DIM, BYTES, cache_dtype)
+    assert quarter.key_value * 2 == half.key_value
+    assert quarter.index == half.index
+
+
 def test_float8_index_keys_take_half_the_room():
     both = [config_of([[0]], index_storage=kind) for kind in ("model", "float8")]
     half, quarter = (TokenBytes.of(config, HEAD_DIM, BYTES).index for config in both)
@@ -162,5 +196,7 @@ def test_holds_more_than_the_dense_model():
     config = RTPurboConfig.from_dict(data["config"])
     token_bytes = TokenBytes.of(config, 64, 4)
     plan = plan_cache(config, token_bytes, tokens=8192, in_flight=512)
-    ratio = plan.capacity(2**30, 8192, 512) / dense_capacity(config, token_bytes, 2**30)
+    ratio = plan.capacity(2**30, 8192, 512) / dense_capacity(
+        config, token_bytes, 2**30, tokens=8192, in_flight=512
+    )
     assert ratio > 2

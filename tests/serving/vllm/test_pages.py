@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 
 from rtpurbo.serving.vllm.pages import Part, divide
@@ -54,3 +56,15 @@ def test_tokens_go_to_their_slots_and_padding_leaves_zeros():
         assert torch.equal(written[3, :, 15], given[2].to(written.dtype))
         assert (written[0] == 0).all()
         assert written.count_nonzero() == 2 * given[0].numel()
+
+
+def test_float8_states_are_divided_by_their_scale_and_clamped():
+    part = Part(2, 8, torch.float8_e4m3fn)
+    blocks = torch.zeros(BLOCKS, 1, SIZE, 2 * part.token_bytes, dtype=torch.uint8)
+    (pages,) = divide(blocks, {0: (part, part)}).values()
+    pages = replace(pages, key_scale=0.5, value_scale=0.01)
+    keys, values = torch.randn(1, 2, 8), torch.full((1, 2, 8), -9.0)
+    pages.write(torch.tensor([2 * SIZE + 3]), keys, values)
+    stored = pages.keys[2, :, 3].float() * 0.5
+    torch.testing.assert_close(stored, keys[0], rtol=2**-4, atol=2**-10)
+    assert (pages.values[2, :, 3].float() == -448).all()

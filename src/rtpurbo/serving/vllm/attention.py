@@ -6,6 +6,7 @@ T tokens of all requests in a step, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,15 +15,17 @@ from torch.library import Library
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.kv_cache_interface import AttentionSpec
 
-from rtpurbo.config import RTPurboConfig
+from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.ops import HeadLayout
 from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
-from rtpurbo.serving.vllm.versions import rotary_table
+from rtpurbo.serving.vllm.specs import SinkWindowSpec
+from rtpurbo.serving.vllm.versions import cache_scales, has_unit_offset, rotary_table
 
 OPERATOR = "rtpurbo::serve_attention"
 """Custom operator of a layer, opaque to compilers: vLLM splits the graphs of the model there."""
@@ -32,8 +35,8 @@ class ServedAttention(nn.Module):
     """Head-wise attention with the projections of the original attention module.
 
     Args:
-        original: attention module of the model family; all its submodules but the attention itself are
-            kept under their names.
+        original: attention module of the model family; its submodules are kept under their names. vLLM's attention
+            layer among them computes nothing, but loads the scales of a float8 cache.
         heads: heads of this layer on this rank.
         config: attention rule and indexer settings.
         indexer: indexer of the rank's retrieval heads; None if the layer has none on any rank.
@@ -42,6 +45,7 @@ class ServedAttention(nn.Module):
     """
 
     # Only some families have norms, and only some layers an indexer.
+    attn: nn.Module
     qkv_proj: nn.Module
     o_proj: nn.Module
     rotary_emb: nn.Module
@@ -60,8 +64,7 @@ class ServedAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, child in original.named_children():
-            if name != "attn":
-                setattr(self, name, child)
+            setattr(self, name, child)
         if indexer is not None:
             self.indexer = indexer
         self.name = original.attn.layer_name.removesuffix(".attn")
@@ -70,6 +73,11 @@ class ServedAttention(nn.Module):
         self.scaling: float = original.scaling
         self.sizes = [original.q_size, original.kv_size, original.kv_size]
         self.rule = config.attention.for_layer(layer)
+        if config.head_map.retrieval_heads[layer] is None:
+            self.rule = _own_rule(self.rule, caches.windowed[layer].spec)
+        self.norms: tuple[Any, Any, bool] | None = None
+        if hasattr(self, "q_norm"):
+            self.norms = self.q_norm, self.k_norm, has_unit_offset(self.q_norm)
         self.before_rotation = config.indexer.index_space == "pre_rope" and indexer is not None
         table = rotary_table(self.rotary_emb, self.head_dim)
         self.fuses_append = current_platform.is_cuda() and table is not None
@@ -147,7 +155,7 @@ class ServedAttention(nn.Module):
                 keys,
                 values,
                 (table, positions),
-                (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else None,
+                self.norms,
                 getattr(self, "indexer", None),
                 full,
                 windowed,
@@ -159,7 +167,11 @@ class ServedAttention(nn.Module):
                 queries, keys, values, unrotated_queries, unrotated_keys, full, windowed, layout
             )
         attend = cuda.attend if queries.is_cuda else eager.attend
-        attend(queries, index_queries, full, windowed, layout, self.rule, self.scaling, output)
+        # Scales of stored keys and values are factors on the dot products and on the output.
+        scaling, value_scale = self.scaling * cache.pages.key_scale, cache.pages.value_scale
+        attend(queries, index_queries, full, windowed, layout, self.rule, scaling, output)
+        if value_scale != 1:
+            output.mul_(value_scale)
 
     def _append(
         self,
@@ -195,7 +207,11 @@ class ServedAttention(nn.Module):
     def _cache(self, cache: PagedCache | None, metadata: Any) -> LayerCache | None:
         if cache is None:
             return None
-        return LayerCache(cache.pages[self.layer], metadata[cache.name], self.histograms)
+        pages = cache.pages[self.layer]
+        if pages.keys.dtype == torch.float8_e4m3fn:
+            key_scale, value_scale = cache_scales(self.attn)
+            pages = replace(pages, key_scale=key_scale, value_scale=value_scale)
+        return LayerCache(pages, metadata[cache.name], self.histograms)
 
     def _projected(
         self, project: Callable[[Tensor], Tensor], unrotated: Tensor, states: Tensor, heads: Tensor
@@ -204,6 +220,20 @@ class ServedAttention(nn.Module):
         before, after = (part[:, heads].transpose(0, 1)[None] for part in (unrotated, states))
         features = self.indexer.features(after, lambda _: before)
         return project(features)[0].transpose(0, 1)
+
+
+def _own_rule(rule: AttentionRule, spec: AttentionSpec) -> AttentionRule:
+    """Rule of a layer that is not converted and keeps its sliding window."""
+    assert isinstance(spec, SinkWindowSpec)
+    window = spec.sliding_window
+    return replace(
+        rule,
+        sliding_window=window,
+        num_sink_tokens=spec.num_sink_tokens,
+        retrieval_window=None,
+        dense_prompt_queries=0,
+        block_size=min(rule.block_size, window),
+    )
 
 
 def serve_attention(

@@ -19,8 +19,16 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.serving.vllm.checkpoint import own_window
 from rtpurbo.serving.vllm.cuda import new_histograms
-from rtpurbo.serving.vllm.layout import CachePlan, Group, LayerHeads, TokenBytes, plan_cache
+from rtpurbo.serving.vllm.layout import (
+    FLOAT8_CACHE_DTYPES,
+    CachePlan,
+    Group,
+    LayerHeads,
+    TokenBytes,
+    plan_cache,
+)
 from rtpurbo.serving.vllm.metadata import HeadwiseBackend
 from rtpurbo.serving.vllm.pages import Part, divide
 from rtpurbo.serving.vllm.specs import SinkWindowSpec
@@ -91,7 +99,12 @@ def plan_of(config: RTPurboConfig, vllm_config: VllmConfig) -> tuple[CachePlan, 
     """
     model = vllm_config.model_config
     assert isinstance(model.dtype, torch.dtype)
-    token_bytes = TokenBytes.of(config, model.get_head_size(), model.dtype.itemsize)
+    token_bytes = TokenBytes.of(
+        config,
+        model.get_head_size(),
+        model.dtype.itemsize,
+        vllm_config.cache_config.cache_dtype,
+    )
     plan = plan_cache(
         config,
         token_bytes,
@@ -99,6 +112,7 @@ def plan_of(config: RTPurboConfig, vllm_config: VllmConfig) -> tuple[CachePlan, 
         in_flight=vllm_config.max_in_flight_tokens,
         world_size=vllm_config.parallel_config.tensor_parallel_size,
         lone_block_size=vllm_config.cache_config.block_size,
+        own_window=own_window(model.hf_config),
     )
     return plan, token_bytes
 
@@ -122,13 +136,15 @@ def make_caches(
     plan, _ = plan_of(config, vllm_config)
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
+    in_float8 = vllm_config.cache_config.cache_dtype in FLOAT8_CACHE_DTYPES
+    cache_dtype = torch.float8_e4m3fn if in_float8 else dtype
     longest = vllm_config.model_config.max_model_len
     in_flight = vllm_config.max_in_flight_tokens
     index_dtype = index_dtype_of(config, dtype)
 
     def parts_of(layer: int, *, full: bool) -> tuple[Part, ...]:
         of_layer = heads[layer]
-        states = Part(of_layer.num_full if full else of_layer.num_windowed, head_dim, dtype)
+        states = Part(of_layer.num_full if full else of_layer.num_windowed, head_dim, cache_dtype)
         index = Part(len(of_layer.retrieval), config.indexer.index_dim, index_dtype)
         return (states, states, index) if full else (states, states)
 
@@ -142,7 +158,7 @@ def make_caches(
             num_head_slots=1,
             head_size=head_dim,
             state_content_bytes=planned.token_bytes,
-            dtype=dtype,
+            dtype=torch.uint8 if in_float8 else dtype,
             **fields,
         )
         parts = {layer: parts_of(layer, full=full) for layer in planned.layers}
@@ -155,16 +171,17 @@ def make_caches(
     full = registered(0, plan.full, FullAttentionSpec, full=True) if plan.full else None
     windowed: dict[int, PagedCache] = {}
     for number, group in enumerate(plan.windowed, start=1):
+        window, sinks, keeps_prompts = plan.retention(group)
         cache = registered(
             number,
             group,
             SinkWindowSpec,
             full=False,
-            sliding_window=plan.window,
-            num_sink_tokens=plan.sinks,
+            sliding_window=window,
+            num_sink_tokens=sinks,
             group=number,
             max_blocks=plan.num_windowed_blocks(group, longest, in_flight),
-            keeps_prompts=plan.keeps_prompts,
+            keeps_prompts=keeps_prompts,
         )
         windowed |= dict.fromkeys(group.layers, cache)
     histograms = new_histograms(config, heads) if full and current_platform.is_cuda() else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import convertible_shapes
+from rtpurbo.models.architecture import convertible_layers, convertible_shapes, layer_types
 from rtpurbo.models.artifact_config import CHECKPOINT_KEY, FORMAT_VERSION, MODEL_CONFIG_FILE
 from rtpurbo.models.sparsify import check_head_map
 
@@ -59,15 +59,9 @@ def check_served(config: RTPurboConfig, file: str) -> None:
         file: name of the file with its settings, for error messages.
 
     Raises:
-        RTPurboError: some layers have a sliding window of their own or another number of heads, or a
-            setting of the rule is not supported.
+        RTPurboError: some layers have another number of heads, or a setting of the rule is not supported.
     """
     elsewhere = "serve it with transformers (rtpurbo export --to transformers)"
-    if None in config.head_map.retrieval_heads:
-        raise RTPurboError(
-            "some layers of the model had a sliding window before conversion, which is not supported "
-            f"on vLLM: {elsewhere}."
-        )
     if not config.head_map.is_uniform:
         raise RTPurboError(
             "the layers of the model differ in their numbers of heads, which is not supported on vLLM: "
@@ -80,7 +74,23 @@ def check_served(config: RTPurboConfig, file: str) -> None:
         )
 
 
+def own_window(hf_config: Any) -> int | None:
+    """Sliding window of the layers that are not converted; None if all are."""
+    return None if all(convertible_layers(hf_config)) else int(hf_config.sliding_window)
+
+
 def _check_model(hf_config: Any, config: RTPurboConfig) -> None:
+    converted = convertible_layers(hf_config)
+    kinds = {
+        kind
+        for kind, is_sparse in zip(layer_types(hf_config), converted, strict=True)
+        if not is_sparse
+    }
+    if kinds - {"sliding_attention"}:
+        raise RTPurboError(
+            f"the model has layers of the type {sorted(kinds)}, but only layers with full attention or a sliding "
+            "window are supported on vLLM: serve it with transformers (rtpurbo export --to transformers)."
+        )
     if config.indexer.min_wavelength is None and config.indexer.index_space == "low_frequency":
         raise RTPurboError(f"the checkpoint lacks min_wavelength: {EXPORT_AGAIN}.")
     for name in ("llama_4_scaling", "dual_chunk_attention_config"):

@@ -72,7 +72,7 @@ def append(
     keys: Tensor,
     values: Tensor,
     rotary: tuple[Tensor, Tensor],
-    norms: tuple[Any, Any] | None,
+    norms: tuple[Any, Any, bool] | None,
     indexer: Any,
     full: LayerCache | None,
     windowed: LayerCache | None,
@@ -86,7 +86,7 @@ def append(
         keys: [T, KV heads, D], as projected.
         values: same shape.
         rotary: table of cosines and sines as in `RotaryTable`, and positions int64 [T].
-        norms: RMSNorm modules of query and key heads, or None.
+        norms: RMSNorm modules of query and key heads, and whether their factor is 1 + weight; or None.
         indexer: indexer of the layer; None without retrieval heads.
         full: full KV heads of the layer; None if it has none.
         windowed: windowed KV heads of the layer; None if it has none.
@@ -108,8 +108,10 @@ def append(
 
     norm = projection = lengths = prompt_lengths = None
     if norms is not None:
-        query_norm, key_norm = norms
-        norm = HeadNorm(query_norm.weight, key_norm.weight, query_norm.variance_epsilon)
+        query_norm, key_norm, unit_offset = norms
+        norm = HeadNorm(
+            query_norm.weight, key_norm.weight, query_norm.variance_epsilon, unit_offset
+        )
     if indexer is not None and len(layout.retrieval):
         projection = IndexProjection(
             indexer.query_weight,
@@ -143,6 +145,8 @@ def append(
             of_full.pages.index_keys,
             lengths,
             prompt_lengths,
+            of_full.pages.key_scale,
+            of_full.pages.value_scale,
         ),
     )
     return rotated[:, :, 0], None if index_queries is None else index_queries[:, :, 0]

@@ -32,8 +32,8 @@ def attend(
         windowed: windowed KV heads of the layer; None if it has none.
         layout: query heads by kind.
         rule: windows and selection.
-        scaling: factor on the dot products.
-        output: [T, H, D], written for the queries of all requests.
+        scaling: factor on the dot products with stored keys.
+        output: [T, H, D], sums of stored values, written for the queries of all requests.
     """
     cache = full or windowed
     assert cache is not None
@@ -80,12 +80,12 @@ def _full_states(
         return no_states(like, 1)
     pages = cache.pages
     table = cache.batch.block_table[request, : -(-length // pages.block_size)]
-    keys, values, index_keys = (
-        None if part is None else _gathered(part, table)[:, :, :length]
-        for part in (pages.keys, pages.values, pages.index_keys)
+    keys, values = (
+        _gathered(part, table)[:, :, :length].to(like.dtype) for part in (pages.keys, pages.values)
     )
-    assert keys is not None
-    assert values is not None
+    index_keys = None
+    if pages.index_keys is not None:
+        index_keys = _gathered(pages.index_keys, table)[:, :, :length]
     positions = torch.arange(length, device=like.device)[None]
     return KeyValueStates(keys, values, positions, index_keys, in_order=True)
 
@@ -118,7 +118,8 @@ def _windowed_states(
     # Only the last block may be partly unused.
     positions = positions[: positions.numel() - (-length % size)]
     keys, values = (
-        _gathered(part, table)[:, :, : positions.numel()] for part in (pages.keys, pages.values)
+        _gathered(part, table)[:, :, : positions.numel()].to(like.dtype)
+        for part in (pages.keys, pages.values)
     )
     in_order = len(numbers) * size >= length
     return KeyValueStates(keys, values, positions[None], in_order=in_order)

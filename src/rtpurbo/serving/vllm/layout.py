@@ -28,6 +28,9 @@ MAX_WINDOWED_GROUPS = 8
 # Share of memory that another group must save.
 _MIN_SAVING_PER_GROUP = 0.01
 
+FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
+"""Values of `--kv-cache-dtype` with which keys and values are stored as float8_e4m3fn."""
+
 
 @dataclass(frozen=True)
 class LayerHeads:
@@ -89,10 +92,25 @@ class TokenBytes:
     index: int
 
     @classmethod
-    def of(cls, config: RTPurboConfig, head_dim: int, bytes_per_element: int) -> TokenBytes:
-        """Sizes for a model with `bytes_per_element`; index keys of bfloat16 models are float16."""
+    def of(
+        cls,
+        config: RTPurboConfig,
+        head_dim: int,
+        bytes_per_element: int,
+        cache_dtype: str = "auto",
+    ) -> TokenBytes:
+        """Sizes for a model; index keys of bfloat16 models are float16.
+
+        Args:
+            config: attention rule and indexer settings.
+            head_dim: dimensions of a head.
+            bytes_per_element: size of an element in the model's dtype.
+            cache_dtype: dtype of keys and values as in vLLM's `--kv-cache-dtype`; others than
+                `FLOAT8_CACHE_DTYPES` are the model's.
+        """
         index_bytes = 1 if config.attention.index_storage == "float8" else bytes_per_element
-        return cls(2 * head_dim * bytes_per_element, config.indexer.index_dim * index_bytes)
+        key_value_bytes = 1 if cache_dtype in FLOAT8_CACHE_DTYPES else bytes_per_element
+        return cls(2 * head_dim * key_value_bytes, config.indexer.index_dim * index_bytes)
 
     def full(self, heads: LayerHeads) -> int:
         """Bytes of a token of a layer in the full group."""
@@ -111,11 +129,14 @@ class Group:
         layers: indices of the layers, ascending.
         block_size: tokens per block.
         token_bytes: bytes of a token in all of these layers, on the rank that needs most.
+        window: tokens of the sliding window that the layers have in the dense model too, without sinks; None for
+            converted layers.
     """
 
     layers: tuple[int, ...]
     block_size: int
     token_bytes: int
+    window: int | None = None
 
     @property
     def page_bytes(self) -> int:
@@ -148,10 +169,10 @@ class CachePlan:
     Attributes:
         full: group of the full KV heads; None without retrieval heads.
         windowed: groups of the other KV heads; empty if every KV head is full.
-        window: tokens of the sliding window.
-        sinks: first tokens that are kept.
-        keeps_prompts: windowed groups keep every token until the prompt of a request has been read, for its dense
-            queries.
+        window: tokens of the sliding window of converted layers.
+        sinks: first tokens that converted layers keep.
+        keeps_prompts: windowed groups of converted layers keep every token until the prompt of a request has been
+            read, for its dense queries.
     """
 
     full: Group | None
@@ -172,9 +193,16 @@ class CachePlan:
 
     def num_windowed_blocks(self, group: Group, tokens: int, in_flight: int) -> int:
         """Largest number of blocks of a request with `tokens` tokens in a windowed group."""
-        if self.keeps_prompts:
+        window, sinks, keeps_prompts = self.retention(group)
+        if keeps_prompts:
             return group.num_full_blocks(tokens)
-        return group.num_windowed_blocks(tokens, self.window, self.sinks, in_flight)
+        return group.num_windowed_blocks(tokens, window, sinks, in_flight)
+
+    def retention(self, group: Group) -> tuple[int, int, bool]:
+        """Window, sinks, and whether prompts are kept until they have been read, of a windowed group."""
+        if group.window is not None:
+            return group.window, 0, False
+        return self.window, self.sinks, self.keeps_prompts
 
     def blocks_per_request(self, tokens: int, in_flight: int) -> int:
         """Largest number of blocks of a request with `tokens` tokens."""
@@ -219,6 +247,7 @@ def plan_cache(
     in_flight: int,
     world_size: int = 1,
     lone_block_size: int = 16,
+    own_window: int | None = None,
 ) -> CachePlan:
     """Plan under which a request of the given length needs the least memory.
 
@@ -230,6 +259,7 @@ def plan_cache(
         world_size: ranks of tensor parallelism. All use one plan, with room for the rank that needs
             most.
         lone_block_size: tokens per block if there is only one group; set by vLLM.
+        own_window: tokens of the sliding window of layers that are not converted.
 
     Raises:
         RTPurboError: the number of heads is not divisible by `world_size`.
@@ -239,10 +269,19 @@ def plan_cache(
     keeps_prompts = config.attention.dense_prompt_queries > 0
     full_layers = _layers_with_any(ranks, "num_full")
     windowed_layers = _layers_with_any(ranks, "num_windowed")
+    converted = set(config.head_map.converted_layers)
+    own_layers = [layer for layer in windowed_layers if layer not in converted]
+    windowed_layers = tuple(layer for layer in windowed_layers if layer in converted)
+    assert own_window is not None or not own_layers
     best: CachePlan | None = None
-    for bins in _partitions(ranks, token_bytes, windowed_layers):
+    for bins, own_bins in product(
+        _partitions(ranks, token_bytes, windowed_layers),
+        _partitions(ranks, token_bytes, own_layers),
+    ):
+        num_groups = len(bins) + len(own_bins) + bool(full_layers)
+        if len(bins) + len(own_bins) > MAX_WINDOWED_GROUPS:
+            continue
         found: CachePlan | None = None
-        num_groups = len(bins) + bool(full_layers)
         sizes: Sequence[int] = BLOCK_SIZES if num_groups > 1 else (lone_block_size,)
         for full_size, windowed_size in product(sizes, sizes):
             full = None
@@ -250,8 +289,11 @@ def plan_cache(
                 largest = _largest(ranks, token_bytes.full, full_layers)
                 full = Group(full_layers, full_size, largest)
             windowed = [
-                Group(layers, windowed_size, _largest(ranks, token_bytes.windowed, layers))
-                for layers in bins
+                Group(
+                    layers, windowed_size, _largest(ranks, token_bytes.windowed, layers), window_of
+                )
+                for window_of, chosen in ((None, bins), (own_window, own_bins))
+                for layers in chosen
             ]
             plan = CachePlan(full, tuple(windowed), window, sinks, keeps_prompts)
             if found is None or _cost(plan, tokens, in_flight) < _cost(found, tokens, in_flight):
@@ -263,11 +305,41 @@ def plan_cache(
     return best
 
 
-def dense_capacity(config: RTPurboConfig, token_bytes: TokenBytes, memory: int) -> int:
-    """Tokens of the dense model's cache in the same memory of one device."""
+def dense_capacity(
+    config: RTPurboConfig,
+    token_bytes: TokenBytes,
+    memory: int,
+    *,
+    tokens: int,
+    in_flight: int,
+    own_window: int | None = None,
+) -> int:
+    """Tokens of the dense model's cache in the same memory of one device.
+
+    Args:
+        config: head map.
+        token_bytes: bytes of a token of a head.
+        memory: bytes for the cache.
+        tokens: as in `plan_cache`.
+        in_flight: as in `CachePlan.capacity`.
+        own_window: as in `plan_cache`; such layers of the dense model have windowed caches too.
+    """
     head_map = config.head_map
-    kv_heads = sum(map(head_map.num_kv_heads, range(len(head_map.retrieval_heads))))
-    return memory // (kv_heads * token_bytes.key_value)
+    num_layers = len(head_map.retrieval_heads)
+    if len(head_map.converted_layers) == num_layers:
+        kv_heads = sum(map(head_map.num_kv_heads, range(num_layers)))
+        return memory // (kv_heads * token_bytes.key_value)
+    heads = range(head_map.num_query_heads(0))
+    layers = [heads is not None for heads in head_map.retrieval_heads]
+    everything = HeadMap.uniform(heads, layers, len(heads), head_map.num_kv_heads(0))
+    plan = plan_cache(
+        replace(config, head_map=everything),
+        replace(token_bytes, index=0),
+        tokens=tokens,
+        in_flight=in_flight,
+        own_window=own_window,
+    )
+    return replace(plan, keeps_prompts=False).capacity(memory, tokens, in_flight)
 
 
 def _layers_with_any(ranks: list[list[LayerHeads]], kind: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.serving.vllm.caches import plan_of
+from rtpurbo.serving.vllm.checkpoint import own_window
 from rtpurbo.serving.vllm.layout import CachePlan, dense_capacity
 
 
@@ -36,7 +37,15 @@ def set_gauges(config: RTPurboConfig, vllm_config: VllmConfig) -> None:
     def dense_tokens() -> int:
         plan, token_bytes = plan_of(config, vllm_config)
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        return dense_capacity(config, token_bytes, memory(plan) * ranks)
+        tokens, in_flight = limits()
+        return dense_capacity(
+            config,
+            token_bytes,
+            memory(plan) * ranks,
+            tokens=tokens,
+            in_flight=in_flight,
+            own_window=own_window(vllm_config.model_config.hf_config),
+        )
 
     _gauge("cache_tokens", "Tokens of context that fit in the KV cache.").set_function(tokens)
     _gauge(

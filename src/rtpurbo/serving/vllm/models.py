@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -65,6 +67,10 @@ class SparseModelMixin(nn.Module):
             if ".indexer." in name and name not in loaded:
                 raise RTPurboError(f"the checkpoint lacks the tensor '{name}': {EXPORT_AGAIN}.")
         return loaded
+
+
+class RTPurboGemma3ForCausalLM(SparseModelMixin, Gemma3ForCausalLM):
+    """Sparse Gemma 3, whose layers with a sliding window keep it."""
 
 
 class RTPurboLlamaForCausalLM(SparseModelMixin, LlamaForCausalLM):
@@ -124,7 +130,11 @@ def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) ->
     if config.indexer.index_space != "low_frequency":
         return list(range(head_dim))
     assert config.indexer.min_wavelength is not None
-    # All supported families use the rotary embedding of Llama.
+    # All supported families use the rotary embedding of Llama, some with parameters by type of layer.
+    parameters = hf_config.rope_parameters
+    if "full_attention" in parameters:
+        hf_config = copy(hf_config)
+        hf_config.rope_parameters = parameters["full_attention"]
     inverse = LlamaRotaryEmbedding(hf_config).inv_freq
     frequencies = torch.zeros(head_dim)
     frequencies[: 2 * inverse.numel()] = inverse.repeat(2)

@@ -17,14 +17,26 @@ from rtpurbo.ops import KeyValueStates
 NULL_BLOCK = 0
 """Block of vLLM that belongs to no request; a block table has it where a reused prefix lacks a block."""
 
+FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
 
 @dataclass(frozen=True)
 class Pages:
-    """Views of one layer in the blocks of a cache, [num_blocks, heads, block_size, dimensions]."""
+    """Views of one layer in the blocks of a cache, [num_blocks, heads, block_size, dimensions].
+
+    Attributes:
+        keys: in the model's dtype, or float8_e4m3fn.
+        values: same.
+        index_keys: index keys; None in windowed groups.
+        key_scale: a key is the stored value times this scale; 1 unless stored as float8.
+        value_scale: same for values.
+    """
 
     keys: Tensor
     values: Tensor
     index_keys: Tensor | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
     @property
     def block_size(self) -> int:
@@ -47,13 +59,18 @@ class Pages:
         is_padding = (slots < 0)[:, None, None]
         slots = slots.clamp(min=0)
         blocks, places = slots // self.block_size, slots % self.block_size
-        for pages, states in (
-            (self.keys, keys),
-            (self.values, values),
-            (self.index_keys, index_keys),
+        for pages, states, scale in (
+            (self.keys, keys, self.key_scale),
+            (self.values, values, self.value_scale),
+            (self.index_keys, index_keys, 1.0),
         ):
-            if pages is not None and states is not None:
-                pages[blocks, :, places] = states.masked_fill(is_padding, 0).to(pages.dtype)
+            if pages is None or states is None:
+                continue
+            states = states.masked_fill(is_padding, 0)
+            if pages.dtype == torch.float8_e4m3fn:
+                # Larger values become NaN in this format.
+                states = (states.float() * (1 / scale)).clamp(-FLOAT8_MAX, FLOAT8_MAX)
+            pages[blocks, :, places] = states.to(pages.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import logging
 MODELS = "rtpurbo.serving.vllm.models"
 
 ARCHITECTURES = (
+    "RTPurboGemma3ForCausalLM",
     "RTPurboLlamaForCausalLM",
     "RTPurboMistralForCausalLM",
     "RTPurboQwen2ForCausalLM",

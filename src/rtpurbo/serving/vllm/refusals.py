@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import vllm
@@ -13,7 +14,7 @@ from vllm.platforms import current_platform
 from rtpurbo.errors import RTPurboError
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, supports_head_dim
 from rtpurbo.serving.vllm.checkpoint import read_config
-from rtpurbo.serving.vllm.layout import heads_of_rank
+from rtpurbo.serving.vllm.layout import FLOAT8_CACHE_DTYPES, heads_of_rank
 from rtpurbo.serving.vllm.metrics import set_gauges
 from rtpurbo.serving.vllm.versions import check_version
 
@@ -27,6 +28,9 @@ def check(config: VllmConfig) -> None:
     check_version(vllm.__version__)
     checkpoint = read_config(config.model_config.hf_config)
     heads_of_rank(checkpoint.head_map, 0, config.parallel_config.tensor_parallel_size)
+    if config.cache_config.cache_dtype == "auto" and _cache_scheme(config):
+        # vLLM does so too, but only when it makes the layers.
+        config.cache_config.cache_dtype = "fp8"
     for reason in refusals(config):
         raise RTPurboError(reason)
     set_gauges(checkpoint, config)
@@ -75,11 +79,7 @@ def refusals(config: VllmConfig) -> Iterator[str]:
             "windowed heads keep a part of a request's blocks only, which connectors do not know: leave "
             "out --kv-transfer-config and --kv-offloading-size."
         )
-    if cache.cache_dtype != "auto":
-        yield (
-            "the kernels read keys and values in the model's dtype: leave out --kv-cache-dtype "
-            f"{cache.cache_dtype}."
-        )
+    yield from _cache_refusals(config)
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield (
             "full and windowed KV heads have caches of different sizes: leave out "
@@ -92,3 +92,38 @@ def refusals(config: VllmConfig) -> Iterator[str]:
             f"blocks of {cache.block_size} tokens do not fit the kernels: choose a multiple of 16 "
             "as --block-size, or leave it out."
         )
+
+
+def _cache_refusals(config: VllmConfig) -> Iterator[str]:
+    """Yields the reasons against the dtype of the cache."""
+    cache = config.cache_config
+    if cache.cache_dtype == "auto":
+        return
+    if cache.cache_dtype not in FLOAT8_CACHE_DTYPES:
+        yield (
+            "the kernels read keys and values in the model's dtype or as fp8 (e4m3): leave out "
+            f"--kv-cache-dtype {cache.cache_dtype}, or choose fp8."
+        )
+    if current_platform.is_cuda() and not current_platform.has_device_capability(89):
+        yield (
+            "fp8 needs a GPU of compute capability 8.9 or higher: leave out --kv-cache-dtype "
+            f"{cache.cache_dtype}."
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        yield (
+            "the layers of a sparse model share blocks, so all of them are fp8 or none is: leave out "
+            "--kv-cache-dtype-skip-layers."
+        )
+    strategy = _cache_scheme(config).get("strategy", "tensor")
+    if strategy != "tensor":
+        yield (
+            f"the checkpoint's cache scales have strategy '{strategy}', but one scale per layer "
+            "('tensor') is supported: remove kv_cache_scheme from its config.json for a cache in the model's dtype."
+        )
+
+
+def _cache_scheme(config: VllmConfig) -> dict[str, Any]:
+    """Scheme of compressed-tensors for keys and values in the checkpoint; empty if it has none."""
+    quantization = getattr(config.model_config.hf_config, "quantization_config", None)
+    scheme = quantization.get("kv_cache_scheme") if isinstance(quantization, dict) else None
+    return scheme or {}

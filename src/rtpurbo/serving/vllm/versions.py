@@ -35,6 +35,22 @@ def check_version(version: str) -> None:
         )
 
 
+def cache_scales(attention: Any) -> tuple[float, float]:
+    """Scales of keys and values in a float8 cache: those of the checkpoint, or 1.
+
+    Args:
+        attention: vLLM's attention layer, after the weights were loaded.
+    """
+    return attention._k_scale_float, attention._v_scale_float
+
+
+def has_unit_offset(norm: Any) -> bool:
+    """True if the factor of an RMSNorm of vLLM is 1 + weight."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+    return isinstance(norm, GemmaRMSNorm)
+
+
 def rotary_table(rotary: Any, head_dim: int) -> Tensor | None:
     """Cosines and sines of a rotary embedding of vLLM, for `RotaryTable`.
 

@@ -87,6 +87,7 @@ def assert_in_pages(static, pages):
         {},
         {"norm": "weight", "rotated": False},
         {"norm": "weight", "rotary_dim": 6, "table_dtype": torch.float32},
+        {"norm": "unit_offset"},
         {"retrieval_heads": ()},
         {"retrieval_heads": range(6), "index_dtype": torch.float8_e4m3fn},
         {"rotary_dim": 0},

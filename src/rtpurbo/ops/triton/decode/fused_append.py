@@ -87,7 +87,7 @@ class PagedSlots:
     Attributes:
         full_slots: int64 [T], page times page size plus place in the page; negative if the token is not stored.
         windowed_slots: int64 [T], same for the windowed KV heads.
-        full_keys: [pages, F, page_size, D].
+        full_keys: [pages, F, page_size, D]; all keys and values are in the dtype of the states, or float8_e4m3fn.
         full_values: same shape.
         windowed_keys: [pages, K - F, page_size, D].
         windowed_values: same shape.
@@ -95,6 +95,8 @@ class PagedSlots:
         lengths: int32 [T], tokens of the sequences, each of which has one token here; None if all index queries
             are needed.
         prompt_lengths: int32 [T]; index queries of sequences that are no longer than this are zeros.
+        key_scale: a key is the stored float8 value times this scale.
+        value_scale: same for values.
     """
 
     full_slots: Tensor
@@ -106,6 +108,8 @@ class PagedSlots:
     index_keys: Tensor | None
     lengths: Tensor | None = None
     prompt_lengths: Tensor | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -175,12 +179,14 @@ def fused_kv_append(
     index_width = triton.next_power_of_2(index_dim)
     feature_width = triton.next_power_of_2(num_features)
     programs = num_heads + num_full + num_windowed + num_retrieval + num_index_keys
-    lengths = prompt_lengths = None
+    lengths = prompt_lengths = key_factor = value_factor = None
     if isinstance(slots, PagedSlots):
         grid = (batch, programs)
         full_slots, windowed_slot_stride = slots.full_slots, 1
         full_page, windowed_page = slots.full_keys.shape[2], slots.windowed_keys.shape[2]
         lengths, prompt_lengths = slots.lengths, slots.prompt_lengths
+        if slots.full_keys.dtype == torch.float8_e4m3fn:
+            key_factor, value_factor = 1 / slots.key_scale, 1 / slots.value_scale
     else:
         grid = (programs, batch)
         full_slots, windowed_slot_stride = slots.full_slot, slots.windowed_slots.stride(0)
@@ -223,6 +229,8 @@ def fused_kv_append(
             strides(slots.windowed_values),
             None if projection is None else slots.index_keys,
             strides(slots.index_keys),
+            key_factor,
+            value_factor,
             num_heads,
             num_full,
             num_windowed,

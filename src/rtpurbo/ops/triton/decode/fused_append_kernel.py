@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FLOAT8_MAX = tl.constexpr(448.0)
+"""Largest value of float8_e4m3fn; larger ones would become NaN."""
+
 
 @triton.jit
 def _normalize(states_ptr, dims, valid, norm_weight, factor, UNIT_OFFSET: tl.constexpr):
@@ -137,6 +140,14 @@ def _target(states, strides, sequence, head, slot, PAGE_SIZE: tl.constexpr):
     return target
 
 
+@triton.jit
+def _stored(states, factor, dtype: tl.constexpr):
+    """States as they are stored in a cache of `dtype`: float8 if there is a factor, which they are multiplied by."""
+    if factor is not None:
+        states = tl.clamp(states.to(tl.float32) * factor, -FLOAT8_MAX, FLOAT8_MAX).to(dtype)
+    return states
+
+
 # Not specialised: a value of 1 or a multiple of 16 does not compile another kernel.
 SIZES = [
     "windowed_slot_stride",
@@ -186,6 +197,8 @@ def fused_append_kernel(
     windowed_value_strides,
     index_keys,
     index_key_strides,
+    key_factor,
+    value_factor,
     num_heads,
     num_full,
     num_windowed,
@@ -214,6 +227,8 @@ def fused_append_kernel(
     FULL_PAGE and WINDOWED_PAGE are tokens per page, 0 for a static cache. With pages, a token with a negative slot
     is not stored; `positions` [B], if given, select the rows of cosines and sines; and index queries of sequences
     whose `lengths` do not exceed their `prompt_lengths`, if given, are zeros.
+
+    Keys and values are multiplied by `key_factor` and `value_factor` and stored as float8, where these are not None.
     """
     if FULL_PAGE + WINDOWED_PAGE > 0:
         # There may be more tokens than the second dimension of a grid allows.
@@ -266,11 +281,13 @@ def fused_append_kernel(
                 windowed_values, windowed_value_strides, sequence, place, slot, WINDOWED_PAGE
             )
         value = tl.load(values + head * value_strides[1] + dims, mask=valid, other=0.0)
+        value = _stored(value, value_factor, value_target.dtype.element_ty)
         tl.store(value_target + dims, value, mask=stored)
         key = _norm_and_rotate(
             keys + head * key_strides[1], dims, valid, key_norm, epsilon, cosines, sines,
             HEAD_DIM, WIDTH, ROTARY_DIM, HALF_TABLES, UNIT_OFFSET,
         )  # fmt: skip
+        key = _stored(key, key_factor, key_target.dtype.element_ty)
         tl.store(key_target + dims, key, mask=stored)
     elif index_keys is not None:
         rank = program - num_heads - num_key_value_heads

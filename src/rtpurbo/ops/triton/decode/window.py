@@ -120,10 +120,13 @@ def window_split(
         loaded = seen[:, None] & in_head
         key_offsets = slot_offsets(slots, seen, key_strides, block_table, table_row, PAGE_SIZE)
         value_offsets = slot_offsets(slots, seen, value_strides, block_table, table_row, PAGE_SIZE)
-        tile_keys = tl.load(keys + key_offsets[:, None] + dims[None, :], mask=loaded, other=0.0)
+        # Keys and values may be float8.
+        tile_keys = tl.load(keys + key_offsets[:, None] + dims[None, :], mask=loaded, other=0.0).to(
+            group_queries.dtype
+        )
         tile_values = tl.load(
             values + value_offsets[:, None] + dims[None, :], mask=loaded, other=0.0
-        )
+        ).to(group_queries.dtype)
         logits = tl.dot(group_queries, tile_keys.T, input_precision=IEEE) * scale
         near = (positions < num_sinks)[None, :] | (positions[None, :] > before_window[:, None])
         logits = tl.where(seen[None, :] & near, logits, float("-inf"))

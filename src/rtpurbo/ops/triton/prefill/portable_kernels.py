@@ -29,7 +29,7 @@ def _load_tile(
     states, strides, block_table, table_stride, sequence, head, slot, first, length, head_dim,
     N: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """States [N, D] of one head from `slot` on; zero outside. `states` is a descriptor, or pages.
+    """States [N, D] of one head from `slot` on; zero outside. `states` is a descriptor, or pages (also of float8).
 
     Pages are read from slot `first` up to `length`, exclusive: between sinks and window, those of a windowed head
     may belong to another sequence by now.
@@ -59,12 +59,12 @@ def _add_tile(
     keys = _load_tile(
         key_states, key_strides, block_table, table_stride, sequence, key_value_head,
         start + shift, first, length, head_dim, N, D, PAGE_SIZE,
-    )  # fmt: skip
+    ).to(queries.dtype)  # fmt: skip
     scores = tl.dot(queries, keys.T, input_precision=IEEE) * scale
     values = _load_tile(
         value_states, value_strides, block_table, table_stride, sequence, key_value_head,
         start + shift, first, length, head_dim, N, D, PAGE_SIZE,
-    )  # fmt: skip
+    ).to(queries.dtype)  # fmt: skip
     if MASKED:
         columns = start + tl.arange(0, N)
         visible = (columns[None, :] >= lowest[:, None]) & (columns[None, :] <= highest[:, None])

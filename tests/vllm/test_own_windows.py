@@ -1,0 +1,34 @@
+"""Layers that are not converted keep their sliding window on vLLM."""
+
+import pytest
+
+from tests.vllm.checkpoints import (
+    assert_same_answers,
+    expected_answers,
+    load_reference,
+    random_prompts,
+    save_checkpoint,
+)
+from tests.vllm.engines import free_blocks, outputs, running
+
+pytestmark = pytest.mark.vllm
+
+LENGTHS = (10, 70, 200, 333, 600, 17)
+NEW = 40
+
+
+def test_chunks_and_prefix_hits(tmp_path):
+    rule = {"dense_prompt_queries": 24}
+    checkpoint = save_checkpoint(tmp_path, "gemma3_text", rule=rule, index_space="post_rope")
+    reference = load_reference(checkpoint)
+    prompts = random_prompts(LENGTHS)
+    wanted = expected_answers(reference, prompts, NEW)
+    with running(checkpoint, max_num_batched_tokens=64) as llm:
+        free = free_blocks(llm)
+        first, second = (outputs(llm, prompts, NEW) for _ in range(2))
+        for found in (first, second):
+            tokens = [list(output.outputs[0].token_ids) for output in found]
+            assert_same_answers(reference, prompts, tokens, wanted)
+        # Blocks have up to 128 tokens.
+        assert all(output.num_cached_tokens for output in second[2:5])
+        assert free_blocks(llm) == free
