@@ -45,10 +45,14 @@ SHAPE = {
 TIE = 1e-4
 # Relative change of scores or top-p, far above the rounding of float32.
 EDGE = 1e-4
-# Windows of layers that are not converted; the last layer stays full.
-OWN_WINDOWS = {
+# As Gemma 3: windows of layers that are not converted, and rotary embeddings by type of layer.
+GEMMA3 = {
     "sliding_window": 40,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 
@@ -64,7 +68,7 @@ def save_checkpoint(
 ) -> Path:
     """Exports a sparse model of random weights that selects few tokens, and returns its folder."""
     if family == "gemma3_text":
-        changes = OWN_WINDOWS | changes
+        changes = GEMMA3 | changes
     shape = {**SHAPE, "num_hidden_layers": len(layers), **changes}
     tiny_model(family, **shape).save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")

@@ -5,6 +5,8 @@ from dataclasses import fields
 from importlib import import_module
 
 import pytest
+import torch
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import NewRequestData
@@ -62,3 +64,11 @@ def test_rotary_embeddings_have_tables():
     rotary = RotaryEmbedding.__init__
     assert {"head_size", "rotary_dim", "is_neox_style"} <= set(inspect.signature(rotary).parameters)
     assert "cos_sin_cache" in inspect.getsource(RotaryEmbedding.forward_native)
+
+
+def test_attention_layers_have_cache_scales():
+    attention = import_module("vllm.model_executor.layers.attention.attention")
+    source = inspect.getsource(attention.set_default_quant_scales)
+    assert "layer._k_scale_float = 1.0" in source
+    assert "layer._v_scale_float = 1.0" in source
+    assert issubclass(GemmaRMSNorm, torch.nn.Module)

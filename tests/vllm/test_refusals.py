@@ -107,8 +107,14 @@ def test_another_vllm(version, sound, monkeypatch):
     ("options", "sentence"),
     [
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding verifies several tokens",
+            {
+                "speculative_config": {
+                    "method": "ngram_gpu",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                }
+            },
+            "speculative decoding by 'ngram_gpu' needs",
         ),
         ({"enable_lora": True}, "LoRA adapters change the queries and keys"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "leave out --kv-cache-dtype fp8_e5m2, or choose fp8"),

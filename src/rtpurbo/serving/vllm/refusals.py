@@ -50,10 +50,11 @@ def refusals(config: VllmConfig) -> Iterator[str]:
         )
     if config.model_config.runner_type != "generate":
         yield "sparse models generate text and give no embeddings: leave out --runner."
-    if config.speculative_config is not None:
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
         yield (
-            "speculative decoding verifies several tokens in a step, but sparse decode steps have one "
-            "query per request: leave out --speculative-config."
+            f"speculative decoding by '{speculative.method}' needs a cache for the drafts, which the plan of the "
+            "sparse model's cache does not contain: choose the method 'ngram', or leave out --speculative-config."
         )
     if config.lora_config is not None:
         yield (
