@@ -19,7 +19,7 @@ def test_a_bar_for_each_stage_with_its_latest_figures():
     assert "0/5" in second
 
 
-def test_speed_is_told_in_words():
+def test_speed_has_its_unit():
     console = Console(file=io.StringIO(), width=160)
     with ProgressBars(console) as progress:
         progress("stage1", 2, 2, {"loss": 1.0, "tokens_read": 93.4, "tokens_per_second": 45678.9})

@@ -251,7 +251,7 @@ def test_interrupted_between_the_artifact_and_the_cleanup(whole, tiny_base, tmp_
         return rmtree(path, **options)
 
     rmtree = shutil.rmtree
-    monkeypatch.setattr("rtpurbo.job.shutil.rmtree", stop)
+    monkeypatch.setattr("rtpurbo.conversion.job.shutil.rmtree", stop)
     with pytest.raises(InterruptionError):
         convert(str(tiny_base), output, settings=SETTINGS, device="cpu")
     monkeypatch.undo()
@@ -260,7 +260,7 @@ def test_interrupted_between_the_artifact_and_the_cleanup(whole, tiny_base, tmp_
     assert not list(tmp_path.glob("*.work"))
 
 
-def test_resuming_nothing_replaces_nothing(tiny_base, tmp_path):
+def test_resuming_without_a_job_does_not_replace_an_artifact(tiny_base, tmp_path):
     """A script may always pass `--resume`, which does not permit replacing a finished artifact."""
     output = tmp_path / "artifact"
     settings = replace(SETTINGS, stage2=replace(SETTINGS.stage2, steps=0))
@@ -396,7 +396,7 @@ import resource, sys
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
 from rtpurbo.interruption import StoppedBySignalError
-from tests.test_conversion import SETTINGS
+from tests.conversion.test_run import SETTINGS
 if len(sys.argv) > 3:
     # Limit of a file's size in bytes: a longer write fails as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
@@ -410,7 +410,7 @@ except RTPurboError as error:
 
 
 def command_and_surroundings(*arguments):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
     command = [sys.executable, "-c", _SCRIPT, *(str(argument) for argument in arguments)]
     return command, {"env": environment, "cwd": root}
