@@ -52,7 +52,7 @@ class ResultsLog:
     """Results of an evaluation: each is logged when it is finished, and all are written on exit.
 
     Args:
-        path: the JSON file of `write_results`; the log and the samples lie beside it. None keeps results
+        path: the JSON file of `write_results`; the log and the samples are in the same folder. None keeps results
             in memory only.
         model: the artifact or model, as `write_results` takes it, like the next three.
         device: where models run.
@@ -245,13 +245,13 @@ class ResultsLog:
                 write_samples(samples_path(self.path), samples)
             write_results(
                 self.path,
-                self._model,
-                origin["device"],
-                origin["command"],
-                records,
-                extra,
-                self.averages,
-                resumption,
+                model=self._model,
+                device=origin["device"],
+                command=origin["command"],
+                records=records,
+                extra=extra,
+                averages=self.averages,
+                resumption=resumption,
             )
             self._is_summary_current = True
 
