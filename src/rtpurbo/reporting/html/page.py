@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from rtpurbo.files import write_text_atomically
 from rtpurbo.reporting.figures import check_matplotlib
@@ -104,6 +103,7 @@ def _environment() -> Environment:
 
 def _keep_units(value: Any) -> Any:
     """Joins a number and its unit by a non-breaking space."""
-    if isinstance(value, str) and not isinstance(value, Markup):
+    # Markup has been escaped already, and holds SVG.
+    if isinstance(value, str) and not hasattr(value, "__html__"):
         return _UNIT.sub("\u00a0", value)
     return value
