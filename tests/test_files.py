@@ -134,7 +134,7 @@ def test_no_tensors_are_a_file_too(tmp_path):
     assert load_file(tmp_path / "none.safetensors") == {}
 
 
-def test_a_place_taken_meanwhile_is_not_overwritten(tmp_path):
+def test_a_folder_created_meanwhile_is_not_overwritten(tmp_path):
     destination = tmp_path / "result"
     with pytest.raises(RTPurboError, match="exists already"), whole_folder(destination):
         destination.mkdir()

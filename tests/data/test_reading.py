@@ -57,7 +57,7 @@ def test_the_same_seed_asks_the_same():
 
 
 @pytest.mark.parametrize("length", [1500, 6000, 20000])
-def test_it_is_as_long_as_allowed(length):
+def test_a_conversation_fills_its_length(length):
     for seed in range(4):
         *_, found = text_and_answer(length, seed, load_texts(None))
         assert 0.985 * length <= found
@@ -79,7 +79,7 @@ def test_paragraphs_are_numbered_in_turn():
         ]
 
 
-def test_a_question_leads_to_the_paragraph_of_its_answer_over_another_or_at_once():
+def test_a_question_leads_to_its_answer_directly_or_through_another_paragraph():
     num_hops = []
     for seed in range(40):
         text, answer, _ = text_and_answer(6000, seed)

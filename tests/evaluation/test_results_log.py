@@ -51,7 +51,7 @@ def change(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_was_there_when_it_was_cut_is_written(tmp_path):
+def test_complete_results_of_an_interrupted_run_are_written(tmp_path):
     path = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt), opened(path) as results:
         results.begin()
@@ -157,7 +157,7 @@ def test_a_killed_run_is_resumed_from_whole_lines_and_its_files_are_written(path
     assert read_results(path).records == [RECORD, other, third]
 
 
-def test_a_disk_that_is_full_for_a_while_loses_nothing(path, monkeypatch):
+def test_a_temporarily_full_disk_loses_nothing(path, monkeypatch):
     other = replace(RECORD, task="multikey")
     with resumed(path) as results:
         with monkeypatch.context() as patch:
@@ -170,7 +170,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(path, monkeypatch):
     assert resumed(path).records == [RECORD, replace(other, score=1.0)]
 
 
-def test_what_is_resumed_is_kept_and_what_is_new_comes_after(path):
+def test_resumed_results_come_before_new_ones(path):
     other = Record("needle", "multikey", 4096, "full", 1, 50.0)
     with resumed(path) as results:
         assert results.of(TEST, "full") == [RECORD]
@@ -196,7 +196,7 @@ def test_files_without_a_log_are_resumed_and_logged_with_the_next_result(old):
     assert resumed(old).every_test() == [TEST]
 
 
-def test_a_log_that_was_cut_in_its_first_line_is_none(old):
+def test_a_log_with_only_an_incomplete_line_is_ignored(old):
     log_path(old).write_text('{"run": {"dev')
     assert resumed(old).records == [RECORD]
     with resumed(old) as results:
@@ -219,7 +219,7 @@ def test_without_resume_nothing_is_kept(path):
     assert resumed(path, seed=1).records == [other]
 
 
-def test_where_there_is_nothing_it_begins(tmp_path):
+def test_resuming_without_results_starts_from_the_beginning(tmp_path):
     with resumed(tmp_path / "results.json") as results:
         pass
     assert results.records == []
@@ -241,7 +241,7 @@ def test_samples_of_a_test_that_was_interrupted_are_left(old):
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-def test_the_origin_tells_of_all_runs(path, monkeypatch, is_old):
+def test_the_origin_names_all_runs(path, monkeypatch, is_old):
     monkeypatch.setattr(results_log, "library_commit", lambda: "second")
     commands = "rtpurbo eval model --resume", "rtpurbo eval model --length 9 --resume"
     for number, command in enumerate(commands):
@@ -257,7 +257,7 @@ def test_the_origin_tells_of_all_runs(path, monkeypatch, is_old):
     assert origin["commit"].count("second") == 1
 
 
-def test_groups_are_known_again(path):
+def test_groups_of_tasks_are_resumed(path):
     group = Case("lm-eval", "mmlu_pro", 0, 0)
     tests = [Case("lm-eval", name, 1024, 0) for name in ("mmlu_pro_math", "mmlu_pro_law")]
     with resumed(path, [group]) as results:
@@ -271,7 +271,7 @@ def test_groups_are_known_again(path):
         resumed(path, [Case("needle", "single", 4096, 2)])
 
 
-def test_what_was_measured_otherwise_is_refused_and_left_alone(path):
+def test_results_under_other_conditions_are_refused_and_unchanged(path):
     before = path.read_bytes(), log_path(path).read_bytes()
     sentence = r"results.json cannot be resumed, because it was measured with --seed 0, not 1 and "
     sentence += r"with --dtype float32, not float16: repeat its command, or name another file"
@@ -283,14 +283,14 @@ def test_what_was_measured_otherwise_is_refused_and_left_alone(path):
     assert (path.read_bytes(), log_path(path).read_bytes()) == before
 
 
-def test_a_log_that_lacks_results_of_the_file_is_refused(path):
+def test_a_log_without_results_of_the_file_is_refused(path):
     change(path, records=[asdict(RECORD), asdict(replace(RECORD, task="multikey"))])
     with pytest.raises(RTPurboError, match=r"has results that .*results.log.jsonl lacks: remove"):
         resumed(path)
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-def test_what_does_not_record_its_conditions_is_refused(tmp_path, is_old):
+def test_results_without_conditions_are_refused(tmp_path, is_old):
     path = tmp_path / "results.json"
     with opened(path) as results:
         results.begin()
@@ -302,7 +302,7 @@ def test_what_does_not_record_its_conditions_is_refused(tmp_path, is_old):
 
 
 @pytest.mark.parametrize("content", ["", "line lost"])
-def test_lost_samples_are_told(old, content):
+def test_lost_samples_are_reported(old, content):
     samples_path(old).write_text(content and samples_path(old).read_text().replace("single", "x"))
     with pytest.raises(
         RTPurboError, match=r"samples.jsonl has 0 of its samples and not 1: put the"
@@ -316,7 +316,7 @@ def test_lost_samples_are_told(old, content):
 @pytest.mark.parametrize(
     "line", ["{}", '{"records": [], "samples": []}', '{"run": {}}', "[]", "{", '{"a": 1, "a": 1}']
 )
-def test_a_broken_file_is_told(path, line):
+def test_a_broken_file_is_reported(path, line):
     with log_path(path).open("a") as log:
         log.write(line + "\n")
     with pytest.raises(RTPurboError, match=r"log.jsonl holds no results or is corrupt"):

@@ -61,7 +61,7 @@ def losses_of(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_two_processes_go_on_from_one_and_learn_the_same(tmp_path):
+def test_two_processes_resume_a_run_of_one_and_learn_the_same(tmp_path):
     alone = recipe(tmp_path, "alone")
     assert "all done" in alone
     assert "| 2K |" in alone
@@ -93,7 +93,7 @@ def test_the_adapter_is_the_teacher(tmp_path):
     assert origin["rank"] == 2
 
 
-def test_training_goes_on_from_the_model_that_it_is_told_to_begin_with(tmp_path):
+def test_training_continues_from_a_given_model(tmp_path):
     recipe(tmp_path, "made", "--until", "8k")
     base = load_file(tmp_path / "base" / "model.safetensors")
     weights = load_file(tmp_path / "made" / "8k" / "model.safetensors")
@@ -116,7 +116,7 @@ def test_training_goes_on_from_the_model_that_it_is_told_to_begin_with(tmp_path)
     assert any(not torch.equal(further[key], weights[key]) for key in weights)
 
 
-def test_questions_that_were_answered_are_not_asked_again(tmp_path, monkeypatch):
+def test_answered_questions_are_not_asked_again(tmp_path, monkeypatch):
     whole = answered(tmp_path / "whole.json")
     predicted, asked = make_teacher.is_predicted, []
 

@@ -55,7 +55,7 @@ def test_tables_without_the_dense_model_and_without_records():
     assert results_tables([]) == []
 
 
-def test_what_is_measured_row_by_row_has_its_columns():
+def test_per_query_figures_have_columns():
     measured = {"tokens_read_mean": 1234.5, "mass_kept": 0.987, "measured_rows": 10}
     records = [replace(RECORDS[1], **measured), replace(RECORDS[4], metric="a"), RECORDS[0]]
     lines = markdown_tables(records).splitlines()
@@ -75,7 +75,7 @@ def test_what_is_measured_row_by_row_has_its_columns():
     assert lines[-3:-1] == ["| tokens read (mean) | 300 |", "| attention recall | 70.0 % |"]
 
 
-def test_how_far_a_mean_is_from_the_dense_models():
+def test_differences_of_means_to_the_dense_model():
     records = [
         Record("ruler", task, 4096, policy, 25, 80.0)
         for task in ("vt", "cwe")
@@ -147,7 +147,7 @@ def test_ruler_has_a_table_for_each_length_with_tasks_as_rows():
         (percent(0.1534), "15.3 %"),
     ],
 )
-def test_numbers_as_people_write_them(written, expected):
+def test_numbers_are_parsed_in_usual_notations(written, expected):
     assert written == expected
 
 

@@ -21,7 +21,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("task", SHAPES)
-def test_who_reads_the_needles_answers_right(task):
+def test_the_needles_contain_the_answers(task):
     key, value, num_keys, num_values, num_queries = SHAPES[task]
     for text, answers in prompts_of(task):
         kind = "number" if value is NUMBER else "uuid"
@@ -43,7 +43,7 @@ def test_who_reads_the_needles_answers_right(task):
 
 
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "niah_multiquery"])
-def test_needles_stand_anywhere(task):
+def test_needles_are_at_any_depth(task):
     depths = []
     for number in range(40):
         draft = draft_of(task, number)
@@ -54,7 +54,7 @@ def test_needles_stand_anywhere(task):
     assert 0.35 < sum(depths) / len(depths) < 0.65
 
 
-def test_a_larger_haystack_holds_the_smaller():
+def test_a_larger_haystack_contains_the_smaller_one():
     draft = draft_of("niah_multikey_2")
     small, large = (set(draft.text(size).splitlines()) for size in (10, 50))
     assert small < large
@@ -64,7 +64,7 @@ def test_a_larger_haystack_holds_the_smaller():
     assert again.text(10) == draft.text(10)
 
 
-def test_prose_goes_round_where_it_is_too_short():
+def test_short_prose_wraps_around():
     essay = " ".join(materials().essay)
     text = draft_of("niah_single_2").text(3 * len(materials().essay))
     passage = essay[5000:5100]
