@@ -34,13 +34,6 @@ def path(tmp_path):
     return path
 
 
-@pytest.fixture
-def old(path):
-    """A file of an rtpurbo that had no logs."""
-    log_path(path).unlink()
-    return path
-
-
 def resumed(path, cases=(), **changes):
     results = opened(path, resume=True)
     results.begin(conditions(**changes), cases)
@@ -62,7 +55,7 @@ def test_complete_results_of_an_interrupted_run_are_written(tmp_path):
     assert written.records == [RECORD]
     assert written.origin["note"] == "by hand"
     assert "ruler_words" not in written.origin
-    assert written.resumption is None
+    assert "conditions" not in written.origin
     assert read_samples(samples_path(path)) == [SAMPLE]
 
 
@@ -181,27 +174,33 @@ def test_resumed_results_come_before_new_ones(path):
     assert read_samples(samples_path(path)) == [SAMPLE]
 
 
-def test_files_without_a_log_are_resumed_and_logged_with_the_next_result(old):
-    other = Record("needle", "multikey", 4096, "full", 1, 50.0)
-    before = old.read_bytes()
-    with resumed(old) as results:
-        assert results.records == [RECORD]
-    assert old.read_bytes() == before
-    assert not log_path(old).exists()
-    with resumed(old, [TEST]) as results:
-        results.add(CaseResult([other], []))
-    assert read_results(old).records == [RECORD, other]
-    assert resumed(old).records == [RECORD, other]
-    assert resumed(old).samples == [SAMPLE]
-    assert resumed(old).every_test() == [TEST]
+@pytest.mark.parametrize("content", [None, "", '{"run": {"dev'])
+def test_results_without_a_log_are_refused_and_unchanged(path, content):
+    before = path.read_bytes()
+    log_path(path).unlink()
+    if content is not None:
+        log_path(path).write_text(content)
+    with pytest.raises(RTPurboError, match=r"because its log .*log.jsonl is missing or empty: put"):
+        resumed(path)
+    assert path.read_bytes() == before
 
 
-def test_a_log_with_only_an_incomplete_line_is_ignored(old):
-    log_path(old).write_text('{"run": {"dev')
-    assert resumed(old).records == [RECORD]
-    with resumed(old) as results:
-        results.add(CaseResult([replace(RECORD, task="multikey")], []))
-    assert len(resumed(old).records) == 2
+def test_a_log_with_only_an_incomplete_line_starts_from_the_beginning(path):
+    for file in (path, samples_path(path)):
+        file.unlink()
+    log_path(path).write_text('{"run": {"dev')
+    with resumed(path) as results:
+        assert results.records == []
+        results.add(CaseResult([RECORD], [SAMPLE]))
+    assert resumed(path).records == [RECORD]
+
+
+def test_the_conditions_of_a_run_are_in_the_results(path):
+    assert read_results(path).origin["conditions"] == conditions()
+    before = json.loads(path.read_text())
+    run = {"conditions": before.pop("conditions"), "tests": {}, "samples": 1}
+    path.write_text(json.dumps(before | {"resumption": run}))  # as written before there were logs
+    assert read_results(path).origin["conditions"] == conditions()
 
 
 def test_without_resume_nothing_is_kept(path):
@@ -234,22 +233,13 @@ def test_a_test_taken_again_takes_its_place(path):
     assert resumed(path).records == [again]
 
 
-def test_samples_of_a_test_that_was_interrupted_are_left(old):
-    line = samples_path(old).read_text()
-    samples_path(old).write_text(line + line.replace("single", "multikey"))
-    assert resumed(old).samples == [SAMPLE]
-
-
-@pytest.mark.parametrize("is_old", [False, True])
-def test_the_origin_names_all_runs(path, monkeypatch, is_old):
+def test_the_origin_names_all_runs(path, monkeypatch):
     monkeypatch.setattr(results_log, "library_commit", lambda: "second")
     commands = "rtpurbo eval model --resume", "rtpurbo eval model --length 9 --resume"
     for number, command in enumerate(commands):
         with opened(path, f"gpu {number}", command, resume=True) as results:
             results.begin(conditions())
             results.add(CaseResult([Record("needle", "single", number, "full", 1, 0.0)], []))
-        if is_old:
-            log_path(path).unlink()
     origin = read_results(path).origin
     assert origin["device"] == "cpu, gpu 0, gpu 1"
     assert origin["command"] == "rtpurbo eval model && rtpurbo eval model --length 9 --resume"
@@ -289,28 +279,13 @@ def test_a_log_without_results_of_the_file_is_refused(path):
         resumed(path)
 
 
-@pytest.mark.parametrize("is_old", [False, True])
-def test_results_without_conditions_are_refused(tmp_path, is_old):
+def test_results_without_conditions_are_refused(tmp_path):
     path = tmp_path / "results.json"
     with opened(path) as results:
         results.begin()
         results.add(CaseResult([RECORD], []))
-    if is_old:
-        log_path(path).unlink()
     with pytest.raises(RTPurboError, match="does not record under what conditions it was measured"):
         resumed(path)
-
-
-@pytest.mark.parametrize("content", ["", "line lost"])
-def test_lost_samples_are_reported(old, content):
-    samples_path(old).write_text(content and samples_path(old).read_text().replace("single", "x"))
-    with pytest.raises(
-        RTPurboError, match=r"samples.jsonl has 0 of its samples and not 1: put the"
-    ):
-        resumed(old)
-    samples_path(old).unlink()
-    with pytest.raises(RTPurboError, match="there is no file of samples"):
-        resumed(old)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +296,9 @@ def test_a_broken_file_is_reported(path, line):
         log.write(line + "\n")
     with pytest.raises(RTPurboError, match=r"log.jsonl holds no results or is corrupt"):
         resumed(path)
-    log_path(path).unlink()
+
+
+def test_broken_results_with_a_log_are_reported(path):
     change(path, resumption={"a": 1})
     with pytest.raises(RTPurboError, match=r"results.json holds no results or is corrupt"):
         resumed(path)

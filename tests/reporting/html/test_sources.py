@@ -5,7 +5,7 @@ import pytest
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
-from rtpurbo.evaluation.records import Record, Resumption, write_results
+from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.reporting.html.sources import read_sources
 from tests.reporting.html.example_results import LENGTHS, POLICIES, write_examples
 
@@ -77,8 +77,8 @@ def test_cache_sizes_at_a_fixed_length_are_not_mixed_with_others(examples, tmp_p
 
 def test_the_dtype_of_a_run_that_can_be_resumed_is_known(tmp_path):
     record = Record("needle", "single", 4096, "full", 1, 1.0)
-    run = Resumption({"dtype": "bfloat16"}, {}, 0)
-    write_results(tmp_path / "run.json", "m", "a GPU", "eval", [record], resumption=run)
+    run = {"conditions": {"dtype": "bfloat16"}}
+    write_results(tmp_path / "run.json", "m", "a GPU", "eval", [record], run)
     [quality] = read_sources([tmp_path / "run.json"]).quality
     assert quality.where([record]) == "1 samples per test; a GPU, bfloat16"
 
