@@ -83,7 +83,7 @@ def test_every_part_is_there(whole):
     assert "Not in this report" not in titles
     text = whole.text()
     assert "4 of its 12 attention heads (33.3 %)" in text
-    assert "instead of 98.0 % right (RULER at 8K, 2 tests, 50 samples)" in text
+    assert "right answers, dense 98.0 % (RULER at 8K, 2 tests, 50 samples)" in text
     assert "a <note>" in text
     # The mean, its difference to the dense model's, and the interval of that.
     assert "97.5 ▽ -0.5 [-2.0, +0.5]" in text
@@ -133,12 +133,12 @@ def test_missing_parts_are_listed(tmp_path):
     assert "attention recall is" in text  # explained, but no column of it
     assert "% recall" not in text
     assert "on 2026-01-01" in text
-    assert "its perplexity differs by +2.0 % at 2K" in text
+    assert "+2.0 % perplexity at 2K: " in text
 
 
 def test_an_artifact_alone(tiny_artifact):
     whole = Page(page(read_sources([tiny_artifact])))
-    assert "Compared with the dense model" not in whole.text()
+    assert "right answers, dense" not in whole.text()
     assert "Quality : no results of `rtpurbo eval` were given." in whole.text()
 
 
