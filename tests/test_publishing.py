@@ -12,7 +12,7 @@ from rtpurbo.serving.export import export
 
 @pytest.fixture
 def pushed(monkeypatch):
-    """What is uploaded, by name."""
+    """Uploaded files by name."""
     files = {}
 
     def create_commit(self, repo_id, operations, **options):
@@ -41,7 +41,7 @@ def test_the_files_of_an_artifact_are_uploaded_and_no_others(artifact, pushed):
         (artifact / name).parent.mkdir(exist_ok=True)
         (artifact / name).write_text("TOKEN=secret")
     assert push_artifact(artifact, "me/tiny", private=True) == "https://hub/me/tiny"
-    # PEFT writes a card of its own beside the adapter.
+    # PEFT writes its own card next to the adapter.
     assert pushed.keys() == expected - {"adapter/README.md"}
     assert pushed["indexer.safetensors"] == (artifact / "indexer.safetensors").read_bytes()
 

@@ -134,7 +134,7 @@ def with_difference(base: BaseModel, folder: Path) -> PreTrainedModel:
 
 
 def _gets_smaller(difference: Tensor, rank: int) -> bool:
-    """Whether its factors in 8 bits, with two fp32 scales a component, are below 2 bytes an entry."""
+    """True if its 8-bit factors, with two fp32 scales per component, are below 2 bytes per entry."""
     components = min(rank, *difference.shape)
     return components * (sum(difference.shape) + 8) < 2 * difference.numel()
 
@@ -157,7 +157,7 @@ def _add(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
 
 
 def _added(name: str, tensors: dict[str, Tensor]) -> Tensor:
-    """What is added to a parameter, fp64."""
+    """Difference that is added to a parameter, fp64."""
     if name in tensors:
         return tensors[name].double()
     up, down = (

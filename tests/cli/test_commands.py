@@ -34,7 +34,7 @@ def run(*arguments, **options):
 
 
 def error_of(*arguments):
-    """What a command says when it fails as foreseen."""
+    """Error message of a command that fails with one sentence."""
     result = run(*arguments)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
@@ -142,7 +142,7 @@ def test_eval_replaces_results_only_with_force(tiny_artifact, tmp_path):
     output = tmp_path / "results.json"
     output.write_text("precious")
     command = ["eval", tiny_artifact, *QUICK, "--policy", "full", "-o", output]
-    assert "pass --resume to go on with it, or --force to replace it" in error_of(*command)
+    assert "pass --resume to continue it, or --force to replace it" in error_of(*command)
     assert output.read_text() == "precious"
     assert run(*command, "--force").exit_code == 0
     assert len(read_results(output).records) == 1

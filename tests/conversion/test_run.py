@@ -312,11 +312,11 @@ def test_stages_one_by_one(whole, tiny_base, tmp_path):
     stage2 = distill(stage1, tmp_path / "stage2", **common)
     for name in ("indexer.safetensors", "adapter/adapter_model.safetensors", LOG_FILE):
         assert (stage2 / name).read_bytes() == (whole / name).read_bytes()
-    told, expected = ArtifactConfig.read(stage2), ArtifactConfig.read(whole)
+    found, expected = ArtifactConfig.read(stage2), ArtifactConfig.read(whole)
     # A wavelength left open is filled in by what comes first.
-    filled = {"indexer": told.settings["indexer"]}
-    assert told.settings == expected.settings | filled
-    assert told.figures == expected.figures
+    filled = {"indexer": found.settings["indexer"]}
+    assert found.settings == expected.settings | filled
+    assert found.figures == expected.figures
 
 
 def test_calibration_alone_uses_the_attention_rule_of_its_settings(tiny_base, tmp_path):
@@ -342,12 +342,12 @@ def test_a_single_stage_uses_the_settings_of_the_previous_ones(tiny_base, tmp_pa
     stage1 = train_indexer(str(tiny_base), head_map, tmp_path / "stage1", changes=lengths, **common)
     few = {"stage2.steps": 1, "stage2.lengths": (800,), "stage2.refresh_steps": 1}
     stage2 = distill(stage1, tmp_path / "stage2", changes=few, **common)
-    told = ArtifactConfig.read(stage2).settings
-    assert told["calibration"]["ranking"] == "interleaved"
-    assert told["calibration"]["length"] == 600
-    assert told["stage1"]["lengths"] == [700, 900]
-    assert told["stage1"]["steps"] == 2
-    assert told["attention"]["sliding_window"] == 512
+    found = ArtifactConfig.read(stage2).settings
+    assert found["calibration"]["ranking"] == "interleaved"
+    assert found["calibration"]["length"] == 600
+    assert found["stage1"]["lengths"] == [700, 900]
+    assert found["stage1"]["steps"] == 2
+    assert found["attention"]["sliding_window"] == 512
     with pytest.raises(RTPurboError, match="longer than sinks and window"):
         distill(stage1, tmp_path / "short", changes={**few, "stage1.lengths": (300,)}, **common)
     assert not (tmp_path / "short.work").exists()

@@ -33,7 +33,7 @@ def test_differences_are_those_of_each_question():
     _, average = averages_of([*FULL, *lower])
     assert average.difference == pytest.approx(-1)
     assert average.difference_ci95 == pytest.approx((-1, -1))
-    # One answer of four is lost: as many as none or two, by chance.
+    # One answer of four is lost, which chance could make none or two.
     lost = samples("rtpurbo", {"vt": [0.0, 0.0, 50.0, 50.0], "cwe": [20.0, 40.0]})
     _, average = averages_of([*FULL, *lost])
     assert average.difference == pytest.approx(-12.5)

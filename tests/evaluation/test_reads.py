@@ -1,4 +1,4 @@
-"""What is measured of reading, by loops over its definition and on models that generate."""
+"""Measured reads, compared with loops over their definition and on models that generate."""
 
 import warnings
 from dataclasses import replace
@@ -214,7 +214,7 @@ def record_steps(model, monkeypatch, graph_class):
 
 
 def expected_steps(first, count, layers):
-    """What `record_steps` records of an answer, which begins at position `first`."""
+    """Steps that `record_steps` records of an answer, which begins at position `first`."""
     for step in range(count):
         if step_counts(step, torch.device("cuda")):
             yield from [first + step] * layers
@@ -275,7 +275,7 @@ def test_a_measured_step_can_enlarge_a_full_cache(
 
 
 def test_prose_between_answers_is_measured(plain_steps, as_on_a_gpu):  # noqa: F811
-    """Which asks the base model alone, without its head."""
+    """Call of the base model alone, without its head."""
     model, (ids, mask) = sparse_model(prefill_mode="top_p"), padded_batch((0,))
     head_map = model.rtpurbo_config.head_map
     with metering(model, head_map, [0]) as meter, torch.no_grad():

@@ -1,4 +1,4 @@
-"""An evaluation that was cut short and goes on: nothing is lost, asked twice or mixed up."""
+"""Resumed evaluations: no result is lost, measured twice or mixed with others."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ class Stop:
     def __call__(self, stage, done, total, figures):
         if stage == "prompts":
             return
-        # The first call tells what was done before.
+        # The first call reports the samples of earlier runs.
         self.answered += done - self.seen.get(stage, done)
         is_new = done > self.seen.get(stage, done)
         self.seen[stage] = done

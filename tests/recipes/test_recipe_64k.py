@@ -100,8 +100,8 @@ def test_training_continues_from_a_given_model(tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(size, generator=generator) for size in base[name].shape)
-    told = 0.02 * torch.outer(up, down)
-    weights[name] = (base[name].float() + told).to(weights[name].dtype)
+    added = 0.02 * torch.outer(up, down)
+    weights[name] = (base[name].float() + added).to(weights[name].dtype)
     begin = shutil.copytree(tmp_path / "made" / "8k", tmp_path / "begin")
     save_file(weights, begin / "model.safetensors", {"format": "pt"})
 
@@ -112,7 +112,7 @@ def test_training_continues_from_a_given_model(tmp_path):
     assert len(losses_of(tmp_path / "further" / "64k")) == 2
     further = load_file(tmp_path / "further" / "teacher" / "model.safetensors")
     changed = further[name].float() - base[name].float()
-    assert (changed - told).norm() < 0.2 * told.norm()
+    assert (changed - added).norm() < 0.2 * added.norm()
     assert any(not torch.equal(further[key], weights[key]) for key in weights)
 
 

@@ -57,8 +57,8 @@ def test_endless_programs_are_killed(program):
 )
 def test_network_processes_and_other_files_are_refused(attempt, tmp_path):
     outside = tmp_path / "outside"
-    told = f"OUTSIDE = {str(outside)!r}\ntry:\n    {attempt}\nexcept PermissionError: pass\n"
-    assert passes(told + "else: raise SystemExit('it was possible')")
+    program = f"OUTSIDE = {str(outside)!r}\ntry:\n    {attempt}\nexcept PermissionError: pass\n"
+    assert passes(program + "else: raise SystemExit('it was possible')")
     assert not outside.exists()
 
 

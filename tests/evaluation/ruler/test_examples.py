@@ -12,7 +12,7 @@ TOKENIZERS = {
     "begin": tokenizer_with_begin_token,
 }
 
-# Tokens of the largest unit of a haystack; what is shorter than 1 % of the length is not told.
+# Tokens of the largest unit of a haystack; units shorter than 1 % of the length are left out.
 UNITS = {
     "niah_multikey_2": 45,
     "niah_multikey_3": 110,

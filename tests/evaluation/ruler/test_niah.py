@@ -36,7 +36,7 @@ def test_the_needles_contain_the_answers(task):
         [asked] = re.findall(r"special magic \w+ for (.+?) mentioned in the provided text\?", text)
         queries = re.findall(key, asked)
         assert len(set(queries)) == num_queries
-        # A key stands in its needles, in the question and in the opening of the answer alone.
+        # A key occurs only in its needles, the question and the opening of the answer.
         assert all(len(re.findall(rf"\b{name}\b", text)) == num_values + 2 for name in queries)
         assert sorted(answers) == sorted(number for name in queries for number in held[name])
         assert ("quiz you about the " + kind + "s" * (len(answers) > 1) + " afterwards") in text

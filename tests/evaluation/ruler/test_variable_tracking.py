@@ -20,7 +20,7 @@ def test_following_the_chain_finds_five_variables():
 
 
 def follow(text):
-    """What every variable holds, in the order of the text."""
+    """Value of every variable, in the order of the text."""
     held = {}
     for name, source in ASSIGNMENT.findall(text):
         assert source.isdigit() or source in held

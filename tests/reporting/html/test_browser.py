@@ -90,7 +90,7 @@ def report(tiny_artifact, tmp_path_factory):
 
 
 def asked(browser, page, tmp_path, width, dark):
-    """What the page says of itself in a frame of so many pixels."""
+    """Measurements of the page in a frame of this width in pixels."""
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(page=page.as_uri(), width=width), encoding="utf-8")
     command = [
