@@ -65,3 +65,10 @@ def test_an_output_folder_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RTPurboError, match="cannot lock"):
         OutputLock(tmp_path / "file" / "out").acquire()
+
+
+def test_a_refused_job_leaves_no_lock(tmp_path):
+    (tmp_path / "out.work").mkdir()
+    with pytest.raises(RTPurboError, match="was interrupted: pass --resume"):
+        convert("a-model", tmp_path / "out", device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]

@@ -135,6 +135,7 @@ class Job:
         check_output_folder(self.output_dir, may_replace)
         self.lock.acquire()
         if self.work.exists() and not (self.resume or force):
+            self.lock.release()
             raise RTPurboError(
                 f"a conversion into {self.output_dir} was interrupted: pass --resume to continue it, "
                 "or --force to start anew."
