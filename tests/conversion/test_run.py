@@ -260,6 +260,24 @@ def test_interrupted_between_the_artifact_and_the_cleanup(whole, tiny_base, tmp_
     assert not list(tmp_path.glob("*.work"))
 
 
+def test_a_library_call_leaves_signal_handlers_alone(tiny_base, tmp_path):
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def progress(stage, done, total, figures):
+        seen.append(handlers())
+        if (stage, done) == ("stage1", 2):
+            raise InterruptionError
+
+    before, seen = handlers(), []
+    with pytest.raises(InterruptionError):
+        convert(
+            str(tiny_base), tmp_path / "out", settings=SETTINGS, device="cpu", progress=progress
+        )
+    assert seen == [before] * len(seen)
+    assert len(seen) > 2
+
+
 def test_resuming_without_a_job_does_not_replace_an_artifact(tiny_base, tmp_path):
     """A script may always pass `--resume`, which does not permit replacing a finished artifact."""
     output = tmp_path / "artifact"
