@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,21 @@ print({{'torch', 'transformers', 'peft'}} & set(sys.modules))
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["convert", "--nope"], 2), (["inspect", str(ARTIFACT)], 0)],
+    ids=["help", "wrong-option", "inspect"],
+)
+def test_light_commands_take_less_than_a_second_of_cpu_time(arguments, code):
+    def seconds():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = seconds()
+    result = subprocess.run(
+        [sys.executable, "-m", "rtpurbo", *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == code
+    assert seconds() - before < 1
