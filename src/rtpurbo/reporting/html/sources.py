@@ -191,8 +191,8 @@ def _read_file(path: Path, sources: Sources) -> None:
     if kind == "quality":
         results = read_results(path)
         _check_numbers(path, results.records, ("score",))
-        origin = dict(results.origin)
-        facts = {"dtype": origin.pop("conditions", {}).get("dtype"), **origin}
+        facts = dict(results.origin)
+        facts = {"dtype": facts.pop("conditions", {}).get("dtype"), **facts}
         with_results(sources, path.name, facts, results.records, results.averages)
     else:
         speed = read_speed(path)
