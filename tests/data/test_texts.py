@@ -107,9 +107,9 @@ def test_several_sources_and_compression(tmp_path):
         ("missing.txt", None, "no text file"),
         ("empty.txt", b" \n", "is empty"),
         ("tiny.txt", b"W", "too short to be split"),
-        ("binary.txt", b"\xff\xfe\x00", "Cannot read"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "Cannot read"),
-        ("not-compressed.jsonl.gz", b"{}", "Cannot read"),
+        ("binary.txt", b"\xff\xfe\x00", "cannot read"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "cannot read"),
+        ("not-compressed.jsonl.gz", b"{}", "cannot read"),
         ("wrong.jsonl", b'{"body": "a"}\n', 'Line 1 of .* no field "text"'),
         ("list.jsonl", b'{"text": "a"}\n[1]\n', "Line 2"),
         ("broken.jsonl", b'{"text": \n', "Line 1 of .* is not JSON"),
@@ -127,7 +127,7 @@ def test_bad_files_are_named_in_one_sentence(tmp_path, file_name, content, messa
 
 
 def test_a_report_without_sources_is_refused():
-    with pytest.raises(RTPurboError, match="No text source"):
+    with pytest.raises(RTPurboError, match="no text source"):
         load_texts([])
 
 
