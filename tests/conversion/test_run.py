@@ -413,13 +413,14 @@ _SCRIPT = """
 import resource, sys
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
-from rtpurbo.interruption import StoppedBySignalError
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from tests.conversion.test_run import SETTINGS
 if len(sys.argv) > 3:
     # Limit of a file's size in bytes: a longer write fails as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
-    convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
+    with stopping_cleanly():
+        convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
 except StoppedBySignalError as error:
     sys.exit(error.exit_code)
 except RTPurboError as error:
@@ -437,7 +438,7 @@ def command_and_surroundings(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_interrupted_at_random_moments(number, whole, tiny_base, tmp_path):
-    """Wherever the signal strikes."""
+    """A signal at any moment loses no more than the steps since the last checkpoint."""
     output, rng = tmp_path / "artifact", random.Random(0)
     command, surroundings = command_and_surroundings(tiny_base, output)
     log, codes = tmp_path / "artifact.work" / "training_log.jsonl", []
