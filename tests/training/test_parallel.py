@@ -85,7 +85,7 @@ _WORKER = """
 import os, signal, sys
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
-from rtpurbo.interruption import StoppedBySignalError
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from tests.training.test_parallel import JOBS
 
 base, text, *jobs = sys.argv[1:]
@@ -97,8 +97,9 @@ for job in jobs:
             os.kill(os.getpid(), signal.SIGTERM)
     data = [text] if settings == "streamed" else None
     try:
-        convert(base, output, settings=JOBS[settings], data=data, device="cpu", parallel=parallel,
-                progress=progress, resume=True)
+        with stopping_cleanly():
+            convert(base, output, settings=JOBS[settings], data=data, device="cpu",
+                    parallel=parallel, progress=progress, resume=True)
     except StoppedBySignalError as error:
         assert stop and error.exit_code == 143, error
         print(error)
