@@ -29,14 +29,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rtpurbo.assembly import stage2_kind
 from rtpurbo.benchmarks.geometries import GEOMETRIES, build_model
 from rtpurbo.calibration.calibrate import calibrate
 from rtpurbo.calibration.layer_top_p import find_layer_top_p
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.conversion.assembly import stage2_kind
+from rtpurbo.conversion.defaults import default_settings
 from rtpurbo.data.tasks import TASKS
 from rtpurbo.data.texts import TextCorpus, load_texts
-from rtpurbo.defaults import default_settings
 from rtpurbo.devices import device_name, resolve_device
 from rtpurbo.files import write_json_atomically
 from rtpurbo.models.sparsify import sparsify

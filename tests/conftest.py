@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-# Without a GPU, kernels run in Triton's interpreter: told before anything imports Triton.
+# Without a GPU, kernels run in Triton's interpreter, which is set before anything imports Triton.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base

@@ -40,7 +40,7 @@ class Problem:
     def states(
         self, key_value_heads: Tensor | None = None, index_heads: Tensor | None = None
     ) -> KeyValueStates:
-        """What the operators take, of these KV heads and with index keys of these query heads."""
+        """Arguments of the operators, of these KV heads and with index keys of these query heads."""
         kept = slice(None) if key_value_heads is None else key_value_heads
         indexed = slice(None) if index_heads is None else index_heads
         if self.shared_index:
@@ -142,12 +142,12 @@ def left_padded_positions(padding: Sequence[int], width: int) -> Tensor:
 
 
 def sees(query: int, key: int) -> bool:
-    """Whether a query may see a key at all."""
+    """True if the causal mask lets a query see a key."""
     return key >= 0 and key <= query
 
 
 def is_near(query: int, key: int, window: int, sinks: int) -> bool:
-    """Whether a key is a sink or in the window of W keys that ends with the query's own."""
+    """True if a key is a sink or in the window of W keys that ends with the query's own."""
     return sees(query, key) and (key < sinks or key >= query - window + 1)
 
 
@@ -212,7 +212,7 @@ def heaviest(mass: np.ndarray, count: int) -> set[int]:
 
 
 def retrieval_keys(problem: Problem, rule: AttentionRule) -> Tensor:
-    """What retrieval heads see when they select: near keys and chosen far ones."""
+    """Visible keys of selecting retrieval heads: near keys and chosen far ones."""
     near = near_keys(problem, rule.near_window, rule.num_sink_tokens)
     far = visible_keys(problem) & ~near
     shared = rule.prefill_mode in ("row_share", "row_peak") and problem.queries.shape[2] > 1
@@ -306,7 +306,7 @@ def _block_mass(rule: AttentionRule, mass: np.ndarray, positions: np.ndarray) ->
 def _peak_shares(
     rule: AttentionRule, mass: np.ndarray, far: np.ndarray, positions: np.ndarray
 ) -> np.ndarray:
-    """The strongest far key of each block, beside the near keys and the other blocks' strongest."""
+    """The strongest far key of each block, in addition to the near keys and the other blocks' strongest."""
     peaks = np.zeros(max(0, positions.max()) // rule.block_size + 1)
     for key in np.flatnonzero(far):
         block = positions[key] // rule.block_size
@@ -326,7 +326,7 @@ def headwise_keys(
     retrieval_heads: Sequence[int],
     num_decode_rows: int = 0,
 ) -> Tensor:
-    """What every head of a layer sees, bool [batch, heads, q_len, k_len]."""
+    """Visible keys of every head of a layer, bool [batch, heads, q_len, k_len]."""
     mask = near_keys(problem, rule.sliding_window, rule.num_sink_tokens).clone()
     retrieval = retrieval_keys(problem, rule)
     q_len = problem.queries.shape[2]

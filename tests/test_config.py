@@ -112,7 +112,7 @@ def test_indexer_settings_out_of_range_are_refused(changes, message):
         IndexerSettings(**changes)
 
 
-def test_values_at_the_ends_of_their_ranges_are_fine():
+def test_values_at_the_ends_of_their_ranges_are_accepted():
     AttentionRule(top_p=1, row_share=1, far_floor=0, num_sink_tokens=0, sliding_window=64)
     AttentionRule(block_size=1, sliding_window=1, query_block_size=1)
 

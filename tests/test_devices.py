@@ -5,7 +5,7 @@ from rtpurbo.devices import base_dtype, default_dtype, device_kind, device_name,
 from rtpurbo.errors import RTPurboError
 
 
-def test_auto_takes_what_there_is(monkeypatch):
+def test_auto_chooses_an_available_device(monkeypatch):
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device() == torch.device("cpu")
@@ -17,7 +17,7 @@ def test_a_device_that_is_not_there(name):
         resolve_device(name)
 
 
-def test_what_suits_a_device():
+def test_dtype_and_name_by_device():
     assert default_dtype(torch.device("cpu")) == torch.float32
     assert default_dtype(torch.device("cuda")) == torch.bfloat16
     assert device_name(torch.device("cpu")) == "cpu"

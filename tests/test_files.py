@@ -96,7 +96,7 @@ def test_taken_places(tmp_path, monkeypatch):
     check_output_folder(taken, overwrite=True)
     with pytest.raises(RTPurboError, match="not a folder"):
         check_output_folder(file, overwrite=True)
-    with pytest.raises(RTPurboError, match="Cannot write to the folder"):
+    with pytest.raises(RTPurboError, match="cannot write to the folder"):
         check_output_folder(file / "below", overwrite=True)
     monkeypatch.chdir(taken)
     with pytest.raises(RTPurboError, match="contains the current folder"):
@@ -134,7 +134,7 @@ def test_no_tensors_are_a_file_too(tmp_path):
     assert load_file(tmp_path / "none.safetensors") == {}
 
 
-def test_a_place_taken_meanwhile_is_not_overwritten(tmp_path):
+def test_a_folder_created_meanwhile_is_not_overwritten(tmp_path):
     destination = tmp_path / "result"
     with pytest.raises(RTPurboError, match="exists already"), whole_folder(destination):
         destination.mkdir()
@@ -145,7 +145,7 @@ def test_a_place_taken_meanwhile_is_not_overwritten(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_unwritable_parent(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(RTPurboError, match="Cannot write to the folder"):
+    with pytest.raises(RTPurboError, match="cannot write to the folder"):
         check_output_folder(tmp_path / "result", overwrite=False)
 
 

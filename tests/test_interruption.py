@@ -20,7 +20,7 @@ def send(number):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_outside_steps_a_signal_stops_at_once(number, code):
+def test_a_signal_outside_steps_stops_at_once(number, code):
     stopped = pytest.raises(StoppedBySignalError, match=r"stopped by SIG.*--resume")
     with stopped as caught, stopping_cleanly():
         try:
@@ -48,7 +48,7 @@ def test_a_signal_waits_for_the_end_of_a_step():
     assert stop_requested() is None
 
 
-def test_a_signal_that_nobody_asked_for_stops_after_the_last_step():
+def test_a_signal_that_no_step_handled_stops_at_the_end():
     with pytest.raises(StoppedBySignalError), stopping_cleanly(), steps_undisturbed():
         send(signal.SIGTERM)
     assert stop_requested() is None
@@ -88,7 +88,7 @@ def test_a_second_signal_does_not_wait(monkeypatch):
     assert reached == [1, 3]
 
 
-def test_handlers_come_back():
+def test_signal_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stopping_cleanly():
         assert signal.getsignal(signal.SIGTERM) != before[0]

@@ -1,4 +1,4 @@
-"""Imports never run up the floors of the house, nor across to a neighbour."""
+"""Imports go down the layers of the package, and not between the parts of one layer."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -8,9 +8,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "rtpurbo"
 
-# From the ground up. Parts of one floor do not import each other, except on the ground floor and
-# on the top-level one, which are single files.
-FLOORS = (
+# From the lowest up. Parts of one layer do not import each other, except in the layers of single files.
+LAYERS = (
     {
         "config",
         "devices",
@@ -19,7 +18,6 @@ FLOORS = (
         "files",
         "interruption",
         "launch",
-        "output_lock",
         "processes",
         "speed_records",
         "strict_json",
@@ -29,29 +27,18 @@ FLOORS = (
     },
     {"ops"},
     {"data"},
-    {"defaults", "lengths", "renamed_settings", "settings"},
+    {"lengths", "renamed_settings", "settings"},
     {"models"},
     {"training", "evaluation"},
     {"calibration"},
     {"benchmarks"},
     {"reporting", "serving"},
-    {
-        "__init__",
-        "assembly",
-        "conversion",
-        "demo",
-        "estimates",
-        "job",
-        "job_options",
-        "job_plan",
-        "plan",
-        "publishing",
-    },
+    {"__init__", "conversion", "demo", "publishing"},
     {"cli"},
     {"__main__"},
 )
-FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
-NEIGHBOURLY_FLOORS = {FLOOR_OF["config"], FLOOR_OF["settings"], FLOOR_OF["__init__"]}
+LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
+LAYERS_OF_FILES = {LAYER_OF["config"], LAYER_OF["settings"], LAYER_OF["__init__"]}
 FORBIDDEN_PACKAGES = {"ops": {"transformers"}}
 FORBIDDEN_PARTS = {"models": {"data"}}
 
@@ -70,7 +57,7 @@ def imported_modules(module: str, source: str) -> set[str]:
             if base == "rtpurbo":
                 # `from rtpurbo import ops` imports a part; other names come from __init__.
                 for alias in node.names:
-                    part = alias.name if alias.name in FLOOR_OF else "__init__"
+                    part = alias.name if alias.name in LAYER_OF else "__init__"
                     modules.add(f"rtpurbo.{part}")
             else:
                 modules.add(base)
@@ -78,11 +65,11 @@ def imported_modules(module: str, source: str) -> set[str]:
 
 
 def violations(module: str, source: str) -> list[str]:
-    """What is wrong with the imports of a module, whose package is named with `.__init__`."""
+    """Forbidden imports of a module; a package is named with `.__init__`."""
     part = module.split(".")[1]
-    if part not in FLOOR_OF:
-        return [f"{module} has no floor: add {part} to FLOORS"]
-    floor, found = FLOOR_OF[part], []
+    if part not in LAYER_OF:
+        return [f"{module} has no layer: add {part} to LAYERS"]
+    layer, found = LAYER_OF[part], []
     for name in sorted(imported_modules(module, source)):
         package, *rest = name.split(".")
         if package in FORBIDDEN_PACKAGES.get(part, ()):
@@ -90,18 +77,18 @@ def violations(module: str, source: str) -> list[str]:
         if package != "rtpurbo":
             continue
         other = rest[0] if rest else "__init__"
-        if other not in FLOOR_OF:
-            found.append(f"{module} imports {name}, which has no floor")
+        if other not in LAYER_OF:
+            found.append(f"{module} imports {name}, which has no layer")
         elif other in FORBIDDEN_PARTS.get(part, ()):
             found.append(f"{module} imports {name}")
-        elif FLOOR_OF[other] > floor:
-            found.append(f"{module} imports {name}, from a floor above")
-        elif FLOOR_OF[other] == floor and other != part and floor not in NEIGHBOURLY_FLOORS:
-            found.append(f"{module} imports {name}, its neighbour")
+        elif LAYER_OF[other] > layer:
+            found.append(f"{module} imports {name}, from a higher layer")
+        elif LAYER_OF[other] == layer and other != part and layer not in LAYERS_OF_FILES:
+            found.append(f"{module} imports {name}, of the same layer")
     return found
 
 
-def test_imports_never_run_up():
+def test_imports_go_down_the_layers():
     files = sorted(SOURCE.rglob("*.py"))
     assert files
     found = []
@@ -211,3 +198,48 @@ def test_no_import_cycles():
 def test_import_cycles_are_found(statement, is_cycle):
     sources = {"rtpurbo.a": "from rtpurbo.b import g", "rtpurbo.b": statement, "rtpurbo.c": ""}
     assert bool(import_cycle(sources)) == is_cycle
+
+
+MOST_POSITIONAL = 9
+"""Fields of a record that may be given by position."""
+
+
+def classes_of_records(sources: list[str]) -> set[str]:
+    """Names of the dataclasses in some source texts."""
+    return {
+        node.name
+        for source in sources
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+        and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+
+
+def long_positional_calls(source: str, records: set[str]) -> list[int]:
+    """Lines that build a record from more than `MOST_POSITIONAL` positional values."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and len(node.args) > MOST_POSITIONAL
+        and ast.unparse(node.func).split(".")[-1] in records
+    ]
+
+
+def test_records_are_not_built_from_many_positional_values():
+    texts = {path: path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}
+    records = classes_of_records(list(texts.values()))
+    assert "CapturedHeads" in records
+    found = {
+        str(path.relative_to(SOURCE)): lines
+        for path, source in texts.items()
+        if (lines := long_positional_calls(source, records))
+    }
+    assert found == {}
+
+
+def test_the_check_finds_positional_values():
+    values = ", ".join(map(str, range(MOST_POSITIONAL)))
+    source = f"@dataclass\nclass A:\n    pass\nA({values}, 1)\nA({values}, last=1)"
+    assert classes_of_records([source]) == {"A"}
+    assert long_positional_calls(source, {"A"}) == [4]

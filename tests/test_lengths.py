@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from rtpurbo.defaults import default_settings
+from rtpurbo.conversion.defaults import default_settings
 from rtpurbo.errors import RTPurboError
 from rtpurbo.lengths import check_lengths, check_stage1_lengths, lengths_of
 from rtpurbo.settings import change_settings

@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,14 @@ def test_every_public_name_is_there(name):
     assert name in dir(rtpurbo)
 
 
-def test_types_are_told_where_the_names_are():
+def test_lazy_names_have_static_types():
     source = Path(rtpurbo.__file__).read_text()
     for name, home in rtpurbo._HOMES.items():
         assert f"    from {home} import {name} as {name}\n" in source
     assert Path(rtpurbo.__file__).with_name("py.typed").is_file()
 
 
-def test_other_names_are_not():
+def test_unknown_names_raise_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'sparse'"):
         rtpurbo.sparse  # noqa: B018
 
@@ -37,7 +38,7 @@ ARTIFACT = Path(__file__).parents[1] / "artifacts" / "smollm2-135m-instruct"
     ],
     ids=["import", "cli", "inspect"],
 )
-def test_what_needs_no_model_imports_no_torch(statement):
+def test_light_imports_leave_torch_out(statement):
     code = f"""
 import sys
 from pathlib import Path
@@ -48,3 +49,21 @@ print({{'torch', 'transformers', 'peft'}} & set(sys.modules))
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["convert", "--nope"], 2), (["inspect", str(ARTIFACT)], 0)],
+    ids=["help", "wrong-option", "inspect"],
+)
+def test_light_commands_take_less_than_a_second_of_cpu_time(arguments, code):
+    def seconds():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = seconds()
+    result = subprocess.run(
+        [sys.executable, "-m", "rtpurbo", *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == code
+    assert seconds() - before < 1

@@ -12,7 +12,7 @@ from rtpurbo.serving.export import export
 
 @pytest.fixture
 def pushed(monkeypatch):
-    """What is uploaded, by name."""
+    """Uploaded files by name."""
     files = {}
 
     def create_commit(self, repo_id, operations, **options):
@@ -41,12 +41,12 @@ def test_the_files_of_an_artifact_are_uploaded_and_no_others(artifact, pushed):
         (artifact / name).parent.mkdir(exist_ok=True)
         (artifact / name).write_text("TOKEN=secret")
     assert push_artifact(artifact, "me/tiny", private=True) == "https://hub/me/tiny"
-    # PEFT writes a card of its own beside the adapter.
+    # PEFT writes its own card next to the adapter.
     assert pushed.keys() == expected - {"adapter/README.md"}
     assert pushed["indexer.safetensors"] == (artifact / "indexer.safetensors").read_bytes()
 
 
-def test_what_is_uploaded_can_be_loaded(artifact, pushed, tiny_base, tmp_path):
+def test_an_uploaded_artifact_can_be_loaded(artifact, pushed, tiny_base, tmp_path):
     push_artifact(artifact, "me/tiny")
     for name, content in pushed.items():
         (tmp_path / "downloaded" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def test_what_is_uploaded_can_be_loaded(artifact, pushed, tiny_base, tmp_path):
         rtpurbo.load(tmp_path / "downloaded")
 
 
-def test_the_place_of_a_local_base_model_is_nobody_elses_concern(artifact, pushed, tiny_base):
+def test_the_path_of_a_local_base_model_is_not_uploaded(artifact, pushed, tiny_base):
     (artifact / "README.md").write_text(f"made from {tiny_base}")
     push_artifact(artifact, "me/tiny")
     assert not any(str(tiny_base.parent).encode() in content for content in pushed.values())
@@ -90,7 +90,7 @@ def test_links_within_and_those_of_the_hubs_cache_are_followed(artifact, pushed,
     assert pushed["README.md"] == b"# A card"
 
 
-def test_what_is_no_artifact_is_not_uploaded(tmp_path):
+def test_only_artifacts_are_uploaded(tmp_path):
     with pytest.raises(RTPurboError, match="not an rtpurbo artifact"):
         push_artifact(tmp_path, "me/tiny")
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rtpurbo.defaults import default_settings
+from rtpurbo.conversion.defaults import default_settings
 from rtpurbo.errors import RTPurboError
 from rtpurbo.lengths import check_context
 from rtpurbo.renamed_settings import RENAMED
@@ -76,7 +76,7 @@ def test_values_below_their_bound_are_refused(name, value):
         change_settings(SETTINGS, {name: value})
 
 
-def test_what_is_longer_than_the_context_is_refused():
+def test_cases_beyond_the_context_are_refused():
     check_context("sequences", 4096, 4096)
     sentence = (
         "^sequences of 4,097 tokens do not fit the model's context of 4,096: choose a shorter"
@@ -93,7 +93,7 @@ def test_what_is_longer_than_the_context_is_refused():
         ("cross_entropy_weight", -1, "cross_entropy_weight is -1.0, but it must be at least 0"),
     ],
 )
-def test_targets_are_checked(name, value, complaint):
+def test_corrupt_targets_are_refused(name, value, complaint):
     with pytest.raises(RTPurboError, match=complaint):
         change_settings(SETTINGS, {f"stage2.{name}": value})
 
@@ -127,7 +127,7 @@ def test_former_names_are_accepted_and_say_what_replaced_them(former, present, c
     assert name == next(iter(former)) or str(value) not in message
 
 
-def test_every_former_name_leads_to_a_present_setting():
+def test_every_former_name_maps_to_a_setting():
     for part, names in RENAMED.items():
         for former, present in names.items():
             value = SETTINGS

@@ -47,7 +47,7 @@ def test_round_trip(path):
     assert results.origin["command"] == "rtpurbo bench prefill"
 
 
-def test_the_file_has_what_others_read_from_it(path):
+def test_the_file_has_the_documented_fields(path):
     data = json.loads(path.read_text())
     assert {"device", "torch", "triton", "commit", "command", "records"} <= set(data)
     [record] = data["records"]
@@ -81,7 +81,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("reached", "stated"), [(0.104, 0.1), (0.106, 0.106), (0.09, 0.09)])
-def test_a_density_nearly_reached_is_stated_as_asked_for(reached, stated):
+def test_a_density_nearly_reached_is_recorded_as_requested(reached, stated):
     assert stated_density(0.1, reached, 0.05) == stated
 
 

@@ -19,7 +19,7 @@ class Settings:
     other: tuple[int, ...] = ()
 
 
-def test_what_is_json_is_parsed():
+def test_valid_json_is_parsed():
     assert strict_json.parse('{"a": [1, {"a": null}], "b": "é"}') == {
         "a": [1, {"a": None}],
         "b": "é",
@@ -36,7 +36,7 @@ def test_what_is_json_is_parsed():
         ("{", "Expecting"),
     ],
 )
-def test_what_is_not_is_a_value_error(text, message):
+def test_invalid_json_is_a_value_error(text, message):
     with pytest.raises(ValueError, match=message):
         strict_json.parse(text)
 
@@ -77,6 +77,6 @@ def test_values_of_the_fields_types_pass(values):
         ({"name": ["x" * 100]}, "name is .{60}\\.\\.\\., but"),
     ],
 )
-def test_others_are_named(values, message):
+def test_unknown_keys_are_named(values, message):
     with pytest.raises(RTPurboError, match=message):
         check_fields(Settings, values)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from rtpurbo.config import AttentionRule, IndexerSettings
-from rtpurbo.defaults import default_settings
+from rtpurbo.conversion.defaults import default_settings
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import change_settings
 from rtpurbo.validation import field_types

@@ -1,4 +1,4 @@
-"""What the site has beside the Markdown in docs/: pages that are written elsewhere, or made when it is built."""
+"""Pages of the site besides the Markdown in docs/: written elsewhere, or generated when it is built."""
 
 from __future__ import annotations
 

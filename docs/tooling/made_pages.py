@@ -104,7 +104,7 @@ def _report(artifact: str, *results: str) -> str:
 
 
 def _kind(found: dict[str, Any]) -> str | None:
-    """What a file of results holds; None for those of which the experiment log tells."""
+    """Kind of the records in a results file; None for files that only the experiment log describes."""
     if "group" in found:
         return "ablation"
     record = next(iter(found.get("records", ())), {})

@@ -44,7 +44,7 @@ def make_examples(
 
 @torch.no_grad()
 def is_predicted(model: PreTrainedModel, example: RetrievalExample) -> bool:
-    """Whether every token of the answer is the likeliest one, prompt and answer in one forward."""
+    """True if every token of the answer is the likeliest one, prompt and answer in one forward."""
     answer = torch.tensor(example.answer_ids, device=model.device)
     ids = torch.tensor([[*example.prompt_ids, *example.answer_ids[:-1]]], device=model.device)
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, -len(answer) :]

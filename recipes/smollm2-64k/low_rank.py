@@ -45,19 +45,20 @@ def factors(before: Tensor, after: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def save_difference(
     base: BaseModel, model: PreTrainedModel, folder: Path, rank: int
 ) -> dict[str, float]:
-    """Writes what has to be added to a base model, and the other model's configuration.
+    """Writes the difference of a model from its base model, and the model's configuration.
 
-    What agrees in bfloat16 is left out: models are saved in it.
+    Weights that are equal in bfloat16, in which models are saved, are left out.
 
     Args:
-        base: what it will be added to.
-        model: what the sum comes near to.
-        folder: to make, whole or not at all.
-        rank: of every matrix's difference; one that would not get smaller is kept whole, in bfloat16.
+        base: base model.
+        model: model to approximate by base model and difference.
+        folder: output folder, written whole or not at all.
+        rank: rank of each matrix's difference; if its factors would not be smaller, the difference is stored
+            in bfloat16.
 
     Returns:
-        `kept`, the share of the squared difference that is left after rank and rounding, in what is
-        stored, and `bytes` of the file.
+        `kept`, the share of the squared difference that remains after truncation and rounding, and the
+        `bytes` of the file.
     """
     before = dict(base.model.named_parameters())
     tensors: dict[str, Tensor] = {}
@@ -98,28 +99,25 @@ def save_difference(
 
 
 def with_difference(base: BaseModel, folder: Path) -> PreTrainedModel:
-    """The base model with a difference added: another model, with the configuration that was saved.
+    """Returns a new model: the base model plus a difference, with the saved configuration.
 
-    Sums are made in fp64 on the CPU and rounded once, so that every machine gets the same weights in
-    bfloat16, in whatever order it adds: artifacts know their base model by its weights.
+    Sums are computed in fp64 on the CPU and rounded once, so that the bfloat16 weights are the same on every
+    machine and in any order of additions: artifacts identify their base model by its weights.
 
     Args:
-        base: in the precision that the difference was made from; fingerprints do not tell fp32 from
-            bfloat16, sums may.
-        folder: what `save_difference` made.
+        base: base model in the precision from which the difference was made; its fingerprint is the same in
+            fp32 and bfloat16, but the sums may differ.
+        folder: output of `save_difference`.
 
     Raises:
         RTPurboError: the difference belongs to another base model, or its files are damaged.
     """
+    name, wanted = _origin(folder)
     try:
-        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
         config = AutoConfig.from_pretrained(folder)
-        name, wanted = origin["base_model"], origin["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RTPurboError(
-            f"{folder} holds no difference that can be read ({error}): make it again."
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
     if fingerprint(base.model) != wanted:
         raise RTPurboError(f"{folder} belongs to other weights than those given: load {name}.")
     try:
@@ -133,8 +131,30 @@ def with_difference(base: BaseModel, folder: Path) -> PreTrainedModel:
     return model.to(base.model.device).eval().requires_grad_(False)
 
 
+def base_model_of(folder: Path) -> str:
+    """Returns the name of the base model to which a difference belongs.
+
+    Raises:
+        RTPurboError: the folder has no readable difference.
+    """
+    return _origin(folder)[0]
+
+
+def _origin(folder: Path) -> tuple[str, str]:
+    """Returns name and fingerprint of the base model."""
+    try:
+        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        return origin["base_model"], origin["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> RTPurboError:
+    return RTPurboError(f"{folder} holds no difference that can be read ({error}): make it again.")
+
+
 def _gets_smaller(difference: Tensor, rank: int) -> bool:
-    """Whether its factors in 8 bits, with two fp32 scales a component, are below 2 bytes an entry."""
+    """True if its 8-bit factors, with two fp32 scales per component, are below 2 bytes per entry."""
     components = min(rank, *difference.shape)
     return components * (sum(difference.shape) + 8) < 2 * difference.numel()
 
@@ -157,7 +177,7 @@ def _add(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
 
 
 def _added(name: str, tensors: dict[str, Tensor]) -> Tensor:
-    """What is added to a parameter, fp64."""
+    """Difference that is added to a parameter, fp64."""
     if name in tensors:
         return tensors[name].double()
     up, down = (

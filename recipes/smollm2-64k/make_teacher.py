@@ -1,10 +1,9 @@
-"""Extends SmolLM2-135M-Instruct to 65,536 tokens in three stages and tests what it made.
+"""Extends SmolLM2-135M-Instruct to 65,536 tokens in three stages, and tests the result.
 
     python recipes/smollm2-64k/make_teacher.py --data books.jsonl.gz --output smollm2-64k
 
-The same command goes on where it stopped, until the last line says that all is done; on two GPUs,
-`torchrun --nproc-per-node 2` stands for `python`. What it does and what it takes: README.md beside
-this file.
+Repeat the command to continue, until its last line says that all is done; on two GPUs, start it with
+`torchrun --nproc-per-node 2` instead of `python`. README.md in this folder describes stages and options.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from long_tasks import SCORING, TASKS, is_predicted, make_examples
-from low_rank import factors, save_difference, with_difference
+from low_rank import base_model_of, factors, save_difference, with_difference
 from teacher_training import TeacherSettings, change_context, make_teacher, print_progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,17 +60,17 @@ STAGES = {
         gradient_checkpointing=True,
     ),
 }
-"""Each starts from what the one before it made; a LoRA from the difference from the base model so far,
-cut to its rank."""
+"""Each stage starts from the model of the previous one; a LoRA starts from the difference from the base model so
+far, truncated to its rank."""
 
 LENGTHS = (8192, 16384, 32768, 65536)
 QUICK_LENGTHS = (1024, 2048)
 SHORTEST = 1024
-"""In fewer tokens there is no room for what is hidden and asked."""
+"""Fewer tokens leave no room for needles and questions."""
 
 
 def quick(settings: TeacherSettings) -> TeacherSettings:
-    """The same with about a sixteenth of the lengths and a handful of steps, to try the machinery."""
+    """Returns the settings with about a sixteenth of the lengths and three steps, for tests."""
     return replace(
         settings,
         steps=3,
@@ -87,7 +86,7 @@ def quick(settings: TeacherSettings) -> TeacherSettings:
 def make_stages(
     arguments: argparse.Namespace, device: torch.device, processes: Processes = ALONE
 ) -> Path:
-    """Makes the stages that are not there yet; returns the last one's folder."""
+    """Runs the stages that are not finished, and returns the last one's folder."""
     prose, before = None, arguments.begin
     for name, settings in stages_of(arguments).items():
         folder = arguments.output / name
@@ -114,7 +113,7 @@ def make_stages(
 def begin_with_difference(
     model: PreTrainedModel, made: PreTrainedModel, rank: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Prepares a base model for a LoRA that goes on from another model of its shape.
+    """Prepares a base model for a LoRA that starts from another model of its shape.
 
     Args:
         model: the base; gets the other's vectors and configuration.
@@ -193,7 +192,7 @@ def table(found: dict[str, Any]) -> str:
 def make_all(
     arguments: argparse.Namespace, device: torch.device, processes: Processes = ALONE
 ) -> None:
-    """Stages, adapter, the model that it makes, and its test."""
+    """Runs all stages, makes the adapter and the model from it, and tests the model."""
     last = make_stages(arguments, device, processes)
     if not processes.is_main or arguments.until:
         return
@@ -217,7 +216,7 @@ def make_all(
 
 
 def test(arguments: argparse.Namespace, teacher: Path, device: torch.device) -> None:
-    """Asks the teacher what was not asked yet, and prints a table."""
+    """Asks the teacher the remaining questions, and prints a table."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     held_out = load_texts(arguments.data, "heldout")
     made = load_base_model(str(teacher), device=device, dtype=dtype)
@@ -233,7 +232,7 @@ def test(arguments: argparse.Namespace, teacher: Path, device: torch.device) -> 
 
 
 def rebuild(base: BaseModel, adapter: Path, output: Path) -> None:
-    """Makes a model's folder of an adapter and the base model that it was made for."""
+    """Writes the folder of the model that an adapter and its base model make."""
     model = with_difference(base, adapter).to(torch.bfloat16)
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
@@ -242,44 +241,52 @@ def rebuild(base: BaseModel, adapter: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Goes on for as long as it may."""
+    """Parses the arguments and runs the recipe until it is done or stopped."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
     parser.add_argument("--data", nargs="+", help="books; Python's documentation if left out")
-    parser.add_argument("--model", help="folder or name; the default base model if left out")
+    parser.add_argument(
+        "--model",
+        help="folder or name of the base model; left out: the default one, or with --rebuild the adapter's",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--time-limit", type=float, help="seconds, after which to stop cleanly")
     parser.add_argument(
         "--begin",
         type=Path,
-        help="a model that this recipe made, to train the last stage again from",
+        help="model of this recipe from which to train the last stage again",
     )
     parser.add_argument("--steps", type=int, help="of the last stage, with --begin")
-    parser.add_argument("--until", choices=STAGES, help="make the stages up to this one, no more")
+    parser.add_argument("--until", choices=STAGES, help="last stage to run")
     parser.add_argument(
         "--rank",
         type=int,
         default=ADAPTER_RANK,
-        help="of the last stage's LoRA, and so of the adapter; 0 trains all weights and makes none",
+        help="rank of the last stage's LoRA and of the adapter; 0 trains all weights, without an adapter",
     )
-    parser.add_argument("--rebuild", type=Path, help="an adapter to make a model's folder of")
-    parser.add_argument("--samples", type=int, default=12, help="questions a task and length")
+    parser.add_argument(
+        "--rebuild", type=Path, help="adapter from which to write the model's folder"
+    )
+    parser.add_argument("--samples", type=int, default=12, help="questions per task and length")
     parser.add_argument("--workers", type=int, default=8, help="processes that make batches")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="only try the machinery")
+    parser.add_argument(
+        "--quick", action="store_true", help="short sequences and few steps, for tests"
+    )
     arguments = parser.parse_args()
     if arguments.steps is not None and (arguments.steps < 1 or not arguments.begin):
         parser.error("--steps takes a positive number, and needs --begin")
     try:
         if arguments.rebuild:
-            rebuild(load_base_model(arguments.model), arguments.rebuild, arguments.output)
+            name = arguments.model or base_model_of(arguments.rebuild)
+            rebuild(load_base_model(name), arguments.rebuild, arguments.output)
             return
         device = resolve_device(arguments.device)
         processes = join_processes(device)
         with stopping_cleanly(arguments.time_limit):
             make_all(arguments, processes.device(device), processes)
     except StoppedBySignalError:
-        print("stopped: the same command goes on from here", flush=True)
+        print("stopped: repeat the command to continue", flush=True)
     except RTPurboError as error:
         raise SystemExit(f"error: {error}") from error
     finally:

@@ -51,7 +51,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """How a teacher is trained.
+    """Settings of the training of a teacher.
 
     Attributes:
         steps: optimiser steps.
@@ -194,7 +194,7 @@ def trainable(
     settings: TeacherSettings,
     start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """What is trained, by name; at the end the model has it in its own weights.
+    """Trained parameters by name; at the end they are merged into the model's weights.
 
     Args:
         model: dense.

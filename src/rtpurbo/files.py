@@ -209,7 +209,7 @@ def _temporary_sibling(path: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
     except OSError as error:
         raise RTPurboError(
-            f"Cannot write to the folder {parent} ({error.strerror}); "
+            f"cannot write to the folder {parent} ({error.strerror}); "
             "choose another place or change its permissions."
         ) from error
 

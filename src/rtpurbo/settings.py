@@ -246,7 +246,7 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """Settings of a conversion; `rtpurbo.defaults.default_settings` fits them to a model's context."""
+    """Settings of a conversion; `rtpurbo.conversion.defaults.default_settings` fits them to a model's context."""
 
     attention: AttentionRule = field(default_factory=AttentionRule)
     indexer: IndexerSettings = field(default_factory=IndexerSettings)

@@ -24,7 +24,7 @@ def test_every_benchmark_explains_itself(command):
     assert "--device" not in result.stdout
 
 
-def test_help_names_it():
+def test_the_help_lists_the_command():
     assert "bench" in run("--help").stdout
     assert all(name in run("bench", "--help").stdout for name in COMMANDS)
     assert app.registered_groups
@@ -69,7 +69,7 @@ def test_mistakes_are_explained(arguments, message):
     assert message in error_of("bench", *arguments)
 
 
-def test_a_picture_that_cannot_be_drawn_is_known_before(monkeypatch):
+def test_a_plot_that_cannot_be_drawn_is_refused_before_measuring(monkeypatch):
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
     assert "needs matplotlib" in error_of("bench", "decode", "--plot", "speed.png")
 
@@ -133,7 +133,7 @@ class Wrong:
     complaint = "it is wrong"
 
 
-def test_files_are_shown_together(tmp_path):
+def test_bench_show_combines_files(tmp_path):
     for command in ("prefill", "decode"):
         options = ["--length", 128, "--implementation", "rtpurbo", "--implementation", "sdpa-flash"]
         if command == "prefill":

@@ -35,7 +35,7 @@ def test_commands_are_explained(tiny_artifact):
     assert talk(tiny_artifact, "/what") == f"There is no command /what.\n{explained}"
 
 
-def test_reads_are_told(tiny_artifact, monkeypatch):
+def test_reads_are_reported(tiny_artifact, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     text = "the special magic numbers are hidden in the provided text " * 6
     shown = talk(tiny_artifact, text, "more", options=["--show-reads"])
@@ -45,7 +45,7 @@ def test_reads_are_told(tiny_artifact, monkeypatch):
     assert re.search(r"6 written; a head read \d+ of \d+ tokens \(\d+\.\d %\); the cache", first)
 
 
-def test_an_interrupted_answer_stops_and_the_conversation_goes_on(tiny_artifact, monkeypatch):
+def test_an_interrupted_answer_stops_and_the_conversation_continues(tiny_artifact, monkeypatch):
     answer = Conversation.answer
 
     def interrupted(self, text, show):
@@ -79,7 +79,7 @@ def test_an_interruption_at_the_prompt_does_not_leave(tiny_artifact, monkeypatch
     assert shown.startswith("\n/quit or Ctrl-D leaves.\n/reset")
 
 
-def test_a_conversation_beyond_the_context_goes_on_after_a_sentence(tiny_artifact):
+def test_a_conversation_beyond_the_context_continues_after_a_message(tiny_artifact):
     shown = talk(tiny_artifact, "word " * 3000, "/reset", "magic")
     assert "error: the conversation has become" in shown
     assert shown.endswith(talk(tiny_artifact, "magic"))
@@ -119,7 +119,7 @@ def test_exports_chat_too(tiny_artifact, tmp_path, target):
     assert talk(exported, "magic") == talk(tiny_artifact, "magic")
 
 
-def test_without_a_chat_template_there_is_a_sentence(tiny_base, tiny_artifact, tmp_path):
+def test_a_missing_chat_template_is_refused(tiny_base, tiny_artifact, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     command = ["chat", str(tiny_artifact), "--base-model", str(base)]
@@ -130,7 +130,7 @@ def test_without_a_chat_template_there_is_a_sentence(tiny_base, tiny_artifact, t
     )
 
 
-def test_escape_codes_in_an_answer_are_shown_and_not_sent(tiny_artifact, monkeypatch):
+def test_escape_codes_in_an_answer_are_escaped(tiny_artifact, monkeypatch):
     def answer(self, text, show):
         show("a \x1b[2J")
         show("b")

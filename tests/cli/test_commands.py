@@ -34,7 +34,7 @@ def run(*arguments, **options):
 
 
 def error_of(*arguments):
-    """What a command says when it fails as foreseen."""
+    """Error message of a command that fails with one sentence."""
     result = run(*arguments)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
@@ -124,25 +124,25 @@ def test_eval_of_questions_from_files(tiny_artifact, tmp_path):
     assert "HumanEval (1)" in page.read_text()
 
 
-def test_eval_goes_on_where_it_ended(tiny_artifact, tmp_path):
+def test_eval_resumes(tiny_artifact, tmp_path):
     output = tmp_path / "results.json"
     command = ["eval", tiny_artifact, *QUICK, "-o", output, "--resume"]
     assert run(*command, "--policy", "full").exit_code == 0
     [of_full] = read_results(output).records
     result = run(*command)
     assert result.exit_code == 0
-    assert re.search(r"full .*\n.* rtpurbo ", result.stdout)
+    assert re.search(r"full .* rtpurbo ", result.stdout)
     assert [record.policy for record in read_results(output).records] == ["full", "rtpurbo"]
     assert read_results(output).records[0] == of_full
     assert "was measured with --seed 0, not 1" in error_of(*command, "--seed", 1)
     assert "name it with --output" in error_of("eval", tiny_artifact, *QUICK, "--resume")
 
 
-def test_eval_does_not_replace_results_unless_it_is_told_to(tiny_artifact, tmp_path):
+def test_eval_replaces_results_only_with_force(tiny_artifact, tmp_path):
     output = tmp_path / "results.json"
     output.write_text("precious")
     command = ["eval", tiny_artifact, *QUICK, "--policy", "full", "-o", output]
-    assert "pass --resume to go on with it, or --force to replace it" in error_of(*command)
+    assert "pass --resume to continue it, or --force to replace it" in error_of(*command)
     assert output.read_text() == "precious"
     assert run(*command, "--force").exit_code == 0
     assert len(read_results(output).records) == 1
@@ -152,7 +152,7 @@ def test_eval_does_not_replace_results_unless_it_is_told_to(tiny_artifact, tmp_p
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_evaluation_that_was_stopped_says_so_with_its_exit_code(
+def test_a_stopped_evaluation_exits_with_the_code_of_the_signal(
     tiny_artifact, tmp_path, monkeypatch, number, code
 ):
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
@@ -255,7 +255,7 @@ def test_an_artifact_of_another_base(tiny_artifact, tmp_path):
         assert "belongs to another base model" in message
 
 
-def test_eval_of_what_is_not_there(tiny_artifact):
+def test_eval_of_a_missing_artifact(tiny_artifact):
     assert "there is no policy 'x'" in error_of("eval", tiny_artifact, *QUICK, "--policy", "x")
     assert "there is no suite 'x'" in error_of("eval", tiny_artifact, *QUICK, "--suite", "x")
     assert "context of 1,024" in error_of("eval", tiny_artifact, *QUICK, "--length", "4096")
@@ -266,7 +266,7 @@ def test_eval_of_what_is_not_there(tiny_artifact):
     assert "nothing.txt" in error_of(*quick, "--data", "nothing.txt")
 
 
-def test_generate_beyond_the_context_and_from_nothing(tiny_artifact):
+def test_generate_beyond_the_context_and_from_an_empty_prompt(tiny_artifact):
     generate = ["generate", tiny_artifact, "--device", "cpu"]
     assert "context of 1,024" in error_of(*generate, "word " * 3000)
     assert "the prompt is empty" in error_of(*generate, "", "--no-chat")
@@ -303,7 +303,7 @@ def test_only_foreseen_errors_are_one_sentence(monkeypatch):
     assert repr(result.exception) == "RuntimeError('a bug')"
 
 
-def test_the_sentence_is_the_errors(monkeypatch):
+def test_the_message_is_that_of_the_error(monkeypatch):
     def fail(*arguments, **options):
         raise RTPurboError("something is wrong.")
 
@@ -312,7 +312,7 @@ def test_the_sentence_is_the_errors(monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_training_that_was_stopped_says_so_with_its_exit_code(monkeypatch, number, code):
+def test_a_stopped_training_exits_with_the_code_of_the_signal(monkeypatch, number, code):
     def stop(*arguments, **options):
         raise StoppedBySignalError(number, "after step 3 of stage1")
 
@@ -322,21 +322,21 @@ def test_a_training_that_was_stopped_says_so_with_its_exit_code(monkeypatch, num
     assert "after step 3 of stage1: pass --resume" in result.stderr
 
 
-def test_of_several_processes_one_talks(monkeypatch):
+def test_only_one_of_several_processes_prints(monkeypatch):
     monkeypatch.setattr(conversion, "convert", lambda *arguments, **options: Path("out"))
     assert "Written to out" in run("convert", "-o", "out").stdout
     monkeypatch.setenv("RANK", "1")
     assert run("convert", "-o", "out").stdout == ""
 
 
-def test_how_processes_share_the_work(tiny_base, tmp_path):
+def test_parallel_options(tiny_base, tmp_path):
     arguments = [tiny_base, "-o", tmp_path / "out", "--device", "cpu"]
     assert "tensor parallelism" in error_of("convert", *arguments, "--parallel", "tensor")
     assert "no tracker 'x'" in error_of("convert", *arguments, "--report-to", "x")
     assert "name files or datasets" in error_of("convert", *arguments, "--stream")
 
 
-def test_escape_codes_in_an_artifact_are_shown_and_not_sent(copy):
+def test_escape_codes_in_an_artifact_are_escaped(copy):
     path = copy / CONFIG_FILE
     data = json.loads(path.read_text())
     data["base_model"] |= {"architecture": "Evil\x1b[31m\x9b2J[bold]ForCausalLM"}
@@ -349,7 +349,7 @@ def test_escape_codes_in_an_artifact_are_shown_and_not_sent(copy):
     assert "\\x1b[2J" in error_of("inspect", "nowhere\x1b[2J")
 
 
-def test_escape_codes_in_an_answer_are_shown_and_not_sent(tiny_artifact, monkeypatch):
+def test_escape_codes_in_an_answer_are_escaped(tiny_artifact, monkeypatch):
     def decode(self, *args, **options):
         return "an answer \x1b[2J\n"
 

@@ -6,8 +6,8 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
-from rtpurbo import conversion
 from rtpurbo.cli import app
+from rtpurbo.conversion import run as conversion
 from tests.tiny_artifact import save_tiny_base
 
 

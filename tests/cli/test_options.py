@@ -1,7 +1,7 @@
 import pytest
 
 from rtpurbo.cli import options
-from rtpurbo.defaults import default_settings
+from rtpurbo.conversion.defaults import default_settings
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import change_settings
 

@@ -19,7 +19,35 @@ def test_a_bar_for_each_stage_with_its_latest_figures():
     assert "0/5" in second
 
 
-def test_speed_is_told_in_words():
+def test_a_log_gets_one_line_for_each_stage():
+    console = Console(file=io.StringIO(), width=60)
+    with ProgressBars(console) as progress:
+        for done in (1, 2):
+            progress("stage1", done, 2, {"loss": 2.0 / done})
+        progress("stage2", 1, 8, {"loss": 0.5})
+    first, second = console.file.getvalue().splitlines()
+    assert first.split() == ["0", "s", "stage1", "2/2", "loss", "1"]
+    assert second.split() == ["0", "s", "stage2", "1/8", "loss", "0.5"]
+
+
+def test_a_log_gets_the_last_state_of_a_stage_of_unknown_length():
+    console = Console(file=io.StringIO(), width=60)
+    with ProgressBars(console) as progress:
+        for done in range(4):
+            progress("full", done, done, {})
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[3] for line in lines] == ["1/1", "3/3"]
+
+
+def test_a_terminal_gets_bars_and_no_lines():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    with ProgressBars(console) as progress:
+        progress("stage1", 2, 2, {"loss": 1.0})
+    assert " s  stage1" not in console.file.getvalue()
+    assert "━" in console.file.getvalue()
+
+
+def test_speed_has_its_unit():
     console = Console(file=io.StringIO(), width=160)
     with ProgressBars(console) as progress:
         progress("stage1", 2, 2, {"loss": 1.0, "tokens_read": 93.4, "tokens_per_second": 45678.9})

@@ -17,7 +17,7 @@ def keys_and_values(text):
 
 
 def is_value(text):
-    """Whether it is a number or a UUID."""
+    """True for a number or a UUID."""
     return re.fullmatch(VALUE, text) is not None
 
 
@@ -51,7 +51,7 @@ def follow(assignments, names):
 
 
 def filler(text):
-    """How many sentences of a text are filler."""
+    """Number of filler sentences of a text."""
     parts = templates("train")["filler"]
     predicates = "|".join(map(re.escape, parts["predicates"]))
     subjects = "|".join(map(re.escape, parts["subjects"]))

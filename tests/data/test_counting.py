@@ -28,7 +28,7 @@ def test_a_list_has_the_requested_frequencies():
 
 
 @pytest.mark.parametrize("alpha", [1.6, 2.0, 2.4])
-def test_ranks_of_a_code_text_can_be_told_apart(alpha):
+def test_ranks_of_a_code_text_are_distinct(alpha):
     words = list(islice(code_words(Random(0)), 50))
     assert len(set(words)) == 50
     size = smallest_code_text(3, alpha)

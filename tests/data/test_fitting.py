@@ -23,7 +23,7 @@ def test_the_next_size_does_not_fit(steps, frame, smallest, room):
     assert count(size) == limit or count(size + 1) > limit
 
 
-def test_few_counts_are_made():
+def test_the_number_of_tokenizations_is_small():
     counted = []
 
     def count(size):

@@ -28,7 +28,7 @@ def test_the_first_of_a_pair_leads_to_the_second_and_kinds_alternate():
     assert leading == [leading[0], not leading[0]] * 3
 
 
-def test_no_name_is_used_twice():
+def test_names_are_distinct():
     names = [subject.name for pair in subjects(Random(1)) for subject in pair]
     assert len(set(names)) == len(names) > 200
 

@@ -230,7 +230,7 @@ def test_counting_fits_lists_of_every_length(length):
 
 
 @pytest.mark.parametrize("haystack", HAYSTACKS)
-def test_short_sequences_have_room_for_what_is_asked(haystack):
+def test_short_sequences_have_room_for_their_questions(haystack):
     for seed in range(60):
         assert len(mix().needles(2048, random.Random(seed), haystack)) <= 2048
         assert len(mix().variables(2048, random.Random(seed))) <= 2048

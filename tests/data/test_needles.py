@@ -139,7 +139,7 @@ def test_calibration_document(length, seed, depth):
     assert text.count(tokenizer.decode(ids[slice(*early)])) == 2
 
 
-def test_a_token_that_begins_every_text_stays_first():
+def test_a_begin_token_stays_first():
     tokenizer = tokenizer_with_begin_token()
     document = make_calibration_document(tokenizer, corpus(), 1000, random.Random(0), depth=0)
     example = make_retrieval_example(tokenizer, corpus(), 1000, random.Random(0))

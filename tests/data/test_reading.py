@@ -20,7 +20,7 @@ PLAIN = TextCorpus("plain", ("we walk along the quiet road and rest under a tree
 """Prose without capital letters: every capital is part of an invented fact."""
 
 LEADS_ON = re.compile(r"the (town|person) |first mayor of")
-"""Paraphrases that stand for the name of the subject."""
+"""Paraphrases that replace the name of the subject."""
 
 
 def text_and_answer(length, seed, corpus=PLAIN):
@@ -39,7 +39,7 @@ def paragraphs(text):
     return [each.split("\n", 1) for each in body.strip().split("\n\n")]
 
 
-def told(text):
+def paragraphs_of(text):
     """Returns the facts about people and places by name."""
     texts = [body.split("\n")[-1] for _, body in paragraphs(text) if body != body.lower()]
     found = {re.match(r"[A-Z]\w+( [A-Z]\w+)?", each).group(): each for each in texts}
@@ -57,7 +57,7 @@ def test_the_same_seed_asks_the_same():
 
 
 @pytest.mark.parametrize("length", [1500, 6000, 20000])
-def test_it_is_as_long_as_allowed(length):
+def test_a_conversation_fills_its_length(length):
     for seed in range(4):
         *_, found = text_and_answer(length, seed, load_texts(None))
         assert 0.985 * length <= found
@@ -79,11 +79,11 @@ def test_paragraphs_are_numbered_in_turn():
         ]
 
 
-def test_a_question_leads_to_the_paragraph_of_its_answer_over_another_or_at_once():
+def test_a_question_leads_to_its_answer_directly_or_through_another_paragraph():
     num_hops = []
     for seed in range(40):
         text, answer, _ = text_and_answer(6000, seed)
-        asked, found = question(text), told(text)
+        asked, found = question(text), paragraphs_of(text)
         [name] = [name for name in found if re.search(rf"\b{name}\b", asked)]
         if LEADS_ON.search(asked):
             [name] = [other for other in found if other != name and other in found[name]]
@@ -95,7 +95,7 @@ def test_a_question_leads_to_the_paragraph_of_its_answer_over_another_or_at_once
 
 def test_longer_sequences_have_more_paragraphs():
     counts = {
-        length: {len(told(text_and_answer(length, seed)[0])) for seed in range(16)}
+        length: {len(paragraphs_of(text_and_answer(length, seed)[0])) for seed in range(16)}
         for length in (1000, 3000, 9000, 20000)
     }
     assert counts == {1000: {2}, 3000: {2, 6}, 9000: {2, 6, 14}, 20000: {2, 6, 14, 42}}

@@ -114,9 +114,9 @@ def test_kinds_of_files_and_several_sources(tmp_path, file, monkeypatch):
         ("a.docx", b"x", "unknown kind"),
         ("few.jsonl", b'{"text": "a"}\n{"text": "b"}\n', "no more than the 2 documents"),
         ("wrong.jsonl", b'{"body": "a"}\n', 'no field "text", only body'),
-        ("broken.jsonl", b'{"text": \n', "Cannot read the texts"),
-        ("broken.parquet", b"0123", "Cannot read the texts"),
-        ("empty.jsonl", b"", "few|empty|Cannot read|no field|no more"),
+        ("broken.jsonl", b'{"text": \n', "cannot read the texts"),
+        ("broken.parquet", b"0123", "cannot read the texts"),
+        ("empty.jsonl", b"", "few|empty|cannot read|no field|no more"),
     ],
 )
 def test_bad_texts_are_named_in_one_sentence(tmp_path, name, content, message):

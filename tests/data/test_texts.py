@@ -38,7 +38,7 @@ def test_any_length_up_to_the_whole_corpus(num_tokens, seed):
     assert len(sample) == num_tokens
 
 
-def test_text_that_gets_denser_is_still_long_enough():
+def test_text_with_more_characters_per_token_is_long_enough():
     # The first characters make a token each, so the first estimate is far too short.
     corpus = TextCorpus("uneven", ("\u00e9" * 4096 + numbered_document(2000),))
     assert len(corpus.sample_tokens(tiny_tokenizer(), 3000, random.Random(0))) == 3000
@@ -107,9 +107,9 @@ def test_several_sources_and_compression(tmp_path):
         ("missing.txt", None, "no text file"),
         ("empty.txt", b" \n", "is empty"),
         ("tiny.txt", b"W", "too short to be split"),
-        ("binary.txt", b"\xff\xfe\x00", "Cannot read"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "Cannot read"),
-        ("not-compressed.jsonl.gz", b"{}", "Cannot read"),
+        ("binary.txt", b"\xff\xfe\x00", "cannot read"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "cannot read"),
+        ("not-compressed.jsonl.gz", b"{}", "cannot read"),
         ("wrong.jsonl", b'{"body": "a"}\n', 'Line 1 of .* no field "text"'),
         ("list.jsonl", b'{"text": "a"}\n[1]\n', "Line 2"),
         ("broken.jsonl", b'{"text": \n', "Line 1 of .* is not JSON"),
@@ -126,8 +126,8 @@ def test_bad_files_are_named_in_one_sentence(tmp_path, file_name, content, messa
     assert "\n" not in str(error.value)
 
 
-def test_no_sources_is_a_mistake():
-    with pytest.raises(RTPurboError, match="No text source"):
+def test_a_report_without_sources_is_refused():
+    with pytest.raises(RTPurboError, match="no text source"):
         load_texts([])
 
 
@@ -170,14 +170,14 @@ def test_missing_package_is_explained(monkeypatch, tmp_path):
         ("[" * 100_000, "Line 2 of .* nested too deeply"),
     ],
 )
-def test_lines_that_cannot_be_text_are_named(tmp_path, line, message):
+def test_undecodable_lines_are_named(tmp_path, line, message):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n")
     with pytest.raises(RTPurboError, match=message):
         load_texts([str(path)])
 
 
-def test_a_pipe_and_a_device_are_not_waited_for(tmp_path):
+def test_pipes_and_devices_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     for name in ("pipe.txt", "zero.txt"):

@@ -1,7 +1,7 @@
 """Figures that tables of the documentation must show, computed from the files in benchmarks/results.
 
 A table that is preceded by `<!-- figures: NAME -->` is compared cell by cell with what `EXPECTED[NAME]` computes:
-for each row, by the text of its first cell, the numbers of each later cell in their order. `None` stands for a cell
+for each row, by the text of its first cell, the numbers of each later cell in their order. `None` is a cell
 without numbers. Numbers are compared to the precision that is printed.
 """
 
@@ -57,7 +57,7 @@ def printed(cell: str) -> list[tuple[float, int]]:
 
 
 def is_rounded(value: float, shown: float, decimals: int) -> bool:
-    """Whether `shown` is `value` rounded to that many decimals, ties either way."""
+    """True if `shown` is `value` rounded to that many decimals, ties either way."""
     return abs(value - shown) <= 0.5 * 10**-decimals + 1e-9
 
 
@@ -349,8 +349,8 @@ def layer_prefill() -> Rows:
         rows[name] = [[flash], [cudnn], [sparse], [flash / sparse], [cudnn / sparse], None, None]
         if _records(again, context_length=length):
             retrieval = _times(again, "rtpurbo-dense-retrieval", context_length=length)
-            beside = _times(again, "sdpa-flash", context_length=length)
-            rows[name][-2:] = [[retrieval], [beside / retrieval]]
+            flash = _times(again, "sdpa-flash", context_length=length)
+            rows[name][-2:] = [[retrieval], [flash / retrieval]]
     return rows
 
 

@@ -136,7 +136,7 @@ def test_wrong_options_and_choices_are_found():
 
 @pytest.fixture(scope="module")
 def names(tiny_base, tmp_path_factory):
-    """What stands for the names in the examples."""
+    """Replacements of the names in the examples."""
     folder = tmp_path_factory.mktemp("examples")
     artifact = save_tiny_artifact(folder / "artifact", tiny_base)
     words = [

@@ -33,7 +33,7 @@ def messages():
 
 
 @pytest.mark.parametrize("message", messages())
-def test_a_message_is_in_the_code(message):
+def test_messages_of_the_page_are_in_the_code(message):
     pieces = [re.escape(piece) for piece in message.split("...")]
     pattern = re.compile(".*".join(pieces), re.DOTALL)
     assert any(pattern.search(text) for text in texts())

@@ -1,4 +1,4 @@
-"""What tests of results and of their resumption share."""
+"""Shared by tests of results and of resumption."""
 
 
 def conditions(**changes):

@@ -18,7 +18,7 @@ def samples(policy, scores, length=4096, suite="ruler", seed=0):
 FULL = samples("full", {"vt": [100.0, 0.0, 50.0, 50.0], "cwe": [20.0, 40.0]})
 
 
-def test_every_task_counts_as_much():
+def test_every_task_has_the_same_weight_in_the_average():
     (average,) = averages_of(FULL)
     assert average.score == 40.0
     assert (average.context_length, average.policy) == (4096, "full")
@@ -33,7 +33,7 @@ def test_differences_are_those_of_each_question():
     _, average = averages_of([*FULL, *lower])
     assert average.difference == pytest.approx(-1)
     assert average.difference_ci95 == pytest.approx((-1, -1))
-    # One answer of four is lost: as many as none or two, by chance.
+    # One answer of four is lost, which chance could make none or two.
     lost = samples("rtpurbo", {"vt": [0.0, 0.0, 50.0, 50.0], "cwe": [20.0, 40.0]})
     _, average = averages_of([*FULL, *lost])
     assert average.difference == pytest.approx(-12.5)
@@ -51,20 +51,20 @@ def test_other_questions_are_not_compared():
     assert alone.difference is None
 
 
-def test_who_lacks_a_task_has_no_average():
+def test_a_policy_without_all_tasks_has_no_average():
     part = samples("rtpurbo", {"vt": [100.0] * 4})
     assert [average.policy for average in averages_of([*FULL, *part])] == ["full"]
     assert [average.policy for average in averages_of([*part, *FULL])] == ["full"]
 
 
-def test_lengths_are_apart_and_other_suites_are_passed_over():
+def test_averages_are_by_length_and_skip_other_suites():
     longer = samples("full", {"vt": [10.0]}, length=8192)
     found = averages_of([*FULL, *longer, *samples("full", {"single": [0.0]}, suite="needle")])
     assert [(one.context_length, one.score) for one in found] == [(4096, 40.0), (8192, 10.0)]
     assert averages_of([]) == []
 
 
-def test_the_average_of_so_many_tasks():
+def test_an_average_is_found_by_its_number_of_tasks():
     average = Average("ruler", 4096, "quest", 13, 325, 70.0, (68.0, 72.0))
     assert find_average([average], 4096, "quest", 13) is average
     assert find_average([average], 4096, "quest", 12) is None

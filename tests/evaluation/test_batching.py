@@ -15,12 +15,12 @@ def model(device, sparse):
     ("context_length", "dense", "sparse"),
     [(512, 32, 32), (8192, 16, 32), (16384, 4, 16), (32768, 1, 8), (131072, 1, 2), (2**20, 1, 1)],
 )
-def test_a_gpu_answers_as_many_as_fit(context_length, dense, sparse):
+def test_a_gpu_batches_as_many_questions_as_fit(context_length, dense, sparse):
     assert questions_at_once(model("cuda", False), context_length) == dense
     assert questions_at_once(model("cuda", True), context_length) == sparse
 
 
-def test_a_cpu_answers_one_by_one():
+def test_a_cpu_answers_one_question_at_a_time():
     assert questions_at_once(model("cpu", True), 512) == 1
 
 

@@ -5,7 +5,7 @@ from rtpurbo.evaluation import bootstrap
 from rtpurbo.evaluation.bootstrap import bootstrap_interval, interval_of_mean
 
 
-def test_equal_values_leave_no_doubt():
+def test_equal_values_give_an_interval_of_zero_width():
     assert bootstrap_interval([100.0] * 20) == (100.0, 100.0)
     assert bootstrap_interval([3.0]) == (3.0, 3.0)
 

@@ -24,7 +24,7 @@ def test_tasks_of_lm_eval_have_one_each():
     assert far_token_budget(Case("lm-eval", "a", 1024, 0), records) == 4
 
 
-def test_nothing_far_is_nothing_to_read():
+def test_no_selection_without_far_tokens():
     records = [read("ruler", "vt", 20, 0.0, 0), Record("ruler", "vt", 20, "rtpurbo", 1, 0.0)]
     assert far_token_budget(Case("ruler", "vt", 20, 5), records) == 0
     assert far_token_budget(Case("ruler", "vt", 20, 5), []) == 0

@@ -11,7 +11,7 @@ def test_suites_have_default_tasks():
     ]
 
 
-def test_tests_may_stand_beside_suites():
+def test_cases_can_be_combined_with_suites():
     cases = [Case("needle", "single", 300, 1), Case("perplexity", "prose", 128, 2)]
     assert choose_cases([*cases, "perplexity@256"], [512], 3) == [
         *cases,
@@ -27,7 +27,7 @@ def test_a_suite_may_have_lengths_of_its_own():
         choose_cases(["perplexity@long"], [512], 3)
 
 
-def test_tasks_of_lm_eval_have_what_they_have_unless_told():
+def test_tasks_of_lm_eval_have_all_samples_by_default():
     assert choose_cases(["lm-eval:aime24,mmlu_pro_math"], [512]) == [
         Case("lm-eval", task, 0, 0) for task in ("aime24", "mmlu_pro_math")
     ]
@@ -43,7 +43,7 @@ def test_tasks_of_lm_eval_have_what_they_have_unless_told():
             choose_cases([name], [512])
 
 
-def test_ten_samples_unless_told():
+def test_ten_samples_by_default():
     assert choose_cases(["perplexity"], [512]) == [Case("perplexity", "prose", 512, 10)]
 
 

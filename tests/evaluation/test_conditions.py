@@ -45,11 +45,11 @@ def of(folder, corpus=CORPUS, squad=None, **options):
         ({"lm_eval": "0.4.13"}, "lm-eval left out, not 0.4.13"),
     ],
 )
-def test_every_difference_has_its_words(change, words):
+def test_every_condition_has_a_description(change, words):
     assert differences(json.loads(json.dumps(conditions())), conditions(**change)) == [words]
 
 
-def test_what_is_the_same_has_none(copy):
+def test_equal_conditions_have_no_differences(copy):
     before = json.loads(json.dumps(conditions()))
     assert differences(before, conditions()) == []
     assert list(before) == list(_DIFFERENCES) == list(of(copy))
@@ -58,7 +58,7 @@ def test_what_is_the_same_has_none(copy):
     assert of(copy) == of(copy)
 
 
-def test_it_is_content_that_counts(copy, tmp_path):
+def test_data_is_compared_by_content_and_not_by_path(copy, tmp_path):
     first = of(copy)
     assert (first["seed"], first["dtype"], first["device"]) == (3, "bfloat16", "cpu")
     moved = copy.rename(tmp_path / "moved")
@@ -70,14 +70,14 @@ def test_it_is_content_that_counts(copy, tmp_path):
 @pytest.mark.parametrize(
     "name", [CONFIG_FILE, INDEXER_FILE, f"{ADAPTER_FOLDER}/adapter_model.safetensors"]
 )
-def test_an_artifact_is_all_that_its_models_are_made_of(copy, name):
+def test_the_digest_of_an_artifact_covers_all_deciding_files(copy, name):
     first = of(copy)
     path = copy / name
     path.write_bytes(path.read_bytes() + b" ")
     assert of(copy)["artifact"] != first["artifact"]
 
 
-def test_documents_are_not_only_their_text(copy):
+def test_the_digest_of_prose_includes_document_boundaries(copy):
     joined = TextCorpus("one", ("".join(CORPUS.documents),))
     assert of(copy, joined)["prose"] != of(copy)["prose"]
 

@@ -63,7 +63,7 @@ def test_accuracy_is_the_share_of_right_answers(monkeypatch, asked, corpus, task
     )
 
 
-def test_single_needles_stand_at_even_depths(monkeypatch, asked, corpus):
+def test_single_needles_are_at_evenly_spread_depths(monkeypatch, asked, corpus):
     answer_with(monkeypatch, asked, lambda number, answers: "")
     answers(tiny_model(), corpus, "single", 4)
     assert [depth for _, depth in asked] == [0.125, 0.375, 0.625, 0.875]

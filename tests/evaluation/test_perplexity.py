@@ -78,6 +78,6 @@ def test_every_row_is_sparse_while_measuring(model, corpus):
     assert measure(model, corpus) != sparse
 
 
-def test_the_interval_holds_the_perplexity(model, corpus):
+def test_the_interval_contains_the_perplexity(model, corpus):
     measured = outcome(model, corpus)
     assert measured.ci95[0] < measured.score < measured.ci95[1]

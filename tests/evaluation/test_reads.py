@@ -1,4 +1,4 @@
-"""What is measured of reading, by loops over its definition and on models that generate."""
+"""Measured reads, compared with loops over their definition and on models that generate."""
 
 import warnings
 from dataclasses import replace
@@ -85,7 +85,7 @@ def test_tokens_and_mass_of_every_row(q_len, stride):
     assert sum(measured.far_histogram) == len(far)
 
 
-def test_nothing_measured_is_nothing_known():
+def test_no_figures_without_measured_queries():
     assert ReadMeter().reads() == Reads()
     assert Reads().far_share is None
 
@@ -104,7 +104,7 @@ def test_a_dense_model_reads_everything(prompt):
     assert measured.mass_kept == measured.far_share == 1
 
 
-def test_a_sparse_model_reads_more_and_keeps_more_with_a_higher_p(prompt):
+def test_a_higher_p_reads_more_tokens_and_raises_recall(prompt):
     model = sparse_model(prefill_mode="dense")
     options = {"min_new_tokens": 4, "suppress_tokens": [0, STOP]}
     low = measure(model, model.rtpurbo_config.head_map, *prompt, **options)
@@ -119,7 +119,7 @@ def test_a_sparse_model_reads_more_and_keeps_more_with_a_higher_p(prompt):
     assert everything.far_share == 1
 
 
-def test_heads_that_have_become_local_are_measured_all_the_same(prompt):
+def test_heads_that_became_local_are_measured(prompt):
     # With the prompt local too, windows alone and a selection of nothing are one model.
     model = sparse_model()
     head_map = model.rtpurbo_config.head_map
@@ -214,7 +214,7 @@ def record_steps(model, monkeypatch, graph_class):
 
 
 def expected_steps(first, count, layers):
-    """What `record_steps` records of an answer, which begins at position `first`."""
+    """Steps that `record_steps` records of an answer, which begins at position `first`."""
     for step in range(count):
         if step_counts(step, torch.device("cuda")):
             yield from [first + step] * layers
@@ -260,7 +260,7 @@ def test_local_steps_are_replayed_after_the_last_that_is_measured(
     assert all(module.observer is None for module in headwise_modules(model))
 
 
-def test_a_measured_step_may_find_a_cache_that_is_full(
+def test_a_measured_step_can_enlarge_a_full_cache(
     plain_steps, as_on_a_gpu, monkeypatch  # noqa: F811
 ):  # fmt: skip
     # Captured at the second step with room for three: the fifth is measured, and makes room.
@@ -275,7 +275,7 @@ def test_a_measured_step_may_find_a_cache_that_is_full(
 
 
 def test_prose_between_answers_is_measured(plain_steps, as_on_a_gpu):  # noqa: F811
-    """Which asks the base model alone, without its head."""
+    """Call of the base model alone, without its head."""
     model, (ids, mask) = sparse_model(prefill_mode="top_p"), padded_batch((0,))
     head_map = model.rtpurbo_config.head_map
     with metering(model, head_map, [0]) as meter, torch.no_grad():
@@ -288,7 +288,7 @@ def test_prose_between_answers_is_measured(plain_steps, as_on_a_gpu):  # noqa: F
     assert plain_steps.prepared == 2
 
 
-def test_a_forward_that_fails_is_over(prompt):
+def test_a_failed_forward_ends_the_measurement(prompt):
     model = sparse_model(prefill_mode="dense")
     with metering(model, model.rtpurbo_config.head_map, [0, STOP]) as meter:
         with pytest.raises(IndexError):
@@ -339,7 +339,7 @@ def hooks_of(model):
     ]
 
 
-def test_everything_is_taken_off_afterwards(prompt):
+def test_hooks_are_removed_afterwards(prompt):
     model = sparse_model()
     head_map = model.rtpurbo_config.head_map
     before = hooks_of(model)

@@ -50,7 +50,7 @@ def test_round_trip(path):
     )
 
 
-def test_averages_come_back(path):
+def test_averages_are_read_as_written(path):
     assert read_results(path).averages == []
     assert "averages" not in json.loads(path.read_text())
     averages = [

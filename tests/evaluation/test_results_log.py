@@ -34,13 +34,6 @@ def path(tmp_path):
     return path
 
 
-@pytest.fixture
-def old(path):
-    """A file of an rtpurbo that had no logs."""
-    log_path(path).unlink()
-    return path
-
-
 def resumed(path, cases=(), **changes):
     results = opened(path, resume=True)
     results.begin(conditions(**changes), cases)
@@ -51,7 +44,7 @@ def change(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_was_there_when_it_was_cut_is_written(tmp_path):
+def test_complete_results_of_an_interrupted_run_are_written(tmp_path):
     path = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt), opened(path) as results:
         results.begin()
@@ -62,7 +55,7 @@ def test_what_was_there_when_it_was_cut_is_written(tmp_path):
     assert written.records == [RECORD]
     assert written.origin["note"] == "by hand"
     assert "ruler_words" not in written.origin
-    assert written.resumption is None
+    assert "conditions" not in written.origin
     assert read_samples(samples_path(path)) == [SAMPLE]
 
 
@@ -157,7 +150,7 @@ def test_a_killed_run_is_resumed_from_whole_lines_and_its_files_are_written(path
     assert read_results(path).records == [RECORD, other, third]
 
 
-def test_a_disk_that_is_full_for_a_while_loses_nothing(path, monkeypatch):
+def test_a_temporarily_full_disk_loses_nothing(path, monkeypatch):
     other = replace(RECORD, task="multikey")
     with resumed(path) as results:
         with monkeypatch.context() as patch:
@@ -170,7 +163,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(path, monkeypatch):
     assert resumed(path).records == [RECORD, replace(other, score=1.0)]
 
 
-def test_what_is_resumed_is_kept_and_what_is_new_comes_after(path):
+def test_resumed_results_come_before_new_ones(path):
     other = Record("needle", "multikey", 4096, "full", 1, 50.0)
     with resumed(path) as results:
         assert results.of(TEST, "full") == [RECORD]
@@ -181,27 +174,33 @@ def test_what_is_resumed_is_kept_and_what_is_new_comes_after(path):
     assert read_samples(samples_path(path)) == [SAMPLE]
 
 
-def test_files_without_a_log_are_resumed_and_logged_with_the_next_result(old):
-    other = Record("needle", "multikey", 4096, "full", 1, 50.0)
-    before = old.read_bytes()
-    with resumed(old) as results:
-        assert results.records == [RECORD]
-    assert old.read_bytes() == before
-    assert not log_path(old).exists()
-    with resumed(old, [TEST]) as results:
-        results.add(CaseResult([other], []))
-    assert read_results(old).records == [RECORD, other]
-    assert resumed(old).records == [RECORD, other]
-    assert resumed(old).samples == [SAMPLE]
-    assert resumed(old).every_test() == [TEST]
+@pytest.mark.parametrize("content", [None, "", '{"run": {"dev'])
+def test_results_without_a_log_are_refused_and_unchanged(path, content):
+    before = path.read_bytes()
+    log_path(path).unlink()
+    if content is not None:
+        log_path(path).write_text(content)
+    with pytest.raises(RTPurboError, match=r"because its log .*log.jsonl is missing or empty: put"):
+        resumed(path)
+    assert path.read_bytes() == before
 
 
-def test_a_log_that_was_cut_in_its_first_line_is_none(old):
-    log_path(old).write_text('{"run": {"dev')
-    assert resumed(old).records == [RECORD]
-    with resumed(old) as results:
-        results.add(CaseResult([replace(RECORD, task="multikey")], []))
-    assert len(resumed(old).records) == 2
+def test_a_log_with_only_an_incomplete_line_starts_from_the_beginning(path):
+    for file in (path, samples_path(path)):
+        file.unlink()
+    log_path(path).write_text('{"run": {"dev')
+    with resumed(path) as results:
+        assert results.records == []
+        results.add(CaseResult([RECORD], [SAMPLE]))
+    assert resumed(path).records == [RECORD]
+
+
+def test_the_conditions_of_a_run_are_in_the_results(path):
+    assert read_results(path).origin["conditions"] == conditions()
+    before = json.loads(path.read_text())
+    run = {"conditions": before.pop("conditions"), "tests": {}, "samples": 1}
+    path.write_text(json.dumps(before | {"resumption": run}))  # as written before there were logs
+    assert read_results(path).origin["conditions"] == conditions()
 
 
 def test_without_resume_nothing_is_kept(path):
@@ -219,7 +218,7 @@ def test_without_resume_nothing_is_kept(path):
     assert resumed(path, seed=1).records == [other]
 
 
-def test_where_there_is_nothing_it_begins(tmp_path):
+def test_resuming_without_results_starts_from_the_beginning(tmp_path):
     with resumed(tmp_path / "results.json") as results:
         pass
     assert results.records == []
@@ -234,22 +233,13 @@ def test_a_test_taken_again_takes_its_place(path):
     assert resumed(path).records == [again]
 
 
-def test_samples_of_a_test_that_was_interrupted_are_left(old):
-    line = samples_path(old).read_text()
-    samples_path(old).write_text(line + line.replace("single", "multikey"))
-    assert resumed(old).samples == [SAMPLE]
-
-
-@pytest.mark.parametrize("is_old", [False, True])
-def test_the_origin_tells_of_all_runs(path, monkeypatch, is_old):
+def test_the_origin_names_all_runs(path, monkeypatch):
     monkeypatch.setattr(results_log, "library_commit", lambda: "second")
     commands = "rtpurbo eval model --resume", "rtpurbo eval model --length 9 --resume"
     for number, command in enumerate(commands):
         with opened(path, f"gpu {number}", command, resume=True) as results:
             results.begin(conditions())
             results.add(CaseResult([Record("needle", "single", number, "full", 1, 0.0)], []))
-        if is_old:
-            log_path(path).unlink()
     origin = read_results(path).origin
     assert origin["device"] == "cpu, gpu 0, gpu 1"
     assert origin["command"] == "rtpurbo eval model && rtpurbo eval model --length 9 --resume"
@@ -257,7 +247,7 @@ def test_the_origin_tells_of_all_runs(path, monkeypatch, is_old):
     assert origin["commit"].count("second") == 1
 
 
-def test_groups_are_known_again(path):
+def test_groups_of_tasks_are_resumed(path):
     group = Case("lm-eval", "mmlu_pro", 0, 0)
     tests = [Case("lm-eval", name, 1024, 0) for name in ("mmlu_pro_math", "mmlu_pro_law")]
     with resumed(path, [group]) as results:
@@ -271,7 +261,7 @@ def test_groups_are_known_again(path):
         resumed(path, [Case("needle", "single", 4096, 2)])
 
 
-def test_what_was_measured_otherwise_is_refused_and_left_alone(path):
+def test_results_under_other_conditions_are_refused_and_unchanged(path):
     before = path.read_bytes(), log_path(path).read_bytes()
     sentence = r"results.json cannot be resumed, because it was measured with --seed 0, not 1 and "
     sentence += r"with --dtype float32, not float16: repeat its command, or name another file"
@@ -283,45 +273,32 @@ def test_what_was_measured_otherwise_is_refused_and_left_alone(path):
     assert (path.read_bytes(), log_path(path).read_bytes()) == before
 
 
-def test_a_log_that_lacks_results_of_the_file_is_refused(path):
+def test_a_log_without_results_of_the_file_is_refused(path):
     change(path, records=[asdict(RECORD), asdict(replace(RECORD, task="multikey"))])
     with pytest.raises(RTPurboError, match=r"has results that .*results.log.jsonl lacks: remove"):
         resumed(path)
 
 
-@pytest.mark.parametrize("is_old", [False, True])
-def test_what_does_not_record_its_conditions_is_refused(tmp_path, is_old):
+def test_results_without_conditions_are_refused(tmp_path):
     path = tmp_path / "results.json"
     with opened(path) as results:
         results.begin()
         results.add(CaseResult([RECORD], []))
-    if is_old:
-        log_path(path).unlink()
     with pytest.raises(RTPurboError, match="does not record under what conditions it was measured"):
         resumed(path)
-
-
-@pytest.mark.parametrize("content", ["", "line lost"])
-def test_lost_samples_are_told(old, content):
-    samples_path(old).write_text(content and samples_path(old).read_text().replace("single", "x"))
-    with pytest.raises(
-        RTPurboError, match=r"samples.jsonl has 0 of its samples and not 1: put the"
-    ):
-        resumed(old)
-    samples_path(old).unlink()
-    with pytest.raises(RTPurboError, match="there is no file of samples"):
-        resumed(old)
 
 
 @pytest.mark.parametrize(
     "line", ["{}", '{"records": [], "samples": []}', '{"run": {}}', "[]", "{", '{"a": 1, "a": 1}']
 )
-def test_a_broken_file_is_told(path, line):
+def test_a_broken_file_is_reported(path, line):
     with log_path(path).open("a") as log:
         log.write(line + "\n")
     with pytest.raises(RTPurboError, match=r"log.jsonl holds no results or is corrupt"):
         resumed(path)
-    log_path(path).unlink()
+
+
+def test_broken_results_with_a_log_are_reported(path):
     change(path, resumption={"a": 1})
     with pytest.raises(RTPurboError, match=r"results.json holds no results or is corrupt"):
         resumed(path)

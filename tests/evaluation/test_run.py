@@ -50,7 +50,7 @@ def test_every_policy_takes_every_test(tiny_artifact):
     assert last[3] == {"perplexity prose 256": records[-1].score}
 
 
-def test_budgets_are_what_rtpurbo_read_on_the_suite_at_the_length(tiny_artifact):
+def test_budgets_are_the_mean_reads_of_rtpurbo_by_suite_and_length(tiny_artifact):
     records = quick(
         tiny_artifact,
         suites=["perplexity@96,256", "needle:single@512"],
@@ -85,7 +85,7 @@ def test_the_order_of_policies():
     assert run_order(["local-only"]) == ["local-only"]
 
 
-def test_nothing_far_is_nothing_read(tiny_artifact):
+def test_no_reads_without_far_tokens(tiny_artifact):
     # The tiny artifact's window is 32.
     [record] = quick(tiny_artifact, policies=["rtpurbo"], lengths=[20])
     assert record.far_tokens_read is None
@@ -112,12 +112,12 @@ def test_the_seed_gives_the_same_records(tiny_artifact):
         ({"device": "abacus"}, "'abacus' is not available"),
     ],
 )
-def test_mistakes_are_told(tiny_artifact, options, sentence):
+def test_mistakes_are_reported(tiny_artifact, options, sentence):
     with pytest.raises(RTPurboError, match=sentence):
         quick(tiny_artifact, **options)
 
 
-def test_the_cache_may_be_weighed_at_another_length(tiny_artifact):
+def test_cache_sizes_can_be_computed_at_another_length(tiny_artifact):
     [short] = quick(tiny_artifact, policies=["full"])
     [long] = quick(tiny_artifact, policies=["full"], cache_length=1024)
     assert long.kv_bytes == 8 * short.kv_bytes
@@ -158,7 +158,7 @@ def test_needle_samples_are_kept_and_perplexity_has_none(tiny_artifact):
     assert (item.suite, item.task, item.context_length) == ("needle", "single", 512)
 
 
-def test_what_does_not_fit_is_told_before_anything_runs(tiny_artifact):
+def test_lengths_that_do_not_fit_are_refused_before_anything_runs(tiny_artifact):
     calls = []
     with pytest.raises(RTPurboError, match=r"vt does not fit into 600 tokens: .* at least 2,"):
         quick(
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_told_before_anything_runs(tiny_artifact):
     assert all(done == 0 for stage, done, *_ in calls if stage != "prompts")
 
 
-def test_question_files_that_are_not_there_are_told(tiny_artifact):
+def test_missing_question_files_are_reported(tiny_artifact):
     for option in ("squad", "hotpotqa"):
         with pytest.raises(RTPurboError, match="there is no file of questions nothing"):
             quick(tiny_artifact, **{option: "nothing.json"})

@@ -1,4 +1,4 @@
-"""An evaluation that was cut short and goes on: nothing is lost, asked twice or mixed up."""
+"""Resumed evaluations: no result is lost, measured twice or mixed with others."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ class Stop:
     def __call__(self, stage, done, total, figures):
         if stage == "prompts":
             return
-        # The first call tells what was done before.
+        # The first call reports the samples of earlier runs.
         self.answered += done - self.seen.get(stage, done)
         is_new = done > self.seen.get(stage, done)
         self.seen[stage] = done
@@ -102,7 +102,7 @@ def nothing_loaded(monkeypatch):
     "after",
     [1, SAMPLES + 1, A_POLICY + SAMPLES + 1, 2 * A_POLICY + 1, 2 * A_POLICY + SAMPLES + 1],
 )
-def test_a_run_cut_anywhere_and_resumed_gives_what_an_uninterrupted_one_does(
+def test_a_run_interrupted_anywhere_and_resumed_equals_an_uninterrupted_one(
     tiny_artifact, whole, tmp_path, after
 ):
     path = tmp_path / "results.json"
@@ -116,7 +116,9 @@ def test_a_run_cut_anywhere_and_resumed_gives_what_an_uninterrupted_one_does(
 
 
 @pytest.mark.parametrize("after", [A_POLICY + 1, A_POLICY + SAMPLES])
-def test_a_signal_ends_it_with_everything_finished_written(tiny_artifact, whole, tmp_path, after):
+def test_a_signal_ends_a_run_with_all_complete_results_written(
+    tiny_artifact, whole, tmp_path, after
+):
     path = tmp_path / "results.json"
     stop = Stop(after, be_asked_to_stop)
     with pytest.raises(StoppedBySignalError) as stopped, stopping_cleanly():
@@ -130,7 +132,7 @@ def test_a_signal_ends_it_with_everything_finished_written(tiny_artifact, whole,
     assert contents(path) == contents(whole)
 
 
-def test_when_all_is_done_nothing_is_loaded_nor_written(tiny_artifact, whole, copy, nothing_loaded):
+def test_a_complete_run_loads_and_writes_nothing(tiny_artifact, whole, copy, nothing_loaded):
     before, calls = copy.read_bytes(), []
     records = run(tiny_artifact, copy, progress=lambda *call: calls.append(call))
     assert records == contents(whole)[0]
@@ -157,7 +159,7 @@ def test_only_policies_with_something_missing_are_loaded(tiny_artifact, copy, mo
     assert calls[0] == ("full", A_POLICY, A_POLICY, {})
 
 
-def test_bars_count_what_was_done_before(tiny_artifact, tmp_path):
+def test_bars_include_samples_of_earlier_runs(tiny_artifact, tmp_path):
     path, calls = tmp_path / "results.json", []
     with pytest.raises(MemoryError):
         run(tiny_artifact, path, progress=Stop(SAMPLES + 1, be_killed))
@@ -169,7 +171,7 @@ def test_bars_count_what_was_done_before(tiny_artifact, tmp_path):
     assert of_full[-1] == A_POLICY
 
 
-def test_more_tests_beside_one_with_a_budget_give_it_another(tiny_artifact, whole, tmp_path):
+def test_more_tests_of_a_suite_change_its_budget(tiny_artifact, whole, tmp_path):
     path = tmp_path / "results.json"
     first = run(tiny_artifact, path, suites=["needle:single@512"])
     expected = {(item.policy, item.task): item for item in contents(whole)[0]}
@@ -201,7 +203,7 @@ def other_text(folder):
         ({"samples": 3}, "has 2 samples of needle single 512, not 3: ask for as many"),
     ],
 )
-def test_what_would_mix_results_is_refused(
+def test_resuming_with_other_arguments_is_refused(
     tiny_artifact, copy, tmp_path, nothing_loaded, options, sentence
 ):
     before = copy.read_bytes()

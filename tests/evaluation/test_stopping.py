@@ -24,7 +24,7 @@ def ask(model, tokens):
     model(torch.ones(1, tokens, dtype=torch.long))
 
 
-def test_an_answer_goes_on_and_the_next_question_does_not_begin(model):
+def test_a_signal_lets_the_current_answer_finish(model):
     answered = []
     stopped = pytest.raises(StoppedBySignalError, match="SIGTERM in the test vt of full: pass")
     with stopped, stopping_cleanly(), questions_undisturbed(model, "vt of full"):

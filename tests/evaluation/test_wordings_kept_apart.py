@@ -166,7 +166,7 @@ def test_no_sequence_of_training_shares_six_words_with_an_evaluation(kind):
 
 
 @pytest.mark.parametrize("kind", ["needles", "chains", "lists", "code_words"])
-def test_wordings_of_benchmarks_would_be_noticed(kind):
+def test_the_check_finds_wordings_of_benchmarks(kind):
     """The comparison finds each sentence of RULER in a training sequence, whatever its values."""
     shown = [text for text in strings_of(templates("test")[kind]) if len(words_of(text)) >= 6]
     assert shown

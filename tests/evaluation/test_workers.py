@@ -79,7 +79,7 @@ def test_questions_of_ruler_are_made_once(tiny_artifact, tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_mistakes_of_a_process_are_told(tiny_artifact):
+def test_errors_of_a_process_are_reported(tiny_artifact):
     with pytest.raises(RTPurboError, match=r"vt does not fit into 600 tokens: .* at least 2,"):
         examine(tiny_artifact, 2, suites=["ruler:vt@600"], policies=["full"])
     with pytest.raises(RTPurboError, match="processes is 0"):
@@ -152,7 +152,7 @@ JOBS = [workers.Job(policy, Case("ruler", "vt", 32768, 25)) for policy in ("full
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
     ],
 )
-def test_what_found_too_little_memory_is_done_again_in_the_end(monkeypatch, error):
+def test_jobs_out_of_memory_are_repeated_at_the_end(monkeypatch, error):
     def done(times):
         memory = Memory(times, error)
         monkeypatch.setattr(workers, "_worker", workers._Worker(lambda: memory), raising=False)
@@ -162,12 +162,12 @@ def test_what_found_too_little_memory_is_done_again_in_the_end(monkeypatch, erro
 
     assert set(done(0)) == set(done(2)) == {"full", "rtpurbo"}
     assert done(1) == ["rtpurbo", "full"]
-    said = f"at ruler vt 32768 beside other processes: ask for fewer .* \\({error}\\)"
+    said = f"at ruler vt 32768 while other processes run: ask for fewer .* \\({error}\\)"
     with pytest.raises(RTPurboError, match=said):
         done(3)
 
 
-def test_what_fails_otherwise_is_not_done_again(monkeypatch):
+def test_other_failures_are_not_repeated(monkeypatch):
     memory = Memory(1, RuntimeError("shapes do not match"))
     monkeypatch.setattr(workers, "_worker", workers._Worker(lambda: memory), raising=False)
     with pytest.raises(RuntimeError, match="shapes do not match"):

@@ -76,7 +76,7 @@ def test_head_maps_keep_half_of_the_kv_heads(tiny_shapes):
     assert head_map.retrieval_heads == (None, (0, 1, 4, 5), None, (0, 1, 4, 5))
 
 
-def test_backend_is_that_of_the_last_forward(tiny_shapes):
+def test_the_backend_is_that_of_the_last_forward(tiny_shapes):
     case = decoder_shapes.Case(
         "Gemma 4 31B",
         decoder_shapes.build_model("Gemma 4 31B", torch.float32, torch.device("cpu")),

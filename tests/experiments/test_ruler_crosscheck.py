@@ -12,7 +12,7 @@ def answered(suite, task, scores):
     ]
 
 
-def test_equal_scores_leave_no_doubt():
+def test_equal_scores_give_an_interval_of_zero_width():
     assert difference_interval([100.0] * 9, [100.0] * 5) == (0.0, 0.0)
 
 
@@ -23,7 +23,7 @@ def test_the_interval_is_around_the_difference():
     assert (high - low) / 2 == pytest.approx(error, rel=0.1)
 
 
-def test_the_table_tells_what_does_not_agree():
+def test_the_table_marks_disagreement():
     assert set(PAIRS) <= set(TASKS)
     samples = []
     for name, other in PAIRS.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.defaults import default_settings
+from rtpurbo.conversion.defaults import default_settings
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import restore, runtime

@@ -41,7 +41,7 @@ def changed(model, rank):
     return other
 
 
-def test_a_difference_of_that_rank_is_given_back(base, tmp_path):
+def test_a_low_rank_difference_is_reproduced(base, tmp_path):
     other = changed(base.model, RANK)
     found = save_difference(base, other, tmp_path / "difference", RANK)
     assert 0.9995 < found["kept"] < 1
@@ -74,7 +74,7 @@ def test_factors_are_the_nearest_of_their_rank():
 
 
 @pytest.mark.parametrize("rank", [4, 40])
-def test_kept_is_what_the_sum_has(base, tmp_path, rank):
+def test_kept_is_the_share_of_the_squared_difference(base, tmp_path, rank):
     other = changed(base.model, 8)
     found = save_difference(base, other, tmp_path / "difference", rank)
     again = dict(with_difference(base, tmp_path / "difference").named_parameters())
@@ -93,7 +93,7 @@ def test_kept_is_what_the_sum_has(base, tmp_path, rank):
     }
 
 
-def test_a_factor_takes_a_byte_an_entry(base, tmp_path):
+def test_a_factor_takes_one_byte_per_entry(base, tmp_path):
     # So large a rank that square matrices are smaller whole.
     found = save_difference(base, changed(base.model, 8), tmp_path / "difference", 47)
     stored = load_file(tmp_path / "difference" / "difference.safetensors")
@@ -127,7 +127,7 @@ def test_tied_embeddings_change_once(tmp_path):
     assert left.norm() < 0.02 * change.norm()
 
 
-def test_what_did_not_change_takes_no_room(base, tmp_path):
+def test_unchanged_weights_are_not_stored(base, tmp_path):
     other = copy.deepcopy(base.model)
     weight = other.base_model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_what_did_not_change_takes_no_room(base, tmp_path):
     assert stored[f"{name}.down_scale"].shape == (RANK, 1)
 
 
-def test_every_machine_gets_the_same_weights(base, tmp_path, monkeypatch):
+def test_merged_weights_are_the_same_on_every_machine(base, tmp_path, monkeypatch):
     other = changed(base.model, 8)
     save_difference(base, other, tmp_path / "difference", 4)
     first = with_difference(base, tmp_path / "difference").to(torch.bfloat16).state_dict()
@@ -175,7 +175,7 @@ def test_damaged_files_are_refused(base, tmp_path, file):
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"fingerprint": ""}', "\x00"])
-def test_an_origin_that_says_nothing_is_refused(base, tmp_path, text):
+def test_an_incomplete_origin_is_refused(base, tmp_path, text):
     save_difference(base, changed(base.model, 1), tmp_path / "difference", 1)
     (tmp_path / "difference" / "difference.json").write_text(text)
     with pytest.raises(RTPurboError, match="no difference that can be read"):

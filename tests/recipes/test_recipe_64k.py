@@ -32,8 +32,8 @@ def test_each_stage_reaches_its_context_and_goes_beyond_the_one_before():
     assert make_teacher.STAGES["64k"].lora_rank == make_teacher.ADAPTER_RANK
 
 
-def recipe(tmp_path, output, *options, processes=1):
-    """Runs it on a tiny model and returns what it printed."""
+def recipe(tmp_path, output, *options, processes=1, model=True):
+    """Runs the recipe on a tiny model and returns its output."""
     base, data = tmp_path / "base", tmp_path / "walks.jsonl"
     if not base.is_dir():
         tiny_model(vocab_size=512).save_pretrained(base)
@@ -46,7 +46,7 @@ def recipe(tmp_path, output, *options, processes=1):
     finished = subprocess.run(
         [
             sys.executable, *(launcher if processes > 1 else []), make_teacher.__file__, "--quick",
-            "--model", base, "--data", data, "--output", tmp_path / output, "--rank", "2",
+            *(["--model", base] if model else []), "--data", data, "--output", tmp_path / output, "--rank", "2",
             "--workers", "0", "--samples", "1", "--device", "cpu", *options,
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
@@ -61,7 +61,7 @@ def losses_of(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_two_processes_go_on_from_one_and_learn_the_same(tmp_path):
+def test_two_processes_resume_a_run_of_one_and_learn_the_same(tmp_path):
     alone = recipe(tmp_path, "alone")
     assert "all done" in alone
     assert "| 2K |" in alone
@@ -75,7 +75,8 @@ def test_two_processes_go_on_from_one_and_learn_the_same(tmp_path):
 
 def test_the_adapter_is_the_teacher(tmp_path):
     recipe(tmp_path, "made")
-    recipe(tmp_path, "again", "--rebuild", tmp_path / "made" / "adapter")
+    # The adapter names its base model.
+    recipe(tmp_path, "again", "--rebuild", tmp_path / "made" / "adapter", model=False)
     teacher, again = (
         load_file(tmp_path / folder / "model.safetensors") for folder in ("made/teacher", "again")
     )
@@ -93,15 +94,15 @@ def test_the_adapter_is_the_teacher(tmp_path):
     assert origin["rank"] == 2
 
 
-def test_training_goes_on_from_the_model_that_it_is_told_to_begin_with(tmp_path):
+def test_training_continues_from_a_given_model(tmp_path):
     recipe(tmp_path, "made", "--until", "8k")
     base = load_file(tmp_path / "base" / "model.safetensors")
     weights = load_file(tmp_path / "made" / "8k" / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(size, generator=generator) for size in base[name].shape)
-    told = 0.02 * torch.outer(up, down)
-    weights[name] = (base[name].float() + told).to(weights[name].dtype)
+    added = 0.02 * torch.outer(up, down)
+    weights[name] = (base[name].float() + added).to(weights[name].dtype)
     begin = shutil.copytree(tmp_path / "made" / "8k", tmp_path / "begin")
     save_file(weights, begin / "model.safetensors", {"format": "pt"})
 
@@ -112,11 +113,11 @@ def test_training_goes_on_from_the_model_that_it_is_told_to_begin_with(tmp_path)
     assert len(losses_of(tmp_path / "further" / "64k")) == 2
     further = load_file(tmp_path / "further" / "teacher" / "model.safetensors")
     changed = further[name].float() - base[name].float()
-    assert (changed - told).norm() < 0.2 * told.norm()
+    assert (changed - added).norm() < 0.2 * added.norm()
     assert any(not torch.equal(further[key], weights[key]) for key in weights)
 
 
-def test_questions_that_were_answered_are_not_asked_again(tmp_path, monkeypatch):
+def test_answered_questions_are_not_asked_again(tmp_path, monkeypatch):
     whole = answered(tmp_path / "whole.json")
     predicted, asked = make_teacher.is_predicted, []
 

@@ -35,7 +35,7 @@ def batches(kind=Batches, per_step=1):
     return kind(mix, (LENGTH, 2 * LENGTH), 2 * LENGTH, 64, per_step)
 
 
-def test_a_batch_says_where_to_learn():
+def test_a_batch_marks_target_positions():
     for number in range(4):
         batch = batches()[number]
         ids = torch.tensor(batch["ids"])
@@ -114,7 +114,7 @@ def test_a_lora_begins_from_a_difference():
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_an_interrupted_training_goes_on(tmp_path, lora_rank):
+def test_an_interrupted_training_is_resumed(tmp_path, lora_rank):
     def trained(output, kind=Batches):
         model = tiny_model(vocab_size=512)
         made = batches(kind, per_step=2)
@@ -140,7 +140,7 @@ def test_an_interrupted_training_goes_on(tmp_path, lora_rank):
         torch.testing.assert_close(weight, whole[name])
 
 
-def test_what_a_lora_learnt_is_a_difference_of_its_rank(tmp_path):
+def test_a_trained_lora_is_a_low_rank_difference(tmp_path):
     tiny_model(vocab_size=512).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     base = load_base_model(str(tmp_path / "base"))

@@ -64,7 +64,7 @@ def test_layers_may_differ_or_have_no_attention(tmp_path, name, length):
     ],
     ids=str,
 )
-def test_sizes_that_nobody_wrote_change_nothing(tiny_artifact, tmp_path, damage):
+def test_unknown_sizes_change_nothing(tiny_artifact, tmp_path, damage):
     data = json.loads((tiny_artifact / "config.json").read_text())
     data["base_config"] |= damage
     (tmp_path / "config.json").write_text(json.dumps(data))

@@ -32,19 +32,19 @@ def test_other_licenses_are_not_guessed(tiny_artifact):
     assert ModelCard(card).data.license is None
 
 
-def test_the_wheel_is_named_as_the_model_it_holds(tiny_artifact):
+def test_the_wheel_is_named_by_its_model(tiny_artifact):
     card = model_card(artifact_of(tiny_artifact, name=WHEEL_MODEL, source="wheel"))
     assert ModelCard(card).data.base_model == DEFAULT_MODEL
 
 
-def test_a_local_base_does_not_tell_where_it_lay(tiny_artifact, tiny_base):
+def test_the_folder_of_a_local_base_is_not_disclosed(tiny_artifact, tiny_base):
     card = model_card(ArtifactConfig.read(tiny_artifact))
     assert str(tiny_base) not in card
     assert ModelCard(card).data.base_model is None
     assert "base_model=" in card
 
 
-def test_the_body_tells_what_it_is_and_how_it_was_made(tiny_artifact):
+def test_the_card_describes_model_and_conversion(tiny_artifact):
     card = model_card(ArtifactConfig.read(tiny_artifact), markdown_tables(RECORDS), "me/tiny")
     assert 'rtpurbo.load("me/tiny"' in card
     assert markdown_tables(RECORDS) in card
@@ -55,7 +55,7 @@ def test_the_body_tells_what_it_is_and_how_it_was_made(tiny_artifact):
     assert "{" not in card.replace("bash", "").split("---", 2)[2]
 
 
-def test_without_records_the_card_says_how_to_measure(tiny_artifact):
+def test_a_card_without_results_says_how_to_measure(tiny_artifact):
     card = model_card(ArtifactConfig.read(tiny_artifact))
     assert "rtpurbo eval" in card
 
@@ -66,7 +66,7 @@ def test_rewriting_puts_figures_into_the_artifact(tiny_artifact, tmp_path):
     assert markdown_tables(RECORDS) in (folder / CARD_FILE).read_text()
 
 
-def test_curves_stand_in_the_card(tiny_artifact, tmp_path):
+def test_the_card_contains_curves(tiny_artifact, tmp_path):
     folder = shutil.copytree(tiny_artifact, tmp_path / "copy")
     entries = [{"stage": "stage1", "step": step, "loss": 4.0 - step} for step in (1, 2, 3)]
     (folder / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -120,7 +120,7 @@ def test_a_file_of_its_own_has_both_palettes():
     assert not re.search(r"<style[^>]*>[^<]*\*\{", document)
 
 
-def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch):
+def test_a_missing_matplotlib_is_explained(monkeypatch):
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
     with pytest.raises(RTPurboError, match=r"needs matplotlib: pip install 'rtpurbo\[plots\]'"):
         figures.check_matplotlib("`rtpurbo report`")

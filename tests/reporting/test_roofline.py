@@ -24,7 +24,7 @@ def test_dense_and_sparse_work():
     assert decode_bytes(RECORD) - in_float8 == 131072 * 5 * 16
 
 
-def test_what_was_achieved():
+def test_achieved_throughput():
     assert achieved(replace(DENSE, milliseconds=425.0))[0] == pytest.approx(331, abs=1)
     assert achieved(RECORD)[1] == "TFLOP/s"
     assert achieved(replace(RECORD, phase="decode"))[1] == "GB/s"

@@ -28,7 +28,7 @@ def test_the_turn_of_the_tiny_tokenizer():
         (BRACKETS, "[INST] ", " [/INST]", "Add two and two. [/INST] Four."),
     ],
 )
-def test_ends_that_are_no_special_token_are_found_in_the_text(template, before, after, sampled):
+def test_end_of_turn_text_that_is_no_special_token_is_found(template, before, after, sampled):
     tokenizer = tiny_tokenizer(chat_template=template)
     turn = UserTurn.of(tokenizer)
     assert (turn.before, turn.after) == (before, after)

@@ -54,7 +54,7 @@ def test_projections_depend_on_the_data(states):
     assert informed < 0.7 * blind
 
 
-def test_dimensions_beyond_the_features_are_zero(states):
+def test_index_dimensions_beyond_the_features_are_zero(states):
     query, key = low_rank_projections(*moments(states), SCALING, FEATURES + 2)
     assert query.shape == key.shape == (FEATURES + 2, FEATURES)
     assert not query[FEATURES:].any()

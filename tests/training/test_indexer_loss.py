@@ -46,7 +46,7 @@ def test_divergence_equals_the_textbook_sum(logits):
     torch.testing.assert_close(forward_divergence(teacher, student, visible), expected)
 
 
-def test_divergence_is_zero_only_between_equals(logits):
+def test_divergence_is_zero_only_for_equal_distributions(logits):
     teacher, student, visible = logits
     assert forward_divergence(teacher, teacher + 3, visible).abs().max() < 1e-12
     assert (forward_divergence(teacher, student, visible) > 0).all()

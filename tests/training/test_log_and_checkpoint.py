@@ -53,7 +53,7 @@ def train(steps, checkpoint, seen):
     return weight.detach()
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = train(10, Checkpoint(None), [])
     checkpoint = Checkpoint(tmp_path / "state", every=3)
     seen: list[int] = []
@@ -129,7 +129,7 @@ def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(tmp_path, monkeyp
     assert torch.equal(train(10, checkpoint, []), whole)
 
 
-def test_a_log_on_a_full_disk(tmp_path):
+def test_a_full_disk_is_reported_for_the_log(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("no device that is always full")
     log = TrainingLog(tmp_path / "log.jsonl")

@@ -20,7 +20,7 @@ from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import loss_on
 from rtpurbo.training.student import trainable
 from rtpurbo.training.teacher import teacher_targets
-from tests.test_conversion import SETTINGS
+from tests.conversion.test_run import SETTINGS
 from tests.tiny_models import VOCABULARY, sparse_model
 from tests.training.test_stage2 import open_student
 
@@ -145,7 +145,7 @@ def test_the_scale_that_helps_most_without_harm():
     assert choose_scale(needles) == 1.0
 
 
-def test_a_lora_that_only_harms_is_left_out():
+def test_a_lora_that_only_degrades_is_left_out():
     assert choose_scale({0.0: {"prose": 0.1}, 0.25: {"prose": 0.105}, 1.0: {"prose": 0.3}}) == 0.0
 
 

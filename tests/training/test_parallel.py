@@ -85,7 +85,7 @@ _WORKER = """
 import os, signal, sys
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
-from rtpurbo.interruption import StoppedBySignalError
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from tests.training.test_parallel import JOBS
 
 base, text, *jobs = sys.argv[1:]
@@ -97,8 +97,9 @@ for job in jobs:
             os.kill(os.getpid(), signal.SIGTERM)
     data = [text] if settings == "streamed" else None
     try:
-        convert(base, output, settings=JOBS[settings], data=data, device="cpu", parallel=parallel,
-                progress=progress, resume=True)
+        with stopping_cleanly():
+            convert(base, output, settings=JOBS[settings], data=data, device="cpu",
+                    parallel=parallel, progress=progress, resume=True)
     except StoppedBySignalError as error:
         assert stop and error.exit_code == 143, error
         print(error)
@@ -151,7 +152,7 @@ def test_two_processes_train_as_one(tiny_base, tmp_path, text):
 _STAGES = """
 import sys
 from pathlib import Path
-from rtpurbo.job import Job
+from rtpurbo.conversion.job import Job
 from rtpurbo.models.base import load_base_model
 from rtpurbo.models.sharding import is_sharded, own_part
 from rtpurbo.models.sparsify import sparsify
@@ -236,7 +237,7 @@ for name, value in vars(expected.read(processes.index)[1]).items():
 
 
 @pytest.mark.slow
-def test_a_process_helps_with_targets_that_it_has_itself(tiny_base, tmp_path):
+def test_a_process_with_all_its_targets_helps_to_compute_the_others(tiny_base, tmp_path):
     """All processes run every layer of a sharded teacher, also where only one lacks its targets."""
     run_in_two_processes(_TEACHER, tmp_path, tiny_base, tmp_path)
 

@@ -57,7 +57,7 @@ def with_shares(mix, **shares):
     return replace(mix, mixture={**mix.mixture, **shares})
 
 
-def test_pools_have_their_share_and_are_used_up_before_they_repeat(mix):
+def test_the_shares_of_pools_are_kept_and_pools_repeat_only_when_exhausted(mix):
     drawn = with_shares(mix, conversations=0.5, documents=0.25)
     found = [drawn.sequence(number) for number in range(24)]
     talks = [each for each in found if len(each.input_ids) == 5]

@@ -81,13 +81,13 @@ def test_sequences_cycle_through_the_lengths(mix):
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
-def test_needles_have_their_share(mix, share, expected):
+def test_the_share_of_needles_is_kept(mix, share, expected):
     drawn = replace(mix, mixture={"needles": share})
     sequences = [drawn.sequence(number) for number in range(8)]
     assert sum(sequence.num_answer_tokens > 0 for sequence in sequences) == expected
 
 
-def test_haystacks_have_their_share_and_one_question(mix):
+def test_the_share_of_haystacks_is_kept_with_one_question_each(mix):
     drawn = replace(mix, lengths=(3000,), mixture={"haystack": 0.5})
     sequences = [drawn.sequence(number) for number in range(16)]
     asking = [sequence for sequence in sequences if sequence.num_answer_tokens]

@@ -71,7 +71,7 @@ def test_processes_divide_the_sequences_of_one(stream):
             assert dealt == alone.take(group)
 
 
-def test_a_position_of_fewer_sequences_a_step_does_not_fit(stream):
+def test_a_position_with_fewer_lanes_is_refused(stream):
     mix = mix_of(stream)
     position = SequenceSource(mix, stream, 1).position_of_all(0)
     with pytest.raises(RTPurboError, match="--force"):

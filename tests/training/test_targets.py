@@ -31,14 +31,14 @@ def test_every_answer_token_and_some_of_the_text():
     assert positions(TASK, target_stride=40) == [0, 40, 80, *ANSWERS]
 
 
-def test_answer_tokens_alone():
+def test_targets_can_be_answer_tokens_alone():
     assert positions(TASK, targets="answers") == ANSWERS
     assert positions(TASK, targets="answers", target_stride=2) == ANSWERS
     # Prose has none.
     assert len(positions(PROSE, targets="answers", targets_per_sequence=20)) == 20
 
 
-def test_text_alone():
+def test_targets_can_be_text_alone():
     assert positions(TASK, targets="text", target_stride=16) == [0, 16, 32, 48, 64, 80, 96]
     assert positions(TASK, targets="text", target_stride=1) == list(range(99))
     assert len(positions(TASK, targets="text", targets_per_sequence=20)) == 20

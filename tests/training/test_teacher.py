@@ -60,7 +60,7 @@ def test_divergence_counts_every_other_token_as_one():
         assert found[row] == pytest.approx(float(expected))
 
 
-def test_mass_moved_outside_the_top_tokens_costs():
+def test_mass_moved_outside_the_top_tokens_is_penalised():
     teacher = torch.tensor([[5.0, 4.0, 0.0, 0.0, 0.0]])
     moved = torch.tensor([[5.0, 4.0, 4.0, 0.0, 0.0]])
     assert divergence(moved, targets_of(teacher, 2)) > 0.1

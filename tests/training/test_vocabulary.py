@@ -63,7 +63,7 @@ def test_the_most_likely_tokens(count):
     assert torch.equal(ids, expected.indices)
 
 
-def test_half_precision_is_rounded_as_the_model_rounds():
+def test_indexers_round_half_precision_as_the_model_does():
     states, head, ids = problem()
     states, head = states.detach().bfloat16(), head.bfloat16()
     chosen, total = chosen_logits(states, head, ids)

@@ -63,8 +63,8 @@ def convert(
     """
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
+    from rtpurbo.conversion.options import settings_options
     from rtpurbo.interruption import stopping_cleanly
-    from rtpurbo.job_options import settings_options
 
     if preset is not None:
         raise RTPurboError(

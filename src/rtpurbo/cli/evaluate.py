@@ -161,7 +161,7 @@ def evaluate(
     for path in () if output is None or resume or force else (output, log_path(output)):
         if path.exists():
             raise RTPurboError(
-                f"{path} exists: pass --resume to go on with it, or --force to replace it."
+                f"{path} exists: pass --resume to continue it, or --force to replace it."
             )
     suites = options.suites_with_tasks(suite or DEFAULT_SUITES, tasks, length)
     lengths = length or request.DEFAULT_LENGTHS

@@ -14,7 +14,7 @@ from rtpurbo.config import IndexSpace, Reading
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
-    from rtpurbo.job_options import JobOptions
+    from rtpurbo.conversion.options import JobOptions
     from rtpurbo.settings import Progress
 
 optional = partial(typer.Option, show_default=False)
@@ -224,11 +224,11 @@ def job_options(context: typer.Context, progress: Progress | None = None) -> Job
     """Returns keyword arguments for the functions of `rtpurbo.conversion`.
 
     Args:
-        context: of a command. Its options are those of `rtpurbo.job_options.JobOptions`, and some that each
+        context: of a command. Its options are those of `rtpurbo.conversion.options.JobOptions`, and some that each
             change one setting.
         progress: called after each step; None calls nothing.
     """
-    from rtpurbo.job_options import JobOptions
+    from rtpurbo.conversion.options import JobOptions
 
     given = context.params
     settings = {name: given[name] for name in _SETTINGS if name in given}

@@ -34,7 +34,7 @@ def calibrate(
 
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars
-    from rtpurbo.job_options import settings_options
+    from rtpurbo.conversion.options import settings_options
     from rtpurbo.reporting.headmap import head_map_picture
 
     with ProgressBars() as progress:

@@ -127,7 +127,7 @@ def common_words_list(
         text = f"{before}{wording.text(entries, num_common)}"
         return conversation_tokens(tokenizer, text, [asked])
 
-    return fit_units(length, around, f"A list with {num_common} common words")
+    return fit_units(length, around, f"a list with {num_common} common words")
 
 
 def code_words_text(
@@ -145,7 +145,7 @@ def code_words_text(
         words = code_text(ranked, smallest + size, alpha, seed)
         return conversation_tokens(tokenizer, wording.text(words, NUM_FREQUENT), [asked])
 
-    return fit_units(length, around, "A text of code words")
+    return fit_units(length, around, "a text of code words")
 
 
 def _by_first_occurrence(entries: list[str], words: Sequence[str]) -> list[str]:

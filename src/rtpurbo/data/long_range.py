@@ -223,7 +223,7 @@ class LongRangeMix:
                 f"{introduction}\n\n{prose}",
                 [passage_question(prose, depth, question, opening)],
             ),
-            "A text and a passage of it",
+            "a text and a passage of it",
         )
 
     def counting(self, length: int, rng: random.Random) -> Conversation:
@@ -278,7 +278,7 @@ class LongRangeMix:
         def around(text: str) -> Conversation:
             return conversation_tokens(self.tokenizer, f"{introduction}\n\n{text}", questions)
 
-        what = f"A text with {len(hidden)} hidden sentence(s) and {len(questions)} question(s)"
+        what = f"a text with {len(hidden)} hidden sentence(s) and {len(questions)} question(s)"
         if haystack == PROSE:
             return fit_prose(
                 self.tokenizer,

@@ -101,9 +101,9 @@ def make_retrieval_example(
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
     """
     if num_keys < 1 or num_values < 1:
-        raise RTPurboError("A retrieval example needs at least one key and one value.")
+        raise RTPurboError("a retrieval example needs at least one key and one value.")
     if depth is not None and not 0 <= depth <= 1:
-        raise RTPurboError(f"The depth of a needle must lie between 0 and 1, not be {depth}.")
+        raise RTPurboError(f"the depth of a needle must lie between 0 and 1, not be {depth}.")
 
     wording = NeedleWording.draw(rng, split)
     queried, *distractors = rng.sample(key_names(split), num_keys)
@@ -131,7 +131,7 @@ def make_retrieval_example(
             f"{introduction}\n\n{hide(prose, hidden, on_lines=wording.is_record)}",
             [question],
         ),
-        f"A retrieval example with {len(keys)} needle(s)",
+        f"a retrieval example with {len(keys)} needle(s)",
     )
     kinds = ["multi_key"] * (num_keys > 1) + ["multi_value"] * (num_values > 1)
     return RetrievalExample.of(conversation, answers, "_".join(kinds) or "single")
@@ -186,7 +186,7 @@ def make_calibration_document(
     if room < len(needle_ids):
         least = length - room + len(needle_ids)
         raise RTPurboError(
-            f"A calibration document does not fit into {length} tokens; "
+            f"a calibration document does not fit into {length} tokens; "
             f"ask for a length of at least {least}."
         )
     prose_ids = corpus.sample_tokens(tokenizer, room, rng)

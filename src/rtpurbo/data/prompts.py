@@ -113,7 +113,7 @@ def fit_prose(
         length: maximum number of tokens, which is reached to within 1 % or 16 tokens, whichever is more.
         rng: source of all randomness.
         tokens_around: deterministic function that returns the conversation around some prose.
-        what: name of the conversation in error messages, capitalised.
+        what: name of the conversation in error messages.
 
     Raises:
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
@@ -141,7 +141,7 @@ def fit_units(length: int, tokens_around: Callable[[int], Conversation], what: s
     Args:
         length: maximum number of tokens.
         tokens_around: returns the conversation around a number of units; more units make it longer.
-        what: name of the conversation in error messages, capitalised.
+        what: name of the conversation in error messages.
 
     Raises:
         RTPurboError: `length` leaves no room for one unit.

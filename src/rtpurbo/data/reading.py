@@ -84,7 +84,7 @@ def reading_example(
         )
         return conversation_tokens(tokenizer, "\n\n".join([introduction, *numbered]), questions)
 
-    return fit_units(length, around, f"A question about {len(paragraphs)} paragraphs amid prose")
+    return fit_units(length, around, f"a question about {len(paragraphs)} paragraphs amid prose")
 
 
 def _question(first: Subject, second: Subject, rng: random.Random) -> Question:

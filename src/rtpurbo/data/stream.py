@@ -242,7 +242,7 @@ def _open_source(datasets: Any, source: str) -> Any:
                 break
         else:
             raise RTPurboError(
-                f"The text file {source} is of an unknown kind; "
+                f"the text file {source} is of an unknown kind; "
                 "use .txt, .md, .jsonl, .jsonl.gz or .parquet."
             )
         options["split"] = "train"
@@ -261,5 +261,5 @@ def _open_source(datasets: Any, source: str) -> Any:
 
 def _cannot_read(source: str, error: Exception) -> RTPurboError:
     return RTPurboError(
-        f"Cannot read the texts {source}: {first_line(error)}; check them and the network."
+        f"cannot read the texts {source}: {first_line(error)}; check them and the network."
     )

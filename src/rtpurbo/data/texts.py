@@ -100,7 +100,7 @@ class TextCorpus:
             if len(token_ids) >= num_tokens:
                 return token_ids[:num_tokens]
         raise RTPurboError(
-            f"The text corpus '{self.name}' has only {len(token_ids):,} tokens, but "
+            f"the text corpus '{self.name}' has only {len(token_ids):,} tokens, but "
             f"{num_tokens:,} are needed; give more text or ask for a shorter length."
         )
 
@@ -134,13 +134,13 @@ def load_texts(
         for source in sources:
             documents += _read_source(source)
         if not documents:
-            raise RTPurboError("No text source was given; name at least one file or dataset.")
+            raise RTPurboError("no text source was given; name at least one file or dataset.")
 
     train, held_out = _split_documents(documents)
     part = train if split == "train" else held_out
     if not train or not held_out:
         raise RTPurboError(
-            f"The text in {name} is too short to be split into a training and a held-out part; "
+            f"the text in {name} is too short to be split into a training and a held-out part; "
             "give more text."
         )
     if sources is None:
@@ -199,7 +199,7 @@ def _python_documentation() -> list[str]:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
         raise RTPurboError(
-            "This Python has no built-in documentation (pydoc_data) to use as text; "
+            "this Python has no built-in documentation (pydoc_data) to use as text; "
             "name text files of your own."
         ) from error
 
@@ -240,10 +240,10 @@ def _read_source(source: str) -> list[str]:
         try:
             documents = _read_file(path, source)
         except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-            raise RTPurboError(f"Cannot read the text file {source}: {error}.") from error
+            raise RTPurboError(f"cannot read the text file {source}: {error}.") from error
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise RTPurboError(f"The text source {source} is empty; give one with text in it.")
+        raise RTPurboError(f"the text source {source} is empty; give one with text in it.")
     return documents
 
 
@@ -262,12 +262,12 @@ def _read_file(path: Path, source: str) -> list[str]:
             dataset = datasets.Dataset.from_parquet(str(path))
         except Exception as error:  # the errors of the Parquet reader have no base of their own
             raise RTPurboError(
-                f"Cannot read the text file {source}: {first_line(error)}; "
+                f"cannot read the text file {source}: {first_line(error)}; "
                 "check that it is a Parquet file."
             ) from error
         return _text_column(dataset, source)
     raise RTPurboError(
-        f"The text file {source} is of an unknown kind; "
+        f"the text file {source} is of an unknown kind; "
         "use .txt, .md, .jsonl, .jsonl.gz or .parquet."
     )
 
@@ -279,9 +279,9 @@ def check_is_file(path: Path, source: str) -> None:
         RTPurboError: the file does not exist or is not a regular one.
     """
     if not path.exists():
-        raise RTPurboError(f"There is no text file {source}; check the path.")
+        raise RTPurboError(f"there is no text file {source}; check the path.")
     if not path.is_file():
-        raise RTPurboError(f"The text source {source} is not a regular file; name one.")
+        raise RTPurboError(f"the text source {source} is not a regular file; name one.")
 
 
 def _bounded(lines: TextIO, path: Path, source: str) -> Iterator[str]:
@@ -357,7 +357,7 @@ def _read_hub_dataset(source: str) -> list[str]:
         dataset = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # the library raises the errors of its many sources
         raise RTPurboError(
-            f"Cannot load the dataset {source}: {first_line(error)}; "
+            f"cannot load the dataset {source}: {first_line(error)}; "
             "check its name, configuration and split, and the network."
         ) from error
     return _text_column(dataset, source)
@@ -382,6 +382,6 @@ def import_datasets(source: str) -> Any:
         return importlib.import_module("datasets")
     except ImportError as error:
         raise RTPurboError(
-            f"Reading {source} needs the package datasets; install it with "
+            f"reading {source} needs the package datasets; install it with "
             "pip install 'rtpurbo[data]'."
         ) from error

@@ -109,7 +109,7 @@ def make_variable_example(
             f"{introduction}\n\n{hide(prose, hidden, on_lines=wording.is_record)}",
             [question],
         ),
-        f"An example with {num_chains} chain(s) of variables",
+        f"an example with {num_chains} chain(s) of variables",
     )
     return RetrievalExample.of(conversation, list(chains[0].names), "variable_tracking")
 

@@ -1,1 +1,1 @@
-"""Evaluation of a sparse model beside the dense one: quality, tokens read, cache size in bytes."""
+"""Evaluation of a sparse model against the dense one: quality, tokens read, cache size in bytes."""

@@ -98,10 +98,16 @@ def _average(
             for task, own in answers.items()
         ]
         difference, interval = _mean(gains), interval_of_mean(gains)
-    count = sum(map(len, scores))
-    ci95 = interval_of_mean(scores)
     return Average(
-        suite, length, policy, len(answers), count, _mean(scores), ci95, difference, interval
+        suite,
+        length,
+        policy,
+        tasks=len(answers),
+        samples=sum(map(len, scores)),
+        score=_mean(scores),
+        ci95=interval_of_mean(scores),
+        difference=difference,
+        difference_ci95=interval,
     )
 
 

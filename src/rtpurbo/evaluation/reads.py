@@ -164,15 +164,15 @@ def reads_of(measured: NDArray[np.float32]) -> Reads:
         float(ordered[max(0, -(-ordered.numel() * part // 100) - 1)]) for part in (50, 95)
     )
     return Reads(
-        float(tokens.mean()),
-        median,
-        high,
-        float(mass.mean()),
-        float(far_read[with_far].mean()) if some_far else 0.0,
-        int(with_far.sum()),
-        float(far_read.sum() / far.sum()) if some_far else None,
-        _histogram(far_read[with_far]),
-        tokens.numel(),
+        tokens_mean=float(tokens.mean()),
+        tokens_p50=median,
+        tokens_p95=high,
+        mass_kept=float(mass.mean()),
+        far_tokens_mean=float(far_read[with_far].mean()) if some_far else 0.0,
+        far_rows=int(with_far.sum()),
+        far_share=float(far_read.sum() / far.sum()) if some_far else None,
+        far_histogram=_histogram(far_read[with_far]),
+        rows=tokens.numel(),
     )
 
 
@@ -222,7 +222,16 @@ class WindowReader:
             near = near_mask(own, labels, self.rule.near_window, self.rule.num_sink_tokens)
             logits = attention_logits(rows, keys, observation.scaling)
             far = causal_mask(own, labels) & ~near
-            selection = SelectionQueries(rows, keys, own, labels, logits, near, far, logits.clone)
+            selection = SelectionQueries(
+                query_states=rows,
+                key_states=keys,
+                query_positions=own,
+                key_positions=labels,
+                logits=logits,
+                near=near,
+                far=far,
+                score_index=logits.clone,
+            )
             self.meter.add_queries(selection, torch.zeros_like(logits, dtype=torch.bool))
 
 

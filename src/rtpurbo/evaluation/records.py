@@ -84,36 +84,18 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class Resumption:
-    """State that a later run needs to resume this one.
-
-    Attributes:
-        conditions: what decides questions and answers, from `conditions_of`.
-        tests: requested cases, such as "lm-eval mmlu_pro 0", with the cases that each stands for:
-            suite, task, context length and samples.
-        samples: number of samples that belong to the records, in `NAME.samples.jsonl`.
-    """
-
-    conditions: dict[str, Any]
-    tests: dict[str, list[list[Any]]]
-    samples: int
-
-
-@dataclass(frozen=True)
 class Results:
     """A file of records.
 
     Attributes:
-        origin: model, device, versions and command of the records.
+        origin: model, device, versions, conditions and command of the records.
         records: the measurements.
         averages: of suites, from their questions.
-        resumption: state for a later run; None if the file has none.
     """
 
     origin: dict[str, Any]
     records: list[Record]
     averages: list[Average]
-    resumption: Resumption | None = None
 
 
 def write_results(
@@ -124,7 +106,6 @@ def write_results(
     records: Sequence[Record],
     extra: Mapping[str, Any] | None = None,
     averages: Sequence[Average] = (),
-    resumption: Resumption | None = None,
 ) -> None:
     """Writes records with everything that is needed to measure them again.
 
@@ -136,7 +117,6 @@ def write_results(
         records: the measurements.
         extra: more about the origin.
         averages: of these records.
-        resumption: state for a later run.
     """
     write_json_atomically(
         path,
@@ -151,7 +131,6 @@ def write_results(
             "commit": library_commit(),
             "command": command,
             **(extra or {}),
-            **({} if resumption is None else {"resumption": asdict(resumption)}),
             **({"averages": [asdict(average) for average in averages]} if averages else {}),
             "records": [asdict(record) for record in records],
         },
@@ -178,10 +157,11 @@ def read_results(path: str | Path) -> Results:
             )
         records = [record_of_row(row) for row in data.pop("records")]
         averages = [Average(**_with_tuples(row)) for row in data.pop("averages", ())]
-        resumption = Resumption(**data.pop("resumption")) if "resumption" in data else None
+        if "resumption" in data:  # in files from before there were logs
+            data["conditions"] = data.pop("resumption")["conditions"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} holds no results or is corrupt; evaluate again.") from error
-    return Results(data, records, averages, resumption)
+    return Results(data, records, averages)
 
 
 def record_of_row(row: dict[str, Any]) -> Record:

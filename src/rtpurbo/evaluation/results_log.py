@@ -24,7 +24,6 @@ from rtpurbo.evaluation.paths import log_path, samples_path
 from rtpurbo.evaluation.records import (
     CaseResult,
     Record,
-    Resumption,
     read_results,
     record_of_row,
     write_results,
@@ -32,7 +31,6 @@ from rtpurbo.evaluation.records import (
 from rtpurbo.evaluation.ruler.vocabulary import load_vocabulary
 from rtpurbo.evaluation.samples import (
     SampleRecord,
-    read_samples,
     row_of_sample,
     sample_of_row,
     write_samples,
@@ -52,7 +50,7 @@ class ResultsLog:
     """Results of an evaluation: each is logged when it is finished, and all are written on exit.
 
     Args:
-        path: the JSON file of `write_results`; the log and the samples lie beside it. None keeps results
+        path: the JSON file of `write_results`; the log and the samples are in the same folder. None keeps results
             in memory only.
         model: the artifact or model, as `write_results` takes it, like the next three.
         device: where models run.
@@ -109,16 +107,19 @@ class ResultsLog:
     def _read(self, path: Path, conditions: Mapping[str, Any]) -> None:
         log = log_path(path)
         lines, self._log_bytes = _read_log(log)
-        if not (has_log := bool(lines)) and path.exists():
-            lines = self._unlogged = _lines_of_files(path)
+        if not lines:
+            if path.exists():
+                raise RTPurboError(
+                    f"{path} cannot be resumed, because its log {log} is missing or empty: put it back, "
+                    "or name another file with --output."
+                )
+            return
         try:
             for line in lines:
                 self._apply(line)
             before = [run["conditions"] for run in self._runs]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise RTPurboError(
-                f"{log if has_log else path} holds no results or is corrupt; evaluate again."
-            ) from error
+            raise RTPurboError(f"{log} holds no results or is corrupt; evaluate again.") from error
         if before and before[-1] is None:
             raise RTPurboError(
                 f"{path} cannot be resumed, because it does not record under what conditions it was "
@@ -129,8 +130,7 @@ class ResultsLog:
                 f"{path} cannot be resumed, because it was measured with {' and with '.join(found)}: "
                 "repeat its command, or name another file with --output."
             )
-        if has_log:
-            self._is_summary_current = self._has_current_summary(path)
+        self._is_summary_current = self._has_current_summary(path)
 
     def _apply(self, line: _Line) -> None:
         """Applies a line of a log to the state."""
@@ -236,22 +236,19 @@ class ResultsLog:
         if any(record.suite == "ruler" for record in records):
             # Words are of a package that may not be installed, and other words make other questions.
             extra["ruler_words"] = load_vocabulary().name
-        resumption = None
         if (conditions := self._runs[-1]["conditions"]) is not None:
-            tests = {name: [list(astuple(test)) for test in of] for name, of in self._tests.items()}
-            resumption = Resumption(conditions, tests, len(samples))
+            extra["conditions"] = conditions
         with steps_undisturbed():
             if samples:
                 write_samples(samples_path(self.path), samples)
             write_results(
                 self.path,
-                self._model,
-                origin["device"],
-                origin["command"],
-                records,
-                extra,
-                self.averages,
-                resumption,
+                model=self._model,
+                device=origin["device"],
+                command=origin["command"],
+                records=records,
+                extra=extra,
+                averages=self.averages,
             )
             self._is_summary_current = True
 
@@ -274,35 +271,6 @@ def _read_log(path: Path) -> tuple[list[_Line], int]:
         return [strict_json.parse(line) for line in content.decode().split("\n")[:-1]], len(content)
     except ValueError as error:
         raise RTPurboError(f"{path} holds no results or is corrupt; evaluate again.") from error
-
-
-def _lines_of_files(path: Path) -> list[_Line]:
-    """Returns the log of a results file without one, as rtpurbo wrote it before there were logs."""
-    results, beside = read_results(path), samples_path(path)
-    if results.resumption is None:
-        return [{"run": {"conditions": None}}]
-    lines: dict[_Place, _Line] = {}
-    for record in results.records:
-        line = lines.setdefault(_place(record), {"records": [], "samples": []})
-        line["records"].append(asdict(record))
-    count = results.resumption.samples
-    # The file may have samples of a case that was interrupted, too.
-    found = [
-        sample for sample in (read_samples(beside) if count else []) if _place(sample) in lines
-    ]
-    if len(found) != count:
-        raise RTPurboError(
-            f"{path} cannot be resumed, because {beside} has {len(found)} of its samples and not "
-            f"{count}: put the file back that was written with it, or name another with --output."
-        )
-    for sample in found:
-        lines[_place(sample)]["samples"].append(row_of_sample(sample))
-    run = {name: results.origin.get(name) for name in ("device", "command", "commit")}
-    return [
-        {"run": {**run, "conditions": results.resumption.conditions}},
-        *({"case": case, "tests": tests} for case, tests in results.resumption.tests.items()),
-        *lines.values(),
-    ]
 
 
 def _joined(before: _Line, now: _Line) -> _Line:

@@ -139,14 +139,14 @@ class Runner:
         # Questions with their own lengths have no common cache size.
         length = self.cache_length or test.context_length
         return Part(
-            test,
-            job.policy,
-            self.source.seed,
-            budget,
-            outcomes,
-            meter.measured(),
-            policy.kv_bytes(model, length) if length else None,
-            job.questions.start if job.questions else 0,
+            test=test,
+            policy=job.policy,
+            seed=self.source.seed,
+            budget=budget,
+            outcomes=outcomes,
+            reads=meter.measured(),
+            kv_bytes=policy.kv_bytes(model, length) if length else None,
+            first=job.questions.start if job.questions else 0,
         )
 
     def release(self) -> None:

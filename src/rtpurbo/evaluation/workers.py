@@ -116,8 +116,8 @@ class WorkerPool:
                 report = self._pool.submit(_run, job).result()
                 if report.too_large:
                     raise RTPurboError(
-                        f"there is too little memory for {job.policy} at {job.case} beside other "
-                        f"processes: ask for fewer of them with --processes ({report.too_large})"
+                        f"there is too little memory for {job.policy} at {job.case} while other "
+                        f"processes run: ask for fewer of them with --processes ({report.too_large})"
                     )
                 report.replay(listener)
         except BrokenProcessPool as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.ruler.tasks import TASKS
+from rtpurbo.formats import short_length, suite_title
 
 
 def pick(records: Iterable[Record], **values: Any) -> list[Record]:
@@ -17,6 +18,15 @@ def pick(records: Iterable[Record], **values: Any) -> list[Record]:
         for record in records
         if all(getattr(record, name) == value for name, value in values.items())
     ]
+
+
+def name_of(record: Record, with_length: bool = True) -> str:
+    """Returns task, metric where there are several, and length of a record."""
+    name = record.task if record.metric is None else f"{record.task} {record.metric}"
+    # Questions with lengths of their own have none to name.
+    if record.context_length == 0:
+        return suite_title(record.suite)
+    return f"{name} {short_length(record.context_length)}" if with_length else name
 
 
 def by_suite(records: Iterable[Record]) -> dict[str, list[Record]]:

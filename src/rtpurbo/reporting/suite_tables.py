@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rtpurbo.evaluation.averages import Average, find_average
 from rtpurbo.evaluation.policies import DENSE_POLICY
@@ -25,6 +25,43 @@ from rtpurbo.reporting.selection import (
     mean_score,
     tasks_of,
 )
+
+PER_QUERY = [
+    ("tokens read", "tokens_read_mean", "{:,.0f}".format),
+    ("attention recall", "mass_kept", percent),
+]
+"""Title, field and format of figures per query."""
+
+
+def score_rows(
+    records: Sequence[Record], tests: Sequence[str], name_of: Callable[[Record], str]
+) -> list[list[Entry]]:
+    """Returns a row for each test, with the score of every policy.
+
+    Args:
+        records: measurements.
+        tests: names of the tests, in the order of the rows.
+        name_of: returns the name of a record's test.
+    """
+    policies = policy_order(records)
+    found = {(name_of(record), record.policy): record for record in records}
+    return [
+        [
+            Entry(test),
+            *(
+                score_entry(found.get((test, policy)), found.get((test, DENSE_POLICY)))
+                for policy in policies
+            ),
+        ]
+        for test in tests
+    ]
+
+
+def cache_row(title: str, records: Sequence[Record], policies: Sequence[str]) -> list[Entry]:
+    """Returns a row with the cache size of every policy, from its first record."""
+    first = {record.policy: record for record in reversed(records)}
+    dense = first.get(DENSE_POLICY)
+    return [Entry(title), *(cache_entry(first.get(name), dense) for name in policies)]
 
 
 def questions_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> Grid:
@@ -59,20 +96,10 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
         records: of one suite and one length, at least one.
         averages: of these tasks, if there are any; those of other lengths are ignored.
     """
-    scores = {(record.task, record.policy): record for record in records}
     tasks, policies = tasks_of(records), policy_order(records)
     suite, length = records[0].suite, records[0].context_length
     header = [f"{suite_title(suite)} {short_length(length)}", *policies]
-    rows = [
-        [
-            Entry(task),
-            *(
-                score_entry(scores.get((task, policy)), scores.get((task, DENSE_POLICY)))
-                for policy in policies
-            ),
-        ]
-        for task in tasks
-    ]
+    rows = score_rows(records, tasks, lambda record: record.task)
     means = {policy: mean_score(records, policy) for policy in policies}
     found = {name: find_average(averages, length, name, len(tasks), suite) for name in policies}
     rows.append(
@@ -84,28 +111,15 @@ def ruler_grid(records: Sequence[Record], averages: Sequence[Average] = ()) -> G
     if any(one is not None and one.difference is not None for one in found.values()):
         title = f"minus {DENSE_POLICY} (95 %, in pairs)"
         rows.append([Entry(title), *(difference_entry(found[name]) for name in policies)])
-    figures = {
-        "far tokens read (mean)": [
-            value_entry(far_share(records, name), percent) for name in policies
-        ]
-    }
+    shares = (value_entry(far_share(records, name), percent) for name in policies)
+    rows.append([Entry("far tokens read (mean)"), *shares])
     if any(record.tokens_read_mean is not None for record in records):
-        for title, field, write in (
-            ("tokens read (mean)", "tokens_read_mean", "{:,.0f}".format),
-            ("attention recall", "mass_kept", percent),
-        ):
-            figures[title] = [
-                value_entry(mean_of_queries(records, name, field), write) for name in policies
-            ]
-    rows += [[Entry(title), *entries] for title, entries in figures.items()]
+        for title, field, write in PER_QUERY:
+            values = (mean_of_queries(records, name, field) for name in policies)
+            entries = (value_entry(value, write) for value in values)
+            rows.append([Entry(f"{title} (mean)"), *entries])
     # The cache has the same length for every task.
-    first = {record.policy: record for record in reversed(records)}
-    rows.append(
-        [
-            Entry("KV cache"),
-            *(cache_entry(first[name], first.get(DENSE_POLICY)) for name in policies),
-        ]
-    )
+    rows.append(cache_row("KV cache", records, policies))
     return header, rows
 
 

@@ -1,4 +1,4 @@
-"""Tables of records: policies by tests; suites of many tasks are transposed."""
+"""Tables of records: a row for each test and figure, a column for each policy."""
 
 from __future__ import annotations
 
@@ -8,31 +8,26 @@ from rich.table import Table
 from rich.text import Text
 
 from rtpurbo.evaluation.averages import Average
-from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length
-from rtpurbo.reporting.entries import (
-    Entry,
-    Grid,
-    cache_entry,
-    policy_order,
-    score_entry,
-    value_entry,
-)
+from rtpurbo.reporting.entries import Entry, Grid, policy_order, value_entry
 from rtpurbo.reporting.model_card import markdown_rows
-from rtpurbo.reporting.selection import lengths_of, pick
-from rtpurbo.reporting.suite_tables import questions_grid, ruler_grid
+from rtpurbo.reporting.selection import lengths_of, name_of, pick
+from rtpurbo.reporting.suite_tables import (
+    PER_QUERY,
+    cache_row,
+    questions_grid,
+    ruler_grid,
+    score_rows,
+)
 
 BY_TASK = ("ruler", babilong.SUITE)
 """Suites with a table for each length."""
 
-PER_QUERY = [
-    ("tokens read", "tokens_read_mean", "{:,.0f}".format),
-    ("attention recall", "mass_kept", percent),
-]
-"""Title, field and format of figures that are measured at the same test as the far tokens."""
+MOST_POLICIES = 4
+"""Policies besides the first in a table of the terminal, so that it fits 80 columns."""
 
 
 def results_tables(
@@ -49,12 +44,17 @@ def results_tables(
     """
     tables = []
     for header, rows in _grids(records, cache_length, averages):
-        table = Table()
-        for number, title in enumerate(header):
-            table.add_column(title, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*(Text(entry.text, entry.style) for entry in row))
-        tables.append(table)
+        for first in range(2, max(3, len(header)), MOST_POLICIES):
+            # Each part has the names of the rows and the first policy.
+            columns = [0, 1, *range(first, min(first + MOST_POLICIES, len(header)))]
+            table = Table()
+            for column in columns:
+                table.add_column(
+                    header[column], justify="right" if column else "left", overflow="fold"
+                )
+            for row in rows:
+                table.add_row(*(Text(row[column].text, row[column].style) for column in columns))
+            tables.append(table)
     return tables
 
 
@@ -87,40 +87,22 @@ def _grids(
 
 
 def _grid(records: Sequence[Record], cache_length: int | None) -> Grid:
-    """The header and the rows of the table."""
-    scores = {(_test(record), record.policy): record for record in records}
-    tests = list(dict.fromkeys(test for test, _ in scores))
-    longest = max((record.context_length for record in records), default=0)
-    # Prose shows what is read on the average; needle questions only what the answer reads.
-    reads = max(tests, key=lambda test: (test[0] == "perplexity", test[2]), default=None)
-    header = ["policy", *(f"{task} {short_length(length)}" for _, task, length in tests)]
-    if reads is not None:
-        header.append(f"far tokens read ({reads[1]} {short_length(reads[2])})")
+    """Tests of suites with few tasks; figures of reads are those of one test, as suites are not comparable."""
+    policies = policy_order(records)
+    tests = list(dict.fromkeys(map(name_of, records)))
+    # Prose shows what is read on average; needle questions only what the answer reads.
+    shown = max(records, key=lambda record: (record.suite == "perplexity", record.context_length))
+    measured = {record.policy: record for record in records if name_of(record) == name_of(shown)}
+    fields = [("far tokens read", "far_tokens_read", percent)]
     # Results of format 1 lack figures per query.
-    per_query = [] if all(item.tokens_read_mean is None for item in records) else PER_QUERY
-    header += [title for title, _, _ in per_query]
-    header.append(f"KV cache at {short_length(cache_length or longest)}")
-
-    rows = []
-    for policy in policy_order(records):
-        row = [Entry(policy, "bold" if policy == DENSE_POLICY else "")]
-        row += [
-            score_entry(scores.get((test, policy)), scores.get((test, DENSE_POLICY)))
-            for test in tests
-        ]
-        if reads is not None:
-            fields = [("far_tokens_read", percent), *(each[1:] for each in per_query)]
-            record = scores.get((reads, policy))
-            row += [value_entry(getattr(record, field, None), write) for field, write in fields]
-        found = (
-            next(iter(pick(records, policy=name, context_length=longest)), None)
-            for name in (policy, DENSE_POLICY)
-        )
-        row.append(cache_entry(*found))
-        rows.append(row)
-    return header, rows
-
-
-def _test(record: Record) -> tuple[str, str, int]:
-    task = record.task if record.metric is None else f"{record.task} {record.metric}"
-    return record.suite, task, record.context_length
+    if any(record.tokens_read_mean is not None for record in records):
+        fields += PER_QUERY
+    rows = score_rows(records, tests, name_of)
+    for title, field, write in fields:
+        values = (getattr(measured.get(policy), field, None) for policy in policies)
+        entries = (value_entry(value, write) for value in values)
+        rows.append([Entry(f"{title} ({name_of(shown)})"), *entries])
+    longest = max(record.context_length for record in records)
+    title = f"KV cache at {short_length(cache_length or longest)}"
+    rows.append(cache_row(title, pick(records, context_length=longest), policies))
+    return ["test", *policies], rows

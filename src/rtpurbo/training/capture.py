@@ -261,21 +261,23 @@ def _heads_of(
     queries, keys = seen.queries[:, heads], seen.keys[:, kv_heads]
     indexer = module.indexer
     return CapturedHeads(
-        [(seen.layer, head) for head in module.retrieval_heads],
-        [indexer.query_weight],
-        [indexer.key_weight],
-        [layout.retrieval.key_value_heads if indexer.settings.shared_keys else None],
-        queries,
-        keys,
-        indexer.features(queries, seen.undo_rotation),
-        indexer.features(keys, seen.undo_rotation),
-        layout.retrieval.key_value_heads,
-        places,
-        size,
-        positions,
-        starts,
-        num_documents,
-        seen.scaling,
+        names=[(seen.layer, head) for head in module.retrieval_heads],
+        query_weights=[indexer.query_weight],
+        key_weights=[indexer.key_weight],
+        key_weight_heads=[
+            layout.retrieval.key_value_heads if indexer.settings.shared_keys else None
+        ],
+        queries=queries,
+        keys=keys,
+        query_features=indexer.features(queries, seen.undo_rotation),
+        key_features=indexer.features(keys, seen.undo_rotation),
+        key_value_heads=layout.retrieval.key_value_heads,
+        group_places=places,
+        group_size=size,
+        positions=positions,
+        starts=starts,
+        num_documents=num_documents,
+        scaling=seen.scaling,
         sinks=None if seen.sinks is None else seen.sinks.detach()[heads],
     )
 

@@ -5,7 +5,7 @@ from rtpurbo.evaluation.harness.local_data import SPLITS, local_config
 from tests.evaluation.harness.support import aime24_file, mmlu_pro_folder, write_lines
 
 
-def test_a_file_serves_whichever_split_holds_the_questions(tmp_path):
+def test_a_file_is_used_for_every_split(tmp_path):
     file = aime24_file(tmp_path)
     config = local_config("aime24", file)
     assert config["task"] == "aime24"
@@ -22,7 +22,7 @@ def test_a_folder_has_a_file_for_each_split(tmp_path):
     }
 
 
-def test_mistakes_are_told(tmp_path):
+def test_mistakes_are_reported(tmp_path):
     with pytest.raises(RTPurboError, match=r"there is no file .*nothing.jsonl with data for the"):
         local_config("aime24", tmp_path / "nothing.jsonl")
     with pytest.raises(RTPurboError, match="has no data for the task aime24"):

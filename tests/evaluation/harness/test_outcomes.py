@@ -32,7 +32,7 @@ def test_shares_become_percent_and_samples_are_kept():
     assert right.prompt_tokens > 1
 
 
-def test_what_is_no_share_stays_as_it_is():
+def test_metrics_that_are_no_shares_are_unchanged():
     [outcome] = outcomes([logged("bleu", 34.5), logged("bleu", 0.5)])
     assert outcome.score == 17.5
     [outcome] = outcomes([logged("loss", 0.5)], higher={"loss": False})
@@ -51,7 +51,7 @@ def test_other_lengths_of_ruler_are_left_out():
     assert outcome.samples[0].answers == ["7", "8"]
 
 
-def test_what_is_no_mean_is_taken_as_lm_eval_gives_it():
+def test_metrics_that_are_no_means_are_taken_from_lm_eval():
     samples = [logged("word_perplexity", (-3.0, 2))]
     [outcome] = outcomes(samples, {"word_perplexity,none": 4.5})
     assert (outcome.score, outcome.ci95, outcome.samples) == (4.5, None, ())

@@ -27,7 +27,7 @@ def run(artifact, tasks, **options):
     return evaluate(artifact, suites=[f"lm-eval:{tasks}"], **options)
 
 
-def test_without_lm_eval_it_says_what_to_install(monkeypatch, tiny_artifact):
+def test_a_missing_lm_eval_is_explained(monkeypatch, tiny_artifact):
     def missing(name):
         raise ImportError("No module named 'lm_eval'")
 
@@ -36,13 +36,13 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch, tiny_artifact):
         run(tiny_artifact, "aime24")
 
 
-def test_data_that_nobody_asks_for_is_told(tiny_artifact, tmp_path):
+def test_data_for_a_task_that_is_not_run_is_refused(tiny_artifact, tmp_path):
     with pytest.raises(RTPurboError, match="data for the task 'aime25' of lm-eval, which is not"):
         run(tiny_artifact, "aime24", task_data={"aime25": aime24_file(tmp_path)})
 
 
 @needs_lm_eval
-def test_local_files_take_the_place_of_the_hub(tiny_artifact, tmp_path):
+def test_local_files_replace_the_hub(tiny_artifact, tmp_path):
     kept, calls = [], []
     records = run(
         tiny_artifact,
@@ -73,7 +73,7 @@ def test_local_files_take_the_place_of_the_hub(tiny_artifact, tmp_path):
 
 @needs_lm_eval
 @pytest.mark.parametrize("task", ["niah_single_1", "ruler_fwe"])
-def test_its_own_ruler_is_asked_at_a_length(tiny_artifact, task):
+def test_rulers_tasks_of_lm_eval_have_lengths(tiny_artifact, task):
     [record] = run(tiny_artifact, f"{task}@900", samples=1)
     assert (record.task, record.context_length, record.samples) == (task, 900, 1)
     assert record.metric == "string_match"
@@ -97,7 +97,7 @@ def managers():
         ("mmlu_pro_math", "", r"may have 2,048 tokens, .* context of 1,024"),
     ],
 )
-def test_mistakes_are_told(managers, tmp_path, task, data, sentence):
+def test_mistakes_are_reported(managers, tmp_path, task, data, sentence):
     folder = mmlu_pro_folder(tmp_path)
     harness = Harness({} if data is None else {task: folder / data})
     harness._managers = managers
@@ -106,6 +106,6 @@ def test_mistakes_are_told(managers, tmp_path, task, data, sentence):
 
 
 @needs_lm_eval
-def test_a_missing_file_is_told_at_once():
+def test_a_missing_file_is_reported_first():
     with pytest.raises(RTPurboError, match="there is no file nothing"):
         Harness({"aime24": "nothing.jsonl"})

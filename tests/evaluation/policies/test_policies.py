@@ -54,7 +54,7 @@ def test_the_documentation_and_the_help_know_every_policy():
         assert missing == [], page
 
 
-def test_those_with_a_budget():
+def test_policies_with_a_budget():
     budgeted = [name for name, policy in POLICIES.items() if isinstance(policy, BudgetPolicy)]
     assert budgeted == ["quest", "top-k"]
 
@@ -63,7 +63,7 @@ def test_only_the_full_model_is_dense(models):
     assert [name for name, model in models.items() if not is_sparse(model)] == ["full"]
 
 
-def test_stage2_is_where_it_should_be(models):
+def test_only_policies_without_stage_2_have_the_dense_weights(models):
     without = [
         name for name, model in models.items() if torch.equal(weight(model), weight(models["full"]))
     ]
@@ -87,7 +87,7 @@ def test_rules_are_changed_in_every_layer(models, name, changes):
     assert all(module.rule == rule(models[name]) for module in headwise_modules(models[name]))
 
 
-def test_only_some_have_a_selector_of_their_own(models):
+def test_selectors_of_the_policies(models):
     for policy in POLICIES.values():
         if isinstance(policy, BudgetPolicy):
             policy.set_budget(models[policy.name], 7)
@@ -109,7 +109,7 @@ def test_controls_have_their_heads(models):
     assert drawn.attention.top_p == 1
 
 
-def test_caches_weigh_what_they_hold(models):
+def test_cache_sizes_equal_their_tensors(models):
     weights = {name: policy.kv_bytes(models[name], LENGTH) for name, policy in POLICIES.items()}
     layers, heads, index_dim, head_dim, key_value_heads, size = 2, 2, 4, 8, 1, 4
     index = layers * heads * index_dim * LENGTH * size

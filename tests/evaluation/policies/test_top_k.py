@@ -14,7 +14,7 @@ def test_the_highest_index_scores_are_read():
         assert sorted(best) == selected[batch, head, row].nonzero()[:, 0].tolist()
 
 
-def test_fewer_are_read_where_there_are_fewer():
+def test_fewer_tokens_are_read_where_fewer_exist():
     rows = random_rows(1, 40)
     assert torch.equal(TopKSelector(1000)(rows), rows.far.expand(rows.logits.shape))
     assert not TopKSelector(0)(rows).any()

@@ -19,7 +19,7 @@ def suite():
     return RulerSuite(materials, tasks=babilong_tasks(ROWS["babilong"], seed=0))
 
 
-def test_facts_stand_in_order_in_a_book_of_the_length(suite):
+def test_facts_are_in_order_in_a_book_of_the_requested_length(suite):
     tokenizer = tiny_tokenizer()
     rows = suite.tasks["qa1"].rows
     examples = suite.examples(tokenizer, "qa1", LENGTH, 6)
@@ -66,7 +66,7 @@ def test_the_first_sentence_names_the_answer_alone(suite, generated, score):
     assert suite.tasks["qa1"].score(generated, ("kitchen",), rejected) == score
 
 
-def test_people_are_told_apart():
+def test_invented_people_are_distinct():
     rejected = rejected_candidates("Who did Jeff give the football to?", "Mary")
     assert "fred" in rejected
     assert "jeff" not in rejected

@@ -94,12 +94,12 @@ def test_processes_share_a_suite(tiny_artifact, task_data, monkeypatch):
         ({"max_new_tokens": 1000}, "do not fit the model's context of 1,024: lower --max-new"),
     ],
 )
-def test_mistakes_are_told(tiny_artifact, task_data, options, sentence):
+def test_mistakes_are_reported(tiny_artifact, task_data, options, sentence):
     with pytest.raises(RTPurboError, match=sentence):
         quick(tiny_artifact, **({"task_data": task_data} | options))
 
 
-def test_fewer_questions_than_samples_are_all_asked(tiny_artifact, task_data):
+def test_all_questions_are_asked_if_there_are_fewer_than_samples(tiny_artifact, task_data):
     [record] = quick(tiny_artifact, task_data=task_data, samples=100)
     assert record.samples == 6
 

@@ -26,7 +26,7 @@ from rtpurbo.evaluation.questions.gsm8k import SUITE, extract_number
         ("", None),
     ],
 )
-def test_numbers_are_found(generated, number):
+def test_answers_that_are_numbers_are_found(generated, number):
     assert extract_number(generated) == (None if number is None else Decimal(number))
 
 

@@ -23,7 +23,7 @@ WHOLE = "def root(x):\n    return sqrt(x)\n"
         "```python\n    return sqrt(x)\n```",
     ],
 )
-def test_right_functions_pass(generated):
+def test_correct_functions_pass(generated):
     assert SUITE.is_correct(ROW, generated)
 
 

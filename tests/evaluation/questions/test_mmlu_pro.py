@@ -24,11 +24,11 @@ from rtpurbo.evaluation.questions.mmlu_pro import SUITE, extract_letter
         ("", None),
     ],
 )
-def test_letters_are_found(generated, letter):
+def test_answer_letters_are_found(generated, letter):
     assert extract_letter(generated) == letter
 
 
-def test_letters_without_an_option_are_no_answers():
+def test_letters_without_an_option_are_wrong():
     row = {"question": "Which?", "options": ["a", "b", "c"], "answer": "B"}
     assert extract_letter("Answer: D", 3) is None
     assert SUITE.is_correct(row, "Answer: B")

@@ -25,7 +25,7 @@ def test_programs_that_end_without_an_error_pass():
         "x = bytearray(3 * 2**30)",
     ],
 )
-def test_others_fail(program):
+def test_failing_programs_do_not_pass(program):
     assert not passes(program)
 
 
@@ -57,8 +57,8 @@ def test_endless_programs_are_killed(program):
 )
 def test_network_processes_and_other_files_are_refused(attempt, tmp_path):
     outside = tmp_path / "outside"
-    told = f"OUTSIDE = {str(outside)!r}\ntry:\n    {attempt}\nexcept PermissionError: pass\n"
-    assert passes(told + "else: raise SystemExit('it was possible')")
+    program = f"OUTSIDE = {str(outside)!r}\ntry:\n    {attempt}\nexcept PermissionError: pass\n"
+    assert passes(program + "else: raise SystemExit('it was possible')")
     assert not outside.exists()
 
 
@@ -70,7 +70,7 @@ def test_the_temporary_folder_can_be_used_and_is_empty(tmp_path):
     )
 
 
-def test_secrets_of_the_environment_are_not_there(monkeypatch):
+def test_programs_do_not_see_the_environment(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "abc")
     assert passes("import os; assert 'SECRET_TOKEN' not in os.environ")
     assert os.environ["SECRET_TOKEN"] == "abc"

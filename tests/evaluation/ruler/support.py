@@ -1,4 +1,4 @@
-"""What the tests of RULER's tasks share."""
+"""Shared by the tests of RULER's tasks."""
 
 import random
 from functools import cache

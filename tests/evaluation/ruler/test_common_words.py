@@ -12,7 +12,9 @@ LIST = re.compile(r"(?:\d+\. [\w-]+ ?)+")
     ("length", "frequencies", "example_frequencies", "example_words"),
     [(6144, {30: 10, 3: None}, {10: 10, 3: 30}, 40), (2048, {6: 10, 1: None}, {3: 10, 1: 10}, 20)],
 )
-def test_who_counts_finds_the_ten(length, frequencies, example_frequencies, example_words):
+def test_counting_finds_the_ten_common_words(
+    length, frequencies, example_frequencies, example_words
+):
     for text, answers in prompts_of("cwe", length=length):
         example, solution, asked = (listed(found) for found in LIST.findall(text))
         counted, shown = Counter(asked), Counter(example)

@@ -12,7 +12,7 @@ TOKENIZERS = {
     "begin": tokenizer_with_begin_token,
 }
 
-# Tokens of the largest unit of a haystack; what is shorter than 1 % of the length is not told.
+# Tokens of the largest unit of a haystack; units shorter than 1 % of the length are left out.
 UNITS = {
     "niah_multikey_2": 45,
     "niah_multikey_3": 110,
@@ -48,7 +48,7 @@ def test_number_k_is_the_same_whatever_else_is_asked(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_least_length_is_told_and_enough(task):
+def test_the_minimum_length_is_named_and_sufficient(task):
     with pytest.raises(RTPurboError, match=rf"{task} does not fit into 300 tokens") as error:
         examples_of(task, 300)
     least = int(str(error.value).split("at least ")[1].rstrip(".").replace(",", ""))
@@ -59,7 +59,7 @@ def test_the_least_length_is_told_and_enough(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_answer_is_there_and_not_given_away(task):
+def test_the_answer_occurs_only_in_the_text(task):
     tokenizer = tiny_tokenizer(chat_template=None)
     for example in examples_of(task, tokenizer=tokenizer):
         text = tokenizer.decode(example.prompt_ids)

@@ -8,7 +8,7 @@ from rtpurbo.evaluation.ruler.frequent_words import ALPHA
 from tests.evaluation.ruler.support import draft_of, prompts_of
 
 
-def test_who_counts_finds_the_three():
+def test_counting_finds_the_three_frequent_words():
     for text, answers in prompts_of("fwe"):
         counted = Counter(coded(text.split("\n\n")[1]))
         (dots, most), *ranked = counted.most_common()

@@ -21,7 +21,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("task", SHAPES)
-def test_who_reads_the_needles_answers_right(task):
+def test_the_needles_contain_the_answers(task):
     key, value, num_keys, num_values, num_queries = SHAPES[task]
     for text, answers in prompts_of(task):
         kind = "number" if value is NUMBER else "uuid"
@@ -36,14 +36,14 @@ def test_who_reads_the_needles_answers_right(task):
         [asked] = re.findall(r"special magic \w+ for (.+?) mentioned in the provided text\?", text)
         queries = re.findall(key, asked)
         assert len(set(queries)) == num_queries
-        # A key stands in its needles, in the question and in the opening of the answer alone.
+        # A key occurs only in its needles, the question and the opening of the answer.
         assert all(len(re.findall(rf"\b{name}\b", text)) == num_values + 2 for name in queries)
         assert sorted(answers) == sorted(number for name in queries for number in held[name])
         assert ("quiz you about the " + kind + "s" * (len(answers) > 1) + " afterwards") in text
 
 
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "niah_multiquery"])
-def test_needles_stand_anywhere(task):
+def test_needles_are_at_any_depth(task):
     depths = []
     for number in range(40):
         draft = draft_of(task, number)
@@ -54,7 +54,7 @@ def test_needles_stand_anywhere(task):
     assert 0.35 < sum(depths) / len(depths) < 0.65
 
 
-def test_a_larger_haystack_holds_the_smaller():
+def test_a_larger_haystack_contains_the_smaller_one():
     draft = draft_of("niah_multikey_2")
     small, large = (set(draft.text(size).splitlines()) for size in (10, 50))
     assert small < large
@@ -64,7 +64,7 @@ def test_a_larger_haystack_holds_the_smaller():
     assert again.text(10) == draft.text(10)
 
 
-def test_prose_goes_round_where_it_is_too_short():
+def test_short_prose_wraps_around():
     essay = " ".join(materials().essay)
     text = draft_of("niah_single_2").text(3 * len(materials().essay))
     passage = essay[5000:5100]

@@ -49,7 +49,7 @@ def written(path, data):
 
 
 @pytest.mark.parametrize(("task", "gold"), [("qa_1", 1), ("qa_2", 2)])
-def test_the_documents_hold_the_answer(task, gold):
+def test_the_documents_contain_the_answer(task, gold):
     questions = {"qa_1": materials().single_hop, "qa_2": materials().two_hop}[task]
     asked = set()
     for text, answers in prompts_of(task, samples=4):
@@ -68,7 +68,7 @@ def test_the_documents_hold_the_answer(task, gold):
     assert len(asked) == 4
 
 
-def test_gold_passages_stand_anywhere_and_prose_goes_on():
+def test_gold_passages_are_anywhere_and_prose_fills_the_rest():
     places = []
     for number in range(40):
         draft = draft_of("qa_1", number)
@@ -80,7 +80,7 @@ def test_gold_passages_stand_anywhere_and_prose_goes_on():
     assert max(places) > 0.8
 
 
-def test_every_question_comes_before_any_comes_again():
+def test_no_question_repeats_before_all_were_asked():
     questions = [draft_of("qa_2", number).question for number in range(60)]
     assert len(set(questions[:30])) == 30
     assert questions[:30] == questions[30:]
@@ -89,7 +89,7 @@ def test_every_question_comes_before_any_comes_again():
     assert other != questions[:30]
 
 
-def test_built_in_answers_stand_in_one_passage():
+def test_a_built_in_answer_occurs_in_one_passage():
     for kind in ("single_hop", "two_hop"):
         questions = built_in_questions(kind)
         assert len(questions.passages) == len(set(questions.passages)) == 60
@@ -143,7 +143,7 @@ def test_bad_files_are_refused(tmp_path, read):
         read(tmp_path / "empty.json")
 
 
-def test_an_answer_that_stands_everywhere_does_not_hang():
+def test_an_answer_that_occurs_everywhere_does_not_hang():
     everywhere = tuple(replace(item, answers=(" ",)) for item in materials().single_hop.questions)
     draft = draft_of(
         "qa_1",

@@ -25,7 +25,7 @@ def answer_with(monkeypatch, write):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_who_knows_gets_100_and_who_is_silent_0(monkeypatch, suite, task):
+def test_correct_answers_score_100_and_empty_ones_0(monkeypatch, suite, task):
     tokenizer = tiny_tokenizer()
     known = {
         bytes(example.prompt_ids): example.answers
@@ -73,5 +73,5 @@ def test_scores_are_the_mean_of_parts(monkeypatch, suite):
         ("", ["x"], False, 0),
     ],
 )
-def test_the_metric(generated, answers, any_answer, score):
+def test_scores_of_answers(generated, answers, any_answer, score):
     assert answer_score(generated, answers, any_answer) == pytest.approx(score)

@@ -4,7 +4,7 @@ from tests.data.test_variables import ASSIGNMENT
 from tests.evaluation.ruler.support import prompts_of
 
 
-def test_who_follows_the_chain_finds_five_variables():
+def test_following_the_chain_finds_five_variables():
     for text, answers in prompts_of("vt"):
         example, asked = text.split("\n\n\n")
         held = [follow(part) for part in (example, asked)]
@@ -20,7 +20,7 @@ def test_who_follows_the_chain_finds_five_variables():
 
 
 def follow(text):
-    """What every variable holds, in the order of the text."""
+    """Value of every variable, in the order of the text."""
     held = {}
     for name, source in ASSIGNMENT.findall(text):
         assert source.isdigit() or source in held

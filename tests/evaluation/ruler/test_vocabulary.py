@@ -16,7 +16,7 @@ from rtpurbo.evaluation.ruler.vocabulary import (
 TRAINED = {word for part in words_of("train") for word in part}
 
 
-def test_own_words_are_many_and_none_was_trained_on():
+def test_built_in_words_are_many_and_none_is_in_training():
     words = own_vocabulary().words
     assert len(words) > 2000
     assert not set(words) & TRAINED
@@ -26,7 +26,7 @@ def test_own_words_are_many_and_none_was_trained_on():
     assert not set(every) & TRAINED
 
 
-def test_compounds_do_not_come_twice_and_end_with_a_sentence():
+def test_compounds_are_distinct_and_limited():
     compounds = own_vocabulary().compounds(random.Random(0))
     assert len(set(islice(compounds, 20_000))) == 20_000
     small = Vocabulary("few", ("a", "b"), ("c", "d"), ())

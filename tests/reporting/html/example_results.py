@@ -10,7 +10,7 @@ from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.speed_records import SpeedRecord, SpeedResults, write_speed
 
-# Score, tokens read of a context, mass kept.
+# Score, tokens read of a context, attention recall.
 POLICIES = {
     "full": (98.0, 1.0, 1.0),
     "rtpurbo": (97.5, 0.1, 0.98),
@@ -60,7 +60,7 @@ def ruler_averages() -> list[Average]:
 
 
 def old_records() -> list[Record]:
-    """What format 1 has."""
+    """Records of format 1."""
     return [
         Record("needle", "single", 2048, "full", 20, 100.0, 1.0, 4096),
         Record("needle", "single", 2048, "rtpurbo", 20, 95.0, 0.1, 1024),

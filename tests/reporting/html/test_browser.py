@@ -90,7 +90,7 @@ def report(tiny_artifact, tmp_path_factory):
 
 
 def asked(browser, page, tmp_path, width, dark):
-    """What the page says of itself in a frame of so many pixels."""
+    """Measurements of the page in a frame of this width in pixels."""
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(page=page.as_uri(), width=width), encoding="utf-8")
     command = [
@@ -130,7 +130,7 @@ def test_plots_have_a_size_and_nothing_is_loaded(browser, report, tmp_path, widt
 
 
 @pytest.mark.slow
-def test_a_request_would_be_seen(browser, report, tmp_path):
+def test_the_check_for_network_requests_can_fail(browser, report, tmp_path):
     text = report.read_text(encoding="utf-8")
     page = tmp_path / "fetching.html"
     page.write_text(

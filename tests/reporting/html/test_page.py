@@ -59,7 +59,7 @@ def test_nothing_is_loaded(whole):
     assert_stands_alone(whole)
 
 
-def test_the_heading_is_a_name_that_readers_know(whole, tiny_artifact):
+def test_the_heading_is_the_public_name(whole, tiny_artifact):
     # Where the base model is a folder, the artifact's own name, as results have it.
     assert whole.text("h1") == "model"
     assert Page(page(read_sources([tiny_artifact]))).text("h1") == "A local model, sparse"
@@ -83,13 +83,13 @@ def test_every_part_is_there(whole):
     assert "Not in this report" not in titles
     text = whole.text()
     assert "4 of its 12 attention heads (33.3 %)" in text
-    assert "instead of 98.0 % right (RULER at 8K, 2 tests, 50 samples)" in text
+    assert "right answers, dense 98.0 % (RULER at 8K, 2 tests, 50 samples)" in text
     assert "a <note>" in text
     # The mean, its difference to the dense model's, and the interval of that.
     assert "97.5 ▽ -0.5 [-2.0, +0.5]" in text
 
 
-def test_every_plot_has_shapes_and_words(whole):
+def test_every_plot_has_marks_and_alternative_text(whole):
     plots = [each for each in whole.attributes("svg") if each.get("class") in ("plot", "heat")]
     assert len(plots) == 13
     for plot in plots:
@@ -122,7 +122,7 @@ def test_a_page_is_small(html):
     assert len(html) < 100_000
 
 
-def test_what_is_missing_is_named_and_not_made_up(tmp_path):
+def test_missing_parts_are_listed(tmp_path):
     quality = write_examples(tmp_path)["old"]
     whole = Page(page(read_sources([quality]), date="2026-01-01"))
     assert_stands_alone(whole)
@@ -133,16 +133,16 @@ def test_what_is_missing_is_named_and_not_made_up(tmp_path):
     assert "attention recall is" in text  # explained, but no column of it
     assert "% recall" not in text
     assert "on 2026-01-01" in text
-    assert "its perplexity differs by +2.0 % at 2K" in text
+    assert "+2.0 % perplexity at 2K: " in text
 
 
 def test_an_artifact_alone(tiny_artifact):
     whole = Page(page(read_sources([tiny_artifact])))
-    assert "Compared with the dense model" not in whole.text()
+    assert "right answers, dense" not in whole.text()
     assert "Quality : no results of `rtpurbo eval` were given." in whole.text()
 
 
-def test_text_of_others_stays_text(tmp_path):
+def test_untrusted_text_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>\"'&"
     path = tmp_path / "evil.json"
     record = Record("ruler", evil, 4096, evil, 5, 50.0, 0.1, 100, (40.0, 60.0))
@@ -211,7 +211,7 @@ def test_every_caption_of_a_measurement_names_samples_device_and_dtype(tmp_path)
     assert "RULER at 8K, % right; 25 samples per test; cpu, dtype not recorded" in captions
 
 
-def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch, tiny_artifact, tmp_path):
+def test_a_missing_matplotlib_is_explained(monkeypatch, tiny_artifact, tmp_path):
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
     with pytest.raises(RTPurboError, match=r"`rtpurbo report` needs matplotlib: pip install"):
         write_report([tiny_artifact], tmp_path / "report.html")

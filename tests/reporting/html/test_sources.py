@@ -5,7 +5,7 @@ import pytest
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
-from rtpurbo.evaluation.records import Record, Resumption, write_results
+from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.reporting.html.sources import read_sources
 from tests.reporting.html.example_results import LENGTHS, POLICIES, write_examples
 
@@ -23,7 +23,7 @@ def examples(tmp_path):
     return write_examples(tmp_path)
 
 
-def test_files_of_one_model_are_put_together(examples, tiny_artifact):
+def test_files_of_one_model_are_merged(examples, tiny_artifact):
     sources = read_sources([*examples.values(), tiny_artifact])
     (quality,) = sources.quality
     assert quality.model == "some/model"
@@ -36,7 +36,7 @@ def test_files_of_one_model_are_put_together(examples, tiny_artifact):
     assert sources.remarks == []
 
 
-def test_of_two_measurements_of_the_same_the_later_file_counts_and_says_so(examples, tmp_path):
+def test_the_later_file_counts_for_tests_measured_twice(examples, tmp_path):
     later = tmp_path / "later.json"
     record = Record("needle", "single", 2048, "rtpurbo", 20, 1.0)
     write_results(later, "some/model", "cpu", "rtpurbo eval", [record])
@@ -47,7 +47,7 @@ def test_of_two_measurements_of_the_same_the_later_file_counts_and_says_so(examp
     assert "later.json counts" in sources.remarks[0]
 
 
-def test_averages_of_what_was_measured_again_are_given_up(tmp_path):
+def test_averages_of_replaced_records_are_dropped(tmp_path):
     def average(length, policy):
         return Average("ruler", length, policy, 1, 25, 80.0, (75.0, 85.0))
 
@@ -65,7 +65,7 @@ def test_averages_of_what_was_measured_again_are_given_up(tmp_path):
     assert quality.averages == [average(4096, "full"), average(16384, "full")]
 
 
-def test_caches_weighed_at_one_length_are_not_mixed_with_others(examples, tmp_path):
+def test_cache_sizes_at_a_fixed_length_are_not_mixed_with_others(examples, tmp_path):
     other = tmp_path / "other.json"
     record = Record("needle", "single", 4096, "full", 1, 1.0)
     write_results(other, "some/model", "cpu", "demo", [record], {"kv_bytes_at": 8192})
@@ -77,13 +77,13 @@ def test_caches_weighed_at_one_length_are_not_mixed_with_others(examples, tmp_pa
 
 def test_the_dtype_of_a_run_that_can_be_resumed_is_known(tmp_path):
     record = Record("needle", "single", 4096, "full", 1, 1.0)
-    run = Resumption({"dtype": "bfloat16"}, {}, 0)
-    write_results(tmp_path / "run.json", "m", "a GPU", "eval", [record], resumption=run)
+    run = {"conditions": {"dtype": "bfloat16"}}
+    write_results(tmp_path / "run.json", "m", "a GPU", "eval", [record], run)
     [quality] = read_sources([tmp_path / "run.json"]).quality
     assert quality.where([record]) == "1 samples per test; a GPU, bfloat16"
 
 
-def test_what_cannot_be_reported(examples, tiny_artifact, tmp_path):
+def test_unusable_sources_are_refused(examples, tiny_artifact, tmp_path):
     assert "nothing to report" in error_of()
     assert "no file of results" in error_of(tmp_path / "missing.json")
     assert "not an rtpurbo artifact" in error_of(tmp_path)
@@ -121,7 +121,7 @@ def test_files_of_something_else(tmp_path, content, sentence):
         ("speed", "milliseconds", float("nan")),
     ],
 )
-def test_numbers_that_are_none(examples, name, field, value):
+def test_invalid_numbers_are_refused(examples, name, field, value):
     data = json.loads(examples[name].read_text())
     data["records"][0][field] = value
     examples[name].write_text(json.dumps(data))

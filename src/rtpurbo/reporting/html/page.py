@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from rtpurbo.files import write_text_atomically
 from rtpurbo.reporting.figures import check_matplotlib
@@ -21,7 +20,7 @@ from rtpurbo.reporting.html.sections.origin import origin_section
 from rtpurbo.reporting.html.sections.quality import quality_section
 from rtpurbo.reporting.html.sections.reads import reads_section
 from rtpurbo.reporting.html.sections.speed import speed_section
-from rtpurbo.reporting.html.sections.summary import headlines, sentences, title_of
+from rtpurbo.reporting.html.sections.summary import headlines, opening, title_of
 from rtpurbo.reporting.html.sections.training import training_section
 from rtpurbo.reporting.html.sources import Sources, read_sources
 from rtpurbo.reporting.html.view import Block, Missing, Section
@@ -65,14 +64,13 @@ def page(sources: Sources, date: str | None = None) -> str:
         date: date in the footer; today if None.
     """
     made = [make(sources) for make in _SECTIONS]
-    figures = headlines(sources)
     return (
         _environment()
         .get_template("page.html")
         .render(
             title=title_of(sources),
-            sentences=sentences(sources, figures),
-            headlines=figures,
+            opening=opening(sources),
+            headlines=headlines(sources),
             sections=[section for section in made if isinstance(section, Section)],
             missing=[section for section in made if isinstance(section, Missing)],
             light=variables(0),
@@ -104,6 +102,7 @@ def _environment() -> Environment:
 
 def _keep_units(value: Any) -> Any:
     """Joins a number and its unit by a non-breaking space."""
-    if isinstance(value, str) and not isinstance(value, Markup):
+    # Markup has been escaped already, and holds SVG.
+    if isinstance(value, str) and not hasattr(value, "__html__"):
         return _UNIT.sub("\u00a0", value)
     return value

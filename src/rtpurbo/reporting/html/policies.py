@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from rtpurbo.evaluation.policies import BUDGET_POLICY, DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
-from rtpurbo.formats import short_length, suite_title
 from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Series
 from rtpurbo.reporting.html.sources import Quality, Sources
@@ -31,15 +30,6 @@ def main_policy(records: Sequence[Record]) -> str | None:
     """Returns the policy that the report is about: `rtpurbo`, else the first sparse one."""
     sparse = [name for name in policy_order(records) if name != DENSE_POLICY]
     return BUDGET_POLICY if BUDGET_POLICY in sparse else next(iter(sparse), None)
-
-
-def name_of(record: Record, with_length: bool = True) -> str:
-    """Returns task, metric where there are several, and length of a record."""
-    name = record.task if record.metric is None else f"{record.task} {record.metric}"
-    # Questions with lengths of their own have none to name.
-    if record.context_length == 0:
-        return suite_title(record.suite)
-    return f"{name} {short_length(record.context_length)}" if with_length else name
 
 
 def by_model(sources: Sources, blocks_of: Callable[[Quality], list[Block]]) -> list[Block]:

@@ -191,8 +191,8 @@ def _read_file(path: Path, sources: Sources) -> None:
     if kind == "quality":
         results = read_results(path)
         _check_numbers(path, results.records, ("score",))
-        run = {} if results.resumption is None else results.resumption.conditions
-        facts = {"dtype": run.get("dtype"), **results.origin}
+        facts = dict(results.origin)
+        facts = {"dtype": facts.pop("conditions", {}).get("dtype"), **facts}
         with_results(sources, path.name, facts, results.records, results.averages)
     else:
         speed = read_speed(path)

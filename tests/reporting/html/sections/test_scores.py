@@ -49,7 +49,7 @@ def test_more_perplexity_is_a_loss(score, expected):
     assert read(score_cell(record(score, suite="perplexity"), dense)) == expected
 
 
-def test_what_has_nothing_beside_it():
+def test_a_record_without_a_baseline_has_no_ratio():
     assert read(score_cell(None, None)) == ("none", ["-"])
     assert read(score_cell(record(50.0), None)) == (None, ["50"])
     dense = record(98.0, (96.0, 100.0), "full")
@@ -77,7 +77,7 @@ def test_a_mean_is_judged_by_the_interval_of_its_difference(mean, interval, expe
     assert read(mean_cell(mean, 98.0, average)) == expected
 
 
-def test_an_interval_of_no_width_is_not_believed_alone():
+def test_an_interval_of_zero_width_is_not_sufficient():
     dense = record(20.0, (0.0, 40.0), "full")
     assert read(score_cell(record(0.0, (0.0, 0.0)), dense))[1][1] == "▽"
 

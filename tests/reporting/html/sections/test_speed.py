@@ -39,7 +39,7 @@ def test_a_plot_and_a_table_for_each_task():
     assert "Note of speed.json: left out: all else" in page.text()
 
 
-def test_training_is_held_against_eager_operators():
+def test_training_is_compared_with_eager_operators():
     records = [
         replace(record, phase="stage1", implementation=name)
         for record in speed_records()[:4]
@@ -60,7 +60,7 @@ def test_the_headline_is_the_longest_step_of_one_sequence():
     assert origin.device == "a GPU"
 
 
-def test_nothing_measured():
+def test_a_report_without_measurements():
     assert isinstance(speed_section(Sources()), Missing)
 
 

@@ -15,7 +15,6 @@ from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
     by_model,
     described,
-    name_of,
     plots_of_policies,
     style_of,
 )
@@ -32,7 +31,14 @@ from rtpurbo.reporting.html.view import (
     Table,
     Text,
 )
-from rtpurbo.reporting.selection import by_suite, lengths_of, mean_score, pick, tasks_of
+from rtpurbo.reporting.selection import (
+    by_suite,
+    lengths_of,
+    mean_score,
+    name_of,
+    pick,
+    tasks_of,
+)
 from rtpurbo.reporting.tables import BY_TASK
 
 _TITLE = "Quality"

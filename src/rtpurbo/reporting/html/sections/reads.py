@@ -12,7 +12,6 @@ from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
     by_model,
     main_policy,
-    name_of,
     plots_of_policies,
     style_of,
 )
@@ -33,6 +32,7 @@ from rtpurbo.reporting.selection import (
     far_share,
     lengths_of,
     mean_of_queries,
+    name_of,
     pick,
 )
 

@@ -1,4 +1,4 @@
-"""Heading, opening sentences and headline figures of a report."""
+"""Heading, opening sentence and headline figures of a report."""
 
 from __future__ import annotations
 
@@ -24,31 +24,15 @@ class Headline:
     Attributes:
         value: the number.
         label: its meaning, below it.
-        said: the same as a clause, for the sentence.
     """
 
     value: str
     label: str
-    said: str = ""
 
 
 def headlines(sources: Sources) -> list[Headline]:
     """Returns the headline figures."""
     return [*_of_heads(sources), *_of_quality(sources), *_of_speed(sources)]
-
-
-def sentences(sources: Sources, figures: list[Headline]) -> list[str]:
-    """Returns the opening sentences.
-
-    Args:
-        sources: data of the report.
-        figures: its headline figures.
-    """
-    clauses = [figure.said for figure in figures if figure.said]
-    opening = _opening(sources)
-    return (
-        [opening, f"Compared with the dense model, {_listed(clauses)}."] if clauses else [opening]
-    )
 
 
 def title_of(sources: Sources) -> str:
@@ -67,7 +51,8 @@ def _base(sources: Sources) -> str:
     return base.public_name if base.source == "wheel" else base_name(sources.artifact)
 
 
-def _opening(sources: Sources) -> str:
+def opening(sources: Sources) -> str:
+    """Returns the sentence below the heading."""
     if sources.artifact is None:
         return (
             "Measurements of models converted by RTPurbo: a few retrieval heads attend to the whole "
@@ -111,14 +96,11 @@ def _of_quality(sources: Sources) -> list[Headline]:
     if far is not None:
         at = short_length(longest[0].context_length)
         label = f"of the far tokens read by retrieval heads at {at}"
-        said = f"its retrieval heads read {percent(far)} of the far tokens at {at}"
-        figures.append(Headline(percent(far), label, said))
+        figures.append(Headline(percent(far), label))
     ratio = cache_ratio(quality, policy)
     if ratio is not None:
         size, length = ratio
-        label = f"the dense KV cache at {short_length(length)}"
-        said = f"its KV cache is {size:.2f} times as large at {short_length(length)}"
-        figures.append(Headline(f"{size:.2f}x", label, said))
+        figures.append(Headline(f"{size:.2f}x", f"the dense KV cache at {short_length(length)}"))
     return figures
 
 
@@ -142,7 +124,6 @@ def _answers(quality: Quality, policy: str) -> list[Headline]:
         Headline(
             f"{sparse:.1f} %",
             f"right answers, dense {dense:.1f} % ({where}, {tests})",
-            f"it answers {sparse:.1f} % instead of {dense:.1f} % right ({where}, {tests})",
         )
     ]
 
@@ -160,7 +141,6 @@ def _perplexity(quality: Quality, policy: str) -> list[Headline]:
         Headline(
             change,
             f"perplexity at {short_length(length)}: {pair[0]:.2f}, dense {pair[1]:.2f}",
-            f"its perplexity differs by {change} at {short_length(length)}",
         )
     ]
 
@@ -194,9 +174,3 @@ def _of_speed(sources: Sources) -> list[Headline]:
         f"{shape}, random weights, {density}{short_length(record.context_length)}, {origin.device}"
     )
     return [Headline(f"{ratio:.1f}x", f"the decoding speed of the best dense kernel ({where})")]
-
-
-def _listed(clauses: list[str]) -> str:
-    if len(clauses) == 1:
-        return clauses[0]
-    return f"{', '.join(clauses[:-1])}, and {clauses[-1]}"

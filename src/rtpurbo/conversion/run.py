@@ -11,18 +11,19 @@ import torch
 
 from rtpurbo.calibration.calibrate import read_calibration
 from rtpurbo.config import HeadMap
-from rtpurbo.data.texts import load_texts
-from rtpurbo.devices import base_dtype, resolve_device
-from rtpurbo.errors import RTPurboError
-from rtpurbo.files import write_json_atomically
-from rtpurbo.job import Job, calibrate_base
-from rtpurbo.job_options import (
+from rtpurbo.conversion.job import Job, calibrate_base
+from rtpurbo.conversion.options import (
     JobOptions,
     SettingsOptions,
     check_names,
     choose_settings,
     settings_options,
 )
+from rtpurbo.conversion.plan import Plan, make_plan
+from rtpurbo.data.texts import load_texts
+from rtpurbo.devices import base_dtype, resolve_device
+from rtpurbo.errors import RTPurboError
+from rtpurbo.files import write_json_atomically
 from rtpurbo.lengths import check_lengths
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.artifact import load_base, read_indexers
@@ -31,7 +32,6 @@ from rtpurbo.models.artifact_folder import check_is_dense, find_artifact
 from rtpurbo.models.base import DEFAULT_MODEL, BaseModel, load_base_model, read_config
 from rtpurbo.models.sparse_layers import load_indexers
 from rtpurbo.models.sparsify import sparsify
-from rtpurbo.plan import Plan, make_plan
 from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
@@ -63,7 +63,7 @@ def convert(
         output_dir: folder of the artifact, written whole or not at all. Files of unfinished work are in a
             folder of the same name with `.work` appended.
         on_plan: receives the plan before texts and weights are read.
-        **options: see `rtpurbo.job_options.JobOptions`.
+        **options: see `rtpurbo.conversion.options.JobOptions`.
 
     Returns:
         The artifact's folder.
@@ -101,7 +101,7 @@ def plan_conversion(
         model: as `convert` takes it.
         shards: processes that share the weights, as `make_plan` takes it.
         processes: of `torchrun`, as `make_plan` takes it.
-        **options: see `rtpurbo.job_options.SettingsOptions`.
+        **options: see `rtpurbo.conversion.options.SettingsOptions`.
 
     Raises:
         RTPurboError: as `convert`, about model, device or settings.
@@ -141,7 +141,7 @@ def calibrate(
         output: file to write.
         force: replace an existing file.
         progress: called after each step.
-        **options: see `rtpurbo.job_options.SettingsOptions`.
+        **options: see `rtpurbo.conversion.options.SettingsOptions`.
 
     Raises:
         RTPurboError: as `convert`, and if the file exists and `force` is false.

@@ -7,16 +7,17 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rtpurbo import plan as plans
-from rtpurbo.conversion import plan_conversion, with_stage2
-from rtpurbo.defaults import EFFORTS
+from rtpurbo.conversion import plan as plans
+from rtpurbo.conversion import plan_conversion
+from rtpurbo.conversion.defaults import EFFORTS
+from rtpurbo.conversion.options import choose_settings
+from rtpurbo.conversion.plan import make_plan
+from rtpurbo.conversion.run import with_stage2
 from rtpurbo.errors import RTPurboError
-from rtpurbo.job_options import choose_settings
 from rtpurbo.lengths import check_lengths, lengths_of
 from rtpurbo.models.families import FAMILIES
-from rtpurbo.plan import make_plan
 from rtpurbo.settings import change_settings
-from tests.test_defaults import CONTEXTS
+from tests.conversion.test_defaults import CONTEXTS
 from tests.tiny_models import COMMON
 from tests.tiny_models import FAMILIES as TINY
 
@@ -184,7 +185,7 @@ def test_fsdp_divides_the_weights(h200):
     assert "processes" not in str(whole)
 
 
-def test_experts_count_by_use(h200):
+def test_experts_are_counted_by_use(h200):
     """A token is computed by two of four experts, while all of them are in memory."""
     used = planned(
         tiny_config("qwen3_moe", hidden_size=512, moe_intermediate_size=2048), GPU, "thorough"

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact import load
-from tests.test_conversion import SETTINGS
+from tests.conversion.test_run import SETTINGS
 from tests.tiny_artifact import save_tiny_base
 
 # Sizes that nothing else has.
@@ -89,7 +89,7 @@ def test_copies_are_noticed(half_precision_base, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_trained(options, message, half_precision_base, tmp_path):
+def test_untrainable_weights_are_refused(options, message, half_precision_base, tmp_path):
     with pytest.raises(RTPurboError, match=message):
         convert(
             str(half_precision_base), tmp_path / "out", settings=SETTINGS, device="cpu", **options

@@ -1,4 +1,4 @@
-"""Plan of an interruptible job: a file in its work folder, by which a later run knows that it is the same job."""
+"""Plan of a job in its work folder, with which a resumed run is compared."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ def test_interrupted_between_the_artifact_and_the_cleanup(whole, tiny_base, tmp_
         return rmtree(path, **options)
 
     rmtree = shutil.rmtree
-    monkeypatch.setattr("rtpurbo.job.shutil.rmtree", stop)
+    monkeypatch.setattr("rtpurbo.conversion.job.shutil.rmtree", stop)
     with pytest.raises(InterruptionError):
         convert(str(tiny_base), output, settings=SETTINGS, device="cpu")
     monkeypatch.undo()
@@ -260,7 +260,25 @@ def test_interrupted_between_the_artifact_and_the_cleanup(whole, tiny_base, tmp_
     assert not list(tmp_path.glob("*.work"))
 
 
-def test_resuming_nothing_replaces_nothing(tiny_base, tmp_path):
+def test_a_library_call_leaves_signal_handlers_alone(tiny_base, tmp_path):
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def progress(stage, done, total, figures):
+        seen.append(handlers())
+        if (stage, done) == ("stage1", 2):
+            raise InterruptionError
+
+    before, seen = handlers(), []
+    with pytest.raises(InterruptionError):
+        convert(
+            str(tiny_base), tmp_path / "out", settings=SETTINGS, device="cpu", progress=progress
+        )
+    assert seen == [before] * len(seen)
+    assert len(seen) > 2
+
+
+def test_resuming_without_a_job_does_not_replace_an_artifact(tiny_base, tmp_path):
     """A script may always pass `--resume`, which does not permit replacing a finished artifact."""
     output = tmp_path / "artifact"
     settings = replace(SETTINGS, stage2=replace(SETTINGS.stage2, steps=0))
@@ -312,11 +330,11 @@ def test_stages_one_by_one(whole, tiny_base, tmp_path):
     stage2 = distill(stage1, tmp_path / "stage2", **common)
     for name in ("indexer.safetensors", "adapter/adapter_model.safetensors", LOG_FILE):
         assert (stage2 / name).read_bytes() == (whole / name).read_bytes()
-    told, expected = ArtifactConfig.read(stage2), ArtifactConfig.read(whole)
+    found, expected = ArtifactConfig.read(stage2), ArtifactConfig.read(whole)
     # A wavelength left open is filled in by what comes first.
-    filled = {"indexer": told.settings["indexer"]}
-    assert told.settings == expected.settings | filled
-    assert told.figures == expected.figures
+    filled = {"indexer": found.settings["indexer"]}
+    assert found.settings == expected.settings | filled
+    assert found.figures == expected.figures
 
 
 def test_calibration_alone_uses_the_attention_rule_of_its_settings(tiny_base, tmp_path):
@@ -342,12 +360,12 @@ def test_a_single_stage_uses_the_settings_of_the_previous_ones(tiny_base, tmp_pa
     stage1 = train_indexer(str(tiny_base), head_map, tmp_path / "stage1", changes=lengths, **common)
     few = {"stage2.steps": 1, "stage2.lengths": (800,), "stage2.refresh_steps": 1}
     stage2 = distill(stage1, tmp_path / "stage2", changes=few, **common)
-    told = ArtifactConfig.read(stage2).settings
-    assert told["calibration"]["ranking"] == "interleaved"
-    assert told["calibration"]["length"] == 600
-    assert told["stage1"]["lengths"] == [700, 900]
-    assert told["stage1"]["steps"] == 2
-    assert told["attention"]["sliding_window"] == 512
+    found = ArtifactConfig.read(stage2).settings
+    assert found["calibration"]["ranking"] == "interleaved"
+    assert found["calibration"]["length"] == 600
+    assert found["stage1"]["lengths"] == [700, 900]
+    assert found["stage1"]["steps"] == 2
+    assert found["attention"]["sliding_window"] == 512
     with pytest.raises(RTPurboError, match="longer than sinks and window"):
         distill(stage1, tmp_path / "short", changes={**few, "stage1.lengths": (300,)}, **common)
     assert not (tmp_path / "short.work").exists()
@@ -395,13 +413,14 @@ _SCRIPT = """
 import resource, sys
 from rtpurbo.conversion import convert
 from rtpurbo.errors import RTPurboError
-from rtpurbo.interruption import StoppedBySignalError
-from tests.test_conversion import SETTINGS
+from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
+from tests.conversion.test_run import SETTINGS
 if len(sys.argv) > 3:
     # Limit of a file's size in bytes: a longer write fails as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
-    convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
+    with stopping_cleanly():
+        convert(sys.argv[1], sys.argv[2], settings=SETTINGS, device="cpu", resume=True)
 except StoppedBySignalError as error:
     sys.exit(error.exit_code)
 except RTPurboError as error:
@@ -410,7 +429,7 @@ except RTPurboError as error:
 
 
 def command_and_surroundings(*arguments):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
     command = [sys.executable, "-c", _SCRIPT, *(str(argument) for argument in arguments)]
     return command, {"env": environment, "cwd": root}
@@ -419,7 +438,7 @@ def command_and_surroundings(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_interrupted_at_random_moments(number, whole, tiny_base, tmp_path):
-    """Wherever the signal strikes."""
+    """A signal at any moment loses no more than the steps since the last checkpoint."""
     output, rng = tmp_path / "artifact", random.Random(0)
     command, surroundings = command_and_surroundings(tiny_base, output)
     log, codes = tmp_path / "artifact.work" / "training_log.jsonl", []

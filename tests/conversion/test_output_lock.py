@@ -4,13 +4,13 @@ import sys
 import pytest
 
 from rtpurbo.conversion import convert
+from rtpurbo.conversion.output_lock import OutputLock
 from rtpurbo.errors import RTPurboError
-from rtpurbo.output_lock import OutputLock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from rtpurbo.output_lock import OutputLock
+from rtpurbo.conversion.output_lock import OutputLock
 lock = OutputLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -34,13 +34,13 @@ def holder(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"force": True}])
-def test_a_second_job_is_told_of_the_first(tiny_base, tmp_path, holder, options):
+def test_a_second_job_is_refused_while_the_first_runs(tiny_base, tmp_path, holder, options):
     (tmp_path / "out.work").mkdir()
     with pytest.raises(RTPurboError, match="another job is writing"):
         convert(str(tiny_base), tmp_path / "out", **options)
 
 
-def test_a_job_that_was_killed_holds_nothing(tmp_path, holder):
+def test_a_killed_job_holds_no_lock(tmp_path, holder):
     holder.kill()
     holder.communicate()
     lock = OutputLock(tmp_path / "out")
@@ -61,7 +61,14 @@ def test_the_lock_is_free_again_after_its_release(tmp_path):
     OutputLock(tmp_path / "other").acquire()
 
 
-def test_a_place_that_cannot_be_locked_is_named(tmp_path):
+def test_an_output_folder_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RTPurboError, match="cannot lock"):
         OutputLock(tmp_path / "file" / "out").acquire()
+
+
+def test_a_refused_job_leaves_no_lock(tmp_path):
+    (tmp_path / "out.work").mkdir()
+    with pytest.raises(RTPurboError, match="was interrupted: pass --resume"):
+        convert("a-model", tmp_path / "out", device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]

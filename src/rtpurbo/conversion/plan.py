@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from rtpurbo.conversion.estimates import ModelShape, StageSeconds, peak_bytes, stage_seconds
 from rtpurbo.devices import device_name
 from rtpurbo.errors import RTPurboError
-from rtpurbo.estimates import ModelShape, StageSeconds, peak_bytes, stage_seconds
 from rtpurbo.models.architecture import context_length
 from rtpurbo.settings import (
     CalibrationSettings,

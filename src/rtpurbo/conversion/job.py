@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rtpurbo.assembly import (
+from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
+from rtpurbo.calibration.layer_top_p import find_layer_top_p
+from rtpurbo.calibration.selection import Stability
+from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.conversion.assembly import (
     HEAD_MAP_FILE,
     TOP_P_FILE,
     assemble,
@@ -21,10 +25,9 @@ from rtpurbo.assembly import (
     indexers_file,
     stage2_kind,
 )
-from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
-from rtpurbo.calibration.layer_top_p import find_layer_top_p
-from rtpurbo.calibration.selection import Stability
-from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.conversion.options import JobOptions, check_names, choose_settings, settings_options
+from rtpurbo.conversion.output_lock import OutputLock
+from rtpurbo.conversion.resuming import settle_plan
 from rtpurbo.data.stream import open_stream
 from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.devices import base_dtype, resolve_device
@@ -35,8 +38,6 @@ from rtpurbo.files import (
     whole_folder,
     write_json_atomically,
 )
-from rtpurbo.job_options import JobOptions, check_names, choose_settings, settings_options
-from rtpurbo.job_plan import settle_plan
 from rtpurbo.lengths import STAGES, Stage, lengths_of
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import BaseModel
@@ -44,7 +45,6 @@ from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, load_indexers
 from rtpurbo.models.sparsify import set_rule
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
-from rtpurbo.output_lock import OutputLock
 from rtpurbo.processes import ALONE, Result, join_processes
 from rtpurbo.settings import (
     ConversionSettings,
@@ -94,7 +94,7 @@ class Job:
 
     Args:
         output_dir: folder of the artifact.
-        **options: see `rtpurbo.job_options.JobOptions`.
+        **options: see `rtpurbo.conversion.options.JobOptions`.
     """
 
     def __init__(self, output_dir: str | Path, **options: Unpack[JobOptions]) -> None:
@@ -135,6 +135,7 @@ class Job:
         check_output_folder(self.output_dir, may_replace)
         self.lock.acquire()
         if self.work.exists() and not (self.resume or force):
+            self.lock.release()
             raise RTPurboError(
                 f"a conversion into {self.output_dir} was interrupted: pass --resume to continue it, "
                 "or --force to start anew."
@@ -142,7 +143,7 @@ class Job:
         return may_replace
 
     def choose_settings(self, config: Any, rule: AttentionRule | None = None) -> ConversionSettings:
-        """Returns the settings that the options ask for, as `rtpurbo.job_options.choose_settings` does."""
+        """Returns the settings that the options ask for, as `rtpurbo.conversion.options.choose_settings` does."""
         return choose_settings(config, self.device, settings_options(self.options), rule)
 
     def open(

@@ -8,7 +8,7 @@ from typing import Any, TypedDict, cast
 import torch
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.defaults import default_rule, default_settings, resolve_effort
+from rtpurbo.conversion.defaults import default_rule, default_settings, resolve_effort
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_shapes
 from rtpurbo.settings import ConversionSettings, Progress, change_settings

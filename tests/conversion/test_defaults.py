@@ -2,7 +2,7 @@ import pytest
 
 from rtpurbo.calibration.selection import choose_heads
 from rtpurbo.config import AttentionRule, RTPurboConfig
-from rtpurbo.defaults import EFFORTS, default_settings, resolve_effort
+from rtpurbo.conversion.defaults import EFFORTS, default_settings, resolve_effort
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.lengths import STAGES, check_lengths, lengths_of
