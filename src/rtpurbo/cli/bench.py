@@ -155,6 +155,7 @@ def model(
     artifact: Annotated[
         str | None,
         options.optional(
+            "--artifact",
             metavar="ARTIFACT",
             help="Instead of a geometry, the model of this artifact with its own weights, rule and head "
             "map, reading held-out text.",

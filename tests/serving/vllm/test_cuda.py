@@ -300,7 +300,7 @@ def test_uniform_steps_tell_prompts_from_answers(reading, min_tokens):
     assert_close(uniform[[1, 3, 4]], step.attended(eager, top_p=1.0)[[1, 3, 4]])
 
 
-@pytest.mark.parametrize("reading", ["residual", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reading", ["residual", "paper"])
 def test_a_histogram_workspace_is_zeros_again(reading):
     requests = [(60, 1, 30), (41, 1, 40)]
     step = Step(requests, DTYPES[0], rule_of(reading=reading))

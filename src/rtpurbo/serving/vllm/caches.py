@@ -184,7 +184,7 @@ def make_caches(
             keeps_prompts=keeps_prompts,
         )
         windowed |= dict.fromkeys(group.layers, cache)
-    histograms = new_histograms(config, heads) if full and current_platform.is_cuda() else None
+    histograms = new_histograms(heads) if full and current_platform.is_cuda() else None
     return Caches(plan, full, windowed, histograms)
 
 

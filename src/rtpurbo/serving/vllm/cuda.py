@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.states import PagedStates
 from rtpurbo.serving.vllm.layout import LayerHeads
@@ -320,23 +320,21 @@ def _paged(cache: LayerCache, block_table: Tensor, lengths: Tensor) -> PagedStat
     )
 
 
-def new_histograms(config: RTPurboConfig, heads: Sequence[LayerHeads]) -> Tensor:
+def new_histograms(heads: Sequence[LayerHeads]) -> Tensor:
     """Histogram workspace for all layers of a rank, which run one after the other, on the default device.
 
-    Batches of more than `HISTOGRAM_BATCH` sequences allocate their own in each layer, which costs a launch.
+    Batches of more than `HISTOGRAM_BATCH` sequences, and the reading `paper`, which needs two histograms for each head,
+    allocate their own in each layer, which costs a launch.
     """
     from rtpurbo.ops.triton.decode.workspace import zero_histograms
 
     largest = max(len(of_layer.retrieval) for of_layer in heads)
-    planes = 2 if config.attention.reading == "paper" else 1
-    return zero_histograms(planes * largest * HISTOGRAM_BATCH, torch.get_default_device())
+    return zero_histograms(largest * HISTOGRAM_BATCH, torch.get_default_device())
 
 
-def _histograms(
-    workspace: Tensor | None, batch: int, num_retrieval: int, rule: AttentionRule
-) -> Tensor | None:
+def _histograms(workspace: Tensor | None, batch: int, num_retrieval: int) -> Tensor | None:
     """The part of the workspace for a batch; None if it does not suffice."""
-    rows = batch * num_retrieval * (2 if rule.reading == "paper" else 1)
+    rows = batch * num_retrieval
     return workspace[:rows] if workspace is not None and rows <= len(workspace) else None
 
 
@@ -363,7 +361,7 @@ def _decode(
     some = full or windowed
     assert some is not None
     if full is not None:
-        workspace = _histograms(full.histogram_workspace, len(queries), len(layout.retrieval), rule)
+        workspace = _histograms(full.histogram_workspace, len(queries), len(layout.retrieval))
         full = replace(full, histogram_workspace=workspace)
     decode_attention(
         queries[:, :, None],
