@@ -138,10 +138,53 @@ def public_models() -> Rows:
     return rows
 
 
-def public_tasks() -> Rows:
+ONE_TOP_P = "quality-qwen2.5-coder-1.5b-one-top-p-32k-h200.json"
+WINDOWED = "quality-qwen2.5-coder-1.5b-top-p-0.88-32k-h200.json"
+SUITES = {
+    "BABILong qa2 to qa5, 16K": ("babilong", 16384),
+    "BABILong qa2 to qa5, 32K": ("babilong", 32768),
+    "GSM8K": ("gsm8k", 0),
+    "MMLU-Pro": ("mmlu_pro", 0),
+    "HumanEval": ("humaneval", 0),
+}
+
+
+def public_lengths() -> Rows:
     found = read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"])
-    windowed = read("quality-qwen2.5-coder-1.5b-top-p-0.88-32k-h200.json")
-    return _by_task([(found, "full"), (found, "rtpurbo"), (windowed, "rtpurbo")])
+    rows: Rows = {}
+    for name, length in LENGTHS.items():
+        if length <= 32768:
+            full, sparse = (_average(found, policy, length) for policy in ("full", "rtpurbo"))
+            rows[name] = [
+                [sparse["tasks"]],
+                [full["score"]],
+                [sparse["score"]],
+                _difference(sparse),
+                _far(found, "rtpurbo", length),
+                [_cache(found, "rtpurbo", length) / _cache(found, "full", length)],
+            ]
+    return rows
+
+
+def public_suites() -> Rows:
+    found = read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"])
+    rows: Rows = {}
+    for name, (suite, length) in SUITES.items():
+        full, sparse = (_average(found, policy, length, suite) for policy in ("full", "rtpurbo"))
+        row = [[sparse["samples"]], [full["score"]], [sparse["score"]], _difference(sparse)]
+        rows[name] = row
+    return rows
+
+
+def public_tasks() -> Rows:
+    found = at_32k(read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"]))
+    columns = [(found, "full"), (found, "rtpurbo")]
+    return _by_task([*columns, *((read(name), "rtpurbo") for name in (ONE_TOP_P, WINDOWED))])
+
+
+def at_32k(found: dict[str, Any]) -> dict[str, Any]:
+    """Results with RULER's records at 32K alone."""
+    return {**found, "records": _records(found, suite="ruler", context_length=32768)}
 
 
 def small_public_tasks() -> Rows:
@@ -150,11 +193,12 @@ def small_public_tasks() -> Rows:
 
 
 def public_losing_tasks() -> Rows:
-    found = read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"])
-    windowed = read("quality-qwen2.5-coder-1.5b-top-p-0.88-32k-h200.json")
+    found = at_32k(read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"]))
+    windowed, one_top_p = read(WINDOWED), read(ONE_TOP_P)
     dense_heads = read("quality-qwen2.5-coder-1.5b-dense-heads-32k-h200.json")
     columns = [
-        (found, "full"), (windowed, "rtpurbo"), (dense_heads, "dense-heads"), (found, "rtpurbo"),
+        (found, "full"), (windowed, "rtpurbo"), (dense_heads, "dense-heads"), (one_top_p, "rtpurbo"),
+        (found, "rtpurbo"),
     ]  # fmt: skip
     tasks = [one["task"] for one in dense_heads["records"]]
     rows: Rows = {
@@ -405,8 +449,8 @@ def sparse_prefill() -> Rows:
 EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
-        public_models, public_tasks, small_public_tasks, public_losing_tasks, trial, long_context,
-        controls, smollm2, model_speed,
+        public_models, public_lengths, public_suites, public_tasks, small_public_tasks,
+        public_losing_tasks, trial, long_context, controls, smollm2, model_speed,
         layer_prefill, layer_decode, training, sparse_prefill, recipe_means, recipe_policies,
     )
 }  # fmt: skip

@@ -136,6 +136,7 @@ MEANS = {
     "tokens read (mean)": "tokens_read_mean",
     "mass kept": "mass_kept",
     "attention recall": "mass_kept",
+    "attention recall (mean)": "mass_kept",
     "far tokens read (mean)": "far_tokens_read",
 }
 
@@ -149,13 +150,31 @@ def test_the_table_of_a_card_agrees_with_its_file(artifact):
     assert tables
     for table in tables:
         header, _, *rows = [cells(line) for line in table.splitlines()]
-        check = _check_policies if header[0] == "policy" else _check_length
-        check(found, header, rows)
+        checks = {"policy": _check_policies, "questions": _check_questions}
+        checks.get(header[0], _check_length)(found, header, rows)
+
+
+def _check_questions(found, header, rows):
+    """A table of suites whose questions have their own length: a row for each suite, a column for each policy."""
+    for name, *shown in rows:
+        suite = name.split()[0].lower().replace("-", "_")
+        for policy, cell in zip(header[1:], shown, strict=True):
+            [record] = [
+                one for one in found["records"] if (one["suite"], one["policy"]) == (suite, policy)
+            ]
+            assert name.endswith(f"({record['samples']})")
+            assert _agrees(cell, [record["score"]]), (name, policy, cell)
 
 
 def _check_length(found, header, rows):
-    """A table of one length: a row for each task, a column for each policy."""
+    """A table of a suite and length: a row for each task, a column for each policy."""
     length = int(header[0].split()[-1].removesuffix("K")) * 1024
+    suite = header[0].split()[0].lower()
+    kept = {
+        name: [one for one in found[name] if one["suite"] == suite]
+        for name in ("records", "averages")
+    }
+    found = {**found, **kept}
     for name, *shown in rows:
         for policy, cell in zip(header[1:], shown, strict=True):
             records = [
@@ -177,8 +196,8 @@ def _value(found, records, name, policy, length):
         return [average]
     if name == "KV cache":
         return _sizes(found, records[0], length, policy)
-    if name in MEANS or name == "attention recall":
-        field = MEANS.get(name, "mass_kept")
+    if name in MEANS:
+        field = MEANS[name]
         if field == "far_tokens_read":
             return [100 * fmean(one[field] for one in records if one[field] is not None)]
         # Means over queries: tasks count by the queries that were measured.
