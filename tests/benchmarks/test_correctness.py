@@ -25,7 +25,7 @@ def output(states):
     return attend(states.queries, keys, values, mask(0, 0, rows), states.scaling)[0]
 
 
-def test_what_is_right_passes(output, states):
+def test_correct_outputs_pass(output, states):
     found = compare(output, states, mask)
     assert found.complaint is None
     assert 0 < found.error < 0.02

@@ -30,14 +30,14 @@ def entries(lists, head, tile):
 
 
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 1.0])
-def test_lists_have_the_density_asked_for(density):
+def test_lists_have_the_requested_density(density):
     length = 32768
     lists = synthetic_lists(chunks_of(length, LONG, 100), length, LONG, 2, density, CPU)
     assert sorted(lists) == [0, 12800, 25600]
     assert density_of(lists, length, LONG) == pytest.approx(density, rel=0.01)
 
 
-def test_near_blocks_alone_may_exceed_the_density():
+def test_near_blocks_alone_can_exceed_the_density():
     lists = synthetic_lists(chunks_of(2048, LONG, 100), 2048, LONG, 1, 0.02, CPU)
     density = density_of(lists, 2048, LONG)
     assert density == pytest.approx(CausalBlocks.of(2048, LONG).near_share)

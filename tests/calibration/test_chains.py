@@ -18,7 +18,7 @@ from tests.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize("number", range(12))
-def test_places_of_a_document_are_what_they_say(number):
+def test_spans_of_a_document_match_its_tokens(number):
     tokenizer = tiny_tokenizer()
     document = make_chain_document(tokenizer, corpus(), 1500, random.Random(number))
     mix = LongRangeMix(tokenizer, corpus())
@@ -69,7 +69,7 @@ def test_heads_are_chosen_by_chains(ranking):
         assert run(1).head_map.scores != found.head_map.scores
 
 
-def test_tokenizers_that_do_not_tell_places_are_refused():
+def test_tokenizers_without_offsets_are_refused():
     tokenizer = tiny_tokenizer()
     encode = type(tokenizer).__call__
 

@@ -38,7 +38,7 @@ def test_they_depend_on_number_and_seed_alone(sequences):
     assert other.sequence(3) != sequences.sequence(3)
 
 
-def test_what_does_not_fit_is_prose(sequences):
+def test_tasks_that_do_not_fit_are_replaced_by_prose(sequences):
     short = GateSequences(sequences.tokenizer, sequences.corpus, (40,))
     for number in range(12):
         assert len(short.sequence(number)) <= 40

@@ -98,7 +98,7 @@ def test_a_rare_large_effect_outweighs_a_constant_small_one():
     assert constant < 0.2
 
 
-def test_one_sequence_does_not_decide_alone():
+def test_one_sequence_does_not_decide_the_choice():
     # The last gradient is a thousand times the others' size, and counts five times.
     before, _ = descend([(-0.1, 0.0)] * 5)
     after, other = descend([(-0.1, 0.0)] * 5 + [(0.0, -100.0)])

@@ -28,7 +28,7 @@ def test_count_and_threshold():
     assert chosen(threshold=0.3) == ((0,), None, (0, 1, 2))
 
 
-def test_a_group_comes_whole():
+def test_groups_are_chosen_whole():
     assert chosen(count=2, granularity="kv_group") == ((0, 1), None, ())
     assert chosen(count=3, granularity="kv_group") == ((0, 1), None, (2, 3))
 

@@ -196,7 +196,7 @@ def test_indexers_of_another_shape_are_refused(copy):
         load(copy)
 
 
-def test_an_artifact_that_is_nowhere(monkeypatch):
+def test_a_missing_artifact(monkeypatch):
     def unreachable(name, **options):
         raise OSError("no network")
 
@@ -215,7 +215,7 @@ def test_an_artifact_that_is_nowhere(monkeypatch):
         (HfHubHTTPError, True, r"refused access to the artifact me/sparse \(HTTP 403\)"),
     ],
 )
-def test_the_refusals_of_the_hub_are_told_apart(monkeypatch, kind, is_hidden, sentence):
+def test_refusals_of_the_hub_are_distinguished(monkeypatch, kind, is_hidden, sentence):
     refusal = kind.__new__(kind)
     refusal.response = SimpleNamespace(status_code=403)
 
@@ -230,7 +230,7 @@ def test_the_refusals_of_the_hub_are_told_apart(monkeypatch, kind, is_hidden, se
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_what_is_shipped_is_whole_and_names_no_place_of_its_making(folder):
+def test_shipped_artifacts_are_complete_and_name_no_local_paths(folder):
     shipped = ArtifactConfig.read(folder)
     assert not Path(shipped.base.name).is_absolute()
     heads = sum(len(heads) for heads in shipped.config.head_map.retrieval_heads)
@@ -290,7 +290,7 @@ def test_several_are_shipped():
         ("format_version", "x", "format_version 'x'"),
     ],
 )
-def test_values_that_nobody_wrote_are_named(copy, path, value, message):
+def test_unexpected_values_are_named(copy, path, value, message):
     file = copy / CONFIG_FILE
     data = json.loads(file.read_text())
     *parents, last = path.split(".")
@@ -312,7 +312,7 @@ def test_values_that_nobody_wrote_are_named(copy, path, value, message):
         (lambda text: text + b"\xff", "utf-8"),
     ],
 )
-def test_json_that_nobody_wrote_is_named(copy, change, message):
+def test_unexpected_json_is_named(copy, change, message):
     file = copy / CONFIG_FILE
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(RTPurboError, match=message):

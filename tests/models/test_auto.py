@@ -28,7 +28,7 @@ def tiny_export(tiny_artifact):
 
 @pytest.mark.parametrize("auto", [AutoRTPurboModelForCausalLM, AutoModelForCausalLM])
 @pytest.mark.parametrize("kind", ["artifact", "export"])
-def test_the_auto_classes_load_what_load_does(tiny_artifact, tiny_export, auto, kind):
+def test_the_auto_classes_load_the_same_models_as_load(tiny_artifact, tiny_export, auto, kind):
     folder = tiny_artifact if kind == "artifact" else tiny_export
     model = auto.from_pretrained(folder)
     assert is_sparse(model)
@@ -49,7 +49,7 @@ def test_an_unknown_dtype_is_refused(tiny_artifact):
         AutoRTPurboModelForCausalLM.from_pretrained(tiny_artifact, dtype="float17")
 
 
-def test_the_tokenizer_comes_from_the_same_folder(tiny_artifact, tiny_export):
+def test_the_tokenizer_is_loaded_from_the_same_folder(tiny_artifact, tiny_export):
     _, expected = rtpurbo.load(tiny_artifact)
     for folder in (tiny_artifact, tiny_export):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -78,7 +78,7 @@ def test_a_pipeline_generates_with_the_sparse_model(tiny_artifact, tiny_export):
         "rtpurbo, transformers; rtpurbo.RTPurboError",
     ],
 )
-def test_a_fresh_process_knows_sparse_models_once_rtpurbo_is_in_use(tiny_artifact, order):
+def test_auto_classes_load_sparse_models_once_rtpurbo_is_used(tiny_artifact, order):
     code = (
         f"import {order}; "
         f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tiny_artifact)!r}); "
@@ -88,7 +88,7 @@ def test_a_fresh_process_knows_sparse_models_once_rtpurbo_is_in_use(tiny_artifac
     assert result.stdout.strip() == "32", result.stderr
 
 
-def test_without_rtpurbo_transformers_says_what_to_install(tiny_artifact, tiny_export):
+def test_without_rtpurbo_transformers_names_the_package_to_install(tiny_artifact, tiny_export):
     code = (
         "import sys, transformers\n"
         "for folder in sys.argv[1:]:\n"
@@ -216,7 +216,7 @@ def test_merged_adapters_are_saved_with_the_sparse_model(tiny_artifact, tmp_path
     assert torch.equal(logits(again), logits(merged))
 
 
-def test_what_the_auto_classes_cannot_do_is_refused(tiny_artifact):
+def test_unsupported_arguments_of_the_auto_classes_are_refused(tiny_artifact):
     with pytest.raises(RTPurboError, match="output_loading_info"):
         AutoModelForCausalLM.from_pretrained(tiny_artifact, output_loading_info=True)
     with pytest.raises(RTPurboError, match="use from_pretrained"):

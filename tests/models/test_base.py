@@ -82,7 +82,7 @@ def test_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folder, s
     assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_fingerprint_tells_weights_and_names_apart():
+def test_the_fingerprint_depends_on_weights_and_names():
     model = tiny_model()
     original = fingerprint(model)
     assert original != fingerprint(tiny_model(seed=1))
@@ -91,7 +91,7 @@ def test_fingerprint_tells_weights_and_names_apart():
     assert original != fingerprint(model)
 
 
-def test_fingerprint_ignores_what_is_added():
+def test_the_fingerprint_ignores_added_modules():
     model = tiny_model()
     original = fingerprint(model)
     model.model.layers[0].self_attn.token_indexer = torch.nn.Linear(4, 4)
@@ -134,7 +134,7 @@ def make_it_an_artifact(folder):
         (damage_weights, "cannot be loaded"),
         (drop_a_layer, r"lack \d+ weights, such as model.layers.2"),
         (make_it_unheard_of, "cannot be loaded.*causal language model"),
-        (drop_the_tokenizer, "The tokenizer of"),
+        (drop_the_tokenizer, "the tokenizer of"),
     ],
 )
 def test_damaged_folders(model_folder, damage, message):
@@ -151,7 +151,7 @@ def test_an_architecture_is_refused_before_its_weights_are_read(tmp_path, archit
         load_base_model(str(tmp_path))
 
 
-def test_code_in_a_model_folder_is_not_run_whatever_standard_input_says(
+def test_code_in_a_model_folder_is_not_run_with_any_standard_input(
     model_folder, tmp_path, monkeypatch
 ):
     path = model_folder / "config.json"
@@ -181,7 +181,7 @@ def test_wishes_that_make_no_sense(model_folder):
         load_base_model(str(model_folder), revision="main")
 
 
-def test_unknown_names_and_no_network_are_told_apart(monkeypatch, no_hub):
+def test_unknown_names_and_a_missing_network_are_distinguished(monkeypatch, no_hub):
     with pytest.raises(RTPurboError, match="cannot be reached"):
         load_base_model("nobody/nothing")
 
@@ -189,9 +189,9 @@ def test_unknown_names_and_no_network_are_told_apart(monkeypatch, no_hub):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(hub.HfApi, "model_info", model_info)
-    with pytest.raises(RTPurboError, match="There is no model nobody/nothing, neither"):
+    with pytest.raises(RTPurboError, match="there is no model nobody/nothing, neither"):
         load_base_model("nobody/nothing")
-    with pytest.raises(RTPurboError, match="There is no model"):
+    with pytest.raises(RTPurboError, match="there is no model"):
         load_base_model()
 
 
@@ -202,7 +202,7 @@ def test_names_that_are_none(no_hub, name):
 
 
 def test_a_path_that_is_not_there():
-    with pytest.raises(RTPurboError, match=r"(There is no model|is not a folder)"):
+    with pytest.raises(RTPurboError, match=r"(there is no model|is not a folder)"):
         load_base_model("./no/such/folder")
 
 
@@ -227,9 +227,7 @@ def test_a_cached_model_needs_no_network(monkeypatch, no_hub, model_folder):
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_in_a_models_folder_is_not_run_even_if_asked_for(
-    model_folder, tmp_path, monkeypatch, file
-):
+def test_code_in_a_models_folder_is_not_run_on_request(model_folder, tmp_path, monkeypatch, file):
     folder = shutil.copytree(model_folder, tmp_path / "copy")
     (folder / "evil.py").write_text("raise SystemExit('the code ran')")
     own = {

@@ -39,7 +39,7 @@ def test_a_base_model_that_computes_otherwise_is_refused(
         load_over(tiny_base, tiny_artifact, tmp_path / "base", **{name: value})
 
 
-def test_what_changes_no_logits_may_change(tiny_base, tiny_artifact, tmp_path):
+def test_settings_that_do_not_change_logits_may_differ(tiny_base, tiny_artifact, tmp_path):
     changes = {
         "use_cache": False,
         "eos_token_id": 7,

@@ -116,7 +116,7 @@ def check_addresses(states, sinks, is_chunk_behind_ring):
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), reserve=st.integers(0, 60))
 @settings(deadline=None, max_examples=40)
-def test_a_growing_buffer_holds_everything_and_little_more(sizes, reserve):
+def test_a_growing_buffer_has_little_slack(sizes, reserve):
     buffer = GrowingBuffer(reserve)
     states = torch.arange(sum(sizes), dtype=torch.float32).reshape(1, 1, -1, 1)
     for end in torch.tensor(sizes).cumsum(0).tolist():
@@ -166,7 +166,7 @@ def test_the_cache_is_smaller_than_a_dense_one(model):
     assert cache.num_bytes() < 0.75 * dense_bytes
 
 
-def test_an_index_in_float8_takes_a_byte_a_number(model):
+def test_an_index_in_float8_takes_one_byte_per_number(model):
     ids, mask = padded_batch()
     with runtime(model).rule(index_storage="float8"):
         cache = filled(model, ids[:, :FAR], mask[:, :FAR])
@@ -200,7 +200,7 @@ def test_selecting_rows_commutes_with_recomputation(model, rows):
 
 
 @pytest.mark.parametrize("slack", [0, 1, 4])
-def test_the_slack_is_what_can_be_taken_back(model, slack):
+def test_the_slack_is_the_number_of_tokens_that_can_be_cropped(model, slack):
     ids, mask = padded_batch()
     cache = filled(model, ids, mask, crop_slack=slack)
     with pytest.raises(RTPurboError, match=f"at most {slack} tokens"):
@@ -273,7 +273,7 @@ def test_offloading_keeps_the_contents(model):
     check_continuation(model, cache, ids, mask, FAR)
 
 
-def test_masks_cover_every_token_seen(model):
+def test_masks_cover_every_visible_token(model):
     ids, mask = padded_batch()
     cache = filled(model, ids, mask)
     assert cache.get_mask_sizes(3, 0) == (LENGTH + 3, 0)

@@ -165,13 +165,13 @@ def decoded(model, ids, mask, cache=None, steps=None):
     return logits_of(model, ids[:, PROMPT:], mask, steps or [1] * (ids.shape[1] - PROMPT), cache)
 
 
-def test_plain_calls_are_captured_once_they_are_many(plain_steps, model):
+def test_plain_calls_are_captured_after_several_steps(plain_steps, model):
     ids, mask = padded_batch(PADDING, 60)
     assert_same_logits(decoded(model, ids, mask), logits_of(model, ids, mask)[:, PROMPT:], mask)
     assert plain_steps.runs == 36 - decoding.STEPS_BEFORE_CAPTURE
 
 
-def test_positions_need_not_be_given(plain_steps, model):
+def test_positions_are_optional(plain_steps, model):
     ids, mask = padded_batch((0, 0), 60)
     expected, cache = logits_of(model, ids, mask), HeadwiseCache(model)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_positions_need_not_be_given(plain_steps, model):
     assert steps[-1].logits.data_ptr() != steps[-2].logits.data_ptr()
 
 
-def test_a_prompt_that_comes_in_single_tokens(plain_steps, model):
+def test_a_prompt_of_single_token_forwards(plain_steps, model):
     """Padding may go on while some sequences have begun."""
     ids, mask = padded_batch(PADDING, 60)
     cache = HeadwiseCache(model)
@@ -192,7 +192,7 @@ def test_a_prompt_that_comes_in_single_tokens(plain_steps, model):
     assert 0 < plain_steps.runs <= 60 - max(PADDING)
 
 
-def test_short_answers_are_not_worth_it(plain_steps, model):
+def test_short_answers_are_not_captured(plain_steps, model):
     ids, mask = padded_batch(PADDING, PROMPT)
     generate(model, ids, mask, decoding.CAPTURE_COST_IN_STEPS)
     assert plain_steps.prepared == 0
@@ -201,7 +201,7 @@ def test_short_answers_are_not_worth_it(plain_steps, model):
 
 
 @pytest.mark.parametrize("chunks", [[1] * 10 + [7, 1, 1, 1, 30, 1, 1, 14]], ids=str)
-def test_several_tokens_come_between(plain_steps, model, chunks):
+def test_several_tokens_in_one_step(plain_steps, model, chunks):
     ids, mask = padded_batch(PADDING, 90)
     cache = HeadwiseCache(model)
     logits = decoded(model, ids, mask, cache, chunks)
@@ -209,7 +209,7 @@ def test_several_tokens_come_between(plain_steps, model, chunks):
     assert plain_steps.prepared == 1
 
 
-def test_rearranged_caches_go_on(plain_steps, model):
+def test_rearranged_caches_continue(plain_steps, model):
     ids, mask = padded_batch(PADDING, 90)
     cache = HeadwiseCache(model)
     decoded(model, ids[:, :40], mask[:, :40], cache)
@@ -241,7 +241,7 @@ def test_a_changed_rule_is_captured_again(plain_steps, model):
     assert plain_steps.prepared == 2
 
 
-def test_who_watches_sees_every_step(plain_steps, model):
+def test_observers_receive_every_step(plain_steps, model):
     ids, mask = padded_batch((0,), 60)
     cache, seen = HeadwiseCache(model), []
     decoded(model, ids[:, :40], mask[:, :40], cache)
@@ -304,7 +304,7 @@ def test_the_switch_turns_it_off(plain_steps, model):
     assert plain_steps.prepared == 1
 
 
-def test_padding_between_tokens_is_told_once(plain_steps, model):
+def test_padding_between_tokens_warns_once(plain_steps, model):
     ids, mask = padded_batch(PADDING, 60)
     cache = HeadwiseCache(model)
     logits_of(model, ids[:, :PROMPT], holes(mask)[:, :PROMPT], [PROMPT], cache)
@@ -315,7 +315,7 @@ def test_padding_between_tokens_is_told_once(plain_steps, model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_failed_capture_is_told_once_and_leaves_no_trace(plain_steps, family):
+def test_a_failed_capture_warns_once_and_is_cleaned_up(plain_steps, family):
     model, (ids, mask) = sparse_model(family), padded_batch(PADDING, PROMPT)
     expected, _ = greedy_by_recomputation(model, ids, mask, 40)
     plain_steps.failure = RuntimeError("no graphs today.\nSecond line.")
@@ -328,7 +328,7 @@ def test_a_failed_capture_is_told_once_and_leaves_no_trace(plain_steps, family):
     assert plain_steps.prepared == 0
 
 
-def test_missing_memory_is_forgiven(plain_steps, model):
+def test_a_capture_that_runs_out_of_memory_falls_back(plain_steps, model):
     ids, mask = padded_batch(PADDING, PROMPT)
     plain_steps.failure = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.warns(UserWarning, match="out of memory"):
@@ -338,7 +338,7 @@ def test_missing_memory_is_forgiven(plain_steps, model):
     assert plain_steps.prepared == 1
 
 
-def test_attention_without_kernels_is_told(plain_steps, model, monkeypatch):
+def test_attention_without_kernels_is_reported(plain_steps, model, monkeypatch):
     monkeypatch.setattr(PlainStep, "refusal", decoding.CudaGraph.refusal)
     ids, mask = padded_batch(PADDING, PROMPT)
     expected, _ = greedy_by_recomputation(model, ids, mask, 40)
@@ -348,7 +348,7 @@ def test_attention_without_kernels_is_told(plain_steps, model, monkeypatch):
     assert plain_steps.prepared == 0
 
 
-def test_a_rule_wider_than_the_cache_is_refused_as_ever(plain_steps, model):
+def test_a_rule_wider_than_the_cache_is_refused(plain_steps, model):
     ids, mask = padded_batch(PADDING, 60)
     cache = HeadwiseCache(model)
     decoded(model, ids[:, :40], mask[:, :40], cache)
@@ -358,7 +358,7 @@ def test_a_rule_wider_than_the_cache_is_refused_as_ever(plain_steps, model):
     assert_same_logits(logits, logits_of(model, ids, mask)[:, 40:], mask)
 
 
-def test_a_rotary_embedding_that_depends_on_the_length_is_told(plain_steps):
+def test_a_rotary_embedding_that_depends_on_the_length_is_reported(plain_steps):
     model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     make_sparse(model, sparse_config(model))
     ids, mask = padded_batch((0,), PROMPT)
@@ -367,7 +367,7 @@ def test_a_rotary_embedding_that_depends_on_the_length_is_told(plain_steps):
     assert plain_steps.prepared == 0
 
 
-def test_hooks_within_the_model_are_told(plain_steps, model):
+def test_hooks_within_the_model_are_reported(plain_steps, model):
     ids, mask, calls = *padded_batch((0,), PROMPT), []
     hook = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     with pytest.warns(UserWarning, match="a Linear within the model has a hook"):
@@ -386,7 +386,7 @@ def test_copies_decode_with_their_own_weights(plain_steps, model):
     assert not torch.equal(generate(model, ids, mask, 40), expected)
 
 
-def test_a_graph_lives_as_long_as_its_cache(plain_steps, model, monkeypatch):
+def test_a_graph_is_freed_with_its_cache(plain_steps, model, monkeypatch):
     class Nothing(PlainStep):
         def __init__(self, step, rewind, device):
             self.logits = step()
@@ -413,13 +413,13 @@ def test_graphs_of_many_caches_are_few(plain_steps, model):
     assert list(model._rtpurbo_decoder._prepared) == caches[2:]
 
 
-def test_the_forward_looks_as_before_and_comes_back(model):
+def test_the_forward_keeps_its_signature_and_is_restored(model):
     assert inspect.signature(model.forward) == inspect.signature(tiny_model().forward)
     restore(model)
     assert "forward" not in vars(model)
 
 
-def test_a_forward_put_before_by_others_stays():
+def test_a_forward_replaced_by_others_is_kept():
     model, calls = tiny_model(), []
     own = model.forward
 
@@ -436,7 +436,7 @@ def test_a_forward_put_before_by_others_stays():
     assert model.forward is counted
 
 
-def test_nothing_is_captured_or_told_without_a_gpu(model):
+def test_without_a_gpu_nothing_is_captured_or_reported(model):
     ids, mask = padded_batch(PADDING, PROMPT)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -485,7 +485,7 @@ def in_both_ways(model, monkeypatch, run):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_moe"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_graphs_say_what_their_steps_say(family, options, batch, gpu_batch, monkeypatch):
+def test_graphs_give_the_same_tokens_as_their_steps(family, options, batch, gpu_batch, monkeypatch):
     model, (ids, mask) = gpu_model(family), gpu_batch(BATCHES[batch])
     results, appended = [], []
 
@@ -533,7 +533,7 @@ def test_graphs_are_as_exact_as_steps_as_usual(batch, gpu_batch):
 
 
 @pytest.mark.gpu
-def test_sampling_goes_on_behind_graphs(gpu_batch, monkeypatch):
+def test_sampling_works_with_graphs(gpu_batch, monkeypatch):
     model, (ids, mask) = gpu_model(), gpu_batch(PADDING)
 
     def run():
@@ -567,7 +567,7 @@ def test_another_turn_and_another_batch(gpu_batch, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_memory_of_graphs_comes_back(gpu_batch):
+def test_memory_of_graphs_is_freed(gpu_batch):
     model, (ids, mask) = gpu_model(), gpu_batch(PADDING)
     held = []
     for _ in range(4):
@@ -590,7 +590,7 @@ def waiting_head(model):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_seen_before", [True, False])
-def test_a_step_that_waits_for_the_device_is_told(gpu_batch, monkeypatch, is_seen_before):
+def test_a_step_that_synchronises_is_reported(gpu_batch, monkeypatch, is_seen_before):
     model, (ids, mask) = gpu_model(), gpu_batch(PADDING)
     waiting_head(model)
     if not is_seen_before:  # it breaks the capture then
@@ -614,7 +614,7 @@ def test_a_step_that_waits_for_the_device_is_told(gpu_batch, monkeypatch, is_see
 
 
 @pytest.mark.gpu
-def test_full_precision_is_told(gpu_batch):
+def test_full_precision_is_reported(gpu_batch):
     model, (ids, mask) = sparse_model(dtype=torch.float32).cuda(), gpu_batch(PADDING)
     with pytest.warns(UserWarning, match="without kernels"):
         generate(model, ids, mask)

@@ -81,7 +81,7 @@ def test_a_small_window_changes_the_logits(dense):
     assert difference.max() > 1e-2 * expected.abs().max()
 
 
-def test_restoring_gives_back_bit_identical_logits(dense):
+def test_restoring_gives_bit_identical_logits(dense):
     model, expected = dense
     make_sparse(model, sparse_config(model))
     logits_of(model, *padded_batch(), WAYS["decode"])

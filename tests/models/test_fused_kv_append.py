@@ -192,7 +192,7 @@ def test_steps_by_kernels_with_shared_index_keys_equal_those_with_one_a_head():
     assert_same_logits(*steps, mask)
 
 
-def test_weights_are_read_where_they_lie(appended):
+def test_weights_changed_in_place_take_effect(appended):
     """Whoever changes parameters in place, even behind autograd's back, is followed."""
     model = by_kernel(sparse_model("qwen3", dtype=torch.float32).to(DEVICE))
     ids, mask = batch_of((0,), PROMPT + 4)
@@ -229,7 +229,7 @@ def set_backend(model, backend="eager"):
 @pytest.mark.parametrize(
     ("change", "layers"), [(hooked, [1, 1]), (set_backend, []), (lambda _: None, [0, 1, 0, 1])]
 )
-def test_who_watches_a_norm_or_names_a_backend_is_heard(appended, change, layers):
+def test_hooks_on_a_norm_and_named_backends_disable_the_fused_append(appended, change, layers):
     model = by_kernel(sparse_model("qwen3", dtype=torch.float32).to(DEVICE))
     change(model)
     ids, mask = batch_of((0,), PROMPT + 2)

@@ -172,7 +172,7 @@ def test_assisted_decoding_equals_greedy(model, crop_slack):
     )
 
 
-def test_assisted_decoding_accepts_what_a_good_assistant_says(model):
+def test_assisted_decoding_accepts_the_tokens_of_a_good_assistant(model):
     ids, mask = padded_batch((0,), 24)
     expected, _ = greedy_by_recomputation(model, ids, mask, 40)
     forwards = []
@@ -185,7 +185,7 @@ def test_assisted_decoding_accepts_what_a_good_assistant_says(model):
 
 
 @pytest.mark.parametrize("draft_tokens", [5, 70])
-def test_a_sparse_draft_with_windowed_layers_proposes_what_it_would_write(draft_tokens):
+def test_a_sparse_draft_with_windowed_layers_proposes_its_own_tokens(draft_tokens):
     ids, mask = padded_batch((0,), 24)
     target = tiny_model("gemma3_text").double()
     expected = generate(target, ids, mask, 90)
@@ -223,7 +223,7 @@ def test_prompt_lookup_equals_greedy(family, proposed):
     assert torch.equal(result, expected)
 
 
-def test_the_cache_comes_by_itself(model):
+def test_generate_makes_the_cache(model):
     ids, mask = padded_batch()
     output = model(ids, attention_mask=mask)
     assert isinstance(output.past_key_values, HeadwiseCache)
@@ -322,7 +322,7 @@ def test_a_mask_of_another_shape_is_refused_without_a_cache_too():
             model(ids, attention_mask=wrong, use_cache=False)
 
 
-def test_beams_over_the_cache_of_one_row_are_told_how_to_repeat_it():
+def test_beams_over_the_cache_of_one_sequence_are_refused_with_advice():
     model = sparse_model()
     ids, _ = padded_batch((0,))
     cache = model(ids[:, :10], use_cache=True).past_key_values

@@ -88,7 +88,7 @@ def test_kinds_of_weights(tmp_path, kind, dtype, tolerance):
         assert difference.norm() <= tolerance * weights.norm(), name
 
 
-def test_tokenizer_comes_along(file):
+def test_the_tokenizer_is_saved(file):
     tokenizer, expected = load_base_model(str(file)).tokenizer, tiny_tokenizer()
     text = "<|im_start|>user\nWhat is  mentioned, naïve?<|im_end|>\n"
     assert tokenizer(text).input_ids == expected(text).input_ids
@@ -148,7 +148,7 @@ def test_only_its_configuration_is_read(file, decodings):
     assert not decodings
 
 
-def test_progress_is_told_and_bars_are_drawn_in_terminals_alone(file, capfd, own_cache):
+def test_progress_is_reported_and_bars_are_drawn_in_terminals_only(file, capfd, own_cache):
     steps = []
     load_base_model(str(file), progress=lambda *step: steps.append(step))
     assert [step[0] for step in steps] == ["decoding"] * len(steps)
@@ -159,7 +159,7 @@ def test_progress_is_told_and_bars_are_drawn_in_terminals_alone(file, capfd, own
     assert capfd.readouterr() == ("", "")
 
 
-def test_other_files_may_lie_beside_a_gguf_file(file, tmp_path):
+def test_other_files_next_to_a_gguf_file_are_ignored(file, tmp_path):
     """Folders of the Hub hold a configuration and a licence too."""
     tiny_model("qwen2").config.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("")
@@ -220,7 +220,7 @@ def test_scaled_context(tmp_path, kind):
     assert_frequencies_as(write_tiny_gguf(tmp_path / "a.gguf", model, metadata=metadata), model)
 
 
-def test_scaled_context_of_gemma_leaves_windows_alone(tmp_path):
+def test_a_scaled_context_of_gemma_keeps_its_windows(tmp_path):
     rope = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -271,7 +271,7 @@ def test_frequencies_of_llama3(tmp_path):
         ),
     ],
 )
-def test_what_is_not_supported(tmp_path, decodings, changes, message):
+def test_unsupported_settings_are_refused(tmp_path, decodings, changes, message):
     file = write_tiny_gguf(tmp_path / "a.gguf", tiny_model(), **changes)
     for read in (read_config, load_base_model):
         with pytest.raises(RTPurboError, match=message):
@@ -320,8 +320,8 @@ def test_quantisations_and_versions_that_are_not_known(file):
         load_base_model(str(file))
 
 
-def test_files_and_folders_that_do_not_say_which_model(file, tmp_path):
-    with pytest.raises(RTPurboError, match=r"There is no file .*/none.gguf"):
+def test_ambiguous_files_and_folders_are_refused(file, tmp_path):
+    with pytest.raises(RTPurboError, match=r"there is no file .*/none.gguf"):
         load_base_model(str(tmp_path / "none.gguf"))
     with pytest.raises(RTPurboError, match="have revisions"):
         load_base_model(str(file), revision="main")
@@ -337,13 +337,13 @@ def test_files_and_folders_that_do_not_say_which_model(file, tmp_path):
 def test_no_tokens_to_make_a_tokenizer_of(file):
     content = file.read_bytes()
     file.write_bytes(content.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_"))
-    with pytest.raises(RTPurboError, match="The tokenizer of"):
+    with pytest.raises(RTPurboError, match="the tokenizer of"):
         load_base_model(str(file))
 
 
 def test_a_cache_that_cannot_be_written(file, own_cache):
     own_cache.write_bytes(b"")
-    with pytest.raises(RTPurboError, match="Cannot write to the cache folder"):
+    with pytest.raises(RTPurboError, match="cannot write to the cache folder"):
         load_base_model(str(file))
 
 

@@ -29,7 +29,7 @@ from tests.tiny_models import (
     at_least=st.integers(1, 12),
 )
 @settings(deadline=None, max_examples=80)
-def test_slow_dimensions_are_slow_pairs_and_what_never_turns(
+def test_low_frequency_dimensions_are_slow_pairs_and_unrotated_ones(
     wavelengths, unrotated, shortest, at_least
 ):
     half = len(wavelengths)

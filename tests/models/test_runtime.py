@@ -38,7 +38,7 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize(("outer", "inner"), list(itertools.product(CONTEXTS, repeat=2)))
-def test_every_context_restores_what_it_found(outer, inner):
+def test_every_context_restores_the_previous_state(outer, inner):
     model = sparse_model()
     runtime, before = model.rtpurbo, settings(model)
     with CONTEXTS[outer](runtime):

@@ -113,7 +113,7 @@ def test_only_the_main_process_writes(tmp_path):
 
 
 @pytest.mark.parametrize("through", ["push_to_hub", "save_pretrained"])
-def test_what_is_pushed_is_the_sparse_model(tmp_path, monkeypatch, through):
+def test_the_sparse_model_is_pushed(tmp_path, monkeypatch, through):
     model, pushed = tiny_sparse(), tmp_path / "pushed"
 
     def upload(self, working_dir, repo_id, *args, **kwargs):

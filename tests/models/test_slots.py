@@ -106,7 +106,7 @@ def test_labels_under_left_padding_are_those_of_the_mask(chunks):
     assert slots.padding == "left"
 
 
-def test_padding_anywhere_stays():
+def test_padding_at_any_place_is_kept():
     _, mask = padded_batch()
     slots = TokenSlots(RingSlots(2, 8, 0))
     slots.begin_forward(holes(mask), 3, 0, LENGTH, CPU)
@@ -155,7 +155,7 @@ def test_states_without_padding_are_in_order(model, states_seen):
         assert not (bounded.in_order and bounded.first_slots is not None)
 
 
-def test_states_behind_left_padding_tell_where_sequences_begin(model, states_seen):
+def test_positions_after_left_padding_give_the_beginning_of_sequences(model, states_seen):
     ids, mask = padded_batch()
     logits_of(model, ids, mask, [20, 1, 23])
     for _, full, _ in states_seen:
@@ -168,7 +168,7 @@ def test_states_behind_left_padding_tell_where_sequences_begin(model, states_see
     assert chunk[2].first_slots.tolist() == [2 + 7 - 21 + pad for pad in PADDING]
 
 
-def test_states_with_holes_tell_nothing(model, states_seen):
+def test_positions_with_gaps_give_no_beginning(model, states_seen):
     ids, mask = padded_batch()
     logits_of(model, ids, holes(mask), [30, 1, 13])
     for _, *both in states_seen:

@@ -36,7 +36,7 @@ def generated(model):
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
-def test_a_copy_is_a_model_of_its_own(how, family):
+def test_a_copy_is_independent(how, family):
     model = sparse_model(family)
     expected, answer = logits(model), generated(model)
     twin = COPIES[how](model)
@@ -129,7 +129,7 @@ def offloaded():
         (offloaded, "are offloaded"),
     ],
 )
-def test_what_cannot_be_sparse_is_named_and_left_as_it_was(make, message):
+def test_refused_models_are_named_and_unchanged(make, message):
     model = make()
     before = dict(model.named_modules())
     with pytest.raises(RTPurboError, match=message):

@@ -183,7 +183,7 @@ def test_using_a_rule_for_a_while():
     assert torch.equal(logits_of(model, ids, mask), before)
 
 
-def test_counting_what_is_read():
+def test_counting_reads():
     model, (ids, mask) = sparse_model(), padded_batch()
     shares = {}
     for top_p in (0.3, 0.9, 1.0):
@@ -225,7 +225,7 @@ def test_an_empty_head_map_names_no_heads():
     assert head_map.retrieval_heads == (None, (), None)
 
 
-def test_an_open_wavelength_becomes_the_context_length():
+def test_an_unset_wavelength_becomes_the_context_length():
     model = tiny_model()
     config = sparse_config(model)
     assert config.indexer.min_wavelength is None

@@ -23,7 +23,7 @@ def change(artifact, **changes):
     return path
 
 
-def test_what_the_adapter_names_is_not_imported(artifact, monkeypatch):
+def test_modules_named_by_an_adapter_are_not_imported(artifact, monkeypatch):
     (artifact / "__init__.py").write_text("")
     (artifact / "payload.py").write_text("import builtins; builtins.payload_ran = True")
     change(artifact, megatron_config={"a": 1}, megatron_core="megatron.payload")

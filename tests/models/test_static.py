@@ -198,7 +198,7 @@ def test_cropping_commutes_with_recomputation(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_steps_taken_back_leave_no_trace(family):
+def test_cropped_steps_leave_no_trace(family):
     """As a graph is warmed up: a step runs, is not counted, and runs again."""
     model = sparse_model(family)
     ids, mask = padded_batch(PADDING, LENGTH)

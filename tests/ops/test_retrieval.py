@@ -76,7 +76,7 @@ def test_equals_the_oracle_whatever_the_sizes(name, changes):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_keys_may_lie_in_any_order(name):
+def test_keys_may_be_in_any_order(name):
     problem = random_problem(17, 63, padding=(0, 13))
     order = torch.randperm(63, generator=torch.Generator().manual_seed(1))
     shuffled = problem.key_order(order)
@@ -164,7 +164,7 @@ class Watcher(SelectionStatistics):
 
 @pytest.mark.parametrize("mode", ["top_p", "row_share"])
 @pytest.mark.parametrize("q_len", [1, 33])
-def test_a_selector_takes_the_place_of_the_rule(monkeypatch, mode, q_len):
+def test_a_selector_replaces_the_rule(monkeypatch, mode, q_len):
     monkeypatch.setattr(visibility, "MAX_CHUNK_ELEMENTS", 2 * 4 * 111 * 16)
     problem, watcher = random_problem(q_len, 111, padding=(0, 13)), Watcher()
     near = oracles.near_keys(problem, RULE.sliding_window, RULE.num_sink_tokens)

@@ -30,7 +30,7 @@ def test_near_mask_is_the_definition(sinks, windows):
     assert torch.equal(mask.expand(-1, 4, -1, -1), near_keys(problem, windows, sinks))
 
 
-def test_padding_sees_nothing_and_is_never_seen():
+def test_padding_attends_to_nothing_and_is_never_attended_to():
     positions = left_padded_positions([4], 9)
     for mask in (causal_mask(positions, positions), near_mask(positions, positions, 100, 100)):
         assert not mask[..., :4, :].any()

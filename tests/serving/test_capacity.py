@@ -65,7 +65,7 @@ def test_heads_without_a_size_of_their_own_share_the_hidden_size(checkpoint, tmp
         capacity_of(tmp_path, GIB, in_flight=64)
 
 
-def test_it_says_so_in_a_sentence():
+def test_the_capacity_is_described_in_one_sentence():
     assert str(Capacity(GIB // 2, 8192, 30_000, 10_000)) == (
         "0.5 GiB of cache holds 30,000 tokens of context in requests of 8,192, 3.0 times the dense "
         "model's 10,000."

@@ -48,7 +48,7 @@ def test_answers_are_those_of_generate(loaded, conversation):
     assert conversation.messages[-1] == {"role": "assistant", "content": text}
 
 
-def test_later_turns_read_only_what_is_new(loaded, conversation):
+def test_later_turns_read_only_new_tokens(loaded, conversation):
     say(conversation, LONG)
     first = conversation.last_answer
     assert first.reused_tokens == 0
@@ -61,7 +61,7 @@ def test_later_turns_read_only_what_is_new(loaded, conversation):
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_a_new_conversation_knows_nothing_of_the_old(loaded, conversation, reset):
+def test_a_new_conversation_starts_without_a_cache(loaded, conversation, reset):
     expected = say(conversation, "magic")
     if reset:
         conversation.reset()
@@ -108,7 +108,7 @@ def test_any_other_interruption_keeps_the_text_and_not_the_cache(conversation):
     assert conversation.last_answer.reused_tokens == 0
 
 
-def test_what_fails_leaves_the_conversation_as_it_was(conversation, monkeypatch):
+def test_a_failed_answer_leaves_the_conversation_unchanged(conversation, monkeypatch):
     say(conversation, "magic")
     before = list(conversation.messages)
     with monkeypatch.context() as patch:
@@ -243,7 +243,7 @@ def test_layers_without_attention_read_nothing_and_chunks_read_their_own(name, o
     assert dense == own + full * 6 * (5 + 100)
 
 
-def test_the_caches_are_weighed(conversation):
+def test_cache_sizes_are_reported(conversation):
     say(conversation, LONG)
     answer = conversation.last_answer
     tokens = answer.prompt_tokens + answer.new_tokens - 1
@@ -252,7 +252,7 @@ def test_the_caches_are_weighed(conversation):
     assert isinstance(conversation._cache, HeadwiseCache)
 
 
-def test_reads_are_counted_only_when_asked_for(loaded):
+def test_reads_are_counted_only_on_request(loaded):
     conversation = Conversation(*loaded, max_new_tokens=3)
     say(conversation, "magic")
     assert conversation.last_answer.tokens_read is None

@@ -74,7 +74,7 @@ def test_stage2_of_every_kind_is_merged(tiny_base, tmp_path, kind, target):
     assert ArtifactConfig.read(folder).base == replace(base, name=tiny_base.name)
 
 
-def test_a_checkpoint_for_vllm_says_what_an_engine_needs(tiny_artifact, tmp_path):
+def test_a_checkpoint_for_vllm_has_what_an_engine_needs(tiny_artifact, tmp_path):
     folder = export(tiny_artifact, tmp_path / "vllm", "vllm")
     config, artifact = config_of(folder), ArtifactConfig.read(tiny_artifact)
     assert config["architectures"] == ["RTPurboLlamaForCausalLM"]
@@ -123,7 +123,7 @@ def test_large_models_are_divided_into_files(tiny_artifact, tmp_path, target):
     assert torch.equal(logits(rtpurbo.load(folder)[0]), expected)
 
 
-def test_tokenizer_and_generation_settings_come_along(tmp_path):
+def test_tokenizer_and_generation_settings_are_saved(tmp_path):
     base = save_tiny_base(tmp_path / "base")
     GenerationConfig(eos_token_id=2, do_sample=True, temperature=0.3).save_pretrained(base)
     artifact = save_tiny_artifact(tmp_path / "artifact", base)
@@ -134,7 +134,7 @@ def test_tokenizer_and_generation_settings_come_along(tmp_path):
     assert tokenizer("magic numbers") == AutoTokenizer.from_pretrained(base)("magic numbers")
 
 
-def test_others_may_read_what_was_written(tiny_artifact, tmp_path):
+def test_written_files_have_usual_permissions(tiny_artifact, tmp_path):
     folder = export(tiny_artifact, tmp_path / "export", "vllm")
     assert all(path.stat().st_mode & stat.S_IROTH for path in folder.iterdir())
 
@@ -233,7 +233,7 @@ def test_vllm_does_not_support_shared_block_lists(tmp_path):
     export(artifact, tmp_path / "transformers", "transformers")
 
 
-def test_nothing_is_written_where_something_fails(tiny_artifact, tmp_path, monkeypatch):
+def test_nothing_is_written_after_a_failure(tiny_artifact, tmp_path, monkeypatch):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").write_text("keep me")

@@ -41,7 +41,7 @@ def install(monkeypatch, tmp_path):
         ("0.32.0+cpu", None, True),
     ],
 )
-def test_builds_of_vllm_are_told_apart(install, version, distribution, on_cpu):
+def test_builds_of_vllm_are_distinguished(install, version, distribution, on_cpu):
     assert install(version, distribution) == Installation(version, on_cpu)
 
 

@@ -77,7 +77,7 @@ def test_an_export_of_another_process_is_taken(tiny_artifact, monkeypatch):
     assert is_checkpoint(prepare_checkpoint(tiny_artifact))
 
 
-def test_what_cannot_be_exported_is_refused(tiny_base, tmp_path):
+def test_models_that_cannot_be_exported_are_refused(tiny_base, tmp_path):
     artifact = save_tiny_artifact(tmp_path / "artifact", tiny_base)
     with pytest.raises(RTPurboError, match="nowhere"):
         prepare_checkpoint(artifact, base_model=str(tmp_path / "nowhere"))
@@ -112,7 +112,7 @@ def test_a_float8_cache_is_ordered_and_counted(checkpoint):
 
 
 @pytest.mark.parametrize("spelling", ["--served-model-name", "--served_model_name"])
-def test_options_of_the_user_come_once(checkpoint, spelling):
+def test_options_of_the_user_are_passed_once(checkpoint, spelling):
     settings = ServerSettings(others=(f"{spelling}=mine", "--port=80"))
     command = server_command(checkpoint, "name", settings, GPU)
     assert "--served-model-name" not in command[:-2]
@@ -156,7 +156,7 @@ def serve(*arguments):
     return CliRunner().invoke(app, ["serve", *map(str, arguments)])
 
 
-def test_serve_becomes_the_server(tiny_artifact, checkpoint, tmp_path):
+def test_serve_replaces_its_process_by_the_server(tiny_artifact, checkpoint, tmp_path):
     stand_in = write_stand_in(tmp_path / "site")
     source = Path(rtpurbo.__file__).parent.parent
     for folder in (checkpoint, tiny_artifact):
@@ -188,7 +188,7 @@ def test_the_command_can_be_printed(checkpoint, tmp_path, monkeypatch):
     assert result.stderr.startswith("0.5 GiB of cache holds ")
 
 
-def test_serve_without_vllm_says_what_to_install(checkpoint, monkeypatch):
+def test_serve_without_vllm_is_explained(checkpoint, monkeypatch):
     monkeypatch.setattr("rtpurbo.serving.installation.find_spec", lambda name: None)
     result = serve(checkpoint)
     assert result.exit_code == 1

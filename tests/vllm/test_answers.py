@@ -158,7 +158,7 @@ def test_preemption(llama, reference, monkeypatch):
         assert preemptions
 
 
-def test_a_prompt_larger_than_what_is_free(llama, reference, prompts, expected):
+def test_a_prompt_larger_than_the_free_blocks(llama, reference, prompts, expected):
     """It is let in because its old blocks are given back while it is read."""
     with running(
         llama, num_gpu_blocks_override=68, max_model_len=704, max_num_batched_tokens=64

@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
     )
 
 
-def test_capacity_is_what_was_predicted(checkpoint):
+def test_the_capacity_equals_the_prediction(checkpoint):
     tokens, blocks = held_by(checkpoint)
     config = ArtifactConfig.read(checkpoint).config
     plan = plan_cache(config, TokenBytes.of(config, 32, 4), tokens=CONTEXT, in_flight=IN_FLIGHT)
@@ -88,7 +88,7 @@ def test_layers_with_a_window_of_their_own(tmp_path):
     assert tokens / dense > 1
 
 
-def test_the_gain_over_the_dense_model_is_what_was_predicted(checkpoint):
+def test_the_gain_over_the_dense_model_equals_the_prediction(checkpoint):
     predicted = capacity_of(checkpoint, MEMORY, in_flight=IN_FLIGHT, dtype="float32")
     sparse, _ = held_by(checkpoint)
     dense, _ = held_by(checkpoint.parent / "base")
@@ -98,7 +98,7 @@ def test_the_gain_over_the_dense_model_is_what_was_predicted(checkpoint):
     assert gain > 2
 
 
-def test_what_a_request_holds_stays_within_the_plan(checkpoint):
+def test_the_blocks_of_a_request_stay_within_the_plan(checkpoint):
     """A pool of just the blocks that the plan grants two requests serves two at a time."""
     from tests.vllm.checkpoints import random_prompts
     from tests.vllm.engines import free_blocks, greedy

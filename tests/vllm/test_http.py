@@ -127,7 +127,7 @@ def test_messages_are_answered(server):
     assert choice["finish_reason"] == "stop"
 
 
-def test_capacity_is_what_was_told(server, checkpoint):
+def test_the_capacity_equals_the_reported_one(server, checkpoint):
     told = capacity_of(checkpoint, GIB, in_flight=BATCHED, max_model_len=CONTEXT, dtype="float32")
     log = server.log.read_text()
     assert f"holds {told.tokens:,} tokens of context" in log

@@ -37,7 +37,7 @@ def test_overrides_accept_the_arguments_of_vllm(cls):
     assert compared >= 2
 
 
-def test_metadata_has_what_the_builder_reads():
+def test_metadata_has_the_fields_that_the_builder_reads():
     names = {field.name for field in fields(CommonAttentionMetadata)}
     assert names >= {
         "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "rswa_prefix_lens",

@@ -123,7 +123,7 @@ def step(manager, request, computed, end):
 
 
 @pytest.mark.parametrize(("window", "sinks", "chunk"), [(64, 4, 64), (33, 20, 16), (1, 0, 48)])
-def test_a_request_holds_sinks_and_window_and_gives_all_back(window, sinks, chunk):
+def test_a_request_keeps_sinks_and_window_and_frees_all_blocks(window, sinks, chunk):
     pool = pool_of()
     bound = -(-(window - 1 + chunk) // SIZE) + 1 + -(-sinks // SIZE)
     manager = manager_of(pool, spec_of(window, sinks, max_blocks=bound))

@@ -134,7 +134,7 @@ def load_referenced(
     # Not from the Hub, where another owner may have a model of this name.
     if reference.source == "local" and not os.path.isdir(reference.name):  # noqa: PTH112
         raise RTPurboError(
-            f"The base model is the local folder {reference.name[:200]}, which is not here; pass the "
+            f"the base model is the local folder {reference.name[:200]}, which is not here; pass the "
             "path of the same model as the base model."
         )
     if reference.source != "gguf":
@@ -145,7 +145,7 @@ def load_referenced(
     folder = find_decoded(_gguf_cache(), reference.fingerprint)
     if folder is None:
         raise RTPurboError(
-            f"The base model is the local file {reference.name}, which this machine has not decoded "
+            f"the base model is the local file {reference.name}, which this machine has not decoded "
             "yet; pass its path as the base model."
         )
     origin = _Origin(
@@ -194,16 +194,16 @@ def _find(name: str | None, revision: str | None, hub: Mapping[str, Any] | None 
     except OSError:  # the name is too long for a path
         exists = False
     if not name.strip():
-        raise RTPurboError("The name of the model is empty: pass a folder, a file or a name.")
+        raise RTPurboError("the name of the model is empty: pass a folder, a file or a name.")
     if revision is not None and (is_wheel or exists):
         raise RTPurboError(
-            f"Only models of the Hugging Face Hub have revisions; pass none for {name}."
+            f"only models of the Hugging Face Hub have revisions; pass none for {name}."
         )
     if is_wheel:
         return _from_wheels(find_wheel_model(name))
     if not exists:
         if name.lower().endswith(SUFFIX):
-            raise RTPurboError(f"There is no file {name}: check the path of the GGUF file.")
+            raise RTPurboError(f"there is no file {name}: check the path of the GGUF file.")
         return _from_hub(name, revision, hub)
     gguf = find_gguf(path)
     if gguf is not None:
@@ -230,12 +230,12 @@ def _from_folder(folder: Path) -> _Origin:
     name = str(folder)
     if (folder / CONFIG_FILE).is_file():
         raise RTPurboError(
-            f"The folder {name} is an rtpurbo artifact, not a base model: pass the model that "
+            f"the folder {name} is an rtpurbo artifact, not a base model: pass the model that "
             "it was made from, which `rtpurbo inspect` shows."
         )
     if not (folder / "config.json").is_file():
         raise RTPurboError(
-            f"The folder {name} has no config.json and no {SUFFIX} file: pass the folder of a "
+            f"the folder {name} has no config.json and no {SUFFIX} file: pass the folder of a "
             "transformers model."
         )
     return _Origin(

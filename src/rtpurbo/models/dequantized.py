@@ -107,7 +107,7 @@ def load_checked(folder: Path, options: LoadingOptions) -> Loaded:
     loaded = load_with_fingerprint(str(folder), replace(options, hub={}))
     origin = read_origin(folder)
     if origin is None or origin.get("fingerprint") != loaded.fingerprint:
-        raise RTPurboError(f"The decoded model in {folder} is damaged; remove the folder.")
+        raise RTPurboError(f"the decoded model in {folder} is damaged; remove the folder.")
     return loaded
 
 
@@ -129,7 +129,7 @@ def _lock(folder: Path) -> Iterator[None]:
         lock.acquire()
     except OSError as error:
         raise RTPurboError(
-            f"Cannot write to the cache folder {folder.parent} ({error.strerror}); change its "
+            f"cannot write to the cache folder {folder.parent} ({error.strerror}); change its "
             "permissions, or set RTPURBO_CACHE to another folder."
         ) from error
     try:

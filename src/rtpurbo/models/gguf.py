@@ -46,7 +46,7 @@ def find_gguf(path: Path) -> Path | None:
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
         raise RTPurboError(
-            f"The folder {path} holds {len(files)} GGUF files ({names}); give the path of one."
+            f"the folder {path} holds {len(files)} GGUF files ({names}); give the path of one."
         )
     return files[0] if files else None
 

@@ -156,7 +156,7 @@ class _Parser:
             values, size = GGML_QUANT_SIZES[known]
         except (ValueError, KeyError) as error:
             raise RTPurboError(
-                f"The tensor {name} of {self._path} has a quantisation (type {kind}) that the "
+                f"the tensor {name} of {self._path} has a quantisation (type {kind}) that the "
                 "installed gguf package does not know; upgrade it, or take another file."
             ) from error
         tensor = GgufTensor(name, shape, known, start, prod(shape) // values * size)

@@ -70,6 +70,6 @@ def _set_llama3(config: PretrainedConfig, header: GgufHeader) -> None:
 
 def _unsupported(header: GgufHeader, kind: object) -> RTPurboError:
     return RTPurboError(
-        f"The rotary embedding of {header.path} ({kind}) is not supported for GGUF files; use the "
+        f"the rotary embedding of {header.path} ({kind}) is not supported for GGUF files; use the "
         "model's safetensors files."
     )

@@ -90,7 +90,7 @@ def refusal_message(
         return f"The {kind} {name} has no revision {revision}; check it on the Hugging Face Hub."
     if isinstance(error, (RepositoryNotFoundError, HFValidationError, EntryNotFoundError)):
         return (
-            f"There is no {kind} {name}, neither a folder nor on the Hugging Face Hub; check the "
+            f"there is no {kind} {name}, neither a folder nor on the Hugging Face Hub; check the "
             "name (for a private one, log in with `hf auth login`)."
         )
     if isinstance(error, LocalTokenNotFoundError):

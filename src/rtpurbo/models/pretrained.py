@@ -167,7 +167,7 @@ def load_weights(name: str, sharding: Sharding | None = None, **options: Any) ->
         # transformers would initialise them at random.
         missing = sorted(loading["missing_keys"])
         raise RTPurboError(
-            f"The files of the model {name} lack {len(missing)} weights, such as "
+            f"the files of the model {name} lack {len(missing)} weights, such as "
             f"{missing[0]}: download or save the model again."
         )
     return model
@@ -216,7 +216,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
         except Exception as error:  # a damaged file can raise anything
             raise RTPurboError(
-                f"The tokenizer of {name} cannot be loaded ({first_line(error)}); "
+                f"the tokenizer of {name} cannot be loaded ({first_line(error)}); "
                 "put the tokenizer's files into the model's folder."
             ) from error
 
@@ -319,7 +319,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def _refuse(name: str, error: Exception) -> NoReturn:
     raise RTPurboError(
-        f"The model {name} cannot be loaded ({first_line(error)}); check that it is a causal "
+        f"the model {name} cannot be loaded ({first_line(error)}); check that it is a causal "
         "language model that transformers knows without code of its own, and that its files are "
         "complete."
     ) from error

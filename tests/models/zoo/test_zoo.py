@@ -89,7 +89,7 @@ def test_every_type_equals_its_dense_self(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_types_that_cannot_be_made_sparse_say_why(name):
+def test_refused_types_have_a_reason(name):
     model_type, changes = REFUSED[name]
     model = any_model(model_type, **changes)
     with pytest.raises(RTPurboError, match=r"(cannot be made sparse: .+|no decoder layers.+)\.$"):

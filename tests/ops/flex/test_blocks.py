@@ -36,7 +36,7 @@ def listed(counts, indices):
     ("sinks", "window", "near"),
     [(0, 64, 64), (4, 128, 32), (4, 129, 300), (130, 300, 256), (4, 2 * LENGTH, LENGTH)],
 )
-def test_tables_say_what_entries_say(first, sinks, window, near):
+def test_block_tables_match_their_entries(first, sinks, window, near):
     retrieves = torch.tensor([False, True, False, True])
     found = block_mask(retrieves, LENGTH, first, sinks, window, near, None)
     may, must = (tiles(mask) for mask in entries(retrieves, first, sinks, window, near))

@@ -55,7 +55,7 @@ def test_upper_halves_of_something_else():
     ]
 
 
-def test_first_matrices_lie_in_shared_memory_or_in_registers():
+def test_first_matrices_are_in_shared_memory_or_registers():
     shared = "HGMMA.64x64x16.F32 R24, gdesc[UR4], RZ, !UPT"
     assert strange_descriptors(listing("UMOV UR7, 0x40000040", shared)) == [
         "0010: HGMMA.64x64x16.F32, UR5"

@@ -56,7 +56,7 @@ def test_targets_out_of_reach_take_all_that_has_mass():
     assert not sets.top_set(mass, low).any()
 
 
-def test_entries_of_equal_mass_come_together():
+def test_entries_of_equal_mass_are_selected_together():
     mass = torch.tensor([[0.3, 0.2, 0.2, 0.2, 0.1]], device=DEVICE)
     found = sets.top_set(mass, torch.tensor([0.45], device=DEVICE))
     assert found.tolist() == [[True, True, True, True, False]]

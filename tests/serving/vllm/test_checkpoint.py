@@ -19,7 +19,7 @@ def hf_config(**changes):
     return SimpleNamespace(**own | changes)
 
 
-def test_reads_what_the_export_wrote():
+def test_the_loader_reads_an_export():
     config = read_config(hf_config())
     assert config.head_map.retrieval_heads == ((1, 4), (1, 4))
     assert config.indexer.min_wavelength == 256

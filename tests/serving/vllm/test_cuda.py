@@ -291,7 +291,7 @@ def test_the_selection_matters():
         *(pytest.param(reading, 1, marks=pytest.mark.slow) for reading in get_args(Reading)),
     ],
 )
-def test_uniform_steps_tell_prompts_from_answers(reading, min_tokens):
+def test_uniform_steps_distinguish_prompts_from_answers(reading, min_tokens):
     """The last row of a prompt alone is dense, though kernels are told so by tensors only."""
     requests = [(60, 1, 30), (60, 1, 60), (40, 1, 39), (40, 1, 80), (5, 1, 5)]
     step = Step(requests, DTYPES[0], rule_of(reading=reading, min_tokens=min_tokens))

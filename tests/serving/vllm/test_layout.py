@@ -87,7 +87,7 @@ def test_never_worse_than_one_group_of_small_blocks(layers, tokens, in_flight):
 
 @settings(deadline=None)
 @given(head_maps, lengths)
-def test_a_request_has_room_for_what_it_must_hold(layers, tokens):
+def test_a_request_has_room_for_sinks_and_window(layers, tokens):
     config = config_of(layers)
     token_bytes = TokenBytes.of(config, HEAD_DIM, BYTES)
     plan = plan_of(config)
@@ -139,7 +139,7 @@ def test_layers_with_a_window_of_their_own_by_hand():
     assert plan.capacity(2**30, 2048, 64) > dense
 
 
-def test_one_request_at_a_time_holds_its_whole_prompt():
+def test_only_one_request_keeps_its_whole_prompt():
     config = config_of([[0, 2], [], [], [], [], []], window=64, dense_prompt_queries=8)
     plan = plan_of(config, tokens=512, in_flight=64)
     assert plan.keeps_prompts
@@ -191,7 +191,7 @@ def test_refuses_heads_that_cannot_be_divided(world_size):
         plan_of(config_of([[0]]), world_size=world_size)
 
 
-def test_holds_more_than_the_dense_model():
+def test_the_cache_has_room_for_more_tokens_than_the_dense_one():
     data = json.loads((ARTIFACT / "rtpurbo_config.json").read_text())
     config = RTPurboConfig.from_dict(data["config"])
     token_bytes = TokenBytes.of(config, 64, 4)

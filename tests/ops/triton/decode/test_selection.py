@@ -194,7 +194,7 @@ def test_equal_scores_are_selected_together(reading):
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
 @pytest.mark.parametrize("reading", ["residual", "paper"])
-def test_how_work_is_shared_does_not_matter(monkeypatch, reading, granularity):
+def test_the_result_does_not_depend_on_the_division_of_work(monkeypatch, reading, granularity):
     rule = replace(RULE, granularity=granularity, reading=reading, min_tokens=50)
     step = Step.build(1500, rule, (0, 3), dtype=torch.float32, padding=(0, 700))
     check_bounds(step)
@@ -243,7 +243,7 @@ def cells_kernel(cells, deepest, count: tl.constexpr):
     tl.store(deepest + depths, histogram.deepest_of(entry_cells))
 
 
-def test_cells_reach_as_deep_as_there_is_mass():
+def test_histogram_bins_cover_all_mass():
     size = histogram.DEPTH_WIDTH.value
     cells, deepest = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
     cells_kernel[(1,)](cells, deepest, size)
