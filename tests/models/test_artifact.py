@@ -208,9 +208,9 @@ def test_a_missing_artifact(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "is_hidden", "sentence"),
     [
-        (RepositoryNotFoundError, False, "There is no artifact me/sparse, neither a folder nor on"),
-        (RevisionNotFoundError, False, "The artifact me/sparse has no revision v2"),
-        (GatedRepoError, False, "The artifact me/sparse is gated"),
+        (RepositoryNotFoundError, False, "there is no artifact me/sparse, neither a folder nor on"),
+        (RevisionNotFoundError, False, "the artifact me/sparse has no revision v2"),
+        (GatedRepoError, False, "the artifact me/sparse is gated"),
         # Answers of other kinds are hidden behind an empty cache.
         (HfHubHTTPError, True, r"refused access to the artifact me/sparse \(HTTP 403\)"),
     ],

@@ -83,21 +83,21 @@ def refusal_message(
         return None
     if isinstance(error, GatedRepoError):
         return (
-            f"The {kind} {name} is gated; ask for access on its page on the Hugging Face Hub and "
+            f"the {kind} {name} is gated; ask for access on its page on the Hugging Face Hub and "
             "log in with `hf auth login`."
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"The {kind} {name} has no revision {revision}; check it on the Hugging Face Hub."
+        return f"the {kind} {name} has no revision {revision}; check it on the Hugging Face Hub."
     if isinstance(error, (RepositoryNotFoundError, HFValidationError, EntryNotFoundError)):
         return (
             f"there is no {kind} {name}, neither a folder nor on the Hugging Face Hub; check the "
             "name (for a private one, log in with `hf auth login`)."
         )
     if isinstance(error, LocalTokenNotFoundError):
-        return f"No token is stored for the {kind} {name}; log in with `hf auth login`."
+        return f"no token is stored for the {kind} {name}; log in with `hf auth login`."
     if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in (401, 403):
         return (
-            f"The Hugging Face Hub refused access to the {kind} {name} (HTTP {status}); check the "
+            f"the Hugging Face Hub refused access to the {kind} {name} (HTTP {status}); check the "
             "token with `hf auth whoami` or log in with `hf auth login`."
         )
     return None
