@@ -116,7 +116,7 @@ def test_the_scale_is_chosen_on_held_out_sequences(kept):
 def test_another_stage2_does_not_report_the_previous_scale(kept, tmp_path):
     again = distill(kept["best"], tmp_path / "again", settings=SETTINGS, device="cpu")
     figures = ArtifactConfig.read(again).figures
-    assert set(figures) == {"stability", "stage1", "refresh"}
+    assert set(figures) == {"stability", "stage1", "refresh", "top_p"}
     assert figures["stage1"] == ArtifactConfig.read(kept["best"]).figures["stage1"]
 
 
