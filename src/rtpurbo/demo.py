@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rtpurbo.conversion import convert
-from rtpurbo.devices import device_name, resolve_device
+from rtpurbo.devices import default_dtype, device_name, resolve_device
 from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.evaluation.run import Case, evaluate
 from rtpurbo.files import write_text_atomically
@@ -108,7 +108,7 @@ def run_demo(
         device_name(place),
         "rtpurbo demo",
         records,
-        {"kv_bytes_at": CACHE_LENGTH},
+        {"kv_bytes_at": CACHE_LENGTH, "dtype": str(default_dtype(place)).removeprefix("torch.")},
     )
     samples = ", ".join(f"{cell.task} {cell.context_length}: {cell.samples}" for cell in CASES)
     report = _REPORT.format(
