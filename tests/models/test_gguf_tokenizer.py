@@ -5,7 +5,7 @@ import pytest
 from tokenizers.models import Unigram
 from transformers import GemmaTokenizer
 
-from rtpurbo.models.gguf_tokenizer import mended_tokenizer
+from rtpurbo.models.gguf_tokenizer import corrected_tokenizer
 from tests.tiny_tokenizer import tiny_tokenizer
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<end_of_turn>"]
@@ -35,17 +35,17 @@ def wrongly_decoded():
 
 
 def test_words_become_tokens_after_the_first_one(file):
-    mended = mended_tokenizer(wrongly_decoded(), file)
+    corrected = corrected_tokenizer(wrongly_decoded(), file)
     text = "the cat  the\n\nthe<end_of_turn>"
-    tokens = mended.convert_ids_to_tokens(mended(text).input_ids)
+    tokens = corrected.convert_ids_to_tokens(corrected(text).input_ids)
     assert tokens == ["<bos>", "the", "▁cat", "▁▁", "the", "\n\n", "the", "<end_of_turn>"]
-    assert mended.decode(mended(text).input_ids, skip_special_tokens=True) == text[:-13]
-    assert mended.chat_template == "{{ messages }}"
-    assert len(mended) == len(TOKENS)
+    assert corrected.decode(corrected(text).input_ids, skip_special_tokens=True) == text[:-13]
+    assert corrected.chat_template == "{{ messages }}"
+    assert len(corrected) == len(TOKENS)
 
 
 def test_other_tokenizers_are_not_changed(file):
     right = GemmaTokenizer()
-    assert mended_tokenizer(right, file) is right
+    assert corrected_tokenizer(right, file) is right
     other = tiny_tokenizer()
-    assert mended_tokenizer(other, file) is other
+    assert corrected_tokenizer(other, file) is other

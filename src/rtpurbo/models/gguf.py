@@ -17,7 +17,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.gguf_config import gguf_config
 from rtpurbo.models.gguf_header import GgufHeader, read_gguf_header
-from rtpurbo.models.gguf_tokenizer import mended_tokenizer
+from rtpurbo.models.gguf_tokenizer import corrected_tokenizer
 from rtpurbo.models.pretrained import LoadingOptions, load_pretrained
 from rtpurbo.settings import Progress
 
@@ -86,7 +86,7 @@ def decode_gguf(
             dtype or header.decoded_dtype(),
         )
         model, decoded = load_pretrained(str(path.parent), options, config=config)
-        tokenizer = mended_tokenizer(decoded, path)
+        tokenizer = corrected_tokenizer(decoded, path)
     model.generation_config.eos_token_id = _end_token_ids(header, tokenizer) or None
     return model, tokenizer
 

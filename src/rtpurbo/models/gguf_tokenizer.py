@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import gguf
+from tokenizers.models import Unigram
 from transformers import AddedToken, GemmaTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import generate_merges
 
@@ -13,7 +13,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 """Values of `tokenizer.ggml.token_type`."""
 
 
-def mended_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
+def corrected_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a GGUF file as a current version of transformers decodes it.
 
     transformers 5.17 makes a Unigram model of Gemma's vocabulary, which splits text into single characters, and leaves
@@ -25,8 +25,7 @@ def mended_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrain
     """
     if not isinstance(tokenizer, GemmaTokenizer):
         return tokenizer
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    if backend["model"]["type"] != "Unigram":
+    if not isinstance(tokenizer.backend_tokenizer.model, Unigram):
         return tokenizer
     fields = gguf.GGUFReader(path).fields
     tokens = [str(token) for token in fields["tokenizer.ggml.tokens"].contents()]
@@ -35,17 +34,17 @@ def mended_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrain
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = generate_merges(vocabulary, {token: -number for token, number in vocabulary.items()})
     names = ("unk_token", "bos_token", "eos_token", "pad_token", "mask_token")
-    mended = GemmaTokenizer(
+    corrected = GemmaTokenizer(
         vocab=vocabulary,
         merges=merges,
         add_bos_token=True,
-        **{name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name)},
+        **{name: token for name in names if (token := getattr(tokenizer, name))},
     )
-    mended.chat_template = tokenizer.chat_template
+    corrected.chat_template = tokenizer.chat_template
     kinds = fields["tokenizer.ggml.token_type"].contents()
     for kind in (_CONTROL, _USER_DEFINED):
         is_special = kind == _CONTROL
-        mended.add_tokens(
+        corrected.add_tokens(
             [
                 AddedToken(token, normalized=False, special=is_special)
                 for token, found in zip(tokens, kinds, strict=True)
@@ -53,4 +52,4 @@ def mended_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrain
             ],
             special_tokens=is_special,
         )
-    return mended
+    return corrected

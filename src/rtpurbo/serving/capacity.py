@@ -70,13 +70,14 @@ def capacity_of(
     token_bytes = TokenBytes.of(
         config, _head_dim(model), _ELEMENT_BYTES.get(dtype, 2), kv_cache_dtype
     )
+    own_window = model.get("sliding_window")
     plan = plan_cache(
         config,
         token_bytes,
         tokens=request,
         in_flight=in_flight,
         world_size=tensor_parallel_size,
-        own_window=model.get("sliding_window"),
+        own_window=own_window,
     )
     # Devices share the heads of a token, so their memory adds up.
     dense = dense_capacity(
@@ -85,7 +86,7 @@ def capacity_of(
         memory * tensor_parallel_size,
         tokens=request,
         in_flight=in_flight,
-        own_window=model.get("sliding_window"),
+        own_window=own_window,
     )
     return Capacity(memory, request, plan.capacity(memory, request, in_flight), dense)
 
