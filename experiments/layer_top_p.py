@@ -1,4 +1,4 @@
-"""Gives an artifact a top-p for each layer, as conversions do since they have `calibration.top_p_sequences`.
+"""Gives an artifact a top-p for each layer, as conversions with `calibration.top_p_sequences` do.
 
     python experiments/layer_top_p.py ARTIFACT -o OUT --data books.jsonl.gz
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def main() -> None:
         seed=stored.settings.get("seed", 0),
         progress=lambda stage, done, total, _: print(stage, done, total, flush=True),
     )  # fmt: skip
+    if found is None:
+        sys.exit(
+            "no costs: the artifact has no retrieval heads, or --length is too short for a question"
+        )
     print(found.values)
     print(f"sum of divergences {found.divergence_of_one:.5f}, by layer {found.divergence:.5f}")
 

@@ -1,5 +1,7 @@
 """Top-p by layer: measured costs, the choice within a budget, and the rule of each layer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -131,3 +133,15 @@ def test_the_choice_reads_no_more_than_one_top_p():
     chosen = dict(enumerate(found.values))
     assert mean_share_read(found.costs, weights, chosen) <= found.share_read
     assert 0 < found.divergence <= found.divergence_of_one
+
+
+@pytest.mark.parametrize(("length", "heads"), [(30, None), (300, ())])
+def test_nothing_is_chosen_without_answers_or_heads(length, heads):
+    model = tiny_model(vocab_size=512, max_position_embeddings=512).to(torch.float64)
+    config = sparse_config(model, top_p=0.8, min_tokens=0)
+    if heads is not None:
+        per_layer = (heads,) * len(config.head_map.retrieval_heads)
+        config = replace(config, head_map=replace(config.head_map, retrieval_heads=per_layer))
+    make_sparse(model, config)
+    settings = CalibrationSettings(length=length, top_p_sequences=2)
+    assert find_layer_top_p(model, tiny_tokenizer(), load_texts(None, "train"), settings) is None

@@ -121,6 +121,16 @@ def test_each_layer_has_a_top_p(whole, tiny_base, tmp_path):
     assert [layer.rule.top_p for layer in headwise_modules(load(whole)[0])] == list(by_layer)
 
 
+def test_a_model_without_retrieval_heads_has_one_top_p(tiny_base, tmp_path):
+    calibration = replace(SETTINGS.calibration, count=0)
+    stage2 = replace(SETTINGS.stage2, steps=0)
+    settings = replace(SETTINGS, calibration=calibration, stage2=stage2)
+    convert(str(tiny_base), tmp_path / "artifact", settings=settings, device="cpu")
+    artifact = ArtifactConfig.read(tmp_path / "artifact")
+    assert artifact.config.attention.layer_top_p is None
+    assert "top_p" not in artifact.figures
+
+
 def test_values_that_settings_name_are_kept(tiny_base, tmp_path):
     rule = replace(SETTINGS.attention, layer_top_p=(0.5, 0.7))
     settings = replace(SETTINGS, attention=rule, stage2=replace(SETTINGS.stage2, steps=0))

@@ -86,8 +86,10 @@ def find_layer_top_p(
     *,
     seed: int = 0,
     progress: Progress = no_progress,
-) -> LayerTopP:
+) -> LayerTopP | None:
     """Chooses p for each layer, with as many far keys read as with the rule's one `top_p`.
+
+    None without retrieval heads, or without a sequence that is long enough for a question.
 
     Args:
         model: sparse, with trained indexers.
@@ -108,6 +110,8 @@ def find_layer_top_p(
     costs = measure_costs(
         model, sequences, settings.top_p_sequences, values=values, progress=progress
     )
+    if not costs:
+        return None
     weights = {layer: len(heads[layer]) for layer in costs}
     one = dict.fromkeys(costs, rule.top_p)
     share_read = mean_share_read(costs, weights, one)
@@ -138,13 +142,13 @@ def measure_costs(
     Args:
         model: sparse, with trained indexers.
         sequences: longer than sinks and window.
-        count: number of sequences, of which those without an answer are skipped.
+        count: number of sequences, of which those without an answer are skipped; without any answer there are no costs.
         values: values of p below 1.
         progress: called after each sequence.
     """
     layers = [layer for layer in headwise_modules(model) if layer.retrieval_heads]
     found: dict[tuple[int, float], list[Cost]] = {}
-    for number in range(count):
+    for number in range(count if layers else 0):
         conversation = sequences.sequence(number)
         if conversation.answer_spans:
             start, end = conversation.answer_spans[0]
@@ -165,6 +169,7 @@ def measure_costs(
             for top_p in values
         }
         for layer in layers
+        if found
     }
 
 

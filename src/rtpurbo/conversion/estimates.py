@@ -51,6 +51,9 @@ STEP_SECONDS = 0.0015
 # in two halves) and of one batch of documents.
 _CONVERSATION_STEPS, _DOCUMENT_STEPS = 3 * 192 + 2 * 384, 128
 
+_ANSWER_TOKENS = 16
+"""Tokens of an answer at which a top-p is measured."""
+
 _FP32 = 4
 _ADAMW_BYTES = 16
 """Bytes for each trained parameter: fp32 weight, gradient and two moments."""
@@ -360,7 +363,7 @@ def stage_seconds(
     by_layer = 0.0
     if tried and settings.attention.layer_top_p is None:
         prompts = calibration.top_p_sequences * shape.forward_flops(calibration.length)
-        by_layer = seconds(prompts + 2 * shape.parameters * 16 * tried, tried)
+        by_layer = seconds(prompts + 2 * shape.parameters * _ANSWER_TOKENS * tried, tried)
     return StageSeconds(
         writing=_writing_seconds(shape, stage2, device_name),
         calibration=seconds(documents * shape.forward_flops(calibration.length), documents),

@@ -342,6 +342,8 @@ class Job:
                     progress=self.progress,
                 ),
             )
+            if found is None:
+                return
             if self.processes.is_main:
                 write_json_atomically(path, asdict(found))
         stored = self.processes.from_main(lambda: json.loads(path.read_text(encoding="utf-8")))
