@@ -13,6 +13,8 @@ from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from tests.vllm.checkpoints import TIE, assert_same_answers
+
 OPTIONS = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -51,6 +53,27 @@ def outputs(llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list
     """The same with everything that vLLM tells about each request."""
     given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     return llm.generate(given, greedy(max_tokens), use_tqdm=False)
+
+
+def assert_same_answers_twice(
+    llm: LLM,
+    reference: Any,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    tie: float = TIE,
+) -> list[list[Any]]:
+    """Compares the answers of two passes, the second from the prefix cache, after which every block is free again.
+
+    Returns:
+        Outputs of vLLM for each prompt, of both passes.
+    """
+    free = free_blocks(llm)
+    passes = [outputs(llm, prompts, len(expected[0])) for _ in range(2)]
+    for found in passes:
+        tokens = [list(output.outputs[0].token_ids) for output in found]
+        assert_same_answers(reference, prompts, tokens, expected, tie)
+    assert free_blocks(llm) == free
+    return passes
 
 
 def scheduler(llm: LLM) -> Any:

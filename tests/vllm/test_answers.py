@@ -11,7 +11,14 @@ from tests.vllm.checkpoints import (
     random_prompts,
     save_checkpoint,
 )
-from tests.vllm.engines import answers, counted_preemptions, free_blocks, outputs, running
+from tests.vllm.engines import (
+    answers,
+    assert_same_answers_twice,
+    counted_preemptions,
+    free_blocks,
+    outputs,
+    running,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -92,15 +99,10 @@ def test_layers_of_one_kind(layers, tmp_path, prompts):
 @pytest.mark.parametrize("chunk", [1024, 64, 17])
 def test_chunks_and_repeated_prefixes(chunk, llama, reference, prompts, expected):
     with running(llama, max_num_batched_tokens=chunk) as llm:
-        free = free_blocks(llm)
-        first, second = (outputs(llm, prompts, NEW) for _ in range(2))
-        for found in (first, second):
-            tokens = [list(output.outputs[0].token_ids) for output in found]
-            assert_same_answers(reference, prompts, tokens, expected)
+        first, second = assert_same_answers_twice(llm, reference, prompts, expected)
         assert sum(output.num_cached_tokens for output in first) == 0
         for output, length in zip(second, LENGTHS, strict=True):
             assert output.num_cached_tokens == (length - 1) // 16 * 16
-        assert free_blocks(llm) == free
 
 
 def test_without_prefix_caching(llama, reference, prompts, expected):

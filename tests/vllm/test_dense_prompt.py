@@ -16,6 +16,7 @@ from tests.vllm.checkpoints import (
 )
 from tests.vllm.engines import (
     answers,
+    assert_same_answers_twice,
     counted_preemptions,
     free_blocks,
     greedy,
@@ -76,14 +77,9 @@ def test_the_answers_need_them(llama, prompts, expected):
 @pytest.mark.parametrize("chunk", [1024, 64, 17])
 def test_chunks_and_repeated_prefixes(chunk, llama, reference, prompts, expected):
     with running(llama, max_num_batched_tokens=chunk) as llm:
-        free = free_blocks(llm)
-        first, second = (outputs(llm, prompts, NEW) for _ in range(2))
-        for found in (first, second):
-            tokens = [list(output.outputs[0].token_ids) for output in found]
-            assert_same_answers(reference, prompts, tokens, expected)
+        _, second = assert_same_answers_twice(llm, reference, prompts, expected)
         for output, length in zip(second, LENGTHS, strict=True):
             assert output.num_cached_tokens == (length - 1) // 16 * 16
-        assert free_blocks(llm) == free
 
 
 @pytest.mark.parametrize(

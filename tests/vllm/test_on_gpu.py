@@ -18,7 +18,13 @@ from tests.vllm.checkpoints import (
     random_prompts,
     save_checkpoint,
 )
-from tests.vllm.engines import answers, counted_preemptions, free_blocks, outputs, running
+from tests.vllm.engines import (
+    answers,
+    assert_same_answers_twice,
+    counted_preemptions,
+    free_blocks,
+    running,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,13 +105,8 @@ def next_token(model, tokens):
 def test_chunks_and_prefix_hits(mode, runner, llama, reference, prompts, expected, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     with running(llama, max_num_batched_tokens=128, **MODES[mode], **MEMORY) as llm:
-        free = free_blocks(llm)
-        first, second = (outputs(llm, prompts, NEW) for _ in range(2))
-        for found in (first, second):
-            tokens = [list(output.outputs[0].token_ids) for output in found]
-            assert_same_answers(reference, prompts, tokens, expected)
+        _, second = assert_same_answers_twice(llm, reference, prompts, expected)
         assert all(output.num_cached_tokens for output in second[1:5])
-        assert free_blocks(llm) == free
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,12 @@
 import pytest
 
 from tests.vllm.checkpoints import (
-    assert_same_answers,
     expected_answers,
     load_reference,
     random_prompts,
     save_checkpoint,
 )
-from tests.vllm.engines import free_blocks, outputs, running
+from tests.vllm.engines import assert_same_answers_twice, running
 
 pytestmark = pytest.mark.vllm
 
@@ -24,11 +23,6 @@ def test_chunks_and_prefix_hits(tmp_path):
     prompts = random_prompts(LENGTHS)
     wanted = expected_answers(reference, prompts, NEW)
     with running(checkpoint, max_num_batched_tokens=64) as llm:
-        free = free_blocks(llm)
-        first, second = (outputs(llm, prompts, NEW) for _ in range(2))
-        for found in (first, second):
-            tokens = [list(output.outputs[0].token_ids) for output in found]
-            assert_same_answers(reference, prompts, tokens, wanted)
+        _, second = assert_same_answers_twice(llm, reference, prompts, wanted)
         # Blocks have up to 128 tokens.
         assert all(output.num_cached_tokens for output in second[2:5])
-        assert free_blocks(llm) == free
