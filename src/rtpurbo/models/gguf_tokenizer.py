@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
-from tokenizers.models import Unigram
 from transformers import AddedToken, GemmaTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import generate_merges
 
@@ -25,7 +24,7 @@ def corrected_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTr
     """
     if not isinstance(tokenizer, GemmaTokenizer):
         return tokenizer
-    if not isinstance(tokenizer.backend_tokenizer.model, Unigram):
+    if type(tokenizer.backend_tokenizer.model).__name__ != "Unigram":
         return tokenizer
     fields = gguf.GGUFReader(path).fields
     tokens = [str(token) for token in fields["tokenizer.ggml.tokens"].contents()]
