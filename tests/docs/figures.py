@@ -116,7 +116,7 @@ def _cache(found: dict[str, Any], policy: str, length: int) -> float:
 
 PUBLIC = {
     "Qwen2.5-Coder-1.5B-Instruct": "quality-qwen2.5-coder-1.5b-instruct.json",
-    "Qwen2.5-Coder-0.5B-Instruct": "quality-qwen2.5-coder-0.5b-instruct-32k-h200.json",
+    "Qwen2.5-Coder-0.5B-Instruct": "quality-qwen2.5-coder-0.5b-instruct.json",
 }
 LENGTHS = {"4K": 4096, "8K": 8192, "16K": 16384, "32K": 32768, "64K": 65536}
 CONTEXTS = {"32K": 2**15, "128K": 2**17, "256K": 2**18, "512K": 2**19, "1M": 2**20}
@@ -150,29 +150,38 @@ SUITES = {
 
 
 def public_lengths() -> Rows:
-    found = read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"])
     rows: Rows = {}
-    for name, length in LENGTHS.items():
-        if length <= 32768:
-            full, sparse = (_average(found, policy, length) for policy in ("full", "rtpurbo"))
-            rows[name] = [
-                [sparse["tasks"]],
-                [full["score"]],
-                [sparse["score"]],
-                _difference(sparse),
-                _far(found, "rtpurbo", length),
-                [_cache(found, "rtpurbo", length) / _cache(found, "full", length)],
-            ]
+    for model, file in PUBLIC.items():
+        found = read(file)
+        for name, length in LENGTHS.items():
+            if length <= 32768:
+                full, sparse = (_average(found, policy, length) for policy in ("full", "rtpurbo"))
+                rows[f"{_size(model)}, {name}"] = [
+                    [full["score"]],
+                    [sparse["score"]],
+                    _difference(sparse),
+                    _far(found, "rtpurbo", length),
+                    [_cache(found, "rtpurbo", length) / _cache(found, "full", length)],
+                ]
     return rows
 
 
+def _size(model: str) -> str:
+    return model.split("-")[2]
+
+
 def public_suites() -> Rows:
-    found = read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"])
     rows: Rows = {}
-    for name, (suite, length) in SUITES.items():
-        full, sparse = (_average(found, policy, length, suite) for policy in ("full", "rtpurbo"))
-        row = [[sparse["samples"]], [full["score"]], [sparse["score"]], _difference(sparse)]
-        rows[name] = row
+    for model, file in PUBLIC.items():
+        found = read(file)
+        for name, (suite, length) in SUITES.items():
+            if _records(found, suite=suite, context_length=length):
+                full, sparse = (
+                    _average(found, policy, length, suite) for policy in ("full", "rtpurbo")
+                )
+                rows[f"{_size(model)}, {name}"] = [
+                    [sparse["samples"]], [full["score"]], [sparse["score"]], _difference(sparse)
+                ]  # fmt: skip
     return rows
 
 
@@ -189,7 +198,49 @@ def at_32k(found: dict[str, Any]) -> dict[str, Any]:
 
 def small_public_tasks() -> Rows:
     found = read(PUBLIC["Qwen2.5-Coder-0.5B-Instruct"])
-    return _by_task([(found, "full"), (found, "rtpurbo")])
+    tasks = dict.fromkeys(one["task"] for one in _records(found, suite="ruler"))
+    return {
+        task: [
+            [_record(found, task=task, policy=policy, context_length=length)["score"]]
+            for length in (16384, 32768)
+            for policy in ("full", "rtpurbo")
+        ]
+        for task in tasks
+    }
+
+
+def public_speed() -> Rows:
+    found = read("model-qwen2.5-coder-1.5b-h200.json")
+    rows: Rows = {}
+    for name, ours, values in (
+        ("decode step, batch 1", "rtpurbo", {"phase": "model-decode", "batch_size": 1}),
+        ("decode step, batch 16", "rtpurbo", {"phase": "model-decode", "batch_size": 16}),
+        ("prefill, batch 1", "rtpurbo-dense-retrieval", {"phase": "model-prefill"}),
+    ):
+        flash, cudnn, sparse = (
+            _times(found, one, **values) for one in ("sdpa-flash", "sdpa-cudnn", ours)
+        )
+        density = _record(found, implementation=ours, **values)["density"]
+        rows[name] = [
+            [flash], [cudnn], [sparse], [min(flash, cudnn) / sparse], [100 * density]
+        ]  # fmt: skip
+    return rows
+
+
+def memory() -> Rows:
+    found = read("memory-h200.json")
+    names = {"qwen3-8b": "Qwen3-8B", "qwen3-14b": "Qwen3-14B", "qwen3-30b-a3b": "Qwen3-30B-A3B"}
+    rows: Rows = {}
+    for shape, name in names.items():
+        stages = {one["stage"]: one for one in found["records"] if one["shape"] == shape}
+        order = [stages[stage] for stage in ("calibrate", "stage1", "top-p")]
+        rows[name] = [
+            [order[0]["weights_gib"]],
+            *([one["peak_allocated_gib"]] for one in order),
+            *([one["minutes"]] for one in order),
+            [sum(one["minutes"] for one in order)],
+        ]
+    return rows
 
 
 def public_losing_tasks() -> Rows:
@@ -450,7 +501,7 @@ EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
         public_models, public_lengths, public_suites, public_tasks, small_public_tasks,
-        public_losing_tasks, trial, long_context, controls, smollm2, model_speed,
+        public_losing_tasks, public_speed, memory, trial, long_context, controls, smollm2, model_speed,
         layer_prefill, layer_decode, training, sparse_prefill, recipe_means, recipe_policies,
     )
 }  # fmt: skip

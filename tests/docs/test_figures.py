@@ -24,7 +24,7 @@ from tests.docs.figures import (
 PAGES = ("README.md", "docs/results.md")
 TABLES = [
     (page, table)
-    for page in (*PAGES, "recipes/smollm2-64k/README.md")
+    for page in (*PAGES, "docs/how-to/memory.md", "recipes/smollm2-64k/README.md")
     for table in marked_tables((ROOT / page).read_text(encoding="utf-8"))
 ]
 
@@ -127,7 +127,7 @@ def test_figures_in_sentences_agree_with_their_files(page, pattern, value):
 
 
 CARDS = {
-    "qwen2.5-coder-0.5b-instruct": "quality-qwen2.5-coder-0.5b-instruct-32k-h200.json",
+    "qwen2.5-coder-0.5b-instruct": "quality-qwen2.5-coder-0.5b-instruct.json",
     "qwen2.5-coder-1.5b-instruct": "quality-qwen2.5-coder-1.5b-instruct.json",
     "smollm2-135m-instruct": "quality-smollm2-135m-instruct.json",
     "smollm2-64k-sparse": "quality-smollm2-64k-h200.json",
