@@ -1,10 +1,13 @@
 import re
 import shutil
+import signal
 
 import pytest
 from typer.testing import CliRunner
 
 from rtpurbo.cli import app
+from rtpurbo.interruption import stop_requested
+from rtpurbo.models.text import VisibleStreamer
 from rtpurbo.serving.chat import Conversation
 
 
@@ -39,30 +42,31 @@ def test_reads_are_reported(tiny_artifact, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     text = "the special magic numbers are hidden in the provided text " * 6
     shown = talk(tiny_artifact, text, "more", options=["--show-reads"])
-    first, second = re.findall(r"\[.* held from before; .*MiB\]|\[.* held .*B\]", shown)
-    assert " 0 of them held" in first
-    assert " 0 of them held" not in second
-    assert re.search(r"6 written; a head read \d+ of \d+ tokens \(\d+\.\d %\); the cache", first)
+    first, second = re.findall(r"\[.* cached before; .*B\]", shown)
+    assert " 0 of them cached" in first
+    assert " 0 of them cached" not in second
+    assert re.search(
+        r"6 generated; a retrieval head read \d+ of \d+ tokens \(\d+\.\d %\); the cache", first
+    )
 
 
 def test_an_interrupted_answer_stops_and_the_conversation_continues(tiny_artifact, monkeypatch):
-    answer = Conversation.answer
+    put = VisibleStreamer.put
 
-    def interrupted(self, text, show):
-        def show_one(piece):
-            show(piece)
-            raise KeyboardInterrupt
-
-        answer(self, text, show_one)
+    def interrupted(self, value):
+        is_token = not self.next_tokens_are_prompt
+        put(self, value)
+        if is_token and not stop_requested():
+            signal.raise_signal(signal.SIGINT)
 
     expected = talk(tiny_artifact, "magic")
     with monkeypatch.context() as patch:
-        patch.setattr(Conversation, "answer", interrupted)
+        patch.setattr(VisibleStreamer, "put", interrupted)
         shown = talk(tiny_artifact, "magic", "/reset", "magic")
     first, second = shown.split("A new conversation.\n")
     assert first == second
-    assert first.endswith(" (stopped)\n")
-    assert expected.startswith(first.removesuffix(" (stopped)\n"))
+    assert first.endswith("\n(stopped)\n")
+    assert expected.startswith(first.removesuffix("\n(stopped)\n"))
 
 
 def test_an_interruption_at_the_prompt_does_not_leave(tiny_artifact, monkeypatch):
@@ -76,7 +80,7 @@ def test_an_interruption_at_the_prompt_does_not_leave(tiny_artifact, monkeypatch
 
     monkeypatch.setattr("builtins.input", ask)
     shown = talk(tiny_artifact)
-    assert shown.startswith("\n/quit or Ctrl-D leaves.\n/reset")
+    assert shown.startswith("\n/quit or Ctrl-D exits.\n/reset")
 
 
 def test_a_conversation_beyond_the_context_continues_after_a_message(tiny_artifact):
@@ -106,8 +110,20 @@ def test_options_reach_the_conversation(tiny_artifact, monkeypatch):
     ]
     talk(tiny_artifact, options=[*options, "--show-reads"])
     [options] = made
-    assert vars(options.pop("sampling")) == {"temperature": 0.5, "top_p": 0.8, "top_k": 9}
-    assert options == {"system": "S", "max_new_tokens": 6, "count_reads": True}
+    sampling = {"do_sample": True, "temperature": 0.5, "top_p": 0.8, "top_k": 9}
+    assert options == {"system": "S", "max_new_tokens": 6, "count_reads": True, **sampling}
+
+
+def test_sampling_follows_its_options(tiny_artifact):
+    def answer(*options):
+        return talk(tiny_artifact, "magic", options=["--max-new-tokens", "12", *options])
+
+    greedy = answer("--temperature", "0")
+    assert answer() == greedy  # the tiny model's settings do not sample
+    assert answer("--temperature", "3", "--sampling-top-k", "1") == greedy
+    assert answer("--temperature", "3") == answer("--temperature", "3") != greedy
+    top_p = ("--sampling-top-p", "0.99", "--seed")
+    assert answer(*top_p, "1") != answer(*top_p, "2")
 
 
 @pytest.mark.parametrize("target", ["vllm", "transformers"])
@@ -131,9 +147,9 @@ def test_a_missing_chat_template_is_refused(tiny_base, tiny_artifact, tmp_path):
 
 
 def test_escape_codes_in_an_answer_are_escaped(tiny_artifact, monkeypatch):
-    def answer(self, text, show):
-        show("a \x1b[2J")
-        show("b")
+    def answer(self, text, streamer):
+        streamer.on_finalized_text("a \x1b[2J")
+        streamer.on_finalized_text("b")
 
     monkeypatch.setattr(Conversation, "answer", answer)
     assert "a \\x1b[2Jb" in talk(tiny_artifact, "magic")

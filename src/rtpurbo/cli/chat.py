@@ -22,8 +22,8 @@ def chat(
         bool,
         typer.Option(
             "--show-reads",
-            help="Show after each answer the tokens read per head and the size of the cache, compared with "
-            "the dense model. Slows a GPU down.",
+            help="Show after each answer the tokens read per retrieval head and the size of the cache, "
+            "compared with the dense model. Slows a GPU down.",
         ),
     ] = False,
     temperature: Annotated[
@@ -61,7 +61,7 @@ def chat(
     from rtpurbo.cli.terminal import chat
     from rtpurbo.devices import default_dtype, resolve_device
     from rtpurbo.models.artifact import load
-    from rtpurbo.serving.chat import Conversation, Sampling
+    from rtpurbo.serving.chat import Conversation
 
     place = resolve_device(device)
     model, tokenizer = load(
@@ -72,8 +72,20 @@ def chat(
         model,
         tokenizer,
         system=system,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, sampling_top_p, sampling_top_k),
         count_reads=show_reads,
+        max_new_tokens=max_new_tokens,
+        **_sampling(temperature, sampling_top_p, sampling_top_k),
     )
     chat(conversation, Console(highlight=False), show_reads=show_reads)
+
+
+def _sampling(
+    temperature: float | None, top_p: float | None, top_k: int | None
+) -> dict[str, bool | float | None]:
+    """Returns arguments for `generate`; options that were not given keep the model's settings."""
+    values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    if temperature == 0:
+        # Sampling settings of the model would cause a warning.
+        return {"do_sample": False, **dict.fromkeys(values)}
+    given = {name: value for name, value in values.items() if value is not None}
+    return {"do_sample": True, **given} if given else {}

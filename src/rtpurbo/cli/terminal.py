@@ -10,13 +10,14 @@ from rich.console import Console
 from rtpurbo.errors import RTPurboError
 from rtpurbo.formats import percent, short_bytes
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
+from rtpurbo.models.text import VisibleStreamer
 from rtpurbo.serving.chat import Answer, Conversation
 from rtpurbo.visible import visible
 
 COMMANDS = {
-    "/reset": "begin a new conversation",
-    "/quit": "leave (so does Ctrl-D)",
-    "/help": "show this",
+    "/reset": "start a new conversation",
+    "/quit": "exit (also Ctrl-D)",
+    "/help": "list the commands",
 }
 
 
@@ -34,14 +35,14 @@ def chat(conversation: Conversation, console: Console, *, show_reads: bool = Fal
     if at_terminal:
         import readline  # noqa: F401  # line editing and history
 
-        console.print("Ctrl-C stops an answer; /help tells what else there is.", style="dim")
+        console.print("Ctrl-C stops an answer; /help lists the commands.", style="dim")
     while True:
         try:
             message = input("> " if at_terminal else "").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
-            console.print("\n/quit or Ctrl-D leaves.", style="dim")
+            console.print("\n/quit or Ctrl-D exits.", style="dim")
             continue
         if message == "/quit":
             return
@@ -61,34 +62,29 @@ def chat(conversation: Conversation, console: Console, *, show_reads: bool = Fal
 
 def describe(answer: Answer) -> str:
     """Describes an answer in one line."""
-    parts = [
-        f"{answer.prompt_tokens:,} tokens of conversation, {answer.reused_tokens:,} of them held "
-        f"from before; {answer.new_tokens:,} written"
-    ]
-    if answer.tokens_read is not None and answer.dense_tokens_read:
-        share = percent(answer.tokens_read / answer.dense_tokens_read)
-        parts.append(
-            f"a head read {answer.tokens_read:,.0f} of {answer.dense_tokens_read:,.0f} tokens "
-            f"({share})"
+    text = (
+        f"{answer.prompt_tokens:,} tokens of conversation, {answer.reused_tokens:,} of them cached "
+        f"before; {answer.new_tokens:,} generated; "
+    )
+    if answer.tokens_read is not None:
+        text += (
+            f"a retrieval head read {answer.tokens_read:,.0f} of {answer.dense_tokens_read:,.0f} tokens "
+            f"({percent(answer.tokens_read / answer.dense_tokens_read)}); "
         )
-    parts.append(
+    text += (
         f"the cache takes {short_bytes(answer.cache_bytes)}, the dense model's "
         f"{short_bytes(answer.dense_cache_bytes)}"
     )
-    return "[" + "; ".join(parts) + "]"
+    return f"[{text}]"
 
 
 def _answer(conversation: Conversation, console: Console, message: str) -> None:
-    def show(piece: str) -> None:
-        console.print(visible(piece), end="", markup=False, soft_wrap=True)
-
     try:
         with stopping_cleanly():
-            conversation.answer(message, show)
-        console.print()
+            conversation.answer(message, VisibleStreamer(conversation.tokenizer))
     except KeyboardInterrupt as error:
         if isinstance(error, StoppedBySignalError) and error.number != signal.SIGINT:
             raise
-        console.print(" (stopped)", style="dim")
+        console.print("(stopped)", style="dim")
     except RTPurboError as error:
         console.print(visible(f"error: {error}"), markup=False)

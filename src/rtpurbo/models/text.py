@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -18,6 +19,14 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     named = model.generation_config.eos_token_id
     stops = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return sorted(token_id for token_id in stops if token_id is not None)
+
+
+def stop_arguments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Returns the stop and padding tokens as arguments for `generate`."""
+    stops, padding = stop_tokens(model, tokenizer), tokenizer.pad_token_id
+    if padding is None:
+        padding = stops[0] if stops else 0
+    return {"eos_token_id": stops or None, "pad_token_id": padding}
 
 
 def chat_tokens(
@@ -68,12 +77,9 @@ def continue_tokens(
         sample: sample with the model's generation settings instead of greedy decoding.
         streamer: receives the tokens of a single prompt as they are generated.
     """
-    stops = stop_tokens(model, tokenizer)
-    padding = tokenizer.pad_token_id
-    if padding is None:
-        padding = stops[0] if stops else 0
+    stops = stop_arguments(model, tokenizer)
     longest = max(len(prompt) for prompt in prompts)
-    inputs = torch.full((len(prompts), longest), padding)
+    inputs = torch.full((len(prompts), longest), stops["pad_token_id"])
     attention_mask = torch.zeros_like(inputs)
     for row, prompt in enumerate(prompts):
         inputs[row, longest - len(prompt) :] = torch.tensor(prompt)
@@ -84,15 +90,21 @@ def continue_tokens(
             attention_mask=attention_mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=sample,
-            eos_token_id=stops or None,
-            pad_token_id=padding,
             streamer=streamer,
+            **stops,
         )
     return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
 
 
-class _VisibleStreamer(TextStreamer):
-    """Streamer that escapes control characters, for a terminal."""
+class VisibleStreamer(TextStreamer):
+    """Streamer that prints an answer with control characters escaped, for a terminal.
+
+    Args:
+        tokenizer: tokenizer of the model.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Prints a piece of text."""
@@ -136,9 +148,7 @@ def generate_text(
             f"the prompt has {len(prompt_ids):,} tokens, which with {max_new_tokens:,} new ones do "
             f"not fit into the model's context of {context:,}."
         )
-    streamer = (
-        _VisibleStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    )
+    streamer = VisibleStreamer(tokenizer) if stream else None
     [text] = continue_tokens(
         model, tokenizer, [prompt_ids], max_new_tokens, sample=sample, streamer=streamer
     )

@@ -1,8 +1,8 @@
-"""Conversations with a sparse model that keep the cache between turns."""
+"""Conversations with a sparse model that keep the KV cache between turns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,36 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
-from rtpurbo.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
-from rtpurbo.models.architecture import attention_shapes, context_length, layer_types
+from rtpurbo.interruption import steps_undisturbed, stop_requested
+from rtpurbo.models.architecture import context_length
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparsify import counting
-from rtpurbo.models.text import chat_tokens, stop_tokens
+from rtpurbo.models.text import chat_tokens, stop_arguments
 from rtpurbo.ops import SelectionStatistics
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling parameters.
-
-    Attributes:
-        temperature: 0 for greedy decoding; None for the model's generation settings.
-        top_p: total probability of the likeliest tokens that are sampled from.
-        top_k: number of the likeliest tokens that are sampled from.
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Returns arguments for `generate`."""
-        if self.temperature == 0:
-            # Sampling settings of the model would cause a warning.
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return {"do_sample": True, **given} if given else {}
 
 
 @dataclass(frozen=True)
@@ -53,9 +30,9 @@ class Answer:
         prompt_tokens: tokens of the conversation before the answer.
         reused_tokens: prompt tokens that were in the cache already.
         new_tokens: tokens of the answer, including its end.
-        tokens_read: keys that a head read per token of the answer, mean over all heads; None if they were
-            not counted or there was no decode step.
-        dense_tokens_read: `tokens_read` of the dense model.
+        tokens_read: keys that a retrieval head read in a decode step, mean over heads and steps; None if
+            they were not counted, or without retrieval heads or decode steps.
+        dense_tokens_read: keys that the dense model reads in a decode step, mean over the steps.
         cache_bytes: size of the KV cache after the answer.
         dense_cache_bytes: size of the dense model's KV cache.
     """
@@ -64,7 +41,7 @@ class Answer:
     reused_tokens: int
     new_tokens: int
     tokens_read: float | None
-    dense_tokens_read: float | None
+    dense_tokens_read: float
     cache_bytes: int
     dense_cache_bytes: int
 
@@ -76,9 +53,14 @@ class Conversation:
         model: sparse model.
         tokenizer: tokenizer of the model.
         system: system message.
+        count_reads: count the keys that retrieval heads read. On a GPU, steps then run without a CUDA
+            graph, slower.
         max_new_tokens: largest number of tokens of an answer.
-        sampling: sampling parameters.
-        count_reads: count the keys that heads read. On a GPU, steps then run without a CUDA graph, slower.
+        generation: arguments for `generate`, such as `temperature`.
+
+    Attributes:
+        messages: messages so far, each with `role` and `content`.
+        last_answer: counts of the last answer.
 
     Raises:
         RTPurboError: the model has no chat template, or one that takes no system message.
@@ -90,224 +72,118 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         *,
         system: str | None = None,
-        max_new_tokens: int = 512,
-        sampling: Sampling | None = None,
         count_reads: bool = False,
+        max_new_tokens: int = 512,
+        **generation: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.system = system
-        self.max_new_tokens = max_new_tokens
-        self.sampling = Sampling() if sampling is None else sampling
-        self.count_reads = count_reads
+        self.system, self.count_reads = system, count_reads
+        self.max_new_tokens, self.generation = max_new_tokens, generation
         self.last_answer: Answer | None = None
-        self._held: list[int] = []
         self.reset()
         # Fails now instead of at the first message.
         chat_tokens(tokenizer, [*self.messages, {"role": "user", "content": "?"}])
 
     def reset(self) -> None:
         """Deletes all messages but the system message."""
-        self.messages: list[dict[str, str]] = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": self.system})
-        self._forget()
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.messages: list[dict[str, str]] = system
+        self._empty_cache()
 
-    def answer(self, text: str, show: Callable[[str], None] = lambda piece: None) -> str:
+    def answer(self, text: str, streamer: TextStreamer | None = None) -> str:
         """Generates the answer to a message.
 
-        KeyboardInterrupt stops the answer, and the part generated so far stays in the conversation.
-        Within `rtpurbo.interruption.stopping_cleanly`, Ctrl-C stops it between two tokens, so that the
-        cache is kept as well.
+        Within `rtpurbo.interruption.stopping_cleanly`, Ctrl-C ends the answer between two tokens: the part
+        generated so far stays in the conversation and in the cache. Any other exception leaves the messages
+        unchanged and empties the cache, which may have been half written.
 
         Args:
             text: the user's message.
-            show: receives the answer piece by piece.
+            streamer: receives the tokens as they are generated.
 
         Returns:
             The answer.
 
         Raises:
             RTPurboError: the conversation is longer than the model's context; it is left unchanged.
+            StoppedBySignalError: Ctrl-C ended the answer.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = chat_tokens(self.tokenizer, messages)
-        room = context_length(self.model.config) - len(prompt)
-        if room < 1:
+        prompt, context = chat_tokens(self.tokenizer, messages), context_length(self.model.config)
+        if len(prompt) >= context:
             raise RTPurboError(
                 f"the conversation has become {len(prompt):,} tokens long, and the model's context "
-                f"is {context_length(self.model.config):,}: begin a new one."
+                f"is {context:,}: begin a new one."
             )
-        reused = self._reuse(prompt)
-        statistics = SelectionStatistics()
-        streamer = _AnswerStreamer(self.tokenizer, show, statistics)
-        try:
-            with (
-                steps_undisturbed(),
-                counting(self.model, statistics) if self.count_reads else nullcontext(),
-            ):
-                self._generate(prompt, min(room, self.max_new_tokens), streamer)
-        except KeyboardInterrupt:
-            self._keep(messages, prompt, reused, streamer, is_cache_valid=streamer.is_stopped)
-            raise
-        except BaseException:
-            self._forget()
-            raise
-        return self._keep(messages, prompt, reused, streamer)
+        statistics, far_read = SelectionStatistics(), []
 
-    def _keep(
-        self,
-        messages: list[dict[str, str]],
-        prompt: list[int],
-        reused: int,
-        streamer: _AnswerStreamer,
-        *,
-        is_cache_valid: bool = True,
-    ) -> str:
-        """Appends the answer to the messages and returns it."""
-        if is_cache_valid:
-            self._held = [*prompt, *streamer.tokens][: self._cache.get_seq_length()]
-        else:
-            self._forget()  # the interruption may have come in the middle of a layer
-        answer = str(self.tokenizer.decode(streamer.tokens, skip_special_tokens=True))
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        far_read = streamer.far_read if self.count_reads else None
-        self.last_answer = self._describe(len(prompt), reused, len(streamer.tokens), far_read)
+        def is_stopped(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            far_read.append(statistics.far_keys_read)
+            return torch.full_like(input_ids[:, 0], stop_requested() is not None, dtype=torch.bool)
+
+        with steps_undisturbed():
+            reused = self._crop_cache(prompt)
+            ids = torch.tensor([prompt], device=self.model.device)
+            try:
+                with counting(self.model, statistics) if self.count_reads else nullcontext():
+                    [tokens] = self.model.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=min(context - len(prompt), self.max_new_tokens),
+                        streamer=streamer,
+                        stopping_criteria=[is_stopped],
+                        **{CACHE_NAME: self._cache},
+                        **stop_arguments(self.model, self.tokenizer),
+                        **self.generation,
+                    ).tolist()
+            except BaseException:
+                self._empty_cache()
+                raise
+            self._cached = tokens[: self._cache.get_seq_length()]
+            new = tokens[len(prompt) :]
+            answer = str(self.tokenizer.decode(new, skip_special_tokens=True))
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+            # The first token came from the queries of the prompt.
+            self.last_answer = self._count(
+                len(prompt), reused, len(new), far_read[-1] - far_read[0]
+            )
         return answer
 
-    def _generate(self, prompt: list[int], max_new_tokens: int, streamer: TextStreamer) -> None:
-        stops = stop_tokens(self.model, self.tokenizer)
-        padding = self.tokenizer.pad_token_id
-        ids = torch.tensor([prompt], device=self.model.device)
-        self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stops or None,
-            pad_token_id=padding if padding is not None else (stops or [0])[0],
-            streamer=streamer,
-            **{CACHE_NAME: self._cache},
-            **self.sampling.arguments(),
-        )
+    def _empty_cache(self) -> None:
+        self._cache, self._cached = HeadwiseCache(self.model), list[int]()
 
-    def _forget(self) -> None:
-        self._cache = HeadwiseCache(self.model)
-        self._held = []
-
-    def _reuse(self, prompt: Sequence[int]) -> int:
+    def _crop_cache(self, prompt: Sequence[int]) -> int:
         """Crops the cache to the prefix that it shares with the prompt, and returns the length of that prefix.
 
         Templates may change earlier turns (some leave out reasoning), and decoded text may have other tokens than those
         that were generated.
         """
         # The last token is computed for its logits.
-        limit = min(len(self._held), len(prompt) - 1)
-        shared = next((at for at in range(limit) if self._held[at] != prompt[at]), limit)
-        superfluous = len(self._held) - shared
-        if not superfluous or (shared and self._crops(superfluous)):
-            return shared
-        self._forget()
-        return 0
-
-    def _crops(self, superfluous: int) -> bool:
-        """Removes the last tokens, and returns False if the windows no longer have the keys of earlier ones."""
+        limit = min(len(self._cached), len(prompt) - 1)
+        shared = next((at for at in range(limit) if self._cached[at] != prompt[at]), limit)
         try:
-            self._cache.crop(-superfluous)
-        except RTPurboError:
-            return False
-        return True
+            if superfluous := len(self._cached) - shared:
+                self._cache.crop(-superfluous)
+        except RTPurboError:  # the windows no longer have the keys before the removed ones
+            shared = 0
+        if not shared:
+            self._empty_cache()
+        return shared
 
-    def _describe(self, prompt: int, reused: int, new: int, far_read: float | None) -> Answer:
-        tokens = self._cache.get_seq_length()
-        read = dense = None
-        # The answer's last token was not an input.
-        steps = range(prompt + 1, prompt + new)
-        if far_read is not None and len(steps):
-            near, everything = reads_of_steps(self.model, steps)
-            shapes = attention_shapes(self.model.config).values()
-            heads = sum(shape.num_attention_heads for shape in shapes)
-            read = (near + far_read) / heads / len(steps)
-            dense = everything / heads / len(steps)
+    def _count(self, prompt: int, reused: int, new: int, far_read: float) -> Answer:
+        config, steps = self.model.rtpurbo_config, new - 1  # the last token was not an input
+        near = config.attention.num_sink_tokens + config.attention.near_window
+        heads = config.head_map.num_retrieval_heads
+        lengths = range(prompt + 1, prompt + new)
+        read = None
+        if self.count_reads and heads and steps:
+            read = sum(min(length, near) for length in lengths) / steps + far_read / heads / steps
         return Answer(
-            prompt,
-            reused,
-            new,
-            read,
-            dense,
-            self._cache.num_bytes(),
-            cache_bytes(self.model, tokens, dense=True),
+            prompt_tokens=prompt,
+            reused_tokens=reused,
+            new_tokens=new,
+            tokens_read=read,
+            dense_tokens_read=prompt + new / 2,
+            cache_bytes=self._cache.num_bytes(),
+            dense_cache_bytes=cache_bytes(self.model, prompt + steps, dense=True),
         )
-
-
-def reads_of_steps(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int, int]:
-    """Counts the keys that all heads read in decode steps, without the far ones that retrieval heads select.
-
-    Args:
-        model: sparse model.
-        lengths: tokens of the sequence in each step, including the new one.
-
-    Returns:
-        Keys in sinks and windows, and all keys that the dense model would read.
-    """
-    config, rule = model.rtpurbo_config, model.rtpurbo_config.attention
-    kinds = layer_types(model.config)
-    near = dense = 0
-    for layer, shape in attention_shapes(model.config).items():
-        heads, retrieval_heads = shape.num_attention_heads, config.head_map.retrieval_heads[layer]
-        if retrieval_heads is None:
-            if kinds[layer] == "chunked_attention":
-                chunk = model.config.attention_chunk_size
-                read = sum((length - 1) % chunk + 1 for length in lengths)
-            else:
-                read = sum(min(length, model.config.sliding_window) for length in lengths)
-            near, dense = near + heads * read, dense + heads * read
-            continue
-        retrieving = len(retrieval_heads)
-        for length in lengths:
-            local = min(length, rule.num_sink_tokens + rule.sliding_window)
-            others = min(length, rule.num_sink_tokens + rule.near_window)
-            near += (heads - retrieving) * local + retrieving * others
-            dense += heads * length
-    return near, dense
-
-
-class _AnswerStreamer(TextStreamer):
-    """Streamer that passes on an answer's text, and stops between two tokens after a signal.
-
-    Attributes:
-        tokens: tokens of the answer so far.
-        is_stopped: True once a signal stopped the answer between two tokens.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        show: Callable[[str], None],
-        statistics: SelectionStatistics,
-    ) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.tokens: list[int] = []
-        self.is_stopped = False
-        self._show, self._statistics = show, statistics
-        self._read_by_prompt = 0.0
-
-    @property
-    def far_read(self) -> float:
-        """Far keys that the answer's tokens read, over all heads."""
-        return self._statistics.far_keys_read - self._read_by_prompt
-
-    def put(self, value: Tensor) -> None:
-        """Receives the prompt [1, tokens] and then each new token [1]."""
-        if not self.next_tokens_are_prompt:
-            if not self.tokens:
-                # The first token came from the queries of the prompt.
-                self._read_by_prompt = self._statistics.far_keys_read
-            self.tokens += value.tolist()
-        super().put(value)
-        if number := stop_requested():
-            self.is_stopped = True
-            raise StoppedBySignalError(number)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Receives text that later tokens do not change."""
-        if text:
-            self._show(text)
