@@ -22,7 +22,7 @@ from rtpurbo.benchmarks.session import Entry, Session
 from rtpurbo.benchmarks.sparse_model import read_prompts
 from rtpurbo.benchmarks.timing import max_calls
 from rtpurbo.config import RTPurboConfig
-from rtpurbo.data.texts import TextCorpus, begin_ids, load_texts
+from rtpurbo.data.texts import TextCorpus, bos_and_prose, load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers, layer_types
 from rtpurbo.models.arguments import CACHE_NAME
@@ -68,13 +68,12 @@ class HeldOutText:
         Raises:
             RTPurboError: the corpus is shorter than a passage, or has too few different ones.
         """
-        begin = begin_ids(self.tokenizer)
         draws = 0
         while len(self._passages) < count:
-            text = self.corpus.sample_tokens(self.tokenizer, self.length - len(begin), self._rng)
+            passage = bos_and_prose(self.tokenizer, self.corpus, self.length, self._rng)
             draws += 1
-            if begin + text not in self._passages:
-                self._passages.append(begin + text)
+            if passage not in self._passages:
+                self._passages.append(passage)
             elif draws >= MAX_DRAWS * count:
                 raise RTPurboError(
                     f"{self.corpus.name} has no {count} different passages of {self.length:,} tokens; "

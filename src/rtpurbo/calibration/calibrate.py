@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo import strict_json
+from rtpurbo.calibration.answer_sequences import AnswerSequences
 from rtpurbo.calibration.chains import chain_scores, make_chain_document
-from rtpurbo.calibration.gate_sequences import GateSequences
 from rtpurbo.calibration.gates import train_gates
 from rtpurbo.calibration.scores import retrieval_scores
 from rtpurbo.calibration.selection import Stability, choose_heads, in_turn, measure_stability
@@ -122,7 +122,7 @@ def _by_gates(
         ratio = min(1.0, settings.count / empty_head_map(model).num_heads)
     scores = train_gates(
         model,
-        GateSequences(tokenizer, corpus, (settings.length,), seed),
+        AnswerSequences(tokenizer, corpus, (settings.length,), seed),
         rule or AttentionRule(sliding_window=window),
         steps=settings.num_documents,
         ratio=ratio,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.calibration.gate_sequences import Sequences, target_positions
+from rtpurbo.calibration.answer_sequences import Sequences, target_positions
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules

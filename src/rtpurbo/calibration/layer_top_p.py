@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.calibration.gate_sequences import GateSequences, Sequences
+from rtpurbo.calibration.answer_sequences import AnswerSequences, Sequences
 from rtpurbo.data.texts import Prose
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layer import SparseAttention
@@ -105,7 +105,7 @@ def find_layer_top_p(
     config = model.rtpurbo_config
     rule, heads = config.attention, config.head_map.retrieval_heads
     # Other sequences than those of the gates.
-    sequences = GateSequences(tokenizer, corpus, (settings.length,), seed + 1, SHARES)
+    sequences = AnswerSequences(tokenizer, corpus, (settings.length,), seed + 1, SHARES)
     values = sorted({*TOP_P, rule.top_p})
     costs = measure_costs(
         model, sequences, settings.top_p_sequences, values=values, progress=progress

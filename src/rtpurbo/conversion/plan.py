@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from rtpurbo.conversion.estimates import ModelShape, StageSeconds, peak_bytes, stage_seconds
+from rtpurbo.conversion.memory_estimate import peak_bytes
+from rtpurbo.conversion.model_shape import ModelShape
+from rtpurbo.conversion.time_estimate import StageSeconds, stage_seconds
 from rtpurbo.devices import device_name
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length

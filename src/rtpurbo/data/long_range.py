@@ -25,7 +25,7 @@ from rtpurbo.data.prompts import (
     hide,
     hide_among_lines,
 )
-from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids
+from rtpurbo.data.texts import SENTENCE_END, Prose, bos_and_prose
 from rtpurbo.data.variables import draw_chains, scatter
 from rtpurbo.data.wordings import (
     ChainWording,
@@ -114,9 +114,7 @@ class LongRangeMix:
 
     def prose(self, length: int, rng: random.Random) -> Conversation:
         """Returns prose of exactly `length` tokens, without a question."""
-        start = begin_ids(self.tokenizer)
-        prose = self.corpus.sample_tokens(self.tokenizer, length - len(start), rng)
-        return Conversation([*start, *prose], [])
+        return Conversation(bos_and_prose(self.tokenizer, self.corpus, length, rng), [])
 
     def needles(
         self,

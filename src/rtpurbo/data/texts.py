@@ -162,6 +162,14 @@ def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ]
 
 
+def bos_and_prose(
+    tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
+) -> list[int]:
+    """Returns exactly `length` tokens: the token of `begin_ids`, if there is one, and prose."""
+    start = begin_ids(tokenizer)
+    return start + corpus.sample_tokens(tokenizer, length - len(start), rng)
+
+
 def _next_start(document: str, position: int) -> int:
     """Returns the start of the next paragraph, sentence or word near `position`, in this order of preference."""
     if position == 0:

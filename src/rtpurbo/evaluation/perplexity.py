@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.data.texts import TextCorpus, begin_ids
+from rtpurbo.data.texts import TextCorpus, bos_and_prose
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.samples import Outcome
 from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
@@ -52,12 +52,11 @@ class PerplexitySuite(TaskSuite):
         Raises:
             RTPurboError: the corpus is shorter than a window.
         """
-        start, length = begin_ids(tokenizer), case.context_length
-        means = []
+        length, means = case.context_length, []
         with _every_query_sparse(model):
             for number in range(case.samples):
                 rng = random.Random(f"prose-{length}-{self.seed}-{number}")
-                window = start + self.corpus.sample_tokens(tokenizer, length - len(start), rng)
+                window = bos_and_prose(tokenizer, self.corpus, length, rng)
                 losses = token_losses(model, torch.tensor([window], device=model.device))
                 means.append(losses.double().mean().item())
                 after_sample()

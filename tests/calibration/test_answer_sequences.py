@@ -1,11 +1,16 @@
-"""Sequences that gates are trained on."""
+"""Sequences of calibration on answers."""
 
 from collections import Counter
 
 import pytest
 import torch
 
-from rtpurbo.calibration.gate_sequences import SHARES, TEXT_LABELS, GateSequences, target_positions
+from rtpurbo.calibration.answer_sequences import (
+    SHARES,
+    TEXT_LABELS,
+    AnswerSequences,
+    target_positions,
+)
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import load_texts
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -15,7 +20,7 @@ LENGTH = 6000
 
 @pytest.fixture(scope="module")
 def sequences():
-    return GateSequences(tiny_tokenizer(), load_texts(None, "train"), (LENGTH, LENGTH // 2))
+    return AnswerSequences(tiny_tokenizer(), load_texts(None, "train"), (LENGTH, LENGTH // 2))
 
 
 def test_sequences_are_long_and_ask_several_questions(sequences):
@@ -34,12 +39,12 @@ def test_sequences_are_long_and_ask_several_questions(sequences):
 def test_they_depend_on_number_and_seed_alone(sequences):
     assert sequences.sequence(3) == sequences.sequence(3)
     assert sequences.sequence(3) != sequences.sequence(5)
-    other = GateSequences(sequences.tokenizer, sequences.corpus, sequences.lengths, seed=1)
+    other = AnswerSequences(sequences.tokenizer, sequences.corpus, sequences.lengths, seed=1)
     assert other.sequence(3) != sequences.sequence(3)
 
 
 def test_tasks_that_do_not_fit_are_replaced_by_prose(sequences):
-    short = GateSequences(sequences.tokenizer, sequences.corpus, (40,))
+    short = AnswerSequences(sequences.tokenizer, sequences.corpus, (40,))
     for number in range(12):
         assert len(short.sequence(number)) <= 40
 

@@ -29,7 +29,7 @@ SHARES = {
     "counting": 0.1,
     "prose": 0.05,
 }
-"""Shares of the kinds of sequences that gates are trained on."""
+"""Default shares of the kinds of sequences."""
 
 CANDIDATES = {"needles": 3, "variables": 3, "reading": 3}
 """Draws of each sequence of a kind, of which the one with the most questions is taken."""
@@ -46,7 +46,7 @@ class Sequences(Protocol):
 
 
 @dataclass(frozen=True)
-class GateSequences:
+class AnswerSequences:
     """Draws sequences by number; several questions about one text cost no more than one.
 
     Attributes:
