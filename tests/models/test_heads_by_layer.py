@@ -14,7 +14,7 @@ from rtpurbo.config import AttentionRule, IndexerSettings
 from rtpurbo.conversion import calibrate, convert, plan_conversion
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes, full_key_bytes
-from rtpurbo.evaluation.policies.random_heads import random_head_map
+from rtpurbo.evaluation.policies import random_head_map
 from rtpurbo.evaluation.reads import metering
 from rtpurbo.models.artifact_config import CONFIG_FILE, LOG_FILE, ArtifactConfig
 from rtpurbo.models.cache import HeadwiseCache

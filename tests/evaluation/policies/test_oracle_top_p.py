@@ -1,7 +1,7 @@
 import torch
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.evaluation.policies.oracle_top_p import OracleSelector
+from rtpurbo.evaluation.policies.selectors import oracle_top_p
 from tests.evaluation.policies.support import SINKS, WINDOW, every_row, random_rows
 
 
@@ -10,7 +10,7 @@ def test_the_fewest_keys_that_reach_the_true_mass_are_read():
         num_sink_tokens=SINKS, sliding_window=WINDOW, block_size=8, top_p=0.9, min_tokens=0
     )
     rows = random_rows(31, 111)
-    selected = OracleSelector(rule)(rows)
+    selected = oracle_top_p(rule)(rows)
     visible = (rows.near | rows.far).expand(rows.logits.shape)
     mass = rows.logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
     some = 0

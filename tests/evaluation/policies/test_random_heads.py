@@ -1,5 +1,5 @@
 from rtpurbo.config import HeadMap
-from rtpurbo.evaluation.policies.random_heads import random_head_map
+from rtpurbo.evaluation.policies import random_head_map
 
 
 def test_random_heads_stay_in_the_layers_of_the_retrieval_heads():

@@ -1,12 +1,12 @@
 import torch
 
-from rtpurbo.evaluation.policies.top_k import TopKSelector
+from rtpurbo.evaluation.policies.selectors import top_k
 from tests.evaluation.policies.support import every_row, random_rows
 
 
 def test_the_highest_index_scores_are_read():
     rows = random_rows(31, 111)
-    selected = TopKSelector(9)(rows)
+    selected = top_k(9)(rows)
     scores = rows.score_index()
     for batch, head, row in every_row(rows):
         far = rows.far[batch, 0, row].nonzero()[:, 0].tolist()
@@ -16,5 +16,5 @@ def test_the_highest_index_scores_are_read():
 
 def test_fewer_tokens_are_read_where_fewer_exist():
     rows = random_rows(1, 40)
-    assert torch.equal(TopKSelector(1000)(rows), rows.far.expand(rows.logits.shape))
-    assert not TopKSelector(0)(rows).any()
+    assert torch.equal(top_k(1000)(rows), rows.far.expand(rows.logits.shape))
+    assert not top_k(0)(rows).any()

@@ -1,10 +1,23 @@
-"""Policies to compare, in display order."""
+"""Policies to compare."""
 
 from __future__ import annotations
 
-from rtpurbo.evaluation.policies import oracle_top_p, quest, random_heads, top_k, variants
-from rtpurbo.evaluation.policies.policy import BUDGET_POLICY, DENSE_POLICY, BudgetPolicy, Policy
-from rtpurbo.evaluation.policies.source import Loaded, Source
+import random
+from dataclasses import replace
+from typing import Any
+
+from rtpurbo.config import HeadMap
+from rtpurbo.evaluation.policies.policy import (
+    BUDGET_POLICY,
+    DENSE_POLICY,
+    BudgetPolicy,
+    Loaded,
+    Policy,
+    Source,
+)
+from rtpurbo.evaluation.policies.quest import PAGE_SIZE, QuestSelector
+from rtpurbo.evaluation.policies.selectors import oracle_top_p, top_k
+from rtpurbo.models.sparsify import empty_head_map, set_rule, set_selector, sparsify
 
 __all__ = [
     "BUDGET_POLICY",
@@ -16,15 +29,122 @@ __all__ = [
     "Source",
 ]
 
+
+def _with_rule(name: str, description: str, *, keeps_index: bool = True, **changes: Any) -> Policy:
+    """Returns the policy of the sparse model with some fields of its attention rule changed."""
+
+    def prepare(source: Source) -> Loaded:
+        model, tokenizer = source.sparse()
+        set_rule(model, **changes)
+        return model, tokenizer
+
+    return Policy(name, description, prepare, keeps_index)
+
+
+def _oracle(source: Source) -> Loaded:
+    model, tokenizer = source.sparse()
+    set_selector(model, oracle_top_p(model.rtpurbo_config.attention))
+    return model, tokenizer
+
+
+def _local_only(source: Source) -> Loaded:
+    model, tokenizer = source.sparse()
+    sparsify(model, replace(model.rtpurbo_config, head_map=empty_head_map(model)))
+    return model, tokenizer
+
+
+def _random_heads(source: Source) -> Loaded:
+    model, tokenizer = source.sparse()
+    # Retrieval heads read everything, so that results do not depend on an index.
+    config = model.rtpurbo_config.with_rule(top_p=1.0)
+    sparsify(model, replace(config, head_map=random_head_map(config.head_map, source.seed)))
+    return model, tokenizer
+
+
+def random_head_map(head_map: HeadMap, seed: int) -> HeadMap:
+    """Returns a map with the same number of retrieval heads in the same layers, drawn at random."""
+    rng = random.Random(f"random-heads-{seed}")
+    layers = [layer for layer, heads in enumerate(head_map.retrieval_heads) if heads]
+    every = [(layer, head) for layer in layers for head in range(head_map.num_query_heads(layer))]
+    drawn = sorted(rng.sample(every, head_map.num_retrieval_heads))
+    retrieval_heads = tuple(
+        None if heads is None else tuple(head for place, head in drawn if place == layer)
+        for layer, heads in enumerate(head_map.retrieval_heads)
+    )
+    return replace(head_map, retrieval_heads=retrieval_heads, scores=())
+
+
 POLICIES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
-        *variants.VARIANTS,
-        quest.POLICY,
-        top_k.POLICY,
-        oracle_top_p.POLICY,
-        variants.LOCAL_ONLY,
-        random_heads.POLICY,
+        Policy(DENSE_POLICY, "the dense model before conversion", Source.dense),
+        Policy(BUDGET_POLICY, "the sparse model of the artifact"),
+        # The paper (arXiv 2605.16928): mass is a share of the indexer's softmax over every visible key.
+        _with_rule(
+            "rtpurbo-paper",
+            "the same, selecting as the paper does: top-p over all keys, no minimum of tokens",
+            reading="paper",
+            min_tokens=0,
+        ),
+        # Near keys count with their exact mass, far ones by the indexer; the artifact's minimum of tokens is kept.
+        _with_rule(
+            "rtpurbo-residual",
+            "the same with the reading `residual`: far tokens are added to the near mass",
+            reading="residual",
+        ),
+        _with_rule(
+            "rtpurbo-sparse-prefill",
+            "the same, selecting in the prompt too: one block list for each query block",
+            prefill_mode="row_share",
+        ),
+        _with_rule(
+            "rtpurbo-float8-index",
+            "the same, with index keys in float8",
+            index_storage="float8",
+        ),
+        # The indexers of stage 1 on the dense model's weights.
+        Policy(
+            "rtpurbo-before-stage2",
+            "the sparse model with the weights of the dense one",
+            lambda source: source.sparse(stage2=False),
+        ),
+        # As in RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), with rtpurbo's heads and weights.
+        _with_rule(
+            "dense-heads",
+            "retrieval heads read everything, the others windows (RazorAttention, DuoAttention)",
+            keeps_index=False,
+            top_p=1.0,
+        ),
+        BudgetPolicy(
+            "quest",
+            f"pages of {PAGE_SIZE} tokens by Quest's bounds; rtpurbo's mean budget",
+            keeps_index=False,
+            selector=QuestSelector,
+            page_size=PAGE_SIZE,
+        ),
+        BudgetPolicy(
+            "top-k",
+            "the same number of far tokens for every query, by the index; rtpurbo's mean budget",
+            selector=top_k,
+        ),
+        Policy(
+            "oracle-top-p",
+            "the artifact's top-p by exact attention instead of the index",
+            _oracle,
+            keeps_index=False,
+        ),
+        # As in StreamingLLM (arXiv 2309.17453).
+        Policy(
+            "local-only",
+            "control: no retrieval head, sinks and window alone (StreamingLLM)",
+            _local_only,
+        ),
+        Policy(
+            "random-heads",
+            "control: the same number of heads, drawn at random, that read everything",
+            _random_heads,
+            keeps_index=False,
+        ),
     )
 }
 """Every policy by name, in display order."""

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from rtpurbo.evaluation.memory import cache_bytes, full_key_bytes
-from rtpurbo.evaluation.policies.policy import BudgetPolicy
-from rtpurbo.evaluation.policies.top_k import highest
+from rtpurbo.evaluation.policies.selectors import highest
 from rtpurbo.ops import SelectionQueries
 from rtpurbo.ops.eager.selection import block_ids, spread_blocks
 
@@ -72,24 +69,3 @@ def page_bounds(keys: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor,
         for extreme, how in ((-torch.inf, "amin"), (torch.inf, "amax"))
     )
     return least, greatest
-
-
-class Quest(BudgetPolicy):
-    """The artifact's sparse model with page bounds instead of the index."""
-
-    def selector(self, far_tokens: int) -> QuestSelector:
-        """Returns the selection of that many far tokens."""
-        return QuestSelector(far_tokens)
-
-    def kv_bytes(self, model: PreTrainedModel, context_length: int) -> int:
-        """Returns the cache size of one sequence in bytes, with two keys per page in place of the index."""
-        pages = -(-context_length // PAGE_SIZE)
-        bounds = 2 * full_key_bytes(model, pages)
-        return cache_bytes(model, context_length, index_keys=False) + bounds
-
-
-POLICY = Quest(
-    "quest",
-    f"pages of {PAGE_SIZE} tokens by Quest's bounds; rtpurbo's mean budget",
-    keeps_index=False,
-)
