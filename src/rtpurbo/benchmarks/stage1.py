@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtpurbo.benchmarks.session import Entry, Session, release
+from rtpurbo.benchmarks.session import Session
 from rtpurbo.benchmarks.timing import Call, Measurement, PartTimer
 from rtpurbo.benchmarks.training import (
-    IMPLEMENTATIONS,
     TrainingCase,
     check_is_longer,
     complaint,
@@ -108,24 +107,18 @@ def bench_stage1(
     session.log(f"{geometry}: initialising random weights")
     case = Stage1Case(geometry, rule, dtype, session.device, layers)
     kernels = "triton" if session.device.type == "cuda" else "auto"
-    for length in sorted(lengths):
-        for name, backend in zip(IMPLEMENTATIONS, (kernels, "eager"), strict=True):
-            if not session.wants(name):
-                continue
-            entry = Entry(
-                name,
-                {"": partial(_prepare, case, length, documents, backend)},
-                case.facts(length),
-                partial(_check, case) if name == "rtpurbo" else None,
-                is_ours=name == "rtpurbo",
-                note="" if documents == 1 else f"{documents} documents",
-                figures=partial(_figures, session, case, length),
-            )
-            session.run(entry)
-            release(session.device)
+    case.measure(
+        session,
+        lengths,
+        kernels,
+        partial(_prepare, case, documents),
+        partial(_check, case),
+        partial(_figures, session, case),
+        "" if documents == 1 else f"{documents} documents",
+    )
 
 
-def _prepare(case: Stage1Case, length: int, documents: int, backend: str) -> Call:
+def _prepare(case: Stage1Case, documents: int, length: int, backend: str) -> Call:
     short = case.sequences(min(length, case.rule.sliding_window + WARM_UP_TOKENS), 1)
     case.step(short, backend)
     return partial(case.step, case.sequences(length, documents), backend)

@@ -11,10 +11,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rtpurbo.benchmarks.session import Entry, Session, release
+from rtpurbo.benchmarks.session import Session
 from rtpurbo.benchmarks.timing import Call
 from rtpurbo.benchmarks.training import (
-    IMPLEMENTATIONS,
     TrainingCase,
     check_is_longer,
     complaint,
@@ -126,22 +125,15 @@ def bench_stage2(
         return _fault(geometry, rule, dtype, session.device, fewer, compiled)
 
     with case.opened:
-        for length in sorted(lengths):
-            for name, backend in zip(IMPLEMENTATIONS, (compiled, "eager"), strict=True):
-                if not session.wants(name):
-                    continue
-                is_ours = name == "rtpurbo"
-                entry = Entry(
-                    name,
-                    {"": partial(_prepare, case, length, backend)},
-                    case.facts(length),
-                    (lambda call: fault()) if is_ours else None,
-                    is_ours=is_ours,
-                    note=f"LoRA of rank {SETTINGS.lora_rank}",
-                    figures=partial(figures, length),
-                )
-                session.run(entry)
-                release(session.device)
+        case.measure(
+            session,
+            lengths,
+            compiled,
+            partial(_prepare, case),
+            lambda call: fault(),
+            figures,
+            f"LoRA of rank {SETTINGS.lora_rank}",
+        )
 
 
 def _prepare(case: Stage2Case, length: int, backend: str) -> Call:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,8 @@ from rtpurbo.benchmarks.geometries import (
     model_facts,
     spread_head_map,
 )
-from rtpurbo.benchmarks.timing import Measurement
+from rtpurbo.benchmarks.session import Entry, Session, release
+from rtpurbo.benchmarks.timing import Call, Measurement
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparsify import sparsify
@@ -67,6 +69,43 @@ class TrainingCase:
     def facts(self, length: int) -> dict[str, Any]:
         """Record fields that are known before the measurement."""
         return model_facts(self.phase, self.geometry, self.model, self.head_map, self.rule, length)
+
+    def measure(
+        self,
+        session: Session,
+        lengths: Sequence[int],
+        backend: str,
+        prepare: Callable[[int, str], Call],
+        check: Callable[[Call], str | None],
+        figures: Callable[[int, Measurement], dict[str, Any]],
+        note: str = "",
+    ) -> None:
+        """Measures the step of every length with a backend, checked, and in plain PyTorch.
+
+        Args:
+            session: measures the entries.
+            lengths: tokens per step.
+            backend: backend of rtpurbo's entry.
+            prepare: returns the step of a length with a backend.
+            check: as `Entry.check`, of rtpurbo's entry.
+            figures: returns further fields of the record of a length.
+            note: text for the records.
+        """
+        for length in sorted(lengths):
+            for name, used in zip(IMPLEMENTATIONS, (backend, "eager"), strict=True):
+                if session.wants(name):
+                    is_ours = name == "rtpurbo"
+                    entry = Entry(
+                        name,
+                        {"": partial(prepare, length, used)},
+                        self.facts(length),
+                        check if is_ours else None,
+                        is_ours=is_ours,
+                        note=note,
+                        figures=partial(figures, length),
+                    )
+                    session.run(entry)
+                    release(session.device)
 
     def take_gradient(self) -> Tensor:
         """Gradients of all trained weights in one vector; clears them."""

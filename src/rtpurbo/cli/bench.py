@@ -254,8 +254,9 @@ def training(
 
     `rtpurbo bench training --geometry qwen3-8b --length 49152 --length 131072 -o training.json`
     """
-    from rtpurbo.benchmarks.stage1 import IMPLEMENTATIONS, bench_stage1
+    from rtpurbo.benchmarks.stage1 import bench_stage1
     from rtpurbo.benchmarks.stage2 import bench_stage2
+    from rtpurbo.benchmarks.training import IMPLEMENTATIONS
 
     if phase == "stage2" and documents > 1:
         raise RTPurboError(

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from functools import partial
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rtpurbo.data.needles import is_correct, make_retrieval_example
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.evaluation.cases import NEEDLE_TASKS, Case
-from rtpurbo.evaluation.samples import Outcome
-from rtpurbo.evaluation.task_suite import Asked, TaskSuite, answer_questions, ignore_sample
+from rtpurbo.evaluation.task_suite import AnswerSuite, Asked
 
 # An answer may be worded with a few more tokens than expected.
 SLACK_TOKENS = 8
 
 
-class NeedleSuite(TaskSuite):
+class NeedleSuite(AnswerSuite):
     """Questions with keys that are not in any training; with task `single` at evenly spread depths.
 
     Args:
@@ -31,19 +29,8 @@ class NeedleSuite(TaskSuite):
     def __init__(self, corpus: TextCorpus, seed: int = 0) -> None:
         self.corpus, self.seed = corpus, seed
 
-    def run(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        case: Case,
-        after_sample: Callable[[], None] = ignore_sample,
-        questions: range | None = None,
-    ) -> list[Outcome]:
-        """Returns the share of right answers.
-
-        Raises:
-            RTPurboError: the length leaves no room for prose, or the corpus is too short.
-        """
+    def asked(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Asked]:
+        """Returns the questions of a case."""
         task, length = case.task, case.context_length
         asked = []
         for number in range(case.samples):
@@ -60,4 +47,4 @@ class NeedleSuite(TaskSuite):
             asked.append(
                 Asked(example.prompt_ids, example.answers, limit, partial(is_correct, example))
             )
-        return [answer_questions(model, tokenizer, asked, length, after_sample)]
+        return asked

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.evaluation.batching import questions_at_once
+from rtpurbo.evaluation.batching import batches_by_length, questions_at_once
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.samples import Outcome, Sample
@@ -17,6 +18,7 @@ from rtpurbo.models.text import continue_tokens
 
 # Fewer leave a GPU idle, as a step takes about as long for many questions as for few.
 QUESTIONS_OF_A_PART = 48
+SCORED_AT_ONCE = 4
 
 
 def ignore_sample() -> None:
@@ -72,7 +74,7 @@ class TaskSuite(ABC):
 
 @dataclass(frozen=True)
 class Asked:
-    """Question with a prompt of the length of its case.
+    """Question of a case.
 
     Attributes:
         prompt_ids: tokens of the prompt.
@@ -87,33 +89,55 @@ class Asked:
     score: Callable[[str], float]
 
 
-def answer_questions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Asked],
-    context_length: int,
-    after_sample: Callable[[], None],
-) -> Outcome:
-    """Returns the mean score of greedy answers, in percent.
+class AnswerSuite(TaskSuite):
+    """Suite whose cases are questions with greedy answers."""
 
-    Args:
-        model: dense or sparse.
-        tokenizer: the model's.
-        asked: questions of a case.
-        context_length: tokens of the longest prompt and answer.
-        after_sample: called after each question.
+    @abstractmethod
+    def asked(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> Sequence[Asked]:
+        """Returns the questions of a case, in order.
+
+        Raises:
+            RTPurboError: the length of the case is too short for its task, or the corpus is.
+        """
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        case: Case,
+        after_sample: Callable[[], None] = ignore_sample,
+        questions: range | None = None,
+    ) -> list[Outcome]:
+        """Returns the mean score of the answers, in percent."""
+        asked = self.asked(tokenizer, case)
+        if questions is not None:
+            asked = asked[questions.start : questions.stop]
+        answered: dict[int, Sample] = {}
+        # Scoring may run generated code, in a process for each answer.
+        with ThreadPoolExecutor(SCORED_AT_ONCE) as threads:
+            for places in batches_of(model, case, asked):
+                batch = [asked[place] for place in places]
+                limit = max(each.max_new_tokens for each in batch)
+                prompts = [each.prompt_ids for each in batch]
+                written = continue_tokens(model, tokenizer, prompts, limit)
+                scores = threads.map(lambda each, text: each.score(text), batch, written)
+                for place, each, text, score in zip(places, batch, written, scores, strict=True):
+                    answered[place] = Sample.of(each.prompt_ids, each.answers, text, 100.0 * score)
+                    after_sample()
+        return [Outcome.of([answered[place] for place in range(len(asked))])]
+
+
+def batches_of(model: PreTrainedModel, case: Case, asked: Sequence[Asked]) -> list[list[int]]:
+    """Returns batches of the questions of a case, as indices into `asked`.
+
+    Questions with their own lengths are sorted by them, so that little padding is needed.
     """
-    samples = []
-    at_once = questions_at_once(model, context_length)
-    for first in range(0, len(asked), at_once):
-        batch = asked[first : first + at_once]
-        limit = max(each.max_new_tokens for each in batch)
-        written = continue_tokens(model, tokenizer, [each.prompt_ids for each in batch], limit)
-        for each, generated in zip(batch, written, strict=True):
-            score = 100.0 * each.score(generated)
-            samples.append(Sample.of(each.prompt_ids, each.answers, generated, score))
-            after_sample()
-    return Outcome.of(samples)
+    if not case.context_length:
+        return batches_by_length(
+            model, [len(each.prompt_ids) + each.max_new_tokens for each in asked]
+        )
+    size, places = questions_at_once(model, case.context_length), range(len(asked))
+    return [list(places[first : first + size]) for first in places[::size]]
 
 
 def in_parts(case: Case, most: int) -> list[range]:

@@ -1,8 +1,8 @@
 import pytest
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.evaluation import task_suite
 from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.questions import bank as module
 from rtpurbo.evaluation.questions.bank import QuestionBank, prompt_tokens
 from rtpurbo.evaluation.questions.suite import Prompt
 from rtpurbo.evaluation.questions.suites import SHORT, QuestionData
@@ -21,9 +21,11 @@ def data(tmp_path):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Batches of several questions, as on a GPU."""
-    monkeypatch.setattr(
-        module, "batches_by_length", lambda model, lengths: [[2, 0, 1], [*range(3, len(lengths))]]
-    )
+
+    def batches(model, lengths):
+        return [batch for batch in ([2, 0, 1], [*range(3, len(lengths))]) if batch]
+
+    monkeypatch.setattr(task_suite, "batches_by_length", batches)
 
 
 RIGHT = {
@@ -49,7 +51,7 @@ def test_each_answer_is_scored_with_its_own_question(monkeypatch, on_a_gpu, data
         numbers = [number_of[tuple(prompt)] for prompt in prompts]
         return ["" if number == 4 else RIGHT[suite](rows[number]) for number in numbers]
 
-    monkeypatch.setattr(module, "continue_tokens", generate)
+    monkeypatch.setattr(task_suite, "continue_tokens", generate)
     calls = []
     case = Case(suite, "all", 0, 6)
     [outcome] = bank.run(tiny_model(), tokenizer, case, lambda: calls.append(1))

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rtpurbo.data.texts import begin_ids, encode
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.batching import batches_by_length
 from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.questions.files import Row
 from rtpurbo.evaluation.questions.suite import Prompt, QuestionSuite
 from rtpurbo.evaluation.questions.suites import SHORT, QuestionData
-from rtpurbo.evaluation.samples import Outcome, Sample
-from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
-from rtpurbo.models.text import continue_tokens
-
-SANDBOXES_AT_ONCE = 4
+from rtpurbo.evaluation.task_suite import AnswerSuite, Asked
 
 
-class QuestionBank(TaskSuite):
+class QuestionBank(AnswerSuite):
     """Suites of short questions.
 
     Args:
@@ -52,30 +44,13 @@ class QuestionBank(TaskSuite):
             )
         return [case]
 
-    def run(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        case: Case,
-        after_sample: Callable[[], None] = ignore_sample,
-        questions: range | None = None,
-    ) -> list[Outcome]:
-        """Returns the score of greedy answers, in percent."""
-        kind, asked = SHORT[case.suite], range(case.samples) if questions is None else questions
-        limit = self._limit(kind)
-        rendered, rows = self._rendered(tokenizer, case.suite), self.data.shuffled(case.suite)
-        answered: dict[int, Sample] = {}
-        lengths = [len(rendered[number]) + limit for number in asked]
-        for batch in batches_by_length(model, lengths):
-            numbers = [asked[place] for place in batch]
-            prompts = [rendered[number] for number in numbers]
-            written = continue_tokens(model, tokenizer, prompts, limit)
-            correct = _scores(kind, [rows[number] for number in numbers], written)
-            for number, generated, right in zip(numbers, written, correct, strict=True):
-                answers = kind.answers(rows[number])
-                answered[number] = Sample.of(rendered[number], answers, generated, 100.0 * right)
-                after_sample()
-        return [Outcome.of([answered[number] for number in asked])]
+    def asked(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Asked]:
+        """Returns the questions of a case."""
+        kind, rows = SHORT[case.suite], self.data.shuffled(case.suite)[: case.samples]
+        return [
+            Asked(prompt_ids, kind.answers(row), self._limit(kind), partial(kind.is_correct, row))
+            for prompt_ids, row in zip(self._rendered(tokenizer, case.suite), rows, strict=False)
+        ]
 
     def _limit(self, kind: QuestionSuite) -> int:
         return self.max_new_tokens or kind.max_new_tokens
@@ -101,10 +76,3 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         enable_thinking=False,
     )
     return encode(tokenizer, str(rendered))
-
-
-def _scores(kind: QuestionSuite, rows: Sequence[Row], written: Sequence[str]) -> list[bool]:
-    if not kind.runs_code:
-        return list(map(kind.is_correct, rows, written))
-    with ThreadPoolExecutor(SANDBOXES_AT_ONCE) as threads:
-        return list(threads.map(kind.is_correct, rows, written))

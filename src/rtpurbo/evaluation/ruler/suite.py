@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.ruler.draft import Task
@@ -18,11 +18,10 @@ from rtpurbo.evaluation.ruler.examples import (
 )
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.tasks import TASKS
-from rtpurbo.evaluation.samples import Outcome
-from rtpurbo.evaluation.task_suite import Asked, TaskSuite, answer_questions, ignore_sample
+from rtpurbo.evaluation.task_suite import AnswerSuite, Asked
 
 
-class RulerSuite(TaskSuite):
+class RulerSuite(AnswerSuite):
     """Cases whose prompts are filled to their length; each prompt is made once for all policies.
 
     Args:
@@ -69,22 +68,11 @@ class RulerSuite(TaskSuite):
         self.examples(tokenizer, case.task, case.context_length, case.samples)
         return [case]
 
-    def run(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        case: Case,
-        after_sample: Callable[[], None] = ignore_sample,
-        questions: range | None = None,
-    ) -> list[Outcome]:
-        """Returns the mean score of greedy answers, in percent.
-
-        Raises:
-            RTPurboError: the length of the case is too short for its task.
-        """
+    def asked(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Asked]:
+        """Returns the questions of a case."""
         examples = self.examples(tokenizer, case.task, case.context_length, case.samples)
         task = self.tasks[case.task]
-        asked = [
+        return [
             Asked(
                 example.prompt_ids,
                 example.answers,
@@ -93,4 +81,3 @@ class RulerSuite(TaskSuite):
             )
             for example in examples
         ]
-        return [answer_questions(model, tokenizer, asked, case.context_length, after_sample)]
