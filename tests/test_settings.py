@@ -6,7 +6,7 @@ import pytest
 from rtpurbo.conversion.defaults import default_settings
 from rtpurbo.errors import RTPurboError
 from rtpurbo.lengths import check_context
-from rtpurbo.renamed_settings import RENAMED
+from rtpurbo.renamed_settings import REMOVED, RENAMED
 from rtpurbo.settings import (
     IndexerTrainingSettings,
     change_settings,
@@ -104,7 +104,6 @@ def test_corrupt_targets_are_refused(name, value, complaint):
         ({"stage1.needle_share": 0.25}, {"stage1.mixture.needles": 0.25}),
         ({"stage2.conversation_share": 0.25}, {"stage2.mixture.conversations": 0.25}),
         ({"stage1.rows_per_step": 5}, {"stage1.queries_per_step": 5}),
-        ({"stage1.start": "weight"}, {"stage1.init": "weight"}),
         ({"stage1.start_sequences": 7}, {"stage1.init_sequences": 7}),
         ({"stage2.share": None}, {"stage2.lora_scale": None}),
         ({"stage2.labels": "text"}, {"stage2.targets": "text"}),
@@ -125,6 +124,15 @@ def test_former_names_are_accepted_and_say_what_replaced_them(former, present, c
     [(name, value)] = present.items()
     assert name in message
     assert name == next(iter(former)) or str(value) not in message
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_setting_is_refused_and_ignored_in_records(name):
+    with pytest.raises(RTPurboError, match=f"no setting '{name}' any more: indexers are always"):
+        change_settings(SETTINGS, {name: "covariance"})
+    part, _, item = name.partition(".")
+    recorded = {part: {item: "weight", "steps": 7}}
+    assert recorded_changes(recorded, part) == {"stage1.steps": 7}
 
 
 def test_every_former_name_maps_to_a_setting():
@@ -180,7 +188,7 @@ def test_settings_of_published_artifacts_are_read(path):
         }
         assert getattr(read, part).mixture == shares
     assert read.stage1.queries_per_step == recorded["stage1"]["rows_per_step"]
-    assert read.stage1.init == recorded["stage1"]["start"]
+    assert read.stage1.init_sequences == recorded["stage1"]["start_sequences"]
     assert read.stage2.targets_per_sequence == recorded["stage2"]["labels_per_sequence"]
     assert read.stage2.decode_queries == recorded["stage2"]["decode_rows"]
     rankings = {"turns": "interleaved", "gates": "gates", "copies": "induction"}

@@ -19,7 +19,6 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     "stage1": {
         **_SHARES,
         "rows_per_step": "queries_per_step",
-        "start": "init",
         "start_sequences": "init_sequences",
     },
     "stage2": {
@@ -33,6 +32,11 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Present names of settings, by part and former name."""
+
+_INIT = "indexers are always initialised from data, which was the default, `covariance`"
+
+REMOVED: Mapping[str, str] = {"stage1.init": _INIT, "stage1.start": _INIT}
+"""Reasons why settings of earlier versions are gone, by dotted name."""
 
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
     "calibration.ranking": {

@@ -15,10 +15,9 @@ from rtpurbo.config import (
 )
 from rtpurbo.data.tasks import TASKS
 from rtpurbo.errors import RTPurboError
-from rtpurbo.renamed_settings import current_setting, current_settings
+from rtpurbo.renamed_settings import REMOVED, current_setting, current_settings
 from rtpurbo.validation import check_at_least, check_choice, checked_value, field_types
 
-IndexerInit = Literal["covariance", "weight", "random"]
 Targets = Literal["both", "answers", "text"]
 Ranking = Literal["induction", "variable_tracking", "interleaved", "gates"]
 
@@ -121,8 +120,7 @@ class IndexerTrainingSettings(SequenceSettings):
         learning_rate: peak learning rate of AdamW, after warm-up and before cosine decay.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up.
-        init: initialisation of the indexers' weights (`covariance` saves about a hundred steps).
-        init_sequences: sequences from which `covariance` estimates the second moments.
+        init_sequences: sequences from whose second moments the indexers are initialised.
         probe_sequences: held-out sequences on which recall is measured.
         probe_every: steps between two measurements.
     """
@@ -134,7 +132,6 @@ class IndexerTrainingSettings(SequenceSettings):
     learning_rate: float = 5e-3
     weight_decay: float = 0.01
     warmup_steps: int = 20
-    init: IndexerInit = "covariance"
     init_sequences: int = 3
     probe_sequences: int = 2
     probe_every: int = 50
@@ -143,7 +140,6 @@ class IndexerTrainingSettings(SequenceSettings):
 
     def __post_init__(self) -> None:
         _check_training(self)
-        check_choice("init", self.init, IndexerInit)
         check_at_least(
             1, self, "steps_per_sequence", "queries_per_step", "init_sequences", "probe_sequences",
             "probe_every",
@@ -293,6 +289,8 @@ def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) ->
     parts: dict[str, dict[str, Any]] = {}
     for given, given_value in changes.items():
         name, value = current_setting(given, given_value)
+        if given in REMOVED:
+            raise RTPurboError(f"there is no setting '{given}' any more: {REMOVED[given]}.")
         if name != given:
             logger.warning("The setting '%s' is now called '%s'.", given, name)
         elif value != given_value:

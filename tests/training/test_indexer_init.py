@@ -1,13 +1,9 @@
 """Initialisation of the indexers: the SVD is the best low-rank estimate."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from rtpurbo.config import IndexerSettings
-from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
+from rtpurbo.models.sparse_layers import indexer_weights
 from rtpurbo.training.indexer_init import init_indexers, low_rank_projections, shared_projections
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 
@@ -121,15 +117,14 @@ def test_no_small_change_of_any_head_improves_shared_projections(heads):
         assert group_error(query_moments, key_moment, *changed) > best
 
 
-@pytest.mark.parametrize("start", ["covariance", "weight"])
-def test_heads_of_a_group_are_initialised_with_one_key(start):
+def test_heads_of_a_group_are_initialised_with_one_key():
     """Two heads share a KV head; the third has one of its own, and starts as without sharing."""
     ids = torch.randint(2, 64, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     weights = {}
     for shared_keys in (False, True):
         model = tiny_model()
         make_sparse(model, sparse_config(model, (0, 1, 4), shared_keys=shared_keys))
-        init_indexers(model, start, [ids, ids[:30]])
+        init_indexers(model, [ids, ids[:30]])
         weights[shared_keys] = indexer_weights(model)
     for layer in (0, 1):
         query, key = (f"layers.{layer}.indexer.{side}_weight" for side in ("query", "key"))
@@ -140,36 +135,3 @@ def test_heads_of_a_group_are_initialised_with_one_key(start):
             shared[query][2].T @ shared[key][1], own[query][2].T @ own[key][2]
         )
         assert torch.equal(shared[query][0], shared[query][1])
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_weight_init_is_exact_for_white_inputs_at_full_rank(family):
-    model = tiny_model(family)
-    config = sparse_config(model, index_space="pre_rope")
-    make_sparse(
-        model, replace(config, indexer=IndexerSettings(index_dim=8, index_space="pre_rope"))
-    )
-    init_indexers(model, "weight", [])
-    for module in headwise_modules(model):
-        for query, key in zip(module.indexer.query_weight, module.indexer.key_weight, strict=True):
-            expected = module.scaling * torch.eye(8)
-            torch.testing.assert_close(query.T @ key, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_weight_init_refuses_normalised_queries():
-    model = tiny_model("qwen3")
-    make_sparse(model, sparse_config(model))
-    with pytest.raises(RTPurboError, match="covariance"):
-        init_indexers(model, "weight", [])
-
-
-def test_random_init_is_seeded():
-    model = tiny_model()
-    make_sparse(model, sparse_config(model))
-
-    def weights(seed):
-        init_indexers(model, "random", [], seed=seed)
-        return torch.cat([weight.flatten() for weight in indexer_weights(model).values()])
-
-    assert torch.equal(weights(0), weights(0))
-    assert not torch.equal(weights(0), weights(1))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from rtpurbo.benchmarks.geometries import draw_indexers
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.data.texts import load_texts
 from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
@@ -16,6 +17,14 @@ from tests.tiny_models import HEADS, KEY_VALUE_HEADS, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def random_init(monkeypatch):
+    """Random weights at first, which leave more to learn than those from data."""
+    monkeypatch.setattr(
+        "rtpurbo.training.stage1.init_indexers", lambda model, samples: draw_indexers(model)
+    )
+
+
 def sparse(dtype=torch.float32):
     model = tiny_model(vocab_size=512, max_position_embeddings=1024).to(dtype)
     head_map = HeadMap.uniform((1, 4), [True, True], HEADS, KEY_VALUE_HEADS)
@@ -25,7 +34,7 @@ def sparse(dtype=torch.float32):
 
 def train(model, log=None, **settings):
     settings = {
-        "steps": 6, "lengths": (96, 128), "init": "random", "init_sequences": 1, "warmup_steps": 0,
+        "steps": 6, "lengths": (96, 128), "init_sequences": 1, "warmup_steps": 0,
         "mixture": {}, "probe_sequences": 1, "probe_every": 3, "queries_per_step": None,
         "learning_rate": 0.02, **settings,
     }  # fmt: skip

@@ -2,9 +2,9 @@
 
 With features f of queries and keys, a head's logit is approximated by `s * f(q) . f(k)`. The rank-r bilinear form
 with the least mean squared error is the truncated SVD of `C_q^1/2 (s I) C_k^1/2`, where C are second moments of
-the features: estimated from data (`covariance`), or from the projections for white inputs (`weight`). `covariance`
-saves about a hundred steps of training (docs/experiment-log.md). Heads that share an index key are estimated
-together (`shared_projections`).
+the features, estimated from data: this saves about a hundred steps of training against the projections of the
+model's weights, and more against random ones (docs/experiment-log.md). Heads that share an index key are
+estimated together (`shared_projections`).
 """
 
 from __future__ import annotations
@@ -13,38 +13,42 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.errors import RTPurboError
-from rtpurbo.models.sharding import whole
 from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.settings import IndexerInit
 from rtpurbo.training.capture import CapturedHeads, run_backbone
 
 
-def init_indexers(
-    model: PreTrainedModel, init: IndexerInit, sequences: list[list[int]], *, seed: int = 0
-) -> None:
+def init_indexers(model: PreTrainedModel, sequences: list[list[int]]) -> None:
     """Initialises the weights of every indexer.
 
     Args:
         model: sparse.
-        init: `covariance`, `weight` or `random`.
-        sequences: token sequences, for `covariance`.
-        seed: seed of `random`.
+        sequences: token sequences, from whose states the second moments are estimated.
     """
-    if init == "covariance":
-        _init_from_data(model, sequences)
-    elif init == "weight":
-        _init_from_weights(model)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        for module in headwise_modules(model):
-            if module.retrieval_heads:
-                for weight in module.indexer.parameters():
-                    drawn = (
-                        torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
-                    )
-                    weight.data.copy_(drawn)
+    moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def add_up(seen: CapturedHeads) -> None:
+        key_value_heads = seen.key_value_heads.tolist()
+        for number, name in enumerate(seen.names):
+            query, key = (
+                (states.T @ states).double() / len(states)
+                for states in (
+                    seen.query_features[0, number].float(),
+                    seen.key_features[0, key_value_heads[number]].float(),
+                )
+            )
+            query_sum, key_sum = moments.get(name, (0.0, 0.0))
+            moments[name] = (query_sum + query, key_sum + key)
+
+    for sequence in sequences:
+        run_backbone(model, [sequence], add_up)
+    for module in headwise_modules(model):
+        if module.retrieval_heads:
+            by_head = [moments[module.layer_idx, head] for head in module.retrieval_heads]
+            queries, keys = (
+                torch.stack(part) / len(sequences) for part in zip(*by_head, strict=True)
+            )
+            _set_weights(module, queries, keys)
 
 
 def low_rank_projections(
@@ -134,67 +138,3 @@ def _set_weights(module: SparseAttention, query_moments: Tensor, key_moments: Te
         )
         indexer.query_weight.data[heads] = query.to(indexer.query_weight.dtype)
         indexer.key_weight.data[entry].copy_(key)
-
-
-def _init_from_data(model: PreTrainedModel, sequences: list[list[int]]) -> None:
-    moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def add_up(seen: CapturedHeads) -> None:
-        key_value_heads = seen.key_value_heads.tolist()
-        for number, name in enumerate(seen.names):
-            query, key = (
-                (states.T @ states).double() / len(states)
-                for states in (
-                    seen.query_features[0, number].float(),
-                    seen.key_features[0, key_value_heads[number]].float(),
-                )
-            )
-            query_sum, key_sum = moments.get(name, (0.0, 0.0))
-            moments[name] = (query_sum + query, key_sum + key)
-
-    for sequence in sequences:
-        run_backbone(model, [sequence], add_up)
-    for module in headwise_modules(model):
-        if module.retrieval_heads:
-            by_head = [moments[module.layer_idx, head] for head in module.retrieval_heads]
-            queries, keys = (
-                torch.stack(part) / len(sequences) for part in zip(*by_head, strict=True)
-            )
-            _set_weights(module, queries, keys)
-
-
-def _init_from_weights(model: PreTrainedModel) -> None:
-    for module in headwise_modules(model):
-        if module.retrieval_heads:
-            dimensions = module.indexer.feature_dimensions
-            by_head = [
-                [
-                    (rows @ rows.T)[dimensions][:, dimensions]
-                    for rows in _projection_rows(module, head)
-                ]
-                for head in module.retrieval_heads
-            ]
-            queries, keys = (torch.stack(part) for part in zip(*by_head, strict=True))
-            _set_weights(module, queries, keys)
-
-
-def _projection_rows(layer: SparseAttention, head: int) -> tuple[Tensor, Tensor]:
-    """Returns the query and key projections of one query head, [head_dim, hidden_size] each."""
-    module, size = layer.module, layer.head_dim
-    names = {name for name, _ in module.named_children()}
-    fused = "qkv_proj" in names
-    if names & {"q_norm", "k_norm"} or not (fused or {"q_proj", "k_proj"} <= names):
-        raise RTPurboError(
-            "init 'weight' does not support models that normalise queries and keys or have other projections: "
-            "choose 'covariance'."
-        )
-    key_head = head // (layer.num_attention_heads // layer.num_key_value_heads)
-    query_weight, key_weight = (
-        whole(module.get_parameter(f"{name}.weight"))
-        for name in (("qkv_proj",) * 2 if fused else ("q_proj", "k_proj"))
-    )
-    offset = layer.num_attention_heads * size if fused else 0
-    return (
-        query_weight[head * size : (head + 1) * size].double(),
-        key_weight[offset + key_head * size : offset + (key_head + 1) * size].double(),
-    )

@@ -122,7 +122,7 @@ def train_indexers(
     source.seek(loop.checkpoint.position)
     if first == 0 and not on_student:
         samples = [mix.sequence(number).input_ids for number in range(settings.init_sequences)]
-        init_indexers(model, settings.init, samples, seed=seed)
+        init_indexers(model, samples)
 
     figures = probe.measure()
     captured: list[list[CapturedHeads]] | None = None
