@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,9 +98,6 @@ class SpeedRecord:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types without fields that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-REQUIRED = frozenset(item.name for item in fields(SpeedRecord) if item.default is MISSING)
 
 
 @dataclass

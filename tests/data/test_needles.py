@@ -60,17 +60,9 @@ def test_length_and_content(length, seed, num_keys, num_values, has_template):
     assert ("<|im_start|>assistant\n" in text) == has_template
 
 
-def test_kinds_and_several_answers():
+def test_several_answers_are_listed():
     tokenizer = tiny_tokenizer()
-
-    def make(**options):
-        return make_retrieval_example(tokenizer, corpus(), 1500, random.Random(0), **options)
-
-    assert make().kind == "single"
-    assert make(num_keys=2).kind == "multi_key"
-    assert make(num_keys=2, num_values=2).kind == "multi_key_multi_value"
-    example = make(num_values=3)
-    assert example.kind == "multi_value"
+    example = make_retrieval_example(tokenizer, corpus(), 1500, random.Random(0), num_values=3)
     first, second, third = example.answers
     assert tokenizer.decode(example.answer_ids) == f" {first}, {second} and {third}"
 

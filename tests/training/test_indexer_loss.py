@@ -12,13 +12,19 @@ from rtpurbo.ops.packed import indexer_divergence
 from rtpurbo.training.capture import capture_heads, merge_heads
 from rtpurbo.training.indexer_loss import (
     forward_divergence,
-    indexer_loss,
     queries_with_far_keys,
+    query_logits,
     selection_quality,
 )
 from tests.tiny_models import RETRIEVAL_HEADS, any_model, make_sparse, sparse_config, tiny_model
 
 RULE = AttentionRule(num_sink_tokens=2, sliding_window=8, min_tokens=0, block_size=8, top_p=0.9)
+
+
+def indexer_loss(seen, query_positions, rule):
+    """Forward KL between each head's attention and its indexer's, mean over queries: [heads]."""
+    exact, estimate, near, far = query_logits(seen, query_positions, rule)
+    return forward_divergence(exact, estimate, near | far).mean(-1)[0]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["own keys", "shared keys"])

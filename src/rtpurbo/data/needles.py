@@ -33,21 +33,18 @@ class RetrievalExample:
         prompt_ids: tokens of the prompt, up to and including the opening words of the answer.
         answer_ids: tokens of the correct answer after them.
         answers: strings that a correct answer contains, in the order of the text.
-        kind: "single", "multi_key" (with distractor keys), "multi_value" (the key has several
-            numbers), "multi_key_multi_value" or "variable_tracking".
     """
 
     prompt_ids: list[int]
     answer_ids: list[int]
     answers: list[str]
-    kind: str
 
     @classmethod
-    def of(cls, conversation: Conversation, answers: list[str], kind: str) -> RetrievalExample:
+    def of(cls, conversation: Conversation, answers: list[str]) -> RetrievalExample:
         """Returns the example of a conversation with one question."""
         [(start, _)] = conversation.answer_spans
         ids = conversation.input_ids
-        return cls(ids[:start], ids[start:], answers, kind)
+        return cls(ids[:start], ids[start:], answers)
 
     def conversation(self) -> Conversation:
         """Returns prompt and answer as a conversation with one question."""
@@ -133,8 +130,7 @@ def make_retrieval_example(
         ),
         f"a retrieval example with {len(keys)} needle(s)",
     )
-    kinds = ["multi_key"] * (num_keys > 1) + ["multi_value"] * (num_values > 1)
-    return RetrievalExample.of(conversation, answers, "_".join(kinds) or "single")
+    return RetrievalExample.of(conversation, answers)
 
 
 def random_values(rng: random.Random, kind: str = "number", num_digits: int = 7) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -47,6 +47,18 @@ class Conversation:
         return len(self.input_ids)
 
 
+def rendered_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """Returns messages in the chat template, up to the beginning of the answer; reasoning is off."""
+    rendered = tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=False,
+        add_generation_prompt=True,
+        # Option of reasoning models' templates; others ignore it.
+        enable_thinking=False,
+    )
+    return str(rendered)
+
+
 def conversation_tokens(
     tokenizer: PreTrainedTokenizerBase, context: str, questions: Sequence[Question]
 ) -> Conversation:
@@ -67,15 +79,7 @@ def conversation_tokens(
         turn = asked.question if number else f"{context}\n\n{asked.question}"
         messages.append({"role": "user", "content": turn})
         if tokenizer.chat_template:
-            # `enable_thinking` is an option of reasoning models' templates; others ignore it.
-            rendered = str(
-                tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    enable_thinking=False,
-                )
-            )
+            rendered = rendered_chat(tokenizer, messages)
             # Earlier turns have been tokenized already.
             new = rendered.rpartition(messages[-2]["content"])[2] if number else rendered
             input_ids += encode(tokenizer, new)

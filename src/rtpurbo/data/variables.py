@@ -111,7 +111,7 @@ def make_variable_example(
         ),
         f"an example with {num_chains} chain(s) of variables",
     )
-    return RetrievalExample.of(conversation, list(chains[0].names), "variable_tracking")
+    return RetrievalExample.of(conversation, list(chains[0].names))
 
 
 def _capitals(rng: random.Random) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from rtpurbo.errors import RTPurboError
@@ -58,6 +59,19 @@ def chat_tokens(
     return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def left_padded(
+    prompts: Sequence[Sequence[int]], padding: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Returns prompts as `input_ids` and `attention_mask`, int64 [prompts, longest], for `generate`."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), padding)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
 def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -78,22 +92,18 @@ def continue_tokens(
         streamer: receives the tokens of a single prompt as they are generated.
     """
     stops = stop_arguments(model, tokenizer)
-    longest = max(len(prompt) for prompt in prompts)
-    inputs = torch.full((len(prompts), longest), stops["pad_token_id"])
-    attention_mask = torch.zeros_like(inputs)
-    for row, prompt in enumerate(prompts):
-        inputs[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - len(prompt) :] = 1
+    inputs = left_padded(prompts, stops["pad_token_id"], model.device)
     with torch.no_grad():
         output = model.generate(
-            inputs.to(model.device),
-            attention_mask=attention_mask.to(model.device),
+            **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=sample,
             streamer=streamer,
             **stops,
         )
-    return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
+    return list(
+        tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    )
 
 
 class VisibleStreamer(TextStreamer):

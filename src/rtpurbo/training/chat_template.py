@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rtpurbo.data.prompts import rendered_chat
 from rtpurbo.data.texts import encode
 from rtpurbo.errors import RTPurboError
 
@@ -33,15 +34,7 @@ class UserTurn:
             RTPurboError: the template fails on one user message or changes it.
         """
         try:
-            rendered = str(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": PLACEHOLDER}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    # Option of reasoning models' templates; others ignore it.
-                    enable_thinking=False,
-                )
-            )
+            rendered = rendered_chat(tokenizer, [{"role": "user", "content": PLACEHOLDER}])
         except TemplateError as error:
             raise RTPurboError(f"the chat template fails on one user message: {error}.") from error
         if rendered.count(PLACEHOLDER) != 1:

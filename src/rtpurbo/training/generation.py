@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.models.sharding import is_sharded
-from rtpurbo.models.text import stop_tokens
+from rtpurbo.models.text import left_padded, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,7 @@ def _generate(
     padding = tokenizer.pad_token_id
     if padding is None:
         padding = min(ends, default=0)
-    longest = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), longest), padding)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - len(prompt) :] = 1
+    inputs = left_padded(prompts, padding, model.device)
     choice = (
         {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.temperature
@@ -97,8 +92,7 @@ def _generate(
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             output = model.generate(
-                input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
+                **inputs,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=padding,
@@ -113,7 +107,8 @@ def _generate(
         if len(prompts) == 1 or is_sharded(model):
             raise  # halving would make the other processes of a sharded model wait
     else:
-        return [_up_to_stop(row, ends) for row in output[:, longest:].tolist()]
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [_up_to_stop(row, ends) for row in new.tolist()]
     half = len(prompts) // 2
     parts = (prompts[:half], prompts[half:])
     return [

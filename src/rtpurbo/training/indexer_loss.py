@@ -1,4 +1,4 @@
-"""Loss of stage 1, and the quality of the selection."""
+"""Logits of queries, and the quality of their selection."""
 
 from __future__ import annotations
 
@@ -38,12 +38,6 @@ def query_logits(
     exact = seen.logits(query_positions)
     estimate = estimated_logits(rule.reading, exact, seen.index_scores(query_positions), near, far)
     return with_sink_column(exact, estimate, near, far, seen.sinks)
-
-
-def indexer_loss(seen: CapturedHeads, query_positions: Tensor, rule: AttentionRule) -> Tensor:
-    """Returns the forward KL between each head's attention and its indexer's, mean over queries: [heads]."""
-    exact, estimate, near, far = query_logits(seen, query_positions, rule)
-    return forward_divergence(exact, estimate, near | far).mean(-1)[0]
 
 
 @dataclass

@@ -6,6 +6,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from rtpurbo.data.prompts import rendered_chat
 from rtpurbo.data.texts import begin_ids, encode
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.cases import Case
@@ -68,11 +69,5 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """Returns the tokens of a prompt, in the chat template if the tokenizer has one."""
     if not tokenizer.chat_template:
         return begin_ids(tokenizer) + encode(tokenizer, prompt.text)
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt.message}],
-        tokenize=False,
-        add_generation_prompt=True,
-        # Option of reasoning models' templates; others ignore it.
-        enable_thinking=False,
-    )
-    return encode(tokenizer, str(rendered))
+    message = {"role": "user", "content": prompt.message}
+    return encode(tokenizer, rendered_chat(tokenizer, [message]))

@@ -18,6 +18,7 @@ from rtpurbo.reporting.html.view import (
     Plots,
     swatch,
 )
+from rtpurbo.reporting.selection import lengths_of, pick
 
 
 def style_of(policy: str, policies: Sequence[str]) -> int | None:
@@ -41,6 +42,30 @@ def by_model(sources: Sources, blocks_of: Callable[[Quality], list[Block]]) -> l
                 blocks.append(Heading(f"Model: {quality.model}"))
             blocks += own
     return blocks
+
+
+def lines_by_length(
+    records: Sequence[Record],
+    policies: Sequence[str],
+    mean: Callable[[Sequence[Record], str], float | None],
+) -> list[Series]:
+    """Returns a line over context lengths for each policy that has values.
+
+    Args:
+        records: measurements.
+        policies: all policies, by which colours are chosen.
+        mean: returns a policy's value from the records of one length.
+    """
+    lines = []
+    for policy in policies:
+        means = [
+            (length, mean(pick(records, context_length=length), policy))
+            for length in lengths_of(records)
+        ]
+        points = [(float(length), value) for length, value in means if value is not None]
+        if points:
+            lines.append(Series(policy, points, style_of(policy, policies)))
+    return lines
 
 
 def plots_of_policies(plots: Sequence[Plot], policies: Sequence[str]) -> Plots:

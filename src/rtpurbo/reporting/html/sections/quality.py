@@ -15,8 +15,8 @@ from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
     by_model,
     described,
+    lines_by_length,
     plots_of_policies,
-    style_of,
 )
 from rtpurbo.reporting.html.sections.scores import LEGEND, mean_cell, score_cell
 from rtpurbo.reporting.html.sources import Quality, Sources
@@ -75,7 +75,7 @@ def _plots(quality: Quality, policies: Sequence[str]) -> list[Plot]:
             name = f"{suite_title(record.suite)}, mean of tasks"
         groups.setdefault(name, []).append(record)
     for title, records in groups.items():
-        lengths, lines = lengths_of(records), _lines(records, policies)
+        lengths, lines = lengths_of(records), lines_by_length(records, policies, mean_score)
         if len(lengths) < 2 or not lines:
             continue
         suite, where = records[0].suite, quality.where(records)
@@ -89,20 +89,6 @@ def _plots(quality: Quality, policies: Sequence[str]) -> list[Plot]:
             averages = [average for average in quality.averages if average.suite == suite]
             plots += _differences(title, where, lines, x, averages, tasks, suite)
     return plots
-
-
-def _lines(records: Sequence[Record], policies: Sequence[str]) -> list[Series]:
-    """The mean score of every policy, by length."""
-    lines = []
-    for policy in policies:
-        means = [
-            (length, mean_score(pick(records, context_length=length), policy))
-            for length in lengths_of(records)
-        ]
-        points = [(float(length), mean) for length, mean in means if mean is not None]
-        if points:
-            lines.append(Series(policy, points, style_of(policy, policies)))
-    return lines
 
 
 def _differences(

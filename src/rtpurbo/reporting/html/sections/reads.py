@@ -8,12 +8,12 @@ from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length, suite_at, suite_title
 from rtpurbo.reporting.entries import policy_order
-from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
+from rtpurbo.reporting.figures import Axis, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
     by_model,
+    lines_by_length,
     main_policy,
     plots_of_policies,
-    style_of,
 )
 from rtpurbo.reporting.html.sources import Quality, Sources
 from rtpurbo.reporting.html.view import (
@@ -73,12 +73,16 @@ def _plots(
     quality: Quality, name: str, records: Sequence[Record], policies: Sequence[str]
 ) -> list[Plot]:
     """Tokens read, or their share where only that is known, and attention recall, by length."""
-    lengths, where = lengths_of(records), quality.where(records)
-    x = length_axis(lengths)
+    where, x = quality.where(records), length_axis(lengths_of(records))
     plots = []
 
     def plot(field: str, title: str, y: Axis) -> None:
-        lines = _lines(records, policies, field, lengths)
+        def mean(chosen: Sequence[Record], policy: str) -> float | None:
+            share = field == "far_tokens_read"
+            found = far_share(chosen, policy) if share else mean_of_queries(chosen, policy, field)
+            return None if found is None else max(found, 1e-9)
+
+        lines = lines_by_length(records, policies, mean)
         if lines:
             whole = f"{name}: {title}"
             plots.append(Plot(whole, where, line_plot(whole, lines, x, y)))
@@ -91,23 +95,6 @@ def _plots(
     recall = Axis("attention recall", _percent, include=(1.0,))
     plot("mass_kept", "attention recall", recall)
     return plots
-
-
-def _lines(
-    records: Sequence[Record], policies: Sequence[str], field: str, lengths: Sequence[int]
-) -> list[Series]:
-    lines = []
-    for policy in policies:
-        points = []
-        for length in lengths:
-            chosen = pick(records, context_length=length)
-            share = field == "far_tokens_read"
-            mean = far_share(chosen, policy) if share else mean_of_queries(chosen, policy, field)
-            if mean is not None:
-                points.append((float(length), max(mean, 1e-9)))
-        if points:
-            lines.append(Series(policy, points, style_of(policy, policies)))
-    return lines
 
 
 def _by_test(quality: Quality, records: Sequence[Record], policy: str) -> Table:
