@@ -114,16 +114,16 @@ class AttentionRule:
         """Window of retrieval heads."""
         return self.retrieval_window or self.sliding_window
 
-    def num_selecting_rows(self, num_queries: int, num_decode_rows: int = 0) -> int:
+    def num_selecting_queries(self, num_queries: int, num_decode_queries: int = 0) -> int:
         """Returns how many of the last queries select keys; retrieval heads are dense for the others.
 
         Args:
             num_queries: queries of this call; a single one is a decode step.
-            num_decode_rows: number of last queries of a prefill that select as decode steps do.
+            num_decode_queries: number of last queries of a prefill that select as decode steps do.
         """
         if num_queries == 1 or self.prefill_mode != "dense":
             return num_queries
-        return min(num_decode_rows, num_queries)
+        return min(num_decode_queries, num_queries)
 
 
 HeadCounts = int | tuple[int | None, ...]

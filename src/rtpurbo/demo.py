@@ -41,7 +41,7 @@ Converted and measured in {minutes:.0f} minutes on {device}.
 {table}
 
 *single*, *multikey*: right answers to questions about numbers hidden in prose, by greedy decoding. *prose*:
-perplexity on text that no training saw, every row sparse. *Far tokens read*: share of the tokens beyond window and
+perplexity on text that no training saw, with every query sparse. *Far tokens read*: share of the tokens beyond window and
 sinks that retrieval heads read where they select. Samples: {samples}. So few show whether something broke, not small
 differences; for more, run
 
@@ -53,7 +53,7 @@ differences; for more, run
 | rtpurbo | the artifact that this demo made |
 | rtpurbo-before-stage2 | the same before self-distillation |
 | local-only | no retrieval head: window and sinks for every head |
-| random-heads | as many retrieval heads, chosen at random |
+| random-heads | the same number of retrieval heads, chosen at random |
 | rtpurbo (shipped) | the artifact in the repository, trained for minutes on a GPU |
 
 ## How it was made
@@ -70,7 +70,7 @@ def run_demo(
     progress: Progress = no_progress,
     console: Console | None = None,
 ) -> list[Record]:
-    """Converts the embedded model, evaluates it beside the dense one, and writes a report.
+    """Converts the embedded model, evaluates it with the dense one, and writes a report.
 
     Args:
         output_dir: receives `artifact/`, `results.json`, `report.md` and, with matplotlib, `report.html`; existing

@@ -30,18 +30,18 @@ def test_spans_of_a_document_match_its_tokens(number):
 
     hidden = [each for each in sequence.assignments if each in text(document.hidden)]
     assert len(hidden) == len(sequence.assignments) >= 2
-    copies = text(document.rows["assignment"])
+    copies = text(document.queries["assignment"])
     assert [each for each in hidden if each in copies] == list(sequence.copies)
     # Tokens may reach over the edges of what they cover.
     assert len(text(document.hidden)) <= sum(len(each) + 4 for each in hidden)
     [value] = sequence.values
-    assert text(document.rows["value"]).strip(' .\n"') == value
+    assert text(document.queries["value"]).strip(' .\n"') == value
     # Rows of the answer are those that predict it.
-    answer = re.findall(r"[A-Za-z]\w+", text(index + 1 for index in document.rows["answer"]))
+    answer = re.findall(r"[A-Za-z]\w+", text(index + 1 for index in document.queries["answer"]))
     names = [name for name in answer if name != "and"]
     assert names
     assert all(any(name in line for line in hidden) for name in names)
-    assert max(document.hidden) < min(document.rows["value"]) < min(document.rows["answer"])
+    assert max(document.hidden) < min(document.queries["value"]) < min(document.queries["answer"])
 
 
 def test_the_head_that_looks_back_scores_most():

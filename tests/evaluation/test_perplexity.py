@@ -60,7 +60,7 @@ def test_a_sparse_model_that_reads_everything_is_the_dense_one(model, corpus):
     assert measure(model, corpus) == pytest.approx(dense, rel=1e-4)
 
 
-def test_every_row_is_sparse_while_measuring(model, corpus):
+def test_every_query_is_sparse_while_measuring(model, corpus):
     make_sparse(model, sparse_config(model, top_p=0.6))
     assert model.rtpurbo_config.attention.prefill_mode == "dense"
     with counting(model) as statistics:

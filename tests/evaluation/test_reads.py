@@ -12,7 +12,7 @@ from rtpurbo.models import decoding
 from rtpurbo.models.graphs import CudaGraph
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import empty_head_map, set_rule, set_selector, sparsify
-from tests.evaluation.policies.support import every_row, random_rows
+from tests.evaluation.policies.support import every_query, random_queries
 from tests.models.test_decoding import BATCHES, PROMPT, gpu_model, plain_steps  # noqa: F401
 from tests.models.test_generation import WINDOW as ROOMY
 from tests.models.test_generation import greedy_by_recomputation
@@ -52,14 +52,14 @@ def prompt():
 
 
 @pytest.mark.parametrize(("q_len", "stride"), [(1, 1), (31, 1), (31, 5)])
-def test_tokens_and_mass_of_every_row(q_len, stride):
-    rows = random_rows(q_len, 111)
+def test_tokens_and_mass_of_every_query(q_len, stride):
+    rows = random_queries(q_len, 111)
     selected = (torch.rand(rows.logits.shape) < 0.3) & rows.far
-    meter = ReadMeter(needs_queries=True, row_stride=stride)
+    meter = ReadMeter(needs_queries=True, query_stride=stride)
     meter.add_queries(rows, selected)
 
     tokens, kept, far, far_read = [], [], [], []
-    for batch, head, row in every_row(rows):
+    for batch, head, row in every_query(rows):
         if rows.query_positions[batch, row] < 0 or row % stride:
             continue
         near, away = rows.near[batch, 0, row], rows.far[batch, 0, row]
@@ -71,13 +71,13 @@ def test_tokens_and_mass_of_every_row(q_len, stride):
             far.append(int(away.sum()))
             far_read.append(int(selected[batch, head, row].sum()))
     measured = meter.reads()
-    assert measured.rows == len(tokens)
+    assert measured.queries == len(tokens)
     assert measured.tokens_mean == pytest.approx(sum(tokens) / len(tokens))
     assert sum(count <= measured.tokens_p50 for count in tokens) >= len(tokens) / 2
     assert sum(count < measured.tokens_p50 for count in tokens) <= len(tokens) / 2
     assert sum(count <= measured.tokens_p95 for count in tokens) >= 0.95 * len(tokens)
-    assert measured.mass_kept == pytest.approx(sum(kept) / len(kept), rel=1e-5)
-    assert measured.far_rows == len(far)
+    assert measured.recall == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+    assert measured.far_queries == len(far)
     assert measured.far_tokens_mean == pytest.approx(sum(far_read) / len(far))
     assert measured.far_share == pytest.approx(sum(far_read) / sum(far))
     bins = [sum(count.bit_length() == size for count in far_read) for size in range(8)]
@@ -98,10 +98,10 @@ def test_a_dense_model_reads_everything(prompt):
     # Three steps: the first new token is the prompt's.
     counts = sorted(int(length) + step for length in mask.sum(1) for step in (1, 2, 3))
     heads = LAYERS * len(RETRIEVAL_HEADS)
-    assert measured.rows == len(counts) * heads
+    assert measured.queries == len(counts) * heads
     assert measured.tokens_mean == pytest.approx(sum(counts) / len(counts))
     assert measured.tokens_p95 == counts[-1]
-    assert measured.mass_kept == measured.far_share == 1
+    assert measured.recall == measured.far_share == 1
 
 
 def test_a_higher_p_reads_more_tokens_and_raises_recall(prompt):
@@ -110,12 +110,12 @@ def test_a_higher_p_reads_more_tokens_and_raises_recall(prompt):
     low = measure(model, model.rtpurbo_config.head_map, *prompt, **options)
     set_rule(model, top_p=0.9)
     high = measure(model, model.rtpurbo_config.head_map, *prompt, **options)
-    assert low.rows == high.rows == 3 * 3 * LAYERS * len(RETRIEVAL_HEADS)
+    assert low.queries == high.queries == 3 * 3 * LAYERS * len(RETRIEVAL_HEADS)
     assert WINDOW + SINKS < low.tokens_mean < high.tokens_mean
-    assert 0 < low.mass_kept < high.mass_kept < 1
+    assert 0 < low.recall < high.recall < 1
     set_rule(model, top_p=1.0)
     everything = measure(model, model.rtpurbo_config.head_map, *prompt, **options)
-    assert everything.mass_kept == pytest.approx(1)
+    assert everything.recall == pytest.approx(1)
     assert everything.far_share == 1
 
 
@@ -129,14 +129,14 @@ def test_heads_that_became_local_are_measured(prompt):
     sparsify(model, replace(model.rtpurbo_config, head_map=empty_head_map(model)))
     measured = measure(model, head_map, *prompt, **options)
     assert measured.tokens_mean == measured.tokens_p95 == WINDOW + SINKS
-    assert measured.mass_kept == pytest.approx(expected.mass_kept)
-    assert measured.mass_kept < 1
-    assert replace(measured, mass_kept=0) == replace(expected, mass_kept=0)
+    assert measured.recall == pytest.approx(expected.recall)
+    assert measured.recall < 1
+    assert replace(measured, recall=0) == replace(expected, recall=0)
     assert measured.far_share == 0
 
 
 def test_prompts_without_a_cache_count_row_by_row(monkeypatch):
-    monkeypatch.setattr(reads, "ROW_STRIDE", 1)
+    monkeypatch.setattr(reads, "QUERY_STRIDE", 1)
     ids, mask = padded_batch((0,))
     expected = sum(min(place + 1, WINDOW + SINKS) for place in range(ids.shape[1])) / ids.shape[1]
     model = make_sparse(tiny_model(), sparse_config(tiny_model(), prefill_mode="top_p"))
@@ -147,7 +147,7 @@ def test_prompts_without_a_cache_count_row_by_row(monkeypatch):
             model(ids, attention_mask=mask, use_cache=False)
             model(ids, attention_mask=mask)  # a prompt
         assert meter.reads().tokens_mean == pytest.approx(expected)
-        assert meter.reads().rows == ids.shape[1] * LAYERS * len(RETRIEVAL_HEADS)
+        assert meter.reads().queries == ids.shape[1] * LAYERS * len(RETRIEVAL_HEADS)
         sparsify(model, replace(model.rtpurbo_config, head_map=empty_head_map(model)))
     dense = tiny_model()
     with metering(dense, head_map, [0]) as meter:
@@ -165,7 +165,7 @@ def test_sequences_that_have_ended_do_not_count(prompt):
         for tokens in ([5, STOP, 5], [5, 0, 5], [STOP, 0, 0]):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             model(torch.tensor(tokens)[:, None], attention_mask=mask, past_key_values=cache)
-    assert meter.reads().rows == 4 * LAYERS * len(RETRIEVAL_HEADS)
+    assert meter.reads().queries == 4 * LAYERS * len(RETRIEVAL_HEADS)
 
 
 def test_steps_between_are_not_measured(monkeypatch, prompt):
@@ -176,7 +176,7 @@ def test_steps_between_are_not_measured(monkeypatch, prompt):
     with metering(model, head_map, [0, STOP]) as meter:
         for new in (6, 2):  # five steps, of which the first and the fourth count; then one
             answers(model, *prompt, new=new, min_new_tokens=new, **options)
-    assert meter.reads().rows == (2 + 1) * 3 * LAYERS * len(RETRIEVAL_HEADS)
+    assert meter.reads().queries == (2 + 1) * 3 * LAYERS * len(RETRIEVAL_HEADS)
 
 
 def test_on_a_gpu_the_first_steps_of_an_answer_are_enough():
@@ -241,7 +241,7 @@ def test_steps_that_are_not_measured_are_replayed(
             assert plain_steps.prepared == number  # a cache each, captured once
     assert events == 2 * list(expected_steps(PROMPT, 59, layers))
     still_writing = (expected[:, PROMPT:-1][:, :32:4] != 0).sum()
-    assert meter.reads().rows == 2 * still_writing * layers * len(RETRIEVAL_HEADS)
+    assert meter.reads().queries == 2 * still_writing * layers * len(RETRIEVAL_HEADS)
 
 
 def test_local_steps_are_replayed_after_the_last_that_is_measured(
@@ -281,10 +281,10 @@ def test_prose_between_answers_is_measured(plain_steps, as_on_a_gpu):  # noqa: F
     with metering(model, head_map, [0]) as meter, torch.no_grad():
         for _ in range(2):
             answers(model, ids, mask, new=40)
-            rows = meter.reads().rows
+            rows = meter.reads().queries
             model.base_model(ids, use_cache=False)
-            prose = -(-ids.shape[1] // reads.ROW_STRIDE) * LAYERS * len(RETRIEVAL_HEADS)
-            assert meter.reads().rows == rows + prose
+            prose = -(-ids.shape[1] // reads.QUERY_STRIDE) * LAYERS * len(RETRIEVAL_HEADS)
+            assert meter.reads().queries == rows + prose
     assert plain_steps.prepared == 2
 
 
@@ -308,9 +308,9 @@ def test_graphs_and_measured_steps_take_turns(monkeypatch):
     assert result.past_key_values.is_static
     assert events == list(expected_steps(300, 59, LAYERS))
     measured = meter.reads()
-    assert measured.rows == 8 * 2 * LAYERS * len(RETRIEVAL_HEADS)
+    assert measured.queries == 8 * 2 * LAYERS * len(RETRIEVAL_HEADS)
     assert 32 < measured.tokens_mean < 360
-    assert 0 < measured.mass_kept <= 1 + 1e-3
+    assert 0 < measured.recall <= 1 + 1e-3
 
 
 @pytest.mark.gpu
@@ -326,9 +326,9 @@ def test_kernels_and_measured_steps_take_turns():
         )
     measured = meter.reads()
     assert backends[1:] == ["eager" if step % 4 == 0 else "triton" for step in range(9)]
-    assert measured.rows == 3 * 2 * LAYERS * len(RETRIEVAL_HEADS)
+    assert measured.queries == 3 * 2 * LAYERS * len(RETRIEVAL_HEADS)
     assert 32 < measured.tokens_mean < 310
-    assert 0 < measured.mass_kept <= 1 + 1e-3
+    assert 0 < measured.recall <= 1 + 1e-3
 
 
 def hooks_of(model):

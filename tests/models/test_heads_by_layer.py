@@ -238,7 +238,7 @@ def test_reads_and_random_heads_follow_the_layers(name):
     reads = meter.reads()
     # Local heads read two sinks and a window of eight tokens at most.
     assert 0 < reads.tokens_mean <= 10
-    assert 0 < reads.mass_kept < 1
+    assert 0 < reads.recall < 1
 
 
 @pytest.mark.kernels

@@ -50,7 +50,7 @@ CALLS = {
     ),
     "headwise_attention": lambda problem, **options: headwise_attention(
         *problem.layered(
-            HeadLayout.build([0], 4, 2), RULE.num_selecting_rows(problem.queries.shape[2])
+            HeadLayout.build([0], 4, 2), RULE.num_selecting_queries(problem.queries.shape[2])
         ),
         RULE,
         scaling=problem.scaling,

@@ -20,7 +20,7 @@ SINKS = torch.tensor([0.5, -1.0, 2.0, 1.0], dtype=torch.float64)
 
 def run(problem, retrieval_heads, num_decode_rows=0, **options):
     layout = HeadLayout.build(retrieval_heads, 4, problem.keys.shape[1])
-    selecting = RULE.num_selecting_rows(problem.queries.shape[2], num_decode_rows)
+    selecting = RULE.num_selecting_queries(problem.queries.shape[2], num_decode_rows)
     return headwise_attention(
         *problem.layered(layout, selecting),
         RULE,

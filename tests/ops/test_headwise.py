@@ -21,7 +21,7 @@ HEAD_SETS = [(), (0,), (1, 2), (0, 3), (0, 1, 2), (0, 1, 2, 3)]
 def run(problem, rule, retrieval_heads, num_decode_rows=0, **options):
     heads, key_value_heads = problem.queries.shape[1], problem.keys.shape[1]
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
-    selecting = rule.num_selecting_rows(problem.queries.shape[2], num_decode_rows)
+    selecting = rule.num_selecting_queries(problem.queries.shape[2], num_decode_rows)
     return headwise_attention(
         *problem.layered(layout, selecting), rule, scaling=problem.scaling, **options
     )

@@ -28,7 +28,7 @@ def attend_with_sinks(problem, mask, sinks):
 
 def run(problem, rule, sinks, **options):
     layout = HeadLayout.build(RETRIEVAL_HEADS, 4, problem.keys.shape[1])
-    selecting = rule.num_selecting_rows(problem.queries.shape[2])
+    selecting = rule.num_selecting_queries(problem.queries.shape[2])
     return headwise_attention(
         *problem.layered(layout, selecting), rule, scaling=problem.scaling, sinks=sinks, **options
     )

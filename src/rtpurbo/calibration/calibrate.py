@@ -89,15 +89,15 @@ def calibrate(
         else (settings.ranking,)
     )
     # By kind, the scores of all heads of all layers that each document gives.
-    rows: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    measured_by_kind: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     sizes: dict[int, int] = {}
     for number in range(settings.num_documents):
         for kind in kinds:
             scores = _scores(kind, model, tokenizer, corpus, settings, seed, number)
             sizes = {layer: len(scores[layer]) for layer in sorted(scores)}
-            rows[kind].append(torch.cat([scores[layer] for layer in sizes]))
+            measured_by_kind[kind].append(torch.cat([scores[layer] for layer in sizes]))
         progress("calibrate", number + 1, settings.num_documents, {})
-    measured = [torch.stack(documents) for documents in rows.values()]
+    measured = [torch.stack(documents) for documents in measured_by_kind.values()]
     mean = _together(*(documents.mean(0) for documents in measured))
     by_document = torch.stack([_together(*each) for each in zip(*measured, strict=True)])
     by_layer = dict(zip(sizes, mean.split(list(sizes.values())), strict=True))

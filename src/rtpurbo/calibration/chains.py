@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.calibration.scores import attention_of_rows
+from rtpurbo.calibration.scores import attention_of_queries
 from rtpurbo.data.long_range import NOISE, LongRangeMix
 from rtpurbo.data.prompts import decode
 from rtpurbo.data.texts import Prose
@@ -38,12 +38,12 @@ class ChainDocument:
     Attributes:
         input_ids: tokens of the document.
         hidden: indices of the tokens of assignments.
-        rows: indices of the queries that need earlier tokens, by kind.
+        queries: indices of the queries that need earlier tokens, by kind.
     """
 
     input_ids: list[int]
     hidden: list[int]
-    rows: dict[str, list[int]]
+    queries: dict[str, list[int]]
 
 
 def make_chain_document(
@@ -111,7 +111,9 @@ def chain_scores(model: PreTrainedModel, document: ChainDocument) -> dict[int, T
     scores: dict[int, Tensor] = {}
 
     def score_layer(seen: LayerObservation) -> None:
-        looked = [_looked_back(seen, rows, document.hidden) for rows in document.rows.values()]
+        looked = [
+            _looked_back(seen, places, document.hidden) for places in document.queries.values()
+        ]
         scores[seen.layer] = torch.stack(looked).mean(0)
 
     input_ids = torch.tensor([document.input_ids], device=model.device)
@@ -120,10 +122,10 @@ def chain_scores(model: PreTrainedModel, document: ChainDocument) -> dict[int, T
     return scores
 
 
-def _looked_back(seen: LayerObservation, rows: Sequence[int], hidden: Sequence[int]) -> Tensor:
+def _looked_back(seen: LayerObservation, places: Sequence[int], hidden: Sequence[int]) -> Tensor:
     """Returns the mean attention of the `BUSIEST` queries to distant hidden tokens: [heads]."""
-    asked = torch.tensor(rows, device=seen.keys.device)
+    asked = torch.tensor(places, device=seen.keys.device)
     wanted = torch.tensor(hidden, device=seen.keys.device)
     is_far = asked[:, None] - wanted > NEAR
-    mass = (attention_of_rows(seen, asked)[..., wanted] * is_far).sum(-1)
-    return mass.topk(max(1, int(BUSIEST * len(rows))), -1).values.mean(-1).cpu()
+    mass = (attention_of_queries(seen, asked)[..., wanted] * is_far).sum(-1)
+    return mass.topk(max(1, int(BUSIEST * len(places))), -1).values.mean(-1).cpu()

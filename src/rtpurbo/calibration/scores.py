@@ -17,7 +17,7 @@ from rtpurbo.ops.eager.visibility import causal_mask
 def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> dict[int, Tensor]:
     """Returns the attention of the later needle's queries to the earlier needle, for each query head.
 
-    `R_h = 1/|N_post| * sum over rows t of the later needle, columns j of the earlier one, of A_h(t, j)`, minus
+    `R_h = 1/|N_post| * sum over queries t of the later needle, keys j of the earlier one, of A_h(t, j)`, minus
     that of a head with uniform attention (|N_pre| / length), so that documents of all lengths are comparable. Only
     the needle's queries are computed, so no n x n matrix is made.
 
@@ -32,7 +32,7 @@ def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> d
     early, late = slice(*document.early_span), slice(*document.late_span)
 
     def score_layer(seen: LayerObservation) -> None:
-        mass = attention_of_rows(seen, late)[..., early].sum(-1).mean(-1)
+        mass = attention_of_queries(seen, late)[..., early].sum(-1).mean(-1)
         scores[seen.layer] = (mass - (early.stop - early.start) / seen.keys.shape[2]).float().cpu()
 
     input_ids = torch.tensor([document.input_ids], device=model.device)
@@ -41,17 +41,17 @@ def retrieval_scores(model: PreTrainedModel, document: CalibrationDocument) -> d
     return scores
 
 
-def attention_of_rows(seen: LayerObservation, rows: slice | Tensor) -> Tensor:
+def attention_of_queries(seen: LayerObservation, places: slice | Tensor) -> Tensor:
     """Returns the full attention of some queries: [heads, queries, keys], in at least fp32.
 
     Args:
         seen: states of a layer for one document.
-        rows: indices of the queries.
+        places: indices of the queries.
     """
-    queries, keys = seen.queries[:, :, rows], seen.keys
+    queries, keys = seen.queries[:, :, places], seen.keys
     group = queries.shape[1] // keys.shape[1]
     logits = attention_logits(queries, keys.repeat_interleave(group, 1), seen.scaling)
-    visible = causal_mask(seen.positions[:, rows], seen.positions)
+    visible = causal_mask(seen.positions[:, places], seen.positions)
     logits = logits.masked_fill(~visible, -torch.inf)
     if seen.sinks is None:
         return logits.softmax(-1)[0]

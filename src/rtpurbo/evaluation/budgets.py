@@ -36,11 +36,11 @@ def far_token_budget(case: Case, records: Iterable[Record]) -> int:
         case: to run.
         records: of the policy that sets budgets, one per case, in the order of the cases.
     """
-    far_tokens, rows = 0.0, 0
+    far_tokens, queries = 0.0, 0
     for record in records:
         same = (record.suite, record.context_length) == (case.suite, case.context_length)
         if same and (case.suite != HARNESS or record.task == case.task) and record.far_rows:
             assert record.far_tokens_mean is not None
             far_tokens += record.far_tokens_mean * record.far_rows
-            rows += record.far_rows
-    return math.ceil(far_tokens / rows) if rows else 0
+            queries += record.far_rows
+    return math.ceil(far_tokens / queries) if queries else 0

@@ -66,13 +66,13 @@ def joined(parts: Sequence[Part]) -> CaseResult:
             tokens_read_mean=reads.tokens_mean,
             tokens_read_p50=reads.tokens_p50,
             tokens_read_p95=reads.tokens_p95,
-            mass_kept=reads.mass_kept,
-            measured_rows=reads.rows,
+            mass_kept=reads.recall,
+            measured_rows=reads.queries,
             far_tokens_histogram=reads.far_histogram,
             far_token_budget=first.budget,
             metric=outcome.metric,
             far_tokens_mean=reads.far_tokens_mean,
-            far_rows=reads.far_rows,
+            far_rows=reads.far_queries,
         )
         for outcome in outcomes
     ]

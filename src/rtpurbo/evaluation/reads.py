@@ -24,7 +24,7 @@ from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 
 # Default stride of the measured queries of a prefill.
-ROW_STRIDE = 8
+QUERY_STRIDE = 8
 # With kernels, a measured decode step runs eager, which takes many times as long as the replay of a CUDA graph:
 # every fourth of the first 32 steps of an answer is measured, at most eight.
 STEP_STRIDE = 4
@@ -40,24 +40,24 @@ class Reads:
             as for the next two.
         tokens_p50: median.
         tokens_p95: 95th percentile.
-        mass_kept: mean attention recall.
+        recall: mean attention recall.
         far_tokens_mean: mean number of far tokens read, over queries that have far tokens.
-        far_rows: number of these queries.
+        far_queries: number of these queries.
         far_share: share of their far tokens that they read; None if there are no such queries.
         far_histogram: number of these queries by far tokens read: none, 1, 2 to 3, 4 to 7, and so on in
             powers of two.
-        rows: number of measured queries.
+        queries: number of measured queries.
     """
 
     tokens_mean: float | None = None
     tokens_p50: float | None = None
     tokens_p95: float | None = None
-    mass_kept: float | None = None
+    recall: float | None = None
     far_tokens_mean: float = 0.0
-    far_rows: int = 0
+    far_queries: int = 0
     far_share: float | None = None
     far_histogram: tuple[int, ...] = ()
-    rows: int = 0
+    queries: int = 0
 
 
 @dataclass
@@ -67,10 +67,10 @@ class ReadMeter(SelectionStatistics):
     Measurements stay on the device until `reads` or `measured` is called, to avoid device synchronisations.
 
     Attributes:
-        row_stride: stride of the measured queries of a prefill.
+        query_stride: stride of the measured queries of a prefill.
     """
 
-    row_stride: int = ROW_STRIDE
+    query_stride: int = QUERY_STRIDE
 
     def __post_init__(self) -> None:
         # Each [4, queries]: tokens read, far tokens read, far tokens, attention recall.
@@ -90,16 +90,16 @@ class ReadMeter(SelectionStatistics):
     def add(self, far: Tensor, selected: Tensor) -> None:
         """Ignores the kernels' counts, which lack the attention mass."""
 
-    def add_counts(self, far_keys: float, far_keys_read: float, rows: int) -> None:
+    def add_counts(self, far_keys: float, far_keys_read: float, queries: int) -> None:
         """Ignores the kernels' counts."""
 
-    def add_queries(self, rows: SelectionQueries, selected: Tensor) -> None:
+    def add_queries(self, queries: SelectionQueries, selected: Tensor) -> None:
         """Measures queries; see `SelectionStatistics.add_queries`."""
         if not self.needs_queries:
             return
-        stride = self.row_stride if rows.logits.shape[2] > 1 else 1
+        stride = self.query_stride if queries.logits.shape[2] > 1 else 1
         near, far, selected, logits = (
-            part[:, :, ::stride] for part in (rows.near, rows.far, selected, rows.logits)
+            part[:, :, ::stride] for part in (queries.near, queries.far, selected, queries.logits)
         )
         read = near | selected
         everything = logits.masked_fill(~(near | far), -torch.inf).logsumexp(-1)
@@ -109,13 +109,13 @@ class ReadMeter(SelectionStatistics):
             selected.sum(-1),
             far.sum(-1).expand(kept.shape),
             (kept - everything).exp(),
-            rows.query_positions[:, None, ::stride].expand(kept.shape),
+            queries.query_positions[:, None, ::stride].expand(kept.shape),
         )
 
-    def add_dense_rows(self, positions: Tensor, num_heads: int) -> None:
+    def add_dense_queries(self, positions: Tensor, num_heads: int) -> None:
         """Adds dense queries at these positions, int64 [batch, queries]."""
         if self.needs_queries:
-            positions = positions[:, None, :: self.row_stride if positions.shape[1] > 1 else 1]
+            positions = positions[:, None, :: self.query_stride if positions.shape[1] > 1 else 1]
             positions = positions.expand(-1, num_heads, -1)
             tokens = positions + 1
             # A dense model has no window, so all tokens count as far.
@@ -135,7 +135,7 @@ class ReadMeter(SelectionStatistics):
     def measured(self) -> NDArray[np.float32]:
         """Returns the measurements so far, float32 [4, queries].
 
-        Rows: tokens read, far tokens read, far tokens, attention recall.
+        Along the first axis: tokens read, far tokens read, far tokens, attention recall.
         """
         # Few large copies from a device are faster than many small ones.
         by_device: dict[torch.device, list[Tensor]] = {}
@@ -167,12 +167,12 @@ def reads_of(measured: NDArray[np.float32]) -> Reads:
         tokens_mean=float(tokens.mean()),
         tokens_p50=median,
         tokens_p95=high,
-        mass_kept=float(mass.mean()),
+        recall=float(mass.mean()),
         far_tokens_mean=float(far_read[with_far].mean()) if some_far else 0.0,
-        far_rows=int(with_far.sum()),
+        far_queries=int(with_far.sum()),
         far_share=float(far_read.sum() / far.sum()) if some_far else None,
         far_histogram=_histogram(far_read[with_far]),
-        rows=tokens.numel(),
+        queries=tokens.numel(),
     )
 
 
@@ -216,14 +216,14 @@ class WindowReader:
         order = {kv_head: place for place, kv_head in enumerate(sorted(set(kv_heads)))}
         keys = keys[:, [order[kv_head] for kv_head in kv_heads]]
         queries = observation.queries[:, heads]
-        per_row = keys.shape[0] * keys.shape[1] * keys.shape[2]
-        for chunk in query_chunks(queries.shape[2], per_row, ROW_STRIDE):
-            rows, own = queries[:, :, chunk], positions[:, chunk]
+        per_query = keys.shape[0] * keys.shape[1] * keys.shape[2]
+        for chunk in query_chunks(queries.shape[2], per_query, QUERY_STRIDE):
+            part, own = queries[:, :, chunk], positions[:, chunk]
             near = near_mask(own, labels, self.rule.near_window, self.rule.num_sink_tokens)
-            logits = attention_logits(rows, keys, observation.scaling)
+            logits = attention_logits(part, keys, observation.scaling)
             far = causal_mask(own, labels) & ~near
             selection = SelectionQueries(
-                query_states=rows,
+                query_states=part,
                 key_states=keys,
                 query_positions=own,
                 key_positions=labels,
@@ -314,7 +314,7 @@ class ForwardWatch:
             self._attach_meter(self.meter if counts else None)
         self.meter.begin(active, counts)
         if self._is_dense:
-            self.meter.add_dense_rows(_positions(given), self.head_map.num_retrieval_heads)
+            self.meter.add_dense_queries(_positions(given), self.head_map.num_retrieval_heads)
 
     def _attach_meter(self, meter: ReadMeter | None) -> None:
         for module in self._modules:
@@ -354,7 +354,7 @@ def metering(
         head_map: retrieval heads, if the model has none.
         stop_ids: tokens that end or pad a sequence.
     """
-    meter = ReadMeter(row_stride=ROW_STRIDE)
+    meter = ReadMeter(query_stride=QUERY_STRIDE)
     reader = None
     if is_sparse(model) and not model.rtpurbo_config.head_map.num_retrieval_heads:
         reader = WindowReader(meter, head_map, model.rtpurbo_config.attention)

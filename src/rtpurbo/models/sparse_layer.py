@@ -227,7 +227,7 @@ class SparseAttention(AttentionTraits):
         caching: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns index queries of the queries that select, and index keys; None where they are not needed."""
-        selecting = self.rule.num_selecting_rows(queries.shape[2], self.num_decode_rows)
+        selecting = self.rule.num_selecting_queries(queries.shape[2], self.num_decode_rows)
         if not self.retrieval_heads or not (selecting or caching):
             return None, None
         layout, indexer = self.layout(keys.device), self.indexer

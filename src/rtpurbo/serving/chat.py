@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
@@ -131,7 +136,7 @@ class Conversation:
                         attention_mask=torch.ones_like(ids),
                         max_new_tokens=min(context - len(prompt), self.max_new_tokens),
                         streamer=streamer,
-                        stopping_criteria=[is_stopped],
+                        stopping_criteria=StoppingCriteriaList([is_stopped]),
                         **{CACHE_NAME: self._cache},
                         **stop_arguments(self.model, self.tokenizer),
                         **self.generation,

@@ -12,7 +12,7 @@ from tests.oracles import random_problem
 WINDOW, SINKS = 16, 2
 
 
-def random_rows(q_len, k_len, padding=(0, 7)):
+def random_queries(q_len, k_len, padding=(0, 7)):
     """Rows of a random layer."""
     problem = random_problem(q_len, k_len, padding=padding)
     keys = problem.keys[:, problem.kv_head_index]
@@ -29,6 +29,6 @@ def random_rows(q_len, k_len, padding=(0, 7)):
     )
 
 
-def every_row(rows):
+def every_query(rows):
     """Places (batch, head, row) of all rows."""
     return torch.cartesian_prod(*(torch.arange(size) for size in rows.logits.shape[:3])).tolist()

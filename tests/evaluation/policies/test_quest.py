@@ -5,7 +5,7 @@ import torch
 
 from rtpurbo.evaluation.policies.quest import QuestSelector, page_bounds
 from rtpurbo.ops.eager.selection import block_ids
-from tests.evaluation.policies.support import every_row, random_rows
+from tests.evaluation.policies.support import every_query, random_queries
 
 PAGE = 8
 
@@ -18,9 +18,9 @@ def bound(query, keys):
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 63), (1, 129), (31, 111)])
 def test_the_pages_of_highest_bounds_are_read(q_len, k_len):
-    rows = random_rows(q_len, k_len)
+    rows = random_queries(q_len, k_len)
     selected = QuestSelector(20, PAGE)(rows)
-    for batch, head, row in every_row(rows):
+    for batch, head, row in every_query(rows):
         positions, far = rows.key_positions[batch], rows.far[batch, 0, row]
         pages = {}
         for page in sorted(set((positions[far] // PAGE).tolist())):
@@ -34,11 +34,11 @@ def test_the_pages_of_highest_bounds_are_read(q_len, k_len):
 
 
 def test_no_budget_reads_nothing():
-    assert not QuestSelector(0)(random_rows(1, 100)).any()
+    assert not QuestSelector(0)(random_queries(1, 100)).any()
 
 
 def test_bounds_hold_every_key_and_leave_padding_out():
-    rows = random_rows(1, 61)
+    rows = random_queries(1, 61)
     pages = block_ids(rows.key_positions, PAGE)
     least, greatest = page_bounds(rows.key_states, rows.key_positions, pages)
     real = (rows.key_positions >= 0)[:, None, :, None]

@@ -331,7 +331,7 @@ def prompt(
             torch.zeros(batch, dtype=torch.int32),
             index_keys.reshape(*pages, 16),
         )
-    selecting = rule.num_selecting_rows(q_len)
+    selecting = rule.num_selecting_queries(q_len)
     prefill_attention(
         torch.empty(batch, heads, q_len, head_dim, dtype=dtype),
         full,

@@ -29,7 +29,7 @@ RULE = AttentionRule(
 def run(problem, rule, retrieval_heads, padding, **options):
     heads, key_value_heads = problem.queries.shape[1], problem.keys.shape[1]
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads, problem.queries.device)
-    selecting = rule.num_selecting_rows(problem.queries.shape[2])
+    selecting = rule.num_selecting_queries(problem.queries.shape[2])
     arguments = list(problem.layered(layout, selecting))
     arguments[2], arguments[3] = (slotted(states, padding) for states in arguments[2:4])
     return headwise_attention(
@@ -102,7 +102,7 @@ def test_unsupported_calls_are_rejected_with_a_reason(changes, padding, reason):
     problem = kernel_problem(20, 60, DTYPES[0])
     rule = replace(RULE, **changes)
     layout = HeadLayout.build((0,), 4, 2, problem.queries.device)
-    arguments = list(problem.layered(layout, rule.num_selecting_rows(20)))
+    arguments = list(problem.layered(layout, rule.num_selecting_queries(20)))
     if padding is not None:
         arguments[2], arguments[3] = (slotted(states, padding) for states in arguments[2:4])
     with pytest.raises(ValueError, match=reason):
@@ -117,7 +117,7 @@ def test_a_chunk_over_pages_equals_one_over_a_tensor(mode, page_size):
     problem = kernel_problem(70, 190, torch.float32, padding=padding, index_dim=4)
     layout = HeadLayout.build((0, 1, 3), 4, 2, DEVICE)
     queries, _, full, windowed, _, index_queries = problem.layered(
-        layout, rule.num_selecting_rows(70)
+        layout, rule.num_selecting_queries(70)
     )
     results = [
         prefill_attention(

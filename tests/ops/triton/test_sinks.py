@@ -43,7 +43,7 @@ def test_prefill_equals_eager(mode):
     rule = replace(RULE, prefill_mode=mode, row_share=0.05)
     problem = kernel_problem(64, 160, torch.float32, index_dim=4)
     layout = HeadLayout.build((0, 3), 4, 2, DEVICE)
-    arguments = list(problem.layered(layout, rule.num_selecting_rows(64)))
+    arguments = list(problem.layered(layout, rule.num_selecting_queries(64)))
     first_slots = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     arguments[2:4] = (replace(states, first_slots=first_slots) for states in arguments[2:4])
     results = [

@@ -28,23 +28,23 @@ class QuestSelector:
         self.num_pages = -(-far_tokens // page_size)
         self.page_size = page_size
 
-    def __call__(self, rows: SelectionQueries) -> Tensor:
+    def __call__(self, asked: SelectionQueries) -> Tensor:
         """Returns the selected far keys of each query: bool [batch, heads, queries, k_len]."""
-        pages = block_ids(rows.key_positions, self.page_size)
-        least, greatest = page_bounds(rows.key_states, rows.key_positions, pages)
+        pages = block_ids(asked.key_positions, self.page_size)
+        least, greatest = page_bounds(asked.key_states, asked.key_positions, pages)
         # In half precision, different bounds could be equal.
         precise = torch.promote_types(least.dtype, torch.float32)
         queries, least, greatest = (
-            part.to(precise) for part in (rows.query_states, least, greatest)
+            part.to(precise) for part in (asked.query_states, least, greatest)
         )
         # The sum of max(q * least, q * greatest); the sign of q decides which of the two is larger.
         bounds = queries.clamp(min=0) @ greatest.transpose(-1, -2)
         bounds += queries.clamp(max=0) @ least.transpose(-1, -2)
         has_far = torch.zeros_like(bounds[:, :1], dtype=torch.int32).scatter_reduce(
-            -1, pages[:, None, None].expand(rows.far.shape), rows.far.int(), "amax"
+            -1, pages[:, None, None].expand(asked.far.shape), asked.far.int(), "amax"
         )
         chosen = highest(bounds.masked_fill(has_far == 0, -torch.inf), self.num_pages)
-        return spread_blocks(chosen, pages) & rows.far
+        return spread_blocks(chosen, pages) & asked.far
 
 
 def page_bounds(keys: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from rtpurbo.ops.eager.selection import estimated_logits, select_per_query
 def top_k(far_tokens: int) -> Selector:
     """Returns the selection of the far tokens with the highest index scores, as many for every query."""
 
-    def select(rows: SelectionQueries) -> Tensor:
-        scores = rows.score_index().masked_fill(~rows.far, -torch.inf)
+    def select(queries: SelectionQueries) -> Tensor:
+        scores = queries.score_index().masked_fill(~queries.far, -torch.inf)
         return highest(scores, far_tokens)
 
     return select
@@ -23,9 +23,11 @@ def top_k(far_tokens: int) -> Selector:
 def oracle_top_p(rule: AttentionRule) -> Selector:
     """Returns the selection of a rule by exact logits, which cost as much as dense attention."""
 
-    def select(rows: SelectionQueries) -> Tensor:
-        logits = estimated_logits(rule.reading, rows.logits, rows.logits, rows.near, rows.far)
-        return select_per_query(rule, logits, rows.near, rows.far, rows.key_positions)
+    def select(queries: SelectionQueries) -> Tensor:
+        logits = estimated_logits(
+            rule.reading, queries.logits, queries.logits, queries.near, queries.far
+        )
+        return select_per_query(rule, logits, queries.near, queries.far, queries.key_positions)
 
     return select
 

@@ -32,7 +32,7 @@ def headwise_attention(
     `rtpurbo.ops.headwise_attention` also takes `dense_queries`, for which local heads read every key; see
     `rtpurbo.ops.eager.dense_queries`.
 
-    The last queries, which have index queries (see `rule.num_selecting_rows`), select in retrieval heads; the
+    The last queries, which have index queries (see `rule.num_selecting_queries`), select in retrieval heads; the
     queries before them are dense.
 
     Args:
