@@ -42,7 +42,7 @@ class SpeedRecord:
         scratch_bytes: part of the peak that was neither allocated before the call nor is its result.
         model: geometry of a whole model, or the name of an artifact.
         tokens_per_second: speed of training, or of the decode steps of a whole model.
-        memory_gb: memory in GB (1e9 bytes) that holds as many sequences as `batch_size`, beside the weights.
+        memory_gb: memory in GB (1e9 bytes) that holds `batch_size` sequences and the weights.
         peak_memory_gib: peak memory of training in GiB.
         loss_milliseconds: time of the loss and its gradients in a training step.
         loss_share: the same as a share of the step.

@@ -101,7 +101,7 @@ class ModelCase:
         )  # fmt: skip
 
     def fitting_batch(self, length: int, memory_gb: float) -> int:
-        """Number of sequences whose caches fit into `USABLE_MEMORY` of a memory in GB, beside the weights.
+        """Number of sequences whose caches fit into `USABLE_MEMORY` of a memory in GB, together with the weights.
 
         Sizes are those of the tensors of a cache for one sequence.
         """

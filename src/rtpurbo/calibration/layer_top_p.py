@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOP_P = (0.6, 0.75, 0.95, 0.98)
-"""Values that are measured beside the rule's own."""
+"""Values that are measured in addition to the rule's own."""
 
 SHARES = {"counting": 1.0}
 """Kinds of sequences at whose answers costs are measured."""
