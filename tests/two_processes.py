@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 _END = """
 import os, sys
-from rtpurbo.processes import leave_processes
-leave_processes()
+from rtpurbo.processes import shutdown_distributed
+shutdown_distributed()
 # Threads of PyTorch sometimes abort an interpreter that comes down; the work is done by now.
 sys.stdout.flush()
 os._exit(0)

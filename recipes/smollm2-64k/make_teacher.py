@@ -30,7 +30,7 @@ from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.formats import short_length
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.base import BaseModel, load_base_model
-from rtpurbo.processes import ALONE, Processes, join_processes, leave_processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes, init_distributed, shutdown_distributed
 from rtpurbo.reporting.model_card import markdown_rows
 from rtpurbo.settings import no_progress
 
@@ -84,7 +84,7 @@ def quick(settings: TeacherSettings) -> TeacherSettings:
 
 
 def make_stages(
-    arguments: argparse.Namespace, device: torch.device, processes: Processes = ALONE
+    arguments: argparse.Namespace, device: torch.device, processes: Processes = SINGLE_PROCESS
 ) -> Path:
     """Runs the stages that are not finished, and returns the last one's folder."""
     prose, before = None, arguments.begin
@@ -190,7 +190,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def make_all(
-    arguments: argparse.Namespace, device: torch.device, processes: Processes = ALONE
+    arguments: argparse.Namespace, device: torch.device, processes: Processes = SINGLE_PROCESS
 ) -> None:
     """Runs all stages, makes the adapter and the model from it, and tests the model."""
     last = make_stages(arguments, device, processes)
@@ -282,7 +282,7 @@ def main() -> None:
             rebuild(load_base_model(name), arguments.rebuild, arguments.output)
             return
         device = resolve_device(arguments.device)
-        processes = join_processes(device)
+        processes = init_distributed(device)
         with stopping_cleanly(arguments.time_limit):
             make_all(arguments, processes.device(device), processes)
     except StoppedBySignalError:
@@ -290,7 +290,7 @@ def main() -> None:
     except RTPurboError as error:
         raise SystemExit(f"error: {error}") from error
     finally:
-        leave_processes()
+        shutdown_distributed()
 
 
 if __name__ == "__main__":

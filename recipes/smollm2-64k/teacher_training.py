@@ -26,7 +26,7 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.devices import device_name
 from rtpurbo.files import whole_folder, write_json_atomically
 from rtpurbo.models.base import BaseModel
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.settings import Progress, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult
@@ -254,7 +254,7 @@ def train(
     work: Path,
     workers: int = 0,
     progress: Progress = no_progress,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> TrainingLog:
     """Trains in place, from the last checkpoint on.
@@ -330,7 +330,7 @@ def make_teacher(
     output: Path,
     workers: int = 0,
     progress: Progress = no_progress,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Trains a teacher and writes its folder, whole or not at all.

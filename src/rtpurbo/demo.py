@@ -41,9 +41,9 @@ Converted and measured in {minutes:.0f} minutes on {device}.
 {table}
 
 *single*, *multikey*: right answers to questions about numbers hidden in prose, by greedy decoding. *prose*:
-perplexity on text that no training saw, with every query sparse. *Far tokens read*: share of the tokens beyond window and
-sinks that retrieval heads read where they select. Samples: {samples}. So few show whether something broke, not small
-differences; for more, run
+perplexity on text that no training saw, with every query sparse. *Far tokens read*: share of the tokens beyond
+window and sinks that retrieval heads read where they select. Samples: {samples}. So few show whether something broke,
+not small differences; for more, run
 
     rtpurbo eval {artifact} --samples 20
 

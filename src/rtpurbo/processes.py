@@ -81,7 +81,7 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by its sum over the processes, in place."""
         if self.count > 1:
             for tensor in tensors:
@@ -124,10 +124,10 @@ class Processes:
         return result
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
-def join_processes(device: torch.device, parallelism: str = "data") -> Processes:
+def init_distributed(device: torch.device, parallelism: str = "data") -> Processes:
     """Initialises communication with the processes that `torchrun` started, if there are any.
 
     Args:
@@ -146,7 +146,7 @@ def join_processes(device: torch.device, parallelism: str = "data") -> Processes
     return Processes(state.process_index, state.num_processes, state.local_process_index, checked)
 
 
-def leave_processes() -> None:
+def shutdown_distributed() -> None:
     """Ends the communication, so that the process exits without a warning."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

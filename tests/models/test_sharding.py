@@ -18,10 +18,10 @@ from rtpurbo.models.artifact import ArtifactConfig, load_base
 from rtpurbo.models.stage2_weights import apply_stage2
 from rtpurbo.models.base import load_base_model
 from rtpurbo.models.sharding import is_sharded, own_part
-from rtpurbo.processes import join_processes
+from rtpurbo.processes import init_distributed
 from pathlib import Path
 
-processes = join_processes(torch.device("cpu"), "fsdp")
+processes = init_distributed(torch.device("cpu"), "fsdp")
 ids = torch.arange(40)[None]
 DTYPES = {"base": "auto", "half": torch.float16}
 STORED = {"base": torch.bfloat16, "half": torch.float16}

@@ -73,10 +73,10 @@ _SHARDED = """
 import sys
 import torch
 from rtpurbo.models.base import load_base_model
-from rtpurbo.processes import join_processes
+from rtpurbo.processes import init_distributed
 from rtpurbo.training.generation import GREEDY, Sampling, generate_tokens
 
-processes = join_processes(torch.device("cpu"), "fsdp")
+processes = init_distributed(torch.device("cpu"), "fsdp")
 whole, part = (load_base_model(sys.argv[1], **options)
                for options in ({}, {"processes": processes}))
 prompts = [[5, 6, 7], [9, 10], [11, 12, 13, 14, 15]]

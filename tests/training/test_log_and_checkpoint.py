@@ -73,7 +73,7 @@ def test_old_checkpoints_are_pruned_and_remains_removed(tmp_path):
     ]
     remains = tmp_path / "state" / ".step-000010.checkpoint.abc"
     remains.mkdir()
-    checkpoint.remove_remains()
+    checkpoint.remove_partial_files()
     assert not remains.exists()
 
 

@@ -203,13 +203,13 @@ from pathlib import Path
 import torch
 from rtpurbo.data.texts import load_texts
 from rtpurbo.models.base import load_base_model
-from rtpurbo.processes import join_processes
+from rtpurbo.processes import init_distributed
 from rtpurbo.training.sequences import TrainingMix
 from rtpurbo.training.source import SequenceSource
 from rtpurbo.training.teacher import TeacherCache
 from tests.training.test_parallel import SETTINGS
 
-processes = join_processes(torch.device("cpu"), "fsdp")
+processes = init_distributed(torch.device("cpu"), "fsdp")
 whole, part = (load_base_model(sys.argv[1], **options) for options in ({}, {"processes": processes}))
 corpus = load_texts(None)
 

@@ -6,7 +6,7 @@ import pytest
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
-from rtpurbo.training.pools import kept_sequences, read_sequences, save_sequences
+from rtpurbo.training.pools import cached_sequences, read_sequences, save_sequences
 from rtpurbo.training.sequences import Pools, TrainingMix, TrainingSequence
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -29,11 +29,11 @@ def test_sequences_are_written_once(tmp_path):
         return sequences(3)
 
     path = tmp_path / "pool"
-    assert kept_sequences(path, write) == kept_sequences(path, write) == sequences(3)
+    assert cached_sequences(path, write) == cached_sequences(path, write) == sequences(3)
     assert len(calls) == 1
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(RTPurboError, match="cannot be read: remove it"):
-        kept_sequences(path, write)
+        cached_sequences(path, write)
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(0, 0), (1, 0), (7, 3), (100, 16)])

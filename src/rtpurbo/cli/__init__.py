@@ -147,7 +147,7 @@ def main() -> None:
     except SystemExit as end:
         # After an error, other processes may wait for this one, so it must not wait for them.
         if started_by_torchrun() and end.code in (None, 0, *STOPPED):
-            from rtpurbo.processes import leave_processes
+            from rtpurbo.processes import shutdown_distributed
 
-            leave_processes()
+            shutdown_distributed()
         raise

@@ -27,7 +27,7 @@ from rtpurbo.conversion.assembly import (
 )
 from rtpurbo.conversion.options import JobOptions, check_names, choose_settings, settings_options
 from rtpurbo.conversion.output_lock import OutputLock
-from rtpurbo.conversion.resuming import settle_plan
+from rtpurbo.conversion.resuming import write_or_check_plan
 from rtpurbo.data.stream import open_stream
 from rtpurbo.data.texts import TextCorpus, load_texts
 from rtpurbo.devices import base_dtype, resolve_device
@@ -45,7 +45,7 @@ from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, load_indexers
 from rtpurbo.models.sparsify import set_rule
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
-from rtpurbo.processes import ALONE, Result, join_processes
+from rtpurbo.processes import SINGLE_PROCESS, Result, init_distributed
 from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
@@ -105,7 +105,7 @@ class Job:
         self.lock = OutputLock(self.output_dir)
         self.resume = options.get("resume", False)
         place = resolve_device(options.get("device", "auto"))
-        self.processes = join_processes(place, options.get("parallel", "data"))
+        self.processes = init_distributed(place, options.get("parallel", "data"))
         self.device = self.processes.device(place)
         self.dtype = base_dtype(options.get("dtype", "auto"), self.device)
         progress = options.get("progress", no_progress)
@@ -175,7 +175,7 @@ class Job:
             check_trainable(base.model.dtype, settings.stage2)
         self._check_texts(base, settings, stages)
         self.settings = self.processes.from_main(
-            lambda: settle_plan(
+            lambda: write_or_check_plan(
                 self.work, base, settings, command, self.data, self.processes, self.resume
             )
         )
@@ -245,7 +245,7 @@ class Job:
                 self.work,
                 seed=self.settings.seed,
                 progress=self.progress,
-                processes=self.processes if is_sharded(base.model) else ALONE,
+                processes=self.processes if is_sharded(base.model) else SINGLE_PROCESS,
             ),
         )
         self.pools = read_pools(self.work)
@@ -272,18 +272,18 @@ class Job:
         """Trains the indexers, or loads them from the work folder."""
         self._train_indexers(base, "stage1", self.settings.stage1, on_student=False)
 
-    def keep_calibration(self, found: Calibration) -> None:
+    def store_calibration(self, found: Calibration) -> None:
         """Writes a calibration that was found before into the work folder."""
         if self.processes.is_main:
             write_json_atomically(self.work / HEAD_MAP_FILE, found.to_dict())
 
-    def keep_stage1(
+    def copy_stage1(
         self, folder: Path, before: ArtifactConfig, indexers: dict[str, Tensor]
     ) -> None:
         """Copies calibration, stage 1 and their figures from the artifact in `folder`."""
         stability = before.figures.get("stability")
         agreed = None if stability is None else Stability(**stability)
-        self.keep_calibration(Calibration(before.config.head_map, agreed))
+        self.store_calibration(Calibration(before.config.head_map, agreed))
         if self.processes.is_main:
             save_tensors_atomically(indexers_file(self.work, "stage1"), indexers)
             if "stage1" in before.figures:
@@ -382,7 +382,7 @@ class Job:
         """Returns the checkpoints of a stage, and removes log entries after the last one."""
         checkpoint = Checkpoint(self.work / f"{stage}.checkpoint", every, processes=self.processes)
         if self.processes.is_main:
-            checkpoint.remove_remains()
+            checkpoint.remove_partial_files()
             self.log.rewind(stage, checkpoint.steps_done())
         return checkpoint
 

@@ -22,7 +22,7 @@ from rtpurbo.version import __version__
 PLAN_FILE = "plan.json"
 
 
-def settle_plan(
+def write_or_check_plan(
     work: Path,
     base: BaseModel,
     settings: ConversionSettings,

@@ -16,7 +16,7 @@ from rtpurbo.data.prompts import (
     fit_prose,
     hide,
 )
-from rtpurbo.data.texts import Prose, begin_ids, encode
+from rtpurbo.data.texts import Prose, bos_ids, encode
 from rtpurbo.data.wordings import NeedleWording, fill, pick, templates
 from rtpurbo.data.words import NAMES, Split, key_names, words_of
 from rtpurbo.errors import RTPurboError
@@ -174,7 +174,7 @@ def make_calibration_document(
     Raises:
         RTPurboError: `length` leaves no room for the prose, or `corpus` is too short.
     """
-    start_ids = begin_ids(tokenizer)
+    start_ids = bos_ids(tokenizer)
     break_ids = encode(tokenizer, "\n\n")
     needle_ids = encode(tokenizer, _calibration_needle(rng))
     # The early needle needs a paragraph break on both sides, the late one before it.

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from rtpurbo.data.fitting import largest_that_fits
-from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids, encode
+from rtpurbo.data.texts import SENTENCE_END, Prose, bos_ids, encode
 from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def conversation_tokens(
             input_ids += encode(tokenizer, new)
         else:
             before = "\n\n" if number else ""
-            input_ids += [] if number else begin_ids(tokenizer)
+            input_ids += [] if number else bos_ids(tokenizer)
             input_ids += encode(tokenizer, f"{before}{turn}\n\n")
 
         # Opening words and answer are encoded together, because encoded alone an answer may begin with

@@ -153,8 +153,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the token that the tokenizer puts before every text, if there is one."""
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the BOS token if the tokenizer puts one before every text."""
     return [
         token_id
         for token_id in tokenizer("")["input_ids"][:1]
@@ -165,8 +165,8 @@ def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def bos_and_prose(
     tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
 ) -> list[int]:
-    """Returns exactly `length` tokens: the token of `begin_ids`, if there is one, and prose."""
-    start = begin_ids(tokenizer)
+    """Returns exactly `length` tokens: the BOS token, if the tokenizer puts one before every text, and prose."""
+    start = bos_ids(tokenizer)
     return start + corpus.sample_tokens(tokenizer, length - len(start), rng)
 
 

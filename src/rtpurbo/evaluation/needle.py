@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rtpurbo.data.needles import is_correct, make_retrieval_example
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.evaluation.cases import NEEDLE_TASKS, Case
-from rtpurbo.evaluation.task_suite import AnswerSuite, Asked
+from rtpurbo.evaluation.task_suite import AnswerSuite, Instance
 
 # An answer may be worded with a few more tokens than expected.
 SLACK_TOKENS = 8
@@ -29,10 +29,10 @@ class NeedleSuite(AnswerSuite):
     def __init__(self, corpus: TextCorpus, seed: int = 0) -> None:
         self.corpus, self.seed = corpus, seed
 
-    def asked(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Asked]:
+    def instances(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Instance]:
         """Returns the questions of a case."""
         task, length = case.task, case.context_length
-        asked = []
+        instances = []
         for number in range(case.samples):
             example = make_retrieval_example(
                 tokenizer,
@@ -44,7 +44,7 @@ class NeedleSuite(AnswerSuite):
                 **NEEDLE_TASKS[task],
             )
             limit = len(example.answer_ids) + SLACK_TOKENS
-            asked.append(
-                Asked(example.prompt_ids, example.answers, limit, partial(is_correct, example))
+            instances.append(
+                Instance(example.prompt_ids, example.answers, limit, partial(is_correct, example))
             )
-        return asked
+        return instances

@@ -73,8 +73,8 @@ class TaskSuite(ABC):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Question of a case.
+class Instance:
+    """Question of a case with its prompt and score, as an instance of LM Evaluation Harness.
 
     Attributes:
         prompt_ids: tokens of the prompt.
@@ -93,7 +93,7 @@ class AnswerSuite(TaskSuite):
     """Suite whose cases are questions with greedy answers."""
 
     @abstractmethod
-    def asked(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> Sequence[Asked]:
+    def instances(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> Sequence[Instance]:
         """Returns the questions of a case, in order.
 
         Raises:
@@ -109,14 +109,14 @@ class AnswerSuite(TaskSuite):
         questions: range | None = None,
     ) -> list[Outcome]:
         """Returns the mean score of the answers, in percent."""
-        asked = self.asked(tokenizer, case)
+        instances = self.instances(tokenizer, case)
         if questions is not None:
-            asked = asked[questions.start : questions.stop]
+            instances = instances[questions.start : questions.stop]
         answered: dict[int, Sample] = {}
         # Scoring may run generated code, in a process for each answer.
         with ThreadPoolExecutor(SCORED_AT_ONCE) as threads:
-            for places in batches_of(model, case, asked):
-                batch = [asked[place] for place in places]
+            for places in batches_of(model, case, instances):
+                batch = [instances[place] for place in places]
                 limit = max(each.max_new_tokens for each in batch)
                 prompts = [each.prompt_ids for each in batch]
                 written = continue_tokens(model, tokenizer, prompts, limit)
@@ -124,19 +124,21 @@ class AnswerSuite(TaskSuite):
                 for place, each, text, score in zip(places, batch, written, scores, strict=True):
                     answered[place] = Sample.of(each.prompt_ids, each.answers, text, 100.0 * score)
                     after_sample()
-        return [Outcome.of([answered[place] for place in range(len(asked))])]
+        return [Outcome.of([answered[place] for place in range(len(instances))])]
 
 
-def batches_of(model: PreTrainedModel, case: Case, asked: Sequence[Asked]) -> list[list[int]]:
-    """Returns batches of the questions of a case, as indices into `asked`.
+def batches_of(
+    model: PreTrainedModel, case: Case, instances: Sequence[Instance]
+) -> list[list[int]]:
+    """Returns batches of the questions of a case, as indices into `instances`.
 
     Questions with their own lengths are sorted by them, so that little padding is needed.
     """
     if not case.context_length:
         return batches_by_length(
-            model, [len(each.prompt_ids) + each.max_new_tokens for each in asked]
+            model, [len(each.prompt_ids) + each.max_new_tokens for each in instances]
         )
-    size, places = questions_at_once(model, case.context_length), range(len(asked))
+    size, places = questions_at_once(model, case.context_length), range(len(instances))
     return [list(places[first : first + size]) for first in places[::size]]
 
 

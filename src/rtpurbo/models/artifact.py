@@ -35,7 +35,7 @@ from rtpurbo.models.pretrained import (
 from rtpurbo.models.sparse_layers import load_indexers
 from rtpurbo.models.sparsify import sparsify
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 
 # Settings that do not change the logits of a prompt.
 _WITHOUT_EFFECT = {
@@ -183,7 +183,7 @@ def load_base(
     base_model: str | None = None,
     device: str | torch.device = "cpu",
     dtype: Dtype = torch.float32,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
     """Loads the dense model that the artifact in `folder` was made for, as `load` does.

@@ -36,7 +36,7 @@ from rtpurbo.models.pretrained import (
 )
 from rtpurbo.models.sharding import Sharding
 from rtpurbo.models.wheels import PREFIX, WheelModel, find_wheel_model
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.settings import Progress
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,7 +83,7 @@ def load_base_model(
     device: str | torch.device = "cpu",
     dtype: Dtype = torch.float32,
     progress: Progress | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
     """Loads a dense causal language model with its tokenizer.
@@ -122,7 +122,7 @@ def load_referenced(
     device: str | torch.device = "cpu",
     dtype: Dtype = torch.float32,
     progress: Progress | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
     """Loads the model of a reference; a local GGUF file is found by its decoded copy in the cache.

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import whole_file
 from rtpurbo.models.sharding import like, whole
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 
 _UNREADABLE = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 
@@ -41,7 +41,7 @@ class Checkpoint:
         every: int = 20,
         *,
         keep: int = 2,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.folder = folder
         self.every = every
@@ -123,7 +123,7 @@ class Checkpoint:
         state = self._last()
         return 0 if state is None else int(state["step"])
 
-    def remove_remains(self) -> None:
+    def remove_partial_files(self) -> None:
         """Removes partial files that killed processes left behind."""
         if self.folder is not None and self.folder.is_dir():
             for path in self.folder.iterdir():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.data.texts import begin_ids, encode
+from rtpurbo.data.texts import bos_ids, encode
 from rtpurbo.data.wordings import templates
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import Progress, no_progress
@@ -67,7 +67,7 @@ def write_conversations(
         )
         prompts = [encode(tokenizer, f"{turn.before}{text}{turn.after}") for text in user_texts]
     else:
-        prompts = [_beginning_of_text(tokenizer, rng) for _ in range(count)]
+        prompts = [_text_opening(tokenizer, rng) for _ in range(count)]
     return write_answers(
         model,
         tokenizer,
@@ -209,9 +209,9 @@ def _up_to_sentence_end(text: str) -> str:
     return text[: ends[-1]] if ends and ends[-1] > len(text) / 2 else text
 
 
-def _beginning_of_text(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[int]:
-    """Returns the begin token, if there is one, and often a few words of a text."""
-    start = begin_ids(tokenizer)
+def _text_opening(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[int]:
+    """Returns the BOS token, if there is one, and often a few words of a text."""
+    start = bos_ids(tokenizer)
     options = templates("train")["openings_of_text"]
     opening = encode(tokenizer, rng.choice(options))
     while not start and not opening:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.data.prompts import decode
-from rtpurbo.data.texts import SENTENCE_END, Prose, begin_ids, encode
+from rtpurbo.data.texts import SENTENCE_END, Prose, bos_ids, encode
 from rtpurbo.data.wordings import fill, templates
 from rtpurbo.errors import RTPurboError
 from rtpurbo.settings import Progress, no_progress
@@ -113,7 +113,7 @@ def document_prompt(
         turn = UserTurn.of(tokenizer)
         start, end = encode(tokenizer, turn.before + introduction), turn.after
     else:
-        start, end = [*begin_ids(tokenizer), *encode(tokenizer, introduction)], "\n\n"
+        start, end = [*bos_ids(tokenizer), *encode(tokenizer, introduction)], "\n\n"
     room = max(1, length - len(start))
     prose_ids = corpus.sample_tokens(tokenizer, room, rng)
     # Quotes come from the part of the prose that is kept below, where the instruction shortens it.

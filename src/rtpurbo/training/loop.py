@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.settings import (
     DistillationSettings,
     IndexerTrainingSettings,
@@ -57,7 +57,7 @@ class StageLoop:
         log: TrainingLog | None = None,
         checkpoint: Checkpoint | None = None,
         progress: Progress = no_progress,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.stage = stage
         self.parameters = dict(parameters)

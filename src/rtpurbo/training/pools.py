@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.settings import (
     DistillationSettings,
     IndexerTrainingSettings,
@@ -40,7 +40,7 @@ def write_pools(
     *,
     seed: int = 0,
     progress: Progress = no_progress,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> None:
     """Writes the pools that some stages train on, unless the folder has them already.
 
@@ -67,7 +67,7 @@ def write_pools(
         if training:
             count = min(most, max(_count(stage, task) for stage in training))
             lengths = training[-1].lengths
-            kept_sequences(folder / file, lambda: write(lengths, count), processes)
+            cached_sequences(folder / file, lambda: write(lengths, count), processes)
 
     def documents(lengths: Sequence[int], count: int) -> list[TrainingSequence]:
         return write_document_answers(
@@ -102,10 +102,10 @@ def _count(stage: IndexerTrainingSettings | DistillationSettings, task: str) -> 
     return math.ceil(stage.mixture[task] * groups * stage.per_step) + HELD_OUT
 
 
-def kept_sequences(
+def cached_sequences(
     path: Path,
     write: Callable[[], Sequence[TrainingSequence]],
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> tuple[TrainingSequence, ...]:
     """Returns the sequences in a file, which is written first if it does not exist.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.training.capture import CapturedHeads, capture_heads, run_backbone
-from rtpurbo.training.indexer_loss import queries_with_far_keys, selection_quality
+from rtpurbo.training.selection_quality import queries_with_far_keys, selection_quality
 from rtpurbo.training.sequences import TrainingSequence
 
 PROBE_QUERIES = 128

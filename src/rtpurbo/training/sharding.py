@@ -31,7 +31,7 @@ def average_gradients(
             # FSDP has averaged the gradient over the processes.
             parameter.grad.div_(num_sequences)
         else:
-            processes.add_up([parameter.grad])
+            processes.all_reduce([parameter.grad])
             parameter.grad.div_(num_sequences * processes.count)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rtpurbo.data.stream import StreamLane, TextStream
 from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.training.sequences import TrainingMix, TrainingSequence
 
 Texts = TextCorpus | TextStream
@@ -33,7 +33,7 @@ class SequenceSource:
     """
 
     def __init__(
-        self, mix: TrainingMix, texts: Texts, per_step: int, processes: Processes = ALONE
+        self, mix: TrainingMix, texts: Texts, per_step: int, processes: Processes = SINGLE_PROCESS
     ) -> None:
         check_shares(per_step, processes)
         self.per_step = per_step

@@ -16,7 +16,7 @@ from rtpurbo.lengths import check_stage1_lengths
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparse_layers import headwise_modules, indexers_in_float32
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.settings import IndexerTrainingSettings, Progress, no_progress
 from rtpurbo.training.capture import CapturedHeads, capture_heads
 from rtpurbo.training.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ def train_indexers(
     log: TrainingLog | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress = no_progress,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     pools: Pools | None = None,
 ) -> dict[str, Any]:
     """Trains the indexers of all retrieval heads of all layers by forward KL against the heads' attention.

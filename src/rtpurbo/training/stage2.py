@@ -14,7 +14,7 @@ from rtpurbo.data.texts import TextCorpus
 from rtpurbo.lengths import check_context
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.sparsify import runtime
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult
@@ -48,7 +48,7 @@ def distill(
     log: TrainingLog | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress = no_progress,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     pools: Pools | None = None,
 ) -> dict[str, Any]:
     """Trains the sparse model with its own dense attention as teacher, and writes the weights into `output_dir`.

@@ -21,7 +21,7 @@ from rtpurbo.models.stage2_weights import (
     FULL_WEIGHTS_FILE,
     without_deprecations_of_peft,
 )
-from rtpurbo.processes import ALONE, Processes
+from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.settings import DistillationSettings
 from rtpurbo.training.sharding import restore_weights
 
@@ -117,7 +117,7 @@ def trained_weights(student: PreTrainedModel | PeftModel) -> dict[str, torch.Ten
 def save_student(
     student: PreTrainedModel | PeftModel,
     folder: Path,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     lora_scale: float = 1.0,
 ) -> None:
     """Writes the weights of stage 2: a LoRA in bf16 (the rounding error is negligible), full weights in their dtype.

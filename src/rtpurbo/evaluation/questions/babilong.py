@@ -15,7 +15,7 @@ from rtpurbo.data.fitting import Stream
 from rtpurbo.data.prompts import hide
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.questions.files import Row
-from rtpurbo.evaluation.ruler.draft import Draft, Request, Task, offshoot
+from rtpurbo.evaluation.ruler.draft import Draft, Request, Task, spawn
 
 SUITE = "babilong"
 COLUMNS: Mapping[str, type] = {"task": str, "facts": list, "question": str, "answer": str}
@@ -148,7 +148,7 @@ def _drafting(name: str, rows: Sequence[Row]) -> Callable[[Request], Draft]:
 
     def draft(request: Request) -> Draft:
         row, rng = rows[request.number], request.rng
-        prose = Stream(request.materials.prose(offshoot(rng)))
+        prose = Stream(request.materials.prose(spawn(rng)))
         depths = sorted(rng.random() for _ in row["facts"])
         hidden = list(zip(depths, row["facts"], strict=True))
 

@@ -7,12 +7,12 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from rtpurbo.data.prompts import rendered_chat
-from rtpurbo.data.texts import begin_ids, encode
+from rtpurbo.data.texts import bos_ids, encode
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.questions.suite import Prompt, QuestionSuite
 from rtpurbo.evaluation.questions.suites import SHORT, QuestionData
-from rtpurbo.evaluation.task_suite import AnswerSuite, Asked
+from rtpurbo.evaluation.task_suite import AnswerSuite, Instance
 
 
 class QuestionBank(AnswerSuite):
@@ -45,11 +45,13 @@ class QuestionBank(AnswerSuite):
             )
         return [case]
 
-    def asked(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Asked]:
+    def instances(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Instance]:
         """Returns the questions of a case."""
         kind, rows = SHORT[case.suite], self.data.shuffled(case.suite)[: case.samples]
         return [
-            Asked(prompt_ids, kind.answers(row), self._limit(kind), partial(kind.is_correct, row))
+            Instance(
+                prompt_ids, kind.answers(row), self._limit(kind), partial(kind.is_correct, row)
+            )
             for prompt_ids, row in zip(self._rendered(tokenizer, case.suite), rows, strict=False)
         ]
 
@@ -68,6 +70,6 @@ class QuestionBank(AnswerSuite):
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Returns the tokens of a prompt, in the chat template if the tokenizer has one."""
     if not tokenizer.chat_template:
-        return begin_ids(tokenizer) + encode(tokenizer, prompt.text)
+        return bos_ids(tokenizer) + encode(tokenizer, prompt.text)
     message = {"role": "user", "content": prompt.message}
     return encode(tokenizer, rendered_chat(tokenizer, [message]))

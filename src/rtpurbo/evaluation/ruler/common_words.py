@@ -9,7 +9,7 @@ from itertools import chain, islice
 from rtpurbo.data.counting import shuffled_list
 from rtpurbo.data.fitting import Stream
 from rtpurbo.data.wordings import CountingWording
-from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
+from rtpurbo.evaluation.ruler.draft import Draft, Request, spawn
 
 TOKENS_TO_GENERATE = 120
 NUM_COMMON = 10
@@ -79,7 +79,7 @@ def _apart(words: Iterator[str], every: Sequence[str]) -> list[str]:
 
 def _uncommon(request: Request, words: Iterator[str], common: Sequence[str]) -> Iterator[str]:
     """Yields the other words, and then compounds that contain no common word."""
-    compounds = request.materials.vocabulary.compounds(offshoot(request.rng))
+    compounds = request.materials.vocabulary.compounds(spawn(request.rng))
     return chain(words, (word for word in compounds if not any(other in word for other in common)))
 
 

@@ -84,7 +84,7 @@ class Task:
         return answer_score(generated, answers, self.any_answer)
 
 
-def offshoot(rng: random.Random) -> random.Random:
+def spawn(rng: random.Random) -> random.Random:
     """Returns a separate generator, for draws whose number is not known."""
     return random.Random(rng.getrandbits(64))
 

@@ -10,7 +10,7 @@ from rtpurbo.data.fitting import Stream
 from rtpurbo.data.needles import random_values
 from rtpurbo.data.prompts import hide, hide_among_lines
 from rtpurbo.data.wordings import NeedleWording
-from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
+from rtpurbo.evaluation.ruler.draft import Draft, Request, spawn
 from rtpurbo.evaluation.ruler.materials import noise_lines
 
 TOKENS_TO_GENERATE = 128
@@ -57,7 +57,7 @@ class NeedleTask:
         hidden = list(zip(sorted(rng.sample(DEPTHS, len(sentences))), sentences, strict=True))
         # Nothing else draws from these iterators, so distractors do not depend on the size.
         distractors = Stream(wording.state(*pair) for pair in zip(keys, values, strict=True))
-        prose = Stream(request.materials.prose(offshoot(rng)))
+        prose = Stream(request.materials.prose(spawn(rng)))
 
         def haystack(size: int) -> str:
             if self.haystack == "essay":

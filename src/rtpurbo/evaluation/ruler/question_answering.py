@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 
 from rtpurbo.data.fitting import Stream
-from rtpurbo.evaluation.ruler.draft import Draft, Request, offshoot
+from rtpurbo.evaluation.ruler.draft import Draft, Request, spawn
 from rtpurbo.evaluation.ruler.materials import Materials, first_words
 from rtpurbo.evaluation.ruler.questions import PassageQuestion, QuestionSet
 
@@ -30,10 +30,10 @@ def drafting(questions_of: Callable[[Materials], QuestionSet]) -> Callable[[Requ
         asked = _question(questions, request)
         rng = request.rng
         placed = [(rng.random(), questions.passages[number]) for number in asked.gold]
-        depths = offshoot(rng)
+        depths = spawn(rng)
         distractors = Stream(
             (depths.random(), passage)
-            for passage in _distractors(request, questions, asked, offshoot(rng))
+            for passage in _distractors(request, questions, asked, spawn(rng))
         )
         return Draft(
             text=lambda size: _documents([*placed, *_fill(distractors, size)]),

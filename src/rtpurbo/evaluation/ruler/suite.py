@@ -18,7 +18,7 @@ from rtpurbo.evaluation.ruler.examples import (
 )
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.tasks import TASKS
-from rtpurbo.evaluation.task_suite import AnswerSuite, Asked
+from rtpurbo.evaluation.task_suite import AnswerSuite, Instance
 
 
 class RulerSuite(AnswerSuite):
@@ -68,12 +68,12 @@ class RulerSuite(AnswerSuite):
         self.examples(tokenizer, case.task, case.context_length, case.samples)
         return [case]
 
-    def asked(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Asked]:
+    def instances(self, tokenizer: PreTrainedTokenizerBase, case: Case) -> list[Instance]:
         """Returns the questions of a case."""
         examples = self.examples(tokenizer, case.task, case.context_length, case.samples)
         task = self.tasks[case.task]
         return [
-            Asked(
+            Instance(
                 example.prompt_ids,
                 example.answers,
                 task.tokens_to_generate,

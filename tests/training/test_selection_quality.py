@@ -10,7 +10,7 @@ from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.packed import indexer_divergence
 from rtpurbo.training.capture import capture_heads, merge_heads
-from rtpurbo.training.indexer_loss import (
+from rtpurbo.training.selection_quality import (
     forward_divergence,
     queries_with_far_keys,
     query_logits,
