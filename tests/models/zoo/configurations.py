@@ -443,7 +443,7 @@ EQUAL: Zoo = {
     "BioGPT": ("biogpt", {"num_key_value_heads": DROPPED}),
     "CodeGen": (
         "codegen",
-        {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 256, "rotary_dim": 4},
+        {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
     ),
     "BERT decoder": ("bert", {"is_decoder": True, "num_key_value_heads": DROPPED}),
     "CTRL": ("ctrl", {"num_key_value_heads": DROPPED, "dff": 48}),

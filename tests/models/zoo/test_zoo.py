@@ -8,6 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rtpurbo.config import AttentionRule, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparsify import empty_head_map, restore, sparsify
 from tests.models.zoo.configurations import EQUAL, HEADS_BY_LAYER, REFUSED
@@ -69,17 +70,28 @@ def largest_difference(actual, expected, mask):
     return float((actual - expected)[real].abs().max() / expected[real].abs().max())
 
 
+@torch.no_grad()
+def without_positions(model, ids, mask):
+    """Logits of a prompt and the rest, of which only the mask says how long the padding is."""
+    first = model(ids[:, :30], attention_mask=mask[:, :30], use_cache=True)
+    cache = {CACHE_NAME: getattr(first, CACHE_NAME)}
+    rest = model(ids[:, 30:], attention_mask=mask, use_cache=True, **cache)
+    return torch.cat([first.logits, rest.logits], 1)
+
+
 def check_equal(name):
     model = zoo_model(EQUAL, name)
     for padding in ((0,), (5, 0, 11)):
         ids, mask = padded_batch(padding)
         expected = {way: logits_of(model, ids, mask, chunks) for way, chunks in WAYS.items()}
+        masked = without_positions(model, ids, mask)
         for rule, setting in RULES.items():
             make_sparse(model, seeing_everything(model, *setting))
             for way, logits in expected.items():
                 actual = logits_of(model, ids, mask, WAYS[way])
                 difference = largest_difference(actual, logits, mask)
                 assert difference < 1e-4, f"{way} with {rule}, padding {padding}"
+            assert largest_difference(without_positions(model, ids, mask), masked, mask) < 1e-4
             restore(model)
         assert torch.equal(logits_of(model, ids, mask), expected["prefill"])
 
