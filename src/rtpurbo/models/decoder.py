@@ -12,23 +12,12 @@ from rtpurbo.errors import RTPurboError
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the module that runs the decoder layers of a causal language model.
-
-    Raises:
-        RTPurboError: the model has no such module.
-    """
+    """Returns the module that runs the decoder layers of a causal language model; itself if there is no other."""
     decoder = model.get_decoder()
     if isinstance(decoder, PreTrainedModel) and decoder is not model:
         return decoder
     # Some models return themselves, others their output embedding.
-    for child in model.children():
-        if isinstance(child, PreTrainedModel):
-            return child
-    raise _without_layers(model)
-
-
-def _without_layers(model: PreTrainedModel) -> RTPurboError:
-    return RTPurboError(f"no decoder layers were found in this {type(model).__name__}.")
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -42,7 +31,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return child
-    raise _without_layers(model)
+    raise RTPurboError(f"no decoder layers were found in this {type(model).__name__}.")
 
 
 @contextmanager

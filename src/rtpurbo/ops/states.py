@@ -46,15 +46,14 @@ class KeyValueStates:
     length: Tensor | None = None
     histogram_workspace: Tensor | None = None
 
-    def without_last(self, count: int) -> KeyValueStates:
-        """The states without the last `count` keys."""
-        end = self.keys.shape[2] - count
+    def tokens(self, rows: slice) -> KeyValueStates:
+        """The states of some tokens only."""
         return replace(
             self,
-            keys=self.keys[:, :, :end],
-            values=self.values[:, :, :end],
-            positions=self.positions[:, :end],
-            index_keys=None if self.index_keys is None else self.index_keys[:, :, :end],
+            keys=self.keys[:, :, rows],
+            values=self.values[:, :, rows],
+            positions=self.positions[:, rows],
+            index_keys=None if self.index_keys is None else self.index_keys[:, :, rows],
         )
 
 
