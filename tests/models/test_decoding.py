@@ -17,11 +17,13 @@ from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import counting, observing, restore, runtime, set_rule, set_selector
 from tests.models.test_generation import WINDOW, generate, greedy_by_recomputation
 from tests.models.test_slots import holes
+from tests.models.zoo.configurations import EQUAL
 from tests.tiny_models import (
     FAMILIES,
     HEADS,
     KEY_VALUE_HEADS,
     PADDING,
+    any_model,
     assert_same_logits,
     logits_of,
     make_sparse,
@@ -181,6 +183,33 @@ def test_positions_are_optional(plain_steps, model):
     assert plain_steps.runs > 0
     assert all(step.past_key_values is cache for step in steps)
     assert steps[-1].logits.data_ptr() != steps[-2].logits.data_ptr()
+
+
+def test_positions_that_follow_the_mask_are_optional(plain_steps):
+    """OPT derives positions from the attention mask, which a captured step does not read."""
+    model = any_model("opt", **EQUAL["OPT"][1]).double()
+    ids, mask = padded_batch(PADDING, 40)
+
+    def steps(model):
+        cache, found = None, []
+        for start, end in ((0, 24), *((i, i + 1) for i in range(24, 40))):
+            output = model(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            found.append(output.logits)
+        return torch.cat(found, 1)
+
+    with torch.no_grad():
+        expected = steps(model)
+        make_sparse(model, sparse_config(model, sliding_window=64))
+        assert_same_logits(steps(model), expected, mask)
+        assert plain_steps.runs == 0
+    assert_same_logits(decoded(model, ids, mask), expected[:, PROMPT:], mask)
+    assert plain_steps.runs > 0
 
 
 def test_a_prompt_of_single_token_forwards(plain_steps, model):

@@ -5,8 +5,9 @@ import torch
 from transformers import AttentionInterface
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import attention
+from rtpurbo.models import attention, generation
 from rtpurbo.models.sparse_layers import is_sparse
+from tests.models.zoo.configurations import EQUAL
 from tests.tiny_models import (
     any_model,
     logits_of,
@@ -41,6 +42,16 @@ def test_a_wrong_model_is_refused_and_stays_dense(monkeypatch, dtype):
         AttentionInterface.register(attention.IMPLEMENTATION, attention.sparse_attention)
     assert not is_sparse(model)
     assert torch.equal(logits_of(model, *padded_batch()), expected)
+
+
+def test_a_model_that_loses_its_mask_is_refused(monkeypatch):
+    """OPT derives positions from the mask: its check needs padding."""
+    model = any_model("opt", **EQUAL["OPT"][1])
+    make_sparse(model, sparse_config(model))
+    monkeypatch.setattr(generation, "positions_follow_mask", lambda model: False)
+    model = any_model("opt", **EQUAL["OPT"][1])
+    with pytest.raises(RTPurboError, match="its logits differ"):
+        make_sparse(model, sparse_config(model))
 
 
 def test_tested_families_are_not_run_again(monkeypatch):

@@ -103,7 +103,7 @@ def _refusal(config: Any) -> str | None:
             "to rtpurbo.convert, or to rtpurbo.models.base.load_base_model, which load that part"
         )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_text_part(kind):
-        return "it is not a causal language model"
+        return "transformers has no class of a causal language model for it"
     if getattr(config, "num_attention_heads", None) is None:
         return "it has no attention heads"
     bidirectional = getattr(config, "use_bidirectional_attention", None)

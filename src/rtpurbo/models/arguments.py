@@ -35,3 +35,11 @@ def named(module: nn.Module, arguments: Sequence[Any], keywords: dict[str, Any])
         if everything.get(CACHE_NAME) is None:
             everything[CACHE_NAME] = given
     return everything
+
+
+def positions_follow_mask(model: nn.Module) -> bool:
+    """True if a position embedding of the model reads the attention mask where no positions are given, as OPT's."""
+    return any(
+        isinstance(module, nn.Embedding) and "attention_mask" in names_of(type(module).forward)
+        for module in model.modules()
+    )

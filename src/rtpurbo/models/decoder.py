@@ -12,12 +12,12 @@ from rtpurbo.errors import RTPurboError
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the module that runs the decoder layers of a causal language model."""
+    """Returns the module that runs the decoder layers of a causal language model; itself if there is no other."""
     decoder = model.get_decoder()
     if isinstance(decoder, PreTrainedModel) and decoder is not model:
         return decoder
     # Some models return themselves, others their output embedding.
-    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError, first_line
-from rtpurbo.models.arguments import CACHE_NAME
+from rtpurbo.models.arguments import CACHE_NAME, positions_follow_mask
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.graphs import CudaGraph
@@ -95,7 +95,7 @@ class GraphedDecoder:
             return None
         ids, cache = arguments["input_ids"], arguments[CACHE_NAME]
         modules = self._watched_modules(model)
-        if modules is None or not self._can_be_static(cache):
+        if modules is None or not self._can_be_static(model, arguments):
             return None
         address = model.get_output_embeddings().weight.data_ptr()
         prepared = self._prepared.get(cache)
@@ -158,11 +158,16 @@ class GraphedDecoder:
                 return None
         return self._modules
 
-    def _can_be_static(self, cache: HeadwiseCache) -> bool:
+    def _can_be_static(self, model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+        cache = arguments[CACHE_NAME]
         if cache in self._refused:
             return False
         if cache.padding == "any":
             self._warn("a sequence has padding between its tokens")
+            return False
+        # A captured step has positions, which such a model would derive from the mask.
+        has_positions = cache.padding == "none" or arguments.get("position_ids") is not None
+        if not has_positions and positions_follow_mask(model):
             return False
         return cache.can_be_static and cache.slots.have_begun
 

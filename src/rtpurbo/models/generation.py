@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.arguments import CACHE_NAME, named
+from rtpurbo.models.arguments import CACHE_NAME, named, positions_follow_mask
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.pretrained import refuse_offloading
 from rtpurbo.models.slots import fitting_mask, padding_form
@@ -27,6 +27,7 @@ class CacheProvider:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.positions_follow_mask = positions_follow_mask(model)
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -41,7 +42,9 @@ class CacheProvider:
             # Training needs no cache, and the model would make one of its own.
             cached = {CACHE_NAME: HeadwiseCache(self.model)}
             kwargs = {**kwargs, **({"use_cache": False} if module.training else cached)}
-        kwargs["attention_mask"] = needed_mask(kwargs)
+        mask = needed_mask(kwargs)
+        if mask is not None or not self.positions_follow_mask:
+            kwargs["attention_mask"] = mask
         return (), kwargs
 
     def _check(self, arguments: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from rtpurbo.errors import RTPurboError
+from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.architecture import context_length, convertible_layers
 from rtpurbo.models.arguments import names_of
 from rtpurbo.models.decoder import decoder_layers, decoder_of, evaluating
@@ -61,13 +61,13 @@ class AttentionTraits:
 class _Record:
     """Calls of the attention function by one attention module, and its rotary embedding."""
 
-    calls: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = field(default_factory=list)
+    calls: list[tuple[Tensor, Tensor, Tensor, Any, dict[str, Any]]] = field(default_factory=list)
     embeddings: Embeddings | None = None
 
     @property
     def states(self) -> Tensor:
         """Queries and keys of the first call."""
-        query, key, _, _ = self.calls[0]
+        query, key, *_ = self.calls[0]
         return torch.cat([query, key], 1)
 
 
@@ -99,7 +99,7 @@ def _record(
     """Attention function that records its arguments."""
     recording = _recordings[-1]
     record = recording.records.setdefault(module, _Record())
-    record.calls.append((query, key, value, kwargs))
+    record.calls.append((query, key, value, attention_mask, kwargs))
     if recording.embeddings is not None:
         batch, heads, length, _ = query.shape
         return value.new_zeros(batch, length, heads, value.shape[-1]), None
@@ -178,7 +178,7 @@ def _measure_rotations(
 
 
 def _traits(module: nn.Module, record: _Record) -> AttentionTraits:
-    query, key, value, kwargs = record.calls[0]
+    query, key, value, _, kwargs = record.calls[0]
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sizes = query.shape[1], key.shape[1], key.shape[-1], value.shape[-1]
@@ -187,12 +187,14 @@ def _traits(module: nn.Module, record: _Record) -> AttentionTraits:
 
 def _refusal(module: nn.Module, record: _Record) -> str | None:
     """Returns the reason why a layer cannot be made sparse; None if it can."""
-    query, key, _, kwargs = record.calls[0]
+    query, key, _, mask, kwargs = record.calls[0]
     unknown = [
         name for name, given in kwargs.items() if name not in HARMLESS and isinstance(given, Tensor)
     ]
     if kwargs.get("softcap") is not None:
         return "it caps its attention logits"
+    if isinstance(mask, Tensor) and (mask.is_floating_point() or mask.shape[1] > 1):
+        return "it adds a mask of its own to its attention logits"
     if len(record.calls) > 1:
         return "its attention module runs more than once in a forward"
     if getattr(module, "is_causal", True) is False:
@@ -209,7 +211,11 @@ def _refusal(module: nn.Module, record: _Record) -> str | None:
 def _run(
     model: PreTrainedModel, embeddings: dict[nn.Module, Embeddings] | None = None
 ) -> dict[nn.Module, _Record]:
-    """Runs one forward, with the last token at the end of the context."""
+    """Runs one forward, with the last token at the end of the context.
+
+    Raises:
+        RTPurboError: the model fails.
+    """
     config, decoder = model.config, decoder_of(model)
     device = model.get_input_embeddings().weight.device
     places = torch.arange(NUM_TOKENS, device=device)[None]
@@ -224,8 +230,14 @@ def _run(
         positions[0, -1] = context_length(config) - 1
         arguments["position_ids"] = positions
     recording = _Recording(embeddings=embeddings)
-    with _probing(model, recording):
-        decoder(**arguments)
+    try:
+        with _probing(model, recording):
+            decoder(**arguments)
+    except Exception as error:  # code of any model runs here
+        raise RTPurboError(
+            f"this {config.model_type} model cannot be made sparse: a forward of {NUM_TOKENS} tokens failed "
+            f"({first_line(error, with_type=True)})."
+        ) from error
     return {module: record for module, record in recording.records.items() if record.calls}
 
 

@@ -296,16 +296,10 @@ class SparseAttention(AttentionTraits):
         parts, start = [], 0
         for length in lengths:
             rows = slice(start, start + length)
-            document = replace(
-                states,
-                keys=states.keys[:, :, rows],
-                values=states.values[:, :, rows],
-                positions=states.positions[:, rows],
-            )
             part, log_sum_exp = causal_attention(
                 queries[:, :, rows],
                 positions[:, rows],
-                document,
+                states.tokens(rows),
                 kv_head_index,
                 scaling=self.scaling,
                 return_log_sum_exp=sinks is not None,

@@ -24,6 +24,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightConverter
 
 from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.models.architecture import is_text_part
@@ -82,6 +87,15 @@ def register_text_class(config: PretrainedConfig) -> None:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             # transformers 5.17 and older ignore `exist_ok` there.
             MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[type(config)] = made
+        _register_conversions(config.model_type)
+
+
+def _register_conversions(model_type: str) -> None:
+    """Lets transformers convert the weights of a text decoder as in its multimodal model: experts into one tensor."""
+    known = get_checkpoint_conversion_mapping(model_type.removesuffix("_text")) or []
+    converters = [one for one in known if isinstance(one, WeightConverter)]
+    if converters and get_checkpoint_conversion_mapping(model_type) is None:
+        register_checkpoint_conversion_mapping(model_type, converters)
 
 
 def key_mapping(config: PretrainedConfig) -> dict[str, str]:

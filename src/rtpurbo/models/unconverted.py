@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-QUERIES_AT_ONCE = 1024
-"""Queries of a block of eager attention."""
+from rtpurbo.ops.eager import visibility
 
 
 def unconverted_attention(
@@ -46,23 +47,30 @@ def unconverted_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None
     own = sys.modules[type(module).__module__].eager_attention_forward
-    if attention_mask.dtype == torch.bool:
-        lowest = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
-            ~attention_mask, lowest
-        )
-    # In blocks of queries: the weights of a whole long prompt may be larger than the memory.
-    window, ahead = kwargs.get("sliding_window"), key.shape[2] - query.shape[2]
+    lowest = torch.finfo(query.dtype).min
     outputs = []
-    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
-        end = min(start + QUERIES_AT_ONCE, query.shape[2])
-        keys = slice(max(0, ahead + start + 1 - window) if window else 0, ahead + end)
+    for queries, keys in _blocks(query, key, kwargs.get("sliding_window")):
+        mask = attention_mask[:, :, queries, keys]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
         output, _ = own(
-            module, query[:, :, start:end], key[:, :, keys], value[:, :, keys],
-            attention_mask[:, :, start:end, keys], **kwargs,
-        )  # fmt: skip
+            module, query[:, :, queries], key[:, :, keys], value[:, :, keys], mask, **kwargs
+        )
         outputs.append(output)
     return torch.cat(outputs, 1), None
+
+
+def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Yields blocks of queries and the keys they read: the weights of a long prompt exceed the memory."""
+    batch, heads, q_len, _ = query.shape
+    k_len = key.shape[2]
+    before = k_len if window is None else window
+    # A block of n queries reads n + window keys, and n is at most the root of the limit.
+    most = math.isqrt(visibility.MAX_CHUNK_ELEMENTS // (batch * heads))
+    for block in visibility.query_chunks(q_len, batch * heads * min(k_len, before + most)):
+        end = k_len - q_len + block.stop
+        first = end - (block.stop - block.start) + 1 - before
+        yield block, slice(max(0, first), end)
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from rtpurbo.models.families import FAMILIES
 NUM_TOKENS = 24
 # Tokens of the first forward; the second one continues its cache.
 FIRST = 16
+# Left padding of one of the two sequences.
+PADDING = 5
 # Largest difference of a logit, relative to the largest logit.
 TOLERANCE = 1e-3
 # In half precision: relative difference of a token's logits (2-norm), of the median token. Rounding moves
@@ -41,19 +43,26 @@ def needs_check(model: PreTrainedModel, config: RTPurboConfig) -> bool:
 
 @torch.no_grad()
 def logits_over_cache(model: PreTrainedModel) -> Tensor:
-    """Returns the logits of two forwards, the second over the cache of the first: [1, tokens, vocabulary].
+    """Returns the logits of two forwards, the second over the cache of the first: [tokens, vocabulary].
+
+    They are those of two sequences, one with left padding, because some models derive positions from the mask.
 
     Raises:
         RTPurboError: the model does not run over a cache.
     """
     size = model.config.vocab_size
-    tokens = torch.randint(0, size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    tokens = torch.randint(0, size, (2, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, :PADDING] = 0
+    device = model.get_input_embeddings().weight.device
+    tokens, mask = tokens.to(device), mask.to(device)
     try:
         with evaluating(model):
-            first = model(input_ids=tokens[:, :FIRST], use_cache=True)
+            options = {"attention_mask": mask[:, :FIRST], "use_cache": True}
+            first = model(input_ids=tokens[:, :FIRST], **options)
+            options = {"attention_mask": mask, "use_cache": True}
             cache = {CACHE_NAME: getattr(first, CACHE_NAME)}
-            second = model(input_ids=tokens[:, FIRST:], use_cache=True, **cache)
+            second = model(input_ids=tokens[:, FIRST:], **options, **cache)
     except RTPurboError:
         raise
     except Exception as error:
@@ -61,7 +70,8 @@ def logits_over_cache(model: PreTrainedModel) -> Tensor:
         raise RTPurboError(
             f"{_prefix(model)} it does not run over a cache of transformers' kind ({reason})."
         ) from error
-    return torch.cat([first.logits, second.logits], 1)
+    logits = torch.cat([first.logits, second.logits], 1)
+    return logits[mask.to(logits.device, torch.bool)]
 
 
 def check_equal(model: PreTrainedModel, expected: Tensor) -> None:

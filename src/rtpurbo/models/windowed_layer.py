@@ -83,7 +83,10 @@ class WindowedLayer(DynamicSlidingWindowLayer):
             self.cumulative_length += 1
             return self.keys, self.values
         with self._dynamic():
-            return super().update(key_states, value_states, *args, **kwargs)
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+        # With past recording, transformers 5.17 returns keys that its masks leave out; 5.24 does not.
+        reach = self.sliding_window - 1 + key_states.shape[2]
+        return keys[:, :, -reach:], values[:, :, -reach:]
 
     def activate_past_recording(self) -> None:
         """Keeps tokens beyond the window until `crop`; slots are no longer fixed."""

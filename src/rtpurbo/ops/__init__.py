@@ -1,13 +1,9 @@
 """Attention operators on torch tensors: `rtpurbo.ops.api` is the interface, `eager` the specification."""
 
-from rtpurbo.ops.api import (
-    causal_attention,
-    headwise_attention,
-    index_scores,
-    local_attention,
-    new_histogram_workspace,
-    retrieval_attention,
-)
+from rtpurbo.ops.api import headwise_attention, new_histogram_workspace
+from rtpurbo.ops.eager.local import causal_attention, local_attention
+from rtpurbo.ops.eager.retrieval import retrieval_attention
+from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import (
     HeadGroup,

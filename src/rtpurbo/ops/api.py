@@ -16,19 +16,20 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
 from rtpurbo.ops.backends import HALF, implementation, require_triton, unsupported_reason
 from rtpurbo.ops.eager.dense_queries import with_dense_queries
-from rtpurbo.ops.eager.selection import index_scores
 from rtpurbo.ops.sinks import with_sinks
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics, Selector
+from rtpurbo.ops.states import (
+    HeadLayout,
+    KeyValueStates,
+    SelectionStatistics,
+    Selector,
+    check_states,
+)
 
 __all__ = [
     "attend_with",
-    "causal_attention",
     "chosen_backend",
     "headwise_attention",
-    "index_scores",
-    "local_attention",
     "new_histogram_workspace",
-    "retrieval_attention",
 ]
 
 
@@ -94,73 +95,6 @@ def _unsupported(backend: str, sinks: Tensor | None, *call: Any) -> str | None:
     return unsupported_reason("headwise_attention", backend, *call)
 
 
-def _check_states(query_states: Tensor, query_positions: Tensor, states: KeyValueStates) -> None:
-    batch, _, q_len, head_dim = query_states.shape
-    if query_positions.shape != (batch, q_len):
-        raise ValueError(
-            f"query_positions are {tuple(query_positions.shape)}, but must be {(batch, q_len)}."
-        )
-    if states.keys.shape[0] != batch or states.keys.shape[-1] != head_dim:
-        raise ValueError(
-            f"keys {tuple(states.keys.shape)} do not fit queries {tuple(query_states.shape)}: "
-            "batch and head_dim must be equal."
-        )
-    if states.positions.shape != (batch, states.keys.shape[2]):
-        raise ValueError(
-            f"key positions are {tuple(states.positions.shape)}, "
-            f"but must be {(batch, states.keys.shape[2])}."
-        )
-
-
-def local_attention(
-    query_states: Tensor,
-    query_positions: Tensor,
-    states: KeyValueStates,
-    key_value_heads: Tensor,
-    *,
-    backend: str = "auto",
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Sinks and window; see `rtpurbo.ops.eager.local.local_attention`."""
-    _check_states(query_states, query_positions, states)
-    operator = implementation("local_attention", backend)
-    return operator(query_states, query_positions, states, key_value_heads, **options)
-
-
-def causal_attention(
-    query_states: Tensor,
-    query_positions: Tensor,
-    states: KeyValueStates,
-    key_value_heads: Tensor,
-    *,
-    backend: str = "auto",
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Dense causal attention; see `rtpurbo.ops.eager.local.causal_attention`."""
-    _check_states(query_states, query_positions, states)
-    operator = implementation("causal_attention", backend)
-    return operator(query_states, query_positions, states, key_value_heads, **options)
-
-
-def retrieval_attention(
-    query_states: Tensor,
-    query_positions: Tensor,
-    states: KeyValueStates,
-    key_value_heads: Tensor,
-    index_queries: Tensor,
-    rule: AttentionRule,
-    *,
-    backend: str = "auto",
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Near and selected far keys; see `rtpurbo.ops.eager.retrieval.retrieval_attention`."""
-    _check_states(query_states, query_positions, states)
-    operator = implementation("retrieval_attention", backend)
-    return operator(
-        query_states, query_positions, states, key_value_heads, index_queries, rule, **options
-    )
-
-
 def headwise_attention(
     query_states: Tensor,
     query_positions: Tensor,
@@ -179,8 +113,8 @@ def headwise_attention(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a whole layer; see `rtpurbo.ops.eager.headwise.headwise_attention`."""
-    _check_states(query_states, query_positions, full)
-    _check_states(query_states, query_positions, windowed)
+    check_states(query_states, query_positions, full)
+    check_states(query_states, query_positions, windowed)
     backend = chosen_backend(
         backend, query_states, full, windowed, index_queries, rule, statistics, selector, sinks
     )

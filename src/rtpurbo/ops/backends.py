@@ -15,9 +15,6 @@ HALF = (torch.float16, torch.bfloat16)
 # Module of each operator, by backend.
 BACKENDS: dict[str, dict[str, str]] = {
     "eager": {
-        "local_attention": "rtpurbo.ops.eager.local",
-        "causal_attention": "rtpurbo.ops.eager.local",
-        "retrieval_attention": "rtpurbo.ops.eager.retrieval",
         "headwise_attention": "rtpurbo.ops.eager.headwise",
         "packed_attention": "rtpurbo.ops.eager.packed",
         "indexer_divergence": "rtpurbo.ops.eager.divergence",

@@ -46,15 +46,37 @@ class KeyValueStates:
     length: Tensor | None = None
     histogram_workspace: Tensor | None = None
 
-    def without_last(self, count: int) -> KeyValueStates:
-        """The states without the last `count` keys."""
-        end = self.keys.shape[2] - count
+    def tokens(self, rows: slice) -> KeyValueStates:
+        """The states of some tokens only."""
         return replace(
             self,
-            keys=self.keys[:, :, :end],
-            values=self.values[:, :, :end],
-            positions=self.positions[:, :end],
-            index_keys=None if self.index_keys is None else self.index_keys[:, :, :end],
+            keys=self.keys[:, :, rows],
+            values=self.values[:, :, rows],
+            positions=self.positions[:, rows],
+            index_keys=None if self.index_keys is None else self.index_keys[:, :, rows],
+        )
+
+
+def check_states(query_states: Tensor, query_positions: Tensor, states: KeyValueStates) -> None:
+    """Checks that the shapes of queries and states fit.
+
+    Raises:
+        ValueError: they do not.
+    """
+    batch, _, q_len, head_dim = query_states.shape
+    if query_positions.shape != (batch, q_len):
+        raise ValueError(
+            f"query_positions are {tuple(query_positions.shape)}, but must be {(batch, q_len)}."
+        )
+    if states.keys.shape[0] != batch or states.keys.shape[-1] != head_dim:
+        raise ValueError(
+            f"keys {tuple(states.keys.shape)} do not fit queries {tuple(query_states.shape)}: "
+            "batch and head_dim must be equal."
+        )
+    if states.positions.shape != (batch, states.keys.shape[2]):
+        raise ValueError(
+            f"key positions are {tuple(states.positions.shape)}, "
+            f"but must be {(batch, states.keys.shape[2])}."
         )
 
 

@@ -95,6 +95,7 @@ GEMMA4 = {
 
 EQUAL: Zoo = {
     "Llama 3.1": ("llama", LLAMA3),
+    "Llama, one KV head": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "Llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Qwen2.5 with YaRN": ("qwen2", YARN),
     "Qwen2 with windows": (
@@ -440,6 +441,11 @@ EQUAL: Zoo = {
         },
     ),
     "BioGPT": ("biogpt", {"num_key_value_heads": DROPPED}),
+    "CodeGen": (
+        "codegen",
+        {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
+    ),
+    "BERT decoder": ("bert", {"is_decoder": True, "num_key_value_heads": DROPPED}),
     "CTRL": ("ctrl", {"num_key_value_heads": DROPPED, "dff": 48}),
     "GPT-SW3": ("gpt-sw3", {"num_key_value_heads": DROPPED}),
     "LaraMini": ("lara_mini", {"num_hidden_layers": 4}),
@@ -523,6 +529,15 @@ REFUSED: Zoo = {
     "Falcon": ("falcon", {"alibi": False, "head_dim": DROPPED}),
     "MiniMax-Text-01": ("minimax", {**layers(LINEAR), **LOCAL_EXPERTS, "block_size": 16}),
     "Dory": ("dory", WINDOWS),
+    "Doge": ("doge", {"keep_window_size": 16}),
+    "MPT": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 256}),
+    "BLOOM": ("bloom", {"n_layer": 2, "n_head": 6}),
+    "GPT-Neo": ("gpt_neo", {"num_layers": 2, "attention_types": [[["global"], 2]], "num_heads": 6}),
+    "XGLM": ("xglm", {"d_model": 48, "ffn_dim": 48, "num_layers": 2, "attention_heads": 6}),
+    "MiniCPM3": ("minicpm3", LATENT),
+    "DeepSeek V3.2": ("deepseek_v32", {**ROUTED, **FIRST_DENSE, **GROUPS, **LATENT}),
+    "LongCat-Flash": ("longcat_flash", {**LATENT, "num_layers": 2}),
+    "Falcon-Mamba": ("falcon_mamba", {}),
     "Gemma 4, keys of the last layers shared": (
         "gemma4_text",
         {

@@ -118,6 +118,18 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**QWEN_VISION, "image_size": 28},
         IMAGE_TOKENS,
     ),
+    "glm4v_moe": (
+        {
+            "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0},
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        {**QWEN_VISION, "image_size": 28},
+        IMAGE_TOKENS,
+    ),
     "gemma4": (
         {
             "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -121,7 +121,7 @@ def _retrieval_heads(
             causal_attention(
                 queries[:, :, :num_dense],
                 query_positions[:, :num_dense],
-                states.without_last(num_selecting),
+                states.tokens(slice(0, states.keys.shape[2] - num_selecting)),
                 kv_head_index,
                 scaling=scaling,
                 return_log_sum_exp=return_log_sum_exp,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rtpurbo.ops.eager.attend import attend
 from rtpurbo.ops.eager.visibility import causal_mask, keys_in_reach, near_mask, query_chunks
-from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.states import KeyValueStates, check_states
 
 
 def local_attention(
@@ -37,6 +37,7 @@ def local_attention(
     Returns:
         Output [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len] or None.
     """
+    check_states(query_states, query_positions, states)
     widest = int(sliding_window.max()) if isinstance(sliding_window, Tensor) else sliding_window
     # A chunk about as long as the window reads at most twice the keys that its queries need; on a GPU,
     # fewer launches are faster than fewer keys.
@@ -76,6 +77,7 @@ def causal_attention(
     return_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Dense causal attention; arguments as in `local_attention`."""
+    check_states(query_states, query_positions, states)
     keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
     q_len, k_len = query_states.shape[2], keys.shape[2]
     if states.in_order and not return_log_sum_exp and (q_len == k_len or q_len == 1):

@@ -23,6 +23,7 @@ from rtpurbo.ops.states import (
     SelectionQueries,
     SelectionStatistics,
     Selector,
+    check_states,
     index_key_heads,
 )
 
@@ -62,6 +63,7 @@ def retrieval_attention(
     Raises:
         ValueError: the states have no index keys, or index keys of another number of heads.
     """
+    check_states(query_states, query_positions, states)
     if states.index_keys is None:
         raise ValueError("retrieval_attention needs states with index keys.")
     key_heads = index_key_heads(states.index_keys, states.keys.shape[1], key_value_heads)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.precision import IEEE
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+IEEE = tl.constexpr("ieee")
+"""`input_precision` of every product in attention and index scores: without it, Triton multiplies float32 inputs
+as TF32 on a GPU. It does not affect half precision."""
 
 
 @triton.jit

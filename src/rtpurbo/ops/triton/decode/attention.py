@@ -15,6 +15,7 @@ B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,20 +32,25 @@ from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
 MAX_BLOCK_SIZE = 1024
 
 
-def decode_attention(
+def decode_attention(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Output and log-sum-exp of `decode_step`."""
+    output, log_sum_exp, _ = decode_step(*arguments, **options)
+    return output, log_sum_exp
+
+
+def decode_step(
     query_states: Tensor,
     full: KeyValueStates | PagedStates,
     windowed: KeyValueStates | PagedStates,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
-    *,
     scaling: float,
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     sinks: Tensor | None = None,
     output: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Selection | None]:
     """Head-wise attention of one query token per sequence.
 
     Equals `rtpurbo.ops.eager.headwise.headwise_attention`, except that the selection is rounded up to a whole
@@ -68,38 +74,9 @@ def decode_attention(
         output: contiguous [B, H, 1, D] to write the output to; None to allocate one.
 
     Returns:
-        Output [B, H, 1, D] and the log-sum-exp [B, H, 1] or None.
+        Output [B, H, 1, D], the log-sum-exp [B, H, 1] or None, and the selection; None if all far keys are read
+        or no head retrieves.
     """
-    attended, log_sum_exp, _ = decode_step(
-        query_states,
-        full,
-        windowed,
-        layout,
-        index_queries,
-        rule,
-        scaling,
-        statistics,
-        return_log_sum_exp,
-        sinks,
-        output,
-    )
-    return attended, log_sum_exp
-
-
-def decode_step(
-    query_states: Tensor,
-    full: KeyValueStates | PagedStates,
-    windowed: KeyValueStates | PagedStates,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    scaling: float,
-    statistics: SelectionStatistics | None = None,
-    return_log_sum_exp: bool = False,
-    sinks: Tensor | None = None,
-    output: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Selection | None]:
-    """`decode_attention` and its selection; None if all far keys are read or no head retrieves."""
     states = _full_states(full, query_states.shape[0])
     windowed_states = WindowedStates.of(windowed)
     _check(query_states, states, windowed_states, layout, index_queries, rule)

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, slot_offsets
-from rtpurbo.ops.triton.precision import IEEE
-from rtpurbo.ops.triton.softmax import log_sum_exp, update_softmax
+from rtpurbo.ops.triton.softmax import IEEE, log_sum_exp, update_softmax
 
 
 @triton.jit

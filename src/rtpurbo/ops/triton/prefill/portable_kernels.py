@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_and_block, head_start, slot_offsets
-from rtpurbo.ops.triton.precision import IEEE
-from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, log_sum_exp, update_softmax
+from rtpurbo.ops.triton.softmax import IEEE, LN_2, LOG2_E, log_sum_exp, update_softmax
 
 
 @triton.jit

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.addresses import head_start, slot_offsets
-from rtpurbo.ops.triton.precision import IEEE
-from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, finite_maximum, log_sum_exp
+from rtpurbo.ops.triton.softmax import IEEE, LN_2, LOG2_E, finite_maximum, log_sum_exp
 
 
 @triton.jit
