@@ -38,7 +38,7 @@ class PromptQueries:
         counts: int32 [P], number of its queries.
         starts: int32 [P], position of the first one among the keys in the block table.
         block_table: int32 [P, blocks], blocks of these requests.
-        most: largest of `counts`; 0 without requests.
+        most: largest of `counts`, rounded up to a multiple of 16; 0 without requests.
     """
 
     offsets: Tensor
@@ -242,11 +242,7 @@ def _step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
             num_dense[dense],
             first_dense[dense],
         ]
-        device = batch.block_table.device
-        host = torch.from_numpy(np.concatenate(parts).astype(np.int32))
-        if device.type == "cuda":
-            host = host.pin_memory()
-        numbers = host.to(device, non_blocking=True).split([len(part) for part in parts])
+        numbers = _to_device(parts, batch.block_table.device)
         batch.step_queries = StepQueries(
             selecting=numbers[1].long(),
             lengths=numbers[2],
@@ -256,7 +252,7 @@ def _step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
                 numbers[5],
                 numbers[6],
                 batch.block_table.index_select(0, numbers[3]),
-                int(num_prompt.max(initial=0)),
+                _rounded_up(int(num_prompt.max(initial=0))),
             ),
             dense=PromptQueries(
                 numbers[8],
@@ -266,11 +262,29 @@ def _step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
                     batch.block_table.index_select(0, numbers[7]),
                     cache.pages.block_size,
                 ),
-                int(num_dense.max(initial=0)),
+                _rounded_up(int(num_dense.max(initial=0))),
             ),
         )
     assert isinstance(batch.step_queries, StepQueries)
     return batch.step_queries
+
+
+def _to_device(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Copies arrays of integers to the device at once, as int32 tensors.
+
+    Each begins at a multiple of 16 bytes, because Triton compiles another kernel for pointers that do not.
+    """
+    starts = np.cumsum([0, *(_rounded_up(len(part)) for part in parts)])
+    host = torch.zeros(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
+    for start, part in zip(starts, parts, strict=False):
+        host[start : start + len(part)] = torch.from_numpy(part.astype(np.int32))
+    numbers = host.to(device, non_blocking=True)
+    return [numbers[start : start + len(part)] for start, part in zip(starts, parts, strict=False)]
+
+
+def _rounded_up(number: int) -> int:
+    """The next multiple of 16, because Triton compiles other kernels for 1 and for other numbers."""
+    return -(-number // 16) * 16
 
 
 def _without_null_blocks(

@@ -109,6 +109,7 @@ def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
     head_dim = model.layers[0].self_attn.head_dim
     caches = make_caches(config, heads, head_dim, f"{prefix}rtpurbo", vllm_config)
     features = _feature_dimensions(hf_config, config, head_dim)
+    layers = []
     for number, layer in enumerate(model.layers):
         original = layer.self_attn
         retrieval = config.head_map.retrieval_heads[number]
@@ -117,12 +118,24 @@ def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
             indexer = _indexer(config, retrieval, rank, heads[number], features)
         # Otherwise vLLM would allocate a cache for it.
         del compilation.static_forward_context[original.attn.layer_name]
-        layer.self_attn = ServedAttention(original, heads[number], config, indexer, number, caches)
-        compilation.static_forward_context[layer.self_attn.name] = layer.self_attn
+        served = ServedAttention(original, heads[number], config, indexer, number, caches)
+        layer.self_attn = served
+        compilation.static_forward_context[served.name] = served
+        layers.append(served)
+    caches.when_all_bound(partial(_prepare, layers, vllm_config))
     if compilation.mode == CompilationMode.VLLM_COMPILE and OPERATOR not in (
         compilation.splitting_ops or []
     ):
         compilation.splitting_ops = [*(compilation.splitting_ops or []), OPERATOR]
+
+
+def _prepare(layers: list[ServedAttention], vllm_config: VllmConfig) -> None:
+    """Reads the cache scales and compiles the kernels, once weights and caches are there."""
+    for layer in layers:
+        layer.bind()
+    for layer in layers:
+        if layer.uses_kernels:
+            layer.warm_up(vllm_config)
 
 
 def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) -> list[int]:
