@@ -100,7 +100,7 @@ def run(script, tmp_path, *arguments, timeout=240, **environment):
     root = Path(__file__).parents[2]
     variables = {
         **os.environ,
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": f"{root / 'src'}:{root}",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         **environment,
     }

@@ -40,17 +40,19 @@ class WarmUpStep:
             device: device of the caches.
         """
         count = len(self.requests)
-        lengths, prompt_lengths = torch.tensor(self.requests, dtype=torch.int32).unbind(1)
+        lengths, prompt_lengths = (
+            torch.tensor(numbers, dtype=torch.int32) for numbers in zip(*self.requests, strict=True)
+        )
         return Batch(
             starts=torch.arange(count + 1, dtype=torch.int32),
-            lengths=lengths.contiguous(),
-            prompt_lengths=prompt_lengths.contiguous(),
+            lengths=lengths,
+            prompt_lengths=prompt_lengths,
             block_table=torch.full(
                 (count, num_blocks), NULL_BLOCK, dtype=torch.int32, device=device
             ),
             slots=torch.full((count,), -1, dtype=torch.int64, device=device),
-            device_lengths=lengths.contiguous().to(device),
-            device_prompt_lengths=prompt_lengths.contiguous().to(device),
+            device_lengths=lengths.to(device),
+            device_prompt_lengths=prompt_lengths.to(device),
             uniform=self.uniform,
         )
 
