@@ -48,7 +48,7 @@ VLLM_PREFIX = "RTPurbo"
 VLLM_ARCHITECTURES = tuple(name.removeprefix(VLLM_PREFIX) for name in ARCHITECTURES)
 """Dense architectures whose sparse versions run on vLLM."""
 
-VLLM_WINDOWED_ARCHITECTURES = ("Gemma3ForCausalLM",)
+VLLM_WINDOWED_ARCHITECTURES = ("Gemma3ForCausalLM", "GptOssForCausalLM")
 """Those of them whose layers may have a sliding window in the dense model."""
 
 HEADWISE_FILE = "headwise_config.json"

@@ -52,7 +52,7 @@ class ServedAttention(nn.Module):
         caches: caches of the model.
     """
 
-    # Only some families have norms, and only some layers an indexer.
+    # Only some families have norms or learned sinks, and only some layers an indexer.
     attn: nn.Module
     qkv_proj: nn.Module
     o_proj: nn.Module
@@ -60,6 +60,7 @@ class ServedAttention(nn.Module):
     q_norm: nn.Module
     k_norm: nn.Module
     indexer: TokenIndexer
+    sinks: nn.Parameter
 
     def __init__(
         self,
@@ -73,6 +74,8 @@ class ServedAttention(nn.Module):
         super().__init__()
         for name, child in original.named_children():
             setattr(self, name, child)
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
         if indexer is not None:
             self.indexer = indexer
         self.name = original.attn.layer_name.removesuffix(".attn")
@@ -203,7 +206,8 @@ class ServedAttention(nn.Module):
         attend = cuda.attend if self.uses_kernels else eager.attend
         # Scales of stored keys and values are factors on the dot products and on the output.
         scaling, value_scale = self.scaling * cache.pages.key_scale, cache.pages.value_scale
-        attend(queries, index_queries, full, windowed, layout, self.rule, scaling, output)
+        sinks = getattr(self, "sinks", None)
+        attend(queries, index_queries, full, windowed, layout, self.rule, scaling, output, sinks)
         if value_scale != 1:
             output.mul_(value_scale)
 
@@ -314,6 +318,14 @@ class ServedAttention(nn.Module):
         before, after = (part[:, heads].transpose(0, 1)[None] for part in (unrotated, states))
         features = self.indexer.features(after, lambda _: before)
         return project(features)[0].transpose(0, 1)
+
+
+class ServedGptOssAttention(ServedAttention):
+    """Attention of gpt-oss, whose decoder layers pass the hidden states first."""
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """Attention block: [T, hidden_size] to [T, hidden_size]."""
+        return super().forward(positions, hidden_states)
 
 
 def _own_rule(rule: AttentionRule, spec: AttentionSpec) -> AttentionRule:

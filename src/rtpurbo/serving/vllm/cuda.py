@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import PagedStates
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import NULL_BLOCK, LayerCache
@@ -161,6 +162,7 @@ def attend(
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
+    sinks: Tensor | None = None,
 ) -> None:
     """Writes the attention output of a step; arguments as in `eager.attend`.
 
@@ -180,7 +182,15 @@ def attend(
         )
         chosen = None if index_queries is None else index_queries[:count]
         _decode(
-            queries[:count], chosen, of_full, of_windowed, layout, rule, scaling, output[:count]
+            queries[:count],
+            chosen,
+            of_full,
+            of_windowed,
+            layout,
+            rule,
+            scaling,
+            output[:count],
+            sinks,
         )
         return
     step = _step_queries(cache, rule)
@@ -202,9 +212,13 @@ def attend(
             rule,
             scaling,
             attended,
+            sinks,
         )
         output[step.selecting] = attended
     tables = _tables(layout, rule)
+    log_sum_exp = None
+    if sinks is not None and (step.prompts.most or step.dense.most):
+        log_sum_exp = _infinite_sums(queries)
     for part, name in ((full, "full"), (windowed, "windowed")):
         if part is None:
             continue
@@ -213,7 +227,19 @@ def attend(
         for kind, prompts in (("prompts", of_group.prompts), ("dense_local", of_group.dense)):
             if prompts.most:
                 table = tables[f"{kind}_{name}"]
-                _prefill(queries, part, table, rule, scaling, prompts, output)
+                _prefill(queries, part, table, rule, scaling, prompts, output, log_sum_exp)
+    if sinks is not None and log_sum_exp is not None:
+        # Queries of the decode call have infinite sums here, of which sinks have no share.
+        shared, _ = with_sinks(output[None].transpose(1, 2), log_sum_exp, sinks)
+        output.copy_(shared[0].transpose(0, 1))
+
+
+def _infinite_sums(queries: Tensor) -> Tensor:
+    """Log-sum-exp fp32 [1, H, T] for the prefill kernels to fill in, infinite for other queries."""
+    tokens, heads = queries.shape[:2]
+    # Triton compiles another kernel for strides that are not multiples of 16.
+    sums = queries.new_full((1, heads, _rounded_up(tokens)), torch.inf, dtype=torch.float32)
+    return sums[..., :tokens]
 
 
 def _step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
@@ -368,6 +394,7 @@ def _decode(
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
+    sinks: Tensor | None,
 ) -> None:
     """Writes the decode attention [N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim]."""
     from rtpurbo.ops.triton.decode.attention import decode_attention
@@ -385,6 +412,7 @@ def _decode(
         None if index_queries is None else index_queries[:, :, None],
         rule,
         scaling=scaling,
+        sinks=sinks,
         output=output[:, :, None],
     )
 
@@ -397,8 +425,9 @@ def _prefill(
     scaling: float,
     prompts: PromptQueries,
     output: Tensor,
+    log_sum_exp: Tensor | None,
 ) -> None:
-    """Writes the attention of prompt queries of all requests, for the heads in the table."""
+    """Writes the attention of prompt queries of all requests, without learned sinks, for the heads in the table."""
     from rtpurbo.ops.triton.prefill.portable import PackedQueries, window_attention
 
     window_attention(
@@ -408,6 +437,6 @@ def _prefill(
         rule.num_sink_tokens,
         scaling,
         output[None].transpose(1, 2),
-        None,
+        log_sum_exp,
         PackedQueries(prompts.offsets, prompts.counts, prompts.most),
     )

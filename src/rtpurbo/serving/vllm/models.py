@@ -16,6 +16,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -26,7 +27,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
-from rtpurbo.serving.vllm.attention import OPERATOR, ServedAttention
+from rtpurbo.serving.vllm.attention import OPERATOR, ServedAttention, ServedGptOssAttention
 from rtpurbo.serving.vllm.caches import make_caches
 from rtpurbo.serving.vllm.checkpoint import EXPORT_AGAIN, read_config
 from rtpurbo.serving.vllm.layout import LayerHeads, heads_of_rank
@@ -46,10 +47,13 @@ class SparseModelMixin(nn.Module):
     supports_lora = False
     supports_pp = False
 
+    attention_class = ServedAttention
+    attention_name = "self_attn"
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        make_sparse(self.model, vllm_config, prefix)
+        make_sparse(self.model, vllm_config, prefix, self.attention_class, self.attention_name)
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -73,6 +77,13 @@ class RTPurboGemma3ForCausalLM(SparseModelMixin, Gemma3ForCausalLM):
     """Sparse Gemma 3, whose layers with a sliding window keep it."""
 
 
+class RTPurboGptOssForCausalLM(SparseModelMixin, GptOssForCausalLM):
+    """Sparse gpt-oss, with learned sinks in every layer; layers with a sliding window keep it."""
+
+    attention_class = ServedGptOssAttention
+    attention_name = "attn"
+
+
 class RTPurboLlamaForCausalLM(SparseModelMixin, LlamaForCausalLM):
     """Sparse Llama."""
 
@@ -93,33 +104,41 @@ class RTPurboQwen3MoeForCausalLM(SparseModelMixin, Qwen3MoeForCausalLM):
     """Sparse Qwen3 with mixtures of experts."""
 
 
-def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
+def make_sparse(
+    model: Any,
+    vllm_config: VllmConfig,
+    prefix: str,
+    attention_class: type[ServedAttention],
+    attention_name: str,
+) -> None:
     """Replaces the attention of every layer in place, and registers the caches with vLLM.
 
     Args:
         model: decoder of a vLLM model on one rank.
         vllm_config: configuration of the engine.
         prefix: prefix of the model's names.
+        attention_class: class of the new attention modules.
+        attention_name: name of a decoder layer's attention module.
     """
     hf_config = vllm_config.model_config.hf_config
     config = read_config(hf_config)
     compilation = vllm_config.compilation_config
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     heads = heads_of_rank(config.head_map, rank, world_size)
-    head_dim = model.layers[0].self_attn.head_dim
+    head_dim = getattr(model.layers[0], attention_name).head_dim
     caches = make_caches(config, heads, head_dim, f"{prefix}rtpurbo", vllm_config)
     features = _feature_dimensions(hf_config, config, head_dim)
     layers = []
     for number, layer in enumerate(model.layers):
-        original = layer.self_attn
+        original = getattr(layer, attention_name)
         retrieval = config.head_map.retrieval_heads[number]
         indexer = None
         if retrieval:
             indexer = _indexer(config, retrieval, rank, heads[number], features)
         # Otherwise vLLM would allocate a cache for it.
         del compilation.static_forward_context[original.attn.layer_name]
-        served = ServedAttention(original, heads[number], config, indexer, number, caches)
-        layer.self_attn = served
+        served = attention_class(original, heads[number], config, indexer, number, caches)
+        setattr(layer, attention_name, served)
         compilation.static_forward_context[served.name] = served
         layers.append(served)
     caches.when_all_bound(partial(_prepare, layers, vllm_config))

@@ -12,6 +12,7 @@ MODELS = "rtpurbo.serving.vllm.models"
 
 ARCHITECTURES = (
     "RTPurboGemma3ForCausalLM",
+    "RTPurboGptOssForCausalLM",
     "RTPurboLlamaForCausalLM",
     "RTPurboMistralForCausalLM",
     "RTPurboQwen2ForCausalLM",
