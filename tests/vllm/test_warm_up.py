@@ -70,7 +70,7 @@ if __name__ == "__main__":
     ("family", "rule", "options"),
     [
         ("llama", {"dense_prompt_queries": 24}, {}),
-        ("gemma3_text", {"reading": "paper"}, {"kv_cache_dtype": "fp8"}),
+        ("gpt_oss", {"reading": "paper"}, {"kv_cache_dtype": "fp8"}),
     ],
 )
 def test_requests_compile_no_kernel(family, rule, options, tmp_path):

@@ -37,15 +37,12 @@ from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
 from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, check_served
-from rtpurbo.serving.vllm.plugin import ARCHITECTURES
+from rtpurbo.serving.vllm.plugin import ARCHITECTURES, PREFIX
 from rtpurbo.validation import check_choice
 
 Target = Literal["vllm", "rtp-llm", "transformers"]
 
-VLLM_PREFIX = "RTPurbo"
-"""Prefix of the dense architecture's name: `RTPurboLlamaForCausalLM`."""
-
-VLLM_ARCHITECTURES = tuple(name.removeprefix(VLLM_PREFIX) for name in ARCHITECTURES)
+VLLM_ARCHITECTURES = tuple(name.removeprefix(PREFIX) for name in ARCHITECTURES)
 """Dense architectures whose sparse versions run on vLLM."""
 
 VLLM_WINDOWED_ARCHITECTURES = ("Gemma3ForCausalLM", "GptOssForCausalLM")
@@ -228,7 +225,7 @@ def _save_sparse(
     save_tensors_atomically(folder / INDEXER_FILE, named)
     _index_shards(folder)
     changes = {
-        "architectures": [VLLM_PREFIX + artifact.base.architecture],
+        "architectures": [PREFIX + artifact.base.architecture],
         PROMPT_LENGTHS_KEY: 1,
         CHECKPOINT_KEY: artifact.checkpoint_entry(),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.serving.export import VLLM_ARCHITECTURES, VLLM_PREFIX
+from rtpurbo.serving.export import VLLM_ARCHITECTURES
 from rtpurbo.serving.vllm import plugin
 from rtpurbo.serving.vllm.versions import TO_INSTALL, check_version
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_exports_and_plugin_name_the_same_architectures():
-    assert {VLLM_PREFIX + name for name in VLLM_ARCHITECTURES} == set(plugin.ARCHITECTURES)
+    assert {plugin.PREFIX + name for name in VLLM_ARCHITECTURES} == set(plugin.ARCHITECTURES)
 
 
 def test_every_architecture_has_a_class():
