@@ -24,6 +24,9 @@ from tests.tiny_tokenizer import tiny_tokenizer
 
 VOCABULARY = 512
 CONTEXT = 2048
+# Tokens of prompts, and of each answer.
+LENGTHS = (10, 70, 200, 333, 600, 17)
+NEW = 40
 WINDOW, SINKS = 64, 4
 # Layers that differ: one without retrieval heads, one with nothing else, and groups that share a KV
 # head between a retrieval head and a local one.

@@ -4,6 +4,8 @@ import pytest
 
 from tests.vllm.checkpoints import (
     FAMILIES,
+    LENGTHS,
+    NEW,
     WINDOW,
     assert_same_answers,
     expected_answers,
@@ -21,29 +23,6 @@ from tests.vllm.engines import (
 )
 
 pytestmark = pytest.mark.vllm
-
-LENGTHS = (10, 70, 200, 333, 600, 17)
-NEW = 40
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def reference(llama):
-    return load_reference(llama)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return random_prompts(LENGTHS)
-
-
-@pytest.fixture(scope="module")
-def expected(reference, prompts):
-    return expected_answers(reference, prompts, NEW)
 
 
 def test_the_answers_need_the_selection(llama, reference, prompts, expected):

@@ -1,11 +1,9 @@
 """Every kernel is compiled before the first request: requests launch no combination of arguments that is new."""
 
-import json
-
 import pytest
 
 from tests.vllm.checkpoints import random_prompts, save_checkpoint
-from tests.vllm.test_processes import run
+from tests.vllm.scripts import result_of
 
 pytestmark = pytest.mark.vllm
 
@@ -77,16 +75,16 @@ def test_requests_compile_no_kernel(family, rule, options, tmp_path):
     checkpoint = save_checkpoint(tmp_path, family, rule=rule)
     prompts = random_prompts((10, 70, 200, 333, 129, 17, 1))
     options = {"max_num_batched_tokens": 128, "enable_prefix_caching": True, **options}
-    printed = run(
+    result = result_of(
         SCRIPT,
         tmp_path,
-        json.dumps([str(checkpoint), prompts, 5, options]),
+        str(checkpoint),
+        prompts,
+        5,
+        options,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         TRITON_INTERPRET="0",
     )
-    results = [line for line in printed.splitlines() if line.startswith("RESULT ")]
-    assert results, printed[-5000:]
-    result = json.loads(results[0].removeprefix("RESULT "))
     assert result["late"] == []
     assert result["before"] >= result["launched"] >= 12
     assert result["names"] == [
