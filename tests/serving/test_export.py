@@ -218,7 +218,7 @@ def test_vllm_does_not_run_recurrent_layers(architecture, tmp_path):
     artifact = save_tiny_artifact(tmp_path / "artifact", save_tiny_base(tmp_path / "base"))
     file = artifact / CONFIG_FILE
     config = json.loads(file.read_text())
-    config["base"]["architecture"] = architecture
+    config["base_model"]["architecture"] = architecture
     file.write_text(json.dumps(config))
     message = f"{architecture} does not run on vLLM .* the states of its linear_attention layers"
     with pytest.raises(RTPurboError, match=message):
