@@ -2,6 +2,7 @@
 
 import pytest
 
+from rtpurbo.serving.capacity import capacity_of
 from tests.vllm.checkpoints import (
     FAMILIES,
     LENGTHS,
@@ -14,6 +15,7 @@ from tests.vllm.checkpoints import (
     save_checkpoint,
 )
 from tests.vllm.engines import (
+    OPTIONS,
     answers,
     assert_same_answers_twice,
     counted_preemptions,
@@ -44,6 +46,16 @@ def test_families(family, tmp_path, prompts):
     wanted = expected_answers(reference, prompts, NEW)
     with running(checkpoint) as llm:
         assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
+        config = llm.llm_engine.vllm_config
+        predicted = capacity_of(
+            checkpoint,
+            2**30,
+            in_flight=config.max_in_flight_tokens,
+            max_model_len=OPTIONS["max_model_len"],
+            dtype="float32",
+        )
+        held = config.cache_config.kv_cache_size_tokens
+        assert held == pytest.approx(predicted.tokens, rel=0.001)
 
 
 @pytest.mark.parametrize(

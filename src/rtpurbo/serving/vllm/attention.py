@@ -309,7 +309,8 @@ class ServedAttention(nn.Module):
             assert full.batch.device_prompt_lengths is not None
             selects = full.batch.device_lengths > full.batch.device_prompt_lengths
             index_queries = index_queries * selects[: len(queries), None, None]
-        return index_queries
+        # Kernels are compiled for the strides of contiguous index queries.
+        return index_queries.clone(memory_format=torch.contiguous_format)
 
     def _projected(
         self, project: Callable[[Tensor], Tensor], unrotated: Tensor, states: Tensor, heads: Tensor

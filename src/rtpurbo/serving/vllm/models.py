@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from copy import copy
 from functools import partial
@@ -15,6 +16,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -33,6 +35,9 @@ from rtpurbo.serving.vllm.checkpoint import EXPORT_AGAIN, read_config
 from rtpurbo.serving.vllm.layout import LayerHeads, heads_of_rank
 from rtpurbo.serving.vllm.prompts import model_state_class
 from rtpurbo.serving.vllm.refusals import check
+
+# vLLM shows its own loggers only.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class SparseModelMixin(nn.Module):
@@ -152,9 +157,12 @@ def _prepare(layers: list[ServedAttention], vllm_config: VllmConfig) -> None:
     """Reads the cache scales and compiles the kernels, once weights and caches are there."""
     for layer in layers:
         layer.bind()
-    for layer in layers:
-        if layer.uses_kernels:
-            layer.warm_up(vllm_config)
+    kernel_layers = [layer for layer in layers if layer.uses_kernels]
+    start = time.monotonic()
+    for layer in kernel_layers:
+        layer.warm_up(vllm_config)
+    if kernel_layers:
+        logger.info("Compiled the attention kernels in %.1f s.", time.monotonic() - start)
 
 
 def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) -> list[int]:
