@@ -69,10 +69,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("family", "rule", "fused", "options"),
     [
-        ("llama", {"dense_prompt_queries": 24}, True, {}),
-        ("gpt_oss", {"reading": "paper"}, True, {"kv_cache_dtype": "fp8"}),
+        ("gpt_oss", {"dense_prompt_queries": 24}, True, {"kv_cache_dtype": "fp8"}),
         # As with a rotary embedding that is not a table.
-        ("qwen3", {"dense_prompt_queries": 24}, False, {}),
+        ("qwen3", {"reading": "paper"}, False, {}),
     ],
 )
 def test_requests_compile_no_kernel(family, rule, fused, options, tmp_path):

@@ -321,14 +321,6 @@ class ServedAttention(nn.Module):
         return project(features)[0].transpose(0, 1)
 
 
-class ServedGptOssAttention(ServedAttention):
-    """Attention of gpt-oss, whose decoder layers pass the hidden states first."""
-
-    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
-        """Attention block: [T, hidden_size] to [T, hidden_size]."""
-        return super().forward(positions, hidden_states)
-
-
 def _own_rule(rule: AttentionRule, spec: AttentionSpec) -> AttentionRule:
     """Rule of a layer that is not converted and keeps its sliding window."""
     assert isinstance(spec, SinkWindowSpec)

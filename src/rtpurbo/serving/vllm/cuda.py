@@ -9,10 +9,9 @@ letters see `pages`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,51 +20,14 @@ from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import PagedStates
 from rtpurbo.serving.vllm.layout import LayerHeads
-from rtpurbo.serving.vllm.pages import NULL_BLOCK, LayerCache
+from rtpurbo.serving.vllm.pages import LayerCache
+from rtpurbo.serving.vllm.step_queries import PromptQueries, rounded_up, step_queries
 
 if TYPE_CHECKING:
     from rtpurbo.ops.triton.heads import HeadTable
 
 HISTOGRAM_BATCH = 64
 """Sequences that the histogram workspace suffices for: 1 MiB per retrieval head of the layer that has most."""
-
-
-@dataclass(frozen=True)
-class PromptQueries:
-    """Consecutive prompt queries of P requests.
-
-    Attributes:
-        offsets: int32 [P], index of the first query of each request.
-        counts: int32 [P], number of its queries.
-        starts: int32 [P], position of the first one among the keys in the block table.
-        block_table: int32 [P, blocks], blocks of these requests.
-        most: largest of `counts`, rounded up to a multiple of 16; 0 without requests.
-    """
-
-    offsets: Tensor
-    counts: Tensor
-    starts: Tensor
-    block_table: Tensor
-    most: int
-
-
-@dataclass(frozen=True)
-class StepQueries:
-    """Queries of a step by kernel; the same for all layers of a group.
-
-    Attributes:
-        selecting: int64 [N], indices of the selecting queries.
-        lengths: int32 [N], tokens of the request up to each of them.
-        block_table: int32 [N, blocks], blocks of their requests.
-        prompts: queries that do not select.
-        dense: queries that are dense in local heads, which `prompts` or `selecting` contain too.
-    """
-
-    selecting: Tensor
-    lengths: Tensor
-    block_table: Tensor
-    prompts: PromptQueries
-    dense: PromptQueries
 
 
 def append(
@@ -193,12 +155,12 @@ def attend(
             sinks,
         )
         return
-    step = _step_queries(cache, rule)
+    step = step_queries(cache, rule)
     if step.selecting.numel():
         of_full, of_windowed = (
             None
             if part is None
-            else _paged(part, _step_queries(part, rule).block_table, step.lengths)
+            else _paged(part, step_queries(part, rule).block_table, step.lengths)
             for part in (full, windowed)
         )
         chosen_queries = queries[step.selecting]
@@ -222,7 +184,7 @@ def attend(
     for part, name in ((full, "full"), (windowed, "windowed")):
         if part is None:
             continue
-        of_group = _step_queries(part, rule)
+        of_group = step_queries(part, rule)
         # Dense queries come last: they replace the results for the local heads.
         for kind, prompts in (("prompts", of_group.prompts), ("dense_local", of_group.dense)):
             if prompts.most:
@@ -238,101 +200,8 @@ def _infinite_sums(queries: Tensor) -> Tensor:
     """Log-sum-exp fp32 [1, H, T] for the prefill kernels to fill in, infinite for other queries."""
     tokens, heads = queries.shape[:2]
     # Triton compiles another kernel for strides that are not multiples of 16.
-    sums = queries.new_full((1, heads, _rounded_up(tokens)), torch.inf, dtype=torch.float32)
+    sums = queries.new_full((1, heads, rounded_up(tokens)), torch.inf, dtype=torch.float32)
     return sums[..., :tokens]
-
-
-def _step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
-    """Queries of a step by kernel, computed by the first layer of a group and cached in the batch."""
-    batch = cache.batch
-    if batch.step_queries is None:
-        starts, lengths = batch.starts.numpy(), batch.lengths.numpy()
-        num_queries, selecting = batch.num_queries.numpy(), batch.num_selecting(rule).numpy()
-        num_prompt = num_queries - selecting
-        (prompts,) = np.nonzero(num_prompt)
-        first_dense, num_dense = (part.numpy() for part in batch.dense_queries(rule))
-        (dense,) = np.nonzero(num_dense)
-        requests = np.repeat(np.arange(len(lengths)), selecting)
-        # Number of each selecting query among those of its request, counted from the last one.
-        from_end = np.repeat(np.cumsum(selecting), selecting) - 1 - np.arange(len(requests))
-        parts = [
-            requests,
-            (starts[1:] - 1)[requests] - from_end,
-            lengths[requests] - from_end,
-            prompts,
-            starts[prompts],
-            num_prompt[prompts],
-            (lengths - num_queries)[prompts],
-            dense,
-            (starts[:-1] + first_dense - lengths + num_queries)[dense],
-            num_dense[dense],
-            first_dense[dense],
-        ]
-        numbers = _to_device(parts, batch.block_table.device)
-        batch.step_queries = StepQueries(
-            selecting=numbers[1].long(),
-            lengths=numbers[2],
-            block_table=batch.block_table.index_select(0, numbers[0]),
-            prompts=PromptQueries(
-                numbers[4],
-                numbers[5],
-                numbers[6],
-                batch.block_table.index_select(0, numbers[3]),
-                _rounded_up(int(num_prompt.max(initial=0))),
-            ),
-            dense=PromptQueries(
-                numbers[8],
-                numbers[9],
-                *_without_null_blocks(
-                    numbers[10],
-                    batch.block_table.index_select(0, numbers[7]),
-                    cache.pages.block_size,
-                ),
-                _rounded_up(int(num_dense.max(initial=0))),
-            ),
-        )
-    assert isinstance(batch.step_queries, StepQueries)
-    return batch.step_queries
-
-
-def _to_device(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copies arrays of integers to the device at once, as int32 tensors.
-
-    Each begins at a multiple of 16 bytes, because Triton compiles another kernel for pointers that do not.
-    """
-    starts = np.cumsum([0, *(_rounded_up(len(part)) for part in parts)])
-    host = torch.zeros(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for start, part in zip(starts, parts, strict=False):
-        host[start : start + len(part)] = torch.from_numpy(part.astype(np.int32))
-    numbers = host.to(device, non_blocking=True)
-    return [numbers[start : start + len(part)] for start, part in zip(starts, parts, strict=False)]
-
-
-def _rounded_up(number: int) -> int:
-    """The next multiple of 16, because Triton compiles other kernels for 1 and for other numbers."""
-    return -(-number // 16) * 16
-
-
-def _without_null_blocks(
-    starts: Tensor, block_table: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """Moves blocks together where earlier ones are missing, which does not change dense causal attention.
-
-    Args:
-        starts: int32 [P], position of the first query of each request.
-        block_table: int32 [P, blocks].
-        block_size: tokens per block.
-
-    Returns:
-        Positions of the queries among the remaining keys, and the new block table.
-    """
-    if not len(starts):
-        return starts, block_table
-    numbers = torch.arange(block_table.shape[1], device=block_table.device)
-    # Entries after a request's last block are undefined.
-    missing = (block_table == NULL_BLOCK) & (numbers < (starts // block_size)[:, None])
-    order = missing.int().argsort(stable=True, dim=1)
-    return starts - missing.sum(1, dtype=torch.int32) * block_size, block_table.gather(1, order)
 
 
 def _tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]:

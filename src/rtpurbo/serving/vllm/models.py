@@ -29,7 +29,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
-from rtpurbo.serving.vllm.attention import OPERATOR, ServedAttention, ServedGptOssAttention
+from rtpurbo.serving.vllm.attention import OPERATOR, ServedAttention
 from rtpurbo.serving.vllm.caches import make_caches
 from rtpurbo.serving.vllm.checkpoint import EXPORT_AGAIN, read_config
 from rtpurbo.serving.vllm.layout import LayerHeads, heads_of_rank
@@ -80,6 +80,14 @@ class SparseModelMixin(nn.Module):
 
 class RTPurboGemma3ForCausalLM(SparseModelMixin, Gemma3ForCausalLM):
     """Sparse Gemma 3, whose layers with a sliding window keep it."""
+
+
+class ServedGptOssAttention(ServedAttention):
+    """Attention of gpt-oss, whose decoder layers pass the hidden states first."""
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """Attention block: [T, hidden_size] to [T, hidden_size]."""
+        return super().forward(positions, hidden_states)
 
 
 class RTPurboGptOssForCausalLM(SparseModelMixin, GptOssForCausalLM):

@@ -1,7 +1,7 @@
 """Steps that launch every kernel once before the first request, so that no request waits for a compilation.
 
 Triton compiles a kernel for each combination of dtypes, constants, and divisibility of sizes and addresses. Batches
-of any size share one combination (see `cuda`), so one step of each kind suffices for a layer.
+of any size share one combination (see `step_queries`), so one step of each kind suffices for a layer.
 """
 
 from __future__ import annotations
