@@ -81,6 +81,7 @@ class ServedAttention(nn.Module):
         self.name = original.attn.layer_name.removesuffix(".attn")
         self.layer = layer
         self.head_dim: int = original.head_dim
+        self.hidden_size: int = original.qkv_proj.input_size
         self.scaling: float = original.scaling
         self.sizes = [original.q_size, original.kv_size, original.kv_size]
         self.rule = config.attention.for_layer(layer)
@@ -234,18 +235,27 @@ class ServedAttention(nn.Module):
         """Computes a step of zeros with the caches of the layer, of which it changes nothing."""
         longest = model.max_model_len
         device, count = next(self.parameters()).device, len(step.requests)
-        hidden_states = torch.zeros(
-            count, self.qkv_proj.input_size, dtype=model.dtype, device=device
-        )
+        hidden_states = torch.zeros(count, self.hidden_size, dtype=model.dtype, device=device)
         positions = torch.zeros(count, dtype=torch.int64, device=device)
-        queries, keys, values, *unrotated = self.project(positions, hidden_states)
+        projected = self.project(positions, hidden_states)
+        queries, keys, values, unrotated_queries, unrotated_keys = projected
         full, windowed = self.layer_caches(
             lambda cache: step.batch(block_table_width(cache.spec.block_size, longest), device)
         )
         if full is not None and not step.has_workspace:
             full = replace(full, histograms=None)
         output = queries.new_empty(queries.shape)
-        self.attend(queries, keys, values, positions, *unrotated, full, windowed, output)
+        self.attend(
+            queries,
+            keys,
+            values,
+            positions,
+            unrotated_queries,
+            unrotated_keys,
+            full,
+            windowed,
+            output,
+        )
 
     def _warm_up_steps(self, vllm_config: VllmConfig) -> Iterator[WarmUpStep]:
         scheduler = vllm_config.scheduler_config

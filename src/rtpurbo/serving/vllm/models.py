@@ -85,7 +85,9 @@ class RTPurboGemma3ForCausalLM(SparseModelMixin, Gemma3ForCausalLM):
 class ServedGptOssAttention(ServedAttention):
     """Attention of gpt-oss, whose decoder layers pass the hidden states first."""
 
-    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, positions: Tensor
+    ) -> Tensor:
         """Attention block: [T, hidden_size] to [T, hidden_size]."""
         return super().forward(positions, hidden_states)
 
