@@ -109,10 +109,9 @@ def test_two_ranks_with_different_heads(uneven, prompts, tmp_path):
     reference = load_reference(uneven)
     wanted = expected_answers(reference, prompts, NEW)
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    for options in ({}, {"max_num_batched_tokens": 64}):
-        found = generated(tmp_path, uneven, prompts, binding, tensor_parallel_size=2, **options)
-        for answers in found["answers"]:
-            assert_same_answers(reference, prompts, answers, wanted)
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 64}
+    for answers in generated(tmp_path, uneven, prompts, binding, **options)["answers"]:
+        assert_same_answers(reference, prompts, answers, wanted)
 
 
 def test_two_engines_of_data_parallelism(uneven, prompts, tmp_path):

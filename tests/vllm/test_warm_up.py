@@ -71,7 +71,7 @@ if __name__ == "__main__":
     [
         ("gpt_oss", {"dense_prompt_queries": 24}, True, {"kv_cache_dtype": "fp8"}),
         # As with a rotary embedding that is not a table.
-        ("qwen3", {"reading": "paper"}, False, {}),
+        pytest.param("qwen3", {"reading": "paper"}, False, {}, marks=pytest.mark.slow),
     ],
 )
 def test_requests_compile_no_kernel(family, rule, fused, options, tmp_path):
