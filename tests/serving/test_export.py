@@ -211,6 +211,20 @@ def test_vllm_does_not_run_every_family(tmp_path, family):
     assert not (tmp_path / "vllm").exists()
 
 
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3NextForCausalLM"]
+)
+def test_vllm_does_not_run_recurrent_layers(architecture, tmp_path):
+    artifact = save_tiny_artifact(tmp_path / "artifact", save_tiny_base(tmp_path / "base"))
+    file = artifact / CONFIG_FILE
+    config = json.loads(file.read_text())
+    config["base_model"]["architecture"] = architecture
+    file.write_text(json.dumps(config))
+    message = f"{architecture} does not run on vLLM .* the states of its linear_attention layers"
+    with pytest.raises(RTPurboError, match=message):
+        export(artifact, tmp_path / "vllm", "vllm")
+
+
 def test_vllm_does_not_run_every_family_with_windows_of_its_own(tmp_path):
     types = ["sliding_attention", "full_attention"]
     windows = {"use_sliding_window": True, "sliding_window": 8, "layer_types": types}

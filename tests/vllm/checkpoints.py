@@ -19,11 +19,14 @@ from rtpurbo.models.artifact_config import ArtifactConfig, save_artifact
 from rtpurbo.models.base import load_base_model
 from rtpurbo.models.sparse_layers import indexer_weights
 from rtpurbo.serving.export import export
-from tests.tiny_models import make_sparse, tiny_model
+from tests.tiny_models import any_model, make_sparse, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
 VOCABULARY = 512
 CONTEXT = 2048
+# Tokens of prompts, and of each answer.
+LENGTHS = (10, 70, 200, 333, 600, 17)
+NEW = 40
 WINDOW, SINKS = 64, 4
 # Layers that differ: one without retrieval heads, one with nothing else, and groups that share a KV
 # head between a retrieval head and a local one.
@@ -50,7 +53,9 @@ GEMMA3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     },
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
+# Learned sinks, and windows of every other layer.
+GPT_OSS = {"sliding_window": 40, "num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gpt_oss")
 
 
 def save_checkpoint(
@@ -65,8 +70,11 @@ def save_checkpoint(
     """Exports a sparse model of random weights that selects few tokens, and returns its folder."""
     if family == "gemma3_text":
         changes = GEMMA3 | changes
+    make = tiny_model
+    if family == "gpt_oss":
+        changes, make = GPT_OSS | changes, any_model
     shape = {**SHAPE, "num_hidden_layers": len(layers), **changes}
-    tiny_model(family, **shape).save_pretrained(folder / "base")
+    make(family, **shape).save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     base = load_base_model(str(folder / "base"))
     converted = convertible_layers(base.model.config)

@@ -3,9 +3,11 @@
 import os
 from importlib.util import find_spec
 
+import pytest
+
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 
-# Told before anything imports vLLM. Two cores are shared by all of it, and nothing is asked of a network.
+# Set before anything imports vLLM. Two cores are shared by all processes, and no network is used.
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -16,3 +18,38 @@ os.environ |= {
     # Engine and worker in this process, where a test can look at the scheduler's blocks.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
+
+from tests.vllm.checkpoints import (  # noqa: E402
+    LENGTHS,
+    NEW,
+    expected_answers,
+    load_reference,
+    random_prompts,
+    save_checkpoint,
+)
+
+# Modules replace some of these fixtures, so all of them have the scope of a module.
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Exported small sparse Llama."""
+    return save_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def reference(llama):
+    """The same model in transformers."""
+    return load_reference(llama)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Token ids of random prompts."""
+    return random_prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def expected(reference, prompts):
+    """Answers of transformers to the prompts."""
+    return expected_answers(reference, prompts, NEW)

@@ -2,8 +2,11 @@
 
 import pytest
 
+from rtpurbo.serving.capacity import capacity_of
 from tests.vllm.checkpoints import (
     FAMILIES,
+    LENGTHS,
+    NEW,
     WINDOW,
     assert_same_answers,
     expected_answers,
@@ -12,6 +15,7 @@ from tests.vllm.checkpoints import (
     save_checkpoint,
 )
 from tests.vllm.engines import (
+    OPTIONS,
     answers,
     assert_same_answers_twice,
     counted_preemptions,
@@ -21,29 +25,6 @@ from tests.vllm.engines import (
 )
 
 pytestmark = pytest.mark.vllm
-
-LENGTHS = (10, 70, 200, 333, 600, 17)
-NEW = 40
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def reference(llama):
-    return load_reference(llama)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return random_prompts(LENGTHS)
-
-
-@pytest.fixture(scope="module")
-def expected(reference, prompts):
-    return expected_answers(reference, prompts, NEW)
 
 
 def test_the_answers_need_the_selection(llama, reference, prompts, expected):
@@ -65,6 +46,16 @@ def test_families(family, tmp_path, prompts):
     wanted = expected_answers(reference, prompts, NEW)
     with running(checkpoint) as llm:
         assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
+        config = llm.llm_engine.vllm_config
+        predicted = capacity_of(
+            checkpoint,
+            2**30,
+            in_flight=config.max_in_flight_tokens,
+            max_model_len=OPTIONS["max_model_len"],
+            dtype="float32",
+        )
+        held = config.cache_config.kv_cache_size_tokens
+        assert held == pytest.approx(predicted.tokens, rel=0.001)
 
 
 @pytest.mark.parametrize(

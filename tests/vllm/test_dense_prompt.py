@@ -40,11 +40,6 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(llama):
-    return load_reference(llama)
-
-
-@pytest.fixture(scope="module")
 def prompts():
     return random_prompts(LENGTHS)
 

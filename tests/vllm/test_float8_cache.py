@@ -11,10 +11,10 @@ from rtpurbo.serving.capacity import capacity_of
 from rtpurbo.serving.export import _index_shards
 from tests.vllm.checkpoints import (
     LAYERS,
+    NEW,
     assert_same_answers,
     expected_answers,
     load_reference,
-    random_prompts,
     save_checkpoint,
 )
 from tests.vllm.engines import (
@@ -26,22 +26,10 @@ from tests.vllm.engines import (
 
 pytestmark = pytest.mark.vllm
 
-LENGTHS = (10, 70, 200, 333, 600, 17)
-NEW = 40
 # An error in the last bit of float32 may round a key to the next float8 value, 6 % away.
 TIE = 5e-3
 # Exact in float32.
 KEY_SCALE, VALUE_SCALE = 3 / 128, 3 / 512
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return random_prompts(LENGTHS)
 
 
 def rounded(states, scale):
@@ -62,12 +50,10 @@ def round_cache(monkeypatch):
     return patch
 
 
-def test_chunks_and_prefix_hits(llama, prompts, round_cache):
-    reference = load_reference(llama)
-    exact = expected_answers(reference, prompts, NEW)
+def test_chunks_and_prefix_hits(llama, reference, prompts, expected, round_cache):
     round_cache(1.0, 1.0)
     wanted = expected_answers(reference, prompts, NEW)
-    assert wanted != exact
+    assert wanted != expected
     with running(llama, kv_cache_dtype="fp8", max_num_batched_tokens=128) as llm:
         context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         pages = context["rtpurbo.0"].pages[0]

@@ -11,8 +11,10 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import NewRequestData
 
+from rtpurbo.serving.vllm.layout import BLOCK_SIZES
 from rtpurbo.serving.vllm.metadata import HeadwiseBackend, HeadwiseMetadataBuilder
 from rtpurbo.serving.vllm.specs import SinkWindowManager
+from rtpurbo.serving.vllm.versions import block_table_width
 
 pytestmark = pytest.mark.vllm
 
@@ -72,3 +74,11 @@ def test_attention_layers_have_cache_scales():
     assert "layer._k_scale_float = 1.0" in source
     assert "layer._v_scale_float = 1.0" in source
     assert issubclass(GemmaRMSNorm, torch.nn.Module)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("max_model_len", [1000, 1024, 131072])
+def test_block_tables_are_as_wide_as_those_of_the_model_runners(block_size, max_model_len):
+    width = import_module("vllm.v1.worker.block_table").get_block_table_width
+    expected = width(-(-max_model_len // block_size), block_size)
+    assert block_table_width(block_size, max_model_len) == expected

@@ -13,6 +13,7 @@ from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.sparse_layers import headwise_modules
 from tests.vllm.checkpoints import (
     CONTEXT,
+    NEW,
     assert_same_answers,
     expected_answers,
     random_prompts,
@@ -32,8 +33,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-LENGTHS = (10, 70, 200, 333, 600, 17)
-NEW = 40
 # A share of the memory that leaves room for other engines on the same GPU.
 MEMORY = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.2}
 CAPTURED = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
@@ -58,23 +57,8 @@ def load_reference(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return random_prompts(LENGTHS)
-
-
-@pytest.fixture(scope="module")
 def reference(llama):
     return load_reference(llama)
-
-
-@pytest.fixture(scope="module")
-def expected(reference, prompts):
-    return expected_answers(reference, prompts, NEW)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -143,7 +127,7 @@ def test_float8_cache(mode, llama, prompts, monkeypatch):
         assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted, 5e-3)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3_text", "gpt_oss"])
 def test_families(family, tmp_path, prompts):
     checkpoint = save_checkpoint(tmp_path, family)
     reference = load_reference(checkpoint)

@@ -3,24 +3,20 @@
 import pytest
 
 from tests.vllm.checkpoints import (
+    NEW,
     expected_answers,
     load_reference,
-    random_prompts,
     save_checkpoint,
 )
 from tests.vllm.engines import assert_same_answers_twice, running
 
 pytestmark = pytest.mark.vllm
 
-LENGTHS = (10, 70, 200, 333, 600, 17)
-NEW = 40
 
-
-def test_chunks_and_prefix_hits(tmp_path):
+def test_chunks_and_prefix_hits(tmp_path, prompts):
     rule = {"dense_prompt_queries": 24}
     checkpoint = save_checkpoint(tmp_path, "gemma3_text", rule=rule, index_space="post_rope")
     reference = load_reference(checkpoint)
-    prompts = random_prompts(LENGTHS)
     wanted = expected_answers(reference, prompts, NEW)
     with running(checkpoint, max_num_batched_tokens=64) as llm:
         _, second = assert_same_answers_twice(llm, reference, prompts, wanted)

@@ -1,11 +1,5 @@
 """Engines in processes of their own: tensor and data parallelism, a killed worker, and dense models."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.vllm.checkpoints import (
@@ -15,6 +9,7 @@ from tests.vllm.checkpoints import (
     random_prompts,
     save_checkpoint,
 )
+from tests.vllm.scripts import result_of, run
 
 pytestmark = pytest.mark.vllm
 
@@ -93,36 +88,11 @@ if __name__ == "__main__":
 """
 
 
-def run(script, tmp_path, *arguments, timeout=240, **environment):
-    """Runs a script with vLLM's processes apart, and returns what it printed."""
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    root = Path(__file__).parents[2]
-    variables = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        **environment,
-    }
-    done = subprocess.run(
-        [sys.executable, str(path), *arguments],
-        env=variables,
-        cwd=root,
-        timeout=timeout,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    return done.stdout
-
-
 def generated(tmp_path, checkpoint, prompts, environment=None, **options):
-    """What an engine of its own generates, twice, and what it says of itself."""
-    request = json.dumps([str(checkpoint), prompts, NEW, options])
-    printed = run(GENERATE, tmp_path, request, **(environment or {}))
-    results = [line for line in printed.splitlines() if line.startswith("RESULT ")]
-    assert results, printed[-5000:]
-    return json.loads(results[0].removeprefix("RESULT "))
+    """What an engine of its own generates, twice, and what it reports about itself."""
+    return result_of(
+        GENERATE, tmp_path, str(checkpoint), prompts, NEW, options, **(environment or {})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +109,15 @@ def test_two_ranks_with_different_heads(uneven, prompts, tmp_path):
     reference = load_reference(uneven)
     wanted = expected_answers(reference, prompts, NEW)
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    for options in ({}, {"max_num_batched_tokens": 64}):
-        found = generated(tmp_path, uneven, prompts, binding, tensor_parallel_size=2, **options)
-        for answers in found["answers"]:
-            assert_same_answers(reference, prompts, answers, wanted)
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 64}
+    for answers in generated(tmp_path, uneven, prompts, binding, **options)["answers"]:
+        assert_same_answers(reference, prompts, answers, wanted)
 
 
 def test_two_engines_of_data_parallelism(uneven, prompts, tmp_path):
     reference = load_reference(uneven)
     wanted = expected_answers(reference, prompts, NEW)
-    printed = run(DATA_PARALLEL, tmp_path, json.dumps([str(uneven), prompts, NEW]))
-    results = [line for line in printed.splitlines() if line.startswith("RESULT ")]
-    assert results, printed[-5000:]
-    found = json.loads(results[0].removeprefix("RESULT "))
+    found = result_of(DATA_PARALLEL, tmp_path, str(uneven), prompts, NEW)
     assert_same_answers(reference, prompts, found, wanted)
 
 

@@ -133,6 +133,11 @@ def test_settings(options, sentence, sound):
     refused(sound, sentence, **options)
 
 
+def test_a_draft_model(sound):
+    draft = {"method": "draft_model", "model": str(sound), "num_speculative_tokens": 2}
+    refused(sound, "speculative decoding by 'draft_model' needs", speculative_config=draft)
+
+
 def test_a_layout_from_the_environment(sound, monkeypatch):
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBNHC")
     refused(sound, "unset VLLM_KV_CACHE_LAYOUT")

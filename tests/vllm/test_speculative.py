@@ -1,8 +1,5 @@
 """Drafts from n-grams of the request: the tokens are those without drafts."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from tests.vllm.checkpoints import (
@@ -12,7 +9,7 @@ from tests.vllm.checkpoints import (
     random_prompts,
     save_checkpoint,
 )
-from tests.vllm.test_processes import run
+from tests.vllm.scripts import result_of
 
 pytestmark = pytest.mark.vllm
 
@@ -58,17 +55,15 @@ def test_answers_with_drafts(tmp_path):
     prompts = random_prompts((10, 70, 200, 333, 600, 17), vocabulary=12)
     wanted = expected_answers(reference, prompts, NEW)
     options = {"speculative_config": NGRAM, "max_num_batched_tokens": 128}
-    root = Path(__file__).parents[2]
-    printed = run(
+    found = result_of(
         SCRIPT,
         tmp_path,
-        json.dumps([str(checkpoint), prompts, NEW, options]),
-        PYTHONPATH=f"{root / 'src'}:{root}",
+        str(checkpoint),
+        prompts,
+        NEW,
+        options,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )
-    results = [line for line in printed.splitlines() if line.startswith("RESULT ")]
-    assert results, printed[-5000:]
-    found = json.loads(results[0].removeprefix("RESULT "))
     for answers in found["answers"]:
         assert_same_answers(reference, prompts, answers, wanted)
     drafts, accepted = found["counts"]

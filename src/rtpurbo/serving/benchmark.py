@@ -23,10 +23,11 @@ from rtpurbo.devices import device_name
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
 from rtpurbo.models.artifact_config import CHECKPOINT_KEY, INDEXER_FILE, MODEL_CONFIG_FILE
-from rtpurbo.serving.export import SHARD_INDEX_FILE, VLLM_PREFIX
+from rtpurbo.serving.export import SHARD_INDEX_FILE
 from rtpurbo.serving.installation import Installation
 from rtpurbo.serving.server import ServerSettings, server_command
 from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY
+from rtpurbo.serving.vllm.plugin import PREFIX
 from rtpurbo.version import library_commit
 
 POLICIES = ("full", "rtpurbo")
@@ -156,7 +157,7 @@ def dense_view(checkpoint: Path, folder: Path) -> Path:
     config = json.loads((checkpoint / MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     for entry in (CHECKPOINT_KEY, PROMPT_LENGTHS_KEY):
         del config[entry]
-    config["architectures"] = [name.removeprefix(VLLM_PREFIX) for name in config["architectures"]]
+    config["architectures"] = [name.removeprefix(PREFIX) for name in config["architectures"]]
     write_json_atomically(folder / MODEL_CONFIG_FILE, config)
     index = json.loads((checkpoint / SHARD_INDEX_FILE).read_text(encoding="utf-8"))
     index["weight_map"] = {

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import (
@@ -22,6 +24,7 @@ from rtpurbo.files import (
     whole_folder,
     write_json_atomically,
 )
+from rtpurbo.models.architecture import layer_types
 from rtpurbo.models.artifact import checkpoint_name, load, read_indexers
 from rtpurbo.models.artifact_config import (
     CHECKPOINT_KEY,
@@ -37,18 +40,15 @@ from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
 from rtpurbo.serving.vllm.checkpoint import PROMPT_LENGTHS_KEY, check_served
-from rtpurbo.serving.vllm.plugin import ARCHITECTURES
+from rtpurbo.serving.vllm.plugin import ARCHITECTURES, PREFIX
 from rtpurbo.validation import check_choice
 
 Target = Literal["vllm", "rtp-llm", "transformers"]
 
-VLLM_PREFIX = "RTPurbo"
-"""Prefix of the dense architecture's name: `RTPurboLlamaForCausalLM`."""
-
-VLLM_ARCHITECTURES = tuple(name.removeprefix(VLLM_PREFIX) for name in ARCHITECTURES)
+VLLM_ARCHITECTURES = tuple(name.removeprefix(PREFIX) for name in ARCHITECTURES)
 """Dense architectures whose sparse versions run on vLLM."""
 
-VLLM_WINDOWED_ARCHITECTURES = ("Gemma3ForCausalLM",)
+VLLM_WINDOWED_ARCHITECTURES = ("Gemma3ForCausalLM", "GptOssForCausalLM")
 """Those of them whose layers may have a sliding window in the dense model."""
 
 HEADWISE_FILE = "headwise_config.json"
@@ -153,6 +153,12 @@ def export(
 def _check_vllm(artifact: ArtifactConfig) -> None:
     """Rejects what rtpurbo's vLLM plugin cannot serve."""
     architecture = artifact.base.architecture
+    states = _stateful_layers(architecture)
+    if states:
+        raise RTPurboError(
+            f"{architecture} does not run on vLLM with rtpurbo, because the plan of the cache does not contain the "
+            f"states of its {states} layers: serve it with transformers (--to transformers)."
+        )
     if architecture not in VLLM_ARCHITECTURES:
         raise RTPurboError(
             f"{architecture} does not run on vLLM with rtpurbo, only "
@@ -169,6 +175,15 @@ def _check_vllm(artifact: ArtifactConfig) -> None:
             "(--to transformers)."
         )
     check_served(artifact.config, f"the artifact's {CONFIG_FILE}")
+
+
+def _stateful_layers(architecture: str) -> str:
+    """Types of the layers with recurrent states that an architecture has by default; empty if it has none."""
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if name == architecture:
+            types = layer_types(CONFIG_MAPPING[model_type]().get_text_config())
+            return ", ".join(sorted({"hybrid", "linear_attention"} & set(types)))
+    return ""
 
 
 def _refuse_quantised_weights(model: PreTrainedModel) -> None:
@@ -228,7 +243,7 @@ def _save_sparse(
     save_tensors_atomically(folder / INDEXER_FILE, named)
     _index_shards(folder)
     changes = {
-        "architectures": [VLLM_PREFIX + artifact.base.architecture],
+        "architectures": [PREFIX + artifact.base.architecture],
         PROMPT_LENGTHS_KEY: 1,
         CHECKPOINT_KEY: artifact.checkpoint_entry(),
     }

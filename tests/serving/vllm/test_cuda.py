@@ -153,7 +153,7 @@ class Step:
         selects = self.on_device([tokens > prompt for tokens, _, prompt in self.requests])
         return self.index_queries * selects[:, None, None].to(self.index_queries.dtype)
 
-    def attended(self, path, uniform=False, histograms=None, **rule):
+    def attended(self, path, uniform=False, histograms=None, sinks=None, **rule):
         full, windowed = self.caches["full"], self.caches["windowed"]
         full = full and replace(full, histograms=histograms)
         caches = [
@@ -169,6 +169,7 @@ class Step:
             replace(self.rule, **rule),
             self.scaling,
             output,
+            sinks,
         )
         assert not output.isnan().any()
         return output
@@ -214,6 +215,18 @@ def test_float8_pages(dtype):
     one_query = [(60, 1, 30), (40, 1, 39), (5, 1, 4)]
     step = Step(one_query, dtype, rule_of(), cache_dtype=torch.float8_e4m3fn)
     assert_close(step.attended(cuda, uniform=True), step.attended(eager))
+
+
+@pytest.mark.parametrize("prefill_mode", ["dense", pytest.param("top_p", marks=pytest.mark.slow)])
+def test_learned_sinks(prefill_mode):
+    rule = rule_of(dense_prompt_queries=12, prefill_mode=prefill_mode)
+    step = Step(ENDS, DTYPES[0], rule)
+    sinks = torch.linspace(-2, 4, HEADS, device=DEVICE, dtype=DTYPES[0])
+    expected = step.attended(eager, sinks=sinks)
+    assert_close(step.attended(cuda, sinks=sinks), expected)
+    assert (expected - step.attended(eager)).abs().amax((0, 2)).min() > 0.01
+    step = Step([(60, 1, 30), (40, 1, 40), (5, 1, 4)], DTYPES[0], rule_of())
+    assert_close(step.attended(cuda, uniform=True, sinks=sinks), step.attended(eager, sinks=sinks))
 
 
 @pytest.mark.slow

@@ -5,16 +5,18 @@ T tokens of all requests in a step, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.library import Library
+from vllm.config import ModelConfig, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from rtpurbo.config import AttentionRule, RTPurboConfig
@@ -23,9 +25,15 @@ from rtpurbo.ops import HeadLayout
 from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
 from rtpurbo.serving.vllm.layout import LayerHeads
-from rtpurbo.serving.vllm.pages import LayerCache
+from rtpurbo.serving.vllm.pages import Batch, LayerCache
 from rtpurbo.serving.vllm.specs import SinkWindowSpec
-from rtpurbo.serving.vllm.versions import cache_scales, has_unit_offset, rotary_table
+from rtpurbo.serving.vllm.versions import (
+    block_table_width,
+    cache_scales,
+    has_unit_offset,
+    rotary_table,
+)
+from rtpurbo.serving.vllm.warm_up import WarmUpStep, warm_up_steps
 
 OPERATOR = "rtpurbo::serve_attention"
 """Custom operator of a layer, opaque to compilers: vLLM splits the graphs of the model there."""
@@ -44,7 +52,7 @@ class ServedAttention(nn.Module):
         caches: caches of the model.
     """
 
-    # Only some families have norms, and only some layers an indexer.
+    # Only some families have norms or learned sinks, and only some layers an indexer.
     attn: nn.Module
     qkv_proj: nn.Module
     o_proj: nn.Module
@@ -52,6 +60,7 @@ class ServedAttention(nn.Module):
     q_norm: nn.Module
     k_norm: nn.Module
     indexer: TokenIndexer
+    sinks: nn.Parameter
 
     def __init__(
         self,
@@ -65,11 +74,14 @@ class ServedAttention(nn.Module):
         super().__init__()
         for name, child in original.named_children():
             setattr(self, name, child)
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
         if indexer is not None:
             self.indexer = indexer
         self.name = original.attn.layer_name.removesuffix(".attn")
         self.layer = layer
         self.head_dim: int = original.head_dim
+        self.hidden_size: int = original.qkv_proj.input_size
         self.scaling: float = original.scaling
         self.sizes = [original.q_size, original.kv_size, original.kv_size]
         self.rule = config.attention.for_layer(layer)
@@ -80,7 +92,8 @@ class ServedAttention(nn.Module):
             self.norms = self.q_norm, self.k_norm, has_unit_offset(self.q_norm)
         self.before_rotation = config.indexer.index_space == "pre_rope" and indexer is not None
         table = rotary_table(self.rotary_emb, self.head_dim)
-        self.fuses_append = current_platform.is_cuda() and table is not None
+        self.uses_kernels = current_platform.is_cuda()
+        self.fuses_append = self.uses_kernels and table is not None
         self.heads = heads
         self.full = caches.full if heads.num_full else None
         self.windowed = caches.windowed[layer] if heads.num_windowed else None
@@ -100,6 +113,21 @@ class ServedAttention(nn.Module):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Attention block: [T, hidden_size] to [T, hidden_size]."""
+        queries, keys, values, *unrotated = self.project(positions, hidden_states)
+        output = queries.new_empty(queries.shape)
+        torch.ops.rtpurbo.serve_attention(
+            queries, keys, values, positions, *unrotated, output, self.name
+        )
+        attended, _ = self.o_proj(output)
+        return attended
+
+    def project(
+        self, positions: Tensor, hidden_states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Queries, keys, values, and queries and keys before RoPE if the indexer reads those, [T, heads * D].
+
+        Queries and keys are as projected if the layer fuses the append, else after norm and RoPE.
+        """
         projected, _ = self.qkv_proj(hidden_states)
         queries, keys, values = projected.split(self.sizes, -1)
         unrotated: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -113,12 +141,7 @@ class ServedAttention(nn.Module):
                 # The rotary embedding may work in place.
                 unrotated = queries.clone(), keys.clone()
             queries, keys = self.rotary_emb(positions, queries, keys)
-        output = queries.new_empty(queries.shape)
-        torch.ops.rtpurbo.serve_attention(
-            queries, keys, values, positions, *unrotated, output, self.name
-        )
-        attended, _ = self.o_proj(output)
-        return attended
+        return queries, keys, values, *unrotated
 
     def attend(
         self,
@@ -126,26 +149,41 @@ class ServedAttention(nn.Module):
         keys: Tensor,
         values: Tensor,
         positions: Tensor,
-        unrotated_queries: Tensor,
-        unrotated_keys: Tensor,
+        unrotated_queries: Tensor | None,
+        unrotated_keys: Tensor | None,
+        full: LayerCache | None,
+        windowed: LayerCache | None,
         output: Tensor,
     ) -> None:
-        """Appends the tokens of a step to the caches and writes `output`; all states are [T, heads, D]."""
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:
-            output.zero_()  # memory profiling of vLLM, before it allocates the cache
-            return
+        """Appends the tokens of a step to the caches and writes `output`.
+
+        Args:
+            queries: [T, query heads * D], as `project` returns them.
+            keys: [T, KV heads * D].
+            values: same shape.
+            positions: int64 [T], position of each token.
+            unrotated_queries: queries before RoPE, if the indexer reads those.
+            unrotated_keys: keys before RoPE, if the indexer reads those.
+            full: pages of the full KV heads with the step's batch; None if the layer has none.
+            windowed: same for the windowed KV heads.
+            output: shape of the queries, written.
+        """
+        queries, keys, values, output = (
+            states.unflatten(-1, (-1, self.head_dim)) for states in (queries, keys, values, output)
+        )
+        raw_queries, raw_keys = queries, keys
+        if unrotated_queries is not None and unrotated_keys is not None:
+            raw_queries = unrotated_queries.unflatten(-1, (-1, self.head_dim))
+            raw_keys = unrotated_keys.unflatten(-1, (-1, self.head_dim))
         layout = self.layout(queries.device)
-        full, windowed = self._cache(self.full, metadata), self._cache(self.windowed, metadata)
         cache = full or windowed
         assert cache is not None
         # Batches are padded; in graphs there are more tokens than slots.
         count = min(queries.shape[0], cache.batch.slots.shape[0])
         if cache.batch.uniform:
             count = min(count, cache.batch.device_lengths.shape[0])
-        queries, keys, values, positions, unrotated_queries, unrotated_keys = (
-            states[:count]
-            for states in (queries, keys, values, positions, unrotated_queries, unrotated_keys)
+        queries, keys, values, positions, raw_queries, raw_keys = (
+            states[:count] for states in (queries, keys, values, positions, raw_queries, raw_keys)
         )
         if self.fuses_append:
             table = rotary_table(self.rotary_emb, self.head_dim)
@@ -164,14 +202,93 @@ class ServedAttention(nn.Module):
             )
         else:
             index_queries = self._append(
-                queries, keys, values, unrotated_queries, unrotated_keys, full, windowed, layout
+                queries, keys, values, raw_queries, raw_keys, full, windowed, layout
             )
-        attend = cuda.attend if queries.is_cuda else eager.attend
+        attend = cuda.attend if self.uses_kernels else eager.attend
         # Scales of stored keys and values are factors on the dot products and on the output.
         scaling, value_scale = self.scaling * cache.pages.key_scale, cache.pages.value_scale
-        attend(queries, index_queries, full, windowed, layout, self.rule, scaling, output)
+        sinks = getattr(self, "sinks", None)
+        attend(queries, index_queries, full, windowed, layout, self.rule, scaling, output, sinks)
         if value_scale != 1:
             output.mul_(value_scale)
+
+    def bind(self) -> None:
+        """Adds the scales of the checkpoint to the pages of the layer, once the caches have been allocated."""
+        key_scale, value_scale = cache_scales(self.attn)
+        for cache in (self.full, self.windowed):
+            if cache is not None and cache.pages[self.layer].keys.dtype == torch.float8_e4m3fn:
+                cache.pages[self.layer] = replace(
+                    cache.pages[self.layer], key_scale=key_scale, value_scale=value_scale
+                )
+
+    @torch.inference_mode()
+    def warm_up(self, vllm_config: VllmConfig) -> None:
+        """Launches every kernel that the layer may need, before the first request.
+
+        Args:
+            vllm_config: configuration of the engine.
+        """
+        for step in self._warm_up_steps(vllm_config):
+            self._run(step, vllm_config.model_config)
+
+    def _run(self, step: WarmUpStep, model: ModelConfig) -> None:
+        """Computes a step of zeros with the caches of the layer, of which it changes nothing."""
+        longest = model.max_model_len
+        device, count = next(self.parameters()).device, len(step.requests)
+        hidden_states = torch.zeros(count, self.hidden_size, dtype=model.dtype, device=device)
+        positions = torch.zeros(count, dtype=torch.int64, device=device)
+        projected = self.project(positions, hidden_states)
+        queries, keys, values, unrotated_queries, unrotated_keys = projected
+        full, windowed = self.layer_caches(
+            lambda cache: step.batch(block_table_width(cache.spec.block_size, longest), device)
+        )
+        if full is not None and not step.has_workspace:
+            full = replace(full, histograms=None)
+        output = queries.new_empty(queries.shape)
+        self.attend(
+            queries,
+            keys,
+            values,
+            positions,
+            unrotated_queries,
+            unrotated_keys,
+            full,
+            windowed,
+            output,
+        )
+
+    def _warm_up_steps(self, vllm_config: VllmConfig) -> Iterator[WarmUpStep]:
+        scheduler = vllm_config.scheduler_config
+        largest = scheduler.max_num_batched_tokens
+        if self.rule.prefill_mode == "dense":
+            drafts = 1 + vllm_config.num_speculative_tokens
+            largest = min(largest, scheduler.max_num_seqs * drafts)
+        cache = self.full or self.windowed
+        assert cache is not None
+        support = (
+            cache.get_attn_backend()
+            .get_builder_cls()
+            .get_cudagraph_support(vllm_config, cache.spec)
+        )
+        rows = 0 if self.histograms is None else len(self.histograms)
+        return warm_up_steps(
+            self.rule,
+            vllm_config.model_config.max_model_len,
+            uniform=support != AttentionCGSupport.NEVER,
+            exceeds_workspace=largest * len(self.heads.retrieval) > rows,
+        )
+
+    def layer_caches(
+        self, batch_of: Callable[[PagedCache], Batch]
+    ) -> tuple[LayerCache | None, LayerCache | None]:
+        """Pages of the full and of the windowed KV heads, each with the batch of its cache."""
+        full, windowed = (
+            None
+            if cache is None
+            else LayerCache(cache.pages[self.layer], batch_of(cache), self.histograms)
+            for cache in (self.full, self.windowed)
+        )
+        return full, windowed
 
     def _append(
         self,
@@ -202,16 +319,8 @@ class ServedAttention(nn.Module):
             assert full.batch.device_prompt_lengths is not None
             selects = full.batch.device_lengths > full.batch.device_prompt_lengths
             index_queries = index_queries * selects[: len(queries), None, None]
-        return index_queries
-
-    def _cache(self, cache: PagedCache | None, metadata: Any) -> LayerCache | None:
-        if cache is None:
-            return None
-        pages = cache.pages[self.layer]
-        if pages.keys.dtype == torch.float8_e4m3fn:
-            key_scale, value_scale = cache_scales(self.attn)
-            pages = replace(pages, key_scale=key_scale, value_scale=value_scale)
-        return LayerCache(pages, metadata[cache.name], self.histograms)
+        # Kernels are compiled for the strides of contiguous index queries.
+        return index_queries.clone(memory_format=torch.contiguous_format)
 
     def _projected(
         self, project: Callable[[Tensor], Tensor], unrotated: Tensor, states: Tensor, heads: Tensor
@@ -258,15 +367,16 @@ def serve_attention(
         output: shape of the queries, written.
         name: name of the layer in vLLM's forward context.
     """
-    layer = get_forward_context().no_compile_layers[name]
-    queries, keys, values, output = (
-        states.unflatten(-1, (-1, layer.head_dim)) for states in (queries, keys, values, output)
+    context = get_forward_context()
+    metadata = context.attn_metadata
+    if metadata is None:
+        output.zero_()  # memory profiling of vLLM, before it allocates the cache
+        return
+    layer = context.no_compile_layers[name]
+    full, windowed = layer.layer_caches(lambda cache: metadata[cache.name])
+    layer.attend(
+        queries, keys, values, positions, unrotated_queries, unrotated_keys, full, windowed, output
     )
-    raw_queries, raw_keys = queries, keys
-    if unrotated_queries is not None and unrotated_keys is not None:
-        raw_queries = unrotated_queries.unflatten(-1, (-1, layer.head_dim))
-        raw_keys = unrotated_keys.unflatten(-1, (-1, layer.head_dim))
-    layer.attend(queries, keys, values, positions, raw_queries, raw_keys, output)
 
 
 def _serve_attention_fake(

@@ -6,7 +6,7 @@ block: for each layer of the group keys, values and, in the full group, index ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,9 @@ class PagedCache(AttentionLayerBase):
         name: name of the cache in vLLM; contains one number, as vLLM requires.
         spec: vLLM's description of what the cache stores.
         parts: keys, values and, in the full group, index keys of each layer of the group on this rank.
+
+    Attributes:
+        when_bound: called when vLLM has allocated the blocks; may be called again, with other blocks.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class PagedCache(AttentionLayerBase):
         self.name = name
         self.spec = spec
         self.parts = dict(parts)
+        self.when_bound: Callable[[], None] | None = None
         self.kv_cache = torch.empty(0)
 
     @property
@@ -60,6 +64,8 @@ class PagedCache(AttentionLayerBase):
     def kv_cache(self, blocks: Tensor) -> None:
         self._blocks = blocks
         self.pages = divide(blocks, self.parts) if blocks.numel() else {}
+        if self.pages and self.when_bound is not None:
+            self.when_bound()
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Backend that builds the metadata of a step."""
@@ -85,6 +91,18 @@ class Caches:
     full: PagedCache | None
     windowed: Mapping[int, PagedCache]
     histograms: Tensor | None
+
+    def when_all_bound(self, callback: Callable[[], None]) -> None:
+        """Calls back whenever vLLM has allocated the blocks of all caches."""
+        caches = {self.full, *self.windowed.values()} - {None}
+
+        def bound() -> None:
+            if all(cache is None or cache.pages for cache in caches):
+                callback()
+
+        for cache in caches:
+            if cache is not None:
+                cache.when_bound = bound
 
 
 def plan_of(config: RTPurboConfig, vllm_config: VllmConfig) -> tuple[CachePlan, TokenBytes]:

@@ -9,62 +9,25 @@ letters see `pages`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import PagedStates
 from rtpurbo.serving.vllm.layout import LayerHeads
-from rtpurbo.serving.vllm.pages import NULL_BLOCK, LayerCache
+from rtpurbo.serving.vllm.pages import LayerCache
+from rtpurbo.serving.vllm.step_queries import PromptQueries, rounded_up, step_queries
 
 if TYPE_CHECKING:
     from rtpurbo.ops.triton.heads import HeadTable
 
 HISTOGRAM_BATCH = 64
 """Sequences that the histogram workspace suffices for: 1 MiB per retrieval head of the layer that has most."""
-
-
-@dataclass(frozen=True)
-class PromptQueries:
-    """Consecutive prompt queries of P requests.
-
-    Attributes:
-        offsets: int32 [P], index of the first query of each request.
-        counts: int32 [P], number of its queries.
-        starts: int32 [P], position of the first one among the keys in the block table.
-        block_table: int32 [P, blocks], blocks of these requests.
-        most: largest of `counts`; 0 without requests.
-    """
-
-    offsets: Tensor
-    counts: Tensor
-    starts: Tensor
-    block_table: Tensor
-    most: int
-
-
-@dataclass(frozen=True)
-class StepQueries:
-    """Queries of a step by kernel; the same for all layers of a group.
-
-    Attributes:
-        selecting: int64 [N], indices of the selecting queries.
-        lengths: int32 [N], tokens of the request up to each of them.
-        block_table: int32 [N, blocks], blocks of their requests.
-        prompts: queries that do not select.
-        dense: queries that are dense in local heads, which `prompts` or `selecting` contain too.
-    """
-
-    selecting: Tensor
-    lengths: Tensor
-    block_table: Tensor
-    prompts: PromptQueries
-    dense: PromptQueries
 
 
 def append(
@@ -161,6 +124,7 @@ def attend(
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
+    sinks: Tensor | None = None,
 ) -> None:
     """Writes the attention output of a step; arguments as in `eager.attend`.
 
@@ -180,15 +144,23 @@ def attend(
         )
         chosen = None if index_queries is None else index_queries[:count]
         _decode(
-            queries[:count], chosen, of_full, of_windowed, layout, rule, scaling, output[:count]
+            queries[:count],
+            chosen,
+            of_full,
+            of_windowed,
+            layout,
+            rule,
+            scaling,
+            output[:count],
+            sinks,
         )
         return
-    step = _step_queries(cache, rule)
+    step = step_queries(cache, rule)
     if step.selecting.numel():
         of_full, of_windowed = (
             None
             if part is None
-            else _paged(part, _step_queries(part, rule).block_table, step.lengths)
+            else _paged(part, step_queries(part, rule).block_table, step.lengths)
             for part in (full, windowed)
         )
         chosen_queries = queries[step.selecting]
@@ -202,97 +174,34 @@ def attend(
             rule,
             scaling,
             attended,
+            sinks,
         )
         output[step.selecting] = attended
     tables = _tables(layout, rule)
+    log_sum_exp = None
+    if sinks is not None and (step.prompts.most or step.dense.most):
+        log_sum_exp = _infinite_sums(queries)
     for part, name in ((full, "full"), (windowed, "windowed")):
         if part is None:
             continue
-        of_group = _step_queries(part, rule)
+        of_group = step_queries(part, rule)
         # Dense queries come last: they replace the results for the local heads.
         for kind, prompts in (("prompts", of_group.prompts), ("dense_local", of_group.dense)):
             if prompts.most:
                 table = tables[f"{kind}_{name}"]
-                _prefill(queries, part, table, rule, scaling, prompts, output)
+                _prefill(queries, part, table, rule, scaling, prompts, output, log_sum_exp)
+    if sinks is not None and log_sum_exp is not None:
+        # Queries of the decode call have infinite sums here, of which sinks have no share.
+        shared, _ = with_sinks(output[None].transpose(1, 2), log_sum_exp, sinks)
+        output.copy_(shared[0].transpose(0, 1))
 
 
-def _step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
-    """Queries of a step by kernel, computed by the first layer of a group and cached in the batch."""
-    batch = cache.batch
-    if batch.step_queries is None:
-        starts, lengths = batch.starts.numpy(), batch.lengths.numpy()
-        num_queries, selecting = batch.num_queries.numpy(), batch.num_selecting(rule).numpy()
-        num_prompt = num_queries - selecting
-        (prompts,) = np.nonzero(num_prompt)
-        first_dense, num_dense = (part.numpy() for part in batch.dense_queries(rule))
-        (dense,) = np.nonzero(num_dense)
-        requests = np.repeat(np.arange(len(lengths)), selecting)
-        # Number of each selecting query among those of its request, counted from the last one.
-        from_end = np.repeat(np.cumsum(selecting), selecting) - 1 - np.arange(len(requests))
-        parts = [
-            requests,
-            (starts[1:] - 1)[requests] - from_end,
-            lengths[requests] - from_end,
-            prompts,
-            starts[prompts],
-            num_prompt[prompts],
-            (lengths - num_queries)[prompts],
-            dense,
-            (starts[:-1] + first_dense - lengths + num_queries)[dense],
-            num_dense[dense],
-            first_dense[dense],
-        ]
-        device = batch.block_table.device
-        host = torch.from_numpy(np.concatenate(parts).astype(np.int32))
-        if device.type == "cuda":
-            host = host.pin_memory()
-        numbers = host.to(device, non_blocking=True).split([len(part) for part in parts])
-        batch.step_queries = StepQueries(
-            selecting=numbers[1].long(),
-            lengths=numbers[2],
-            block_table=batch.block_table.index_select(0, numbers[0]),
-            prompts=PromptQueries(
-                numbers[4],
-                numbers[5],
-                numbers[6],
-                batch.block_table.index_select(0, numbers[3]),
-                int(num_prompt.max(initial=0)),
-            ),
-            dense=PromptQueries(
-                numbers[8],
-                numbers[9],
-                *_without_null_blocks(
-                    numbers[10],
-                    batch.block_table.index_select(0, numbers[7]),
-                    cache.pages.block_size,
-                ),
-                int(num_dense.max(initial=0)),
-            ),
-        )
-    assert isinstance(batch.step_queries, StepQueries)
-    return batch.step_queries
-
-
-def _without_null_blocks(
-    starts: Tensor, block_table: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """Moves blocks together where earlier ones are missing, which does not change dense causal attention.
-
-    Args:
-        starts: int32 [P], position of the first query of each request.
-        block_table: int32 [P, blocks].
-        block_size: tokens per block.
-
-    Returns:
-        Positions of the queries among the remaining keys, and the new block table.
-    """
-    if not len(starts):
-        return starts, block_table
-    numbers = torch.arange(block_table.shape[1], device=block_table.device)
-    # Entries after a request's last block are undefined.
-    missing = (block_table == NULL_BLOCK) & (numbers < (starts // block_size)[:, None])
-    order = missing.int().argsort(stable=True, dim=1)
-    return starts - missing.sum(1, dtype=torch.int32) * block_size, block_table.gather(1, order)
+def _infinite_sums(queries: Tensor) -> Tensor:
+    """Log-sum-exp fp32 [1, H, T] for the prefill kernels to fill in, infinite for other queries."""
+    tokens, heads = queries.shape[:2]
+    # Triton compiles another kernel for strides that are not multiples of 16.
+    sums = queries.new_full((1, heads, rounded_up(tokens)), torch.inf, dtype=torch.float32)
+    return sums[..., :tokens]
 
 
 def _tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]:
@@ -354,6 +263,7 @@ def _decode(
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
+    sinks: Tensor | None,
 ) -> None:
     """Writes the decode attention [N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim]."""
     from rtpurbo.ops.triton.decode.attention import decode_attention
@@ -371,6 +281,7 @@ def _decode(
         None if index_queries is None else index_queries[:, :, None],
         rule,
         scaling=scaling,
+        sinks=sinks,
         output=output[:, :, None],
     )
 
@@ -383,8 +294,9 @@ def _prefill(
     scaling: float,
     prompts: PromptQueries,
     output: Tensor,
+    log_sum_exp: Tensor | None,
 ) -> None:
-    """Writes the attention of prompt queries of all requests, for the heads in the table."""
+    """Writes the attention of prompt queries of all requests, without learned sinks, for the heads in the table."""
     from rtpurbo.ops.triton.prefill.portable import PackedQueries, window_attention
 
     window_attention(
@@ -394,6 +306,6 @@ def _prefill(
         rule.num_sink_tokens,
         scaling,
         output[None].transpose(1, 2),
-        None,
+        log_sum_exp,
         PackedQueries(prompts.offsets, prompts.counts, prompts.most),
     )

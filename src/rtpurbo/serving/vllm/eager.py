@@ -22,6 +22,7 @@ def attend(
     rule: AttentionRule,
     scaling: float,
     output: Tensor,
+    sinks: Tensor | None = None,
 ) -> None:
     """Writes the attention output of a step, whose tokens are already in the pages.
 
@@ -34,6 +35,7 @@ def attend(
         rule: windows and selection.
         scaling: factor on the dot products with stored keys.
         output: [T, H, D], sums of stored values, written for the queries of all requests.
+        sinks: learned sinks [H]; None if the model has none.
     """
     cache = full or windowed
     assert cache is not None
@@ -66,6 +68,7 @@ def attend(
             else None,
             rule,
             scaling=scaling,
+            sinks=sinks,
             dense_queries=slice(first - computed, first - computed + dense) if dense else None,
             backend="eager",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from copy import copy
 from functools import partial
@@ -15,7 +16,9 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -33,6 +36,9 @@ from rtpurbo.serving.vllm.layout import LayerHeads, heads_of_rank
 from rtpurbo.serving.vllm.prompts import model_state_class
 from rtpurbo.serving.vllm.refusals import check
 
+# vLLM shows its own loggers only.
+logger = init_logger(f"vllm.{__name__}")
+
 
 class SparseModelMixin(nn.Module):
     """Mixin that makes a vLLM model sparse; must precede vLLM's class among the bases.
@@ -46,10 +52,13 @@ class SparseModelMixin(nn.Module):
     supports_lora = False
     supports_pp = False
 
+    attention_class = ServedAttention
+    attention_name = "self_attn"
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        make_sparse(self.model, vllm_config, prefix)
+        make_sparse(self.model, vllm_config, prefix, self.attention_class, self.attention_name)
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -73,6 +82,23 @@ class RTPurboGemma3ForCausalLM(SparseModelMixin, Gemma3ForCausalLM):
     """Sparse Gemma 3, whose layers with a sliding window keep it."""
 
 
+class ServedGptOssAttention(ServedAttention):
+    """Attention of gpt-oss, whose decoder layers pass the hidden states first."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Attention block: [T, hidden_size] to [T, hidden_size]."""
+        return super().forward(positions, hidden_states)
+
+
+class RTPurboGptOssForCausalLM(SparseModelMixin, GptOssForCausalLM):
+    """Sparse gpt-oss, with learned sinks in every layer; layers with a sliding window keep it."""
+
+    attention_class = ServedGptOssAttention
+    attention_name = "attn"
+
+
 class RTPurboLlamaForCausalLM(SparseModelMixin, LlamaForCausalLM):
     """Sparse Llama."""
 
@@ -93,36 +119,60 @@ class RTPurboQwen3MoeForCausalLM(SparseModelMixin, Qwen3MoeForCausalLM):
     """Sparse Qwen3 with mixtures of experts."""
 
 
-def make_sparse(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
+def make_sparse(
+    model: Any,
+    vllm_config: VllmConfig,
+    prefix: str,
+    attention_class: type[ServedAttention],
+    attention_name: str,
+) -> None:
     """Replaces the attention of every layer in place, and registers the caches with vLLM.
 
     Args:
         model: decoder of a vLLM model on one rank.
         vllm_config: configuration of the engine.
         prefix: prefix of the model's names.
+        attention_class: class of the new attention modules.
+        attention_name: name of a decoder layer's attention module.
     """
     hf_config = vllm_config.model_config.hf_config
     config = read_config(hf_config)
     compilation = vllm_config.compilation_config
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     heads = heads_of_rank(config.head_map, rank, world_size)
-    head_dim = model.layers[0].self_attn.head_dim
+    head_dim = getattr(model.layers[0], attention_name).head_dim
     caches = make_caches(config, heads, head_dim, f"{prefix}rtpurbo", vllm_config)
     features = _feature_dimensions(hf_config, config, head_dim)
+    layers = []
     for number, layer in enumerate(model.layers):
-        original = layer.self_attn
+        original = getattr(layer, attention_name)
         retrieval = config.head_map.retrieval_heads[number]
         indexer = None
         if retrieval:
             indexer = _indexer(config, retrieval, rank, heads[number], features)
         # Otherwise vLLM would allocate a cache for it.
         del compilation.static_forward_context[original.attn.layer_name]
-        layer.self_attn = ServedAttention(original, heads[number], config, indexer, number, caches)
-        compilation.static_forward_context[layer.self_attn.name] = layer.self_attn
+        served = attention_class(original, heads[number], config, indexer, number, caches)
+        setattr(layer, attention_name, served)
+        compilation.static_forward_context[served.name] = served
+        layers.append(served)
+    caches.when_all_bound(partial(_prepare, layers, vllm_config))
     if compilation.mode == CompilationMode.VLLM_COMPILE and OPERATOR not in (
         compilation.splitting_ops or []
     ):
         compilation.splitting_ops = [*(compilation.splitting_ops or []), OPERATOR]
+
+
+def _prepare(layers: list[ServedAttention], vllm_config: VllmConfig) -> None:
+    """Reads the cache scales and compiles the kernels, once weights and caches are there."""
+    for layer in layers:
+        layer.bind()
+    kernel_layers = [layer for layer in layers if layer.uses_kernels]
+    start = time.monotonic()
+    for layer in kernel_layers:
+        layer.warm_up(vllm_config)
+    if kernel_layers:
+        logger.info("Compiled the attention kernels in %.1f s.", time.monotonic() - start)
 
 
 def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) -> list[int]:

@@ -7,11 +7,16 @@ from being served.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 MODELS = "rtpurbo.serving.vllm.models"
 
+PREFIX = "RTPurbo"
+"""Prefix of the dense architecture's name: `RTPurboLlamaForCausalLM`."""
+
 ARCHITECTURES = (
     "RTPurboGemma3ForCausalLM",
+    "RTPurboGptOssForCausalLM",
     "RTPurboLlamaForCausalLM",
     "RTPurboMistralForCausalLM",
     "RTPurboQwen2ForCausalLM",
@@ -23,23 +28,34 @@ ARCHITECTURES = (
 logger = logging.getLogger(__name__)
 
 
-class ConfigCheck:
-    """Check of vLLM's settings before a sparse model is loaded."""
+def config_check(dense: Any) -> type:
+    """Class with the checks of vLLM's settings before a sparse model is loaded.
 
-    @staticmethod
-    def verify_and_update_model_config(model_config: object) -> None:
-        """Does nothing: the settings are checked as a whole."""
+    Args:
+        dense: vLLM's class of the same kind for the dense architecture, whose changes apply too; None if it has none.
+    """
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: object) -> None:
-        """Rejects settings that sparse models do not support.
+    class ConfigCheck:
+        @staticmethod
+        def verify_and_update_model_config(model_config: object) -> None:
+            """Applies the changes of the dense architecture; the settings are checked as a whole."""
+            if dense is not None:
+                dense.verify_and_update_model_config(model_config)
 
-        Raises:
-            RTPurboError: a setting is not supported.
-        """
-        from rtpurbo.serving.vllm.refusals import check
+        @staticmethod
+        def verify_and_update_config(vllm_config: object) -> None:
+            """Rejects settings that sparse models do not support.
 
-        check(vllm_config)
+            Raises:
+                RTPurboError: a setting is not supported.
+            """
+            from rtpurbo.serving.vllm.refusals import check
+
+            if dense is not None:
+                dense.verify_and_update_config(vllm_config)
+            check(vllm_config)
+
+    return ConfigCheck
 
 
 def register() -> None:
@@ -52,6 +68,7 @@ def register() -> None:
             # A process may load its plugins twice.
             if name not in MODELS_CONFIG_MAP:
                 ModelRegistry.register_model(name, f"{MODELS}:{name}")
-                MODELS_CONFIG_MAP[name] = ConfigCheck
+                dense = MODELS_CONFIG_MAP.get(name.removeprefix(PREFIX))
+                MODELS_CONFIG_MAP[name] = config_check(dense)
     except Exception:
         logger.exception("rtpurbo cannot register its sparse models with this version of vLLM.")

@@ -44,6 +44,18 @@ def cache_scales(attention: Any) -> tuple[float, float]:
     return attention._k_scale_float, attention._v_scale_float
 
 
+def block_table_width(block_size: int, max_model_len: int) -> int:
+    """Blocks of a request in the block tables of vLLM's model runners, which are padded to 128 tokens.
+
+    Args:
+        block_size: tokens per block.
+        max_model_len: largest number of tokens of a request.
+    """
+    blocks = -(-max_model_len // block_size)
+    aligned = max(1, 128 // block_size)
+    return -(-blocks // aligned) * aligned
+
+
 def has_unit_offset(norm: Any) -> bool:
     """True if the factor of an RMSNorm of vLLM is 1 + weight."""
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm
