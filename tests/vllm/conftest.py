@@ -4,6 +4,7 @@ import os
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 
@@ -19,6 +20,8 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
+from rtpurbo.models import fused_append  # noqa: E402
+from rtpurbo.models.cache_layers import HeadwiseLayer  # noqa: E402
 from tests.vllm.checkpoints import (  # noqa: E402
     LENGTHS,
     NEW,
@@ -53,3 +56,23 @@ def prompts():
 def expected(reference, prompts):
     """Answers of transformers to the prompts."""
     return expected_answers(reference, prompts, NEW)
+
+
+@pytest.fixture
+def round_cache(monkeypatch):
+    """A function that makes caches of transformers round keys and values to float8 with these scales."""
+    append = HeadwiseLayer.append
+
+    def rounded(states, scale):
+        scaled = (states * (1 / scale)).clamp(-448, 448)
+        return scaled.to(torch.float8_e4m3fn).to(states.dtype) * scale
+
+    def patch(key_scale, value_scale):
+        def rounding(self, keys, values, *arguments):
+            return append(self, rounded(keys, key_scale), rounded(values, value_scale), *arguments)
+
+        monkeypatch.setattr(HeadwiseLayer, "append", rounding)
+        # The fused KV append of a GPU writes keys and values itself.
+        monkeypatch.setattr(fused_append, "supports_fused_append", lambda *_: False)
+
+    return patch

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.serving.capacity import capacity_of
 from rtpurbo.serving.export import _index_shards
 from tests.vllm.checkpoints import (
+    FLOAT8_TIE,
     LAYERS,
     NEW,
     assert_same_answers,
@@ -26,28 +26,8 @@ from tests.vllm.engines import (
 
 pytestmark = pytest.mark.vllm
 
-# An error in the last bit of float32 may round a key to the next float8 value, 6 % away.
-TIE = 5e-3
 # Exact in float32.
 KEY_SCALE, VALUE_SCALE = 3 / 128, 3 / 512
-
-
-def rounded(states, scale):
-    return (states * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn).to(states.dtype) * scale
-
-
-@pytest.fixture
-def round_cache(monkeypatch):
-    """A function that makes caches of transformers round keys and values with these scales."""
-    append = HeadwiseLayer.append
-
-    def patch(key_scale, value_scale):
-        def rounding(self, keys, values, *arguments):
-            return append(self, rounded(keys, key_scale), rounded(values, value_scale), *arguments)
-
-        monkeypatch.setattr(HeadwiseLayer, "append", rounding)
-
-    return patch
 
 
 def test_chunks_and_prefix_hits(llama, reference, prompts, expected, round_cache):
@@ -59,7 +39,7 @@ def test_chunks_and_prefix_hits(llama, reference, prompts, expected, round_cache
         pages = context["rtpurbo.0"].pages[0]
         assert pages.keys.dtype == pages.values.dtype == torch.float8_e4m3fn
         assert pages.index_keys.dtype == torch.float32
-        _, second = assert_same_answers_twice(llm, reference, prompts, wanted, TIE)
+        _, second = assert_same_answers_twice(llm, reference, prompts, wanted, FLOAT8_TIE)
         assert all(output.num_cached_tokens for output in second[1:5])
 
 
@@ -74,7 +54,7 @@ def test_compiled_with_dense_queries_at_the_end_of_prompts(tmp_path, prompts, ro
     round_cache(1.0, 1.0)
     wanted = expected_answers(reference, prompts, NEW)
     with running(checkpoint, kv_cache_dtype="fp8_e4m3", enforce_eager=False) as llm:
-        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted, TIE)
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted, FLOAT8_TIE)
 
 
 def test_scales_of_the_checkpoint(tmp_path, prompts, round_cache):
@@ -95,7 +75,7 @@ def test_scales_of_the_checkpoint(tmp_path, prompts, round_cache):
     # The dtype follows from the checkpoint.
     with running(checkpoint) as llm:
         assert llm.llm_engine.vllm_config.cache_config.cache_dtype == "fp8"
-        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted, TIE)
+        assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted, FLOAT8_TIE)
 
 
 def change_scheme(checkpoint, strategy):
