@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils.hub import PushToHubMixin
@@ -124,6 +125,10 @@ def test_the_sparse_model_is_pushed(tmp_path, monkeypatch, through):
         def create_repo(self, repo_id, **kwargs):
             return type("Url", (), {"repo_id": repo_id})()
 
+    def no_card(*args, **kwargs):
+        raise LocalEntryNotFoundError("the repository has no model card")
+
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", no_card)
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
     monkeypatch.setattr("transformers.utils.hub.hf_api", Hub, raising=False)
     monkeypatch.setattr("transformers.utils.hub.create_repo", Hub().create_repo, raising=False)
