@@ -1,6 +1,8 @@
 """Every policy makes the model that its description promises."""
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.evaluation.policies import POLICIES, BudgetPolicy, Source
 from rtpurbo.models.artifact import load
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
+from tests.evaluation.policies.support import random_queries
 
 ROOT = Path(__file__).parents[3]
 LENGTH = 320
@@ -97,6 +101,23 @@ def test_selectors_of_the_policies(models):
         if is_sparse(model) and all(module.selector for module in headwise_modules(model))
     ]
     assert selecting == ["quest", "top-k", "oracle-top-p"]
+
+
+def test_policies_of_an_artifact_with_a_top_p_for_each_layer(tiny_artifact, tmp_path):
+    folder = shutil.copytree(tiny_artifact, tmp_path / "by-layer")
+    stored = ArtifactConfig.read(folder)
+    replace(stored, config=stored.config.with_rule(layer_top_p=(0.01, 0.99))).write(folder)
+    source = Source(folder)
+    found = {
+        name: [layer.rule.top_p for layer in headwise_modules(POLICIES[name].prepare(source)[0])]
+        for name in ("rtpurbo", "rtpurbo-paper", "dense-heads", "random-heads")
+    }
+    assert found["rtpurbo"] == found["rtpurbo-paper"] == [0.01, 0.99]
+    assert found["dense-heads"] == found["random-heads"] == [1.0, 1.0]
+    model, _ = POLICIES["oracle-top-p"].prepare(source)
+    queries = random_queries(31, 111)
+    read = [int(layer.selector(queries).sum()) for layer in headwise_modules(model)]
+    assert read[0] < read[1]
 
 
 def test_controls_have_their_heads(models):

@@ -17,7 +17,8 @@ from rtpurbo.evaluation.policies.policy import (
 )
 from rtpurbo.evaluation.policies.quest import PAGE_SIZE, QuestSelector
 from rtpurbo.evaluation.policies.selectors import oracle_top_p, top_k
-from rtpurbo.models.sparsify import empty_head_map, set_rule, set_selector, sparsify
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import empty_head_map, set_rule, sparsify
 
 __all__ = [
     "BUDGET_POLICY",
@@ -43,7 +44,8 @@ def _with_rule(name: str, description: str, *, keeps_index: bool = True, **chang
 
 def _oracle(source: Source) -> Loaded:
     model, tokenizer = source.sparse()
-    set_selector(model, oracle_top_p(model.rtpurbo_config.attention))
+    for layer in headwise_modules(model):  # each may have a top-p of its own
+        layer.selector = oracle_top_p(layer.rule)
     return model, tokenizer
 
 
