@@ -39,7 +39,7 @@ def test_chunks_and_prefix_hits(llama, reference, prompts, expected, round_cache
         pages = context["rtpurbo.0"].pages[0]
         assert pages.keys.dtype == pages.values.dtype == torch.float8_e4m3fn
         assert pages.index_keys.dtype == torch.float32
-        _, second = assert_same_answers_twice(llm, reference, prompts, wanted, FLOAT8_TIE)
+        _, second = assert_same_answers_twice(llm, reference, prompts, wanted, tie=FLOAT8_TIE)
         assert all(output.num_cached_tokens for output in second[1:5])
 
 
