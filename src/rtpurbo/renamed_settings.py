@@ -26,7 +26,6 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
         "conversation_share": "mixture.conversations",
         "share": "lora_scale",
         "labels": "targets",
-        "label_stride": "target_stride",
         "labels_per_sequence": "targets_per_sequence",
         "decode_rows": "decode_queries",
     },
@@ -35,7 +34,17 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 
 _INIT = "indexers are always initialised from data, which was the default, `covariance`"
 
-REMOVED: Mapping[str, str] = {"stage1.init": _INIT, "stage1.start": _INIT}
+_STRIDE = (
+    "target tokens of the text are drawn at random; stage2.targets_per_sequence is their number"
+)
+
+REMOVED: Mapping[str, str] = {
+    "stage1.init": _INIT,
+    "stage1.start": _INIT,
+    "stage2.target_stride": _STRIDE,
+    "stage2.label_stride": _STRIDE,
+    "stage2.cross_entropy_weight": "stage 2 learns from the teacher alone, which was the default, 0",
+}
 """Reasons why settings of earlier versions are gone, by dotted name."""
 
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {

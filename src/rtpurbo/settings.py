@@ -164,12 +164,9 @@ class DistillationSettings(SequenceSettings):
         targets: target tokens: `answers`, tokens of answers only (prose, which has none, is treated as with
             `text`); `text`, tokens of the whole sequence; or `both`, every token of an answer and some of
             the text before it.
-        target_stride: take every target_stride-th token of the text; None draws random ones.
-        targets_per_sequence: target tokens of a sequence where they are drawn; with `both`, this includes
-            all answer tokens.
+        targets_per_sequence: target tokens of a sequence, drawn at random; with `both`, this includes all
+            answer tokens.
         answer_weight: weight of the mean loss of answer tokens, added to the mean over all targets.
-        cross_entropy_weight: weight of the mean cross-entropy of the target tokens, added to the
-            divergence from the teacher.
         decode_queries: last queries of prose that select their keys as decoding steps do; the queries
             that predict an answer always do, unless this is 0.
         gradient_checkpointing: recompute activations in the backward pass, on a GPU: less memory, a
@@ -190,10 +187,8 @@ class DistillationSettings(SequenceSettings):
     lora_scale: float | None = 1.0
     top_logits: int = 10
     targets: Targets = "both"
-    target_stride: int | None = None
     targets_per_sequence: int = 4096
     answer_weight: float = 1.0
-    cross_entropy_weight: float = 0.0
     decode_queries: int = 256
     gradient_checkpointing: bool = True
     prefill_mode: PrefillMode = "dense"
@@ -204,12 +199,8 @@ class DistillationSettings(SequenceSettings):
 
     def __post_init__(self) -> None:
         _check_training(self)
-        check_at_least(
-            0, self, "lora_rank", "decode_queries", "refresh_steps", "cross_entropy_weight"
-        )
-        check_at_least(
-            1, self, "checkpoint_every", "top_logits", "targets_per_sequence", "target_stride"
-        )
+        check_at_least(0, self, "lora_rank", "decode_queries", "refresh_steps")
+        check_at_least(1, self, "checkpoint_every", "top_logits", "targets_per_sequence")
         check_choice("targets", self.targets, Targets)
         if self.lora_scale is not None and not 0 <= self.lora_scale <= 1:
             raise RTPurboError(

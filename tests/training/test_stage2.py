@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
-from torch.nn import functional
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
@@ -70,8 +69,6 @@ def written_out(model, sequence, targets, settings):
     loss = divergence.mean()
     if targets.answers.any():
         loss = loss + settings.answer_weight * divergence[targets.answers].mean()
-    following = torch.tensor(sequence.input_ids)[targets.positions + 1]
-    loss = loss + settings.cross_entropy_weight * functional.cross_entropy(logits, following)
     return loss, divergence.mean()
 
 
@@ -81,9 +78,9 @@ def written_out(model, sequence, targets, settings):
     [
         {},
         {"lora_rank": 0},
-        {"cross_entropy_weight": 0.5, "answer_weight": 2.0},
+        {"answer_weight": 2.0},
         {"targets": "answers"},
-        {"targets": "text", "target_stride": 9},
+        {"targets": "text", "targets_per_sequence": 9},
         {"decode_queries": 0},
     ],
     ids=str,

@@ -28,25 +28,22 @@ def test_every_answer_token_and_some_of_the_text():
     assert found[-7:] == ANSWERS
     assert found == positions(TASK, targets_per_sequence=20)
     assert positions(TASK, targets_per_sequence=3) == ANSWERS
-    assert positions(TASK, target_stride=40) == [0, 40, 80, *ANSWERS]
 
 
 def test_targets_can_be_answer_tokens_alone():
     assert positions(TASK, targets="answers") == ANSWERS
-    assert positions(TASK, targets="answers", target_stride=2) == ANSWERS
     # Prose has none.
     assert len(positions(PROSE, targets="answers", targets_per_sequence=20)) == 20
 
 
 def test_targets_can_be_text_alone():
-    assert positions(TASK, targets="text", target_stride=16) == [0, 16, 32, 48, 64, 80, 96]
-    assert positions(TASK, targets="text", target_stride=1) == list(range(99))
+    assert positions(TASK, targets="text") == list(range(99))
     assert len(positions(TASK, targets="text", targets_per_sequence=20)) == 20
 
 
 def test_prose_has_targets_in_all_of_it():
-    assert positions(PROSE) == positions(PROSE, target_stride=1) == list(range(99))
-    assert positions(PROSE, target_stride=200) == [0]
+    assert positions(PROSE) == list(range(99))
+    assert len(positions(PROSE, targets_per_sequence=20)) == 20
 
 
 @pytest.mark.parametrize("places", [[3, 17, 38], [0]])

@@ -154,17 +154,10 @@ def backpropagate(
     """
     answers = targets.answers
     targets = targets.to(model.device)
-    token_ids = targets.token_ids
-    if settings.cross_entropy_weight:
-        following = torch.tensor(sequence.input_ids, device=model.device)[targets.positions + 1]
-        token_ids = torch.cat([token_ids, following[:, None]], -1)
     # Includes the backward pass, which recomputes layers: the same queries have to select again.
     with runtime(model).decoding_last(num_selecting_queries(sequence, settings)):
-        student = predictions(model, sequence, targets, token_ids)
-        divergence = top_logits_divergence(student[:, : targets.token_ids.shape[-1]], targets)
+        divergence = top_logits_divergence(predictions(model, sequence, targets), targets)
         loss, figures = loss_of(divergence, answers, settings)
-        if settings.cross_entropy_weight:
-            loss = loss - settings.cross_entropy_weight * student[:, -1].mean()
         loss.backward()
     return SequenceResult(number, sequence.input_ids, divergence.detach().mean(), figures)
 
@@ -175,20 +168,20 @@ def loss_on(
     targets: TeacherTargets,
     settings: DistillationSettings,
 ) -> Tensor:
-    """Returns the loss of a sequence without its cross-entropy term."""
+    """Returns the loss of a sequence."""
     with runtime(model).decoding_last(num_selecting_queries(sequence, settings)):
         moved = targets.to(model.device)
-        student = predictions(model, sequence, moved, moved.token_ids)
+        student = predictions(model, sequence, moved)
     return loss_of(top_logits_divergence(student, moved), targets.answers, settings)[0]
 
 
 def predictions(
-    model: PreTrainedModel, sequence: TrainingSequence, targets: TeacherTargets, token_ids: Tensor
+    model: PreTrainedModel, sequence: TrainingSequence, targets: TeacherTargets
 ) -> Tensor:
-    """Returns log-probabilities of some tokens at each target position: [targets, tokens]."""
+    """Returns log-probabilities of the teacher's tokens at each target position: [targets, tokens]."""
     with autocast(model):
         states = states_at(model, sequence.input_ids, targets.positions)
-        return log_probabilities(states, model.get_output_embeddings(), token_ids)
+        return log_probabilities(states, model.get_output_embeddings(), targets.token_ids)
 
 
 def num_selecting_queries(sequence: TrainingSequence, settings: DistillationSettings) -> int:

@@ -52,7 +52,7 @@ def choose_targets(
 
     Args:
         sequence: at least two tokens.
-        settings: `targets`, `target_stride` and `targets_per_sequence`.
+        settings: `targets` and `targets_per_sequence`.
         seed: seed of the random choice.
 
     Returns:
@@ -68,11 +68,8 @@ def choose_targets(
         text = list(range(last if settings.targets == "text" else first_answer))
         if settings.targets == "text":
             answers = []
-        if settings.target_stride is not None:
-            text = text[:: settings.target_stride]
-        else:
-            wanted = max(0, min(len(text), settings.targets_per_sequence - len(answers)))
-            text = sorted(random.Random(seed).sample(text, wanted))
+        wanted = max(0, min(len(text), settings.targets_per_sequence - len(answers)))
+        text = sorted(random.Random(seed).sample(text, wanted))
     positions = torch.tensor([*text, *answers])
     return positions, positions >= first_answer
 
