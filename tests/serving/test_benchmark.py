@@ -31,6 +31,7 @@ HTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
 """
 CLIENT = """
 import json, pathlib
+with open(pathlib.Path(__file__).parents[2] / "imports", "a") as file: file.write("client\\n")
 def add_cli_args(parser):
     for name in ("--ignore-eos", "--save-result"): parser.add_argument(name, action="store_true")
     for name in ("base-url", "model", "tokenizer", "dataset-name", "random-input-len",
@@ -38,9 +39,11 @@ def add_cli_args(parser):
                  "result-dir", "result-filename"):
         parser.add_argument("--" + name, required=True)
 def main(args):
+    assert int(args.random_output_len) < 1000, "long answer"
     failed = int(args.random_input_len) > 1000
     result = {"completed": int(args.num_prompts) - failed, "failed": int(failed), "p99_ttft_ms": 4.0,
-              "median_ttft_ms": 3.0, "median_tpot_ms": 2.0, "p99_tpot_ms": 2.5, "output_throughput": 9.0}
+              "median_ttft_ms": 3.0, "median_tpot_ms": 2.0, "p99_tpot_ms": 2.5, "median_itl_ms": 1.5,
+              "output_throughput": 9.0}
     (pathlib.Path(args.result_dir) / args.result_filename).write_text(json.dumps(result))
 """
 
@@ -87,15 +90,23 @@ def test_records_of_both_models(vllm, checkpoint, tmp_path):
         "time_to_first_token_ms_p99": 4.0,
         "time_per_output_token_ms": 2.0,
         "time_per_output_token_ms_p99": 2.5,
+        "inter_token_latency_ms": 1.5,
         "output_tokens_per_second": 9.0,
         "cache_tokens": 20_000,
     }
     assert records[0]["cache_tokens"] == 10_000
+    # One client for all loads.
+    assert (tmp_path / "site" / "imports").read_text().split() == ["client"]
 
 
 def test_failed_requests_are_an_error(vllm, checkpoint):
     with pytest.raises(RTPurboError, match="1 of 1 requests of 2,000 tokens failed"):
         bench_serve(checkpoint, ServerSettings(), vllm, [Load(2000, 8, 1)], policies=["full"])
+
+
+def test_a_client_that_fails(vllm, checkpoint):
+    with pytest.raises(RTPurboError, match="client failed: AssertionError: long answer"):
+        bench_serve(checkpoint, ServerSettings(), vllm, [Load(64, 1000, 1)], policies=["full"])
 
 
 def test_a_server_that_does_not_start(vllm, checkpoint):

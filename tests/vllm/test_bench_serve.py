@@ -34,5 +34,6 @@ def test_dense_and_sparse_in_one_run(tmp_path):
         assert record["engine_version"].startswith("0.3")
         assert 0 < record["time_to_first_token_ms"] <= record["time_to_first_token_ms_p99"]
         assert 0 < record["time_per_output_token_ms"] <= record["time_per_output_token_ms_p99"]
+        assert record["inter_token_latency_ms"] > 0
         assert record["output_tokens_per_second"] > 0
     assert records[2]["cache_tokens"] > records[0]["cache_tokens"] > 0

@@ -8,12 +8,12 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -37,11 +37,18 @@ START_SECONDS = 900
 """Longest start of a server; compilation takes minutes on a CPU."""
 
 _NAME = "model"
-# `vllm bench serve`, also where the distribution has another name.
-_CLIENT = (
-    "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
-    "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
-)
+_DONE = "RTPURBO-DONE"
+# `vllm bench serve`, also where the distribution has another name. Its imports take longer than many loads, so one
+# process runs all of them: it reads a command line as JSON per line.
+_CLIENT = f"""
+import argparse, json, sys
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+for line in sys.stdin:
+    main(parser.parse_args(json.loads(line)))
+    print("\\n{_DONE}", flush=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,15 @@ def bench_serve(
         log: receives a line per measurement.
 
     Returns:
-        A record per policy and load; times are in milliseconds.
+        A record per policy and load; times are in milliseconds. With several requests at a time, the time per
+        output token contains prompts of other requests, and the median of `inter_token_latency_ms` is a decode step.
 
     Raises:
         RTPurboError: a server does not start, or a request fails.
     """
     records: list[dict[str, Any]] = []
     device = device_name(torch.device("cpu" if installation.on_cpu else "cuda"))
-    with TemporaryDirectory() as name:
+    with TemporaryDirectory() as name, _running_client(installation, Path(name)) as client:
         folder = Path(name)
         for policy in policies:
             served = checkpoint if policy == "rtpurbo" else dense_view(checkpoint, folder / "dense")
@@ -105,14 +113,14 @@ def bench_serve(
                     if load.context_length not in warm:
                         # Kernels are compiled for the length.
                         once = Load(load.context_length, 4, 1, requests=1)
-                        server.run(once, len(loads) + seed)
+                        server.run(client, once, len(loads) + seed)
                         warm.add(load.context_length)
                     found = {
                         "phase": "serve",
                         "engine": "vllm",
                         "engine_version": installation.version,
                         "policy": policy,
-                        **server.run(load, seed),
+                        **server.run(client, load, seed),
                         "cache_tokens": server.cache_tokens(),
                     }
                     records.append(found)
@@ -168,13 +176,50 @@ def dense_view(checkpoint: Path, folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
+class _Client:
+    requests: IO[str]
+    output: IO[str]
+    folder: Path
+
+    def run(self, options: Mapping[str, object]) -> dict[str, Any]:
+        """Runs vLLM's client with these options and returns its result."""
+        arguments = ["--ignore-eos", "--save-result"]
+        result = {"result-dir": self.folder, "result-filename": "result.json"}
+        for option, value in {**options, **result}.items():
+            arguments += [f"--{option}", str(value)]
+        # A client that has ended is reported below.
+        with suppress(BrokenPipeError):
+            print(json.dumps(arguments), file=self.requests, flush=True)
+        if _DONE not in (line.strip() for line in self.output):
+            log = (self.folder / "client.log").read_text(encoding="utf-8", errors="replace")
+            raise RTPurboError(f"vLLM's benchmark client failed: {_last_line(log)}")
+        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text("utf-8"))
+        return found
+
+
+@contextmanager
+def _running_client(installation: Installation, folder: Path) -> Iterator[_Client]:
+    command = [installation.python, "-c", _CLIENT]
+    with (folder / "client.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield _Client(process.stdin, process.stdout, folder)
+        finally:
+            process.kill()
+
+
+@dataclass(frozen=True)
 class _Server:
     address: str
     checkpoint: Path
-    installation: Installation
     folder: Path
 
-    def run(self, load: Load, seed: int) -> dict[str, Any]:
+    def run(self, client: _Client, load: Load, seed: int) -> dict[str, Any]:
         """Sends the requests of a load; prompts differ between seeds."""
         requests = load.requests or max(4, 2 * load.concurrency)
         options = {
@@ -188,16 +233,8 @@ class _Server:
             "max-concurrency": load.concurrency,
             "request-rate": load.request_rate or "inf",
             "seed": seed,
-            "result-dir": self.folder,
-            "result-filename": "result.json",
         }
-        command = [self.installation.python, "-c", _CLIENT, "--ignore-eos", "--save-result"]
-        for option, value in options.items():
-            command += [f"--{option}", str(value)]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        if finished.returncode:
-            raise RTPurboError(f"vLLM's benchmark client failed: {_last_line(finished.stderr)}")
-        result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        result = client.run(options)
         if result["failed"] or result["completed"] != requests:
             raise RTPurboError(
                 f"{requests - result['completed']} of {requests} requests of {load.context_length:,} "
@@ -213,6 +250,7 @@ class _Server:
             "time_to_first_token_ms_p99": result["p99_ttft_ms"],
             "time_per_output_token_ms": result["median_tpot_ms"],
             "time_per_output_token_ms_p99": result["p99_tpot_ms"],
+            "inter_token_latency_ms": result["median_itl_ms"],
             "output_tokens_per_second": result["output_throughput"],
         }
 
@@ -242,7 +280,7 @@ def running_server(
     local = ("--host", "127.0.0.1", "--port", str(port))
     settings = replace(settings, others=(*settings.others, *local))
     command = server_command(checkpoint, _NAME, settings, installation)
-    server = _Server(f"http://127.0.0.1:{port}", checkpoint, installation, folder)
+    server = _Server(f"http://127.0.0.1:{port}", checkpoint, folder)
     with (folder / "server.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
     try:
