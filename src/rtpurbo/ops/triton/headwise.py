@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates, SelectionStatistics
-from rtpurbo.ops.triton.decode.attention import decode_attention
+from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.ops.triton.heads import (
     EVERYTHING,
     MAX_HEAD_DIM,
@@ -53,8 +53,8 @@ def headwise_attention(
     Arguments and results as in `rtpurbo.ops.eager.headwise.headwise_attention`; the positions of the queries
     are derived from the slots of the keys.
     """
-    attend = decode_attention if query_states.shape[2] == 1 else prefill_attention
-    return attend(
+    attend = decode_step if query_states.shape[2] == 1 else prefill_attention
+    output, log_sum_exp, *_ = attend(
         query_states,
         full,
         windowed,
@@ -66,6 +66,7 @@ def headwise_attention(
         return_log_sum_exp=return_log_sum_exp,
         sinks=sinks,
     )
+    return output, log_sum_exp
 
 
 def prefill_attention(

@@ -266,14 +266,14 @@ def _decode(
     sinks: Tensor | None,
 ) -> None:
     """Writes the decode attention [N, H, D] of queries [N, H, D] and index queries [N, retrieval heads, index_dim]."""
-    from rtpurbo.ops.triton.decode.attention import decode_attention
+    from rtpurbo.ops.triton.decode.attention import decode_step
 
     some = full or windowed
     assert some is not None
     if full is not None:
         workspace = _histograms(full.histogram_workspace, len(queries), len(layout.retrieval))
         full = replace(full, histogram_workspace=workspace)
-    decode_attention(
+    decode_step(
         queries[:, :, None],
         full or _without_heads(some),
         windowed or _without_heads(some),

@@ -7,7 +7,7 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics
-from rtpurbo.ops.triton.decode.attention import decode_attention
+from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.ops.triton.decode.workspace import zero_histograms
 from tests import oracles
 from tests.ops.triton.decode_support import Step, paged
@@ -192,9 +192,9 @@ def test_pages_hold_the_same(page_size, changes):
     step = Step.build(192, rule, (0, 3), dtype=torch.float16, padding=padding, in_ring=True)
     queries, full, *others = step.arguments
     options = {"scaling": step.problem.scaling, "return_log_sum_exp": True}
-    expected = decode_attention(queries, full, *others, rule, **options)
+    expected = decode_step(queries, full, *others, rule, **options)
     pages = paged(full, padding, page_size)
-    actual = decode_attention(queries, pages, *others, rule, **options)
+    actual = decode_step(queries, pages, *others, rule, **options)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
 
@@ -218,7 +218,7 @@ def test_arguments_that_do_not_fit_are_rejected():
     def refuses(reason, rule=RULE, **changes):
         given = {"query_states": queries, "full": full, "index_queries": index_queries, **changes}
         with pytest.raises(ValueError, match=reason):
-            decode_attention(windowed=windowed, layout=layout, rule=rule, scaling=1.0, **given)
+            decode_step(windowed=windowed, layout=layout, rule=rule, scaling=1.0, **given)
 
     refuses("one query token", query_states=queries.expand(-1, -1, 2, -1))
     refuses("at most 256", query_states=queries.repeat(1, 1, 1, 17))
@@ -253,7 +253,7 @@ def test_the_histogram_workspace_is_zero_after_a_step(reading, heads):
         replace(full, histogram_workspace=histogram_workspace),
         replace(full, histogram_workspace=histogram_workspace),
     ):
-        output, _ = decode_attention(
+        output, *_ = decode_step(
             queries,
             states,
             windowed,
@@ -276,11 +276,11 @@ def test_a_step_can_be_captured_and_replayed_as_sequences_grow():
     options = {"scaling": step.problem.scaling, "return_log_sum_exp": True}
     grown = replace(full, length=length, histogram_workspace=zero_histograms(4, queries.device))
     arguments = (queries, grown, windowed, layout, index_queries, RULE)
-    decode_attention(*arguments, **options)
+    decode_step(*arguments, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode_attention(*arguments, **options)
+        captured = decode_step(*arguments, **options)
     for tokens in (100, 2000, 4000):
         length.fill_(tokens)
         graph.replay()
-        assert torch.equal(captured[0], decode_attention(*arguments, **options)[0])
+        assert torch.equal(captured[0], decode_step(*arguments, **options)[0])

@@ -15,7 +15,6 @@ B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +29,6 @@ from rtpurbo.ops.triton.decode.workspace import FullStates, Selection, WindowedS
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
 
 MAX_BLOCK_SIZE = 1024
-
-
-def decode_attention(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """Output and log-sum-exp of `decode_step`."""
-    output, log_sum_exp, _ = decode_step(*arguments, **options)
-    return output, log_sum_exp
 
 
 def decode_step(
