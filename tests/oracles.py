@@ -324,14 +324,14 @@ def headwise_keys(
     problem: Problem,
     rule: AttentionRule,
     retrieval_heads: Sequence[int],
-    num_decode_rows: int = 0,
+    num_decode_queries: int = 0,
 ) -> Tensor:
     """Visible keys of every head of a layer, bool [batch, heads, q_len, k_len]."""
     mask = near_keys(problem, rule.sliding_window, rule.num_sink_tokens).clone()
     retrieval = retrieval_keys(problem, rule)
     q_len = problem.queries.shape[2]
     if rule.prefill_mode == "dense" and q_len > 1:
-        dense_rows = q_len - num_decode_rows
+        dense_rows = q_len - num_decode_queries
         retrieval = retrieval.clone()
         retrieval[:, :, :dense_rows] = visible_keys(problem)[:, :, :dense_rows]
     for head in retrieval_heads:

@@ -13,7 +13,7 @@ NAMES = (
     "dense",
     "rule",
     "statistics",
-    "num_decode_rows",
+    "num_decode_queries",
     "observer",
     "document_lengths",
     "gates",

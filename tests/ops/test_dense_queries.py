@@ -18,9 +18,9 @@ DENSE = slice(10, 17)
 SINKS = torch.tensor([0.5, -1.0, 2.0, 1.0], dtype=torch.float64)
 
 
-def run(problem, retrieval_heads, num_decode_rows=0, **options):
+def run(problem, retrieval_heads, num_decode_queries=0, **options):
     layout = HeadLayout.build(retrieval_heads, 4, problem.keys.shape[1])
-    selecting = RULE.num_selecting_queries(problem.queries.shape[2], num_decode_rows)
+    selecting = RULE.num_selecting_queries(problem.queries.shape[2], num_decode_queries)
     return headwise_attention(
         *problem.layered(layout, selecting),
         RULE,
@@ -30,23 +30,23 @@ def run(problem, retrieval_heads, num_decode_rows=0, **options):
     )
 
 
-def keys_read(problem, retrieval_heads, num_decode_rows=0):
+def keys_read(problem, retrieval_heads, num_decode_queries=0):
     """Mask of the oracle, with every visible key for the dense queries of local heads."""
-    mask = oracles.headwise_keys(problem, RULE, retrieval_heads, num_decode_rows)
-    dense = oracles.headwise_keys(problem, DENSE_RULE, retrieval_heads, num_decode_rows)
+    mask = oracles.headwise_keys(problem, RULE, retrieval_heads, num_decode_queries)
+    dense = oracles.headwise_keys(problem, DENSE_RULE, retrieval_heads, num_decode_queries)
     assert (mask[:, :, DENSE] != dense[:, :, DENSE]).any()
     mask[:, :, DENSE] = dense[:, :, DENSE]
     return mask
 
 
 @pytest.mark.parametrize("retrieval_heads", [(), (0,), (0, 1), (0, 3)], ids=str)
-@pytest.mark.parametrize("num_decode_rows", [0, 3])
-def test_equals_the_oracle(retrieval_heads, num_decode_rows):
+@pytest.mark.parametrize("num_decode_queries", [0, 3])
+def test_equals_the_oracle(retrieval_heads, num_decode_queries):
     problem = random_problem(20, 50, padding=(0, 17))
-    expected = oracles.attend(problem, keys_read(problem, retrieval_heads, num_decode_rows))
-    actual = run(problem, retrieval_heads, num_decode_rows, return_log_sum_exp=True)
+    expected = oracles.attend(problem, keys_read(problem, retrieval_heads, num_decode_queries))
+    actual = run(problem, retrieval_heads, num_decode_queries, return_log_sum_exp=True)
     torch.testing.assert_close(actual, expected)
-    output, log_sum_exp = run(problem, retrieval_heads, num_decode_rows)
+    output, log_sum_exp = run(problem, retrieval_heads, num_decode_queries)
     torch.testing.assert_close(output, expected[0])
     assert log_sum_exp is None
 

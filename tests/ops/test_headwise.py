@@ -18,10 +18,10 @@ RULE = AttentionRule(
 HEAD_SETS = [(), (0,), (1, 2), (0, 3), (0, 1, 2), (0, 1, 2, 3)]
 
 
-def run(problem, rule, retrieval_heads, num_decode_rows=0, **options):
+def run(problem, rule, retrieval_heads, num_decode_queries=0, **options):
     heads, key_value_heads = problem.queries.shape[1], problem.keys.shape[1]
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
-    selecting = rule.num_selecting_queries(problem.queries.shape[2], num_decode_rows)
+    selecting = rule.num_selecting_queries(problem.queries.shape[2], num_decode_queries)
     return headwise_attention(
         *problem.layered(layout, selecting), rule, scaling=problem.scaling, **options
     )
@@ -43,14 +43,14 @@ def test_equals_the_oracle(retrieval_heads, mode, q_len, k_len):
     assert log_sum_exp is None
 
 
-@pytest.mark.parametrize("num_decode_rows", [1, 7, 30])
+@pytest.mark.parametrize("num_decode_queries", [1, 7, 30])
 @pytest.mark.parametrize("padding", [(0,), (0, 17)])
-def test_last_queries_select_as_in_decode_steps(num_decode_rows, padding):
+def test_last_queries_select_as_in_decode_steps(num_decode_queries, padding):
     problem = random_problem(30, 63, padding=padding)
-    mask = oracles.headwise_keys(problem, RULE, (0, 3), num_decode_rows)
+    mask = oracles.headwise_keys(problem, RULE, (0, 3), num_decode_queries)
     assert (mask != oracles.headwise_keys(problem, RULE, (0, 3))).any()
     expected = oracles.attend(problem, mask)
-    actual = run(problem, RULE, (0, 3), num_decode_rows, return_log_sum_exp=True)
+    actual = run(problem, RULE, (0, 3), num_decode_queries, return_log_sum_exp=True)
     torch.testing.assert_close(actual, expected)
 
 

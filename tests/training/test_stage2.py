@@ -113,7 +113,7 @@ def test_recomputed_layers_select_the_same():
         calls = []
         for module in headwise_modules(model):
             module.module.register_forward_pre_hook(
-                lambda _, inputs, module=module: calls.append(module.num_decode_rows)
+                lambda _, inputs, module=module: calls.append(module.num_decode_queries)
             )
         set_gradient_checkpointing(model, True)
         backpropagate(model, 0, SEQUENCE, targets, SETTINGS)

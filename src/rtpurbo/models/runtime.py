@@ -60,12 +60,12 @@ class Runtime:
             yield statistics
 
     @contextmanager
-    def decoding_last(self, num_decode_rows: int) -> Iterator[None]:
+    def decoding_last(self, num_decode_queries: int) -> Iterator[None]:
         """Lets the last queries of every forward select as decode steps do, while the others are dense.
 
         Training then computes in one forward what `generate` does: a dense prompt and a sparse answer.
         """
-        with self._layers_with(num_decode_rows=num_decode_rows):
+        with self._layers_with(num_decode_queries=num_decode_queries):
             yield
 
     @contextmanager

@@ -82,7 +82,7 @@ class SparseAttention(AttentionTraits):
         rule: windows and selection.
         dense: run dense attention.
         document_lengths: tokens of packed documents; only where `dense`.
-        num_decode_rows: number of last queries of a forward that select as decode steps do.
+        num_decode_queries: number of last queries of a forward that select as decode steps do.
         backend: backend of `rtpurbo.ops`.
         used_backend: backend of the last call.
         statistics: counts the selected keys.
@@ -102,7 +102,7 @@ class SparseAttention(AttentionTraits):
         self.rule = config.attention.for_layer(layer)
         self.dense = False
         self.document_lengths: tuple[int, ...] | None = None
-        self.num_decode_rows = 0
+        self.num_decode_queries = 0
         self.backend = "auto"
         self.used_backend: str | None = None
         self.statistics: SelectionStatistics | None = None
@@ -188,11 +188,11 @@ class SparseAttention(AttentionTraits):
 
         Without a cache, the queries before those that select as decode steps do are a prompt.
         """
-        is_prompt = self.num_decode_rows > 0 if past is None else past.seen == length
+        is_prompt = self.num_decode_queries > 0 if past is None else past.seen == length
         count = self.rule.dense_prompt_queries
         if not (count and is_prompt) or length <= self.rule.sliding_window:
             return None
-        end = length - self.num_decode_rows
+        end = length - self.num_decode_queries
         return slice(max(0, end - count), end)
 
     def _check_cache(self, past: HeadwiseLayer) -> None:
@@ -227,7 +227,7 @@ class SparseAttention(AttentionTraits):
         caching: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns index queries of the queries that select, and index keys; None where they are not needed."""
-        selecting = self.rule.num_selecting_queries(queries.shape[2], self.num_decode_rows)
+        selecting = self.rule.num_selecting_queries(queries.shape[2], self.num_decode_queries)
         if not self.retrieval_heads or not (selecting or caching):
             return None, None
         layout, indexer = self.layout(keys.device), self.indexer
