@@ -99,6 +99,14 @@ def _difference(average: dict[str, Any]) -> list[float]:
     return [average["difference"], *average["difference_ci95"]]
 
 
+def _compared(
+    found: dict[str, Any], length: int, suite: str = "ruler", policy: str = "rtpurbo"
+) -> list[Numbers]:
+    """Mean scores of the dense model and of a policy, and their difference with its interval."""
+    full, other = (_average(found, one, length, suite) for one in ("full", policy))
+    return [[full["score"]], [other["score"]], _difference(other)]
+
+
 def _far(found: dict[str, Any], policy: str, length: int, suite: str = "ruler") -> Numbers:
     """Mean share of the distant tokens that are read, over tasks, in percent."""
     shares = [
@@ -126,11 +134,8 @@ def public_models() -> Rows:
     rows: Rows = {}
     for model, name in PUBLIC.items():
         found = read(name)
-        full, sparse = (_average(found, policy, 32768) for policy in ("full", "rtpurbo"))
         rows[model] = [
-            [full["score"]],
-            [sparse["score"]],
-            _difference(sparse),
+            *_compared(found, 32768),
             _far(found, "rtpurbo", 32768),
             [_cache(found, "full", 32768) / MIB],
             [_cache(found, "rtpurbo", 32768) / MIB],
@@ -155,11 +160,8 @@ def public_lengths() -> Rows:
         found = read(file)
         for name, length in LENGTHS.items():
             if length <= 32768:
-                full, sparse = (_average(found, policy, length) for policy in ("full", "rtpurbo"))
                 rows[f"{_size(model)}, {name}"] = [
-                    [full["score"]],
-                    [sparse["score"]],
-                    _difference(sparse),
+                    *_compared(found, length),
                     _far(found, "rtpurbo", length),
                     [_cache(found, "rtpurbo", length) / _cache(found, "full", length)],
                 ]
@@ -176,12 +178,8 @@ def public_suites() -> Rows:
         found = read(file)
         for name, (suite, length) in SUITES.items():
             if _records(found, suite=suite, context_length=length):
-                full, sparse = (
-                    _average(found, policy, length, suite) for policy in ("full", "rtpurbo")
-                )
-                rows[f"{_size(model)}, {name}"] = [
-                    [sparse["samples"]], [full["score"]], [sparse["score"]], _difference(sparse)
-                ]  # fmt: skip
+                samples = _average(found, "rtpurbo", length, suite)["samples"]
+                rows[f"{_size(model)}, {name}"] = [[samples], *_compared(found, length, suite)]
     return rows
 
 
@@ -278,19 +276,10 @@ def _by_task(pairs: list[tuple[dict[str, Any], str]]) -> Rows:
 
 def trial() -> Rows:
     found = read("quality-qwen2.5-coder-1.5b-trial-h200.json")
-
-    def row(policy: str, *place: Any) -> list[Numbers]:
-        average = _average(found, policy, *place)
-        return [
-            [_average(found, "full", *place)["score"]],
-            [average["score"]],
-            _difference(average),
-        ]
-
     return {
-        "RULER at 32K, mean of 7 tasks": row("rtpurbo", 32768),
-        "the same before stage 2": row("rtpurbo-before-stage2", 32768),
-        "GSM8K": row("rtpurbo", 0, "gsm8k"),
+        "RULER at 32K, mean of 7 tasks": _compared(found, 32768),
+        "the same before stage 2": _compared(found, 32768, policy="rtpurbo-before-stage2"),
+        "GSM8K": _compared(found, 0, "gsm8k"),
     }
 
 
@@ -298,12 +287,9 @@ def long_context() -> Rows:
     found = read("quality-smollm2-64k-h200.json")
     rows: Rows = {}
     for name, length in LENGTHS.items():
-        sparse = _average(found, "rtpurbo", length)
         size = _cache(found, "rtpurbo", length)
         rows[name] = [
-            [_average(found, "full", length)["score"]],
-            [sparse["score"]],
-            _difference(sparse),
+            *_compared(found, length),
             _far(found, "rtpurbo", length) if length > 4096 else None,
             [size / MIB],
             [size / _cache(found, "full", length)],
