@@ -30,7 +30,8 @@ def run(
     path.write_text(script)
     variables = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        # vLLM and rtpurbo's metadata may come from the variable too.
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         **environment,
     }
