@@ -170,6 +170,8 @@ class HeadLayout:
         local_windowed: local heads whose KV head keeps only sinks and window.
         full_key_value_heads: int64, KV heads that keep every token.
         windowed_key_value_heads: int64, the other KV heads.
+        retrieval_groups: int64 [full KV heads, most], indices in `retrieval` of the retrieval heads of each full
+            KV head, in ascending order; padded with -1 to the largest number of them.
         order: int64 [num_attention_heads], permutation from (retrieval, local_full, local_windowed) to
             head order.
         derived: values that backends compute from the layout once.
@@ -180,6 +182,7 @@ class HeadLayout:
     local_windowed: HeadGroup
     full_key_value_heads: Tensor
     windowed_key_value_heads: Tensor
+    retrieval_groups: Tensor
     order: Tensor
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -203,6 +206,14 @@ class HeadLayout:
         def group_of(heads: Sequence[int], kept: list[int]) -> HeadGroup:
             return HeadGroup(indices(heads), indices([kept.index(head // group) for head in heads]))
 
+        members = [
+            [rank for rank, head in enumerate(retrieval_heads) if head // group == kept]
+            for kept in full
+        ]
+        most = max(map(len, members), default=0)
+        groups = torch.full((len(full), most), -1, dtype=torch.int64)
+        for row, ranks in zip(groups, members, strict=True):
+            row[: len(ranks)] = torch.tensor(ranks)
         local_full = [head for head in local if head // group in full]
         local_windowed = [head for head in local if head // group in windowed]
         joined = torch.tensor([*retrieval_heads, *local_full, *local_windowed])
@@ -212,6 +223,7 @@ class HeadLayout:
             group_of(local_windowed, windowed),
             indices(full),
             indices(windowed),
+            groups.to(device),
             joined.argsort().to(device),
         )
 

@@ -51,11 +51,24 @@ def deepest_of(cells):
 
 
 @triton.jit
-def count_levels(histogram, places, levels, ENTRIES: tl.constexpr):
-    """Adds entries, whose levels have just been stored at `places`, to the histogram of their head.
+def count_loaded_levels(histogram, places, peak):
+    """Adds entries, whose levels are at `places` and `peak` at most, to the histogram of their head.
 
-    Entries of a coarse cell are counted at its lowest level: never above their own.
+    `tl.histogram` counts the copy of every thread, and the result of a reduction or a product is replicated over
+    threads. Loaded values are not, if there is an element for each thread of four warps. Entries of a coarse cell
+    are counted at its lowest level: never above their own.
     """
+    levels = tl.load(places).to(tl.int32)
+    entry_cells = cell_of(peak - levels)
+    counts = tl.histogram(entry_cells, CELLS, mask=(levels > 0) & (entry_cells < CELLS))
+    lowest = tl.maximum(peak - deepest_of(tl.arange(0, CELLS)), 1)
+    counted = histogram + LEVELS - lowest
+    tl.atomic_add(counted, counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def count_levels(histogram, places, levels, ENTRIES: tl.constexpr):
+    """Adds entries, whose levels have just been stored at `places`, to the histogram of their head."""
     peak = tl.max(levels, 0)
     if peak > 0:
         tl.atomic_max(histogram, peak, sem="relaxed")
@@ -63,12 +76,5 @@ def count_levels(histogram, places, levels, ENTRIES: tl.constexpr):
             counted = histogram + LEVELS - levels
             tl.atomic_add(counted, levels * 0 + 1, mask=levels > 0, sem="relaxed")
         else:
-            # `tl.histogram` counts the copy of every thread, and the result of a reduction is replicated
-            # over threads. Loaded values are not, if there is an element for each thread of four warps.
             tl.debug_barrier()
-            levels = tl.load(places).to(tl.int32)
-            entry_cells = cell_of(peak - levels)
-            counts = tl.histogram(entry_cells, CELLS, mask=(levels > 0) & (entry_cells < CELLS))
-            lowest = tl.maximum(peak - deepest_of(tl.arange(0, CELLS)), 1)
-            counted = histogram + LEVELS - lowest
-            tl.atomic_add(counted, counts, mask=counts > 0, sem="relaxed")
+            count_loaded_levels(histogram, places, peak)

@@ -15,6 +15,7 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout, index_key_heads
 from rtpurbo.ops.triton.addresses import sequence_extent
+from rtpurbo.ops.triton.decode.group_scores import score_group_chunk
 from rtpurbo.ops.triton.decode.index_scores import score_chunk
 from rtpurbo.ops.triton.decode.pdl import allow_dependent_launch, supports_pdl
 from rtpurbo.ops.triton.decode.window import window_split
@@ -32,6 +33,10 @@ from rtpurbo.ops.triton.softmax import LOG2_E
 # Window keys of one program, and pipeline stages of its loop over tiles.
 SPLIT = 128
 WINDOW_STAGES = 2
+# Programs that score keys, from which on each scores all retrieval heads of a KV head that share index keys, and
+# the most scores of a tile of such a program.
+SCORE_PROGRAMS = 512
+GROUP_SCORES = 1024
 
 # Not specialised: a value of 1 or a multiple of 16 does not compile another kernel.
 SIZES = [
@@ -47,6 +52,7 @@ SIZES = [
     "num_splits",
     "padded_entries",
     "num_chunks",
+    "members_per_program",
     "num_sinks",
     "near_window",
     "sliding_window",
@@ -73,6 +79,7 @@ def window_and_scores_kernel(
     index_keys,
     index_key_strides,
     index_key_heads,
+    retrieval_groups,
     block_table,
     table_stride,
     lengths,
@@ -97,6 +104,7 @@ def window_and_scores_kernel(
     num_splits,
     padded_entries,
     num_chunks,
+    members_per_program,
     num_sinks,
     near_window,
     sliding_window,
@@ -109,6 +117,8 @@ def window_and_scores_kernel(
     WIDTH: tl.constexpr,
     WINDOW_TILE: tl.constexpr,
     SPLIT: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    MEMBER_WIDTH: tl.constexpr,
     INDEX_DIM: tl.constexpr,
     INDEX_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,9 +131,11 @@ def window_and_scores_kernel(
     SCORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs (full KV head, split), then (windowed KV head, split), then (chunk, retrieval head).
+    """Programs (full KV head, split), then (windowed KV head, split), then (chunk, retrieval heads).
 
-    Retrieval heads that share index keys are adjacent, so that a chunk of keys is in the L2 cache for them.
+    Each of the last kind scores one retrieval head, or `members_per_program` of the MEMBERS at most of a KV head
+    (`retrieval_groups`) if MEMBERS is not 0. Programs with the same index keys are adjacent, so that a chunk of
+    keys is in the L2 cache for them.
     """
     allow_dependent_launch(PDL)
     program = tl.program_id(0)
@@ -164,6 +176,18 @@ def window_and_scores_kernel(
             scale, log_sums, outputs, num_heads, num_splits, num_retrieval, GROUP, GROUP_WIDTH,
             RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, SPLIT, WINDOWED_PAGE_SIZE,
             WINDOWED_PAGE_SIZE == 0,
+        )  # fmt: skip
+    elif SCORE and MEMBERS > 0:
+        splits = tl.cdiv(MEMBERS, members_per_program)
+        program -= window_programs
+        first_member = program % splits * members_per_program
+        score_group_chunk(
+            index_queries, index_query_strides, index_keys, index_key_strides, retrieval_groups,
+            block_table, table_row, sequence, program // splits % num_full, first_member,
+            first_member + members_per_program, program // splits // num_full, query_position,
+            first_slot, num_sinks, near_window, levels, histogram, references, batch,
+            num_retrieval, padded_entries, MEMBERS, MEMBER_WIDTH, INDEX_DIM, INDEX_WIDTH, BLOCK,
+            BLOCK_WIDTH, SCORE_TILE, SCORE_TILES, PLANES, PAGE_SIZE,
         )  # fmt: skip
     elif SCORE:
         score_chunk(
@@ -225,8 +249,22 @@ def window_and_scores(
     index_width = triton.next_power_of_2(index_dim)
     block_width = triton.next_power_of_2(scores.block)
     chunk_tokens = entries_per_chunk(scores.block) * block_width
-    score_tile = max(block_width, min(chunk_tokens, TILE_ELEMENTS // index_width))
-    programs = (num_full + num_windowed) * num_splits + num_retrieval * score * scores.num_chunks
+    score_programs = num_retrieval * score * scores.num_chunks
+    members = members_per_program = member_width = 0
+    if key_heads is not None and layout.retrieval_groups.shape[1] > 1:
+        # Shared index keys: a product with the index queries of several heads.
+        members = layout.retrieval_groups.shape[1]
+        member_width = max(8, triton.next_power_of_2(members))
+        index_width = max(16, index_width)
+        chunks = scores.num_chunks * num_full
+        splits = min(members, triton.cdiv(SCORE_PROGRAMS, chunks * batch))
+        members_per_program = triton.cdiv(members, splits)
+        score_programs = chunks * triton.cdiv(members, members_per_program)
+    score_tile = min(chunk_tokens, TILE_ELEMENTS // index_width)
+    if members:
+        score_tile = min(score_tile, GROUP_SCORES // member_width)
+    score_tile = max(block_width, score_tile)
+    programs = (num_full + num_windowed) * num_splits + score_programs
     window_and_scores_kernel[(programs, batch)](
         queries,
         queries.stride()[:2],
@@ -245,6 +283,7 @@ def window_and_scores(
         full.index_keys,
         strides(full.index_keys),
         key_heads,
+        layout.retrieval_groups,
         full.block_table,
         full.table_stride,
         full.lengths,
@@ -269,6 +308,7 @@ def window_and_scores(
         num_splits,
         scores.levels.shape[1],
         scores.num_chunks,
+        members_per_program,
         rule.num_sink_tokens,
         rule.near_window,
         rule.sliding_window,
@@ -281,6 +321,8 @@ def window_and_scores(
         WIDTH=width,
         WINDOW_TILE=window_tile,
         SPLIT=SPLIT,
+        MEMBERS=members,
+        MEMBER_WIDTH=member_width,
         INDEX_DIM=index_dim,
         INDEX_WIDTH=index_width,
         BLOCK=scores.block,
