@@ -88,6 +88,10 @@ def test_layout_divides_the_heads_and_restores_their_order(groups, group, data):
     for part, kept in zip(parts, (full, full, windowed), strict=True):
         assert len(part) == part.heads.numel()
         assert torch.equal(kept[part.key_value_heads], part.heads // group)
+    for place, ranks in enumerate(layout.retrieval_groups.tolist()):
+        members = (layout.retrieval.key_value_heads == place).nonzero()[:, 0].tolist()
+        assert ranks == members + [-1] * (len(ranks) - len(members))
+    assert layout.retrieval_groups.shape[0] == len(full)
 
 
 @pytest.mark.parametrize("mode", ["dense", "top_p", "row_share", "row_peak"])

@@ -417,6 +417,24 @@ def compile_serving():
             step(32, 8, (0, 9), head_dim=head_dim, page_size=64, windowed_page_size=16, **options)
 
 
+def compile_groups():
+    """Compiles steps in which several heads of a KV head retrieve."""
+    long = {"capacity": 32768, "window": 4096, "num_sink_tokens": 128}
+    for granularity in ("token", "block"):
+        options = {"shared_keys": True, "index_dim": 32, "granularity": granularity, **long}
+        step(12, 2, range(6), index_dtype=torch.float8_e4m3fn, **options)
+        step(12, 2, (0, *range(6, 12)), reading="paper", **options)
+        step(12, 2, range(6), batch=16, page_size=16, windowed_page_size=64, **options)
+    step(8, 1, range(7), capacity=2**20, window=8192)
+    step(16, 1, range(16), shared_keys=True, head_dim=64, index_dim=1)
+    step(20, 1, range(18), shared_keys=True, index_dim=64)
+    step(8, 2, range(8), head_dim=256, dtype=torch.float16)
+    step(8, 2, range(8), head_dim=96, shared_keys=True, reading="far", batch=1)
+    step(8, 2, range(3), shared_keys=True, dtype=torch.float32, index_dtype=torch.float32)
+    float8 = {"cache_dtype": torch.float8_e4m3fn, "page_size": 64, "windowed_page_size": 16}
+    step(32, 8, range(9), index_dtype=torch.float8_e4m3fn, shared_keys=True, **float8)
+
+
 def main():
     """Compiles shapes that take different paths through the kernels."""
     driver.set_active(AbsentHopper())
@@ -444,6 +462,7 @@ def main():
     step(32, 4, (0, 9), index_dtype=torch.float8_e4m3fn)
     step(12, 2, range(6), index_dtype=torch.float8_e4m3fn, shared_keys=True)
     step(12, 2, (0, 6, 7), page_size=16, shared_keys=True, reading="paper")
+    compile_groups()
     step(1, 1, (0,), page_size=16, reading="paper", **single)
 
 

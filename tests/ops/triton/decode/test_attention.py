@@ -59,8 +59,12 @@ SHARED = [
     (6, 2, (1, 3, 4, 5)),
     (12, 2, range(12)),
     (12, 2, (6, 8, 11)),
+    (12, 2, (7, 3, 11, 1, 0, 2, 8, 4)),
+    (16, 2, (1, *range(9, 16))),
+    (8, 1, range(8)),
+    (20, 1, (*range(17), 19)),
 ]
-"""Query heads, KV heads and retrieval heads, of groups of 1, 2, 3 and 6."""
+"""Query heads, KV heads and retrieval heads; of a KV head, 1, 2, 3, 5, 6, 7, 8 or 18 retrieve."""
 
 
 @pytest.mark.parametrize(("heads", "key_value_heads", "retrieval_heads"), SHARED, ids=str)
@@ -71,6 +75,20 @@ def test_shared_index_keys(heads, key_value_heads, retrieval_heads, dtype):
     step = Step.build(157, RULE, retrieval_heads, dtype=dtype, **options)
     assert step.arguments[1].index_keys.shape[1] == len(step.layout.full_key_value_heads)
     step.check()
+
+
+@pytest.mark.parametrize("heads", [(0, 1, 4, 5, 2, 9), (3, 8, 9)], ids=str)
+@pytest.mark.parametrize("block_size", [None, 5, 8, 64])
+@pytest.mark.parametrize("reading", READINGS)
+def test_heads_of_a_group_attend_to_their_own_selections(heads, block_size, reading):
+    rule = replace(RULE, reading=reading, top_p=0.4, min_tokens=20, sliding_window=64)
+    if block_size:
+        rule = replace(rule, granularity="block", block_size=block_size)
+    shape = {"heads": 12, "key_value_heads": 2, "padding": (0, 170)}
+    step = Step.build(700, rule, heads, dtype=torch.float16, **shape)
+    step.check()
+    first, second = step.selected(step.run()[2])[0, :2, 0]
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])

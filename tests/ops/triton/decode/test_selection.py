@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.triton.decode import histogram, selected_attention, workspace
+from rtpurbo.ops.triton.decode import (
+    group_attention,
+    group_lists,
+    histogram,
+    selected_attention,
+    window_and_scores,
+    workspace,
+)
 from rtpurbo.ops.triton.decode import top_p as top_p_selection
 from tests import oracles
 from tests.ops.triton.decode_support import Step
@@ -194,16 +201,26 @@ def test_equal_scores_are_selected_together(reading):
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
 @pytest.mark.parametrize("reading", ["residual", "paper"])
-def test_the_result_does_not_depend_on_the_division_of_work(monkeypatch, reading, granularity):
+@pytest.mark.parametrize("heads", [(0, 3), (0, 1, 3)], ids=str)
+def test_the_result_does_not_depend_on_the_division_of_work(
+    monkeypatch, reading, granularity, heads
+):
     rule = replace(RULE, granularity=granularity, reading=reading, min_tokens=50)
-    step = Step.build(1500, rule, (0, 3), dtype=torch.float32, padding=(0, 700))
+    shape = {"padding": (0, 700), "key_value_heads": 2, "shared_index": len(heads) > 2}
+    step = Step.build(1500, rule, heads, dtype=torch.float32, **shape)
     check_bounds(step)
     for module, name, size in (
         (workspace, "CHUNK_TOKENS", 256),
         (workspace, "SEGMENTS", 3),
         (workspace, "MIN_SEGMENT_ENTRIES", 16),
         (top_p_selection, "COMPACTED_ENTRIES", 64),
+        (workspace, "MIN_GROUP_SEGMENT_ENTRIES", 16),
+        (window_and_scores, "SCORE_PROGRAMS", 1),
+        (window_and_scores, "GROUP_SCORES", 256),
         (selected_attention, "TOKENS_PER_PROGRAM", 100),
+        (group_lists, "COMPACTED_ENTRIES", 64),
+        (group_attention, "TOKENS_PER_PROGRAM", 100),
+        (group_attention, "TILE", 16),
     ):
         monkeypatch.setattr(module, name, size)
     check_bounds(step)

@@ -1,9 +1,13 @@
-"""Decode step of a layer: one query token per sequence, in four kernels.
+"""Decode step of a layer: one query token per sequence, in four kernels or five.
 
 1. `window_and_scores`: window attention of every head, and index scores of the far keys with their histogram;
 2. `top_p`: selection of the far keys from the histogram;
 3. `selected_attention`: attention over the selected keys;
 4. `combine`: split-K combine of the partial results.
+
+Where several retrieval heads of a layer have the same KV head, those of each KV head read the union of their
+selections together (`SelectionGroups`): the selection is two kernels then (`group_lists`), and
+`group_attention` follows.
 
 The first kernel expects a zeroed histogram, and the last one zeroes it again. Without a histogram workspace
 from the caller, a fill precedes the step. Grids and memory depend on shapes alone, so a step can be captured

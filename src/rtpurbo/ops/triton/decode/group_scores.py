@@ -159,9 +159,7 @@ def score_group_chunk(
                 )
                 entry_levels = tl.where(in_group[None, :], entry_levels, 0)
                 first_head = plane * heads_per_plane
-                plane_levels = levels + tl.multiple_of(
-                    first_head.to(tl.int64) * padded_entries, 16
-                )
+                plane_levels = levels + tl.multiple_of(first_head.to(tl.int64) * padded_entries, 16)
                 tl.store(
                     plane_levels + rows[None, :] + entries[:, None],
                     entry_levels.to(tl.int16),

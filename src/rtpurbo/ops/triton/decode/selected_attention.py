@@ -15,16 +15,18 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout
 from rtpurbo.ops.triton.addresses import head_start, sequence_extent, slot_offsets
+from rtpurbo.ops.triton.decode.group_attention import selected_group_attention
 from rtpurbo.ops.triton.decode.pdl import (
     allow_dependent_launch,
     dependent_launch,
     wait_for_dependencies,
 )
 from rtpurbo.ops.triton.decode.workspace import (
-    TILE_ELEMENTS,
     FullStates,
     PartialAttention,
     Selection,
+    SelectionGroups,
+    gathered_tile,
     strides,
 )
 from rtpurbo.ops.triton.softmax import LOG2_E, combine_lanes, update_softmax_lanes
@@ -204,6 +206,9 @@ def selected_attention(
     selection: Selection | None,
 ) -> PartialAttention:
     """Partial attention of B * R heads over the selected far keys, or over all of them without a selection."""
+    groups = SelectionGroups.of(layout)
+    if groups.members > 1:
+        return selected_group_attention(queries, full, layout, groups, rule, scaling, selection)
     batch, _, _, head_dim = queries.shape
     num_retrieval = len(layout.retrieval)
     heads = batch * num_retrieval
@@ -244,7 +249,7 @@ def selected_attention(
         SEGMENT_WIDTH=max(MIN_SEGMENT_WIDTH, triton.next_power_of_2(max(1, num_segments))),
         HEAD_DIM=head_dim,
         WIDTH=width,
-        TILE=max(16, min(GATHER_TILE, TILE_ELEMENTS // queries.element_size() // width)),
+        TILE=gathered_tile(queries, GATHER_TILE),
         BLOCK=1 if selection is None else selection.block,
         PAGE_SIZE=full.page_size,
         EVERYTHING=selection is None,

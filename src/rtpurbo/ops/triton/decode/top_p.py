@@ -8,7 +8,7 @@ entry of their tile at a lower level than theirs; in a tile of 1024 that is at m
 
 Each program finds the lowest selected level by itself, with reductions within a single warp, and compacts
 one segment of the entries into a list. Separate lists without an atomic counter keep the order of the
-entries, and hence the sums over them, deterministic.
+entries, and hence the sums over them, deterministic. Retrieval heads of a KV head may share lists (`group_lists`).
 
 B sequences, R retrieval heads, G segments of a head; E entries of a tile; S splits of the window keys.
 """
@@ -23,7 +23,9 @@ from torch import Tensor
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.states import HeadLayout
 from rtpurbo.ops.triton.addresses import sequence_extent
-from rtpurbo.ops.triton.decode.histogram import DEPTH, DEPTH_WIDTH, LEVEL_WIDTH, LEVELS
+from rtpurbo.ops.triton.decode.group_lists import select_in_groups
+from rtpurbo.ops.triton.decode.histogram import DEPTH, LEVELS
+from rtpurbo.ops.triton.decode.lowest_levels import MIN_SPLIT_WIDTH, lowest_levels
 from rtpurbo.ops.triton.decode.pdl import (
     allow_dependent_launch,
     dependent_launch,
@@ -34,82 +36,11 @@ from rtpurbo.ops.triton.decode.workspace import (
     IndexScores,
     PartialAttention,
     Selection,
+    SelectionGroups,
 )
-from rtpurbo.ops.triton.softmax import LOG2_E
 
 # Entries that a program compacts at a time, at most.
 COMPACTED_ENTRIES = 512
-# Smallest width of the splits, so that fewer splits do not compile another kernel.
-MIN_SPLIT_WIDTH = 64
-
-
-@triton.jit
-def _counts_below(histogram, peak):
-    """Levels in descending order, starting at or above `peak`, and the number of entries of each."""
-    # Starts at a multiple of 8, for vector loads.
-    places = (LEVELS - peak) // 8 * 8 + tl.arange(0, DEPTH_WIDTH)
-    counts = tl.load(histogram + places, mask=places < LEVELS, other=0)
-    levels = LEVELS - places
-    return levels, tl.where(levels > peak - DEPTH, counts, 0)
-
-
-@triton.jit
-def _window_mass(window_log_sums, num_splits, score, SPLIT_WIDTH: tl.constexpr):
-    """Sum of the exponentials of the window's logits, relative to the exponential of `score`.
-
-    May be infinite; the far keys have no share of the mass then.
-    """
-    splits = tl.arange(0, SPLIT_WIDTH)
-    log_sums = tl.load(window_log_sums + splits, mask=splits < num_splits, other=float("-inf"))
-    return tl.sum(tl.exp2(log_sums - score * LOG2_E), 0)
-
-
-@triton.jit
-def lowest_levels(
-    histogram,
-    far_peak,
-    top_p_peak,
-    reference,
-    window_log_sums,
-    heads_per_plane,
-    num_splits,
-    top_p,
-    far_floor,
-    floor,
-    SPLIT_WIDTH: tl.constexpr,
-    READING: tl.constexpr,
-):
-    """Lowest selected level in plane 0 and in the plane that top-p applies to.
-
-    Pointers are those of the head; the peaks are the levels of its best entries in both planes.
-    """
-    levels, counts = _counts_below(histogram, far_peak)
-    # A level is selected if the levels above it do not suffice.
-    wanted = (levels <= far_peak) & (tl.cumsum(counts, 0) - counts < floor)
-    peak = far_peak
-    if READING == "paper":
-        peak = top_p_peak
-        levels, counts = _counts_below(histogram + heads_per_plane * LEVELS, peak)
-    masses = counts * tl.exp((levels - peak) * LEVEL_WIDTH)
-    reached = tl.cumsum(masses, 0)
-    total = tl.max(reached, 0)
-    target = top_p * total
-    if READING != "paper":
-        middle = reference + (far_peak - DEPTH + 0.5) * LEVEL_WIDTH
-        window = _window_mass(window_log_sums, num_splits, middle, SPLIT_WIDTH)
-        if READING == "residual":
-            # Selected + window must reach top_p of total + window.
-            target -= (1.0 - top_p) * window
-        else:
-            target = tl.where(total * (1.0 - far_floor) > far_floor * window, target, 0.0)
-    needed = (levels <= peak) & (reached - masses < target)
-    if READING == "paper":
-        lowest_far = far_peak + 1 - tl.sum(wanted.to(tl.int32), 0)
-        lowest = peak + 1 - tl.sum(needed.to(tl.int32), 0)
-    else:
-        lowest_far = far_peak + 1 - tl.sum((wanted | needed).to(tl.int32), 0)
-        lowest = lowest_far
-    return tl.maximum(lowest_far, tl.maximum(far_peak - DEPTH, 0) + 1), lowest
 
 
 # Not specialised: a value of 1 or a multiple of 16 does not compile another kernel.
@@ -228,12 +159,17 @@ def select_top_p(
 ) -> Selection:
     """Selected far entries of B * R heads."""
     batch, num_heads = queries.shape[:2]
+    groups = SelectionGroups.of(layout)
+    if groups.members > 1:
+        return select_in_groups(queries, full, layout, groups, rule, window, scores)
     num_retrieval = len(layout.retrieval)
     num_segments = scores.levels.shape[1] // scores.segment
     shape = (batch, num_retrieval, num_segments)
     selection = Selection(
         lists=queries.new_empty(*shape, scores.segment, dtype=torch.int32),
         list_lengths=queries.new_empty(shape, dtype=torch.int32),
+        members=None,
+        groups=groups,
         block=scores.block,
     )
     top_p_kernel[(num_segments, batch * num_retrieval)](

@@ -24,6 +24,7 @@ from rtpurbo.ops.triton.decode.workspace import (
     FullStates,
     IndexScores,
     PartialAttention,
+    SelectionGroups,
     WindowedStates,
     entries_per_chunk,
     strides,
@@ -229,7 +230,12 @@ def window_and_scores(
         assert full.index_keys is not None
         key_heads = index_key_heads(full.index_keys, num_full, layout.retrieval.key_value_heads)
     scores = IndexScores.allocate(
-        rule, full.capacity, batch * num_retrieval * score, queries, full.histogram_workspace
+        rule,
+        full.capacity,
+        batch * num_retrieval * score,
+        SelectionGroups.of(layout),
+        queries,
+        full.histogram_workspace,
     )
 
     widest = max(rule.near_window, rule.sliding_window if len(layout.local_full) else 0)

@@ -12,15 +12,19 @@ import triton
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import KeyValueStates, PagedStates
+from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates
 from rtpurbo.ops.triton.decode.histogram import LEVELS
 from rtpurbo.ops.triton.softmax import LOG2_E
 
 # Index keys that one program scores.
 CHUNK_TOKENS = 1024
-# Programs that compact the selected entries of a head, and the fewest entries of one of them.
+# Programs that compact the selected entries of a head or group, and the fewest entries of one of them.
 SEGMENTS = 256
 MIN_SEGMENT_ENTRIES = 256
+MIN_GROUP_SEGMENT_ENTRIES = 512
+# Retrieval heads of a KV head that read their selected keys together: at least and at most (a tile of tensor cores).
+MIN_MEMBERS = 2
+MAX_MEMBERS = 16
 # Elements of a tile that four warps hold in registers without spilling.
 TILE_ELEMENTS = 16384
 
@@ -139,6 +143,34 @@ class WindowedStates:
 
 
 @dataclass(frozen=True)
+class SelectionGroups:
+    """Retrieval heads whose selected keys are in one list: those of a KV head, or each on its own.
+
+    Attributes:
+        members: largest number of heads of a group; 1 if each retrieval head is on its own.
+        count: number of groups of a sequence.
+        ranks: int64 [count, members], retrieval heads of each group, -1 for none; None if each is on its own.
+    """
+
+    members: int
+    count: int
+    ranks: Tensor | None
+
+    @classmethod
+    def of(cls, layout: HeadLayout) -> SelectionGroups:
+        """Groups of a layer's retrieval heads."""
+        count, members = layout.retrieval_groups.shape
+        if MIN_MEMBERS <= members <= MAX_MEMBERS:
+            return cls(members, count, layout.retrieval_groups)
+        return cls(1, len(layout.retrieval), None)
+
+    @property
+    def width(self) -> int:
+        """Power of two that the members are padded to."""
+        return triton.next_power_of_2(self.members)
+
+
+@dataclass(frozen=True)
 class PartialAttention:
     """Split-K partial results: attention of some heads, each over splits of its keys.
 
@@ -202,16 +234,18 @@ class IndexScores:
         rule: AttentionRule,
         capacity: int,
         heads: int,
+        groups: SelectionGroups,
         like: Tensor,
         histogram_workspace: Tensor | None,
     ) -> IndexScores:
-        """Memory for `heads` retrieval heads (of all sequences) over `capacity` tokens each."""
+        """Memory for `heads` retrieval heads (of all sequences) in `groups` over `capacity` tokens each."""
         block = rule.block_size if rule.granularity == "block" else 1
         planes = 2 if rule.reading == "paper" else 1
         num_entries = triton.cdiv(capacity, block)
         chunk = entries_per_chunk(block)
         share = triton.next_power_of_2(triton.cdiv(num_entries, SEGMENTS))
-        segment = max(MIN_SEGMENT_ENTRIES, share)
+        fewest = MIN_GROUP_SEGMENT_ENTRIES if groups.members > 1 else MIN_SEGMENT_ENTRIES
+        segment = max(fewest, share)
         width = max(chunk, segment)
         padded_entries = triton.cdiv(num_entries, width) * width
         if histogram_workspace is None or histogram_workspace.shape[0] != planes * heads:
@@ -232,13 +266,18 @@ class Selection:
     """Selected far keys of a step, as compacted lists of entries.
 
     Attributes:
-        lists: int32 [B, R, segments, length], entries: tokens, or blocks of `block` tokens.
-        list_lengths: int32 [B, R, segments], valid entries of each list.
+        lists: int32 [B, groups, segments, length], entries: tokens, or blocks of `block` tokens.
+        list_lengths: int32 [B, groups, segments], valid entries of each list.
+        members: int32 like `lists`, bit m: the entry is selected by member m of the group; some zeros follow a list.
+            None if each retrieval head is on its own.
+        groups: groups of the retrieval heads.
         block: tokens of an entry.
     """
 
     lists: Tensor
     list_lengths: Tensor
+    members: Tensor | None
+    groups: SelectionGroups
     block: int
 
     def keys(self, num_positions: int) -> Tensor:
@@ -248,10 +287,18 @@ class Selection:
         num_entries = self.lists.shape[2] * self.lists.shape[3]
         # The unused tail of a list is uninitialised: it is scattered to an extra entry.
         entries = self.lists.masked_fill(~valid, num_entries).flatten(2).long()
+        members = torch.ones_like(self.lists) if self.members is None else self.members
         selected = torch.zeros(
-            *entries.shape[:2], num_entries + 1, dtype=torch.bool, device=entries.device
-        ).scatter_(2, entries, True)
-        return selected[..., :-1].repeat_interleave(self.block, 2)[..., :num_positions]
+            *entries.shape[:2], num_entries + 1, dtype=torch.int32, device=entries.device
+        ).scatter_(2, entries, members.flatten(2))
+        if self.groups.ranks is None:
+            by_head = selected != 0
+        else:
+            ranks = self.groups.ranks.flatten()
+            places = ranks.argsort()[(ranks < 0).sum() :]
+            bits = (places % self.groups.members)[:, None]
+            by_head = (selected[:, places // self.groups.members] >> bits) & 1 != 0
+        return by_head[..., :-1].repeat_interleave(self.block, 2)[..., :num_positions]
 
 
 def zero_histograms(heads: int, device: torch.device) -> Tensor:
@@ -262,6 +309,12 @@ def zero_histograms(heads: int, device: torch.device) -> Tensor:
 def entries_per_chunk(block: int) -> int:
     """Entries of `block` tokens that one program scores."""
     return max(1, CHUNK_TOKENS // triton.next_power_of_2(block))
+
+
+def gathered_tile(queries: Tensor, largest: int) -> int:
+    """Keys of a tile of selected keys, `largest` at most."""
+    width = triton.next_power_of_2(queries.shape[-1])
+    return max(16, min(largest, TILE_ELEMENTS // queries.element_size() // width))
 
 
 def strides(states: Tensor | None) -> tuple[int, int, int]:
