@@ -93,6 +93,7 @@ def test_requests_compile_no_kernel(family, rule, fused, options, tmp_path):
     assert result["before"] >= result["launched"] >= 12
     kernels = {
         "combine_kernel", "selected_attention_kernel", "top_p_kernel", "window_and_scores_kernel",
-        "window_kernel",
+        "window_kernel", "compact_groups_kernel", "lowest_levels_kernel",
+        "selected_group_attention_kernel",
     }  # fmt: skip
     assert set(result["names"]) == kernels | ({"fused_append_kernel"} if fused else set())

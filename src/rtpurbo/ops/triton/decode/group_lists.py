@@ -33,6 +33,8 @@ from rtpurbo.ops.triton.decode.workspace import (
 # Entries that a program compacts at a time, at most, and its warps.
 COMPACTED_ENTRIES = 512
 COMPACTION_WARPS = 4
+# Warps of a program that finds the lowest levels of one head: few programs, so that the time of one counts.
+LEVEL_WARPS = 4
 # Entries without members after a list: a tile of keys may extend beyond its end.
 LIST_PADDING = tl.constexpr(128)
 
@@ -171,7 +173,7 @@ def select_in_groups(
         READING=rule.reading,
         PAGE_SIZE=full.page_size,
         **dependent_launch(queries.device),
-        num_warps=1,
+        num_warps=LEVEL_WARPS,
     )
     compact_groups_kernel[(num_segments, batch * groups.count)](
         scores.levels,
