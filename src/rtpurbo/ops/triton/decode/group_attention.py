@@ -38,7 +38,7 @@ MAX_PROGRAMS = 256
 MAX_PROGRAMS_IN_TOTAL = 1024
 TILE = 32
 WARPS = 4
-STAGES = 2
+STAGES = 3
 # Smallest width of the segments, so that fewer segments do not compile another kernel.
 MIN_SEGMENT_WIDTH = 64
 

@@ -76,6 +76,7 @@ def score_group_chunk(
     BLOCK_WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,
     PLANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
@@ -130,7 +131,7 @@ def score_group_chunk(
         highest_of_all = highest
         tokens = tl.arange(0, TILE)
         within = tokens % BLOCK_WIDTH
-        for tile in range(TILES):
+        for tile in tl.range(TILES, num_stages=STAGES):
             first_of_tile = first_entry + tile * ENTRIES
             entries = first_of_tile + tl.arange(0, ENTRIES)
             positions = (first_of_tile + tokens // BLOCK_WIDTH) * BLOCK + within

@@ -34,10 +34,12 @@ from rtpurbo.ops.triton.softmax import LOG2_E
 # Window keys of one program, and pipeline stages of its loop over tiles.
 SPLIT = 128
 WINDOW_STAGES = 2
-# Programs that score keys, from which on each scores all retrieval heads of a KV head that share index keys, and
-# the most scores of a tile of such a program.
+# Programs that score keys, from which on each scores all retrieval heads of a KV head that share index keys; the
+# most scores of a tile of such a program; and pipeline stages of its loop over tiles, with so many bytes at most.
 SCORE_PROGRAMS = 512
 GROUP_SCORES = 1024
+SCORE_STAGES = 5
+SCORE_STAGES_BYTES = 32768
 
 # Not specialised: a value of 1 or a multiple of 16 does not compile another kernel.
 SIZES = [
@@ -126,6 +128,7 @@ def window_and_scores_kernel(
     BLOCK_WIDTH: tl.constexpr,
     SCORE_TILE: tl.constexpr,
     SCORE_TILES: tl.constexpr,
+    SCORE_STAGES: tl.constexpr,
     PLANES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOWED_PAGE_SIZE: tl.constexpr,
@@ -188,7 +191,7 @@ def window_and_scores_kernel(
             first_member + members_per_program, program // splits // num_full, query_position,
             first_slot, num_sinks, near_window, levels, histogram, references, batch,
             num_retrieval, padded_entries, MEMBERS, MEMBER_WIDTH, INDEX_DIM, INDEX_WIDTH, BLOCK,
-            BLOCK_WIDTH, SCORE_TILE, SCORE_TILES, PLANES, PAGE_SIZE,
+            BLOCK_WIDTH, SCORE_TILE, SCORE_TILES, SCORE_STAGES, PLANES, PAGE_SIZE,
         )  # fmt: skip
     elif SCORE:
         score_chunk(
@@ -270,6 +273,10 @@ def window_and_scores(
     if members:
         score_tile = min(score_tile, GROUP_SCORES // member_width)
     score_tile = max(block_width, score_tile)
+    score_stages = 0
+    if members and full.index_keys is not None:
+        tile_bytes = score_tile * index_width * full.index_keys.element_size()
+        score_stages = max(2, min(SCORE_STAGES, 1 + SCORE_STAGES_BYTES // tile_bytes))
     programs = (num_full + num_windowed) * num_splits + score_programs
     window_and_scores_kernel[(programs, batch)](
         queries,
@@ -335,6 +342,7 @@ def window_and_scores(
         BLOCK_WIDTH=block_width,
         SCORE_TILE=score_tile,
         SCORE_TILES=chunk_tokens // score_tile,
+        SCORE_STAGES=score_stages,
         PLANES=scores.planes,
         PAGE_SIZE=full.page_size,
         WINDOWED_PAGE_SIZE=windowed.page_size,
