@@ -7,6 +7,7 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics
+from rtpurbo.ops.triton.decode import window_and_scores
 from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.ops.triton.decode.workspace import zero_histograms
 from tests import oracles
@@ -200,6 +201,17 @@ def test_the_position_of_the_query_may_come_from_labels_where_nothing_retrieves(
         in_order=False,
     )
     step.check()
+
+
+@pytest.mark.parametrize("programs", [1, 12, 1000])
+@pytest.mark.parametrize("retrieval_heads", [(), (1, 2)], ids=str)
+def test_windows_may_be_read_by_fewer_programs(monkeypatch, programs, retrieval_heads):
+    monkeypatch.setattr(window_and_scores, "SPLIT", 64)
+    monkeypatch.setattr(window_and_scores, "MAX_SPLIT", 256)
+    monkeypatch.setattr(window_and_scores, "WINDOW_PROGRAMS", programs)
+    rule = replace(RULE, sliding_window=300)
+    options = {"padding": (0, 41), "in_ring": True, "key_value_heads": 2}
+    Step.build(430, rule, retrieval_heads, dtype=torch.float16, **options).check()
 
 
 @pytest.mark.parametrize("page_size", [16, 64])

@@ -211,7 +211,7 @@ def selected_group_attention(
     num_segments = segment_entries = 0
     if selection is not None:
         num_segments, segment_entries = selection.lists.shape[2:]
-    partial = PartialAttention.allocate(queries, batch * num_retrieval, programs)
+    partial = PartialAttention.allocate(queries, batch * num_retrieval, programs, programs)
     selected_group_attention_kernel[(programs, rows)](
         queries,
         queries.stride()[:2],

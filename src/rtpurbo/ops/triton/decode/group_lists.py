@@ -168,7 +168,7 @@ def select_in_groups(
         rule.top_p,
         rule.far_floor,
         triton.cdiv(rule.min_tokens, scores.block),
-        SPLIT_WIDTH=max(MIN_SPLIT_WIDTH, triton.next_power_of_2(len(window))),
+        SPLIT_WIDTH=max(MIN_SPLIT_WIDTH, triton.next_power_of_2(window.max_splits)),
         PLANES=scores.planes,
         READING=rule.reading,
         PAGE_SIZE=full.page_size,

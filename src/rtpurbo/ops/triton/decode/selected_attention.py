@@ -220,7 +220,7 @@ def selected_attention(
     num_segments = segment_entries = 0
     if selection is not None:
         num_segments, segment_entries = selection.lists.shape[2:]
-    partial = PartialAttention.allocate(queries, heads, programs)
+    partial = PartialAttention.allocate(queries, heads, programs, programs)
     width = triton.next_power_of_2(head_dim)
     selected_attention_kernel[(programs, heads)](
         queries,

@@ -193,7 +193,7 @@ def select_top_p(
         rule.top_p,
         rule.far_floor,
         triton.cdiv(rule.min_tokens, scores.block),
-        SPLIT_WIDTH=max(MIN_SPLIT_WIDTH, triton.next_power_of_2(len(window))),
+        SPLIT_WIDTH=max(MIN_SPLIT_WIDTH, triton.next_power_of_2(window.max_splits)),
         BLOCK=scores.block,
         ENTRIES=min(COMPACTED_ENTRIES, scores.segment),
         PLANES=scores.planes,

@@ -53,6 +53,7 @@ def window_split(
     outputs,
     num_heads,
     num_splits,
+    split_keys,
     num_retrieval,
     GROUP: tl.constexpr,
     GROUP_WIDTH: tl.constexpr,
@@ -60,11 +61,10 @@ def window_split(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     RING: tl.constexpr,
 ):
-    """Attention of GROUP query heads from `first_head` on over split `split` of the near keys.
+    """Attention of GROUP query heads from `first_head` on over split `split`, of `split_keys` near keys.
 
     In a ring buffer (RING) an entry is a slot, whose position is in `slot_positions` int64 [B, slots];
     otherwise entries are numbered as in `window_slots`. `scale` includes log2(e).
@@ -98,9 +98,9 @@ def window_split(
     peak = tl.full([GROUP_WIDTH], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_WIDTH], tl.float32)
     accumulator = tl.zeros([GROUP_WIDTH, WIDTH], tl.float32)
-    first_entry = split * SPLIT
+    first_entry = split * split_keys
     # A split beyond the keys in use runs no tile and writes an empty result.
-    num_tiles = tl.maximum(0, tl.cdiv(tl.minimum(num_entries - first_entry, SPLIT), TILE))
+    num_tiles = tl.maximum(0, tl.cdiv(tl.minimum(num_entries - first_entry, split_keys), TILE))
     for tile in range(num_tiles):
         entries = first_entry + tile * TILE + tl.arange(0, TILE)
         in_use = entries < num_entries

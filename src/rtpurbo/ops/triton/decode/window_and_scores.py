@@ -31,8 +31,11 @@ from rtpurbo.ops.triton.decode.workspace import (
 )
 from rtpurbo.ops.triton.softmax import LOG2_E
 
-# Window keys of one program, and pipeline stages of its loop over tiles.
+# Window keys of one program, at least, and at most where there are more programs than WINDOW_PROGRAMS; and pipeline
+# stages of its loop over tiles.
 SPLIT = 128
+MAX_SPLIT = 1024
+WINDOW_PROGRAMS = 792
 WINDOW_STAGES = 2
 # Programs that score keys, from which on each scores all retrieval heads of a KV head that share index keys; the
 # most scores of a tile of such a program; and pipeline stages of its loop over tiles, with so many bytes at most.
@@ -53,6 +56,7 @@ SIZES = [
     "num_retrieval",
     "num_windowed_slots",
     "num_splits",
+    "split_keys",
     "padded_entries",
     "num_chunks",
     "members_per_program",
@@ -105,6 +109,7 @@ def window_and_scores_kernel(
     num_retrieval,
     num_windowed_slots,
     num_splits,
+    split_keys,
     padded_entries,
     num_chunks,
     members_per_program,
@@ -119,7 +124,6 @@ def window_and_scores_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     WINDOW_TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
     MEMBERS: tl.constexpr,
     MEMBER_WIDTH: tl.constexpr,
     INDEX_DIM: tl.constexpr,
@@ -159,8 +163,8 @@ def window_and_scores_kernel(
             sequence, program % num_splits, key_value_head,
             tl.load(full_heads + key_value_head).to(tl.int32) * GROUP, retrieval_heads,
             query_position, first_slot, num_sinks, near_window, sliding_window, widest_window,
-            scale, log_sums, outputs, num_heads, num_splits, num_retrieval, GROUP, GROUP_WIDTH,
-            RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, SPLIT, PAGE_SIZE, False,
+            scale, log_sums, outputs, num_heads, num_splits, split_keys, num_retrieval, GROUP,
+            GROUP_WIDTH, RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, PAGE_SIZE, False,
         )  # fmt: skip
     elif program < window_programs:
         key_value_head = program // num_splits - num_full
@@ -177,8 +181,8 @@ def window_and_scores_kernel(
             position_stride, num_entries, sequence, program % num_splits, key_value_head,
             tl.load(windowed_heads + key_value_head).to(tl.int32) * GROUP, retrieval_heads,
             query_position, first_slot, num_sinks, near_window, sliding_window, sliding_window,
-            scale, log_sums, outputs, num_heads, num_splits, num_retrieval, GROUP, GROUP_WIDTH,
-            RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, SPLIT, WINDOWED_PAGE_SIZE,
+            scale, log_sums, outputs, num_heads, num_splits, split_keys, num_retrieval, GROUP,
+            GROUP_WIDTH, RETRIEVAL_WIDTH, HEAD_DIM, WIDTH, WINDOW_TILE, WINDOWED_PAGE_SIZE,
             WINDOWED_PAGE_SIZE == 0,
         )  # fmt: skip
     elif SCORE and MEMBERS > 0:
@@ -246,8 +250,14 @@ def window_and_scores(
     num_windowed_slots = 0
     if num_windowed:
         num_windowed_slots = windowed.num_slots(rule.num_sink_tokens + rule.sliding_window)
-    num_splits = max(1, triton.cdiv(max(num_near, num_windowed_slots), SPLIT))
-    window = PartialAttention.allocate(queries, batch * num_heads, num_splits)
+    num_keys = max(1, num_near, num_windowed_slots)
+    split_keys = SPLIT
+    heads = batch * (num_full + num_windowed)
+    while split_keys < MAX_SPLIT and heads * triton.cdiv(num_keys, split_keys) > WINDOW_PROGRAMS:
+        split_keys *= 2
+    num_splits = triton.cdiv(num_keys, split_keys)
+    max_splits = triton.cdiv(num_keys, SPLIT)
+    window = PartialAttention.allocate(queries, batch * num_heads, num_splits, max_splits)
 
     group = num_heads // (num_full + num_windowed)
     width = max(16, triton.next_power_of_2(head_dim))
@@ -319,6 +329,7 @@ def window_and_scores(
         num_retrieval,
         num_windowed_slots,
         num_splits,
+        split_keys,
         scores.levels.shape[1],
         scores.num_chunks,
         members_per_program,
@@ -333,7 +344,6 @@ def window_and_scores(
         HEAD_DIM=head_dim,
         WIDTH=width,
         WINDOW_TILE=window_tile,
-        SPLIT=SPLIT,
         MEMBERS=members,
         MEMBER_WIDTH=member_width,
         INDEX_DIM=index_dim,

@@ -177,17 +177,20 @@ class PartialAttention:
     Attributes:
         log_sums: fp32 [heads, splits], log-sum-exp to base 2.
         outputs: fp32 [heads, splits, D].
+        max_splits: largest number of splits of any batch size.
     """
 
     log_sums: Tensor
     outputs: Tensor
+    max_splits: int
 
     @classmethod
-    def allocate(cls, like: Tensor, heads: int, splits: int) -> PartialAttention:
+    def allocate(cls, like: Tensor, heads: int, splits: int, max_splits: int) -> PartialAttention:
         """Uninitialised partial results with the head_dim and device of `like`."""
         return cls(
             like.new_empty(heads, splits, dtype=torch.float32),
             like.new_empty(heads, splits, like.shape[-1], dtype=torch.float32),
+            max_splits,
         )
 
     def __len__(self) -> int:
@@ -200,6 +203,7 @@ class PartialAttention:
         return PartialAttention(
             torch.cat([self.log_sums, logits], 1),
             torch.nn.functional.pad(self.outputs, (0, 0, 0, 1)),
+            self.max_splits + 1,
         )
 
 
