@@ -50,11 +50,19 @@ def test_no_padding_needs_no_mask():
     assert as_mask(None, LENGTH, local_size=256) is None
 
 
-def test_a_windowed_layer_gets_its_usual_mask():
+def test_a_windowed_layer_gets_positions_with_its_window():
     _, mask = padded_batch()
-    usual = as_mask(mask.bool(), LENGTH, local_size=8)
-    assert usual.shape[-2:] == (LENGTH, LENGTH)
+    given = as_mask(mask.bool(), LENGTH, local_size=8)
+    assert torch.equal(given.positions, left_padded_positions(PADDING, LENGTH))
+    assert given.window == 8
     assert as_mask(mask, LENGTH, local_size=256).shape == mask.shape
+
+
+@pytest.mark.parametrize("changed", [{"use_vmap": True}, {"allow_is_causal_skip": False}])
+def test_a_windowed_layer_with_a_changed_mask_gets_the_mask(changed):
+    _, mask = padded_batch()
+    usual = as_mask(mask.bool(), LENGTH, local_size=8, **changed)
+    assert usual.shape[-2:] == (LENGTH, LENGTH)
 
 
 def layer_problem(model, layer, ids, mask):

@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import window_covers_context
 from rtpurbo.models.cache_layers import NewStates
-from rtpurbo.models.slots import positions_of
+from rtpurbo.models.slots import WindowedPositions, positions_of
 from rtpurbo.models.sparse_layer import sparse_layer_of
 from rtpurbo.models.unconverted import unconverted_attention
 
@@ -32,18 +32,23 @@ def key_positions_as_mask(
     config: Any = None,
     mask_function: Callable[..., Any] = causal_mask_function,
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor | WindowedPositions | None:
     """Passes the position of every key to the layers in place of an attention mask.
 
-    Positions are all a sparse layer needs, and they cost k_len numbers where a mask costs
-    q_len x k_len.
+    Positions are all a layer needs, and they cost k_len numbers where a mask costs q_len x k_len.
 
     Returns:
         int64 [batch, kv_length], -1 for padding; None without a mask; an empty tensor [0] for a mask that
-        is not causal, such as that of packed sequences; or the usual mask for a layer that keeps its own
-        window.
+        is not causal, such as that of packed sequences; positions with the window for a layer that keeps its
+        own window; or the usual mask for any other layer.
     """
-    if local_size is not None and not window_covers_context(config, local_size):
+    if local_size is None or window_covers_context(config, local_size):
+        if local_size is None and mask_function is not causal_mask_function:
+            return torch.empty(0)
+        return None if attention_mask is None else positions_of(attention_mask[:, :kv_length])
+    # transformers sets these for packed sequences and for functions that change the mask.
+    is_changed = kwargs.get("use_vmap") or not kwargs.get("allow_is_causal_skip", True)
+    if is_changed or getattr(config, "attention_chunk_size", None) is not None:
         return sdpa_mask(
             kv_length=kv_length,
             attention_mask=attention_mask,
@@ -51,9 +56,15 @@ def key_positions_as_mask(
             mask_function=mask_function,
             **kwargs,
         )
-    if local_size is None and mask_function is not causal_mask_function:
-        return torch.empty(0)
-    return None if attention_mask is None else positions_of(attention_mask[:, :kv_length])
+    # transformers 5.0 gives the positions of the new tokens instead of their number.
+    q_length = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])
+    device = kwargs.get("device", "cpu")
+    if attention_mask is not None:
+        offset, device = kwargs.get("kv_offset", 0), attention_mask.device
+        attention_mask = attention_mask[:, offset : offset + kv_length].to(torch.bool)
+    return WindowedPositions.build(
+        attention_mask, kwargs["batch_size"], q_length, kv_length, local_size, device
+    )
 
 
 def sparse_attention(
@@ -61,7 +72,7 @@ def sparse_attention(
     query: Tensor,
     key: Tensor | NewStates,
     value: Tensor | NewStates,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | WindowedPositions | None,
     dropout: float = 0.0,
     s_aux: Tensor | None = None,
     **kwargs: Any,
@@ -96,6 +107,7 @@ def sparse_attention(
             f"sparse attention has no dropout, but the model trains with attention_dropout {dropout}: "
             "load it with attention_dropout=0."
         )
+    assert not isinstance(attention_mask, WindowedPositions)
     output = layer.forward(query, key, value, attention_mask, s_aux)
     return output.transpose(1, 2).contiguous(), None
 

@@ -15,7 +15,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import layer_types
 from rtpurbo.models.cache_layers import HeadwiseLayer, kept_tokens
 from rtpurbo.models.ring import RingSlots
-from rtpurbo.models.slots import Padding, TokenSlots
+from rtpurbo.models.slots import Padding, TokenSlots, WindowedPositions
 from rtpurbo.models.windowed_layer import WindowedLayer
 
 # A static cache's capacity is a multiple of this.
@@ -134,7 +134,7 @@ class HeadwiseCache(Cache):
 
     def begin_forward(
         self, mask: Tensor | None, batch: int, new: int, device: torch.device
-    ) -> Tensor | dict[str, Tensor | None] | None:
+    ) -> Tensor | dict[str, WindowedPositions | None] | None:
         """Assigns slots to the new tokens of a forward, before it runs.
 
         Args:
@@ -155,7 +155,10 @@ class HeadwiseCache(Cache):
             return None
         if self.slots.newest is not None:
             window = others[0].sliding_window
-            return {"full_attention": None, "sliding_attention": self.slots.window_mask(window)}
+            return {
+                "full_attention": None,
+                "sliding_attention": self.slots.window_positions(window),
+            }
         if self.padding == "none":
             return None
         if mask is None:

@@ -6,7 +6,7 @@ They are the same in every layer, so a forward computes them once, before the la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,63 @@ from rtpurbo.models.ring import RingSlots
 
 # No padding; padding before the first token of a sequence only; padding anywhere.
 Padding = Literal["none", "left", "any"]
+
+
+class WindowedPositions(NamedTuple):
+    """Keys of a layer with a sliding window of its own, which it receives in place of an attention mask.
+
+    Attributes:
+        positions: int64 [batch, k_len], -1 for padding and for empty slots. They count slots, as the masks of
+            transformers do: padding between tokens takes a position too.
+        query_positions: int64 [batch, q_len], of the last tokens.
+        window: keys that a query reads, including its own.
+        in_order: as `KeyValueStates.in_order`.
+        first_slots: as `KeyValueStates.first_slots`.
+    """
+
+    positions: Tensor
+    query_positions: Tensor
+    window: int
+    in_order: bool = False
+    first_slots: Tensor | None = None
+
+    @classmethod
+    def build(
+        cls, mask: Tensor | None, batch: int, q_len: int, k_len: int, window: int, device: Any
+    ) -> WindowedPositions:
+        """Returns the positions of `k_len` keys, the last of which are those of the queries.
+
+        Args:
+            mask: bool [batch, k_len], False for padding; None without padding.
+            batch: sequences.
+            q_len: queries of each.
+            k_len: keys of each.
+            window: keys that a query reads.
+            device: of the positions.
+        """
+        places = torch.arange(k_len, device=device)
+        if mask is None:
+            positions = places.expand(batch, k_len)
+            return cls(positions, positions[:, k_len - q_len :], window, in_order=True)
+        first = leading_padding(mask)
+        positions = (places - first[:, None]).masked_fill(~mask, -1)
+        # The order only matters for several queries, and to find it synchronises with the device.
+        is_ordered = q_len > 1 and padding_form(mask)[0] != "any"
+        return cls(
+            positions,
+            positions[:, k_len - q_len :],
+            window,
+            first_slots=first if is_ordered else None,
+        )
+
+    def to(self, device: torch.device) -> WindowedPositions:
+        """Returns the same on a device."""
+        first_slots = None if self.first_slots is None else self.first_slots.to(device)
+        return self._replace(
+            positions=self.positions.to(device),
+            query_positions=self.query_positions.to(device),
+            first_slots=first_slots,
+        )
 
 
 def padding_form(mask: Tensor) -> tuple[Padding, bool]:
@@ -215,17 +272,19 @@ class TokenSlots:
         self.length.fill_(seen)
         self._counted = seen
 
-    def window_mask(self, window: int) -> Tensor:
-        """Mask of a step in fixed slots over a ring of `window` slots: bool [batch, 1, 1, window].
+    def window_positions(self, window: int) -> WindowedPositions:
+        """Positions in a step in fixed slots over a ring of `window` slots.
 
         The token of slot s is in slot s % window of such a ring.
         """
         assert self.first_slots is not None
         assert self.newest is not None
+        assert self.query_positions is not None
         held = (
             self.newest - (self.newest - torch.arange(window, device=self.newest.device)) % window
         )
-        return (held >= self.first_slots[:, None])[:, None, None]
+        positions = (held - self.first_slots[:, None]).clamp(min=-1)
+        return WindowedPositions(positions, self.query_positions, window)
 
     def take_back(self, next_positions: Tensor) -> None:
         """Removes the tokens at or after these positions [batch]; see `check_whole_before`."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rtpurbo.ops.eager import visibility
+from rtpurbo.config import AttentionRule
+from rtpurbo.errors import RTPurboError
+from rtpurbo.models.slots import WindowedPositions
+from rtpurbo.ops import HeadLayout, KeyValueStates, headwise_attention
 
 
 def unconverted_attention(
@@ -19,58 +20,95 @@ def unconverted_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | WindowedPositions | None,
+    s_aux: Tensor | None = None,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Runs PyTorch's attention, or the eager one of the model if logits are capped or sinks are learned.
+    """Runs window attention by the operators of `rtpurbo.ops`, any other by that of PyTorch.
 
     Args:
         module: the attention module.
         query: [batch, num_attention_heads, q_len, head_dim].
         key: [batch, num_key_value_heads, k_len, head_dim].
         value: shaped as `key`.
-        attention_mask: bool [batch, 1, q_len, k_len]; the positions of the keys, int64 [batch, k_len]; or
-            None for a causal mask.
+        attention_mask: the positions of the keys and the window; bool [batch, 1, q_len, k_len]; the positions
+            alone, int64 [batch, k_len]; or None for a causal mask.
+        s_aux: learned sinks [num_attention_heads].
+        scaling: factor on the dot products; None for head_dim ** -0.5.
         kwargs: of transformers' attention interface.
 
     Returns:
         Output [batch, q_len, num_attention_heads, head_dim], and None for the weights.
+
+    Raises:
+        RTPurboError: logits are capped, or there are learned sinks and another mask than that of a window.
     """
-    is_plain = kwargs.get("s_aux") is None and kwargs.get("softcap") is None
+    has_window = isinstance(attention_mask, WindowedPositions)
+    if kwargs.get("softcap") is not None or (s_aux is not None and not has_window):
+        raise RTPurboError(
+            "a layer that is not made sparse can have learned sinks only with a sliding window over whole "
+            "sequences (no position_ids that restart), and no capped attention logits."
+        )
+    if isinstance(attention_mask, WindowedPositions):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _window_attention(query, key, value, attention_mask, s_aux, scaling), None
     if attention_mask is not None and attention_mask.ndim == 2:
         real = attention_mask[:, None, None, : key.shape[2]] >= 0
         attention_mask = _causal(query, key) & real
-    elif attention_mask is None and (not is_plain or 1 < query.shape[2] < key.shape[2]):
+    elif attention_mask is None and 1 < query.shape[2] < key.shape[2]:
         # PyTorch's own causal mask begins with the first key, not with the first of the last tokens.
         attention_mask = _causal(query, key)
-    if is_plain:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    assert attention_mask is not None
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    lowest = torch.finfo(query.dtype).min
-    outputs = []
-    for queries, keys in _blocks(query, key, kwargs.get("sliding_window")):
-        mask = attention_mask[:, :, queries, keys]
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
-        output, _ = own(
-            module, query[:, :, queries], key[:, :, keys], value[:, :, keys], mask, **kwargs
-        )
-        outputs.append(output)
-    return torch.cat(outputs, 1), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
 
 
-def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Yields blocks of queries and the keys they read: the weights of a long prompt exceed the memory."""
-    batch, heads, q_len, _ = query.shape
-    k_len = key.shape[2]
-    before = k_len if window is None else window
-    # A block of n queries reads n + window keys, and n is at most the root of the limit.
-    most = math.isqrt(visibility.MAX_CHUNK_ELEMENTS // (batch * heads))
-    for block in visibility.query_chunks(q_len, batch * heads * min(k_len, before + most)):
-        end = k_len - q_len + block.stop
-        first = end - (block.stop - block.start) + 1 - before
-        yield block, slice(max(0, first), end)
+def _window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: WindowedPositions,
+    sinks: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Attention of a layer whose heads are all local: [batch, q_len, num_attention_heads, head_dim]."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    mask = mask.to(key.device)
+    queries_only = slice(key.shape[2] - query.shape[2], None)
+    # Without full KV heads, the kernels read no more of them than the positions of the queries.
+    full = KeyValueStates(
+        key[:, :0, queries_only], value[:, :0, queries_only], mask.query_positions
+    )
+    windowed = KeyValueStates(
+        key, value, mask.positions, in_order=mask.in_order, first_slots=mask.first_slots
+    )
+    output, _ = headwise_attention(
+        query,
+        mask.query_positions,
+        full,
+        windowed,
+        _layout(query.shape[1], key.shape[1], key.device),
+        None,
+        _rule(mask.window),
+        scaling=scaling,
+        sinks=sinks,
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+@cache
+def _layout(num_attention_heads: int, num_key_value_heads: int, device: torch.device) -> HeadLayout:
+    """Layout of a layer without retrieval heads."""
+    # Kept across calls, so created outside of inference mode.
+    with torch.inference_mode(False):
+        return HeadLayout.build((), num_attention_heads, num_key_value_heads, device)
+
+
+@cache
+def _rule(window: int) -> AttentionRule:
+    """Rule of a layer without sinks among the keys."""
+    return AttentionRule(num_sink_tokens=0, sliding_window=window, block_size=1)
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:

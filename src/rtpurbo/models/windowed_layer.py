@@ -16,7 +16,7 @@ from rtpurbo.models.slots import TokenSlots
 class WindowedLayer(DynamicSlidingWindowLayer):
     """Sliding-window layer of transformers whose keys are a ring buffer while slots are fixed.
 
-    The token of slot s is in slot s % window of the ring; `TokenSlots.window_mask` masks empty slots.
+    The token of slot s is in slot s % window of the ring; `TokenSlots.window_positions` marks empty slots.
 
     Args:
         slots: slots of the tokens of the cache.
