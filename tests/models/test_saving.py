@@ -12,8 +12,9 @@ import rtpurbo
 from rtpurbo.models.artifact_config import CONFIG_FILE, INDEXER_FILE, ArtifactConfig
 from rtpurbo.models.sparse_layers import indexer_weights, is_sparse
 from rtpurbo.models.sparsify import restore
+from tests.models.zoo.configurations import EQUAL
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
-from tests.tiny_models import FAMILIES, make_sparse, sparse_config, tiny_model
+from tests.tiny_models import FAMILIES, any_model, make_sparse, sparse_config, tiny_model
 
 
 def logits(model):
@@ -46,6 +47,15 @@ def test_save_pretrained_writes_the_sparse_model(tmp_path, family):
         "model.safetensors",
         "rtpurbo_config.json",
     ]
+
+
+def test_a_model_whose_configuration_has_strict_parts_is_read_again(tmp_path):
+    """DBRX's parts refuse settings that every configuration has, in some versions of transformers."""
+    model_type, changes = EQUAL["DBRX"]
+    model = any_model(model_type, **changes)
+    make_sparse(model, sparse_config(model, prefill_mode="top_p", top_p=0.6))
+    model.save_pretrained(tmp_path)
+    check_same(tmp_path, model)
 
 
 def test_a_loaded_artifact_is_saved_with_its_origin(tiny_base, tmp_path):

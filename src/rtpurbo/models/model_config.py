@@ -11,6 +11,8 @@ from rtpurbo.errors import RTPurboError
 MODEL_TYPE = "rtpurbo (pip install rtpurbo; import transformers, then rtpurbo)"
 """`model_type` in config.json; the error of transformers for an unknown type shows nothing else."""
 
+_ADDED_TO_PARTS = ("_name_or_path", "output_attentions")
+
 
 class RTPurboModelConfig(PretrainedConfig):
     """The config.json of a sparse model, which holds the configuration of the dense one."""
@@ -27,7 +29,13 @@ class RTPurboModelConfig(PretrainedConfig):
         Raises:
             RTPurboError: it is broken, or of a model type that transformers does not know.
         """
-        settings = dict(self.base_config)
+        # Configurations within it, such as those of DBRX, may refuse what transformers adds to all of them.
+        settings = {
+            name: {key: one for key, one in value.items() if key not in _ADDED_TO_PARTS}
+            if isinstance(value, dict)
+            else value
+            for name, value in self.base_config.items()
+        }
         try:
             return AutoConfig.for_model(settings.pop("model_type"), **settings)
         except Exception as error:  # a damaged file can raise anything

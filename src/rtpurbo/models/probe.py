@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
@@ -23,7 +24,6 @@ from rtpurbo.models.architecture import context_length, convertible_layers
 from rtpurbo.models.arguments import names_of
 from rtpurbo.models.decoder import decoder_layers, decoder_of, evaluating
 from rtpurbo.models.rotation import Embeddings, RotaryLayout, RotaryProbe
-from rtpurbo.models.unconverted import unconverted_attention
 
 IMPLEMENTATION = "rtpurbo-probe"
 # Enough to distinguish the columns of a rotary embedding (`rtpurbo.models.rotation`) several times over.
@@ -75,10 +75,11 @@ class _Record:
 class _Recording:
     """Recording of one forward of the probe.
 
+    Attention returns zeros, so that hidden states do not depend on it.
+
     Attributes:
         records: by attention module.
-        embeddings: rotary embeddings that replace the model's own, by attention module. Attention then
-            returns zeros, so that hidden states do not depend on it.
+        embeddings: rotary embeddings that replace the model's own, by attention module.
     """
 
     records: dict[nn.Module, _Record] = field(default_factory=dict)
@@ -100,12 +101,8 @@ def _record(
     recording = _recordings[-1]
     record = recording.records.setdefault(module, _Record())
     record.calls.append((query, key, value, attention_mask, kwargs))
-    if recording.embeddings is not None:
-        batch, heads, length, _ = query.shape
-        return value.new_zeros(batch, length, heads, value.shape[-1]), None
-    # The probe's rotary embedding is in float32, whatever the model's type.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return unconverted_attention(module, query, key, value, attention_mask, **kwargs)
+    batch, heads, length, _ = query.shape
+    return value.new_zeros(batch, length, heads, value.shape[-1]), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _record)
@@ -146,7 +143,12 @@ def _probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
             continue
         seen = [(module, records[module]) for module in layer.modules() if module in records]
         prefix = f"layer {number} of this {model.config.model_type} model cannot be made sparse:"
-        if len(seen) != 1:
+        if not seen:
+            raise RTPurboError(
+                f"{prefix} in transformers {transformers.__version__}, its attention does not use the "
+                "AttentionInterface: try a newer version."
+            )
+        if len(seen) > 1:
             raise RTPurboError(
                 f"{prefix} it calls transformers' attention interface {len(seen)} times."
             )
