@@ -126,7 +126,7 @@ def test_calls_without_kernels_run_eagerly_or_are_rejected(watched, problem):
     call("auto", 0)  # no row selects
 
 
-@pytest.mark.parametrize("operator", ["packed_attention", "indexer_divergence"])
+@pytest.mark.parametrize("operator", ["headwise_attention", "indexer_divergence"])
 def test_the_specification_offers_every_operator(operator):
     assert callable(backends.implementation(operator, "eager"))
 
@@ -137,5 +137,5 @@ def test_every_backend_offers_a_whole_layer(backend):
 
 
 def test_an_operator_that_a_backend_lacks_is_refused():
-    with pytest.raises(ValueError, match="backend 'flex' has no operator 'packed_attention'"):
-        backends.implementation("packed_attention", "flex")
+    with pytest.raises(ValueError, match="backend 'flex' has no operator 'indexer_divergence'"):
+        backends.implementation("indexer_divergence", "flex")

@@ -16,12 +16,10 @@ HALF = (torch.float16, torch.bfloat16)
 BACKENDS: dict[str, dict[str, str]] = {
     "eager": {
         "headwise_attention": "rtpurbo.ops.eager.headwise",
-        "packed_attention": "rtpurbo.ops.eager.packed",
         "indexer_divergence": "rtpurbo.ops.eager.divergence",
     },
     "triton": {
         "headwise_attention": "rtpurbo.ops.triton.headwise",
-        "packed_attention": "rtpurbo.ops.triton.packed",
         "indexer_divergence": "rtpurbo.ops.triton.training.divergence",
     },
     "flex": {"headwise_attention": "rtpurbo.ops.flex.headwise"},

@@ -1,19 +1,23 @@
-"""Operators on packed documents: argument checks, choice of the backend, dispatch.
-
-Shapes and semantics are documented in the specification, `rtpurbo.ops.eager`. Attention never crosses the
-boundary of a document.
-"""
+"""Operators on packed documents; attention never crosses the boundary of a document."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
-from rtpurbo.ops.backends import HALF, implementation, require_triton, unsupported_reason
+from rtpurbo.ops.api import attend_with, chosen_backend
+from rtpurbo.ops.backends import implementation, require_triton, unsupported_reason
+from rtpurbo.ops.states import HeadLayout, KeyValueStates
+
+# Dense heads have no window, so no other field of it is read than the number of sinks.
+_DENSE = AttentionRule()
 
 
 def document_starts(document_lengths: Sequence[int], device: torch.device | str) -> Tensor:
@@ -31,17 +35,69 @@ def packed_attention(
     scaling: float,
     backend: str = "auto",
 ) -> Tensor:
-    """Dense attention within documents; see `rtpurbo.ops.eager.packed.packed_attention`."""
-    length = query_states.shape[2]
+    """Dense causal attention of every head within its document: one call for each, which needs no mask.
+
+    Args:
+        query_states: [batch, num_attention_heads, length, head_dim], after RoPE.
+        key_states: [batch, num_key_value_heads, length, head_dim].
+        value_states: the same shape (the last size may differ).
+        document_lengths: tokens of each document in order; the same for every sequence of the batch.
+        scaling: factor on the dot products.
+        backend: as of `headwise_attention`, but gradients are computed by PyTorch's own kernels.
+
+    Returns:
+        [batch, num_attention_heads, length, head_dim].
+    """
+    batch, heads, length, _ = query_states.shape
     if sum(document_lengths) != length or min(document_lengths, default=0) < 1:
         raise ValueError(
             f"document_lengths are {list(document_lengths)}, but must be positive and sum to {length}."
         )
-    is_supported = query_states.is_cuda and query_states.dtype in HALF
-    tensors = (query_states, key_states, value_states)
-    chosen = _chosen("packed_attention", backend, is_supported, tensors)
-    operator = implementation("packed_attention", chosen)
-    return operator(query_states, key_states, value_states, document_lengths, scaling=scaling)
+    positions = torch.arange(length, device=query_states.device).expand(batch, length)
+    states = KeyValueStates(key_states, value_states, positions, in_order=True)
+    nothing = replace(states, keys=key_states[:, :0], values=value_states[:, :0])
+    chosen = chosen_backend(backend, query_states, states, nothing, None, _DENSE)
+    layout = _all_dense(heads, key_states.shape[1], query_states.device)
+    group = heads // key_states.shape[1]
+    outputs, start = [], 0
+    for count in document_lengths:
+        rows = slice(start, start + count)
+        queries, document = query_states[:, :, rows], states.tokens(rows)
+        # A single query would be a decode step, whose kernels need index queries.
+        if chosen == "triton" and count > 1:
+            output, _ = attend_with(
+                chosen,
+                queries,
+                positions[:, rows],
+                document,
+                nothing.tokens(rows),
+                layout,
+                None,
+                _DENSE,
+                scaling=scaling,
+            )
+        else:
+            output = F.scaled_dot_product_attention(
+                queries,
+                document.keys.repeat_interleave(group, 1),
+                document.values.repeat_interleave(group, 1),
+                is_causal=True,
+                scale=scaling,
+            )
+        outputs.append(output)
+        start += count
+    if len(outputs) == 1:
+        return outputs[0]
+    # Laid out as [batch, length, heads, head_dim], which the output projection reads without a copy.
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)
+
+
+@cache
+def _all_dense(
+    num_attention_heads: int, num_key_value_heads: int, device: torch.device
+) -> HeadLayout:
+    heads = range(num_attention_heads)
+    return HeadLayout.build(heads, num_attention_heads, num_key_value_heads, device)
 
 
 def indexer_divergence(
@@ -87,32 +143,18 @@ def divergence_backend(
     """Backend that `indexer_divergence` uses for a call.
 
     Raises:
-        ValueError: the backend given by name does not support the call.
-    """
-    tensors = (query_states, key_states, index_queries)
-    return _chosen("indexer_divergence", backend, query_states.is_cuda, tensors)
-
-
-def _chosen(name: str, backend: str, is_supported: bool, tensors: tuple[Tensor, ...]) -> str:
-    """Backend of an operator on packed documents.
-
-    Args:
-        name: operator.
-        backend: `auto`, `eager` or `triton`.
-        is_supported: `auto` prefers kernels on this device and dtype.
-        tensors: arguments of the kernels' `unsupported_reasons`.
-
-    Raises:
         ValueError: the backend given by name is unknown or does not support the call.
     """
-    if backend == "eager" or (backend == "auto" and not (is_supported and has_triton())):
+    if backend == "eager" or (backend == "auto" and not (query_states.is_cuda and has_triton())):
         return "eager"
     if backend not in ("auto", "triton"):
         raise ValueError(
-            f"backend '{backend}' has no operator '{name}': choose 'auto', 'eager' or 'triton'."
+            f"backend '{backend}' has no operator 'indexer_divergence': choose 'auto', 'eager' or "
+            "'triton'."
         )
-    require_triton(tensors[0])
-    reason = unsupported_reason(name, "triton", *tensors)
+    require_triton(query_states)
+    tensors = (query_states, key_states, index_queries)
+    reason = unsupported_reason("indexer_divergence", "triton", *tensors)
     if reason is None:
         return "triton"
     if backend == "auto":
