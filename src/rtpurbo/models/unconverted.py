@@ -32,8 +32,8 @@ def unconverted_attention(
         query: [batch, num_attention_heads, q_len, head_dim].
         key: [batch, num_key_value_heads, k_len, head_dim].
         value: shaped as `key`.
-        attention_mask: the positions of the keys and the window; bool [batch, 1, q_len, k_len]; the positions
-            alone, int64 [batch, k_len]; or None for a causal mask.
+        attention_mask: the positions of the keys and the window; bool [batch, 1, q_len, k_len]; or None for a
+            causal mask.
         s_aux: learned sinks [num_attention_heads].
         scaling: factor on the dot products; None for head_dim ** -0.5.
         kwargs: of transformers' attention interface.
@@ -42,23 +42,21 @@ def unconverted_attention(
         Output [batch, q_len, num_attention_heads, head_dim], and None for the weights.
 
     Raises:
-        RTPurboError: logits are capped, or there are learned sinks and another mask than that of a window.
+        RTPurboError: logits are capped, there are learned sinks and another mask than that of a window, or it
+            is a mask of another kind.
     """
-    has_window = isinstance(attention_mask, WindowedPositions)
-    if kwargs.get("softcap") is not None or (s_aux is not None and not has_window):
-        raise RTPurboError(
-            "a layer that is not made sparse can have learned sinks only with a sliding window over whole "
-            "sequences (no position_ids that restart), and no capped attention logits."
-        )
-    if isinstance(attention_mask, WindowedPositions):
+    is_capped = kwargs.get("softcap") is not None
+    if isinstance(attention_mask, WindowedPositions) and not is_capped:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _window_attention(query, key, value, attention_mask, s_aux, scaling), None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        real = attention_mask[:, None, None, : key.shape[2]] >= 0
-        attention_mask = _causal(query, key) & real
-    elif attention_mask is None and 1 < query.shape[2] < key.shape[2]:
-        # PyTorch's own causal mask begins with the first key, not with the first of the last tokens.
-        attention_mask = _causal(query, key)
+    # PyTorch's own causal mask begins with the first key, not with the first of the last tokens.
+    is_causal = attention_mask is None and query.shape[2] in (1, key.shape[2])
+    is_masked = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+    if is_capped or s_aux is not None or not (is_causal or is_masked):
+        raise RTPurboError(
+            f"a {type(module).__name__} that is not made sparse supports learned sinks only with a sliding "
+            "window over whole sequences (position_ids that do not restart), and no capped logits."
+        )
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
@@ -109,10 +107,3 @@ def _layout(num_attention_heads: int, num_key_value_heads: int, device: torch.de
 def _rule(window: int) -> AttentionRule:
     """Rule of a layer without sinks among the keys."""
     return AttentionRule(num_sink_tokens=0, sliding_window=window, block_size=1)
-
-
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """Returns a causal mask bool [1, 1, q_len, k_len] of queries that are the last tokens."""
-    q_len, k_len = query.shape[2], key.shape[2]
-    mask = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device)
-    return mask.tril(k_len - q_len)[None, None]
