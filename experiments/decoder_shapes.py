@@ -38,7 +38,7 @@ from rtpurbo.models.architecture import convertible_shapes
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
-from rtpurbo.models.sparsify import counting, set_rule, sparsify
+from rtpurbo.models.sparsify import sparsify
 from rtpurbo.speed_records import SpeedResults, stated_density, write_speed
 
 # The window of a conversion is an eighth of the context, after these many sinks on a GPU.
@@ -194,8 +194,8 @@ def bench_shape(session: Session, case: Case, density: float) -> None:
     sparsify(model, RTPurboConfig(case.head_map, case.rule))
     draw_indexers(model)
     session.run(case.entry("model-prefill", "rtpurbo-dense-retrieval", case.prompt, 1.0))
-    set_rule(model, **vars(forced(case.rule, density, case.length, "block")))
-    with counting(model) as statistics:
+    model.rtpurbo.set_rule(**vars(forced(case.rule, density, case.length, "block")))
+    with model.rtpurbo.counting() as statistics:
         case.steps(room)()
     far = 1 - (case.rule.near_window + NUM_SINKS) / case.length
     selected = stated_density(density, far * (statistics.share_read or 0.0), SELECTION_TOLERANCE)

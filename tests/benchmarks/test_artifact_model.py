@@ -11,7 +11,6 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import attention_shapes
 from rtpurbo.models.artifact import load
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.sparsify import set_rule
 from tests.benchmarks.support import FakeClock, found, session
 from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -33,7 +32,7 @@ def loading_with(rule):
 
     def loaded(*args, **options):
         model, tokenizer = load(*args, **options)
-        set_rule(model, **rule)
+        model.rtpurbo.set_rule(**rule)
         return model, tokenizer
 
     return loaded
@@ -93,7 +92,7 @@ def test_a_prompt_with_sparse_retrieval_heads_has_its_own_density(tiny_artifact,
 @pytest.mark.parametrize("dense_prompt_queries", [0, 64])
 def test_a_batch_of_prompts_decodes_as_each_of_them_does(tiny_artifact, dense_prompt_queries):
     model, _ = load(tiny_artifact)
-    set_rule(model, dense_prompt_queries=dense_prompt_queries)
+    model.rtpurbo.set_rule(dense_prompt_queries=dense_prompt_queries)
     torch.manual_seed(0)
     ids = torch.randint(512, (3, 120))
     with torch.no_grad():

@@ -4,7 +4,6 @@ from transformers import DynamicCache
 
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.sparsify import set_rule
 from tests.models.zoo.configurations import EQUAL
 from tests.tiny_models import KEY_VALUE_HEADS, any_model, make_sparse, sparse_config, tiny_model
 
@@ -32,7 +31,7 @@ def test_bytes_are_those_of_a_real_cache(family, batch_size):
     for heads, shared_keys in (([1], False), ([0, 1, 4], False), ([0, 1, 4], True)):
         make_sparse(model, sparse_config(model, heads, shared_keys=shared_keys))
         for storage in ("model", "float8"):
-            set_rule(model, index_storage=storage)
+            model.rtpurbo.set_rule(index_storage=storage)
             cache = prefilled(model, HeadwiseCache(model), batch_size)
             assert cache_bytes(model, LENGTH, batch_size) == cache.num_bytes()
 

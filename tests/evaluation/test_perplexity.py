@@ -7,7 +7,6 @@ from rtpurbo.data.texts import load_texts
 from rtpurbo.evaluation import perplexity
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.perplexity import PerplexitySuite, token_losses
-from rtpurbo.models.sparsify import counting, set_rule
 from tests.tiny_models import HEADS, RETRIEVAL_HEADS, make_sparse, sparse_config, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -63,7 +62,7 @@ def test_a_sparse_model_that_reads_everything_is_the_dense_one(model, corpus):
 def test_every_query_is_sparse_while_measuring(model, corpus):
     make_sparse(model, sparse_config(model, top_p=0.6))
     assert model.rtpurbo_config.attention.prefill_mode == "dense"
-    with counting(model) as statistics:
+    with model.rtpurbo.counting() as statistics:
         sparse = measure(model, corpus)
 
     near = 8 + 2  # window and sinks of the tiny models
@@ -74,7 +73,7 @@ def test_every_query_is_sparse_while_measuring(model, corpus):
     assert model.rtpurbo_config.attention.prefill_mode == "dense"
     assert math.isfinite(sparse)
 
-    set_rule(model, prefill_mode="row_share", row_share=1.0)
+    model.rtpurbo.set_rule(prefill_mode="row_share", row_share=1.0)
     assert measure(model, corpus) != sparse
 
 

@@ -11,7 +11,7 @@ from rtpurbo.evaluation.reads import ReadMeter, Reads, metering, step_counts
 from rtpurbo.models import decoding
 from rtpurbo.models.graphs import CudaGraph
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import empty_head_map, set_rule, set_selector, sparsify
+from rtpurbo.models.sparsify import empty_head_map, set_selector, sparsify
 from tests.evaluation.policies.support import every_query, random_queries
 from tests.models.test_decoding import BATCHES, PROMPT, gpu_model, plain_steps  # noqa: F401
 from tests.models.test_generation import WINDOW as ROOMY
@@ -108,12 +108,12 @@ def test_a_higher_p_reads_more_tokens_and_raises_recall(prompt):
     model = sparse_model(prefill_mode="dense")
     options = {"min_new_tokens": 4, "suppress_tokens": [0, STOP]}
     low = measure(model, model.rtpurbo_config.head_map, *prompt, **options)
-    set_rule(model, top_p=0.9)
+    model.rtpurbo.set_rule(top_p=0.9)
     high = measure(model, model.rtpurbo_config.head_map, *prompt, **options)
     assert low.queries == high.queries == 3 * 3 * LAYERS * len(RETRIEVAL_HEADS)
     assert WINDOW + SINKS < low.tokens_mean < high.tokens_mean
     assert 0 < low.recall < high.recall < 1
-    set_rule(model, top_p=1.0)
+    model.rtpurbo.set_rule(top_p=1.0)
     everything = measure(model, model.rtpurbo_config.head_map, *prompt, **options)
     assert everything.recall == pytest.approx(1)
     assert everything.far_share == 1

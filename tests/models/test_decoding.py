@@ -14,7 +14,7 @@ from rtpurbo.models import decoding, fused_append
 from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import counting, observing, restore, runtime, set_rule, set_selector
+from rtpurbo.models.sparsify import observing, restore, runtime, set_selector
 from tests.models.test_generation import WINDOW, generate, greedy_by_recomputation
 from tests.models.test_slots import holes
 from tests.models.zoo.configurations import EQUAL
@@ -265,7 +265,7 @@ def test_a_changed_rule_is_captured_again(plain_steps, model):
     ids, mask = padded_batch(PADDING, 60)
     cache = HeadwiseCache(model)
     decoded(model, ids[:, :40], mask[:, :40], cache)
-    set_rule(model, top_p=0.3)
+    model.rtpurbo.set_rule(top_p=0.3)
     logits_of(model, ids[:, 40:], mask, [1] * 20, cache)
     assert plain_steps.prepared == 2
 
@@ -277,7 +277,7 @@ def test_observers_receive_every_step(plain_steps, model):
     runs = plain_steps.runs
     with observing(model, seen.append, dense=False):
         logits_of(model, ids[:, 40:45], mask[:, :45], [1] * 5, cache)
-    with counting(model) as statistics:
+    with model.rtpurbo.counting() as statistics:
         logits_of(model, ids[:, 45:50], mask[:, :50], [1] * 5, cache)
     assert len(seen) == 10
     assert statistics.queries > 0

@@ -6,7 +6,6 @@ import torch
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import set_rule
 from tests.tiny_models import (
     LENGTH,
     PADDING,
@@ -40,7 +39,7 @@ def test_a_cache_keeps_one_index_key_for_each_full_kv_head(model, storage):
     ids, mask = padded_batch(PADDING)
     caches = []
     for one in (model, own):
-        set_rule(one, index_storage=storage)
+        one.rtpurbo.set_rule(index_storage=storage)
         caches.append(HeadwiseCache(one))
     found, expected = (
         logits_of(one, ids, mask, CHUNKS, cache)

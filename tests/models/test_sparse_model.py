@@ -12,7 +12,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparse_model import SparseModel
-from rtpurbo.models.sparsify import restore, set_rule, sparsify
+from rtpurbo.models.sparsify import restore, runtime, sparsify
 from tests.tiny_models import (
     FAMILIES,
     logits_of,
@@ -43,7 +43,7 @@ def test_a_copy_is_independent(how, family):
     assert torch.equal(logits(twin), expected)
     assert torch.equal(generated(twin), answer)
 
-    set_rule(twin, top_p=0.05, min_tokens=0)
+    twin.rtpurbo.set_rule(top_p=0.05, min_tokens=0)
     assert torch.equal(logits(model), expected)
     changed = logits(twin)
     assert not torch.equal(changed, expected)
@@ -98,7 +98,7 @@ def test_two_models_share_their_sparse_class():
     assert type(sparse_model()) is not LlamaForCausalLM
 
 
-@pytest.mark.parametrize("act", [lambda model: sparsify(model, None), restore, set_rule])
+@pytest.mark.parametrize("act", [lambda model: sparsify(model, None), restore, runtime])
 @pytest.mark.parametrize("model", [tiny_model, sparse_model])
 def test_a_peft_model_is_refused(act, model):
     lora = LoraConfig(r=2, target_modules=["q_proj"])

@@ -8,7 +8,7 @@ import torch
 from rtpurbo.config import HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights, is_sparse, load_indexers
-from rtpurbo.models.sparsify import counting, empty_head_map, observing, restore, runtime, sparsify
+from rtpurbo.models.sparsify import empty_head_map, observing, restore, runtime, sparsify
 from tests.tiny_models import (
     HEADS,
     KEY_VALUE_HEADS,
@@ -187,7 +187,7 @@ def test_counting_reads():
     model, (ids, mask) = sparse_model(), padded_batch()
     shares = {}
     for top_p in (0.3, 0.9, 1.0):
-        with runtime(model).rule(top_p=top_p), counting(model) as statistics:
+        with runtime(model).rule(top_p=top_p), model.rtpurbo.counting() as statistics:
             logits_of(model, ids, mask)
         shares[top_p] = statistics.share_read
         lengths = mask.sum(1).tolist()

@@ -9,7 +9,6 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.interruption import StoppedBySignalError, stopping_cleanly
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import counting
 from rtpurbo.models.text import chat_tokens
 from rtpurbo.ops import SelectionStatistics
 from rtpurbo.serving.chat import Conversation
@@ -207,7 +206,7 @@ def test_reads_are_those_of_every_key_counted(loaded, conversation):
     model, tokenizer = loaded
     prompt = chat_tokens(tokenizer, conversation.messages[:1])
     counter = _EveryRead(needs_queries=True)
-    with counting(model, counter):
+    with model.rtpurbo.counting(counter):
         model.generate(torch.tensor([prompt]), max_new_tokens=20, eos_token_id=None)
     steps = answer.new_tokens - 1
     assert steps == 19

@@ -30,12 +30,11 @@ pytestmark = pytest.mark.vllm
 def test_the_answers_need_the_selection(llama, reference, prompts, expected):
     """Else equal answers would show nothing."""
     import rtpurbo
-    from rtpurbo.models.sparsify import set_rule
 
     changed = rtpurbo.load(llama)[0]
-    set_rule(changed, top_p=1.0)
+    changed.rtpurbo.set_rule(top_p=1.0)
     assert expected_answers(changed, prompts, NEW) != expected
-    set_rule(changed, top_p=0.8, sliding_window=2 * WINDOW)
+    changed.rtpurbo.set_rule(top_p=0.8, sliding_window=2 * WINDOW)
     assert expected_answers(changed, prompts, NEW) != expected
 
 

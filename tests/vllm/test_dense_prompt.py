@@ -4,7 +4,6 @@ import pytest
 
 import rtpurbo
 from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.models.sparsify import set_rule
 from rtpurbo.serving.vllm.layout import TokenBytes, plan_cache
 from tests.vllm.checkpoints import (
     WINDOW,
@@ -60,7 +59,7 @@ def windowed_blocks(llm, request):
 
 def test_the_answers_need_them(llama, prompts, expected):
     changed = rtpurbo.load(llama)[0]
-    set_rule(changed, dense_prompt_queries=0)
+    changed.rtpurbo.set_rule(dense_prompt_queries=0)
     found = expected_answers(changed, prompts, NEW)
     different = [
         length for length, *pair in zip(LENGTHS, found, expected, strict=True) if pair[0] != pair[1]
@@ -102,9 +101,9 @@ def test_a_question_after_a_cached_document(tmp_path, prompts):
     document = prompts[4][:512]
     asked = [document + question for question in random_prompts((40, 9, 70), seed=3)]
     wanted = expected_answers(reference, asked, NEW)
-    set_rule(reference, dense_prompt_queries=0)
+    reference.rtpurbo.set_rule(dense_prompt_queries=0)
     assert expected_answers(reference, asked, NEW) != wanted
-    set_rule(reference, dense_prompt_queries=DENSE)
+    reference.rtpurbo.set_rule(dense_prompt_queries=DENSE)
     with running(checkpoint, max_num_batched_tokens=128) as llm:
         answers(llm, [document], 1)
         found = outputs(llm, asked, NEW)

@@ -29,7 +29,7 @@ from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.artifact import load
 from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.sparse_layers import indexer_weights, load_indexers
-from rtpurbo.models.sparsify import counting, restore, sparsify
+from rtpurbo.models.sparsify import restore, sparsify
 from rtpurbo.ops.states import SelectionStatistics
 
 LENGTHS = (8192, 32768, 131072)
@@ -122,7 +122,7 @@ class ArtifactModel(ModelCase):
             token = ids[:, position : position + 1]
             return self.model(token, **{CACHE_NAME: cache}).logits
 
-        with counting(self.model) as statistics:
+        with self.model.rtpurbo.counting() as statistics:
             for _ in range(COUNTED_STEPS):
                 step()
         selected = selected_share(self.rules["model-decode"], length, statistics.share_read)
@@ -141,7 +141,7 @@ class ArtifactModel(ModelCase):
         if not session.wants(name):
             return
         ids = self.text.passages(1, length).to(self.model.device)
-        with counting(self.model) as statistics:
+        with self.model.rtpurbo.counting() as statistics:
             logits = self.forward(ids)
         density = 1.0 if is_dense else self._prompt_density(length, statistics)
         yield Entry(

@@ -20,7 +20,7 @@ from rtpurbo.benchmarks.session import Entry, Session
 from rtpurbo.benchmarks.sparse_model import filled_cache, forcing_density
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.models.arguments import CACHE_NAME
-from rtpurbo.models.sparsify import counting, set_rule, sparsify
+from rtpurbo.models.sparsify import sparsify
 from rtpurbo.speed_records import stated_density
 
 RATIO = 0.15
@@ -47,11 +47,11 @@ class RandomModel(ModelCase):
             return
         density = self.densities["model-decode"]
         rule = forced(self.rules["model-decode"], density, length, "block")
-        set_rule(self.model, **vars(rule))
+        self.model.rtpurbo.set_rule(**vars(rule))
         # Room for the first call, the check, the warm-up and the timed calls.
         cache = filled_cache(self.model, length - 2, batch, 2 * session.repeats + 64)
         ids = self.tokens(batch, 1)
-        with counting(self.model) as statistics:
+        with self.model.rtpurbo.counting() as statistics:
             self.model(ids, **{CACHE_NAME: cache})
         selected = selected_share(rule, length, statistics.share_read)
         stated = stated_density(density, selected, SELECTION_TOLERANCE)
@@ -71,7 +71,7 @@ class RandomModel(ModelCase):
             return self.forward(ids)
 
         if session.wants("rtpurbo-dense-retrieval"):
-            set_rule(self.model, **vars(replace(rule, prefill_mode="dense")))
+            self.model.rtpurbo.set_rule(**vars(replace(rule, prefill_mode="dense")))
             yield Entry(
                 "rtpurbo-dense-retrieval",
                 {"": lambda: call},
@@ -80,7 +80,7 @@ class RandomModel(ModelCase):
                 is_ours=True,
             )
         if session.wants("rtpurbo"):
-            set_rule(self.model, **vars(replace(rule, prefill_mode="row_peak")))
+            self.model.rtpurbo.set_rule(**vars(replace(rule, prefill_mode="row_peak")))
             with forcing_density(self.model, density) as reached:
                 logits = call()
                 stated = stated_density(density, sum(reached) / len(reached), 0.05)

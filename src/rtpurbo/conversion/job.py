@@ -43,7 +43,6 @@ from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import BaseModel
 from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, load_indexers
-from rtpurbo.models.sparsify import set_rule
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
 from rtpurbo.processes import SINGLE_PROCESS, Result, init_distributed
 from rtpurbo.settings import (
@@ -347,7 +346,7 @@ class Job:
             if self.processes.is_main:
                 write_json_atomically(path, asdict(found))
         stored = self.processes.from_main(lambda: json.loads(path.read_text(encoding="utf-8")))
-        set_rule(base.model, layer_top_p=tuple(stored["values"]))
+        base.model.rtpurbo.set_rule(layer_top_p=tuple(stored["values"]))
 
     def _train_indexers(
         self, base: BaseModel, stage: str, settings: IndexerTrainingSettings, *, on_student: bool

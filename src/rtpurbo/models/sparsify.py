@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -31,7 +31,7 @@ from rtpurbo.models.sparse_layer import (
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
 from rtpurbo.models.sparse_model import check_can_be_sparse, sparse_class
 from rtpurbo.models.verification import NUM_TOKENS, check_equal, logits_over_cache, needs_check
-from rtpurbo.ops import SelectionStatistics, Selector
+from rtpurbo.ops import Selector
 
 # Set on the instance of a sparse model.
 _OWN_ATTRIBUTES = (
@@ -168,22 +168,10 @@ def runtime(model: PreTrainedModel) -> Runtime:
     return Runtime(model, headwise_modules(model))
 
 
-def set_rule(model: PreTrainedModel, **changes: Any) -> None:
-    """Changes fields of the attention rule: `set_rule(model, top_p=0.9)`."""
-    runtime(model).set_rule(**changes)
-
-
 def set_selector(model: PreTrainedModel, selector: Selector | None) -> None:
     """Sets a selector of far keys that replaces the rule's; None restores the rule."""
     for module in headwise_modules(model):
         module.selector = selector
-
-
-def counting(
-    model: PreTrainedModel, statistics: SelectionStatistics | None = None
-) -> AbstractContextManager[SelectionStatistics]:
-    """Counts selected keys inside a `with` block; see `Runtime.counting`."""
-    return runtime(model).counting(statistics)
 
 
 @contextmanager

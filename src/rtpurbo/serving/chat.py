@@ -22,7 +22,6 @@ from rtpurbo.interruption import steps_undisturbed, stop_requested
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
-from rtpurbo.models.sparsify import counting
 from rtpurbo.models.text import chat_tokens, stop_arguments
 from rtpurbo.ops import SelectionStatistics
 
@@ -130,7 +129,7 @@ class Conversation:
             reused = self._crop_cache(prompt)
             ids = torch.tensor([prompt], device=self.model.device)
             try:
-                with counting(self.model, statistics) if self.count_reads else nullcontext():
+                with self.model.rtpurbo.counting(statistics) if self.count_reads else nullcontext():
                     [tokens] = self.model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),

@@ -18,7 +18,7 @@ from rtpurbo.evaluation.policies.policy import (
 from rtpurbo.evaluation.policies.quest import PAGE_SIZE, QuestSelector
 from rtpurbo.evaluation.policies.selectors import oracle_top_p, top_k
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import empty_head_map, set_rule, sparsify
+from rtpurbo.models.sparsify import empty_head_map, sparsify
 
 __all__ = [
     "BUDGET_POLICY",
@@ -36,7 +36,7 @@ def _with_rule(name: str, description: str, *, keeps_index: bool = True, **chang
 
     def prepare(source: Source) -> Loaded:
         model, tokenizer = source.sparse()
-        set_rule(model, **changes)
+        model.rtpurbo.set_rule(**changes)
         return model, tokenizer
 
     return Policy(name, description, prepare, keeps_index)
