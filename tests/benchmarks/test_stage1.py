@@ -54,13 +54,13 @@ def test_documents_must_have_something_far():
     ],
 )
 def test_a_wrong_step_gets_no_figure(monkeypatch, changed, complaint):
-    real = Stage1Case.losses_and_gradient
+    real = Stage1Case.loss_and_gradient
 
     def wrong(self, sequences, backend, rows):
         found = real(self, sequences, backend, rows)
         return found if backend == "eager" else changed(*found)
 
-    monkeypatch.setattr(Stage1Case, "losses_and_gradient", wrong)
+    monkeypatch.setattr(Stage1Case, "loss_and_gradient", wrong)
     made = run(wanted=("rtpurbo",))
     assert not made.results.records
     assert complaint in made.results.errors[0]

@@ -69,13 +69,6 @@ class Stage1Case(TrainingCase):
             self.optimizer.zero_grad(set_to_none=True)
         return losses
 
-    def losses_and_gradient(
-        self, sequences: Sequence[TrainingSequence], backend: str, num_queries: int
-    ) -> tuple[Tensor, Tensor]:
-        """Losses of `num_queries` queries, and the gradients of all weights in one vector."""
-        losses = self.learn(sequences, backend, num_queries)
-        return losses, self.take_gradient()
-
 
 def bench_stage1(
     session: Session,
@@ -128,8 +121,8 @@ def _check(case: Stage1Case, call: Callable[[], Any]) -> str | None:
     """Compares loss and gradient of a short sequence with plain PyTorch."""
     short = case.sequences(case.rule.sliding_window + WARM_UP_TOKENS, 1)
     backend = call.args[1] if isinstance(call, partial) else "auto"
-    found = case.losses_and_gradient(short, backend, 256)
-    return complaint(found, case.losses_and_gradient(short, "eager", 256))
+    found = case.loss_and_gradient(short, backend, 256)
+    return complaint(found, case.loss_and_gradient(short, "eager", 256))
 
 
 def _figures(session: Session, case: Stage1Case, length: int, found: Measurement) -> dict[str, Any]:

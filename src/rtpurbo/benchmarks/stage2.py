@@ -81,13 +81,6 @@ class Stage2Case(TrainingCase):
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def loss_and_gradient(
-        self, sequence: TrainingSequence, targets: TeacherTargets, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        """Loss, and the gradients of all weights in one vector."""
-        loss = self.learn(sequence, targets, backend)
-        return loss, self.take_gradient()
-
 
 def bench_stage2(
     session: Session,

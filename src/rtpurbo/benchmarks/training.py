@@ -107,11 +107,16 @@ class TrainingCase:
                     session.run(entry)
                     release(session.device)
 
-    def take_gradient(self) -> Tensor:
-        """Gradients of all trained weights in one vector; clears them."""
+    def learn(self, *arguments: Any) -> Tensor:
+        """Accumulates gradients and returns the loss, or one for each sequence."""
+        raise NotImplementedError
+
+    def loss_and_gradient(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """What `learn` returns, and the gradients of all trained weights in one vector, which are cleared."""
+        loss = self.learn(*arguments)
         gradients = [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.cat(gradients)
+        return loss, torch.cat(gradients)
 
 
 def check_is_longer(what: str, shortest: int, rule: AttentionRule, consequence: str) -> None:
