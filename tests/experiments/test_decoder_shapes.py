@@ -42,7 +42,7 @@ def tiny_shapes(monkeypatch):
 
 def run(monkeypatch, tmp_path, *options):
     # The interpreter of kernels would be slow.
-    monkeypatch.setattr("rtpurbo.ops.backends.interprets_kernels", lambda: False)
+    monkeypatch.setattr("rtpurbo.ops.api.interprets_kernels", lambda: False)
     output = tmp_path / "shapes.json"
     command = ["decoder_shapes.py", *options, "--length", "512", "--steps", "3", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [*command, "--output", str(output)])

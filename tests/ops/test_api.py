@@ -10,7 +10,6 @@ from rtpurbo.ops import (
     HeadLayout,
     SelectionStatistics,
     api,
-    backends,
     causal_attention,
     headwise_attention,
     local_attention,
@@ -128,14 +127,33 @@ def test_calls_without_kernels_run_eagerly_or_are_rejected(watched, problem):
 
 @pytest.mark.parametrize("operator", ["headwise_attention", "indexer_divergence"])
 def test_the_specification_offers_every_operator(operator):
-    assert callable(backends.implementation(operator, "eager"))
+    assert callable(api.implementation(operator, "eager"))
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", api.BACKENDS)
 def test_every_backend_offers_a_whole_layer(backend):
-    assert callable(backends.implementation("headwise_attention", backend))
+    assert callable(api.implementation("headwise_attention", backend))
 
 
 def test_an_operator_that_a_backend_lacks_is_refused():
     with pytest.raises(ValueError, match="backend 'flex' has no operator 'indexer_divergence'"):
-        backends.implementation("indexer_divergence", "flex")
+        api.implementation("indexer_divergence", "flex")
+
+
+@pytest.mark.parametrize("setting", [None, "", "0", "false", "off"])
+def test_kernels_need_a_gpu_without_the_interpreter(monkeypatch, setting):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", setting)
+    assert not api.interprets_kernels()
+    with pytest.raises(ValueError, match="'triton' needs a GPU"):
+        api.require_triton(torch.empty(1))
+
+
+@pytest.mark.parametrize("setting", ["1", "true", "on"])
+def test_the_interpreter_runs_kernels_on_a_cpu(monkeypatch, setting):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", setting)
+    assert api.interprets_kernels()
+    api.require_triton(torch.empty(1))

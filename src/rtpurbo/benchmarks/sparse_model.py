@@ -17,7 +17,7 @@ from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.decoding import CAPTURE_COST_IN_STEPS
 from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.ops.backends import BACKENDS
+from rtpurbo.ops.api import BACKENDS
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 from rtpurbo.ops.triton import headwise
 

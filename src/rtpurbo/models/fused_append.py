@@ -18,7 +18,7 @@ from rtpurbo.models.cache_layers import HeadwiseLayer
 from rtpurbo.models.families import FAMILIES
 from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
 from rtpurbo.ops import KeyValueStates
-from rtpurbo.ops.backends import HALF, interprets_kernels
+from rtpurbo.ops.api import HALF, interprets_kernels
 
 
 class FusedAppendForward:

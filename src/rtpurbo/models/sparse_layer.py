@@ -22,8 +22,6 @@ from rtpurbo.ops import (
     KeyValueStates,
     SelectionStatistics,
     Selector,
-    causal_attention,
-    with_sinks,
 )
 from rtpurbo.ops.api import attend_with, chosen_backend
 from rtpurbo.ops.packed import packed_attention
@@ -286,30 +284,15 @@ class SparseAttention(AttentionTraits):
     def _attend_densely(
         self, queries: Tensor, positions: Tensor, states: KeyValueStates, sinks: Tensor | None
     ) -> Tensor:
-        lengths = self.document_lengths or (queries.shape[2],)
-        if states.in_order and sinks is None:
-            return packed_attention(
-                queries, states.keys, states.values, lengths, scaling=self.scaling
-            )
-        heads = torch.arange(self.num_attention_heads, device=queries.device)
-        kv_head_index = heads // (self.num_attention_heads // self.num_key_value_heads)
-        parts, start = [], 0
-        for length in lengths:
-            rows = slice(start, start + length)
-            part, log_sum_exp = causal_attention(
-                queries[:, :, rows],
-                positions[:, rows],
-                states.tokens(rows),
-                kv_head_index,
-                scaling=self.scaling,
-                return_log_sum_exp=sinks is not None,
-            )
-            if sinks is not None:
-                assert log_sum_exp is not None
-                part, _ = with_sinks(part, log_sum_exp, sinks)
-            parts.append(part)
-            start += length
-        return torch.cat(parts, 2)
+        return packed_attention(
+            queries,
+            states.keys,
+            states.values,
+            self.document_lengths or (queries.shape[2],),
+            scaling=self.scaling,
+            positions=None if states.in_order else positions,
+            sinks=sinks,
+        )
 
     def _attend_gated(
         self,

@@ -1,4 +1,4 @@
-"""Public attention operators: argument checks, choice of the backend, dispatch.
+"""Public attention operators: argument checks, backends and their choice, dispatch.
 
 Shapes and semantics are documented in the specification, `rtpurbo.ops.eager`; all backends compute the same.
 A backend given by name is used or raises. `auto` uses the Triton kernels for half precision on a GPU where they
@@ -7,6 +7,7 @@ support the call, FlexAttention for gradients of long sequences on a GPU, and `e
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
-from rtpurbo.ops.backends import HALF, implementation, require_triton, unsupported_reason
 from rtpurbo.ops.eager.dense_queries import with_dense_queries
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import (
@@ -25,12 +25,63 @@ from rtpurbo.ops.states import (
     check_states,
 )
 
-__all__ = [
-    "attend_with",
-    "chosen_backend",
-    "headwise_attention",
-    "new_histogram_workspace",
-]
+HALF = (torch.float16, torch.bfloat16)
+
+# Module of each operator, by backend.
+BACKENDS: dict[str, dict[str, str]] = {
+    "eager": {
+        "headwise_attention": "rtpurbo.ops.eager.headwise",
+        "indexer_divergence": "rtpurbo.ops.eager.divergence",
+    },
+    "triton": {
+        "headwise_attention": "rtpurbo.ops.triton.headwise",
+        "indexer_divergence": "rtpurbo.ops.triton.training.divergence",
+    },
+    "flex": {"headwise_attention": "rtpurbo.ops.flex.headwise"},
+}
+
+
+def implementation(operator: str, backend: str) -> Any:
+    """The function of an operator in a backend; `auto` is `eager` here.
+
+    Raises:
+        ValueError: the backend is unknown or lacks the operator.
+    """
+    chosen = "eager" if backend == "auto" else backend
+    if chosen not in BACKENDS:
+        raise ValueError(
+            f"backend '{backend}' is unknown: choose 'auto' or one of {sorted(BACKENDS)}."
+        )
+    if operator not in BACKENDS[chosen]:
+        raise ValueError(f"backend '{chosen}' has no operator '{operator}': choose 'eager'.")
+    return getattr(import_module(BACKENDS[chosen][operator]), operator)
+
+
+def unsupported_reason(operator: str, backend: str, *arguments: Any) -> str | None:
+    """First reason for which a backend cannot run a call; None if it can."""
+    module = import_module(BACKENDS[backend][operator])
+    return next(module.unsupported_reasons(*arguments), None)
+
+
+def interprets_kernels() -> bool:
+    """Returns True if Triton interprets its kernels on the CPU (TRITON_INTERPRET, as Triton parses it)."""
+    if not has_triton():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def require_triton(states: Tensor) -> None:
+    """Checks that Triton kernels can run on the device of `states`.
+
+    Raises:
+        ValueError: Triton is not installed, or there is neither a GPU nor the interpreter.
+    """
+    if not has_triton():
+        raise ValueError("backend 'triton' needs the package triton: pip install triton.")
+    if not states.is_cuda and not interprets_kernels():
+        raise ValueError("backend 'triton' needs a GPU: move the model there, or choose 'eager'.")
 
 
 def chosen_backend(

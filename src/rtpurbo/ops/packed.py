@@ -12,8 +12,13 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
-from rtpurbo.ops.api import attend_with, chosen_backend
-from rtpurbo.ops.backends import implementation, require_triton, unsupported_reason
+from rtpurbo.ops.api import (
+    attend_with,
+    chosen_backend,
+    implementation,
+    require_triton,
+    unsupported_reason,
+)
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
 
 # Dense heads have no window, so no other field of it is read than the number of sinks.
@@ -33,6 +38,8 @@ def packed_attention(
     document_lengths: Sequence[int],
     *,
     scaling: float,
+    positions: Tensor | None = None,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Dense causal attention of every head within its document: one call for each, which needs no mask.
@@ -43,6 +50,8 @@ def packed_attention(
         value_states: the same shape (the last size may differ).
         document_lengths: tokens of each document in order; the same for every sequence of the batch.
         scaling: factor on the dot products.
+        positions: int64 [batch, length], -1 for padding; None without padding.
+        sinks: learned sinks [num_attention_heads].
         backend: as of `headwise_attention`, but gradients are computed by PyTorch's own kernels.
 
     Returns:
@@ -53,10 +62,12 @@ def packed_attention(
         raise ValueError(
             f"document_lengths are {list(document_lengths)}, but must be positive and sum to {length}."
         )
-    positions = torch.arange(length, device=query_states.device).expand(batch, length)
-    states = KeyValueStates(key_states, value_states, positions, in_order=True)
+    in_order = positions is None
+    if positions is None:
+        positions = torch.arange(length, device=query_states.device).expand(batch, length)
+    states = KeyValueStates(key_states, value_states, positions, in_order=in_order)
     nothing = replace(states, keys=key_states[:, :0], values=value_states[:, :0])
-    chosen = chosen_backend(backend, query_states, states, nothing, None, _DENSE)
+    chosen = chosen_backend(backend, query_states, states, nothing, None, _DENSE, sinks=sinks)
     layout = _all_dense(heads, key_states.shape[1], query_states.device)
     group = heads // key_states.shape[1]
     outputs, start = [], 0
@@ -64,9 +75,18 @@ def packed_attention(
         rows = slice(start, start + count)
         queries, document = query_states[:, :, rows], states.tokens(rows)
         # A single query would be a decode step, whose kernels need index queries.
-        if chosen == "triton" and count > 1:
+        uses_kernels = chosen == "triton" and count > 1
+        if in_order and sinks is None and not uses_kernels:
+            output = F.scaled_dot_product_attention(
+                queries,
+                document.keys.repeat_interleave(group, 1),
+                document.values.repeat_interleave(group, 1),
+                is_causal=True,
+                scale=scaling,
+            )
+        else:
             output, _ = attend_with(
-                chosen,
+                "triton" if uses_kernels else "eager",
                 queries,
                 positions[:, rows],
                 document,
@@ -75,14 +95,7 @@ def packed_attention(
                 None,
                 _DENSE,
                 scaling=scaling,
-            )
-        else:
-            output = F.scaled_dot_product_attention(
-                queries,
-                document.keys.repeat_interleave(group, 1),
-                document.values.repeat_interleave(group, 1),
-                is_causal=True,
-                scale=scaling,
+                sinks=sinks,
             )
         outputs.append(output)
         start += count
