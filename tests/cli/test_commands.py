@@ -108,7 +108,7 @@ def test_eval_of_questions_from_files(tiny_artifact, tmp_path):
     suites = ["--suite", "mmlu_pro", "--suite", "humaneval", "--suite", "babilong:qa1@1024"]
     output = tmp_path / "questions.json"
     command = ["eval", tiny_artifact, *suites, *data, "--samples", 1, "--device", "cpu"]
-    assert "agree to that with --run-code" in error_of(*command)
+    assert "pass --run-code to allow that" in error_of(*command)
     limits = ["--run-code", "--max-new-tokens", 4]
     result = run(*command, *limits, "--policy", "full", "-o", output)
     assert result.exit_code == 0

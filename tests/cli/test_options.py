@@ -76,7 +76,9 @@ def test_heads_are_chosen_in_one_way():
         (None, {"threshold": 0.5, "count": 3}),
         (["calibration.count=3"], {"ratio": 0.2}),
     ):
-        with pytest.raises(RTPurboError, match="exclude each other: choose retrieval heads by one"):
+        with pytest.raises(
+            RTPurboError, match="are mutually exclusive: choose retrieval heads by one"
+        ):
             options.changed_settings(others, **given)
     # Unset in so many words, a setting is no second choice.
     assert options.changed_settings(["calibration.count=null"], ratio=0.2)["calibration.ratio"]

@@ -112,7 +112,7 @@ class TrainingCase:
         raise NotImplementedError
 
     def loss_and_gradient(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """What `learn` returns, and the gradients of all trained weights in one vector, which are cleared."""
+        """Result of `learn`, and the gradients of all trained weights in one vector, which are cleared."""
         loss = self.learn(*arguments)
         gradients = [weight.grad.flatten() for weight in self.weights if weight.grad is not None]
         self.optimizer.zero_grad(set_to_none=True)

@@ -113,13 +113,13 @@ def check_model_options(context: typer.Context) -> None:
     """
     has_artifact = context.params["artifact"] is not None
     if context.params["memory"] is not None and context.params["phase"] == "prefill":
-        raise RTPurboError("--memory is for decode steps: leave it or --phase prefill out.")
+        raise RTPurboError("--memory applies to decode steps only: remove it or --phase prefill.")
     for name in ARTIFACT_OPTIONS if not has_artifact else GEOMETRY_OPTIONS:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = "--" + name.replace("_", "-")
             raise RTPurboError(
-                f"{option} is for random weights, and an artifact has its own: leave it or --artifact out."
+                f"{option} applies to random weights only: remove it or --artifact."
                 if has_artifact
-                else f"{option} is for the model of an artifact: name one with --artifact."
+                else f"{option} needs the model of an artifact: name one with --artifact."
             )

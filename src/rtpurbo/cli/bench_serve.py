@@ -47,7 +47,7 @@ def serve(
         float | None,
         typer.Option(
             min=0.001,
-            help="Mean arrivals per second of a Poisson process. Left out: a request follows as soon as "
+            help="Mean arrivals per second of a Poisson process. Default: a request follows as soon as "
             "another one ends.",
             show_default=False,
         ),
@@ -56,7 +56,7 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="Requests per measurement. Left out: twice the concurrency, at least four.",
+            help="Requests per measurement. Default: twice the concurrency, at least four.",
             show_default=False,
         ),
     ] = None,

@@ -75,7 +75,7 @@ def convert(
         say(str(conversion.plan_conversion(model, **given)))
         return
     if output_dir is None:
-        raise RTPurboError("there is no folder to write to: name one with --output-dir.")
+        raise RTPurboError("no output folder was given: name one with --output-dir.")
     with stopping_cleanly(), ProgressBars() as progress:
         folder = conversion.convert(
             model,

@@ -67,13 +67,13 @@ def evaluate(
     squad: Annotated[
         Path | None,
         options.optional(
-            help="Questions of ruler:qa_1: a JSON file in SQuAD's format. Left out: built-in ones."
+            help="Questions of ruler:qa_1: a JSON file in SQuAD's format. Default: built-in ones."
         ),
     ] = None,
     hotpotqa: Annotated[
         Path | None,
         options.optional(
-            help="Questions of ruler:qa_2: a JSON file in HotpotQA's distractor format. Left out: "
+            help="Questions of ruler:qa_2: a JSON file in HotpotQA's distractor format. Default: "
             "built-in ones."
         ),
     ] = None,
@@ -81,7 +81,7 @@ def evaluate(
         list[str] | None,
         options.optional(
             metavar="NAME=PATH",
-            help="The questions of gsm8k, math, mmlu_pro, humaneval or babilong: a .jsonl or .jsonl.gz "
+            help="Questions of gsm8k, math, mmlu_pro, humaneval or babilong: a .jsonl or .jsonl.gz "
             "file with the columns of the data on the Hub. Or those of a task of lm-eval: such a file, "
             "or a folder with a file for each split. Repeat it for several.",
         ),
@@ -90,8 +90,8 @@ def evaluate(
         int | None,
         options.optional(
             min=1,
-            help="The most tokens of an answer to lm-eval, gsm8k, math, mmlu_pro and humaneval. Left "
-            "out: what the task says.",
+            help="Maximum number of tokens of an answer to lm-eval, gsm8k, math, mmlu_pro and humaneval. "
+            "Default: set by the task.",
         ),
     ] = None,
     run_code: Annotated[
@@ -120,21 +120,21 @@ def evaluate(
             "--output",
             "-o",
             help="JSON file for the results, written at the end and when the run is stopped; every "
-            "question with its answer goes to NAME.samples.jsonl in the same folder. NAME.log.jsonl, "
-            "which --resume reads, gets each result as soon as it is there.",
+            "question with its answer goes to NAME.samples.jsonl in the same folder. Each finished result is "
+            "appended to NAME.log.jsonl, which --resume reads.",
         ),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Keep what the file of --output has and run only what is missing. Artifact, seed, "
+            help="Keep the results in the file of --output and run only the missing tests. Artifact, seed, "
             "samples, data, dtype and kind of device must be the same as before.",
         ),
     ] = False,
     force: options.Force = False,
     write_card: Annotated[
-        bool, typer.Option("--write-card", help="Put the results into the artifact's README.md.")
+        bool, typer.Option("--write-card", help="Write the results into the artifact's README.md.")
     ] = False,
     base_model: options.BaseModel = None,
     seed: options.Seed = 0,

@@ -22,7 +22,7 @@ def generate(
         typer.Option(
             "--chat/--no-chat",
             help="Answer the prompt as a message, or continue its text. "
-            "Left out: answer if the model has a chat template.",
+            "Default: answer if the model has a chat template.",
             show_default=False,
         ),
     ] = None,

@@ -29,7 +29,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         help="Name on the Hugging Face Hub or folder of the dense model. "
-        "Left out: SmolLM2-135M-Instruct, for a first try.",
+        "Default: SmolLM2-135M-Instruct, for a first try.",
         show_default=False,
     ),
 ]
@@ -43,14 +43,14 @@ Data = Annotated[
     list[str] | None,
     optional(
         help="Text: a .txt, .md, .jsonl, .jsonl.gz or .parquet file, or hf:NAME for a dataset of "
-        "the Hub. Repeat it for several. Left out: the documentation that comes with Python."
+        "the Hub. Repeat it for several. Default: the documentation that comes with Python."
     ),
 ]
 BaseModel = Annotated[
     str | None,
     optional(
-        help="Base model to use instead of the one that the artifact names; its weights must be the "
-        "same."
+        help="Base model to load instead of the one that the artifact names; it must have the same "
+        "weights."
     ),
 ]
 Device = Annotated[
@@ -59,27 +59,28 @@ Device = Annotated[
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(
-        help="Type of the frozen base model's weights; auto is the checkpoint's on a GPU and float32 "
-        "on a CPU. What is trained is float32."
+        help="Dtype of the frozen base model; auto is the checkpoint's dtype on a GPU and float32 on a "
+        "CPU. Trained weights are always float32."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue where the same command was interrupted.")
+    bool, typer.Option("--resume", help="Continue an interrupted run of the same command.")
 ]
 
 Ratio = Annotated[
     float | None,
     _heads_option(
-        help="Share of the heads that retrieve: of the query heads, or of the KV heads where these are "
-        "kept whole (calibration.granularity=kv_group, the default on a GPU). The paper takes 0.15 of the query heads."
+        help="Share of retrieval heads among the query heads, or among the KV heads with "
+        "calibration.granularity=kv_group (the default on a GPU). The paper uses 0.15 of the query heads."
     ),
 ]
 Threshold = Annotated[
-    float | None, _heads_option(help="Instead, all heads with at least this retrieval score.")
+    float | None,
+    _heads_option(help="Choose all heads with at least this retrieval score, instead of a share."),
 ]
-Count = Annotated[int | None, _heads_option(help="Instead, this many heads.")]
+Count = Annotated[int | None, _heads_option(help="Choose this many heads, instead of a share.")]
 Effort = Annotated[
     Literal["auto", "quick", "standard", "thorough"],
     typer.Option(
@@ -90,8 +91,8 @@ Effort = Annotated[
 MaxLength = Annotated[
     int | None,
     optional(
-        help="Tokens of the longest training sequence. Left out: what the effort takes, at most the "
-        "model's context."
+        help="Tokens of the longest training sequence. Default: set by --effort, at most the model's "
+        "context."
     ),
 ]
 Window = Annotated[
@@ -101,32 +102,32 @@ Window = Annotated[
 TopP = Annotated[
     float | None,
     _attention_option(
-        help="Attention mass that a retrieval head's selection must reach; a higher value reads more."
+        help="Attention mass that a retrieval head must select; higher values read more tokens."
     ),
 ]
 ReadingOption = Annotated[
     Reading | None,
     _attention_option(
         "--reading",
-        help="What the mass is a share of: all keys by the indexer's estimate (paper), what the "
-        "window and first tokens leave (residual), or the far keys alone (far).",
+        help="Distribution that top-p applies to: the indexer's estimate for all keys (paper), with exact "
+        "mass for window and sinks (residual), or the distant keys alone (far).",
     ),
 ]
 IndexSpaceOption = Annotated[
     IndexSpace | None,
     _indexer_option(
         "--index-space",
-        help="What the indexer projects: states before RoPE (the paper), after it, or after it "
-        "the slowly turning dimensions alone.",
+        help="States that the indexer projects: before RoPE (the paper), after RoPE, or only the "
+        "low-frequency dimensions after RoPE.",
     ),
 ]
 IndexDim = Annotated[
-    int | None, _indexer_option(help="Dimensions of an index key, which is part of the cache.")
+    int | None, _indexer_option(help="Dimensions of an index key, which is stored in the cache.")
 ]
-Stage1Steps = Annotated[int | None, _training_option(help="Steps that train the indexers.")]
+Stage1Steps = Annotated[int | None, _training_option(help="Training steps of the indexers.")]
 Stage2Steps = Annotated[
     int | None,
-    _training_option(help="Steps of self-distillation; 0 keeps the weights unchanged."),
+    _training_option(help="Steps of self-distillation; 0 leaves the model's weights unchanged."),
 ]
 LoraRank = Annotated[
     int | None, _training_option(help="Rank of the LoRA of stage 2; 0 trains the full weights.")
@@ -135,21 +136,21 @@ Stream = Annotated[
     bool | None,
     _training_option(
         "--stream",
-        help="Read the texts of --data during training, never all at once; for large datasets.",
+        help="Stream the texts of --data during training instead of loading them into memory.",
     ),
 ]
 Parallel = Annotated[
     str,
     typer.Option(
-        help="How the processes that torchrun starts share the work: data, each with the whole "
-        "model and its part of the texts, or fsdp, each with a part of the weights too.",
+        help="Parallelism of the processes that torchrun starts: data (each holds the whole model) or "
+        "fsdp (the weights are sharded too).",
         rich_help_panel="Training",
     ),
 ]
 ReportTo = Annotated[
     list[str] | None,
     _training_option(
-        help="Show figures to an experiment tracker: tensorboard, wandb, trackio, ... Repeat it "
+        help="Log metrics to an experiment tracker: tensorboard, wandb, trackio, ... Repeat it "
         "for several."
     ),
 ]
@@ -260,5 +261,7 @@ def changed_settings(others: Sequence[str] | None, **options: Any) -> dict[str, 
     given = [name for name in _CHOICES_OF_HEADS if changes.get(name) is not None]
     if len(given) > 1:
         names = " and ".join(name.replace("calibration.", "--") for name in given)
-        raise RTPurboError(f"{names} exclude each other: choose retrieval heads by one of them.")
+        raise RTPurboError(
+            f"{names} are mutually exclusive: choose retrieval heads by one of them."
+        )
     return changes

@@ -70,7 +70,7 @@ def train_indexer(
 ) -> None:
     """Step 2: train the token indexers, which select the tokens that retrieval heads read.
 
-    The model's weights are unchanged. The result is a complete artifact; `rtpurbo distill` adds stage 2.
+    The model's weights do not change. The result is a complete artifact; `rtpurbo distill` adds stage 2.
     """
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say

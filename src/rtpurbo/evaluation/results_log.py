@@ -110,7 +110,7 @@ class ResultsLog:
         if not lines:
             if path.exists():
                 raise RTPurboError(
-                    f"{path} cannot be resumed, because its log {log} is missing or empty: put it back, "
+                    f"{path} cannot be resumed, because its log {log} is missing or empty: restore it, "
                     "or name another file with --output."
                 )
             return

@@ -145,8 +145,8 @@ class SparseAttention(AttentionTraits):
         embeddings, self.embeddings = self.embeddings, None
         if mask is not None and mask.ndim != 2 and self.document_lengths is None:
             raise RTPurboError(
-                "sparse attention is causal over whole sequences: give each document a row of its own, "
-                "instead of position_ids that restart, and no mask of another kind."
+                "sparse attention supports only causal attention over whole sequences: put each document into a "
+                "row of its own instead of restarting position_ids, and pass no other mask."
             )
         past: HeadwiseLayer | None = None
         if isinstance(keys, NewStates):

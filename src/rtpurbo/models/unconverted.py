@@ -54,8 +54,8 @@ def unconverted_attention(
     is_masked = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
     if is_capped or s_aux is not None or not (is_causal or is_masked):
         raise RTPurboError(
-            f"a {type(module).__name__} that is not made sparse supports learned sinks only with a sliding "
-            "window over whole sequences (position_ids that do not restart), and no capped logits."
+            f"{type(module).__name__} layers that stay dense support learned sinks only with a sliding window "
+            "over whole sequences (without restarting position_ids), and no capped logits."
         )
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs

@@ -87,7 +87,7 @@ def test_processes_share_a_suite(tiny_artifact, task_data, monkeypatch):
         ({"task_data": {}}, "takes its questions from a file: name it with --task-data gsm8k=FILE"),
         ({"suites": ["gsm8k@4096"]}, "have their own length: write gsm8k, not gsm8k@4096"),
         ({"suites": ["gsm8k:hard"]}, "there is no gsm8k task 'hard'"),
-        ({"suites": ["humaneval"]}, "executes code that the model writes.*: agree .* --run-code"),
+        ({"suites": ["humaneval"]}, "executes code that the model writes.*: pass --run-code"),
         ({"suites": ["babilong:qa2@1024"]}, "there are 0 questions of babilong qa2"),
         ({"suites": ["babilong@9999"]}, "9,999 tokens do not fit the model's context of 1,024"),
         ({"suites": ["babilong@400"]}, "BABILong task qa1 does not fit into 400 tokens"),

@@ -97,5 +97,5 @@ def check_opt_in(suites: Mapping[str, object], run_code: bool) -> None:
         if name in SHORT and SHORT[name].runs_code and not run_code:
             raise RTPurboError(
                 f"the suite '{name}' executes code that the model writes, in a limited process: "
-                "agree to that with --run-code."
+                "pass --run-code to allow that."
             )
