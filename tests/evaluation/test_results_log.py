@@ -180,7 +180,9 @@ def test_results_without_a_log_are_refused_and_unchanged(path, content):
     log_path(path).unlink()
     if content is not None:
         log_path(path).write_text(content)
-    with pytest.raises(RTPurboError, match=r"because its log .*log.jsonl is missing or empty: restore"):
+    with pytest.raises(
+        RTPurboError, match=r"because its log .*log.jsonl is missing or empty: restore"
+    ):
         resumed(path)
     assert path.read_bytes() == before
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.slots import WindowedPositions
-from rtpurbo.ops import HeadLayout, KeyValueStates, headwise_attention
+from rtpurbo.ops import KeyValueStates, headwise_attention
+from rtpurbo.ops.states import uniform_layout
 
 
 def unconverted_attention(
@@ -86,21 +86,13 @@ def _window_attention(
         mask.query_positions,
         full,
         windowed,
-        _layout(query.shape[1], key.shape[1], key.device),
+        uniform_layout(query.shape[1], key.shape[1], key.device, retrieves=False),
         None,
         _rule(mask.window),
         scaling=scaling,
         sinks=sinks,
     )
     return output.transpose(1, 2).contiguous()
-
-
-@cache
-def _layout(num_attention_heads: int, num_key_value_heads: int, device: torch.device) -> HeadLayout:
-    """Layout of a layer without retrieval heads."""
-    # Kept across calls, so created outside of inference mode.
-    with torch.inference_mode(False):
-        return HeadLayout.build((), num_attention_heads, num_key_value_heads, device)
 
 
 @cache

@@ -4,7 +4,6 @@ from rtpurbo.ops.api import headwise_attention, new_histogram_workspace
 from rtpurbo.ops.eager.local import causal_attention, local_attention
 from rtpurbo.ops.eager.retrieval import retrieval_attention
 from rtpurbo.ops.eager.selection import index_scores
-from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import (
     HeadGroup,
     HeadLayout,
@@ -27,5 +26,4 @@ __all__ = [
     "local_attention",
     "new_histogram_workspace",
     "retrieval_attention",
-    "with_sinks",
 ]

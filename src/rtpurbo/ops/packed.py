@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from rtpurbo.ops.api import (
     require_triton,
     unsupported_reason,
 )
-from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.states import KeyValueStates, uniform_layout
 
 # Dense heads have no window, so no other field of it is read than the number of sinks.
 _DENSE = AttentionRule()
@@ -68,7 +67,7 @@ def packed_attention(
     states = KeyValueStates(key_states, value_states, positions, in_order=in_order)
     nothing = replace(states, keys=key_states[:, :0], values=value_states[:, :0])
     chosen = chosen_backend(backend, query_states, states, nothing, None, _DENSE, sinks=sinks)
-    layout = _all_dense(heads, key_states.shape[1], query_states.device)
+    layout = uniform_layout(heads, key_states.shape[1], query_states.device, retrieves=True)
     group = heads // key_states.shape[1]
     outputs, start = [], 0
     for count in document_lengths:
@@ -103,14 +102,6 @@ def packed_attention(
         return outputs[0]
     # Laid out as [batch, length, heads, head_dim], which the output projection reads without a copy.
     return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)
-
-
-@cache
-def _all_dense(
-    num_attention_heads: int, num_key_value_heads: int, device: torch.device
-) -> HeadLayout:
-    heads = range(num_attention_heads)
-    return HeadLayout.build(heads, num_attention_heads, num_key_value_heads, device)
 
 
 def indexer_divergence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -226,6 +227,17 @@ class HeadLayout:
             groups.to(device),
             joined.argsort().to(device),
         )
+
+
+@cache
+def uniform_layout(
+    num_attention_heads: int, num_key_value_heads: int, device: torch.device, *, retrieves: bool
+) -> HeadLayout:
+    """Layout of a layer whose heads all retrieve, or are all local."""
+    heads = range(num_attention_heads) if retrieves else ()
+    # Kept across calls, so created outside of inference mode.
+    with torch.inference_mode(False):
+        return HeadLayout.build(heads, num_attention_heads, num_key_value_heads, device)
 
 
 @dataclass(frozen=True)
