@@ -102,8 +102,7 @@ class Plan:
             lines.append(("refresh", f"{_steps(refresh)} at {_lengths(refresh.lengths)}"))
         if calibration.top_p_sequences and rule.layer_top_p is None:
             sequences = f"{calibration.top_p_sequences} sequences of {calibration.length:,} tokens"
-            reads = f"as many tokens read as with {rule.top_p:g}"
-            lines.append(("top-p", f"by layer, on {sequences}; {reads}"))
+            lines.append(("top-p", f"by layer, on {sequences}, with the reading of {rule.top_p:g}"))
         data = "documentation of Python (built in)" if self.data is None else ", ".join(self.data)
         memory = f"about {_rounded(self.peak_gib)} GiB expected at the peak"
         return [
