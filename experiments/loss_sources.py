@@ -194,7 +194,7 @@ def compare(model: torch.nn.Module, asked: list[Asked]) -> dict[str, list[float]
         rows = each.sequence.num_answer_tokens
         there = each.targets.to(model.device)
         with runtime(model).decoding_last(rows):
-            values = predictions(model, each.sequence, there, there.token_ids)
+            values = predictions(model, each.sequence, there)
             states = states_at(model, each.sequence.input_ids, there.positions)
             first, _ = most_likely(states, model.get_output_embeddings(), 1)
         divergence = top_logits_divergence(values, there).mean().item()
