@@ -20,7 +20,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import runtime
 from rtpurbo.settings import CalibrationSettings
-from tests.tiny_models import VOCABULARY, make_sparse, sparse_config, tiny_model
+from tests.tiny_models import VOCABULARY, any_model, make_sparse, sparse_config, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
 VALUES = (0.6, 0.9, 0.99)
@@ -145,3 +145,27 @@ def test_nothing_is_chosen_without_answers_or_heads(length, heads):
     make_sparse(model, config)
     settings = CalibrationSettings(length=length, top_p_sequences=2)
     assert find_layer_top_p(model, tiny_tokenizer(), load_texts(None, "train"), settings) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        (
+            "gemma3_text",
+            {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
+        ),
+        ("gpt_oss", {"sliding_window": 12}),
+        ("falcon_h1", {}),
+        ("qwen3_next", {"num_hidden_layers": 4}),
+    ],
+)
+def test_costs_where_layers_have_windows_or_recurrent_states(model_type, changes):
+    model = any_model(model_type, **changes).to(torch.float64)
+    make_sparse(model, sparse_config(model, min_tokens=0))
+    costs = measure_costs(model, Random(), 3, values=(0.6, 1.0))
+    assert costs
+    for by_value in costs.values():
+        # All keys are read, after answers that read fewer.
+        assert by_value[1.0].share_read == 1
+        assert by_value[1.0].divergence == pytest.approx(0, abs=1e-9)
+    assert max(by_value[0.6].divergence for by_value in costs.values()) > 1e-6

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -177,12 +178,12 @@ def measure_costs(
 def _answering(model: PreTrainedModel, prompt: Sequence[int]) -> Iterator[Answer]:
     """Yields an `Answer` whose queries select for themselves, as in decode steps; all layers read everything."""
     device = model.device
-    cache = HeadwiseCache(model, crop_slack=1024)
+    cache = HeadwiseCache(model)
 
     def answer(tokens: Sequence[int]) -> Tensor:
         ids = torch.tensor([list(tokens)], device=device)
-        logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
-        cache.crop(-len(tokens))
+        # A copy, because recurrent layers and layers with windows of their own cannot take tokens back.
+        logits = model(ids, past_key_values=deepcopy(cache), use_cache=True).logits[0]
         return logits.float().log_softmax(-1)
 
     with torch.no_grad(), runtime(model).rule(top_p=1.0):
