@@ -4,10 +4,12 @@ import gc
 import weakref
 
 import pytest
+import torch
 
 from rtpurbo.models import probe as probing
 from rtpurbo.models.sparsify import restore, sparsify
-from tests.tiny_models import make_sparse, sparse_config, tiny_model
+from rtpurbo.models.verification import logits_over_cache
+from tests.tiny_models import any_model, make_sparse, sparse_config, tiny_model
 
 
 @pytest.fixture
@@ -58,3 +60,15 @@ def test_a_probed_model_is_freed():
     del model
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("run", [probing.probe, logits_over_cache])
+def test_a_lack_of_memory_is_not_taken_for_an_unsupported_model(monkeypatch, run):
+    model = any_model("llama")
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.model.layers[0].mlp, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model)

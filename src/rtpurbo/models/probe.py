@@ -235,6 +235,8 @@ def _run(
     try:
         with _probing(model, recording):
             decoder(**arguments)
+    except torch.OutOfMemoryError:  # says nothing about the model
+        raise
     except Exception as error:  # code of any model runs here
         raise RTPurboError(
             f"this {config.model_type} model cannot be made sparse: a forward of {NUM_TOKENS} tokens failed "

@@ -63,7 +63,7 @@ def logits_over_cache(model: PreTrainedModel) -> Tensor:
             options = {"attention_mask": mask, "use_cache": True}
             cache = {CACHE_NAME: getattr(first, CACHE_NAME)}
             second = model(input_ids=tokens[:, FIRST:], **options, **cache)
-    except RTPurboError:
+    except (RTPurboError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = first_line(error, with_type=True)
