@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation import task_suite
@@ -62,6 +63,41 @@ def test_each_answer_is_scored_with_its_own_question(monkeypatch, on_a_gpu, data
     # A part has its own questions.
     [part] = bank.run(tiny_model(), tokenizer, case, questions=range(3, 6))
     assert part.samples == outcome.samples[3:]
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(3, [3, 3]), (2, [3, 1, 1, 1, 1, 1, 1]), (1, [3, 1, 1, 1, 1, 1, 1])]
+)
+def test_batches_are_halved_where_they_do_not_fit_into_memory(
+    monkeypatch, on_a_gpu, data, most, sizes
+):
+    tried = []
+
+    def generate(model, tokenizer, prompts, max_new_tokens):
+        tried.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ["Answer: A"] * len(prompts)
+
+    monkeypatch.setattr(task_suite, "continue_tokens", generate)
+    calls = []
+    case = Case("mmlu_pro", "all", 0, 6)
+    [outcome] = QuestionBank(data).run(
+        tiny_model(), tiny_tokenizer(), case, lambda: calls.append(1)
+    )
+    assert tried == sizes
+    assert len(outcome.samples) == len(calls) == 6
+    assert outcome.score == 100
+
+
+def test_one_question_that_does_not_fit_into_memory_is_an_error(monkeypatch, on_a_gpu, data):
+    def generate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(task_suite, "continue_tokens", generate)
+    case = Case("mmlu_pro", "all", 0, 6)
+    with pytest.raises(torch.OutOfMemoryError):
+        QuestionBank(data).run(tiny_model(), tiny_tokenizer(), case)
 
 
 def test_the_seed_shuffles_and_fewer_samples_are_the_first(tmp_path):
