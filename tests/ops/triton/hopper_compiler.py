@@ -236,24 +236,26 @@ def paged_append(
     norm=False,
     rotated=True,
     uniform=True,
+    shared_keys=False,
 ):
     """Compiles the fused append of tokens to pages."""
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
     full, ranks, tokens = len(layout.full_key_value_heads), len(retrieval_heads), 3
+    index_keys = full if shared_keys else ranks
     kept, windowed = (
         torch.empty(50, count, size, head_dim, dtype=cache_dtype or dtype)
         for count, size in zip((full, key_value_heads - full), page_sizes, strict=True)
     )
     states = torch.empty(tokens, heads + 2 * key_value_heads, 1, head_dim, dtype=dtype)
     weight = torch.empty(head_dim, dtype=dtype)
-    index_weight = torch.empty(ranks, 16, head_dim)
+    query_weight, key_weight = (torch.empty(count, 16, head_dim) for count in (ranks, index_keys))
     numbers = torch.zeros(tokens, dtype=torch.int64)
     lengths = torch.zeros(tokens, dtype=torch.int32) if uniform else None
     fused_kv_append(
         *states.split([heads, key_value_heads, key_value_heads], 1),
         RotaryTable(torch.empty(4096, head_dim, dtype=table_dtype), numbers),
         HeadNorm(weight, weight, 1e-6) if norm else None,
-        IndexProjection(index_weight, index_weight, torch.arange(head_dim), rotated)
+        IndexProjection(query_weight, key_weight, torch.arange(head_dim), rotated)
         if ranks
         else None,
         layout,
@@ -264,7 +266,7 @@ def paged_append(
             kept,
             windowed,
             windowed,
-            torch.empty(50, ranks, page_sizes[0], 16, dtype=index_dtype) if ranks else None,
+            torch.empty(50, index_keys, page_sizes[0], 16, dtype=index_dtype) if ranks else None,
             lengths,
             lengths,
         ),
@@ -402,6 +404,7 @@ def compile_serving():
     paged_append(32, 8, (0, 9))
     paged_append(32, 8, (0, 9), norm=True, rotated=False, uniform=False, page_sizes=(64, 16))
     paged_append(32, 8, (0, 9), index_dtype=torch.float8_e4m3fn, table_dtype=torch.float32)
+    paged_append(32, 8, range(9), shared_keys=True, index_dtype=torch.float8_e4m3fn)
     paged_append(12, 2, (), head_dim=64, dtype=torch.float16)
     paged_append(8, 8, (1,), dtype=torch.float32, index_dtype=torch.float32)
     packed_prompts(128, 16)

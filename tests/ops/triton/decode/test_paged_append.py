@@ -90,6 +90,7 @@ def assert_in_pages(static, pages):
         {"norm": "unit_offset"},
         {"retrieval_heads": ()},
         {"retrieval_heads": range(6), "index_dtype": torch.float8_e4m3fn},
+        {"retrieval_heads": (0, 1, 4), "shared_keys": True},
         {"rotary_dim": 0},
     ],
     ids=str,
