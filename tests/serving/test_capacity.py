@@ -7,6 +7,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.artifact_config import CHECKPOINT_KEY, MODEL_CONFIG_FILE
 from rtpurbo.serving.capacity import GIB, Capacity, capacity_of
 from rtpurbo.serving.export import export
+from tests.tiny_artifact import save_tiny_artifact
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,19 @@ def test_a_float8_cache_holds_nearly_twice_as_much(checkpoint):
     assert quarter.dense_tokens == 2 * half.dense_tokens
     # Index keys keep their dtype.
     assert 1.5 * half.tokens < quarter.tokens < 2 * half.tokens
+
+
+def test_a_shared_index_key_leaves_room_for_more_tokens(tiny_base, tmp_path):
+    tokens = {}
+    for shared_keys in (False, True):
+        folder = tmp_path / str(shared_keys)
+        artifact = save_tiny_artifact(
+            folder / "artifact", tiny_base, range(6), shared_keys=shared_keys
+        )
+        checkpoint = export(artifact, folder / "vllm", "vllm")
+        tokens[shared_keys] = capacity_of(checkpoint, GIB, in_flight=64).tokens
+    # Of each KV head, key and value of 8 dimensions, and an index key of 4 of each of its two query heads.
+    assert tokens[True] / tokens[False] == pytest.approx((16 + 2 * 4) / (16 + 4), rel=0.001)
 
 
 def test_tokens_in_flight_and_short_requests_cost_capacity(checkpoint):

@@ -66,6 +66,7 @@ def save_checkpoint(
     *,
     layers: Sequence[Sequence[int]] = LAYERS,
     index_space: str = "low_frequency",
+    shared_keys: bool = False,
     rule: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
@@ -94,9 +95,8 @@ def save_checkpoint(
         "min_tokens": 8,
         "top_p": 0.8,
     }
-    config = RTPurboConfig(
-        heads, AttentionRule(**attention | (rule or {})), IndexerSettings(8, index_space)
-    )
+    indexer = IndexerSettings(8, index_space, shared_keys=shared_keys)
+    config = RTPurboConfig(heads, AttentionRule(**attention | (rule or {})), indexer)
     model = make_sparse(base.model, config)
     artifact = ArtifactConfig(base.reference, model.rtpurbo_config)
     with whole_folder(folder / "artifact") as new:

@@ -45,16 +45,21 @@ def test_families(family, tmp_path, prompts):
     wanted = expected_answers(reference, prompts, NEW)
     with running(checkpoint) as llm:
         assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
-        config = llm.llm_engine.vllm_config
-        predicted = capacity_of(
-            checkpoint,
-            2**30,
-            in_flight=config.max_in_flight_tokens,
-            max_model_len=OPTIONS["max_model_len"],
-            dtype="float32",
-        )
-        held = config.cache_config.kv_cache_size_tokens
-        assert held == pytest.approx(predicted.tokens, rel=0.001)
+        assert_predicted_capacity(llm, checkpoint)
+
+
+def assert_predicted_capacity(llm, checkpoint):
+    """The cache holds what `rtpurbo serve` announces."""
+    config = llm.llm_engine.vllm_config
+    predicted = capacity_of(
+        checkpoint,
+        2**30,
+        in_flight=config.max_in_flight_tokens,
+        max_model_len=OPTIONS["max_model_len"],
+        dtype="float32",
+    )
+    held = config.cache_config.kv_cache_size_tokens
+    assert held == pytest.approx(predicted.tokens, rel=0.001)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,32 @@ def test_rules(index_space, rule, tmp_path, prompts):
     with running(checkpoint, max_num_batched_tokens=128) as llm:
         assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
         assert_same_answers(reference, prompts, answers(llm, prompts, NEW), wanted)
+
+
+def test_shared_index_keys(tmp_path, prompts):
+    """One index key per KV head, and more tokens in the same memory than with one per retrieval head."""
+    index_keys, token_bytes, held = {}, {}, {}
+    for shared_keys in (False, True):
+        folder = tmp_path / str(shared_keys)
+        checkpoint = save_checkpoint(
+            folder,
+            layers=((0, 1, 6), range(8), range(8), (5,)),
+            shared_keys=shared_keys,
+        )
+        reference = load_reference(checkpoint)
+        wanted = expected_answers(reference, prompts, NEW)
+        with running(checkpoint, max_num_batched_tokens=128) as llm:
+            assert_same_answers_twice(llm, reference, prompts, wanted)
+            config = llm.llm_engine.vllm_config
+            cache = config.compilation_config.static_forward_context["rtpurbo.0"]
+            index_keys[shared_keys] = [pages.index_keys.shape[1] for pages in cache.pages.values()]
+            token_bytes[shared_keys] = cache.spec.state_content_bytes
+            held[shared_keys] = config.cache_config.kv_cache_size_tokens
+            assert_predicted_capacity(llm, checkpoint)
+    assert index_keys == {False: [3, 8, 8, 1], True: [2, 4, 4, 1]}
+    # Nine index keys of eight dimensions in float32.
+    assert token_bytes[False] - token_bytes[True] == 9 * 8 * 4
+    assert held[True] > held[False]
 
 
 @pytest.mark.parametrize("layers", [((), ()), (range(8), range(8)), ((0,),)])

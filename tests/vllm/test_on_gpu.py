@@ -102,8 +102,11 @@ def test_chunks_and_prefix_hits(mode, runner, llama, reference, prompts, expecte
         ("low_frequency", {"retrieval_window": 100, "min_tokens": 0}),
     ],
 )
-def test_rules(index_space, rule, tmp_path, prompts):
-    checkpoint = save_checkpoint(tmp_path, index_space=index_space, rule=rule)
+@pytest.mark.parametrize("shared_keys", [False, True])
+def test_rules(index_space, rule, shared_keys, tmp_path, prompts):
+    checkpoint = save_checkpoint(
+        tmp_path, index_space=index_space, rule=rule, shared_keys=shared_keys
+    )
     reference = load_reference(checkpoint)
     wanted = expected_answers(reference, prompts, NEW)
     with running(checkpoint, max_num_batched_tokens=128, **MODES["graphs"], **MEMORY) as llm:

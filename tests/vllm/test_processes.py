@@ -105,7 +105,9 @@ def prompts():
     return random_prompts((10, 70, 333, 150))
 
 
-def test_two_ranks_with_different_heads(uneven, prompts, tmp_path):
+@pytest.mark.parametrize("shared_keys", [False, True])
+def test_two_ranks_with_different_heads(shared_keys, prompts, tmp_path):
+    uneven = save_checkpoint(tmp_path, layers=UNEVEN, shared_keys=shared_keys)
     reference = load_reference(uneven)
     wanted = expected_answers(reference, prompts, NEW)
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}

@@ -67,17 +67,20 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("family", "rule", "fused", "options"),
+    ("family", "rule", "shared_keys", "fused", "options"),
     [
-        ("gpt_oss", {"dense_prompt_queries": 24}, True, {"kv_cache_dtype": "fp8"}),
+        ("gpt_oss", {"dense_prompt_queries": 24}, True, True, {"kv_cache_dtype": "fp8"}),
+        pytest.param("llama", {}, False, True, {}, marks=pytest.mark.slow),
         # As with a rotary embedding that is not a table.
-        pytest.param("qwen3", {"reading": "paper"}, False, {}, marks=pytest.mark.slow),
+        pytest.param("qwen3", {"reading": "paper"}, True, False, {}, marks=pytest.mark.slow),
     ],
 )
-def test_requests_compile_no_kernel(family, rule, fused, options, tmp_path):
+def test_requests_compile_no_kernel(family, rule, shared_keys, fused, options, tmp_path):
     # Every other layer of gpt-oss keeps its own window: here one has a single retrieval head, one has groups.
     layers = ((), (5,), (), tuple(range(8)))
-    checkpoint = save_checkpoint(tmp_path, family, rule=rule, layers=layers)
+    checkpoint = save_checkpoint(
+        tmp_path, family, rule=rule, layers=layers, shared_keys=shared_keys
+    )
     prompts = random_prompts((10, 70, 200, 333, 129, 17, 1))
     options = {"max_num_batched_tokens": 128, "enable_prefix_caching": True, **options}
     result = result_of(

@@ -79,8 +79,7 @@ def export(
 
     - `vllm`: a checkpoint for rtpurbo's vLLM plugin. Its config.json names the architecture
       `RTPurbo...` and contains head map and rule under `rtpurbo`; the indexers are part of the
-      weights, as `model.layers.N.self_attn.indexer.query_weight` and `key_weight`. The plugin's
-      caches store an index key for each retrieval head: shared key weights are repeated for each.
+      weights, as `model.layers.N.self_attn.indexer.query_weight` and `key_weight`.
     - `rtp-llm`: a dense checkpoint whose config.json has RTP-LLM's `headwise_config`.
     - `transformers`: an artifact with weights of its own, as `save_pretrained` of a sparse model
       writes it. transformers loads it if rtpurbo is imported, and rejects it otherwise, as other
@@ -131,8 +130,6 @@ def export(
     base = config.base.without_path()
     merged = replace(config, base=base, config=model.rtpurbo_config, stage2="merged")
     restore(model)
-    if target == "vllm":
-        merged, indexers = _with_own_keys(merged, indexers)
     _refuse_quantised_weights(model)
     with whole_folder(destination, force) as new:
         _save_dense(model, tokenizer, new, max_shard_size)
@@ -192,25 +189,6 @@ def _refuse_quantised_weights(model: PreTrainedModel) -> None:
             "the weights of the base model are quantised, so stage 2 cannot be merged into them: "
             "export with --base-model and the same model in 16 or 32 bits."
         )
-
-
-def _with_own_keys(
-    artifact: ArtifactConfig, indexers: Mapping[str, Tensor]
-) -> tuple[ArtifactConfig, dict[str, Tensor]]:
-    """Returns indexers with a key weight for each retrieval head, from shared or separate ones."""
-    config, own = artifact.config, dict(indexers)
-    if not config.indexer.shared_keys:
-        return artifact, own
-    for layer, heads in enumerate(config.head_map.retrieval_heads):
-        if heads:
-            full, group = (
-                config.head_map.full_key_value_heads(layer),
-                config.head_map.group_size(layer),
-            )
-            name = f"layers.{layer}.indexer.key_weight"
-            own[name] = own[name][[full.index(head // group) for head in heads]]
-    config = replace(config, indexer=replace(config.indexer, shared_keys=False))
-    return replace(artifact, config=config), own
 
 
 def _save_dense(

@@ -39,6 +39,7 @@ class Step:
         head_dim: of a head.
         cache_dtype: of keys and values in the pages; None for that of the model.
         missing: blocks of the windowed group that a reused prefix lacks, as (request, block).
+        shared_keys: the retrieval heads of a KV head share one index key.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Step:
         head_dim=16,
         missing=(),
         cache_dtype=None,
+        shared_keys=False,
     ):
         self.rule, self.head_dim, self.dtype = rule, head_dim, dtype
+        self.shared_keys = shared_keys
         self.layout = HeadLayout.build(retrieval, HEADS, KEY_VALUE_HEADS, DEVICE)
         self.generator = torch.Generator().manual_seed(0)
         self.requests = requests
@@ -71,7 +74,7 @@ class Step:
         random.Random(0).shuffle(numbers)
         full_heads = self.layout.full_key_value_heads.numel()
         states = Part(full_heads, head_dim, cache_dtype or dtype)
-        index = Part(len(retrieval), INDEX_DIM, dtype)
+        index = Part(full_heads if shared_keys else len(retrieval), INDEX_DIM, dtype)
         windowed = Part(KEY_VALUE_HEADS - full_heads, head_dim, cache_dtype or dtype)
         groups = {"full": (states, states, index), "windowed": (windowed, windowed)}
         sizes = {
@@ -138,11 +141,14 @@ class Step:
         if pages.index_keys is not None:
             heads = pages.index_keys.shape[1]
             index = torch.zeros(len(kept), heads, INDEX_DIM, dtype=self.dtype)
-            for head in range(heads):
+            ranks = range(len(self.layout.retrieval))
+            of_ranks = self.layout.retrieval.key_value_heads.tolist() if self.shared_keys else ranks
+            for rank, head in zip(ranks, of_ranks, strict=True):
+                index[:, head, rank] = -4
+            for rank, head in zip(ranks, of_ranks, strict=True):
                 # Every head finds the first far token, and another one if it asks for its neighbour.
-                index[:, head, head] = -4
-                index[kept == SINKS, head, head] = 4
-                index[kept == SINKS + 1, head, (head + 1) % heads] = 8
+                index[kept == SINKS, head, rank] = 4
+                index[kept == SINKS + 1, head, (rank + 1) % len(ranks)] = 8
             index = index.to(DEVICE)
         pages.write(slots, self.random(*shape), self.random(*shape), index)
 
@@ -203,6 +209,16 @@ MIXED = [(60, 1, 30), (41, 1, 40), (7, 1, 3), (34, 34, 34), (50, 12, 90), (62, 1
 def test_mixed_batch(retrieval, dtype):
     step = Step(MIXED, dtype, rule_of(), tuple(retrieval))
     assert_close(step.attended(cuda), step.attended(eager))
+
+
+def test_shared_index_keys():
+    step = Step(MIXED, DTYPES[0], rule_of(), shared_keys=True)
+    assert step.caches["full"].pages.index_keys.shape[1] == 2 < len(RETRIEVAL)
+    found = step.attended(cuda)
+    assert_close(found, step.attended(eager))
+    assert (found - step.attended(cuda, top_p=1.0)).abs().max() > 0.02
+    step = Step([(60, 1, 30), (40, 1, 40)], DTYPES[0], rule_of(), shared_keys=True)
+    assert_close(step.attended(cuda, uniform=True), step.attended(eager))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
+from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.serving.vllm.layout import (
     MAX_WINDOWED_GROUPS,
@@ -179,10 +179,13 @@ def test_float8_index_keys_take_half_the_room():
     assert half == 2 * quarter
 
 
-def test_uneven_ranks_share_the_larger_size():
-    plan = plan_of(config_of([[0, 1, 2, 3], [4]]), world_size=2)
+@pytest.mark.parametrize(("shared_keys", "index_keys"), [(False, 4), (True, 2)])
+def test_uneven_ranks_share_the_larger_size(shared_keys, index_keys):
+    config = config_of([[0, 1, 2, 3], [4]])
+    config = replace(config, indexer=IndexerSettings(shared_keys=shared_keys))
+    plan = plan_of(config, world_size=2)
     index = 16 * BYTES
-    assert plan.full.token_bytes == 2 * 2 * HEAD_DIM * BYTES + 4 * index
+    assert plan.full.token_bytes == 2 * 2 * HEAD_DIM * BYTES + index_keys * index
 
 
 @pytest.mark.parametrize("world_size", [3, 8])

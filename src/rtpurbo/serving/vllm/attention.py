@@ -308,9 +308,9 @@ class ServedAttention(nn.Module):
         if full is None:
             return None
         kept, retrieval = layout.full_key_value_heads, layout.retrieval
-        index_keys = self._projected(
-            self.indexer.index_keys, unrotated_keys, keys, kept[retrieval.key_value_heads]
-        )
+        shared = self.indexer.settings.shared_keys
+        indexed = kept if shared else kept[retrieval.key_value_heads]
+        index_keys = self._projected(self.indexer.index_keys, unrotated_keys, keys, indexed)
         full.pages.write(full.batch.slots[: len(keys)], keys[:, kept], values[:, kept], index_keys)
         index_queries = self._projected(
             self.indexer.index_queries, unrotated_queries, queries, retrieval.heads

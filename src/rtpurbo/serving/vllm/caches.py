@@ -163,7 +163,8 @@ def make_caches(
     def parts_of(layer: int, *, full: bool) -> tuple[Part, ...]:
         of_layer = heads[layer]
         states = Part(of_layer.num_full if full else of_layer.num_windowed, head_dim, cache_dtype)
-        index = Part(len(of_layer.retrieval), config.indexer.index_dim, index_dtype)
+        num_index_keys = of_layer.num_index_keys(config.indexer.shared_keys)
+        index = Part(num_index_keys, config.indexer.index_dim, index_dtype)
         return (states, states, index) if full else (states, states)
 
     def registered(

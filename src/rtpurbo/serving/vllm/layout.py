@@ -57,6 +57,10 @@ class LayerHeads:
         """Number of windowed KV heads."""
         return self.num_key_value_heads - self.num_full
 
+    def num_index_keys(self, shared: bool) -> int:
+        """Number of index keys of a token: one per full KV head if they are shared, else one per retrieval head."""
+        return self.num_full if shared else len(self.retrieval)
+
 
 def heads_of_rank(head_map: HeadMap, rank: int = 0, world_size: int = 1) -> list[LayerHeads]:
     """Consecutive query and KV heads of every layer that tensor parallelism assigns to a rank.
@@ -85,11 +89,13 @@ class TokenBytes:
 
     Attributes:
         key_value: bytes of key and value of a KV head.
-        index: bytes of the index key of a retrieval head.
+        index: bytes of an index key.
+        shares_index: the retrieval heads of a KV head share one index key.
     """
 
     key_value: int
     index: int
+    shares_index: bool = False
 
     @classmethod
     def of(
@@ -108,13 +114,17 @@ class TokenBytes:
             cache_dtype: dtype of keys and values as in vLLM's `--kv-cache-dtype`; others than
                 `FLOAT8_CACHE_DTYPES` are the model's.
         """
+        indexer = config.indexer
         index_bytes = 1 if config.attention.index_storage == "float8" else bytes_per_element
         key_value_bytes = 1 if cache_dtype in FLOAT8_CACHE_DTYPES else bytes_per_element
-        return cls(2 * head_dim * key_value_bytes, config.indexer.index_dim * index_bytes)
+        return cls(
+            2 * head_dim * key_value_bytes, indexer.index_dim * index_bytes, indexer.shared_keys
+        )
 
     def full(self, heads: LayerHeads) -> int:
         """Bytes of a token of a layer in the full group."""
-        return heads.num_full * self.key_value + len(heads.retrieval) * self.index
+        index_keys = heads.num_index_keys(self.shares_index)
+        return heads.num_full * self.key_value + index_keys * self.index
 
     def windowed(self, heads: LayerHeads) -> int:
         """Bytes of a token of a layer in a windowed group."""

@@ -146,10 +146,9 @@ def make_sparse(
     layers = []
     for number, layer in enumerate(model.layers):
         original = getattr(layer, attention_name)
-        retrieval = config.head_map.retrieval_heads[number]
         indexer = None
-        if retrieval:
-            indexer = _indexer(config, retrieval, rank, heads[number], features)
+        if config.head_map.retrieval_heads[number]:
+            indexer = _indexer(config, number, rank, heads[number], features)
         # Otherwise vLLM would allocate a cache for it.
         del compilation.static_forward_context[original.attn.layer_name]
         served = attention_class(original, heads[number], config, indexer, number, caches)
@@ -193,34 +192,38 @@ def _feature_dimensions(hf_config: Any, config: RTPurboConfig, head_dim: int) ->
 
 def _indexer(
     config: RTPurboConfig,
-    retrieval: tuple[int, ...],
+    layer: int,
     rank: int,
     heads: LayerHeads,
     features: list[int],
 ) -> TokenIndexer:
     """Indexer of a layer's retrieval heads on this rank, which loads its part of the weights."""
-    mine = [
-        number for number, head in enumerate(retrieval) if head // heads.num_attention_heads == rank
-    ]
     indexer = TokenIndexer(
         config.indexer,
-        len(mine),
+        len(heads.retrieval),
         heads.num_full,
         features,
         device=torch.get_default_device(),
         dtype=torch.get_default_dtype(),
     )
-    for parameter in indexer.parameters():
-        loader = partial(_load_part, mine=mine, num_retrieval_heads=len(retrieval))
+    retrieval = config.head_map.retrieval_heads[layer] or ()
+    query_ranks = [head // heads.num_attention_heads for head in retrieval]
+    key_ranks = query_ranks
+    if config.indexer.shared_keys:
+        full = config.head_map.full_key_value_heads(layer)
+        key_ranks = [head // heads.num_key_value_heads for head in full]
+    for parameter, ranks in ((indexer.query_weight, query_ranks), (indexer.key_weight, key_ranks)):
+        mine = [number for number, of_weight in enumerate(ranks) if of_weight == rank]
+        loader = partial(_load_part, mine=mine, num_weights=len(ranks))
         set_weight_attrs(parameter, {"weight_loader": loader})
     return indexer
 
 
 def _load_part(
-    parameter: nn.Parameter, loaded: Tensor, *, mine: list[int], num_retrieval_heads: int
+    parameter: nn.Parameter, loaded: Tensor, *, mine: list[int], num_weights: int
 ) -> None:
-    """Copies the weights of this rank's retrieval heads from a layer's [heads, index_dim, features]."""
-    expected = (num_retrieval_heads, *parameter.shape[1:])
+    """Copies the weights of this rank's heads from a layer's [num_weights, index_dim, features]."""
+    expected = (num_weights, *parameter.shape[1:])
     if loaded.shape != expected:
         raise RTPurboError(
             f"an indexer weight of the checkpoint is {tuple(loaded.shape)}, expected {expected}: "

@@ -27,7 +27,7 @@ class Pages:
     Attributes:
         keys: in the model's dtype, or float8_e4m3fn.
         values: same.
-        index_keys: index keys; None in windowed groups.
+        index_keys: as `rtpurbo.ops.states.PagedStates.index_pages`; None in windowed groups.
         key_scale: a key is the stored value times this scale; 1 unless stored as float8.
         value_scale: same for values.
     """
@@ -54,7 +54,7 @@ class Pages:
                 kernels may load from it with weight 0, so it must be finite.
             keys: [T, heads, D].
             values: same shape.
-            index_keys: [T, retrieval heads, index_dim]; None if the pages have none.
+            index_keys: [T, index keys, index_dim]; None if the pages have none.
         """
         is_padding = (slots < 0)[:, None, None]
         slots = slots.clamp(min=0)

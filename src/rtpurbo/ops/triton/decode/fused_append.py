@@ -91,7 +91,7 @@ class PagedSlots:
         full_values: same shape.
         windowed_keys: [pages, K - F, page_size, D].
         windowed_values: same shape.
-        index_keys: [pages, R, page_size, I], in any floating dtype; None without retrieval heads.
+        index_keys: [pages, R or F, page_size, I], in any floating dtype; None without retrieval heads.
         lengths: int32 [T], tokens of the sequences, each of which has one token here; None if all index queries
             are needed.
         prompt_lengths: int32 [T]; index queries of sequences that are no longer than this are zeros.
