@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 parser = argparse.ArgumentParser()
 parser.add_argument("--model"); parser.add_argument("--port", type=int)
 arguments, _ = parser.parse_known_args()
+with open(pathlib.Path(__file__).parents[3] / "imports", "a") as file: file.write("server\\n")
 sparse = "rtpurbo" in json.loads((pathlib.Path(arguments.model) / "config.json").read_text())
 print(f"GPU KV cache size: {15_000 if sparse else 10_000:,} tokens, Maximum concurrency", flush=True)
 class Handler(BaseHTTPRequestHandler):
@@ -66,11 +67,14 @@ def checkpoint(tiny_artifact, tmp_path):
 
 
 def test_records_of_both_models(vllm, checkpoint, tmp_path):
-    output, lines = tmp_path / "serve.json", []
+    output, lines, written = tmp_path / "serve.json", [], []
+
+    def log(line):
+        lines.append(line)
+        written.append(len(json.loads(output.read_text())["records"]) if lines[1:] else 0)
+
     loads = [Load(64, 8, 1), Load(64, 8, 3, request_rate=2.0)]
-    records = bench_serve(
-        checkpoint, ServerSettings(), vllm, loads, output=output, log=lines.append
-    )
+    records = bench_serve(checkpoint, ServerSettings(), vllm, loads, output=output, log=log)
     stored = json.loads(output.read_text())
     assert stored["records"] == records
     assert len(lines) == len(records) == 4
@@ -95,8 +99,11 @@ def test_records_of_both_models(vllm, checkpoint, tmp_path):
         "cache_tokens": 20_000,
     }
     assert records[0]["cache_tokens"] == 10_000
-    # One client for all loads.
-    assert (tmp_path / "site" / "imports").read_text().split() == ["client"]
+    # What was measured before is stored.
+    assert written == [0, 1, 2, 3]
+    # One client, and one server of each policy, for all loads.
+    started = (tmp_path / "site" / "imports").read_text().split()
+    assert sorted(started) == ["client", "server", "server"]
 
 
 def test_failed_requests_are_an_error(vllm, checkpoint):
