@@ -53,6 +53,10 @@ class AttentionRule:
             sinks and window, so that a question at the end reaches the whole prompt. With transformers, it
             applies to a prompt that is read in one forward: in later chunks, windowed KV heads no longer hold the
             keys. vLLM keeps them until the prompt has been read.
+        num_heavy_hitters: number of the last sinks of a windowed KV head that are replaced, once a prompt has been
+            read, by those of its tokens that its last queries attend to most; see
+            `rtpurbo.ops.eager.heavy_hitters`. Like `dense_prompt_queries`, which it needs, it applies to a prompt
+            that is read in one forward; the vLLM plugin refuses it.
         index_storage: dtype of cached index keys: `model`, the dtype of the model; or `float8`, which
             halves their size and the reads of a decode step, with less precise scores.
     """
@@ -72,6 +76,7 @@ class AttentionRule:
     retrieval_window: int | None = None
     index_storage: IndexStorage = "model"
     dense_prompt_queries: int = 0
+    num_heavy_hitters: int = 0
     layer_top_p: tuple[float | None, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +92,19 @@ class AttentionRule:
                 f"far_floor is {self.far_floor}, but it must be at least 0 and below 1."
             )
         check_at_least(1, self, "block_size", "query_block_size", "retrieval_window")
-        check_at_least(0, self, "min_tokens", "num_sink_tokens", "dense_prompt_queries")
+        check_at_least(
+            0, self, "min_tokens", "num_sink_tokens", "dense_prompt_queries", "num_heavy_hitters"
+        )
+        if self.num_heavy_hitters > self.num_sink_tokens:
+            raise RTPurboError(
+                f"num_heavy_hitters is {self.num_heavy_hitters}, but they are stored in the places of sinks, of which "
+                f"there are {self.num_sink_tokens}: raise num_sink_tokens."
+            )
+        if self.num_heavy_hitters and not self.dense_prompt_queries:
+            raise RTPurboError(
+                "num_heavy_hitters needs dense_prompt_queries above 0: they are the tokens that the last queries of "
+                "a prompt attend to."
+            )
         if self.sliding_window < self.block_size:
             raise RTPurboError(
                 f"sliding_window ({self.sliding_window}) is smaller than block_size "

@@ -230,14 +230,26 @@ def test_vllm_does_not_run_every_family_with_windows_of_its_own(tmp_path):
         export(artifact, tmp_path / "vllm", "vllm")
 
 
-def test_vllm_does_not_support_shared_block_lists(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prefill_mode": "row_peak"},
+            "'row_peak' shares block lists .* change it to 'dense' in the artifact's",
+        ),
+        (
+            {"num_heavy_hitters": 2, "dense_prompt_queries": 4},
+            "share the blocks of their sinks: set it to 0 in the artifact's",
+        ),
+    ],
+)
+def test_vllm_does_not_support_every_rule(tmp_path, changes, message):
     base = save_tiny_base(tmp_path / "base")
     artifact = save_tiny_artifact(tmp_path / "artifact", base)
     file = artifact / CONFIG_FILE
     config = json.loads(file.read_text())
-    config["config"]["attention"]["prefill_mode"] = "row_peak"
+    config["config"]["attention"] |= changes
     file.write_text(json.dumps(config))
-    message = "'row_peak' shares block lists .* change it to 'dense' in the artifact's"
     with pytest.raises(RTPurboError, match=message):
         export(artifact, tmp_path / "vllm", "vllm")
     export(artifact, tmp_path / "transformers", "transformers")

@@ -15,6 +15,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.ring import RingSlots
 from rtpurbo.models.slots import TokenSlots
 from rtpurbo.ops import HeadLayout, KeyValueStates, new_histogram_workspace
+from rtpurbo.ops.eager.heavy_hitters import gather_tokens
 
 
 def kept_tokens(seen: int, tokens: int) -> int:
@@ -97,7 +98,8 @@ class RingBuffer:
         if slots.window is not None:
             # Read before the write below overwrites it.
             window = slots.window.to(device)
-            before = [_gather(part, window) for part in (self.keys, self.values)]
+            window = window[:, None].expand(-1, keys.shape[1], -1)
+            before = [gather_tokens(part, window) for part in (self.keys, self.values)]
         new_slots = slots.new_slots.to(device)[:, None, :, None]
         self.keys.scatter_(2, new_slots.expand(keys.shape), keys)
         self.values.scatter_(2, new_slots.expand(values.shape), values)
@@ -108,6 +110,20 @@ class RingBuffer:
         elif keys.shape[2] == 1:
             return self.states()
         return self._with_positions(keys, values)
+
+    def replace_sinks(self, first: int, prompt: KeyValueStates, slots: Tensor) -> None:
+        """Overwrites the sinks from `first` on by tokens of the prompt.
+
+        Args:
+            first: first sink that is replaced.
+            prompt: states of the prompt's tokens.
+            slots: int64 [batch, heads, tokens], their indices; -1 keeps a sink.
+        """
+        for held, states in ((self.keys, prompt.keys), (self.values, prompt.values)):
+            assert held is not None
+            sinks = held[:, :, first : first + slots.shape[2]]
+            chosen = gather_tokens(states, slots.clamp(min=0)).to(held.dtype)
+            sinks.copy_(torch.where(slots[..., None] >= 0, chosen, sinks))
 
     def states(self) -> KeyValueStates:
         """Returns the keys and values that the query of the latest token reads."""
@@ -130,12 +146,6 @@ class RingBuffer:
             first_slots=first_slots,
             sink_slots=sink_slots,
         )
-
-
-def _gather(states: Tensor, slots: Tensor) -> Tensor:
-    """Returns the states [batch, heads, keys, dim] in slots [batch, keys]."""
-    batch, heads, _, dim = states.shape
-    return states.gather(2, slots[:, None, :, None].expand(batch, heads, -1, dim))
 
 
 @dataclass(frozen=True)

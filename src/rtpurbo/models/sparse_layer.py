@@ -24,7 +24,10 @@ from rtpurbo.ops import (
     Selector,
 )
 from rtpurbo.ops.api import attend_with, chosen_backend
+from rtpurbo.ops.eager.heavy_hitters import heavy_hitters, with_heavy_hitters
+from rtpurbo.ops.eager.local import local_attention
 from rtpurbo.ops.packed import packed_attention
+from rtpurbo.ops.sinks import with_sinks
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -179,7 +182,18 @@ class SparseAttention(AttentionTraits):
         else:
             full, windowed = self._divided(states, index_keys)
         dense_queries = self._dense_queries(queries.shape[2], past)
-        return self.attend(positions, queries, index_queries, full, windowed, sinks, dense_queries)
+        if dense_queries == slice(0, queries.shape[2]) and self.rule.prefill_mode == "dense":
+            prompt = replace(windowed, keys=keys, values=values)
+            output = self._attend_densely(queries, positions, prompt, sinks)
+        else:
+            output = self.attend(
+                positions, queries, index_queries, full, windowed, sinks, dense_queries
+            )
+        if dense_queries is None or not self.rule.num_heavy_hitters:
+            return output
+        return self._with_heavy_hitters(
+            output, positions, queries, windowed, past, sinks, dense_queries.stop
+        )
 
     def _dense_queries(self, length: int, past: HeadwiseLayer | None) -> slice | None:
         """Returns the last queries of a prompt that are dense in local heads; None if there are none.
@@ -192,6 +206,48 @@ class SparseAttention(AttentionTraits):
             return None
         end = length - self.num_decode_queries
         return slice(max(0, end - count), end)
+
+    def _with_heavy_hitters(
+        self,
+        output: Tensor,
+        positions: Tensor,
+        queries: Tensor,
+        windowed: KeyValueStates,
+        past: HeadwiseLayer | None,
+        sinks: Tensor | None,
+        end: int,
+    ) -> Tensor:
+        """Replaces sinks by heavy hitters after a prompt of `end` queries, for those that follow it.
+
+        They follow in later forwards, over the cache, or in this one, without a cache.
+        """
+        rule, group = self.rule, self.layout(queries.device).local_windowed
+        if not len(group):
+            return output
+        queries = queries[:, group.heads]
+        prompt = windowed.tokens(slice(0, end))
+        slots = heavy_hitters(
+            queries[:, :, :end], positions[:, :end], prompt, rule, scaling=self.scaling
+        )
+        if past is not None:
+            past.ring.replace_sinks(rule.num_sink_tokens - rule.num_heavy_hitters, prompt, slots)
+            return output
+        part, log_sum_exp = local_attention(
+            queries[:, :, end:],
+            positions[:, end:],
+            with_heavy_hitters(windowed, slots, rule),
+            group.key_value_heads,
+            sliding_window=rule.sliding_window,
+            num_sink_tokens=rule.num_sink_tokens,
+            scaling=self.scaling,
+            return_log_sum_exp=sinks is not None,
+        )
+        if sinks is not None:
+            assert log_sum_exp is not None
+            part, _ = with_sinks(part, log_sum_exp, sinks[group.heads])
+        output = output.clone()
+        output[:, group.heads, end:] = part.to(output.dtype)
+        return output
 
     def _check_cache(self, past: HeadwiseLayer) -> None:
         if self.dense:
@@ -291,6 +347,7 @@ class SparseAttention(AttentionTraits):
             self.document_lengths or (queries.shape[2],),
             scaling=self.scaling,
             positions=None if states.in_order else positions,
+            first_slots=states.first_slots,
             sinks=sinks,
         )
 

@@ -38,6 +38,7 @@ def packed_attention(
     *,
     scaling: float,
     positions: Tensor | None = None,
+    first_slots: Tensor | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -50,6 +51,8 @@ def packed_attention(
         document_lengths: tokens of each document in order; the same for every sequence of the batch.
         scaling: factor on the dot products.
         positions: int64 [batch, length], -1 for padding; None without padding.
+        first_slots: int32 [batch], as `KeyValueStates.first_slots`, of a single document; kernels need it with
+            padding.
         sinks: learned sinks [num_attention_heads].
         backend: as of `headwise_attention`, but gradients are computed by PyTorch's own kernels.
 
@@ -64,7 +67,9 @@ def packed_attention(
     in_order = positions is None
     if positions is None:
         positions = torch.arange(length, device=query_states.device).expand(batch, length)
-    states = KeyValueStates(key_states, value_states, positions, in_order=in_order)
+    states = KeyValueStates(
+        key_states, value_states, positions, in_order=in_order, first_slots=first_slots
+    )
     nothing = replace(states, keys=key_states[:, :0], values=value_states[:, :0])
     chosen = chosen_backend(backend, query_states, states, nothing, None, _DENSE, sinks=sinks)
     layout = uniform_layout(heads, key_states.shape[1], query_states.device, retrieves=True)

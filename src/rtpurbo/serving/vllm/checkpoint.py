@@ -72,6 +72,11 @@ def check_served(config: RTPurboConfig, file: str) -> None:
             f"prefill_mode '{config.attention.prefill_mode}' shares block lists between queries, but "
             f"vLLM splits prompts at any token: change it to 'dense' in {file}, or {elsewhere}."
         )
+    if config.attention.num_heavy_hitters:
+        raise RTPurboError(
+            "num_heavy_hitters replaces sinks by tokens of one prompt, but on vLLM requests with the same prefix share "
+            f"the blocks of their sinks: set it to 0 in {file}, or {elsewhere}."
+        )
 
 
 def own_window(hf_config: Any) -> int | None:

@@ -1,0 +1,120 @@
+"""Heavy hitters, computed key by key, and where they are stored."""
+
+import math
+
+import pytest
+import torch
+
+from rtpurbo.config import AttentionRule
+from rtpurbo.errors import RTPurboError
+from rtpurbo.ops.eager.heavy_hitters import (
+    NEIGHBOURS,
+    OBSERVED_QUERIES,
+    heavy_hitters,
+    with_heavy_hitters,
+)
+from rtpurbo.ops.states import KeyValueStates
+
+LENGTH, DIM = 90, 8
+RULE = AttentionRule(
+    num_sink_tokens=12, sliding_window=16, block_size=8, dense_prompt_queries=32, num_heavy_hitters=10
+)  # fmt: skip
+SCALING = DIM**-0.5
+
+
+def inputs(padding=(0, 7), length=LENGTH, heads=6, kv_heads=3):
+    torch.manual_seed(3)
+    positions = torch.arange(length).expand(2, length) - torch.tensor(padding)[:, None]
+    queries = torch.randn(2, heads, length, DIM)
+    keys, values = (2 * torch.randn(2, kv_heads, length, DIM) for _ in range(2))
+    states = KeyValueStates(keys, values, positions.clamp(min=-1))
+    return queries, positions.clamp(min=-1), states
+
+
+def expected(queries, states, sequence, kv_head, rule=RULE):
+    """Indices of the tokens with the largest attention among those that leave the window, key by key."""
+    positions = states.positions[sequence].tolist()
+    group = queries.shape[1] // states.keys.shape[1]
+    mass = []
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        of_head = [0.0] * len(positions)
+        for query in range(len(positions) - OBSERVED_QUERIES, len(positions)):
+            visible = [key for key in range(query + 1) if positions[key] >= 0]
+            if not visible or positions[query] < 0:
+                continue
+            logits = [
+                float(queries[sequence, head, query] @ states.keys[sequence, kv_head, key])
+                * SCALING
+                for key in visible
+            ]
+            total = sum(math.exp(logit) for logit in logits)
+            for key, logit in zip(visible, logits, strict=True):
+                of_head[key] += math.exp(logit) / total
+        mass.append(of_head)
+    largest = [max(of_head[key] for of_head in mass) for key in range(len(positions))]
+    pooled = [
+        max(largest[max(0, key - NEIGHBOURS) : key + NEIGHBOURS + 1])
+        for key in range(len(positions))
+    ]
+    first, end = rule.num_sink_tokens - rule.num_heavy_hitters, max(positions) + 1
+    leaving = [
+        key for key, position in enumerate(positions)
+        if first <= position <= end - rule.sliding_window
+    ]  # fmt: skip
+    return pooled, sorted(leaving, key=lambda key: -pooled[key])[: rule.num_heavy_hitters]
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (0, 7), (40, 3)])
+def test_they_are_the_tokens_with_most_attention_of_the_last_queries(padding):
+    queries, positions, states = inputs(padding)
+    found = heavy_hitters(queries, positions, states, RULE, scaling=SCALING)
+    for sequence in range(2):
+        for kv_head in range(3):
+            pooled, wanted = expected(queries, states, sequence, kv_head)
+            # Pooled neighbours are equal, so compare their attention.
+            masses = [pooled[key] for key in found[sequence, kv_head].tolist()]
+            assert sorted(masses) == pytest.approx(sorted(pooled[key] for key in wanted), rel=1e-4)
+            assert len(set(found[sequence, kv_head].tolist())) == RULE.num_heavy_hitters
+
+
+def test_a_sequence_whose_tokens_are_all_held_keeps_its_sinks():
+    # 30 tokens: 13 leave a window of 16 counted from the next query, and 3 of these are sinks before the places.
+    queries, positions, states = inputs((0, 66))
+    found = heavy_hitters(queries, positions, states, RULE, scaling=SCALING)
+    assert (found[0] >= 0).all()
+    assert (found[1] == -1).all()
+
+
+def test_other_tokens_than_the_last_sinks_stay():
+    queries, positions, states = inputs()
+    slots = heavy_hitters(queries, positions, states, RULE, scaling=SCALING)
+    changed = with_heavy_hitters(states, slots, RULE)
+    for sequence, padding in enumerate((0, 7)):
+        places = slice(padding + 2, padding + 12)
+        for part, before in ((changed.keys, states.keys), (changed.values, states.values)):
+            for head in range(3):
+                chosen = before[sequence, head, slots[sequence, head]]
+                assert torch.equal(part[sequence, head, places], chosen)
+            assert torch.equal(part[sequence, :, places.stop :], before[sequence, :, places.stop :])
+            assert torch.equal(
+                part[sequence, :, : places.start], before[sequence, :, : places.start]
+            )
+
+
+def test_sequences_without_them_are_not_changed():
+    states = inputs()[2]
+    unchanged = with_heavy_hitters(states, torch.full((2, 3, 10), -1), RULE)
+    assert torch.equal(unchanged.keys, states.keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_heavy_hitters": 5}, "raise num_sink_tokens"),
+        ({"num_heavy_hitters": -1}, "num_heavy_hitters is -1"),
+        ({"num_heavy_hitters": 2, "dense_prompt_queries": 0}, "needs dense_prompt_queries above 0"),
+    ],
+)
+def test_rules_that_cannot_hold_them_are_refused(changes, sentence):
+    with pytest.raises(RTPurboError, match=sentence):
+        AttentionRule(**{"dense_prompt_queries": 4} | changes)
