@@ -10,7 +10,7 @@ at the answers. That is a far finer measure than right or wrong answers to a few
 
 `measure` takes a window and sinks with a map (FILE:GRANULARITY:RATIO:WINDOW:SINKS). Run it once a GPU with
 `--part I/N`: each takes its share of the questions. Artifacts are measured by their own rule and with dense
-retrieval heads, or with each `--rule` (changes of the attention rule, as JSON). `distill` trains a LoRA on synthetic
+retrieval heads, and both they and maps with each `--rule` instead (changes of the attention rule, as JSON). `distill` trains a LoRA on synthetic
 tasks and prose with dense retrieval heads, and measures the same questions, and prose within the window, before and
 after.
 """
@@ -240,7 +240,9 @@ def measure(arguments: argparse.Namespace) -> None:
     rule = rule_of(base, arguments)
     for name, config in configurations(base, arguments.map, rule):
         sparsify(base.model, config)
-        table.add(name, base.model, asked)
+        for changes in arguments.rule or [{}]:
+            with runtime(base.model).rule(**changes):
+                table.add(f"{name} {json.dumps(changes)}" if changes else name, base.model, asked)
         restore(base.model)
     if arguments.map:
         sparsify(base.model, RTPurboConfig(empty_head_map(base.model), rule))

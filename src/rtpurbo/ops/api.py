@@ -194,7 +194,9 @@ def attend_with(
     full: KeyValueStates,
     windowed: KeyValueStates,
     layout: HeadLayout,
-    *others: Any,
+    index_queries: Tensor | None,
+    rule: AttentionRule,
+    *,
     scaling: float,
     return_log_sum_exp: bool = False,
     selector: Selector | None = None,
@@ -208,6 +210,11 @@ def attend_with(
         options["sinks"] = sinks
     if backend == "eager":
         options["selector"] = selector
+    if backend == "triton" and dense_queries is not None:
+        from rtpurbo.ops.triton.headwise import supports_dense_queries
+
+        if supports_dense_queries(query_states.shape[2], index_queries, dense_queries):
+            options["dense_queries"], dense_queries = dense_queries, None
     # Under autocast, queries and cache may differ in dtype.
     queries = query_states.to(full.keys.dtype)
     output, log_sum_exp = implementation("headwise_attention", backend)(
@@ -216,7 +223,8 @@ def attend_with(
         full,
         windowed,
         layout,
-        *others,
+        index_queries,
+        rule,
         scaling=scaling,
         return_log_sum_exp=return_log_sum_exp or not (applies_sinks or sinks is None),
         **options,

@@ -122,7 +122,10 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         ("Full KV heads", f"{head_map.num_full_key_value_heads} of {key_value_heads}"),
         (
             "Local heads",
-            f"attend to the last {rule.sliding_window:,} keys and the first {rule.num_sink_tokens}"
+            f"attend to the last {rule.sliding_window:,} keys and the first "
+            f"{rule.num_sink_tokens - rule.num_heavy_hitters}"
+            + f", and to {rule.num_heavy_hitters} that the prompt's last queries attend to most"
+            * (rule.num_heavy_hitters > 0)
             + f"; the last {rule.dense_prompt_queries} queries of a prompt attend to all keys"
             * (rule.dense_prompt_queries > 0),
         ),

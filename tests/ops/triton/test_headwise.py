@@ -54,8 +54,9 @@ def test_dense_retrieval_heads_equal_the_oracle(dtype, retrieval_heads, q_len, k
 
 @pytest.mark.parametrize("retrieval_heads", [(), (0,), (0, 1)], ids=str)
 @pytest.mark.parametrize("padding", [(0,), (0, 17)], ids=str)
-def test_dense_queries_of_local_heads_equal_the_oracle(retrieval_heads, padding):
-    problem, queries = kernel_problem(111, 111, DTYPES[0], padding=padding), slice(80, 105)
+@pytest.mark.parametrize("queries", [slice(80, 105), slice(80, 111), slice(1, 111)], ids=str)
+def test_dense_queries_of_local_heads_equal_the_oracle(retrieval_heads, padding, queries):
+    problem = kernel_problem(111, 111, DTYPES[0], padding=padding)
     mask = oracles.headwise_keys(on_cpu(problem), RULE, retrieval_heads)
     mask[:, :, queries] = oracles.visible_keys(on_cpu(problem))[:, :, queries]
     options = {"dense_queries": queries}

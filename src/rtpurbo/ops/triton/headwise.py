@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,12 +48,39 @@ def headwise_attention(
     statistics: SelectionStatistics | None = None,
     return_log_sum_exp: bool = False,
     sinks: Tensor | None = None,
+    dense_queries: slice | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Selected or dense attention of retrieval heads, window attention of local heads.
 
     Arguments and results as in `rtpurbo.ops.eager.headwise.headwise_attention`; the positions of the queries
-    are derived from the slots of the keys.
+    are derived from the slots of the keys. For `dense_queries`, the last ones of a prompt (see
+    `supports_dense_queries`), local heads read every key.
     """
+    if dense_queries is not None:
+        # A second launch, in which windows have no end.
+        first, last = dense_queries.start, query_states.shape[2] - dense_queries.start
+        ranges = [
+            (slice(0, first), slice(0, -last), rule),
+            (dense_queries, slice(None), replace(rule, sliding_window=EVERYTHING)),
+        ]
+        parts = [
+            headwise_attention(
+                query_states[:, :, rows],
+                query_positions[:, rows],
+                full.tokens(keys),
+                windowed.tokens(keys),
+                layout,
+                None,
+                of_range,
+                scaling=scaling,
+                return_log_sum_exp=return_log_sum_exp,
+                sinks=sinks,
+            )
+            for rows, keys, of_range in ranges
+        ]
+        output = torch.cat([part.transpose(1, 2) for part, _ in parts], 1).transpose(1, 2)
+        sums = [log_sum_exp for _, log_sum_exp in parts if log_sum_exp is not None]
+        return output, torch.cat(sums, 2) if sums else None
     attend = decode_step if query_states.shape[2] == 1 else prefill_attention
     output, log_sum_exp, *_ = attend(
         query_states,
@@ -67,6 +95,18 @@ def headwise_attention(
         sinks=sinks,
     )
     return output, log_sum_exp
+
+
+def supports_dense_queries(
+    num_queries: int, index_queries: Tensor | None, dense_queries: slice
+) -> bool:
+    """Returns whether `headwise_attention` takes these: the last queries of several, of which none selects."""
+    # A range with a single query would be a decode step.
+    return (
+        index_queries is None
+        and 1 < dense_queries.start < num_queries - 1
+        and dense_queries.stop == num_queries
+    )
 
 
 def prefill_attention(
