@@ -74,7 +74,12 @@ class Plan:
             ("parameters", f"{_count(self.parameters)}, weights in {self.dtype}"),
             ("device", self.device),
             ("context", f"{self.context_length:,} tokens"),
-            ("window", f"{rule.sliding_window:,} tokens, after {rule.num_sink_tokens} sinks"),
+            (
+                "window",
+                f"{rule.sliding_window:,} tokens, after {rule.num_sink_tokens} sinks"
+                + f", of which {rule.num_heavy_hitters} give way to heavy hitters"
+                * (rule.num_heavy_hitters > 0),
+            ),
             ("heads", self._heads()),
             (
                 "calibration",
