@@ -1,8 +1,9 @@
 """Devices, their names and default dtypes."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -10,6 +11,9 @@ from rtpurbo.errors import RTPurboError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of a base model's weights, as named by `--dtype`."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -80,3 +84,29 @@ def may_lack_memory(error: RuntimeError) -> bool:
     On a full H100, cuDNN reports an internal error (docs/experiment-log.md).
     """
     return isinstance(error, torch.OutOfMemoryError) or "CUDNN_STATUS_INTERNAL_ERROR" in str(error)
+
+
+def in_fitting_batches(
+    batches: Iterable[Sequence[Item]], run: Callable[[Sequence[Item]], Result]
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Yields batches with their results; where one may lack memory, it and all that follow are halved.
+
+    Other processes may take the memory at any time. The error of a batch of one item is raised.
+    """
+    waiting = list(batches)
+    while waiting:
+        batch, half = waiting[0], len(waiting[0]) // 2
+        try:
+            result = run(batch)
+        except RuntimeError as error:
+            if not half or not may_lack_memory(error):
+                raise
+        else:
+            yield batch, result
+            del waiting[0]
+            continue
+        # Here, where the error and the tensors of its frames are gone.
+        torch.cuda.empty_cache()
+        waiting = [
+            each[first : first + half] for each in waiting for first in range(0, len(each), half)
+        ]

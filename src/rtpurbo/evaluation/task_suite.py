@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtpurbo.devices import may_lack_memory
+from rtpurbo.devices import in_fitting_batches
 from rtpurbo.evaluation.batching import batches_by_length, questions_at_once
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.questions.suites import SHORT
@@ -110,52 +109,28 @@ class AnswerSuite(TaskSuite):
         after_sample: Callable[[], None] = ignore_sample,
         questions: range | None = None,
     ) -> list[Outcome]:
-        """Returns the mean score of the answers, in percent.
-
-        Where a batch does not fit into memory, all that follow have half of its size: other processes may
-        take the memory at any time.
-        """
+        """Returns the mean score of the answers, in percent."""
         instances = self.instances(tokenizer, case)
         if questions is not None:
             instances = instances[questions.start : questions.stop]
+
+        def answers(places: Sequence[int]) -> list[str]:
+            batch = [instances[place] for place in places]
+            limit = max(each.max_new_tokens for each in batch)
+            prompts = [each.prompt_ids for each in batch]
+            return continue_tokens(model, tokenizer, prompts, limit)
+
         answered: dict[int, Sample] = {}
         # Scoring may run generated code, in a process for each answer.
         with ThreadPoolExecutor(SCORED_AT_ONCE) as threads:
-            waiting = batches_of(model, case, instances)
-            while waiting:
-                places = waiting[0]
+            batches = in_fitting_batches(batches_of(model, case, instances), answers)
+            for places, written in batches:
                 batch = [instances[place] for place in places]
-                written = _answers(model, tokenizer, batch)
-                if written is None:
-                    # Here, where the error and the tensors of its frames are gone.
-                    torch.cuda.empty_cache()
-                    waiting = [part for each in waiting for part in _parted(each, len(places) // 2)]
-                    continue
-                waiting = waiting[1:]
                 scores = threads.map(lambda each, text: each.score(text), batch, written)
                 for place, each, text, score in zip(places, batch, written, scores, strict=True):
                     answered[place] = Sample.of(each.prompt_ids, each.answers, text, 100.0 * score)
                     after_sample()
         return [Outcome.of([answered[place] for place in range(len(instances))])]
-
-
-def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Instance]
-) -> list[str] | None:
-    """Returns the greedy answers of a batch; None if several questions may have been too many for the memory."""
-    limit = max(each.max_new_tokens for each in batch)
-    prompts = [each.prompt_ids for each in batch]
-    try:
-        return continue_tokens(model, tokenizer, prompts, limit)
-    except RuntimeError as error:
-        if len(batch) == 1 or not may_lack_memory(error):
-            raise
-        return None
-
-
-def _parted(places: list[int], size: int) -> list[list[int]]:
-    """Divides a batch into batches of at most `size`."""
-    return [places[first : first + size] for first in range(0, len(places), size)]
 
 
 def batches_of(
@@ -169,7 +144,9 @@ def batches_of(
         return batches_by_length(
             model, [len(each.prompt_ids) + each.max_new_tokens for each in instances]
         )
-    return _parted(list(range(len(instances))), questions_at_once(model, case.context_length))
+    size = questions_at_once(model, case.context_length)
+    places = list(range(len(instances)))
+    return [places[first : first + size] for first in range(0, len(places), size)]
 
 
 def in_parts(case: Case, most: int) -> list[range]:

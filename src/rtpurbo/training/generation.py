@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rtpurbo.devices import in_fitting_batches
 from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.text import left_padded, stop_tokens
 
@@ -41,7 +42,7 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Generates continuations of a batch of prompts.
 
-    A batch that does not fit the GPU's memory is halved. Processes that hold parts of the model call this
+    A batch that does not fit into the memory is halved. Processes that hold parts of the model call this
     together, divide the prompts among them, and all return the tokens of all prompts.
 
     Args:
@@ -81,43 +82,35 @@ def _generate(
     padding = tokenizer.pad_token_id
     if padding is None:
         padding = min(ends, default=0)
-    inputs = left_padded(prompts, padding, model.device)
     choice = (
         {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.temperature
         else {"do_sample": False, "temperature": None, "top_p": None}
     )
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=padding,
-                # Overrides the model's generation defaults, so that its own distribution is sampled.
-                top_k=0 if sampling.temperature else None,
-                repetition_penalty=1.0,
-                # A process that has finished keeps running its part of each layer.
-                synced_gpus=is_sharded(model),
-                **choice,
-            )
-    except torch.OutOfMemoryError:
-        if len(prompts) == 1 or is_sharded(model):
-            raise  # halving would make the other processes of a sharded model wait
-    else:
+
+    def write(batch: Sequence[Sequence[int]]) -> list[list[int]]:
+        inputs = left_padded(batch, padding, model.device)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=padding,
+            # Overrides the model's generation defaults, so that its own distribution is sampled.
+            top_k=0 if sampling.temperature else None,
+            repetition_penalty=1.0,
+            # A process that has finished keeps running its part of each layer.
+            synced_gpus=is_sharded(model),
+            **choice,
+        )
         new = output[:, inputs["input_ids"].shape[1] :]
         return [_up_to_stop(row, ends) for row in new.tolist()]
-    half = len(prompts) // 2
-    parts = (prompts[:half], prompts[half:])
-    return [
-        written
-        for number, part in enumerate(parts)
-        for written in _generate(
-            model, tokenizer, part, max_new_tokens, sampling, 2 * seed + number, stops
-        )
-    ]
+
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        if is_sharded(model):
+            return write(prompts)  # halving would make the other processes wait
+        return [row for _, rows in in_fitting_batches([prompts], write) for row in rows]
 
 
 def _up_to_stop(token_ids: list[int], ends: set[int]) -> list[int]:
