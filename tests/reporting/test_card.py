@@ -6,9 +6,8 @@ from huggingface_hub import ModelCard
 
 from rtpurbo.models.artifact_config import CARD_FILE, LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
-from rtpurbo.reporting.card import rewrite_card
 from rtpurbo.reporting.model_card import model_card
-from rtpurbo.reporting.tables import markdown_tables
+from rtpurbo.reporting.tables import markdown_tables, rewrite_card
 from tests.reporting.test_tables import RECORDS
 
 

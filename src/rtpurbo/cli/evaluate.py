@@ -186,8 +186,7 @@ def evaluate(
     from rtpurbo.evaluation import run
     from rtpurbo.evaluation.results_log import ResultsLog
     from rtpurbo.models.artifact_folder import find_artifact
-    from rtpurbo.reporting.card import rewrite_card
-    from rtpurbo.reporting.tables import results_tables
+    from rtpurbo.reporting.tables import results_tables, rewrite_card
 
     place = resolve_device(device)
     command = shlex.join(["rtpurbo", *sys.argv[1:]])

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+from rtpurbo.evaluation.policies import POLICIES
 from rtpurbo.evaluation.records import Record
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.formats import short_length, suite_title
@@ -18,6 +19,13 @@ def pick(records: Iterable[Record], **values: Any) -> list[Record]:
         for record in records
         if all(getattr(record, name) == value for name, value in values.items())
     ]
+
+
+def policy_order(records: Iterable[Record]) -> list[str]:
+    """Returns the policies of some records in display order, unknown ones last."""
+    policies = list(dict.fromkeys(record.policy for record in records))
+    order = list(POLICIES)
+    return sorted(policies, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def name_of(record: Record, with_length: bool = True) -> str:

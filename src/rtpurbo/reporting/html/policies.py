@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from rtpurbo.evaluation.policies import BUDGET_POLICY, DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Series
 from rtpurbo.reporting.html.sources import Quality, Sources
 from rtpurbo.reporting.html.view import (
@@ -18,7 +17,7 @@ from rtpurbo.reporting.html.view import (
     Plots,
     swatch,
 )
-from rtpurbo.reporting.selection import lengths_of, pick
+from rtpurbo.reporting.selection import lengths_of, pick, policy_order
 
 
 def style_of(policy: str, policies: Sequence[str]) -> int | None:

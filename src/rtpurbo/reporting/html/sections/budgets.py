@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length, suite_at
-from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Axis, bar_plot
 from rtpurbo.reporting.html.policies import by_model, main_policy, style_of
 from rtpurbo.reporting.html.sources import Quality, Sources
 from rtpurbo.reporting.html.view import Block, Missing, Plot, Plots, Section, Text
-from rtpurbo.reporting.selection import by_suite, lengths_of, pick
+from rtpurbo.reporting.selection import by_suite, lengths_of, pick, policy_order
 
 _TITLE = "Far tokens per query"
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import short_bytes, short_length
-from rtpurbo.reporting.entries import cache_entry, policy_order
 from rtpurbo.reporting.figures import Series, bytes_axis, length_axis, line_plot
 from rtpurbo.reporting.html.policies import by_model, plots_of_policies, style_of
 from rtpurbo.reporting.html.sources import Quality, Sources
 from rtpurbo.reporting.html.view import Block, Missing, Plot, Section, Table, Text
+from rtpurbo.reporting.selection import policy_order
+from rtpurbo.reporting.tables import cache_text
 
 _TITLE = "KV cache"
 
@@ -61,7 +62,7 @@ def _of_model(quality: Quality) -> list[Block]:
     rows = []
     for policy in policies:
         cells = (
-            cache_entry(sizes.get((policy, length)), sizes.get((DENSE_POLICY, length))).text
+            cache_text(sizes.get((policy, length)), sizes.get((DENSE_POLICY, length)))
             for length in lengths
         )
         rows.append((policy, *cells))

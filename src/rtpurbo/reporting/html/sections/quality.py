@@ -10,7 +10,6 @@ from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import short_length, suite_title
-from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
     by_model,
@@ -37,6 +36,7 @@ from rtpurbo.reporting.selection import (
     mean_score,
     name_of,
     pick,
+    policy_order,
     tasks_of,
 )
 from rtpurbo.reporting.tables import BY_TASK

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from rtpurbo.evaluation.policies import DENSE_POLICY
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import percent, short_length, suite_at, suite_title
-from rtpurbo.reporting.entries import policy_order
 from rtpurbo.reporting.figures import Axis, length_axis, line_plot
 from rtpurbo.reporting.html.policies import (
     by_model,
@@ -34,6 +33,7 @@ from rtpurbo.reporting.selection import (
     mean_of_queries,
     name_of,
     pick,
+    policy_order,
 )
 
 _TITLE = "Tokens read"
