@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -170,21 +170,11 @@ def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
             pictures, figure.subplots(1, columns, squeeze=False)[0], strict=False
         ):
             phase, batch, made_with = picture
-            lines = _lines([record for record in records if _picture(record) == picture])
-            fastest = min(time for points in lines.values() for _, time in points)
-            unit, factor = ("microseconds", 1000) if fastest < 1 else ("milliseconds", 1)
-            ours = [label for label in lines if label.startswith("rtpurbo")]
-            baselines = [label for label in lines if label not in ours]
-            styles: dict[str, int | None] = {label: style for style, label in enumerate(ours)}
-            for number, label in enumerate(baselines):
-                styles[label] = None if number == 0 else len(ours) + number - 1
-            series = [
-                Series(label, [(length, factor * time) for length, time in points], styles[label])
-                for label, points in ((label, sorted(lines[label])) for label in lines)
-            ]
-            lengths = [length for points in lines.values() for length, _ in points]
-            time = Axis("", lambda value: f"{value:,.3g}", "log")
-            draw_lines(axes, series, length_axis(lengths), time)
+            own = [record for record in records if _picture(record) == picture]
+            lines = lines_of(own, every_window=True)
+            series, unit = time_series(lines)
+            lengths = [record.context_length for record in own]
+            draw_lines(axes, series, length_axis(lengths), Axis("", short_time, "log"))
             title = f"{phase}, {unit}" if batch == 1 else f"{phase}, batch {batch}, {unit}"
             axes.set_title(f"{title}\n{made_with}" if made_with else title)
             axes.grid(axis="y")
@@ -202,14 +192,72 @@ def _picture(record: SpeedRecord) -> tuple[str, int, str]:
     return record.phase, record.batch_size, made_with
 
 
-def _lines(records: Sequence[SpeedRecord]) -> dict[str, list[tuple[int, float]]]:
-    """Milliseconds by context length, for each implementation, window and density."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
+def baselines_of(record: SpeedRecord) -> tuple[str, ...]:
+    """Returns the baselines of a record: no dense kernel trains indexers."""
+    return ("eager",) if record.phase.startswith("stage") else tuple(BASELINES)
+
+
+def is_baseline(record: SpeedRecord) -> bool:
+    """Returns whether a record is of a baseline."""
+    return record.implementation in baselines_of(record)
+
+
+def lines_of(
+    records: Sequence[SpeedRecord], *, every_window: bool = False
+) -> dict[str, list[SpeedRecord]]:
+    """Returns records by implementation, window and density, dense kernels first.
+
+    Args:
+        records: of one task at several lengths.
+        every_window: name the window even if there is only one.
+    """
+    windows = {record.sliding_window for record in records if not is_dense(record)}
+    lines: dict[str, list[SpeedRecord]] = {}
+    for record in sorted(records, key=lambda r: (not is_baseline(r), r.context_length)):
         label = record.implementation
-        if not is_dense(record):
+        if not is_dense(record) and (every_window or len(windows) > 1):
             label += f", window {short_length(record.sliding_window)}"
         if record.density < 1:
-            label += f", {percent(record.density)}"
-        lines.setdefault(label, []).append((record.context_length, record.milliseconds))
+            label += f", density {percent(record.density)}"
+        lines.setdefault(label, []).append(record)
     return lines
+
+
+def time_unit(lines: Mapping[str, Sequence[SpeedRecord]]) -> tuple[float, str]:
+    """Returns a unit that suits the shortest time, and its number in a millisecond."""
+    fastest = min(record.milliseconds for found in lines.values() for record in found)
+    if fastest < 1:
+        return 1000.0, "microseconds"
+    return (0.001, "seconds") if fastest > 2000 else (1.0, "milliseconds")
+
+
+def time_series(lines: Mapping[str, Sequence[SpeedRecord]]) -> tuple[list[Series], str]:
+    """Returns time against context length and its unit; the first baseline has the dense model's colour."""
+    factor, unit = time_unit(lines)
+    baselines = [label for label, found in lines.items() if is_baseline(found[0])]
+    others = [label for label in lines if label not in baselines]
+    styles: dict[str, int | None] = {label: place for place, label in enumerate(others)}
+    for place, label in enumerate(baselines):
+        styles[label] = None if place == 0 else len(others) + place - 1
+
+    def hint(label: str, record: SpeedRecord) -> str:
+        times = (record.milliseconds, record.milliseconds_p10, record.milliseconds_p90)
+        time, low, high = (short_time(factor * each) for each in times)
+        length = short_length(record.context_length)
+        return f"{label}: {time} {unit} at {length} ({low} to {high})"
+
+    series = [
+        Series(
+            label,
+            [(float(record.context_length), factor * record.milliseconds) for record in found],
+            styles[label],
+            [hint(label, record) for record in found],
+        )
+        for label, found in lines.items()
+    ]
+    return series, unit
+
+
+def short_time(value: float) -> str:
+    """Formats a time with three digits, or as a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

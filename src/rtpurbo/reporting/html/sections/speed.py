@@ -22,7 +22,15 @@ from rtpurbo.reporting.html.view import (
     Table,
     Text,
 )
-from rtpurbo.reporting.speed import BASELINES, is_dense, speedup
+from rtpurbo.reporting.speed import (
+    baselines_of,
+    is_baseline,
+    lines_of,
+    short_time,
+    speedup,
+    time_series,
+    time_unit,
+)
 from rtpurbo.speed_records import SpeedRecord
 
 _TITLE = "Speed"
@@ -103,9 +111,9 @@ def own_shape(sources: Sources) -> Callable[[SpeedRecord], bool]:
 
 def best_ratio(records: Sequence[SpeedRecord], record: SpeedRecord) -> float | None:
     """Returns the speedup over the fastest dense kernel, in training over eager operators."""
-    if _is_baseline(record):
+    if is_baseline(record):
         return None
-    ratios = [speedup(records, record, name) for name in _baselines(record)]
+    ratios = [speedup(records, record, name) for name in baselines_of(record)]
     known = [ratio for ratio in ratios if ratio is not None]
     return min(known, default=None)
 
@@ -124,15 +132,6 @@ def best_decode(sources: Sources) -> tuple[float, SpeedRecord, Origin] | None:
     # A whole model is more informative than one of its layers.
     best = max(found, key=lambda entry: entry[:3], default=None)
     return None if best is None else best[2:]
-
-
-def _baselines(record: SpeedRecord) -> tuple[str, ...]:
-    """Baselines of a record: no dense kernel trains indexers."""
-    return ("eager",) if record.phase.startswith("stage") else tuple(BASELINES)
-
-
-def _is_baseline(record: SpeedRecord) -> bool:
-    return record.implementation in _baselines(record)
 
 
 def _tasks(records: Sequence[SpeedRecord]) -> list[list[SpeedRecord]]:
@@ -164,7 +163,7 @@ def _of_task(speed: Speed, records: list[SpeedRecord], prefix: str) -> list[Bloc
     if densities:
         forced = ", ".join(map(percent, densities))
         where = f"random weights, forced density {forced}; {where}"
-    lines = _lines(records)
+    lines = lines_of(records)
     lengths = sorted({record.context_length for record in records})
     if len(lengths) > 1:
         blocks.append(Plots(_plots(records, lines, lengths, where)))
@@ -174,39 +173,15 @@ def _of_task(speed: Speed, records: list[SpeedRecord], prefix: str) -> list[Bloc
     return blocks
 
 
-def _lines(records: Sequence[SpeedRecord]) -> dict[str, list[SpeedRecord]]:
-    """Records by implementation, window and density, dense kernels first."""
-    windows = {record.sliding_window for record in records if not is_dense(record)}
-    lines: dict[str, list[SpeedRecord]] = {}
-    for record in sorted(records, key=lambda r: (not _is_baseline(r), r.context_length)):
-        label = record.implementation
-        if not is_dense(record) and len(windows) > 1:
-            label += f", window {short_length(record.sliding_window)}"
-        if record.density < 1:
-            label += f", density {percent(record.density)}"
-        lines.setdefault(label, []).append(record)
-    return lines
-
-
 def _plots(
     records: Sequence[SpeedRecord],
     lines: dict[str, list[SpeedRecord]],
     lengths: Sequence[int],
     where: str,
 ) -> list[Plot]:
-    factor, unit = _unit(records)
-    x = length_axis(lengths)
-    styles = _styles(lines)
-    times = [
-        Series(
-            label,
-            [(float(r.context_length), factor * r.milliseconds) for r in found],
-            styles[label],
-            [_hint(label, r, factor, unit) for r in found],
-        )
-        for label, found in lines.items()
-    ]
-    drawing = line_plot("Time", times, x, Axis(unit, _written, "log"))
+    times, unit = time_series(lines)
+    x, styles = length_axis(lengths), {each.name: each.style for each in times}
+    drawing = line_plot("Time", times, x, Axis(unit, short_time, "log"))
     plots = [Plot("Time", where, drawing, Legend.of(times))]
     ratios = []
     for label, found in lines.items():
@@ -223,16 +198,6 @@ def _plots(
     return plots
 
 
-def _styles(lines: dict[str, list[SpeedRecord]]) -> dict[str, int | None]:
-    """Colours of lines; the first baseline has the dense model's."""
-    baselines = [label for label, found in lines.items() if _is_baseline(found[0])]
-    others = [label for label in lines if label not in baselines]
-    styles: dict[str, int | None] = {label: place for place, label in enumerate(others)}
-    for place, label in enumerate(baselines):
-        styles[label] = None if place == 0 else len(others) + place - 1
-    return styles
-
-
 def _table(
     title: str,
     where: str,
@@ -240,7 +205,7 @@ def _table(
     lines: dict[str, list[SpeedRecord]],
     lengths: Sequence[int],
 ) -> Table:
-    factor, unit = _unit([record for found in lines.values() for record in found])
+    factor, unit = time_unit(lines)
     rows: list[list[str | Cell]] = []
     for label, found in lines.items():
         by_length = {record.context_length: record for record in found}
@@ -253,7 +218,7 @@ def _table(
             ratio = best_ratio(all_records, record)
             slower = ratio is not None and ratio < 0.995
             written = "" if ratio is None else f"{ratio:.2f}x"
-            time = _written(factor * record.milliseconds)
+            time = short_time(factor * record.milliseconds)
             cells.append(Cell(time, written, tint="slight" if slower else ""))
         rows.append([label, *cells])
     header = ("implementation", *(short_length(length) for length in lengths))
@@ -270,21 +235,3 @@ def _memory_table(where: str, lines: dict[str, list[SpeedRecord]], lengths: Sequ
         rows.append((label, *cells))
     header = ("implementation", *(short_length(length) for length in lengths))
     return Table(f"Peak memory, inputs included; {where}", header, rows)
-
-
-def _unit(records: Sequence[SpeedRecord]) -> tuple[float, str]:
-    fastest = min(record.milliseconds for record in records)
-    if fastest < 1:
-        return 1000.0, "microseconds"
-    return (0.001, "seconds") if fastest > 2000 else (1.0, "milliseconds")
-
-
-def _hint(label: str, record: SpeedRecord, factor: float, unit: str) -> str:
-    time = f"{_written(factor * record.milliseconds)} {unit}"
-    spread = f"{_written(factor * record.milliseconds_p10)} to "
-    spread += _written(factor * record.milliseconds_p90)
-    return f"{label}: {time} at {short_length(record.context_length)} ({spread})"
-
-
-def _written(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
