@@ -9,7 +9,7 @@ from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops.eager.attend import attention_logits
 from rtpurbo.ops.packed import indexer_divergence
-from rtpurbo.training.capture import capture_heads, merge_heads
+from rtpurbo.training.capture import capture_heads
 from rtpurbo.training.selection_quality import (
     forward_divergence,
     queries_with_far_keys,
@@ -75,23 +75,6 @@ def test_only_queries_with_far_keys_contribute(captured):
     assert rows.tolist() == list(range(10, 60))
 
 
-@pytest.mark.parametrize("reading", ["paper", "residual", "far"])
-def test_merged_heads_have_the_same_loss_and_gradients(captured, reading):
-    rule = AttentionRule(num_sink_tokens=2, sliding_window=8, block_size=8, reading=reading)
-    rows = queries_with_far_keys(captured[0].positions[0], rule)
-    weights = [weight for seen in captured for weight in seen.query_weights + seen.key_weights]
-
-    def loss_and_gradients(parts):
-        for weight in weights:
-            weight.requires_grad_(True).grad = None
-        losses = torch.cat([indexer_loss(seen, rows, rule) for seen in parts])
-        losses.sum().backward()
-        return losses.detach(), [weight.grad for weight in weights]
-
-    merged = merge_heads([replace(seen) for seen in captured])
-    torch.testing.assert_close(loss_and_gradients(captured), loss_and_gradients(merged))
-
-
 def test_steps_need_only_their_own_queries_of_a_sequence():
     model = make_sparse(tiny_model(), sparse_config(tiny_model()))
     ids = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -134,18 +117,12 @@ def test_heads_share_the_keys_of_their_group(heads):
     by_layer = capture_heads(model, ids)
     assert [seen.keys.shape[1] for seen in by_layer] == [len({head // 2 for head in heads}), 1]
     rows = torch.tensor([20, 39])
-    all_logits, all_index_keys = [], []
     for seen in by_layer:
-        readers, [key_weight] = seen.key_value_heads, seen.key_weights
+        readers, key_weight = seen.key_value_heads, seen.key_weight
         logits = attention_logits(seen.queries_of(rows), seen.keys[:, readers], seen.scaling)
         index_keys = seen.key_features[0, readers] @ key_weight.transpose(-1, -2)
         torch.testing.assert_close(seen.logits(rows), logits)
         torch.testing.assert_close(seen.index_keys(), index_keys)
-        all_logits.append(logits)
-        all_index_keys.append(index_keys)
-    [together] = merge_heads(by_layer)
-    torch.testing.assert_close(together.logits(rows), torch.cat(all_logits, 1))
-    torch.testing.assert_close(together.index_keys(), torch.cat(all_index_keys))
 
 
 def test_learned_sinks_take_part_in_teacher_and_student():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,15 +21,15 @@ from rtpurbo.ops.packed import document_starts
 
 @dataclass
 class CapturedHeads:
-    """States of some retrieval heads over one sequence of packed documents; O(length) memory.
+    """States of a layer's retrieval heads over one sequence of packed documents; O(length) memory.
 
     Attributes:
         names: (layer, head) of each head, in the order of dimension 1 below.
-        query_weights: trained query weights of the indexer of each layer, [heads of a layer, index_dim, features].
-        key_weights: trained key weights of each layer, of the same shape, or with shared keys [full KV heads of a
-            layer, index_dim, features].
-        key_weight_heads: for each layer, int64 [heads of a layer], the entry of its key weight that
-            each head uses; None if each head has its own.
+        query_weight: trained query weights of the indexer, [heads, index_dim, features].
+        key_weight: trained key weights, of the same shape, or with shared keys [full KV heads,
+            index_dim, features].
+        key_weight_heads: int64 [heads], the entry of the key weights that each head uses; None if each
+            head has its own.
         queries: [1, heads, queries, head_dim], after RoPE.
         keys: [1, KV heads, length, head_dim], of KV heads with a retrieval head; query heads share them.
         query_features: [1, heads, queries, features], input of the indexer.
@@ -47,9 +46,9 @@ class CapturedHeads:
     """
 
     names: list[tuple[int, int]]
-    query_weights: list[Tensor]
-    key_weights: list[Tensor]
-    key_weight_heads: list[Tensor | None]
+    query_weight: Tensor
+    key_weight: Tensor
+    key_weight_heads: Tensor | None
     queries: Tensor
     keys: Tensor
     query_features: Tensor
@@ -77,16 +76,15 @@ class CapturedHeads:
     def index_queries(self, query_positions: Tensor) -> Tensor:
         """Returns index queries at some positions: [heads, queries, index_dim]; gradients flow to the weights."""
         features = _exact(self.query_features[0, :, self._places(query_positions)])
-        return features @ torch.cat(self.query_weights).to(features.dtype).transpose(-1, -2)
+        return features @ self.query_weight.to(features.dtype).transpose(-1, -2)
 
     def index_keys(self) -> Tensor:
         """Returns all index keys: [heads, length, index_dim]; gradients flow to the weights."""
         features = _exact(self.key_features[0])
-        of_heads = [
-            weight if heads is None else weight[heads]
-            for weight, heads in zip(self.key_weights, self.key_weight_heads, strict=True)
-        ]
-        weights = self._by_group(torch.cat(of_heads).to(features.dtype))
+        of_heads = self.key_weight
+        if self.key_weight_heads is not None:
+            of_heads = of_heads[self.key_weight_heads]
+        weights = self._by_group(of_heads.to(features.dtype))
         # One product for each KV head: copies of its features for every query head would be larger.
         keys = features @ weights.flatten(1, 2).transpose(-1, -2)
         return self._by_head(keys.unflatten(-1, weights.shape[1:3]).movedim(1, 2))
@@ -123,52 +121,6 @@ def _exact(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def merge_heads(captured: list[CapturedHeads]) -> list[CapturedHeads]:
-    """Concatenates the heads of layers of equal sizes, for fewer and larger operations.
-
-    The given states are freed as they are concatenated, so that little more than one copy exists.
-    """
-    groups: dict[tuple[int, int, float], list[CapturedHeads]] = {}
-    for seen in captured:
-        sizes = (seen.query_features.shape[-1], seen.queries.shape[-1], seen.scaling)
-        groups.setdefault(sizes, []).append(seen)
-    return [_merged(group) for group in groups.values()]
-
-
-def _merged(group: list[CapturedHeads]) -> CapturedHeads:
-    first_kv_heads = accumulate((seen.keys.shape[1] for seen in group), initial=0)
-    return replace(
-        group[0],
-        names=[name for seen in group for name in seen.names],
-        query_weights=[weight for seen in group for weight in seen.query_weights],
-        key_weights=[weight for seen in group for weight in seen.key_weights],
-        key_weight_heads=[heads for seen in group for heads in seen.key_weight_heads],
-        # Computed before the keys, on whose number these depend, are freed.
-        key_value_heads=torch.cat(
-            [
-                seen.key_value_heads + first
-                for seen, first in zip(group, first_kv_heads, strict=False)
-            ]
-        ),
-        group_places=torch.cat([seen.group_places for seen in group]),
-        group_size=max(seen.group_size for seen in group),
-        queries=_joined(group, "queries"),
-        keys=_joined(group, "keys"),
-        query_features=_joined(group, "query_features"),
-        key_features=_joined(group, "key_features"),
-        sinks=None
-        if group[0].sinks is None
-        else torch.cat([seen.sinks for seen in group if seen.sinks is not None]),
-    )
-
-
-def _joined(group: list[CapturedHeads], name: str) -> Tensor:
-    joined = torch.cat([getattr(seen, name) for seen in group], 1)
-    for seen in group:
-        setattr(seen, name, joined[:, :0])
-    return joined
-
-
 def capture_heads(
     model: PreTrainedModel,
     input_ids: list[int],
@@ -176,7 +128,7 @@ def capture_heads(
     dense: bool = True,
     query_positions: Tensor | None = None,
 ) -> list[CapturedHeads]:
-    """Runs the frozen model over a sequence and keeps the states that the retrieval heads' indexers need.
+    """Runs the frozen model over a sequence and keeps the states that each layer's indexers need.
 
     Args:
         model: sparse.
@@ -190,8 +142,7 @@ def capture_heads(
         captured.append(seen if query_positions is None else _with_queries(seen, query_positions))
 
     run_backbone(model, [input_ids], keep, dense=dense)
-    # On a CPU, the states of one layer fit its caches and are faster.
-    return merge_heads(captured) if model.device.type == "cuda" else captured
+    return captured
 
 
 def _with_queries(seen: CapturedHeads, query_positions: Tensor) -> CapturedHeads:
@@ -262,11 +213,11 @@ def _heads_of(
     indexer = module.indexer
     return CapturedHeads(
         names=[(seen.layer, head) for head in module.retrieval_heads],
-        query_weights=[indexer.query_weight],
-        key_weights=[indexer.key_weight],
-        key_weight_heads=[
+        query_weight=indexer.query_weight,
+        key_weight=indexer.key_weight,
+        key_weight_heads=(
             layout.retrieval.key_value_heads if indexer.settings.shared_keys else None
-        ],
+        ),
         queries=queries,
         keys=keys,
         query_features=indexer.features(queries, seen.undo_rotation),
