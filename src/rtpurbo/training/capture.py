@@ -35,8 +35,7 @@ class CapturedHeads:
         query_features: [1, heads, queries, features], input of the indexer.
         key_features: [1, KV heads, length, features].
         key_value_heads: int64 [heads], KV head index of each head in `keys`, ascending.
-        group_places: int64 [heads], index of each head among those of its KV head.
-        group_size: largest number of heads of a KV head.
+        group_sizes: number of these heads of each KV head.
         positions: int64 [1, length], position in the document, from 0.
         starts: int64 [length], index at which each token's document begins.
         num_documents: number of documents.
@@ -54,8 +53,7 @@ class CapturedHeads:
     query_features: Tensor
     key_features: Tensor
     key_value_heads: Tensor
-    group_places: Tensor
-    group_size: int
+    group_sizes: list[int]
     positions: Tensor
     starts: Tensor
     num_documents: int
@@ -69,9 +67,13 @@ class CapturedHeads:
 
     def logits(self, query_positions: Tensor) -> Tensor:
         """Returns exact attention logits of some queries: [1, heads, queries, length]."""
-        queries = self._by_group(self.queries_of(query_positions)[0])
-        logits = attention_logits(queries.flatten(1, 2), self.keys[0], self.scaling)
-        return self._by_head(logits.unflatten(1, queries.shape[1:3]))[None]
+        # One product for each KV head: copies of its keys for every query head would be larger.
+        queries = self.queries_of(query_positions)[0]
+        logits = [
+            attention_logits(own.flatten(0, 1), keys, self.scaling)
+            for own, keys in zip(queries.split(self.group_sizes), self.keys[0], strict=True)
+        ]
+        return torch.cat(logits).unflatten(0, queries.shape[:2])[None]
 
     def index_queries(self, query_positions: Tensor) -> Tensor:
         """Returns index queries at some positions: [heads, queries, index_dim]; gradients flow to the weights."""
@@ -84,10 +86,8 @@ class CapturedHeads:
         of_heads = self.key_weight
         if self.key_weight_heads is not None:
             of_heads = of_heads[self.key_weight_heads]
-        weights = self._by_group(of_heads.to(features.dtype))
-        # One product for each KV head: copies of its features for every query head would be larger.
-        keys = features @ weights.flatten(1, 2).transpose(-1, -2)
-        return self._by_head(keys.unflatten(-1, weights.shape[1:3]).movedim(1, 2))
+        groups = of_heads.to(features.dtype).transpose(-1, -2).split(self.group_sizes)
+        return torch.cat([own @ weights for own, weights in zip(features, groups, strict=True)])
 
     def index_scores(self, query_positions: Tensor) -> Tensor:
         """Returns the indexers' scores of some queries: [1, heads, queries, length]; gradients flow to the weights."""
@@ -100,20 +100,6 @@ class CapturedHeads:
             if self.query_positions is None
             else torch.searchsorted(self.query_positions, query_positions)
         )
-
-    def _by_group(self, values: Tensor) -> Tensor:
-        """Reshapes [heads, ...] to [KV heads, group size, ...], padding smaller groups with zeros."""
-        kv_heads = self.keys.shape[1]
-        if len(values) == kv_heads * self.group_size:
-            return values.unflatten(0, (kv_heads, self.group_size))
-        grouped = values.new_zeros(kv_heads, self.group_size, *values.shape[1:])
-        return grouped.index_put((self.key_value_heads, self.group_places), values)
-
-    def _by_head(self, grouped: Tensor) -> Tensor:
-        """Reshapes [KV heads, group size, ...] to [heads, ...]."""
-        if grouped.shape[0] * self.group_size == len(self.names):
-            return grouped.flatten(0, 1)
-        return grouped[self.key_value_heads, self.group_places]
 
 
 def _exact(features: Tensor) -> Tensor:
@@ -206,9 +192,6 @@ def _heads_of(
     layout = module.layout(seen.queries.device)
     heads = layout.retrieval.heads
     kv_heads = layout.full_key_value_heads
-    if "group_places" not in layout.derived:
-        layout.derived["group_places"] = _group_places(module, seen.queries.device)
-    places, size = layout.derived["group_places"]
     queries, keys = seen.queries[:, heads], seen.keys[:, kv_heads]
     indexer = module.indexer
     return CapturedHeads(
@@ -223,8 +206,7 @@ def _heads_of(
         query_features=indexer.features(queries, seen.undo_rotation),
         key_features=indexer.features(keys, seen.undo_rotation),
         key_value_heads=layout.retrieval.key_value_heads,
-        group_places=places,
-        group_size=size,
+        group_sizes=_group_sizes(module),
         positions=positions,
         starts=starts,
         num_documents=num_documents,
@@ -233,12 +215,7 @@ def _heads_of(
     )
 
 
-def _group_places(module: SparseAttention, device: torch.device) -> tuple[Tensor, int]:
-    """Returns each retrieval head's index among those of its KV head, and the largest such number."""
+def _group_sizes(module: SparseAttention) -> list[int]:
+    """Returns the number of retrieval heads of each KV head that has some."""
     group = module.num_attention_heads // module.num_key_value_heads
-    counts: Counter[int] = Counter()
-    places = []
-    for head in module.retrieval_heads:
-        places.append(counts[head // group])
-        counts[head // group] += 1
-    return torch.tensor(places, device=device), max(counts.values())
+    return list(Counter(head // group for head in module.retrieval_heads).values())
