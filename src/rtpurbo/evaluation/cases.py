@@ -80,43 +80,18 @@ def choose_cases(
     """
     if samples is not None and samples < 1:
         raise RTPurboError(f"the number of samples is {samples}, but it must be at least 1.")
+    counts = questions or {}
     cases: list[Case] = []
     for given in suites:
-        if isinstance(given, Case):
-            cases.append(given)
-            continue
-        name, _, own_lengths = given.partition("@")
-        suite, _, named = name.partition(":")
-        check_name("suite", suite, SUITES)
-        if suite in SHORT:
-            cases += _question_cases(given, suite, named, own_lengths, samples, questions or {})
-            continue
-        tasks: Sequence[str] = named.split(",") if named else DEFAULT_TASKS[suite]
-        if suite == HARNESS:
-            if not all(tasks) or not tasks:
-                raise RTPurboError(f"the suite '{suite}' needs tasks, as in {suite}:aime24.")
-            suite_lengths = _own_lengths(given, own_lengths, suite, lengths, (0,))
-            number = samples or 0
-        else:
-            for task in tasks:
-                check_name(f"{suite} task", task, SUITES[suite])
-            default = () if isinstance(lengths, Mapping) else lengths
-            suite_lengths = _own_lengths(given, own_lengths, suite, lengths, default)
-            number = samples or DEFAULT_SAMPLES
-        if not suite_lengths or (min(suite_lengths) < 2 and suite_lengths != (0,)):
-            raise RTPurboError(f"the suite '{suite}' needs lengths of at least 2 tokens.")
-        if suite == babilong.SUITE:
-            counts = _counts(suite, questions or {})
-            tasks = tasks if named else list(counts)
-            number_of = {task: min(number, counts.get(task, 0)) for task in tasks}
-        else:
-            number_of = dict.fromkeys(tasks, number)
-        cases += [
-            Case(suite, task, length, number_of[task]) for task in tasks for length in suite_lengths
-        ]
+        cases += [given] if isinstance(given, Case) else _cases(given, lengths, samples, counts)
     for case in cases:
         if case.suite in QUESTION_SUITES:
-            _check_count(case, _counts(case.suite, questions or {}))
+            there = _counts(case.suite, counts).get(case.task, 0)
+            if not 1 <= case.samples <= there:
+                raise RTPurboError(
+                    f"there are {there} questions of {case.suite} {case.task}, not "
+                    f"{case.samples or 'any'}: name another task, or ask for fewer."
+                )
     return list(dict.fromkeys(cases))
 
 
@@ -125,24 +100,59 @@ def suite_of(given: str | Case) -> str:
     return given.suite if isinstance(given, Case) else re.split("[:@]", given, maxsplit=1)[0]
 
 
-def _question_cases(
+def _cases(
     given: str,
-    suite: str,
-    named: str,
-    own_lengths: str,
+    lengths: Sequence[int] | Mapping[str, Sequence[int]],
     samples: int | None,
     questions: Mapping[str, Mapping[str, int]],
 ) -> list[Case]:
-    """Returns the cases of a suite whose questions have their own length."""
-    if own_lengths:
-        raise RTPurboError(
-            f"the questions of {suite} have their own length: write {suite}, not {given}."
-        )
-    counts = _counts(suite, questions)
-    tasks = named.split(",") if named else list(counts)
+    """Returns the cases of a suite, with the tasks and lengths that are written after its name."""
+    name, _, written = given.partition("@")
+    suite, _, named = name.partition(":")
+    check_name("suite", suite, SUITES)
+    counts = _counts(suite, questions) if suite in QUESTION_SUITES else {}
+    tasks = named.split(",") if named else list(counts or DEFAULT_TASKS[suite])
+    if suite != HARNESS:
+        for task in tasks:
+            check_name(f"{suite} task", task, SUITES[suite])
+    elif not all(tasks) or not tasks:
+        raise RTPurboError(f"the suite '{suite}' needs tasks, as in {suite}:aime24.")
+    suite_lengths = _lengths(given, suite, written, lengths)
+    cases = []
     for task in tasks:
-        check_name(f"{suite} task", task, SUITES[suite])
-    return [Case(suite, task, 0, min(samples or counts[task], counts[task])) for task in tasks]
+        default = 0 if suite == HARNESS else counts[task] if suite in SHORT else DEFAULT_SAMPLES
+        number = samples or default
+        if counts:
+            number = min(number, counts.get(task, 0))
+        cases += [Case(suite, task, length, number) for length in suite_lengths]
+    return cases
+
+
+def _lengths(
+    given: str, suite: str, written: str, lengths: Sequence[int] | Mapping[str, Sequence[int]]
+) -> Sequence[int]:
+    """Returns the lengths written after a suite, else those for its name, else the default."""
+    if suite in SHORT:
+        if written:
+            raise RTPurboError(
+                f"the questions of {suite} have their own length: write {suite}, not {given}."
+            )
+        return (0,)
+    found: Sequence[int] = () if isinstance(lengths, Mapping) else lengths
+    if suite == HARNESS:
+        found = (0,)
+    if written:
+        try:
+            found = [int(length) for length in written.split(",")]
+        except ValueError as error:
+            raise RTPurboError(
+                f"'{given}' does not name lengths: write them as in perplexity@2048,8192."
+            ) from error
+    elif isinstance(lengths, Mapping):
+        found = lengths.get(suite, found)
+    if not found or (min(found) < 2 and found != (0,)):
+        raise RTPurboError(f"the suite '{suite}' needs lengths of at least 2 tokens.")
+    return found
 
 
 def _counts(suite: str, questions: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
@@ -152,37 +162,6 @@ def _counts(suite: str, questions: Mapping[str, Mapping[str, int]]) -> Mapping[s
             f"--task-data {suite}=FILE."
         )
     return questions[suite]
-
-
-def _check_count(case: Case, counts: Mapping[str, int]) -> None:
-    there = counts.get(case.task, 0)
-    if not 1 <= case.samples <= there:
-        raise RTPurboError(
-            f"there are {there} questions of {case.suite} {case.task}, not {case.samples or 'any'}: "
-            "name another task, or ask for fewer."
-        )
-
-
-def _own_lengths(
-    given: str,
-    written: str,
-    suite: str,
-    lengths: Sequence[int] | Mapping[str, Sequence[int]],
-    default: Sequence[int],
-) -> Sequence[int]:
-    """Returns the lengths written after a suite, else those for its name, else the default."""
-    if written:
-        return _parse_lengths(given, written)
-    return lengths.get(suite, default) if isinstance(lengths, Mapping) else default
-
-
-def _parse_lengths(suite: str, lengths: str) -> list[int]:
-    try:
-        return [int(length) for length in lengths.split(",")]
-    except ValueError as error:
-        raise RTPurboError(
-            f"'{suite}' does not name lengths: write them as in perplexity@2048,8192."
-        ) from error
 
 
 def check_name(kind: str, name: str, known: Sequence[str] | Mapping[str, object]) -> None:
