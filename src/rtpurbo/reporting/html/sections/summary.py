@@ -12,7 +12,7 @@ from rtpurbo.formats import percent, short_length
 from rtpurbo.reporting.html.policies import main_policy
 from rtpurbo.reporting.html.sections.memory import cache_ratio
 from rtpurbo.reporting.html.sections.speed import best_decode
-from rtpurbo.reporting.html.sources import Quality, Sources
+from rtpurbo.reporting.html.sources import Sources
 from rtpurbo.reporting.model_card import base_name
 from rtpurbo.reporting.selection import far_share, lengths_of, pick
 
@@ -74,12 +74,8 @@ def _of_heads(sources: Sources) -> list[Headline]:
     if sources.artifact is None:
         return []
     head_map = sources.artifact.config.head_map
-    return [
-        Headline(
-            f"{head_map.num_retrieval_heads} of {head_map.num_heads}",
-            "attention heads are retrieval heads",
-        )
-    ]
+    value = f"{head_map.num_retrieval_heads} of {head_map.num_heads}"
+    return [Headline(value, "attention heads are retrieval heads")]
 
 
 def _of_quality(sources: Sources) -> list[Headline]:
@@ -89,13 +85,24 @@ def _of_quality(sources: Sources) -> list[Headline]:
     policy = main_policy(quality.records)
     if policy is None:
         return []
-    figures = [*_answers(quality, policy), *_perplexity(quality, policy)]
-    selecting = pick(quality.records, policy=policy)
-    longest = pick(selecting, context_length=max(lengths_of(selecting)))
+    figures = []
+    ruler = _longest(pick(quality.records, suite="ruler"))
+    asked = ruler or [r for r in quality.records if r.suite not in ("ruler", "perplexity")]
+    if means := _means(asked, policy):
+        sparse, dense, count, samples = means
+        where = f"RULER at {_length(ruler)}" if ruler else "all questions"
+        tests = f"{count} tests" if count > 1 else "one test"
+        label = f"right answers, dense {dense:.1f} % ({where}, {tests}, {samples} samples)"
+        figures.append(Headline(f"{sparse:.1f} %", label))
+    prose = _longest(pick(quality.records, suite="perplexity"))
+    if means := _means(prose, policy):
+        sparse, dense, *_ = means
+        label = f"perplexity at {_length(prose)}: {sparse:.2f}, dense {dense:.2f}"
+        figures.append(Headline(f"{100 * (sparse / dense - 1):+.1f} %", label))
+    longest = _longest(pick(quality.records, policy=policy))
     far = far_share(longest, policy)
     if far is not None:
-        at = short_length(longest[0].context_length)
-        label = f"of the far tokens read by retrieval heads at {at}"
+        label = f"of the far tokens read by retrieval heads at {_length(longest)}"
         figures.append(Headline(percent(far), label))
     ratio = cache_ratio(quality, policy)
     if ratio is not None:
@@ -104,45 +111,12 @@ def _of_quality(sources: Sources) -> list[Headline]:
     return figures
 
 
-def _answers(quality: Quality, policy: str) -> list[Headline]:
-    """RULER's mean at its longest length, else that of all other questions."""
-    ruler = pick(quality.records, suite="ruler")
-    asked = [r for r in quality.records if r.suite not in ("ruler", "perplexity")]
-    if ruler:
-        length = max(lengths_of(ruler))
-        pair = _means(pick(ruler, context_length=length), policy)
-        where = f"RULER at {short_length(length)}"
-    else:
-        pair = _means(asked, policy)
-        where = "all questions"
-    if pair is None:
-        return []
-    sparse, dense, count, samples = pair
-    tests = f"{count} tests" if count > 1 else "one test"
-    tests += f", {samples} samples"
-    return [
-        Headline(
-            f"{sparse:.1f} %",
-            f"right answers, dense {dense:.1f} % ({where}, {tests})",
-        )
-    ]
+def _longest(records: list[Record]) -> list[Record]:
+    return pick(records, context_length=lengths_of(records)[-1]) if records else []
 
 
-def _perplexity(quality: Quality, policy: str) -> list[Headline]:
-    records = pick(quality.records, suite="perplexity")
-    if not records:
-        return []
-    length = max(lengths_of(records))
-    pair = _means(pick(records, context_length=length), policy)
-    if pair is None:
-        return []
-    change = f"{100 * (pair[0] / pair[1] - 1):+.1f} %"
-    return [
-        Headline(
-            change,
-            f"perplexity at {short_length(length)}: {pair[0]:.2f}, dense {pair[1]:.2f}",
-        )
-    ]
+def _length(records: list[Record]) -> str:
+    return short_length(records[0].context_length)
 
 
 def _means(records: list[Record], policy: str) -> tuple[float, float, int, int] | None:
