@@ -5,7 +5,7 @@ import pytest
 from tokenizers.models import Unigram
 from transformers import GemmaTokenizer
 
-from rtpurbo.models.gguf_tokenizer import corrected_tokenizer
+from rtpurbo.models.gguf import corrected_tokenizer
 from tests.tiny_tokenizer import tiny_tokenizer
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<end_of_turn>"]

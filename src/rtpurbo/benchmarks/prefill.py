@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rtpurbo.benchmarks import sdpa
 from rtpurbo.benchmarks.correctness import Mask, causal, compare, near
-from rtpurbo.benchmarks.flex import flex_attention
 from rtpurbo.benchmarks.layer import LayerShape, LayerStates
 from rtpurbo.benchmarks.lists import density_of, listed_keys
 from rtpurbo.benchmarks.session import Entry, Session, release
@@ -230,3 +229,38 @@ def _dense(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
             "KV heads shared": partial(grouped, name),
         }
         yield Entry(name, variants, facts, result_bytes=result, note=case.note)
+
+
+def flex_attention(
+    shape: LayerShape, rule: AttentionRule, states: LayerStates, device: torch.device
+) -> Call:
+    """Call of FlexAttention with dense retrieval heads, and windows for the others.
+
+    It is compiled, and its block mask is created here, outside of the timing.
+    """
+    from torch.nn.attention import flex_attention as flex
+
+    retrieves = torch.zeros(shape.num_attention_heads, dtype=torch.bool, device=device)
+    retrieves[list(shape.retrieval_heads)] = True
+    sinks, window = rule.num_sink_tokens, rule.sliding_window
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_near = (key < sinks) | (query - key < window)
+        return (query >= key) & (retrieves[head] | is_near)
+
+    make: Any = flex.create_block_mask
+    attend: Any = flex.flex_attention
+    if device.type == "cuda":
+        # Compiled, so that the whole mask is never materialised.
+        make, attend = (torch.compile(function, dynamic=False) for function in (make, attend))
+    blocks = make(
+        mask, None, shape.num_attention_heads, states.length, states.length, device=str(device)
+    )
+    return lambda: attend(
+        states.queries,
+        states.keys,
+        states.values,
+        block_mask=blocks,
+        scale=states.scaling,
+        enable_gqa=True,
+    )

@@ -1,7 +1,7 @@
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.questions.files import read_rows
+from rtpurbo.evaluation.questions.suite import read_rows
 from tests.evaluation.questions.support import ROWS, write_questions
 
 COLUMNS = {"question": str, "answer": str}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from rtpurbo.data.fitting import Stream
 from rtpurbo.data.prompts import hide
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.questions.files import Row
+from rtpurbo.evaluation.questions.suite import Row
 from rtpurbo.evaluation.ruler.draft import Draft, Request, Task, spawn
 
 SUITE = "babilong"

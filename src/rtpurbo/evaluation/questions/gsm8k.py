@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
-from rtpurbo.evaluation.questions.files import Row
-from rtpurbo.evaluation.questions.suite import Prompt, QuestionSuite
+from rtpurbo.evaluation.questions.suite import Prompt, QuestionSuite, Row
 
 MAX_NEW_TOKENS = 400
 

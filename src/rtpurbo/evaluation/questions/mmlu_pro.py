@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 
-from rtpurbo.evaluation.questions.files import Row
-from rtpurbo.evaluation.questions.suite import Prompt, QuestionSuite
+from rtpurbo.evaluation.questions.suite import Prompt, QuestionSuite, Row
 
 MAX_NEW_TOKENS = 512
 LETTERS = "ABCDEFGHIJ"

@@ -17,7 +17,7 @@ from rtpurbo.evaluation.questions import (
     mmlu_pro,
 )
 from rtpurbo.evaluation.questions.babilong import BabilongTask, babilong_tasks
-from rtpurbo.evaluation.questions.files import Row, read_rows
+from rtpurbo.evaluation.questions.suite import Row, read_rows
 
 SHORT = {
     module.SUITE.name: module.SUITE for module in (gsm8k, competition_math, mmlu_pro, humaneval)
