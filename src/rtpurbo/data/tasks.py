@@ -32,7 +32,6 @@ class Task:
 
     Attributes:
         name: key in the `mixture` of a stage.
-        summary: contents of a sequence, in one line.
         sections: sections of the wordings' files that it is drawn from.
         draw: generator of a sequence, which raises `RTPurboError` where the length leaves no room; None
             for sequences that the dense model writes before training.
@@ -40,7 +39,6 @@ class Task:
     """
 
     name: str
-    summary: str
     sections: tuple[str, ...]
     draw: Draw | None = None
     stages: tuple[str, ...] = ("stage1", "stage2")
@@ -94,56 +92,25 @@ def _haystack(
     return mix.needles(length, rng, haystack, 1, listed_share)
 
 
-_REGISTERED = (
-    Task(
-        "needles",
-        "values of 1 to 8 keys in prose (1 to 4 values each), and a question about one key",
-        ("needles",),
-        _needles,
-    ),
-    Task(
-        "variables",
-        "1 to 4 chains of variables of up to 4 hops in prose, and a question about one",
-        ("chains",),
-        _variables,
-    ),
-    Task(
-        "passage",
-        "prose of which a passage is quoted at the end and must be continued",
-        ("passages",),
-        lambda tokenizer, corpus, *rest: LongRangeMix(tokenizer, corpus).passage(*rest),
-    ),
-    Task(
-        "haystack",
-        "needles or chains in repeated filler sentences, needles among other needles, or needles in "
-        "prose with one question about several keys",
-        ("needles", "chains", "filler"),
-        _haystack,
-    ),
-    Task(
-        "counting",
-        "the most frequent words of a list or of a text of code words",
-        ("lists", "code_words"),
-        lambda tokenizer, corpus, *rest: LongRangeMix(tokenizer, corpus).counting(*rest),
-    ),
-    Task(
-        "reading",
-        "a plain question about one or two of many paragraphs",
-        ("reading",),
-        reading_example,
-    ),
-    Task(
-        "documents",
-        "long documents with an instruction of many kinds and the dense model's own answer",
-        ("documents",),
-    ),
-    Task(
-        "conversations",
-        "short conversations in which the dense model wrote both sides",
-        ("user_turns", "openings_of_text"),
-        stages=("stage2",),
-    ),
-)
-
-TASKS: Mapping[str, Task] = {task.name: task for task in _REGISTERED}
-"""Tasks by name, in the order in which their shares divide the numbers from 0 to 1."""
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task("needles", ("needles",), _needles),
+        Task("variables", ("chains",), _variables),
+        Task(
+            "passage",
+            ("passages",),
+            lambda tokenizer, corpus, *rest: LongRangeMix(tokenizer, corpus).passage(*rest),
+        ),
+        Task("haystack", ("needles", "chains", "filler"), _haystack),
+        Task(
+            "counting",
+            ("lists", "code_words"),
+            lambda tokenizer, corpus, *rest: LongRangeMix(tokenizer, corpus).counting(*rest),
+        ),
+        Task("reading", ("reading",), reading_example),
+        Task("documents", ("documents",)),
+        Task("conversations", ("user_turns", "openings_of_text"), stages=("stage2",)),
+    )
+}
+"""Tasks by name, in the order in which their shares divide the numbers from 0 to 1 (docs/training.md)."""
