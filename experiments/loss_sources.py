@@ -10,9 +10,9 @@ at the answers. That is a far finer measure than right or wrong answers to a few
 
 `measure` takes a window and sinks with a map (FILE:GRANULARITY:RATIO:WINDOW:SINKS). Run it once a GPU with
 `--part I/N`: each takes its share of the questions. Artifacts are measured by their own rule and with dense
-retrieval heads, and both they and maps with each `--rule` instead (changes of the attention rule, as JSON). `distill` trains a LoRA on synthetic
-tasks and prose with dense retrieval heads, and measures the same questions, and prose within the window, before and
-after.
+retrieval heads; with `--rule` (changes of the attention rule, as JSON), they and maps are measured by each of these
+instead. `distill` trains a LoRA on synthetic tasks and prose with dense retrieval heads, and measures the same
+questions, and prose within the window, before and after.
 """
 
 from __future__ import annotations
