@@ -55,8 +55,8 @@ class AttentionRule:
             keys. vLLM keeps them until the prompt has been read.
         num_heavy_hitters: number of the last sinks of a windowed KV head that are replaced, once a prompt has been
             read, by those of its tokens that its last queries attend to most; see
-            `rtpurbo.ops.eager.heavy_hitters`. Like `dense_prompt_queries`, which it needs, it applies to a prompt
-            that is read in one forward; the vLLM plugin refuses it.
+            `rtpurbo.ops.eager.heavy_hitters`. It needs `dense_prompt_queries` and, with transformers, applies to
+            the same prompts.
         index_storage: dtype of cached index keys: `model`, the dtype of the model; or `float8`, which
             halves their size and the reads of a decode step, with less precise scores.
     """

@@ -239,7 +239,7 @@ def test_vllm_does_not_run_every_family_with_windows_of_its_own(tmp_path):
         ),
         (
             {"num_heavy_hitters": 2, "dense_prompt_queries": 4},
-            "share the blocks of their sinks: set it to 0 in the artifact's",
+            "needs one of at least 78: set num_heavy_hitters to 0 in the artifact's",
         ),
     ],
 )

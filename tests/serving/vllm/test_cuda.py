@@ -11,6 +11,7 @@ from rtpurbo.config import AttentionRule, Reading
 from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.triton.decode.workspace import zero_histograms
 from rtpurbo.serving.vllm import cuda, eager
+from rtpurbo.serving.vllm.layout import heavy_hitter_blocks
 from rtpurbo.serving.vllm.pages import Batch, LayerCache, Part, divide
 from tests.ops.triton.support import DEVICE, DTYPES, EPSILON
 
@@ -116,6 +117,21 @@ class Step:
                 self.on_device([prompt for *_, prompt in requests]),
             )
             self.caches[name] = LayerCache(pages, batch)
+        if rule.num_heavy_hitters:
+            self.add_own_blocks(numbers)
+
+    def add_own_blocks(self, numbers):
+        """Blocks for heavy hitters, which requests that generate have chosen before."""
+        rule, cache = self.rule, self.caches["windowed"]
+        size = cache.pages.block_size
+        count = len(heavy_hitter_blocks(rule.num_sink_tokens, rule.num_heavy_hitters, size))
+        own = torch.tensor(
+            [[numbers.pop() for _ in range(count)] for _ in self.requests], dtype=torch.int32
+        )
+        for blocks, (tokens, rows, prompt) in zip(own, self.requests, strict=True):
+            if tokens - rows >= prompt:
+                self.fill(cache.pages, blocks, range(count * size))
+        self.caches["windowed"] = replace(cache, own_blocks=own.to(DEVICE), is_first=True)
 
     def random(self, *shape):
         return torch.randn(*shape, generator=self.generator).to(self.dtype).to(DEVICE)
@@ -355,11 +371,13 @@ def test_long_requests(dense, head_dim, dtype):
 
 
 @pytest.mark.gpu
-def test_a_graph_serves_other_steps():
+@pytest.mark.parametrize("num_heavy_hitters", [0, 3])
+def test_a_graph_serves_other_steps(num_heavy_hitters):
     """Captured with one step, replayed with the lengths, tables and prompts of others."""
+    rule = rule_of(256, dense_prompt_queries=8, num_heavy_hitters=num_heavy_hitters)
     steps = [
-        Step([(900, 1, 30), (500, 1, 500), (2_000, 1, 40)], DTYPES[0], rule_of(256)),
-        Step([(1_900, 1, 1_900), (77, 1, 70), (1_200, 1, 40)], DTYPES[0], rule_of(256)),
+        Step([(900, 1, 400), (500, 1, 500), (2_000, 1, 40)], DTYPES[0], rule),
+        Step([(1_900, 1, 1_900), (77, 1, 70), (1_200, 1, 400)], DTYPES[0], rule),
     ]
     held = steps[0]
     longest = {
@@ -390,6 +408,8 @@ def test_a_graph_serves_other_steps():
         cache.batch.block_table.copy_(theirs.batch.block_table)
         cache.batch.device_lengths.copy_(theirs.batch.device_lengths)
         cache.batch.device_prompt_lengths.copy_(theirs.batch.device_prompt_lengths)
+        if cache.own_blocks is not None:
+            cache.own_blocks.copy_(theirs.own_blocks)
         pages = min(len(cache.pages.keys), len(theirs.pages.keys))
         assert len(theirs.pages.keys) == pages, "the first step must have as many blocks"
         for part in ("keys", "values", "index_keys"):

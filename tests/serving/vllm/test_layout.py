@@ -155,6 +155,23 @@ def test_only_one_request_keeps_its_whole_prompt():
     assert plan.capacity((largest - 1) * plan.block_bytes, 512, 64) < 512
 
 
+@pytest.mark.parametrize("sinks", [40, 64])
+def test_every_request_has_blocks_for_its_heavy_hitters(sinks):
+    rule = {"dense_prompt_queries": 8, "num_heavy_hitters": 30}
+    config = config_of([[0, 2], [], [], [], [], []], window=80, sinks=sinks, **rule)
+    plan = plan_of(config, tokens=512, in_flight=64)
+    if sinks == 40:
+        # In larger blocks, too many tokens would follow the last sink.
+        assert {group.block_size for group in plan.windowed} == {16}
+    held = sum(
+        -(-sinks // group.block_size) - (sinks - 30) // group.block_size for group in plan.windowed
+    )
+    assert plan.num_own_blocks == held > 0
+    shared = replace(plan, num_heavy_hitters=0)
+    assert plan.blocks_per_request(512, 64) == shared.blocks_per_request(512, 64) + held
+    assert plan.blocks_after_prompt(512, 64) == shared.blocks_after_prompt(512, 64) + held
+
+
 def test_without_retrieval_heads_and_with_nothing_else():
     all_local, all_full = plan_of(config_of([[], []])), plan_of(config_of([range(8), range(8)]))
     assert all_local.full is None
@@ -162,6 +179,11 @@ def test_without_retrieval_heads_and_with_nothing_else():
     assert all_full.windowed == ()
     assert all_full.full.block_size == 16
     assert plan_of(config_of([range(8)]), lone_block_size=128).full.block_size == 128
+    # vLLM sets the block size of a lone group, but blocks for heavy hitters are a group too.
+    rule = {"dense_prompt_queries": 8, "num_heavy_hitters": 4}
+    all_local = plan_of(config_of([[]], **rule), lone_block_size=24)
+    assert [group.block_size for group in all_local.windowed] == [16]
+    assert plan_of(config_of([range(8)], **rule), lone_block_size=128).num_own_blocks == 0
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3"])

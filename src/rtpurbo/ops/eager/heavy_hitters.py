@@ -14,12 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.eager.visibility import causal_mask
+from rtpurbo.ops.eager.visibility import causal_mask, query_chunks
 from rtpurbo.ops.states import KeyValueStates
 
 # Last queries of a prompt that choose, and tokens on either side of a key that share its attention (SnapKV).
 OBSERVED_QUERIES = 64
 NEIGHBOURS = 3
+
+
+def shortest_prompt(rule: AttentionRule) -> int:
+    """Tokens of the shortest prompt with heavy hitters: as many as sinks that they replace leave the window."""
+    return rule.sliding_window + rule.num_sink_tokens - 1
 
 
 @torch.no_grad()
@@ -30,6 +35,7 @@ def heavy_hitters(
     rule: AttentionRule,
     *,
     scaling: float,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Selects the tokens that replace the last sinks of each windowed KV head.
 
@@ -37,9 +43,10 @@ def heavy_hitters(
         query_states: [batch, heads, q_len, head_dim], queries of a prompt, after RoPE; `heads` in the order of the
             KV heads, as many for each.
         query_positions: int64 [batch, q_len], -1 for padding.
-        states: every key of the prompt.
+        states: keys of the prompt, position -1 for those that are not there.
         rule: windows and number of heavy hitters.
         scaling: factor on the dot products.
+        num_tokens: tokens of the prompt; None if the queries are its last ones.
 
     Returns:
         int64 [batch, num_key_value_heads, num_heavy_hitters], indices along k_len; -1 in sequences of which fewer
@@ -49,15 +56,21 @@ def heavy_hitters(
     positions = query_positions[:, -OBSERVED_QUERIES:]
     batch, num_kv_heads, length, head_dim = states.keys.shape
     q_len, count = queries.shape[2], rule.num_heavy_hitters
-    rows = queries.reshape(batch, num_kv_heads, -1, head_dim)
-    logits = (rows @ states.keys.transpose(2, 3)).float() * scaling
-    logits = logits.view(batch, num_kv_heads, -1, q_len, length)
-    hidden = ~causal_mask(positions, states.positions)[:, :, None]
-    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
-    mass = weights.sum(3).amax(2)
+    keys = states.keys.transpose(2, 3)
+    sizes = batch, num_kv_heads, queries.shape[1] // num_kv_heads
+    mass = queries.new_zeros(*sizes, length, dtype=torch.float32)
+    for chunk in query_chunks(q_len, queries.shape[:2].numel() * length):
+        rows = queries[:, :, chunk].reshape(batch, num_kv_heads, -1, head_dim)
+        logits = (rows @ keys).float() * scaling
+        logits = logits.view(*sizes, -1, length)
+        hidden = ~causal_mask(positions[:, chunk], states.positions)[:, :, None]
+        weights = logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+        mass += weights.sum(3)
+    mass = mass.amax(2)
     mass = F.max_pool1d(mass, 2 * NEIGHBOURS + 1, stride=1, padding=NEIGHBOURS)
 
-    last_left = query_positions.amax(1, keepdim=True) + 1 - rule.sliding_window
+    end = query_positions.amax(1, keepdim=True) + 1 if num_tokens is None else num_tokens
+    last_left = end - rule.sliding_window
     leaves = states.positions >= rule.num_sink_tokens - count
     leaves &= states.positions <= last_left
     chosen = mass.masked_fill(~leaves[:, None], -1.0).topk(min(count, length), -1)

@@ -24,15 +24,11 @@ from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.ops import HeadLayout
 from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
+from rtpurbo.serving.vllm.heavy_hitters import choose_heavy_hitters
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import Batch, LayerCache
 from rtpurbo.serving.vllm.specs import SinkWindowSpec
-from rtpurbo.serving.vllm.versions import (
-    block_table_width,
-    cache_scales,
-    has_unit_offset,
-    rotary_table,
-)
+from rtpurbo.serving.vllm.versions import cache_scales, has_unit_offset, rotary_table
 from rtpurbo.serving.vllm.warm_up import WarmUpStep, warm_up_steps
 
 OPERATOR = "rtpurbo::serve_attention"
@@ -97,6 +93,9 @@ class ServedAttention(nn.Module):
         self.heads = heads
         self.full = caches.full if heads.num_full else None
         self.windowed = caches.windowed[layer] if heads.num_windowed else None
+        # Blocks of requests for heavy hitters, and the layer's columns in their block table.
+        self.own_blocks = caches.own_blocks
+        self.own_columns = caches.own_columns.get(layer, slice(0))
         self.histograms = caches.histograms
         self._layouts: dict[torch.device, HeadLayout] = {}
 
@@ -208,6 +207,8 @@ class ServedAttention(nn.Module):
         # Scales of stored keys and values are factors on the dot products and on the output.
         scaling, value_scale = self.scaling * cache.pages.key_scale, cache.pages.value_scale
         sinks = getattr(self, "sinks", None)
+        if windowed is not None and windowed.own_blocks is not None and not cache.batch.uniform:
+            choose_heavy_hitters(queries, windowed, layout, self.rule, scaling)
         attend(queries, index_queries, full, windowed, layout, self.rule, scaling, output, sinks)
         if value_scale != 1:
             output.mul_(value_scale)
@@ -240,7 +241,7 @@ class ServedAttention(nn.Module):
         projected = self.project(positions, hidden_states)
         queries, keys, values, unrotated_queries, unrotated_keys = projected
         full, windowed = self.layer_caches(
-            lambda cache: step.batch(block_table_width(cache.spec.block_size, longest), device)
+            lambda cache: step.batch(cache.table_width(longest), device)
         )
         if full is not None and not step.has_workspace:
             full = replace(full, histograms=None)
@@ -288,6 +289,13 @@ class ServedAttention(nn.Module):
             else LayerCache(cache.pages[self.layer], batch_of(cache), self.histograms)
             for cache in (self.full, self.windowed)
         )
+        if windowed is not None and self.own_blocks is not None and self.rule.num_heavy_hitters:
+            assert self.windowed is not None
+            windowed = replace(
+                windowed,
+                own_blocks=batch_of(self.own_blocks).block_table[:, self.own_columns],
+                is_first=self.layer == min(self.windowed.parts),
+            )
         return full, windowed
 
     def _append(
@@ -341,6 +349,7 @@ def _own_rule(rule: AttentionRule, spec: AttentionSpec) -> AttentionRule:
         num_sink_tokens=spec.num_sink_tokens,
         retrieval_window=None,
         dense_prompt_queries=0,
+        num_heavy_hitters=0,
         block_size=min(rule.block_size, window),
     )
 

@@ -7,7 +7,7 @@ block: for each layer of the group keys, values and, in the full group, index ke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from rtpurbo.serving.vllm.checkpoint import own_window
 from rtpurbo.serving.vllm.cuda import new_histograms
 from rtpurbo.serving.vllm.layout import (
     FLOAT8_CACHE_DTYPES,
+    OBSERVED_QUERIES,
     CachePlan,
     Group,
     LayerHeads,
@@ -31,7 +32,8 @@ from rtpurbo.serving.vllm.layout import (
 )
 from rtpurbo.serving.vllm.metadata import HeadwiseBackend
 from rtpurbo.serving.vllm.pages import Part, divide
-from rtpurbo.serving.vllm.specs import SinkWindowSpec
+from rtpurbo.serving.vllm.specs import OwnBlocksSpec, SinkWindowSpec
+from rtpurbo.serving.vllm.versions import block_table_width
 
 
 class PagedCache(AttentionLayerBase):
@@ -67,6 +69,11 @@ class PagedCache(AttentionLayerBase):
         if self.pages and self.when_bound is not None:
             self.when_bound()
 
+    def table_width(self, max_model_len: int) -> int:
+        """Blocks of a request in the block table of vLLM's model runners."""
+        width = block_table_width(self.spec.block_size, max_model_len)
+        return max(width, self.spec.num_blocks) if isinstance(self.spec, OwnBlocksSpec) else width
+
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Backend that builds the metadata of a step."""
         return HeadwiseBackend
@@ -84,12 +91,17 @@ class Caches:
         plan: layout of the caches.
         full: cache of the full KV heads; None without retrieval heads.
         windowed: cache of each layer that has windowed KV heads on some rank.
+        own_blocks: cache with the blocks of requests for their heavy hitters, of which the block table matters only:
+            windowed caches read and write them; None without heavy hitters.
+        own_columns: of each windowed layer, its columns in the block table of `own_blocks`.
         histograms: histogram workspace of the decode kernels; None without a GPU or without retrieval heads.
     """
 
     plan: CachePlan
     full: PagedCache | None
     windowed: Mapping[int, PagedCache]
+    own_blocks: PagedCache | None
+    own_columns: Mapping[int, slice]
     histograms: Tensor | None
 
     def when_all_bound(self, callback: Callable[[], None]) -> None:
@@ -189,6 +201,8 @@ def make_caches(
 
     full = registered(0, plan.full, FullAttentionSpec, full=True) if plan.full else None
     windowed: dict[int, PagedCache] = {}
+    own_columns: dict[int, slice] = {}
+    last = 0
     for number, group in enumerate(plan.windowed, start=1):
         window, sinks, keeps_prompts = plan.retention(group)
         cache = registered(
@@ -201,10 +215,20 @@ def make_caches(
             group=number,
             max_blocks=plan.num_windowed_blocks(group, longest, in_flight),
             keeps_prompts=keeps_prompts,
+            num_recomputed_tokens=OBSERVED_QUERIES if plan.heavy_hitter_blocks(group) else 0,
         )
         windowed |= dict.fromkeys(group.layers, cache)
+        first, last = last, last + len(plan.heavy_hitter_blocks(group))
+        own_columns |= dict.fromkeys(group.layers, slice(first, last))
+    own_blocks = None
+    if last:
+        # All groups share one pool, so any windowed cache finds its part in such a block.
+        group = replace(plan.windowed[0], layers=())
+        own_blocks = registered(
+            len(plan.windowed) + 1, group, OwnBlocksSpec, full=False, num_blocks=last
+        )
     histograms = new_histograms(heads) if full and current_platform.is_cuda() else None
-    return Caches(plan, full, windowed, histograms)
+    return Caches(plan, full, windowed, own_blocks, own_columns, histograms)
 
 
 def index_dtype_of(config: RTPurboConfig, dtype: torch.dtype) -> torch.dtype:

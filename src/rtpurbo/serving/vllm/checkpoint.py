@@ -9,6 +9,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import convertible_layers, convertible_shapes, layer_types
 from rtpurbo.models.artifact_config import CHECKPOINT_KEY, FORMAT_VERSION, MODEL_CONFIG_FILE
 from rtpurbo.models.sparsify import check_head_map
+from rtpurbo.serving.vllm.layout import BLOCK_SIZES, smallest_window
 
 EXPORT_AGAIN = "export the artifact again (rtpurbo export --to vllm)"
 
@@ -72,10 +73,11 @@ def check_served(config: RTPurboConfig, file: str) -> None:
             f"prefill_mode '{config.attention.prefill_mode}' shares block lists between queries, but "
             f"vLLM splits prompts at any token: change it to 'dense' in {file}, or {elsewhere}."
         )
-    if config.attention.num_heavy_hitters:
+    window = smallest_window(config.attention, min(BLOCK_SIZES))
+    if config.attention.num_heavy_hitters and config.attention.sliding_window < window:
         raise RTPurboError(
-            "num_heavy_hitters replaces sinks by tokens of one prompt, but on vLLM requests with the same prefix share "
-            f"the blocks of their sinks: set it to 0 in {file}, or {elsewhere}."
+            f"sliding_window is {config.attention.sliding_window}, but num_heavy_hitters on vLLM needs one of at least "
+            f"{window}: set num_heavy_hitters to 0 in {file}, or {elsewhere}."
         )
 
 

@@ -19,6 +19,7 @@ from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import PagedStates
+from rtpurbo.serving.vllm.heavy_hitters import decode_table
 from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
 from rtpurbo.serving.vllm.step_queries import PromptQueries, rounded_up, step_queries
@@ -139,7 +140,7 @@ def attend(
         of_full, of_windowed = (
             None
             if part is None
-            else _paged(part, part.batch.block_table[:count], part.batch.device_lengths[:count])
+            else _paged(part, decode_table(part, rule)[:count], part.batch.device_lengths[:count])
             for part in (full, windowed)
         )
         chosen = None if index_queries is None else index_queries[:count]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates, headwise_attention
+from rtpurbo.ops.eager.heavy_hitters import shortest_prompt
+from rtpurbo.serving.vllm.heavy_hitters import with_own_blocks
 from rtpurbo.serving.vllm.pages import NULL_BLOCK, LayerCache, no_states
 
 
@@ -41,38 +43,58 @@ def attend(
     assert cache is not None
     batch = cache.batch
     first_dense, num_dense = batch.dense_queries(rule)
-    for request, (start, length, num_queries, selecting, first, dense) in enumerate(
+    for request, (start, length, num_queries, prompt, selecting, first, dense) in enumerate(
         zip(
             batch.starts.tolist()[:-1],
             batch.lengths.tolist(),
             batch.num_queries.tolist(),
+            batch.prompt_lengths.tolist(),
             batch.num_selecting(rule).tolist(),
             first_dense.tolist(),
             num_dense.tolist(),
             strict=True,
         )
     ):
-        if not num_queries:
-            continue
-        end = start + num_queries
         computed = length - num_queries
-        positions = torch.arange(computed, length, device=queries.device)
-        attended, _ = headwise_attention(
-            queries[None, start:end].transpose(1, 2),
-            positions[None],
-            _full_states(full, request, length, queries),
-            _windowed_states(windowed, request, length, None if dense else computed, rule, queries),
-            layout,
-            index_queries[None, end - selecting : end].transpose(1, 2)
-            if index_queries is not None and selecting
-            else None,
-            rule,
-            scaling=scaling,
-            sinks=sinks,
-            dense_queries=slice(first - computed, first - computed + dense) if dense else None,
-            backend="eager",
-        )
-        output[start:end] = attended[0].transpose(0, 1)
+        table = None if windowed is None else windowed.batch.block_table[request]
+        parts = [(computed, length, table)]
+        if windowed is not None and windowed.own_blocks is not None:
+            # Queries after the prompt read heavy hitters.
+            end = min(max(computed, prompt), length)
+            after = _table_after_prompt(windowed, request, prompt, rule)
+            parts = [(computed, end, table), (end, length, after)]
+        for begin, end, table in parts:
+            if begin == end:
+                continue
+            rows = slice(start + begin - computed, start + end - computed)
+            num_selecting = min(end - begin, max(0, selecting - (length - end)))
+            is_dense = dense > 0 and begin <= first < end
+            attended, _ = headwise_attention(
+                queries[None, rows].transpose(1, 2),
+                torch.arange(begin, end, device=queries.device)[None],
+                _full_states(full, request, end, queries),
+                _windowed_states(windowed, table, end, None if is_dense else begin, rule, queries),
+                layout,
+                index_queries[None, rows][:, -num_selecting:].transpose(1, 2)
+                if index_queries is not None and num_selecting
+                else None,
+                rule,
+                scaling=scaling,
+                sinks=sinks,
+                dense_queries=slice(first - begin, first - begin + dense) if is_dense else None,
+                backend="eager",
+            )
+            output[rows] = attended[0].transpose(0, 1)
+
+
+def _table_after_prompt(
+    windowed: LayerCache, request: int, prompt: int, rule: AttentionRule
+) -> Tensor:
+    """Block table of the queries after a prompt, int32 [blocks]."""
+    assert windowed.own_blocks is not None
+    table, own_blocks = windowed.batch.block_table[request], windowed.own_blocks[request]
+    follows = torch.tensor([prompt >= shortest_prompt(rule)], device=table.device)
+    return with_own_blocks(windowed, table[None], own_blocks[None], follows, rule)[0]
 
 
 def _full_states(
@@ -95,7 +117,7 @@ def _full_states(
 
 def _windowed_states(
     cache: LayerCache | None,
-    request: int,
+    block_table: Tensor | None,
     length: int,
     computed: int | None,
     rule: AttentionRule,
@@ -105,7 +127,7 @@ def _windowed_states(
 
     If `computed` is None, those of all blocks that the request has.
     """
-    if cache is None:
+    if cache is None or block_table is None:
         return no_states(like, 1)
     pages, size = cache.pages, cache.pages.block_size
     sinks = -(-rule.num_sink_tokens // size)
@@ -115,8 +137,8 @@ def _windowed_states(
         if window > sinks:
             numbers = torch.cat([numbers[:sinks], numbers[window:]])
     else:
-        numbers = numbers[cache.batch.block_table[request, : len(numbers)] != NULL_BLOCK]
-    table = cache.batch.block_table[request, numbers]
+        numbers = numbers[block_table[: len(numbers)] != NULL_BLOCK]
+    table = block_table[numbers]
     positions = (numbers[:, None] * size + torch.arange(size, device=like.device)).flatten()
     # Only the last block may be partly unused.
     positions = positions[: positions.numel() - (-length % size)]

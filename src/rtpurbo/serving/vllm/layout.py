@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from rtpurbo.config import HeadMap, RTPurboConfig
+from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.errors import RTPurboError
+from rtpurbo.ops.eager.heavy_hitters import OBSERVED_QUERIES
 
 BLOCK_SIZES = (16, 32, 64, 128)
 """Supported tokens per block: multiples of 16, which keep every part of a block aligned."""
@@ -30,6 +31,22 @@ _MIN_SAVING_PER_GROUP = 0.01
 
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
 """Values of `--kv-cache-dtype` with which keys and values are stored as float8_e4m3fn."""
+
+
+def heavy_hitter_blocks(num_sinks: int, num_heavy_hitters: int, block_size: int) -> range:
+    """Numbers of the blocks with the sinks that heavy hitters replace; each request has its own copy of them."""
+    if not num_heavy_hitters:
+        return range(0)
+    return range((num_sinks - num_heavy_hitters) // block_size, -(-num_sinks // block_size))
+
+
+def smallest_window(rule: AttentionRule, block_size: int) -> int:
+    """Smallest sliding window with which the blocks above are complete when heavy hitters are chosen.
+
+    That may be before the last queries of a prompt (see `Batch.observed_queries`), and the last of these blocks
+    may hold tokens after the sinks.
+    """
+    return OBSERVED_QUERIES + -rule.num_sink_tokens % block_size
 
 
 @dataclass(frozen=True)
@@ -183,6 +200,7 @@ class CachePlan:
         sinks: first tokens that converted layers keep.
         keeps_prompts: windowed groups of converted layers keep every token until the prompt of a request has been
             read, for its dense queries.
+        num_heavy_hitters: number of the last sinks that heavy hitters replace.
     """
 
     full: Group | None
@@ -190,6 +208,7 @@ class CachePlan:
     window: int
     sinks: int
     keeps_prompts: bool = False
+    num_heavy_hitters: int = 0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -208,6 +227,17 @@ class CachePlan:
             return group.num_full_blocks(tokens)
         return group.num_windowed_blocks(tokens, window, sinks, in_flight)
 
+    def heavy_hitter_blocks(self, group: Group) -> range:
+        """Numbers of the blocks of a windowed group of which each request has its own copy."""
+        if group.window is not None:
+            return range(0)
+        return heavy_hitter_blocks(self.sinks, self.num_heavy_hitters, group.block_size)
+
+    @property
+    def num_own_blocks(self) -> int:
+        """Blocks of a request that are its own copies."""
+        return sum(len(self.heavy_hitter_blocks(group)) for group in self.windowed)
+
     def retention(self, group: Group) -> tuple[int, int, bool]:
         """Window, sinks, and whether prompts are kept until they have been read, of a windowed group."""
         if group.window is not None:
@@ -217,9 +247,10 @@ class CachePlan:
     def blocks_per_request(self, tokens: int, in_flight: int) -> int:
         """Largest number of blocks of a request with `tokens` tokens."""
         full = self.full.num_full_blocks(tokens) if self.full else 0
-        return full + sum(
+        windowed = sum(
             self.num_windowed_blocks(group, tokens, in_flight) for group in self.windowed
         )
+        return full + windowed + self.num_own_blocks
 
     def blocks_after_prompt(self, tokens: int, in_flight: int) -> int:
         """Largest number of blocks of a request with `tokens` tokens whose prompt has been read."""
@@ -275,8 +306,15 @@ def plan_cache(
         RTPurboError: the number of heads is not divisible by `world_size`.
     """
     ranks = [heads_of_rank(config.head_map, rank, world_size) for rank in range(world_size)]
-    window, sinks = config.attention.sliding_window, config.attention.num_sink_tokens
-    keeps_prompts = config.attention.dense_prompt_queries > 0
+    rule = config.attention
+    without_groups = CachePlan(
+        None,
+        (),
+        rule.sliding_window,
+        rule.num_sink_tokens,
+        rule.dense_prompt_queries > 0,
+        rule.num_heavy_hitters,
+    )
     full_layers = _layers_with_any(ranks, "num_full")
     windowed_layers = _layers_with_any(ranks, "num_windowed")
     converted = set(config.head_map.converted_layers)
@@ -289,11 +327,16 @@ def plan_cache(
         _partitions(ranks, token_bytes, own_layers),
     ):
         num_groups = len(bins) + len(own_bins) + bool(full_layers)
+        has_own_blocks = bool(bins and rule.num_heavy_hitters)
         if len(bins) + len(own_bins) > MAX_WINDOWED_GROUPS:
             continue
         found: CachePlan | None = None
-        sizes: Sequence[int] = BLOCK_SIZES if num_groups > 1 else (lone_block_size,)
+        sizes: Sequence[int] = BLOCK_SIZES
+        if num_groups + has_own_blocks == 1:
+            sizes = (lone_block_size,)
         for full_size, windowed_size in product(sizes, sizes):
+            if has_own_blocks and rule.sliding_window < smallest_window(rule, windowed_size):
+                continue
             full = None
             if full_layers:
                 largest = _largest(ranks, token_bytes.full, full_layers)
@@ -305,7 +348,7 @@ def plan_cache(
                 for window_of, chosen in ((None, bins), (own_window, own_bins))
                 for layers in chosen
             ]
-            plan = CachePlan(full, tuple(windowed), window, sinks, keeps_prompts)
+            plan = replace(without_groups, full=full, windowed=tuple(windowed))
             if found is None or _cost(plan, tokens, in_flight) < _cost(found, tokens, in_flight):
                 found = plan
         assert found is not None

@@ -84,7 +84,8 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
             batch.block_table_tensor,
             batch.slot_mapping,
             batch.seq_lens,
-            kept,
+            # There may be padding after the requests.
+            self._prompt_lengths[: batch.seq_lens.shape[0]],
         )
         if self._serves_uniform and batch.max_query_len == 1:
             # vLLM replays a CUDA graph of such a step in any case: a prompt's last query then keeps to its window.

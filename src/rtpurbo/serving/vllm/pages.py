@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import KeyValueStates
+from rtpurbo.ops.eager.heavy_hitters import OBSERVED_QUERIES, shortest_prompt
 
 NULL_BLOCK = 0
 """Block of vLLM that belongs to no request; a block table has it where a reused prefix lacks a block."""
@@ -129,6 +130,7 @@ class Batch:
         uniform: every request has one query, or neither queries nor tokens. Attention then depends on device
             tensors alone, so that it can be captured in a CUDA graph, and `prompt_lengths` may be on the device too.
         step_queries: queries by kernel, cached by `cuda`.
+        decode_table: block table of generated tokens in a uniform step, computed by the first layer of the group.
     """
 
     starts: Tensor
@@ -140,6 +142,7 @@ class Batch:
     device_prompt_lengths: Tensor | None = None
     uniform: bool = False
     step_queries: object = None
+    decode_table: Tensor | None = None
 
     @property
     def num_queries(self) -> Tensor:
@@ -172,6 +175,22 @@ class Batch:
         beyond_window = self.prompt_lengths > rule.sliding_window
         return first, (end - first).clamp(min=0) * beyond_window
 
+    def observed_queries(self, rule: AttentionRule) -> tuple[Tensor, Tensor]:
+        """Queries of each request that choose its heavy hitters, of the last `OBSERVED_QUERIES` of its prompt.
+
+        If a chunk ends among these, those of one chunk choose: the later one, unless it has fewer. Hence the last
+        query of a prompt never chooses alone, which it could not in a CUDA graph.
+
+        Returns:
+            Position of the first one and their number, int32 [R] on the CPU.
+        """
+        start = self.lengths - self.num_queries
+        earliest = self.prompt_lengths - OBSERVED_QUERIES
+        first, end = earliest.maximum(start), self.prompt_lengths.minimum(self.lengths)
+        count = (end - first).clamp(min=0)
+        chooses = (count >= start - earliest) & (self.prompt_lengths >= shortest_prompt(rule))
+        return first, count * chooses
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -181,11 +200,16 @@ class LayerCache:
         pages: pages of the layer.
         batch: batch of the step with the block table of the group.
         histograms: histogram workspace of the decode kernels, shared by the layers; None to allocate one.
+        own_blocks: int32 [R, blocks], each request's own copies of the blocks with sinks that heavy hitters replace;
+            None if there are none.
+        is_first: the layer is the first of its group in the model.
     """
 
     pages: Pages
     batch: Batch
     histograms: Tensor | None = None
+    own_blocks: Tensor | None = None
+    is_first: bool = False
 
 
 def no_states(like: Tensor, batch_size: int) -> KeyValueStates:

@@ -81,6 +81,7 @@ def refusals(config: VllmConfig) -> Iterator[str]:
             "out --kv-transfer-config and --kv-offloading-size."
         )
     yield from _cache_refusals(config)
+    yield from _chunk_refusals(config)
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield (
             "full and windowed KV heads have caches of different sizes: leave out "
@@ -120,6 +121,26 @@ def _cache_refusals(config: VllmConfig) -> Iterator[str]:
         yield (
             f"the checkpoint's cache scales have strategy '{strategy}', but one scale per layer "
             "('tensor') is supported: remove kv_cache_scheme from its config.json for a cache in the model's dtype."
+        )
+
+
+def _chunk_refusals(config: VllmConfig) -> Iterator[str]:
+    """Yields the reasons against chunks of single tokens of prompts.
+
+    Steps of single tokens may be CUDA graphs, in which no heavy hitters are chosen.
+    """
+    rule = read_config(config.model_config.hf_config).attention
+    scheduler = config.scheduler_config
+    if not rule.num_heavy_hitters:
+        return
+    if (
+        scheduler.max_num_batched_tokens <= scheduler.max_num_seqs
+        or scheduler.long_prefill_token_threshold == 1
+    ):
+        yield (
+            "the last queries of a prompt choose its heavy hitters, so prompts cannot be read token by token: choose "
+            f"--max-num-batched-tokens above --max-num-seqs ({scheduler.max_num_seqs}), and leave out "
+            "--long-prefill-token-threshold 1."
         )
 
 

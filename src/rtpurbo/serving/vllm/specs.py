@@ -4,6 +4,9 @@ vLLM's sliding window frees the first tokens, and its prefix caching does not re
 blocks of the sinks for the lifetime of a request, and reuses a cached prefix only if they are cached. With dense
 queries at the end of prompts, it keeps all blocks of a request until its prompt has been read. The spec is not a
 subclass of vLLM's `SlidingWindowSpec`, which vLLM splits and promotes by rules of its own.
+
+Sinks are shared by requests with the same prefix, so heavy hitters, which replace some of them, are stored in blocks
+that a request shares with no other: those of a group of their own.
 """
 
 from __future__ import annotations
@@ -15,9 +18,13 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+from vllm.v1.request import Request
 
 # Otherwise the first registration in a process would prevent that of the built-in specs.
 KVCacheSpecRegistry._ensure_registered()
@@ -49,7 +56,8 @@ class SinkWindowManager(SlidingWindowManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Longest cached prefix whose sinks and last window are cached.
 
-        With `keeps_prompts`, its other blocks are reused up to the first one that is not cached.
+        With `keeps_prompts`, its other blocks are reused up to the first one that is not cached. The last
+        `num_recomputed_tokens` tokens of the request are not reused.
 
         Returns:
             Blocks of the prefix per group, null blocks where none is reused, and its length in tokens.
@@ -64,6 +72,9 @@ class SinkWindowManager(SlidingWindowManager):
         def cached(number: int) -> list[KVCacheBlock] | None:
             return block_pool.get_cached_block(block_hashes[number], kv_cache_group_ids)
 
+        # Hashes are those of the request's whole blocks.
+        hashed = len(block_hashes) * block_size
+        max_length = min(max_length, max(0, hashed - kv_cache_spec.num_recomputed_tokens))
         end = max_length // block_size
         leading = end if kv_cache_spec.keeps_prompts else min(kv_cache_spec.num_sink_blocks, end)
         found: dict[int, list[KVCacheBlock]] = {}
@@ -101,6 +112,16 @@ class SinkWindowManager(SlidingWindowManager):
     def reachable_block_mask(cls, *arguments: Any, **options: Any) -> None:
         """Returns None: every block may be reused for a prefix."""
         return
+
+    def cache_blocks(self, request: Request, *arguments: Any, **options: Any) -> None:
+        """Caches whole blocks, and prevents a preempted request from skipping its prompt.
+
+        The last queries of its prompt must choose heavy hitters again, because it loses those that it has.
+        """
+        has_read = request.num_computed_tokens >= request.num_prompt_tokens
+        if has_read and self.kv_cache_spec.num_recomputed_tokens:
+            request.skip_reading_prefix_cache = True
+        super().cache_blocks(request, *arguments, **options)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Number of first tokens that a request with computed tokens does not need when it is scheduled first."""
@@ -180,6 +201,7 @@ class SinkWindowSpec(AttentionSpec):
         group: number of the group; groups are not merged.
         max_blocks: largest number of blocks of a request.
         keeps_prompts: blocks before the window are kept until the prompt has been read.
+        num_recomputed_tokens: last tokens of a prompt that are computed even if they are cached.
         extra_retained_tokens: required by vLLM's manager; 0.
     """
 
@@ -188,6 +210,7 @@ class SinkWindowSpec(AttentionSpec):
     group: int
     max_blocks: int
     keeps_prompts: bool = False
+    num_recomputed_tokens: int = 0
     extra_retained_tokens: int = 0
 
     @property
@@ -210,3 +233,58 @@ class SinkWindowSpec(AttentionSpec):
             isinstance(spec, SinkWindowSpec) and spec.group == self.group
             for spec in kv_cache_specs.values()
         )
+
+
+class OwnBlocksManager(SingleTypeKVCacheManager):
+    """Blocks that a request has for its lifetime and shares with no other."""
+
+    kv_cache_spec: OwnBlocksSpec
+
+    def get_num_blocks_to_allocate(self, request_id: str, *arguments: Any, **options: Any) -> int:
+        """Number of blocks to allocate: all of them at first."""
+        return self.kv_cache_spec.num_blocks - len(self.req_to_blocks.get(request_id, ()))
+
+    def allocate_new_blocks(
+        self, request_id: str, *arguments: Any, **options: Any
+    ) -> list[KVCacheBlock]:
+        """Allocates the blocks of a new or resumed request."""
+        new = self.block_pool.get_new_blocks(self.get_num_blocks_to_allocate(request_id))
+        self.req_to_blocks[request_id].extend(new)
+        return new
+
+    def add_local_computed_blocks(self, *arguments: Any, **options: Any) -> None:
+        """Adds nothing: no block is part of a cached prefix."""
+
+    @classmethod
+    def find_longest_cache_hit(cls, *arguments: Any, **options: Any) -> Any:
+        """Not implemented: vLLM leaves groups that are not cached out of the search."""
+        raise NotImplementedError
+
+
+@register_kv_cache_spec(manager_class=OwnBlocksManager)
+@dataclass(frozen=True, kw_only=True)
+class OwnBlocksSpec(AttentionSpec):
+    """Spec of a group with a fixed number of blocks per request, which are in no prefix cache.
+
+    Attributes:
+        num_blocks: blocks of a request.
+    """
+
+    num_blocks: int
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """False: no block may be reused for a prefix."""
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Largest number of bytes of one request."""
+        return self.num_blocks * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Width of the block table, in which the first model runner also looks up a slot for each token."""
+        return max(self.num_blocks, super().max_num_blocks_per_req(vllm_config, max_len))
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Returns True if all specs may share a block table."""
+        return all(isinstance(spec, OwnBlocksSpec) for spec in kv_cache_specs.values())

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
+from rtpurbo.ops.eager.heavy_hitters import shortest_prompt
+from rtpurbo.serving.vllm.heavy_hitters import with_own_blocks
 from rtpurbo.serving.vllm.pages import NULL_BLOCK, LayerCache
 
 
@@ -42,7 +44,7 @@ class StepQueries:
     Attributes:
         selecting: int64 [N], indices of the selecting queries.
         lengths: int32 [N], tokens of the request up to each of them.
-        block_table: int32 [N, blocks], blocks of their requests.
+        block_table: int32 [N, blocks], blocks of their requests, with heavy hitters if they follow a prompt.
         prompts: queries that do not select.
         dense: queries that are dense in local heads, which `prompts` or `selecting` contain too.
     """
@@ -67,6 +69,9 @@ def step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
         requests = np.repeat(np.arange(len(lengths)), selecting)
         # Number of each selecting query among those of its request, counted from the last one.
         from_end = np.repeat(np.cumsum(selecting), selecting) - 1 - np.arange(len(requests))
+        prompt_lengths = batch.prompt_lengths.numpy()[requests]
+        follows = lengths[requests] - from_end > prompt_lengths
+        follows &= prompt_lengths >= shortest_prompt(rule)
         parts = [
             requests,
             (starts[1:] - 1)[requests] - from_end,
@@ -79,12 +84,17 @@ def step_queries(cache: LayerCache, rule: AttentionRule) -> StepQueries:
             (starts[:-1] + first_dense - lengths + num_queries)[dense],
             num_dense[dense],
             first_dense[dense],
+            follows,
         ]
         numbers = _to_device(parts, batch.block_table.device)
+        block_table = batch.block_table.index_select(0, numbers[0])
+        if cache.own_blocks is not None:
+            own_blocks = cache.own_blocks.index_select(0, numbers[0])
+            block_table = with_own_blocks(cache, block_table, own_blocks, numbers[11] > 0, rule)
         batch.step_queries = StepQueries(
             selecting=numbers[1].long(),
             lengths=numbers[2],
-            block_table=batch.block_table.index_select(0, numbers[0]),
+            block_table=block_table,
             prompts=PromptQueries(
                 numbers[4],
                 numbers[5],
