@@ -125,7 +125,6 @@ def test_requests_with_the_same_prefix_choose_their_own(tmp_path, prompts):
 
 
 def test_preemption(llama, reference, monkeypatch):
-    """Requests that lose their blocks read their prompts again, though they are cached."""
     preemptions = counted_preemptions(monkeypatch)
     short = random_prompts((110, 140, 97, 155, 120, 70), seed=1)
     wanted = expected_answers(reference, short, 100)
@@ -136,3 +135,23 @@ def test_preemption(llama, reference, monkeypatch):
         assert_same_answers(reference, short, answers(llm, short, 100), wanted)
         assert free_blocks(llm) == free
     assert preemptions
+
+
+def test_a_preempted_request_reads_its_prompt_again(tmp_path):
+    """Though prompt and answer are in the prefix cache: its blocks for heavy hitters are lost."""
+    checkpoint = save_checkpoint(tmp_path, layers=((),), rule=RULE)
+    reference = load_reference(checkpoint)
+    (prompt,) = random_prompts((200,), seed=5)
+    (wanted,) = expected_answers(reference, [prompt], 120)
+    with running(checkpoint) as llm:
+        engine, found = llm.llm_engine, []
+        engine.add_request("0", {"prompt_token_ids": prompt}, greedy(120))
+        while engine.has_unfinished_requests():
+            (request,) = scheduler(llm).requests.values()
+            if request.num_output_tokens == 100 and not request.num_preemptions:
+                scheduler(llm)._preempt_request(scheduler(llm).running.pop(), 0.0)
+                manager = scheduler(llm).kv_cache_manager.coordinator.single_type_managers[-1]
+                assert not manager.req_to_blocks
+            found = [list(output.outputs[0].token_ids) for output in engine.step()] or found
+        assert request.num_preemptions == 1
+        assert_same_answers(reference, [prompt], found, [wanted])

@@ -10,16 +10,19 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from rtpurbo.serving.vllm.layout import BLOCK_SIZES
 from rtpurbo.serving.vllm.metadata import HeadwiseBackend, HeadwiseMetadataBuilder
-from rtpurbo.serving.vllm.specs import SinkWindowManager
+from rtpurbo.serving.vllm.specs import OwnBlocksManager, SinkWindowManager
 from rtpurbo.serving.vllm.versions import block_table_width
 
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize("cls", [SinkWindowManager, HeadwiseMetadataBuilder, HeadwiseBackend])
+@pytest.mark.parametrize(
+    "cls", [SinkWindowManager, OwnBlocksManager, HeadwiseMetadataBuilder, HeadwiseBackend]
+)
 def test_overrides_accept_the_arguments_of_vllm(cls):
     base = cls.__bases__[0]
     compared = 0
@@ -60,6 +63,14 @@ def test_the_second_model_runner_calls_the_model_state():
     assert list(inspect.signature(states.prepare_attn).parameters)[1] == "input_batch"
     resolve = import_module("vllm.v1.worker.gpu.model_states").resolve_model_state_cls
     assert "get_model_state_cls" in inspect.getsource(resolve)
+
+
+def test_groups_may_have_no_part_in_prefixes():
+    coordinator = import_module("vllm.v1.core.kv_cache_coordinator").HybridKVCacheCoordinator
+    assert "prefix_cacheable" in inspect.getsource(coordinator.verify_and_split_kv_cache_groups)
+    assert isinstance(inspect.getattr_static(KVCacheSpec, "prefix_cacheable"), property)
+    manager = import_module("vllm.v1.core.kv_cache_manager").KVCacheManager
+    assert "request.skip_reading_prefix_cache" in inspect.getsource(manager)
 
 
 def test_rotary_embeddings_have_tables():

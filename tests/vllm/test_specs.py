@@ -8,7 +8,12 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from rtpurbo.serving.vllm.specs import SinkWindowManager, SinkWindowSpec
+from rtpurbo.serving.vllm.specs import (
+    OwnBlocksManager,
+    OwnBlocksSpec,
+    SinkWindowManager,
+    SinkWindowSpec,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -16,7 +21,7 @@ SIZE = 16
 init_none_hash(sha256)
 
 
-def spec_of(window=64, sinks=4, block_size=SIZE, max_blocks=1000, keeps_prompts=False):
+def spec_of(window=64, sinks=4, block_size=SIZE, max_blocks=1000, keeps_prompts=False, **more):
     return SinkWindowSpec(
         block_size=block_size,
         num_kv_heads=1,
@@ -29,6 +34,7 @@ def spec_of(window=64, sinks=4, block_size=SIZE, max_blocks=1000, keeps_prompts=
         group=1,
         max_blocks=max_blocks,
         keeps_prompts=keeps_prompts,
+        **more,
     )
 
 
@@ -233,6 +239,50 @@ def test_a_prefix_that_diverges_ends_before_the_first_other_block():
     for same, expected in ((0, 0), (15, 0), (16, 16), (100, 96), (319, 304)):
         other = request_of([*range(same), *range(1000, 1320 - same)])
         assert hit_of(manager, other)[1] == expected
+
+
+def test_the_last_tokens_of_a_prompt_are_not_taken():
+    pool, spec = pool_of(), spec_of(window=32, sinks=4, num_recomputed_tokens=40)
+    cache_some(pool, request_of(range(320)), spec, [True] * 20)
+    manager = manager_of(pool, spec)
+    for tokens, expected in ((20, 0), (50, 0), (64, 16), (100, 48), (327, 272), (400, 320)):
+        assert hit_of(manager, request_of(range(tokens)))[1] == expected
+
+
+def test_a_request_after_its_prompt_takes_no_prefix():
+    for recomputed in (0, 40):
+        manager = manager_of(pool_of(), spec_of(num_recomputed_tokens=recomputed))
+        request = request_of(range(100))
+        manager.add_local_computed_blocks("request", [], 0, 0)
+        for computed, end in ((0, 60), (60, 100), (100, 101)):
+            assert not request.skip_reading_prefix_cache
+            request.num_computed_tokens = computed
+            step(manager, request, computed, end)
+        assert request.skip_reading_prefix_cache == (recomputed > 0)
+
+
+def test_blocks_of_its_own():
+    spec = OwnBlocksSpec(
+        block_size=SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32, num_blocks=3
+    )
+    pool = pool_of()
+    free = pool.get_num_free_blocks()
+    manager = OwnBlocksManager(
+        spec, block_pool=pool, enable_caching=True, kv_cache_group_id=0, scheduler_block_size=SIZE
+    )
+    requests = [request_of(range(100), name) for name in "ab"]
+    for request in requests:
+        name = request.request_id
+        manager.add_local_computed_blocks(name, [], 0, 0)
+        asked = [step(manager, request, computed, computed + 20) for computed in range(0, 100, 20)]
+        assert asked == [3, 0, 0, 0, 0]
+    held = [block for blocks in manager.req_to_blocks.values() for block in blocks]
+    assert len({block.block_id for block in held}) == 6
+    assert all(block.block_hash is None for block in held)
+    assert spec.max_memory_usage_bytes(None) == 3 * spec.page_size_bytes
+    for request in requests:
+        manager.free(request.request_id)
+    assert pool.get_num_free_blocks() == free
 
 
 def test_specs_of_one_group_alone_share_a_block_table():
