@@ -3,6 +3,8 @@
 import pytest
 
 import rtpurbo
+from rtpurbo.models.artifact_config import ArtifactConfig
+from rtpurbo.serving.vllm.layout import TokenBytes, plan_cache
 from tests.vllm.checkpoints import (
     assert_same_answers,
     expected_answers,
@@ -56,9 +58,21 @@ def test_the_answers_need_them(llama, prompts, expected):
 def test_prompts_in_one_chunk_and_repeated_prefixes(llama, reference, prompts, expected):
     with running(llama, max_num_batched_tokens=2048) as llm:
         _, second = assert_same_answers_twice(llm, reference, prompts, expected)
+        assert_predicted_capacity(llm, llama)
         for output, length in zip(second, LENGTHS, strict=True):
             # Whole blocks before the last 64 tokens of whole blocks, which choose again.
             assert output.num_cached_tokens == max(0, length // 16 * 16 - 64)
+
+
+def assert_predicted_capacity(llm, checkpoint):
+    """The capacity that vLLM reports counts the blocks for heavy hitters."""
+    config, settings = ArtifactConfig.read(checkpoint).config, llm.llm_engine.vllm_config
+    in_flight = settings.max_in_flight_tokens
+    plan = plan_cache(config, TokenBytes.of(config, 32, 4), tokens=1024, in_flight=in_flight)
+    assert plan.num_own_blocks
+    blocks = settings.cache_config.num_gpu_blocks
+    held = int(blocks / plan.blocks_per_request(1024, in_flight) * 1024)
+    assert settings.cache_config.kv_cache_size_tokens == held
 
 
 @pytest.mark.parametrize("caching", [True, False])

@@ -89,9 +89,11 @@ def choose(step):
     )
 
 
-def test_they_replace_sinks_in_a_copy(step):
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
+def test_they_replace_sinks_in_a_copy(cache_dtype):
+    step = Step(list(REQUESTS), DTYPES[0], RULE, cache_dtype=cache_dtype)
     cache = step.caches["windowed"]
-    before = [part.clone() for part in (cache.pages.keys, cache.pages.values)]
+    before = [part.to(step.dtype).clone() for part in (cache.pages.keys, cache.pages.values)]
     choose(step)
 
     def gathered(part, table):
@@ -104,12 +106,13 @@ def test_they_replace_sinks_in_a_copy(step):
     slots = heavy_hitters(queries, positions[:, 80:], states, RULE, scaling=step.scaling)
     assert (slots >= 25).any()
     expected = with_heavy_hitters(states, slots, RULE)
-    for part, wanted in ((cache.pages.keys, expected.keys), (cache.pages.values, expected.values)):
+    after = [part.to(step.dtype) for part in (cache.pages.keys, cache.pages.values)]
+    for part, wanted in zip(after, (expected.keys, expected.values), strict=True):
         assert torch.equal(gathered(part, cache.own_blocks[1]), wanted[:, :, :32])
-    changed = {1, 2, 3}
+    changed = [1, 2, 3]
     others = torch.ones(len(before[0]), dtype=torch.bool)
-    others[cache.own_blocks[list(changed)].flatten().long()] = False
-    for part, old in zip((cache.pages.keys, cache.pages.values), before, strict=True):
+    others[cache.own_blocks[changed].flatten().long()] = False
+    for part, old in zip(after, before, strict=True):
         torch.testing.assert_close(part[others], old[others], rtol=0, atol=0, equal_nan=True)
 
 
