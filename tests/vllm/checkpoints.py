@@ -57,6 +57,8 @@ GEMMA3 = {
 }
 # Learned sinks, and windows of every other layer.
 GPT_OSS = {"sliding_window": 40, "num_local_experts": 4, "num_experts_per_tok": 2}
+# Of which the answers to prompts of more than 94 tokens read some.
+HEAVY_HITTERS = {"dense_prompt_queries": 48, "num_sink_tokens": 32, "num_heavy_hitters": 24}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gpt_oss")
 
 

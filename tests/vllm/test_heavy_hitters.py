@@ -6,6 +6,7 @@ import rtpurbo
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.serving.vllm.layout import TokenBytes, plan_cache
 from tests.vllm.checkpoints import (
+    HEAVY_HITTERS,
     assert_same_answers,
     expected_answers,
     load_reference,
@@ -28,12 +29,11 @@ pytestmark = pytest.mark.vllm
 # Chunks of 128 tokens leave more than the 64 that choose in the last one.
 LENGTHS = (10, 70, 201, 333, 593, 17)
 NEW = 24
-RULE = {"dense_prompt_queries": 48, "num_sink_tokens": 32, "num_heavy_hitters": 24}
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("llama"), rule=RULE)
+    return save_checkpoint(tmp_path_factory.mktemp("llama"), rule=HEAVY_HITTERS)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_chunks_with_some_of_the_last_queries(chunk, llama, prompts):
     ],
 )  # fmt: skip
 def test_layers_and_rules(family, layers, rule, tmp_path, prompts):
-    checkpoint = save_checkpoint(tmp_path, family, layers=layers, rule=RULE | rule)
+    checkpoint = save_checkpoint(tmp_path, family, layers=layers, rule=HEAVY_HITTERS | rule)
     reference = load_reference(checkpoint)
     wanted = expected_answers(reference, prompts, NEW)
     with running(checkpoint, max_num_batched_tokens=2048) as llm:
@@ -115,7 +115,7 @@ def test_layers_and_rules(family, layers, rule, tmp_path, prompts):
 
 def test_requests_with_the_same_prefix_choose_their_own(tmp_path, prompts):
     # In a single layer, keys and values do not depend on which queries of the document were dense.
-    checkpoint = save_checkpoint(tmp_path, layers=((),), rule=RULE)
+    checkpoint = save_checkpoint(tmp_path, layers=((),), rule=HEAVY_HITTERS)
     reference = load_reference(checkpoint)
     document = prompts[4][:512]
     asked = [document + question for question in random_prompts((40, 9, 70), seed=3)]
@@ -153,7 +153,7 @@ def test_preemption(llama, reference, monkeypatch):
 
 def test_a_preempted_request_reads_its_prompt_again(tmp_path):
     """Though prompt and answer are in the prefix cache: its blocks for heavy hitters are lost."""
-    checkpoint = save_checkpoint(tmp_path, layers=((),), rule=RULE)
+    checkpoint = save_checkpoint(tmp_path, layers=((),), rule=HEAVY_HITTERS)
     reference = load_reference(checkpoint)
     (prompt,) = random_prompts((200,), seed=5)
     (wanted,) = expected_answers(reference, [prompt], 120)

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.vllm.checkpoints import (
+    HEAVY_HITTERS,
     assert_same_answers,
     expected_answers,
     load_reference,
@@ -105,13 +106,16 @@ def prompts():
     return random_prompts((10, 70, 333, 150))
 
 
-@pytest.mark.parametrize("shared_keys", [False, True])
-def test_two_ranks_with_different_heads(shared_keys, prompts, tmp_path):
-    uneven = save_checkpoint(tmp_path, layers=UNEVEN, shared_keys=shared_keys)
+@pytest.mark.parametrize(
+    ("shared_keys", "rule", "chunk"),
+    [(False, {}, 64), (True, {}, 64), (False, HEAVY_HITTERS, 1024)],
+)
+def test_two_ranks_with_different_heads(shared_keys, rule, chunk, prompts, tmp_path):
+    uneven = save_checkpoint(tmp_path, layers=UNEVEN, shared_keys=shared_keys, rule=rule)
     reference = load_reference(uneven)
     wanted = expected_answers(reference, prompts, NEW)
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 64}
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": chunk}
     for answers in generated(tmp_path, uneven, prompts, binding, **options)["answers"]:
         assert_same_answers(reference, prompts, answers, wanted)
 

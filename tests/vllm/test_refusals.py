@@ -8,7 +8,7 @@ import vllm
 from safetensors.torch import load_file, save_file
 
 from rtpurbo.errors import RTPurboError
-from tests.vllm.checkpoints import change_config, save_checkpoint
+from tests.vllm.checkpoints import HEAVY_HITTERS, change_config, save_checkpoint
 from tests.vllm.engines import running
 
 pytestmark = pytest.mark.vllm
@@ -131,6 +131,15 @@ def test_another_vllm(version, sound, monkeypatch):
 )
 def test_settings(options, sentence, sound):
     refused(sound, sentence, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_num_batched_tokens": 16}, {"long_prefill_token_threshold": 1}]
+)
+def test_prompts_token_by_token(options, checkpoint):
+    entry = json.loads((checkpoint / "config.json").read_text())["rtpurbo"]["attention"]
+    change_config(checkpoint, attention=entry | HEAVY_HITTERS)
+    refused(checkpoint, "choose --max-num-batched-tokens above --max-num-seqs", **options)
 
 
 def test_a_draft_model(sound):

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.vllm.checkpoints import (
+    HEAVY_HITTERS,
     assert_same_answers,
     expected_answers,
     load_reference,
@@ -48,13 +49,16 @@ if __name__ == "__main__":
 """
 
 
-def test_answers_with_drafts(tmp_path):
-    checkpoint = save_checkpoint(tmp_path, rule={"dense_prompt_queries": 24})
+@pytest.mark.parametrize(
+    ("rule", "chunk"), [({"dense_prompt_queries": 24}, 128), (HEAVY_HITTERS, 2048)]
+)
+def test_answers_with_drafts(rule, chunk, tmp_path):
+    checkpoint = save_checkpoint(tmp_path, rule=rule)
     reference = load_reference(checkpoint)
     # Of few distinct tokens, so that n-grams repeat; some drafts are accepted and most are not.
     prompts = random_prompts((10, 70, 200, 333, 600, 17), vocabulary=12)
     wanted = expected_answers(reference, prompts, NEW)
-    options = {"speculative_config": NGRAM, "max_num_batched_tokens": 128}
+    options = {"speculative_config": NGRAM, "max_num_batched_tokens": chunk}
     found = result_of(
         SCRIPT,
         tmp_path,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.vllm.checkpoints import random_prompts, save_checkpoint
+from tests.vllm.checkpoints import HEAVY_HITTERS, random_prompts, save_checkpoint
 from tests.vllm.scripts import result_of
 
 pytestmark = pytest.mark.vllm
@@ -71,14 +71,7 @@ if __name__ == "__main__":
     [
         ("gpt_oss", {"dense_prompt_queries": 24}, True, True, {"kv_cache_dtype": "fp8"}),
         pytest.param("llama", {}, False, True, {}, marks=pytest.mark.slow),
-        pytest.param(
-            "llama",
-            {"dense_prompt_queries": 24, "num_sink_tokens": 32, "num_heavy_hitters": 24},
-            False,
-            True,
-            {},
-            marks=pytest.mark.slow,
-        ),
+        pytest.param("llama", HEAVY_HITTERS, False, True, {}, marks=pytest.mark.slow),
         # As with a rotary embedding that is not a table.
         pytest.param("qwen3", {"reading": "paper"}, True, False, {}, marks=pytest.mark.slow),
     ],
