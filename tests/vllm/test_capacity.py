@@ -6,7 +6,8 @@ from prometheus_client import REGISTRY
 
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.serving.capacity import capacity_of
-from rtpurbo.serving.vllm.layout import TokenBytes, dense_capacity, plan_cache
+from rtpurbo.serving.vllm.layout import dense_capacity, plan_cache
+from rtpurbo.serving.vllm.rank_heads import TokenBytes
 from tests.vllm.checkpoints import save_checkpoint
 from tests.vllm.engines import running, scheduler
 

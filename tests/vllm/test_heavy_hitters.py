@@ -4,7 +4,8 @@ import pytest
 
 import rtpurbo
 from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.serving.vllm.layout import TokenBytes, plan_cache
+from rtpurbo.serving.vllm.layout import plan_cache
+from rtpurbo.serving.vllm.rank_heads import TokenBytes
 from tests.vllm.checkpoints import (
     HEAVY_HITTERS,
     assert_same_answers,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE, ArtifactConfig
-from rtpurbo.serving.vllm.layout import TokenBytes, dense_capacity, plan_cache
+from rtpurbo.serving.vllm.layout import dense_capacity, plan_cache
+from rtpurbo.serving.vllm.rank_heads import TokenBytes
 
 GIB = 2**30
 

@@ -8,13 +8,8 @@ from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.serving.vllm.layout import (
-    MAX_WINDOWED_GROUPS,
-    TokenBytes,
-    dense_capacity,
-    heads_of_rank,
-    plan_cache,
-)
+from rtpurbo.serving.vllm.layout import MAX_WINDOWED_GROUPS, dense_capacity, plan_cache
+from rtpurbo.serving.vllm.rank_heads import TokenBytes, heads_of_rank
 
 HEAD_DIM, BYTES = 64, 2
 ARTIFACT = Path(__file__).parents[3] / "artifacts" / "smollm2-135m-instruct"

@@ -25,8 +25,8 @@ from rtpurbo.ops import HeadLayout
 from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.caches import Caches, PagedCache
 from rtpurbo.serving.vllm.heavy_hitters import choose_heavy_hitters
-from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import Batch, LayerCache
+from rtpurbo.serving.vllm.rank_heads import LayerHeads
 from rtpurbo.serving.vllm.specs import SinkWindowSpec
 from rtpurbo.serving.vllm.versions import cache_scales, has_unit_offset, rotary_table
 from rtpurbo.serving.vllm.warm_up import WarmUpStep, warm_up_steps

@@ -19,19 +19,13 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.ops.eager.heavy_hitters import OBSERVED_QUERIES
 from rtpurbo.serving.vllm.checkpoint import own_window
 from rtpurbo.serving.vllm.cuda import new_histograms
-from rtpurbo.serving.vllm.layout import (
-    FLOAT8_CACHE_DTYPES,
-    OBSERVED_QUERIES,
-    CachePlan,
-    Group,
-    LayerHeads,
-    TokenBytes,
-    plan_cache,
-)
+from rtpurbo.serving.vllm.layout import CachePlan, Group, plan_cache
 from rtpurbo.serving.vllm.metadata import HeadwiseBackend
 from rtpurbo.serving.vllm.pages import Part, divide
+from rtpurbo.serving.vllm.rank_heads import FLOAT8_CACHE_DTYPES, LayerHeads, TokenBytes
 from rtpurbo.serving.vllm.specs import OwnBlocksSpec, SinkWindowSpec
 from rtpurbo.serving.vllm.versions import block_table_width
 

@@ -20,8 +20,8 @@ from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import PagedStates
 from rtpurbo.serving.vllm.heavy_hitters import decode_table
-from rtpurbo.serving.vllm.layout import LayerHeads
 from rtpurbo.serving.vllm.pages import LayerCache
+from rtpurbo.serving.vllm.rank_heads import LayerHeads
 from rtpurbo.serving.vllm.step_queries import PromptQueries, rounded_up, step_queries
 
 if TYPE_CHECKING:

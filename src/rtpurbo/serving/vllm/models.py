@@ -32,8 +32,8 @@ from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.serving.vllm.attention import OPERATOR, ServedAttention
 from rtpurbo.serving.vllm.caches import make_caches
 from rtpurbo.serving.vllm.checkpoint import EXPORT_AGAIN, read_config
-from rtpurbo.serving.vllm.layout import LayerHeads, heads_of_rank
 from rtpurbo.serving.vllm.prompts import model_state_class
+from rtpurbo.serving.vllm.rank_heads import LayerHeads, heads_of_rank
 from rtpurbo.serving.vllm.refusals import check
 
 # vLLM shows its own loggers only.

@@ -14,8 +14,8 @@ from vllm.platforms import current_platform
 from rtpurbo.errors import RTPurboError
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, supports_head_dim
 from rtpurbo.serving.vllm.checkpoint import read_config
-from rtpurbo.serving.vllm.layout import FLOAT8_CACHE_DTYPES, heads_of_rank
 from rtpurbo.serving.vllm.metrics import set_gauges
+from rtpurbo.serving.vllm.rank_heads import FLOAT8_CACHE_DTYPES, heads_of_rank
 from rtpurbo.serving.vllm.versions import check_version
 
 
