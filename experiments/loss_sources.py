@@ -11,8 +11,8 @@ at the answers. That is a far finer measure than right or wrong answers to a few
 `measure` takes a window and sinks with a map (FILE:GRANULARITY:RATIO:WINDOW:SINKS). Run it once a GPU with
 `--part I/N`: each takes its share of the questions. Artifacts are measured by their own rule and with dense
 retrieval heads; with `--rule` (changes of the attention rule, as JSON), they and maps are measured by each of these
-instead. `distill` trains a LoRA on synthetic tasks and prose with dense retrieval heads, and measures the same
-questions, and prose within the window, before and after.
+instead. `rank` calibrates by the first of them. `distill` trains a LoRA on synthetic tasks and prose with dense
+retrieval heads, and measures the same questions, and prose within the window, before and after.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def rank(arguments: argparse.Namespace) -> None:
             granularity="kv_group" if group else "query_head",
             ranking=ranking,
         ),
-        rule=rule_of(base, arguments),
+        rule=replace(rule_of(base, arguments), **(arguments.rule or [{}])[0]),
         progress=lambda _, done, total, figures: print(done, total, figures, flush=True),
     )
     scores = [list(row or ()) for row in found.head_map.scores]
@@ -307,6 +307,7 @@ def main() -> None:
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     common.add_argument("--window", type=int)
     common.add_argument("--dense-prompt-queries", type=int, default=512)
+    common.add_argument("--rule", action="append", type=json.loads, metavar="JSON")
     common.add_argument("--output", "-o", type=Path, default=Path("loss_sources.json"))
     ranking = steps.add_parser("rank", parents=[common])
     ranking.add_argument("--by", default="gates-group")
@@ -325,7 +326,6 @@ def main() -> None:
     measuring = steps.add_parser("measure", parents=[common, questions])
     measuring.add_argument("--map", action="append", default=[])
     measuring.add_argument("--artifact", action="append", default=[])
-    measuring.add_argument("--rule", action="append", type=json.loads, metavar="JSON")
     measuring.add_argument("--part", default="0/1")
     measuring.set_defaults(run=measure)
     training = steps.add_parser("distill", parents=[common, questions])

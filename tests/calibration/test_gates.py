@@ -11,6 +11,7 @@ from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.runtime import Runtime
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparsify import empty_head_map, runtime, sparsify
 from rtpurbo.settings import CalibrationSettings
@@ -44,6 +45,51 @@ def test_open_gates_are_dense_and_closed_ones_windows(family):
                     torch.testing.assert_close(logits(model), dense, atol=1e-4, rtol=1e-4)
     assert (windows - dense).abs().max() > 0.01
     assert torch.equal(logits(model), windows)
+
+
+@pytest.mark.parametrize("heavy_hitters", [0, 20])
+def test_gates_of_answers_are_windows_after_dense_prompts(heavy_hitters):
+    model = tiny_model()
+    dense = logits(model)
+    rule = AttentionRule(
+        num_sink_tokens=22,
+        sliding_window=64,
+        dense_prompt_queries=LENGTH,
+        num_heavy_hitters=heavy_hitters,
+    )
+    sparsify(model, RTPurboConfig(empty_head_map(model), rule))
+    gates = {layer: torch.zeros(3) for layer in range(model.config.num_hidden_layers)}
+    with runtime(model).decoding_last(9):
+        generated = logits(model)
+    with runtime(model).gated(gates, [(LENGTH - 9, LENGTH)]):
+        torch.testing.assert_close(logits(model), generated, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(generated[:, -9:], dense[:, -9:], atol=1e-2)
+    # An earlier answer is one too, and the queries of the next prompt are dense again.
+    with runtime(model).gated(gates, [(120, 130), (LENGTH - 9, LENGTH)]):
+        found = logits(model)
+    torch.testing.assert_close(found[:, :120], dense[:, :120], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found[:, 120:130], dense[:, 120:130], atol=1e-2)
+
+
+@pytest.mark.parametrize("answers", [[(200, 210)], []])
+@pytest.mark.parametrize("dense_prompt_queries", [0, LENGTH])
+def test_gates_act_on_answers_where_prompts_are_dense(dense_prompt_queries, answers, monkeypatch):
+    seen = []
+    gated = Runtime.gated
+
+    def noted(self, gates, answer_spans=None):
+        seen.append(answer_spans)
+        return gated(self, gates, answer_spans)
+
+    monkeypatch.setattr(Runtime, "gated", noted)
+    rule = AttentionRule(
+        num_sink_tokens=2, sliding_window=64, dense_prompt_queries=dense_prompt_queries
+    )
+    conversation = Conversation(list(range(2, 64)) * 4, answers)
+    source = type("Source", (), {"sequence": lambda self, number: conversation})()
+    found = train_gates(tiny_model(), source, rule, steps=2, ratio=0.5, per_group=True)
+    assert seen == [(answers or [(124, 248)]) if dense_prompt_queries else None] * 2
+    assert sum(gate.sum() for gate in found.values()) <= 6.01
 
 
 def test_a_gate_of_a_kv_head_is_that_of_all_its_query_heads():

@@ -5,6 +5,9 @@ The gates are trained to keep the dense model's distribution at answers while th
 number of heads asked for; the weights stay frozen. DuoAttention (arXiv 2410.10819) optimises such gates
 under an L1 penalty; here the budget is a constraint, met by projection, so there is no penalty to tune.
 Unlike attention scores, gates rank a head by its effect on the output and see that two heads do one job.
+
+Where all queries of a prompt will be dense (`dense_prompt_queries`), gates act on answers only, which read windows
+and heavy hitters as decode steps will.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ def train_gates(
     Args:
         model: dense, on any device.
         sequences: longer than sinks and window.
-        rule: sinks and window of a closed head.
+        rule: windows, heavy hitters and dense prompt queries of a closed head.
         steps: optimiser steps, one sequence each.
         ratio: share of the gates that may stay open in the end.
         per_group: one gate for each KV head, shared by its query heads, instead of each query head.
@@ -84,13 +87,17 @@ def train_gates(
             ids = upcoming.input_ids
             with runtime(model).dense(), autocast(model):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
-            loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)
-            if not loss.isfinite():
-                raise RTPurboError(
-                    f"the loss of step {step + 1} of the gates is {loss.item()}: try --dtype float32, or "
-                    "--set calibration.ranking=induction."
-                )
-            loss.backward()
+            spans = upcoming.answer_spans or [(len(ids) // 2, len(ids))]  # prose: its second half
+            is_dense = rule.dense_prompt_queries >= len(ids)
+            # Around the backward pass too, which recomputes layers.
+            with runtime(model).gated(gates, spans if is_dense else None):
+                loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)
+                if not loss.isfinite():
+                    raise RTPurboError(
+                        f"the loss of step {step + 1} of the gates is {loss.item()}: try --dtype float32, or "
+                        "--set calibration.ranking=induction."
+                    )
+                loss.backward()
             if step + 1 < steps:
                 # Drawn while the GPU is busy with the gradients.
                 upcoming = sequences.sequence(step + 1)
@@ -199,8 +206,7 @@ def _gated(
         for module in headwise_modules(model)
     }
     try:
-        with runtime(model).gated(gates):
-            yield gates
+        yield gates
     finally:
         model.eval()
         if on_gpu:

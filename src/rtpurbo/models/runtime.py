@@ -69,15 +69,22 @@ class Runtime:
             yield
 
     @contextmanager
-    def gated(self, gates: Mapping[int, Tensor]) -> Iterator[None]:
+    def gated(
+        self, gates: Mapping[int, Tensor], answer_spans: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[None]:
         """Mixes full and windowed attention of every head by a gate.
 
         The model must have no retrieval heads, and runs without a cache.
 
         Args:
             gates: by layer, [num_key_value_heads] or [num_attention_heads]: 1 is full, 0 windowed.
+            answer_spans: first query and end of each answer, ascending; other queries are dense, whatever the
+                gates are. None for gates that act on all queries.
         """
-        with _attributes((layer, {"gates": gates[layer.layer_idx]}) for layer in self._layers):
+        with _attributes(
+            (layer, {"gates": gates[layer.layer_idx], "answer_spans": answer_spans})
+            for layer in self._layers
+        ):
             yield
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,10 +24,8 @@ from rtpurbo.ops import (
     Selector,
 )
 from rtpurbo.ops.api import attend_with, chosen_backend
-from rtpurbo.ops.eager.heavy_hitters import heavy_hitters, with_heavy_hitters
-from rtpurbo.ops.eager.local import local_attention
+from rtpurbo.ops.eager.heavy_hitters import attention_after_prompt, heavy_hitters
 from rtpurbo.ops.packed import packed_attention
-from rtpurbo.ops.sinks import with_sinks
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -90,6 +88,7 @@ class SparseAttention(AttentionTraits):
         selector: selects far keys instead of the rule.
         observer: called with the states of each forward.
         gates: mix full and windowed attention, [num_key_value_heads] or [num_attention_heads].
+        answer_spans: first query and end of each answer, in which the gates act; None for all queries.
         embeddings: rotary embedding of the current forward.
         hook: handle of `note_rotation`.
     """
@@ -110,6 +109,7 @@ class SparseAttention(AttentionTraits):
         self.selector: Selector | None = None
         self.observer: Callable[[LayerObservation], None] | None = None
         self.gates: Tensor | None = None
+        self.answer_spans: Sequence[tuple[int, int]] | None = None
         self.embeddings: Embeddings | None = None
         self._layouts: dict[torch.device, HeadLayout] = {}
 
@@ -224,29 +224,23 @@ class SparseAttention(AttentionTraits):
         rule, group = self.rule, self.layout(queries.device).local_windowed
         if not len(group):
             return output
-        queries = queries[:, group.heads]
-        prompt = windowed.tokens(slice(0, end))
-        slots = heavy_hitters(
-            queries[:, :, :end], positions[:, :end], prompt, rule, scaling=self.scaling
-        )
         if past is not None:
+            prompt = windowed.tokens(slice(0, end))
+            slots = heavy_hitters(
+                queries[:, group.heads, :end],
+                positions[:, :end],
+                prompt,
+                rule,
+                scaling=self.scaling,
+            )
             past.ring.replace_sinks(rule.num_sink_tokens - rule.num_heavy_hitters, prompt, slots)
             return output
-        part, log_sum_exp = local_attention(
-            queries[:, :, end:],
-            positions[:, end:],
-            with_heavy_hitters(windowed, slots, rule),
-            group.key_value_heads,
-            sliding_window=rule.sliding_window,
-            num_sink_tokens=rule.num_sink_tokens,
-            scaling=self.scaling,
-            return_log_sum_exp=sinks is not None,
+        answers = slice(end, queries.shape[2])
+        part = attention_after_prompt(
+            queries, positions, windowed, group, answers, rule, scaling=self.scaling, sinks=sinks
         )
-        if sinks is not None:
-            assert log_sum_exp is not None
-            part, _ = with_sinks(part, log_sum_exp, sinks[group.heads])
         output = output.clone()
-        output[:, group.heads, end:] = part.to(output.dtype)
+        output[:, group.heads, answers] = part.to(output.dtype)
         return output
 
     def _check_cache(self, past: HeadwiseLayer) -> None:
@@ -359,11 +353,27 @@ class SparseAttention(AttentionTraits):
         gates: Tensor,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Mixes full and windowed attention: gate * full + (1 - gate) * windowed."""
+        """Mixes full and windowed attention: gate * full + (1 - gate) * windowed.
+
+        Of all queries, or of those of the answers, as when a dense prompt was read before each of them.
+        """
         full = self._attend_densely(queries, positions, states, sinks)
-        windowed = self.attend(positions, queries, None, *self._divided(states, None), sinks)
         each = gates.repeat_interleave(self.num_attention_heads // gates.numel())
-        return windowed + each.to(full.dtype)[None, :, None, None] * (full - windowed)
+        each = each.to(full.dtype)[None, :, None, None]
+        windowed_heads = self._divided(states, None)
+        if self.answer_spans is None:
+            windowed = self.attend(positions, queries, None, *windowed_heads, sinks)
+            return windowed + each * (full - windowed)
+        group, parts, end = self.layout(queries.device).local_windowed, [], 0
+        for span in self.answer_spans:
+            windowed = attention_after_prompt(
+                queries, positions, windowed_heads[1], group, slice(*span), self.rule,
+                scaling=self.scaling, sinks=sinks,
+            )  # fmt: skip
+            parts.append(full[:, :, end : span[0]])
+            parts.append(windowed + each * (full[:, :, slice(*span)] - windowed))
+            end = span[1]
+        return torch.cat([*parts, full[:, :, end:]], 2)
 
     def _divided(
         self, states: KeyValueStates, index_keys: Tensor | None

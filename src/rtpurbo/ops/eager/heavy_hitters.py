@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
+from rtpurbo.ops.eager.local import local_attention
 from rtpurbo.ops.eager.visibility import causal_mask, query_chunks
-from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.sinks import with_sinks
+from rtpurbo.ops.states import HeadGroup, KeyValueStates
 
 # Last queries of a prompt that choose, and tokens on either side of a key that share its attention (SnapKV).
 OBSERVED_QUERIES = 64
@@ -99,3 +101,52 @@ def with_heavy_hitters(
         keys=gather_tokens(states.keys, source),
         values=gather_tokens(states.values, source),
     )
+
+
+def attention_after_prompt(
+    query_states: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    group: HeadGroup,
+    queries: slice,
+    rule: AttentionRule,
+    *,
+    scaling: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Window attention of the queries that answer a prompt, in one forward without a cache.
+
+    Args:
+        query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
+        query_positions: int64 [batch, q_len], -1 for padding.
+        states: states of the windowed KV heads, with a key for each query.
+        group: heads that are local.
+        queries: the queries after the prompt, which are all queries before them.
+        rule: windows and heavy hitters.
+        scaling: factor on the dot products.
+        sinks: learned sinks [num_attention_heads].
+
+    Returns:
+        [batch, heads of the group, queries, head_dim].
+    """
+    prompt = slice(0, queries.start)
+    query_states, read = query_states[:, group.heads], states.tokens(slice(0, queries.stop))
+    if rule.num_heavy_hitters:
+        slots = heavy_hitters(
+            query_states[:, :, prompt], query_positions[:, prompt], states.tokens(prompt), rule, scaling=scaling
+        )  # fmt: skip
+        read = with_heavy_hitters(read, slots, rule)
+    output, log_sum_exp = local_attention(
+        query_states[:, :, queries],
+        query_positions[:, queries],
+        read,
+        group.key_value_heads,
+        sliding_window=rule.sliding_window,
+        num_sink_tokens=rule.num_sink_tokens,
+        scaling=scaling,
+        return_log_sum_exp=sinks is not None,
+    )
+    if sinks is not None:
+        assert log_sum_exp is not None
+        output, _ = with_sinks(output, log_sum_exp, sinks[group.heads])
+    return output
