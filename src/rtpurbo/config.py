@@ -127,6 +127,11 @@ class AttentionRule:
         return replace(self, top_p=self.layer_top_p[layer] or self.top_p, layer_top_p=None)
 
     @property
+    def num_fixed_sinks(self) -> int:
+        """Number of first sinks, which heavy hitters do not replace."""
+        return self.num_sink_tokens - self.num_heavy_hitters
+
+    @property
     def near_window(self) -> int:
         """Window of retrieval heads."""
         return self.retrieval_window or self.sliding_window

@@ -233,7 +233,7 @@ class SparseAttention(AttentionTraits):
                 rule,
                 scaling=self.scaling,
             )
-            past.ring.replace_sinks(rule.num_sink_tokens - rule.num_heavy_hitters, prompt, slots)
+            past.ring.replace_sinks(rule.num_fixed_sinks, prompt, slots)
             return output
         answers = slice(end, queries.shape[2])
         part = attention_after_prompt(

@@ -123,7 +123,7 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         (
             "Local heads",
             f"attend to the last {rule.sliding_window:,} keys and the first "
-            f"{rule.num_sink_tokens - rule.num_heavy_hitters}"
+            f"{rule.num_fixed_sinks}"
             + f", and to {rule.num_heavy_hitters} that the prompt's last queries attend to most"
             * (rule.num_heavy_hitters > 0)
             + f"; the last {rule.dense_prompt_queries} queries of a prompt attend to all keys"

@@ -73,7 +73,7 @@ def heavy_hitters(
 
     end = query_positions.amax(1, keepdim=True) + 1 if num_tokens is None else num_tokens
     last_left = end - rule.sliding_window
-    leaves = states.positions >= rule.num_sink_tokens - count
+    leaves = states.positions >= rule.num_fixed_sinks
     leaves &= states.positions <= last_left
     chosen = mass.masked_fill(~leaves[:, None], -1.0).topk(min(count, length), -1)
     slots = F.pad(chosen.indices, (0, count - chosen.indices.shape[-1]), value=-1)
@@ -90,7 +90,7 @@ def with_heavy_hitters(
 ) -> KeyValueStates:
     """Returns states whose last sinks are replaced by the tokens in `slots`, from `heavy_hitters`."""
     batch, heads, length = states.keys.shape[:3]
-    places = states.positions - (rule.num_sink_tokens - rule.num_heavy_hitters)
+    places = states.positions - rule.num_fixed_sinks
     is_place = (places >= 0) & (places < rule.num_heavy_hitters)
     places = places.clamp(0, rule.num_heavy_hitters - 1)[:, None].expand(batch, heads, length)
     chosen = slots.gather(2, places)

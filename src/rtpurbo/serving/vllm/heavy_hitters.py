@@ -60,7 +60,7 @@ def _store(
     blocks = _replaced(cache, rule)
     source = torch.arange(blocks.start * size, blocks.stop * size, device=table.device)
     source = source.repeat(len(chosen), 1)
-    place = rule.num_sink_tokens - rule.num_heavy_hitters - blocks.start * size
+    place = rule.num_fixed_sinks - blocks.start * size
     source[:, place : place + rule.num_heavy_hitters] = chosen
     heads = torch.arange(len(chosen), device=table.device)[:, None]
     for part in (cache.pages.keys, cache.pages.values):
