@@ -39,9 +39,10 @@ def local_attention(
     """
     check_states(query_states, query_positions, states)
     widest = int(sliding_window.max()) if isinstance(sliding_window, Tensor) else sliding_window
-    # A chunk about as long as the window reads at most twice the keys that its queries need; on a GPU,
-    # fewer launches are faster than fewer keys.
-    chunk_size = max(128, min(widest, 1024)) if not query_states.is_cuda else 8192
+    # A chunk about as long as the window reads at most twice the keys that its queries need; for the fused kernels
+    # of a GPU, fewer launches are faster than fewer keys.
+    fused = query_states.is_cuda and not return_log_sum_exp
+    chunk_size = 8192 if fused else max(128, min(widest, 1024))
     outputs, log_sum_exps = [], []
     for start in range(0, query_states.shape[2], chunk_size):
         chunk = slice(start, start + chunk_size)
