@@ -49,14 +49,15 @@ class AttentionRule:
             prompt is always among them.
         retrieval_window: window of retrieval heads, which select earlier keys by their index;
             None: `sliding_window`.
-        dense_prompt_queries: number of last queries of a prompt whose local heads read every key, not only
-            sinks and window, so that a question at the end reaches the whole prompt. With transformers, it
-            applies to a prompt that is read in one forward: in later chunks, windowed KV heads no longer hold the
-            keys. vLLM keeps them until the prompt has been read.
+        dense_prompt_tokens: length up to which all queries of a prompt are dense in local heads, which then read
+            every key, not only sinks and window; in a longer prompt, as many of its last queries as cost the same.
+            With transformers, it applies to a prompt that is read in one forward: in later chunks, windowed KV heads
+            no longer hold the keys. vLLM keeps them until the prompt has been read.
+        dense_prompt_queries: minimum number of these last queries.
         num_heavy_hitters: number of the last sinks of a windowed KV head that are replaced, once a prompt has been
             read, by those of its tokens that its last queries attend to most; see
-            `rtpurbo.ops.eager.heavy_hitters`. It needs `dense_prompt_queries` and, with transformers, applies to
-            the same prompts.
+            `rtpurbo.ops.eager.heavy_hitters`. It needs dense queries and, with transformers, applies to the
+            same prompts.
         index_storage: dtype of cached index keys: `model`, the dtype of the model; or `float8`, which
             halves their size and the reads of a decode step, with less precise scores.
     """
@@ -75,6 +76,7 @@ class AttentionRule:
     row_stride: int = 1
     retrieval_window: int | None = None
     index_storage: IndexStorage = "model"
+    dense_prompt_tokens: int = 0
     dense_prompt_queries: int = 0
     num_heavy_hitters: int = 0
     layer_top_p: tuple[float | None, ...] | None = None
@@ -93,17 +95,18 @@ class AttentionRule:
             )
         check_at_least(1, self, "block_size", "query_block_size", "retrieval_window")
         check_at_least(
-            0, self, "min_tokens", "num_sink_tokens", "dense_prompt_queries", "num_heavy_hitters"
-        )
+            0, self, "min_tokens", "num_sink_tokens", "dense_prompt_tokens", "dense_prompt_queries",
+            "num_heavy_hitters",
+        )  # fmt: skip
         if self.num_heavy_hitters > self.num_sink_tokens:
             raise RTPurboError(
                 f"num_heavy_hitters is {self.num_heavy_hitters}, but they are stored in the places of sinks, of which "
                 f"there are {self.num_sink_tokens}: raise num_sink_tokens."
             )
-        if self.num_heavy_hitters and not self.dense_prompt_queries:
+        if self.num_heavy_hitters and not self.has_dense_queries:
             raise RTPurboError(
-                "num_heavy_hitters needs dense_prompt_queries above 0: they are the tokens that the last queries of "
-                "a prompt attend to."
+                "num_heavy_hitters needs dense_prompt_tokens or dense_prompt_queries above 0: they are the tokens "
+                "that the last queries of a prompt attend to."
             )
         if self.sliding_window < self.block_size:
             raise RTPurboError(
@@ -130,6 +133,15 @@ class AttentionRule:
     def num_fixed_sinks(self) -> int:
         """Number of first sinks, which heavy hitters do not replace."""
         return self.num_sink_tokens - self.num_heavy_hitters
+
+    @property
+    def has_dense_queries(self) -> bool:
+        """Whether the last queries of a prompt are dense in local heads."""
+        return self.dense_prompt_tokens > 0 or self.dense_prompt_queries > 0
+
+    def num_dense_queries(self, prompt_length: int) -> int:
+        """Returns how many of the last queries of a prompt are dense in local heads; may exceed its length."""
+        return max(self.dense_prompt_queries, self.dense_prompt_tokens**2 // max(1, prompt_length))
 
     @property
     def near_window(self) -> int:

@@ -32,9 +32,10 @@ def one_forward(model):
     return logits(model, chunks=[LENGTH], cache=HeadwiseCache(model))
 
 
+@pytest.mark.parametrize("setting", ["dense_prompt_queries", "dense_prompt_tokens"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
-def test_they_equal_the_dense_model_where_all_queries_are_dense(family):
-    model = sparse_model(family, **RULE | {"dense_prompt_queries": LENGTH})
+def test_they_equal_the_dense_model_where_all_queries_are_dense(family, setting):
+    model = sparse_model(family, **RULE | {setting: LENGTH})
     found, mask = one_forward(model)
     restore(model)
     expected, _ = logits(model)
@@ -49,6 +50,22 @@ def test_the_queries_before_them_keep_their_windows():
     before = slice(0, LENGTH - 12)
     assert_same_logits(found[:, before], windowed[:, before], mask[:, before])
     assert not torch.allclose(found[:, -12:], windowed[:, -12:])
+
+
+def test_a_longer_prompt_has_dense_queries_that_cost_as_much_as_a_dense_prompt():
+    tokens = LENGTH - 10
+    rule = AttentionRule(dense_prompt_tokens=tokens)
+    assert [rule.num_dense_queries(length) >= length for length in (1, tokens, tokens + 1)] == [
+        True, True, False,
+    ]  # fmt: skip
+    model = sparse_model(**RULE | {"dense_prompt_tokens": tokens})
+    found, mask = one_forward(model)
+    count = tokens**2 // LENGTH
+    assert 12 < count < LENGTH
+    with runtime(model).rule(dense_prompt_tokens=0, dense_prompt_queries=count):
+        assert_same_logits(found, one_forward(model)[0], mask)
+    with runtime(model).rule(dense_prompt_tokens=0):
+        assert not torch.allclose(found, one_forward(model)[0])
 
 
 def test_later_chunks_keep_their_windows():
@@ -81,11 +98,14 @@ def test_a_sequence_without_a_prompt_has_none():
         assert torch.equal(found, logits(model)[0])
 
 
-def test_a_negative_number_is_refused():
-    with pytest.raises(RTPurboError, match="dense_prompt_queries is -1"):
-        AttentionRule(dense_prompt_queries=-1)
+@pytest.mark.parametrize("setting", ["dense_prompt_queries", "dense_prompt_tokens"])
+def test_a_negative_number_is_refused(setting):
+    with pytest.raises(RTPurboError, match=f"{setting} is -1"):
+        AttentionRule(**{setting: -1})
 
 
-@pytest.mark.parametrize("effort", ["quick", "standard", "thorough"])
-def test_conversions_have_them(effort):
-    assert default_settings(effort, 32768).attention.dense_prompt_queries == 512
+@pytest.mark.parametrize(
+    ("effort", "dense"), [("quick", 512), ("standard", 32768), ("thorough", 32768)]
+)
+def test_conversions_have_them(effort, dense):
+    assert default_settings(effort, 32768).attention.num_dense_queries(32768) == dense

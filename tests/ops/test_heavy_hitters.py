@@ -112,7 +112,7 @@ def test_sequences_without_them_are_not_changed():
     [
         ({"num_heavy_hitters": 5}, "raise num_sink_tokens"),
         ({"num_heavy_hitters": -1}, "num_heavy_hitters is -1"),
-        ({"num_heavy_hitters": 2, "dense_prompt_queries": 0}, "needs dense_prompt_queries above 0"),
+        ({"num_heavy_hitters": 2, "dense_prompt_queries": 0}, "needs dense_prompt_tokens or"),
     ],
 )
 def test_rules_that_cannot_hold_them_are_refused(changes, sentence):

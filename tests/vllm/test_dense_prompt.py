@@ -81,6 +81,8 @@ def test_chunks_and_repeated_prefixes(chunk, llama, reference, prompts, expected
     ("layers", "rule"),
     [
         (((1, 2), (), (5,)), {"prefill_mode": "top_p"}),
+        # 161, 97 and 54 dense queries.
+        (((1, 2), (), (5,)), {"dense_prompt_tokens": 180}),
         # No retrieval heads, and nothing but full KV heads.
         (((), ()), {}),
         (((0, 2, 4, 6), (1, 3, 5, 7)), {}),

@@ -6,7 +6,7 @@ number of heads asked for; the weights stay frozen. DuoAttention (arXiv 2410.108
 under an L1 penalty; here the budget is a constraint, met by projection, so there is no penalty to tune.
 Unlike attention scores, gates rank a head by its effect on the output and see that two heads do one job.
 
-Where all queries of a prompt will be dense (`dense_prompt_queries`), gates act on answers only, which read windows
+Where all queries of a prompt will be dense (`dense_prompt_tokens`), gates act on answers only, which read windows
 and heavy hitters as decode steps will.
 """
 
@@ -88,7 +88,7 @@ def train_gates(
             with runtime(model).dense(), autocast(model):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
             spans = upcoming.answer_spans or [(len(ids) // 2, len(ids))]  # prose: its second half
-            is_dense = rule.dense_prompt_queries >= len(ids)
+            is_dense = rule.num_dense_queries(len(ids)) >= len(ids)
             # Around the backward pass too, which recomputes layers.
             with runtime(model).gated(gates, spans if is_dense else None):
                 loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)

@@ -78,7 +78,9 @@ class Plan:
                 "window",
                 f"{rule.sliding_window:,} tokens, after {rule.num_sink_tokens} sinks"
                 + f", of which {rule.num_heavy_hitters} give way to heavy hitters"
-                * (rule.num_heavy_hitters > 0),
+                * (rule.num_heavy_hitters > 0)
+                + f"; prompts of up to {rule.dense_prompt_tokens:,} tokens are dense"
+                * (rule.dense_prompt_tokens > 0),
             ),
             ("heads", self._heads()),
             (

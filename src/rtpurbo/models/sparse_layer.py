@@ -201,11 +201,10 @@ class SparseAttention(AttentionTraits):
         Without a cache, the queries before those that select as decode steps do are a prompt.
         """
         is_prompt = self.num_decode_queries > 0 if past is None else past.seen == length
-        count = self.rule.dense_prompt_queries
-        if not (count and is_prompt) or length <= self.rule.sliding_window:
+        if not (self.rule.has_dense_queries and is_prompt) or length <= self.rule.sliding_window:
             return None
         end = length - self.num_decode_queries
-        return slice(max(0, end - count), end)
+        return slice(max(0, end - self.rule.num_dense_queries(end)), end)
 
     def _with_heavy_hitters(
         self,

@@ -126,6 +126,8 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
             f"{rule.num_fixed_sinks}"
             + f", and to {rule.num_heavy_hitters} that the prompt's last queries attend to most"
             * (rule.num_heavy_hitters > 0)
+            + f"; prompts of up to {rule.dense_prompt_tokens:,} tokens are dense"
+            * (rule.dense_prompt_tokens > 0)
             + f"; the last {rule.dense_prompt_queries} queries of a prompt attend to all keys"
             * (rule.dense_prompt_queries > 0),
         ),

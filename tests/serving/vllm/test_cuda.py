@@ -141,7 +141,7 @@ class Step:
 
     def kept_tokens(self, name, tokens, rows, prompt, size):
         """Tokens whose blocks a request holds."""
-        reads_prompt = self.rule.dense_prompt_queries and tokens - rows < prompt
+        reads_prompt = self.rule.has_dense_queries and tokens - rows < prompt
         if name == "full" or reads_prompt:
             return range(tokens)
         first = max(0, tokens - rows - self.rule.sliding_window + 1) // size * size
@@ -247,6 +247,13 @@ def test_float8_pages(dtype):
     one_query = [(60, 1, 30), (40, 1, 39), (5, 1, 4)]
     step = Step(one_query, dtype, rule_of(), cache_dtype=torch.float8_e4m3fn)
     assert_close(step.attended(cuda, uniform=True), step.attended(eager))
+
+
+def test_prompts_up_to_a_length_are_dense():
+    step = Step(MIXED, DTYPES[0], rule_of(dense_prompt_tokens=30))
+    expected = step.attended(eager)
+    assert_close(step.attended(cuda), expected)
+    assert not torch.equal(step.attended(eager, dense_prompt_tokens=0), expected)
 
 
 @pytest.mark.parametrize("prefill_mode", ["dense", pytest.param("top_p", marks=pytest.mark.slow)])

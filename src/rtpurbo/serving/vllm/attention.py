@@ -348,6 +348,7 @@ def _own_rule(rule: AttentionRule, spec: AttentionSpec) -> AttentionRule:
         sliding_window=window,
         num_sink_tokens=spec.num_sink_tokens,
         retrieval_window=None,
+        dense_prompt_tokens=0,
         dense_prompt_queries=0,
         num_heavy_hitters=0,
         block_size=min(rule.block_size, window),

@@ -210,7 +210,7 @@ def plan_cache(
         (),
         rule.sliding_window,
         rule.num_sink_tokens,
-        rule.dense_prompt_queries > 0,
+        rule.has_dense_queries,
         rule.num_heavy_hitters,
     )
     full_layers = _layers_with_any(ranks, "num_full")

@@ -90,7 +90,7 @@ class HeadwiseMetadataBuilder(AttentionMetadataBuilder[HeadwiseMetadata]):
         if self._serves_uniform and batch.max_query_len == 1:
             # vLLM replays a CUDA graph of such a step in any case: a prompt's last query then keeps to its window.
             metadata.uniform = not (
-                self._rule.dense_prompt_queries and metadata.dense_queries(self._rule)[1].any()
+                self._rule.has_dense_queries and metadata.dense_queries(self._rule)[1].any()
             )
         return metadata
 

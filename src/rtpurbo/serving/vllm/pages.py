@@ -170,7 +170,8 @@ class Batch:
             Position of the first one and their number, int32 [R] on the CPU.
         """
         start, end = self.lengths - self.num_queries, self.prompt_lengths.minimum(self.lengths)
-        first = (self.prompt_lengths - rule.dense_prompt_queries).maximum(start)
+        counts = [rule.num_dense_queries(length) for length in self.prompt_lengths.tolist()]
+        first = (self.prompt_lengths - torch.tensor(counts, dtype=torch.int32)).maximum(start)
         # In shorter prompts, windows hold everything.
         beyond_window = self.prompt_lengths > rule.sliding_window
         return first, (end - first).clamp(min=0) * beyond_window
