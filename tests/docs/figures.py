@@ -126,6 +126,7 @@ PUBLIC = {
     "Qwen2.5-Coder-1.5B-Instruct": "quality-qwen2.5-coder-1.5b-instruct.json",
     "Qwen2.5-Coder-0.5B-Instruct": "quality-qwen2.5-coder-0.5b-instruct.json",
 }
+SMALL_CACHE = "quality-qwen2.5-coder-1.5b-small-cache-16k-h200.json"
 LENGTHS = {"4K": 4096, "8K": 8192, "16K": 16384, "32K": 32768, "64K": 65536}
 CONTEXTS = {"32K": 2**15, "128K": 2**17, "256K": 2**18, "512K": 2**19, "1M": 2**20}
 
@@ -155,17 +156,21 @@ SUITES = {
 
 
 def public_lengths() -> Rows:
-    rows: Rows = {}
-    for model, file in PUBLIC.items():
-        found = read(file)
-        for name, length in LENGTHS.items():
-            if length <= 32768:
-                rows[f"{_size(model)}, {name}"] = [
-                    *_compared(found, length),
-                    _far(found, "rtpurbo", length),
-                    [_cache(found, "rtpurbo", length) / _cache(found, "full", length)],
-                ]
-    return rows
+    rows = {
+        f"{_size(model)}, {name}": _at_length(read(file), length)
+        for model, file in PUBLIC.items()
+        for name, length in LENGTHS.items()
+        if length <= 32768
+    }
+    return rows | {"1.5B, small cache, 16K": _at_length(read(SMALL_CACHE), 16384)}
+
+
+def _at_length(found: dict[str, Any], length: int) -> list[Numbers]:
+    return [
+        *_compared(found, length),
+        _far(found, "rtpurbo", length),
+        [_cache(found, "rtpurbo", length) / _cache(found, "full", length)],
+    ]
 
 
 def _size(model: str) -> str:

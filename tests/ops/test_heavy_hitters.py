@@ -1,6 +1,7 @@
 """Heavy hitters, computed key by key, and where they are stored."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.ops.eager.heavy_hitters import (
     NEIGHBOURS,
     OBSERVED_QUERIES,
+    attention_after_prompt,
     heavy_hitters,
     with_heavy_hitters,
 )
-from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.states import HeadLayout, KeyValueStates
 
 LENGTH, DIM = 90, 8
 RULE = AttentionRule(
@@ -118,3 +120,28 @@ def test_sequences_without_them_are_not_changed():
 def test_rules_that_cannot_hold_them_are_refused(changes, sentence):
     with pytest.raises(RTPurboError, match=sentence):
         AttentionRule(**{"dense_prompt_queries": 4} | changes)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("answer", [1, 2, 3, 5])
+def test_answers_have_finite_gradients_in_bf16(answer, device):
+    """cuDNN's masked attention has none for some answers of few queries (docs/experiment-log.md)."""
+    torch.manual_seed(0)
+    length, heads, kv_heads = 600 + answer, 14, 2
+    states = [
+        (8 * torch.randn(1, count, length, 64, device=device)).bfloat16().requires_grad_()
+        for count in (heads, kv_heads, kv_heads)
+    ]
+    positions = torch.arange(length, device=device)[None]
+    layout = HeadLayout.build((), heads, kv_heads, torch.device(device))
+    output = attention_after_prompt(
+        states[0],
+        positions,
+        KeyValueStates(*states[1:], positions),
+        layout.local_windowed,
+        slice(600, length),
+        replace(RULE, sliding_window=200),
+        scaling=1.0,
+    )
+    output.float().square().sum().backward()
+    assert all(state.grad.isfinite().all() for state in states)
