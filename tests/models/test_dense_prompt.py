@@ -80,8 +80,9 @@ def test_later_chunks_keep_their_windows():
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_training_computes_prompt_and_answer_as_generation_does(steps):
-    model = sparse_model(prefill_mode="dense", top_p=0.6, dense_prompt_queries=12)
+@pytest.mark.parametrize("dense", [12, LENGTH])
+def test_training_computes_prompt_and_answer_as_generation_does(dense, steps):
+    model = sparse_model(prefill_mode="dense", top_p=0.6, dense_prompt_queries=dense)
     chunks = [LENGTH - steps, *[1] * steps]
     expected, mask = logits(model, chunks=chunks, cache=HeadwiseCache(model))
     with runtime(model).decoding_last(steps):

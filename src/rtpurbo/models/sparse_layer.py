@@ -182,9 +182,16 @@ class SparseAttention(AttentionTraits):
         else:
             full, windowed = self._divided(states, index_keys)
         dense_queries = self._dense_queries(queries.shape[2], past)
-        if dense_queries == slice(0, queries.shape[2]) and self.rule.prefill_mode == "dense":
-            prompt = replace(windowed, keys=keys, values=values)
-            output = self._attend_densely(queries, positions, prompt, sinks)
+        has_dense_prompt = dense_queries is not None and dense_queries.start == 0
+        if has_dense_prompt and self.rule.prefill_mode == "dense":
+            assert dense_queries is not None
+            end = dense_queries.stop
+            prompt = replace(windowed, keys=keys, values=values).tokens(slice(0, end))
+            output = self._attend_densely(queries[:, :, :end], positions[:, :end], prompt, sinks)
+            if end < queries.shape[2]:
+                # FlexAttention needs a query for each key.
+                sparse = self.attend(positions, queries, index_queries, full, windowed, sinks)
+                output = torch.cat([output, sparse[:, :, end:]], 2)
         else:
             output = self.attend(
                 positions, queries, index_queries, full, windowed, sinks, dense_queries
