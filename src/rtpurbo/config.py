@@ -136,7 +136,7 @@ class AttentionRule:
 
     @property
     def has_dense_queries(self) -> bool:
-        """Whether the last queries of a prompt are dense in local heads."""
+        """True if the last queries of a prompt are dense in local heads."""
         return self.dense_prompt_tokens > 0 or self.dense_prompt_queries > 0
 
     def num_dense_queries(self, prompt_length: int) -> int:

@@ -107,7 +107,7 @@ def read_prompts(model: PreTrainedModel, prompts: Tensor, length: int, batch: in
     """Cache of a sparse model whose sequences have read prompts; sequence b has read prompt b % len(prompts).
 
     Prompts are read one at a time, each whole: a batch of them would take the activations of all, and
-    `AttentionRule.dense_prompt_queries` applies to a prompt of one forward.
+    dense queries (`AttentionRule.num_dense_queries`) need a prompt of one forward.
 
     Args:
         model: sparse model whose layers all have full attention.

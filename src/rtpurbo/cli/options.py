@@ -73,7 +73,7 @@ Ratio = Annotated[
     float | None,
     _heads_option(
         help="Share of retrieval heads among the query heads, or among the KV heads with "
-        "calibration.granularity=kv_group (the default on a GPU). The paper uses 0.15 of the query heads."
+        "calibration.granularity=kv_group (the default on a GPU: 0.3). The paper uses 0.15 of the query heads."
     ),
 ]
 Threshold = Annotated[
@@ -97,7 +97,9 @@ MaxLength = Annotated[
 ]
 Window = Annotated[
     int | None,
-    _attention_option(help="Window in tokens. Default: an eighth of the model's context."),
+    _attention_option(
+        help="Window in tokens. Default: an eighth of the model's context, less the heavy hitters."
+    ),
 ]
 TopP = Annotated[
     float | None,
