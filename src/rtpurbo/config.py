@@ -50,7 +50,8 @@ class AttentionRule:
         retrieval_window: window of retrieval heads, which select earlier keys by their index;
             None: `sliding_window`.
         dense_prompt_tokens: length up to which all queries of a prompt are dense in local heads, which then read
-            every key, not only sinks and window; in a longer prompt, as many of its last queries as cost the same.
+            every key, not only sinks and window; in a longer prompt of P tokens, its last dense_prompt_tokens^2 / P
+            queries, which cost at most twice as much.
             With transformers, it applies to a prompt that is read in one forward: in later chunks, windowed KV heads
             no longer hold the keys. vLLM keeps them until the prompt has been read.
         dense_prompt_queries: minimum number of these last queries.

@@ -52,7 +52,7 @@ def test_the_queries_before_them_keep_their_windows():
     assert not torch.allclose(found[:, -12:], windowed[:, -12:])
 
 
-def test_a_longer_prompt_has_dense_queries_that_cost_as_much_as_a_dense_prompt():
+def test_a_longer_prompt_has_dense_queries_at_its_end():
     tokens = LENGTH - 10
     rule = AttentionRule(dense_prompt_tokens=tokens)
     assert [rule.num_dense_queries(length) >= length for length in (1, tokens, tokens + 1)] == [
