@@ -141,8 +141,9 @@ class AttentionRule:
         return self.dense_prompt_tokens > 0 or self.dense_prompt_queries > 0
 
     def num_dense_queries(self, prompt_length: int) -> int:
-        """Returns how many of the last queries of a prompt are dense in local heads; may exceed its length."""
-        return max(self.dense_prompt_queries, self.dense_prompt_tokens**2 // max(1, prompt_length))
+        """Returns how many of the last queries of a prompt are dense in local heads."""
+        of_longer = self.dense_prompt_tokens**2 // max(1, prompt_length)
+        return min(prompt_length, max(self.dense_prompt_queries, of_longer))
 
     @property
     def near_window(self) -> int:

@@ -88,7 +88,7 @@ def train_gates(
             with runtime(model).dense(), autocast(model):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
             spans = upcoming.answer_spans or [(len(ids) // 2, len(ids))]  # prose: its second half
-            is_dense = rule.num_dense_queries(len(ids)) >= len(ids)
+            is_dense = rule.num_dense_queries(len(ids)) == len(ids)
             # Around the backward pass too, which recomputes layers.
             with runtime(model).gated(gates, spans if is_dense else None):
                 loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)

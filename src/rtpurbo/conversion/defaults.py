@@ -41,8 +41,8 @@ _HEAVY_HITTERS_OF_WINDOW = 8
 _DENSE_PROMPT_TOKENS = 32768
 """Length of prompts that lose nothing before the answer begins.
 
-Windows in the prompt lost keys among keys on Qwen2.5-Coder-0.5B at 16K, and questions after the text, with fewer dense
-queries than 512, on Qwen2.5-Coder-1.5B at 32K (docs/experiment-log.md).
+Windows in the prompt lost keys among keys on Qwen2.5-Coder-0.5B at 16K, and questions after the text on
+Qwen2.5-Coder-1.5B at 32K (docs/experiment-log.md).
 """
 
 _QUICK_DENSE_QUERIES = 512

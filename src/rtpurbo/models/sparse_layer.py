@@ -182,9 +182,8 @@ class SparseAttention(AttentionTraits):
         else:
             full, windowed = self._divided(states, index_keys)
         dense_queries = self._dense_queries(queries.shape[2], past)
-        has_dense_prompt = dense_queries is not None and dense_queries.start == 0
-        if has_dense_prompt and self.rule.prefill_mode == "dense":
-            assert dense_queries is not None
+        rule = self.rule
+        if dense_queries is not None and dense_queries.start == 0 and rule.prefill_mode == "dense":
             end = dense_queries.stop
             prompt = replace(windowed, keys=keys, values=values).tokens(slice(0, end))
             output = self._attend_densely(queries[:, :, :end], positions[:, :end], prompt, sinks)
@@ -196,7 +195,7 @@ class SparseAttention(AttentionTraits):
             output = self.attend(
                 positions, queries, index_queries, full, windowed, sinks, dense_queries
             )
-        if dense_queries is None or not self.rule.num_heavy_hitters:
+        if dense_queries is None or not rule.num_heavy_hitters:
             return output
         return self._with_heavy_hitters(
             output, positions, queries, windowed, past, sinks, dense_queries.stop
@@ -211,7 +210,7 @@ class SparseAttention(AttentionTraits):
         if not (self.rule.has_dense_queries and is_prompt) or length <= self.rule.sliding_window:
             return None
         end = length - self.num_decode_queries
-        return slice(max(0, end - self.rule.num_dense_queries(end)), end)
+        return slice(end - self.rule.num_dense_queries(end), end)
 
     def _with_heavy_hitters(
         self,
