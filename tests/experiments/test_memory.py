@@ -35,7 +35,7 @@ def test_a_tiny_shape_is_measured_in_a_process_of_its_own(
 
 def test_lengths_are_those_of_a_long_context():
     settings = memory.settings_without_answers("thorough", 40960, 32768)
-    assert settings.attention.sliding_window == 4096
+    assert settings.attention.sliding_window == 3584
     assert settings.calibration.length == 16384
     assert settings.stage1.lengths == (8192, 16384, 32768)
     assert settings.stage2.lengths == (8192, 32768, 16384, 32768)
