@@ -98,6 +98,14 @@ def test_a_sequence_without_a_prompt_has_none():
         assert torch.equal(found, logits(model)[0])
 
 
+def test_a_sequence_in_which_every_query_selects_has_no_prompt():
+    model = sparse_model(**RULE | {"dense_prompt_tokens": LENGTH})
+    with runtime(model).decoding_last(LENGTH):
+        found, _ = logits(model)
+        with runtime(model).rule(dense_prompt_tokens=0, dense_prompt_queries=0):
+            assert torch.equal(found, logits(model)[0])
+
+
 @pytest.mark.parametrize("setting", ["dense_prompt_queries", "dense_prompt_tokens"])
 def test_a_negative_number_is_refused(setting):
     with pytest.raises(RTPurboError, match=f"{setting} is -1"):

@@ -207,9 +207,11 @@ class SparseAttention(AttentionTraits):
         Without a cache, the queries before those that select as decode steps do are a prompt.
         """
         is_prompt = self.num_decode_queries > 0 if past is None else past.seen == length
-        if not (self.rule.has_dense_queries and is_prompt) or length <= self.rule.sliding_window:
-            return None
         end = length - self.num_decode_queries
+        if not (self.rule.has_dense_queries and is_prompt and end > 0):
+            return None
+        if length <= self.rule.sliding_window:
+            return None
         return slice(end - self.rule.num_dense_queries(end), end)
 
     def _with_heavy_hitters(

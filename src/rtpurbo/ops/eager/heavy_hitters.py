@@ -136,8 +136,7 @@ def attention_after_prompt(
             query_states[:, :, prompt], query_positions[:, prompt], states.tokens(prompt), rule, scaling=scaling
         )  # fmt: skip
         read = with_heavy_hitters(read, slots, rule)
-    # The log-sum-exp selects explicit logits: answers differ in length, for which the fused kernels of a GPU are
-    # planned anew, and their gradients under a mask were not finite in bf16 (docs/experiment-log.md).
+    # The log-sum-exp selects explicit logits, whose gradients are finite; cuDNN's were not (docs/experiment-log.md).
     output, log_sum_exp = local_attention(
         query_states[:, :, queries],
         query_positions[:, queries],

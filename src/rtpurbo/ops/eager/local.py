@@ -40,7 +40,7 @@ def local_attention(
     check_states(query_states, query_positions, states)
     widest = int(sliding_window.max()) if isinstance(sliding_window, Tensor) else sliding_window
     # A chunk about as long as the window reads at most twice the keys that its queries need; for the fused kernels
-    # of a GPU, fewer launches are faster than fewer keys.
+    # of a GPU, fewer launches are faster than fewer keys. Explicit logits take memory.
     fused = query_states.is_cuda and not return_log_sum_exp
     chunk_size = 8192 if fused else max(128, min(widest, 1024))
     outputs, log_sum_exps = [], []

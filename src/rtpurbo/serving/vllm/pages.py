@@ -170,8 +170,12 @@ class Batch:
             Position of the first one and their number, int32 [R] on the CPU.
         """
         start, end = self.lengths - self.num_queries, self.prompt_lengths.minimum(self.lengths)
-        counts = [rule.num_dense_queries(length) for length in self.prompt_lengths.tolist()]
-        first = (self.prompt_lengths - torch.tensor(counts, dtype=torch.int32)).maximum(start)
+        reads = start < self.prompt_lengths
+        counts = torch.zeros_like(self.prompt_lengths)
+        counts[reads] = counts.new_tensor(
+            [rule.num_dense_queries(length) for length in self.prompt_lengths[reads].tolist()]
+        )
+        first = (self.prompt_lengths - counts).maximum(start)
         # In shorter prompts, windows hold everything.
         beyond_window = self.prompt_lengths > rule.sliding_window
         return first, (end - first).clamp(min=0) * beyond_window
