@@ -1,8 +1,9 @@
 # Every target sets up what it needs, so `make test` and `make demo` work on a fresh clone.
 #
 #   make test     lint, types and tests
-#   make test-slow  the tests that need real weights, minutes or an extra (docs, ruler, plots), on a CPU
+#   make test-slow  the tests that need real weights, minutes or an extra (docs, ruler, plots, lm-eval), on a CPU
 #   make test-vllm  the tests that start vLLM, on a CPU, in an environment of their own
+#   make test-vllm-slow  those of them that need real weights or minutes
 #   make demo     a small model turned sparse, from start to end
 #   make docs     the documentation as a site, in site/
 #
@@ -19,7 +20,7 @@ EXTRAS_READY := $(VENV)/.extras-ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: setup test test-slow test-vllm lint demo docs clean
+.PHONY: setup test test-slow test-vllm test-vllm-slow lint demo docs clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -39,12 +40,12 @@ test: lint
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 $(EXTRAS_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --editable ".[docs,plots,ruler]"
+	$(BIN)/python -m pip install --quiet --editable ".[docs,plots,ruler,lm-eval]"
 	touch $(EXTRAS_READY)
 
 test-slow: $(EXTRAS_READY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm"
-	$(BIN)/python -m pytest -q tests/evaluation/ruler/test_vocabulary.py
+	$(BIN)/python -m pytest -q tests/evaluation/ruler/test_vocabulary.py tests/evaluation/harness
 
 # vLLM settles for its own torch and transformers. The packages that are taken away fit another torch
 # than the one it comes with, and importing them would fail.
@@ -57,6 +58,9 @@ $(VLLM_READY): pyproject.toml
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python -m pytest -q -m "vllm and not slow" tests/vllm
+
+test-vllm-slow: $(VLLM_READY)
+	$(VLLM_VENV)/bin/python -m pytest -q -m "vllm and slow and not gpu" tests/vllm
 
 demo: $(READY)
 	$(BIN)/rtpurbo demo
