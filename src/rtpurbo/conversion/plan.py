@@ -109,7 +109,12 @@ class Plan:
             lines.append(("refresh", f"{_steps(refresh)} at {_lengths(refresh.lengths)}"))
         if calibration.top_p_sequences and rule.layer_top_p is None:
             sequences = f"{calibration.top_p_sequences} sequences of {calibration.length:,} tokens"
-            lines.append(("top-p", f"by layer, on {sequences}, with the reading of {rule.top_p:g}"))
+            lines.append(
+                (
+                    "top-p",
+                    f"by layer, on {sequences}, reading as many tokens as {rule.top_p:g} in all layers",
+                )
+            )
         data = "documentation of Python (built in)" if self.data is None else ", ".join(self.data)
         memory = f"about {_rounded(self.peak_gib)} GiB expected at the peak"
         return [
