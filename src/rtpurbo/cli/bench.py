@@ -191,6 +191,7 @@ def model(
     """Measure a whole model, dense and sparse: random weights with 15 % retrieval heads, or an artifact.
 
     `rtpurbo bench model --geometry qwen3-8b --phase decode --length 131072 -o model.json`
+
     `rtpurbo bench model --artifact qwen3-8b-sparse --data books.jsonl.gz --length 32768 --batch 16`
     """
     from rtpurbo.benchmarks.artifact_model import bench_artifact
