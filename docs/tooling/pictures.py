@@ -95,7 +95,7 @@ def how_a_query_finds_its_tokens() -> str:
     found = ["far" if place in chosen else every[place] for place in range(TOKENS)]
     canvas = Canvas(
         "Of a long context, a local head reads the first tokens and a recent window; a retrieval head also "
-        "reads the far tokens that its index estimates to matter.",
+        "reads the distant tokens that its index estimates to matter.",
         282,
     )
 
@@ -106,12 +106,10 @@ def how_a_query_finds_its_tokens() -> str:
     canvas.label(LEFT, 20, "The context of a query", kind="bold")
     strip(30, every)
     canvas.label(x_of(0), 64, "sinks", kind="soft")
-    canvas.label(x_of((SINKS + TOKENS - WINDOW) / 2), 64, "far tokens", "center", "soft")
+    canvas.label(x_of((SINKS + TOKENS - WINDOW) / 2), 64, "distant tokens", "center", "soft")
     canvas.label(x_of(TOKENS), 64, "window, query", "right", "soft")
-    canvas.label(
-        LEFT, 96, "1. The index estimates every far token's attention, from 16", kind="bold"
-    )
-    canvas.label(LEFT + 17, 113, "dimensions a token instead of all", kind="bold")
+    canvas.label(LEFT, 96, "1. The index estimates distant tokens' attention, from 16", kind="bold")
+    canvas.label(LEFT + 17, 113, "dimensions per token instead of all", kind="bold")
     for place in range(SINKS, TOKENS - WINDOW):
         tall = 42 * ESTIMATES.get(place, 0.05)
         canvas.box(x_of(place), 176 - tall, pitch - 2, tall, "far" if place in chosen else "none")
@@ -160,7 +158,7 @@ def kinds_of_heads() -> str:
     canvas.label(LEFT + side, bottom - 6, "prompt", "right", "soft")
     canvas.label(second + side, bottom - 6, "prompt", "right", "soft")
     canvas.key(LEFT, 266, ("sink", "sinks", 66), ("near", "window", 80))
-    canvas.key(LEFT + 146, 266, ("far", "far, read", 88), ("none", "not read", 90))
+    canvas.key(LEFT + 146, 266, ("far", "distant, read", 108), ("none", "not read", 90))
     return canvas.document()
 
 
@@ -172,7 +170,7 @@ def dynamic_top_p() -> str:
         "A query that continues its sentence": (0.94, [0.02, 0.015, 0.01, 0.008, 0.007]),
     }
     canvas = Canvas(
-        "Attention mass of two queries. The one that looks something up reads far tokens until 0.9 of its "
+        "Attention mass of two queries. The one that looks something up reads distant tokens until 0.9 of its "
         "mass is covered; the other has that much in its window.",
         220,
     )
@@ -183,7 +181,7 @@ def dynamic_top_p() -> str:
         candidates, target = target_mass(rule, mass[None, None, None], near, ~near)
         read = smallest_set(candidates, target)[0, 0, 0].tolist()
         count = sum(read)
-        reads = f"reads {count} far tokens" if count else "near tokens are enough"
+        reads = f"reads {count} distant tokens" if count else "sinks and window are enough"
         canvas.label(LEFT, y, title, kind="bold")
         x = LEFT
         for place, share in enumerate(mass.tolist()):
@@ -197,7 +195,7 @@ def dynamic_top_p() -> str:
         y += 92
     canvas.key(
         LEFT, y + 2,
-        ("near", "sinks and window, exact", 190), ("far", "far, read", 92), ("none", "not read", 90),
+        ("near", "sinks and window, exact", 190), ("far", "distant, read", 110), ("none", "not read", 90),
     )  # fmt: skip
     return canvas.document()
 
