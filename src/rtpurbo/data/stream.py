@@ -219,7 +219,7 @@ def open_stream(
         )
     return TextStream(
         name,
-        # The name tells in error messages which setting to change if a part is too short.
+        # Error messages show the name, and with it the setting to change if a part is too short.
         TextCorpus(f"{name} (stream.held_out={held_out}, held-out part)", kept),
         TextCorpus(f"{name} (stream.held_out={held_out}, part kept in memory)", opening),
         documents.skip(held_out),

@@ -121,15 +121,15 @@ class HeadwiseCache(Cache):
         """Undoes `make_static`; the capacity is kept."""
         self.slots.release()
 
-    def recount(self, seen: int) -> None:
+    def set_length(self, seen: int) -> None:
         """Sets the number of tokens held, after steps that ran on the device alone."""
-        self.slots.recount(seen)
+        self.slots.set_length(seen)
         for layer in self.layers:
-            layer.recount(seen)
+            layer.set_length(seen)
 
     def rewind(self, seen: int) -> None:
         """Sets a static cache back to before one decode step, which may then run again."""
-        self.recount(seen)
+        self.set_length(seen)
         self.slots.rewind(seen)
 
     def begin_forward(

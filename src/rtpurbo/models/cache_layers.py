@@ -300,7 +300,7 @@ class HeadwiseLayer(CacheLayerMixin):
         for buffer in (self.full_keys, self.full_values, self.index_keys):
             buffer.set_capacity(capacity)
 
-    def recount(self, seen: int) -> None:
+    def set_length(self, seen: int) -> None:
         """Sets the number of tokens held, after steps that ran on the device alone."""
         self.seen = seen
         for buffer in (self.full_keys, self.full_values, self.index_keys):

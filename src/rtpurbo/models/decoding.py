@@ -111,7 +111,7 @@ class GraphedDecoder:
         seen = cache.get_seq_length()
         _fill(prepared.inputs, arguments, seen)
         logits = prepared.run()
-        cache.recount(seen + 1)
+        cache.set_length(seen + 1)
         return prepared.output_class(logits=logits.clone(), **{CACHE_NAME: cache})
 
     def _keep(self, cache: HeadwiseCache, prepared: PreparedStep) -> None:
@@ -226,7 +226,7 @@ class GraphedDecoder:
             reason = self.graph_class.refusal(modules)
             if reason is None:
                 run = self.graph_class(step, rewind, ids.device)
-                cache.recount(seen)
+                cache.set_length(seen)
         except RTPurboError:
             _undo(cache, seen)
             raise
@@ -266,7 +266,7 @@ def _fill(inputs: tuple[Tensor, Tensor], arguments: dict[str, Any], seen: int) -
 def _undo(cache: HeadwiseCache, seen: int) -> None:
     """Sets a cache back to before a step that may have failed anywhere."""
     cache.make_growing()
-    cache.recount(seen)
+    cache.set_length(seen)
 
 
 def _held(cache: HeadwiseCache) -> Iterator[tuple[Any, str, Tensor]]:

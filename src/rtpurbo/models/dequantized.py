@@ -37,9 +37,9 @@ class DecodedCopy:
 
     Attributes:
         folder: where it is.
-        identity: what tells the GGUF file that it belongs to from others.
+        identity: entries that identify the GGUF file that it was decoded from.
         provide: gets the GGUF file, reporting to the `Progress` it is given.
-        dtype: of the weights; None is what suits the file.
+        dtype: of the decoded weights; None is the default for the file.
     """
 
     folder: Path

@@ -100,7 +100,7 @@ def _family_values(architecture: str, header: GgufHeader) -> dict[str, Any]:
     values: dict[str, Any] = {}
     queries = header.tensors.get("blk.0.attn_q.weight")
     if queries is not None and architecture in _WITH_HEAD_DIM:
-        # Old files do not tell it otherwise.
+        # Old files have no entry for it.
         values["head_dim"] = queries.shape[0] // header.hyperparameter("attention.head_count")
     if architecture == "llama":
         values["attention_bias"] = "blk.0.attn_q.bias" in header.tensors

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: the commit to load, and errors that tell the causes apart."""
+"""Models on the Hugging Face Hub: the commit to load, and errors that distinguish the causes."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def load_with_fingerprint(name: str, options: LoadingOptions) -> Loaded:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Returns a SHA-256 that tells base weights apart, in a moment even for large models.
+    """Returns a SHA-256 that identifies base weights, quickly even for large models.
 
     It covers the name, shape and up to 64 evenly spaced values of each parameter. The values are
     rounded to bfloat16, so that loading the same weights in float32 or bfloat16 gives the same

@@ -257,7 +257,7 @@ class TokenSlots:
         self.length = None
         self._counted = 0
 
-    def recount(self, seen: int) -> None:
+    def set_length(self, seen: int) -> None:
         """Sets the number of slots in use, after steps that ran on the device alone."""
         self._counted = seen
 

@@ -124,6 +124,6 @@ class WindowedLayer(DynamicSlidingWindowLayer):
         with self._dynamic():
             super().batch_select_indices(indices)
 
-    def recount(self, seen: int) -> None:
+    def set_length(self, seen: int) -> None:
         """Sets the number of tokens, after steps that ran on the device alone."""
         self.cumulative_length = seen

