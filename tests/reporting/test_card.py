@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from huggingface_hub import ModelCard
 
+from rtpurbo.config import AttentionRule
 from rtpurbo.models.artifact_config import CARD_FILE, LOG_FILE, ArtifactConfig
 from rtpurbo.models.base import DEFAULT_MODEL, WHEEL_MODEL
-from rtpurbo.reporting.model_card import model_card
+from rtpurbo.reporting.model_card import local_heads, model_card
 from rtpurbo.reporting.tables import markdown_tables, rewrite_card
 from tests.reporting.test_tables import RECORDS
 
@@ -52,6 +53,16 @@ def test_the_card_describes_model_and_conversion(tiny_artifact):
     assert "attend to the last 32 keys and the first 2" in card
     assert "stage1 7" in card
     assert "{" not in card.replace("bash", "").split("---", 2)[2]
+
+
+def test_heavy_hitters_and_dense_prompts_are_named():
+    rule = AttentionRule(
+        sliding_window=3584, num_sink_tokens=640, num_heavy_hitters=512, dense_prompt_tokens=32768
+    )
+    assert local_heads(rule) == (
+        "attend to the last 3,584 keys and the first 128, and to 512 that the prompt's last queries "
+        "attend to most; prompts of up to 32,768 tokens are dense"
+    )
 
 
 def test_a_card_without_results_says_how_to_measure(tiny_artifact):

@@ -31,16 +31,14 @@ _CARD = """---
 # {title}, sparse
 
 A sparse version of {base}, made by [RTPurbo](https://arxiv.org/abs/2605.16928). A few retrieval
-heads attend to tokens anywhere in the context, which a small token indexer selects; all other heads
-attend to a sliding window and the first tokens, and their KV cache holds no more than these. This
-repository holds the head map, the indexers and the weights that training changed, not the base
-model.
+heads attend to tokens anywhere in the context, which a small token indexer selects. In answers, all
+other heads attend to a sliding window and a limited number of earlier tokens, and their KV cache holds
+no more than these. This repository holds the head map, the indexers and the weights that training
+changed, not the base model.
 
 ## Usage
 
-```bash
-pip install rtpurbo
-```
+Install rtpurbo from a clone of its repository (`pip install .`).
 
 ```python
 import rtpurbo
@@ -122,14 +120,7 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         ("Full KV heads", f"{head_map.num_full_key_value_heads} of {key_value_heads}"),
         (
             "Local heads",
-            f"attend to the last {rule.sliding_window:,} keys and the first "
-            f"{rule.num_fixed_sinks}"
-            + f", and to {rule.num_heavy_hitters} that the prompt's last queries attend to most"
-            * (rule.num_heavy_hitters > 0)
-            + f"; prompts of up to {rule.dense_prompt_tokens:,} tokens are dense"
-            * (rule.dense_prompt_tokens > 0)
-            + f"; the last {rule.dense_prompt_queries} queries of a prompt attend to all keys"
-            * (rule.dense_prompt_queries > 0),
+            local_heads(rule),
         ),
         (
             "Retrieval heads select",
@@ -151,6 +142,18 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         facts.append(("Seed", str(artifact.settings["seed"])))
     facts.append(("Converted with", f"rtpurbo {artifact.library_version}"))
     return facts
+
+
+def local_heads(rule: AttentionRule) -> str:
+    """Returns the keys that local heads attend to, as the predicate of a sentence."""
+    text = f"attend to the last {rule.sliding_window:,} keys and the first {rule.num_fixed_sinks}"
+    if rule.num_heavy_hitters:
+        text += f", and to {rule.num_heavy_hitters} that the prompt's last queries attend to most"
+    if rule.dense_prompt_tokens:
+        text += f"; prompts of up to {rule.dense_prompt_tokens:,} tokens are dense"
+    if rule.dense_prompt_queries:
+        text += f"; the last {rule.dense_prompt_queries} queries of a prompt attend to all keys"
+    return text
 
 
 def _top_p(rule: AttentionRule) -> str:

@@ -10,7 +10,9 @@ from rtpurbo.evaluation.records import Record, write_results
 from rtpurbo.models.artifact_config import LOG_FILE
 from rtpurbo.reporting import figures
 from rtpurbo.reporting.html.page import page, write_report
+from rtpurbo.reporting.html.sections.summary import opening
 from rtpurbo.reporting.html.sources import Sources, read_sources
+from rtpurbo.reporting.model_card import local_heads
 from tests.reporting.html.example_results import LENGTHS, write_examples
 from tests.reporting.html.parsed import Page
 
@@ -65,6 +67,11 @@ def test_the_heading_is_the_public_name(whole, tiny_artifact):
     assert Page(page(read_sources([tiny_artifact]))).text("h1") == "A local model, sparse"
     shipped = Path(__file__).parents[3] / "artifacts" / "smollm2-135m-instruct"
     assert Page(page(read_sources([shipped]))).text("h1") == "SmolLM2-135M-Instruct, sparse"
+
+
+def test_the_opening_describes_local_heads_as_the_table_does(tiny_artifact):
+    sources = read_sources([tiny_artifact])
+    assert local_heads(sources.artifact.config.attention) in opening(sources)
 
 
 def test_every_part_is_there(whole):

@@ -13,7 +13,7 @@ from rtpurbo.reporting.html.policies import main_policy
 from rtpurbo.reporting.html.sections.memory import cache_ratio
 from rtpurbo.reporting.html.sections.speed import best_decode
 from rtpurbo.reporting.html.sources import Sources
-from rtpurbo.reporting.model_card import base_name
+from rtpurbo.reporting.model_card import base_name, local_heads
 from rtpurbo.reporting.selection import far_share, lengths_of, pick
 
 
@@ -65,8 +65,7 @@ def opening(sources: Sources) -> str:
         f"{base[0].upper()}{base[1:]}, converted by RTPurbo: {head_map.num_retrieval_heads} of its "
         f"{head_map.num_heads} attention heads ({share}) are retrieval heads, which select tokens "
         "anywhere in the context by a token indexer of "
-        f"{sources.artifact.config.indexer.index_dim} dimensions; all other heads attend to the last "
-        f"{rule.sliding_window:,} tokens and the first {rule.num_sink_tokens}."
+        f"{sources.artifact.config.indexer.index_dim} dimensions; all other heads {local_heads(rule)}."
     )
 
 
