@@ -25,7 +25,8 @@ def retired_words():
 
 def pages():
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    found += sorted((ROOT / "recipes").glob("*/README.md"))
+    for folder in ("recipes", "artifacts"):
+        found += sorted((ROOT / folder).glob("*/README.md"))
     return [path for path in found if path not in LEFT_ALONE]
 
 
