@@ -343,7 +343,7 @@ def recipe_means() -> Rows:
         "full": [[one["score"]] for one in full],
         "rtpurbo": [[one["score"]] for one in sparse],
         "difference": [_difference(one) for one in sparse],
-        "KV cache of full's": [[size] for size in sizes],
+        "KV cache, of the dense one": [[size] for size in sizes],
         "distant tokens read per query, mean over tasks": [
             None,
             *([round(one, -1)] for one in read_far),
