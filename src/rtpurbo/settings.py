@@ -167,7 +167,7 @@ class DistillationSettings(SequenceSettings):
         targets_per_sequence: target tokens of a sequence, drawn at random; with `both`, this includes all
             answer tokens.
         answer_weight: weight of the mean loss of answer tokens, added to the mean over all targets.
-        decode_queries: last queries of prose that select their keys as decoding steps do; the queries
+        decode_queries: last queries of prose that select their keys as decode steps do; the queries
             that predict an answer always do, unless this is 0.
         gradient_checkpointing: recompute activations in the backward pass, on a GPU: less memory, a
             third more time.

@@ -1,6 +1,6 @@
 """Worker pool: several processes that run evaluation jobs at the same time, on all GPUs.
 
-A small model leaves a GPU idle for most of a decoding step, and cases are independent of one another.
+A small model leaves a GPU idle for most of a decode step, and cases are independent of one another.
 Each process holds one policy's model. RULER's prompts, which take long to make, are made by the first
 process that needs them and shared through a folder.
 """

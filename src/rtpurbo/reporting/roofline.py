@@ -28,7 +28,7 @@ def window_area(length: int, window: int) -> float:
 
 
 def decode_bytes(record: SpeedRecord) -> float:
-    """Returns the bytes of keys, values and index keys that a decoding step reads."""
+    """Returns the bytes of keys, values and index keys that a decode step reads."""
     token = 2 * record.head_dim * ELEMENT
     if record.implementation.startswith("sdpa"):
         read = record.context_length * record.num_key_value_heads * token

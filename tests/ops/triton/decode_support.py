@@ -112,7 +112,7 @@ def assert_nearly_as_exact_as_eager(
 
 @dataclass
 class Step:
-    """A decoding step: what it was asked, on the CPU, and how to ask the kernels."""
+    """A decode step: what it was asked, on the CPU, and how to ask the kernels."""
 
     problem: oracles.Problem
     layout: HeadLayout

@@ -70,7 +70,7 @@ def old_records() -> list[Record]:
 
 
 def speed_records() -> list[SpeedRecord]:
-    """A decoding step at two lengths, and one of a batch."""
+    """A decode step at two lengths, and one of a batch."""
     shape = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,

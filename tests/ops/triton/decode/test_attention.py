@@ -1,4 +1,4 @@
-"""A decoding step equals fp64 attention over what it selected, wherever the keys lie."""
+"""A decode step equals fp64 attention over what it selected, wherever the keys lie."""
 
 from dataclasses import replace
 

@@ -30,9 +30,7 @@ def test_a_plot_and_a_table_for_each_task():
     section = speed_section(sources(speed_records(), ["left out: all else"]))
     assert isinstance(section, Section)
     page = Page(render(section.blocks))
-    assert (
-        page.text("h3") == "One decoding step of one layer One decoding step of one layer, batch 8"
-    )
+    assert page.text("h3") == "One decode step of one layer One decode step of one layer, batch 8"
     assert page.text("figcaption") == "Time Speedup"
     assert "rtpurbo, density 3.0 % 40 0.75x 40 2.50x" in page.text()
     assert [each["class"] for each in page.attributes("td") if each.get("class")] == ["slight"]
@@ -95,7 +93,7 @@ def test_speeds_of_other_shapes_are_not_a_models_own(tiny_artifact):
         assert Page(render(section.blocks)).text("h3").count("Other shape: ") == 2
     both = of_artifact(artifact, [*shaped(artifact), *speed_records()])
     text = Page(render(speed_section(both).blocks)).text("h3")
-    assert text.index("One decoding step") < text.index("Other shape: ")
+    assert text.index("One decode step") < text.index("Other shape: ")
     # Random weights at a forced density are no headline of a trained model.
     assert len(headlines(own)) == 1
     assert len(headlines(sources(speed_records()))) == 1

@@ -1,4 +1,4 @@
-"""Tokens that a retrieval head reads in a decoding step, and their attention recall."""
+"""Tokens that a retrieval head reads in a decode step, and their attention recall."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reads_section(sources: Sources) -> Section | Missing:
     if not blocks:
         return Missing(_TITLE, "no results record the tokens that were read.")
     said = Text(
-        "Figures are per query of a retrieval head in a decoding step (in perplexity, of the text). "
+        "Figures are per query of a retrieval head in a decode step (in perplexity, of the text). "
         "Far tokens are those beyond window and sinks; attention recall is the share of the query's "
         "full attention that lies on the tokens that it read."
     )

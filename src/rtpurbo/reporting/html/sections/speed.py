@@ -36,9 +36,9 @@ from rtpurbo.speed_records import SpeedRecord
 _TITLE = "Speed"
 _PHASES = {
     "prefill": "Prefill of one layer",
-    "decode": "One decoding step of one layer",
+    "decode": "One decode step of one layer",
     "model-prefill": "Prefill of a whole model",
-    "model-decode": "One decoding step of a whole model",
+    "model-decode": "One decode step of a whole model",
     "stage1": "A training step of stage 1",
     "stage2": "A training step of stage 2",
 }
@@ -119,7 +119,7 @@ def best_ratio(records: Sequence[SpeedRecord], record: SpeedRecord) -> float | N
 
 
 def best_decode(sources: Sources) -> tuple[float, SpeedRecord, Origin] | None:
-    """Returns the speedup of the longest decoding step of one sequence that has a dense baseline."""
+    """Returns the speedup of the longest decode step of one sequence that has a dense baseline."""
     found = [
         (record.model is not None, record.context_length, ratio, record, speed.origin)
         for speed in sources.speed
