@@ -178,7 +178,7 @@ def logits_of(
     Args:
         model: dense or sparse.
         ids: [batch, length].
-        mask: likewise.
+        mask: [batch, length].
         chunks: lengths of consecutive forwards over the cache; None for one forward without it.
         cache: filled by the forwards; tokens that it holds already are in `mask`, not in `ids`.
     """

@@ -347,7 +347,7 @@ def make_teacher(
 
     Raises:
         RTPurboError: a loss or gradient is not finite.
-        StoppedBySignalError: a signal came or the time was over; the same call goes on.
+        StoppedBySignalError: a signal came or the time was over; the same call continues.
     """
     model, device = base.model, base.model.device
     change_context(

@@ -19,7 +19,7 @@ def test_everything_that_runs_here_is_measured():
     made = run()
     assert not made.results.errors
     records = found(made)
-    # The one that needs a GPU is told about.
+    # The one that needs a GPU is skipped with a note.
     assert set(records) == set(IMPLEMENTATIONS) - {"sdpa-cudnn"}
     assert all("sdpa-cudnn" in note for note in made.results.notes)
     ours = records["rtpurbo"]

@@ -135,7 +135,6 @@ CARDS = {
 }
 MEANS = {
     "tokens read (mean)": "tokens_read_mean",
-    "mass kept": "mass_kept",
     "attention recall": "mass_kept",
     "attention recall (mean)": "mass_kept",
     "far tokens read (mean)": "far_tokens_read",

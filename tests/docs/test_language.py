@@ -30,10 +30,8 @@ def pages():
     return [path for path in found if path not in LEFT_ALONE]
 
 
-def sources():
-    # A list of common English words holds some that are retired elsewhere.
-    words = ROOT / "src" / "rtpurbo" / "data" / "words.py"
-    return sorted(set((ROOT / "src").rglob("*.py")) - {words})
+def sources(*folders):
+    return sorted({path for name in folders for path in (ROOT / name).rglob("*.py")} - {WORD_LIST})
 
 
 def occurrences(paths):
@@ -69,13 +67,13 @@ def test_pages_use_no_retired_words(path):
 
 
 def test_the_source_uses_no_retired_words():
-    assert not list(occurrences(path for path in sources() if path != WORD_LIST))
+    assert not list(occurrences(sources("src", "experiments", "recipes", "docs")))
 
 
 def test_docstring_summaries_do_not_open_with_a_question_word():
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {summary}"
-        for path in sources()
+        for path in sources("src", "experiments", "recipes", "docs", "tests")
         for number, summary in summaries(path)
         if QUESTION_WORD.match(summary)
     ]

@@ -498,7 +498,7 @@ def captures(model):
 
 
 def in_both_ways(model, monkeypatch, run):
-    """What a run gives with graphs, and with the same static steps run by Python."""
+    """Results of a run with graphs, and with the same static steps run by Python."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="decoding runs without")
         graphed = run()

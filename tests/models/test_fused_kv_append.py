@@ -52,7 +52,7 @@ def rotated(states, cosines, sines):
 
 
 def in_pytorch(layer, queries, keys, values, position_embeddings, past):
-    """What `append_fused` stands for."""
+    """Reference for `append_fused` in plain PyTorch."""
     module = layer.module
     if FAST[module.config.model_type].query_key_norm == "per_head":
         queries = module.q_norm(queries.transpose(1, 2)).transpose(1, 2)
@@ -193,7 +193,7 @@ def test_steps_by_kernels_with_shared_index_keys_equal_those_with_one_a_head():
 
 
 def test_weights_changed_in_place_take_effect(appended):
-    """Whoever changes parameters in place, even behind autograd's back, is followed."""
+    """Parameters that are changed in place are used, even if autograd does not see the change."""
     model = by_kernel(sparse_model("qwen3", dtype=torch.float32).to(DEVICE))
     ids, mask = batch_of((0,), PROMPT + 4)
     cache = static_cache(model, ids, mask)

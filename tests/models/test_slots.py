@@ -47,7 +47,7 @@ def model():
 
 @pytest.fixture
 def states_seen(monkeypatch):
-    """The states of full and bounded KV heads that the first layer hands to the operators."""
+    """The states of full and windowed KV heads that the first layer hands to the operators."""
     seen = []
     original = sparse_layer.attend_with
 

@@ -37,7 +37,7 @@ def content(tmp_path_factory):
 
 @pytest.fixture
 def done(monkeypatch, tmp_path, content):
-    """What was done with a model that is split among wheels, and stands in for SmolLM2."""
+    """Calls for a model that is split among wheels, in place of SmolLM2."""
     model = WheelModel(
         name="smollm2-135m-instruct",
         hub_name="somebody/tiny",

@@ -1,4 +1,4 @@
-"""Who sees whom, which keys are in reach, and how queries are cut into chunks."""
+"""Visibility masks, keys within reach, and chunks of queries."""
 
 from itertools import combinations_with_replacement
 

@@ -106,7 +106,7 @@ def test_transformers_loads_a_transformers_export_as_the_sparse_model(tiny_artif
     folder = export(tiny_artifact, tmp_path / "export", "transformers")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(model), logits(rtpurbo.load(tiny_artifact)[0]))
-    # Whoever does not know rtpurbo must not take it for a dense model.
+    # Programs that do not know rtpurbo must not take it for a dense model.
     assert "rtpurbo" in config_of(folder)["model_type"]
     assert config_of(folder)["base_config"]["model_type"] == "llama"
 

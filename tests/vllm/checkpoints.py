@@ -130,7 +130,7 @@ def random_prompts(
 def expected_answers(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
-    """What transformers generates greedily, one prompt at a time, without stopping early."""
+    """Greedy answers of transformers, one prompt at a time, without stopping early."""
     return [
         _generate(model, prompt, max_new_tokens).sequences[0, len(prompt) :].tolist()
         for prompt in prompts

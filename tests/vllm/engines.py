@@ -43,7 +43,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def answers(llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """What the engine generates greedily, all prompts at once."""
+    """Greedy answers of the engine, all prompts at once."""
     return [list(output.outputs[0].token_ids) for output in outputs(llm, prompts, max_tokens)]
 
 

@@ -1,4 +1,4 @@
-"""What vLLM generates is what transformers generates, however the work is cut and shared."""
+"""vLLM generates the tokens of transformers, for any division of the work into chunks and batches."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""How much fits is what the planner says, and more than of the dense model."""
+"""The capacity equals the planner's, and exceeds the dense model's."""
 
 import pytest
 import torch

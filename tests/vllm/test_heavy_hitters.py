@@ -85,7 +85,7 @@ def test_chunks_with_the_last_queries_of_a_prompt(caching, llama, reference, pro
 
 @pytest.mark.parametrize("chunk", [17, 64, 100])
 def test_chunks_with_some_of_the_last_queries(chunk, llama, prompts):
-    """Every request reads tokens of its own prompt, whoever had its blocks before."""
+    """Every request reads tokens of its own prompt, although other requests had its blocks before."""
     with running(llama, max_num_batched_tokens=chunk, enable_prefix_caching=False) as llm:
         free = free_blocks(llm)
         alone = [answers(llm, [prompt], NEW)[0] for prompt in prompts]

@@ -90,7 +90,7 @@ if __name__ == "__main__":
 
 
 def generated(tmp_path, checkpoint, prompts, environment=None, **options):
-    """What an engine of its own generates, twice, and what it reports about itself."""
+    """Answers of a separate engine, generated twice, and the figures that it reports."""
     return result_of(
         GENERATE, tmp_path, str(checkpoint), prompts, NEW, options, **(environment or {})
     )

@@ -1,4 +1,4 @@
-"""What cannot be served is refused in one sentence, before or while it is loaded."""
+"""Unsupported models and settings are refused in one sentence, before or while they are loaded."""
 
 import json
 import shutil

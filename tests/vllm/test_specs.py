@@ -119,7 +119,7 @@ def test_a_hit_is_the_longest_prefix_whose_sinks_and_window_are_cached(
 
 
 def step(manager, request, computed, end):
-    """What the scheduler does for a chunk; returns blocks that it asked for."""
+    """Runs the scheduler's calls for a chunk, and returns the blocks that they requested."""
     name = request.request_id
     manager.remove_skipped_blocks(name, computed, request.num_prompt_tokens)
     asked = manager.get_num_blocks_to_allocate(name, end, [], computed, computed, end)

@@ -9,7 +9,7 @@ LENGTH = 6 * BLOCK
 
 
 def entries(retrieves, first, sinks, window, near):
-    """Who may meet, before any selection: all that a row that selects could choose."""
+    """Keys that each query may read before any selection, including all that it could select."""
     rows, columns = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None]
     causal = columns <= rows
     local = causal & ((rows - columns < window) | (columns < sinks))

@@ -153,7 +153,7 @@ class Step:
         return decode_step(*self.arguments, self.rule, self.problem.scaling, **options)
 
     def far(self) -> Tensor:
-        """What retrieval heads may select, by slot: bool [batch, heads, 1, k_len]."""
+        """Keys that retrieval heads may select, by slot: bool [batch, heads, 1, k_len]."""
         near = oracles.near_keys(self.problem, self.rule.near_window, self.rule.num_sink_tokens)
         return oracles.visible_keys(self.problem) & ~near
 
@@ -168,7 +168,7 @@ class Step:
         return by_position.gather(2, slots)[:, :, None] & far
 
     def seen(self, selection: Selection | None) -> Tensor:
-        """What each head sees: bool [batch, heads, 1, k_len]."""
+        """Keys that each head reads: bool [batch, heads, 1, k_len]."""
         mask = oracles.near_keys(self.problem, self.rule.sliding_window, self.rule.num_sink_tokens)
         mask = mask.clone()
         if len(self.layout.retrieval):

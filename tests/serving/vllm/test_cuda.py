@@ -344,7 +344,7 @@ def test_the_selection_matters():
     ],
 )
 def test_uniform_steps_distinguish_prompts_from_answers(reading, min_tokens):
-    """The last row of a prompt alone is dense, though kernels are told so by tensors only."""
+    """The last query of a prompt is dense even alone in a step, although only tensors show the kernels that it is."""
     requests = [(60, 1, 30), (60, 1, 60), (40, 1, 39), (40, 1, 80), (5, 1, 5)]
     step = Step(requests, DTYPES[0], rule_of(reading=reading, min_tokens=min_tokens))
     uniform = step.attended(cuda, uniform=True)

@@ -24,7 +24,7 @@ def normal(*shape, dtype):
 
 
 class Entrance:
-    """What a token enters with, and where to."""
+    """Inputs of a fused KV append, and the cache that it writes to."""
 
     def __init__(
         self,

@@ -51,14 +51,14 @@ def mass_in_fp32(scores):
 
 
 def sums_above(thresholds, keys, values):
-    """What the values sum to whose keys are above each threshold."""
+    """Sums of the values whose keys are above each threshold."""
     order = np.argsort(-keys)
     sums = np.concatenate([[0.0], np.cumsum(values[order])])
     return sums[np.searchsorted(-keys[order], -thresholds)]
 
 
 class Estimates:
-    """What entries may be taken for: by their levels, and by the coarse cells far below the best."""
+    """Bounds of the entries' masses: by their levels, and by the coarse cells far below the best."""
 
     def __init__(self, scores):
         self.scores, self.size = scores, np.ones(len(scores))

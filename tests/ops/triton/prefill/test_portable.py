@@ -112,7 +112,7 @@ def test_block_lists_and_block_sparse_attention(
 
 
 def mark(listed, lists):
-    """Sets the listed blocks in bool [batch, heads, tiles, blocks]."""
+    """Sets the blocks of the lists in bool [batch, heads, tiles, blocks]."""
     for place in np.ndindex(*lists.counts.shape[:3]):
         edge, whole = lists.counts[place].tolist()
         entries = lists.blocks[place]
@@ -124,7 +124,7 @@ def mark(listed, lists):
 
 
 def spread(listed, problem, tile_size, block_size):
-    """The keys of listed blocks for every row: bool [batch, heads, q_len, k_len]."""
+    """The keys in the blocks of each query: bool [batch, heads, q_len, k_len]."""
     tiles = torch.arange(problem.queries.shape[2]) // tile_size
     blocks = problem.key_positions.cpu().clamp(min=0) // block_size
     rows = listed[:, :, tiles]

@@ -1,4 +1,4 @@
-"""What the tables of tiles claim, held against every pair of a row and a key."""
+"""Tables of tiles, compared with the visibility of every pair of a query and a key."""
 
 import pytest
 import torch
