@@ -43,6 +43,8 @@ class CalibrationSettings:
             sequence each.
         ratio: share of the query heads, or of the KV heads by whole groups, to choose; used unless
             `threshold` or `count` is set.
+        max_divergence: with `gates`, choose a larger share than `ratio` if with it the answers of calibration diverge
+            more from those of the dense model, in nats per token (`rtpurbo.calibration.budget`); None for `ratio`.
         threshold: choose the heads whose score reaches this value instead.
         count: choose this many heads instead.
         granularity: choose single heads (`query_head`) or whole KV groups (`kv_group`).
@@ -57,6 +59,7 @@ class CalibrationSettings:
     length: int = 4096
     num_documents: int = 4
     ratio: float = 0.15
+    max_divergence: float | None = None
     threshold: float | None = None
     count: int | None = None
     granularity: HeadGranularity = "query_head"
@@ -67,6 +70,11 @@ class CalibrationSettings:
         if not 0 <= self.ratio <= 1:
             raise RTPurboError(
                 f"the ratio of retrieval heads is {self.ratio}, but it must be from 0 to 1."
+            )
+        if self.max_divergence is not None and not self.max_divergence > 0:
+            raise RTPurboError(
+                f"calibration.max_divergence is {self.max_divergence}, but it must be above 0: with windows, answers "
+                "always diverge a little."
             )
         if self.threshold is not None and self.count is not None:
             raise RTPurboError("choose retrieval heads by threshold or by count, not by both.")

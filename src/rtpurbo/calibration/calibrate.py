@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo import strict_json
 from rtpurbo.calibration.answer_sequences import AnswerSequences
+from rtpurbo.calibration.budget import choose_budget
 from rtpurbo.calibration.chains import chain_scores, make_chain_document
 from rtpurbo.calibration.gates import train_gates
 from rtpurbo.calibration.scores import retrieval_scores
@@ -40,11 +42,13 @@ class Calibration:
         head_map: retrieval heads and scores.
         stability: agreement of the documents; None if it was not measured.
         settings: settings of the calibration; None if they are not known.
+        divergences: by share of heads tried, if the number of heads was found by them: see `Budget`.
     """
 
     head_map: HeadMap
     stability: Stability | None
     settings: CalibrationSettings | None = None
+    divergences: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types."""
@@ -120,16 +124,24 @@ def _by_gates(
     ratio = settings.ratio
     if settings.count is not None:
         ratio = min(1.0, settings.count / empty_head_map(model).num_heads)
+    rule = rule or AttentionRule(sliding_window=window)
     scores = train_gates(
         model,
         AnswerSequences(tokenizer, corpus, (settings.length,), seed),
-        rule or AttentionRule(sliding_window=window),
+        rule,
         steps=settings.num_documents,
         ratio=ratio,
         per_group=settings.granularity == "kv_group",
         progress=progress,
     )
-    return Calibration(_chosen(model, scores, settings), None, settings)
+    by_number = settings.threshold is None and settings.count is None
+    if settings.max_divergence is None or not by_number:
+        return Calibration(_chosen(model, scores, settings), None, settings)
+    # Other sequences than those of the gates and of top-p.
+    unseen = AnswerSequences(tokenizer, corpus, (settings.length,), seed + 2)
+    budget = choose_budget(model, scores, unseen, rule, settings, progress=progress)
+    tried = {f"{share:g}": divergence for share, divergence in budget.divergences.items()}
+    return Calibration(budget.head_map, None, settings, tried)
 
 
 def _chosen(
@@ -184,6 +196,7 @@ def read_calibration(path: Path) -> Calibration:
             None
             if settings is None
             else CalibrationSettings(**current_settings({"calibration": settings})["calibration"]),
+            data.get("divergences"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(

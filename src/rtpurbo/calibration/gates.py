@@ -75,7 +75,7 @@ def train_gates(
     Returns:
         For each converted layer, fp32 [num_attention_heads] from 0 to 1 on the CPU.
     """
-    with _gated(model, rule, per_group) as gates:
+    with gated_model(model, rule, per_group) as gates:
         parameters = list(gates.values())
         count = sum(gate.numel() for gate in parameters)
         optimizer = SharedScaleDescent(parameters)
@@ -183,7 +183,7 @@ def project(gates: Sequence[Tensor], budget: float) -> None:
 
 
 @contextmanager
-def _gated(
+def gated_model(
     model: PreTrainedModel, rule: AttentionRule, per_group: bool
 ) -> Iterator[dict[int, Tensor]]:
     """Attaches trainable gates to the heads of a dense model, inside a `with` block.

@@ -103,7 +103,10 @@ def _figures(work: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     head_map = work / HEAD_MAP_FILE
     if head_map.is_file():
-        figures["stability"] = json.loads(head_map.read_text(encoding="utf-8"))["stability"]
+        found = json.loads(head_map.read_text(encoding="utf-8"))
+        figures["stability"] = found["stability"]
+        if found.get("divergences"):
+            figures["divergences"] = found["divergences"]
     if (work / TOP_P_FILE).is_file():
         figures["top_p"] = json.loads((work / TOP_P_FILE).read_text(encoding="utf-8"))
     for stage in ("stage1", "stage2", "refresh"):

@@ -282,7 +282,8 @@ class Job:
         """Copies calibration, stage 1 and their figures from the artifact in `folder`."""
         stability = before.figures.get("stability")
         agreed = None if stability is None else Stability(**stability)
-        self.store_calibration(Calibration(before.config.head_map, agreed))
+        tried = before.figures.get("divergences")
+        self.store_calibration(Calibration(before.config.head_map, agreed, divergences=tried))
         if self.processes.is_main:
             save_tensors_atomically(indexers_file(self.work, "stage1"), indexers)
             if "stage1" in before.figures:

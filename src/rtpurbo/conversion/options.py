@@ -88,7 +88,10 @@ def choose_settings(
     Raises:
         RTPurboError: there is no such effort or setting, or a value is of the wrong type or out of range.
     """
-    changes = options.get("changes") or {}
+    changes = dict(options.get("changes") or {})
+    if "calibration.ratio" in changes:
+        # A share that the user names is the share, not the smallest one.
+        changes.setdefault("calibration.max_divergence", None)
     settings, max_length = options.get("settings"), options.get("max_length")
     resolved = resolve_effort(options.get("effort", "auto"), device.type)
     if settings is None:

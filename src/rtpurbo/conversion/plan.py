@@ -133,7 +133,10 @@ class Plan:
         if self.num_retrieval_heads is None:
             return f"retrieval heads: a score of {calibration.threshold:g} or more, of {every}"
         unit = ", by KV group" if calibration.granularity == "kv_group" else ""
-        return f"{self.num_retrieval_heads:,} retrieval heads of {every}{unit}"
+        text = f"{self.num_retrieval_heads:,} retrieval heads of {every}{unit}"
+        if calibration.max_divergence is None or calibration.count is not None:
+            return text
+        return f"{text}; more if answers diverge by more than {calibration.max_divergence:g} nats"
 
     def _time(self) -> str:
         stages = {
