@@ -73,7 +73,8 @@ Ratio = Annotated[
     float | None,
     _heads_option(
         help="Share of retrieval heads among the query heads, or among the KV heads with "
-        "calibration.granularity=kv_group (the default on a GPU: 0.3). The paper uses 0.15 of the query heads."
+        "calibration.granularity=kv_group. The paper uses 0.15 of the query heads; the default on a GPU is 0.4 of the "
+        "KV heads, or more if answers need more."
     ),
 ]
 Threshold = Annotated[

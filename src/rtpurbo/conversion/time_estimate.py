@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from statistics import fmean
 
+from rtpurbo.calibration.budget import SEQUENCES
 from rtpurbo.calibration.layer_top_p import TOP_P
 from rtpurbo.conversion.model_shape import ModelShape
 from rtpurbo.settings import ConversionSettings, DistillationSettings, IndexerTrainingSettings
@@ -29,6 +30,15 @@ STEP_SECONDS = 0.0015
 # Steps of generation before training: of one batch of conversations (user turns in about three rounds, answers
 # in two halves) and of one batch of documents.
 _CONVERSATION_STEPS, _DOCUMENT_STEPS = 3 * 192 + 2 * 384, 128
+
+_GATED_LAUNCHES = 2.5
+"""Launches of a pass with gates, in those of a plain pass: each answer is attended to on its own.
+
+Measured: 240 s of gates for Qwen2.5-Coder-0.5B and 312 s for the 1.5B model (H200, docs/experiment-log.md, 2026-11-30).
+"""
+
+_SHARES_TRIED = 3
+"""Passes over each sequence by which the number of heads is found: the dense model and two shares of heads."""
 
 _ANSWER_TOKENS = 16
 """Tokens of an answer at which a top-p is measured."""
@@ -103,8 +113,11 @@ def stage_seconds(
     has_refresh = stage2.steps > 0 and stage2.refresh_steps > 0
     calibration = settings.calibration
     # A step of gates: the dense model, the gated one, and its gradients.
+    by_gates = calibration.ranking == "gates"
     passes = {"interleaved": 2, "gates": 6}.get(calibration.ranking, 1)
     documents = calibration.num_documents * passes
+    if by_gates and calibration.max_divergence is not None:
+        documents += SEQUENCES * _SHARES_TRIED
     # Each value of p in each layer with retrieval heads takes a forward pass of an answer's tokens.
     tried = calibration.top_p_sequences * min(shape.num_layers, retrieval_heads) * (len(TOP_P) + 1)
     by_layer = 0.0
@@ -113,7 +126,10 @@ def stage_seconds(
         by_layer = seconds(prompts + 2 * shape.parameters * _ANSWER_TOKENS * tried, tried)
     return StageSeconds(
         writing=_writing_seconds(shape, stage2, device_name),
-        calibration=seconds(documents * shape.forward_flops(calibration.length), documents),
+        calibration=seconds(
+            documents * shape.forward_flops(calibration.length),
+            documents * (_GATED_LAUNCHES if by_gates else 1),
+        ),
         stage1=indexers(settings.stage1, dense=True),
         stage2=seconds(sequences * (flops + logits), sequences * (1 + student_passes)) + measured,
         refresh=indexers(settings.refresh, dense=False) if has_refresh else 0.0,
