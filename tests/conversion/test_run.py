@@ -358,6 +358,30 @@ def test_calibration_alone_uses_the_attention_rule_of_its_settings(tiny_base, tm
     assert scores[0] != scores[1]
 
 
+def test_the_number_of_heads_by_the_divergence_of_answers(tiny_base, tmp_path):
+    gates = CalibrationSettings(
+        length=384, num_documents=2, ratio=0.25, ranking="gates", max_divergence=1e-9
+    )
+    few = {"settings": replace(SETTINGS, calibration=gates), "device": "cpu"}
+    stage2 = {"stage2.steps": 0}
+    convert(str(tiny_base), tmp_path / "found", changes=stage2, **few)
+    found = ArtifactConfig.read(tmp_path / "found")
+    assert found.config.head_map.num_retrieval_heads == found.config.head_map.num_heads
+    tried = found.figures["divergences"]
+    assert next(iter(tried)) == "0.25"
+    assert abs(list(tried.values())[-1]) < 1e-6 < tried["0.25"]
+    assert "| Answers with these heads | diverge by" in (tmp_path / "found/README.md").read_text()
+    distill(tmp_path / "found", tmp_path / "later", changes=stage2, device="cpu")
+    assert ArtifactConfig.read(tmp_path / "later").figures["divergences"] == tried
+    # A ratio that is asked for is not raised.
+    convert(
+        str(tiny_base), tmp_path / "asked", changes={**stage2, "calibration.ratio": 0.25}, **few
+    )
+    asked = ArtifactConfig.read(tmp_path / "asked")
+    assert asked.config.head_map.num_retrieval_heads == 0.25 * asked.config.head_map.num_heads
+    assert "divergences" not in asked.figures
+
+
 def test_a_single_stage_uses_the_settings_of_the_previous_ones(tiny_base, tmp_path):
     """Settings that are not given again are those of the previous command."""
     head_map, common = tmp_path / "head_map.json", {"device": "cpu"}

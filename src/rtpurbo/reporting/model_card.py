@@ -118,10 +118,8 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
             f"{heads} of {head_map.num_heads} ({percent(heads / max(1, head_map.num_heads))})",
         ),
         ("Full KV heads", f"{head_map.num_full_key_value_heads} of {key_value_heads}"),
-        (
-            "Local heads",
-            local_heads(rule),
-        ),
+        *_divergence_of_heads(artifact),
+        ("Local heads", local_heads(rule)),
         (
             "Retrieval heads select",
             f"top-p {_top_p(rule)} ({rule.reading}), at least {rule.min_tokens} tokens, "
@@ -142,6 +140,15 @@ def artifact_facts(artifact: ArtifactConfig) -> list[tuple[str, str]]:
         facts.append(("Seed", str(artifact.settings["seed"])))
     facts.append(("Converted with", f"rtpurbo {artifact.library_version}"))
     return facts
+
+
+def _divergence_of_heads(artifact: ArtifactConfig) -> list[tuple[str, str]]:
+    """Returns the divergence with which the number of heads was found, if it was."""
+    divergences = artifact.figures.get("divergences")
+    if not divergences:
+        return []
+    found = list(divergences.values())[-1]
+    return [("Answers with these heads", f"diverge by {found:.2g} nats per token in calibration")]
 
 
 def local_heads(rule: AttentionRule) -> str:
