@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from rtpurbo.calibration.budget import choose_budget
 from rtpurbo.calibration.calibrate import calibrate, read_calibration
+from rtpurbo.calibration.selection import choose_heads
 from rtpurbo.data.texts import load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
@@ -21,14 +21,16 @@ SETTINGS = CalibrationSettings(
 )
 
 
-def scores_that_rank(model, *best):
-    """Scores by which the KV heads, pairs of layer and head, follow each other before all others."""
+def choice(model, *best):
+    """Function that chooses a share of the heads, first those of the KV heads given by layer and head."""
     config = model.config
     group = config.num_attention_heads // config.num_key_value_heads
-    scores = {n: torch.zeros(config.num_attention_heads) for n in range(config.num_hidden_layers)}
+    scores = [[0.0] * config.num_attention_heads for _ in range(config.num_hidden_layers)]
     for place, (layer, head) in enumerate(best):
-        scores[layer][head * group : (head + 1) * group] = 1 - 0.1 * place
-    return scores
+        scores[layer][head * group : (head + 1) * group] = [1 - 0.1 * place] * group
+    return lambda share: choose_heads(
+        scores, config.num_key_value_heads, replace(SETTINGS, ratio=share)
+    )
 
 
 @pytest.mark.parametrize("dense_prompt_queries", [0, LENGTH])
@@ -36,10 +38,10 @@ def test_heads_are_added_until_answers_agree(dense_prompt_queries):
     model = copying_model()
     rule = replace(RULE, dense_prompt_queries=dense_prompt_queries)
     # The KV head that answers need comes third.
-    scores = scores_that_rank(model, (0, 0), (0, 1), (1, 1))
+    choose = choice(model, (0, 0), (0, 1), (1, 1))
     reports = []
     found = choose_budget(
-        model, scores, Copies(), rule, SETTINGS, progress=lambda *each: reports.append(each)
+        model, choose, Copies(), rule, SETTINGS, progress=lambda *each: reports.append(each)
     )
     assert found.head_map.num_full_key_value_heads == 3
     # 2, 4 and 6 of the 12 query heads; shares that bring no whole KV head are not tried.
@@ -53,9 +55,8 @@ def test_heads_are_added_until_answers_agree(dense_prompt_queries):
 
 def test_all_heads_where_windows_always_change_answers():
     model = tiny_model(vocab_size=512)
-    scores = scores_that_rank(model)
     settings = replace(SETTINGS, max_divergence=1e-9)
-    found = choose_budget(model, scores, Copies(), RULE, settings)
+    found = choose_budget(model, choice(model), Copies(), RULE, settings)
     assert found.head_map.num_retrieval_heads == found.head_map.num_heads
     assert abs(list(found.divergences.values())[-1]) < 1e-6
 

@@ -7,7 +7,7 @@ Gemma 3 270M, whose full layers have three, misses half of its needles at 8K (do
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtpurbo.calibration.answer_sequences import Sequences
-from rtpurbo.calibration.gates import TARGETS, gated_model
-from rtpurbo.calibration.selection import choose_heads
+from rtpurbo.calibration.gates import TARGETS, gated_answers, gated_model
 from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.data.prompts import Conversation
-from rtpurbo.models.sparsify import empty_head_map, runtime
+from rtpurbo.models.sparsify import runtime
 from rtpurbo.settings import CalibrationSettings, Progress, no_progress
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, loss_on
@@ -47,7 +46,7 @@ class Budget:
 
 def choose_budget(
     model: PreTrainedModel,
-    scores: Mapping[int, Tensor],
+    choose: Callable[[float], HeadMap],
     sequences: Sequences,
     rule: AttentionRule,
     settings: CalibrationSettings,
@@ -60,23 +59,18 @@ def choose_budget(
 
     Args:
         model: dense.
-        scores: by converted layer, fp32 [num_attention_heads].
+        choose: returns the head map with a share of the heads.
         sequences: longer than sinks and window; those without answers are skipped.
         rule: windows, heavy hitters and dense prompt queries of a windowed head.
         settings: `ratio` is the smallest share tried; `max_divergence` is not None.
         progress: called after each share.
     """
     assert settings.max_divergence is not None
-    rows = [
-        scores[layer].tolist() if layer in scores else None
-        for layer in range(model.config.num_hidden_layers)
-    ]
-    kv_heads = empty_head_map(model).num_key_value_heads
     # By number of heads: a share may bring no whole KV head more than the one before.
     maps: dict[int, tuple[float, HeadMap]] = {}
     for number in range(math.ceil((1 - settings.ratio) / STEP - 1e-6) + 1):
         share = min(1.0, round(settings.ratio + number * STEP, 6))
-        head_map = choose_heads(rows, kv_heads, replace(settings, ratio=share))
+        head_map = choose(share)
         maps.setdefault(head_map.num_retrieval_heads, (share, head_map))
     divergences: dict[float, float] = {}
     with torch.no_grad(), gated_model(model, rule, per_group=False) as gates:
@@ -118,10 +112,9 @@ class _Answered:
         self, model: PreTrainedModel, rule: AttentionRule, gates: Mapping[int, Tensor]
     ) -> float:
         """Mean divergence over the tokens of the answers, in nats."""
-        ids, spans = self.conversation.input_ids, self.conversation.answer_spans
-        is_dense = rule.num_dense_queries(len(ids)) == len(ids)
-        with runtime(model).gated(gates, spans if is_dense else None):
-            return loss_on(model, TrainingSequence(ids), self.targets, _MEAN).item()
+        with gated_answers(model, rule, gates, self.conversation):
+            sequence = TrainingSequence(self.conversation.input_ids)
+            return loss_on(model, sequence, self.targets, _MEAN).item()
 
 
 _MEAN = replace(TARGETS, answer_weight=0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,14 @@ def _by_gates(
         return Calibration(_chosen(model, scores, settings), None, settings)
     # Other sequences than those of the gates and of top-p.
     unseen = AnswerSequences(tokenizer, corpus, (settings.length,), seed + 2)
-    budget = choose_budget(model, scores, unseen, rule, settings, progress=progress)
+    budget = choose_budget(
+        model,
+        lambda share: _chosen(model, scores, replace(settings, ratio=share)),
+        unseen,
+        rule,
+        settings,
+        progress=progress,
+    )
     tried = {f"{share:g}": divergence for share, divergence in budget.divergences.items()}
     return Calibration(budget.head_map, None, settings, tried)
 

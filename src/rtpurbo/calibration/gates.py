@@ -13,8 +13,8 @@ and heavy hitters as decode steps will.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from rtpurbo.calibration.answer_sequences import Sequences, target_positions
 from rtpurbo.config import AttentionRule, RTPurboConfig
+from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
@@ -87,10 +88,8 @@ def train_gates(
             ids = upcoming.input_ids
             with runtime(model).dense(), autocast(model):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
-            spans = upcoming.answer_spans or [(len(ids) // 2, len(ids))]  # prose: its second half
-            is_dense = rule.num_dense_queries(len(ids)) == len(ids)
             # Around the backward pass too, which recomputes layers.
-            with runtime(model).gated(gates, spans if is_dense else None):
+            with gated_answers(model, rule, gates, upcoming):
                 loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)
                 if not loss.isfinite():
                     raise RTPurboError(
@@ -115,6 +114,22 @@ def train_gates(
             ).cpu()
             for module, gate in zip(headwise_modules(model), total.values(), strict=True)
         }
+
+
+def gated_answers(
+    model: PreTrainedModel,
+    rule: AttentionRule,
+    gates: Mapping[int, Tensor],
+    conversation: Conversation,
+) -> AbstractContextManager[None]:
+    """Context in which gates act on the answers alone, or on all queries where the prompt is not dense.
+
+    The answer of prose is its second half.
+    """
+    length = len(conversation.input_ids)
+    spans = conversation.answer_spans or [(length // 2, length)]
+    is_dense = rule.num_dense_queries(length) == length
+    return runtime(model).gated(gates, spans if is_dense else None)
 
 
 class SharedScaleDescent:
