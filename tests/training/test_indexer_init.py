@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtpurbo.models.sparse_layers import indexer_weights
-from rtpurbo.training.indexer_init import init_indexers, low_rank_projections, shared_projections
+from rtpurbo.training.indexer_init import init_indexers, low_rank_projections
 from tests.tiny_models import make_sparse, sparse_config, tiny_model
 
 FEATURES, RANK, SCALING = 12, 3, 0.3
@@ -62,7 +62,7 @@ def test_one_head_alone_gets_the_truncated_svd_of_its_own_logits(states):
     left, singular, right = torch.linalg.svd(SCALING * roots[0].T @ roots[1])
     whitened = left[:, :RANK] * singular[:RANK] @ right[:RANK]
     expected = torch.linalg.solve(roots[0].T, whitened) @ torch.linalg.inv(roots[1])
-    query, key = shared_projections(query_moment[None], key_moment, SCALING, RANK)
+    query, key = low_rank_projections(query_moment, key_moment, SCALING, RANK)
     torch.testing.assert_close(query.T @ key, expected)
 
 
@@ -94,7 +94,7 @@ def best_query_weight(query_moment, key_moment, key_weight):
 @pytest.mark.parametrize("heads", [2, 3, 6])
 def test_a_shared_key_is_at_least_as_good_as_the_key_of_any_of_its_heads(heads):
     query_moments, key_moment = grouped_moments(heads)
-    query_weight, key_weight = shared_projections(query_moments, key_moment, SCALING, RANK)
+    query_weight, key_weight = low_rank_projections(query_moments.sum(0), key_moment, SCALING, RANK)
     shared = group_error(query_moments, key_moment, query_weight.expand(heads, -1, -1), key_weight)
     single = []
     for moment in query_moments:
@@ -107,7 +107,7 @@ def test_a_shared_key_is_at_least_as_good_as_the_key_of_any_of_its_heads(heads):
 @pytest.mark.parametrize("heads", [1, 3])
 def test_no_small_change_of_any_head_improves_shared_projections(heads):
     query_moments, key_moment = grouped_moments(heads)
-    query_weight, key_weight = shared_projections(query_moments, key_moment, SCALING, RANK)
+    query_weight, key_weight = low_rank_projections(query_moments.sum(0), key_moment, SCALING, RANK)
     query_weights = query_weight.expand(heads, -1, -1)
     best = group_error(query_moments, key_moment, query_weights, key_weight)
     generator = torch.Generator().manual_seed(1)

@@ -13,12 +13,11 @@ from rtpurbo.settings import IndexerTrainingSettings
 from rtpurbo.training import layerwise
 from rtpurbo.training.capture import capture_heads, run_backbone
 from rtpurbo.training.layerwise import train_layer_by_layer
-from rtpurbo.training.probe import FIGURES, Probe
-from rtpurbo.training.selection_quality import queries_with_far_keys
+from rtpurbo.training.probe import FIGURES, Probe, queries_with_far_keys
 from rtpurbo.training.sequences import TrainingSequence
 from tests.ops.triton.support import DEVICE
 from tests.tiny_models import make_sparse, sparse_config, tiny_model, with_own_keys
-from tests.training.test_selection_quality import indexer_loss
+from tests.training.test_probe import indexer_loss
 
 pytestmark = pytest.mark.kernels
 

@@ -119,26 +119,23 @@ def capture_heads(
     Args:
         model: sparse.
         input_ids: tokens of the sequence.
-        dense: use the teacher's dense attention; False uses the sparse student's.
+        dense: as in `run_backbone`.
         query_positions: int64, ascending positions of the queries to keep; None keeps all.
     """
     captured: list[CapturedHeads] = []
 
     def keep(seen: CapturedHeads) -> None:
-        captured.append(seen if query_positions is None else _with_queries(seen, query_positions))
+        if query_positions is not None:
+            seen = replace(
+                seen,
+                queries=seen.queries[:, :, query_positions],
+                query_features=seen.query_features[:, :, query_positions],
+                query_positions=query_positions,
+            )
+        captured.append(seen)
 
     run_backbone(model, [input_ids], keep, dense=dense)
     return captured
-
-
-def _with_queries(seen: CapturedHeads, query_positions: Tensor) -> CapturedHeads:
-    """Returns the same heads with some of their queries."""
-    return replace(
-        seen,
-        queries=seen.queries[:, :, query_positions],
-        query_features=seen.query_features[:, :, query_positions],
-        query_positions=query_positions,
-    )
 
 
 def run_backbone(
@@ -193,7 +190,7 @@ def _heads_of(
     heads = layout.retrieval.heads
     kv_heads = layout.full_key_value_heads
     queries, keys = seen.queries[:, heads], seen.keys[:, kv_heads]
-    indexer = module.indexer
+    indexer, group = module.indexer, module.num_attention_heads // module.num_key_value_heads
     return CapturedHeads(
         names=[(seen.layer, head) for head in module.retrieval_heads],
         query_weight=indexer.query_weight,
@@ -206,16 +203,10 @@ def _heads_of(
         query_features=indexer.features(queries, seen.undo_rotation),
         key_features=indexer.features(keys, seen.undo_rotation),
         key_value_heads=layout.retrieval.key_value_heads,
-        group_sizes=_group_sizes(module),
+        group_sizes=list(Counter(head // group for head in module.retrieval_heads).values()),
         positions=positions,
         starts=starts,
         num_documents=num_documents,
         scaling=seen.scaling,
         sinks=None if seen.sinks is None else seen.sinks.detach()[heads],
     )
-
-
-def _group_sizes(module: SparseAttention) -> list[int]:
-    """Returns the number of retrieval heads of each KV head that has some."""
-    group = module.num_attention_heads // module.num_key_value_heads
-    return list(Counter(head // group for head in module.retrieval_heads).values())

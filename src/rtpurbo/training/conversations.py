@@ -93,20 +93,10 @@ def write_answers(
     stage: str,
     progress: Progress,
 ) -> list[TrainingSequence]:
-    """Generates the model's answers to prompts, half of them greedily.
+    """Generates the dense model's answers to prompts, half of them greedily, the others with `sampling`.
 
-    Prompts are batched by length, so that little or no padding is needed.
-
-    Args:
-        model: dense.
-        tokenizer: the model's.
-        prompts: tokens up to the beginning of the answer.
-        max_answer_tokens: maximum number of tokens of an answer.
-        sampling: sampling of the batches that are not greedy.
-        rng: source of each batch's seed.
-        batch_size: prompts of a batch.
-        stage: name for `progress`.
-        progress: called as (stage, answered, prompts, {}) after each batch.
+    Prompts are batched by length, so that little or no padding is needed; `rng` draws each batch's seed, and `progress`
+    is called as (stage, answered, prompts, {}) after it.
 
     Returns:
         Prompts with their answers, in the order of the prompts.
@@ -144,11 +134,7 @@ def _user_turns(
     batch_size: int,
     progress: Progress,
 ) -> list[str]:
-    """Returns distinct user turns that are neither empty nor repetitive.
-
-    Raises:
-        RTPurboError: no sampled turn is usable.
-    """
+    """Returns distinct user turns that are neither empty nor repetitive."""
     stops, header = turn.stop_tokens(tokenizer), encode(tokenizer, turn.before)
     kinds = templates("train")["user_turns"]
     kept: dict[str, str] = {}

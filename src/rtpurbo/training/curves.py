@@ -15,12 +15,7 @@ _FIGURES = ("loss", "answer_loss", "recall", "answer_recall", "tokens_read")
 
 
 def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table:
-    """Returns a line for each stage and figure of a log: its curve, first and last value.
-
-    Args:
-        entries: of `rtpurbo.training.log.TrainingLog`.
-        width: length of a curve in characters.
-    """
+    """Returns a line for each stage and figure of a log: its curve of `width` characters, first and last value."""
     curves: dict[tuple[str, str], list[float]] = {}
     for entry in entries:
         for figure in _FIGURES:

@@ -100,11 +100,7 @@ def _answer_tokens(length: int, most: int) -> int:
 def document_prompt(
     tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
 ) -> list[int]:
-    """Returns a document and an instruction as exactly `length` tokens, up to the beginning of the answer.
-
-    Raises:
-        RTPurboError: `length` leaves no room for prose, or `corpus` is too short.
-    """
+    """Returns a document and an instruction as exactly `length` tokens, up to the beginning of the answer."""
     worded = templates("train")["documents"]
     introduction, instruction = (
         rng.choice(worded[part]) for part in ("introductions", "instructions")

@@ -18,14 +18,7 @@ from rtpurbo.processes import Processes
 
 @dataclass(frozen=True)
 class SequenceResult:
-    """Loss and figures of one sequence in one step.
-
-    Attributes:
-        number: number of the sequence.
-        input_ids: tokens of the sequence.
-        loss: scalar without gradient.
-        figures: further scalars by name; those that do not apply are left out.
-    """
+    """Loss, without gradient, and further figures of one sequence in one step, without those that do not apply."""
 
     number: int
     input_ids: Sequence[int]
@@ -44,18 +37,9 @@ def not_finite(
 ) -> RTPurboError:
     """Saves the sequences whose loss is not finite, or all of the step if only the gradient is not finite.
 
-    All processes call this together. The main one writes `STAGE-step-N-not-finite.safetensors`, with
-    an int64 tensor of tokens for each sequence, and a JSON file of the same name: losses, the
-    gradient's norm, and the weights whose gradient is not finite.
-
-    Args:
-        stage: name of the stage.
-        step: failed step, counted from 1.
-        results: results of this process.
-        parameters: trained parameters by name, with the gradients of the step.
-        norm: norm of the gradient.
-        processes: processes that train.
-        folder: folder to write into; None writes nothing.
+    All processes call this together. The main one writes `STAGE-step-N-not-finite.safetensors` into the
+    folder, if there is one, with an int64 tensor of tokens for each sequence; and a JSON file of the same
+    name: losses, the gradient's norm, and the weights whose gradient is not finite. Steps are counted from 1.
 
     Returns:
         Error to be raised on every process.

@@ -16,12 +16,7 @@ from rtpurbo.models.text import left_padded, stop_tokens
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters.
-
-    Attributes:
-        temperature: sampling temperature; 0 is greedy decoding.
-        top_p: probability mass of nucleus sampling.
-    """
+    """Parameters of nucleus sampling; a temperature of 0 is greedy decoding."""
 
     temperature: float
     top_p: float = 1.0
@@ -40,7 +35,7 @@ def generate_tokens(
     seed: int,
     stops: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Generates continuations of a batch of prompts.
+    """Generates continuations of a batch of prompts of at least one token each.
 
     A batch that does not fit into the memory is halved. Processes that hold parts of the model call this
     together, divide the prompts among them, and all return the tokens of all prompts.
@@ -48,7 +43,7 @@ def generate_tokens(
     Args:
         model: dense; a sparse model inside `Runtime.dense` has no cache to generate with.
         tokenizer: the model's.
-        prompts: prompts of at least one token each.
+        prompts: tokens of each prompt.
         max_new_tokens: maximum number of tokens of a continuation.
         sampling: temperature and top-p.
         seed: seed of the sampling; the global random state is unchanged.

@@ -3,8 +3,12 @@
 With features f of queries and keys, a head's logit is approximated by `s * f(q) . f(k)`. The rank-r bilinear form
 with the least mean squared error is the truncated SVD of `C_q^1/2 (s I) C_k^1/2`, where C are second moments of
 the features, estimated from data: this saves about a hundred steps of training against the projections of the
-model's weights, and more against random ones (docs/experiment-log.md). Heads that share an index key are
-estimated together (`shared_projections`).
+model's weights, and more against random ones (docs/experiment-log.md).
+
+Heads h that share an index key are estimated together. With `D = W_K C_k^1/2` and `A_h = s C_h^1/2 C_k^1/2`, the
+summed error is `sum_h |A_h - C_h^1/2 W_h^T D|^2`, which is least where the rows of D span the leading right-singular
+vectors of the stacked A. As `A^T A = s^2 C_k^1/2 (sum_h C_h) C_k^1/2`, D is that of a single head with the summed
+query moment; the best `W_h^T = s C_k^1/2 D^+` does not depend on C_h, so all heads start with the same query weight.
 """
 
 from __future__ import annotations
@@ -19,12 +23,7 @@ from rtpurbo.training.capture import CapturedHeads, run_backbone
 
 
 def init_indexers(model: PreTrainedModel, sequences: list[list[int]]) -> None:
-    """Initialises the weights of every indexer.
-
-    Args:
-        model: sparse.
-        sequences: token sequences, from whose states the second moments are estimated.
-    """
+    """Initialises the weights of every indexer of a sparse model from its states in some token sequences."""
     moments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def add_up(seen: CapturedHeads) -> None:
@@ -56,11 +55,7 @@ def low_rank_projections(
 ) -> tuple[Tensor, Tensor]:
     """Returns the rank-`rank` projections whose dot product is closest to `scaling * f(q) . f(k)`.
 
-    Args:
-        query_moment: second moment of the query features, [features, features].
-        key_moment: second moment of the key features, [features, features].
-        scaling: factor on the dot products.
-        rank: index_dim.
+    Moments of query and key features are [features, features].
 
     Returns:
         W_Q and W_K, [rank, features]; rows beyond the number of features are zero.
@@ -85,44 +80,8 @@ def _root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
 
 
-def shared_projections(
-    query_moments: Tensor, key_moment: Tensor, scaling: float, rank: int
-) -> tuple[Tensor, Tensor]:
-    """Returns the projections that best estimate the logits of heads that share an index key.
-
-    With `D = W_K C_k^1/2` and `B_h = C_h^1/2 W_h^T`, the mean squared error of the logits, summed over
-    the heads h, is
-
-        sum_h |C_h^1/2 (s I - W_h^T W_K) C_k^1/2|^2 = sum_h |A_h - B_h D|^2,  A_h = s C_h^1/2 C_k^1/2,
-
-    which stacked over the heads is `|A - B D|^2`. Its minimum is the truncated SVD of the stacked A:
-    the rows of D span the leading right-singular vectors, and B_h is the least-squares solution
-    given D. Two facts make this the problem of a single head:
-
-    - `A^T A = s^2 C_k^1/2 (sum_h C_h) C_k^1/2`, so D is that of a head whose query moment is the sum;
-    - the least-squares solution is `W_h^T = s C_k^1/2 D^+`, whatever C_h is. All heads get the same
-      query weight, which training then fits to each.
-
-    Args:
-        query_moments: second moments C_h of the heads' query features, [heads, features, features].
-        key_moment: second moment C_k of the key features, [features, features].
-        scaling: factor s on the dot products.
-        rank: index_dim.
-
-    Returns:
-        W_h, the same for every head, and W_K, [rank, features].
-    """
-    return low_rank_projections(query_moments.sum(0), key_moment, scaling, rank)
-
-
 def _set_weights(module: SparseAttention, query_moments: Tensor, key_moments: Tensor) -> None:
-    """Sets the indexer of a layer from second moments.
-
-    Args:
-        module: layer.
-        query_moments: second moments of its retrieval heads' queries, [heads, features, features].
-        key_moments: second moments of the keys of each of these heads.
-    """
+    """Sets the indexer of a layer from second moments for each retrieval head, [heads, features, features]."""
     indexer, device = module.indexer, query_moments.device
     entries = torch.arange(len(module.retrieval_heads), device=device)
     if indexer.settings.shared_keys:
@@ -130,8 +89,8 @@ def _set_weights(module: SparseAttention, query_moments: Tensor, key_moments: Te
     for entry in range(indexer.key_weight.shape[0]):
         heads = entries == entry
         # Heads that share an index key have the same KV head.
-        query, key = shared_projections(
-            query_moments[heads],
+        query, key = low_rank_projections(
+            query_moments[heads].sum(0),
             key_moments[heads][0],
             module.scaling,
             indexer.settings.index_dim,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,8 +41,7 @@ def train_layer_by_layer(
         settings: choice of queries and their weights.
         seeds: seed of the choice of queries in each sequence.
         on_student: attention of the sparse model itself as target, one sequence at a time.
-        packed: pack sequences; False runs one forward for each sequence, which processes that run every
-            layer together need.
+        packed: False runs one forward for each sequence, which processes that run every layer together need.
         backend: backend of the loss.
         around_loss: context manager around each loss, to measure it.
 
@@ -55,41 +53,27 @@ def train_layer_by_layer(
     packed = packed and not on_student and takes_packed_documents(model.config)
     longest = max(settings.lengths) if packed else 0
     losses: list[Tensor] = []
+    by_layer: list[tuple[Tensor, int]] = []
+
+    def train(seen: CapturedHeads) -> None:
+        with around_loss():
+            total = backpropagate(seen, choice, rule, backend=backend)
+        by_layer.append((total, len(seen.names)))
+
     for group in pack(sequences, longest):
         documents = [sequence.input_ids for sequence in sequences[group]]
         choice = choose_queries(sequences[group], rule, settings, seeds[group], model.device)
-        by_layer: list[tuple[Tensor, int]] = []
-        train = partial(_train_layer, by_layer, choice, rule, backend, around_loss)
+        by_layer.clear()
         run_backbone(model, documents, train, dense=not on_student)
         num_heads = sum(count for _, count in by_layer)
         losses += (torch.stack([total for total, _ in by_layer]).sum(0) / num_heads).unbind()
     return losses
 
 
-def _train_layer(
-    by_layer: list[tuple[Tensor, int]],
-    choice: QueryChoice,
-    rule: AttentionRule,
-    backend: str,
-    around_loss: Callable[[], AbstractContextManager[None]],
-    seen: CapturedHeads,
-) -> None:
-    """Trains on one layer and records the losses of its documents and its number of heads."""
-    with around_loss():
-        total = backpropagate(seen, choice, rule, backend=backend)
-    by_layer.append((total, len(seen.names)))
-
-
 def backpropagate(
     seen: CapturedHeads, choice: QueryChoice, rule: AttentionRule, *, backend: str = "auto"
 ) -> Tensor:
     """Computes the loss of stage 1 and adds its gradients to those of the indexers' weights.
-
-    Args:
-        seen: states of some heads over a packed sequence.
-        choice: queries and the weights of their losses.
-        rule: distribution that the selection applies to, sinks and window.
-        backend: backend of `indexer_divergence`.
 
     Returns:
         fp32 [documents], loss of each document: mean over its queries, sum over the heads.

@@ -15,9 +15,7 @@ from rtpurbo.training.trackers import Trackers
 class TrainingLog:
     """Training log with `stage`, `step` and figures of each step, which also passes them on to trackers.
 
-    Args:
-        path: file; None writes none.
-        trackers: experiment trackers.
+    Without a path, only trackers receive them.
     """
 
     def __init__(self, path: Path | None, trackers: Trackers | None = None) -> None:
@@ -25,14 +23,9 @@ class TrainingLog:
         self.trackers = trackers or Trackers()
 
     def write(self, entry: dict[str, Any], **unlogged: float) -> None:
-        """Appends a line.
+        """Appends a line of `stage`, `step` and figures.
 
-        Args:
-            entry: `stage`, `step` and figures.
-            unlogged: figures for trackers only, such as speed, which differ from run to run.
-
-        Raises:
-            RTPurboError: the disk is full; `entries` skips the incomplete line.
+        Unlogged figures, such as speed, differ from run to run and go to trackers only.
         """
         figures = {name: entry[name] for name in entry if name not in ("stage", "step")}
         self.trackers.log(entry["stage"], entry["step"], {**figures, **unlogged})

@@ -41,7 +41,7 @@ class StageLoop:
         figures: names of figures that sequences may report besides the loss.
         max_norm: maximum gradient norm; None does not clip.
         log: receives figures.
-        checkpoint: restored at the start and saved regularly.
+        checkpoint: restored by `restore` and saved regularly.
         progress: called after each step.
         processes: processes that train.
     """
@@ -96,11 +96,7 @@ class StageLoop:
             yield range(first, self.num_steps)
 
     def update(self, step: int, results: Sequence[SequenceResult]) -> dict[str, float]:
-        """Updates the weights with the gradients that this process summed over its sequences.
-
-        Args:
-            step: step number, from 0.
-            results: results of this process's sequences, the same number on every process.
+        """Updates the weights with the gradients that this process summed over its sequences, as many on every process.
 
         Returns:
             Loss and figures, each a mean over the sequences of all processes that report it.
@@ -148,16 +144,11 @@ class StageLoop:
         shown: Mapping[str, float] | None = None,
         position: Callable[[], Any] | None = None,
     ) -> None:
-        """Logs a step, saves a checkpoint when due, and stops if a signal was received.
+        """Logs a step (from 0), saves a checkpoint when due, and stops if a signal was received.
 
-        Args:
-            step: step number, from 0.
-            figures: figures for the log.
-            shown: figures for the progress bar; those of the log if None.
-            position: returns the position in the data when a checkpoint is saved.
+        The progress bar shows other figures than the log if there are any; `position` returns the position in the data.
 
         Raises:
-            RTPurboError: the disk is full.
             StoppedBySignalError: the process received a signal during the step.
         """
         done = step + 1

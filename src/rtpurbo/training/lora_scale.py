@@ -38,13 +38,7 @@ Losses = dict[float, dict[str, float]]
 def draw_held_out(
     teacher: PreTrainedModel, mix: TrainingMix, settings: DistillationSettings
 ) -> HeldOut:
-    """Draws the same number of sequences of each kind and runs the dense model over them.
-
-    Args:
-        teacher: dense.
-        mix: held-out text with the mixture of the training.
-        settings: choice of target positions.
-    """
+    """Draws as many held-out sequences of each kind, and runs the dense model over them."""
     held_out: HeldOut = {}
     for kind in mix.kinds():
         held_out[kind] = []
@@ -63,14 +57,7 @@ def losses_by_scale(
     loss: Callable[[TrainingSequence, TeacherTargets], Tensor],
     progress: Progress,
 ) -> Losses:
-    """Returns the mean loss of each kind of held-out sequences at each scale of the LoRA.
-
-    Args:
-        student: with the LoRA.
-        held_out: sequences by kind.
-        loss: function that returns the loss of a sequence.
-        progress: called after each scale.
-    """
+    """Returns the mean loss of each kind of held-out sequences at each scale of the LoRA."""
     losses: Losses = {}
     for number, scale in enumerate(SCALES):
         with rescale_adapter_scale(student, scale):
@@ -84,11 +71,7 @@ def losses_by_scale(
 
 
 def choose_scale(losses: Mapping[float, Mapping[str, float]]) -> float:
-    """Returns the scale with the least mean loss over kinds among those that harm no kind.
-
-    Args:
-        losses: by scale and kind, with scale 0 among them.
-    """
+    """Returns the scale with the least mean loss over kinds among those that harm no kind."""
     without = losses[0.0]
     harmless = [
         scale

@@ -19,16 +19,9 @@ def make_optimizer(
     warmup_steps: int,
     steps: int,
 ) -> tuple[AdamW, LambdaLR]:
-    """Returns AdamW and its schedule, to be stepped together.
+    """Returns AdamW and its schedule, to be stepped together; the cosine reaches 0 after the last of all `steps`.
 
     Unlike transformers' `get_cosine_schedule_with_warmup`, the first step does not have a learning rate of 0.
-
-    Args:
-        parameters: parameters to train.
-        learning_rate: peak learning rate.
-        weight_decay: weight decay of AdamW.
-        warmup_steps: steps of linear warm-up.
-        steps: number of all steps; the cosine reaches 0 after the last.
     """
     parameters = list(parameters)
     # None is torch's default.

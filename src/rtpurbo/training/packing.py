@@ -60,13 +60,6 @@ def choose_queries(
 
     Only one query in hundreds predicts an answer, but those need retrieval most, so every step trains on
     them. Each of the two kinds counts by its mean over a document, whatever else is packed with it.
-
-    Args:
-        sequences: packed one after the other.
-        rule: sinks and window, beyond which keys are far.
-        settings: `queries_per_step` and `answer_weight`.
-        seeds: seed of the random choice in each sequence.
-        device: where the queries will be used.
     """
     total = sum(len(sequence.input_ids) for sequence in sequences)
     weights, report_weights = torch.zeros(total), torch.zeros(total)

@@ -42,17 +42,10 @@ def write_pools(
     progress: Progress = no_progress,
     processes: Processes = SINGLE_PROCESS,
 ) -> None:
-    """Writes the pools that some stages train on, unless the folder has them already.
+    """Writes the pools that some stages train on, one file each, unless the folder has them already.
 
-    Args:
-        model: dense, before it is made sparse.
-        tokenizer: the model's.
-        corpus: prose of the documents.
-        stages: stages to be run; documents have the lengths of the last one that trains on them.
-        folder: receives one file for each pool.
-        seed: seed of all randomness.
-        progress: called after each batch.
-        processes: processes that hold parts of the model; all of them call this together.
+    Documents have the lengths of the last stage that trains on them. Processes that hold parts of the model call this
+    together.
 
     Raises:
         RTPurboError: documents do not fit their lengths, the model writes no usable conversation, or
@@ -85,11 +78,7 @@ def write_pools(
 
 
 def read_pools(folder: Path) -> Pools:
-    """Returns the pools that `write_pools` wrote; those that no stage trains on are empty.
-
-    Raises:
-        RTPurboError: a file cannot be read.
-    """
+    """Returns the pools that `write_pools` wrote; those that no stage trains on are empty."""
     paths = (folder / CONVERSATIONS_FILE, folder / DOCUMENTS_FILE)
     return Pools(*(read_sequences(path) if path.is_file() else () for path in paths))
 
@@ -107,16 +96,7 @@ def cached_sequences(
     write: Callable[[], Sequence[TrainingSequence]],
     processes: Processes = SINGLE_PROCESS,
 ) -> tuple[TrainingSequence, ...]:
-    """Returns the sequences in a file, which is written first if it does not exist.
-
-    Args:
-        path: the file, written whole or not at all.
-        write: generates the sequences.
-        processes: processes that call this together; the main one writes the file.
-
-    Raises:
-        RTPurboError: the file cannot be read, or the disk is full.
-    """
+    """Returns the sequences in a file, which the main process writes first if it does not exist."""
     if not processes.from_main(path.is_file):
         sequences = write()
         processes.from_main(lambda: save_sequences(path, sequences))
@@ -137,11 +117,7 @@ def save_sequences(path: Path, sequences: Sequence[TrainingSequence]) -> None:
 
 
 def read_sequences(path: Path) -> tuple[TrainingSequence, ...]:
-    """Returns the sequences that `save_sequences` wrote.
-
-    Raises:
-        RTPurboError: the file is missing or corrupt.
-    """
+    """Returns the sequences that `save_sequences` wrote."""
     try:
         tensors = load_file(path)
         parts = tensors["input_ids"].split(tensors["lengths"].tolist())

@@ -31,12 +31,7 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Pools:
-    """Sequences written before training, by task.
-
-    Attributes:
-        conversations: short conversations (`write_conversations`).
-        documents: long documents with answers (`write_document_answers`).
-    """
+    """Sequences written before training: short conversations, and long documents with answers."""
 
     conversations: tuple[TrainingSequence, ...] = ()
     documents: tuple[TrainingSequence, ...] = ()
@@ -113,11 +108,7 @@ class TrainingMix:
         return kinds if sum(self.mixture.values()) > 1 - 1e-9 else [*kinds, PROSE]
 
     def of_kind(self, kind: str, number: int) -> TrainingSequence:
-        """Sequence `number` of one of `kinds`; prose if the task does not fit the length.
-
-        Raises:
-            RTPurboError: the corpus is too short.
-        """
+        """Sequence `number` of one of `kinds`; prose if the task does not fit the length."""
         draw = None if kind == PROSE else TASKS[kind].draw
         if draw is None and kind != PROSE:
             pool = self._pool(kind)
@@ -142,13 +133,9 @@ class TrainingMix:
 
 
 def kind_at(number: int, shares: Mapping[str, float]) -> str:
-    """Kind of sequence `number`; prose for what is left of the shares.
+    """Kind of sequence `number` by the shares of kinds, in their order; prose for what is left of the shares.
 
     Multiples of the golden ratio spread kinds evenly over a short run and over every length.
-
-    Args:
-        number: number of the sequence.
-        shares: shares by kind, in the order in which they divide the numbers from 0 to 1.
     """
     place, begin = (number + 1) * GOLDEN_RATIO % 1, 0.0
     for kind, share in shares.items():

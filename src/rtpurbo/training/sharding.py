@@ -1,15 +1,15 @@
-"""Gradients and copies of weights that may be sharded over processes."""
+"""Gradients of weights that may be sharded over processes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from rtpurbo.models.sharding import own_part, whole
+from rtpurbo.models.sharding import whole
 from rtpurbo.processes import Processes
 
 
@@ -17,12 +17,9 @@ from rtpurbo.processes import Processes
 def average_gradients(
     parameters: Iterable[Tensor], processes: Processes, num_sequences: int
 ) -> None:
-    """Turns gradients that each process summed over its sequences into means over all sequences.
+    """Turns gradients that each process summed over its sequences, as many on each, into means over all sequences.
 
-    Args:
-        parameters: trained parameters; one without a gradient gets zeros, as other processes may have one.
-        processes: processes that train.
-        num_sequences: sequences of this step on this process, the same on every process.
+    A parameter without a gradient gets zeros, as other processes may have one.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -62,11 +59,3 @@ def _by_sharding(tensors: Iterable[Tensor | None]) -> tuple[list[Tensor], list[T
         [tensor for tensor in present if isinstance(tensor, DTensor)],
         [tensor for tensor in present if not isinstance(tensor, DTensor)],
     )
-
-
-def restore_weights(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Restores weights from each process's copy of its part."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name in before:
-                own_part(weight).copy_(before[name])

@@ -124,6 +124,11 @@ def train_indexers(
         samples = [mix.sequence(number).input_ids for number in range(settings.init_sequences)]
         init_indexers(model, samples)
 
+    def seed_of(step: int, number: int) -> str:
+        """Seed of a choice of queries; the first sequence of a step has no suffix."""
+        place = number % settings.per_step
+        return f"{stage}-{seed}-{step}" + (f"-{place}" if place else "")
+
     figures = probe.measure()
     captured: list[list[CapturedHeads]] | None = None
     for weight in parameters.values():
@@ -132,9 +137,7 @@ def train_indexers(
         for step in steps:
             group, turn = divmod(step, settings.steps_per_sequence)
             numbers, sequences = source.numbers(group), source.take(group)
-            seeds = [
-                _query_seed(stage, seed, step, number % settings.per_step) for number in numbers
-            ]
+            seeds = [seed_of(step, number) for number in numbers]
             if not keeps_states(settings):
                 losses = train_layer_by_layer(
                     model,
@@ -157,10 +160,7 @@ def train_indexers(
                                 sequence,
                                 rule,
                                 settings,
-                                [
-                                    _query_seed(stage, seed, each, number % settings.per_step)
-                                    for each in group_steps
-                                ],
+                                [seed_of(each, number) for each in group_steps],
                             ).to(model.device),
                         )
                         for number, sequence in zip(numbers, sequences, strict=True)
@@ -198,11 +198,6 @@ def train_indexers(
 def keeps_states(settings: IndexerTrainingSettings) -> bool:
     """True if several steps use the states of one sequence."""
     return settings.steps_per_sequence > 1
-
-
-def _query_seed(stage: str, seed: int, step: int, place: int) -> str:
-    """Seed of a choice of queries; place 0 has no suffix, which keeps the seeds of one process unchanged."""
-    return f"{stage}-{seed}-{step}" + (f"-{place}" if place else "")
 
 
 def _query_positions(

@@ -140,14 +140,7 @@ def backpropagate(
     targets: TeacherTargets,
     settings: DistillationSettings,
 ) -> SequenceResult:
-    """Computes the loss of a sequence and adds its gradients to those of the weights.
-
-    Args:
-        model: sparse, inside `trainable`.
-        number: number of the sequence.
-        sequence: input of the student.
-        targets: predictions of the teacher.
-        settings: weights of the losses, and number of selecting queries.
+    """Computes the loss of a sequence inside `trainable` and adds its gradients to those of the weights.
 
     Returns:
         Mean divergence over all targets, and over those in answers if there are any.
@@ -192,15 +185,10 @@ def num_selecting_queries(sequence: TrainingSequence, settings: DistillationSett
 def loss_of(
     divergence: Tensor, answers: Tensor, settings: DistillationSettings
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the mean loss over all targets plus the weighted mean over those in answers.
+    """Returns the mean loss over all targets plus the weighted mean over those in answers, and the latter.
 
-    Args:
-        divergence: [targets].
-        answers: bool [targets], on the CPU to avoid a device synchronisation.
-        settings: `answer_weight`.
-
-    Returns:
-        The loss, and `answer_loss` if there are answers.
+    Answers are bool [targets], on the CPU to avoid a device synchronisation; without any, there is no
+    `answer_loss`.
     """
     loss = divergence.mean()
     if not answers.any():

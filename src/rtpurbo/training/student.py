@@ -23,19 +23,10 @@ from rtpurbo.models.stage2_weights import (
 )
 from rtpurbo.processes import SINGLE_PROCESS, Processes
 from rtpurbo.settings import DistillationSettings
-from rtpurbo.training.sharding import restore_weights
 
 
 def check_trainable(dtype: torch.dtype, settings: DistillationSettings) -> None:
-    """Refuses to train full weights in a dtype in which most updates would be rounded away.
-
-    Args:
-        dtype: dtype of the base model.
-        settings: settings of stage 2.
-
-    Raises:
-        RTPurboError: the full weights are to be trained in fewer than 32 bits.
-    """
+    """Refuses to train full weights in a dtype in which most updates would be rounded away."""
     if settings.steps and not settings.lora_rank and dtype.itemsize < 4:
         raise RTPurboError(
             f"stage 2 trains all weights (lora_rank 0), which needs float32, but the model is "
@@ -58,12 +49,9 @@ def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
 def trainable(
     model: PreTrainedModel, settings: DistillationSettings, seed: int
 ) -> Iterator[PreTrainedModel | PeftModel]:
-    """Context in which the model is ready for training; on exit its base weights and modules are restored.
+    """Context in which a sparse model is ready for training; on exit its base weights and modules are restored.
 
-    Args:
-        model: sparse.
-        settings: LoRA or full weights, and gradient checkpointing.
-        seed: seed of the LoRA, whose weights are float32 for every model dtype.
+    Weights of a LoRA are float32 for every dtype of the model.
     """
     on_gpu = model.device.type == "cuda"
     checkpointing = settings.gradient_checkpointing and on_gpu
@@ -105,7 +93,10 @@ def trainable(
             set_gradient_checkpointing(model, False)
         if isinstance(student, PeftModel):
             student.unload()
-        restore_weights(model, before)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name in before:
+                    own_part(weight).copy_(before[name])
         model.requires_grad_(False)
 
 
@@ -122,14 +113,7 @@ def save_student(
 ) -> None:
     """Writes the weights of stage 2: a LoRA in bf16 (the rounding error is negligible), full weights in their dtype.
 
-    Args:
-        student: inside `trainable`.
-        folder: existing folder.
-        processes: processes that trained; all call this together, and the main one writes.
-        lora_scale: factor at which the LoRA is applied.
-
-    Raises:
-        RTPurboError: the disk is full.
+    All processes call this together inside `trainable`, and the main one writes. The LoRA is applied at `lora_scale`.
     """
     if not isinstance(student, PeftModel):
         # Gathered on all processes, kept on the one that writes.

@@ -50,11 +50,6 @@ def choose_targets(
 ) -> tuple[Tensor, Tensor]:
     """Chooses target positions in the answer, in the text before it, or in both.
 
-    Args:
-        sequence: at least two tokens.
-        settings: `targets` and `targets_per_sequence`.
-        seed: seed of the random choice.
-
     Returns:
         int64 [targets], ascending positions whose logits predict the target tokens, and bool [targets],
         true where the target token belongs to an answer.
@@ -84,14 +79,7 @@ def states_at(model: PreTrainedModel, input_ids: list[int], positions: Tensor) -
 def teacher_targets(
     teacher: PreTrainedModel, sequence: TrainingSequence, settings: DistillationSettings, seed: str
 ) -> TeacherTargets:
-    """Runs the dense teacher over a sequence and returns its predictions at chosen target positions.
-
-    Args:
-        teacher: dense.
-        sequence: input.
-        settings: choice of targets, and number of logits for each.
-        seed: seed of the choice of targets.
-    """
+    """Runs the dense teacher over a sequence and returns its predictions at target positions that a seed chooses."""
     positions, answers = choose_targets(sequence, settings, seed)
     return targets_at(teacher, sequence.input_ids, positions, answers, settings.top_logits)
 
@@ -104,14 +92,9 @@ def targets_at(
     answers: Tensor,
     top_logits: int,
 ) -> TeacherTargets:
-    """Runs the dense teacher over a sequence and returns its predictions at given positions.
+    """Runs the dense teacher over a sequence and returns its predictions at given positions, int64 [targets].
 
-    Args:
-        teacher: dense.
-        input_ids: input tokens.
-        positions: int64 [targets].
-        answers: bool [targets], true where an answer token is predicted.
-        top_logits: number of tokens for each position.
+    Answers are bool [targets], true where an answer token is predicted.
     """
     states = states_at(teacher, input_ids, positions)
     token_ids, values = most_likely(states, teacher.get_output_embeddings(), top_logits)
@@ -123,12 +106,6 @@ class TeacherCache:
 
     Each process writes and reads its own sequences; a resumed run with another number of processes reads
     the same files.
-
-    Args:
-        folder: folder of the files.
-        source: source of the sequences.
-        settings: settings for `teacher_targets`.
-        seed: seed of the choice of targets.
     """
 
     def __init__(
@@ -140,15 +117,7 @@ class TeacherCache:
         self.seed = seed
 
     def fill(self, teacher: PreTrainedModel, step: int) -> None:
-        """Computes the targets of this process's sequences of one step, unless they are cached.
-
-        Args:
-            teacher: dense.
-            step: step number; steps are filled in order.
-
-        Raises:
-            RTPurboError: texts or a file cannot be read, or the disk is full.
-        """
+        """Computes the targets of this process's sequences of a step, unless cached; steps are filled in order."""
         numbers = self.source.numbers(step)
         missing = torch.tensor([not self._path(number).is_file() for number in numbers])
         needed = missing
@@ -182,11 +151,7 @@ class TeacherCache:
             )
 
     def read(self, number: int) -> tuple[TrainingSequence, TeacherTargets]:
-        """Returns one sequence and its targets.
-
-        Raises:
-            RTPurboError: its file cannot be read.
-        """
+        """Returns one sequence and its targets."""
         with self._opened(number) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return (

@@ -8,10 +8,10 @@ import torch
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops.eager.attend import attention_logits
+from rtpurbo.ops.eager.divergence import forward_divergence
 from rtpurbo.ops.packed import indexer_divergence
 from rtpurbo.training.capture import capture_heads
-from rtpurbo.training.selection_quality import (
-    forward_divergence,
+from rtpurbo.training.probe import (
     queries_with_far_keys,
     query_logits,
     selection_quality,
