@@ -48,13 +48,7 @@ def num_steps(session: Session) -> int:
 
 @dataclass
 class HeldOutText:
-    """Token ids of held-out documents, a different passage for each sequence.
-
-    Attributes:
-        corpus: the documents.
-        tokenizer: tokenizer of the model.
-        length: tokens of a passage.
-    """
+    """Passages of `length` tokens from held-out documents, a different one for each sequence."""
 
     corpus: TextCorpus
     tokenizer: PreTrainedTokenizerBase
@@ -63,11 +57,7 @@ class HeldOutText:
     _rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def passages(self, count: int, length: int) -> Tensor:
-        """Returns the first `length` tokens of `count` passages, int64 [count, length].
-
-        Raises:
-            RTPurboError: the corpus is shorter than a passage, or has too few different ones.
-        """
+        """Returns the first `length` tokens of `count` passages, int64 [count, length]."""
         draws = 0
         while len(self._passages) < count:
             passage = bos_and_prose(self.tokenizer, self.corpus, self.length, self._rng)
@@ -84,13 +74,7 @@ class HeldOutText:
 
 @dataclass
 class ArtifactModel(ModelCase):
-    """Converted model that reads held-out text under its own rule.
-
-    Attributes:
-        config: head map, rule and indexer settings.
-        indexers: weights of the indexers.
-        text: prompts, and the tokens of the decode steps after them.
-    """
+    """Converted model that reads held-out text under its own rule."""
 
     config: RTPurboConfig
     indexers: dict[str, Tensor]
@@ -171,18 +155,10 @@ def bench_artifact(
     base_model: str | None = None,
     memory_gb: float | None = None,
 ) -> None:
-    """Measures a converted model in each phase: first dense, then sparse under its own rule.
+    """Measures a converted model in each phase ("decode", "prefill"): first dense, then sparse under its own rule.
 
-    Args:
-        session: measures the entries.
-        artifact: folder of a converted model, or its name on the Hub.
-        phases: what to measure, "decode" or "prefill".
-        lengths: tokens of the context; None for usual ones within the model's context.
-        batches: batch sizes of decode steps; prompts have batch size 1.
-        dtype: dtype of the weights.
-        data: text sources; None for the texts of the library.
-        base_model: replaces the base model that the artifact names.
-        memory_gb: as in `measure_model`.
+    Lengths are usual ones within the model's context if None; other arguments as in `measure_model` and
+    `rtpurbo.models.artifact.load`.
 
     Raises:
         RTPurboError: the artifact or the text cannot be used, or a length exceeds the model's context.

@@ -82,14 +82,7 @@ def build_model(
     device: torch.device,
     context: int = CONTEXT,
 ) -> PreTrainedModel:
-    """Builds a dense model with random weights, in evaluation mode.
-
-    Args:
-        geometry: name in `GEOMETRIES`.
-        layers: number of layers; None for all.
-        dtype: dtype of the weights.
-        device: device of the weights.
-        context: longest sequence, in tokens.
+    """Builds a dense model of a geometry with random weights, in evaluation mode; with all layers if `layers` is None.
 
     Raises:
         RTPurboError: the geometry is unknown.

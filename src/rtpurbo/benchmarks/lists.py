@@ -66,19 +66,10 @@ def synthetic_lists(
     device: torch.device,
     seed: int = 0,
 ) -> dict[int, BlockLists]:
-    """Block lists of a density: evenly spaced far blocks with jitter, different for every head.
+    """Block lists of a density, by their first query: evenly spaced far blocks with jitter, different for every head.
 
-    Args:
-        chunks: first query and number of query blocks of each list, as `block_lists` yields them.
-        length: tokens of the prompt.
-        rule: block and window sizes.
-        heads: number of retrieval heads.
-        density: target; the density of the near blocks alone is the lower limit.
-        device: device of the lists.
-        seed: seed of the jitter.
-
-    Returns:
-        Lists by their first query.
+    The density of the near blocks alone is the lower limit. `chunks` are first query and number of query blocks of each
+    list, as `block_lists` yields them.
     """
     blocks = CausalBlocks.of(length, rule)
     counts, edge = blocks.far_blocks_read(density), edge_slots(rule)
@@ -133,13 +124,9 @@ def density_of(
 def listed_keys(
     chunks: Mapping[int, BlockLists], head: int, queries: Tensor, length: int
 ) -> Tensor:
-    """Keys in the blocks that are listed for some queries: bool [queries, length].
+    """Keys in the blocks that are listed for some queries of a retrieval head: bool [queries, length].
 
-    Args:
-        chunks: lists by their first query.
-        head: index among the retrieval heads.
-        queries: int64, indices in the prompt.
-        length: tokens of the prompt.
+    Lists are given by their first query, queries as indices in the prompt, int64; `head` counts retrieval heads.
     """
     starts = sorted(chunks)
     keys = torch.zeros(len(queries), length, dtype=torch.bool, device=queries.device)

@@ -28,11 +28,7 @@ RATIO = 0.15
 
 @dataclass
 class RandomModel(ModelCase):
-    """Model with random weights, indexers and caches.
-
-    Attributes:
-        densities: forced density of retrieval heads by phase.
-    """
+    """Model with random weights, indexers and caches, and the density of retrieval heads forced in each phase."""
 
     densities: dict[str, float] = field(default_factory=dict)
 
@@ -105,19 +101,10 @@ def bench_model(
     layers: int | None = None,
     memory_gb: float | None = None,
 ) -> None:
-    """Measures a model with random weights in each phase: first dense, then sparse.
+    """Measures a model with random weights in each phase that has a rule: first dense, then sparse.
 
-    Args:
-        session: measures the entries.
-        geometry: name in `GEOMETRIES`.
-        rules: attention rules of the sparse model for each phase to measure, "model-decode" and
-            "model-prefill".
-        lengths: tokens of the context.
-        densities: density of retrieval heads in each phase.
-        batches: batch sizes of decode steps; prompts have batch size 1.
-        dtype: dtype of the weights.
-        layers: number of layers; None for all.
-        memory_gb: as in `measure_model`.
+    Rules and densities are given by phase, "model-decode" and "model-prefill"; other arguments as in `build_model` and
+    `measure_model`.
     """
     session.log(f"{geometry}: initialising random weights")
     model = build_model(geometry, layers, dtype, session.device)

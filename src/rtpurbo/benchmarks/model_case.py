@@ -31,13 +31,9 @@ WARM_UP_TOKENS = 1024
 
 @dataclass
 class ModelCase:
-    """Model to measure; a subclass makes it sparse and measures the sparse model.
+    """Model to measure, dense at first; a subclass makes it sparse and measures the sparse model.
 
-    Attributes:
-        model: the model, dense at first.
-        name: name of the model in records.
-        head_map: retrieval heads of the sparse model.
-        rules: attention rules of the sparse model by phase, "model-decode" and "model-prefill".
+    Rules of the sparse model are given by phase, "model-decode" and "model-prefill".
     """
 
     model: PreTrainedModel
@@ -244,13 +240,7 @@ def sparse_step_entry(case: ModelCase, call: Call, facts: dict[str, Any], note: 
 
 
 def selected_share(rule: AttentionRule, length: int, share_read: float | None) -> float:
-    """Share of all keys that retrieval heads select in a decode step.
-
-    Args:
-        rule: windows.
-        length: keys.
-        share_read: share of the far keys that were selected; None without far keys.
-    """
+    """Share of all keys that retrieval heads select in a step, from that of the far keys (None without any)."""
     far = max(0, length - rule.near_window - rule.num_sink_tokens) / length
     return far * (share_read or 0.0)
 

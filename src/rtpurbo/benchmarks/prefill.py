@@ -37,15 +37,7 @@ EAGER_LIMIT = 4096
 
 @dataclass
 class PrefillCase:
-    """Layer and prompt.
-
-    Attributes:
-        shape: heads of the layer.
-        rule: windows and selection.
-        states: inputs.
-        backend: backend of our operators.
-        note: text for every record.
-    """
+    """Layer and prompt, with the backend of our operators and a note for every record."""
 
     shape: LayerShape
     rule: AttentionRule

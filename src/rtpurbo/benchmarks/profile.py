@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +35,7 @@ def bench_profile(
 ) -> None:
     """Measures the layer with most retrieval heads at every length, at the density that its index selects.
 
-    Args:
-        session: measures the entries.
-        artifact: folder of a converted model, or its name on the Hub.
-        rule: windows and sizes; sinks and `row_share` are those of the artifact.
-        lengths: tokens of the prompts.
-        dtype: dtype of the states.
-        data: text sources; None for the texts of the library.
-        base_model: replaces the base model that the artifact names.
+    Sinks and `row_share` are those of the artifact, all else that of `rule`.
     """
     seen, chosen, note = observe(
         artifact, rule, max(lengths), dtype, session.device, data, base_model
@@ -134,11 +128,7 @@ def repeated(states: LayerStates, length: int) -> LayerStates:
         times = -(-length // part.shape[2])
         return part.repeat(1, 1, times, 1)[:, :, :length].contiguous()
 
-    return LayerStates(
-        filled(states.queries),
-        filled(states.keys),
-        filled(states.values),
-        filled(states.index_queries),
-        filled(states.index_keys),
-        states.scaling,
-    )
+    parts: dict[str, Any] = {
+        name: filled(part) for name, part in vars(states).items() if name != "scaling"
+    }
+    return replace(states, **parts)

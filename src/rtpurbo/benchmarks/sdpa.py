@@ -17,12 +17,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def attention(name: str, *, is_causal: bool, grouped: bool) -> Attention:
-    """Attention with exactly one kernel.
-
-    Args:
-        name: name in `BACKENDS`.
-        is_causal: apply a causal mask.
-        grouped: keys and values have fewer heads than queries.
+    """Attention with exactly one kernel; `grouped` if keys and values have fewer heads than queries.
 
     Returns:
         A function of queries, keys, values [batch, heads, length, head_dim] and a scale.

@@ -62,10 +62,6 @@ class Entry:
         return title + (f", density {facts['density']:.3g}" if facts["density"] < 1 else "")
 
 
-def discard(text: str) -> None:
-    """Discards a log line."""
-
-
 @dataclass
 class Session:
     """Measures entries in turn and collects the results.
@@ -86,7 +82,7 @@ class Session:
     repeats: int = 20
     time_limit: float = 60.0
     wanted: tuple[str, ...] = ()
-    log: Callable[[str], None] = discard
+    log: Callable[[str], None] = lambda text: None
     on_record: Callable[[SpeedResults], None] | None = None
     clock: Clock | None = None
     usual: Mapping[tuple[Any, ...], float] = field(default_factory=dict)

@@ -107,10 +107,10 @@ def read_prompts(model: PreTrainedModel, prompts: Tensor, length: int, batch: in
     """Cache of a sparse model whose sequences have read prompts; sequence b has read prompt b % len(prompts).
 
     Prompts are read one at a time, each whole: a batch of them would take the activations of all, and
-    dense queries (`AttentionRule.num_dense_queries`) need a prompt of one forward.
+    dense queries (`AttentionRule.num_dense_queries`) need a prompt of one forward. All layers have full attention.
 
     Args:
-        model: sparse model whose layers all have full attention.
+        model: sparse.
         prompts: token ids, int64 [number of prompts, prompt length].
         length: tokens that the cache will hold in the end.
         batch: number of sequences, at least that of the prompts.

@@ -22,9 +22,7 @@ from rtpurbo.ops.triton.prefill.scoring import block_lists
 class SparsePrefill:
     """Sparse prefill of one layer, with the block lists of the index until `force` replaces them.
 
-    Args:
-        layout: heads of the layer.
-        rule: windows, block sizes and the stride of scored queries.
+    Arguments of its calls are queries, full, windowed, index queries and scaling, as in `prefill_attention`.
     """
 
     def __init__(self, layout: HeadLayout, rule: AttentionRule) -> None:
@@ -32,11 +30,7 @@ class SparsePrefill:
         self.lists: Mapping[int, BlockLists] | None = None
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Returns the output [batch, num_attention_heads, q_len, head_dim].
-
-        Args:
-            *arguments: queries, full, windowed, index queries and scaling, as in `prefill_attention`.
-        """
+        """Returns the output [batch, num_attention_heads, q_len, head_dim]."""
 
         def choose(*scored: Any) -> Iterator[tuple[int, BlockLists]]:
             for first_query, found in block_lists(*scored):
@@ -45,7 +39,7 @@ class SparsePrefill:
         return self._attend(choose, *arguments)
 
     def found_lists(self, *arguments: Any) -> Iterator[tuple[int, BlockLists]]:
-        """Returns the block lists of the index, each for some thousands of queries; arguments as of a call."""
+        """Returns the block lists of the index, each for some thousands of queries."""
         found: list[tuple[int, BlockLists]] = []
 
         def keep(*scored: Any) -> Iterator[tuple[int, BlockLists]]:
@@ -56,7 +50,7 @@ class SparsePrefill:
         return iter(found)
 
     def force(self, density: float, *arguments: Any) -> float:
-        """Computes lists of about `density` for later calls and returns their density; arguments as of a call."""
+        """Computes lists of about `density` for later calls, and returns their density."""
         queries = arguments[0]
         found = self.found_lists(*arguments)
         chunks = [(first_query, lists.blocks.shape[2]) for first_query, lists in found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,7 @@ from torch import Tensor
 
 from rtpurbo.benchmarks.session import Session
 from rtpurbo.benchmarks.timing import Call, Measurement, PartTimer
-from rtpurbo.benchmarks.training import (
-    TrainingCase,
-    check_is_longer,
-    complaint,
-    figures,
-    random_tokens,
-)
+from rtpurbo.benchmarks.training import TrainingCase, check_is_longer, complaint, random_tokens
 from rtpurbo.config import AttentionRule
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.settings import IndexerTrainingSettings
@@ -32,6 +26,8 @@ class Stage1Case(TrainingCase):
     """Model whose indexers are trained; arguments as of `TrainingCase`."""
 
     phase = "stage1"
+    documents = 1
+    """Documents of equal length that are packed into a step."""
 
     def prepare(self, device: torch.device) -> list[Tensor]:
         """Returns the weights of all indexers."""
@@ -69,6 +65,32 @@ class Stage1Case(TrainingCase):
             self.optimizer.zero_grad(set_to_none=True)
         return losses
 
+    def ready_step(self, length: int, backend: str) -> Call:
+        """Step on the documents, after one on a short sequence."""
+        self.step(self.short_sequence(length), backend)
+        return partial(self.step, self.sequences(length, self.documents), backend)
+
+    def short_sequence(self, longest: int | None = None) -> list[TrainingSequence]:
+        """Sequence that is little longer than a window."""
+        length = self.rule.sliding_window + WARM_UP_TOKENS
+        return self.sequences(length if longest is None else min(length, longest), 1)
+
+    def check(self, backend: str, call: Call) -> str | None:
+        """Compares loss and gradient of a short sequence with plain PyTorch."""
+        short = self.short_sequence()
+        found = self.loss_and_gradient(short, backend, 256)
+        return complaint(found, self.loss_and_gradient(short, "eager", 256))
+
+    def figures(self, session: Session, length: int, found: Measurement) -> dict[str, Any]:
+        """Record fields computed from the measurement, with the time of the loss."""
+        whole, loss = self.timer.milliseconds()
+        session.log(f"  of which the loss: {loss:.4g} ms, {loss / whole:.1%}")
+        return {
+            **super().figures(session, length, found),
+            "loss_milliseconds": round(loss, 3),
+            "loss_share": round(loss / whole, 4),
+        }
+
 
 def bench_stage1(
     session: Session,
@@ -82,55 +104,12 @@ def bench_stage1(
     """Measures steps of stage 1, in which 15 % of the heads learn from all queries.
 
     Both implementations share the frozen model's forward pass; `eager` computes the loss in chunks of queries.
-
-    Args:
-        session: measures the entries.
-        geometry: name in `GEOMETRIES`.
-        rule: windows, and the distribution that top-p applies to.
-        lengths: tokens per step.
-        documents: number of documents packed into a step.
-        dtype: dtype of the model's weights.
-        layers: number of layers; None for all.
-
-    Raises:
-        RTPurboError: documents are not longer than sinks and window.
     """
     shortest = min(lengths) // documents
     check_is_longer("documents", shortest, rule, "there is nothing to learn")
     session.log(f"{geometry}: initialising random weights")
     case = Stage1Case(geometry, rule, dtype, session.device, layers)
     kernels = "triton" if session.device.type == "cuda" else "auto"
-    case.measure(
-        session,
-        lengths,
-        kernels,
-        partial(_prepare, case, documents),
-        partial(_check, case),
-        partial(_figures, session, case),
-        "" if documents == 1 else f"{documents} documents",
-    )
-
-
-def _prepare(case: Stage1Case, documents: int, length: int, backend: str) -> Call:
-    short = case.sequences(min(length, case.rule.sliding_window + WARM_UP_TOKENS), 1)
-    case.step(short, backend)
-    return partial(case.step, case.sequences(length, documents), backend)
-
-
-def _check(case: Stage1Case, call: Callable[[], Any]) -> str | None:
-    """Compares loss and gradient of a short sequence with plain PyTorch."""
-    short = case.sequences(case.rule.sliding_window + WARM_UP_TOKENS, 1)
-    backend = call.args[1] if isinstance(call, partial) else "auto"
-    found = case.loss_and_gradient(short, backend, 256)
-    return complaint(found, case.loss_and_gradient(short, "eager", 256))
-
-
-def _figures(session: Session, case: Stage1Case, length: int, found: Measurement) -> dict[str, Any]:
-    """Record fields computed from the measurement, with the time of the loss."""
-    whole, loss = case.timer.milliseconds()
-    session.log(f"  of which the loss: {loss:.4g} ms, {loss / whole:.1%}")
-    return {
-        **figures(length, found),
-        "loss_milliseconds": round(loss, 3),
-        "loss_share": round(loss / whole, 4),
-    }
+    case.documents = documents
+    note = "" if documents == 1 else f"{documents} documents"
+    case.measure(session, lengths, kernels, note)

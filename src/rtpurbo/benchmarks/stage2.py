@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -13,13 +13,7 @@ from torch import Tensor
 
 from rtpurbo.benchmarks.session import Session
 from rtpurbo.benchmarks.timing import Call
-from rtpurbo.benchmarks.training import (
-    TrainingCase,
-    check_is_longer,
-    complaint,
-    figures,
-    random_tokens,
-)
+from rtpurbo.benchmarks.training import TrainingCase, check_is_longer, complaint, random_tokens
 from rtpurbo.config import AttentionRule
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import runtime
@@ -50,6 +44,7 @@ class Stage2Case(TrainingCase):
 
     def prepare(self, device: torch.device) -> Iterable[Tensor]:
         """Returns the weights of the LoRA."""
+        self.compiled = "flex" if device.type == "cuda" else "auto"
         self.opened = ExitStack()
         self.student = self.opened.enter_context(trainable(self.model, SETTINGS, 0))
         weights = trained_weights(self.student)
@@ -81,6 +76,27 @@ class Stage2Case(TrainingCase):
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
+    def ready_step(self, length: int, backend: str) -> Call:
+        """Step on a sequence of a length, compiled for it."""
+        sequence, targets = self.sequence(length)
+        if backend != "eager":
+            self.step(sequence, targets, backend)
+        return partial(self.step, sequence, targets, backend)
+
+    def check(self, backend: str, call: Call) -> str | None:
+        """Compares with plain PyTorch, once for all lengths."""
+        return self._fault
+
+    @cached_property
+    def _fault(self) -> str | None:
+        """Error of loss and gradient of a few layers on a short sequence against plain PyTorch, or None."""
+        layers, model = min(self.model.config.num_hidden_layers, CHECKED_LAYERS), self.model
+        case = Stage2Case(self.geometry, self.rule, model.dtype, model.device, layers)
+        with case.opened:
+            sequence, targets = case.sequence(self.rule.sliding_window + CHECKED_TOKENS)
+            found = case.loss_and_gradient(sequence, targets, self.compiled)
+            return complaint(found, case.loss_and_gradient(sequence, targets, "eager"))
+
 
 def bench_stage2(
     session: Session,
@@ -94,60 +110,9 @@ def bench_stage2(
 
     The teacher's targets are computed before, as in training. Both implementations recompute layers in the
     backward pass and differ in the attention backend only.
-
-    Args:
-        session: measures the entries.
-        geometry: name in `GEOMETRIES`.
-        rule: windows and selection.
-        lengths: tokens per step.
-        dtype: dtype of the model's weights.
-        layers: number of layers; None for all.
-
-    Raises:
-        RTPurboError: sequences are not longer than sinks and window.
     """
     check_is_longer("sequences", min(lengths), rule, "nothing would be sparse")
     session.log(f"{geometry}: initialising random weights")
     case = Stage2Case(geometry, rule, dtype, session.device, layers)
-    fewer = CHECKED_LAYERS if layers is None else min(layers, CHECKED_LAYERS)
-    compiled = "flex" if session.device.type == "cuda" else "auto"
-
-    @cache
-    def fault() -> str | None:
-        # One check serves all lengths.
-        return _fault(geometry, rule, dtype, session.device, fewer, compiled)
-
     with case.opened:
-        case.measure(
-            session,
-            lengths,
-            compiled,
-            partial(_prepare, case),
-            lambda call: fault(),
-            figures,
-            f"LoRA of rank {SETTINGS.lora_rank}",
-        )
-
-
-def _prepare(case: Stage2Case, length: int, backend: str) -> Call:
-    sequence, targets = case.sequence(length)
-    if backend != "eager":
-        # Compiles for this length, outside of the timing.
-        case.step(sequence, targets, backend)
-    return partial(case.step, sequence, targets, backend)
-
-
-def _fault(
-    geometry: str,
-    rule: AttentionRule,
-    dtype: torch.dtype,
-    device: torch.device,
-    layers: int,
-    backend: str,
-) -> str | None:
-    """Error of loss and gradient of a few layers on a short sequence against plain PyTorch, or None."""
-    case = Stage2Case(geometry, rule, dtype, device, layers)
-    with case.opened:
-        sequence, targets = case.sequence(rule.sliding_window + CHECKED_TOKENS)
-        found = case.loss_and_gradient(sequence, targets, backend)
-        return complaint(found, case.loss_and_gradient(sequence, targets, "eager"))
+        case.measure(session, lengths, case.compiled, f"LoRA of rank {SETTINGS.lora_rank}")

@@ -122,13 +122,9 @@ class Measurement:
 
 
 def measure(call: Call, clock: Clock, repeats: int, result_bytes: int = 0) -> Measurement:
-    """Times a call; the first run is a warm-up, and counts only if it is slow.
+    """Times a call at most `repeats` times; the first run is a warm-up, and counts only if it is slow.
 
-    Args:
-        call: the function to time.
-        clock: clock of the device.
-        repeats: largest number of calls.
-        result_bytes: size of a call's result.
+    The bytes of a call's result do not count as scratch.
     """
     clock.reset_peak()
     before = clock.memory()
@@ -180,11 +176,7 @@ def replayed(calls: Sequence[Call], device: torch.device) -> Call:
 
 
 class PartTimer:
-    """Times the last whole call, and the parts of it that are marked.
-
-    Args:
-        device: device that the call runs on.
-    """
+    """Times the last whole call, and the parts of it that are marked."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"

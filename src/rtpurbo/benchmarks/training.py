@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -33,14 +33,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 class TrainingCase:
     """Sparse model with random weights, of which some are trained.
 
-    A subclass sets `phase`, and the trained weights in `prepare`.
-
-    Args:
-        geometry: name in `GEOMETRIES`.
-        rule: windows and selection.
-        dtype: dtype of the model's weights.
-        device: device to measure on.
-        layers: number of layers; None for all.
+    A subclass sets `phase`, the trained weights in `prepare`, and the step.
     """
 
     phase: ClassVar[str]
@@ -70,39 +63,38 @@ class TrainingCase:
         """Record fields that are known before the measurement."""
         return model_facts(self.phase, self.geometry, self.model, self.head_map, self.rule, length)
 
-    def measure(
-        self,
-        session: Session,
-        lengths: Sequence[int],
-        backend: str,
-        prepare: Callable[[int, str], Call],
-        check: Callable[[Call], str | None],
-        figures: Callable[[int, Measurement], dict[str, Any]],
-        note: str = "",
-    ) -> None:
-        """Measures the step of every length with a backend, checked, and in plain PyTorch.
+    def ready_step(self, length: int, backend: str) -> Call:
+        """Returns the step of a length with a backend, after the work that only a first step does."""
+        raise NotImplementedError
 
-        Args:
-            session: measures the entries.
-            lengths: tokens per step.
-            backend: backend of rtpurbo's entry.
-            prepare: returns the step of a length with a backend.
-            check: as `Entry.check`, of rtpurbo's entry.
-            figures: returns further fields of the record of a length.
-            note: text for the records.
-        """
+    def check(self, backend: str, call: Call) -> str | None:
+        """Compares loss and gradient of a short sequence with plain PyTorch; returns an error or None."""
+        raise NotImplementedError
+
+    def figures(self, session: Session, length: int, found: Measurement) -> dict[str, Any]:
+        """Record fields computed from the measurement."""
+        peak = found.peak_memory_bytes
+        return {
+            "tokens_per_second": round(1000 * length / found.milliseconds, 1),
+            "peak_memory_gib": None if peak is None else round(peak / 2**30, 2),
+        }
+
+    def measure(
+        self, session: Session, lengths: Sequence[int], backend: str, note: str = ""
+    ) -> None:
+        """Measures the step of every length with rtpurbo's backend, checked, and in plain PyTorch."""
         for length in sorted(lengths):
             for name, used in zip(IMPLEMENTATIONS, (backend, "eager"), strict=True):
                 if session.wants(name):
                     is_ours = name == "rtpurbo"
                     entry = Entry(
                         name,
-                        {"": partial(prepare, length, used)},
+                        {"": partial(self.ready_step, length, used)},
                         self.facts(length),
-                        check if is_ours else None,
+                        partial(self.check, used) if is_ours else None,
                         is_ours=is_ours,
                         note=note,
-                        figures=partial(figures, length),
+                        figures=partial(self.figures, session, length),
                     )
                     session.run(entry)
                     release(session.device)
@@ -120,11 +112,7 @@ class TrainingCase:
 
 
 def check_is_longer(what: str, shortest: int, rule: AttentionRule, consequence: str) -> None:
-    """Refuses sequences that are not longer than sinks and window.
-
-    Raises:
-        RTPurboError: they are not.
-    """
+    """Refuses sequences that are not longer than sinks and window."""
     reach = rule.sliding_window + rule.num_sink_tokens
     if shortest <= reach:
         raise RTPurboError(
@@ -151,12 +139,3 @@ def complaint(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> 
     if gradient_error > GRADIENT_TOLERANCE:
         return f"the relative error of the gradient is {gradient_error:.2%}"
     return None
-
-
-def figures(length: int, found: Measurement) -> dict[str, Any]:
-    """Record fields computed from the measurement."""
-    peak = found.peak_memory_bytes
-    return {
-        "tokens_per_second": round(1000 * length / found.milliseconds, 1),
-        "peak_memory_gib": None if peak is None else round(peak / 2**30, 2),
-    }
