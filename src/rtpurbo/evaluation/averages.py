@@ -17,21 +17,12 @@ AVERAGED = ("ruler", *QUESTION_SUITES)
 
 @dataclass(frozen=True)
 class Average:
-    """Mean over the tasks of a suite.
+    """Mean score in percent over the tasks of a suite at a length, all of the same weight.
 
-    Policies answer the same questions, so their difference has a much smaller variance than either
-    mean: the difficulty of a question cancels out.
-
-    Attributes:
-        suite: as in `rtpurbo.evaluation.records.Record`, like the next two.
-        context_length: tokens.
-        policy: name.
-        tasks: number of tasks, which all have the same weight.
-        samples: number of questions of all tasks.
-        score: in percent.
-        ci95: 95 % interval of the score, by bootstrap over the questions of each task.
-        difference: points above the dense model; None for the dense model, or if it has other questions.
-        difference_ci95: the 95 % bootstrap interval of the difference, paired by question.
+    Policies answer the same questions, so their difference has a much smaller variance than either mean: the
+    difficulty of a question cancels out. The difference is in points above the dense model, and None for that
+    or if it has other questions. Intervals of 95 % are by bootstrap over the `samples` questions of all
+    tasks, those of differences paired by question.
     """
 
     suite: str
@@ -52,8 +43,7 @@ _Answers = dict[str, dict[int, Sample]]
 def averages_of(samples: Sequence[SampleRecord]) -> list[Average]:
     """Returns the averages of all policies that have all tasks that any policy has at a length.
 
-    Args:
-        samples: of a run; suites that are not `AVERAGED` are ignored.
+    Suites that are not `AVERAGED` are ignored.
     """
     taken: dict[tuple[str, int], dict[str, _Answers]] = {}
     for item in samples:

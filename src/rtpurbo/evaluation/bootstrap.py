@@ -16,14 +16,9 @@ _NUMBERS_AT_ONCE = 2**24
 def bootstrap_interval(
     values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Returns the interval of the middle 95 % of the means of resampled values.
+    """Returns the interval of the middle 95 % of the means of resampled values, at least one.
 
     If all values are equal, for example if all answers are correct, its width is zero.
-
-    Args:
-        values: at least one value.
-        resamples: number of resampled means.
-        seed: seed of the draws.
     """
     return interval_of_mean([values], resamples, seed)
 
@@ -33,12 +28,8 @@ def interval_of_mean(
 ) -> tuple[float, float]:
     """Returns the interval of the mean over the means of several groups, each resampled separately.
 
-    Tasks of a suite are such groups: their questions are a random sample, the tasks are not.
-
-    Args:
-        groups: at least one group of at least one value.
-        resamples: number of resampled means.
-        seed: seed of the draws.
+    Tasks of a suite are such groups: their questions are a random sample, the tasks are not. There is at
+    least one group of at least one value.
     """
     rng = np.random.default_rng(seed)
     means = np.mean([_resampled_means(values, resamples, rng) for values in groups], axis=0)

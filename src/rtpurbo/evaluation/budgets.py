@@ -16,25 +16,16 @@ def has_budget(policy: str) -> bool:
 
 
 def budget_of(policy: str, case: Case, records: Iterable[Record]) -> int | None:
-    """Returns the far tokens per query that a policy may read in a case; None if it has no budget.
-
-    Args:
-        policy: name.
-        case: to run.
-        records: as `far_token_budget` takes them; not read for policies without a budget.
-    """
+    """Returns the far tokens per query that a policy may read in a case; None if it has no budget."""
     return far_token_budget(case, records) if has_budget(policy) else None
 
 
 def far_token_budget(case: Case, records: Iterable[Record]) -> int:
     """Returns the far tokens that a query may read: the mean over queries of some records, rounded up.
 
-    The records are those of the suite at the length of the case. Tasks of lm-eval have only the model's
-    context in common, so each has its own budget. Without any query that has far tokens, it is 0.
-
-    Args:
-        case: to run.
-        records: of the policy that sets budgets, one per case, in the order of the cases.
+    Records are of the policy that sets budgets, one per case; those of the suite at the length of the case
+    count. Tasks of lm-eval have only the model's context in common, so each has its own budget. Without any
+    query that has far tokens, it is 0.
     """
     far_tokens, queries = 0.0, 0
     for record in records:

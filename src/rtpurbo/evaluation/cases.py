@@ -68,11 +68,7 @@ def choose_cases(
 ) -> list[Case]:
     """Returns the cases that the arguments of `evaluate` select.
 
-    Args:
-        suites: as `evaluate` takes them, like the next two.
-        lengths: tokens.
-        samples: of each case.
-        questions: number of questions by suite and task, for suites that read them from files.
+    Numbers of questions, by suite and task, are those of suites that read them from files.
 
     Raises:
         RTPurboError: a suite or task is unknown, a suite has no length, no tasks or no questions,

@@ -66,13 +66,7 @@ def conditions_of(
 ) -> dict[str, Any]:
     """Returns everything that decides the questions and answers of a run, as plain JSON types.
 
-    Args:
-        source: the artifact, and how its models are loaded.
-        corpus: prose.
-        materials: of RULER.
-        task_data: files for suites and tasks of lm-eval, by their names.
-        max_new_tokens: limit of answers to their questions.
-        cache_length: tokens at which cache sizes are computed; None takes each case's length.
+    Task data are files for suites and tasks of lm-eval; other options are those of `evaluate`.
     """
     return {
         "artifact": _digest_of_artifact(source.folder),
@@ -98,12 +92,7 @@ def conditions_of(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns descriptions of the conditions that differ, such as "--seed 0, not 1".
-
-    Args:
-        before: conditions of the run to resume, read from its file.
-        now: conditions of this run.
-    """
+    """Returns descriptions of the conditions of the run to resume that differ, such as "--seed 0, not 1"."""
     return [
         words.format(before=_said(before.get(name)), now=_said(now[name]))
         for name, words in _DIFFERENCES.items()

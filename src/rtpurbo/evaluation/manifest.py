@@ -28,16 +28,8 @@ from rtpurbo.evaluation.task_suite import TaskSuite
 class RunManifest:
     """Everything that a process needs to run cases; picklable.
 
-    Attributes:
-        source: the artifact, and how its models are loaded; its seed is that of the cases.
-        uses_harness: some case is a task of lm-eval.
-        data: as `rtpurbo.evaluation.run.evaluate` takes it, like the next two.
-        squad: questions of `ruler:qa_1`.
-        hotpotqa: questions of `ruler:qa_2`.
-        task_data: files for tasks of lm-eval, by task.
-        question_data: files for the suites of `rtpurbo.evaluation.questions`, by suite.
-        max_new_tokens: limit of answers to tasks of lm-eval and to questions of these suites.
-        cache_length: tokens at which cache sizes are computed; None takes each case's length.
+    The seed of the source is that of the cases. Task data are files for tasks of lm-eval, question data those
+    for the suites of `rtpurbo.evaluation.questions`; the other fields are arguments of `evaluate`.
     """
 
     source: Source
@@ -51,11 +43,9 @@ class RunManifest:
     cache_length: int | None = None
 
     def runner(self, prompts: Path | None = None, device: torch.device | None = None) -> Runner:
-        """Returns a runner with the prompts and data of all suites.
+        """Returns a runner with the prompts and data of all suites, for models on the source's or another device.
 
-        Args:
-            prompts: a folder where processes share prompts; None shares none.
-            device: where to put models; None takes that of `source`.
+        Processes share prompts in the folder of that name, if it is given.
 
         Raises:
             RTPurboError: a file is missing or of another format, or lm-eval is not installed.
@@ -80,11 +70,7 @@ class RunManifest:
         return Runner(source, suites, self.cache_length)
 
     def conditions(self, runner: Runner) -> dict[str, Any]:
-        """Returns the conditions of the run, which a later run must have to resume it.
-
-        Args:
-            runner: of this run.
-        """
+        """Returns the conditions of the run, which a later run must have to resume it."""
         prose, ruler = runner.suites["perplexity"], runner.suites["ruler"]
         assert isinstance(prose, PerplexitySuite)
         assert isinstance(ruler, RulerSuite)

@@ -23,17 +23,10 @@ def cache_bytes(
     index_keys: bool = True,
     dense: bool = False,
 ) -> int:
-    """Returns the bytes of the cache after a prompt.
+    """Returns the bytes of the cache of a dense or sparse model after a prompt.
 
     The model's cache class is filled as in a prefill. Recurrent states, whose size does not depend on the
-    prompt, are left out.
-
-    Args:
-        model: dense or sparse.
-        context_length: tokens of the prompt.
-        batch_size: sequences.
-        index_keys: True to include the index keys of retrieval heads.
-        dense: True for the cache that a sparse model had before it was converted.
+    prompt, are left out. With `dense`, the cache is that of a sparse model before it was converted.
     """
     sparse = is_sparse(model) and not dense
     cache = HeadwiseCache(model) if sparse else DynamicCache(config=model.config)

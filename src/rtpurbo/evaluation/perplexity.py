@@ -24,14 +24,10 @@ CHUNK_POSITIONS = 512
 
 
 class PerplexitySuite(TaskSuite):
-    """Exponential of the mean loss per token over windows of prose.
+    """Exponential of the mean loss per token over windows of prose that is not in any training.
 
-    The queries of a sparse model whose rule is dense in prefill would not select here, so each query
-    selects for itself, as in decoding.
-
-    Args:
-        corpus: prose that is not in any training.
-        seed: of the windows, which do not depend on the model.
+    The queries of a sparse model whose rule is dense in prefill would not select here, so each query selects
+    for itself, as in decoding. Windows depend on the seed but not on the model.
     """
 
     makes_prompts = False
@@ -47,11 +43,7 @@ class PerplexitySuite(TaskSuite):
         after_sample: Callable[[], None] = ignore_sample,
         questions: range | None = None,
     ) -> list[Outcome]:
-        """Returns the perplexity.
-
-        Raises:
-            RTPurboError: the corpus is shorter than a window.
-        """
+        """Returns the perplexity; refuses a corpus that is shorter than a window."""
         length, means = case.context_length, []
         with _every_query_sparse(model):
             for number in range(case.samples):

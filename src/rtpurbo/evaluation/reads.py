@@ -62,12 +62,9 @@ class Reads:
 
 @dataclass
 class ReadMeter(SelectionStatistics):
-    """Measures queries that select, inside `metering`.
+    """Measures queries that select, inside `metering`: in a prefill one query of every stride.
 
     Measurements stay on the device until `reads` or `measured` is called, to avoid device synchronisations.
-
-    Attributes:
-        query_stride: stride of the measured queries of a prefill.
     """
 
     query_stride: int = QUERY_STRIDE
@@ -78,11 +75,9 @@ class ReadMeter(SelectionStatistics):
         self._active: Tensor | None = None
 
     def begin(self, active: Tensor | None, measure: bool) -> None:
-        """Prepares for a forward pass.
+        """Prepares for a forward pass, of which queries are measured or not.
 
-        Args:
-            active: bool [batch], sequences that have not ended; None if all are active.
-            measure: True if the queries of this pass are measured.
+        Active sequences, bool [batch], have not ended; None if all are active.
         """
         self._active = active
         self.needs_queries = measure
@@ -187,11 +182,6 @@ class WindowReader:
     """Observer that passes sinks and window of former retrieval heads, now local, to a meter.
 
     It keeps all keys, because the windowed cache of these heads does not.
-
-    Args:
-        meter: meter.
-        head_map: former retrieval heads.
-        rule: sinks and window.
     """
 
     def __init__(self, meter: ReadMeter, head_map: HeadMap, rule: AttentionRule) -> None:
@@ -238,18 +228,12 @@ class WindowReader:
 class ForwardWatch:
     """Prepares a meter before every forward pass of a model, and attaches it to layers if queries are measured.
 
-    In steps that are not measured nothing is attached, so that kernels can replay a CUDA graph. This is decided
-    in a hook before the forward pass, because the graph may replace the pass and call no inner module. A base
-    model that is called without its head has a hook of its own.
+    In steps that are not measured nothing is attached, so that kernels can replay a CUDA graph. This is
+    decided in a hook before the forward pass, because the graph may replace the pass and call no inner
+    module. A base model that is called without its head has a hook of its own.
 
-    A reader needs the keys of every step up to the last measured one, so none of these is replayed.
-
-    Args:
-        model: dense or sparse.
-        meter: meter.
-        head_map: retrieval heads, if the model has none.
-        stop_ids: tokens that end or pad a sequence.
-        reader: observer of former retrieval heads; None if the model has retrieval heads.
+    A reader needs the keys of every step up to the last measured one, so none of these is replayed. Arguments
+    are those of `metering`, with a reader for a sparse model without retrieval heads.
     """
 
     def __init__(
@@ -345,14 +329,9 @@ def metering(
     """Context in which the reads of retrieval heads are measured.
 
     Queries that select are measured: those of decode steps (on a GPU of some steps, see `step_counts`) and,
-    without a cache, all queries. Sequences that have ended before others of their batch are ignored. Queries
-    of a dense model read everything; if a sparse model has no retrieval heads, those of `head_map` read sinks
-    and window.
-
-    Args:
-        model: dense or sparse.
-        head_map: retrieval heads, if the model has none.
-        stop_ids: tokens that end or pad a sequence.
+    without a cache, all queries. Sequences that have ended by a stop token before others of their batch are
+    ignored. Queries of a dense model read everything; if a sparse model has no retrieval heads, those of
+    `head_map` read sinks and window.
     """
     meter = ReadMeter(query_stride=QUERY_STRIDE)
     reader = None

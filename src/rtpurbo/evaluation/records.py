@@ -72,12 +72,7 @@ class Record:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Result of a policy on a case.
-
-    Attributes:
-        records: one per metric, at least one.
-        samples: the questions with the model's answers.
-    """
+    """Result of a policy on a case: records, at least one and one per metric, and questions with answers."""
 
     records: list[Record]
     samples: list[SampleRecord]
@@ -85,13 +80,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Results:
-    """A file of records.
-
-    Attributes:
-        origin: model, device, versions, conditions and command of the records.
-        records: the measurements.
-        averages: of suites, from their questions.
-    """
+    """A file of records, with their origin: model, device, versions, conditions and command."""
 
     origin: dict[str, Any]
     records: list[Record]
@@ -107,16 +96,9 @@ def write_results(
     extra: Mapping[str, Any] | None = None,
     averages: Sequence[Average] = (),
 ) -> None:
-    """Writes records with everything that is needed to measure them again.
+    """Writes records with everything that is needed to measure them again, and averages of them.
 
-    Args:
-        path: the JSON file.
-        model: the artifact or model.
-        device: where the model ran.
-        command: command that gives the same results.
-        records: the measurements.
-        extra: more about the origin.
-        averages: of these records.
+    The command gives the same results; `extra` says more about the origin.
     """
     write_json_atomically(
         path,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.cases import HARNESS, Case, check_name, choose_cases, suite_of
 from rtpurbo.evaluation.questions.suites import NAMES as QUESTION_SUITES
-from rtpurbo.evaluation.questions.suites import QuestionData, check_opt_in
+from rtpurbo.evaluation.questions.suites import SHORT, QuestionData
 from rtpurbo.lengths import check_context
 
 DEFAULT_LENGTHS = (2048, 4096)
@@ -37,13 +37,7 @@ POLICY_NAMES = (
 
 @dataclass(frozen=True)
 class Request:
-    """Cases to run, and the files with their questions.
-
-    Attributes:
-        cases: to run.
-        harness_data: files for tasks of lm-eval, by task.
-        question_data: files for question suites, by suite.
-    """
+    """Cases to run, with files for tasks of lm-eval by task, and for question suites by suite."""
 
     cases: list[Case]
     harness_data: dict[str, str | Path]
@@ -72,7 +66,12 @@ class Request:
         harness_data, question_data = _split(suites, task_data or {})
         questions = QuestionData.read(question_data, seed)
         cases = choose_cases(suites, lengths, samples, questions.counts())
-        check_opt_in({case.suite: case for case in cases}, run_code)
+        for case in cases:
+            if case.suite in SHORT and SHORT[case.suite].runs_code and not run_code:
+                raise RTPurboError(
+                    f"the suite '{case.suite}' executes code that the model writes, in a limited "
+                    "process: pass --run-code to allow that."
+                )
         asked = [case.task for case in cases if case.suite == HARNESS]
         for name in harness_data:
             if name not in asked:
@@ -82,15 +81,7 @@ class Request:
         return cls(cases, harness_data, question_data)
 
     def check_lengths(self, artifact: str | Path, base_model: str | None = None) -> None:
-        """Refuses cases beyond the model's context, if it is known without loading the model.
-
-        Args:
-            artifact: the artifact or export.
-            base_model: as in `evaluate`.
-
-        Raises:
-            RTPurboError: a test is too long.
-        """
+        """Refuses cases beyond the model's context, if it is known without loading the model."""
         context = _context_length(Path(artifact), base_model)
         if context is not None:
             check_context("tests", max(case.context_length for case in self.cases), context)

@@ -79,7 +79,7 @@ def evaluate(
         hotpotqa: questions of `ruler:qa_2`, in HotpotQA's distractor format; None for the built-in ones.
         task_data: files with the questions of `gsm8k`, `math`, `mmlu_pro`, `humaneval` and `babilong`,
             by suite; and files that replace the Hub's data of tasks of lm-eval, by task, see
-            `rtpurbo.evaluation.harness.local_data`.
+            `rtpurbo.evaluation.harness.suite`.
         max_new_tokens: limit of an answer in these suites (except BABILong) and in tasks of lm-eval; None
             for the default of the suite or task.
         run_code: allow `humaneval` to execute code that the model writes, in a limited process.
@@ -136,11 +136,7 @@ def evaluate(
 
 
 def run_order(policies: Sequence[str]) -> list[str]:
-    """Returns the policies to run; the one that sets budgets comes before those that have one.
-
-    Raises:
-        RTPurboError: a name is unknown.
-    """
+    """Returns the policies to run; the one that sets budgets comes before those that have one."""
     names = list(dict.fromkeys(POLICIES if EVERY_POLICY in policies else policies))
     for name in names:
         check_name("policy", name, [*POLICIES, EVERY_POLICY])
@@ -153,14 +149,9 @@ def run_order(policies: Sequence[str]) -> list[str]:
 
 @dataclass
 class _Bar:
-    """Progress of a policy.
+    """Progress of a policy in samples, with the latest scores.
 
-    Attributes:
-        policy: name.
-        progress: called after each sample.
-        done: answered samples.
-        total: samples to answer; of tasks of lm-eval, their number is unknown in the beginning.
-        figures: the latest scores.
+    The total of tasks of lm-eval is unknown in the beginning.
     """
 
     policy: str
@@ -175,15 +166,7 @@ class _Bar:
 
 
 class _Run:
-    """One call of `evaluate`: the `Listener` of its jobs, and the only writer of its results.
-
-    Args:
-        cases: as requested.
-        log: keeps results.
-        workers: runs jobs.
-        keep_sample: as in `evaluate`, like the next.
-        progress: called after each sample.
-    """
+    """One call of `evaluate`: the `Listener` of its jobs, and the only writer of its results."""
 
     def __init__(
         self,

@@ -30,14 +30,10 @@ from rtpurbo.settings import Progress, no_progress
 
 @dataclass(frozen=True)
 class Job:
-    """A policy to evaluate on a case.
+    """A policy to evaluate on a requested case, which stands for several if it is a group of lm-eval's tasks.
 
-    Attributes:
-        policy: name.
-        case: as requested; a group of lm-eval's tasks stands for several cases.
-        done: cases that have results of the policy already.
-        budget_records: records of the policy that sets budgets; empty for policies without a budget.
-        questions: consecutive questions of the case to ask; None asks all.
+    Done cases have results already. Budgets come from records of the policy that sets them, and are needed by
+    few policies. Questions are consecutive ones of the case; None asks all.
     """
 
     policy: str
@@ -61,13 +57,7 @@ class Listener(Protocol):
 
 
 class Runner:
-    """Runs jobs one after the other in this process.
-
-    Args:
-        source: the artifact, and how its models are loaded.
-        suites: task suites by name.
-        cache_length: tokens at which cache sizes are computed; None takes each case's length.
-    """
+    """Runs jobs one after the other in this process; arguments are those of `RunManifest`."""
 
     count = 1
 
@@ -81,12 +71,7 @@ class Runner:
     def run(
         self, jobs: Sequence[Job], listener: Listener, progress: Progress = no_progress
     ) -> None:
-        """Runs jobs; all prompts of a policy are made before its first answer.
-
-        Args:
-            jobs: those of one policy are consecutive.
-            listener: receives the results of each case as soon as it is finished.
-            progress: called after the prompts of each case are made.
+        """Runs jobs, those of one policy one after the other; all its prompts are made before its first answer.
 
         Raises:
             RTPurboError: a case is longer than the model's context or too short for its task, or the
@@ -166,12 +151,8 @@ class Runner:
 def questions_undisturbed(model: PreTrainedModel, test: str) -> Iterator[None]:
     """Context in which a first signal is delayed until the model receives another prompt, or until the end.
 
-    A case whose last questions are being answered is finished. A callback after each answer would not
-    be sufficient, because a GPU answers several questions at once.
-
-    Args:
-        model: the model that answers.
-        test: name of the case, for the message.
+    A case whose last questions are being answered is finished. A callback after each answer would not be
+    sufficient, because a GPU answers several questions at once.
 
     Raises:
         StoppedBySignalError: the process received a signal.

@@ -11,15 +11,22 @@ from itertools import pairwise
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.devices import in_fitting_batches
-from rtpurbo.evaluation.batching import batches_by_length, questions_at_once
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.samples import Outcome, Sample
+from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.text import continue_tokens
 
 # Fewer leave a GPU idle, as a step takes about as long for many questions as for few.
 QUESTIONS_OF_A_PART = 48
 SCORED_AT_ONCE = 4
+MOST_AT_ONCE = 32
+# For short questions with long answers, whose steps take about as long for many sequences as for one.
+MOST_SHORT_AT_ONCE = 128
+# Limits the size of the cache of a batch.
+TOKENS_AT_ONCE = 2**18
+# Entries of a dense model's mask, of one byte each before attention converts it.
+MASK_ENTRIES = 2**30
 
 
 def ignore_sample() -> None:
@@ -75,13 +82,9 @@ class TaskSuite(ABC):
 
 @dataclass(frozen=True)
 class Instance:
-    """Question of a case with its prompt and score, as an instance of LM Evaluation Harness.
+    """Question of a case with its prompt, as an instance of LM Evaluation Harness.
 
-    Attributes:
-        prompt_ids: tokens of the prompt.
-        answers: expected strings.
-        max_new_tokens: limit of the answer.
-        score: returns the score of an answer, from 0 to 1.
+    The score of an answer is from 0 to 1.
     """
 
     prompt_ids: Sequence[int]
@@ -120,43 +123,62 @@ class AnswerSuite(TaskSuite):
             prompts = [each.prompt_ids for each in batch]
             return continue_tokens(model, tokenizer, prompts, limit)
 
+        if case.context_length:
+            size, every = questions_at_once(model, case.context_length), range(len(instances))
+            batches = [list(every[first : first + size]) for first in every[::size]]
+        else:
+            # Sorted by their lengths, so that little padding is needed.
+            lengths = [len(each.prompt_ids) + each.max_new_tokens for each in instances]
+            batches = batches_by_length(model, lengths)
         answered: dict[int, Sample] = {}
         # Scoring may run generated code, in a process for each answer.
         with ThreadPoolExecutor(SCORED_AT_ONCE) as threads:
-            batches = in_fitting_batches(batches_of(model, case, instances), answers)
-            for places, written in batches:
-                batch = [instances[place] for place in places]
+            for batch_places, written in in_fitting_batches(batches, answers):
+                batch = [instances[place] for place in batch_places]
                 scores = threads.map(lambda each, text: each.score(text), batch, written)
-                for place, each, text, score in zip(places, batch, written, scores, strict=True):
+                for place, each, text, score in zip(
+                    batch_places, batch, written, scores, strict=True
+                ):
                     answered[place] = Sample.of(each.prompt_ids, each.answers, text, 100.0 * score)
                     after_sample()
         return [Outcome.of([answered[place] for place in range(len(instances))])]
 
 
-def batches_of(
-    model: PreTrainedModel, case: Case, instances: Sequence[Instance]
-) -> list[list[int]]:
-    """Returns batches of the questions of a case, as indices into `instances`.
+def questions_at_once(model: PreTrainedModel, context_length: int, most: int = MOST_AT_ONCE) -> int:
+    """Returns the batch size, of `most` at most, for questions whose prompts differ in length.
 
-    Questions with their own lengths are sorted by them, so that little padding is needed.
+    Batches save time on a GPU only. In a dense model, several padded prompts need a mask [batch, length,
+    length], and a single prompt needs none: long prompts are slower in a batch, and a batch of eight at 32K
+    took 50 GB (docs/experiment-log.md).
     """
-    if not case.context_length:
-        return batches_by_length(
-            model, [len(each.prompt_ids) + each.max_new_tokens for each in instances]
-        )
-    size = questions_at_once(model, case.context_length)
-    places = list(range(len(instances)))
-    return [places[first : first + size] for first in range(0, len(places), size)]
+    if model.device.type != "cuda":
+        return 1
+    fitting = TOKENS_AT_ONCE // context_length
+    if not is_sparse(model):
+        fitting = min(fitting, MASK_ENTRIES // context_length**2)
+    return max(1, min(most, fitting))
+
+
+def batches_by_length(
+    model: PreTrainedModel, lengths: Sequence[int], most: int = MOST_SHORT_AT_ONCE
+) -> list[list[int]]:
+    """Returns batches of questions of similar length, the longest first, as indices into `lengths`.
+
+    Lengths are tokens of prompt and answer together.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    batches = []
+    while order:
+        size = questions_at_once(model, lengths[order[0]], most)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
 
 
 def in_parts(case: Case, most: int) -> list[range]:
-    """Divides the questions of a case among several processes.
+    """Divides the questions of a case into parts for several processes, of `most` at most.
 
     Suites of short questions have one task with many questions. Other cases are one part.
-
-    Args:
-        case: to divide.
-        most: largest number of parts.
     """
     if case.suite not in SHORT:
         return [range(case.samples)]

@@ -40,12 +40,7 @@ from rtpurbo.settings import Progress, no_progress
 class Report:
     """Results of a job that ran in a worker process; a `Listener` that is sent to the caller's process.
 
-    Attributes:
-        job: which.
-        tests: cases that each requested case stands for.
-        answers: number of answered samples.
-        parts: measurements.
-        too_large: the error message, if the job may have run out of memory.
+    `too_large` is the error message of a job that may have run out of memory.
     """
 
     job: Job
@@ -76,11 +71,7 @@ class Report:
 
 
 class WorkerPool:
-    """Processes that run jobs; `started_workers` starts them and shuts them down.
-
-    Attributes:
-        count: number of processes.
-    """
+    """Processes that run jobs; `started_workers` starts them and shuts them down."""
 
     def __init__(self, pool: ProcessPoolExecutor, count: int = 1) -> None:
         self._pool, self.count = pool, count
@@ -88,12 +79,9 @@ class WorkerPool:
     def run(
         self, jobs: Sequence[Job], listener: Listener, progress: Progress = no_progress
     ) -> None:
-        """Runs jobs; those that run out of memory are repeated at the end, one after the other.
+        """Runs jobs as `Runner.run` does; those that run out of memory are repeated at the end, one after the other.
 
-        Args:
-            jobs: those of one policy are consecutive.
-            listener: receives the results of each job when it is finished.
-            progress: not called; prompts are made in the processes.
+        Prompts are made in the processes, without progress.
 
         Raises:
             RTPurboError: an error of a job, a job that runs out of memory alone, or a killed process.
@@ -136,9 +124,7 @@ def _order_of_work(job: Job) -> float:
 def started_workers(manifest: RunManifest, count: int) -> Iterator[WorkerPool]:
     """Starts processes, and leaves none of them running at the end of the block.
 
-    Args:
-        manifest: the run. With a device `cuda` without a number, processes take the GPUs in turn.
-        count: number of processes.
+    With a device `cuda` without a number, they take the GPUs in turn.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as prompts:
@@ -168,11 +154,7 @@ def _device(device: torch.device, index: int) -> torch.device:
 
 
 class _Worker:
-    """State of a worker process.
-
-    Args:
-        new_runner: makes the runner at the first job, so that its errors reach the caller.
-    """
+    """State of a worker process, which makes its runner at the first job, so that errors reach the caller."""
 
     def __init__(self, new_runner: Callable[[], Runner]) -> None:
         self._runner = cache(new_runner)

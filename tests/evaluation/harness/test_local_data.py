@@ -1,7 +1,7 @@
 import pytest
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.evaluation.harness.local_data import SPLITS, local_config
+from rtpurbo.evaluation.harness.suite import SPLITS, local_config
 from tests.evaluation.harness.support import aime24_file, mmlu_pro_folder, write_lines
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rtpurbo.evaluation.policies.quest import QuestSelector, page_bounds
+from rtpurbo.evaluation.policies.selectors import QuestSelector, page_bounds
 from rtpurbo.ops.eager.selection import block_ids
 from tests.evaluation.policies.support import every_query, random_queries
 

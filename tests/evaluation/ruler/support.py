@@ -5,8 +5,8 @@ from functools import cache
 
 from rtpurbo.data.texts import load_texts
 from rtpurbo.evaluation.ruler.draft import Request
-from rtpurbo.evaluation.ruler.examples import make_examples
 from rtpurbo.evaluation.ruler.materials import Materials
+from rtpurbo.evaluation.ruler.suite import make_examples
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.evaluation.ruler.vocabulary import own_vocabulary
 from tests.tiny_tokenizer import tiny_tokenizer

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from rtpurbo.data.counting import DOTS, zipf_counts
-from rtpurbo.evaluation.ruler.frequent_words import ALPHA
+from rtpurbo.evaluation.ruler.aggregation import ALPHA
 from tests.evaluation.ruler.support import draft_of, prompts_of
 
 

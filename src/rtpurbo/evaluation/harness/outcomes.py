@@ -21,13 +21,9 @@ def outcomes_of(
     higher_is_better: Mapping[str, bool],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Outcome]:
-    """Returns the outcomes of a task.
+    """Returns the outcomes of a task from lm-eval's log of each question and its results by `metric,filter`.
 
-    Args:
-        samples: lm-eval's log of each question.
-        aggregated: results by `metric,filter`.
-        higher_is_better: direction of each metric.
-        tokenizer: counts the tokens of prompts.
+    The tokenizer counts the tokens of prompts.
     """
     outcomes = []
     for key in _measured(samples):

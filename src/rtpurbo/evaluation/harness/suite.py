@@ -16,17 +16,20 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.errors import RTPurboError, first_line
-from rtpurbo.evaluation.batching import TOKENS_AT_ONCE
 from rtpurbo.evaluation.cases import HARNESS, Case
-from rtpurbo.evaluation.harness.local_data import local_config
 from rtpurbo.evaluation.harness.outcomes import outcomes_of
 from rtpurbo.evaluation.samples import Outcome
-from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
+from rtpurbo.evaluation.task_suite import TOKENS_AT_ONCE, TaskSuite, ignore_sample
 from rtpurbo.models.architecture import context_length
 
 # lm-eval's limit of an answer for tasks that set none.
 DEFAULT_NEW_TOKENS = 256
 QUESTIONS_AT_ONCE = 8
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Loader of `datasets` by the ending of a file."""
+
+SPLITS = ("train", "validation", "test", "dev")
 
 
 def lm_eval(module: str) -> Any:
@@ -45,16 +48,9 @@ def lm_eval(module: str) -> Any:
 
 
 class Harness(TaskSuite):
-    """Tasks of lm-eval in a run.
+    """Tasks of lm-eval in a run, with files that replace the Hub's data of some (`local_config`).
 
-    Args:
-        task_data: files that replace a task's data on the Hub, by the task's name; see
-            `rtpurbo.evaluation.harness.local_data`.
-        max_new_tokens: limit of an answer; None takes that of the task.
-        seed: seed of generated prompts.
-
-    Raises:
-        RTPurboError: lm-eval is not installed, or a file is missing.
+    Answers have the limit of their task if none is given; the seed is that of generated prompts.
     """
 
     def __init__(
@@ -75,9 +71,7 @@ class Harness(TaskSuite):
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, case: Case, context_length: int
     ) -> list[Case]:
-        """Loads a task, or all those of a group, with their data.
-
-        The length of a case, if any, is that of generated prompts.
+        """Loads a task, or all those of a group, with their data; the length of a case is that of generated prompts.
 
         Returns:
             A case for each task. Its length is that of its prompts, if recorded, or the model's.
@@ -215,3 +209,44 @@ def _own_length(task: Any) -> int | None:
     documents = task.test_docs() if task.has_test_docs() else None
     length = documents[0].get("max_length") if documents is not None and len(documents) else None
     return length if isinstance(length, int) else None
+
+
+def local_config(task: str, path: str | Path) -> dict[str, Any]:
+    """Returns the configuration of a task of lm-eval with data from files that have the columns of the Hub's.
+
+    The path is a file with the questions; or a folder with a file for each split, such as `test.jsonl` and,
+    for few-shot examples, `validation.jsonl`. Prompts, few-shot examples and metrics are those of lm-eval.
+
+    Raises:
+        RTPurboError: there is no such file, or its format is unknown.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = {
+            file.stem: file
+            for file in sorted(path.iterdir())
+            if file.suffix in FORMATS and file.stem in SPLITS
+        }
+        if not files:
+            raise RTPurboError(
+                f"the folder {path} has no data for the task {task}: it needs a file for each "
+                "split, such as test.jsonl."
+            )
+    elif path.is_file():
+        # For any split that the task takes its questions from.
+        files = dict.fromkeys(SPLITS, path)
+    else:
+        raise RTPurboError(f"there is no file {path} with data for the task {task}.")
+    suffixes = {file.suffix for file in files.values()}
+    if len(suffixes) > 1 or not suffixes <= set(FORMATS):
+        raise RTPurboError(
+            f"the data {path} for the task {task} must be of one format: {', '.join(FORMATS)}."
+        )
+    return {
+        "task": task,
+        "dataset_path": FORMATS[suffixes.pop()],
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {split: str(file.resolve()) for split, file in files.items()}
+        },
+    }

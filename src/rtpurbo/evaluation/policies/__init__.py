@@ -1,34 +1,107 @@
-"""Policies to compare."""
+"""Policies to compare: a name, a model made from an artifact, and the size of its cache."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from rtpurbo.config import HeadMap
-from rtpurbo.evaluation.policies.policy import (
-    BUDGET_POLICY,
-    DENSE_POLICY,
-    BudgetPolicy,
-    Loaded,
-    Policy,
-    Source,
-)
-from rtpurbo.evaluation.policies.quest import PAGE_SIZE, QuestSelector
-from rtpurbo.evaluation.policies.selectors import oracle_top_p, top_k
-from rtpurbo.models.sparse_layers import headwise_modules
-from rtpurbo.models.sparsify import empty_head_map, sparsify
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "BUDGET_POLICY",
-    "DENSE_POLICY",
-    "POLICIES",
-    "BudgetPolicy",
-    "Loaded",
-    "Policy",
-    "Source",
-]
+from rtpurbo.config import HeadMap, RTPurboConfig
+from rtpurbo.evaluation.memory import cache_bytes, full_key_bytes
+from rtpurbo.evaluation.policies.selectors import (
+    PAGE_SIZE,
+    QuestSelector,
+    oracle_top_p,
+    top_k,
+)
+from rtpurbo.models.artifact import load, load_base
+from rtpurbo.models.artifact_config import ArtifactConfig
+from rtpurbo.models.sparse_layers import headwise_modules
+from rtpurbo.models.sparsify import empty_head_map, set_selector, sparsify
+from rtpurbo.ops import Selector
+
+DENSE_POLICY = "full"
+"""Policy that all others are compared with."""
+
+BUDGET_POLICY = "rtpurbo"
+"""Policy whose mean number of far tokens read is the budget of each `BudgetPolicy`."""
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Artifact with options for loading; `base_model` replaces the one that it names.
+
+    The seed is that of random policies.
+    """
+
+    folder: Path
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    base_model: str | None = None
+    seed: int = 0
+
+    @property
+    def config(self) -> RTPurboConfig:
+        """Head map, attention rule and indexer settings of the artifact."""
+        return ArtifactConfig.read(self.folder).config
+
+    def dense(self) -> Loaded:
+        """Returns the base model."""
+        base = load_base(
+            self.folder, base_model=self.base_model, device=self.device, dtype=self.dtype
+        )
+        return base.model, base.tokenizer
+
+    def sparse(self, *, stage2: bool = True) -> Loaded:
+        """Returns the sparse model, with or without the weights of stage 2."""
+        return load(
+            self.folder,
+            base_model=self.base_model,
+            stage2=stage2,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Policy to compare: `prepare` returns its model, whose cache may have no index keys."""
+
+    name: str
+    description: str
+    prepare: Callable[[Source], Loaded] = Source.sparse
+    keeps_index: bool = True
+
+    def kv_bytes(self, model: PreTrainedModel, context_length: int) -> int:
+        """Returns the cache size of one sequence in bytes."""
+        return cache_bytes(model, context_length, index_keys=self.keeps_index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetPolicy(Policy):
+    """The artifact's sparse model, whose retrieval heads read a given number of far tokens.
+
+    `selector` returns the selection of that number. A page, if there are any, has two bounds in the cache.
+    """
+
+    selector: Callable[[int], Selector]
+    page_size: int | None = None
+
+    def set_budget(self, model: PreTrainedModel, far_tokens: int) -> None:
+        """Sets the number of far tokens that a query of the next case may read."""
+        set_selector(model, self.selector(far_tokens))
+
+    def kv_bytes(self, model: PreTrainedModel, context_length: int) -> int:
+        """Returns the cache size of one sequence in bytes, with two keys per page."""
+        pages = 0 if self.page_size is None else -(-context_length // self.page_size)
+        return super().kv_bytes(model, context_length) + 2 * full_key_bytes(model, pages)
 
 
 def _with_rule(name: str, description: str, *, keeps_index: bool = True, **changes: Any) -> Policy:

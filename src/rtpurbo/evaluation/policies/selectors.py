@@ -7,7 +7,15 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionQueries, Selector
-from rtpurbo.ops.eager.selection import estimated_logits, select_per_query
+from rtpurbo.ops.eager.selection import (
+    block_ids,
+    estimated_logits,
+    select_per_query,
+    spread_blocks,
+)
+
+PAGE_SIZE = 16
+"""Tokens per page of Quest, as in its evaluation."""
 
 
 def top_k(far_tokens: int) -> Selector:
@@ -37,3 +45,58 @@ def highest(scores: Tensor, count: int) -> Tensor:
     values, indices = scores.topk(min(count, scores.shape[-1]), dim=-1)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     return chosen.scatter(-1, indices, values > -torch.inf)
+
+
+class QuestSelector:
+    """Quest (arXiv 2406.10774): selection of the pages of keys with the highest bounds of their scores.
+
+    The bound of a page sums, over the dimensions of a head, the larger of query times the page's minimum key
+    element and query times its maximum. The number of tokens to read is rounded up to whole pages, which are
+    aligned to position 0.
+    """
+
+    def __init__(self, far_tokens: int, page_size: int = PAGE_SIZE) -> None:
+        self.num_pages = -(-far_tokens // page_size)
+        self.page_size = page_size
+
+    def __call__(self, asked: SelectionQueries) -> Tensor:
+        """Returns the selected far keys of each query: bool [batch, heads, queries, k_len]."""
+        pages = block_ids(asked.key_positions, self.page_size)
+        least, greatest = page_bounds(asked.key_states, asked.key_positions, pages)
+        # In half precision, different bounds could be equal.
+        precise = torch.promote_types(least.dtype, torch.float32)
+        queries, least, greatest = (
+            part.to(precise) for part in (asked.query_states, least, greatest)
+        )
+        # The sum of max(q * least, q * greatest); the sign of q decides which of the two is larger.
+        bounds = queries.clamp(min=0) @ greatest.transpose(-1, -2)
+        bounds += queries.clamp(max=0) @ least.transpose(-1, -2)
+        has_far = torch.zeros_like(bounds[:, :1], dtype=torch.int32).scatter_reduce(
+            -1, pages[:, None, None].expand(asked.far.shape), asked.far.int(), "amax"
+        )
+        chosen = highest(bounds.masked_fill(has_far == 0, -torch.inf), self.num_pages)
+        return spread_blocks(chosen, pages) & asked.far
+
+
+def page_bounds(keys: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the elementwise minimum and maximum of the keys of each page.
+
+    Args:
+        keys: [batch, heads, k_len, head_dim].
+        positions: int64 [batch, k_len], -1 where there is no key.
+        pages: int64 [batch, k_len], page of each key.
+
+    Returns:
+        Two tensors [batch, heads, pages, head_dim]; 0 where a page has no key.
+    """
+    num_pages = int(pages.max()) + 1 if pages.numel() else 1
+    shape = (*keys.shape[:2], num_pages, keys.shape[3])
+    ids = pages[:, None, :, None].expand(keys.shape)
+    empty = (positions < 0)[:, None, :, None]
+    least, greatest = (
+        keys.new_full(shape, -extreme)
+        .scatter_reduce(2, ids, keys.masked_fill(empty, -extreme), how)
+        .nan_to_num(posinf=0.0, neginf=0.0)
+        for extreme, how in ((-torch.inf, "amin"), (torch.inf, "amax"))
+    )
+    return least, greatest

@@ -28,10 +28,7 @@ _RUNNER = Path(__file__).with_name("sandbox_runner.py")
 def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
     """Returns True if a Python program ends without an error within its limits.
 
-    Args:
-        program: source text.
-        seconds: limit of CPU time; wall-clock time may be 1.5 times as long.
-        memory_bytes: limit of the address space.
+    They are those of CPU time, with wall-clock time up to 1.5 times as long, and of the address space.
     """
     # A program that exits early has status 0 too, but cannot print the marker.
     marker = secrets.token_hex(16)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.questions import (
     babilong,
     competition_math,
@@ -32,27 +31,14 @@ NAMES = (*SHORT, babilong.SUITE)
 
 @dataclass(frozen=True)
 class QuestionData:
-    """Questions of a run.
-
-    Attributes:
-        rows: questions by suite, in the order of the files.
-        seed: seed of the order in which cases use them.
-    """
+    """Questions of a run by suite, in the order of the files; cases use them in an order drawn from the seed."""
 
     rows: Mapping[str, list[Row]]
     seed: int = 0
 
     @classmethod
     def read(cls, paths: Mapping[str, str | Path], seed: int = 0) -> QuestionData:
-        """Reads the questions of suites.
-
-        Args:
-            paths: files by suite, names of `NAMES`.
-            seed: seed of the order in which cases use them.
-
-        Raises:
-            RTPurboError: a file is missing, empty or of another kind, or a line is malformed.
-        """
+        """Reads the questions of suites from their files; `read_rows` describes what it refuses."""
         data = cls(
             {
                 name: read_rows(
@@ -85,17 +71,3 @@ class QuestionData:
         if babilong.SUITE in self.rows:
             found[babilong.SUITE] = {name: len(task.rows) for name, task in self.babilong.items()}
         return found
-
-
-def check_opt_in(suites: Mapping[str, object], run_code: bool) -> None:
-    """Refuses suites that execute generated code without the user's consent.
-
-    Raises:
-        RTPurboError: a suite runs code, and `run_code` is not set.
-    """
-    for name in suites:
-        if name in SHORT and SHORT[name].runs_code and not run_code:
-            raise RTPurboError(
-                f"the suite '{name}' executes code that the model writes, in a limited process: "
-                "pass --run-code to allow that."
-            )

@@ -14,14 +14,10 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
 
 @dataclass(frozen=True)
 class Request:
-    """Request for one question of a task.
+    """Request for one question of a task, by its number in the case.
 
-    Attributes:
-        materials: materials of haystacks.
-        context_length: maximum number of tokens of prompt and answer.
-        seed: seed of the case.
-        number: number of the question in the case.
-        rng: the source of all randomness, seeded by task, seed and number.
+    Prompt and answer have at most `context_length` tokens. The generator is seeded by task, seed and number,
+    and is the source of all randomness.
     """
 
     materials: Materials
@@ -57,13 +53,8 @@ class Draft:
 class Task:
     """Task of RULER, or of another suite whose prompts are filled to a length.
 
-    Attributes:
-        name: name in the suite.
-        description: one line.
-        tokens_to_generate: maximum number of tokens of the answer, for which room is kept.
-        draft: returns a question.
-        any_answer: one of the answers is sufficient, because they are synonyms.
-        suite: name of the suite in messages.
+    Room is kept for `tokens_to_generate` of an answer. One of several answers is sufficient with
+    `any_answer`, because they are synonyms.
     """
 
     name: str
@@ -74,13 +65,7 @@ class Task:
     suite: str = "RULER"
 
     def score(self, generated: str, answers: Sequence[str], rejected: Sequence[str]) -> float:
-        """Returns the score of an answer, from 0 to 1.
-
-        Args:
-            generated: the model's answer.
-            answers: as in `Draft`.
-            rejected: as in `Draft`.
-        """
+        """Returns the score of an answer, from 0 to 1."""
         return answer_score(generated, answers, self.any_answer)
 
 
@@ -90,12 +75,9 @@ def spawn(rng: random.Random) -> random.Random:
 
 
 def answer_score(generated: str, answers: Sequence[str], any_answer: bool) -> float:
-    """Returns RULER's metric: the share of the answers that are in the generated text.
+    """Returns RULER's metric: the share of the answers, in upper or lower case, that are in the generated text.
 
-    Args:
-        generated: the model's answer.
-        answers: strings to find, in upper or lower case.
-        any_answer: one of the answers is sufficient for a score of 1.
+    With `any_answer`, one of them is sufficient for a score of 1.
     """
     text = _CONTROL_CHARACTERS.sub("\n", generated).lower()
     found = sum(answer.lower() in text for answer in answers)

@@ -15,13 +15,9 @@ from rtpurbo.errors import RTPurboError
 
 @dataclass(frozen=True)
 class PassageQuestion:
-    """Question that passages of its set answer.
+    """Question with its correct answers, which are synonyms, and the numbers of the passages that answer it.
 
-    Attributes:
-        question: text of the question.
-        answers: correct answers, which are synonyms.
-        gold: numbers of the passages that answer it.
-        related: numbers of the most similar other passages.
+    Related passages are the most similar others.
     """
 
     question: str
@@ -32,13 +28,7 @@ class PassageQuestion:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions and the passages they are about.
-
-    Attributes:
-        name: source of the questions.
-        passages: distinct texts.
-        questions: at least one question.
-    """
+    """Questions, at least one, and the distinct passages they are about."""
 
     name: str
     passages: tuple[str, ...]

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import random
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rtpurbo.data.fitting import largest_that_fits
+from rtpurbo.data.prompts import Question, conversation_tokens
+from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.ruler.draft import Task
-from rtpurbo.evaluation.ruler.examples import (
-    Example,
-    make_examples,
-    read_examples,
-    write_examples,
-)
+from rtpurbo.evaluation.ruler.draft import Draft, Request, Task
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from rtpurbo.evaluation.task_suite import AnswerSuite, Instance
+from rtpurbo.files import write_text_atomically
 
 
 class RulerSuite(AnswerSuite):
     """Cases whose prompts are filled to their length; each prompt is made once for all policies.
 
-    Args:
-        materials: words, prose and passages of the haystacks.
-        seed: of the questions.
-        folder: where the processes of a run share prompts; None shares none.
-        tasks: by name; those of RULER, or of another suite that fills prompts in the same way.
+    The processes of a run share prompts in a folder, if one is given. Tasks are those of RULER, or of another
+    suite that fills prompts in the same way.
     """
 
     def __init__(
@@ -81,3 +80,89 @@ class RulerSuite(AnswerSuite):
             )
             for example in examples
         ]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Question of a case, with a prompt that includes the opening words of the answer.
+
+    A correct answer contains `answers`, and for tasks that check them none of `rejected`.
+    """
+
+    prompt_ids: array[int]
+    answers: tuple[str, ...]
+    rejected: tuple[str, ...] = ()
+
+
+def make_examples(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    samples: int,
+    seed: int,
+    materials: Materials,
+) -> list[Example]:
+    """Returns the questions of a case; question k does not depend on the number of questions.
+
+    Prompt and generated tokens together have at most `context_length` tokens, and would have more with one
+    more unit of the haystack.
+
+    Raises:
+        RTPurboError: `context_length` leaves no room for the smallest haystack.
+    """
+
+    def drafts_at(length: int) -> list[Draft]:
+        return [_draft(task, length, seed, number, materials) for number in range(samples)]
+
+    def least_length(drafts: list[Draft]) -> int:
+        smallest = max(len(prompt(tokenizer, draft, draft.smallest)) for draft in drafts)
+        return smallest + task.tokens_to_generate
+
+    drafts = drafts_at(context_length)
+    if (least := least_length(drafts)) > context_length:
+        # A longer context may have a longer smallest prompt.
+        while (longer := least_length(drafts_at(least))) > least:
+            least = longer
+        raise RTPurboError(
+            f"the {task.suite} task {task.name} does not fit into {context_length:,} tokens: with this "
+            f"model's tokenizer it needs at least {least:,}."
+        )
+    examples = []
+    for draft in drafts:
+        size = largest_that_fits(
+            lambda size, draft=draft: len(prompt(tokenizer, draft, size)),  # type: ignore[misc]
+            context_length - task.tokens_to_generate,
+            draft.smallest,
+        )
+        prompt_ids = array("i", prompt(tokenizer, draft, size))
+        examples.append(Example(prompt_ids, draft.answers, draft.rejected))
+    return examples
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Writes the questions of a case, for `read_examples` in another process."""
+    rows = [
+        (example.prompt_ids.tolist(), example.answers, example.rejected) for example in examples
+    ]
+    write_text_atomically(path, json.dumps(rows))
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Returns the questions that `write_examples` wrote."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Example(array("i", prompt_ids), tuple(answers), tuple(rejected))
+        for prompt_ids, answers, rejected in rows
+    ]
+
+
+def prompt(tokenizer: PreTrainedTokenizerBase, draft: Draft, size: int) -> list[int]:
+    """Returns the tokens of a question with a haystack of some size."""
+    question = Question(draft.question, draft.opening, "")
+    return conversation_tokens(tokenizer, draft.text(size), [question]).input_ids
+
+
+def _draft(task: Task, context_length: int, seed: int, number: int, materials: Materials) -> Draft:
+    # Without the length: the question is the same at every length, and only the haystack grows.
+    rng = random.Random(f"{task.suite.lower()}-{task.name}-{seed}-{number}")
+    return task.draft(Request(materials, context_length, seed, number, rng))

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from rtpurbo.evaluation.ruler import (
-    common_words,
-    frequent_words,
-    niah,
-    question_answering,
-    variable_tracking,
-)
+from rtpurbo.evaluation.ruler import aggregation, niah, question_answering, variable_tracking
 from rtpurbo.evaluation.ruler.draft import Task
 from rtpurbo.evaluation.ruler.niah import NeedleTask
 
@@ -49,14 +43,14 @@ TASKS = {
         Task(
             "cwe",
             "the 10 most common words of a list",
-            common_words.TOKENS_TO_GENERATE,
-            common_words.draft,
+            aggregation.COMMON_WORDS_TOKENS,
+            aggregation.draft_common_words,
         ),
         Task(
             "fwe",
             "the 3 most frequent code words of a text",
-            frequent_words.TOKENS_TO_GENERATE,
-            frequent_words.draft,
+            aggregation.FREQUENT_WORDS_TOKENS,
+            aggregation.draft_frequent_words,
         ),
         Task(
             "qa_1",

@@ -1,4 +1,4 @@
-"""Common words extraction: a numbered list in which ten words are far more frequent than the others."""
+"""Aggregation tasks: the most frequent words of a list, and of a text of code words."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from rtpurbo.data.counting import shuffled_list
+from rtpurbo.data.counting import code_text, code_words, shuffled_list, smallest_code_text
 from rtpurbo.data.fitting import Stream
 from rtpurbo.data.wordings import CountingWording
 from rtpurbo.evaluation.ruler.draft import Draft, Request, spawn
 
-TOKENS_TO_GENERATE = 120
+COMMON_WORDS_TOKENS = 120
 NUM_COMMON = 10
-SMALLEST = 10
+SMALLEST_LIST = 10
 
 
 @dataclass(frozen=True)
 class Frequencies:
-    """Frequencies of words in a list.
-
-    Attributes:
-        common: count of each of the ten common words.
-        uncommon: count of each other word.
-    """
+    """Counts of each of the ten common words in a list, and of each other word."""
 
     common: int
     uncommon: int
@@ -38,7 +33,7 @@ LONG_EXAMPLE_WORDS, SHORT_EXAMPLE_WORDS = 30, 10
 """Uncommon words of the worked example."""
 
 
-def draft(request: Request) -> Draft:
+def draft_common_words(request: Request) -> Draft:
     """Draws the words of the list, and others for the worked example before it."""
     rng, is_long = request.rng, request.context_length >= LONG_FROM
     frequencies = LONG if is_long else SHORT
@@ -67,7 +62,7 @@ def draft(request: Request) -> Draft:
         question=asked.question,
         opening=asked.opening,
         answers=tuple(common),
-        smallest=SMALLEST,
+        smallest=SMALLEST_LIST,
     )
 
 
@@ -92,3 +87,31 @@ def _listed(
 ) -> str:
     entries = shuffled_list(common, uncommon, frequencies.common, frequencies.uncommon, seed)
     return wording.text(entries, NUM_COMMON)
+
+
+FREQUENT_WORDS_TOKENS = 50
+ALPHA = 2.0
+NUM_FREQUENT = 3
+TOKENS_TO_A_WORD = 50
+"""Tokens of context for each word of the vocabulary."""
+
+LEAST_VOCABULARY = 10
+
+
+def draft_frequent_words(request: Request) -> Draft:
+    """Draws the code words, the most frequent first."""
+    rng = request.rng
+    shuffle_seed = rng.getrandbits(64)
+    room = request.context_length - FREQUENT_WORDS_TOKENS
+    num_words = max(LEAST_VOCABULARY, room // TOKENS_TO_A_WORD) - 1
+    ranked = list(islice(code_words(rng), num_words))
+    frequent = ranked[:NUM_FREQUENT]
+    wording = CountingWording.draw(rng, "test", "code_words")
+    asked = wording.ask(frequent)
+    return Draft(
+        lambda size: wording.text(code_text(ranked, size, ALPHA, shuffle_seed), NUM_FREQUENT),
+        asked.question,
+        asked.opening,
+        tuple(frequent),
+        smallest=smallest_code_text(NUM_FREQUENT, ALPHA),
+    )

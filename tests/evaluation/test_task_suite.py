@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rtpurbo.evaluation.batching import batches_by_length, questions_at_once
+from rtpurbo.evaluation.task_suite import batches_by_length, questions_at_once
 
 
 def model(device, sparse):
