@@ -38,41 +38,15 @@ def generate_tokens(
     """Generates continuations of a batch of prompts of at least one token each.
 
     A batch that does not fit into the memory is halved. Processes that hold parts of the model call this
-    together, divide the prompts among them, and all return the tokens of all prompts.
-
-    Args:
-        model: dense; a sparse model inside `Runtime.dense` has no cache to generate with.
-        tokenizer: the model's.
-        prompts: tokens of each prompt.
-        max_new_tokens: maximum number of tokens of a continuation.
-        sampling: temperature and top-p.
-        seed: seed of the sampling; the global random state is unchanged.
-        stops: tokens that end a continuation, in addition to those of the model and the tokenizer.
+    together, divide the prompts among them, and all return the tokens of all prompts. The model is dense: a
+    sparse one inside `Runtime.dense` has no cache to generate with. Its own and the tokenizer's stop tokens
+    end a continuation too. The global random state is unchanged.
 
     Returns:
         New tokens of each prompt, up to and including the first stop token.
     """
-    if not is_sharded(model):
-        return _generate(model, tokenizer, prompts, max_new_tokens, sampling, seed, stops)
-    rank, count = dist.get_rank(), dist.get_world_size()
-    # All processes run every layer together, so each needs a prompt.
-    own = prompts[rank::count] or prompts[:1]
-    written = _generate(model, tokenizer, own, max_new_tokens, sampling, seed + rank, stops)
-    parts: list[list[list[int]]] = [[]] * count
-    dist.all_gather_object(parts, written)
-    return [parts[number % count][number // count] for number in range(len(prompts))]
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    stops: Sequence[int],
-) -> list[list[int]]:
-    """Generates the continuations of this process's prompts."""
+    sharded = is_sharded(model)
+    rank, count = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     ends = {*stop_tokens(model, tokenizer), *stops}
     padding = tokenizer.pad_token_id
     if padding is None:
@@ -94,7 +68,7 @@ def _generate(
             top_k=0 if sampling.temperature else None,
             repetition_penalty=1.0,
             # A process that has finished keeps running its part of each layer.
-            synced_gpus=is_sharded(model),
+            synced_gpus=sharded,
             **choice,
         )
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -102,10 +76,14 @@ def _generate(
 
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        if is_sharded(model):
-            return write(prompts)  # halving would make the other processes wait
-        return [row for _, rows in in_fitting_batches([prompts], write) for row in rows]
+        torch.manual_seed(seed + rank)
+        if not sharded:
+            return [row for _, rows in in_fitting_batches([prompts], write) for row in rows]
+        # All processes run every layer together, so each needs a prompt. None halves its batch: others would wait.
+        written = write(prompts[rank::count] or prompts[:1])
+    parts: list[list[list[int]]] = [[]] * count
+    dist.all_gather_object(parts, written)
+    return [parts[number % count][number // count] for number in range(len(prompts))]
 
 
 def _up_to_stop(token_ids: list[int], ends: set[int]) -> list[int]:

@@ -32,18 +32,10 @@ def train_layer_by_layer(
 ) -> list[Tensor]:
     """Runs one forward over some sequences and computes the gradients of each layer's indexers as it runs.
 
-    Sequences are packed up to the length of the longest training sequence. Losses and gradients of a
-    sequence do not depend on what it is packed with.
-
-    Args:
-        model: sparse, with indexers that require gradients.
-        sequences: sequences to train on.
-        settings: choice of queries and their weights.
-        seeds: seed of the choice of queries in each sequence.
-        on_student: attention of the sparse model itself as target, one sequence at a time.
-        packed: False runs one forward for each sequence, which processes that run every layer together need.
-        backend: backend of the loss.
-        around_loss: context manager around each loss, to measure it.
+    Sequences are packed up to the length of the longest training sequence. Losses and gradients of a sequence
+    do not depend on what it is packed with. Unpacked, each has a forward of its own, which processes that run
+    every layer together need, and which `on_student` takes: its target is the attention of the sparse model
+    itself. Each sequence has a seed of the choice of its queries. `around_loss` measures each loss.
 
     Returns:
         Scalar loss of each sequence: mean over heads and queries. Gradients are those of the sum over

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from rtpurbo.interruption import StoppedBySignalError, steps_undisturbed, stop_requested
 from rtpurbo.processes import SINGLE_PROCESS, Processes
-from rtpurbo.settings import (
-    DistillationSettings,
-    IndexerTrainingSettings,
-    Progress,
-    no_progress,
-)
+from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings, Progress, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.failure import SequenceResult, not_finite
 from rtpurbo.training.log import TrainingLog

@@ -15,12 +15,7 @@ from rtpurbo.data.texts import Prose
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically
 from rtpurbo.processes import SINGLE_PROCESS, Processes
-from rtpurbo.settings import (
-    DistillationSettings,
-    IndexerTrainingSettings,
-    Progress,
-    no_progress,
-)
+from rtpurbo.settings import DistillationSettings, IndexerTrainingSettings, Progress, no_progress
 from rtpurbo.training.conversations import write_conversations
 from rtpurbo.training.document_answers import write_document_answers
 from rtpurbo.training.sequences import HELD_OUT, Pools, TrainingSequence

@@ -50,16 +50,10 @@ class Pools:
 class TrainingMix:
     """Sequences drawn by number, so that nothing is stored and a resumed run draws the same ones.
 
-    Attributes:
-        tokenizer: the model's.
-        corpus: prose.
-        lengths: tokens of a sequence; sequences cycle through them. Conversations have lengths of their
-            own, most of them short.
-        mixture: share of each task of `rtpurbo.data.tasks.TASKS`; the rest is prose.
-        seed: seed of all randomness.
-        purpose: name that makes the sequences of one use differ from those of another.
-        pools: sequences written by the dense model; every sequence of a pool is used before one is used
-            again.
+    They cycle through `lengths` in tokens; conversations have lengths of their own, most of them short.
+    `mixture` has the shares of the tasks of `rtpurbo.data.tasks.TASKS`; the rest is prose. The purpose makes
+    the sequences of one use differ from those of another. Every sequence of a pool, which the dense model
+    wrote, is used before one is used again.
 
     Raises:
         RTPurboError: a task has a share, but its pool is empty.

@@ -152,16 +152,12 @@ def train_indexers(
                     captured = None  # frees the old states before new ones are captured
                     group_steps = range(step, step + settings.steps_per_sequence - turn)
                     captured = [
-                        capture_heads(
+                        _capture(
                             model,
-                            sequence.input_ids,
-                            dense=not on_student,
-                            query_positions=_query_positions(
-                                sequence,
-                                rule,
-                                settings,
-                                [seed_of(each, number) for each in group_steps],
-                            ).to(model.device),
+                            sequence,
+                            settings,
+                            [seed_of(each, number) for each in group_steps],
+                            on_student,
                         )
                         for number, sequence in zip(numbers, sequences, strict=True)
                     ]
@@ -200,17 +196,18 @@ def keeps_states(settings: IndexerTrainingSettings) -> bool:
     return settings.steps_per_sequence > 1
 
 
-def _query_positions(
+def _capture(
+    model: PreTrainedModel,
     sequence: TrainingSequence,
-    rule: AttentionRule,
     settings: IndexerTrainingSettings,
     seeds: list[str],
-) -> Tensor:
-    """Ascending positions of all queries that the steps on one sequence will train on."""
-    positions = [
-        choose_queries([sequence], rule, settings, [seed], "cpu").positions for seed in seeds
-    ]
-    return torch.cat(positions).unique()
+    on_student: bool,
+) -> list[CapturedHeads]:
+    """States of a sequence, with all queries that the steps with these seeds will train on."""
+    rule = model.rtpurbo_config.attention
+    chosen = [choose_queries([sequence], rule, settings, [seed], model.device) for seed in seeds]
+    positions = torch.cat([choice.positions for choice in chosen]).unique()
+    return capture_heads(model, sequence.input_ids, dense=not on_student, query_positions=positions)
 
 
 def _step(

@@ -24,12 +24,7 @@ from rtpurbo.training.lora_scale import HeldOut, choose_scale, draw_held_out, lo
 from rtpurbo.training.sequences import Pools, TrainingMix, TrainingSequence
 from rtpurbo.training.source import SequenceSource, Texts, random_access
 from rtpurbo.training.student import check_trainable, save_student, trainable, trained_weights
-from rtpurbo.training.teacher import (
-    TeacherCache,
-    TeacherTargets,
-    states_at,
-    top_logits_divergence,
-)
+from rtpurbo.training.teacher import TeacherCache, TeacherTargets, states_at, top_logits_divergence
 from rtpurbo.training.vocabulary import log_probabilities
 
 MAX_GRADIENT_NORM = 1.0

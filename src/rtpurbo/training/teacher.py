@@ -101,6 +101,7 @@ def targets_at(
     return TeacherTargets(positions, answers, token_ids, values)
 
 
+@dataclass
 class TeacherCache:
     """Cache of sequences with their targets on disk, one file for each: a stream is read only once.
 
@@ -108,13 +109,10 @@ class TeacherCache:
     the same files.
     """
 
-    def __init__(
-        self, folder: Path, source: SequenceSource, settings: DistillationSettings, seed: int
-    ) -> None:
-        self.folder = folder
-        self.source = source
-        self.settings = settings
-        self.seed = seed
+    folder: Path
+    source: SequenceSource
+    settings: DistillationSettings
+    seed: int
 
     def fill(self, teacher: PreTrainedModel, step: int) -> None:
         """Computes the targets of this process's sequences of a step, unless cached; steps are filled in order."""
@@ -191,17 +189,11 @@ class TeacherCache:
 
 
 def top_logits_divergence(student: Tensor, targets: TeacherTargets) -> Tensor:
-    """Returns the forward KL between teacher and student over the teacher's top tokens and "any other token".
+    """Returns the forward KL in nats over the teacher's top tokens and "any other token": [targets].
 
-    The paper matches the top-10 logits; the additional outcome keeps the student from moving probability to other
-    tokens (our interpretation, docs/experiment-log.md).
-
-    Args:
-        student: [targets, top_logits], the student's log-probabilities of the targets' tokens.
-        targets: the teacher's predictions, on the same device.
-
-    Returns:
-        [targets], in nats.
+    The paper matches the top-10 logits; the additional outcome keeps the student from moving probability to
+    other tokens (our interpretation, docs/experiment-log.md). The student's log-probabilities are those of
+    the targets' tokens.
     """
     teacher = targets.log_probabilities
     inside = (teacher.exp() * (teacher - student)).sum(-1)
