@@ -18,59 +18,32 @@ from rtpurbo.models.sparse_layers import headwise_modules
 CONTEXT = 2**20
 
 _QWEN3 = {"vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "tie_word_embeddings": False}
+_EXPERTS = {
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
+_SMOLLM2 = {"vocab_size": 49152, "head_dim": 64, "rope_theta": 1e5, "tie_word_embeddings": True}
+
+
+def _sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
+) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
 
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3-8b": (
-        "qwen3",
-        {
-            **_QWEN3,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        },
-    ),
-    "qwen3-14b": (
-        "qwen3",
-        {
-            **_QWEN3,
-            "hidden_size": 5120,
-            "intermediate_size": 17408,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 8,
-        },
-    ),
-    "qwen3-30b-a3b": (
-        "qwen3_moe",
-        {
-            **_QWEN3,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "smollm2-135m": (
-        "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "head_dim": 64,
-            "rope_theta": 1e5,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "qwen3-8b": ("qwen3", _QWEN3 | _sizes(4096, 12288, 36, 32, 8)),
+    "qwen3-14b": ("qwen3", _QWEN3 | _sizes(5120, 17408, 40, 40, 8)),
+    "qwen3-30b-a3b": ("qwen3_moe", _QWEN3 | _EXPERTS | _sizes(2048, 6144, 48, 32, 4)),
+    "smollm2-135m": ("llama", _SMOLLM2 | _sizes(576, 1536, 30, 9, 3)),
 }
 """Model type in transformers and published sizes, by name."""
 

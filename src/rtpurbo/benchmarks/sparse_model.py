@@ -106,14 +106,9 @@ def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) ->
 def read_prompts(model: PreTrainedModel, prompts: Tensor, length: int, batch: int) -> HeadwiseCache:
     """Cache of a sparse model whose sequences have read prompts; sequence b has read prompt b % len(prompts).
 
-    Prompts are read one at a time, each whole: a batch of them would take the activations of all, and
-    dense queries (`AttentionRule.num_dense_queries`) need a prompt of one forward. All layers have full attention.
-
-    Args:
-        model: sparse.
-        prompts: token ids, int64 [number of prompts, prompt length].
-        length: tokens that the cache will hold in the end.
-        batch: number of sequences, at least that of the prompts.
+    Prompts, int64 [number of prompts, prompt length], are read one at a time, each whole: a batch of them
+    would take the activations of all, and dense queries (`AttentionRule.num_dense_queries`) need a prompt of
+    one forward. The cache will hold `length` tokens in the end. All layers of the model have full attention.
     """
     # Fewer steps than this would run without a CUDA graph.
     expected = length + CAPTURE_COST_IN_STEPS

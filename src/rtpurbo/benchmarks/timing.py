@@ -180,30 +180,29 @@ class PartTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._whole: tuple[Any, Any] | None = None
-        self._parts: list[tuple[Any, Any]] = []
+        self._spans: list[tuple[Any, Any]] = []
 
     @contextmanager
     def around_whole(self) -> Iterator[None]:
         """Context manager around a call; discards earlier times."""
-        self._parts = []
-        start = self._now()
-        yield
-        self._whole = start, self._now()
+        self._spans.clear()
+        with self.around_part():
+            yield
 
     @contextmanager
     def around_part(self) -> Iterator[None]:
         """Context manager around a part of a call."""
         start = self._now()
         yield
-        self._parts.append((start, self._now()))
+        self._spans.append((start, self._now()))
 
     def milliseconds(self) -> tuple[float, float]:
         """Milliseconds of the last whole call, and the sum of its parts."""
-        assert self._whole is not None
         if self._on_gpu:
             torch.cuda.synchronize()
-        return self._between(*self._whole), sum(self._between(*part) for part in self._parts)
+        # The whole ends last.
+        *parts, whole = (self._between(*span) for span in self._spans)
+        return whole, sum(parts)
 
     def _now(self) -> Any:
         if not self._on_gpu:

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.benchmarks.geometries import (
-    build_model,
-    draw_indexers,
-    model_facts,
-    spread_head_map,
-)
+from rtpurbo.benchmarks.geometries import build_model, draw_indexers, model_facts, spread_head_map
 from rtpurbo.benchmarks.session import Entry, Session, release
 from rtpurbo.benchmarks.timing import Call, Measurement
 from rtpurbo.config import AttentionRule, RTPurboConfig
