@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from rtpurbo.reporting.roofline import achieved, decode_bytes, prefill_flops, window_area
+from rtpurbo.reporting.speed import achieved, decode_bytes, prefill_flops, window_area
 from tests.test_speed_records import RECORD
 
 DENSE = replace(RECORD, implementation="sdpa-flash", density=1.0)

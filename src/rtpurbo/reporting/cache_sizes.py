@@ -17,15 +17,10 @@ _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Sizes of the base model that its cache depends on.
+    """Sizes of the base model that its cache depends on; None or empty where they are not known.
 
-    Attributes:
-        head_dim: dimensions of a key and of a value.
-        dtype: data type of the stored weights, which the cache shares unless loaded otherwise.
-        layer_window: window in tokens of the layers that are not converted.
-        num_kv_heads: KV heads of a layer; None if they are not known.
-        layer_types: type of each layer; empty if they are not known.
-        of_layers: by layer, the sizes that differ there.
+    The cache shares the data type of the stored weights unless loaded otherwise. The window is that of the
+    layers that are not converted; `of_layers` has, by layer, the sizes that differ there.
     """
 
     head_dim: int
@@ -45,11 +40,7 @@ class CacheShape:
 
 
 def read_cache_shape(folder: Path) -> CacheShape | None:
-    """Reads the base model's sizes from an artifact's or an export's config.json.
-
-    Returns:
-        The sizes; None if the folder has no such file or the file does not state them.
-    """
+    """Reads the base model's sizes from an artifact's or an export's config.json; None if it does not state them."""
     try:
         data = strict_json.read(folder / MODEL_CONFIG_FILE)
     except (OSError, ValueError):
@@ -98,13 +89,9 @@ def _sizes(config: dict[str, Any]) -> dict[str, int]:
 
 
 def stored_tokens(config: RTPurboConfig, length: int) -> tuple[int, int]:
-    """Returns tokens times KV heads in the sparse and in the dense cache of one sequence.
+    """Returns tokens times KV heads in the sparse and in the dense cache of one sequence of some length.
 
     Windowed KV heads have all their slots from the start.
-
-    Args:
-        config: the sparse model.
-        length: tokens of context.
     """
     by_layer = [
         _tokens_of_layer(config, layer, length)
@@ -135,11 +122,6 @@ def cache_sizes(config: RTPurboConfig, shape: CacheShape, length: int) -> tuple[
     """Returns bytes of the sparse cache, index keys included, and of the dense one.
 
     Positions and slot numbers, about ten bytes for each slot of a window, are left out.
-
-    Args:
-        config: the sparse model.
-        shape: sizes of the base model.
-        length: tokens of context.
     """
     element = _ELEMENT_BYTES[shape.dtype]
     head_map, indexer = config.head_map, config.indexer

@@ -34,14 +34,10 @@ MARKERS = ("o", "s", "^", "D")
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a plot.
+    """One direction of a plot of a quantity, whose name has its unit.
 
-    Attributes:
-        name: measured quantity, with its unit.
-        write: text of a value; None writes it with as few digits as needed.
-        scale: linear, or logarithmic to base 10 or 2.
-        include: values inside the range in any case, such as 0.
-        ticks: values with a label; None lets matplotlib choose.
+    Values are written with as few digits as needed unless `write` does it. The range has the values `include`
+    in any case, such as 0; matplotlib chooses the ticks if there are none.
     """
 
     name: str
@@ -57,11 +53,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a plot.
+    """A line of a plot, without the points that are not finite.
 
     Attributes:
         name: legend entry.
-        points: x and y; points that are not finite are left out.
+        points: x and y.
         style: index of colour and marker; None is the baseline, dashed.
         hints: tooltips of the points; name and values if None.
         markers: whether points are marked.
@@ -107,29 +103,15 @@ def has_matplotlib() -> bool:
 
 
 def check_matplotlib(command: str) -> None:
-    """Refuses a command that draws where matplotlib is missing.
-
-    Args:
-        command: command or option, for the message.
-
-    Raises:
-        RTPurboError: matplotlib is not installed.
-    """
+    """Refuses a command or option that draws where matplotlib is missing."""
     if not has_matplotlib():
         raise RTPurboError(f"{command} needs matplotlib: pip install 'rtpurbo[plots]'.")
 
 
 def line_plot(title: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Draws lines with markers and intervals.
+    """Returns an `<svg>` element of lines with markers and intervals, the first on top.
 
-    Args:
-        title: subject of the plot, for the alternative text.
-        series: the lines, the first on top.
-        x: the horizontal axis.
-        y: the vertical axis.
-
-    Returns:
-        An `<svg>` element.
+    Its title is the subject, for the alternative text.
     """
     with _figure(WIDTH, HEIGHT) as figure:
         axes = _axes(figure)
@@ -197,19 +179,10 @@ def bar_plot(
     style: int | None = 0,
     write: Callable[[float], str] | None = None,
 ) -> str:
-    """Draws vertical bars from 0.
+    """Returns an `<svg>` element of vertical bars from 0.
 
-    Args:
-        title: subject of the plot, for the alternative text.
-        names: labels of the bars; thinned where they would overlap.
-        values: heights.
-        y: the vertical axis.
-        x_name: meaning of the labels.
-        style: index of the colour.
-        write: text of a value in tooltips; as on the axis if None.
-
-    Returns:
-        An `<svg>` element.
+    Names of bars are thinned where they would overlap; `x_name` says what they mean. Values in tooltips are
+    written as on the axis unless `write` does it.
     """
     write = write or y.text
     hints = [f"{name}: {write(value)}" for name, value in zip(names, values, strict=True)]
@@ -240,7 +213,7 @@ def heat_map(
     names: tuple[str, str],
     side: float = 14.0,
 ) -> tuple[str, float]:
-    """Draws a square for each entry of a matrix.
+    """Returns an `<svg>` element with a square for each entry of a matrix, and its width in units.
 
     Args:
         levels: columns of values from 0 to 1, of any lengths; None draws an empty square.
@@ -249,9 +222,6 @@ def heat_map(
         alternative: text in place of the picture.
         names: names of the horizontal and the vertical axis.
         side: units from one square to the next.
-
-    Returns:
-        An `<svg>` element and its width in units.
     """
     columns, rows = len(levels), max(map(len, levels), default=0)
     left, top, right, bottom = 36.0, 6.0, 8.0, 36.0

@@ -20,12 +20,10 @@ Tint = Literal["", "slight", "heavy"]
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss against the dense model.
+    """Loss against the dense model in points, or percent of perplexity; negative for a gain.
 
-    Attributes:
-        amount: points, or percent of perplexity; negative for a gain.
-        is_chance: whether the 95 % interval allows for no difference; None without an interval.
-        tolerance: loss that is never tinted.
+    It is chance if the 95 % interval allows for no difference (None without one). A loss up to the tolerance
+    is never tinted.
     """
 
     amount: float
@@ -69,13 +67,7 @@ def loss_of_record(record: Record, dense: Record) -> Loss:
 
 
 def loss_of_mean(mean: float, dense: float, average: Average | None) -> Loss:
-    """Compares a mean score with the dense model's.
-
-    Args:
-        mean: of the policy's tests.
-        dense: the dense model's.
-        average: the same mean with its intervals, if recorded; the paired difference is preferred.
-    """
+    """Compares a mean score with the dense model's, by the interval of the paired difference if recorded."""
     is_chance = None
     if average is not None and average.difference_ci95 is not None:
         is_chance = _within(0.0, average.difference_ci95)

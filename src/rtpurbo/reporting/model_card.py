@@ -82,11 +82,7 @@ def model_card(
 ) -> str:
     """Returns the README.md of an artifact, with the Hub's metadata at the top.
 
-    Args:
-        artifact: the artifact's configuration.
-        results: Markdown tables of an evaluation, if there was one.
-        name: name that loads the artifact.
-        curves: training curves as text.
+    Results are Markdown tables of an evaluation, if there was one; the name loads the artifact; curves are text.
     """
     base, local = artifact.base.public_name, artifact.base.is_local
     return _CARD.format(

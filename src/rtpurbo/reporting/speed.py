@@ -19,13 +19,16 @@ from rtpurbo.reporting.figures import (
     length_axis,
 )
 from rtpurbo.reporting.model_card import markdown_rows
-from rtpurbo.reporting.roofline import achieved
 from rtpurbo.reporting.svg import figure_style, save_image
 from rtpurbo.speed_records import SpeedRecord
 
 BASELINES = {"sdpa-flash": "x flash", "sdpa-cudnn": "x cuDNN"}
 # Mark of times that are far off the usual ones of the device.
 UNUSUAL = "!"
+# Bytes of an element in the half precision that is measured, and dimensions of the index.
+ELEMENT = 2
+INDEX_DIM = 16
+
 HEADER = [
     "context",
     "implementation",
@@ -154,9 +157,8 @@ def _short(milliseconds: float) -> str:
 def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:
     """Draws time against context length, a line for each implementation, window and density.
 
-    Args:
-        records: measurements; each phase, model, batch size, device and dtype gets a plot of its own.
-        path: the file: .svg (which follows light and dark), .png or another format of matplotlib.
+    Each phase, model, batch size, device and dtype gets a plot of its own. The file is .svg (which follows
+    light and dark), .png or another format of matplotlib.
 
     Raises:
         RTPurboError: matplotlib is missing, or does not know the format.
@@ -205,11 +207,9 @@ def is_baseline(record: SpeedRecord) -> bool:
 def lines_of(
     records: Sequence[SpeedRecord], *, every_window: bool = False
 ) -> dict[str, list[SpeedRecord]]:
-    """Returns records by implementation, window and density, dense kernels first.
+    """Returns records of one task by implementation, window and density, dense kernels first.
 
-    Args:
-        records: of one task at several lengths.
-        every_window: name the window even if there is only one.
+    The window is named if there are several, or `every_window` is.
     """
     windows = {record.sliding_window for record in records if not is_dense(record)}
     lines: dict[str, list[SpeedRecord]] = {}
@@ -261,3 +261,46 @@ def time_series(lines: Mapping[str, Sequence[SpeedRecord]]) -> tuple[list[Series
 def short_time(value: float) -> str:
     """Formats a time with three digits, or as a whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def prefill_flops(record: SpeedRecord) -> float:
+    """Returns the floating-point operations of attention; scoring of index keys is not counted."""
+    causal = record.context_length * (record.context_length + 1) / 2
+    local = window_area(record.context_length, record.sliding_window)
+    retrieval, heads = record.num_retrieval_heads, record.num_attention_heads
+    if record.implementation.startswith("sdpa"):
+        pairs = heads * causal
+    else:
+        pairs = (heads - retrieval) * local + retrieval * record.density * causal
+    return 4.0 * record.head_dim * pairs * record.batch_size
+
+
+def window_area(length: int, window: int) -> float:
+    """Returns the number of query-key pairs within a causal sliding window."""
+    inside = min(length, window)
+    return inside * (inside + 1) / 2 + (length - inside) * window
+
+
+def decode_bytes(record: SpeedRecord) -> float:
+    """Returns the bytes of keys, values and index keys that a decode step reads."""
+    token = 2 * record.head_dim * ELEMENT
+    if record.implementation.startswith("sdpa"):
+        read = record.context_length * record.num_key_value_heads * token
+    else:
+        near = min(record.context_length, record.sliding_window)
+        index_element = 1 if "float8" in record.implementation else ELEMENT
+        index = record.num_retrieval_heads * INDEX_DIM * index_element
+        selected = record.num_retrieval_heads * record.density * token
+        read = near * record.num_key_value_heads * token
+        read += int(record.context_length * (index + selected))
+    return float(read * record.batch_size)
+
+
+def achieved(record: SpeedRecord) -> tuple[float, str] | None:
+    """Returns the throughput of an operator in TFLOP/s or GB/s; None for whole models."""
+    seconds = record.milliseconds / 1000
+    if record.phase == "prefill":
+        return prefill_flops(record) / seconds / 1e12, "TFLOP/s"
+    if record.phase == "decode":
+        return decode_bytes(record) / seconds / 1e9, "GB/s"
+    return None

@@ -89,14 +89,9 @@ def svg(
 ) -> str:
     """Returns a figure as an `<svg>` element for an HTML page.
 
-    Colours of the palette become CSS variables, element ids are unique to the figure, and what only
-    file viewers need (sizes, metadata, clip paths) is left out.
-
-    Args:
-        figure: the drawn figure; nothing in it may lie beyond its axes.
-        alternative: alternative text.
-        marks: tooltips and classes of the elements in a group, by the group's matplotlib gid.
-        class_: CSS class of the element.
+    Colours of the palette become CSS variables, element ids are unique to the figure, and what only file
+    viewers need (sizes, metadata, clip paths) is left out. Nothing in the figure may lie beyond its axes.
+    Marks are tooltips and classes of the elements in a group, by the group's matplotlib gid.
     """
     file = StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -122,11 +117,6 @@ def svg(
         "class": class_,
     }
     return ElementTree.tostring(root, encoding="unicode").replace("\n", "")
-
-
-def write_svg(path: Path, drawing: str, title: str) -> None:
-    """Writes an `<svg>` element as a file that follows the viewer's light or dark setting."""
-    write_text_atomically(path, svg_document(drawing, title) + "\n")
 
 
 def svg_document(drawing: str, title: str) -> str:
@@ -214,7 +204,7 @@ def save_image(figure: Figure, path: str | Path, alternative: str) -> None:
         RTPurboError: matplotlib does not know the format.
     """
     if Path(path).suffix == ".svg":
-        write_svg(Path(path), svg(figure, alternative), alternative)
+        write_text_atomically(path, svg_document(svg(figure, alternative), alternative) + "\n")
         return
     try:
         with whole_file(path) as temporary:

@@ -69,10 +69,7 @@ def results_tables(
 ) -> list[Table]:
     """Returns tables for the terminal, with losses to the dense policy in yellow and red.
 
-    Args:
-        records: measurements of one or more policies.
-        cache_length: tokens at which every cache size was measured; None for each record's length.
-        averages: of suites, if there are any.
+    If `cache_length` is given, every cache size is that at this length, not at the record's.
     """
     tables = []
     for header, rows in _grids(records, cache_length, averages):

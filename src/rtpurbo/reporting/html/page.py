@@ -13,17 +13,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rtpurbo.files import write_text_atomically
 from rtpurbo.reporting.figures import check_matplotlib
-from rtpurbo.reporting.html.sections.budgets import budgets_section
 from rtpurbo.reporting.html.sections.head_map import head_map_section
 from rtpurbo.reporting.html.sections.memory import memory_section
 from rtpurbo.reporting.html.sections.origin import origin_section
 from rtpurbo.reporting.html.sections.quality import quality_section
-from rtpurbo.reporting.html.sections.reads import reads_section
+from rtpurbo.reporting.html.sections.reads import budgets_section, reads_section
 from rtpurbo.reporting.html.sections.speed import speed_section
 from rtpurbo.reporting.html.sections.summary import headlines, opening, title_of
 from rtpurbo.reporting.html.sections.training import training_section
 from rtpurbo.reporting.html.sources import Sources, read_sources
-from rtpurbo.reporting.html.view import Block, Missing, Section
+from rtpurbo.reporting.html.view import Missing, Section
 from rtpurbo.reporting.palette import variables
 from rtpurbo.version import __version__
 
@@ -57,12 +56,7 @@ def write_report(places: Iterable[str | Path], output: str | Path) -> None:
 
 
 def page(sources: Sources, date: str | None = None) -> str:
-    """Returns the report as HTML.
-
-    Args:
-        sources: its data.
-        date: date in the footer; today if None.
-    """
+    """Returns the report as HTML, with today's date in the footer if none is given."""
     made = [make(sources) for make in _SECTIONS]
     return (
         _environment()
@@ -80,12 +74,6 @@ def page(sources: Sources, date: str | None = None) -> str:
         )
         + "\n"
     )
-
-
-def render(blocks: Iterable[Block]) -> str:
-    """Returns blocks as HTML, without a page around them."""
-    module: Any = _environment().get_template("blocks.html").module
-    return "".join(module.block(block) for block in blocks)
 
 
 @cache

@@ -8,15 +8,7 @@ from rtpurbo.evaluation.policies import BUDGET_POLICY, DENSE_POLICY, POLICIES
 from rtpurbo.evaluation.records import Record
 from rtpurbo.reporting.figures import Series
 from rtpurbo.reporting.html.sources import Quality, Sources
-from rtpurbo.reporting.html.view import (
-    Block,
-    Definitions,
-    Heading,
-    Legend,
-    Plot,
-    Plots,
-    swatch,
-)
+from rtpurbo.reporting.html.view import Block, Definitions, Heading, Legend, Plot, Plots, swatch
 from rtpurbo.reporting.selection import lengths_of, pick, policy_order
 
 
@@ -48,12 +40,9 @@ def lines_by_length(
     policies: Sequence[str],
     mean: Callable[[Sequence[Record], str], float | None],
 ) -> list[Series]:
-    """Returns a line over context lengths for each policy that has values.
+    """Returns a line over context lengths for each policy that has values, coloured by its place among all policies.
 
-    Args:
-        records: measurements.
-        policies: all policies, by which colours are chosen.
-        mean: returns a policy's value from the records of one length.
+    `mean` returns a policy's value from the records of one length.
     """
     lines = []
     for policy in policies:

@@ -16,14 +16,9 @@ _SYMBOLS = dict(zip(MARKERS, "●■▲◆", strict=True))
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell.
+    """A table cell: the value, below it the difference to the dense model, and further small lines.
 
-    Attributes:
-        text: the value.
-        delta: difference to the dense model, below it.
-        lines: further small lines.
-        tint: `slight`, `heavy` or empty.
-        bold: whether the value is bold.
+    The tint is `slight`, `heavy` or empty.
     """
 
     text: str
@@ -74,14 +69,7 @@ class Legend(Block):
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure.
-
-    Attributes:
-        title: subject.
-        where: conditions of the measurement: samples, device, dtype.
-        svg: the drawing.
-        legend: names of the series; None where several plots share one.
-    """
+    """A figure and the conditions of its measurement; without a legend where several plots share one."""
 
     title: str
     where: str
@@ -152,13 +140,7 @@ class Folded(Block):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report.
-
-    Attributes:
-        anchor: target of links.
-        title: heading.
-        blocks: its content.
-    """
+    """A part of the report; links lead to its anchor."""
 
     anchor: str
     title: str

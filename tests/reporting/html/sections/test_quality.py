@@ -2,7 +2,7 @@ import pytest
 
 from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.records import Record
-from rtpurbo.reporting.html.sections.scores import mean_cell, score_cell
+from rtpurbo.reporting.html.sections.quality import mean_cell, score_cell
 
 
 def record(score, interval=None, policy="rtpurbo", suite="ruler"):

@@ -3,13 +3,18 @@ from dataclasses import replace
 import pytest
 
 from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.reporting.html.page import render
+from rtpurbo.reporting.html import page
 from rtpurbo.reporting.html.sections.speed import best_decode, best_ratio, speed_section
 from rtpurbo.reporting.html.sections.summary import headlines
 from rtpurbo.reporting.html.sources import Origin, Quality, Sources, Speed
 from rtpurbo.reporting.html.view import Missing, Section
 from tests.reporting.html.example_results import speed_records
 from tests.reporting.html.parsed import Page
+
+
+def render(blocks):
+    module = page._environment().get_template("blocks.html").module
+    return "".join(module.block(block) for block in blocks)
 
 
 def sources(records, notes=()):

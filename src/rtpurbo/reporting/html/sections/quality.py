@@ -11,15 +11,10 @@ from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record
 from rtpurbo.formats import short_length, suite_title
 from rtpurbo.reporting.figures import Axis, Series, length_axis, line_plot
-from rtpurbo.reporting.html.policies import (
-    by_model,
-    described,
-    lines_by_length,
-    plots_of_policies,
-)
-from rtpurbo.reporting.html.sections.scores import LEGEND, mean_cell, score_cell
+from rtpurbo.reporting.html.policies import by_model, described, lines_by_length, plots_of_policies
 from rtpurbo.reporting.html.sources import Quality, Sources
 from rtpurbo.reporting.html.view import (
+    NOTHING,
     Block,
     Cell,
     Folded,
@@ -30,6 +25,7 @@ from rtpurbo.reporting.html.view import (
     Table,
     Text,
 )
+from rtpurbo.reporting.losses import NO_DIFFERENCE, Loss, loss_of_mean, loss_of_record
 from rtpurbo.reporting.selection import (
     by_suite,
     lengths_of,
@@ -44,6 +40,15 @@ from rtpurbo.reporting.tables import BY_TASK
 _TITLE = "Quality"
 _NEAR = 5.0
 """Points from the dense model within which policies get a plot of differences."""
+
+LEGEND = (
+    "Below each score: the difference to the dense model (full), in points, or for perplexity in "
+    "percent, and 95 % intervals in brackets where the results have them. ▼ is a loss and ▲ a gain "
+    "in which neither score lies in the other's interval; ▽ and △ may be chance. Scores without a "
+    "recorded interval are judged by Wilson's, from the number of samples. Red marks a loss of at "
+    "least 5 outside the interval; yellow a smaller one outside, or a larger one that may be chance "
+    "or has no interval. The brackets of a mean hold its difference, paired by question."
+)
 
 
 def quality_section(sources: Sources) -> Section | Missing:
@@ -206,3 +211,42 @@ def _mean_cells(quality: Quality, records: Sequence[Record], policies: Sequence[
         )
         for each in policies
     ]
+
+
+def score_cell(record: Record | None, dense: Record | None) -> Cell:
+    """Returns a score, if there is one, with its interval and the difference to the dense model's of the same test."""
+    if record is None:
+        return Cell(NOTHING, tint="none", bold=False)
+    perplexity = record.suite == "perplexity"
+    score = f"{record.score:.2f}" if perplexity else f"{record.score:.1f}".removesuffix(".0")
+    interval = ""
+    if record.ci95 is not None:
+        low, high = (f"{end:.2f}" if perplexity else f"{end:.0f}" for end in record.ci95)
+        interval = f"[{low}, {high}]"
+    if dense is None or record.policy == DENSE_POLICY:
+        return Cell(score, lines=(interval,) if interval else ())
+    return _cell(score, interval, loss_of_record(record, dense), perplexity)
+
+
+def mean_cell(mean: float | None, dense: float | None, average: Average | None = None) -> Cell:
+    """Returns a mean of scores, if the policy has all tests, with its difference to the dense model's (None for that).
+
+    The interval of the difference is that of the same average, if recorded.
+    """
+    if mean is None:
+        return Cell(NOTHING, tint="none", bold=False)
+    if dense is None:
+        return Cell(f"{mean:.1f}")
+    interval = ""
+    if average is not None and average.difference_ci95 is not None:
+        low, high = average.difference_ci95
+        interval = f"[{low:+.1f}, {high:+.1f}]"
+    return _cell(f"{mean:.1f}", interval, loss_of_mean(mean, dense, average))
+
+
+def _cell(score: str, interval: str, loss: Loss, perplexity: bool = False) -> Cell:
+    lines = (interval,) if interval else ()
+    if abs(loss.amount) < NO_DIFFERENCE:
+        return Cell(score, "±0", lines)
+    written = f"{loss.amount:+.1f} %" if perplexity else f"{-loss.amount:+.1f}"
+    return Cell(score, f"{loss.sign}{written}", lines, loss.tint)

@@ -19,12 +19,7 @@ from rtpurbo.reporting.selection import far_share, lengths_of, pick
 
 @dataclass(frozen=True)
 class Headline:
-    """A headline figure.
-
-    Attributes:
-        value: the number.
-        label: its meaning, below it.
-    """
+    """A headline figure: its value, and below it its meaning."""
 
     value: str
     label: str
