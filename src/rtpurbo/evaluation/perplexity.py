@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rtpurbo.data.texts import TextCorpus, bos_and_prose
 from rtpurbo.evaluation.cases import Case
 from rtpurbo.evaluation.samples import Outcome
-from rtpurbo.evaluation.task_suite import TaskSuite, ignore_sample
+from rtpurbo.evaluation.task_suite import TaskSuite
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparsify import runtime
@@ -40,7 +40,7 @@ class PerplexitySuite(TaskSuite):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         case: Case,
-        after_sample: Callable[[], None] = ignore_sample,
+        after_sample: Callable[[], None] = lambda: None,
         questions: range | None = None,
     ) -> list[Outcome]:
         """Returns the perplexity; refuses a corpus that is shorter than a window."""

@@ -35,18 +35,9 @@ STEPS_WATCHED = 32
 class Reads:
     """Tokens read in a case, over the measured queries of all heads.
 
-    Attributes:
-        tokens_mean: mean number of tokens read, sinks and window included; None if no query was measured,
-            as for the next two.
-        tokens_p50: median.
-        tokens_p95: 95th percentile.
-        recall: mean attention recall.
-        far_tokens_mean: mean number of far tokens read, over queries that have far tokens.
-        far_queries: number of these queries.
-        far_share: share of their far tokens that they read; None if there are no such queries.
-        far_histogram: number of these queries by far tokens read: none, 1, 2 to 3, 4 to 7, and so on in
-            powers of two.
-        queries: number of measured queries.
+    Tokens include sinks and window. Far tokens are those of queries that have any: their share that was read,
+    and a histogram of the number read with the bins none, 1, 2 to 3, 4 to 7, and so on in powers of two.
+    Recall is the mean attention recall. Figures are None if there are no queries to measure them on.
     """
 
     tokens_mean: float | None = None

@@ -29,12 +29,7 @@ from rtpurbo.evaluation.records import (
     write_results,
 )
 from rtpurbo.evaluation.ruler.vocabulary import load_vocabulary
-from rtpurbo.evaluation.samples import (
-    SampleRecord,
-    row_of_sample,
-    sample_of_row,
-    write_samples,
-)
+from rtpurbo.evaluation.samples import SampleRecord, row_of_sample, sample_of_row, write_samples
 from rtpurbo.files import append_text
 from rtpurbo.interruption import steps_undisturbed
 from rtpurbo.version import library_commit

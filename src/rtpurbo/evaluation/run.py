@@ -18,12 +18,7 @@ from rtpurbo.evaluation.cases import DEFAULT_SUITES, HARNESS, Case, check_name
 from rtpurbo.evaluation.manifest import RunManifest
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
 from rtpurbo.evaluation.records import Record
-from rtpurbo.evaluation.request import (
-    DEFAULT_LENGTHS,
-    DEFAULT_POLICIES,
-    EVERY_POLICY,
-    Request,
-)
+from rtpurbo.evaluation.request import DEFAULT_LENGTHS, DEFAULT_POLICIES, EVERY_POLICY, Request
 from rtpurbo.evaluation.results_log import ResultsLog
 from rtpurbo.evaluation.runner import Job, Runner
 from rtpurbo.evaluation.samples import SampleRecord
@@ -165,21 +160,17 @@ class _Bar:
         self.progress(self.policy, self.done, max(self.done, self.total), self.figures)
 
 
+@dataclass
 class _Run:
     """One call of `evaluate`: the `Listener` of its jobs, and the only writer of its results."""
 
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        log: ResultsLog,
-        workers: Runner | WorkerPool,
-        keep_sample: Callable[[SampleRecord], None],
-        progress: Progress,
-    ) -> None:
-        self.cases, self.log, self.workers = cases, log, workers
-        self.keep_sample, self.progress = keep_sample, progress
-        self._bars: dict[str, _Bar] = {}
-        self._parts: dict[tuple[str, Case], list[Part]] = {}
+    cases: Sequence[Case]
+    log: ResultsLog
+    workers: Runner | WorkerPool
+    keep_sample: Callable[[SampleRecord], None]
+    progress: Progress
+    _bars: dict[str, _Bar] = field(default_factory=dict)
+    _parts: dict[tuple[str, Case], list[Part]] = field(default_factory=dict)
 
     def evaluate(self, names: Sequence[str]) -> None:
         """Evaluates policies on the cases that they have no results of."""

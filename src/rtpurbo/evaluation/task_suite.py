@@ -29,10 +29,6 @@ TOKENS_AT_ONCE = 2**18
 MASK_ENTRIES = 2**30
 
 
-def ignore_sample() -> None:
-    """Default of `after_sample`: does nothing."""
-
-
 class TaskSuite(ABC):
     """Cases of one suite.
 
@@ -45,12 +41,7 @@ class TaskSuite(ABC):
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, case: Case, context_length: int
     ) -> list[Case]:
-        """Makes the prompts of a case.
-
-        Args:
-            tokenizer: the model's; all policies share it.
-            case: as requested.
-            context_length: the model's, in tokens.
+        """Makes the prompts of a requested case, with the tokenizer that all policies share.
 
         Returns:
             The cases to run: a group of tasks has become its tasks.
@@ -66,17 +57,13 @@ class TaskSuite(ABC):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         case: Case,
-        after_sample: Callable[[], None] = ignore_sample,
+        after_sample: Callable[[], None] = lambda: None,
         questions: range | None = None,
     ) -> list[Outcome]:
-        """Returns an outcome for each metric of a case.
+        """Returns an outcome for each metric of a case from `prepare`.
 
-        Args:
-            model: dense or sparse.
-            tokenizer: the model's.
-            case: from `prepare`.
-            after_sample: called after each question or window.
-            questions: consecutive questions of the case, where `in_parts` has several; None asks all.
+        `after_sample` is called after each question or window. Questions are consecutive ones, where
+        `in_parts` has several parts; None asks all.
         """
 
 
@@ -109,7 +96,7 @@ class AnswerSuite(TaskSuite):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         case: Case,
-        after_sample: Callable[[], None] = ignore_sample,
+        after_sample: Callable[[], None] = lambda: None,
         questions: range | None = None,
     ) -> list[Outcome]:
         """Returns the mean score of the answers, in percent."""

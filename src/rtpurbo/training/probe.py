@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,13 +72,13 @@ class Probe:
                 answer_positions: Tensor = answer_positions,
             ) -> None:
                 quality = selection_quality(seen, positions, rule)
-                values = {name: getattr(quality, name).tolist() for name in FIGURES}
+                values = {name: quality[name].tolist() for name in FIGURES}
                 for index, (layer, head) in enumerate(seen.names):
                     entry = by_head.setdefault(f"{layer}.{head}", dict.fromkeys(FIGURES, 0.0))
                     for name in FIGURES:
                         entry[name] += values[name][index] / len(self.sequences)
                 if answer_positions.numel():
-                    recall = selection_quality(seen, answer_positions, rule).recall
+                    recall = selection_quality(seen, answer_positions, rule)["recall"]
                     answer_recalls.extend(recall.tolist())
 
             if self._kept is None:
@@ -123,28 +122,16 @@ def query_logits(
     return with_sink_column(exact, estimate, near, far, seen.sinks)
 
 
-@dataclass
-class SelectionQuality:
-    """Quality and size of a selection, mean over queries: tensors [heads].
-
-    Attributes:
-        recall: attention recall, near keys included.
-        tokens: selected far tokens.
-        oracle_tokens: far tokens that exact scores select under the same rule.
-        divergence: loss of stage 1.
-    """
-
-    recall: Tensor
-    tokens: Tensor
-    oracle_tokens: Tensor
-    divergence: Tensor
-
-
 @torch.no_grad()
 def selection_quality(
     seen: CapturedHeads, query_positions: Tensor, rule: AttentionRule
-) -> SelectionQuality:
-    """Compares the indexers' selection with that of exact scores for some queries, in chunks of bounded memory."""
+) -> dict[str, Tensor]:
+    """Compares the indexers' selection with that of exact scores for some queries, in chunks of bounded memory.
+
+    Returns:
+        `FIGURES` of each head, mean over queries: attention recall, near keys included; selected far tokens; those
+        that exact scores select under the same rule; and the loss of stage 1.
+    """
     total = torch.zeros(4, len(seen.names), device=seen.keys.device)
     for chunk in query_chunks(query_positions.numel(), len(seen.names) * seen.keys.shape[2]):
         exact, estimate, near, far = query_logits(seen, query_positions[chunk], rule)
@@ -160,4 +147,4 @@ def selection_quality(
             forward_divergence(visible, estimate, near | far),
         )
         total += torch.stack([values[0].sum(-1).float() for values in figures])
-    return SelectionQuality(*(total / query_positions.numel()).unbind())
+    return dict(zip(FIGURES, total / query_positions.numel(), strict=True))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rtpurbo.evaluation.policies.selectors import QuestSelector, page_bounds
+from rtpurbo.evaluation.policies.selectors import page_bounds, quest
 from rtpurbo.ops.eager.selection import block_ids
 from tests.evaluation.policies.support import every_query, random_queries
 
@@ -19,7 +19,7 @@ def bound(query, keys):
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 63), (1, 129), (31, 111)])
 def test_the_pages_of_highest_bounds_are_read(q_len, k_len):
     rows = random_queries(q_len, k_len)
-    selected = QuestSelector(20, PAGE)(rows)
+    selected = quest(20, PAGE)(rows)
     for batch, head, row in every_query(rows):
         positions, far = rows.key_positions[batch], rows.far[batch, 0, row]
         pages = {}
@@ -34,7 +34,7 @@ def test_the_pages_of_highest_bounds_are_read(q_len, k_len):
 
 
 def test_no_budget_reads_nothing():
-    assert not QuestSelector(0)(random_queries(1, 100)).any()
+    assert not quest(0)(random_queries(1, 100)).any()
 
 
 def test_bounds_hold_every_key_and_leave_padding_out():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.evaluation.cases import HARNESS, Case
 from rtpurbo.evaluation.harness.outcomes import outcomes_of
 from rtpurbo.evaluation.samples import Outcome
-from rtpurbo.evaluation.task_suite import TOKENS_AT_ONCE, TaskSuite, ignore_sample
+from rtpurbo.evaluation.task_suite import TOKENS_AT_ONCE, TaskSuite
 from rtpurbo.models.architecture import context_length
 
 # lm-eval's limit of an answer for tasks that set none.
@@ -96,7 +97,7 @@ class Harness(TaskSuite):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         case: Case,
-        after_sample: Callable[[], None] = ignore_sample,
+        after_sample: Callable[[], None] = lambda: None,
         questions: range | None = None,
     ) -> list[Outcome]:
         """Returns an outcome for each metric of a task; prompts have the chat template if there is one.
@@ -113,7 +114,8 @@ class Harness(TaskSuite):
             max_length=context_length(model.config),
             batch_size=at_once if is_gpu else 1,
         )
-        wrapped.cache_hook = _AnswerHook(after_sample)
+        # In place of lm-eval's cache of answers, which it calls for each of them.
+        wrapped.cache_hook = SimpleNamespace(add_partial=lambda *answer: after_sample())
         limit = {} if self.max_new_tokens is None else {"max_gen_toks": self.max_new_tokens}
         results = lm_eval("evaluator").simple_evaluate(
             model=wrapped,
@@ -191,17 +193,6 @@ class Harness(TaskSuite):
                     f"{examples}.jsonl, not one file."
                 )
         return tasks
-
-
-class _AnswerHook:
-    """Replacement for lm-eval's cache of answers, which reports each answer."""
-
-    def __init__(self, after_sample: Callable[[], None]) -> None:
-        self._after_sample = after_sample
-
-    def add_partial(self, *answer: Any) -> None:
-        """Called by lm-eval for each answer."""
-        self._after_sample()
 
 
 def _own_length(task: Any) -> int | None:

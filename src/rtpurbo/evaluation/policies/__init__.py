@@ -13,12 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.config import HeadMap, RTPurboConfig
 from rtpurbo.evaluation.memory import cache_bytes, full_key_bytes
-from rtpurbo.evaluation.policies.selectors import (
-    PAGE_SIZE,
-    QuestSelector,
-    oracle_top_p,
-    top_k,
-)
+from rtpurbo.evaluation.policies.selectors import PAGE_SIZE, oracle_top_p, quest, top_k
 from rtpurbo.models.artifact import load, load_base
 from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.sparse_layers import headwise_modules
@@ -194,7 +189,7 @@ POLICIES: dict[str, Policy] = {
             "quest",
             f"pages of {PAGE_SIZE} tokens by Quest's bounds; rtpurbo's mean budget",
             keeps_index=False,
-            selector=QuestSelector,
+            selector=quest,
             page_size=PAGE_SIZE,
         ),
         BudgetPolicy(

@@ -7,12 +7,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionQueries, Selector
-from rtpurbo.ops.eager.selection import (
-    block_ids,
-    estimated_logits,
-    select_per_query,
-    spread_blocks,
-)
+from rtpurbo.ops.eager.selection import block_ids, estimated_logits, select_per_query, spread_blocks
 
 PAGE_SIZE = 16
 """Tokens per page of Quest, as in its evaluation."""
@@ -47,21 +42,17 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return chosen.scatter(-1, indices, values > -torch.inf)
 
 
-class QuestSelector:
-    """Quest (arXiv 2406.10774): selection of the pages of keys with the highest bounds of their scores.
+def quest(far_tokens: int, page_size: int = PAGE_SIZE) -> Selector:
+    """Returns Quest's selection (arXiv 2406.10774) of the pages of keys with the highest bounds of their scores.
 
     The bound of a page sums, over the dimensions of a head, the larger of query times the page's minimum key
     element and query times its maximum. The number of tokens to read is rounded up to whole pages, which are
     aligned to position 0.
     """
+    num_pages = -(-far_tokens // page_size)
 
-    def __init__(self, far_tokens: int, page_size: int = PAGE_SIZE) -> None:
-        self.num_pages = -(-far_tokens // page_size)
-        self.page_size = page_size
-
-    def __call__(self, asked: SelectionQueries) -> Tensor:
-        """Returns the selected far keys of each query: bool [batch, heads, queries, k_len]."""
-        pages = block_ids(asked.key_positions, self.page_size)
+    def select(asked: SelectionQueries) -> Tensor:
+        pages = block_ids(asked.key_positions, page_size)
         least, greatest = page_bounds(asked.key_states, asked.key_positions, pages)
         # In half precision, different bounds could be equal.
         precise = torch.promote_types(least.dtype, torch.float32)
@@ -74,20 +65,17 @@ class QuestSelector:
         has_far = torch.zeros_like(bounds[:, :1], dtype=torch.int32).scatter_reduce(
             -1, pages[:, None, None].expand(asked.far.shape), asked.far.int(), "amax"
         )
-        chosen = highest(bounds.masked_fill(has_far == 0, -torch.inf), self.num_pages)
+        chosen = highest(bounds.masked_fill(has_far == 0, -torch.inf), num_pages)
         return spread_blocks(chosen, pages) & asked.far
+
+    return select
 
 
 def page_bounds(keys: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the elementwise minimum and maximum of the keys of each page.
+    """Returns the elementwise minimum and maximum of the keys of each page: twice [batch, heads, pages, head_dim].
 
-    Args:
-        keys: [batch, heads, k_len, head_dim].
-        positions: int64 [batch, k_len], -1 where there is no key.
-        pages: int64 [batch, k_len], page of each key.
-
-    Returns:
-        Two tensors [batch, heads, pages, head_dim]; 0 where a page has no key.
+    Keys [batch, heads, k_len, head_dim] have positions, -1 where there is no key, and pages, both int64
+    [batch, k_len]. A page without a key has zeros.
     """
     num_pages = int(pages.max()) + 1 if pages.numel() else 1
     shape = (*keys.shape[:2], num_pages, keys.shape[3])

@@ -42,6 +42,7 @@ _UNIT = re.compile(
 _SHORT_FRACTION = re.compile(r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])")
 _MIXED_FRACTION = re.compile(r"\\frac\{([^{}]+)\}\s*([0-9a-zA-Z])(?![^{]*\})")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
+_ONE_NUMBER = re.compile(r"\s*-?\d{1,3}(?:,\d{3})+(?:\.\d+)?\s*")
 _PLAIN_FRACTION = re.compile(r"(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+)")
 
 
@@ -74,7 +75,7 @@ def normalise(answer: str) -> str:
     # "x = 5" is equivalent to "5".
     if re.match(r"^\s*[a-zA-Z]\s*=[^=]*$", text):
         text = text.partition("=")[2]
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if _is_one_number(text) else text
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if _ONE_NUMBER.fullmatch(text) else text
     text = re.sub(r"\s+", "", text)
     text = re.sub(r"_\{(\w)\}", r"_\1", text)
     text = re.sub(r"\^\{(\w)\}", r"^\1", text)
@@ -87,10 +88,6 @@ def is_equivalent(given: str, expected: str) -> bool:
     one, other = normalise(given), normalise(expected)
     value = _number(one)
     return one == other or (value is not None and value == _number(other))
-
-
-def _is_one_number(text: str) -> bool:
-    return re.fullmatch(r"\s*-?\d{1,3}(?:,\d{3})+(?:\.\d+)?\s*", text) is not None
 
 
 def _number(text: str) -> Fraction | None:

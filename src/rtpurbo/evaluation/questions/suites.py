@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from rtpurbo.evaluation.questions import (
-    babilong,
-    competition_math,
-    gsm8k,
-    humaneval,
-    mmlu_pro,
-)
+from rtpurbo.evaluation.questions import babilong, competition_math, gsm8k, humaneval, mmlu_pro
 from rtpurbo.evaluation.questions.babilong import BabilongTask, babilong_tasks
 from rtpurbo.evaluation.questions.suite import Row, read_rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 
 from rtpurbo.data.counting import code_text, code_words, shuffled_list, smallest_code_text
@@ -16,16 +15,10 @@ NUM_COMMON = 10
 SMALLEST_LIST = 10
 
 
-@dataclass(frozen=True)
-class Frequencies:
-    """Counts of each of the ten common words in a list, and of each other word."""
+LONG, SHORT = (30, 3), (6, 1)
+LONG_EXAMPLE, SHORT_EXAMPLE = (10, 3), (3, 1)
+"""Counts of each of the ten common words in a list, and of each other word."""
 
-    common: int
-    uncommon: int
-
-
-LONG, SHORT = Frequencies(30, 3), Frequencies(6, 1)
-LONG_EXAMPLE, SHORT_EXAMPLE = Frequencies(10, 3), Frequencies(3, 1)
 LONG_FROM = 4096
 """Shorter contexts have no room for the long lists."""
 
@@ -36,7 +29,7 @@ LONG_EXAMPLE_WORDS, SHORT_EXAMPLE_WORDS = 30, 10
 def draft_common_words(request: Request) -> Draft:
     """Draws the words of the list, and others for the worked example before it."""
     rng, is_long = request.rng, request.context_length >= LONG_FROM
-    frequencies = LONG if is_long else SHORT
+    counts = LONG if is_long else SHORT
     every = request.materials.vocabulary.words
     words = iter(rng.sample(every, len(every)))
     example_common = _apart(words, every)
@@ -56,8 +49,7 @@ def draft_common_words(request: Request) -> Draft:
     uncommon = Stream(_uncommon(request, words, common))
     return Draft(
         text=lambda size: (
-            f"{solved}\n\n\n"
-            f"{_listed(wording, common, uncommon.first(size), frequencies, shuffle_seed)}"
+            f"{solved}\n\n\n{_listed(wording, common, uncommon.first(size), counts, shuffle_seed)}"
         ),
         question=asked.question,
         opening=asked.opening,
@@ -82,10 +74,10 @@ def _listed(
     wording: CountingWording,
     common: Sequence[str],
     uncommon: Sequence[str],
-    frequencies: Frequencies,
+    counts: tuple[int, int],
     seed: int,
 ) -> str:
-    entries = shuffled_list(common, uncommon, frequencies.common, frequencies.uncommon, seed)
+    entries = shuffled_list(common, uncommon, *counts, seed)
     return wording.text(entries, NUM_COMMON)
 
 

@@ -72,38 +72,33 @@ def read_hotpotqa(path: str | Path) -> QuestionSet:
     return _read(path, "HotpotQA's distractor format", _hotpotqa_questions)
 
 
-class _Passages:
-    """Numbers of distinct passages."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def number(self, text: str) -> int:
-        return self.numbers.setdefault(text, len(self.numbers))
+_Numbering = Callable[[str], int]
+"""Returns the number of a passage, which a new one gets."""
 
 
 def _read(
     path: str | Path,
     expected: str,
-    questions_of: Callable[[Any, _Passages], Iterable[PassageQuestion]],
+    questions_of: Callable[[Any, _Numbering], Iterable[PassageQuestion]],
 ) -> QuestionSet:
     path = Path(path).expanduser()
     if not path.is_file():
         raise RTPurboError(f"there is no file of questions {path}; check the path.")
-    passages = _Passages()
+    passages: dict[str, int] = {}
     try:
         data = strict_json.read(path)
-        questions = [item for item in questions_of(data, passages) if item.answers]
+        asked = questions_of(data, lambda text: passages.setdefault(text, len(passages)))
+        questions = [item for item in asked if item.answers]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RTPurboError(f"{path} is not in {expected}; choose another file.") from error
     if not questions:
         raise RTPurboError(f"{path} has no question with an answer; choose another file.")
-    return QuestionSet(path.name, tuple(passages.numbers), tuple(questions))
+    return QuestionSet(path.name, tuple(passages), tuple(questions))
 
 
-def _squad_questions(data: Any, passages: _Passages) -> Iterable[PassageQuestion]:
+def _squad_questions(data: Any, number_of: _Numbering) -> Iterable[PassageQuestion]:
     for article in data["data"]:
-        numbers = [passages.number(paragraph["context"]) for paragraph in article["paragraphs"]]
+        numbers = [number_of(paragraph["context"]) for paragraph in article["paragraphs"]]
         for number, paragraph in zip(numbers, article["paragraphs"], strict=True):
             related = tuple(other for other in dict.fromkeys(numbers) if other != number)
             for asked in paragraph["qas"]:
@@ -112,10 +107,10 @@ def _squad_questions(data: Any, passages: _Passages) -> Iterable[PassageQuestion
                     yield PassageQuestion(asked["question"], tuple(answers), (number,), related)
 
 
-def _hotpotqa_questions(data: Any, passages: _Passages) -> Iterable[PassageQuestion]:
+def _hotpotqa_questions(data: Any, number_of: _Numbering) -> Iterable[PassageQuestion]:
     for asked in data:
         numbers = {
-            title: passages.number(f"{title}\n{''.join(sentences)}")
+            title: number_of(f"{title}\n{''.join(sentences)}")
             for title, sentences in asked["context"]
         }
         facts = {title for title, *_ in asked.get("supporting_facts", [])} & set(numbers)

@@ -6,7 +6,7 @@ import json
 import random
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from rtpurbo.evaluation.task_suite import AnswerSuite, Instance
 from rtpurbo.files import write_text_atomically
 
 
+@dataclass
 class RulerSuite(AnswerSuite):
     """Cases whose prompts are filled to their length; each prompt is made once for all policies.
 
@@ -30,18 +31,11 @@ class RulerSuite(AnswerSuite):
     suite that fills prompts in the same way.
     """
 
-    def __init__(
-        self,
-        materials: Materials,
-        seed: int = 0,
-        folder: Path | None = None,
-        tasks: Mapping[str, Task] = TASKS,
-    ) -> None:
-        self.materials = materials
-        self.seed = seed
-        self.folder = folder
-        self.tasks = tasks
-        self._made: dict[tuple[str, int, int], list[Example]] = {}
+    materials: Materials
+    seed: int = 0
+    folder: Path | None = None
+    tasks: Mapping[str, Task] = field(default_factory=lambda: TASKS)
+    _made: dict[tuple[str, int, int], list[Example]] = field(default_factory=dict)
 
     def examples(
         self, tokenizer: PreTrainedTokenizerBase, task: str, context_length: int, samples: int
