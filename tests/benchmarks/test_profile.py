@@ -14,11 +14,12 @@ def artifact(tiny_base):
 
 
 def test_states_are_the_document_s_again_and_again(artifact):
-    states, case, note = observe(artifact, RULE, 100, torch.float16, CPU)
+    case = observe(artifact, RULE, 100, torch.float16, CPU)
+    states = case.states
     assert states.queries.shape == (1, 6, 100, 8)
     assert states.index_keys.shape[:3] == (1, 2, 100)
     assert case.shape.retrieval_heads == (1, 4)
-    assert "100 tokens" in note
+    assert "100 tokens" in case.note
     longer = repeated(states, 250)
     assert torch.equal(longer.keys[:, :, 200:], states.keys[:, :, :50])
     assert torch.equal(longer.index_queries[:, :, 100:200], states.index_queries)

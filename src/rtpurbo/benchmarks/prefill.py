@@ -37,12 +37,11 @@ EAGER_LIMIT = 4096
 
 @dataclass
 class PrefillCase:
-    """Layer and prompt, with the backend of our operators and a note for every record."""
+    """Layer and prompt, with a note for every record."""
 
     shape: LayerShape
     rule: AttentionRule
     states: LayerStates
-    backend: str = "triton"
     note: str = ""
 
     @property
@@ -138,8 +137,8 @@ def measure_dense(session: Session, cases: Sequence[PrefillCase]) -> None:
 
 def _windowed(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
     choices = [
-        ("rtpurbo-dense-retrieval", case.shape.retrieval_heads, case.backend),
-        ("duo-attention-shape", case.shape.whole_groups(), case.backend),
+        ("rtpurbo-dense-retrieval", case.shape.retrieval_heads, "triton"),
+        ("duo-attention-shape", case.shape.whole_groups(), "triton"),
     ]
     if case.length <= EAGER_LIMIT:
         choices.append(("eager", case.shape.retrieval_heads, "eager"))

@@ -37,16 +37,13 @@ def bench_profile(
 
     Sinks and `row_share` are those of the artifact, all else that of `rule`.
     """
-    seen, chosen, note = observe(
-        artifact, rule, max(lengths), dtype, session.device, data, base_model
-    )
+    seen = observe(artifact, rule, max(lengths), dtype, session.device, data, base_model)
     for length in sorted(lengths):
         with session.guarded(f"prefill of {artifact} at {length:,} tokens"):
-            states = repeated(seen, length)
-            case = PrefillCase(chosen.shape, chosen.rule, states, note=note)
+            case = replace(seen, states=repeated(seen.states, length))
             measure_sparse(session, case, None)
             measure_dense(session, [case])
-            del states, case
+            del case
         release(session.device)
 
 
@@ -58,8 +55,8 @@ def observe(
     device: torch.device,
     data: Sequence[str] | None = None,
     base_model: str | None = None,
-) -> tuple[LayerStates, PrefillCase, str]:
-    """States of one document, a case with them, and a note on their origin."""
+) -> PrefillCase:
+    """Case with the states of one document, and a note on their origin."""
     model, tokenizer = load(artifact, base_model=base_model, device=device)
     modules = headwise_modules(model)
     module = max(modules, key=lambda one: len(one.retrieval_heads))
@@ -97,7 +94,7 @@ def observe(
         f"states of {Path(artifact).name}, layer {module.layer_idx}, from a document of "
         f"{tokens:,} tokens, repeated"
     )
-    return states, PrefillCase(shape, own, states), note
+    return PrefillCase(shape, own, states, note)
 
 
 def _states(seen: LayerObservation, module: SparseAttention, dtype: torch.dtype) -> LayerStates:

@@ -339,9 +339,7 @@ def _dtype(name: str) -> Any:
 def _measuring(context: typer.Context, known: Sequence[str]) -> Iterator[Session]:
     """Checks a command's options before anything is measured; prints and plots the results at the end.
 
-    Args:
-        context: of the command.
-        known: names for its option `--implementation`.
+    `known` has the names for its option `--implementation`.
     """
     import torch
 

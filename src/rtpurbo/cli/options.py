@@ -191,12 +191,9 @@ _CHOICES_OF_HEADS = ("calibration.ratio", "calibration.threshold", "calibration.
 def suites_with_tasks(
     suites: Sequence[str], tasks: str | None, lengths: Sequence[int] | None
 ) -> list[str]:
-    """Returns suites as arguments of `rtpurbo.evaluate`.
+    """Returns suites as arguments of `rtpurbo.evaluate`; a separate option may have the tasks of the only one.
 
-    Args:
-        suites: names, optionally with tasks and lengths.
-        tasks: tasks of the only suite, separated by commas, from a separate option.
-        lengths: lengths that the user gave; the only ones that tasks of lm-eval use.
+    Lengths are those that the user gave; tasks of lm-eval use no others.
     """
     names = list(suites)
     if tasks is not None:
@@ -227,10 +224,8 @@ def assignments(option: str, given: Sequence[str] | None) -> dict[str, str]:
 def job_options(context: typer.Context, progress: Progress | None = None) -> JobOptions:
     """Returns keyword arguments for the functions of `rtpurbo.conversion`.
 
-    Args:
-        context: of a command. Its options are those of `rtpurbo.conversion.options.JobOptions`, and some that each
-            change one setting.
-        progress: called after each step; None calls nothing.
+    Options of the command are those of `rtpurbo.conversion.options.JobOptions`, and some that each change one
+    setting.
     """
     from rtpurbo.conversion.options import JobOptions
 
@@ -245,11 +240,9 @@ def job_options(context: typer.Context, progress: Progress | None = None) -> Job
 
 
 def changed_settings(others: Sequence[str] | None, **options: Any) -> dict[str, Any]:
-    """Returns the settings that the user changed, by dotted name.
+    """Returns the settings that the user changed, by dotted name, from the options of `_SETTINGS` and those of `--set`.
 
-    Args:
-        others: NAME=VALUE arguments of `--set`; values are JSON, or plain text.
-        options: values of the options above, by name; None if not given.
+    Values of the latter are JSON, or plain text; options are None if not given.
     """
     changes = {_SETTINGS[name]: value for name, value in options.items() if value is not None}
     for assignment in others or []:

@@ -22,14 +22,9 @@ COMMANDS = {
 
 
 def chat(conversation: Conversation, console: Console, *, show_reads: bool = False) -> None:
-    """Runs the chat until the user quits or the input ends.
+    """Runs the chat until the user quits or the input ends; messages come from standard input.
 
     Ctrl-C stops an answer; its beginning stays in the conversation.
-
-    Args:
-        conversation: conversation with the model.
-        console: console for the output; messages come from standard input.
-        show_reads: show after each answer the tokens read and the size of the cache.
     """
     at_terminal = sys.stdin.isatty()
     if at_terminal:

@@ -116,7 +116,7 @@ def _row(records: Sequence[SpeedRecord], record: SpeedRecord) -> list[str]:
         record.implementation,
         "-" if is_dense(record) else short_length(record.sliding_window),
         percent(record.density),
-        _short(record.milliseconds) + _mark(record),
+        short_time(record.milliseconds) + _mark(record),
         *(
             "-"
             if other is None
@@ -138,7 +138,7 @@ def _caption(records: Sequence[SpeedRecord]) -> str:
     """Explanation of the marks in a table; empty without any."""
     usual = [
         f"{record.implementation} at {short_length(record.context_length)} usually takes "
-        f"{_short(record.usual_milliseconds)} ms"
+        f"{short_time(record.usual_milliseconds)} ms"
         for record in records
         if record.usual_milliseconds is not None
     ]
@@ -148,10 +148,6 @@ def _caption(records: Sequence[SpeedRecord]) -> str:
 def is_dense(record: SpeedRecord) -> bool:
     """Returns whether every head attends to all keys, so that the window has no meaning."""
     return record.implementation in BASELINES
-
-
-def _short(milliseconds: float) -> str:
-    return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.3g}"
 
 
 def save_plot(records: Sequence[SpeedRecord], path: str | Path) -> None:

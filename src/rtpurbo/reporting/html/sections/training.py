@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from rtpurbo.reporting.figures import MOST_POINTS, Axis, Point, Series, averaged, line_plot
 from rtpurbo.reporting.html.sources import Sources
 from rtpurbo.reporting.html.view import Legend, Missing, Plot, Plots, Section, Text
@@ -36,7 +33,8 @@ def training_section(sources: Sources) -> Section | Missing:
     for entry in sources.curves:
         figures = curves.setdefault(str(entry.get("stage")), {})
         for name, value in entry.items():
-            if name not in ("stage", "step") and _is_number(value):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name not in ("stage", "step") and is_number:
                 figures.setdefault(name, []).append((float(entry.get("step", 0)), float(value)))
     plots = [plot for stage, figures in curves.items() for plot in _plots_of_stage(stage, figures)]
     if not plots:
@@ -69,7 +67,8 @@ def _plot(stage: str, unit: str, curves: dict[str, list[Point]]) -> Plot:
         noisy = len(points) > 2 * _SMOOTHED
         shown = averaged(points)
         strong = averaged(points, _SMOOTHED) if noisy else shown
-        lines.append(Series(label, strong, style, hints=_hints(name, strong)))
+        hints = [f"{name} {y:.4g} around step {x:.0f}" for x, y in strong]
+        lines.append(Series(label, strong, style, hints))
         if noisy:
             lines.append(Series(label, shown, style, markers=False, faint=True))
     title = f"{stage}: {unit}"
@@ -77,11 +76,3 @@ def _plot(stage: str, unit: str, curves: dict[str, list[Point]]) -> Plot:
     drawing = line_plot(title, lines, Axis("step", include=(0.0,)), Axis(unit))
     legend = Legend.of(lines)
     return Plot(title, f"{steps:,} logged steps", drawing, legend if len(curves) > 1 else None)
-
-
-def _hints(name: str, points: Sequence[Point]) -> list[str]:
-    return [f"{name} {y:.4g} around step {x:.0f}" for x, y in points]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
