@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.formats import short_bytes, short_length
 from rtpurbo.reporting.palette import NUM_SERIES_COLORS, PALETTE, series_color
 from rtpurbo.reporting.svg import Mark, figure_style, svg
+from rtpurbo.training.curves import neighbours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -266,11 +266,9 @@ def heat_map(
 
 def averaged(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """Returns at most `most` points, each the mean of neighbours."""
-    count = min(most, len(points))
-    edges = [len(points) * number // count for number in range(count + 1)] if count else [0]
-    parts = [points[start:end] for start, end in pairwise(edges)]
     return [
-        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
+        for part in neighbours(points, most)
     ]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from io import StringIO
-from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 BARS = "▁▂▃▄▅▆▇█"
+T = TypeVar("T")
+
 _FIGURES = ("loss", "answer_loss", "recall", "answer_recall", "tokens_read")
 
 
@@ -37,11 +38,18 @@ def curves_as_text(entries: Iterable[dict[str, Any]], width: int = 40) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
+def neighbours(values: Sequence[T], most: int) -> list[Sequence[T]]:
+    """Returns consecutive parts of values, at most so many and of about equal length."""
+    count = min(most, len(values))
+    return [
+        values[len(values) * number // count : len(values) * (number + 1) // count]
+        for number in range(count)
+    ]
+
+
 def sparkline(values: Sequence[float], width: int = 40) -> str:
     """Returns values as bars of eight heights, at most `width`, each the mean of neighbours."""
-    count = min(width, len(values))
-    edges = [len(values) * number // count for number in range(count + 1)] if count else [0]
-    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
+    means = [sum(part) / len(part) for part in neighbours(values, width)]
     low, high = min(means, default=0.0), max(means, default=0.0)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)

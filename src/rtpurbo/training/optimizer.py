@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-
-from rtpurbo.training.sharding import mixed
 
 
 def make_optimizer(
@@ -24,8 +23,9 @@ def make_optimizer(
     Unlike transformers' `get_cosine_schedule_with_warmup`, the first step does not have a learning rate of 0.
     """
     parameters = list(parameters)
-    # None is torch's default.
-    foreach = False if mixed(parameters) else None
+    # Fused operations do not support sharded and other parameters together; None is torch's default.
+    is_mixed = len({isinstance(weight, DTensor) for weight in parameters}) > 1
+    foreach = False if is_mixed else None
     optimizer = AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=foreach)
 
     def factor(step: int) -> float:

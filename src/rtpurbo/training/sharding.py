@@ -48,11 +48,6 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float, norm: Tensor) 
         clip_grads_with_norm_(part, max_norm, norm)
 
 
-def mixed(parameters: Iterable[Tensor]) -> bool:
-    """True if some parameters are sharded and others are not, which fused operations do not support."""
-    return len({isinstance(weight, DTensor) for weight in parameters}) > 1
-
-
 def _by_sharding(tensors: Iterable[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
     present = [tensor for tensor in tensors if tensor is not None]
     return (
