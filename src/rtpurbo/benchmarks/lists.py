@@ -6,7 +6,7 @@ part of it is among the sinks or in the window of any query of the query block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,15 +101,11 @@ def synthetic_lists(
     return made
 
 
-def density_of(
-    chunks: Mapping[int, BlockLists] | Iterable[tuple[int, BlockLists]],
-    length: int,
-    rule: AttentionRule,
-) -> float:
+def density_of(chunks: Mapping[int, BlockLists], length: int, rule: AttentionRule) -> float:
     """Density of lists for all queries of a prompt, averaged over heads."""
     blocks = CausalBlocks.of(length, rule)
     read, heads = 0, 1
-    for first_query, lists in chunks.items() if isinstance(chunks, Mapping) else chunks:
+    for first_query, lists in chunks.items():
         heads = lists.blocks.shape[0] * lists.blocks.shape[1]
         first_tile = first_query // rule.query_block_size
         far = blocks.far[first_tile : first_tile + lists.blocks.shape[2]].to(lists.blocks.device)

@@ -88,7 +88,7 @@ def measure_sparse(session: Session, case: PrefillCase, density: float | None) -
     full, windowed = states.divided(layout)
     arguments = states.queries, full, windowed, states.index_queries, states.scaling
     if density is None:
-        check_lists = dict(operator.found_lists(*arguments))
+        check_lists = operator.found_lists(*arguments)
         reached = density_of(check_lists, case.length, case.rule)
         note = "density as selected by the index"
     else:

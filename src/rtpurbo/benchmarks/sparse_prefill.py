@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rtpurbo.benchmarks.lists import density_of, synthetic_lists
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.states import HeadLayout
 from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill.portable import BlockLists
 from rtpurbo.ops.triton.prefill.scoring import block_lists
@@ -38,35 +38,30 @@ class SparsePrefill:
 
         return self._attend(choose, *arguments)
 
-    def found_lists(self, *arguments: Any) -> Iterator[tuple[int, BlockLists]]:
-        """Returns the block lists of the index, each for some thousands of queries."""
-        found: list[tuple[int, BlockLists]] = []
+    def found_lists(self, *arguments: Any) -> dict[int, BlockLists]:
+        """Returns the block lists of the index by their first query, each for some thousands of queries."""
+        found: dict[int, BlockLists] = {}
 
         def keep(*scored: Any) -> Iterator[tuple[int, BlockLists]]:
-            found.extend(block_lists(*scored))
+            found.update(block_lists(*scored))
             return iter(())
 
         self._attend(keep, *arguments)
-        return iter(found)
+        return found
 
     def force(self, density: float, *arguments: Any) -> float:
         """Computes lists of about `density` for later calls, and returns their density."""
         queries = arguments[0]
         found = self.found_lists(*arguments)
-        chunks = [(first_query, lists.blocks.shape[2]) for first_query, lists in found]
+        chunks = [(first_query, lists.blocks.shape[2]) for first_query, lists in found.items()]
         length, heads = queries.shape[2], len(self.layout.retrieval)
         self.lists = synthetic_lists(chunks, length, self.rule, heads, density, queries.device)
         return density_of(self.lists, length, self.rule)
 
     def _attend(
-        self,
-        make_lists: Callable[..., Iterator[tuple[int, BlockLists]]],
-        queries: Tensor,
-        full: KeyValueStates,
-        windowed: KeyValueStates,
-        index_queries: Tensor,
-        scaling: float,
+        self, make_lists: Callable[..., Iterator[tuple[int, BlockLists]]], *arguments: Any
     ) -> Tensor:
+        queries, full, windowed, index_queries, scaling = arguments
         output, _ = prefill_attention(
             queries,
             full,
