@@ -35,9 +35,10 @@ STEPS_WATCHED = 32
 class Reads:
     """Tokens read in a case, over the measured queries of all heads.
 
-    Tokens include sinks and window. Far tokens are those of queries that have any: their share that was read,
-    and a histogram of the number read with the bins none, 1, 2 to 3, 4 to 7, and so on in powers of two.
-    Recall is the mean attention recall. Figures are None if there are no queries to measure them on.
+    Tokens include sinks and window; recall is the mean attention recall. Figures on far tokens are those of
+    the `far_queries` that have any: the mean number and the share read, and a histogram of the number read
+    with the bins none, 1, 2 to 3, 4 to 7, and so on in powers of two. Figures are None if there are no
+    queries to measure them on.
     """
 
     tokens_mean: float | None = None

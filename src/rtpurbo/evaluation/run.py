@@ -14,7 +14,7 @@ from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.budgets import budget_of, has_budget
 from rtpurbo.evaluation.case_results import Part, joined
-from rtpurbo.evaluation.cases import DEFAULT_SUITES, HARNESS, Case, check_name
+from rtpurbo.evaluation.cases import DEFAULT_SUITES, HARNESS, Case
 from rtpurbo.evaluation.manifest import RunManifest
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
 from rtpurbo.evaluation.records import Record
@@ -94,7 +94,6 @@ def evaluate(
         StoppedBySignalError: SIGTERM or Ctrl-C within `rtpurbo.interruption.stopping_cleanly`; the
             current test is lost, unless there is one process and it is answering the last questions.
     """
-    names = run_order(policies)
     request = Request.of(
         suites,
         lengths,
@@ -104,6 +103,7 @@ def evaluate(
         seed=seed,
         run_code=run_code,
     )
+    names = run_order(policies)
     if processes < 1:
         raise RTPurboError(f"the number of processes is {processes}, but it must be at least 1.")
     device = resolve_device(device)
@@ -133,8 +133,6 @@ def evaluate(
 def run_order(policies: Sequence[str]) -> list[str]:
     """Returns the policies to run; the one that sets budgets comes before those that have one."""
     names = list(dict.fromkeys(POLICIES if EVERY_POLICY in policies else policies))
-    for name in names:
-        check_name("policy", name, [*POLICIES, EVERY_POLICY])
     budgeted = [name for name in names if has_budget(name)]
     free = [name for name in names if name not in budgeted]
     if budgeted and BUDGET_POLICY not in free:

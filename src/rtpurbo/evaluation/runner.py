@@ -32,8 +32,8 @@ from rtpurbo.settings import Progress, no_progress
 class Job:
     """A policy to evaluate on a requested case, which stands for several if it is a group of lm-eval's tasks.
 
-    Done cases have results already. Budgets come from records of the policy that sets them, and are needed by
-    few policies. Questions are consecutive ones of the case; None asks all.
+    Done cases have results already. Budget records are those of the policy that sets budgets, and empty for
+    policies without one. Questions are consecutive ones of the case; None asks all.
     """
 
     policy: str
@@ -57,7 +57,10 @@ class Listener(Protocol):
 
 
 class Runner:
-    """Runs jobs one after the other in this process; arguments are those of `RunManifest`."""
+    """Runs jobs one after the other in this process, with task suites by name.
+
+    Cache sizes are computed at `cache_length` tokens; None takes each case's length.
+    """
 
     count = 1
 

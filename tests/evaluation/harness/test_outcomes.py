@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtpurbo.evaluation.harness.outcomes import outcomes_of
+from rtpurbo.evaluation.harness.suite import outcomes_of
 from tests.tiny_tokenizer import tiny_tokenizer
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from rtpurbo.evaluation import task_suite
 from rtpurbo.evaluation.cases import Case
-from rtpurbo.evaluation.ruler.draft import answer_score
+from rtpurbo.evaluation.ruler.draft import Task
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.ruler.tasks import TASKS
 from tests.evaluation.ruler.support import LENGTH, materials
@@ -74,4 +74,5 @@ def test_scores_are_the_mean_of_parts(monkeypatch, suite):
     ],
 )
 def test_scores_of_answers(generated, answers, any_answer, score):
-    assert answer_score(generated, answers, any_answer) == pytest.approx(score)
+    task = Task("qa_1", "", 32, None, any_answer)
+    assert task.score(generated, answers, ()) == pytest.approx(score)

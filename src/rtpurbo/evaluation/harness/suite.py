@@ -6,10 +6,11 @@ import difflib
 import io
 import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,15 +18,17 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtpurbo.errors import RTPurboError, first_line
+from rtpurbo.evaluation.bootstrap import bootstrap_interval
 from rtpurbo.evaluation.cases import HARNESS, Case
-from rtpurbo.evaluation.harness.outcomes import outcomes_of
-from rtpurbo.evaluation.samples import Outcome
+from rtpurbo.evaluation.samples import Outcome, Sample
 from rtpurbo.evaluation.task_suite import TOKENS_AT_ONCE, TaskSuite
 from rtpurbo.models.architecture import context_length
 
 # lm-eval's limit of an answer for tasks that set none.
 DEFAULT_NEW_TOKENS = 256
 QUESTIONS_AT_ONCE = 8
+# Value of RULER's tasks in lm-eval for lengths other than a sample's own.
+OTHER_LENGTH = -1.0
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Loader of `datasets` by the ending of a file."""
@@ -241,3 +244,62 @@ def local_config(task: str, path: str | Path) -> dict[str, Any]:
             "data_files": {split: str(file.resolve()) for split, file in files.items()}
         },
     }
+
+
+def outcomes_of(
+    samples: Sequence[Mapping[str, Any]],
+    aggregated: Mapping[str, Any],
+    higher_is_better: Mapping[str, bool],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Outcome]:
+    """Returns the outcomes of a task from lm-eval's log of each question and its results by `metric,filter`.
+
+    The tokenizer counts the tokens of prompts.
+    """
+    outcomes = []
+    for key in _measured(samples):
+        metric, chosen = key
+        own = [sample for sample in samples if sample["filter"] == chosen and metric in sample]
+        values = [sample[metric] for sample in own]
+        # RULER's tasks name their metric by the length.
+        name = "string_match" if metric.isdigit() else metric
+        name = name if chosen == "none" else f"{name},{chosen}"
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        if len(numbers) < len(values):
+            # Such as word perplexity, which is not a mean over samples.
+            score = aggregated.get(f"{metric},{chosen}")
+            if isinstance(score, int | float):
+                outcomes.append(Outcome(float(score), None, len(values), (), name))
+            continue
+        if metric.isdigit():
+            pairs = zip(own, numbers, strict=True)
+            own = [sample for sample, number in pairs if number != OTHER_LENGTH]
+            numbers = [number for number in numbers if number != OTHER_LENGTH]
+        if not numbers:
+            continue
+        # lm-eval does not say which metrics are shares: one that is better if higher and never above 1 is
+        # treated as a share.
+        is_share = higher_is_better.get(metric, True) and all(0 <= item <= 1 for item in numbers)
+        scores = [100 * number if is_share else number for number in numbers]
+        kept = tuple(
+            _sample(sample, score, tokenizer) for sample, score in zip(own, scores, strict=True)
+        )
+        outcomes.append(Outcome(fmean(scores), bootstrap_interval(scores), len(scores), kept, name))
+    return outcomes
+
+
+def _measured(samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yields each metric with its filter of answers, in lm-eval's order."""
+    pairs = [(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]]
+    yield from dict.fromkeys(pairs)
+
+
+def _sample(sample: Mapping[str, Any], score: float, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    context = str(sample["arguments"][0][0])
+    ids = tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"]
+    target = sample["target"]
+    targets = target if isinstance(target, list) else [target]
+    answered = sample["resps"][0]
+    while isinstance(answered, list | tuple) and answered:
+        answered = answered[0]
+    return Sample.of(ids, [str(item) for item in targets], str(answered), score)

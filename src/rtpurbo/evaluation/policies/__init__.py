@@ -67,7 +67,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Policy:
-    """Policy to compare: `prepare` returns its model, whose cache may have no index keys."""
+    """Policy to compare: name, description in one line, and the function that returns its model.
+
+    `keeps_index` says whether its cache has index keys.
+    """
 
     name: str
     description: str

@@ -65,20 +65,12 @@ class Task:
     suite: str = "RULER"
 
     def score(self, generated: str, answers: Sequence[str], rejected: Sequence[str]) -> float:
-        """Returns the score of an answer, from 0 to 1."""
-        return answer_score(generated, answers, self.any_answer)
+        """Returns RULER's metric: the share of the answers, in upper or lower case, that are in the generated text."""
+        text = _CONTROL_CHARACTERS.sub("\n", generated).lower()
+        found = sum(answer.lower() in text for answer in answers)
+        return float(found > 0) if self.any_answer else found / len(answers)
 
 
 def spawn(rng: random.Random) -> random.Random:
     """Returns a separate generator, for draws whose number is not known."""
     return random.Random(rng.getrandbits(64))
-
-
-def answer_score(generated: str, answers: Sequence[str], any_answer: bool) -> float:
-    """Returns RULER's metric: the share of the answers, in upper or lower case, that are in the generated text.
-
-    With `any_answer`, one of them is sufficient for a score of 1.
-    """
-    text = _CONTROL_CHARACTERS.sub("\n", generated).lower()
-    found = sum(answer.lower() in text for answer in answers)
-    return float(found > 0) if any_answer else found / len(answers)
