@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,20 @@ class KeyValueStates:
     length: Tensor | None = None
     histogram_workspace: Tensor | None = None
 
+    block_table: ClassVar[None] = None
+    page_size: ClassVar[int] = 0
+    table_stride: ClassVar[int] = 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a sequence."""
+        return self.keys.shape[2]
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Slots in use, as of paged states: `length`."""
+        return self.length
+
     def tokens(self, rows: slice) -> KeyValueStates:
         """The states of some tokens only."""
         return replace(
@@ -87,35 +101,48 @@ class PagedStates:
 
     The token at position p of sequence b is in slot p % page_size of page `block_table[b, p // page_size]`.
     There is no padding: sequence b has `lengths[b]` tokens, and the query of a decode step is the last one.
+    Kernels read the same attributes as those of `KeyValueStates`; here slots equal positions.
 
     Attributes:
-        key_pages: [num_pages, num_key_value_heads, page_size, head_dim], after RoPE, in the dtype of the queries or
+        keys: [num_pages, num_key_value_heads, page_size, head_dim], after RoPE, in the dtype of the queries or
             float8_e4m3fn. Scales of float8 are the caller's: that of keys is part of the factor on the dot products,
             that of values a factor on the output.
-        value_pages: the same shape and dtype.
+        values: the same shape and dtype.
         block_table: int32 [batch, max_pages], contiguous per sequence; entries beyond its end are not read.
         lengths: int32 [batch]; 0 for an unused entry of the batch.
-        index_pages: [num_pages, num_index_keys, page_size, index_dim], as `KeyValueStates.index_keys`;
+        index_keys: [num_pages, num_index_keys, page_size, index_dim], as `KeyValueStates.index_keys`;
             None without retrieval heads.
         histogram_workspace: as `KeyValueStates.histogram_workspace`.
     """
 
-    key_pages: Tensor
-    value_pages: Tensor
+    keys: Tensor
+    values: Tensor
     block_table: Tensor
     lengths: Tensor
-    index_pages: Tensor | None = None
+    index_keys: Tensor | None = None
     histogram_workspace: Tensor | None = None
+
+    positions: ClassVar[None] = None
+    first_slots: ClassVar[None] = None
+    sink_slots: ClassVar[None] = None
 
     @property
     def page_size(self) -> int:
         """Tokens per page."""
-        return self.key_pages.shape[2]
+        return self.keys.shape[2]
 
     @property
     def capacity(self) -> int:
         """Maximum tokens per sequence, by the size of the block table."""
         return self.block_table.shape[1] * self.page_size
+
+    @property
+    def table_stride(self) -> int:
+        """Elements between the block tables of two sequences."""
+        return self.block_table.stride(0)
+
+
+States = KeyValueStates | PagedStates
 
 
 def index_key_heads(

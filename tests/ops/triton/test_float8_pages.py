@@ -42,9 +42,7 @@ def correct_rounding(monkeypatch):
 
 
 def in_float8(pages):
-    return replace(
-        pages, key_pages=pages.key_pages.to(FLOAT8), value_pages=pages.value_pages.to(FLOAT8)
-    )
+    return replace(pages, keys=pages.keys.to(FLOAT8), values=pages.values.to(FLOAT8))
 
 
 @pytest.mark.parametrize(
@@ -105,9 +103,7 @@ def test_prompts(dtype):
     found = attended(lambda pages: pages)
     assert not found.isnan().any()
     same = attended(
-        lambda pages: replace(
-            pages, key_pages=pages.key_pages.to(dtype), value_pages=pages.value_pages.to(dtype)
-        )
+        lambda pages: replace(pages, keys=pages.keys.to(dtype), values=pages.values.to(dtype))
     )
     assert torch.equal(found, same)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtpurbo.ops.states import HeadGroup, KeyValueStates, PagedStates
+from rtpurbo.ops.states import HeadGroup, PagedStates, States
 
 # A window longer than any context.
 EVERYTHING = 2**30
@@ -62,7 +62,7 @@ class HeadTable:
         )
 
 
-def query_starts(states: KeyValueStates | PagedStates, q_len: int) -> Tensor:
+def query_starts(states: States, q_len: int) -> Tensor:
     """Position of the first query of each sequence, int32 [batch]; negative within padding."""
     if isinstance(states, PagedStates):
         return states.lengths - q_len

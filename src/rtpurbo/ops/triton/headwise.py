@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.sinks import with_sinks
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates, SelectionStatistics
+from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates, SelectionStatistics, States
 from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.ops.triton.heads import (
     EVERYTHING,
@@ -111,8 +111,8 @@ def supports_dense_queries(
 
 def prefill_attention(
     query_states: Tensor,
-    full: KeyValueStates | PagedStates,
-    windowed: KeyValueStates | PagedStates,
+    full: States,
+    windowed: States,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -137,7 +137,7 @@ def prefill_attention(
     if wants_log_sum_exp:
         log_sum_exp = query_states.new_empty(batch, heads, q_len, dtype=torch.float32)
     starts = query_starts(full if layout.full_key_value_heads.numel() else windowed, q_len)
-    paged = isinstance(full, PagedStates) or isinstance(windowed, PagedStates)
+    paged = full.page_size > 0 or windowed.page_size > 0
     kernels = hopper if hopper.supports(query_states) and not paged else portable
     # On Hopper the kernel is faster than PyTorch's, and dense heads run in the same launch as local ones.
     uses_sdpa = kernels is portable and not wants_log_sum_exp and _is_plain(full, q_len)
@@ -187,7 +187,7 @@ def prefill_attention(
 
 def block_sparse_attention(
     query_states: Tensor,
-    states: KeyValueStates | PagedStates,
+    states: States,
     table: HeadTable,
     starts: Tensor,
     lists: BlockLists,
@@ -199,7 +199,7 @@ def block_sparse_attention(
 ) -> None:
     """Block-sparse attention with the Hopper kernel if it supports the block sizes, else the portable one."""
     fits = (lists.query_block_size, lists.block_size) == (hopper.QUERIES, hopper.BLOCK)
-    fits &= hopper.supports(query_states) and not isinstance(states, PagedStates)
+    fits &= hopper.supports(query_states) and not states.page_size
     kernels: Any = hopper if fits else portable
     kernels.block_sparse_attention(
         query_states, states, table, starts, lists, query_offset,
@@ -224,7 +224,7 @@ def head_tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]
     return layout.derived[key]
 
 
-def _is_plain(states: KeyValueStates | PagedStates, q_len: int) -> bool:
+def _is_plain(states: States, q_len: int) -> bool:
     if isinstance(states, PagedStates):
         return False
     return states.in_order and states.length is None and states.keys.shape[2] == q_len

@@ -250,9 +250,7 @@ def _histograms(workspace: Tensor | None, batch: int, num_retrieval: int) -> Ten
 
 def _without_heads(states: PagedStates) -> PagedStates:
     """The same pages, of which no head is used."""
-    return PagedStates(
-        states.key_pages[:, :0], states.value_pages[:, :0], states.block_table, states.lengths
-    )
+    return PagedStates(states.keys[:, :0], states.values[:, :0], states.block_table, states.lengths)
 
 
 def _decode(

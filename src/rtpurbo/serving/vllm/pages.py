@@ -28,7 +28,7 @@ class Pages:
     Attributes:
         keys: in the model's dtype, or float8_e4m3fn.
         values: same.
-        index_keys: as `rtpurbo.ops.states.PagedStates.index_pages`; None in windowed groups.
+        index_keys: as `rtpurbo.ops.states.PagedStates.index_keys`; None in windowed groups.
         key_scale: a key is the stored value times this scale; 1 unless stored as float8.
         value_scale: same for values.
     """

@@ -24,21 +24,21 @@ import torch
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates, SelectionStatistics
+from rtpurbo.ops.states import HeadLayout, PagedStates, SelectionStatistics, States
 from rtpurbo.ops.triton.decode.combine import combine_splits
 from rtpurbo.ops.triton.decode.selected_attention import selected_attention
 from rtpurbo.ops.triton.decode.top_p import select_top_p
 from rtpurbo.ops.triton.decode.window_and_scores import window_and_scores
-from rtpurbo.ops.triton.decode.workspace import FullStates, Selection, WindowedStates
-from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
+from rtpurbo.ops.triton.decode.workspace import Selection
+from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, query_starts
 
 MAX_BLOCK_SIZE = 1024
 
 
 def decode_step(
     query_states: Tensor,
-    full: KeyValueStates | PagedStates,
-    windowed: KeyValueStates | PagedStates,
+    full: States,
+    windowed: States,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -74,16 +74,15 @@ def decode_step(
         Output [B, H, 1, D], the log-sum-exp [B, H, 1] or None, and the selection; None if all far keys are read
         or no head retrieves.
     """
-    states = _full_states(full, query_states.shape[0])
-    windowed_states = WindowedStates.of(windowed)
-    _check(query_states, states, windowed_states, layout, index_queries, rule)
+    states = _with_first_slots(full, query_states.shape[0])
+    _check(query_states, states, windowed, layout, index_queries, rule)
     queries = query_states if query_states.stride(-1) == 1 else query_states.contiguous()
     if index_queries is not None and index_queries.stride(-1) != 1:
         index_queries = index_queries.contiguous()
     selection = None
     with torch.cuda.device_of(queries):
         window, scores = window_and_scores(
-            queries, states, windowed_states, layout, index_queries, rule, scaling
+            queries, states, windowed, layout, index_queries, rule, scaling
         )
         if sinks is not None:
             window = window.with_sinks(sinks)
@@ -103,15 +102,13 @@ def decode_step(
             output,
         )
     if statistics is not None and len(layout.retrieval):
-        _count(statistics, states, rule, selection, queries.shape[0], len(layout.retrieval))
+        _count(statistics, states, rule, selection, len(layout.retrieval))
     return attended, log_sum_exp, selection
 
 
-def _full_states(full: KeyValueStates | PagedStates, batch: int) -> FullStates:
-    if isinstance(full, PagedStates):
-        return FullStates.of_pages(full)
-    if full.in_order or full.first_slots is not None:
-        return FullStates.of_states(full)
+def _with_first_slots(full: States, batch: int) -> States:
+    if isinstance(full, PagedStates) or full.in_order or full.first_slots is not None:
+        return full
     if full.keys.shape[1]:
         raise ValueError(
             "the order of the keys is unknown: a decode step needs first_slots or in_order."
@@ -122,13 +119,13 @@ def _full_states(full: KeyValueStates | PagedStates, batch: int) -> FullStates:
         length = full.length.long()
     positions = full.positions.expand(batch, -1).gather(1, (length - 1).expand(batch, 1))[:, 0]
     first_slots = (length - 1 - positions).to(torch.int32)
-    return FullStates.of_states(replace(full, first_slots=first_slots))
+    return replace(full, first_slots=first_slots)
 
 
 def _check(
     query_states: Tensor,
-    full: FullStates,
-    windowed: WindowedStates,
+    full: States,
+    windowed: States,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -158,15 +155,15 @@ def _check(
 
 def _count(
     statistics: SelectionStatistics,
-    full: FullStates,
+    full: States,
     rule: AttentionRule,
     selection: Selection | None,
-    batch: int,
     num_retrieval: int,
 ) -> None:
     """Adds the keys that the step read to `statistics`."""
     positions = torch.arange(full.capacity, device=full.keys.device)
-    far = positions <= full.query_positions(batch)[:, None] - rule.near_window
+    queries = query_starts(full, 1)[:, None]
+    far = positions <= queries - rule.near_window
     far &= positions >= rule.num_sink_tokens
     far = far[:, None, None]
     if selection is None:

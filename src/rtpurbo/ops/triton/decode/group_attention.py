@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout
+from rtpurbo.ops.states import HeadLayout, States
 from rtpurbo.ops.triton.addresses import head_start, sequence_extent, slot_offsets
 from rtpurbo.ops.triton.decode.pdl import (
     allow_dependent_launch,
@@ -22,7 +22,6 @@ from rtpurbo.ops.triton.decode.pdl import (
     wait_for_dependencies,
 )
 from rtpurbo.ops.triton.decode.workspace import (
-    FullStates,
     PartialAttention,
     Selection,
     SelectionGroups,
@@ -192,7 +191,7 @@ def selected_group_attention_kernel(
 
 def selected_group_attention(
     queries: Tensor,
-    full: FullStates,
+    full: States,
     layout: HeadLayout,
     groups: SelectionGroups,
     rule: AttentionRule,

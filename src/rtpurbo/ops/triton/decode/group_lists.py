@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout
+from rtpurbo.ops.states import HeadLayout, States
 from rtpurbo.ops.triton.addresses import sequence_extent
 from rtpurbo.ops.triton.decode.lowest_levels import MIN_SPLIT_WIDTH, lowest_levels_kernel
 from rtpurbo.ops.triton.decode.pdl import (
@@ -23,7 +23,6 @@ from rtpurbo.ops.triton.decode.pdl import (
     wait_for_dependencies,
 )
 from rtpurbo.ops.triton.decode.workspace import (
-    FullStates,
     IndexScores,
     PartialAttention,
     Selection,
@@ -134,7 +133,7 @@ def compact_groups_kernel(
 
 def select_in_groups(
     queries: Tensor,
-    full: FullStates,
+    full: States,
     layout: HeadLayout,
     groups: SelectionGroups,
     rule: AttentionRule,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout
+from rtpurbo.ops.states import HeadLayout, States
 from rtpurbo.ops.triton.addresses import head_start, sequence_extent, slot_offsets
 from rtpurbo.ops.triton.decode.group_attention import selected_group_attention
 from rtpurbo.ops.triton.decode.pdl import (
@@ -22,7 +22,6 @@ from rtpurbo.ops.triton.decode.pdl import (
     wait_for_dependencies,
 )
 from rtpurbo.ops.triton.decode.workspace import (
-    FullStates,
     PartialAttention,
     Selection,
     SelectionGroups,
@@ -199,7 +198,7 @@ def selected_attention_kernel(
 
 def selected_attention(
     queries: Tensor,
-    full: FullStates,
+    full: States,
     layout: HeadLayout,
     rule: AttentionRule,
     scaling: float,

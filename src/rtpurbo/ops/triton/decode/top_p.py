@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout
+from rtpurbo.ops.states import HeadLayout, States
 from rtpurbo.ops.triton.addresses import sequence_extent
 from rtpurbo.ops.triton.decode.group_lists import select_in_groups
 from rtpurbo.ops.triton.decode.histogram import DEPTH, LEVELS
@@ -32,7 +32,6 @@ from rtpurbo.ops.triton.decode.pdl import (
     wait_for_dependencies,
 )
 from rtpurbo.ops.triton.decode.workspace import (
-    FullStates,
     IndexScores,
     PartialAttention,
     Selection,
@@ -151,7 +150,7 @@ def top_p_kernel(
 
 def select_top_p(
     queries: Tensor,
-    full: FullStates,
+    full: States,
     layout: HeadLayout,
     rule: AttentionRule,
     window: PartialAttention,

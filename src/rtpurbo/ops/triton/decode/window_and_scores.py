@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, index_key_heads
+from rtpurbo.ops.states import HeadLayout, States, index_key_heads
 from rtpurbo.ops.triton.addresses import sequence_extent
 from rtpurbo.ops.triton.decode.group_scores import score_group_chunk
 from rtpurbo.ops.triton.decode.index_scores import score_chunk
@@ -21,11 +21,9 @@ from rtpurbo.ops.triton.decode.pdl import allow_dependent_launch, supports_pdl
 from rtpurbo.ops.triton.decode.window import window_split
 from rtpurbo.ops.triton.decode.workspace import (
     TILE_ELEMENTS,
-    FullStates,
     IndexScores,
     PartialAttention,
     SelectionGroups,
-    WindowedStates,
     entries_per_chunk,
     strides,
 )
@@ -209,8 +207,8 @@ def window_and_scores_kernel(
 
 def window_and_scores(
     queries: Tensor,
-    full: FullStates,
-    windowed: WindowedStates,
+    full: States,
+    windowed: States,
     layout: HeadLayout,
     index_queries: Tensor | None,
     rule: AttentionRule,
@@ -249,7 +247,9 @@ def window_and_scores(
     num_near = min(rule.num_sink_tokens + widest, full.capacity) if num_full else 0
     num_windowed_slots = 0
     if num_windowed:
-        num_windowed_slots = windowed.num_slots(rule.num_sink_tokens + rule.sliding_window)
+        num_windowed_slots = windowed.capacity
+        if windowed.page_size:  # which may hold more keys than are read
+            num_windowed_slots = min(rule.num_sink_tokens + rule.sliding_window, windowed.capacity)
     num_keys = max(1, num_near, num_windowed_slots)
     split_keys = SPLIT
     heads = batch * (num_full + num_windowed)

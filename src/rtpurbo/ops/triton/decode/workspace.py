@@ -1,4 +1,4 @@
-"""Inputs and intermediate results of a decode step: KV cache views, partial attention, scores, selection.
+"""Intermediate results of a decode step: partial attention, scores, selection.
 
 B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
 """
@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates
+from rtpurbo.ops.states import HeadLayout
 from rtpurbo.ops.triton.decode.histogram import LEVELS
 from rtpurbo.ops.triton.softmax import LOG2_E
 
@@ -27,119 +27,6 @@ MIN_MEMBERS = 2
 MAX_MEMBERS = 16
 # Elements of a tile that four warps hold in registers without spilling.
 TILE_ELEMENTS = 16384
-
-
-@dataclass(frozen=True)
-class FullStates:
-    """KV cache of the full KV heads as the kernels address it: one tensor, or pages.
-
-    Attributes:
-        keys: [B, full KV heads, capacity, D], or [pages, full KV heads, page_size, D].
-        values: same shape.
-        index_keys: [B, R, capacity, I], or [pages, R, page_size, I]; with the number of full KV heads in
-            place of R if index keys are shared. None without retrieval heads.
-        capacity: slots of a sequence.
-        lengths: int32 [1], slots in use, or [B] with pages; None if all are in use.
-        first_slots: int32 [B], slot of position 0; None for 0.
-        block_table: int32 [B, max_pages], or None.
-        page_size: tokens of a page; 0 without pages.
-        histogram_workspace: int32 [B * R, LEVELS], zeros before and after a step; None to allocate one
-            in each step.
-    """
-
-    keys: Tensor
-    values: Tensor
-    index_keys: Tensor | None
-    capacity: int
-    lengths: Tensor | None
-    first_slots: Tensor | None
-    block_table: Tensor | None = None
-    page_size: int = 0
-    histogram_workspace: Tensor | None = None
-
-    @classmethod
-    def of_states(cls, states: KeyValueStates) -> FullStates:
-        """Views of a contiguous cache."""
-        return cls(
-            keys=states.keys,
-            values=states.values,
-            index_keys=states.index_keys,
-            capacity=states.keys.shape[2],
-            lengths=states.length,
-            first_slots=states.first_slots,
-            histogram_workspace=states.histogram_workspace,
-        )
-
-    @classmethod
-    def of_pages(cls, states: PagedStates) -> FullStates:
-        """Views of a paged cache."""
-        return cls(
-            keys=states.key_pages,
-            values=states.value_pages,
-            index_keys=states.index_pages,
-            capacity=states.capacity,
-            lengths=states.lengths,
-            first_slots=None,
-            block_table=states.block_table,
-            page_size=states.page_size,
-            histogram_workspace=states.histogram_workspace,
-        )
-
-    @property
-    def table_stride(self) -> int:
-        """Elements between the block tables of two sequences; 0 without pages."""
-        return 0 if self.block_table is None else self.block_table.stride(0)
-
-    def query_positions(self, batch: int) -> Tensor:
-        """Position of each sequence's last token, int [B]."""
-        lengths = self.lengths
-        if lengths is None:
-            lengths = torch.full((1,), self.capacity, device=self.keys.device)
-        positions = lengths.expand(batch) - 1
-        return positions if self.first_slots is None else positions - self.first_slots
-
-
-@dataclass(frozen=True)
-class WindowedStates:
-    """KV cache of the windowed KV heads as the kernels address it: slots in any order, or pages.
-
-    Attributes:
-        keys: [B, windowed KV heads, slots, D], or [pages, windowed KV heads, page_size, D].
-        values: same shape.
-        positions: int64 [B, slots], position in each slot; None with pages.
-        block_table: int32 [B, max_pages], or None.
-        page_size: tokens of a page; 0 without pages.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor | None
-    block_table: Tensor | None = None
-    page_size: int = 0
-
-    @classmethod
-    def of(cls, states: KeyValueStates | PagedStates) -> WindowedStates:
-        """Views of a cache."""
-        if isinstance(states, PagedStates):
-            return cls(
-                states.key_pages, states.value_pages, None, states.block_table, states.page_size
-            )
-        return cls(states.keys, states.values, states.positions)
-
-    @property
-    def table_stride(self) -> int | None:
-        """Elements between the block tables of two sequences; None without pages."""
-        return None if self.block_table is None else self.block_table.stride(0)
-
-    def num_slots(self, num_near: int) -> int:
-        """Largest number of keys of a sequence.
-
-        Args:
-            num_near: sinks and window, of which pages may hold more than are read.
-        """
-        if self.block_table is None:
-            return self.keys.shape[2]
-        return min(num_near, self.block_table.shape[1] * self.page_size)
 
 
 @dataclass(frozen=True)

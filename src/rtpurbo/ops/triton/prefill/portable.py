@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rtpurbo.ops.states import KeyValueStates, PagedStates
+from rtpurbo.ops.states import PagedStates, States
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.portable_kernels import block_sparse_kernel, window_kernel
 from rtpurbo.ops.triton.softmax import LOG2_E
@@ -61,7 +61,7 @@ class BlockLists:
 
 def window_attention(
     query_states: Tensor,
-    sources: list[tuple[KeyValueStates | PagedStates, HeadTable]],
+    sources: list[tuple[States, HeadTable]],
     starts: Tensor,
     num_sink_tokens: int,
     scaling: float,
@@ -87,8 +87,9 @@ def window_attention(
     for states, table in sources:
         if not len(table):
             continue
-        tile = tile_sizes(head_dim, query_states.dtype, page_size(states) > 0)
-        slots, sinks = slot_shifts(states)
+        tile = tile_sizes(head_dim, query_states.dtype, states.page_size > 0)
+        slots = states.first_slots
+        sinks = slots if states.sink_slots is None else states.sink_slots
         lse = starts if log_sum_exp is None else log_sum_exp
         window_kernel[(triton.cdiv(q_len, tile.queries) * len(table), batch)](
             state_descriptor(query_states, tile.queries),
@@ -113,7 +114,7 @@ def window_attention(
             *((0, 0) if log_sum_exp is None else log_sum_exp.stride()[:2]),
             HAS_SLOTS=slots is not None,
             HAS_LSE=log_sum_exp is not None,
-            PAGE_SIZE=page_size(states),
+            PAGE_SIZE=states.page_size,
             STAGES=tile.stages,
             M=tile.queries,
             N=tile.keys,
@@ -124,7 +125,7 @@ def window_attention(
 
 def block_sparse_attention(
     query_states: Tensor,
-    states: KeyValueStates | PagedStates,
+    states: States,
     table: HeadTable,
     starts: Tensor,
     lists: BlockLists,
@@ -149,8 +150,8 @@ def block_sparse_attention(
         log_sum_exp: fp32 [batch, num_attention_heads, q_len]; read and written.
     """
     batch, _, q_len, head_dim = query_states.shape
-    tile = tile_sizes(head_dim, query_states.dtype, page_size(states) > 0)
-    slots, _ = slot_shifts(states)
+    tile = tile_sizes(head_dim, query_states.dtype, states.page_size > 0)
+    slots = states.first_slots
     block_sparse_kernel[(lists.counts.shape[2] * len(table), batch)](
         state_descriptor(query_states, lists.query_block_size),
         *key_value_arguments(states, lists.block_size),
@@ -174,7 +175,7 @@ def block_sparse_attention(
         *lists.blocks.stride()[:3],
         *lists.counts.stride()[:3],
         HAS_SLOTS=slots is not None,
-        PAGE_SIZE=page_size(states),
+        PAGE_SIZE=states.page_size,
         STAGES=tile.stages,
         EDGE=lists.edge_slots,
         M=lists.query_block_size,
@@ -200,28 +201,14 @@ def tile_sizes(head_dim: int, dtype: torch.dtype, paged: bool) -> TileSizes:
     return TileSizes(128, 64, 8, 2)
 
 
-def slot_shifts(states: KeyValueStates | PagedStates) -> tuple[Tensor | None, Tensor | None]:
-    """`first_slots` and `sink_slots`; None where slots equal positions, as in pages."""
-    if isinstance(states, PagedStates):
-        return None, None
-    first = states.first_slots
-    return first, first if states.sink_slots is None else states.sink_slots
-
-
-def page_size(states: KeyValueStates | PagedStates) -> int:
-    """Tokens per page; 0 for states in one tensor."""
-    return states.page_size if isinstance(states, PagedStates) else 0
-
-
-def key_value_arguments(states: KeyValueStates | PagedStates, size: int) -> tuple[Any, ...]:
+def key_value_arguments(states: States, size: int) -> tuple[Any, ...]:
     """Kernel arguments: keys, key strides, values, value strides, block table, table stride."""
+    parts: list[tuple[Any, Any]]
     if isinstance(states, PagedStates):
-        keys, values = states.key_pages, states.value_pages
-        table = states.block_table
-        return keys, keys.stride()[:3], values, values.stride()[:3], table, table.stride(0)
-    strides = (0, 0, 0)
-    keys, values = (state_descriptor(part, size) for part in (states.keys, states.values))
-    return keys, strides, values, strides, None, 0
+        parts = [(part, part.stride()[:3]) for part in (states.keys, states.values)]
+    else:
+        parts = [(state_descriptor(part, size), (0, 0, 0)) for part in (states.keys, states.values)]
+    return *parts[0], *parts[1], states.block_table, states.table_stride
 
 
 def state_descriptor(states: Tensor, size: int) -> TensorDescriptor:

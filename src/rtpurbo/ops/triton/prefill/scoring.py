@@ -11,9 +11,9 @@ from torch import Tensor
 from triton import knobs
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import KeyValueStates, PagedStates, index_key_heads
+from rtpurbo.ops.states import States, index_key_heads
 from rtpurbo.ops.triton.heads import HeadTable
-from rtpurbo.ops.triton.prefill.portable import BlockLists, page_size, slot_shifts
+from rtpurbo.ops.triton.prefill.portable import BlockLists
 from rtpurbo.ops.triton.prefill.scoring_kernels import (
     block_maxima_kernel,
     flags_kernel,
@@ -29,7 +29,7 @@ SCRATCH = 2**28
 
 def block_lists(
     index_queries: Tensor,
-    states: KeyValueStates | PagedStates,
+    states: States,
     table: HeadTable,
     starts: Tensor,
     near_log_sum_exp: Tensor,
@@ -51,11 +51,10 @@ def block_lists(
     Yields:
         Index of the first query of the lists, and the lists.
     """
-    index_keys, block_table, capacity = _index_keys(states)
-    keys = states.key_pages if isinstance(states, PagedStates) else states.keys
-    key_heads = index_key_heads(index_keys, keys.shape[1], table.key_value_heads)
+    assert states.index_keys is not None
+    key_heads = index_key_heads(states.index_keys, states.keys.shape[1], table.key_value_heads)
     # float8 index keys are converted to the queries' dtype: a prompt reads each of them many times.
-    index_keys = index_keys.to(index_queries.dtype)
+    index_keys = states.index_keys.to(index_queries.dtype)
     batch, heads, q_len, index_dim = index_queries.shape
     M, N, stride = rule.query_block_size, rule.block_size, rule.row_stride
     lanes = M // stride
@@ -63,7 +62,7 @@ def block_lists(
     # The interpreter runs no inline assembly.
     packed = index_keys.dtype == torch.float16 and not knobs.runtime.interpret
     device = index_queries.device
-    blocks = triton.cdiv(capacity, N)
+    blocks = triton.cdiv(states.capacity, N)
     ranges = triton.cdiv(blocks, RANGE)
     edge = edge_slots(rule)
     width = edge + blocks
@@ -78,7 +77,7 @@ def block_lists(
     sums = torch.empty(
         batch, heads, score_blocks, ranges, lanes, dtype=torch.float32, device=device
     )
-    slots, _ = slot_shifts(states)
+    slots = states.first_slots
     has_slots = slots is not None
     for query_offset in range(0, q_len, list_blocks * M):
         tiles = min(list_blocks, triton.cdiv(q_len - query_offset, M))
@@ -93,12 +92,12 @@ def block_lists(
             )
             block_maxima_kernel[(scored * ranges, batch * heads)](
                 index_queries, index_keys, index_keys.stride()[:3], key_heads,
-                block_table, 0 if block_table is None else block_table.stride(0), peaks, sums,
+                states.block_table, states.table_stride, peaks, sums,
                 table.windows, starts, slots if has_slots else starts,
                 q_len, heads, ranges, first_query, index_dim, rule.num_sink_tokens,
                 *index_queries.stride()[:3],
                 *peaks.stride()[:4], *sums.stride()[:4],
-                HAS_SLOTS=has_slots, PAGE_SIZE=page_size(states), STAGES=3, PACKED=packed, STRIDE=stride,
+                HAS_SLOTS=has_slots, PAGE_SIZE=states.page_size, STAGES=3, PACKED=packed, STRIDE=stride,
                 M=M, N=N, R=RANGE, G=group, I=I, num_warps=4,
             )  # fmt: skip
             thresholds_kernel[(scored, batch * heads)](
@@ -118,15 +117,6 @@ def block_lists(
             EDGE=edge, M=M, N=N, C=1024, num_warps=4,
         )  # fmt: skip
         yield query_offset, BlockLists(lists, counts, edge, N, M)
-
-
-def _index_keys(states: KeyValueStates | PagedStates) -> tuple[Tensor, Tensor | None, int]:
-    """Index keys (or their pages), the block table of a paged cache, and the capacity in tokens."""
-    if isinstance(states, PagedStates):
-        assert states.index_pages is not None
-        return states.index_pages, states.block_table, states.capacity
-    assert states.index_keys is not None
-    return states.index_keys, None, states.index_keys.shape[2]
 
 
 def far_keys(
