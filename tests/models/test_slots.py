@@ -51,9 +51,9 @@ def states_seen(monkeypatch):
     seen = []
     original = sparse_layer.attend_with
 
-    def recorded(backend, queries, query_positions, full, bounded, *args, **kwargs):
-        seen.append((query_positions, full, bounded))
-        return original(backend, queries, query_positions, full, bounded, *args, **kwargs)
+    def recorded(backend, call):
+        seen.append((call.query_positions, call.full, call.windowed))
+        return original(backend, call)
 
     monkeypatch.setattr(sparse_layer, "attend_with", recorded)
     return seen

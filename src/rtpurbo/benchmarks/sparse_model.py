@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +11,12 @@ from transformers import PreTrainedModel
 
 from rtpurbo.benchmarks.layer import index_dtype_of
 from rtpurbo.benchmarks.sparse_prefill import SparsePrefill
-from rtpurbo.config import AttentionRule
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache, roomy_capacity
 from rtpurbo.models.decoding import CAPTURE_COST_IN_STEPS
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.ops.api import BACKENDS
-from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from rtpurbo.ops.states import AttentionCall
 from rtpurbo.ops.triton import headwise
 
 BACKEND = "forced-density"
@@ -50,30 +48,18 @@ def forcing_density(model: PreTrainedModel, density: float) -> Iterator[list[flo
             module.backend = backend
 
 
-def headwise_attention(
-    query_states: Tensor,
-    query_positions: Tensor,
-    full: KeyValueStates,
-    windowed: KeyValueStates,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    *,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+def headwise_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Operator of the backend of `forcing_density`, for whole prompts."""
-    if index_queries is None:  # a layer without retrieval heads
-        return headwise.headwise_attention(
-            query_states, query_positions, full, windowed, layout, None, rule, scaling=scaling
-        )
-    key = (BACKEND, query_states.shape[2], rule, _density[-1])
-    arguments = query_states, full, windowed, index_queries, scaling
-    if key not in layout.derived:
-        operator = SparsePrefill(layout, rule)
+    if call.index_queries is None:  # a layer without retrieval heads
+        return headwise.headwise_attention(call)
+    derived = call.layout.derived
+    key = (BACKEND, call.query_states.shape[2], call.rule, _density[-1])
+    arguments = call.query_states, call.full, call.windowed, call.index_queries, call.scaling
+    if key not in derived:
+        operator = SparsePrefill(call.layout, call.rule)
         _reached.append(operator.force(_density[-1], *arguments))
-        layout.derived[key] = operator
-    return layout.derived[key](*arguments), None
+        derived[key] = operator
+    return derived[key](*arguments), None
 
 
 def filled_cache(model: PreTrainedModel, length: int, batch: int, steps: int) -> HeadwiseCache:

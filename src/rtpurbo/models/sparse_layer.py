@@ -17,15 +17,11 @@ from rtpurbo.models.cache_layers import HeadwiseLayer, NewStates
 from rtpurbo.models.indexer import TokenIndexer
 from rtpurbo.models.probe import AttentionTraits
 from rtpurbo.models.rotation import Embeddings, invertible
-from rtpurbo.ops import (
-    HeadLayout,
-    KeyValueStates,
-    SelectionStatistics,
-    Selector,
-)
+from rtpurbo.ops import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 from rtpurbo.ops.api import attend_with, chosen_backend
 from rtpurbo.ops.eager.heavy_hitters import attention_after_prompt, heavy_hitters
 from rtpurbo.ops.packed import packed_attention
+from rtpurbo.ops.states import AttentionCall
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -310,19 +306,7 @@ class SparseAttention(AttentionTraits):
         dense_queries: slice | None = None,
     ) -> Tensor:
         """Computes the sparse attention of one forward, after new tokens were appended to the cache, if any."""
-        self.used_backend = chosen_backend(
-            self.backend,
-            queries,
-            full,
-            windowed,
-            index_queries,
-            self.rule,
-            self.statistics,
-            self.selector,
-            sinks,
-        )
-        output, _ = attend_with(
-            self.used_backend,
+        call = AttentionCall(
             queries,
             query_positions,
             full,
@@ -330,13 +314,14 @@ class SparseAttention(AttentionTraits):
             self.layout(queries.device),
             index_queries,
             self.rule,
-            scaling=self.scaling,
-            statistics=self.statistics,
+            self.scaling,
+            self.statistics,
             selector=self.selector,
             sinks=sinks,
             dense_queries=dense_queries,
         )
-        return output
+        self.used_backend = chosen_backend(self.backend, call)
+        return attend_with(self.used_backend, call)[0]
 
     def _attend_densely(
         self, queries: Tensor, positions: Tensor, states: KeyValueStates, sinks: Tensor | None

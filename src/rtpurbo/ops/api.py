@@ -7,6 +7,7 @@ support the call, FlexAttention for gradients of long sequences on a GPU, and `e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.devices import has_triton
-from rtpurbo.ops.eager.dense_queries import with_dense_queries
-from rtpurbo.ops.sinks import with_sinks
+from rtpurbo.ops.eager.headwise import with_dense_queries
 from rtpurbo.ops.states import (
+    AttentionCall,
     HeadLayout,
     KeyValueStates,
     SelectionStatistics,
@@ -84,38 +85,28 @@ def require_triton(states: Tensor) -> None:
         raise ValueError("backend 'triton' needs a GPU: move the model there, or choose 'eager'.")
 
 
-def chosen_backend(
-    backend: str,
-    query_states: Tensor,
-    full: KeyValueStates,
-    windowed: KeyValueStates,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    statistics: SelectionStatistics | None = None,
-    selector: Selector | None = None,
-    sinks: Tensor | None = None,
-) -> str:
+def chosen_backend(backend: str, call: AttentionCall) -> str:
     """Backend that `headwise_attention` uses for a call.
 
     Raises:
         ValueError: the backend given by name does not support the call.
     """
-    watched = selector is not None or (statistics is not None and statistics.needs_queries)
-    if watched and index_queries is not None:
+    statistics = call.statistics
+    watched = call.selector is not None or (statistics is not None and statistics.needs_queries)
+    if watched and call.index_queries is not None:
         if backend in ("triton", "flex"):
             raise ValueError(
                 "the kernels select by the rule only and expose no logits: choose backend 'eager' for "
                 "a selector, or for statistics that need the queries."
             )
         return "eager"
-    call = (query_states, full, windowed, index_queries, rule)
     if backend == "auto":
-        return _best_backend(sinks, *call)
+        return _best_backend(call)
     if backend not in ("triton", "flex"):
         return backend
     if backend == "triton":
-        require_triton(query_states)
-    reason = _unsupported(backend, sinks, *call)
+        require_triton(call.query_states)
+    reason = _unsupported(backend, call)
     if reason is not None:
         raise ValueError(
             f"backend '{backend}' does not support this call: {reason}. Choose backend 'eager'."
@@ -123,27 +114,25 @@ def chosen_backend(
     return backend
 
 
-def _best_backend(sinks: Tensor | None, query_states: Tensor, *others: Any) -> str:
+def _best_backend(call: AttentionCall) -> str:
     """Fastest backend that supports a call."""
-    if not (query_states.is_cuda and has_triton()):
+    if not (call.query_states.is_cuda and has_triton()):
         return "eager"
-    call = (sinks, query_states, *others)
-    if query_states.dtype in HALF and _unsupported("triton", *call) is None:
+    if call.query_states.dtype in HALF and _unsupported("triton", call) is None:
         return "triton"
     from rtpurbo.ops.flex.headwise import is_profitable
 
-    if is_profitable(query_states, *others[:2]) and _unsupported("flex", *call) is None:
+    if is_profitable(call) and _unsupported("flex", call) is None:
         return "flex"
     return "eager"
 
 
-def _unsupported(backend: str, sinks: Tensor | None, *call: Any) -> str | None:
+def _unsupported(backend: str, call: AttentionCall) -> str | None:
     """Reason for which a backend cannot run a call of `headwise_attention`; None if it can."""
-    *_, index_queries, rule = call
-    selects = index_queries is not None
-    if sinks is not None and selects and (backend == "flex" or rule.reading == "paper"):
+    selects = call.index_queries is not None
+    if call.sinks is not None and selects and (backend == "flex" or call.rule.reading == "paper"):
         return "learned sinks take part in the selection"
-    return unsupported_reason("headwise_attention", backend, *call)
+    return unsupported_reason("headwise_attention", backend, call)
 
 
 def headwise_attention(
@@ -163,90 +152,38 @@ def headwise_attention(
     dense_queries: slice | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a whole layer; see `rtpurbo.ops.eager.headwise.headwise_attention`."""
+    """Attention of a whole layer; arguments as in `rtpurbo.ops.states.AttentionCall`.
+
+    Returns:
+        Output [batch, num_attention_heads, q_len, head_dim] and the log-sum-exp
+        [batch, num_attention_heads, q_len] or None.
+    """
     check_states(query_states, query_positions, full)
     check_states(query_states, query_positions, windowed)
-    backend = chosen_backend(
-        backend, query_states, full, windowed, index_queries, rule, statistics, selector, sinks
-    )
-    return attend_with(
-        backend,
-        query_states,
-        query_positions,
-        full,
-        windowed,
-        layout,
-        index_queries,
-        rule,
-        scaling=scaling,
-        statistics=statistics,
-        return_log_sum_exp=return_log_sum_exp,
-        selector=selector,
-        sinks=sinks,
-        dense_queries=dense_queries,
-    )
+    call = AttentionCall(
+        query_states, query_positions, full, windowed, layout, index_queries, rule, scaling,
+        statistics, return_log_sum_exp, selector, sinks, dense_queries,
+    )  # fmt: skip
+    return attend_with(chosen_backend(backend, call), call)
 
 
-def attend_with(
-    backend: str,
-    query_states: Tensor,
-    query_positions: Tensor,
-    full: KeyValueStates,
-    windowed: KeyValueStates,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    *,
-    scaling: float,
-    return_log_sum_exp: bool = False,
-    selector: Selector | None = None,
-    sinks: Tensor | None = None,
-    dense_queries: slice | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+def attend_with(backend: str, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """`headwise_attention` with a backend from `chosen_backend`."""
-    applies_sinks = backend in ("eager", "triton")
-    if applies_sinks:
-        options["sinks"] = sinks
-    if backend == "eager":
-        options["selector"] = selector
-    if backend == "triton" and dense_queries is not None:
+    dtype = call.query_states.dtype
+    is_mixed = dtype != call.full.keys.dtype
+    if is_mixed:  # under autocast, queries and cache may differ in dtype
+        call = replace(call, query_states=call.query_states.to(call.full.keys.dtype))
+    dense_separately = call.dense_queries is not None
+    if dense_separately and backend == "triton":
         from rtpurbo.ops.triton.headwise import supports_dense_queries
 
-        if supports_dense_queries(query_states.shape[2], index_queries, dense_queries):
-            options["dense_queries"], dense_queries = dense_queries, None
-    # Under autocast, queries and cache may differ in dtype.
-    queries = query_states.to(full.keys.dtype)
+        dense_separately = not supports_dense_queries(call)
     output, log_sum_exp = implementation("headwise_attention", backend)(
-        queries,
-        query_positions,
-        full,
-        windowed,
-        layout,
-        index_queries,
-        rule,
-        scaling=scaling,
-        return_log_sum_exp=return_log_sum_exp or not (applies_sinks or sinks is None),
-        **options,
+        replace(call, dense_queries=None) if dense_separately else call
     )
-    if sinks is not None and not applies_sinks:
-        output, log_sum_exp = with_sinks(output, log_sum_exp, sinks)
-    if dense_queries is not None:
-        output, log_sum_exp = with_dense_queries(
-            output,
-            log_sum_exp,
-            dense_queries,
-            queries,
-            query_positions,
-            full,
-            windowed,
-            layout,
-            scaling=scaling,
-            sinks=sinks,
-        )
-    if queries.dtype != query_states.dtype:
-        output = output.to(query_states.dtype)
-    return output, log_sum_exp if return_log_sum_exp else None
+    if dense_separately:
+        output, log_sum_exp = with_dense_queries(output, log_sum_exp, call)
+    return output.to(dtype) if is_mixed else output, log_sum_exp
 
 
 def new_histogram_workspace(

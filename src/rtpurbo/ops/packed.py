@@ -18,7 +18,7 @@ from rtpurbo.ops.api import (
     require_triton,
     unsupported_reason,
 )
-from rtpurbo.ops.states import KeyValueStates, uniform_layout
+from rtpurbo.ops.states import AttentionCall, KeyValueStates, uniform_layout
 
 # Dense heads have no window, so no other field of it is read than the number of sinks.
 _DENSE = AttentionRule()
@@ -71,8 +71,11 @@ def packed_attention(
         key_states, value_states, positions, in_order=in_order, first_slots=first_slots
     )
     nothing = replace(states, keys=key_states[:, :0], values=value_states[:, :0])
-    chosen = chosen_backend(backend, query_states, states, nothing, None, _DENSE, sinks=sinks)
     layout = uniform_layout(heads, key_states.shape[1], query_states.device, retrieves=True)
+    call = AttentionCall(
+        query_states, positions, states, nothing, layout, None, _DENSE, scaling, sinks=sinks
+    )
+    chosen = chosen_backend(backend, call)
     group = heads // key_states.shape[1]
     outputs, start = [], 0
     for count in document_lengths:
@@ -89,18 +92,14 @@ def packed_attention(
                 scale=scaling,
             )
         else:
-            output, _ = attend_with(
-                "triton" if uses_kernels else "eager",
-                queries,
-                positions[:, rows],
-                document,
-                nothing.tokens(rows),
-                layout,
-                None,
-                _DENSE,
-                scaling=scaling,
-                sinks=sinks,
+            of_document = replace(
+                call,
+                query_states=queries,
+                query_positions=positions[:, rows],
+                full=document,
+                windowed=nothing.tokens(rows),
             )
+            output, _ = attend_with("triton" if uses_kernels else "eager", of_document)
         outputs.append(output)
         start += count
     if len(outputs) == 1:

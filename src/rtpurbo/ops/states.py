@@ -1,4 +1,4 @@
-"""Inputs of the operators besides queries: KV caches, the layout of the heads, selection statistics."""
+"""Inputs of the operators: KV caches, the layout of the heads, selection statistics, and all of them together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from rtpurbo.config import AttentionRule
 
 
 @dataclass
@@ -335,3 +337,50 @@ class SelectionStatistics:
     def share_read(self) -> float | None:
         """Share of the far keys that was read; None without far keys."""
         return self.far_keys_read / self.far_keys if self.far_keys else None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Arguments of `headwise_attention`, as every backend receives them.
+
+    The last queries, which have index queries (see `AttentionRule.num_selecting_queries`), select in retrieval
+    heads; the queries before them are dense.
+
+    Attributes:
+        query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
+        query_positions: int64 [batch, q_len], -1 for padding.
+        full: states of the full KV heads, with index keys of the retrieval heads.
+        windowed: states of the windowed KV heads, at least sinks and the last W keys.
+        layout: query heads by kind.
+        index_queries: [batch, num_retrieval_heads, selecting queries, index_dim] of the last queries, or
+            None if no query selects.
+        rule: windows and selection.
+        scaling: factor on the dot products.
+        statistics: accumulates the selected keys.
+        return_log_sum_exp: also return the log-sum-exp.
+        selector: selects the far keys in place of the rule.
+        sinks: learned sinks [num_attention_heads] (gpt-oss): logits in the denominator of every softmax and
+            in the near mass of the selection.
+        dense_queries: queries for which local heads read every key (see `AttentionRule.num_dense_queries`), up to
+            which the windowed KV heads have all keys.
+    """
+
+    query_states: Tensor
+    query_positions: Tensor
+    full: KeyValueStates
+    windowed: KeyValueStates
+    layout: HeadLayout
+    index_queries: Tensor | None
+    rule: AttentionRule
+    scaling: float
+    statistics: SelectionStatistics | None = None
+    return_log_sum_exp: bool = False
+    selector: Selector | None = None
+    sinks: Tensor | None = None
+    dense_queries: slice | None = None
+
+    @property
+    def local_groups(self) -> list[tuple[HeadGroup, KeyValueStates]]:
+        """Groups of local heads that are not empty, with their states."""
+        groups = (self.layout.local_full, self.full), (self.layout.local_windowed, self.windowed)
+        return [(group, states) for group, states in groups if len(group)]

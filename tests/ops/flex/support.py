@@ -6,8 +6,9 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
-from rtpurbo.ops.eager.headwise import headwise_attention as eager
-from rtpurbo.ops.flex.headwise import headwise_attention as flex
+from rtpurbo.ops.eager import headwise as specification
+from rtpurbo.ops.flex import headwise as with_flex
+from rtpurbo.ops.states import AttentionCall
 
 RULE = AttentionRule(num_sink_tokens=2, min_tokens=2, sliding_window=40, block_size=8, top_p=0.7)
 HEAD_SETS = [(), (0,), (1, 2), (0, 1, 2, 3)]
@@ -22,6 +23,14 @@ def arguments(problem, retrieval_heads, num_selecting=0):
     found = list(problem.layered(layout, num_selecting if retrieval_heads else 0))
     found[2:4] = (replace(states, in_order=True) for states in found[2:4])
     return found
+
+
+def eager(*arguments, **options):
+    return specification.headwise_attention(AttentionCall(*arguments, **options))
+
+
+def flex(*arguments, **options):
+    return with_flex.headwise_attention(AttentionCall(*arguments, **options))
 
 
 def leaves(problem):

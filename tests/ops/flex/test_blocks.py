@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rtpurbo.config import AttentionRule
 from rtpurbo.ops.flex.blocks import BLOCK, block_mask, padded_length
 
 LENGTH = 6 * BLOCK
@@ -38,7 +39,10 @@ def listed(counts, indices):
 )
 def test_block_tables_match_their_entries(first, sinks, window, near):
     retrieves = torch.tensor([False, True, False, True])
-    found = block_mask(retrieves, LENGTH, first, sinks, window, near, None)
+    rule = AttentionRule(
+        num_sink_tokens=sinks, sliding_window=window, retrieval_window=near, block_size=16
+    )
+    found = block_mask(retrieves, LENGTH, first, rule, None)
     may, must = (tiles(mask) for mask in entries(retrieves, first, sinks, window, near))
     parts = listed(found.kv_num_blocks, found.kv_indices)
     full = listed(found.full_kv_num_blocks, found.full_kv_indices)

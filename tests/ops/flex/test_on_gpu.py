@@ -8,6 +8,7 @@ import torch
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import headwise_attention
 from rtpurbo.ops.api import chosen_backend
+from rtpurbo.ops.states import AttentionCall
 from tests.ops.flex.support import HEAD_SETS, arguments, eager, leaves, output_and_gradients
 from tests.oracles import random_problem
 
@@ -58,14 +59,14 @@ def test_equals_the_specification(retrieval_heads, num_selecting, length):
 def test_training_takes_it_where_kernels_have_no_gradients(num_selecting):
     problem = on_gpu(1024)
     call = arguments(problem, (0, 3), num_selecting)
-    assert chosen_backend("auto", call[0], *call[2:4], call[5], LONG) != "flex"
+    assert chosen_backend("auto", AttentionCall(*call, LONG, 0.1)) != "flex"
     for leaf in leaves(problem):
         leaf.requires_grad_()
     call = arguments(problem, (0, 3), num_selecting)
-    assert chosen_backend("auto", call[0], *call[2:4], call[5], LONG) == "flex"
+    assert chosen_backend("auto", AttentionCall(*call, LONG, 0.1)) == "flex"
     short = arguments(on_gpu(200), (0, 3), num_selecting)
     short[0].requires_grad_()
-    assert chosen_backend("auto", short[0], *short[2:4], short[5], LONG) == "eager"
+    assert chosen_backend("auto", AttentionCall(*short, LONG, 0.1)) == "eager"
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,3 +75,10 @@ def attend(
             query_states, key_states, value_states, attn_mask=visible | blind, scale=scaling
         )
     return output.masked_fill(blind, 0.0), None
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor | None]], dim: int) -> tuple[Tensor, Tensor | None]:
+    """Outputs of some heads or queries, and their log-sum-exps if there are any, as one along a dimension."""
+    log_sum_exps = [part for _, part in parts if part is not None]
+    output = torch.cat([part for part, _ in parts], dim)
+    return output, torch.cat(log_sum_exps, dim) if log_sum_exps else None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rtpurbo.ops.eager.attend import attend
+from rtpurbo.ops.eager.attend import attend, joined
 from rtpurbo.ops.eager.visibility import causal_mask, keys_in_reach, near_mask, query_chunks
 from rtpurbo.ops.states import KeyValueStates, check_states
 
@@ -43,7 +42,7 @@ def local_attention(
     # of a GPU, fewer launches are faster than fewer keys. Explicit logits take memory.
     fused = query_states.is_cuda and not return_log_sum_exp
     chunk_size = 8192 if fused else max(128, min(widest, 1024))
-    outputs, log_sum_exps = [], []
+    parts = []
     for start in range(0, query_states.shape[2], chunk_size):
         chunk = slice(start, start + chunk_size)
         positions = query_positions[:, chunk]
@@ -55,17 +54,11 @@ def local_attention(
                 values[:, :, reach],
                 key_positions[:, reach],
             )
-        output, log_sum_exp = attend(
-            query_states[:, :, chunk],
-            keys[:, key_value_heads],
-            values[:, key_value_heads],
-            near_mask(positions, key_positions, sliding_window, num_sink_tokens),
-            scaling,
-            return_log_sum_exp,
-        )
-        outputs.append(output)
-        log_sum_exps.append(log_sum_exp)
-    return _join(outputs, log_sum_exps)
+        near = near_mask(positions, key_positions, sliding_window, num_sink_tokens)
+        keys, values = keys[:, key_value_heads], values[:, key_value_heads]
+        queries = query_states[:, :, chunk]
+        parts.append(attend(queries, keys, values, near, scaling, return_log_sum_exp))
+    return joined(parts, 2)
 
 
 def causal_attention(
@@ -86,17 +79,9 @@ def causal_attention(
             query_states, keys, values, is_causal=q_len > 1, scale=scaling
         )
         return output, None
-    outputs, log_sum_exps = [], []
+    parts = []
     for chunk in query_chunks(q_len, query_states.shape[0] * query_states.shape[1] * k_len):
         visible = causal_mask(query_positions[:, chunk], states.positions)
-        output, log_sum_exp = attend(
-            query_states[:, :, chunk], keys, values, visible, scaling, return_log_sum_exp
-        )
-        outputs.append(output)
-        log_sum_exps.append(log_sum_exp)
-    return _join(outputs, log_sum_exps)
-
-
-def _join(outputs: list[Tensor], log_sum_exps: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    parts = [part for part in log_sum_exps if part is not None]
-    return torch.cat(outputs, 2), torch.cat(parts, 2) if parts else None
+        queries = query_states[:, :, chunk]
+        parts.append(attend(queries, keys, values, visible, scaling, return_log_sum_exp))
+    return joined(parts, 2)

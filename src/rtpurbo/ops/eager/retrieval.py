@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.eager.attend import attend_to_logits, attention_logits
+from rtpurbo.ops.eager.attend import attend_to_logits, attention_logits, joined
 from rtpurbo.ops.eager.selection import (
     estimated_logits,
     index_scores,
@@ -70,48 +72,65 @@ def retrieval_attention(
     share_lists = rule.prefill_mode in ("row_share", "row_peak") and query_states.shape[2] > 1
     keys, values = states.keys[:, key_value_heads], states.values[:, key_value_heads]
     elements_per_query = query_states.shape[0] * query_states.shape[1] * keys.shape[2]
-    outputs, log_sum_exps = [], []
+    parts: list[tuple[Tensor, Tensor | None]] = []
     for chunk in query_chunks(query_states.shape[2], elements_per_query, rule.query_block_size):
-        positions = query_positions[:, chunk]
-        near = near_mask(positions, states.positions, rule.near_window, rule.num_sink_tokens)
-        far = causal_mask(positions, states.positions) & ~near
-        logits = attention_logits(query_states[:, :, chunk], keys, scaling)
+        queries = selection_queries(
+            query_states[:, :, chunk], keys, query_positions[:, chunk], states,
+            index_queries[:, :, chunk], key_heads, rule, scaling,
+        )  # fmt: skip
+        logits = queries.logits
         with torch.no_grad():
-            queries = SelectionQueries(
-                query_states[:, :, chunk],
-                keys,
-                positions,
-                states.positions,
-                logits.detach(),
-                near,
-                far,
-                partial(index_scores, index_queries[:, :, chunk], states.index_keys, key_heads),
-            )
+            queries = replace(queries, logits=logits.detach())
             if selector is not None:
-                selected = selector(queries) & far
+                selected = selector(queries) & queries.far
+            elif share_lists:
+                queries_after = query_states.shape[2] - chunk.stop
+                selected = select_by_rule(
+                    rule, queries, sinks, select_per_query_block, queries_after
+                )
             else:
-                queries_after = query_states.shape[2] - chunk.stop if share_lists else None
-                selected = _select_by_rule(rule, queries, queries_after, sinks)
+                selected = select_by_rule(rule, queries, sinks, select_per_query)
             if statistics is not None:
                 statistics.add_queries(queries, selected)
-        output, log_sum_exp = attend_to_logits(logits, values, near | selected)
-        outputs.append(output)
-        log_sum_exps.append(log_sum_exp)
-    return torch.cat(outputs, 2), torch.cat(log_sum_exps, 2) if return_log_sum_exp else None
+        output, log_sum_exp = attend_to_logits(logits, values, queries.near | selected)
+        parts.append((output, log_sum_exp if return_log_sum_exp else None))
+    return joined(parts, 2)
 
 
-def _select_by_rule(
-    rule: AttentionRule, queries: SelectionQueries, queries_after: int | None, sinks: Tensor | None
+def selection_queries(
+    query_states: Tensor,
+    key_states: Tensor,
+    query_positions: Tensor,
+    states: KeyValueStates,
+    index_queries: Tensor,
+    key_heads: Tensor | None,
+    rule: AttentionRule,
+    scaling: float,
+) -> SelectionQueries:
+    """Logits and masks of queries of retrieval heads; `key_states` are those of `states` for each query head."""
+    near = near_mask(query_positions, states.positions, rule.near_window, rule.num_sink_tokens)
+    far = causal_mask(query_positions, states.positions) & ~near
+    logits = attention_logits(query_states, key_states, scaling)
+    assert states.index_keys is not None
+    score_index = partial(index_scores, index_queries, states.index_keys, key_heads)
+    return SelectionQueries(
+        query_states, key_states, query_positions, states.positions, logits, near, far, score_index
+    )
+
+
+def select_by_rule(
+    rule: AttentionRule,
+    queries: SelectionQueries,
+    sinks: Tensor | None,
+    select: Callable[..., Tensor],
+    *options: int,
 ) -> Tensor:
-    """Far keys selected by the indexer; `queries_after`: later queries of the call, None without block lists."""
+    """Far keys selected by the indexer with a function of `selection`."""
     estimate = estimated_logits(
         rule.reading, queries.logits, queries.score_index(), queries.near, queries.far
     )
     _, estimate, near, far = with_sink_column(estimate, estimate, queries.near, queries.far, sinks)
     # The learned sink belongs to the first block.
     key_positions = F.pad(queries.key_positions, (0 if sinks is None else 1, 0))
-    if queries_after is None:
-        selected = select_per_query(rule, estimate, near, far, key_positions)
-    else:
-        selected = select_per_query_block(rule, estimate, near, far, key_positions, queries_after)
+    selected = select(rule, estimate, near, far, key_positions, *options)
     return selected if sinks is None else selected[..., 1:]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from rtpurbo.config import AttentionRule
+
 BLOCK = 128
 # Lengths are rounded up to this many steps per power of two: each padded length compiles once, while the
 # lengths of sequences differ by a few tokens.
@@ -39,13 +41,7 @@ def padded_length(length: int) -> int:
 
 
 def block_mask(
-    retrieves: Tensor,
-    length: int,
-    first_selecting: int,
-    num_sink_tokens: int,
-    sliding_window: int,
-    retrieval_window: int,
-    mask: Any,
+    retrieves: Tensor, length: int, first_selecting: int, rule: AttentionRule, mask: Any
 ) -> BlockMask:
     """Block mask of a layer.
 
@@ -53,19 +49,11 @@ def block_mask(
         retrieves: bool [heads].
         length: queries and keys, a multiple of `BLOCK`.
         first_selecting: first query that selects; `length` if none does.
-        num_sink_tokens: S.
-        sliding_window: window of local heads.
-        retrieval_window: window of queries that select.
+        rule: sinks, the window of local heads, and that of queries that select.
         mask: FlexAttention's `mask_mod`, applied in partial blocks.
     """
-    tables = _tables(
-        length // BLOCK,
-        first_selecting // BLOCK,
-        num_sink_tokens,
-        sliding_window,
-        retrieval_window,
-        retrieves.device,
-    )
+    sizes = rule.num_sink_tokens, rule.sliding_window, rule.near_window
+    tables = _tables(length // BLOCK, first_selecting // BLOCK, *sizes, retrieves.device)
     of_heads = {name: table[:, retrieves.long()] for name, table in tables._asdict().items()}
     return BlockMask((length, length), **of_heads, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask)
 

@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.flex.blocks import block_mask, padded_length
 from rtpurbo.ops.flex.selection import BITS, selected_bits
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, SelectionStatistics
+from rtpurbo.ops.sinks import with_sinks
+from rtpurbo.ops.states import AttentionCall, HeadLayout
 
 # Newer versions of PyTorch return the log-sum-exp by this request.
 AuxRequest: Any = getattr(flex, "AuxRequest", None)
@@ -32,86 +33,57 @@ SELECTING_QUERIES = 256
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def headwise_attention(
-    query_states: Tensor,
-    query_positions: Tensor,
-    full: KeyValueStates,
-    windowed: KeyValueStates,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    *,
-    scaling: float,
-    statistics: SelectionStatistics | None = None,
-    return_log_sum_exp: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def headwise_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """All heads of a layer in one kernel: windows, dense retrieval heads, and selections of the last queries.
 
-    Arguments and results as in `rtpurbo.ops.eager.headwise.headwise_attention`. No tensor of the size of queries
-    times keys is created, except one bit per key for the few queries that select.
+    Results as of `rtpurbo.ops.eager.headwise.headwise_attention`. No tensor of the size of queries times keys is
+    created, except one bit per key for the few queries that select.
     """
-    length = query_states.shape[2]
+    length, is_cuda = call.query_states.shape[2], call.query_states.is_cuda
     queries, keys, values = _at_one_precision(
-        query_states,
-        _joined(full.keys, windowed.keys, layout),
-        _joined(full.values, windowed.values, layout),
+        call.query_states,
+        _joined(call.full.keys, call.windowed.keys, call.layout),
+        _joined(call.full.values, call.windowed.values, call.layout),
     )
     # Index scores and logits are computed in the dtype of the states, not in that of autocast.
-    with torch.autocast(query_states.device.type, enabled=False):
+    with torch.autocast(call.query_states.device.type, enabled=False):
         padded = padded_length(length)
-        mask = _mask(
-            query_states, query_positions, full, layout, index_queries, rule, scaling, statistics,
-            padded,
-        )  # fmt: skip
-        padding = (0, 0, 0, padded - length)
+        mask = _mask(call, padded)
         if padded > length:
+            padding = (0, 0, 0, padded - length)
             queries, keys, values = (F.pad(part, padding) for part in (queries, keys, values))
         attend, tiles = _attend, None
-        if query_states.is_cuda:
-            attend, tiles = _compiled(), _tiles(query_states.device, query_states.shape[-1])
+        if is_cuda:
+            attend = _compiled()
+            tiles = _tiles(call.query_states.device, call.query_states.shape[-1])
+        needs_log_sum_exp = call.return_log_sum_exp or call.sinks is not None
         output, log_sum_exp = attend(
-            queries, keys, values, mask, scaling, return_log_sum_exp, tiles
+            queries, keys, values, mask, call.scaling, needs_log_sum_exp, tiles
         )
+    output = output[:, :, :length]
     if log_sum_exp is not None:
         log_sum_exp = log_sum_exp[:, :, :length]
-    return output[:, :, :length], log_sum_exp
+        if call.sinks is not None:
+            output, log_sum_exp = with_sinks(output, log_sum_exp, call.sinks)
+    return output, log_sum_exp if call.return_log_sum_exp else None
 
 
-def _mask(
-    query_states: Tensor,
-    query_positions: Tensor,
-    full: KeyValueStates,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    scaling: float,
-    statistics: SelectionStatistics | None,
-    padded: int,
-) -> BlockMask:
+def _mask(call: AttentionCall, padded: int) -> BlockMask:
     """Block mask of a layer over `padded` queries and keys."""
-    batch, num_heads, length, _ = query_states.shape
-    retrieves, windows = _of_heads(layout, rule, num_heads)
-    if index_queries is None or not len(layout.retrieval):
+    rule, device = call.rule, call.query_states.device
+    batch, num_heads, length, _ = call.query_states.shape
+    retrieves, windows = _of_heads(call.layout, rule, num_heads)
+    if call.index_queries is None or not len(call.layout.retrieval):
         first = padded
-        bits = _nothing_selected(batch, num_heads, padded // BITS, query_states.device)
+        bits = _nothing_selected(batch, num_heads, padded // BITS, device)
     else:
-        selecting = index_queries.shape[2]
+        selecting = call.index_queries.shape[2]
         first = length - selecting
-        bits = selected_bits(
-            query_states, query_positions, full, layout, index_queries, rule, scaling,
-            -(-selecting // SELECTING_QUERIES) * SELECTING_QUERIES, padded, statistics,
-        )  # fmt: skip
+        bits = selected_bits(call, -(-selecting // SELECTING_QUERIES) * SELECTING_QUERIES, padded)
     # A tensor, since a Python number would be compiled in; filled on the device, without a copy.
-    start = torch.full((), first, dtype=torch.int32, device=query_states.device)
-    return block_mask(
-        retrieves,
-        padded,
-        first,
-        rule.num_sink_tokens,
-        rule.sliding_window,
-        rule.near_window,
-        _mask_mod(retrieves, windows, rule.num_sink_tokens, start, bits),
-    )
+    start = torch.full((), first, dtype=torch.int32, device=device)
+    mask = _mask_mod(retrieves, windows, rule.num_sink_tokens, start, bits)
+    return block_mask(retrieves, padded, first, rule, mask)
 
 
 def _mask_mod(
@@ -221,39 +193,36 @@ def _compiled() -> Any:
     return torch.compile(_attend, dynamic=False, fullgraph=True)
 
 
-def is_profitable(query_states: Tensor, full: KeyValueStates, windowed: KeyValueStates) -> bool:
+def is_profitable(call: AttentionCall) -> bool:
     """Returns True if `auto` should use FlexAttention: gradients of a long sequence on a GPU."""
-    tensors = [query_states, full.keys, full.values, windowed.keys, windowed.values]
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in _tensors(call)):
         return False
-    [queries] = _at_one_precision(query_states[:, :, :0])
-    _, _, length, head_dim = query_states.shape
+    [queries] = _at_one_precision(call.query_states[:, :, :0])
+    _, _, length, head_dim = call.query_states.shape
     is_supported = queries.is_cuda and queries.dtype in HALF and head_dim < 256
     return is_supported and length >= MIN_COMPILED_LENGTH
 
 
-def unsupported_reasons(
-    query_states: Tensor,
-    full: KeyValueStates,
-    windowed: KeyValueStates,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-) -> Iterator[str]:
+def _tensors(call: AttentionCall) -> list[Tensor]:
+    states = (call.full.keys, call.full.values, call.windowed.keys, call.windowed.values)
+    return [call.query_states, *states]
+
+
+def unsupported_reasons(call: AttentionCall) -> Iterator[str]:
     """Yields the reasons for which FlexAttention does not support a call."""
-    length = query_states.shape[2]
-    tensors = [query_states, full.keys, full.values, windowed.keys, windowed.values]
-    for states in (full, windowed):
-        is_whole = states.in_order and states.length is None and states.keys.shape[2] == length
-        if states.keys.shape[1] and not is_whole:
+    queries, tensors = call.query_states, _tensors(call)
+    for states in (call.full, call.windowed):
+        is_whole = states.in_order and states.length is None
+        if states.keys.shape[1] and not (is_whole and states.keys.shape[2] == queries.shape[2]):
             yield "FlexAttention takes whole sequences only, without padding and without a cache"
-    if index_queries is not None and rule.prefill_mode != "dense":
-        yield f"with prefill_mode '{rule.prefill_mode}' all queries select, but only the last ones may"
-    if len({tensor.dtype for tensor in tensors}) > 1 and not torch.is_autocast_enabled(
-        query_states.device.type
-    ):
+    mode = call.rule.prefill_mode
+    if call.index_queries is not None and mode != "dense":
+        yield f"with prefill_mode '{mode}' all queries select, but only the last ones may"
+    is_autocast = torch.is_autocast_enabled(queries.device.type)
+    if len({tensor.dtype for tensor in tensors}) > 1 and not is_autocast:
         yield "queries, keys and values differ in dtype"
-    if not query_states.is_cuda and torch.is_grad_enabled():
+    if not queries.is_cuda and torch.is_grad_enabled():
         if any(tensor.requires_grad for tensor in tensors):
             yield "FlexAttention computes no gradients on a CPU"
-    elif query_states.is_cuda and query_states.shape[-1] < 16:
-        yield f"head_dim {query_states.shape[-1]} is below 16"
+    elif queries.is_cuda and queries.shape[-1] < 16:
+        yield f"head_dim {queries.shape[-1]} is below 16"

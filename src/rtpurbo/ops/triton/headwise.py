@@ -13,7 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.sinks import with_sinks
-from rtpurbo.ops.states import HeadLayout, KeyValueStates, PagedStates, SelectionStatistics, States
+from rtpurbo.ops.states import (
+    AttentionCall,
+    HeadLayout,
+    KeyValueStates,
+    PagedStates,
+    SelectionStatistics,
+    States,
+)
 from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.ops.triton.heads import (
     EVERYTHING,
@@ -35,78 +42,65 @@ DENSE_KERNELS = [
 ]
 
 
-def headwise_attention(
-    query_states: Tensor,
-    query_positions: Tensor,
-    full: KeyValueStates,
-    windowed: KeyValueStates,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    *,
-    scaling: float,
-    statistics: SelectionStatistics | None = None,
-    return_log_sum_exp: bool = False,
-    sinks: Tensor | None = None,
-    dense_queries: slice | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def headwise_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Selected or dense attention of retrieval heads, window attention of local heads.
 
-    Arguments and results as in `rtpurbo.ops.eager.headwise.headwise_attention`; the positions of the queries
-    are derived from the slots of the keys. For `dense_queries`, the last ones of a prompt (see
-    `supports_dense_queries`), local heads read every key.
+    Results as of `rtpurbo.ops.eager.headwise.headwise_attention`; the positions of the queries are derived from
+    the slots of the keys. For dense queries (see `supports_dense_queries`), local heads read every key.
     """
-    if dense_queries is not None:
-        # A second launch, in which windows have no end.
-        first, last = dense_queries.start, query_states.shape[2] - dense_queries.start
-        ranges = [
-            (slice(0, first), slice(0, -last), rule),
-            (dense_queries, slice(None), replace(rule, sliding_window=EVERYTHING)),
-        ]
-        parts = [
-            headwise_attention(
-                query_states[:, :, rows],
-                query_positions[:, rows],
-                full.tokens(keys),
-                windowed.tokens(keys),
-                layout,
-                None,
-                of_range,
-                scaling=scaling,
-                return_log_sum_exp=return_log_sum_exp,
-                sinks=sinks,
-            )
-            for rows, keys, of_range in ranges
-        ]
-        output = torch.cat([part.transpose(1, 2) for part, _ in parts], 1).transpose(1, 2)
-        sums = [log_sum_exp for _, log_sum_exp in parts if log_sum_exp is not None]
-        return output, torch.cat(sums, 2) if sums else None
-    attend = decode_step if query_states.shape[2] == 1 else prefill_attention
+    if call.dense_queries is not None:
+        return _with_dense_queries(call, call.dense_queries)
+    attend = decode_step if call.query_states.shape[2] == 1 else prefill_attention
     output, log_sum_exp, *_ = attend(
-        query_states,
-        full,
-        windowed,
-        layout,
-        index_queries,
-        rule,
-        scaling=scaling,
-        statistics=statistics,
-        return_log_sum_exp=return_log_sum_exp,
-        sinks=sinks,
+        call.query_states,
+        call.full,
+        call.windowed,
+        call.layout,
+        call.index_queries,
+        call.rule,
+        scaling=call.scaling,
+        statistics=call.statistics,
+        return_log_sum_exp=call.return_log_sum_exp,
+        sinks=call.sinks,
     )
     return output, log_sum_exp
 
 
-def supports_dense_queries(
-    num_queries: int, index_queries: Tensor | None, dense_queries: slice
-) -> bool:
+def supports_dense_queries(call: AttentionCall) -> bool:
     """Returns whether `headwise_attention` takes these: the last queries of several, of which none selects."""
+    rows, num_queries = call.dense_queries, call.query_states.shape[2]
     # A range with a single query would be a decode step.
     return (
-        index_queries is None
-        and 1 < dense_queries.start < num_queries - 1
-        and dense_queries.stop == num_queries
+        rows is not None
+        and call.index_queries is None
+        and 1 < rows.start < num_queries - 1
+        and rows.stop == num_queries
     )
+
+
+def _with_dense_queries(call: AttentionCall, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Attention of the queries before the dense ones, and in a second launch, without ends of windows, of these."""
+    last = call.query_states.shape[2] - rows.start
+    parts = [
+        headwise_attention(
+            replace(
+                call,
+                query_states=call.query_states[:, :, queries],
+                query_positions=call.query_positions[:, queries],
+                full=call.full.tokens(keys),
+                windowed=call.windowed.tokens(keys),
+                rule=rule,
+                dense_queries=None,
+            )
+        )
+        for queries, keys, rule in (
+            (slice(0, rows.start), slice(0, -last), call.rule),
+            (rows, slice(None), replace(call.rule, sliding_window=EVERYTHING)),
+        )
+    ]
+    output = torch.cat([part.transpose(1, 2) for part, _ in parts], 1).transpose(1, 2)
+    sums = [log_sum_exp for _, log_sum_exp in parts if log_sum_exp is not None]
+    return output, torch.cat(sums, 2) if sums else None
 
 
 def prefill_attention(
@@ -245,14 +239,9 @@ def _dense(
         )
 
 
-def unsupported_reasons(
-    query_states: Tensor,
-    full: KeyValueStates,
-    windowed: KeyValueStates,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-) -> Iterator[str]:
+def unsupported_reasons(call: AttentionCall) -> Iterator[str]:
     """Yields the reasons for which the kernels do not support a call."""
+    query_states, full, windowed, rule = call.query_states, call.full, call.windowed, call.rule
     _, _, q_len, head_dim = query_states.shape
     tensors = [query_states, full.keys, full.values, windowed.keys, windowed.values]
     if any(tensor.requires_grad for tensor in tensors) and torch.is_grad_enabled():
@@ -267,9 +256,9 @@ def unsupported_reasons(
     used = [states for states in used if states.keys.shape[1]]
     if any(not states.in_order and states.first_slots is None for states in used):
         yield "the order of the keys is unknown (padding other than on the left)"
-    if q_len == 1 or index_queries is None:
+    if q_len == 1 or call.index_queries is None:
         return
-    if rule.prefill_mode != "row_peak" or index_queries.shape[2] != q_len:
+    if rule.prefill_mode != "row_peak" or call.index_queries.shape[2] != q_len:
         yield f"prefill_mode '{rule.prefill_mode}' has no kernels: only 'row_peak' has"
     elif rule.reading == "paper":
         yield "reading 'paper' has no block selection"
