@@ -63,6 +63,15 @@ class KeyValueStates:
         """Slots in use, as of paged states: `length`."""
         return self.length
 
+    def query_starts(self, q_len: int) -> Tensor:
+        """Position of the first of the last `q_len` queries, int32 [batch]; negative within padding."""
+        batch, k_len, device = self.keys.shape[0], self.keys.shape[2], self.keys.device
+        if self.length is not None:
+            starts = (self.length - q_len).expand(batch)
+        else:
+            starts = torch.full((batch,), k_len - q_len, dtype=torch.int32, device=device)
+        return starts if self.first_slots is None else starts - self.first_slots
+
     def tokens(self, rows: slice) -> KeyValueStates:
         """The states of some tokens only."""
         return replace(
@@ -142,6 +151,10 @@ class PagedStates:
     def table_stride(self) -> int:
         """Elements between the block tables of two sequences."""
         return self.block_table.stride(0)
+
+    def query_starts(self, q_len: int) -> Tensor:
+        """Position of the first of the last `q_len` queries, int32 [batch]."""
+        return self.lengths - q_len
 
 
 States = KeyValueStates | PagedStates

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtpurbo.ops.states import HeadGroup, PagedStates, States
+from rtpurbo.ops.states import HeadGroup
 
 # A window longer than any context.
 EVERYTHING = 2**30
@@ -60,16 +60,3 @@ class HeadTable:
             torch.cat([self.windows, other.windows]),
             self.num_dense,
         )
-
-
-def query_starts(states: States, q_len: int) -> Tensor:
-    """Position of the first query of each sequence, int32 [batch]; negative within padding."""
-    if isinstance(states, PagedStates):
-        return states.lengths - q_len
-    batch, _, k_len, _ = states.keys.shape
-    device = states.keys.device
-    if states.length is not None:
-        starts = (states.length - q_len).expand(batch)
-    else:
-        starts = torch.full((batch,), k_len - q_len, dtype=torch.int32, device=device)
-    return starts if states.first_slots is None else starts - states.first_slots

@@ -26,7 +26,6 @@ from rtpurbo.ops.triton.heads import (
     EVERYTHING,
     MAX_HEAD_DIM,
     HeadTable,
-    query_starts,
     supports_head_dim,
 )
 from rtpurbo.ops.triton.prefill import hopper, portable
@@ -130,7 +129,7 @@ def prefill_attention(
     wants_log_sum_exp = sparse or return_log_sum_exp or sinks is not None
     if wants_log_sum_exp:
         log_sum_exp = query_states.new_empty(batch, heads, q_len, dtype=torch.float32)
-    starts = query_starts(full if layout.full_key_value_heads.numel() else windowed, q_len)
+    starts = (full if layout.full_key_value_heads.numel() else windowed).query_starts(q_len)
     paged = full.page_size > 0 or windowed.page_size > 0
     kernels = hopper if hopper.supports(query_states) and not paged else portable
     # On Hopper the kernel is faster than PyTorch's, and dense heads run in the same launch as local ones.

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.triton.decode import (
-    group_attention,
-    group_lists,
     histogram,
     selected_attention,
     window_and_scores,
@@ -218,9 +216,8 @@ def test_the_result_does_not_depend_on_the_division_of_work(
         (window_and_scores, "SCORE_PROGRAMS", 1),
         (window_and_scores, "GROUP_SCORES", 256),
         (selected_attention, "TOKENS_PER_PROGRAM", 100),
-        (group_lists, "COMPACTED_ENTRIES", 64),
-        (group_attention, "TOKENS_PER_PROGRAM", 100),
-        (group_attention, "TILE", 16),
+        (selected_attention, "GROUP_TOKENS", 100),
+        (selected_attention, "GROUP_TILE", 16),
     ):
         monkeypatch.setattr(module, name, size)
     check_bounds(step)

@@ -5,7 +5,7 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
-from rtpurbo.ops.triton.heads import HeadTable, query_starts
+from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill import hopper, portable
 from rtpurbo.ops.triton.prefill.scoring import block_lists
 from tests import oracles
@@ -47,7 +47,7 @@ def test_windows_of_every_head(dtype, head_dim, q_len, k_len, padding):
     hopper.window_attention(
         problem.queries,
         [(states, half) for half in halves],
-        query_starts(states, q_len),
+        states.query_starts(q_len),
         3,
         problem.scaling,
         output,
@@ -83,7 +83,7 @@ def test_lists_equal_the_portable_kernel(dtype, head_dim, row_share, q_len, k_le
     states = oracles.KeyValueStates(keys, values, positions, normal(3, k_len, 16))
     states = slotted(states, padding)
     table = HeadTable.build(layout.retrieval, rule.near_window)
-    starts = query_starts(states, q_len)
+    starts = states.query_starts(q_len)
     index_queries = normal(3, q_len, 16)
     near_output = torch.zeros_like(queries)
     near_sums = torch.zeros(queries.shape[:3], device=DEVICE)
@@ -120,7 +120,7 @@ def test_a_million_tokens_of_many_heads_are_addressed(kernels):
     table = HeadTable.build(layout.retrieval, 300)
     output = torch.full_like(queries, torch.nan)
     kernels.window_attention(
-        queries, [(states, table)], query_starts(states, length), 4, 0.1, output, None
+        queries, [(states, table)], states.query_starts(length), 4, 0.1, output, None
     )
     assert not output[:, -1].isnan().any()
     rows = slice(-70, None)

@@ -6,7 +6,7 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
-from rtpurbo.ops.triton.heads import HeadTable, query_starts
+from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.portable import block_sparse_attention, window_attention
 from rtpurbo.ops.triton.prefill.scoring import block_lists
 from tests import oracles
@@ -52,7 +52,7 @@ def test_windows_of_every_head(dtype, q_len, k_len, padding, heads, key_value_he
     window_attention(
         problem.queries,
         [(states, table)],
-        query_starts(states, q_len),
+        states.query_starts(q_len),
         3,
         problem.scaling,
         output,
@@ -84,7 +84,7 @@ def test_block_lists_and_block_sparse_attention(
     states = slotted(problem.states(layout.full_key_value_heads, layout.retrieval.heads), padding)
     index_queries = problem.index_queries[:, layout.retrieval.heads]
     table = HeadTable.build(layout.retrieval, rule.near_window)
-    starts = query_starts(states, q_len)
+    starts = states.query_starts(q_len)
     output = torch.full_like(problem.queries, torch.nan)
     sums = torch.full(output.shape[:3], torch.nan, device=output.device)
     window_attention(problem.queries, [(states, table)], starts, 3, problem.scaling, output, sums)

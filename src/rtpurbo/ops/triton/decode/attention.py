@@ -6,8 +6,7 @@
 4. `combine`: split-K combine of the partial results.
 
 Where several retrieval heads of a layer have the same KV head, those of each KV head read the union of their
-selections together (`SelectionGroups`): the selection is two kernels then (`group_lists`), and
-`group_attention` follows.
+selections together (`SelectionGroups`): the selection is two kernels then, and `group_attention` follows.
 
 The first kernel expects a zeroed histogram, and the last one zeroes it again. Without a histogram workspace
 from the caller, a fill precedes the step. Grids and memory depend on shapes alone, so a step can be captured
@@ -29,8 +28,8 @@ from rtpurbo.ops.triton.decode.combine import combine_splits
 from rtpurbo.ops.triton.decode.selected_attention import selected_attention
 from rtpurbo.ops.triton.decode.top_p import select_top_p
 from rtpurbo.ops.triton.decode.window_and_scores import window_and_scores
-from rtpurbo.ops.triton.decode.workspace import Selection
-from rtpurbo.ops.triton.heads import MAX_HEAD_DIM, query_starts
+from rtpurbo.ops.triton.decode.workspace import DecodeStep, Selection
+from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
 
 MAX_BLOCK_SIZE = 1024
 
@@ -74,35 +73,29 @@ def decode_step(
         Output [B, H, 1, D], the log-sum-exp [B, H, 1] or None, and the selection; None if all far keys are read
         or no head retrieves.
     """
-    states = _with_first_slots(full, query_states.shape[0])
-    _check(query_states, states, windowed, layout, index_queries, rule)
     queries = query_states if query_states.stride(-1) == 1 else query_states.contiguous()
     if index_queries is not None and index_queries.stride(-1) != 1:
         index_queries = index_queries.contiguous()
+    full = _with_first_slots(full, queries.shape[0])
+    step = DecodeStep(queries, full, windowed, layout, index_queries, rule, scaling)
+    _check(step)
     selection = None
     with torch.cuda.device_of(queries):
-        window, scores = window_and_scores(
-            queries, states, windowed, layout, index_queries, rule, scaling
-        )
+        window, scores = window_and_scores(step)
         if sinks is not None:
             window = window.with_sinks(sinks)
         selected = window
-        if len(layout.retrieval):
+        if step.num_retrieval:
             if rule.top_p < 1:
-                selection = select_top_p(queries, states, layout, rule, window, scores)
-            selected = selected_attention(queries, states, layout, rule, scaling, selection)
-        workspace = states.histogram_workspace
+                selection = select_top_p(step, window, scores)
+            selected = selected_attention(step, selection)
+        workspace = full.histogram_workspace
+        workspace = workspace if scores.histogram is workspace else None
         attended, log_sum_exp = combine_splits(
-            queries,
-            layout,
-            window,
-            selected,
-            workspace if scores.histogram is workspace else None,
-            return_log_sum_exp,
-            output,
+            step, window, selected, workspace, return_log_sum_exp, output
         )
-    if statistics is not None and len(layout.retrieval):
-        _count(statistics, states, rule, selection, len(layout.retrieval))
+    if statistics is not None and step.num_retrieval:
+        _count(statistics, step, selection)
     return attended, log_sum_exp, selection
 
 
@@ -122,18 +115,11 @@ def _with_first_slots(full: States, batch: int) -> States:
     return replace(full, first_slots=first_slots)
 
 
-def _check(
-    query_states: Tensor,
-    full: States,
-    windowed: States,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-) -> None:
-    head_dim = query_states.shape[-1]
-    if query_states.shape[2] != 1:
+def _check(step: DecodeStep) -> None:
+    rule, head_dim = step.rule, step.queries.shape[-1]
+    if step.queries.shape[2] != 1:
         raise ValueError(
-            f"a decode step takes one query token per sequence, not {query_states.shape[2]}."
+            f"a decode step takes one query token per sequence, not {step.queries.shape[2]}."
         )
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}, but the kernels take at most {MAX_HEAD_DIM}.")
@@ -141,33 +127,27 @@ def _check(
         raise ValueError(
             f"block_size is {rule.block_size}, but the kernels take at most {MAX_BLOCK_SIZE}."
         )
-    for states in (full.keys, full.values, windowed.keys, windowed.values):
+    for states in (step.full.keys, step.full.values, step.windowed.keys, step.windowed.values):
         if states.numel() and (states.shape[-1] != head_dim or states.stride(-1) != 1):
             raise ValueError(
                 f"keys and values must have {head_dim} contiguous elements per token, as queries have; "
                 f"got {states.shape[-1]} with stride {states.stride(-1)}."
             )
-    if windowed.page_size and not full.page_size:
+    if step.windowed.page_size and not step.full.page_size:
         raise ValueError("windowed states are paged, but full states are not.")
-    if len(layout.retrieval) and (index_queries is None or full.index_keys is None):
+    if step.num_retrieval and (step.index_queries is None or step.full.index_keys is None):
         raise ValueError("retrieval heads need index queries and index keys.")
 
 
-def _count(
-    statistics: SelectionStatistics,
-    full: States,
-    rule: AttentionRule,
-    selection: Selection | None,
-    num_retrieval: int,
-) -> None:
+def _count(statistics: SelectionStatistics, step: DecodeStep, selection: Selection | None) -> None:
     """Adds the keys that the step read to `statistics`."""
-    positions = torch.arange(full.capacity, device=full.keys.device)
-    queries = query_starts(full, 1)[:, None]
-    far = positions <= queries - rule.near_window
-    far &= positions >= rule.num_sink_tokens
+    capacity = step.full.capacity
+    positions = torch.arange(capacity, device=step.queries.device)
+    far = positions <= step.full.query_starts(1)[:, None] - step.rule.near_window
+    far &= positions >= step.rule.num_sink_tokens
     far = far[:, None, None]
     if selection is None:
-        selected = far.expand(-1, num_retrieval, -1, -1)
+        selected = far.expand(-1, step.num_retrieval, -1, -1)
     else:
-        selected = selection.keys(full.capacity)[:, :, None] & far
+        selected = selection.keys(capacity)[:, :, None] & far
     statistics.add(far, selected)

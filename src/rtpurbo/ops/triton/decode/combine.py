@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rtpurbo.ops.states import HeadLayout
 from rtpurbo.ops.triton.decode.histogram import LEVELS
 from rtpurbo.ops.triton.decode.pdl import dependent_launch, wait_for_dependencies
-from rtpurbo.ops.triton.decode.workspace import PartialAttention
-from rtpurbo.ops.triton.softmax import LN_2, combine_lanes, update_softmax_lanes
+from rtpurbo.ops.triton.decode.workspace import DecodeStep, PartialAttention
+from rtpurbo.ops.triton.device_functions import LN_2, combine_lanes, update_softmax_lanes
 
 # Output elements of one program, and splits that it combines at a time.
 COMBINED_DIMS = 32
@@ -112,8 +111,7 @@ def combine_kernel(
 
 
 def combine_splits(
-    queries: Tensor,
-    layout: HeadLayout,
+    step: DecodeStep,
     window: PartialAttention,
     selected: PartialAttention,
     histogram_workspace: Tensor | None,
@@ -123,8 +121,7 @@ def combine_splits(
     """Output and log-sum-exp of all heads in head order; zeroes the histogram workspace.
 
     Args:
-        queries: [B, H, 1, D].
-        layout: query heads by kind.
+        step: inputs of the step.
         window: partial results of B * H heads over sinks and window.
         selected: partial results of B * R heads over the selected far keys.
         histogram_workspace: int32 [B * R, LEVELS] to zero, or None.
@@ -134,30 +131,18 @@ def combine_splits(
     Returns:
         Output [B, H, 1, D] and log-sum-exp fp32 [B, H, 1], or None.
     """
-    batch, num_heads, _, head_dim = queries.shape
+    batch, num_heads, _, head_dim = step.queries.shape
     if output is None:
-        output = queries.new_empty(batch, num_heads, 1, head_dim)
+        output = step.queries.new_empty(batch, num_heads, 1, head_dim)
     log_sum_exp = None
     if return_log_sum_exp:
-        log_sum_exp = queries.new_empty(batch, num_heads, 1, dtype=torch.float32)
+        log_sum_exp = step.queries.new_empty(batch, num_heads, 1, dtype=torch.float32)
     combine_kernel[(triton.cdiv(head_dim, COMBINED_DIMS), num_heads, batch)](
-        window.log_sums,
-        window.outputs,
-        selected.log_sums,
-        selected.outputs,
-        layout.retrieval.heads,
-        output,
-        log_sum_exp,
-        histogram_workspace,
-        num_heads,
-        len(layout.retrieval),
-        len(window),
-        len(selected),
-        RETRIEVAL_WIDTH=triton.next_power_of_2(max(1, len(layout.retrieval))),
-        HEAD_DIM=head_dim,
-        WIDTH=COMBINED_DIMS,
-        TILE=COMBINED_SPLITS,
-        **dependent_launch(queries.device),
-        num_warps=4,
-    )
+        window.log_sums, window.outputs, selected.log_sums, selected.outputs,
+        step.layout.retrieval.heads, output, log_sum_exp, histogram_workspace,
+        num_heads, step.num_retrieval, len(window), len(selected),
+        RETRIEVAL_WIDTH=triton.next_power_of_2(max(1, step.num_retrieval)),
+        HEAD_DIM=head_dim, WIDTH=COMBINED_DIMS, TILE=COMBINED_SPLITS,
+        **dependent_launch(step.queries.device), num_warps=4,
+    )  # fmt: skip
     return output, log_sum_exp

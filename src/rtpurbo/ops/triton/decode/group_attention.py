@@ -11,35 +11,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, States
-from rtpurbo.ops.triton.addresses import head_start, sequence_extent, slot_offsets
-from rtpurbo.ops.triton.decode.pdl import (
-    allow_dependent_launch,
-    dependent_launch,
-    wait_for_dependencies,
+from rtpurbo.ops.triton.decode.pdl import allow_dependent_launch, wait_for_dependencies
+from rtpurbo.ops.triton.device_functions import (
+    IEEE,
+    head_start,
+    log_sum_exp,
+    sequence_extent,
+    slot_offsets,
+    update_softmax,
 )
-from rtpurbo.ops.triton.decode.workspace import (
-    PartialAttention,
-    Selection,
-    SelectionGroups,
-    gathered_tile,
-    strides,
-)
-from rtpurbo.ops.triton.softmax import IEEE, LOG2_E, log_sum_exp, update_softmax
-
-# Programs that share the selected keys of a group: one per TOKENS_PER_PROGRAM tokens of the capacity, with limits
-# per group and for all groups. TILE: largest number of keys of a gathered tile.
-TOKENS_PER_PROGRAM = 256
-MAX_PROGRAMS = 256
-MAX_PROGRAMS_IN_TOTAL = 1024
-TILE = 32
-WARPS = 4
-STAGES = 3
-# Smallest width of the segments, so that fewer segments do not compile another kernel.
-MIN_SEGMENT_WIDTH = 64
 
 # Not specialised: a value of 1 or a multiple of 16 does not compile another kernel.
 SIZES = [
@@ -73,9 +54,9 @@ def selected_group_attention_kernel(
     list_lengths,
     log_sums,
     outputs,
+    num_groups,
     capacity,
     num_retrieval,
-    num_groups,
     num_segments,
     segment_entries,
     num_sinks,
@@ -187,68 +168,3 @@ def selected_group_attention_kernel(
         accumulator / tl.where(total == 0.0, 1.0, total)[:, None],
         mask=in_group[:, None] & in_head,
     )
-
-
-def selected_group_attention(
-    queries: Tensor,
-    full: States,
-    layout: HeadLayout,
-    groups: SelectionGroups,
-    rule: AttentionRule,
-    scaling: float,
-    selection: Selection | None,
-) -> PartialAttention:
-    """Partial attention of B * R heads over the selected far keys, or over all of them without a selection."""
-    batch, _, _, head_dim = queries.shape
-    num_retrieval = len(layout.retrieval)
-    rows = batch * groups.count
-    programs = min(
-        triton.cdiv(full.capacity, TOKENS_PER_PROGRAM),
-        MAX_PROGRAMS,
-        max(1, MAX_PROGRAMS_IN_TOTAL // rows),
-    )
-    num_segments = segment_entries = 0
-    if selection is not None:
-        num_segments, segment_entries = selection.lists.shape[2:]
-    partial = PartialAttention.allocate(queries, batch * num_retrieval, programs, programs)
-    selected_group_attention_kernel[(programs, rows)](
-        queries,
-        queries.stride()[:2],
-        full.keys,
-        strides(full.keys),
-        full.values,
-        strides(full.values),
-        full.block_table,
-        full.table_stride,
-        full.lengths,
-        full.first_slots,
-        layout.retrieval.heads,
-        groups.ranks,
-        None if selection is None else selection.lists,
-        None if selection is None else selection.members,
-        None if selection is None else selection.list_lengths,
-        partial.log_sums,
-        partial.outputs,
-        full.capacity,
-        num_retrieval,
-        groups.count,
-        num_segments,
-        segment_entries,
-        rule.num_sink_tokens,
-        rule.near_window,
-        scaling * LOG2_E.value,
-        MEMBERS=groups.members,
-        # The smallest tile of a tensor core.
-        MEMBER_WIDTH=max(16, groups.width),
-        SEGMENT_WIDTH=max(MIN_SEGMENT_WIDTH, triton.next_power_of_2(max(1, num_segments))),
-        HEAD_DIM=head_dim,
-        WIDTH=max(16, triton.next_power_of_2(head_dim)),
-        TILE=gathered_tile(queries, TILE),
-        BLOCK=1 if selection is None else selection.block,
-        PAGE_SIZE=full.page_size,
-        EVERYTHING=selection is None,
-        **dependent_launch(queries.device),
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
-    return partial

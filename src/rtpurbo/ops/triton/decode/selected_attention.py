@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, States
-from rtpurbo.ops.triton.addresses import head_start, sequence_extent, slot_offsets
-from rtpurbo.ops.triton.decode.group_attention import selected_group_attention
+from rtpurbo.ops.triton.decode.group_attention import selected_group_attention_kernel
 from rtpurbo.ops.triton.decode.pdl import (
     allow_dependent_launch,
     dependent_launch,
     wait_for_dependencies,
 )
 from rtpurbo.ops.triton.decode.workspace import (
+    DecodeStep,
     PartialAttention,
     Selection,
-    SelectionGroups,
+    cache_arguments,
     gathered_tile,
-    strides,
 )
-from rtpurbo.ops.triton.softmax import LOG2_E, combine_lanes, update_softmax_lanes
+from rtpurbo.ops.triton.device_functions import (
+    LOG2_E,
+    combine_lanes,
+    head_start,
+    sequence_extent,
+    slot_offsets,
+    update_softmax_lanes,
+)
 
 # Programs that share the selected keys of a head: one per TOKENS_PER_PROGRAM tokens of the capacity, with limits
 # per head and for all heads. GATHER_TILE: largest number of keys of a gathered tile.
@@ -37,6 +40,12 @@ MAX_PROGRAMS = 256
 MAX_PROGRAMS_IN_TOTAL = 2048
 GATHER_TILE = 16
 GATHER_WARPS = 1
+# The same for groups of heads that read their keys together (`group_attention`).
+GROUP_TOKENS = 256
+MAX_GROUP_PROGRAMS_IN_TOTAL = 1024
+GROUP_TILE = 32
+GROUP_WARPS = 4
+GROUP_STAGES = 3
 # Smallest width of the segments, so that fewer segments do not compile another kernel.
 MIN_SEGMENT_WIDTH = 64
 
@@ -196,63 +205,53 @@ def selected_attention_kernel(
     tl.store(outputs + place.to(tl.int64) * HEAD_DIM + dims, output, mask=dims < HEAD_DIM)
 
 
-def selected_attention(
-    queries: Tensor,
-    full: States,
-    layout: HeadLayout,
-    rule: AttentionRule,
-    scaling: float,
-    selection: Selection | None,
-) -> PartialAttention:
+def selected_attention(step: DecodeStep, selection: Selection | None) -> PartialAttention:
     """Partial attention of B * R heads over the selected far keys, or over all of them without a selection."""
-    groups = SelectionGroups.of(layout)
-    if groups.members > 1:
-        return selected_group_attention(queries, full, layout, groups, rule, scaling, selection)
-    batch, _, _, head_dim = queries.shape
-    num_retrieval = len(layout.retrieval)
-    heads = batch * num_retrieval
+    queries, full, rule, groups = step.queries, step.full, step.rule, step.groups
+    head_dim = queries.shape[-1]
+    is_grouped = groups.ranks is not None
+    rows = step.batch * groups.count
     programs = min(
-        triton.cdiv(full.capacity, TOKENS_PER_PROGRAM),
+        triton.cdiv(full.capacity, GROUP_TOKENS if is_grouped else TOKENS_PER_PROGRAM),
         MAX_PROGRAMS,
-        max(1, MAX_PROGRAMS_IN_TOTAL // heads),
+        max(1, (MAX_GROUP_PROGRAMS_IN_TOTAL if is_grouped else MAX_PROGRAMS_IN_TOTAL) // rows),
     )
+    lists = list_lengths = members = None
     num_segments = segment_entries = 0
     if selection is not None:
-        num_segments, segment_entries = selection.lists.shape[2:]
-    partial = PartialAttention.allocate(queries, heads, programs, programs)
-    width = triton.next_power_of_2(head_dim)
-    selected_attention_kernel[(programs, heads)](
-        queries,
-        queries.stride()[:2],
-        full.keys,
-        strides(full.keys),
-        full.values,
-        strides(full.values),
-        full.block_table,
-        full.table_stride,
-        full.lengths,
-        full.first_slots,
-        layout.retrieval.heads,
-        layout.retrieval.key_value_heads,
-        None if selection is None else selection.lists,
-        None if selection is None else selection.list_lengths,
-        partial.log_sums,
-        partial.outputs,
-        full.capacity,
-        num_retrieval,
-        num_segments,
-        segment_entries,
-        rule.num_sink_tokens,
-        rule.near_window,
-        scaling * LOG2_E.value,
-        SEGMENT_WIDTH=max(MIN_SEGMENT_WIDTH, triton.next_power_of_2(max(1, num_segments))),
-        HEAD_DIM=head_dim,
-        WIDTH=width,
-        TILE=gathered_tile(queries, GATHER_TILE),
-        BLOCK=1 if selection is None else selection.block,
-        PAGE_SIZE=full.page_size,
-        EVERYTHING=selection is None,
-        **dependent_launch(queries.device),
-        num_warps=GATHER_WARPS,
+        lists, list_lengths, members = selection.lists, selection.list_lengths, selection.members
+        num_segments, segment_entries = lists.shape[2:]
+    partial = PartialAttention.allocate(
+        queries, step.batch * step.num_retrieval, programs, programs
     )
+    inputs = (
+        *(queries, queries.stride()[:2], *cache_arguments(full), full.lengths, full.first_slots),
+        step.layout.retrieval.heads,
+    )
+    results = partial.log_sums, partial.outputs
+    sizes = (
+        *(full.capacity, step.num_retrieval, num_segments, segment_entries),
+        *(rule.num_sink_tokens, rule.near_window, step.scaling * LOG2_E.value),
+    )
+    width = triton.next_power_of_2(head_dim)
+    segment_width = max(MIN_SEGMENT_WIDTH, triton.next_power_of_2(max(1, num_segments)))
+    block = 1 if selection is None else selection.block
+    if is_grouped:
+        selected_group_attention_kernel[(programs, rows)](
+            *inputs, groups.ranks, lists, members, list_lengths, *results, groups.count, *sizes,
+            MEMBERS=groups.members,
+            # The smallest tile of a tensor core.
+            MEMBER_WIDTH=max(16, groups.width), SEGMENT_WIDTH=segment_width, HEAD_DIM=head_dim,
+            WIDTH=max(16, width), TILE=gathered_tile(queries, GROUP_TILE), BLOCK=block,
+            PAGE_SIZE=full.page_size, EVERYTHING=selection is None,
+            **dependent_launch(queries.device), num_warps=GROUP_WARPS, num_stages=GROUP_STAGES,
+        )  # fmt: skip
+    else:
+        selected_attention_kernel[(programs, rows)](
+            *inputs, step.layout.retrieval.key_value_heads, lists, list_lengths, *results, *sizes,
+            SEGMENT_WIDTH=segment_width, HEAD_DIM=head_dim, WIDTH=width,
+            TILE=gathered_tile(queries, GATHER_TILE), BLOCK=block, PAGE_SIZE=full.page_size,
+            EVERYTHING=selection is None, **dependent_launch(queries.device),
+            num_warps=GATHER_WARPS,
+        )  # fmt: skip
     return partial

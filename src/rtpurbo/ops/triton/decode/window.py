@@ -12,8 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.addresses import head_start, slot_offsets
-from rtpurbo.ops.triton.softmax import IEEE, log_sum_exp, update_softmax
+from rtpurbo.ops.triton.device_functions import (
+    IEEE,
+    head_start,
+    log_sum_exp,
+    slot_offsets,
+    update_softmax,
+)
 
 
 @triton.jit

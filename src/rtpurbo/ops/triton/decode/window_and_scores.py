@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout, States, index_key_heads
-from rtpurbo.ops.triton.addresses import sequence_extent
-from rtpurbo.ops.triton.decode.group_scores import score_group_chunk
-from rtpurbo.ops.triton.decode.index_scores import score_chunk
+from rtpurbo.ops.states import index_key_heads
+from rtpurbo.ops.triton.decode.index_scores import score_chunk, score_group_chunk
 from rtpurbo.ops.triton.decode.pdl import allow_dependent_launch, supports_pdl
 from rtpurbo.ops.triton.decode.window import window_split
 from rtpurbo.ops.triton.decode.workspace import (
     TILE_ELEMENTS,
+    DecodeStep,
     IndexScores,
     PartialAttention,
-    SelectionGroups,
+    cache_arguments,
     entries_per_chunk,
     strides,
 )
-from rtpurbo.ops.triton.softmax import LOG2_E
+from rtpurbo.ops.triton.device_functions import LOG2_E, sequence_extent
 
 # Window keys of one program, at least, and at most where there are more programs than WINDOW_PROGRAMS; and pipeline
 # stages of its loop over tiles.
@@ -73,10 +70,16 @@ def window_and_scores_kernel(
     full_key_strides,
     full_values,
     full_value_strides,
+    block_table,
+    table_stride,
+    lengths,
+    first_slots,
     windowed_keys,
     windowed_key_strides,
     windowed_values,
     windowed_value_strides,
+    windowed_block_table,
+    windowed_table_stride,
     slot_positions,
     position_stride,
     index_queries,
@@ -85,12 +88,6 @@ def window_and_scores_kernel(
     index_key_strides,
     index_key_heads,
     retrieval_groups,
-    block_table,
-    table_stride,
-    lengths,
-    first_slots,
-    windowed_block_table,
-    windowed_table_stride,
     full_heads,
     windowed_heads,
     retrieval_heads,
@@ -205,43 +202,22 @@ def window_and_scores_kernel(
         )  # fmt: skip
 
 
-def window_and_scores(
-    queries: Tensor,
-    full: States,
-    windowed: States,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    scaling: float,
-) -> tuple[PartialAttention, IndexScores]:
-    """Window attention of B * H heads, and index scores of B * R heads.
-
-    Args:
-        queries: [B, H, 1, D].
-        full: cache of the full KV heads.
-        windowed: cache of the windowed KV heads: slots in any order, or pages.
-        layout: query heads by kind.
-        index_queries: [B, R, 1, I]; None without retrieval heads.
-        rule: windows and selection.
-        scaling: factor on the dot products.
-    """
+def window_and_scores(step: DecodeStep) -> tuple[PartialAttention, IndexScores]:
+    """Window attention of B * H heads, and index scores of B * R heads."""
+    queries, full, windowed, rule, layout = (
+        step.queries, step.full, step.windowed, step.rule, step.layout,
+    )  # fmt: skip
+    index_queries = step.index_queries
     batch, num_heads, _, head_dim = queries.shape
     num_full = layout.full_key_value_heads.numel()
     num_windowed = layout.windowed_key_value_heads.numel()
-    num_retrieval = len(layout.retrieval)
+    num_retrieval = step.num_retrieval
     score = num_retrieval > 0 and rule.top_p < 1
     key_heads = None
     if score:
         assert full.index_keys is not None
         key_heads = index_key_heads(full.index_keys, num_full, layout.retrieval.key_value_heads)
-    scores = IndexScores.allocate(
-        rule,
-        full.capacity,
-        batch * num_retrieval * score,
-        SelectionGroups.of(layout),
-        queries,
-        full.histogram_workspace,
-    )
+    scores = IndexScores.allocate(step, batch * num_retrieval * score)
 
     widest = max(rule.near_window, rule.sliding_window if len(layout.local_full) else 0)
     num_near = min(rule.num_sink_tokens + widest, full.capacity) if num_full else 0
@@ -291,14 +267,10 @@ def window_and_scores(
     window_and_scores_kernel[(programs, batch)](
         queries,
         queries.stride()[:2],
-        full.keys,
-        strides(full.keys),
-        full.values,
-        strides(full.values),
-        windowed.keys,
-        strides(windowed.keys),
-        windowed.values,
-        strides(windowed.values),
+        *cache_arguments(full),
+        full.lengths,
+        full.first_slots,
+        *cache_arguments(windowed),
         windowed.positions,
         0 if windowed.positions is None else windowed.positions.stride(0),
         index_queries,
@@ -307,12 +279,6 @@ def window_and_scores(
         strides(full.index_keys),
         key_heads,
         layout.retrieval_groups,
-        full.block_table,
-        full.table_stride,
-        full.lengths,
-        full.first_slots,
-        windowed.block_table,
-        windowed.table_stride,
         layout.full_key_value_heads,
         layout.windowed_key_value_heads,
         layout.retrieval.heads,
@@ -337,7 +303,7 @@ def window_and_scores(
         rule.near_window,
         rule.sliding_window,
         widest,
-        scaling * LOG2_E.value,
+        step.scaling * LOG2_E.value,
         GROUP=group,
         GROUP_WIDTH=max(16, triton.next_power_of_2(group)),
         RETRIEVAL_WIDTH=triton.next_power_of_2(max(1, num_retrieval)),

@@ -1,4 +1,4 @@
-"""Intermediate results of a decode step: partial attention, scores, selection.
+"""Inputs and intermediate results of a decode step: partial attention, scores, selection.
 
 B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
 """
@@ -6,15 +6,16 @@ B sequences, H query heads, R retrieval heads, D head_dim, I index_dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout
+from rtpurbo.ops.states import HeadLayout, States
 from rtpurbo.ops.triton.decode.histogram import LEVELS
-from rtpurbo.ops.triton.softmax import LOG2_E
+from rtpurbo.ops.triton.device_functions import LOG2_E
 
 # Index keys that one program scores.
 CHUNK_TOKENS = 1024
@@ -27,6 +28,44 @@ MIN_MEMBERS = 2
 MAX_MEMBERS = 16
 # Elements of a tile that four warps hold in registers without spilling.
 TILE_ELEMENTS = 16384
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """Inputs of a decode step, as its kernels address them.
+
+    Attributes:
+        queries: [B, H, 1, D].
+        full: cache of the full KV heads.
+        windowed: cache of the windowed KV heads: slots in any order, or pages.
+        layout: query heads by kind.
+        index_queries: [B, R, 1, I]; None without retrieval heads.
+        rule: windows and selection.
+        scaling: factor on the dot products.
+    """
+
+    queries: Tensor
+    full: States
+    windowed: States
+    layout: HeadLayout
+    index_queries: Tensor | None
+    rule: AttentionRule
+    scaling: float
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.queries.shape[0]
+
+    @property
+    def num_retrieval(self) -> int:
+        """Number of retrieval heads of a sequence."""
+        return len(self.layout.retrieval)
+
+    @property
+    def groups(self) -> SelectionGroups:
+        """Retrieval heads whose selected keys are in one list."""
+        return SelectionGroups.of(self.layout)
 
 
 @dataclass(frozen=True)
@@ -120,30 +159,24 @@ class IndexScores:
     planes: int
 
     @classmethod
-    def allocate(
-        cls,
-        rule: AttentionRule,
-        capacity: int,
-        heads: int,
-        groups: SelectionGroups,
-        like: Tensor,
-        histogram_workspace: Tensor | None,
-    ) -> IndexScores:
-        """Memory for `heads` retrieval heads (of all sequences) in `groups` over `capacity` tokens each."""
+    def allocate(cls, step: DecodeStep, heads: int) -> IndexScores:
+        """Memory for `heads` retrieval heads (of all sequences), each over the capacity of the cache."""
+        rule, like = step.rule, step.queries
         block = rule.block_size if rule.granularity == "block" else 1
         planes = 2 if rule.reading == "paper" else 1
-        num_entries = triton.cdiv(capacity, block)
+        num_entries = triton.cdiv(step.full.capacity, block)
         chunk = entries_per_chunk(block)
         share = triton.next_power_of_2(triton.cdiv(num_entries, SEGMENTS))
-        fewest = MIN_GROUP_SEGMENT_ENTRIES if groups.members > 1 else MIN_SEGMENT_ENTRIES
+        fewest = MIN_GROUP_SEGMENT_ENTRIES if step.groups.members > 1 else MIN_SEGMENT_ENTRIES
         segment = max(fewest, share)
         width = max(chunk, segment)
         padded_entries = triton.cdiv(num_entries, width) * width
-        if histogram_workspace is None or histogram_workspace.shape[0] != planes * heads:
-            histogram_workspace = zero_histograms(planes * heads, like.device)
+        histogram = step.full.histogram_workspace
+        if histogram is None or histogram.shape[0] != planes * heads:
+            histogram = zero_histograms(planes * heads, like.device)
         return cls(
             levels=like.new_empty(planes * heads, padded_entries, dtype=torch.int16),
-            histogram=histogram_workspace,
+            histogram=histogram,
             references=like.new_empty(heads, dtype=torch.float32),
             num_chunks=triton.cdiv(num_entries, chunk),
             segment=segment,
@@ -200,6 +233,13 @@ def zero_histograms(heads: int, device: torch.device) -> Tensor:
 def entries_per_chunk(block: int) -> int:
     """Entries of `block` tokens that one program scores."""
     return max(1, CHUNK_TOKENS // triton.next_power_of_2(block))
+
+
+def cache_arguments(states: States) -> tuple[Any, ...]:
+    """Kernel arguments: keys, key strides, values, value strides, block table, table stride."""
+    keys, values = states.keys, states.values
+    table = states.block_table, states.table_stride
+    return keys, strides(keys), values, strides(values), *table
 
 
 def gathered_tile(queries: Tensor, largest: int) -> int:

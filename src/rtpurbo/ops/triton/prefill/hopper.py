@@ -11,10 +11,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.triton.device_functions import LOG2_E
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.hopper_kernel import hopper_kernel
 from rtpurbo.ops.triton.prefill.portable import BlockLists
-from rtpurbo.ops.triton.softmax import LOG2_E
 
 QUERIES = 128
 KEYS = 128

@@ -15,8 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from rtpurbo.ops.triton.device_functions import LN_2, LOG2_E
 from rtpurbo.ops.triton.prefill.hopper_steps import block_list_step, window_plan, window_step
-from rtpurbo.ops.triton.softmax import LN_2, LOG2_E
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from rtpurbo.ops.triton.addresses import head_and_block
+from rtpurbo.ops.triton.device_functions import head_and_block
 from rtpurbo.ops.triton.prefill.hopper_attend import first_half, second_half
 from rtpurbo.ops.triton.prefill.hopper_fetch import fetch_steps
 

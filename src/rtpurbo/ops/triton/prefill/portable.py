@@ -11,9 +11,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rtpurbo.ops.states import PagedStates, States
+from rtpurbo.ops.triton.device_functions import LOG2_E
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.portable_kernels import block_sparse_kernel, window_kernel
-from rtpurbo.ops.triton.softmax import LOG2_E
 from rtpurbo.ops.triton.tiles import TileSizes, descriptor
 
 

@@ -13,8 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.addresses import head_and_block, head_start, slot_offsets
-from rtpurbo.ops.triton.softmax import IEEE, LN_2, LOG2_E, log_sum_exp, update_softmax
+from rtpurbo.ops.triton.device_functions import (
+    IEEE,
+    LN_2,
+    LOG2_E,
+    head_and_block,
+    head_start,
+    log_sum_exp,
+    slot_offsets,
+    update_softmax,
+)
 
 
 @triton.jit

@@ -14,8 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.addresses import head_start, slot_offsets
-from rtpurbo.ops.triton.softmax import IEEE, LN_2, LOG2_E, finite_maximum, log_sum_exp
+from rtpurbo.ops.triton.device_functions import (
+    IEEE,
+    LN_2,
+    LOG2_E,
+    finite_maximum,
+    head_start,
+    log_sum_exp,
+    slot_offsets,
+)
 
 
 @triton.jit

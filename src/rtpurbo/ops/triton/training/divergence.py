@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.triton.softmax import LOG2_E
+from rtpurbo.ops.triton.device_functions import LOG2_E
 from rtpurbo.ops.triton.tiles import TileSizes, descriptor
 from rtpurbo.ops.triton.training.divergence_kernels import (
     LIFT,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.softmax import LN_2, LOG2_E, finite_maximum, log_sum_exp
+from rtpurbo.ops.triton.device_functions import LN_2, LOG2_E, finite_maximum, log_sum_exp
 
 # Log2 of a factor that keeps small probabilities in the range of fp16, in which gradients are multiplied.
 LIFT = tl.constexpr(10.0)
