@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from rtpurbo.ops.triton.device_functions import LN_2, LOG2_E
-from rtpurbo.ops.triton.prefill.hopper_steps import block_list_step, window_plan, window_step
+from rtpurbo.ops.triton.prefill.hopper_fetch import block_list_step, schedule, window_step
 
 
 @gluon.jit
@@ -61,20 +61,9 @@ def _step(
     scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
     mbarrier.arrive(key_empty.index(stage), count=1)
     new_weights, peak, total, rescale = _weights(
-        scores,
-        peak,
-        total,
-        lowest,
-        highest,
-        first,
-        second,
-        scale,
-        MASKED,
-        BLOCK_SPARSE,
-        N,
-        SCORES,
-        BLOCK,
-    )
+        scores, peak, total, lowest, highest, first, second, scale,
+        MASKED, BLOCK_SPARSE, N, SCORES, BLOCK,
+    )  # fmt: skip
     accumulator = warpgroup_mma_wait(num_outstanding=0, deps=[accumulator])
     mbarrier.arrive(value_empty.index(last_stage), count=1)
     accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
@@ -82,11 +71,13 @@ def _step(
 
 
 @gluon.jit
-def _consume(
-    GROUP: gl.constexpr, descriptors, buffers, barriers, pointers, scalars,
+def attend_half(
+    descriptors, buffers, barriers, pointers, scalars,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
+    """Attention of the first 64 queries of a block (GROUP 0), or of the others (GROUP 1)."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
@@ -95,16 +86,9 @@ def _consume(
     output_ptr, lse_ptr, blocks_ptr = pointers
     (first_position, first_query, window, num_sinks, sequence, head, key_value_head, source, slot_shift, sink_shift,
      num_edge, num_whole, T, scale, stride_ot) = scalars  # fmt: skip
-    if BLOCK_SPARSE:
-        edge_steps = (num_edge + 1) // 2
-        masked = edge_steps
-        steps = edge_steps + num_whole // 2
-        interior = 0
-        edge = 0
-    else:
-        interior, edge, edge_steps, masked, steps = window_plan(
-            first_position, window, num_sinks, M, N
-        )
+    interior, edge, edge_steps, masked, steps = schedule(
+        first_position, window, num_sinks, num_edge, num_whole, M, N, BLOCK_SPARSE
+    )
     if steps > 0:
         query_indices = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         positions = first_position + query_indices
@@ -142,20 +126,9 @@ def _consume(
         scores = warpgroup_mma_wait(num_outstanding=0, deps=[scores])
         mbarrier.arrive(key_empty.index(0), count=1)
         weights_32, peak, total, rescale = _weights(
-            scores,
-            peak,
-            total,
-            lowest,
-            highest,
-            first,
-            second,
-            scale,
-            True,
-            BLOCK_SPARSE,
-            N,
-            SCORES,
-            BLOCK,
-        )
+            scores, peak, total, lowest, highest, first, second, scale,
+            True, BLOCK_SPARSE, N, SCORES, BLOCK,
+        )  # fmt: skip
         accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
         weights = gl.convert_layout(weights_32.to(queries.dtype), OPERAND)
         for step in range(1, masked):
@@ -197,53 +170,3 @@ def _consume(
         if HAS_LSE:
             log_sum = gl.where(total == 0.0, float("-inf"), (peak + gl.log2(total)) * LN_2)
             gl.store(lse_ptr + first_query + query_indices, log_sum, mask=in_call)
-
-
-@gluon.jit
-def first_half(
-    descriptors, buffers, barriers, pointers, scalars,
-    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
-):  # fmt: skip
-    """Attention of the first 64 queries of a block."""
-    _consume(
-        0,
-        descriptors,
-        buffers,
-        barriers,
-        pointers,
-        scalars,
-        M,
-        N,
-        D,
-        STAGES,
-        BLOCK_SPARSE,
-        EDGE,
-        BLOCK,
-        HAS_LSE,
-    )
-
-
-@gluon.jit
-def second_half(
-    descriptors, buffers, barriers, pointers, scalars,
-    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
-):  # fmt: skip
-    """Attention of the other 64 queries of a block."""
-    _consume(
-        1,
-        descriptors,
-        buffers,
-        barriers,
-        pointers,
-        scalars,
-        M,
-        N,
-        D,
-        STAGES,
-        BLOCK_SPARSE,
-        EDGE,
-        BLOCK,
-        HAS_LSE,
-    )

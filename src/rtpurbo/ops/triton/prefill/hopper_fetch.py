@@ -1,6 +1,10 @@
-"""Producer warp of `hopper_kernel`: loads queries, keys and values with the tensor memory accelerator (TMA).
+"""Schedule and producer warp of `hopper_kernel`.
 
-M queries of a block, N keys of a step, D head_dim; a stage of the pipeline holds keys and values of one step.
+The producer loads queries, keys and values with the tensor memory accelerator (TMA). The consumer warps follow the
+same schedule.
+
+M queries of a block, N keys of a step, D head_dim; a stage of the pipeline holds keys and values of one step: two
+blocks of a block list if BLOCK_SPARSE.
 """
 
 from __future__ import annotations
@@ -9,7 +13,54 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from rtpurbo.ops.triton.prefill.hopper_steps import block_list_step, window_plan, window_step
+
+@gluon.jit
+def schedule(
+    first_position, window, num_sinks, num_edge, num_whole,
+    M: gl.constexpr, N: gl.constexpr, BLOCK_SPARSE: gl.constexpr,
+):  # fmt: skip
+    """Schedule of a query block: (interior, edge, edge steps, masked steps, all steps).
+
+    In window attention, `interior` and `edge` are positions of first keys. The steps are the diagonal, the edge of
+    the window and the sinks, all with a mask, then the interior, where every query sees every key. In block-sparse
+    attention, `num_edge` blocks with a mask come before `num_whole` ones without.
+    """
+    if BLOCK_SPARSE:
+        edge_steps = (num_edge + 1) // 2
+        return 0, 0, edge_steps, edge_steps, edge_steps + num_whole // 2
+    all_see_from = gl.maximum(first_position + M - window, num_sinks)
+    interior_steps = gl.maximum((first_position - all_see_from) // N, 0)
+    interior = first_position - interior_steps * N
+    first_seen = gl.maximum(first_position - window + 1, num_sinks)
+    edge_steps = (gl.maximum(interior - first_seen, 0) + N - 1) // N
+    sink_steps = (num_sinks + N - 1) // N
+    masked = M // N + edge_steps + sink_steps
+    return interior, interior - edge_steps * N, edge_steps, masked, masked + interior_steps
+
+
+@gluon.jit
+def window_step(
+    step, first_position, interior, edge, edge_steps, masked, M: gl.constexpr, N: gl.constexpr
+):
+    """First position of a step's keys, and a flag for sinks."""
+    on_edge = step - M // N
+    on_sinks = on_edge - edge_steps
+    start = gl.where(on_edge < 0, first_position + step * N, edge + on_edge * N)
+    is_sink = (on_sinks >= 0) & (step < masked)
+    start = gl.where(is_sink, on_sinks * N, start)
+    return gl.where(step >= masked, interior + (step - masked) * N, start), is_sink
+
+
+@gluon.jit
+def block_list_step(
+    step, blocks_ptr, num_edge, edge_steps, EDGE: gl.constexpr, BLOCK: gl.constexpr
+):
+    """First positions of a step's two blocks; negative, before every key, for a missing one."""
+    entry = gl.where(step < edge_steps, step * 2, EDGE + (step - edge_steps) * 2)
+    first = gl.load(blocks_ptr + entry) * BLOCK
+    present = (step >= edge_steps) | (entry + 1 < num_edge)
+    second = gl.load(blocks_ptr + entry + 1, mask=present, other=-1) * BLOCK
+    return first, second
 
 
 @gluon.jit
@@ -78,16 +129,9 @@ def fetch_steps(
     output_ptr, lse_ptr, blocks_ptr = pointers
     (first_position, first_query, window, num_sinks, sequence, head, key_value_head, source, slot_shift, sink_shift,
      num_edge, num_whole, T, scale, stride_ot) = scalars  # fmt: skip
-    if BLOCK_SPARSE:
-        edge_steps = (num_edge + 1) // 2
-        masked = edge_steps
-        steps = edge_steps + num_whole // 2
-        interior = 0
-        edge = 0
-    else:
-        interior, edge, edge_steps, masked, steps = window_plan(
-            first_position, window, num_sinks, M, N
-        )
+    interior, edge, edge_steps, masked, steps = schedule(
+        first_position, window, num_sinks, num_edge, num_whole, M, N, BLOCK_SPARSE
+    )
     if steps > 0:
         mbarrier.expect(query_ready, M * D * 2)
         tma.async_copy_global_to_shared(

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from rtpurbo.ops.triton.device_functions import head_and_block
-from rtpurbo.ops.triton.prefill.hopper_attend import first_half, second_half
+from rtpurbo.ops.triton.prefill.hopper_attend import attend_half
 from rtpurbo.ops.triton.prefill.hopper_fetch import fetch_steps
 
 
@@ -84,12 +84,8 @@ def hopper_kernel(
         mbarrier.init(value_empty.index(stage), count=2)
 
     descriptors = (
-        query_descriptor,
-        key_descriptor,
-        value_descriptor,
-        key_descriptor_2,
-        value_descriptor_2,
-    )
+        query_descriptor, key_descriptor, value_descriptor, key_descriptor_2, value_descriptor_2,
+    )  # fmt: skip
     buffers = (query_buffer, key_buffers, value_buffers)
     barriers = (query_ready, key_ready, key_empty, value_ready, value_empty)
     pointers = (output_ptr, lse_ptr, blocks_ptr)
@@ -97,13 +93,13 @@ def hopper_kernel(
                sink_shift, num_edge, num_whole, T, scale, stride_ot)  # fmt: skip
     gl.warp_specialize(
         [
-            (first_half, (
+            (attend_half, (
                 descriptors, buffers, barriers, pointers, scalars,
-                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE,
+                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE, 0,
             )),
-            (second_half, (
+            (attend_half, (
                 descriptors, buffers, barriers, pointers, scalars,
-                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE,
+                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE, 1,
             )),
             (fetch_steps, (
                 descriptors, buffers, barriers, pointers, scalars,
