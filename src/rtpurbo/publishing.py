@@ -10,8 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from rtpurbo.errors import RTPurboError, first_line
 from rtpurbo.files import check_stays_inside
-from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.models.base_reference import BaseReference
+from rtpurbo.models.artifact_config import ArtifactConfig, BaseReference
 
 PUBLISHED_FILES = (
     "rtpurbo_config.json",

@@ -21,8 +21,8 @@ from rtpurbo.models.artifact_config import (
     INDEXER_BEFORE_STAGE2_FILE,
     INDEXER_FILE,
     ArtifactConfig,
+    find_artifact,
 )
-from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.sparse_layers import indexer_weights
 from rtpurbo.models.sparsify import restore
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER

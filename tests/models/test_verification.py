@@ -5,7 +5,7 @@ import torch
 from transformers import AttentionInterface
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models import attention, generation
+from rtpurbo.models import attention, sparse_model
 from rtpurbo.models.sparse_layers import is_sparse
 from tests.models.zoo.configurations import EQUAL
 from tests.tiny_models import (
@@ -48,7 +48,7 @@ def test_a_model_that_loses_its_mask_is_refused(monkeypatch):
     """OPT derives positions from the mask: its check needs padding."""
     model = any_model("opt", **EQUAL["OPT"][1])
     make_sparse(model, sparse_config(model))
-    monkeypatch.setattr(generation, "positions_follow_mask", lambda model: False)
+    monkeypatch.setattr(sparse_model, "positions_follow_mask", lambda model: False)
     model = any_model("opt", **EQUAL["OPT"][1])
     with pytest.raises(RTPurboError, match="its logits differ"):
         make_sparse(model, sparse_config(model))

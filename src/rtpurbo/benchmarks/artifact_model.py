@@ -27,7 +27,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers, layer_types
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.artifact import load
-from rtpurbo.models.artifact_folder import find_artifact
+from rtpurbo.models.artifact_config import find_artifact
 from rtpurbo.models.sparse_layers import indexer_weights, load_indexers
 from rtpurbo.models.sparsify import restore, sparsify
 from rtpurbo.ops.states import SelectionStatistics

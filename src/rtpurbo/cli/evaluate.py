@@ -185,7 +185,7 @@ def evaluate(
     from rtpurbo.devices import device_name, resolve_device
     from rtpurbo.evaluation import run
     from rtpurbo.evaluation.results_log import ResultsLog
-    from rtpurbo.models.artifact_folder import find_artifact
+    from rtpurbo.models.artifact_config import find_artifact
     from rtpurbo.reporting.tables import results_tables, rewrite_card
 
     place = resolve_device(device)

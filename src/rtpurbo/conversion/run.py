@@ -27,8 +27,7 @@ from rtpurbo.files import write_json_atomically
 from rtpurbo.lengths import check_lengths
 from rtpurbo.models.architecture import context_length
 from rtpurbo.models.artifact import load_base, read_indexers
-from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.models.artifact_folder import check_is_dense, find_artifact
+from rtpurbo.models.artifact_config import ArtifactConfig, check_is_dense, find_artifact
 from rtpurbo.models.base import DEFAULT_MODEL, BaseModel, load_base_model, read_config
 from rtpurbo.models.sparse_layers import load_indexers
 from rtpurbo.models.sparsify import sparsify

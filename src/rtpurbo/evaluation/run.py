@@ -24,7 +24,7 @@ from rtpurbo.evaluation.runner import Job, Runner
 from rtpurbo.evaluation.samples import SampleRecord
 from rtpurbo.evaluation.task_suite import in_parts
 from rtpurbo.evaluation.workers import WorkerPool, started_workers
-from rtpurbo.models.artifact_folder import find_artifact
+from rtpurbo.models.artifact_config import find_artifact
 from rtpurbo.settings import Progress, no_progress
 
 

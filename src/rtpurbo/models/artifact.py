@@ -18,10 +18,10 @@ from rtpurbo.models.artifact_config import (
     INDEXER_FILE,
     MODEL_CONFIG_FILE,
     ArtifactConfig,
+    BaseReference,
+    find_artifact,
 )
-from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.base import BaseModel, load_base_model, load_referenced
-from rtpurbo.models.base_reference import BaseReference
 from rtpurbo.models.model_config import MODEL_TYPE, RTPurboModelConfig
 from rtpurbo.models.pretrained import (
     NO_OPTIONS,

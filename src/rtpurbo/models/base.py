@@ -21,8 +21,7 @@ from rtpurbo.devices import resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import cache_folder
 from rtpurbo.launch import is_main_process
-from rtpurbo.models.artifact_config import CONFIG_FILE
-from rtpurbo.models.base_reference import BaseReference
+from rtpurbo.models.artifact_config import CONFIG_FILE, BaseReference
 from rtpurbo.models.dequantized import DecodedCopy, find_decoded, load_checked
 from rtpurbo.models.gguf import SUFFIX, find_gguf, read_gguf_config
 from rtpurbo.models.hub import HubUnreachableError, find_on_hub

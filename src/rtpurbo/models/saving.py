@@ -12,8 +12,12 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rtpurbo.files import explaining_a_full_disk, write_json_atomically
-from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE, ArtifactConfig, save_artifact
-from rtpurbo.models.base_reference import BaseReference
+from rtpurbo.models.artifact_config import (
+    MODEL_CONFIG_FILE,
+    ArtifactConfig,
+    BaseReference,
+    save_artifact,
+)
 from rtpurbo.models.model_config import MODEL_TYPE
 from rtpurbo.models.pretrained import fingerprint
 from rtpurbo.models.sparse_layers import indexer_weights

@@ -18,7 +18,6 @@ from rtpurbo.models.attention import IMPLEMENTATION
 from rtpurbo.models.decoder import decoder_of
 from rtpurbo.models.decoding import GraphedDecoder, dense_class
 from rtpurbo.models.fused_append import attach_fused_append, detach_fused_append
-from rtpurbo.models.generation import CacheProvider
 from rtpurbo.models.indexer import TokenIndexer, slow_dimensions
 from rtpurbo.models.probe import AttentionTraits, probe
 from rtpurbo.models.rotation import invertible
@@ -29,7 +28,7 @@ from rtpurbo.models.sparse_layer import (
     note_rotation,
 )
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
-from rtpurbo.models.sparse_model import check_can_be_sparse, sparse_class
+from rtpurbo.models.sparse_model import CacheProvider, check_can_be_sparse, sparse_class
 from rtpurbo.models.verification import NUM_TOKENS, check_equal, logits_over_cache, needs_check
 from rtpurbo.ops import Selector
 

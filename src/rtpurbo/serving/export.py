@@ -33,9 +33,9 @@ from rtpurbo.models.artifact_config import (
     LOG_FILE,
     MODEL_CONFIG_FILE,
     ArtifactConfig,
+    find_artifact,
     save_artifact,
 )
-from rtpurbo.models.artifact_folder import find_artifact
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import cache_folder
-from rtpurbo.models.artifact_config import ArtifactConfig, is_checkpoint
-from rtpurbo.models.artifact_folder import find_artifact
+from rtpurbo.models.artifact_config import ArtifactConfig, find_artifact, is_checkpoint
 from rtpurbo.serving.capacity import GIB, Capacity, capacity_of
 from rtpurbo.serving.export import export
 from rtpurbo.serving.installation import Installation

@@ -14,8 +14,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.averages import Average
 from rtpurbo.evaluation.questions.suites import SHORT
 from rtpurbo.evaluation.records import Record, read_results
-from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
-from rtpurbo.models.artifact_folder import find_artifact
+from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig, find_artifact
 from rtpurbo.reporting.cache_sizes import read_cache_shape
 from rtpurbo.speed_records import SpeedRecord, read_speed
 from rtpurbo.training.log import TrainingLog
