@@ -62,41 +62,13 @@ class AppendSlots:
     """Static cache and the slots that the token is written to.
 
     Attributes:
-        full_slot: int64 [1], slot in the full KV heads.
+        full_slots: int64 [1], slot in the full KV heads.
         windowed_slots: int64 [B, 1], slots in the ring buffers of the windowed KV heads.
         full_keys: [B, F, capacity, D].
         full_values: same shape.
         windowed_keys: [B, K - F, slots, D].
         windowed_values: same shape.
         index_keys: [B, R or F, capacity, I], in any floating dtype; None without retrieval heads.
-    """
-
-    full_slot: Tensor
-    windowed_slots: Tensor
-    full_keys: Tensor
-    full_values: Tensor
-    windowed_keys: Tensor
-    windowed_values: Tensor
-    index_keys: Tensor | None
-
-
-@dataclass(frozen=True)
-class PagedSlots:
-    """Paged caches and the slots that T tokens are written to.
-
-    Attributes:
-        full_slots: int64 [T], page times page size plus place in the page; negative if the token is not stored.
-        windowed_slots: int64 [T], same for the windowed KV heads.
-        full_keys: [pages, F, page_size, D]; all keys and values are in the dtype of the states, or float8_e4m3fn.
-        full_values: same shape.
-        windowed_keys: [pages, K - F, page_size, D].
-        windowed_values: same shape.
-        index_keys: [pages, R or F, page_size, I], in any floating dtype; None without retrieval heads.
-        lengths: int32 [T], tokens of the sequences, each of which has one token here; None if all index queries
-            are needed.
-        prompt_lengths: int32 [T]; index queries of sequences that are no longer than this are zeros.
-        key_scale: a key is the stored float8 value times this scale.
-        value_scale: same for values.
     """
 
     full_slots: Tensor
@@ -106,6 +78,24 @@ class PagedSlots:
     windowed_keys: Tensor
     windowed_values: Tensor
     index_keys: Tensor | None
+
+
+@dataclass(frozen=True)
+class PagedSlots(AppendSlots):
+    """Paged caches and the slots that T tokens are written to.
+
+    Slots are int64 [T], page times page size plus place in the page, and negative if the token is not stored. Caches
+    have pages in place of B and the size of a page in place of slots; all keys and values are in the dtype of the
+    states, or float8_e4m3fn.
+
+    Attributes, beside those of `AppendSlots`:
+        lengths: int32 [T], tokens of the sequences, each of which has one token here; None if all index queries
+            are needed.
+        prompt_lengths: int32 [T]; index queries of sequences that are no longer than this are zeros.
+        key_scale: a key is the stored float8 value times this scale.
+        value_scale: same for values.
+    """
+
     lengths: Tensor | None = None
     prompt_lengths: Tensor | None = None
     key_scale: float = 1.0
@@ -133,7 +123,7 @@ def fused_kv_append(
     norm: HeadNorm | None,
     projection: IndexProjection | None,
     layout: HeadLayout,
-    slots: AppendSlots | PagedSlots,
+    slots: AppendSlots,
 ) -> tuple[Tensor, Tensor | None]:
     """Appends one token per sequence to a static cache, or tokens to a paged one, and prepares their queries.
 
@@ -181,15 +171,13 @@ def fused_kv_append(
     programs = num_heads + num_full + num_windowed + num_retrieval + num_index_keys
     lengths = prompt_lengths = key_factor = value_factor = None
     if isinstance(slots, PagedSlots):
-        grid = (batch, programs)
-        full_slots, windowed_slot_stride = slots.full_slots, 1
+        grid, windowed_slot_stride = (batch, programs), 1
         full_page, windowed_page = slots.full_keys.shape[2], slots.windowed_keys.shape[2]
         lengths, prompt_lengths = slots.lengths, slots.prompt_lengths
         if slots.full_keys.dtype == torch.float8_e4m3fn:
             key_factor, value_factor = 1 / slots.key_scale, 1 / slots.value_scale
     else:
-        grid = (programs, batch)
-        full_slots, windowed_slot_stride = slots.full_slot, slots.windowed_slots.stride(0)
+        grid, windowed_slot_stride = (programs, batch), slots.windowed_slots.stride(0)
         full_page = windowed_page = 0
     with torch.cuda.device_of(queries):
         fused_append_kernel[grid](
@@ -209,7 +197,7 @@ def fused_kv_append(
             None if projection is None else projection.feature_dimensions,
             None if projection is None else projection.query_weight.contiguous(),
             None if projection is None else projection.key_weight.contiguous(),
-            full_slots,
+            slots.full_slots,
             slots.windowed_slots,
             windowed_slot_stride,
             lengths,
