@@ -56,13 +56,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def layer_types(config: Any) -> list[str]:
-    """Returns the type of each layer, as transformers names it.
-
-    Layers that share keys and values with another layer are `shared`.
-
-    Args:
-        config: of a text decoder.
-    """
+    """Returns the type of each layer of a text decoder, as transformers names it; `shared` if its keys are shared."""
     types = getattr(config, "layer_types", None)
     if types is None:
         kind = "full_attention"
@@ -109,10 +103,7 @@ def is_text_part(model_type: str) -> bool:
 
 
 def check_architecture(config: Any) -> None:
-    """Refuses a model whose configuration shows that it cannot be made sparse.
-
-    Args:
-        config: of a causal language model, or of the text decoder of a multimodal one.
+    """Refuses a model, or the text decoder of a multimodal one, whose configuration shows that it cannot be sparse.
 
     Raises:
         RTPurboError: with the reason.
@@ -176,11 +167,7 @@ class AttentionShape:
 
 
 def attention_shapes(config: Any) -> dict[int, AttentionShape]:
-    """Returns the heads of each layer with attention, by layer, as the configuration states them.
-
-    Args:
-        config: of a text decoder.
-    """
+    """Returns the heads of each layer of a text decoder with attention, by layer, as the configuration states them."""
     of_layers = getattr(config, "per_layer_config", None)  # transformers >= 5.20
     shapes = {}
     for layer, kind in enumerate(layer_types(config)):

@@ -131,14 +131,9 @@ def load_model(
     stage2: bool = True,
     device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Loads the model of an artifact or an export, as `load` does.
+    """Loads the model of an artifact or an export; arguments as of `load`.
 
-    Args:
-        folder: the artifact's or the export's.
-        options: dtype and further arguments for transformers; a device map in them overrides `device`.
-        base_model: as for `load`, like the next two.
-        stage2: False leaves stage 2 out.
-        device: where to put the model.
+    A device map in the options overrides `device`.
 
     Returns:
         The model, and the tokenizer of its base model; None for an export.
@@ -186,16 +181,7 @@ def load_base(
     processes: Processes = SINGLE_PROCESS,
     options: LoadingOptions = NO_OPTIONS,
 ) -> BaseModel:
-    """Loads the dense model that the artifact in `folder` was made for, as `load` does.
-
-    Args:
-        folder: the artifact's.
-        base_model: as for `load`.
-        device: where to put the model.
-        dtype: of the weights.
-        processes: those that load the model together, as for `load_base_model`.
-        options: as for `load_base_model`.
-    """
+    """Loads the dense model that the artifact in `folder` was made for; arguments as of `load_base_model`."""
     expected = ArtifactConfig.read(folder).base
     if base_model is None:
         base = load_referenced(
@@ -243,14 +229,10 @@ def kept_config(folder: Path) -> PretrainedConfig | None:
 
 
 def check_base_config(config: PretrainedConfig, folder: Path) -> None:
-    """Refuses a base model that computes otherwise than the one an artifact was made for.
+    """Refuses the configuration of a base model that computes otherwise than the one an artifact was made for.
 
     A fingerprint covers weights alone; with another rotary embedding, norm or activation the same
     weights are another model.
-
-    Args:
-        config: of the base model at hand.
-        folder: the artifact's.
 
     Raises:
         RTPurboError: settings that change the logits differ.

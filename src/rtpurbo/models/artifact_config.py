@@ -225,14 +225,7 @@ def save_artifact(
     indexers: dict[str, Tensor],
     indexers_before_stage2: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes configuration and indexer weights into an open `whole_folder`.
-
-    Args:
-        folder: the folder being written.
-        artifact: the configuration.
-        indexers: trained indexer weights by name.
-        indexers_before_stage2: those that stage 1 trained, if stage 2 changed them.
-    """
+    """Writes configuration and indexer weights, and those that stage 1 trained, into an open `whole_folder`."""
     artifact.write(folder)
     save_tensors_atomically(folder / INDEXER_FILE, indexers)
     if indexers_before_stage2 is not None:

@@ -79,12 +79,7 @@ class RingBuffer:
         self.values: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> KeyValueStates:
-        """Writes the new tokens, and returns the keys and values that their queries read.
-
-        Args:
-            keys: [batch, heads, new, head_dim].
-            values: shaped as `keys`.
-        """
+        """Writes new tokens [batch, heads, new, head_dim], and returns the keys and values that their queries read."""
         slots, device = self.slots, keys.device
         assert slots.new_slots is not None
         if self.keys is None or self.values is None:
@@ -114,10 +109,7 @@ class RingBuffer:
     def replace_sinks(self, first: int, prompt: KeyValueStates, slots: Tensor) -> None:
         """Overwrites the sinks from `first` on by tokens of the prompt.
 
-        Args:
-            first: first sink that is replaced.
-            prompt: states of the prompt's tokens.
-            slots: int64 [batch, heads, tokens], their indices; -1 keeps a sink.
+        Their `slots` are int64 [batch, heads, tokens]; -1 keeps a sink.
         """
         for held, states in ((self.keys, prompt.keys), (self.values, prompt.values)):
             assert held is not None
@@ -216,12 +208,6 @@ class HeadwiseLayer(CacheLayerMixin):
         layout: HeadLayout,
     ) -> tuple[KeyValueStates, KeyValueStates]:
         """Appends tokens in the slots of `begin_forward`, and returns the keys and values of their queries.
-
-        Args:
-            key_states: [batch, num_key_value_heads, new, head_dim], after RoPE.
-            value_states: shaped as `key_states`.
-            index_keys: [batch, num_index_keys, new, index_dim] or None.
-            layout: the layer's heads.
 
         Returns:
             States of the full and of the windowed KV heads.

@@ -47,12 +47,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def projections(layer: nn.Module, *, beyond_attention: bool) -> Iterator[tuple[str, nn.Linear]]:
-    """Yields the linear layers of a decoder layer with the last part of their names.
-
-    Args:
-        layer: a decoder layer.
-        beyond_attention: include the MLP; False yields those of the attention only.
-    """
+    """Yields the linear layers of a decoder layer's attention, and of its MLP, with the last part of their names."""
     for path, module in layer.named_modules():
         *parents, name = path.split(".")
         in_attention = any("attn" in parent or "attention" in parent for parent in parents)

@@ -50,10 +50,6 @@ class DecodedCopy:
     def load(self, progress: Progress, options: LoadingOptions) -> Loaded:
         """Loads the copy, which is made first if it is missing, damaged or of another file.
 
-        Args:
-            progress: called during downloads and decoding.
-            options: how to load it.
-
         Raises:
             RTPurboError: there is no GGUF file, or it cannot be decoded.
         """

@@ -119,12 +119,7 @@ def read_gguf_config(path: Path) -> PretrainedConfig:
 def decode_gguf(
     path: Path, progress: Progress, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Decodes a GGUF file on the CPU.
-
-    Args:
-        path: the file.
-        progress: called after each tensor.
-        dtype: of the weights; None is `GgufHeader.decoded_dtype`.
+    """Decodes a GGUF file on the CPU, in `GgufHeader.decoded_dtype` unless a dtype is given.
 
     Raises:
         RTPurboError: the file is damaged, or its model is not supported.
@@ -201,10 +196,6 @@ def corrected_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTr
 
     transformers 5.17 makes a Unigram model of Gemma's vocabulary, which splits text into single characters, and leaves
     out the BOS token. It is a BPE model, whose merges follow from the order of the vocabulary.
-
-    Args:
-        tokenizer: as the installed version of transformers decoded it.
-        path: the GGUF file.
     """
     if not isinstance(tokenizer, GemmaTokenizer):
         return tokenizer

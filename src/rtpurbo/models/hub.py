@@ -38,14 +38,8 @@ def find_on_hub(
 ) -> tuple[str | None, bool]:
     """Returns the commit of a model on the Hub, and whether only the local cache can be used.
 
-    The Hub is asked once, with a short timeout: loading would first retry for half a minute.
-
-    Args:
-        name: of the model's repository.
-        revision: a branch, tag or commit; None for the default branch.
-        token: for private and gated models; None takes the one of `hf auth login`.
-        cache_dir: the local cache, if not the usual one.
-        local_files_only: do not ask the Hub.
+    The Hub is asked once, with a short timeout: loading would first retry for half a minute. Arguments are as of
+    `from_pretrained`.
 
     Raises:
         HubUnreachableError: the Hub cannot be reached and the model is not in the cache.
@@ -68,16 +62,9 @@ def find_on_hub(
 def refusal_message(
     error: BaseException | None, kind: str, name: str, revision: str | None
 ) -> str | None:
-    """Returns the sentence for a request that the Hub answered with a refusal.
+    """Returns the sentence for a request for a `kind` of repository that the Hub answered with a refusal.
 
-    Args:
-        error: raised by `huggingface_hub`.
-        kind: of repository, "model" or "artifact".
-        name: of the repository.
-        revision: that was asked for.
-
-    Returns:
-        The sentence; None if the Hub did not answer, as without a network.
+    It is None if the Hub did not answer, as without a network.
     """
     if isinstance(error, LocalEntryNotFoundError):  # an EntryNotFoundError of the local cache
         return None

@@ -75,12 +75,7 @@ class TokenIndexer(nn.Module):
         )
 
     def features(self, states: Tensor, undo_rotation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the features that are projected: [batch, heads, length, features].
-
-        Args:
-            states: [batch, heads, length, head_dim], after RoPE.
-            undo_rotation: function that returns states before RoPE.
-        """
+        """Returns the features [batch, heads, length, features] of states after RoPE that are projected."""
         if self.settings.index_space == "pre_rope":
             states = undo_rotation(states)
         return states[..., self.feature_dimensions]
@@ -92,8 +87,7 @@ class TokenIndexer(nn.Module):
     def index_keys(self, features: Tensor) -> Tensor:
         """Returns index keys [batch, heads, k_len, index_dim] of the key features of these heads.
 
-        Args:
-            features: of the full KV heads with `shared_keys`, else of each retrieval head's KV head.
+        They are the full KV heads with `shared_keys`, else each retrieval head's KV head.
         """
         return _projected(features, self.key_weight)
 

@@ -74,18 +74,12 @@ class Loaded(NamedTuple):
 
 
 def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -> PretrainedConfig:
-    """Loads and checks the configuration of a model, without its weights.
+    """Loads and checks the configuration of a model in a folder or on the Hub, without its weights.
 
-    Args:
-        name: a folder or a name on the Hub.
-        sparse: also take a sparse model, and return its dense configuration.
-        options: for `AutoConfig.from_pretrained`.
+    Of a multimodal model it is that of its text decoder, and, if `sparse` models are taken too, of these the dense one.
 
     Raises:
         RTPurboError: it cannot be loaded, or its architecture is not supported.
-
-    Returns:
-        The configuration; of a multimodal model, that of its text decoder.
     """
     return _load_configs(name, sparse=sparse, **options)[0]
 
@@ -119,10 +113,7 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer; the architecture is checked before weights are read.
 
-    Args:
-        name: a folder or a name on the Hub.
-        options: how to load them.
-        config: replaces the one in the folder or on the Hub.
+    A `config` replaces the one in the folder or on the Hub.
 
     Raises:
         RTPurboError: model or tokenizer cannot be loaded, weights are missing, or the
@@ -140,12 +131,7 @@ def load_pretrained(
 
 
 def load_weights(name: str, sharding: Sharding | None = None, **options: Any) -> PreTrainedModel:
-    """Loads a model whose configuration has been checked.
-
-    Args:
-        name: a folder or a name on the Hub.
-        sharding: as for `load_pretrained`.
-        options: for `AutoModelForCausalLM.from_pretrained`, its `config` among them.
+    """Loads a model whose configuration has been checked and is among the options for transformers.
 
     Raises:
         RTPurboError: it cannot be loaded, or weights are missing.
@@ -176,13 +162,7 @@ def load_weights(name: str, sharding: Sharding | None = None, **options: Any) ->
 def _load_text_part(
     name: str, whole: PretrainedConfig, sharding: Sharding | None, **options: Any
 ) -> PreTrainedModel:
-    """Loads the text decoder of a multimodal model as a causal language model.
-
-    Args:
-        name: a folder or a name on the Hub.
-        whole: configuration of the multimodal model.
-        sharding: must be None.
-        options: as for `load_weights`.
+    """Loads the text decoder of a `whole` multimodal model as a causal language model.
 
     Raises:
         RTPurboError: as `load_weights` does, or the model differs from the multimodal one on text.
@@ -203,10 +183,6 @@ def _load_text_part(
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a folder or the Hub.
-
-    Args:
-        name: a folder or a name on the Hub.
-        options: for `AutoTokenizer.from_pretrained`.
 
     Raises:
         RTPurboError: it cannot be loaded.

@@ -47,12 +47,7 @@ class RotaryLayout:
         return bool((self.signs != 0).any())
 
     def undo(self, states: Tensor, embeddings: Embeddings) -> Tensor:
-        """Returns states before the rotation.
-
-        Args:
-            states: [batch, heads, length, head_dim], of the last tokens of a forward.
-            embeddings: rotary embedding that the attention module received in that forward.
-        """
+        """Returns states [batch, heads, length, head_dim] of the last tokens of a forward before the rotation."""
         assert self.partners is not None
         if not self.is_rotated:
             return states
@@ -138,14 +133,9 @@ class RotaryProbe:
         return cls(plain, _like(embeddings, 1 - turned, turned), codes, angles)
 
     def layout(self, plain: Tensor, coded: Tensor) -> RotaryLayout | None:
-        """Returns the rotation that explains a layer's states under both embeddings.
+        """Returns the rotation that explains queries and keys [batch, heads, tokens, head_dim] under both embeddings.
 
-        Args:
-            plain: queries and keys [batch, heads, tokens, head_dim] under `plain`.
-            coded: those of the same hidden states under `coded`.
-
-        Returns:
-            None if no rotation explains them.
+        It is None if no rotation explains them.
         """
         return _decode(plain[0].double().cpu(), coded[0].double().cpu(), self.codes, self.angles)
 

@@ -87,12 +87,7 @@ def described(model: PreTrainedModel) -> ArtifactConfig:
 
 
 def write_model_config(folder: Path, config: PretrainedConfig) -> None:
-    """Writes the config.json by which transformers' Auto classes know a sparse model.
-
-    Args:
-        folder: an artifact's or an export's, being written.
-        config: of the dense model; it is kept inside.
-    """
+    """Writes the config.json by which Auto classes know a sparse model, with that of the dense one in it."""
     # All of it, so that a later transformers with other defaults reads the same.
     dense = json.loads(config.to_json_string(use_diff=False))
     # The path of one machine, where the model was local.

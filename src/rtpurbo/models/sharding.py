@@ -30,15 +30,10 @@ class Sharding(NamedTuple):
 def load_sharded(
     name: str, sharding: Sharding, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Loads a model of which each process holds only its shard of every decoder layer.
+    """Loads a model of which each process holds only its shard of every decoder layer; all processes call it together.
 
     transformers reads just the slices that a process keeps, but shards the embeddings too; its tensors
     are therefore moved, without a copy, into a model whose decoder layers alone are sharded.
-
-    Args:
-        name: a folder or a name on the Hugging Face Hub.
-        sharding: processes that share the model; all call this together.
-        options: for `from_pretrained`.
 
     Returns:
         The model, and the loading information of `from_pretrained`.

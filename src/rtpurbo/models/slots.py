@@ -42,13 +42,7 @@ class WindowedPositions(NamedTuple):
     ) -> WindowedPositions:
         """Returns the positions of `k_len` keys, the last of which are those of the queries.
 
-        Args:
-            mask: bool [batch, k_len], False for padding; None without padding.
-            batch: sequences.
-            q_len: queries of each.
-            k_len: keys of each.
-            window: keys that a query reads.
-            device: of the positions.
+        The mask is bool [batch, k_len], False for padding; None without padding.
         """
         places = torch.arange(k_len, device=device)
         if mask is None:
@@ -300,11 +294,9 @@ class TokenSlots:
         return self.positions[:, :seen].amax(1) + 1
 
     def map_rows(self, change: Callable[[Tensor], Tensor], in_place: bool = False) -> None:
-        """Rearranges the sequences.
+        """Rearranges the sequences by a function of a tensor whose first dimension they are.
 
-        Args:
-            change: function of a tensor whose first dimension is the sequences.
-            in_place: the number of sequences stays, and fixed slots keep their addresses.
+        With `in_place`, their number stays, and fixed slots keep their addresses.
         """
         positions = self.positions
         self.end_forward()

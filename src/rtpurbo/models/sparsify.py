@@ -177,14 +177,10 @@ def set_selector(model: PreTrainedModel, selector: Selector | None) -> None:
 def observing(
     model: PreTrainedModel, observer: Callable[[LayerObservation], None], *, dense: bool = True
 ) -> Iterator[None]:
-    """Calls `observer` with the queries and keys of every converted layer, inside a `with` block.
+    """Calls `observer` with the queries and keys of every converted layer in each forward, inside a `with` block.
 
-    A dense model is sparse without retrieval heads meanwhile, and is restored afterwards.
-
-    Args:
-        model: dense or sparse.
-        observer: called once for each layer and forward.
-        dense: run dense attention; False runs the attention of a sparse model.
+    A dense model is sparse without retrieval heads meanwhile, and is restored afterwards. A sparse one runs dense too,
+    unless `dense` is False.
     """
     borrowed = not is_sparse(model)
     if borrowed:
@@ -215,12 +211,7 @@ def empty_head_map(model: PreTrainedModel) -> HeadMap:
 def check_head_map(
     head_map: HeadMap, layers: Mapping[int, AttentionTraits | AttentionShape], num_layers: int
 ) -> None:
-    """Refuses a head map that does not fit a model.
-
-    Args:
-        head_map: of an artifact or a calibration.
-        layers: heads of the layers of the model that are converted.
-        num_layers: number of decoder layers of the model.
+    """Refuses a head map that does not fit the heads of the `layers` of a model that are converted.
 
     Raises:
         RTPurboError: numbers of layers or heads differ, or the map converts other layers.

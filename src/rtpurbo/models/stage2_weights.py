@@ -64,12 +64,9 @@ _PLAIN_SETTINGS = {
 
 
 def check_adapter(path: Path) -> None:
-    """Refuses an adapter's configuration that is more than a plain LoRA.
+    """Refuses the configuration of an adapter, adapter_config.json, that is more than a plain LoRA.
 
     Some settings of PEFT import a module that the file names, or build layers from it.
-
-    Args:
-        path: of adapter_config.json.
 
     Raises:
         RTPurboError: it is missing or corrupt, or holds a setting that stage 2 never writes.

@@ -33,11 +33,7 @@ def stop_arguments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def chat_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
 ) -> list[int]:
-    """Returns the token ids of a conversation, up to the start of the model's answer.
-
-    Args:
-        tokenizer: of a chat model.
-        messages: each with `role` and `content`.
+    """Returns the token ids of a conversation (`role` and `content` each), up to the start of the model's answer.
 
     Raises:
         RTPurboError: the tokenizer has no chat template, or the template refuses the messages.
@@ -81,15 +77,10 @@ def continue_tokens(
     sample: bool = False,
     streamer: TextStreamer | None = None,
 ) -> list[str]:
-    """Generates the continuation of each prompt, up to the end of the model's turn.
+    """Generates the continuation of each prompt of one left-padded batch, up to the end of the model's turn.
 
-    Args:
-        model: dense or sparse.
-        tokenizer: the model's.
-        prompts: token ids of the prompts, run as one left-padded batch.
-        max_new_tokens: maximum number of tokens to generate.
-        sample: sample with the model's generation settings instead of greedy decoding.
-        streamer: receives the tokens of a single prompt as they are generated.
+    It is greedy, unless `sample` asks for the model's generation settings. A streamer receives the tokens of a single
+    prompt as they are generated.
     """
     stops = stop_arguments(model, tokenizer)
     inputs = left_padded(prompts, stops["pad_token_id"], model.device)

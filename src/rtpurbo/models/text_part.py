@@ -51,9 +51,6 @@ def is_composite(config: PretrainedConfig) -> bool:
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """Returns a copy of the text part of a composite configuration, complete in itself.
 
-    Args:
-        config: composite.
-
     Raises:
         RTPurboError: transformers has no image-text-to-text class for the composite model, against
             which the text decoder is checked.
@@ -75,11 +72,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def register_text_class(config: PretrainedConfig) -> None:
-    """Registers a causal language model with `AutoModelForCausalLM` where transformers has none.
-
-    Args:
-        config: of a text decoder; nothing happens unless `is_text_part` holds for its type.
-    """
+    """Registers a causal language model with `AutoModelForCausalLM` for an `is_text_part` without a class."""
     if is_text_part(config.model_type) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         made = _text_class(type(config))
         # transformers registers nothing for a configuration of its own without `exist_ok`.
@@ -99,11 +92,7 @@ def _register_conversions(model_type: str) -> None:
 
 
 def key_mapping(config: PretrainedConfig) -> dict[str, str]:
-    """Returns the names in a multimodal checkpoint, as regular expressions, with those of the text model.
-
-    Args:
-        config: of the text decoder, registered with `register_text_class`.
-    """
+    """Returns the names in a multimodal checkpoint, as regular expressions, with those of the registered text model."""
     prefix = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
     own = rf"(?=(?:{re.escape(prefix)}|lm_head)\.)"
     return {
@@ -114,12 +103,7 @@ def key_mapping(config: PretrainedConfig) -> dict[str, str]:
 
 
 def forget_key_mapping(model: PreTrainedModel, mapping: dict[str, str]) -> None:
-    """Lets `save_pretrained` write the text model's own names instead of the wrapper's.
-
-    Args:
-        model: loaded with `mapping`.
-        mapping: from `key_mapping`.
-    """
+    """Lets `save_pretrained` write the text model's own names instead of those it was loaded from."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
         kept = [one for one in conversions if not set(one.source_patterns) & set(mapping)]
@@ -139,11 +123,7 @@ def settle_tied_embeddings(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_text_part(model: PreTrainedModel, config: PretrainedConfig) -> None:
-    """Refuses a text model whose logits differ from those of its multimodal model for a text.
-
-    Args:
-        model: the text decoder as a causal language model, with its weights.
-        config: composite, of the whole model.
+    """Refuses a text model whose logits differ from those of its whole, composite model for a text.
 
     Raises:
         RTPurboError: the logits differ, or the multimodal model does not run without its other parts.

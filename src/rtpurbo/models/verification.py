@@ -75,11 +75,7 @@ def logits_over_cache(model: PreTrainedModel) -> Tensor:
 
 
 def check_equal(model: PreTrainedModel, expected: Tensor) -> None:
-    """Refuses a sparse model whose logits differ from those of the dense model.
-
-    Args:
-        model: sparse, with a window over `NUM_TOKENS` tokens.
-        expected: from `logits_over_cache` before the model was made sparse.
+    """Refuses a sparse model with a window over all tokens whose logits differ from those of the dense model.
 
     Raises:
         RTPurboError: the logits differ, or the model does not run over a cache.

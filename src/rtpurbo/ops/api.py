@@ -189,12 +189,7 @@ def attend_with(backend: str, call: AttentionCall) -> tuple[Tensor, Tensor | Non
 def new_histogram_workspace(
     batch: int, num_retrieval_heads: int, device: torch.device
 ) -> Tensor | None:
-    """Histogram workspace of the decode kernels, kept from step to step.
-
-    Args:
-        batch: sequences.
-        num_retrieval_heads: retrieval heads of the layer.
-        device: device of the cache.
+    """Histogram workspace of the decode kernels for a batch of sequences, kept from step to step.
 
     Returns:
         Zeros for `KeyValueStates.histogram_workspace`, not to be shared by concurrent steps; None on devices

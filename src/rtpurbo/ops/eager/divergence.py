@@ -16,10 +16,7 @@ from rtpurbo.ops.sinks import with_sink_column
 def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: Tensor) -> Tensor:
     """Forward KL of each query between two distributions over the visible keys (paper: Eq. 6), in nats.
 
-    Args:
-        teacher_logits: [batch, heads, queries, k_len].
-        student_logits: same shape; receives gradients.
-        visible: bool, broadcastable to them.
+    Logits are [batch, heads, queries, k_len]; those of the student receive gradients.
 
     Returns:
         [batch, heads, queries], at least 0.
@@ -33,16 +30,9 @@ def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: 
 def near_and_far(
     query_indices: Tensor, document_starts: Tensor, sliding_window: int, num_sink_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Masks of the near keys (sinks and window) and of the far keys of queries in packed documents.
+    """Masks bool [queries, length] of the near keys (sinks and window) and of the far keys in packed documents.
 
-    Args:
-        query_indices: int64 [queries], indices of the queries in the packed sequence.
-        document_starts: int64 [length], index of the first token of each token's document.
-        sliding_window: W keys, including the query's own.
-        num_sink_tokens: S, the first keys of the query's document.
-
-    Returns:
-        Two disjoint masks, bool [queries, length].
+    Queries and `document_starts` are as in `indexer_divergence`; sinks are the first keys of the query's document.
     """
     keys = torch.arange(document_starts.numel(), device=query_indices.device)
     queries, starts = query_indices[:, None], document_starts[query_indices][:, None]

@@ -47,27 +47,16 @@ def decode_step(
     sinks: Tensor | None = None,
     output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Selection | None]:
-    """Head-wise attention of one query token per sequence.
+    """Head-wise attention of one query token per sequence; arguments as in `AttentionCall`.
 
     Equals `rtpurbo.ops.eager.headwise.headwise_attention`, except that the selection is rounded up to a whole
     level of scores (`top_p`).
 
-    Args:
-        query_states: [B, H, 1, D], after RoPE; the last token of each sequence.
-        full: cache of the full KV heads, with index keys of the retrieval heads. `first_slots` maps positions
-            to slots and `length` gives the slots in use; `positions` are not read. Unused slots may be
-            uninitialised. Index keys may be float8_e4m3fn: half the bytes, for scores with an error of
-            some 3 %.
-        windowed: cache of the windowed KV heads, addressed by `positions`; paged only if `full` is, with the
-            same lengths. Pages outside of sinks and window are not read.
-        layout: query heads by kind.
-        index_queries: [B, R, 1, I]; None without retrieval heads.
-        rule: windows and selection.
-        scaling: factor on the dot products.
-        statistics: accumulates the selected keys; synchronises with the GPU.
-        return_log_sum_exp: also return the log-sum-exp.
-        sinks: learned sinks [H], part of the window's mass in the selection.
-        output: contiguous [B, H, 1, D] to write the output to; None to allocate one.
+    Of full KV heads, `first_slots` maps positions to slots and `length` gives the slots in use; `positions` are not
+    read, and unused slots may be uninitialised. Index keys may be float8_e4m3fn: half the bytes, for scores with an
+    error of some 3 %. Windowed KV heads are addressed by `positions`; they are paged only if `full` is, with the same
+    lengths, and pages outside of sinks and window are not read. Statistics synchronise with the GPU. The output is
+    written to `output`, contiguous [B, H, 1, D], if it is given.
 
     Returns:
         Output [B, H, 1, D], the log-sum-exp [B, H, 1] or None, and the selection; None if all far keys are read

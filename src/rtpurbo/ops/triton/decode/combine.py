@@ -118,18 +118,12 @@ def combine_splits(
     return_log_sum_exp: bool,
     output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and log-sum-exp of all heads in head order; zeroes the histogram workspace.
+    """Output and log-sum-exp of all heads in head order; zeroes the histogram workspace, if one is given.
 
-    Args:
-        step: inputs of the step.
-        window: partial results of B * H heads over sinks and window.
-        selected: partial results of B * R heads over the selected far keys.
-        histogram_workspace: int32 [B * R, LEVELS] to zero, or None.
-        return_log_sum_exp: also return the log-sum-exp.
-        output: contiguous tensor to write the output to; None to allocate one.
+    Of the partial results, those of the window are of B * H heads, and those of the selected keys of B * R heads.
 
     Returns:
-        Output [B, H, 1, D] and log-sum-exp fp32 [B, H, 1], or None.
+        Output [B, H, 1, D], in `output` if it is given, and log-sum-exp fp32 [B, H, 1], or None.
     """
     batch, num_heads, _, head_dim = step.queries.shape
     if output is None:

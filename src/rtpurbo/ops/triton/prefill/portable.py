@@ -137,17 +137,8 @@ def block_sparse_attention(
 ) -> None:
     """Block-sparse attention over listed far keys, added to the result of `window_attention`.
 
-    Args:
-        query_states: [batch, num_attention_heads, q_len, head_dim].
-        states: keys and values.
-        table: heads of the lists, with their near windows.
-        starts: int32 [batch], position of the call's first query.
-        lists: block lists of the query blocks from `query_offset` on.
-        query_offset: index of the lists' first query in the call.
-        num_sink_tokens: S.
-        scaling: factor on the dot products.
-        output: shape of the queries; read and written.
-        log_sum_exp: fp32 [batch, num_attention_heads, q_len]; read and written.
+    Arguments are as there; the lists are of the query blocks from index `query_offset` of the call on. Output and
+    log-sum-exp are read and written.
     """
     batch, _, q_len, head_dim = query_states.shape
     tile = tile_sizes(head_dim, query_states.dtype, states.page_size > 0)
