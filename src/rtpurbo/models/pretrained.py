@@ -76,7 +76,8 @@ class Loaded(NamedTuple):
 def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -> PretrainedConfig:
     """Loads and checks the configuration of a model in a folder or on the Hub, without its weights.
 
-    Of a multimodal model it is that of its text decoder, and, if `sparse` models are taken too, of these the dense one.
+    For a multimodal model, it is that of the text decoder; for a sparse one, which is refused unless `sparse` is set,
+    that of the dense model.
 
     Raises:
         RTPurboError: it cannot be loaded, or its architecture is not supported.

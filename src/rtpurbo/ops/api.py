@@ -162,7 +162,8 @@ def headwise_attention(
     check_states(query_states, query_positions, windowed)
     call = AttentionCall(
         query_states, query_positions, full, windowed, layout, index_queries, rule, scaling,
-        statistics, return_log_sum_exp, selector, sinks, dense_queries,
+        statistics=statistics, return_log_sum_exp=return_log_sum_exp, selector=selector,
+        sinks=sinks, dense_queries=dense_queries,
     )  # fmt: skip
     return attend_with(chosen_backend(backend, call), call)
 

@@ -116,8 +116,8 @@ def attention_after_prompt(
 ) -> Tensor:
     """Window attention of the queries that answer a prompt, in one forward without a cache.
 
-    Arguments are as in `AttentionCall`. The windowed KV heads have a key for each query; the prompt are all queries
-    before `queries`, and `group` are heads that are local.
+    Arguments are as in `AttentionCall`; `states` are those of the windowed KV heads, with a key for each query, and
+    `group` are their heads. All queries before `queries` are the prompt.
 
     Returns:
         [batch, heads of the group, queries, head_dim].
