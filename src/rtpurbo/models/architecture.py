@@ -27,7 +27,7 @@ WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
 
 @dataclass(frozen=True)
 class Family:
-    """How the attention modules of a family project and normalise.
+    """Projections and norms of the attention modules of a family.
 
     Attributes:
         fused_projection: query, key and value come from one `qkv_proj`.

@@ -95,7 +95,7 @@ def with_dense_queries(
 
     Args:
         output: of the call without dense queries, overwritten unless it needs a gradient.
-        log_sum_exp: likewise, or None.
+        log_sum_exp: of that call, overwritten in the same way; or None.
         call: with dense queries.
 
     Returns:
