@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import FAMILIES, convertible_layers, layer_types
+from rtpurbo.models.architecture import convertible_layers, layer_types
+from rtpurbo.models.families import FAMILIES
 from rtpurbo.models.sparsify import empty_head_map, sparsify
 from rtpurbo.ops.triton.heads import MAX_HEAD_DIM
 from rtpurbo.serving.export import VLLM_WINDOWED_ARCHITECTURES

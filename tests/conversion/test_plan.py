@@ -15,7 +15,7 @@ from rtpurbo.conversion.plan import make_plan
 from rtpurbo.conversion.run import with_stage2
 from rtpurbo.errors import RTPurboError
 from rtpurbo.lengths import check_lengths, lengths_of
-from rtpurbo.models.architecture import FAMILIES
+from rtpurbo.models.families import FAMILIES
 from rtpurbo.settings import change_settings
 from tests.conversion.test_defaults import CONTEXTS
 from tests.tiny_models import COMMON

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rtpurbo.errors import RTPurboError
-from rtpurbo.models.architecture import FAMILIES as SUPPORTED
 from rtpurbo.models.architecture import check_architecture, convertible_layers
+from rtpurbo.models.families import FAMILIES as SUPPORTED
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import restore, sparsify
 from tests.tiny_models import (

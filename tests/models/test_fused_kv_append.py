@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rtpurbo.models import fused_append, sparse_layer
-from rtpurbo.models.architecture import FAMILIES as FAST
 from rtpurbo.models.cache import HeadwiseCache
+from rtpurbo.models.families import FAMILIES as FAST
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import observing
 from tests.models.test_decoding import plain_steps  # noqa: F401

@@ -6,7 +6,7 @@ A probe of the loaded model confirms it (`rtpurbo.models.probe`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -16,43 +16,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.families import FAMILIES, WITHOUT_ATTENTION
 
 # Layer types of transformers whose attention sees every earlier token; `hybrid` layers have a recurrent
 # state beside it.
 FULL_ATTENTION = ("full_attention", "hybrid")
-
-WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
-"""Layer types of transformers that have no keys and values."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Projections and norms of the attention modules of a family.
-
-    Attributes:
-        fused_projection: query, key and value come from one `qkv_proj`.
-        query_key_norm: `per_head` normalises each head, `whole` normalises before the heads are
-            split.
-        unit_offset_norms: the factor of its norms is 1 + weight, multiplied in fp32.
-    """
-
-    fused_projection: bool = False
-    query_key_norm: Literal["none", "per_head", "whole"] = "none"
-    unit_offset_norms: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "smollm3": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(query_key_norm="per_head"),
-    "qwen3_moe": Family(query_key_norm="per_head"),
-    "gemma3_text": Family(query_key_norm="per_head", unit_offset_norms=True),
-    "olmo2": Family(query_key_norm="whole"),
-    "phi3": Family(fused_projection=True),
-}
-"""Families with a fused KV append. In models of others, their own code writes to the cache."""
 
 
 def layer_types(config: Any) -> list[str]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from rtpurbo.devices import has_triton
-from rtpurbo.models.architecture import FAMILIES
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache_layers import HeadwiseLayer
+from rtpurbo.models.families import FAMILIES
 from rtpurbo.models.sparse_layer import SparseAttention, sparse_layer_of
 from rtpurbo.ops import KeyValueStates
 from rtpurbo.ops.api import HALF, interprets_kernels

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.errors import RTPurboError, first_line
-from rtpurbo.models.architecture import FAMILIES
 from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.decoder import evaluating
+from rtpurbo.models.families import FAMILIES
 
 NUM_TOKENS = 24
 # Tokens of the first forward; the second one continues its cache.

@@ -9,8 +9,8 @@ from typing import Any
 
 from rtpurbo import strict_json
 from rtpurbo.config import DEFAULT_CROP_SLACK, RTPurboConfig
-from rtpurbo.models.architecture import WITHOUT_ATTENTION
 from rtpurbo.models.artifact_config import MODEL_CONFIG_FILE
+from rtpurbo.models.families import WITHOUT_ATTENTION
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
