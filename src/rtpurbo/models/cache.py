@@ -25,9 +25,7 @@ CAPACITY_STEP = 256
 def roomy_capacity(tokens: int, expected: int = 0) -> int:
     """Returns the slots of a static cache for this many tokens: an eighth more, or up to the expected number.
 
-    Args:
-        tokens: number of tokens now.
-        expected: number of tokens in the end; 0 if unknown.
+    That is the number of tokens in the end; 0 if unknown.
     """
     room = max(CAPACITY_STEP, tokens // 8)
     if expected > tokens:

@@ -161,14 +161,9 @@ class TokenSlots:
     def begin_forward(
         self, mask: Tensor | None, batch: int, seen: int, new: int, device: torch.device
     ) -> None:
-        """Assigns slots to the new tokens of a forward.
+        """Assigns slots to the `new` tokens of a forward, after `seen` slots in use.
 
-        Args:
-            mask: [batch, seen + new], 1 for real tokens; None if the new tokens are real.
-            batch: sequences.
-            seen: slots in use before.
-            new: slots that are added.
-            device: of the positions.
+        The mask is [batch, seen + new], 1 for real tokens; None if the new tokens are real.
         """
         if seen == 0:
             self.clear()

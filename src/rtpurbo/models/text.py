@@ -124,14 +124,8 @@ def generate_text(
 ) -> str:
     """Generates the continuation of a prompt, or the answer to it as a chat message.
 
-    Args:
-        model: dense or sparse.
-        tokenizer: the model's.
-        prompt: text.
-        max_new_tokens: maximum number of tokens to generate.
-        sample: sample with the model's generation settings instead of greedy decoding.
-        chat: apply the tokenizer's chat template; None applies it if there is one.
-        stream: print the text to standard output while it is generated.
+    The chat template is applied as `chat` says; None applies it if there is one. It is greedy, unless `sample` asks for
+    the model's generation settings. With `stream`, the text is printed to standard output while it is generated.
 
     Raises:
         RTPurboError: the prompt is empty or too long for the model's context, or `chat` is True and
