@@ -42,7 +42,7 @@ def test_short_sequences_may_accompany_long_ones_in_stage2():
 
 def test_a_shorter_window_of_retrieval_heads_counts():
     settings = change_settings(
-        SETTINGS, {"stage1.lengths": (2048,), "attention.retrieval_window": 1024}
+        SETTINGS, {"stage1.lengths": (2560,), "attention.retrieval_window": 1024}
     )
     check_stage1_lengths(settings.stage1, CONTEXT, settings.attention)
     with pytest.raises(RTPurboError, match=r"sinks and window \(4,224 tokens\)"):
