@@ -48,7 +48,13 @@ def num_steps(session: Session) -> int:
 
 @dataclass
 class HeldOutText:
-    """Passages of `length` tokens from held-out documents, a different one for each sequence."""
+    """Token ids of held-out documents, a different passage for each sequence.
+
+    Attributes:
+        corpus: the documents.
+        tokenizer: tokenizer of the model.
+        length: tokens of a passage.
+    """
 
     corpus: TextCorpus
     tokenizer: PreTrainedTokenizerBase
@@ -57,7 +63,11 @@ class HeldOutText:
     _rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def passages(self, count: int, length: int) -> Tensor:
-        """Returns the first `length` tokens of `count` passages, int64 [count, length]."""
+        """Returns the first `length` tokens of `count` passages, int64 [count, length].
+
+        Raises:
+            RTPurboError: the corpus is shorter than a passage, or has too few different ones.
+        """
         draws = 0
         while len(self._passages) < count:
             passage = bos_and_prose(self.tokenizer, self.corpus, self.length, self._rng)
@@ -74,7 +84,13 @@ class HeldOutText:
 
 @dataclass
 class ArtifactModel(ModelCase):
-    """Converted model that reads held-out text under its own rule."""
+    """Converted model that reads held-out text under its own rule.
+
+    Attributes:
+        config: head map, rule and indexer settings.
+        indexers: weights of the indexers.
+        text: prompts, and the tokens of the decode steps after them.
+    """
 
     config: RTPurboConfig
     indexers: dict[str, Tensor]

@@ -64,7 +64,13 @@ def forced(
 
 @dataclass
 class DecodeCase:
-    """Layer with several sets of inputs of a decode step; the last key of each is that of the new token."""
+    """Layer with several sets of inputs of a decode step.
+
+    Attributes:
+        shape: heads of the layer.
+        rule: windows and selection.
+        sets: inputs; the last key is that of the new token.
+    """
 
     shape: LayerShape
     rule: AttentionRule

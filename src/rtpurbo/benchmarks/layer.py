@@ -16,9 +16,16 @@ from rtpurbo.ops import HeadLayout, KeyValueStates
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Heads of a layer; `retrieval_heads` are query heads, ascending.
+    """Heads of a layer.
 
-    With `shared_keys` there is one index key for each KV head with retrieval heads, not for each retrieval head.
+    Attributes:
+        num_attention_heads: query heads.
+        num_key_value_heads: KV heads.
+        head_dim: dimensions of a head.
+        retrieval_heads: retrieval heads (query heads), ascending.
+        index_dim: dimensions of index queries and keys.
+        shared_keys: one index key per KV head with retrieval heads, instead of one per retrieval
+            head.
     """
 
     num_attention_heads: int
@@ -36,7 +43,11 @@ class LayerShape:
         head_dim: int,
         num_retrieval_heads: int,
     ) -> LayerShape:
-        """Layer with evenly spaced retrieval heads; refuses numbers of heads that do not fit together."""
+        """Layer with evenly spaced retrieval heads.
+
+        Raises:
+            RTPurboError: the numbers of heads do not fit together.
+        """
         if num_attention_heads % num_key_value_heads:
             raise RTPurboError(
                 f"{num_attention_heads} query heads cannot share {num_key_value_heads} KV heads "

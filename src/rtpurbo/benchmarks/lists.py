@@ -66,10 +66,19 @@ def synthetic_lists(
     device: torch.device,
     seed: int = 0,
 ) -> dict[int, BlockLists]:
-    """Block lists of a density, by their first query: evenly spaced far blocks with jitter, different for every head.
+    """Block lists of a density: evenly spaced far blocks with jitter, different for every head.
 
-    The density of the near blocks alone is the lower limit. `chunks` are first query and number of query blocks of each
-    list, as `block_lists` yields them.
+    Args:
+        chunks: first query and number of query blocks of each list, as `block_lists` yields them.
+        length: tokens of the prompt.
+        rule: block and window sizes.
+        heads: number of retrieval heads.
+        density: target; the density of the near blocks alone is the lower limit.
+        device: device of the lists.
+        seed: seed of the jitter.
+
+    Returns:
+        Lists by their first query.
     """
     blocks = CausalBlocks.of(length, rule)
     counts, edge = blocks.far_blocks_read(density), edge_slots(rule)

@@ -28,7 +28,11 @@ RATIO = 0.15
 
 @dataclass
 class RandomModel(ModelCase):
-    """Model with random weights, indexers and caches, and the density of retrieval heads forced in each phase."""
+    """Model with random weights, indexers and caches.
+
+    Attributes:
+        densities: forced density of retrieval heads by phase.
+    """
 
     densities: dict[str, float] = field(default_factory=dict)
 

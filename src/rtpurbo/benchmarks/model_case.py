@@ -31,9 +31,13 @@ WARM_UP_TOKENS = 1024
 
 @dataclass
 class ModelCase:
-    """Model to measure, dense at first; a subclass makes it sparse and measures the sparse model.
+    """Model to measure; a subclass makes it sparse and measures the sparse model.
 
-    Rules of the sparse model are given by phase, "model-decode" and "model-prefill".
+    Attributes:
+        model: the model, dense at first.
+        name: name of the model in records.
+        head_map: retrieval heads of the sparse model.
+        rules: attention rules of the sparse model by phase, "model-decode" and "model-prefill".
     """
 
     model: PreTrainedModel

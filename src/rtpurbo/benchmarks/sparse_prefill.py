@@ -22,7 +22,9 @@ from rtpurbo.ops.triton.prefill.scoring import block_lists
 class SparsePrefill:
     """Sparse prefill of one layer, with the block lists of the index until `force` replaces them.
 
-    Arguments of its calls are queries, full, windowed, index queries and scaling, as in `prefill_attention`.
+    Args:
+        layout: heads of the layer.
+        rule: windows, block sizes and the stride of scored queries.
     """
 
     def __init__(self, layout: HeadLayout, rule: AttentionRule) -> None:

@@ -104,6 +104,18 @@ def bench_stage1(
     """Measures steps of stage 1, in which 15 % of the heads learn from all queries.
 
     Both implementations share the frozen model's forward pass; `eager` computes the loss in chunks of queries.
+
+    Args:
+        session: measures the entries.
+        geometry: name in `GEOMETRIES`.
+        rule: windows, and the distribution that top-p applies to.
+        lengths: tokens per step.
+        documents: number of documents packed into a step.
+        dtype: dtype of the model's weights.
+        layers: number of layers; None for all.
+
+    Raises:
+        RTPurboError: documents are not longer than sinks and window.
     """
     shortest = min(lengths) // documents
     check_is_longer("documents", shortest, rule, "there is nothing to learn")

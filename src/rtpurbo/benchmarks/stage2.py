@@ -110,6 +110,17 @@ def bench_stage2(
 
     The teacher's targets are computed before, as in training. Both implementations recompute layers in the
     backward pass and differ in the attention backend only.
+
+    Args:
+        session: measures the entries.
+        geometry: name in `GEOMETRIES`.
+        rule: windows and selection.
+        lengths: tokens per step.
+        dtype: dtype of the model's weights.
+        layers: number of layers; None for all.
+
+    Raises:
+        RTPurboError: sequences are not longer than sinks and window.
     """
     check_is_longer("sequences", min(lengths), rule, "nothing would be sparse")
     session.log(f"{geometry}: initialising random weights")

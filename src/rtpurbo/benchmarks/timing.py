@@ -176,7 +176,11 @@ def replayed(calls: Sequence[Call], device: torch.device) -> Call:
 
 
 class PartTimer:
-    """Times the last whole call, and the parts of it that are marked."""
+    """Times the last whole call, and the parts of it that are marked.
+
+    Args:
+        device: device that the call runs on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"

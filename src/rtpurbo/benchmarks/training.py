@@ -28,7 +28,14 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 class TrainingCase:
     """Sparse model with random weights, of which some are trained.
 
-    A subclass sets `phase`, the trained weights in `prepare`, and the step.
+    A subclass sets `phase`, and the trained weights in `prepare`.
+
+    Args:
+        geometry: name in `GEOMETRIES`.
+        rule: windows and selection.
+        dtype: dtype of the model's weights.
+        device: device to measure on.
+        layers: number of layers; None for all.
     """
 
     phase: ClassVar[str]
@@ -107,7 +114,11 @@ class TrainingCase:
 
 
 def check_is_longer(what: str, shortest: int, rule: AttentionRule, consequence: str) -> None:
-    """Refuses sequences that are not longer than sinks and window."""
+    """Refuses sequences that are not longer than sinks and window.
+
+    Raises:
+        RTPurboError: they are not.
+    """
     reach = rule.sliding_window + rule.num_sink_tokens
     if shortest <= reach:
         raise RTPurboError(

@@ -106,7 +106,11 @@ Device = Annotated[str, typer.Option(hidden=True)]
 
 
 def check_model_options(context: typer.Context) -> None:
-    """Refuses options of `bench model` that have no meaning together, or without `--artifact`."""
+    """Refuses options of `bench model` that have no meaning together, or without `--artifact`.
+
+    Raises:
+        RTPurboError: there is one.
+    """
     has_artifact = context.params["artifact"] is not None
     if context.params["memory"] is not None and context.params["phase"] == "prefill":
         raise RTPurboError("--memory applies to decode steps only: remove it or --phase prefill.")

@@ -24,10 +24,13 @@ def say(text: str) -> None:
 
 
 class ProgressBars:
-    """Progress bar for each stage, to be passed as `progress`; only the main process draws, by default on stderr.
+    """Progress bar for each stage, to be passed as `progress`; only the main process draws.
 
     If the console is no terminal, such as a log file, it gets one line for each stage instead: when the stage
     is complete, or at the end if it is not or if its total was not known.
+
+    Args:
+        console: console; standard error if None.
     """
 
     def __init__(self, console: Console | None = None) -> None:

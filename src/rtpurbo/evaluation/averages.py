@@ -17,12 +17,21 @@ AVERAGED = ("ruler", *QUESTION_SUITES)
 
 @dataclass(frozen=True)
 class Average:
-    """Mean score in percent over the tasks of a suite at a length, all of the same weight.
+    """Mean over the tasks of a suite.
 
-    Policies answer the same questions, so their difference has a much smaller variance than either mean: the
-    difficulty of a question cancels out. The difference is in points above the dense model, and None for that
-    or if it has other questions. Intervals of 95 % are by bootstrap over the `samples` questions of all
-    tasks, those of differences paired by question.
+    Policies answer the same questions, so their difference has a much smaller variance than either
+    mean: the difficulty of a question cancels out.
+
+    Attributes:
+        suite: as in `rtpurbo.evaluation.records.Record`, like the next two.
+        context_length: tokens.
+        policy: name.
+        tasks: number of tasks, which all have the same weight.
+        samples: number of questions of all tasks.
+        score: in percent.
+        ci95: 95 % interval of the score, by bootstrap over the questions of each task.
+        difference: points above the dense model; None for the dense model, or if it has other questions.
+        difference_ci95: the 95 % bootstrap interval of the difference, paired by question.
     """
 
     suite: str

@@ -18,9 +18,16 @@ from rtpurbo.evaluation.samples import Outcome, SampleRecord
 class Part:
     """Measurements of one policy on consecutive questions of a case, or on all of them.
 
-    Outcomes are one per metric, and reads float32 [4, queries] from `ReadMeter.measured`: an array, because
-    tensors would need shared memory between processes. There is no budget for policies without one, and no
-    cache size of a sequence where cases have no length.
+    Attributes:
+        test: the whole case.
+        policy: name.
+        seed: of the questions.
+        budget: far tokens per query that the policy was given; None if it has no budget.
+        outcomes: one per metric.
+        reads: float32 [4, queries] from `ReadMeter.measured`; an array, because tensors would
+            need shared memory between processes.
+        kv_bytes: cache size of one sequence in bytes; None where cases have no length.
+        first: number of the first question.
     """
 
     test: Case

@@ -28,8 +28,16 @@ from rtpurbo.evaluation.task_suite import TaskSuite
 class RunManifest:
     """Everything that a process needs to run cases; picklable.
 
-    The seed of the source is that of the cases. Task data are files for tasks of lm-eval, question data those
-    for the suites of `rtpurbo.evaluation.questions`; the other fields are arguments of `evaluate`.
+    Attributes:
+        source: the artifact, and how its models are loaded; its seed is that of the cases.
+        uses_harness: some case is a task of lm-eval.
+        data: as `rtpurbo.evaluation.run.evaluate` takes it, like the next two.
+        squad: questions of `ruler:qa_1`.
+        hotpotqa: questions of `ruler:qa_2`.
+        task_data: files for tasks of lm-eval, by task.
+        question_data: files for the suites of `rtpurbo.evaluation.questions`, by suite.
+        max_new_tokens: limit of answers to tasks of lm-eval and to questions of these suites.
+        cache_length: tokens at which cache sizes are computed; None takes each case's length.
     """
 
     source: Source

@@ -19,7 +19,9 @@ SLACK_TOKENS = 8
 class NeedleSuite(AnswerSuite):
     """Questions with keys that are not in any training; with task `single` at evenly spread depths.
 
-    They are hidden in the prose of the corpus, and depend on the seed but not on the model.
+    Args:
+        corpus: prose that the needles are hidden in.
+        seed: of the questions, which do not depend on the model.
     """
 
     makes_prompts = False

@@ -24,10 +24,14 @@ CHUNK_POSITIONS = 512
 
 
 class PerplexitySuite(TaskSuite):
-    """Exponential of the mean loss per token over windows of prose that is not in any training.
+    """Exponential of the mean loss per token over windows of prose.
 
-    The queries of a sparse model whose rule is dense in prefill would not select here, so each query selects
-    for itself, as in decoding. Windows depend on the seed but not on the model.
+    The queries of a sparse model whose rule is dense in prefill would not select here, so each query
+    selects for itself, as in decoding.
+
+    Args:
+        corpus: prose that is not in any training.
+        seed: of the windows, which do not depend on the model.
     """
 
     makes_prompts = False

@@ -35,10 +35,18 @@ STEPS_WATCHED = 32
 class Reads:
     """Tokens read in a case, over the measured queries of all heads.
 
-    Tokens include sinks and window; recall is the mean attention recall. Figures on far tokens are those of
-    the `far_queries` that have any: the mean number and the share read, and a histogram of the number read
-    with the bins none, 1, 2 to 3, 4 to 7, and so on in powers of two. Figures are None if there are no
-    queries to measure them on.
+    Attributes:
+        tokens_mean: mean number of tokens read, sinks and window included; None if no query was measured,
+            as for the next two.
+        tokens_p50: median.
+        tokens_p95: 95th percentile.
+        recall: mean attention recall.
+        far_tokens_mean: mean number of far tokens read, over queries that have far tokens.
+        far_queries: number of these queries.
+        far_share: share of their far tokens that they read; None if there are no such queries.
+        far_histogram: number of these queries by far tokens read: none, 1, 2 to 3, 4 to 7, and so on in
+            powers of two.
+        queries: number of measured queries.
     """
 
     tokens_mean: float | None = None
@@ -54,9 +62,12 @@ class Reads:
 
 @dataclass
 class ReadMeter(SelectionStatistics):
-    """Measures queries that select, inside `metering`: in a prefill one query of every stride.
+    """Measures queries that select, inside `metering`.
 
     Measurements stay on the device until `reads` or `measured` is called, to avoid device synchronisations.
+
+    Attributes:
+        query_stride: stride of the measured queries of a prefill.
     """
 
     query_stride: int = QUERY_STRIDE
@@ -174,6 +185,11 @@ class WindowReader:
     """Observer that passes sinks and window of former retrieval heads, now local, to a meter.
 
     It keeps all keys, because the windowed cache of these heads does not.
+
+    Args:
+        meter: meter.
+        head_map: former retrieval heads.
+        rule: sinks and window.
     """
 
     def __init__(self, meter: ReadMeter, head_map: HeadMap, rule: AttentionRule) -> None:
@@ -220,12 +236,18 @@ class WindowReader:
 class ForwardWatch:
     """Prepares a meter before every forward pass of a model, and attaches it to layers if queries are measured.
 
-    In steps that are not measured nothing is attached, so that kernels can replay a CUDA graph. This is
-    decided in a hook before the forward pass, because the graph may replace the pass and call no inner
-    module. A base model that is called without its head has a hook of its own.
+    In steps that are not measured nothing is attached, so that kernels can replay a CUDA graph. This is decided
+    in a hook before the forward pass, because the graph may replace the pass and call no inner module. A base
+    model that is called without its head has a hook of its own.
 
-    A reader needs the keys of every step up to the last measured one, so none of these is replayed. Arguments
-    are those of `metering`, with a reader for a sparse model without retrieval heads.
+    A reader needs the keys of every step up to the last measured one, so none of these is replayed.
+
+    Args:
+        model: dense or sparse.
+        meter: meter.
+        head_map: retrieval heads, if the model has none.
+        stop_ids: tokens that end or pad a sequence.
+        reader: observer of former retrieval heads; None if the model has retrieval heads.
     """
 
     def __init__(

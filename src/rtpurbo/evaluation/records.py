@@ -72,7 +72,12 @@ class Record:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Result of a policy on a case: records, at least one and one per metric, and questions with answers."""
+    """Result of a policy on a case.
+
+    Attributes:
+        records: one per metric, at least one.
+        samples: the questions with the model's answers.
+    """
 
     records: list[Record]
     samples: list[SampleRecord]
@@ -80,7 +85,13 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Results:
-    """A file of records, with their origin: model, device, versions, conditions and command."""
+    """A file of records.
+
+    Attributes:
+        origin: model, device, versions, conditions and command of the records.
+        records: the measurements.
+        averages: of suites, from their questions.
+    """
 
     origin: dict[str, Any]
     records: list[Record]

@@ -37,7 +37,13 @@ POLICY_NAMES = (
 
 @dataclass(frozen=True)
 class Request:
-    """Cases to run, with files for tasks of lm-eval by task, and for question suites by suite."""
+    """Cases to run, and the files with their questions.
+
+    Attributes:
+        cases: to run.
+        harness_data: files for tasks of lm-eval, by task.
+        question_data: files for question suites, by suite.
+    """
 
     cases: list[Case]
     harness_data: dict[str, str | Path]
@@ -81,7 +87,15 @@ class Request:
         return cls(cases, harness_data, question_data)
 
     def check_lengths(self, artifact: str | Path, base_model: str | None = None) -> None:
-        """Refuses cases beyond the model's context, if it is known without loading the model."""
+        """Refuses cases beyond the model's context, if it is known without loading the model.
+
+        Args:
+            artifact: the artifact or export.
+            base_model: as in `evaluate`.
+
+        Raises:
+            RTPurboError: a test is too long.
+        """
         context = _context_length(Path(artifact), base_model)
         if context is not None:
             check_context("tests", max(case.context_length for case in self.cases), context)

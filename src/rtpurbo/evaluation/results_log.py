@@ -44,9 +44,14 @@ _Line = dict[str, Any]
 class ResultsLog:
     """Results of an evaluation: each is logged when it is finished, and all are written on exit.
 
-    The path is that of `write_results`, which takes the next four arguments too; log and samples are in the
-    same folder. None keeps results in memory only. With `resume`, results of earlier runs are kept, if there
-    are any.
+    Args:
+        path: the JSON file of `write_results`; the log and the samples are in the same folder. None keeps results
+            in memory only.
+        model: the artifact or model, as `write_results` takes it, like the next three.
+        device: where models run.
+        command: the command that gives the same results.
+        extra: more about the origin.
+        resume: keep the results of earlier runs, if there are any.
     """
 
     def __init__(
@@ -145,7 +150,11 @@ class ResultsLog:
         return written == self.records and (not self.samples or samples_path(path).exists())
 
     def set_tests(self, case: Case, tests: Sequence[Case]) -> None:
-        """Sets the cases that a requested case stands for; results must have the same number of samples."""
+        """Sets the cases that a requested case stands for.
+
+        Raises:
+            RTPurboError: there are results of one of them with another number of samples.
+        """
         known = {str(test): test.samples for test in self.every_test()}
         for test in tests:
             samples = known.get(str(test), test.samples)

@@ -131,7 +131,11 @@ def evaluate(
 
 
 def run_order(policies: Sequence[str]) -> list[str]:
-    """Returns the policies to run; the one that sets budgets comes before those that have one."""
+    """Returns the policies to run; the one that sets budgets comes before those that have one.
+
+    Raises:
+        RTPurboError: a name is unknown.
+    """
     names = list(dict.fromkeys(POLICIES if EVERY_POLICY in policies else policies))
     budgeted = [name for name in names if has_budget(name)]
     free = [name for name in names if name not in budgeted]
@@ -142,9 +146,14 @@ def run_order(policies: Sequence[str]) -> list[str]:
 
 @dataclass
 class _Bar:
-    """Progress of a policy in samples, with the latest scores.
+    """Progress of a policy.
 
-    The total of tasks of lm-eval is unknown in the beginning.
+    Attributes:
+        policy: name.
+        progress: called after each sample.
+        done: answered samples.
+        total: samples to answer; of tasks of lm-eval, their number is unknown in the beginning.
+        figures: the latest scores.
     """
 
     policy: str

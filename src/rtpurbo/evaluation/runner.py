@@ -30,10 +30,14 @@ from rtpurbo.settings import Progress, no_progress
 
 @dataclass(frozen=True)
 class Job:
-    """A policy to evaluate on a requested case, which stands for several if it is a group of lm-eval's tasks.
+    """A policy to evaluate on a case.
 
-    Done cases have results already. Budget records are those of the policy that sets budgets, and empty for
-    policies without one. Questions are consecutive ones of the case; None asks all.
+    Attributes:
+        policy: name.
+        case: as requested; a group of lm-eval's tasks stands for several cases.
+        done: cases that have results of the policy already.
+        budget_records: records of the policy that sets budgets; empty for policies without a budget.
+        questions: consecutive questions of the case to ask; None asks all.
     """
 
     policy: str
@@ -57,9 +61,12 @@ class Listener(Protocol):
 
 
 class Runner:
-    """Runs jobs one after the other in this process, with task suites by name.
+    """Runs jobs one after the other in this process.
 
-    Cache sizes are computed at `cache_length` tokens; None takes each case's length.
+    Args:
+        source: the artifact, and how its models are loaded.
+        suites: task suites by name.
+        cache_length: tokens at which cache sizes are computed; None takes each case's length.
     """
 
     count = 1

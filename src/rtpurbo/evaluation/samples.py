@@ -20,10 +20,14 @@ from rtpurbo.files import write_text_atomically
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with the expected strings and the model's text.
+    """A question with the model's answer.
 
-    The score is 100 if the answer is correct, 0 if not, or between if some expected strings are missing. A
-    short hash of the prompt serves to compare prompts of two runs.
+    Attributes:
+        answers: expected strings.
+        generated: the model's text.
+        score: 100 if the answer is correct, 0 if not, or between if some expected strings are missing.
+        prompt_tokens: length of the prompt.
+        prompt_hash: short hash of the prompt, to compare prompts of two runs.
     """
 
     answers: list[str]
@@ -43,10 +47,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Score of a case by one metric, correct answers in percent or perplexity.
+    """Score of a case by one metric.
 
-    The 95 % interval, by bootstrap over the `count` questions or windows, is None if the score is not a mean
-    over them. There are no samples of perplexity; metrics have a name where a suite has several.
+    Attributes:
+        score: correct answers in percent, or perplexity.
+        ci95: 95 % interval of the score, by bootstrap over questions or windows; None if the score is
+            not a mean over them.
+        count: number of questions or windows.
+        samples: all questions; empty for perplexity.
+        metric: name of the metric, where a suite has several.
     """
 
     score: float
@@ -71,7 +80,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """A sample and its case; fields are those of `Record`, with the number of the question in the case from 0."""
+    """A sample and its case.
+
+    Attributes:
+        suite: as in `rtpurbo.evaluation.records.Record`, like the next three.
+        task: of the suite.
+        context_length: tokens.
+        policy: name.
+        seed: of the case.
+        number: of the question in the case, from 0.
+        sample: the question and the answer.
+        metric: as in `Record`.
+    """
 
     suite: str
     task: str
@@ -90,7 +110,11 @@ def write_samples(path: str | Path, records: Sequence[SampleRecord]) -> None:
 
 
 def read_samples(path: str | Path) -> list[SampleRecord]:
-    """Returns the samples that `write_samples` wrote; refuses a missing or corrupt file."""
+    """Returns the samples that `write_samples` wrote.
+
+    Raises:
+        RTPurboError: the file is missing or corrupt.
+    """
     path = Path(path)
     if not path.is_file():
         raise RTPurboError(f"there is no file of samples {path}; check the path.")

@@ -69,9 +69,13 @@ class TaskSuite(ABC):
 
 @dataclass(frozen=True)
 class Instance:
-    """Question of a case with its prompt, as an instance of LM Evaluation Harness.
+    """Question of a case with its prompt and score, as an instance of LM Evaluation Harness.
 
-    The score of an answer is from 0 to 1.
+    Attributes:
+        prompt_ids: tokens of the prompt.
+        answers: expected strings.
+        max_new_tokens: limit of the answer.
+        score: returns the score of an answer, from 0 to 1.
     """
 
     prompt_ids: Sequence[int]
@@ -149,9 +153,15 @@ def questions_at_once(model: PreTrainedModel, context_length: int, most: int = M
 def batches_by_length(
     model: PreTrainedModel, lengths: Sequence[int], most: int = MOST_SHORT_AT_ONCE
 ) -> list[list[int]]:
-    """Returns batches of questions of similar length, the longest first, as indices into `lengths`.
+    """Returns batches of questions of similar length, the longest first.
 
-    Lengths are tokens of prompt and answer together.
+    Args:
+        model: dense or sparse.
+        lengths: tokens of each question's prompt and answer, at least one.
+        most: largest batch size.
+
+    Returns:
+        Indices into `lengths`, by batch.
     """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     batches = []

@@ -40,7 +40,12 @@ from rtpurbo.settings import Progress, no_progress
 class Report:
     """Results of a job that ran in a worker process; a `Listener` that is sent to the caller's process.
 
-    `too_large` is the error message of a job that may have run out of memory.
+    Attributes:
+        job: which.
+        tests: cases that each requested case stands for.
+        answers: number of answered samples.
+        parts: measurements.
+        too_large: the error message, if the job may have run out of memory.
     """
 
     job: Job
@@ -71,7 +76,11 @@ class Report:
 
 
 class WorkerPool:
-    """Processes that run jobs; `started_workers` starts them and shuts them down."""
+    """Processes that run jobs; `started_workers` starts them and shuts them down.
+
+    Attributes:
+        count: number of processes.
+    """
 
     def __init__(self, pool: ProcessPoolExecutor, count: int = 1) -> None:
         self._pool, self.count = pool, count
@@ -154,7 +163,11 @@ def _device(device: torch.device, index: int) -> torch.device:
 
 
 class _Worker:
-    """State of a worker process, which makes its runner at the first job, so that errors reach the caller."""
+    """State of a worker process.
+
+    Args:
+        new_runner: makes the runner at the first job, so that its errors reach the caller.
+    """
 
     def __init__(self, new_runner: Callable[[], Runner]) -> None:
         self._runner = cache(new_runner)

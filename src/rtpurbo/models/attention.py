@@ -128,8 +128,19 @@ def unconverted_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs window attention by the operators of `rtpurbo.ops`, any other by that of PyTorch.
 
-    Arguments and result are as of `sparse_attention`; a mask may also be bool [batch, 1, q_len, k_len], and None is
-    a causal one.
+    Args:
+        module: the attention module.
+        query: [batch, num_attention_heads, q_len, head_dim].
+        key: [batch, num_key_value_heads, k_len, head_dim].
+        value: shaped as `key`.
+        attention_mask: the positions of the keys and the window; bool [batch, 1, q_len, k_len]; or None for a
+            causal mask.
+        s_aux: learned sinks [num_attention_heads].
+        scaling: factor on the dot products; None for head_dim ** -0.5.
+        kwargs: of transformers' attention interface.
+
+    Returns:
+        Output [batch, q_len, num_attention_heads, head_dim], and None for the weights.
 
     Raises:
         RTPurboError: logits are capped, there are learned sinks and another mask than that of a window, or it

@@ -158,7 +158,16 @@ def load_referenced(
 
 
 def read_config(name: str | None, *, revision: str | None = None) -> PretrainedConfig:
-    """Reads the configuration of a base model, or of its text decoder; only the configuration is downloaded.
+    """Reads the configuration of a base model, without its weights.
+
+    Only the configuration is downloaded.
+
+    Args:
+        name: as for `load_base_model`; a folder needs no other file than config.json.
+        revision: a branch, tag or commit on the Hub.
+
+    Returns:
+        The configuration; of a multimodal model, that of its text decoder.
 
     Raises:
         RTPurboError: the model does not exist, or its architecture is not supported.

@@ -62,9 +62,16 @@ def find_on_hub(
 def refusal_message(
     error: BaseException | None, kind: str, name: str, revision: str | None
 ) -> str | None:
-    """Returns the sentence for a request for a `kind` of repository that the Hub answered with a refusal.
+    """Returns the sentence for a request that the Hub answered with a refusal.
 
-    It is None if the Hub did not answer, as without a network.
+    Args:
+        error: raised by `huggingface_hub`.
+        kind: of repository, "model" or "artifact".
+        name: of the repository.
+        revision: that was asked for.
+
+    Returns:
+        The sentence; None if the Hub did not answer, as without a network.
     """
     if isinstance(error, LocalEntryNotFoundError):  # an EntryNotFoundError of the local cache
         return None

@@ -74,13 +74,18 @@ class Loaded(NamedTuple):
 
 
 def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -> PretrainedConfig:
-    """Loads and checks the configuration of a model in a folder or on the Hub, without its weights.
+    """Loads and checks the configuration of a model, without its weights.
 
-    For a multimodal model, it is that of the text decoder; for a sparse one, which is refused unless `sparse` is set,
-    that of the dense model.
+    Args:
+        name: a folder or a name on the Hub.
+        sparse: also take a sparse model, and return its dense configuration.
+        options: for `AutoConfig.from_pretrained`.
 
     Raises:
         RTPurboError: it cannot be loaded, or its architecture is not supported.
+
+    Returns:
+        The configuration; of a multimodal model, that of its text decoder.
     """
     return _load_configs(name, sparse=sparse, **options)[0]
 

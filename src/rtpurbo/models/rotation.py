@@ -133,9 +133,14 @@ class RotaryProbe:
         return cls(plain, _like(embeddings, 1 - turned, turned), codes, angles)
 
     def layout(self, plain: Tensor, coded: Tensor) -> RotaryLayout | None:
-        """Returns the rotation that explains queries and keys [batch, heads, tokens, head_dim] under both embeddings.
+        """Returns the rotation that explains a layer's states under both embeddings.
 
-        It is None if no rotation explains them.
+        Args:
+            plain: queries and keys [batch, heads, tokens, head_dim] under `plain`.
+            coded: those of the same hidden states under `coded`.
+
+        Returns:
+            None if no rotation explains them.
         """
         return _decode(plain[0].double().cpu(), coded[0].double().cpu(), self.codes, self.angles)
 

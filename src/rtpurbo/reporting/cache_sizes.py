@@ -17,10 +17,15 @@ _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Sizes of the base model that its cache depends on; None or empty where they are not known.
+    """Sizes of the base model that its cache depends on.
 
-    The cache shares the data type of the stored weights unless loaded otherwise. The window is that of the
-    layers that are not converted; `of_layers` has, by layer, the sizes that differ there.
+    Attributes:
+        head_dim: dimensions of a key and of a value.
+        dtype: data type of the stored weights, which the cache shares unless loaded otherwise.
+        layer_window: window in tokens of the layers that are not converted.
+        num_kv_heads: KV heads of a layer; None if they are not known.
+        layer_types: type of each layer; empty if they are not known.
+        of_layers: by layer, the sizes that differ there.
     """
 
     head_dim: int
@@ -40,7 +45,11 @@ class CacheShape:
 
 
 def read_cache_shape(folder: Path) -> CacheShape | None:
-    """Reads the base model's sizes from an artifact's or an export's config.json; None if it does not state them."""
+    """Reads the base model's sizes from an artifact's or an export's config.json.
+
+    Returns:
+        The sizes; None if the folder has no such file or the file does not state them.
+    """
     try:
         data = strict_json.read(folder / MODEL_CONFIG_FILE)
     except (OSError, ValueError):

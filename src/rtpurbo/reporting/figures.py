@@ -34,10 +34,14 @@ MARKERS = ("o", "s", "^", "D")
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a plot of a quantity, whose name has its unit.
+    """One direction of a plot.
 
-    Values are written with as few digits as needed unless `write` does it. The range has the values `include`
-    in any case, such as 0; matplotlib chooses the ticks if there are none.
+    Attributes:
+        name: measured quantity, with its unit.
+        write: text of a value; None writes it with as few digits as needed.
+        scale: linear, or logarithmic to base 10 or 2.
+        include: values inside the range in any case, such as 0.
+        ticks: values with a label; None lets matplotlib choose.
     """
 
     name: str
@@ -103,15 +107,29 @@ def has_matplotlib() -> bool:
 
 
 def check_matplotlib(command: str) -> None:
-    """Refuses a command or option that draws where matplotlib is missing."""
+    """Refuses a command that draws where matplotlib is missing.
+
+    Args:
+        command: command or option, for the message.
+
+    Raises:
+        RTPurboError: matplotlib is not installed.
+    """
     if not has_matplotlib():
         raise RTPurboError(f"{command} needs matplotlib: pip install 'rtpurbo[plots]'.")
 
 
 def line_plot(title: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Returns an `<svg>` element of lines with markers and intervals, the first on top.
+    """Draws lines with markers and intervals.
 
-    Its title is the subject, for the alternative text.
+    Args:
+        title: subject of the plot, for the alternative text.
+        series: the lines, the first on top.
+        x: the horizontal axis.
+        y: the vertical axis.
+
+    Returns:
+        An `<svg>` element.
     """
     with _figure(WIDTH, HEIGHT) as figure:
         axes = _axes(figure)
@@ -179,10 +197,19 @@ def bar_plot(
     style: int | None = 0,
     write: Callable[[float], str] | None = None,
 ) -> str:
-    """Returns an `<svg>` element of vertical bars from 0.
+    """Draws vertical bars from 0.
 
-    Names of bars are thinned where they would overlap; `x_name` says what they mean. Values in tooltips are
-    written as on the axis unless `write` does it.
+    Args:
+        title: subject of the plot, for the alternative text.
+        names: labels of the bars; thinned where they would overlap.
+        values: heights.
+        y: the vertical axis.
+        x_name: meaning of the labels.
+        style: index of the colour.
+        write: text of a value in tooltips; as on the axis if None.
+
+    Returns:
+        An `<svg>` element.
     """
     write = write or y.text
     hints = [f"{name}: {write(value)}" for name, value in zip(names, values, strict=True)]
@@ -213,7 +240,7 @@ def heat_map(
     names: tuple[str, str],
     side: float = 14.0,
 ) -> tuple[str, float]:
-    """Returns an `<svg>` element with a square for each entry of a matrix, and its width in units.
+    """Draws a square for each entry of a matrix.
 
     Args:
         levels: columns of values from 0 to 1, of any lengths; None draws an empty square.
@@ -222,6 +249,9 @@ def heat_map(
         alternative: text in place of the picture.
         names: names of the horizontal and the vertical axis.
         side: units from one square to the next.
+
+    Returns:
+        An `<svg>` element and its width in units.
     """
     columns, rows = len(levels), max(map(len, levels), default=0)
     left, top, right, bottom = 36.0, 6.0, 8.0, 36.0

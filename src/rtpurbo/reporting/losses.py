@@ -20,10 +20,12 @@ Tint = Literal["", "slight", "heavy"]
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss against the dense model in points, or percent of perplexity; negative for a gain.
+    """Loss against the dense model.
 
-    It is chance if the 95 % interval allows for no difference (None without one). A loss up to the tolerance
-    is never tinted.
+    Attributes:
+        amount: points, or percent of perplexity; negative for a gain.
+        is_chance: whether the 95 % interval allows for no difference; None without an interval.
+        tolerance: loss that is never tinted.
     """
 
     amount: float

@@ -24,10 +24,15 @@ _UNREADABLE = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.Unp
 class Checkpoint:
     """Checkpoints with trained tensors, optimiser, schedule and position in the data of one stage.
 
-    Each checkpoint is one file, written whole or not at all by the main process; the last `keep` are kept,
-    and if the last one cannot be read, the one before is restored. Tensors are stored unsharded and in the
-    order of the parameters, so that any number of processes, with FSDP or not, can resume. Queries and
-    targets are drawn by step number, so there is no random state to save. Without a folder, nothing is saved.
+    Each checkpoint is one file, written whole or not at all; only the last few are kept. Tensors are
+    stored unsharded and in the order of the parameters, so that any number of processes, with FSDP or
+    not, can resume. Queries and targets are drawn by step number, so there is no random state to save.
+
+    Args:
+        folder: folder of the files, shared by all processes; None saves nothing.
+        every: steps between two checkpoints.
+        keep: number of checkpoints to keep; if the last one cannot be read, the one before is restored.
+        processes: processes that train; the main one writes.
     """
 
     def __init__(
@@ -55,10 +60,18 @@ class Checkpoint:
         position: Callable[[], Any] | None = None,
         force: bool = False,
     ) -> None:
-        """Saves a checkpoint if `step` (the number of steps done) is due or forced; all processes call this together.
+        """Saves a checkpoint if `step` is due; all processes call this together.
 
-        `position` returns the position in the data, in plain types. A full disk is an error that leaves
-        earlier checkpoints.
+        Args:
+            step: number of steps done.
+            parameters: trained parameters.
+            optimizer: their optimiser.
+            schedule: learning-rate schedule.
+            position: returns the position in the data, in plain types.
+            force: save at any step.
+
+        Raises:
+            RTPurboError: the disk is full; earlier checkpoints are kept.
         """
         if self.folder is None or (step % self.every and not force):
             return
@@ -78,7 +91,11 @@ class Checkpoint:
     def restore(
         self, parameters: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler
     ) -> int:
-        """Restores the last checkpoint and returns the number of steps done; 0 if there is none."""
+        """Restores the last checkpoint and returns the number of steps done; 0 if there is none.
+
+        Raises:
+            RTPurboError: no file can be read, or the processes see different files.
+        """
         state = self._last()
         step = 0 if state is None else int(state["step"])
         if len(set(self.processes.gather_objects(step))) > 1:

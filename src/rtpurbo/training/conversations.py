@@ -134,7 +134,11 @@ def _user_turns(
     batch_size: int,
     progress: Progress,
 ) -> list[str]:
-    """Returns distinct user turns that are neither empty nor repetitive."""
+    """Returns distinct user turns that are neither empty nor repetitive.
+
+    Raises:
+        RTPurboError: no sampled turn is usable.
+    """
     stops, header = turn.stop_tokens(tokenizer), encode(tokenizer, turn.before)
     kinds = templates("train")["user_turns"]
     kept: dict[str, str] = {}

@@ -41,19 +41,22 @@ def write_document_answers(
 ) -> list[TrainingSequence]:
     """Writes prose of given lengths, each with an instruction and the model's own answer.
 
-    Prompts of one length have equal numbers of tokens, so that a batch needs no padding. Half of the answers
-    are greedy, the others sampled.
+    Prompts of one length have equal numbers of tokens, so that a batch needs no padding. Half of the
+    answers are greedy, the others sampled.
 
     Args:
         model: dense, before it is made sparse: generation needs a cache, which `Runtime.dense` does not have.
         tokenizer: the model's; its chat template is used if it has one.
         corpus: source of the prose.
-        lengths: tokens of prompt and longest answer together; document k has the length k % len(lengths).
+        lengths: tokens of prompt and longest answer together; documents cycle through them.
         count: number of documents.
         max_answer_tokens: maximum number of tokens of an answer, at most a quarter of the length.
         seed: seed of all randomness; on a CPU, sequences are reproducible.
         batch_tokens: maximum number of tokens of the prompts of a batch, if it has several.
         progress: called as ("documents", written, count, {}) after each batch.
+
+    Returns:
+        `count` sequences, document k of length `lengths[k % len(lengths)]`.
 
     Raises:
         RTPurboError: a length leaves no room for prose, or the corpus is too short.
@@ -97,7 +100,11 @@ def _answer_tokens(length: int, most: int) -> int:
 def document_prompt(
     tokenizer: PreTrainedTokenizerBase, corpus: Prose, length: int, rng: random.Random
 ) -> list[int]:
-    """Returns a document and an instruction as exactly `length` tokens, up to the beginning of the answer."""
+    """Returns a document and an instruction as exactly `length` tokens, up to the beginning of the answer.
+
+    Raises:
+        RTPurboError: `length` leaves no room for prose, or `corpus` is too short.
+    """
     worded = templates("train")["documents"]
     introduction, instruction = (
         rng.choice(worded[part]) for part in ("introductions", "instructions")

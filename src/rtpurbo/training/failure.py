@@ -18,7 +18,14 @@ from rtpurbo.processes import Processes
 
 @dataclass(frozen=True)
 class SequenceResult:
-    """Loss, without gradient, and further figures of one sequence in one step, without those that do not apply."""
+    """Loss and figures of one sequence in one step.
+
+    Attributes:
+        number: number of the sequence.
+        input_ids: tokens of the sequence.
+        loss: scalar without gradient.
+        figures: further scalars by name; those that do not apply are left out.
+    """
 
     number: int
     input_ids: Sequence[int]

@@ -16,7 +16,12 @@ from rtpurbo.models.text import left_padded, stop_tokens
 
 @dataclass(frozen=True)
 class Sampling:
-    """Parameters of nucleus sampling; a temperature of 0 is greedy decoding."""
+    """Sampling parameters.
+
+    Attributes:
+        temperature: sampling temperature; 0 is greedy decoding.
+        top_p: probability mass of nucleus sampling.
+    """
 
     temperature: float
     top_p: float = 1.0

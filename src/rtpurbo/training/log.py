@@ -15,7 +15,9 @@ from rtpurbo.training.trackers import Trackers
 class TrainingLog:
     """Training log with `stage`, `step` and figures of each step, which also passes them on to trackers.
 
-    Without a path, only trackers receive them.
+    Args:
+        path: file; None writes none.
+        trackers: experiment trackers.
     """
 
     def __init__(self, path: Path | None, trackers: Trackers | None = None) -> None:
@@ -23,9 +25,14 @@ class TrainingLog:
         self.trackers = trackers or Trackers()
 
     def write(self, entry: dict[str, Any], **unlogged: float) -> None:
-        """Appends a line of `stage`, `step` and figures.
+        """Appends a line.
 
-        Unlogged figures, such as speed, differ from run to run and go to trackers only.
+        Args:
+            entry: `stage`, `step` and figures.
+            unlogged: figures for trackers only, such as speed, which differ from run to run.
+
+        Raises:
+            RTPurboError: the disk is full; `entries` skips the incomplete line.
         """
         figures = {name: entry[name] for name in entry if name not in ("stage", "step")}
         self.trackers.log(entry["stage"], entry["step"], {**figures, **unlogged})

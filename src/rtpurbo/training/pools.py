@@ -73,7 +73,11 @@ def write_pools(
 
 
 def read_pools(folder: Path) -> Pools:
-    """Returns the pools that `write_pools` wrote; those that no stage trains on are empty."""
+    """Returns the pools that `write_pools` wrote; those that no stage trains on are empty.
+
+    Raises:
+        RTPurboError: a file cannot be read.
+    """
     paths = (folder / CONVERSATIONS_FILE, folder / DOCUMENTS_FILE)
     return Pools(*(read_sequences(path) if path.is_file() else () for path in paths))
 
@@ -91,7 +95,16 @@ def cached_sequences(
     write: Callable[[], Sequence[TrainingSequence]],
     processes: Processes = SINGLE_PROCESS,
 ) -> tuple[TrainingSequence, ...]:
-    """Returns the sequences in a file, which the main process writes first if it does not exist."""
+    """Returns the sequences in a file, which is written first if it does not exist.
+
+    Args:
+        path: the file, written whole or not at all.
+        write: generates the sequences.
+        processes: processes that call this together; the main one writes the file.
+
+    Raises:
+        RTPurboError: the file cannot be read, or the disk is full.
+    """
     if not processes.from_main(path.is_file):
         sequences = write()
         processes.from_main(lambda: save_sequences(path, sequences))
@@ -112,7 +125,11 @@ def save_sequences(path: Path, sequences: Sequence[TrainingSequence]) -> None:
 
 
 def read_sequences(path: Path) -> tuple[TrainingSequence, ...]:
-    """Returns the sequences that `save_sequences` wrote."""
+    """Returns the sequences that `save_sequences` wrote.
+
+    Raises:
+        RTPurboError: the file is missing or corrupt.
+    """
     try:
         tensors = load_file(path)
         parts = tensors["input_ids"].split(tensors["lengths"].tolist())

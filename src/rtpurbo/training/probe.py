@@ -23,10 +23,14 @@ FIGURES = ("recall", "tokens", "oracle_tokens", "divergence")
 
 
 class Probe:
-    """Repeated measurement of the indexers' selection on the same held-out sequences.
+    """Repeated measurement of the indexers' selection on the same sequences.
 
-    States are those of the dense model, or `on_student` of the sparse one. They are kept for all heads with
-    `keep`; else the model runs for each measurement, and the states of each layer are freed after it.
+    Args:
+        model: sparse.
+        sequences: held-out sequences.
+        on_student: use states of the sparse model instead of the dense one's.
+        keep: keep the states of all heads; False runs the model for each measurement and frees the
+            states of each layer after it.
     """
 
     def __init__(

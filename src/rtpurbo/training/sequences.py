@@ -31,7 +31,12 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Pools:
-    """Sequences written before training: short conversations, and long documents with answers."""
+    """Sequences written before training, by task.
+
+    Attributes:
+        conversations: short conversations (`write_conversations`).
+        documents: long documents with answers (`write_document_answers`).
+    """
 
     conversations: tuple[TrainingSequence, ...] = ()
     documents: tuple[TrainingSequence, ...] = ()
@@ -50,10 +55,16 @@ class Pools:
 class TrainingMix:
     """Sequences drawn by number, so that nothing is stored and a resumed run draws the same ones.
 
-    They cycle through `lengths` in tokens; conversations have lengths of their own, most of them short.
-    `mixture` has the shares of the tasks of `rtpurbo.data.tasks.TASKS`; the rest is prose. The purpose makes
-    the sequences of one use differ from those of another. Every sequence of a pool, which the dense model
-    wrote, is used before one is used again.
+    Attributes:
+        tokenizer: the model's.
+        corpus: prose.
+        lengths: tokens of a sequence; sequences cycle through them. Conversations have lengths of their
+            own, most of them short.
+        mixture: share of each task of `rtpurbo.data.tasks.TASKS`; the rest is prose.
+        seed: seed of all randomness.
+        purpose: name that makes the sequences of one use differ from those of another.
+        pools: sequences written by the dense model; every sequence of a pool is used before one is used
+            again.
 
     Raises:
         RTPurboError: a task has a share, but its pool is empty.
@@ -102,7 +113,11 @@ class TrainingMix:
         return kinds if sum(self.mixture.values()) > 1 - 1e-9 else [*kinds, PROSE]
 
     def of_kind(self, kind: str, number: int) -> TrainingSequence:
-        """Sequence `number` of one of `kinds`; prose if the task does not fit the length."""
+        """Sequence `number` of one of `kinds`; prose if the task does not fit the length.
+
+        Raises:
+            RTPurboError: the corpus is too short.
+        """
         draw = None if kind == PROSE else TASKS[kind].draw
         if draw is None and kind != PROSE:
             pool = self._pool(kind)

@@ -16,11 +16,20 @@ Texts = TextCorpus | TextStream
 
 
 class SequenceSource:
-    """Source of sequences in groups of `per_step`, one for each optimiser step, over all processes.
+    """Source of sequences in groups of one optimiser step each.
 
     Group g contains the sequences from g * per_step on. Each of the `per_step` positions in a group is a
-    lane with its own part of a stream, which replaces the corpus of the mix, and lanes are assigned to processes in
-    turn: the sequences do not depend on the number of processes.
+    lane with its own part of a stream, and lanes are assigned to processes in turn: the sequences do not
+    depend on the number of processes.
+
+    Args:
+        mix: mixture of sequences; its corpus is replaced by the lanes of a stream.
+        texts: training texts.
+        per_step: sequences of a group, over all processes.
+        processes: processes that train.
+
+    Raises:
+        RTPurboError: a group cannot be divided evenly among the processes.
     """
 
     def __init__(
@@ -52,6 +61,9 @@ class SequenceSource:
         """Returns this process's sequences of a group, in the order of `numbers`.
 
         Groups of a stream are taken in order; the last one can be taken repeatedly.
+
+        Raises:
+            RTPurboError: texts cannot be read or are too short.
         """
         if group == self._next - 1 and self._group:
             return self._group
@@ -84,7 +96,11 @@ class SequenceSource:
         return {"group": group, "lanes": {key: part[key] for part in parts for key in part}}
 
     def seek(self, position: dict[str, Any] | None) -> None:
-        """Moves to a position that was saved with any number of processes."""
+        """Moves to a position that was saved with any number of processes.
+
+        Raises:
+            RTPurboError: the position lacks a lane of this process.
+        """
         if position is None or not self._streams:
             return
         for lane, stream in self._streams.items():
@@ -101,7 +117,11 @@ class SequenceSource:
 
 
 def check_shares(per_step: int, processes: Processes) -> None:
-    """Refuses groups that cannot be divided evenly among the processes."""
+    """Refuses groups that cannot be divided evenly among the processes.
+
+    Raises:
+        RTPurboError: `per_step` is not a multiple of the number of processes.
+    """
     if per_step % processes.count:
         raise RTPurboError(
             f"{per_step} sequences per step (sequences_per_step) cannot be divided evenly among "

@@ -180,10 +180,15 @@ def num_selecting_queries(sequence: TrainingSequence, settings: DistillationSett
 def loss_of(
     divergence: Tensor, answers: Tensor, settings: DistillationSettings
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the mean loss over all targets plus the weighted mean over those in answers, and the latter.
+    """Returns the mean loss over all targets plus the weighted mean over those in answers.
 
-    Answers are bool [targets], on the CPU to avoid a device synchronisation; without any, there is no
-    `answer_loss`.
+    Args:
+        divergence: [targets].
+        answers: bool [targets], on the CPU to avoid a device synchronisation.
+        settings: `answer_weight`.
+
+    Returns:
+        The loss, and `answer_loss` if there are answers.
     """
     loss = divergence.mean()
     if not answers.any():

@@ -26,7 +26,15 @@ from rtpurbo.settings import DistillationSettings
 
 
 def check_trainable(dtype: torch.dtype, settings: DistillationSettings) -> None:
-    """Refuses to train full weights in a dtype in which most updates would be rounded away."""
+    """Refuses to train full weights in a dtype in which most updates would be rounded away.
+
+    Args:
+        dtype: dtype of the base model.
+        settings: settings of stage 2.
+
+    Raises:
+        RTPurboError: the full weights are to be trained in fewer than 32 bits.
+    """
     if settings.steps and not settings.lora_rank and dtype.itemsize < 4:
         raise RTPurboError(
             f"stage 2 trains all weights (lora_rank 0), which needs float32, but the model is "
@@ -113,7 +121,14 @@ def save_student(
 ) -> None:
     """Writes the weights of stage 2: a LoRA in bf16 (the rounding error is negligible), full weights in their dtype.
 
-    All processes call this together inside `trainable`, and the main one writes. The LoRA is applied at `lora_scale`.
+    Args:
+        student: inside `trainable`.
+        folder: existing folder.
+        processes: processes that trained; all call this together, and the main one writes.
+        lora_scale: factor at which the LoRA is applied.
+
+    Raises:
+        RTPurboError: the disk is full.
     """
     if not isinstance(student, PeftModel):
         # Gathered on all processes, kept on the one that writes.

@@ -115,7 +115,15 @@ class TeacherCache:
     seed: int
 
     def fill(self, teacher: PreTrainedModel, step: int) -> None:
-        """Computes the targets of this process's sequences of a step, unless cached; steps are filled in order."""
+        """Computes the targets of this process's sequences of one step, unless they are cached.
+
+        Args:
+            teacher: dense.
+            step: step number; steps are filled in order.
+
+        Raises:
+            RTPurboError: texts or a file cannot be read, or the disk is full.
+        """
         numbers = self.source.numbers(step)
         missing = torch.tensor([not self._path(number).is_file() for number in numbers])
         needed = missing
@@ -149,7 +157,11 @@ class TeacherCache:
             )
 
     def read(self, number: int) -> tuple[TrainingSequence, TeacherTargets]:
-        """Returns one sequence and its targets."""
+        """Returns one sequence and its targets.
+
+        Raises:
+            RTPurboError: its file cannot be read.
+        """
         with self._opened(number) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return (
@@ -189,11 +201,17 @@ class TeacherCache:
 
 
 def top_logits_divergence(student: Tensor, targets: TeacherTargets) -> Tensor:
-    """Returns the forward KL in nats over the teacher's top tokens and "any other token": [targets].
+    """Returns the forward KL between teacher and student over the teacher's top tokens and "any other token".
 
-    The paper matches the top-10 logits; the additional outcome keeps the student from moving probability to
-    other tokens (our interpretation, docs/experiment-log.md). The student's log-probabilities are those of
-    the targets' tokens.
+    The paper matches the top-10 logits; the additional outcome keeps the student from moving probability to other
+    tokens (our interpretation, docs/experiment-log.md).
+
+    Args:
+        student: [targets, top_logits], the student's log-probabilities of the targets' tokens.
+        targets: the teacher's predictions, on the same device.
+
+    Returns:
+        [targets], in nats.
     """
     teacher = targets.log_probabilities
     inside = (teacher.exp() * (teacher - student)).sum(-1)

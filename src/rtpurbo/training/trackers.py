@@ -19,8 +19,11 @@ logger = logging.getLogger(__name__)
 class Trackers:
     """Trackers that receive the figures of every step as `stage/figure`.
 
-    Names are accelerate's; the folder is for trackers that write files. Nested values of the run's configuration get
-    dotted names.
+    Args:
+        names: accelerate's names of the trackers; may be empty.
+        folder: folder of trackers that write files.
+        run: name of the run.
+        configuration: configuration of the run; nested values get dotted names.
 
     Raises:
         RTPurboError: there is no such tracker, its package is missing, or it cannot start.

@@ -17,8 +17,15 @@ ROWS, COLUMNS = 4096, 8192
 def chosen_logits(states: Tensor, head: nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Returns logits of chosen tokens and the log-sum-exp of all; gradients flow to states and head.
 
-    The logits of a chunk are computed again for its gradients. States [positions, hidden_size] and token ids
-    [positions, chosen] give logits [positions, chosen] and log-sum-exp [positions], in at least fp32.
+    The logits of a chunk are computed again for its gradients.
+
+    Args:
+        states: [positions, hidden_size], the model's last hidden states.
+        head: output embedding, a linear layer of [vocabulary, hidden_size].
+        token_ids: int64 [positions, chosen].
+
+    Returns:
+        Logits [positions, chosen] and log-sum-exp [positions], in at least fp32.
     """
 
     def chosen(states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,9 +49,16 @@ def log_probabilities(states: Tensor, head: nn.Module, token_ids: Tensor) -> Ten
 
 @torch.no_grad()
 def most_likely(states: Tensor, head: nn.Module, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the ids of the most likely tokens in descending order, and their log-probabilities in at least fp32.
+    """Returns the most likely tokens.
 
-    Both are [positions, count], for states [positions, hidden_size].
+    Args:
+        states: [positions, hidden_size].
+        head: output embedding, as in `chosen_logits`.
+        count: number of tokens for each position.
+
+    Returns:
+        Token ids, int64 [positions, count], the most likely first, and their log-probabilities, in at
+        least fp32.
     """
     token_ids, values = [], []
     for part in states.split(_chunk_size(head)):

@@ -52,9 +52,16 @@ def lm_eval(module: str) -> Any:
 
 
 class Harness(TaskSuite):
-    """Tasks of lm-eval in a run, with files that replace the Hub's data of some (`local_config`).
+    """Tasks of lm-eval in a run.
 
-    Answers have the limit of their task if none is given; the seed is that of generated prompts.
+    Args:
+        task_data: files that replace a task's data on the Hub, by the task's name; see
+            `local_config`.
+        max_new_tokens: limit of an answer; None takes that of the task.
+        seed: seed of generated prompts.
+
+    Raises:
+        RTPurboError: lm-eval is not installed, or a file is missing.
     """
 
     def __init__(

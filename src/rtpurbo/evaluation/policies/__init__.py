@@ -31,9 +31,14 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class Source:
-    """Artifact with options for loading; `base_model` replaces the one that it names.
+    """Artifact with options for loading.
 
-    The seed is that of random policies.
+    Attributes:
+        folder: folder of the artifact.
+        device: device of the models.
+        dtype: dtype of the weights.
+        base_model: replaces the base model that the artifact names.
+        seed: seed of random policies.
     """
 
     folder: Path
@@ -67,9 +72,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Policy:
-    """Policy to compare: name, description in one line, and the function that returns its model.
+    """Policy to compare.
 
-    `keeps_index` says whether its cache has index keys.
+    Attributes:
+        name: short name, for commands and tables.
+        description: description in one line.
+        prepare: returns the model.
+        keeps_index: True if the cache has index keys.
     """
 
     name: str
@@ -86,7 +95,9 @@ class Policy:
 class BudgetPolicy(Policy):
     """The artifact's sparse model, whose retrieval heads read a given number of far tokens.
 
-    `selector` returns the selection of that number. A page, if there are any, has two bounds in the cache.
+    Attributes:
+        selector: returns the selection of a number of far tokens.
+        page_size: tokens per page, whose two bounds are in the cache; None without pages.
     """
 
     selector: Callable[[int], Selector]

@@ -72,10 +72,15 @@ def quest(far_tokens: int, page_size: int = PAGE_SIZE) -> Selector:
 
 
 def page_bounds(keys: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the elementwise minimum and maximum of the keys of each page: twice [batch, heads, pages, head_dim].
+    """Returns the elementwise minimum and maximum of the keys of each page.
 
-    Keys [batch, heads, k_len, head_dim] have positions, -1 where there is no key, and pages, both int64
-    [batch, k_len]. A page without a key has zeros.
+    Args:
+        keys: [batch, heads, k_len, head_dim].
+        positions: int64 [batch, k_len], -1 where there is no key.
+        pages: int64 [batch, k_len], page of each key.
+
+    Returns:
+        Two tensors [batch, heads, pages, head_dim]; 0 where a page has no key.
     """
     num_pages = int(pages.max()) + 1 if pages.numel() else 1
     shape = (*keys.shape[:2], num_pages, keys.shape[3])

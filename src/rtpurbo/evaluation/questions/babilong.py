@@ -79,7 +79,11 @@ TASKS = tuple(_TASKS)
 
 @dataclass(frozen=True)
 class BabilongTask(Task):
-    """Task of BABILong with its questions, in the order of the cases."""
+    """Task of BABILong with its questions.
+
+    Attributes:
+        rows: questions, in the order of the cases.
+    """
 
     suite: str = "BABILong"
     rows: Sequence[Row] = field(default=(), repr=False)
@@ -92,7 +96,15 @@ class BabilongTask(Task):
 
 
 def babilong_tasks(rows: Iterable[Row], seed: int) -> dict[str, BabilongTask]:
-    """Returns the tasks that a file has questions for, of which there must be one, in an order drawn from a seed."""
+    """Returns the tasks that a file has questions for.
+
+    Args:
+        rows: rows of the file.
+        seed: seed of the order of the questions.
+
+    Raises:
+        RTPurboError: the file has no question of a known task.
+    """
     by_task: dict[str, list[Row]] = {name: [] for name in TASKS}
     for row in rows:
         if row["task"] in by_task:

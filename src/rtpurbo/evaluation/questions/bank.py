@@ -16,7 +16,12 @@ from rtpurbo.evaluation.task_suite import AnswerSuite, Instance
 
 
 class QuestionBank(AnswerSuite):
-    """Suites of short questions; answers have each suite's default limit if none is given."""
+    """Suites of short questions.
+
+    Args:
+        data: the questions.
+        max_new_tokens: limit of an answer; None takes each suite's default.
+    """
 
     def __init__(self, data: QuestionData, max_new_tokens: int | None = None) -> None:
         self.data, self.max_new_tokens = data, max_new_tokens
@@ -25,7 +30,11 @@ class QuestionBank(AnswerSuite):
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, case: Case, context_length: int
     ) -> list[Case]:
-        """Renders the prompts of a suite; refuses those that do not fit into the context with their answers."""
+        """Renders the prompts of a suite.
+
+        Raises:
+            RTPurboError: a prompt and its answer do not fit into the context.
+        """
         limit = self._limit(SHORT[case.suite])
         longest = max(map(len, self._rendered(tokenizer, case.suite)[: case.samples]))
         if longest + limit > context_length:

@@ -18,7 +18,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Question as a user message, for models with a chat template, and as few-shot text that others continue."""
+    """Question for models with and without a chat template.
+
+    Attributes:
+        message: user message, for models with a chat template.
+        text: few-shot text that a model without a chat template continues.
+    """
 
     message: str
     text: str
@@ -48,10 +53,18 @@ class QuestionSuite:
 
 
 def read_rows(suite: str, path: str | Path, columns: Mapping[str, type]) -> list[Row]:
-    """Reads the questions of a suite from a `.jsonl` or `.jsonl.gz` file, in its order; there is at least one.
+    """Reads the questions of a suite.
+
+    Args:
+        suite: name of the suite, for error messages.
+        path: a `.jsonl` or `.jsonl.gz` file.
+        columns: the columns that every line must have, with the type of their values.
+
+    Returns:
+        At least one row, in the order of the file.
 
     Raises:
-        RTPurboError: the file is missing, empty or of another kind, or a line lacks a column or its type.
+        RTPurboError: the file is missing, empty or of another kind, or a line is malformed.
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -25,14 +25,27 @@ NAMES = (*SHORT, babilong.SUITE)
 
 @dataclass(frozen=True)
 class QuestionData:
-    """Questions of a run by suite, in the order of the files; cases use them in an order drawn from the seed."""
+    """Questions of a run.
+
+    Attributes:
+        rows: questions by suite, in the order of the files.
+        seed: seed of the order in which cases use them.
+    """
 
     rows: Mapping[str, list[Row]]
     seed: int = 0
 
     @classmethod
     def read(cls, paths: Mapping[str, str | Path], seed: int = 0) -> QuestionData:
-        """Reads the questions of suites from their files; `read_rows` describes what it refuses."""
+        """Reads the questions of suites.
+
+        Args:
+            paths: files by suite, names of `NAMES`.
+            seed: seed of the order in which cases use them.
+
+        Raises:
+            RTPurboError: a file is missing, empty or of another kind, or a line is malformed.
+        """
         data = cls(
             {
                 name: read_rows(

@@ -14,10 +14,14 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
 
 @dataclass(frozen=True)
 class Request:
-    """Request for one question of a task, by its number in the case.
+    """Request for one question of a task.
 
-    Prompt and answer have at most `context_length` tokens. The generator is seeded by task, seed and number,
-    and is the source of all randomness.
+    Attributes:
+        materials: materials of haystacks.
+        context_length: maximum number of tokens of prompt and answer.
+        seed: seed of the case.
+        number: number of the question in the case.
+        rng: the source of all randomness, seeded by task, seed and number.
     """
 
     materials: Materials
@@ -53,8 +57,13 @@ class Draft:
 class Task:
     """Task of RULER, or of another suite whose prompts are filled to a length.
 
-    Room is kept for `tokens_to_generate` of an answer. One of several answers is sufficient with
-    `any_answer`, because they are synonyms.
+    Attributes:
+        name: name in the suite.
+        description: one line.
+        tokens_to_generate: maximum number of tokens of the answer, for which room is kept.
+        draft: returns a question.
+        any_answer: one of the answers is sufficient, because they are synonyms.
+        suite: name of the suite in messages.
     """
 
     name: str

@@ -36,7 +36,14 @@ WORDS_TO_A_SENTENCE = 200
 
 @dataclass(frozen=True)
 class Materials:
-    """Materials of haystacks: words, those of prose in order with punctuation, and questions about passages."""
+    """Materials of haystacks.
+
+    Attributes:
+        vocabulary: words of keys and lists.
+        essay: words of prose in order, with punctuation.
+        single_hop: questions that one passage answers.
+        two_hop: questions that need two passages.
+    """
 
     vocabulary: Vocabulary
     essay: tuple[str, ...]
@@ -51,9 +58,16 @@ class Materials:
         hotpotqa: str | Path | None = None,
         vocabulary: Vocabulary | None = None,
     ) -> Materials:
-        """Returns the materials of a run, with built-in questions and the words of `load_vocabulary` by default.
+        """Returns the materials of a run.
 
-        Files of questions are in SQuAD's format for `qa_1`, and HotpotQA's distractor format for `qa_2`.
+        Args:
+            corpus: prose.
+            squad: file in SQuAD's format for `qa_1`; None for the built-in questions.
+            hotpotqa: file in HotpotQA's distractor format for `qa_2`; None for the built-in questions.
+            vocabulary: words; None for those of `load_vocabulary`.
+
+        Raises:
+            RTPurboError: a file is missing or of another format.
         """
         words = (word for document in corpus.documents for word in document.split())
         return cls(

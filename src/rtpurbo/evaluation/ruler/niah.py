@@ -26,8 +26,13 @@ SMALLEST = {"noise": 20, "needles": 8, "essay": 100}
 class NeedleTask:
     """Kind of needle task.
 
-    The haystack is repeated noise, needles with other keys, or prose. Keys are compounds of two words or
-    UUIDs, values seven digits or UUIDs; keys that are not queried are distractors.
+    Attributes:
+        haystack: repeated noise, needles with other keys, or prose.
+        keys: compounds of two words, or UUIDs.
+        values: seven digits, or UUIDs.
+        num_keys: number of keys; those that are not queried are distractors.
+        num_values: number of values of each key.
+        num_queries: number of queried keys.
     """
 
     haystack: Literal["noise", "needles", "essay"]

@@ -15,9 +15,13 @@ from rtpurbo.errors import RTPurboError
 
 @dataclass(frozen=True)
 class PassageQuestion:
-    """Question with its correct answers, which are synonyms, and the numbers of the passages that answer it.
+    """Question that passages of its set answer.
 
-    Related passages are the most similar others.
+    Attributes:
+        question: text of the question.
+        answers: correct answers, which are synonyms.
+        gold: numbers of the passages that answer it.
+        related: numbers of the most similar other passages.
     """
 
     question: str
@@ -28,7 +32,13 @@ class PassageQuestion:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions, at least one, and the distinct passages they are about."""
+    """Questions and the passages they are about.
+
+    Attributes:
+        name: source of the questions.
+        passages: distinct texts.
+        questions: at least one question.
+    """
 
     name: str
     passages: tuple[str, ...]

@@ -78,9 +78,12 @@ class RulerSuite(AnswerSuite):
 
 @dataclass(frozen=True)
 class Example:
-    """Question of a case, with a prompt that includes the opening words of the answer.
+    """Question of a case.
 
-    A correct answer contains `answers`, and for tasks that check them none of `rejected`.
+    Attributes:
+        prompt_ids: tokens of the prompt, including the opening words of the answer.
+        answers: strings that a correct answer contains.
+        rejected: strings that a correct answer does not contain, for tasks that check them.
     """
 
     prompt_ids: array[int]

@@ -16,9 +16,13 @@ from rtpurbo.errors import RTPurboError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words by part of speech in alphabetical order, none of which is in training needles; verbs for lists only.
+    """Words by part of speech, none of which is in training needles.
 
-    The name of their source is recorded in results because other words give other samples.
+    Attributes:
+        name: source, recorded in results because other words give other samples.
+        adjectives: adjectives in alphabetical order.
+        nouns: nouns in alphabetical order.
+        verbs: verbs in alphabetical order, for lists only.
     """
 
     name: str

@@ -14,7 +14,16 @@ MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 
 def attention_logits(query_states: Tensor, key_states: Tensor, scaling: float) -> Tensor:
-    """Scaled dot products [batch, heads, q_len, k_len] in at least fp32; keys are expanded to the query heads."""
+    """Scaled dot products in at least fp32.
+
+    Args:
+        query_states: [batch, heads, q_len, head_dim].
+        key_states: [batch, heads, k_len, head_dim], expanded to the query heads.
+        scaling: the model's factor, usually head_dim ** -0.5.
+
+    Returns:
+        [batch, heads, q_len, k_len].
+    """
     logits = query_states @ key_states.transpose(-1, -2)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) * scaling
 

@@ -30,9 +30,16 @@ def forward_divergence(teacher_logits: Tensor, student_logits: Tensor, visible: 
 def near_and_far(
     query_indices: Tensor, document_starts: Tensor, sliding_window: int, num_sink_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Masks bool [queries, length] of the near keys (sinks and window) and of the far keys in packed documents.
+    """Masks of the near keys (sinks and window) and of the far keys of queries in packed documents.
 
-    Queries and `document_starts` are as in `indexer_divergence`; sinks are the first keys of the query's document.
+    Args:
+        query_indices: int64 [queries], indices of the queries in the packed sequence.
+        document_starts: int64 [length], index of the first token of each token's document.
+        sliding_window: W keys, including the query's own.
+        num_sink_tokens: S, the first keys of the query's document.
+
+    Returns:
+        Two disjoint masks, bool [queries, length].
     """
     keys = torch.arange(document_starts.numel(), device=query_indices.device)
     queries, starts = query_indices[:, None], document_starts[query_indices][:, None]

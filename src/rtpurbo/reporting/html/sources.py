@@ -25,7 +25,12 @@ Test = tuple[str, str, str | None, int, str]
 
 @dataclass(frozen=True)
 class Origin:
-    """Provenance of results: the name of their file, and its entries on model, device, versions, commit and command."""
+    """Provenance of results.
+
+    Attributes:
+        file: name of their file.
+        facts: its entries on model, device, versions, commit and command.
+    """
 
     file: str
     facts: dict[str, Any]
@@ -51,10 +56,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class Quality:
-    """Measurements of one model, of one or more files; of two of the same test, the later file's.
+    """Measurements of one model, of one or more files.
 
-    The model has the files' name. If `cache_length` is known, it is the length of every cache size. Origins
-    are those of each record, by its test.
+    Attributes:
+        model: as the files name it.
+        records: the measurements; of two of the same test, the later file's.
+        cache_length: tokens at which every cache size was measured; None for each record's length.
+        averages: of suites, where the files have them.
+        origins: provenance of each record, by its test.
     """
 
     model: str
@@ -86,9 +95,16 @@ class Speed:
 
 @dataclass
 class Sources:
-    """Data of a report: an artifact, if one was given, with its training curves, and measurements.
+    """Data of a report.
 
-    Quality is by model, speed by file, and each file has an origin. Remarks are sentences on how files were merged.
+    Attributes:
+        artifact: the sparse model, if one was given.
+        head_dim: dimensions of its heads, if the artifact records them.
+        curves: entries of its training log.
+        quality: measurements of quality, by model.
+        speed: benchmarks, by file.
+        origins: of every file.
+        remarks: sentences on how files were merged.
     """
 
     artifact: ArtifactConfig | None = None

@@ -16,9 +16,14 @@ _SYMBOLS = dict(zip(MARKERS, "●■▲◆", strict=True))
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: the value, below it the difference to the dense model, and further small lines.
+    """A table cell.
 
-    The tint is `slight`, `heavy` or empty.
+    Attributes:
+        text: the value.
+        delta: difference to the dense model, below it.
+        lines: further small lines.
+        tint: `slight`, `heavy` or empty.
+        bold: whether the value is bold.
     """
 
     text: str
@@ -69,7 +74,14 @@ class Legend(Block):
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure and the conditions of its measurement; without a legend where several plots share one."""
+    """A figure.
+
+    Attributes:
+        title: subject.
+        where: conditions of the measurement: samples, device, dtype.
+        svg: the drawing.
+        legend: names of the series; None where several plots share one.
+    """
 
     title: str
     where: str
@@ -140,7 +152,13 @@ class Folded(Block):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report; links lead to its anchor."""
+    """A part of the report.
+
+    Attributes:
+        anchor: target of links.
+        title: heading.
+        blocks: its content.
+    """
 
     anchor: str
     title: str

@@ -19,7 +19,12 @@ from rtpurbo.reporting.selection import far_share, lengths_of, pick
 
 @dataclass(frozen=True)
 class Headline:
-    """A headline figure: its value, and below it its meaning."""
+    """A headline figure.
+
+    Attributes:
+        value: the number.
+        label: its meaning, below it.
+    """
 
     value: str
     label: str
