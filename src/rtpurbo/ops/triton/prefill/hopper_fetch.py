@@ -13,6 +13,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+# Two names that Gluon changed between Triton 3.6 and 3.9.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
 
 @gluon.jit
 def schedule(
@@ -64,6 +68,16 @@ def block_list_step(
 
 
 @gluon.jit
+def _reinterpret(buffer, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Buffer of another shape and layout over the same memory."""
+    if HAS_REINTERPRET:
+        view = buffer.reinterpret(buffer.dtype, SHAPE, LAYOUT)
+    else:
+        view = buffer._reinterpret(buffer.dtype, SHAPE, LAYOUT)
+    return view
+
+
+@gluon.jit
 def _fetch(
     key_descriptor, value_descriptor, sequence, head, first_slot, second_slot,
     key_buffers, value_buffers, key_ready, key_empty, value_ready, value_empty, stage, phase,
@@ -76,39 +90,37 @@ def _fetch(
         # Each unit of 64 keys and 64 dimensions is one swizzled part of the stage.
         UNITS: gl.constexpr = D // 64 * 2
         unit_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
-        key_units = key_buffers.index(stage)._reinterpret(
-            key_buffers.dtype, [UNITS, 1, 1, BLOCK, 64], unit_layout
-        )
+        key_units = _reinterpret(key_buffers.index(stage), [UNITS, 1, 1, BLOCK, 64], unit_layout)
         for half in gl.static_range(D // 64):
-            tma.async_copy_global_to_shared(
+            load_tile(
                 key_descriptor, [sequence, head, first_slot, half * 64],
                 key_ready.index(stage), key_units.index(half * 2),
             )  # fmt: skip
-            tma.async_copy_global_to_shared(
+            load_tile(
                 key_descriptor, [sequence, head, second_slot, half * 64],
                 key_ready.index(stage), key_units.index(half * 2 + 1),
             )  # fmt: skip
     else:
-        tma.async_copy_global_to_shared(
+        load_tile(
             key_descriptor, [sequence, head, first_slot, 0], key_ready.index(stage), key_buffers.index(stage)
         )  # fmt: skip
     mbarrier.wait(value_empty.index(stage), phase ^ 1)
     mbarrier.expect(value_ready.index(stage), N * D * 2)
     if BLOCK_SPARSE:
-        value_units = value_buffers.index(stage)._reinterpret(
-            value_buffers.dtype, [UNITS, 1, 1, BLOCK, 64], unit_layout
+        value_units = _reinterpret(
+            value_buffers.index(stage), [UNITS, 1, 1, BLOCK, 64], unit_layout
         )
         for half in gl.static_range(D // 64):
-            tma.async_copy_global_to_shared(
+            load_tile(
                 value_descriptor, [sequence, head, first_slot, half * 64],
                 value_ready.index(stage), value_units.index(half * 2),
             )  # fmt: skip
-            tma.async_copy_global_to_shared(
+            load_tile(
                 value_descriptor, [sequence, head, second_slot, half * 64],
                 value_ready.index(stage), value_units.index(half * 2 + 1),
             )  # fmt: skip
     else:
-        tma.async_copy_global_to_shared(
+        load_tile(
             value_descriptor, [sequence, head, first_slot, 0],
             value_ready.index(stage), value_buffers.index(stage),
         )  # fmt: skip
@@ -134,7 +146,7 @@ def fetch_steps(
     )
     if steps > 0:
         mbarrier.expect(query_ready, M * D * 2)
-        tma.async_copy_global_to_shared(
+        load_tile(
             query_descriptor, [sequence, head, first_query, 0], query_ready, query_buffer
         )  # fmt: skip
     for step in range(steps):
