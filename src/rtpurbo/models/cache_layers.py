@@ -209,6 +209,12 @@ class HeadwiseLayer(CacheLayerMixin):
     ) -> tuple[KeyValueStates, KeyValueStates]:
         """Appends tokens in the slots of `begin_forward`, and returns the keys and values of their queries.
 
+        Args:
+            key_states: [batch, num_key_value_heads, new, head_dim], after RoPE.
+            value_states: shaped as `key_states`.
+            index_keys: [batch, num_index_keys, new, index_dim] or None.
+            layout: the layer's heads.
+
         Returns:
             States of the full and of the windowed KV heads.
         """

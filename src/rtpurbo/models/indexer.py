@@ -75,7 +75,12 @@ class TokenIndexer(nn.Module):
         )
 
     def features(self, states: Tensor, undo_rotation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the features [batch, heads, length, features] of states after RoPE that are projected."""
+        """Returns the features that are projected: [batch, heads, length, features].
+
+        Args:
+            states: [batch, heads, length, head_dim], after RoPE.
+            undo_rotation: function that returns states before RoPE.
+        """
         if self.settings.index_space == "pre_rope":
             states = undo_rotation(states)
         return states[..., self.feature_dimensions]

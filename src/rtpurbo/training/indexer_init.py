@@ -55,7 +55,11 @@ def low_rank_projections(
 ) -> tuple[Tensor, Tensor]:
     """Returns the rank-`rank` projections whose dot product is closest to `scaling * f(q) . f(k)`.
 
-    Moments of query and key features are [features, features].
+    Args:
+        query_moment: second moment of the query features, [features, features].
+        key_moment: second moment of the key features, [features, features].
+        scaling: factor on the dot products.
+        rank: index_dim.
 
     Returns:
         W_Q and W_K, [rank, features]; rows beyond the number of features are zero.

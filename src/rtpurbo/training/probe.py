@@ -108,7 +108,12 @@ class Probe:
 
 
 def queries_with_far_keys(positions: Tensor, rule: AttentionRule) -> Tensor:
-    """Returns the ascending positions of queries that have keys beyond sinks and window, from those in a document."""
+    """Returns the ascending positions of queries that have far keys to select.
+
+    Args:
+        positions: int64 [length], position of each query in its document.
+        rule: sinks and window, beyond which keys are far.
+    """
     return (positions >= rule.num_sink_tokens + rule.near_window).nonzero()[:, 0]
 
 

@@ -25,8 +25,11 @@ def near_mask(
 ) -> Tensor:
     """Mask of sinks and window: bool [batch, 1 or heads, q_len, k_len].
 
-    The window has W keys including the query's own, or int64 [heads] for a window per head. Positions are -1 for
-    padding and for empty slots.
+    Args:
+        query_positions: int64 [batch, q_len].
+        key_positions: int64 [batch, k_len], -1 for empty slots.
+        sliding_window: W keys including the query's own, or int64 [heads] for a window per head.
+        num_sink_tokens: S, keys at positions 0 to S - 1.
     """
     if isinstance(sliding_window, Tensor):
         sliding_window = sliding_window[None, :, None, None]
