@@ -1,5 +1,6 @@
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,10 @@ from tests.tiny_artifact import save_tiny_artifact, save_tiny_base
 
 # Tensors here are tiny: a second thread only waits, for long where cores are shared.
 torch.set_num_threads(1)
+
+# A busy machine takes longer than Hypothesis allows an example.
+hypothesis.settings.register_profile("rtpurbo", deadline=None)
+hypothesis.settings.load_profile("rtpurbo")
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def test_a_configuration_survives_json(config):
 
 
 @given(head_map=head_maps())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_any_head_map_survives_json(head_map):
     config = RTPurboConfig(head_map)
     assert RTPurboConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -139,7 +139,7 @@ def test_a_head_map_counts_its_heads():
 
 
 @given(head_map=head_maps())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_full_key_value_heads_are_those_that_serve_a_retrieval_head(head_map):
     for layer in head_map.converted_layers:
         group, heads = head_map.group_size(layer), head_map.retrieval_heads[layer]
@@ -195,7 +195,7 @@ def test_the_default_window_is_an_eighth_of_the_context_within_bounds(context, w
 
 
 @given(contexts=st.tuples(st.integers(1, 10**7), st.integers(1, 10**7)))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_default_window_grows_with_the_context(contexts):
     small, large = map(default_sliding_window, sorted(contexts))
     assert 256 <= small <= large <= 8192

@@ -30,7 +30,7 @@ def tokenizer_with_begin_token():
     return tokenizer
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     length=st.integers(900, 4000),
     seed=st.integers(0, 1000),
@@ -115,7 +115,7 @@ def test_every_answer_must_be_in_the_generated_text():
     assert not is_correct(example, f"{first} and 9{second}")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(length=st.integers(700, 3000), seed=st.integers(0, 1000), depth=st.floats(0, 0.9))
 def test_calibration_document(length, seed, depth):
     tokenizer = tiny_tokenizer()

@@ -4,6 +4,8 @@ import sys
 import memory
 import pytest
 
+from rtpurbo.conversion.defaults import default_rule
+
 
 @pytest.mark.parametrize(
     ("effort", "stages"),
@@ -35,7 +37,7 @@ def test_a_tiny_shape_is_measured_in_a_process_of_its_own(
 
 def test_lengths_are_those_of_a_long_context():
     settings = memory.settings_without_answers("thorough", 40960, 32768)
-    assert settings.attention.sliding_window == 3584
+    assert settings.attention == default_rule("thorough", 40960)
     assert settings.calibration.length == 16384
     assert settings.stage1.lengths == (8192, 16384, 32768)
     assert settings.stage2.lengths == (8192, 32768, 16384, 32768)

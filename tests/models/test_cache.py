@@ -68,7 +68,7 @@ def check_continuation(model, cache, ids, mask, held):
     slack=st.integers(0, 4),
     ordered=st.booleans(),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_ring_shows_each_query_its_sinks_and_window(
     padding, chunks, window, sinks, slack, ordered
 ):
@@ -115,7 +115,7 @@ def check_addresses(states, sinks, is_chunk_behind_ring):
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), reserve=st.integers(0, 60))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_growing_buffer_has_little_slack(sizes, reserve):
     buffer = GrowingBuffer(reserve)
     states = torch.arange(sum(sizes), dtype=torch.float32).reshape(1, 1, -1, 1)

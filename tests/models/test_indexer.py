@@ -28,7 +28,7 @@ from tests.tiny_models import (
     shortest=st.floats(1, 1e6),
     at_least=st.integers(1, 12),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_low_frequency_dimensions_are_slow_pairs_and_unrotated_ones(
     wavelengths, unrotated, shortest, at_least
 ):

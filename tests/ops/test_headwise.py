@@ -62,7 +62,7 @@ def test_last_queries_select_as_in_decode_steps(num_decode_queries, padding):
     shared_index=st.booleans(),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_equals_the_oracle_for_arbitrary_heads(groups, group, padding, lengths, shared_index, data):
     heads = groups * group
     chosen = sorted(data.draw(st.sets(st.integers(0, heads - 1))))
@@ -74,7 +74,7 @@ def test_equals_the_oracle_for_arbitrary_heads(groups, group, padding, lengths, 
 
 
 @given(groups=st.integers(1, 4), group=st.integers(1, 4), data=st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_layout_divides_the_heads_and_restores_their_order(groups, group, data):
     heads = groups * group
     chosen = data.draw(st.permutations(range(heads))).copy()[: data.draw(st.integers(0, heads))]

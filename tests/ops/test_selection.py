@@ -55,7 +55,7 @@ problems = st.builds(
     st.integers(0, 40),
     st.integers(0, 1000),
 )
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 BISECTING = SetFinder(sets.top_set, sets.top_k)
 
 

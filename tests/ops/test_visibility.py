@@ -45,7 +45,7 @@ def test_padding_attends_to_nothing_and_is_never_attended_to():
     window=st.integers(1, 12),
     sinks=st.integers(0, 3),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_keys_out_of_reach_are_near_to_no_query(k_len, q_len, padding, window, sinks):
     positions = left_padded_positions(padding, k_len)
     queries = positions[:, -q_len:]
@@ -70,7 +70,7 @@ def test_padding_after_the_queries_does_not_widen_their_reach():
 
 
 @given(queries=st.integers(1, 300), elements=st.integers(1, 50), multiple=st.integers(1, 40))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_chunks_cover_the_queries_once_in_whole_multiples(queries, elements, multiple):
     limit = visibility.MAX_CHUNK_ELEMENTS
     visibility.MAX_CHUNK_ELEMENTS = 500

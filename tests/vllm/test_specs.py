@@ -82,7 +82,7 @@ def cache_some(pool, request, spec, kept):
     return blocks
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=24),
     st.integers(1, 100),

@@ -28,7 +28,7 @@ def targets(mass, seed=1):
     return torch.rand(mass.shape[:-1], generator=generator).to(DEVICE) * 1.6 - 0.3
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 200), st.integers(0, 99))
 def test_smallest_sets(rows, entries, seed):
     mass = masses(rows, entries, seed)

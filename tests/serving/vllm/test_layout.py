@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule, HeadMap, IndexerSettings, RTPurboConfig
@@ -38,7 +38,6 @@ def plan_of(config, tokens=8192, in_flight=512, **options):
     )
 
 
-@settings(deadline=None)
 @given(head_maps, st.integers(64, 9000), st.sampled_from([1, 2, 4]))
 def test_every_head_of_every_rank_has_room(layers, window, world_size):
     config = config_of(layers, window=window)
@@ -65,7 +64,6 @@ def test_every_head_of_every_rank_has_room(layers, window, world_size):
     assert plan.block_bytes % 16 == 0
 
 
-@settings(deadline=None)
 @given(head_maps, lengths, st.integers(16, 8192))
 def test_never_worse_than_one_group_of_small_blocks(layers, tokens, in_flight):
     config = config_of(layers)
@@ -80,7 +78,6 @@ def test_never_worse_than_one_group_of_small_blocks(layers, tokens, in_flight):
     assert plan.request_bytes(tokens, in_flight) <= naive
 
 
-@settings(deadline=None)
 @given(head_maps, lengths)
 def test_a_request_has_room_for_sinks_and_window(layers, tokens):
     config = config_of(layers)

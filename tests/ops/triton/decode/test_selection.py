@@ -142,7 +142,7 @@ def check_bounds(step):
     window=st.sampled_from([None, 1, 50]),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_a_selection_is_the_exact_one_rounded_to_levels(
     k_len, padding, top_p, reading, granularity, min_tokens, window, seed
 ):
