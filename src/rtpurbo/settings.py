@@ -83,6 +83,12 @@ class CalibrationSettings:
         check_choice("granularity", self.granularity, HeadGranularity)
         check_choice("ranking", self.ranking, Ranking)
 
+    @property
+    def may_exceed_ratio(self) -> bool:
+        """True if more heads than `ratio` are chosen where answers diverge by more than `max_divergence`."""
+        is_share = self.threshold is None and self.count is None
+        return is_share and self.ranking == "gates" and self.max_divergence is not None
+
 
 @dataclass(frozen=True)
 class SequenceSettings:

@@ -140,6 +140,22 @@ def test_the_type_of_the_weights(h200, device, dtype, stored, expected):
     assert planned(config, device, dtype=dtype).dtype == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_searched"),
+    [
+        ({}, True),
+        ({"calibration.ratio": 0.4}, False),
+        ({"calibration.count": 300}, False),
+        ({"calibration.threshold": 0.5}, False),
+        ({"calibration.ranking": "induction"}, False),
+        ({"calibration.ratio": 0.3, "calibration.max_divergence": 0.01}, True),
+    ],
+)
+def test_the_plan_says_where_more_heads_may_be_chosen(h200, changes, is_searched):
+    text = str(planned(shape_of_qwen3_8b(), GPU, "standard", changes=changes))
+    assert ("more if answers diverge by more than" in text) == is_searched
+
+
 def shape_of_qwen3_8b():
     return CONFIG_MAPPING["qwen3"](
         num_hidden_layers=36, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,

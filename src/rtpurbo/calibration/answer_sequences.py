@@ -84,6 +84,11 @@ class AnswerSequences:
         return drawn
 
 
+def answer_positions(conversation: Conversation) -> list[int]:
+    """Positions whose logits predict the tokens of the answers."""
+    return [place - 1 for span in conversation.answer_spans for place in range(*span)]
+
+
 def target_positions(conversation: Conversation, seed: str) -> tuple[Tensor, Tensor]:
     """Positions whose logits predict every token of the answers and some of the text before them.
 
@@ -94,7 +99,7 @@ def target_positions(conversation: Conversation, seed: str) -> tuple[Tensor, Ten
     Returns:
         int64 [labels], ascending in text and answers each, and bool [labels], true for answer tokens.
     """
-    answers = [place - 1 for span in conversation.answer_spans for place in range(*span)]
+    answers = answer_positions(conversation)
     end = min(answers, default=len(conversation) - 1)
     text = sorted(random.Random(seed).sample(range(end), min(end, TEXT_LABELS)))
     is_answer = torch.tensor([False] * len(text) + [True] * len(answers))

@@ -134,8 +134,7 @@ def _by_gates(
         per_group=settings.granularity == "kv_group",
         progress=progress,
     )
-    by_number = settings.threshold is None and settings.count is None
-    if settings.max_divergence is None or not by_number:
+    if not settings.may_exceed_ratio:
         return Calibration(_chosen(model, scores, settings), None, settings)
     # Other sequences than those of the gates and of top-p.
     unseen = AnswerSequences(tokenizer, corpus, (settings.length,), seed + 2)

@@ -134,7 +134,7 @@ class Plan:
             return f"retrieval heads: a score of {calibration.threshold:g} or more, of {every}"
         unit = ", by KV group" if calibration.granularity == "kv_group" else ""
         text = f"{self.num_retrieval_heads:,} retrieval heads of {every}{unit}"
-        if calibration.max_divergence is None or calibration.count is not None:
+        if not calibration.may_exceed_ratio:
             return text
         return f"{text}; more if answers diverge by more than {calibration.max_divergence:g} nats"
 

@@ -37,7 +37,7 @@ _GATED_LAUNCHES = 2.5
 Measured: 240 s of gates for Qwen2.5-Coder-0.5B and 312 s for the 1.5B model (H200, docs/experiment-log.md, 2026-11-30).
 """
 
-_SHARES_TRIED = 3
+_BUDGET_PASSES = 3
 """Passes over each sequence by which the number of heads is found: the dense model and two shares of heads."""
 
 _ANSWER_TOKENS = 16
@@ -116,8 +116,8 @@ def stage_seconds(
     by_gates = calibration.ranking == "gates"
     passes = {"interleaved": 2, "gates": 6}.get(calibration.ranking, 1)
     documents = calibration.num_documents * passes
-    if by_gates and calibration.max_divergence is not None:
-        documents += SEQUENCES * _SHARES_TRIED
+    if calibration.may_exceed_ratio:
+        documents += SEQUENCES * _BUDGET_PASSES
     # Each value of p in each layer with retrieval heads takes a forward pass of an answer's tokens.
     tried = calibration.top_p_sequences * min(shape.num_layers, retrieval_heads) * (len(TOP_P) + 1)
     by_layer = 0.0
