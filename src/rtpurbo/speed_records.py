@@ -162,7 +162,7 @@ def read_speed(path: str | Path) -> SpeedResults:
     return SpeedResults(records, notes, origin=data)
 
 
-def usual_times(folder: Path) -> dict[tuple[Any, ...], float]:
+def usual_times(folder: str | Path) -> dict[tuple[Any, ...], float]:
     """Median times of earlier results, for `Session`.
 
     Records that are far off their usual time themselves are left out.
@@ -174,7 +174,7 @@ def usual_times(folder: Path) -> dict[tuple[Any, ...], float]:
         Milliseconds by implementation and task.
     """
     times: dict[tuple[Any, ...], list[float]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(Path(folder).glob("*.json")):
         try:
             records = read_speed(path).records
         except RTPurboError:  # results of another kind
