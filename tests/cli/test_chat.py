@@ -38,10 +38,10 @@ def test_commands_are_explained(tiny_artifact):
     assert talk(tiny_artifact, "/what") == f"There is no command /what.\n{explained}"
 
 
-def test_reads_are_reported(tiny_artifact, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+def test_reads_are_reported(tiny_artifact):
     text = "the special magic numbers are hidden in the provided text " * 6
-    shown = talk(tiny_artifact, text, "more", options=["--show-reads"])
+    shown = talk(tiny_artifact, text, "more", "word " * 3000, options=["--show-reads"])
+    assert "error: the conversation has become" in shown.splitlines()[-1]
     first, second = re.findall(r"\[.* cached before; .*B\]", shown)
     assert " 0 of them cached" in first
     assert " 0 of them cached" not in second

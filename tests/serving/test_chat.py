@@ -123,6 +123,7 @@ def test_a_failed_answer_leaves_the_conversation_unchanged(conversation, monkeyp
         with pytest.raises(ZeroDivisionError):
             say(conversation, "and?")
     assert conversation.messages == before
+    assert conversation.last_answer is None
     say(conversation, "and?")
     assert conversation.last_answer.reused_tokens == 0  # the cache may have been half written
 
