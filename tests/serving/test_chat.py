@@ -155,6 +155,19 @@ def test_a_few_tokens_are_taken_back(conversation):
     assert conversation._cache.get_seq_length() == cached - 3
 
 
+def test_windows_of_layers_that_are_not_converted_are_read_again(tmp_path):
+    base = save_tiny_base(tmp_path / "base", family="gemma3_text")
+    model, tokenizer = rtpurbo.load(save_tiny_artifact(tmp_path / "artifact", base))
+    conversation = Conversation(model, tokenizer, max_new_tokens=20)
+    say(conversation, LONG)
+    conversation.messages[-1]["content"] = "magic"
+    text = say(conversation, "and what else?")
+    assert conversation.last_answer.reused_tokens == 0
+    again = Conversation(model, tokenizer, max_new_tokens=20)
+    again.messages = conversation.messages[:2]
+    assert say(again, "and what else?") == text
+
+
 def test_the_system_message_comes_first_and_stays(loaded):
     conversation = Conversation(*loaded, system="Be brief.", max_new_tokens=3)
     say(conversation, "magic")

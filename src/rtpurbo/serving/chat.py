@@ -155,7 +155,8 @@ class Conversation:
         try:
             if superfluous := len(cached) - shared:
                 self._cache.crop(-superfluous)
-        except RTPurboError:  # the windows no longer have the keys before the removed ones
+        except (RTPurboError, RuntimeError, ValueError):
+            # A window no longer has the keys before the removed ones; layers of transformers raise built-in errors.
             shared = 0
         if not shared:
             self._cache = HeadwiseCache(self.model)
