@@ -165,6 +165,52 @@ def public_lengths() -> Rows:
     return rows | {"1.5B, small cache, 16K": _at_length(read(SMALL_CACHE), 16384)}
 
 
+TODAY = {
+    "1.5B": "quality-qwen2.5-coder-1.5b-half-of-the-heads-h200.json",
+    "0.5B": "quality-qwen2.5-coder-0.5b-40-percent-h200.json",
+}
+
+
+def todays_lengths() -> Rows:
+    return {
+        f"{size}, {name}": _at_length(read(file), length)
+        for size, file in TODAY.items()
+        for name, length in LENGTHS.items()
+        if 4096 < length <= 32768
+    }
+
+
+def selection() -> Rows:
+    """UUIDs at 16K and 32K and frequent words at 32K, and the share that is read there, under other selections."""
+    whole, variants = read(TODAY["1.5B"]), read("quality-qwen2.5-coder-1.5b-selection-h200.json")
+    columns = {
+        "full attention": (whole, "full"),
+        "at least 128 tokens": (whole, "rtpurbo"),
+        "at least 512": (variants, "min-512"),
+        "at least 1,024": (variants, "min-1024"),
+        "at least 512, top-p .95": (variants, "top-p-0.95"),
+        "at least 512, top-p .98": (variants, "top-p-0.98"),
+        "dense retrieval heads": (variants, "dense-heads"),
+    }
+    rows: Rows = {}
+    for name, (found, policy) in columns.items():
+        uuids, far_uuids, words = (
+            _records(found, task=task, policy=policy, context_length=length)
+            for task, length in (
+                ("niah_multikey_3", 16384),
+                ("niah_multikey_3", 32768),
+                ("fwe", 32768),
+            )
+        )
+        read_share = (
+            None if policy in ("full", "dense-heads") else [100 * words[0]["far_tokens_read"]]
+        )
+        rows[name] = [
+            *([one[0]["score"]] if one else None for one in (uuids, far_uuids, words)), read_share
+        ]  # fmt: skip
+    return rows
+
+
 def _at_length(found: dict[str, Any], length: int) -> list[Numbers]:
     return [
         *_compared(found, length),
@@ -491,7 +537,7 @@ def sparse_prefill() -> Rows:
 EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
-        public_models, public_lengths, public_suites, public_tasks, small_public_tasks,
+        public_models, public_lengths, todays_lengths, selection, public_suites, public_tasks, small_public_tasks,
         public_losing_tasks, public_speed, memory, trial, long_context, controls, smollm2, model_speed,
         layer_prefill, layer_decode, training, sparse_prefill, recipe_means, recipe_policies,
     )
