@@ -25,14 +25,25 @@ from rtpurbo.ops import SelectionStatistics
 
 
 class Answer(NamedTuple):
-    """Counts of an answer, and for comparison of the dense model; keys read are means over decode steps."""
+    """Counts of an answer, and of the dense model for comparison.
 
-    prompt_tokens: int  # of the conversation before the answer
-    reused_tokens: int  # of the prompt, in the cache already
-    new_tokens: int  # of the answer, including its end
-    tokens_read: float | None  # by a retrieval head; None without such heads or steps, or uncounted
+    Attributes:
+        prompt_tokens: tokens of the conversation before the answer.
+        reused_tokens: tokens of these that were in the cache already.
+        new_tokens: tokens of the answer, including its end.
+        tokens_read: mean keys that a retrieval head read in a decode step; None without such heads or steps, or
+            if reads are not counted.
+        dense_tokens_read: mean keys that a head of the dense model reads.
+        cache_bytes: bytes of the cache after the answer.
+        dense_cache_bytes: bytes of the dense model's cache.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    tokens_read: float | None
     dense_tokens_read: float
-    cache_bytes: int  # after the answer
+    cache_bytes: int
     dense_cache_bytes: int
 
     def __str__(self) -> str:
@@ -51,8 +62,13 @@ class Answer(NamedTuple):
 class Conversation:
     """Messages and their cache.
 
-    `count_reads` counts the keys that retrieval heads read; steps on a GPU are then slower, without a CUDA graph.
-    `generation` has arguments for `generate`, such as `temperature`.
+    Args:
+        model: sparse.
+        tokenizer: the model's.
+        system: system message.
+        count_reads: count the keys that retrieval heads read; steps on a GPU are then slower, without a CUDA graph.
+        max_new_tokens: largest length of an answer.
+        generation: arguments for `generate`, such as `temperature`.
 
     Attributes:
         messages: messages so far, each with `role` and `content`.
