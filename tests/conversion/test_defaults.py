@@ -122,6 +122,20 @@ def test_heavy_hitters_take_a_quarter_of_the_window(effort, context, sinks, heav
     assert rule.sliding_window == window
 
 
+@pytest.mark.parametrize(
+    ("effort", "context", "min_tokens"),
+    [
+        ("standard", 2048, 128),
+        ("standard", 8192, 128),
+        ("standard", 32768, 512),
+        ("thorough", 131072, 1024),
+        ("quick", 32768, 128),
+    ],
+)
+def test_the_minimum_of_selected_tokens_grows_with_the_window(effort, context, min_tokens):
+    assert default_settings(effort, context).attention.min_tokens == min_tokens
+
+
 def test_auto_is_by_device():
     assert resolve_effort("auto", "cpu") == "quick"
     assert resolve_effort("auto", "cuda") == "standard"
