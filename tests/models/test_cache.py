@@ -247,6 +247,13 @@ def test_a_refused_crop_changes_nothing(model):
     check_continuation(model, cache, ids, mask, FAR)
 
 
+def test_a_window_of_transformers_that_cannot_be_cropped_is_refused():
+    model, (ids, mask) = sparse_model(family="gemma3_text"), padded_batch()
+    cache = filled(model, ids, mask, crop_slack=LENGTH)
+    with pytest.raises(RTPurboError, match="cannot take tokens back: read the remaining ones"):
+        cache.crop(-3)
+
+
 def test_any_crop_works_before_the_ring_wraps():
     model, (ids, mask) = sparse_model(sliding_window=LENGTH), padded_batch()
     cache = filled(model, ids[:, :FAR], mask[:, :FAR], crop_slack=0)

@@ -38,8 +38,12 @@ def chat(
         ),
     ] = False,
     temperature: Annotated[float | None, _sample(min=0, help="Temperature; 0 is greedy.")] = None,
-    sampling_top_p: Annotated[float | None, _sample(min=0, max=1, help="Nucleus sampling.")] = None,
-    sampling_top_k: Annotated[int | None, _sample(min=1, help="Top-k sampling.")] = None,
+    sampling_top_p: Annotated[
+        float | None, _sample(min=0, max=1, help="Probability mass of nucleus sampling.")
+    ] = None,
+    sampling_top_k: Annotated[
+        int | None, _sample(min=1, help="Number of most likely tokens to sample from.")
+    ] = None,
     seed: options.Seed = 0,
     base_model: options.BaseModel = None,
     device: options.Device = "auto",

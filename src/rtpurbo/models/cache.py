@@ -177,18 +177,24 @@ class HeadwiseCache(Cache):
         """Removes the last -`tokens` tokens (transformers >= 5.20), or keeps the first `tokens` (before).
 
         Raises:
-            RTPurboError: the ring no longer holds the window of the remaining tokens.
+            RTPurboError: a window of the remaining tokens is no longer held, or a layer of transformers cannot be
+                cropped; in the latter case other layers may have been, so that the cache cannot be used any more.
         """
         seen = self.get_seq_length()
         kept = kept_tokens(seen, tokens)
-        if 0 < kept < seen:
-            next_positions = self.slots.next_positions(kept)
+        next_positions = self.slots.next_positions(kept) if 0 < kept < seen else None
+        if next_positions is not None:
             self.slots.ring.check_whole_before(next_positions)
+        try:
             super().crop(tokens)
+        except (RuntimeError, ValueError) as error:
+            raise RTPurboError(
+                "a layer with a window or a state of its own cannot take tokens back: read the remaining "
+                "ones into a new cache."
+            ) from error
+        if next_positions is not None:
             self.slots.take_back(next_positions)
-            return
-        super().crop(tokens)
-        if kept == 0:
+        elif kept == 0:
             self.slots.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -171,8 +171,7 @@ class Conversation:
         try:
             if superfluous := len(cached) - shared:
                 self._cache.crop(-superfluous)
-        except (RTPurboError, RuntimeError, ValueError):
-            # A window no longer has the keys before the removed ones; layers of transformers raise built-in errors.
+        except RTPurboError:  # a window no longer has the keys before the removed ones
             shared = 0
         if not shared:
             self._cache = HeadwiseCache(self.model)
