@@ -111,9 +111,7 @@ def _window_mass(window_log_sums, num_splits, score, SPLIT_WIDTH: tl.constexpr):
 @triton.jit
 def lowest_levels(
     histogram,
-    far_peak,
-    top_p_peak,
-    reference,
+    references,
     window_log_sums,
     heads_per_plane,
     num_splits,
@@ -123,16 +121,20 @@ def lowest_levels(
     SPLIT_WIDTH: tl.constexpr,
     READING: tl.constexpr,
 ):
-    """Lowest selected level in plane 0 and in the plane that top-p applies to.
+    """Lowest selected level in plane 0 and in the plane that top-p applies to, and the lowest of plane 0 with mass.
 
-    Pointers are those of the head; the peaks are the levels of its best entries in both planes.
+    Pointers are those of the head.
     """
+    # Loaded together, before the counts, whose addresses depend on the first.
+    far_peak = tl.load(histogram)
+    peak = far_peak
+    if READING == "paper":
+        peak = tl.load(histogram + heads_per_plane * LEVELS)
+    reference = tl.load(references)
     levels, counts = _counts_below(histogram, far_peak)
     # A level is selected if the levels above it do not suffice.
     wanted = (levels <= far_peak) & (tl.cumsum(counts, 0) - counts < floor)
-    peak = far_peak
     if READING == "paper":
-        peak = top_p_peak
         levels, counts = _counts_below(histogram + heads_per_plane * LEVELS, peak)
     masses = counts * tl.exp((levels - peak) * LEVEL_WIDTH)
     reached = tl.cumsum(masses, 0)
@@ -153,7 +155,8 @@ def lowest_levels(
     else:
         lowest_far = far_peak + 1 - tl.sum((wanted | needed).to(tl.int32), 0)
         lowest = lowest_far
-    return tl.maximum(lowest_far, tl.maximum(far_peak - DEPTH, 0) + 1), lowest
+    weakest = tl.maximum(far_peak - DEPTH, 0) + 1
+    return tl.maximum(lowest_far, weakest), lowest, weakest
 
 
 # Not specialised: a value of 1 or a multiple of 16 does not compile another kernel.
@@ -189,14 +192,13 @@ def lowest_levels_kernel(
     far_floor,
     floor,
     SPLIT_WIDTH: tl.constexpr,
-    PLANES: tl.constexpr,
     READING: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (sequence and retrieval head).
 
-    Writes the two `lowest_levels`, and the lowest level that has mass, to `lowest` int32 [3, B, R].
+    Writes the three `lowest_levels` to `lowest` int32 [3, B, R].
     """
     allow_dependent_launch(PDL)
     head = tl.program_id(0)
@@ -206,16 +208,9 @@ def lowest_levels_kernel(
     wait_for_dependencies(PDL)
     # Without far keys there is no reference.
     if query_position - near_window >= num_sinks:
-        histogram += head * LEVELS
-        far_peak = tl.load(histogram)
-        top_p_peak = far_peak
-        if PLANES == 2:
-            top_p_peak = tl.load(histogram + heads_per_plane * LEVELS)
-        lowest_far, lowest_of_all = lowest_levels(
-            histogram,
-            far_peak,
-            top_p_peak,
-            tl.load(references + head),
+        lowest_far, lowest_of_all, weakest = lowest_levels(
+            histogram + head * LEVELS,
+            references + head,
             window_log_sums + window_row * num_splits,
             heads_per_plane,
             num_splits,
@@ -227,4 +222,4 @@ def lowest_levels_kernel(
         )
         tl.store(lowest + head, lowest_far)
         tl.store(lowest + heads_per_plane + head, lowest_of_all)
-        tl.store(lowest + 2 * heads_per_plane + head, tl.maximum(far_peak - DEPTH, 0) + 1)
+        tl.store(lowest + 2 * heads_per_plane + head, weakest)

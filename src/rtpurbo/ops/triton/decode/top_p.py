@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from rtpurbo.ops.triton.decode.histogram import (
-    DEPTH,
     LEVELS,
     MIN_SPLIT_WIDTH,
     lowest_levels,
@@ -119,17 +118,10 @@ def top_p_kernel(
     if (last_far_position >= num_sinks) & (first_entry * BLOCK <= last_far_position):
         # Loaded early, so that the levels and the histogram are fetched at the same time.
         far_levels = tl.load(levels + lanes)
-        histogram += head * LEVELS
-        far_peak = tl.load(histogram)
-        top_p_peak = far_peak
-        if PLANES == 2:
-            top_p_peak = tl.load(histogram + heads_per_plane * LEVELS)
         window_row = sequence * num_heads + tl.load(retrieval_heads + head % num_retrieval)
-        lowest_far, lowest = lowest_levels(
-            histogram,
-            far_peak,
-            top_p_peak,
-            tl.load(references + head),
+        lowest_far, lowest, weakest = lowest_levels(
+            histogram + head * LEVELS,
+            references + head,
             window_log_sums + window_row * num_splits,
             heads_per_plane,
             num_splits,
@@ -145,8 +137,7 @@ def top_p_kernel(
             if PLANES == 2:
                 plane = heads_per_plane.to(tl.int64) * tl.num_programs(0) * segment_entries
                 top_p_levels = tl.load(levels + plane + start + lanes)
-                has_mass = far_levels > tl.maximum(far_peak - DEPTH, 0)
-                selected |= has_mass & (top_p_levels >= lowest)
+                selected |= (far_levels >= weakest) & (top_p_levels >= lowest)
             following = start + ENTRIES + lanes
             far_levels = tl.load(levels + following, mask=following < segment_entries, other=0)
             selected &= entries >= num_sinks // BLOCK
@@ -280,8 +271,8 @@ def select_top_p(step: DecodeStep, window: PartialAttention, scores: IndexScores
     lowest = step.queries.new_empty(3, heads, dtype=torch.int32)
     lowest_levels_kernel[(heads,)](
         *inputs, lowest, *sizes,
-        SPLIT_WIDTH=split_width, PLANES=scores.planes, READING=rule.reading,
-        PAGE_SIZE=full.page_size, **dependent_launch(device), num_warps=LEVEL_WARPS,
+        SPLIT_WIDTH=split_width, READING=rule.reading, PAGE_SIZE=full.page_size,
+        **dependent_launch(device), num_warps=LEVEL_WARPS,
     )  # fmt: skip
     compact_groups_kernel[(num_segments, step.batch * groups.count)](
         scores.levels, lowest, groups.ranks, full.lengths, full.first_slots,
