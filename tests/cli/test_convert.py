@@ -65,11 +65,15 @@ def test_a_dry_run_needs_the_configuration_alone(config_only):
 def test_effort_and_longest_length_shape_the_plan(config_only):
     arguments = ("convert", config_only, "--dry-run", "--device", "cpu")
     result = run(*arguments, "--effort", "standard", "--max-length", 16384, "--window", 2048)
-    assert "200 steps at 4,096, 8,192 and 16,384 tokens" in result.stdout
+    assert (
+        "no training, 3 sequences for initialisation at 4,096, 8,192 and 16,384 tokens"
+        in result.stdout
+    )
     assert "2,048 tokens, after" in result.stdout
     result = run(*arguments, "--effort", "thorough", "--set", "stage2.lengths=9000")
     assert "200 steps at 9,000 tokens" in result.stdout
-    assert "400 steps at 8,192, 16,384 and 32,768 tokens" in result.stdout
+    result = run(*arguments, "--effort", "standard", "--stage1-steps", 100)
+    assert "100 steps at 8,192, 16,384 and 32,768 tokens" in result.stdout
 
 
 def test_the_plan_is_printed_before_texts_are_read(config_only, tmp_path):

@@ -168,4 +168,14 @@ def test_the_cache_has_about_half_of_the_dense_one(heads, kv_heads, head_dim):
     dense = cache_bytes(model, context)
     sparsify(model, RTPurboConfig(head_map, settings.attention, settings.indexer))
     assert head_map.num_full_key_value_heads == settings.calibration.ratio * layers * kv_heads
-    assert 0.45 < cache_bytes(model, context) / dense <= 0.52
+    assert 0.45 < cache_bytes(model, context) / dense <= 0.53
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "index_dim"), [(32, 16), (64, 32), (80, 32), (96, 48), (128, 48), (256, 64)]
+)
+def test_the_index_has_three_eighths_of_the_head_in_multiples_of_16(head_dim, index_dim):
+    settings = default_settings("standard", 32768, head_dim=head_dim)
+    assert settings.indexer.index_dim == index_dim
+    assert settings.indexer.min_wavelength == 4096
+    assert default_settings("quick", 32768, head_dim=head_dim).indexer.index_dim == 16

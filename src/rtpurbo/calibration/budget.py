@@ -24,7 +24,7 @@ from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, loss_on
 from rtpurbo.training.teacher import TeacherTargets, targets_at
 
-STEP = 0.1
+STEP = 0.08
 """Share of the heads that is added at a time."""
 
 SEQUENCES = 6

@@ -89,7 +89,7 @@ class Plan:
                 f"{'steps of gates' if calibration.ranking == 'gates' else 'documents'} at "
                 f"{calibration.length:,} tokens",
             ),
-            ("stage 1", f"{_steps(stage1)} at {_lengths(stage1.lengths)}"),
+            ("stage 1", _stage1(stage1)),
             ("", _mixture(stage1)),
         ]
         if stage2.steps:
@@ -251,6 +251,16 @@ def _steps(stage: IndexerTrainingSettings | DistillationSettings) -> str:
     """Formats the number of steps, with the sequences of each if there are several."""
     sequences = f" of {stage.per_step} sequences" if stage.per_step > 1 else ""
     return f"{stage.steps} steps{sequences}"
+
+
+def _stage1(stage: IndexerTrainingSettings) -> str:
+    """Formats the steps of stage 1, or the sequences that initialise the indexers when no steps follow."""
+    work = (
+        _steps(stage)
+        if stage.steps
+        else f"no training, {stage.init_sequences} sequences for initialisation"
+    )
+    return f"{work} at {_lengths(stage.lengths)}"
 
 
 def _mixture(stage: SequenceSettings) -> str:
