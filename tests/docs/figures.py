@@ -126,7 +126,6 @@ PUBLIC = {
     "Qwen2.5-Coder-1.5B-Instruct": "quality-qwen2.5-coder-1.5b-instruct.json",
     "Qwen2.5-Coder-0.5B-Instruct": "quality-qwen2.5-coder-0.5b-instruct.json",
 }
-SMALL_CACHE = "quality-qwen2.5-coder-1.5b-small-cache-16k-h200.json"
 LENGTHS = {"4K": 4096, "8K": 8192, "16K": 16384, "32K": 32768, "64K": 65536}
 CONTEXTS = {"32K": 2**15, "128K": 2**17, "256K": 2**18, "512K": 2**19, "1M": 2**20}
 
@@ -144,8 +143,6 @@ def public_models() -> Rows:
     return rows
 
 
-ONE_TOP_P = "quality-qwen2.5-coder-1.5b-one-top-p-32k-h200.json"
-WINDOWED = "quality-qwen2.5-coder-1.5b-top-p-0.88-32k-h200.json"
 SUITES = {
     "BABILong qa2 to qa5, 16K": ("babilong", 16384),
     "BABILong qa2 to qa5, 32K": ("babilong", 32768),
@@ -156,59 +153,12 @@ SUITES = {
 
 
 def public_lengths() -> Rows:
-    rows = {
+    return {
         f"{_size(model)}, {name}": _at_length(read(file), length)
         for model, file in PUBLIC.items()
         for name, length in LENGTHS.items()
         if length <= 32768
     }
-    return rows | {"1.5B, small cache, 16K": _at_length(read(SMALL_CACHE), 16384)}
-
-
-TODAY = {
-    "1.5B": "quality-qwen2.5-coder-1.5b-half-of-the-heads-h200.json",
-    "0.5B": "quality-qwen2.5-coder-0.5b-40-percent-h200.json",
-}
-
-
-def todays_lengths() -> Rows:
-    return {
-        f"{size}, {name}": _at_length(read(file), length)
-        for size, file in TODAY.items()
-        for name, length in LENGTHS.items()
-        if 4096 < length <= 32768
-    }
-
-
-def selection() -> Rows:
-    """UUIDs at 16K and 32K and frequent words at 32K, and the share that is read there, under other selections."""
-    whole, variants = read(TODAY["1.5B"]), read("quality-qwen2.5-coder-1.5b-selection-h200.json")
-    columns = {
-        "full attention": (whole, "full"),
-        "at least 128 tokens": (whole, "rtpurbo"),
-        "at least 512": (variants, "min-512"),
-        "at least 1,024": (variants, "min-1024"),
-        "at least 512, top-p .95": (variants, "top-p-0.95"),
-        "at least 512, top-p .98": (variants, "top-p-0.98"),
-        "dense retrieval heads": (variants, "dense-heads"),
-    }
-    rows: Rows = {}
-    for name, (found, policy) in columns.items():
-        uuids, far_uuids, words = (
-            _records(found, task=task, policy=policy, context_length=length)
-            for task, length in (
-                ("niah_multikey_3", 16384),
-                ("niah_multikey_3", 32768),
-                ("fwe", 32768),
-            )
-        )
-        read_share = (
-            None if policy in ("full", "dense-heads") else [100 * words[0]["far_tokens_read"]]
-        )
-        rows[name] = [
-            *([one[0]["score"]] if one else None for one in (uuids, far_uuids, words)), read_share
-        ]  # fmt: skip
-    return rows
 
 
 def _at_length(found: dict[str, Any], length: int) -> list[Numbers]:
@@ -235,22 +185,12 @@ def public_suites() -> Rows:
 
 
 def public_tasks() -> Rows:
-    found = at_32k(read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"]))
-    columns = [(found, "full"), (found, "rtpurbo")]
-    return _by_task([*columns, *((read(name), "rtpurbo") for name in (ONE_TOP_P, WINDOWED))])
-
-
-def at_32k(found: dict[str, Any]) -> dict[str, Any]:
-    """Results with RULER's records at 32K alone."""
-    return {**found, "records": _records(found, suite="ruler", context_length=32768)}
-
-
-def small_public_tasks() -> Rows:
-    found = read(PUBLIC["Qwen2.5-Coder-0.5B-Instruct"])
-    tasks = dict.fromkeys(one["task"] for one in _records(found, suite="ruler"))
+    files = [read(name) for name in PUBLIC.values()]
+    tasks = dict.fromkeys(one["task"] for one in _records(files[0], suite="ruler"))
     return {
         task: [
             [_record(found, task=task, policy=policy, context_length=length)["score"]]
+            for found in files
             for length in (16384, 32768)
             for policy in ("full", "rtpurbo")
         ]
@@ -290,48 +230,6 @@ def memory() -> Rows:
             [sum(one["minutes"] for one in order)],
         ]
     return rows
-
-
-def public_losing_tasks() -> Rows:
-    found = at_32k(read(PUBLIC["Qwen2.5-Coder-1.5B-Instruct"]))
-    windowed, one_top_p = read(WINDOWED), read(ONE_TOP_P)
-    dense_heads = read("quality-qwen2.5-coder-1.5b-dense-heads-32k-h200.json")
-    columns = [
-        (found, "full"), (windowed, "rtpurbo"), (dense_heads, "dense-heads"), (one_top_p, "rtpurbo"),
-        (found, "rtpurbo"),
-    ]  # fmt: skip
-    tasks = [one["task"] for one in dense_heads["records"]]
-    rows: Rows = {
-        task: [[_record(one, task=task, policy=policy)["score"]] for one, policy in columns]
-        for task in tasks
-    }
-    means = [fmean(rows[task][column][0] for task in tasks) for column in range(len(columns))]
-    return rows | {"mean": [[mean] for mean in means]}
-
-
-def _by_task(pairs: list[tuple[dict[str, Any], str]]) -> Rows:
-    names = {
-        "vt": "vt (variable tracking)",
-        "fwe": "fwe (frequent words)",
-        "cwe": "cwe (common words)",
-    }
-    tasks = dict.fromkeys(one["task"] for one in pairs[0][0]["records"])
-    rows: Rows = {
-        names.get(task, task): [
-            [_record(one, task=task, policy=policy)["score"]] for one, policy in pairs
-        ]
-        for task in tasks
-    }
-    return rows | {"mean": [[_average(one, policy, 32768)["score"]] for one, policy in pairs]}
-
-
-def trial() -> Rows:
-    found = read("quality-qwen2.5-coder-1.5b-trial-h200.json")
-    return {
-        "RULER at 32K, mean of 7 tasks": _compared(found, 32768),
-        "the same before stage 2": _compared(found, 32768, policy="rtpurbo-before-stage2"),
-        "GSM8K": _compared(found, 0, "gsm8k"),
-    }
 
 
 def long_context() -> Rows:
@@ -537,9 +435,9 @@ def sparse_prefill() -> Rows:
 EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
-        public_models, public_lengths, todays_lengths, selection, public_suites, public_tasks, small_public_tasks,
-        public_losing_tasks, public_speed, memory, trial, long_context, controls, smollm2, model_speed,
-        layer_prefill, layer_decode, training, sparse_prefill, recipe_means, recipe_policies,
+        public_models, public_lengths, public_suites, public_tasks, public_speed, memory, long_context,
+        controls, smollm2, model_speed, layer_prefill, layer_decode, training, sparse_prefill,
+        recipe_means, recipe_policies,
     )
 }  # fmt: skip
 

@@ -128,7 +128,6 @@ def test_figures_in_sentences_agree_with_their_files(page, pattern, value):
 
 CARDS = {
     "qwen2.5-coder-0.5b-instruct": "quality-qwen2.5-coder-0.5b-instruct.json",
-    "qwen2.5-coder-1.5b-instruct-small-cache": "quality-qwen2.5-coder-1.5b-small-cache-16k-h200.json",
     "qwen2.5-coder-1.5b-instruct": "quality-qwen2.5-coder-1.5b-instruct.json",
     "smollm2-135m-instruct": "quality-smollm2-135m-instruct.json",
     "smollm2-64k-sparse": "quality-smollm2-64k-h200.json",
