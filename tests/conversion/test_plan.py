@@ -216,12 +216,14 @@ def test_experts_are_counted_by_use(h200):
 
 def test_keeping_no_states_saves_memory(h200):
     settings = choose_settings(shape_of_qwen3_8b(), GPU, {"effort": "standard"})
-    settings = change_settings(settings, {"stage2.steps": 0})
+    settings = change_settings(settings, {"stage1.steps": 100, "stage2.steps": 0})
     layerwise = replace(settings, stage1=replace(settings.stage1, steps_per_sequence=1))
     kept, passing = (
         make_plan("m", shape_of_qwen3_8b(), each, device=GPU) for each in (settings, layerwise)
     )
     assert passing.peak_gib < kept.peak_gib
+    untrained = replace(settings, stage1=replace(settings.stage1, steps=0))
+    assert make_plan("m", shape_of_qwen3_8b(), untrained, device=GPU).peak_gib < kept.peak_gib
 
 
 def test_given_settings_take_no_longest_length():

@@ -95,7 +95,8 @@ def _stage1_bytes(
     if settings.calibration.granularity == "kv_group":
         kv_heads = math.ceil(heads * shape.num_kv_heads / shape.num_heads)
     kv_heads = min(kv_heads, heads)
-    sequences = 1 + stage.probe_sequences
+    trains = stage.steps > 0
+    sequences = trains + stage.probe_sequences
     queries = stage.queries_per_step or longest
     kept_queries = min(longest, queries * stage.steps_per_sequence)
     if stage.steps_per_sequence == 1:
@@ -105,8 +106,9 @@ def _stage1_bytes(
     # States, and the features that the indexer projects.
     kept = (kv_heads * longest + heads * kept_queries) * 2 * shape.head_dim * itemsize
     scored = heads if on_gpu else math.ceil(retrieval_heads / layers)
-    # Index keys with a copy, their gradients twice; features of KV heads in fp32.
-    step = longest * (4 * scored * settings.indexer.index_dim + kv_heads * shape.head_dim) * _FP32
+    # Index keys with a copy, their gradients twice, if they are trained; features of KV heads in fp32.
+    trained = 4 * scored * settings.indexer.index_dim * trains
+    step = longest * (trained + kv_heads * shape.head_dim) * _FP32
     # The probe computes scores, masks and sorted keys in plain PyTorch, in chunks of queries.
     chunk = max(scored * longest, min(MAX_CHUNK_ELEMENTS, PROBE_QUERIES * scored * longest))
     forward = longest * _layer_values(shape) * itemsize
