@@ -7,7 +7,7 @@ Selections are not part of the block mask: the few query blocks that select are 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,6 @@ BLOCK = 128
 # Lengths are rounded up to this many steps per power of two: each padded length compiles once, while the
 # lengths of sequences differ by a few tokens.
 STEPS_PER_OCTAVE = 16
-
-
-class BlockTables(NamedTuple):
-    """Index tensors of a `BlockMask` of two heads: a local head and a retrieval head."""
-
-    kv_num_blocks: Tensor
-    kv_indices: Tensor
-    full_kv_num_blocks: Tensor
-    full_kv_indices: Tensor
-    q_num_blocks: Tensor
-    q_indices: Tensor
-    full_q_num_blocks: Tensor
-    full_q_indices: Tensor
 
 
 def padded_length(length: int) -> int:
@@ -54,8 +41,9 @@ def block_mask(
     """
     sizes = rule.num_sink_tokens, rule.sliding_window, rule.near_window
     tables = _tables(length // BLOCK, first_selecting // BLOCK, *sizes, retrieves.device)
-    of_heads = {name: table[:, retrieves.long()] for name, table in tables._asdict().items()}
-    return BlockMask((length, length), **of_heads, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask)
+    of_heads: list[Any] = [table[:, retrieves.long()] for table in tables]
+    options: dict[str, Any] = {"BLOCK_SIZE": (BLOCK, BLOCK), "mask_mod": mask}
+    return BlockMask((length, length), *of_heads, **options)
 
 
 @lru_cache(maxsize=8)
@@ -66,8 +54,11 @@ def _tables(
     sliding_window: int,
     retrieval_window: int,
     device: torch.device,
-) -> BlockTables:
-    """Tables of a pair of heads, shared by all layers of a step."""
+) -> tuple[Tensor, ...]:
+    """Index tensors of a `BlockMask` of two heads, a local head and a retrieval head, in the order of its arguments.
+
+    All layers of a step share them.
+    """
     # Cached across calls, so created outside of inference mode.
     with torch.inference_mode(False), torch.no_grad():
         query_blocks = torch.arange(num_blocks, device=device)[:, None]
@@ -86,7 +77,7 @@ def _tables(
         parts = met & ~full
         kv, full_kv = _compacted(parts), _compacted(full)
         q, full_q = _compacted(parts.transpose(-1, -2)), _compacted(full.transpose(-1, -2))
-        return BlockTables(*kv, *full_kv, *q, *full_q)
+        return *kv, *full_kv, *q, *full_q
 
 
 def _compacted(table: Tensor) -> tuple[Tensor, Tensor]:
