@@ -49,8 +49,16 @@ def indexer_divergence(
     Returns:
         fp32 [heads, queries].
     """
-    problem = _Problem.build(
-        query_states, key_states, key_value_heads, query_indices, document_starts, rule, scaling
+    counts_all = rule.reading == "paper"
+    problem = _Problem(
+        aligned(query_states),
+        aligned(key_states),
+        key_value_heads.to(torch.int32),
+        query_indices,
+        document_starts[query_indices],
+        0 if counts_all else rule.num_sink_tokens,
+        0 if counts_all else rule.near_window,
+        scaling * LOG2_E.value,
     )
     return _Divergence.apply(index_queries, index_keys, problem)
 
@@ -94,29 +102,6 @@ class _Problem:
     margin: int
     lag: int
     scale: float
-
-    @classmethod
-    def build(
-        cls,
-        query_states: Tensor,
-        key_states: Tensor,
-        key_value_heads: Tensor,
-        query_indices: Tensor,
-        document_starts: Tensor,
-        rule: AttentionRule,
-        scaling: float,
-    ) -> _Problem:
-        counts_all = rule.reading == "paper"
-        return cls(
-            aligned(query_states),
-            aligned(key_states),
-            key_value_heads.to(torch.int32),
-            query_indices,
-            document_starts[query_indices],
-            0 if counts_all else rule.num_sink_tokens,
-            0 if counts_all else rule.near_window,
-            scaling * LOG2_E.value,
-        )
 
     @property
     def index_dtype(self) -> torch.dtype:

@@ -33,10 +33,11 @@ def query_block_ranges(
     earliest, latest = _ends(starts, num_queries)
     begin = earliest // num_keys * num_keys
     end = last + 1
-    near_to = _clamp((first + 1) // num_keys * num_keys, begin, end)
-    near_from = _clamp(_rounded_up(torch.maximum(last - lag + 1, latest), num_keys), begin, near_to)
-    far_to = _clamp((first - lag + 1) // num_keys * num_keys, begin, near_from)
-    far_from = _clamp(_rounded_up(latest + margin, num_keys), begin, far_to)
+    near_to = ((first + 1) // num_keys * num_keys).clamp(begin, end)
+    near_from = torch.maximum(last - lag + 1, latest)
+    near_from = _rounded_up(near_from, num_keys).clamp(begin, near_to)
+    far_to = ((first - lag + 1) // num_keys * num_keys).clamp(begin, near_from)
+    far_from = _rounded_up(latest + margin, num_keys).clamp(begin, far_to)
     return torch.stack([begin, far_from, far_to, near_from, near_to, end], 1).to(torch.int32)
 
 
@@ -85,7 +86,3 @@ def _ends(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _rounded_up(values: Tensor, multiple: int) -> Tensor:
     return -(-values // multiple) * multiple
-
-
-def _clamp(values: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(values, lowest), highest)
