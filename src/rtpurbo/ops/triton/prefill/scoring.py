@@ -61,7 +61,10 @@ def block_lists(
     group = max(1, 128 // N)
     # The interpreter runs no inline assembly.
     packed = index_keys.dtype == torch.float16 and not knobs.runtime.interpret
-    device = index_queries.device
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(batch, heads, *shape, dtype=dtype, device=index_queries.device)
+
     blocks = triton.cdiv(states.capacity, N)
     ranges = triton.cdiv(blocks, RANGE)
     edge = edge_slots(rule)
@@ -71,25 +74,19 @@ def block_lists(
     score_blocks = min(
         list_blocks, _blocks_within(SCRATCH, batch * heads * blocks * lanes * 2, q_len, M)
     )
-    peaks = torch.empty(
-        batch, heads, score_blocks, blocks, lanes, dtype=torch.float16, device=device
-    )
-    sums = torch.empty(
-        batch, heads, score_blocks, ranges, lanes, dtype=torch.float32, device=device
-    )
+    peaks = empty(score_blocks, blocks, lanes, dtype=torch.float16)
+    sums = empty(score_blocks, ranges, lanes, dtype=torch.float32)
     slots = states.first_slots
     has_slots = slots is not None
     for query_offset in range(0, q_len, list_blocks * M):
         tiles = min(list_blocks, triton.cdiv(q_len - query_offset, M))
-        flags = torch.empty(batch, heads, tiles, blocks, dtype=torch.int8, device=device)
-        lists = torch.empty(batch, heads, tiles, width, dtype=torch.int32, device=device)
-        counts = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=device)
+        flags = empty(tiles, blocks, dtype=torch.int8)
+        lists = empty(tiles, width, dtype=torch.int32)
+        counts = empty(tiles, 2, dtype=torch.int32)
         for tile in range(0, tiles, score_blocks):
             scored = min(score_blocks, tiles - tile)
             first_query = query_offset + tile * M
-            thresholds = torch.empty(
-                batch, heads, scored, lanes, dtype=torch.float32, device=device
-            )
+            thresholds = empty(scored, lanes, dtype=torch.float32)
             block_maxima_kernel[(scored * ranges, batch * heads)](
                 index_queries, index_keys, index_keys.stride()[:3], key_heads,
                 states.block_table, states.table_stride, peaks, sums,
