@@ -72,8 +72,8 @@ class KeyValueStates:
             starts = torch.full((batch,), k_len - q_len, dtype=torch.int32, device=device)
         return starts if self.first_slots is None else starts - self.first_slots
 
-    def tokens(self, rows: slice) -> KeyValueStates:
-        """The states of some tokens only."""
+    def tokens(self, rows: slice | Tensor) -> KeyValueStates:
+        """The states of some tokens only, of a range or by indices."""
         return replace(
             self,
             keys=self.keys[:, :, rows],
@@ -243,7 +243,7 @@ class HeadLayout:
         windowed = [head for head in range(num_key_value_heads) if head not in full]
         local = [head for head in range(num_attention_heads) if head not in set(retrieval_heads)]
 
-        def indices(values: Sequence[int]) -> Tensor:
+        def indices(values: Sequence[Any]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         def group_of(heads: Sequence[int], kept: list[int]) -> HeadGroup:
@@ -254,9 +254,7 @@ class HeadLayout:
             for kept in full
         ]
         most = max(map(len, members), default=0)
-        groups = torch.full((len(full), most), -1, dtype=torch.int64)
-        for row, ranks in zip(groups, members, strict=True):
-            row[: len(ranks)] = torch.tensor(ranks)
+        groups = [[*ranks, *[-1] * (most - len(ranks))] for ranks in members]
         local_full = [head for head in local if head // group in full]
         local_windowed = [head for head in local if head // group in windowed]
         joined = torch.tensor([*retrieval_heads, *local_full, *local_windowed])
@@ -266,7 +264,7 @@ class HeadLayout:
             group_of(local_windowed, windowed),
             indices(full),
             indices(windowed),
-            groups.to(device),
+            indices(groups).view(len(full), most),
             joined.argsort().to(device),
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,15 +49,9 @@ def local_attention(
         chunk = slice(start, start + chunk_size)
         positions = query_positions[:, chunk]
         reach = keys_in_reach(positions, states.positions, widest, num_sink_tokens)
-        keys, values, key_positions = states.keys, states.values, states.positions
-        if reach is not None:
-            keys, values, key_positions = (
-                keys[:, :, reach],
-                values[:, :, reach],
-                key_positions[:, reach],
-            )
-        near = near_mask(positions, key_positions, sliding_window, num_sink_tokens)
-        keys, values = keys[:, key_value_heads], values[:, key_value_heads]
+        read = states if reach is None else replace(states, index_keys=None).tokens(reach)
+        near = near_mask(positions, read.positions, sliding_window, num_sink_tokens)
+        keys, values = read.keys[:, key_value_heads], read.values[:, key_value_heads]
         queries = query_states[:, :, chunk]
         parts.append(attend(queries, keys, values, near, scaling, return_log_sum_exp))
     return joined(parts, 2)
