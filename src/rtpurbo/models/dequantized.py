@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,13 @@ def find_decoded(parent: Path, wanted: str) -> Path | None:
     return None
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Lets one process at a time make the copy in `folder`; the others wait."""
+def _lock(folder: Path) -> AbstractContextManager[Any]:
+    """Lets one process at a time make the copy in `folder`, inside a `with` block; the others wait."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        lock.acquire()
+        return FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
     except OSError as error:
         raise RTPurboError(
             f"cannot write to the cache folder {folder.parent} ({error.strerror}); change its "
             "permissions, or set RTPURBO_CACHE to another folder."
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
