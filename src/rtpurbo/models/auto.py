@@ -82,22 +82,19 @@ class AutoRTPurboModelForCausalLM:
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter = adapter_kwargs.pop("_adapter_model_path", None)
         adapter_name = kwargs.pop("adapter_name", "default")
-        kwargs = {
+        kwargs |= {"token": token, "cache_dir": cache_dir}
+        kwargs |= {"device_map": device_map, "quantization_config": quantization_config}
+        options = {
             name: value
             for name, value in kwargs.items()
             if name not in _OF_AUTO_CLASSES and value is not None
         }
-        hub = {"token": token, "cache_dir": cache_dir}
-        hub |= {name: kwargs.pop(name) for name in _HUB if name in kwargs}
-        hub = {name: value for name, value in hub.items() if value is not None}
-        model_options = {"device_map": device_map, "quantization_config": quantization_config}
-        model_options = {name: value for name, value in model_options.items() if value is not None}
-        if "torch_dtype" in kwargs:
-            dtype = kwargs.pop("torch_dtype")
+        hub = {name: options.pop(name) for name in _HUB if name in options}
+        dtype = options.pop("torch_dtype", dtype)
         folder = find_artifact(pretrained_model_name_or_path, revision=revision, **hub)
         model, _ = load_model(
             folder,
-            LoadingOptions(hub, {**kwargs, **model_options}, torch_dtype(dtype)),
+            LoadingOptions(hub, options, torch_dtype(dtype)),
             base_model=base_model,
         )
         # Adapters trained on the model name this as their base.

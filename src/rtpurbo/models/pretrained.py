@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -94,11 +94,8 @@ def _load_configs(
     name: str, *, sparse: bool = False, **options: Any
 ) -> tuple[PretrainedConfig, PretrainedConfig | None]:
     """The configuration as `load_pretrained_config` returns it, and that of the whole multimodal model."""
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
-        except Exception as error:  # a damaged file can raise anything
-            _refuse(name, error)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     if isinstance(config, RTPurboModelConfig):
         if not sparse:
             raise RTPurboError(
@@ -143,18 +140,13 @@ def load_weights(name: str, sharding: Sharding | None = None, **options: Any) ->
         RTPurboError: it cannot be loaded, or weights are missing.
     """
     options["trust_remote_code"] = False
-    with quiet_transformers():
-        try:
-            if sharding is None:
-                model, loading = AutoModelForCausalLM.from_pretrained(
-                    name, output_loading_info=True, **options
-                )
-            else:
-                model, loading = load_sharded(name, sharding, **options)
-        except RTPurboError:
-            raise
-        except Exception as error:  # a damaged file can raise anything
-            _refuse(name, error)
+    with _loading(name):
+        if sharding is None:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                name, output_loading_info=True, **options
+            )
+        else:
+            model, loading = load_sharded(name, sharding, **options)
     if loading["missing_keys"]:
         # transformers would initialise them at random.
         missing = sorted(loading["missing_keys"])
@@ -299,9 +291,21 @@ def quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _refuse(name: str, error: Exception) -> NoReturn:
-    raise RTPurboError(
-        f"the model {name} cannot be loaded ({first_line(error)}); check that it is a causal "
-        "language model that transformers knows without code of its own, and that its files are "
-        "complete."
-    ) from error
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Reports errors of transformers inside a `with` block in one sentence, and nothing else.
+
+    Raises:
+        RTPurboError: the model cannot be loaded.
+    """
+    try:
+        with quiet_transformers():
+            yield
+    except RTPurboError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise RTPurboError(
+            f"the model {name} cannot be loaded ({first_line(error)}); check that it is a causal "
+            "language model that transformers knows without code of its own, and that its files are "
+            "complete."
+        ) from error

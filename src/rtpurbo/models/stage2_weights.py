@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -84,17 +83,13 @@ def check_adapter(path: Path) -> None:
         value = settings.get(name)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise RTPurboError(f"{path} sets {name} to {value!r}, but it must be a number above 0.")
-    defaults = _defaults()
+    defaults = {field.name: field.default for field in fields(LoraConfig)}
     for name, value in settings.items():
         if name not in _PLAIN_SETTINGS and value and value != defaults.get(name, MISSING):
             raise RTPurboError(
                 f"{path} sets '{name}', which is not part of a plain LoRA; if you trust the adapter, "
                 "merge it into the base model with PEFT, and convert that."
             )
-
-
-def _defaults() -> dict[str, Any]:
-    return {field.name: field.default for field in fields(LoraConfig)}
 
 
 @contextmanager
