@@ -221,26 +221,18 @@ class HeadwiseLayer(CacheLayerMixin):
         self.is_initialized = True
         self.seen += key_states.shape[2]
         full, windowed = layout.full_key_value_heads, layout.windowed_key_value_heads
+        newest = self.slots.newest
+
+        def extended(buffer: GrowingBuffer, states: Tensor) -> Tensor:
+            return buffer.append(states) if newest is None else buffer.put(newest, states)
+
+        keys = extended(self.full_keys, key_states[:, full])
+        values = extended(self.full_values, value_states[:, full])
+        if index_keys is not None:
+            index_keys = extended(self.index_keys, index_keys)
         return (
-            self._append_full(key_states[:, full], value_states[:, full], index_keys, layout),
+            self._full_states(keys, values, index_keys, layout),
             self.ring.append(key_states[:, windowed], value_states[:, windowed]),
-        )
-
-    def _append_full(
-        self, keys: Tensor, values: Tensor, index_keys: Tensor | None, layout: HeadLayout
-    ) -> KeyValueStates:
-        slots = self.slots
-
-        def grown(buffer: GrowingBuffer, states: Tensor) -> Tensor:
-            return (
-                buffer.append(states) if slots.newest is None else buffer.put(slots.newest, states)
-            )
-
-        return self._full_states(
-            grown(self.full_keys, keys),
-            grown(self.full_values, values),
-            None if index_keys is None else grown(self.index_keys, index_keys),
-            layout,
         )
 
     def _full_states(
@@ -261,14 +253,12 @@ class HeadwiseLayer(CacheLayerMixin):
             in_order,
             first_slots,
             length=None if slots.newest is None else slots.length,
-            histogram_workspace=None
-            if slots.newest is None
-            else self._histograms(index_keys, layout),
+            histogram_workspace=self._histograms(index_keys, layout),
         )
 
     def _histograms(self, index_keys: Tensor | None, layout: HeadLayout) -> Tensor | None:
         """Histogram workspace that keeps its contents between steps in fixed slots."""
-        if index_keys is None:
+        if index_keys is None or self.slots.newest is None:
             return None
         held, batch, heads = self.histogram_workspace, index_keys.shape[0], len(layout.retrieval)
         if held is None or held.shape[0] != batch * heads or held.device != index_keys.device:
@@ -277,10 +267,7 @@ class HeadwiseLayer(CacheLayerMixin):
 
     def count_appended(self, layout: HeadLayout) -> tuple[KeyValueStates, KeyValueStates]:
         """Counts a token that a kernel wrote into its slots, and returns what `append` returns."""
-        self.seen += 1
-        for buffer in (self.full_keys, self.full_values, self.index_keys):
-            if buffer.storage is not None:
-                buffer.length += 1
+        self.set_length(self.seen + 1)
         keys, values = self.full_keys.storage, self.full_values.storage
         assert keys is not None
         assert values is not None
@@ -352,10 +339,8 @@ class HeadwiseLayer(CacheLayerMixin):
         kept = kept_tokens(self.seen, tokens)
         if kept == 0:
             self._clear()
-            return
-        self.seen = kept
-        for buffer in (self.full_keys, self.full_values, self.index_keys):
-            buffer.length = min(buffer.length, kept)
+        else:
+            self.set_length(kept)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the sequences, for beam search; fixed slots keep their addresses."""

@@ -107,17 +107,14 @@ class GraphedDecoder:
             prepared = self._prepare(model, arguments, modules, address)
             if prepared is None:
                 return None
-            self._keep(cache, prepared)
+            while len(self._prepared) >= MOST_GRAPHS:
+                self._prepared.pop(next(iter(self._prepared)))
+            self._prepared[cache] = prepared
         seen = cache.get_seq_length()
         _fill(prepared.inputs, arguments, seen)
         logits = prepared.run()
         cache.set_length(seen + 1)
         return prepared.output_class(logits=logits.clone(), **{CACHE_NAME: cache})
-
-    def _keep(self, cache: HeadwiseCache, prepared: PreparedStep) -> None:
-        while len(self._prepared) >= MOST_GRAPHS:
-            self._prepared.pop(next(iter(self._prepared)))
-        self._prepared[cache] = prepared
 
     def _is_step(self, model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
         """True if this is a decode step whose only output is logits."""

@@ -5,7 +5,7 @@ They are the same in every layer, so a forward computes them once, before the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,12 +61,8 @@ class WindowedPositions(NamedTuple):
 
     def to(self, device: torch.device) -> WindowedPositions:
         """Returns the same on a device."""
-        first_slots = None if self.first_slots is None else self.first_slots.to(device)
-        return self._replace(
-            positions=self.positions.to(device),
-            query_positions=self.query_positions.to(device),
-            first_slots=first_slots,
-        )
+        parts: list[Any] = [part.to(device) if isinstance(part, Tensor) else part for part in self]
+        return WindowedPositions(*parts)
 
 
 def padding_form(mask: Tensor) -> tuple[Padding, bool]:
@@ -297,7 +293,9 @@ class TokenSlots:
         self.end_forward()
         if self.padding == "any":
             self.positions = positions  # `next_positions` needs them
-        for owner, name in self._tensors():
+        owners: list[tuple[Any, str]] = [(self.ring, "positions")]
+        owners += [(self, name) for name in ("first_slots", "fixed_positions", "positions")]
+        for owner, name in owners:
             tensor = getattr(owner, name)
             if tensor is None:
                 continue
@@ -305,11 +303,6 @@ class TokenSlots:
                 tensor.copy_(change(tensor))
             else:
                 setattr(owner, name, change(tensor))
-
-    def _tensors(self) -> Iterator[tuple[Any, str]]:
-        for name in ("first_slots", "fixed_positions", "positions"):
-            yield self, name
-        yield self.ring, "positions"
 
     def tensors(self) -> list[Tensor]:
         """Tensors kept between forwards, except the positions of the last one while slots grow."""
