@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -71,22 +70,8 @@ class _Record:
         return torch.cat([query, key], 1)
 
 
-@dataclass
-class _Recording:
-    """Recording of one forward of the probe.
-
-    Attention returns zeros, so that hidden states do not depend on it.
-
-    Attributes:
-        records: by attention module.
-        embeddings: rotary embeddings that replace the model's own, by attention module.
-    """
-
-    records: dict[nn.Module, _Record] = field(default_factory=dict)
-    embeddings: dict[nn.Module, Embeddings] | None = None
-
-
-_recordings: list[_Recording] = []
+_Records = dict[nn.Module, _Record]
+_recordings: list[_Records] = []
 
 # Conversion makes a model sparse several times; each probe is three forwards.
 _known: WeakKeyDictionary[
@@ -97,9 +82,11 @@ _known: WeakKeyDictionary[
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function that records its arguments."""
-    recording = _recordings[-1]
-    record = recording.records.setdefault(module, _Record())
+    """Attention function that records its arguments.
+
+    It returns zeros, so that hidden states do not depend on it.
+    """
+    record = _recordings[-1].setdefault(module, _Record())
     record.calls.append((query, key, value, attention_mask, kwargs))
     batch, heads, length, _ = query.shape
     return value.new_zeros(batch, length, heads, value.shape[-1]), None
@@ -121,9 +108,9 @@ def probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
     state = (model.config.to_json_string(), model.device, model.dtype)
     known = _known.get(model)
     if known is not None and known[0] == state and _are_in(model, known[1]):
-        return {number: replace(traits) for number, traits in known[1].items()}
+        return known[1]
     traits = _probe(model)
-    _known[model] = state, {number: replace(found) for number, found in traits.items()}
+    _known[model] = state, traits
     return traits
 
 
@@ -135,7 +122,7 @@ def _are_in(model: PreTrainedModel, traits: Mapping[int, AttentionTraits]) -> bo
 
 def _probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
     """Runs the forwards of `probe`."""
-    records = _run(model)
+    records = _run(model, {})
     converted = convertible_layers(model.config)
     traits = {}
     for number, layer in enumerate(decoder_layers(model)):
@@ -161,7 +148,7 @@ def _probe(model: PreTrainedModel) -> dict[int, AttentionTraits]:
 
 
 def _measure_rotations(
-    model: PreTrainedModel, records: dict[nn.Module, _Record], traits: list[AttentionTraits]
+    model: PreTrainedModel, records: _Records, traits: list[AttentionTraits]
 ) -> None:
     """Measures the rotary embedding of each layer in two more forwards."""
     probes = {}
@@ -210,10 +197,12 @@ def _refusal(module: nn.Module, record: _Record) -> str | None:
     return None
 
 
-def _run(
-    model: PreTrainedModel, embeddings: dict[nn.Module, Embeddings] | None = None
-) -> dict[nn.Module, _Record]:
+def _run(model: PreTrainedModel, embeddings: Mapping[nn.Module, Embeddings]) -> _Records:
     """Runs one forward, with the last token at the end of the context.
+
+    Args:
+        model: dense or sparse.
+        embeddings: rotary embeddings that replace the model's own, by attention module.
 
     Raises:
         RTPurboError: the model fails.
@@ -231,9 +220,9 @@ def _run(
         positions = places.clone()
         positions[0, -1] = context_length(config) - 1
         arguments["position_ids"] = positions
-    recording = _Recording(embeddings=embeddings)
+    records: _Records = {}
     try:
-        with _probing(model, recording):
+        with _probing(model, records, embeddings):
             decoder(**arguments)
     except torch.OutOfMemoryError:  # says nothing about the model
         raise
@@ -242,21 +231,30 @@ def _run(
             f"this {config.model_type} model cannot be made sparse: a forward of {NUM_TOKENS} tokens failed "
             f"({first_line(error, with_type=True)})."
         ) from error
-    return {module: record for module, record in recording.records.items() if record.calls}
+    return {module: record for module, record in records.items() if record.calls}
 
 
 @contextmanager
-def _probing(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
-    """Records the calls of the attention function inside a `with` block."""
+def _probing(
+    model: PreTrainedModel, records: _Records, embeddings: Mapping[nn.Module, Embeddings]
+) -> Iterator[None]:
+    """Records the calls of the attention function inside a `with` block; arguments as of `_run`."""
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Records the rotary embedding of a module, or replaces it."""
+        records.setdefault(module, _Record()).embeddings = kwargs.get("position_embeddings")
+        if module not in embeddings:
+            return None
+        return args, {**kwargs, "position_embeddings": embeddings[module]}
+
     before = model.config._attn_implementation
     hooks = []
     for module in model.modules():
         if "layer_idx" in vars(module):
-            note = partial(_note, recording)
             hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
         elif "rotary" in type(module).__name__.lower():
             hooks.append(module.register_forward_pre_hook(_in_float32))
-    _recordings.append(recording)
+    _recordings.append(records)
     model.config._attn_implementation = IMPLEMENTATION
     try:
         with torch.no_grad(), evaluating(model):
@@ -266,17 +264,6 @@ def _probing(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
         _recordings.pop()
         for hook in hooks:
             hook.remove()
-
-
-def _note(
-    recording: _Recording, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Records the rotary embedding of a module, or replaces it."""
-    given = kwargs.get("position_embeddings")
-    recording.records.setdefault(module, _Record()).embeddings = given
-    if recording.embeddings is None or module not in recording.embeddings:
-        return None
-    return args, {**kwargs, "position_embeddings": recording.embeddings[module]}
 
 
 def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
