@@ -47,10 +47,7 @@ class FusedAppendForward:
                 return _decode_step(
                     layer, hidden_states, kwargs.get("position_embeddings"), past
                 ), None
-        output: tuple[Tensor, Tensor | None] = type(self.module).forward(
-            self.module, *args, **kwargs
-        )
-        return output
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 def attach_fused_append(layer: SparseAttention) -> None:

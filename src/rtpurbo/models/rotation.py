@@ -142,39 +142,35 @@ class RotaryProbe:
         Returns:
             None if no rotation explains them.
         """
-        return _decode(plain[0].double().cpu(), coded[0].double().cpu(), self.codes, self.angles)
-
-
-def _decode(plain: Tensor, coded: Tensor, codes: Tensor, angles: Tensor) -> RotaryLayout | None:
-    """Returns the layout that explains the change of states [heads, tokens, head_dim]."""
-    size = plain.square().mean(-1, keepdim=True).sqrt()
-    changed = ((coded - plain).abs() > THRESHOLD * size).any(0)
-    length, head_dim = changed.shape
-    found = torch.zeros(head_dim, dtype=torch.int64)
-    for bit in range(CODE_BITS):
-        found |= changed[bit::CODE_BITS].any(0).long() << bit
-    result = unrotated(head_dim)
-    paired = True
-    for code in found[found > 0].unique().tolist():
-        matching = (codes == code).nonzero()
-        if not matching.numel():
-            return None
-        column, dims = int(matching[0]), (found == code).nonzero()[:, 0].tolist()
-        result.columns[dims] = column
-        result.frequencies[dims] = angles[column]
-        if len(dims) != 2:
-            result.signs[dims] = 1.0
-            paired = False
-            continue
-        tokens = [token for token in range(length) if (code >> (token % CODE_BITS)) & 1]
-        for dim, other in (dims, reversed(dims)):
-            assert result.partners is not None
-            result.partners[dim] = other
-            product = (coded[:, tokens, dim] * plain[:, tokens, other]).sum()
-            result.signs[dim] = float(product.sign())
-    if paired:
-        return result
-    return RotaryLayout(result.frequencies, result.columns, None, result.signs)
+        plain, coded = plain[0].double().cpu(), coded[0].double().cpu()
+        size = plain.square().mean(-1, keepdim=True).sqrt()
+        changed = ((coded - plain).abs() > THRESHOLD * size).any(0)
+        length, head_dim = changed.shape
+        found = torch.zeros(head_dim, dtype=torch.int64)
+        for bit in range(CODE_BITS):
+            found |= changed[bit::CODE_BITS].any(0).long() << bit
+        result = unrotated(head_dim)
+        paired = True
+        for code in found[found > 0].unique().tolist():
+            matching = (self.codes == code).nonzero()
+            if not matching.numel():
+                return None
+            column, dims = int(matching[0]), (found == code).nonzero()[:, 0].tolist()
+            result.columns[dims] = column
+            result.frequencies[dims] = self.angles[column]
+            if len(dims) != 2:
+                result.signs[dims] = 1.0
+                paired = False
+                continue
+            tokens = [token for token in range(length) if (code >> (token % CODE_BITS)) & 1]
+            for dim, other in (dims, reversed(dims)):
+                assert result.partners is not None
+                result.partners[dim] = other
+                product = (coded[:, tokens, dim] * plain[:, tokens, other]).sum()
+                result.signs[dim] = float(product.sign())
+        if paired:
+            return result
+        return RotaryLayout(result.frequencies, result.columns, None, result.signs)
 
 
 def _parts(embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
