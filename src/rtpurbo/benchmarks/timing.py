@@ -33,12 +33,20 @@ class Clock:
 
     def times(self, call: Call, repeats: int) -> list[float]:
         """Returns the milliseconds of each of `repeats` consecutive calls."""
-        times = []
+        spans = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = self.now()
             call()
-            times.append(1000 * (time.perf_counter() - start))
-        return times
+            spans.append((start, self.now()))
+        return self.between(spans)
+
+    def now(self) -> Any:
+        """Returns a point in time, for `between`."""
+        return time.perf_counter()
+
+    def between(self, spans: Sequence[tuple[Any, Any]]) -> list[float]:
+        """Returns the milliseconds between pairs of points in time."""
+        return [1000 * (end - start) for start, end in spans]
 
     def memory(self) -> int | None:
         """Returns the bytes in use; None where memory is not counted."""
@@ -61,17 +69,16 @@ class CudaClock(Clock):
         torch.cuda._sleep(HEAD_START_CYCLES)
         return super().first(call)
 
-    def times(self, call: Call, repeats: int) -> list[float]:
-        """Returns the times between events before and after each call."""
-        events = []
-        for _ in range(repeats):
-            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            pair[0].record()
-            call()
-            pair[1].record()
-            events.append(pair)
+    def now(self) -> Any:
+        """Records an event."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, spans: Sequence[tuple[Any, Any]]) -> list[float]:
+        """Waits for the GPU, and returns the times between events."""
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
+        return [start.elapsed_time(end) for start, end in spans]
 
     def memory(self) -> int | None:
         """Returns the allocated bytes."""
@@ -183,7 +190,7 @@ class PartTimer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._clock = clock_of(device)
         self._spans: list[tuple[Any, Any]] = []
 
     @contextmanager
@@ -196,24 +203,12 @@ class PartTimer:
     @contextmanager
     def around_part(self) -> Iterator[None]:
         """Context manager around a part of a call."""
-        start = self._now()
+        start = self._clock.now()
         yield
-        self._spans.append((start, self._now()))
+        self._spans.append((start, self._clock.now()))
 
     def milliseconds(self) -> tuple[float, float]:
         """Milliseconds of the last whole call, and the sum of its parts."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
         # The whole ends last.
-        *parts, whole = (self._between(*span) for span in self._spans)
+        *parts, whole = self._clock.between(self._spans)
         return whole, sum(parts)
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self._on_gpu else 1000 * (end - start)
