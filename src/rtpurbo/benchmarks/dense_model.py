@@ -17,40 +17,35 @@ from rtpurbo.models.architecture import AttentionShape, attention_shapes
 
 IMPLEMENTATION = "rtpurbo-benchmark"
 
-_attend: list[sdpa.Attention] = []
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    output = _attend[-1](query, key, value, scaling)
-    return output.transpose(1, 2).contiguous(), None
-
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
 
 
 @contextmanager
 def attending(model: PreTrainedModel, attend: sdpa.Attention) -> Iterator[None]:
     """Context manager that replaces the attention of a dense model; without a mask, as nothing is padded."""
+
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        return attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(IMPLEMENTATION, attention)
     before = model.config._attn_implementation
     model.config._attn_implementation = IMPLEMENTATION
-    _attend.append(attend)
     try:
         yield
     finally:
-        _attend.pop()
         model.config._attn_implementation = before
 
 
