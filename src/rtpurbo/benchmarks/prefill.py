@@ -131,7 +131,7 @@ def measure_dense(session: Session, cases: Sequence[PrefillCase]) -> None:
     for case in cases:
         for entry in _windowed(case, session.device):
             session.run(entry)
-    for entry in _dense(cases[0], session.device):
+    for entry in _dense(cases[0]):
         session.run(entry)
 
 
@@ -199,27 +199,23 @@ def dense_mask(case: PrefillCase, heads: Sequence[int]) -> Mask:
     return mask
 
 
-def _dense(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
-    facts = case.facts(1.0)
-    states, result = case.states, case.states.queries.nbytes
+def _dense(case: PrefillCase) -> Iterator[Entry]:
+    states = case.states
 
-    def expanded(name: str) -> Call:
-        attend = sdpa.attention(name, is_causal=True, grouped=False)
-        keys, values = (
-            part.repeat_interleave(case.shape.group, 1) for part in (states.keys, states.values)
-        )
-        return lambda: attend(states.queries, keys, values, states.scaling)
-
-    def grouped(name: str) -> Call:
-        attend = sdpa.attention(name, is_causal=True, grouped=True)
-        return lambda: attend(states.queries, states.keys, states.values, states.scaling)
+    def prepare(name: str, grouped: bool) -> Call:
+        attend = sdpa.attention(name, is_causal=True, grouped=grouped)
+        keys, values = states.keys, states.values
+        if not grouped:
+            keys, values = (part.repeat_interleave(case.shape.group, 1) for part in (keys, values))
+        return partial(attend, states.queries, keys, values, states.scaling)
 
     for name in sdpa.BACKENDS:
         variants = {
-            "KV heads expanded beforehand": partial(expanded, name),
-            "KV heads shared": partial(grouped, name),
+            "KV heads expanded beforehand": partial(prepare, name, False),
+            "KV heads shared": partial(prepare, name, True),
         }
-        yield Entry(name, variants, facts, result_bytes=result, note=case.note)
+        result = states.queries.nbytes
+        yield Entry(name, variants, case.facts(1.0), result_bytes=result, note=case.note)
 
 
 def flex_attention(
