@@ -65,11 +65,9 @@ def build_model(
             f"there is no geometry '{geometry}'; choose one of: {', '.join(GEOMETRIES)}."
         )
     family, sizes = GEOMETRIES[geometry]
-    config = CONFIG_MAPPING[family](**{**sizes, "max_position_embeddings": context})
     if layers is not None:
-        config.num_hidden_layers = min(layers, config.num_hidden_layers)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: config.num_hidden_layers]
+        sizes = sizes | {"num_hidden_layers": min(layers, sizes["num_hidden_layers"])}
+    config = CONFIG_MAPPING[family](**sizes, max_position_embeddings=context)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -88,13 +86,13 @@ def spread_head_map(config: Any, ratio: float, seed: int = 0) -> HeadMap:
     return HeadMap(chosen, heads, config.num_key_value_heads)
 
 
-def draw_indexers(model: PreTrainedModel, seed: int = 0) -> None:
+def draw_indexers(model: PreTrainedModel) -> None:
     """Initialises the indexers of a sparse model with random weights, so that scores differ between keys."""
     for module in headwise_modules(model):
         if not module.retrieval_heads:
             continue
         for weight in module.indexer.parameters():
-            generator = torch.Generator(weight.device).manual_seed(seed)
+            generator = torch.Generator(weight.device).manual_seed(0)
             weight.data.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
 
 

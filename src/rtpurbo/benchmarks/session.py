@@ -200,11 +200,7 @@ class Session:
         ]
         return SpeedRecord(
             implementation=entry.implementation,
-            milliseconds=found.milliseconds,
-            milliseconds_p10=found.milliseconds_p10,
-            milliseconds_p90=found.milliseconds_p90,
-            peak_memory_bytes=found.peak_memory_bytes,
-            scratch_bytes=found.scratch_bytes,
+            **{name: value for name, value in vars(found).items() if name != "repeats"},
             device=device_name(self.device),
             note="; ".join(filter(None, remarks)) or None,
             **entry.facts,
