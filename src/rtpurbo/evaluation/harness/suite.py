@@ -6,7 +6,7 @@ import difflib
 import io
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -264,8 +264,8 @@ def outcomes_of(
     The tokenizer counts the tokens of prompts.
     """
     outcomes = []
-    for key in _measured(samples):
-        metric, chosen = key
+    pairs = [(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]]
+    for metric, chosen in dict.fromkeys(pairs):
         own = [sample for sample in samples if sample["filter"] == chosen and metric in sample]
         values = [sample[metric] for sample in own]
         # RULER's tasks name their metric by the length.
@@ -279,8 +279,7 @@ def outcomes_of(
                 outcomes.append(Outcome(float(score), None, len(values), (), name))
             continue
         if metric.isdigit():
-            pairs = zip(own, numbers, strict=True)
-            own = [sample for sample, number in pairs if number != OTHER_LENGTH]
+            own = [sample for sample in own if sample[metric] != OTHER_LENGTH]
             numbers = [number for number in numbers if number != OTHER_LENGTH]
         if not numbers:
             continue
@@ -293,12 +292,6 @@ def outcomes_of(
         )
         outcomes.append(Outcome(fmean(scores), bootstrap_interval(scores), len(scores), kept, name))
     return outcomes
-
-
-def _measured(samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Yields each metric with its filter of answers, in lm-eval's order."""
-    pairs = [(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]]
-    yield from dict.fromkeys(pairs)
 
 
 def _sample(sample: Mapping[str, Any], score: float, tokenizer: PreTrainedTokenizerBase) -> Sample:
