@@ -13,25 +13,23 @@ CONFIDENCE = 0.95
 _NUMBERS_AT_ONCE = 2**24
 
 
-def bootstrap_interval(
-    values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float]:
     """Returns the interval of the middle 95 % of the means of resampled values, at least one.
 
     If all values are equal, for example if all answers are correct, its width is zero.
     """
-    return interval_of_mean([values], resamples, seed)
+    return interval_of_mean([values], resamples)
 
 
 def interval_of_mean(
-    groups: Sequence[Sequence[float]], resamples: int = RESAMPLES, seed: int = 0
+    groups: Sequence[Sequence[float]], resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """Returns the interval of the mean over the means of several groups, each resampled separately.
 
     Tasks of a suite are such groups: their questions are a random sample, the tasks are not. There is at
     least one group of at least one value.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     means = np.mean([_resampled_means(values, resamples, rng) for values in groups], axis=0)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])

@@ -150,15 +150,12 @@ def questions_at_once(model: PreTrainedModel, context_length: int, most: int = M
     return max(1, min(most, fitting))
 
 
-def batches_by_length(
-    model: PreTrainedModel, lengths: Sequence[int], most: int = MOST_SHORT_AT_ONCE
-) -> list[list[int]]:
+def batches_by_length(model: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
     """Returns batches of questions of similar length, the longest first.
 
     Args:
         model: dense or sparse.
         lengths: tokens of each question's prompt and answer, at least one.
-        most: largest batch size.
 
     Returns:
         Indices into `lengths`, by batch.
@@ -166,7 +163,7 @@ def batches_by_length(
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     batches = []
     while order:
-        size = questions_at_once(model, lengths[order[0]], most)
+        size = questions_at_once(model, lengths[order[0]], MOST_SHORT_AT_ONCE)
         batches.append(order[:size])
         order = order[size:]
     return batches

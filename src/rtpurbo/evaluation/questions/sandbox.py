@@ -25,7 +25,7 @@ MEMORY_BYTES = 2 * 2**30
 _RUNNER = Path(__file__).with_name("sandbox_runner.py")
 
 
-def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
+def passes(program: str, seconds: float = SECONDS) -> bool:
     """Returns True if a Python program ends without an error within its limits.
 
     They are those of CPU time, with wall-clock time up to 1.5 times as long, and of the address space.
@@ -35,7 +35,7 @@ def passes(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BY
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         subprocess.Popen(
-            [sys.executable, "-I", str(_RUNNER), str(seconds), str(memory_bytes)],
+            [sys.executable, "-I", str(_RUNNER), str(seconds), str(MEMORY_BYTES)],
             cwd=folder,
             env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"},
             stdin=subprocess.PIPE,
