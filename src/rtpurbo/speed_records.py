@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from rtpurbo import strict_json
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
-from rtpurbo.version import library_commit
+from rtpurbo.version import installed_version, library_commit
 
 Phase = Literal["prefill", "decode", "model-prefill", "model-decode", "stage1", "stage2"]
 
@@ -132,7 +132,7 @@ def write_speed(path: str | Path, device: str, command: str, results: SpeedResul
             "device": device,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "torch": version("torch"),
-            "triton": _triton_version(),
+            "triton": installed_version("triton"),
             "commit": library_commit(),
             "command": command,
             "notes": [*results.errors, *results.notes],
@@ -201,10 +201,3 @@ def stated_density(asked: float, reached: float, tolerance: float) -> float:
     """
     nearly = 0.95 * asked <= reached <= (1 + tolerance) * asked
     return asked if nearly else round(reached, 4)
-
-
-def _triton_version() -> str | None:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.questions import QuestionSet
 from rtpurbo.models.artifact_config import CONFIG_FILE, MODEL_CONFIG_FILE
 from rtpurbo.models.stage2_weights import ADAPTER_FOLDER
-from rtpurbo.version import __version__
+from rtpurbo.version import __version__, installed_version
 
 # Of an artifact or an export: what its models are made of, but neither its card nor its log.
 _DECIDING_FILES = (
@@ -87,7 +87,7 @@ def conditions_of(
         "rtpurbo": __version__,
         "torch": version("torch"),
         "transformers": version("transformers"),
-        "lm_eval": _version_if_installed("lm_eval"),
+        "lm_eval": installed_version("lm_eval"),
     }
 
 
@@ -138,10 +138,3 @@ def _digest_of_data(path: Path) -> str:
 def _digest_of_questions(questions: QuestionSet) -> str:
     asked = [asdict(question) for question in questions.questions]
     return _digest(json.dumps(part).encode() for part in (questions.passages, asked))
-
-
-def _version_if_installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
