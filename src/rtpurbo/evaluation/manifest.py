@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rtpurbo.evaluation.policies import Source
 from rtpurbo.evaluation.questions import babilong
 from rtpurbo.evaluation.questions.bank import QuestionBank
 from rtpurbo.evaluation.questions.suites import SHORT, QuestionData
+from rtpurbo.evaluation.request import Request
 from rtpurbo.evaluation.ruler.materials import Materials
 from rtpurbo.evaluation.ruler.suite import RulerSuite
 from rtpurbo.evaluation.runner import Runner
@@ -30,23 +31,19 @@ class RunManifest:
 
     Attributes:
         source: the artifact, and how its models are loaded; its seed is that of the cases.
-        uses_harness: some case is a task of lm-eval.
+        request: the cases, and files with their questions.
         data: as `rtpurbo.evaluation.run.evaluate` takes it, like the next two.
         squad: questions of `ruler:qa_1`.
         hotpotqa: questions of `ruler:qa_2`.
-        task_data: files for tasks of lm-eval, by task.
-        question_data: files for the suites of `rtpurbo.evaluation.questions`, by suite.
         max_new_tokens: limit of answers to tasks of lm-eval and to questions of these suites.
         cache_length: tokens at which cache sizes are computed; None takes each case's length.
     """
 
     source: Source
-    uses_harness: bool = False
+    request: Request = field(default_factory=Request)
     data: Sequence[str] | None = None
     squad: str | Path | None = None
     hotpotqa: str | Path | None = None
-    task_data: Mapping[str, str | Path] = field(default_factory=dict)
-    question_data: Mapping[str, str | Path] = field(default_factory=dict)
     max_new_tokens: int | None = None
     cache_length: int | None = None
 
@@ -58,10 +55,10 @@ class RunManifest:
         Raises:
             RTPurboError: a file is missing or of another format, or lm-eval is not installed.
         """
-        seed = self.source.seed
+        seed, request = self.source.seed, self.request
         corpus = load_texts(self.data, "heldout")
         materials = Materials.of(corpus, self.squad, self.hotpotqa)
-        data = QuestionData.read(self.question_data, seed)
+        data = QuestionData.read(request.question_data, seed)
         suites: dict[str, TaskSuite] = {
             "needle": NeedleSuite(corpus, seed),
             "perplexity": PerplexitySuite(corpus, seed),
@@ -69,11 +66,11 @@ class RunManifest:
             babilong.SUITE: RulerSuite(materials, seed, prompts, data.babilong),
             **dict.fromkeys(SHORT, QuestionBank(data, self.max_new_tokens)),
         }
-        if self.uses_harness:
+        if any(case.suite == HARNESS for case in request.cases):
             # Importing lm-eval takes seconds, and it may not be installed.
             from rtpurbo.evaluation.harness.suite import Harness
 
-            suites[HARNESS] = Harness(self.task_data, self.max_new_tokens, seed)
+            suites[HARNESS] = Harness(request.harness_data, self.max_new_tokens, seed)
         source = self.source if device is None else replace(self.source, device=device)
         return Runner(source, suites, self.cache_length)
 
@@ -86,7 +83,7 @@ class RunManifest:
             self.source,
             prose.corpus,
             ruler.materials,
-            task_data={**self.task_data, **self.question_data},
+            task_data={**self.request.harness_data, **self.request.question_data},
             max_new_tokens=self.max_new_tokens,
             cache_length=self.cache_length,
         )

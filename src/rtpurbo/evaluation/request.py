@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rtpurbo.errors import RTPurboError
@@ -45,9 +45,9 @@ class Request:
         question_data: files for question suites, by suite.
     """
 
-    cases: list[Case]
-    harness_data: dict[str, str | Path]
-    question_data: dict[str, str | Path]
+    cases: list[Case] = field(default_factory=list)
+    harness_data: dict[str, str | Path] = field(default_factory=dict)
+    question_data: dict[str, str | Path] = field(default_factory=dict)
 
     @classmethod
     def of(

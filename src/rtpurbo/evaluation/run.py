@@ -14,7 +14,7 @@ from rtpurbo.devices import default_dtype, resolve_device
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.budgets import budget_of, has_budget
 from rtpurbo.evaluation.case_results import Part, joined
-from rtpurbo.evaluation.cases import DEFAULT_SUITES, HARNESS, Case
+from rtpurbo.evaluation.cases import DEFAULT_SUITES, Case
 from rtpurbo.evaluation.manifest import RunManifest
 from rtpurbo.evaluation.policies import BUDGET_POLICY, POLICIES, Source
 from rtpurbo.evaluation.records import Record
@@ -111,12 +111,10 @@ def evaluate(
     request.check_lengths(folder, base_model)
     manifest = RunManifest(
         Source(folder, device, dtype or default_dtype(device), base_model, seed),
-        uses_harness=any(case.suite == HARNESS for case in request.cases),
+        request,
         data=data,
         squad=squad,
         hotpotqa=hotpotqa,
-        task_data=request.harness_data,
-        question_data=request.question_data,
         max_new_tokens=max_new_tokens,
         cache_length=cache_length,
     )
