@@ -119,6 +119,12 @@ def check_matplotlib(command: str) -> None:
         raise RTPurboError(f"{command} needs matplotlib: pip install 'rtpurbo[plots]'.")
 
 
+def look(style: int | None) -> tuple[str, str, Literal["-", "--"]]:
+    """Returns the palette name, marker and line style of a series; None is the baseline."""
+    dashed = style is None or style >= NUM_SERIES_COLORS
+    return series_color(style), MARKERS[(style or 0) % len(MARKERS)], "--" if dashed else "-"
+
+
 def line_plot(title: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
     """Draws lines with markers and intervals.
 
@@ -146,12 +152,12 @@ def draw_lines(axes: Axes, series: Sequence[Series], x: Axis, y: Axis) -> dict[s
         points = each.finite
         if not points:
             continue
-        color = PALETTE[series_color(each.style)][0]
-        dashed = each.style is None or each.style >= NUM_SERIES_COLORS
+        name, marker, line = look(each.style)
+        color = PALETTE[name][0]
         xs, ys = zip(*points, strict=True)
         values += ys
         axes.plot(
-            xs, ys, "--" if dashed else "-", color=color, linewidth=1 if each.faint else 2,
+            xs, ys, line, color=color, linewidth=1 if each.faint else 2,
             alpha=0.35 if each.faint else None, gid="faint" if each.faint else "line",
         )  # fmt: skip
         both = zip(each.points, each.intervals, strict=False)
@@ -161,7 +167,6 @@ def draw_lines(axes: Axes, series: Sequence[Series], x: Axis, y: Axis) -> dict[s
             values += [*lows, *highs]
             axes.vlines(places, lows, highs, colors=color, alpha=0.6, linewidth=1.5, gid="whisker")
         if each.markers:
-            marker = MARKERS[0 if each.style is None else each.style % len(MARKERS)]
             axes.plot(
                 xs, ys, marker, markersize=6.5, color=color, gid=f"marks{number}",
                 markeredgecolor=PALETTE["ground"][0], markeredgewidth=0.8,
@@ -177,15 +182,13 @@ def legend_handles(series: Sequence[Series]) -> list[Any]:
     """Returns legend entries that show line and marker of each series."""
     from matplotlib.lines import Line2D
 
+    looks = [(each.name, *look(each.style)) for each in series if not each.faint]
     return [
         Line2D(
-            [], [], label=each.name, color=PALETTE[series_color(each.style)][0], linewidth=2,
-            linestyle="--" if each.style is None or each.style >= NUM_SERIES_COLORS else "-",
-            marker=MARKERS[0 if each.style is None else each.style % len(MARKERS)],
+            [], [], label=name, color=PALETTE[color][0], linewidth=2, linestyle=line, marker=mark
         )
-        for each in series
-        if not each.faint
-    ]  # fmt: skip
+        for name, color, mark, line in looks
+    ]
 
 
 def bar_plot(
@@ -238,7 +241,6 @@ def heat_map(
     marked: Sequence[tuple[int, int]],
     alternative: str,
     names: tuple[str, str],
-    side: float = 14.0,
 ) -> tuple[str, float]:
     """Draws a square for each entry of a matrix.
 
@@ -248,12 +250,12 @@ def heat_map(
         marked: column and row of the squares with a frame and a dot.
         alternative: text in place of the picture.
         names: names of the horizontal and the vertical axis.
-        side: units from one square to the next.
 
     Returns:
         An `<svg>` element and its width in units.
     """
     columns, rows = len(levels), max(map(len, levels), default=0)
+    side = 14.0  # units from one square to the next
     left, top, right, bottom = 36.0, 6.0, 8.0, 36.0
     width, height = left + columns * side + right, top + rows * side + bottom
     soft, strong, frame = PALETTE["edge"][0], PALETTE["s0"][0], PALETTE["s1"][0]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rtpurbo.reporting.figures import MARKERS, Series
-from rtpurbo.reporting.palette import NUM_SERIES_COLORS, series_color
+from rtpurbo.reporting.figures import MARKERS, Series, look
 
 NOTHING = "-"
 """Text of a cell without a measurement."""
@@ -175,6 +174,6 @@ class Missing:
 
 def swatch(style: int | None) -> tuple[str, str]:
     """Returns the palette name and a symbol of a series, for legends."""
-    symbol = _SYMBOLS[MARKERS[0 if style is None else style % len(MARKERS)]]
-    line = "╌" if style is None or style >= NUM_SERIES_COLORS else "─"
-    return series_color(style), f"{line}{symbol}{line}"
+    color, marker, line = look(style)
+    dash = "─" if line == "-" else "╌"
+    return color, f"{dash}{_SYMBOLS[marker]}{dash}"
