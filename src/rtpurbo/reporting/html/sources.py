@@ -162,27 +162,23 @@ def with_results(
     origin = Origin(file, facts)
     sources.origins.append(origin)
     model, length = str(facts.get("model", file)), facts.get("kv_bytes_at")
-    for place, known in enumerate(sources.quality):
-        if (known.model, known.cache_length) == (model, length):
-            merged = {_test(record): record for record in known.records}
-            again = [record for record in records if _test(record) in merged]
-            if again:
-                sources.remarks.append(
-                    f"{len(again)} measurements of {file} are in an earlier file too; {file} counts."
-                )
-            merged |= {_test(record): record for record in records}
-            # A mean over replaced records, or its difference from them, no longer holds.
-            stale = {(record.suite, record.context_length) for record in again}
-            kept = [
-                item for item in known.averages if (item.suite, item.context_length) not in stale
-            ]
-            origins = {**known.origins, **dict.fromkeys(map(_test, records), origin)}
-            sources.quality[place] = Quality(
-                model, list(merged.values()), length, [*kept, *averages], origins
-            )
-            return
-    origins = dict.fromkeys(map(_test, records), origin)
-    sources.quality.append(Quality(model, list(records), length, list(averages), origins))
+    same = (one for one in sources.quality if (one.model, one.cache_length) == (model, length))
+    quality = next(same, None)
+    if quality is None:
+        quality = Quality(model, [], length)
+        sources.quality.append(quality)
+    merged = {_test(record): record for record in quality.records}
+    again = [record for record in records if _test(record) in merged]
+    if again:
+        sources.remarks.append(
+            f"{len(again)} measurements of {file} are in an earlier file too; {file} counts."
+        )
+    # A mean over replaced records, or its difference from them, no longer holds.
+    stale = {(record.suite, record.context_length) for record in again}
+    kept = [one for one in quality.averages if (one.suite, one.context_length) not in stale]
+    merged |= {_test(record): record for record in records}
+    quality.records[:], quality.averages[:] = merged.values(), [*kept, *averages]
+    quality.origins.update(dict.fromkeys(map(_test, records), origin))
 
 
 def _read_file(path: Path, sources: Sources) -> None:

@@ -53,16 +53,14 @@ def speed_section(sources: Sources) -> Section | Missing:
     own: list[Block] = []
     others: list[Block] = []
     for speed in sources.speed:
-        of_file: list[tuple[bool, Block]] = []
-        for records in _tasks(speed.records):
-            belongs = is_own(records[0])
-            prefix = "" if belongs else "Other shape: "
-            of_file += [(belongs, block) for block in _of_task(speed, records, prefix)]
-        belongs = any(mine for mine, _ in of_file)
-        notes = [Text(f"Note of {speed.origin.file}: {note}") for note in speed.notes]
-        of_file += [(belongs, note) for note in notes]
-        own += [block for mine, block in of_file if mine]
-        others += [block for mine, block in of_file if not mine]
+        tasks = _tasks(speed.records)
+        for records in tasks:
+            if is_own(records[0]):
+                own += _of_task(speed, records, "")
+            else:
+                others += _of_task(speed, records, "Other shape: ")
+        of_file = own if any(is_own(records[0]) for records in tasks) else others
+        of_file += [Text(f"Note of {speed.origin.file}: {note}") for note in speed.notes]
     if not own and not others:
         return Missing(_TITLE, "no results of `rtpurbo bench` were given.")
     blocks: list[Block] = [
