@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.markup import escape
 from rich.rule import Rule
-from rich.table import Table
+from rich.table import Column, Table
 
 from rtpurbo.formats import short_bytes, short_length
 from rtpurbo.models.artifact_config import LOG_FILE, ArtifactConfig
@@ -34,43 +35,38 @@ def inspect_artifact(folder: Path) -> Group:
     sizes = [(str(path.relative_to(folder)), short_bytes(path.stat().st_size)) for path in files]
     parts: list[RenderableType] = [
         Rule("artifact", align="left"),
-        _two_columns(artifact_facts(artifact)),
+        _grid(artifact_facts(artifact)),
         Rule("retrieval heads", align="left"),
         head_map_picture(artifact.config.head_map),
     ]
     parts += [Rule("KV cache of one sequence", align="left"), _cache_table(folder, artifact)]
     if curves.row_count:
         parts += [Rule("training", align="left"), curves]
-    parts += [Rule("files", align="left"), _two_columns(sizes)]
+    parts += [Rule("files", align="left"), _grid(sizes)]
     return Group(*parts)
 
 
 def _cache_table(folder: Path, artifact: ArtifactConfig) -> Table:
     """Cache sizes by context length; relative ones where the base model's sizes are not known."""
     shape = read_cache_shape(folder)
-    lengths = [short_length(length) for length in CACHE_LENGTHS]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    for _ in lengths:
-        table.add_column(justify="right")
-    table.add_row("context", *lengths)
+    rows = [("context", *map(short_length, CACHE_LENGTHS))]
     if shape is None:
-        stored = [stored_tokens(artifact.config, length) for length in CACHE_LENGTHS]
-        table.add_row(
-            "relative to dense, without index keys",
-            *(f"{sparse / dense:.2f}x" for sparse, dense in stored),
-        )
-        return table
-    sizes = [cache_sizes(artifact.config, shape, length) for length in CACHE_LENGTHS]
-    table.add_row(f"sparse, {shape.dtype}", *(short_bytes(sparse) for sparse, _ in sizes))
-    table.add_row(f"dense, {shape.dtype}", *(short_bytes(dense) for _, dense in sizes))
-    table.add_row("ratio", *(f"{sparse / dense:.2f}x" for sparse, dense in sizes))
-    return table
+        name = "relative to dense, without index keys"
+        sizes = [stored_tokens(artifact.config, length) for length in CACHE_LENGTHS]
+    else:
+        name = "ratio"
+        sizes = [cache_sizes(artifact.config, shape, length) for length in CACHE_LENGTHS]
+        rows += [
+            (f"sparse, {shape.dtype}", *(short_bytes(sparse) for sparse, _ in sizes)),
+            (f"dense, {shape.dtype}", *(short_bytes(dense) for _, dense in sizes)),
+        ]
+    return _grid([*rows, (name, *(f"{sparse / dense:.2f}x" for sparse, dense in sizes))], "right")
 
 
-def _two_columns(rows: list[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
+def _grid(rows: Sequence[tuple[str, ...]], justify: JustifyMethod = "left") -> Table:
+    """Rows with their names in the first column."""
+    others = [Column(justify=justify) for _ in rows[0][1:]]
+    table = Table.grid(Column(style="dim"), *others, padding=(0, 2))
     for row in rows:
         # Names in an artifact are untrusted, and no markup.
         table.add_row(*(escape(visible(text)) for text in row))
