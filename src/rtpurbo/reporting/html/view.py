@@ -60,7 +60,7 @@ class Facts(Block):
 
 
 @dataclass(frozen=True)
-class Legend(Block):
+class Legend:
     """Names of series with their colours and markers."""
 
     entries: Sequence[tuple[str, str, str]]
