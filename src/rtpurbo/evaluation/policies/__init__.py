@@ -54,20 +54,16 @@ class Source:
 
     def dense(self) -> Loaded:
         """Returns the base model."""
-        base = load_base(
-            self.folder, base_model=self.base_model, device=self.device, dtype=self.dtype
-        )
+        base = load_base(self.folder, **self._options)
         return base.model, base.tokenizer
 
     def sparse(self, *, stage2: bool = True) -> Loaded:
         """Returns the sparse model, with or without the weights of stage 2."""
-        return load(
-            self.folder,
-            base_model=self.base_model,
-            stage2=stage2,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        return load(self.folder, stage2=stage2, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"base_model": self.base_model, "device": self.device, "dtype": self.dtype}
 
 
 @dataclass(frozen=True)
