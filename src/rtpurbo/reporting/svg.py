@@ -155,7 +155,10 @@ def _clean(element: ElementTree.Element, referenced: set[str], prefix: str) -> N
         elif name == _HREF:
             attributes["href"] = f"#{prefix}-{value.removeprefix('#')}"
         elif name in ("d", "x", "y", "transform"):
-            shortened = re.sub(r"-?\d+\.\d+", lambda match: _round(float(match[0])), value)
+            # To a tenth of a unit; adding 0 turns -0 into 0.
+            shortened = re.sub(
+                r"-?\d+\.\d+", lambda match: f"{round(float(match[0]), 1) + 0.0:g}", value
+            )
             if not shortened.startswith("rotate(-0"):
                 attributes[name] = re.sub(r"\s+", " ", shortened).strip()
         elif name == "style":
@@ -189,12 +192,6 @@ def _flatten(parent: ElementTree.Element) -> None:
         ):
             children.append(child)
     parent[:] = children
-
-
-def _round(value: float) -> str:
-    """A coordinate to a tenth of a unit."""
-    written = f"{value:.1f}".removesuffix(".0")
-    return "0" if written == "-0" else written
 
 
 def save_image(figure: Figure, path: str | Path, alternative: str) -> None:

@@ -68,9 +68,8 @@ def described(policies: Sequence[str]) -> Definitions:
     entries = []
     for name in policies:
         description = POLICIES[name].description if name in POLICIES else ""
-        for short in ("the same, ", "the same with "):
-            if description.startswith(short):
-                description = description.replace("the same", f"as {BUDGET_POLICY}", 1)
+        if description.startswith(("the same, ", "the same with ")):
+            description = description.replace("the same", f"as {BUDGET_POLICY}", 1)
         said = description or "defined by the author of the results"
         entries.append((name, *swatch(style_of(name, policies)), said))
     return Definitions(entries)
