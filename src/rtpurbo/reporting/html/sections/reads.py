@@ -139,14 +139,12 @@ def _reading(record: Record | None) -> str | Cell:
 
 def _without_empty_columns(
     header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> tuple[list[str], list[list[str]]]:
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
     """Drops columns without measurements: results of format 1 lack most of them."""
-    kept = [
-        place
-        for place in range(len(header))
-        if place == 0 or any(row[place] != NOTHING for row in rows)
-    ]
-    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    first, *others = zip(header, *rows, strict=True)
+    kept = [first, *(column for column in others if set(column[1:]) - {NOTHING})]
+    shortened, *body = zip(*kept, strict=True)
+    return shortened, body
 
 
 def _by_policy(quality: Quality, policies: Sequence[str]) -> Table:
