@@ -61,9 +61,8 @@ class QuestionBank(AnswerSuite):
     def _rendered(self, tokenizer: PreTrainedTokenizerBase, suite: str) -> list[list[int]]:
         """Returns the prompts of all questions."""
         if suite not in self._prompts:
-            render = partial(prompt_tokens, tokenizer)
-            prompt = SHORT[suite].prompt
-            self._prompts[suite] = [render(prompt(row)) for row in self.data.shuffled(suite)]
+            prompts = map(SHORT[suite].prompt, self.data.shuffled(suite))
+            self._prompts[suite] = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
         return self._prompts[suite]
 
 
