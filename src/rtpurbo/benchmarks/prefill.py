@@ -129,13 +129,13 @@ def measure_sparse(session: Session, case: PrefillCase, density: float | None) -
 def measure_dense(session: Session, cases: Sequence[PrefillCase]) -> None:
     """Measures dense retrieval heads in every case, and fully dense kernels once."""
     for case in cases:
-        for entry in _windowed(case, session.device):
+        for entry in _windowed(case):
             session.run(entry)
     for entry in _dense(cases[0]):
         session.run(entry)
 
 
-def _windowed(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
+def _windowed(case: PrefillCase) -> Iterator[Entry]:
     choices = [
         ("rtpurbo-dense-retrieval", case.shape.retrieval_heads, "triton"),
         ("duo-attention-shape", case.shape.whole_groups(), "triton"),
@@ -145,7 +145,7 @@ def _windowed(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
     for name, heads, backend in choices:
         yield Entry(
             name,
-            {"": partial(_headwise, case, heads, backend, device)},
+            {"": partial(_headwise, case, heads, backend)},
             case.facts(1.0, len(heads)),
             partial(_check_dense, case, heads),
             is_ours=True,
@@ -154,31 +154,22 @@ def _windowed(case: PrefillCase, device: torch.device) -> Iterator[Entry]:
         )
 
     if case.length <= FLEX_LIMIT:
-        make = partial(flex_attention, case.shape, case.rule, case.states, device)
+        variants = {"": partial(flex_attention, case)}
         result = case.states.queries.nbytes
-        yield Entry("flex", {"": make}, case.facts(1.0), result_bytes=result, note=case.note)
+        yield Entry("flex", variants, case.facts(1.0), result_bytes=result, note=case.note)
 
 
-def _headwise(case: PrefillCase, heads: Sequence[int], backend: str, device: torch.device) -> Call:
+def _headwise(case: PrefillCase, heads: Sequence[int], backend: str) -> Call:
     """Call of the public operator with dense retrieval heads."""
-    layout = case.shape.layout(device, heads)
-    full, windowed = case.states.divided(layout)
+    states = case.states
+    layout = case.shape.layout(states.queries.device, heads)
+    full, windowed = states.divided(layout)
     full = replace(full, index_keys=None)
     rule = replace(case.rule, prefill_mode="dense")
-    states = case.states
+    arguments = states.queries, states.positions, full, windowed, layout, None, rule
 
     def call() -> Tensor:
-        output, _ = headwise_attention(
-            states.queries,
-            states.positions,
-            full,
-            windowed,
-            layout,
-            None,
-            rule,
-            scaling=states.scaling,
-            backend=backend,
-        )
+        output, _ = headwise_attention(*arguments, scaling=states.scaling, backend=backend)
         return output
 
     return call
@@ -218,18 +209,18 @@ def _dense(case: PrefillCase) -> Iterator[Entry]:
         yield Entry(name, variants, case.facts(1.0), result_bytes=result, note=case.note)
 
 
-def flex_attention(
-    shape: LayerShape, rule: AttentionRule, states: LayerStates, device: torch.device
-) -> Call:
+def flex_attention(case: PrefillCase) -> Call:
     """Call of FlexAttention with dense retrieval heads, and windows for the others.
 
     It is compiled, and its block mask is created here, outside of the timing.
     """
     from torch.nn.attention import flex_attention as flex
 
-    retrieves = torch.zeros(shape.num_attention_heads, dtype=torch.bool, device=device)
-    retrieves[list(shape.retrieval_heads)] = True
-    sinks, window = rule.num_sink_tokens, rule.sliding_window
+    states, heads = case.states, case.shape.num_attention_heads
+    device = states.queries.device
+    retrieves = torch.zeros(heads, dtype=torch.bool, device=device)
+    retrieves[list(case.shape.retrieval_heads)] = True
+    sinks, window = case.rule.num_sink_tokens, case.rule.sliding_window
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         is_near = (key < sinks) | (query - key < window)
@@ -240,9 +231,7 @@ def flex_attention(
     if device.type == "cuda":
         # Compiled, so that the whole mask is never materialised.
         make, attend = (torch.compile(function, dynamic=False) for function in (make, attend))
-    blocks = make(
-        mask, None, shape.num_attention_heads, states.length, states.length, device=str(device)
-    )
+    blocks = make(mask, None, heads, states.length, states.length, device=str(device))
     return lambda: attend(
         states.queries,
         states.keys,
