@@ -61,10 +61,6 @@ class TrainingCase:
         """Returns the trained weights, in fp32."""
         raise NotImplementedError
 
-    def facts(self, length: int) -> dict[str, Any]:
-        """Record fields that are known before the measurement."""
-        return model_facts(self.phase, self.geometry, self.model, self.head_map, self.rule, length)
-
     def ready_step(self, length: int, backend: str) -> Call:
         """Returns the step of a length with a backend, after the work that only a first step does."""
         raise NotImplementedError
@@ -85,6 +81,7 @@ class TrainingCase:
         self, session: Session, lengths: Sequence[int], backend: str, note: str = ""
     ) -> None:
         """Measures the step of every length with rtpurbo's backend, checked, and in plain PyTorch."""
+        case = self.phase, self.geometry, self.model, self.head_map, self.rule
         for length in sorted(lengths):
             for name, used in zip(IMPLEMENTATIONS, (backend, "eager"), strict=True):
                 if session.wants(name):
@@ -92,7 +89,7 @@ class TrainingCase:
                     entry = Entry(
                         name,
                         {"": partial(self.ready_step, length, used)},
-                        self.facts(length),
+                        model_facts(*case, length),
                         partial(self.check, used) if is_ours else None,
                         is_ours=is_ours,
                         note=note,
