@@ -1,6 +1,6 @@
 """Number of full KV heads: more than a fixed share where the answers of long-range tasks need more.
 
-One share does not suit all models: with 30 % of the KV heads, Qwen2.5-Coder-1.5B keeps its mean accuracy at 16K, and
+One share does not suit all models: with 30 % of the KV heads, Qwen2.5-Coder-1.5B keeps its mean accuracy at 16K, while
 Gemma 3 270M, whose full layers have three, misses half of its needles at 8K (docs/experiment-log.md).
 """
 
