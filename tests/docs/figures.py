@@ -189,10 +189,12 @@ def public_tasks() -> Rows:
     tasks = dict.fromkeys(one["task"] for one in _records(files[0], suite="ruler"))
     return {
         task: [
-            [_record(found, task=task, policy=policy, context_length=length)["score"]]
+            [
+                _record(found, task=task, policy=policy, context_length=length)["score"]
+                for policy in ("full", "rtpurbo")
+            ]
             for found in files
             for length in (16384, 32768)
-            for policy in ("full", "rtpurbo")
         ]
         for task in tasks
     }
