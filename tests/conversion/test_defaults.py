@@ -1,11 +1,17 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from rtpurbo.calibration.budget import STEP
 from rtpurbo.calibration.selection import choose_heads
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.conversion.defaults import EFFORTS, default_settings, resolve_effort
 from rtpurbo.errors import RTPurboError
 from rtpurbo.evaluation.memory import cache_bytes
 from rtpurbo.lengths import STAGES, check_lengths, lengths_of
+from rtpurbo.models.artifact_config import ArtifactConfig
 from rtpurbo.models.sparsify import sparsify
 from tests.tiny_models import tiny_model
 
@@ -179,3 +185,18 @@ def test_the_index_has_three_eighths_of_the_head_in_multiples_of_16(head_dim, in
     assert settings.indexer.index_dim == index_dim
     assert settings.indexer.min_wavelength == 4096
     assert default_settings("quick", 32768, head_dim=head_dim).indexer.index_dim == 16
+
+
+@pytest.mark.parametrize(("size", "head_dim"), [("0.5b", 64), ("1.5b", 128)])
+def test_artifacts_of_public_models_have_the_default_settings(size, head_dim):
+    folder = Path(__file__).parents[2] / "artifacts" / f"qwen2.5-coder-{size}-instruct"
+    config = ArtifactConfig.read(folder).config
+    settings = default_settings("standard", 32768, head_dim=head_dim)
+    assert replace(config.attention, layer_top_p=None) == settings.attention
+    assert config.indexer == settings.indexer
+    key_value_heads = 2 * len(config.head_map.retrieval_heads)
+    counts = [
+        math.ceil((settings.calibration.ratio + steps * STEP) * key_value_heads)
+        for steps in range(8)
+    ]
+    assert config.head_map.num_full_key_value_heads in counts
