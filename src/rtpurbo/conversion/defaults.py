@@ -94,6 +94,15 @@ On Qwen2.5-Coder-1.5B stage 2 did not reduce the divergence at 32K, so only `tho
 at which no kind of sequence gets worse, which may be 0 (docs/experiment-log.md).
 """
 
+_UNTRAINED = IndexerTrainingSettings(steps=0, learning_rate=1e-3, mixture=_LONG_RANGE)
+"""Stage 1 that only initialises the index.
+
+With 16 dimensions training reduced the divergence of answers by up to 24 times, with the dimensions of
+`default_indexer` by nothing at the same number of tokens read. The learning rate is for the refresh, which halves it,
+and for steps that are asked for: at 5e-3 the loss of Qwen2.5-Coder-1.5B rose with 32 dimensions
+(docs/experiment-log.md).
+"""
+
 _STAGES: dict[Effort, ConversionSettings] = {
     "quick": ConversionSettings(
         calibration=CalibrationSettings(num_documents=3),
@@ -108,25 +117,20 @@ _STAGES: dict[Effort, ConversionSettings] = {
     ),
     "standard": ConversionSettings(
         calibration=CalibrationSettings(num_documents=150, top_p_sequences=6, **_KEPT),
-        stage1=IndexerTrainingSettings(steps=0, learning_rate=1e-3, mixture=_LONG_RANGE),
+        stage1=_UNTRAINED,
         stage2=DistillationSettings(
             steps=0, refresh_steps=100, mixture=_DISTILLED, lora_scale=None
         ),
     ),
     "thorough": ConversionSettings(
         calibration=CalibrationSettings(num_documents=300, top_p_sequences=6, **_KEPT),
-        stage1=IndexerTrainingSettings(steps=0, learning_rate=1e-3, mixture=_LONG_RANGE),
+        stage1=_UNTRAINED,
         stage2=DistillationSettings(
             steps=200, refresh_steps=200, mixture=_DISTILLED, lora_scale=None
         ),
     ),
 }  # fmt: skip
-"""Steps and sizes of each effort; `default_settings` adds lengths and window.
-
-Only `quick` trains the index in stage 1. With 16 dimensions training reduced the divergence of answers by up to 24
-times, with the dimensions of `default_indexer` by nothing at the same number of tokens read, and it needs a lower
-learning rate there (docs/experiment-log.md).
-"""
+"""Steps and sizes of each effort; `default_settings` adds lengths and window."""
 
 
 def resolve_effort(name: str, device_type: str) -> Effort:
@@ -168,7 +172,7 @@ def default_indexer(effort: Effort, head_dim: int, context_length: int) -> Index
     """Returns the index keys' settings.
 
     Except with `quick`, whole KV groups are retrieval heads, and one index key serves all query heads of a KV head.
-    It has three eighths of the head's dimensions, in multiples of 16 up to 64, and is projected from the rotary
+    It has three eighths of the head's dimensions, rounded up to a multiple of 16 and at most 64, from the rotary
     pairs that do not complete a turn within an eighth of the context. With a quarter of the dimensions, from the
     pairs that complete none within the whole context, answers of Qwen2.5-Coder-0.5B diverge 2 to 70 times as much,
     by task (docs/experiment-log.md).
