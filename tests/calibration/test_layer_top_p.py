@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rtpurbo.calibration.answer_sequences import AnswerSequences
 from rtpurbo.calibration.layer_top_p import (
+    SHARES,
     TOP_P,
     Cost,
     choose_top_p,
@@ -20,6 +22,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import runtime
 from rtpurbo.settings import CalibrationSettings
+from rtpurbo.training.sequences import kind_at
 from tests.tiny_models import VOCABULARY, any_model, make_sparse, sparse_config, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -54,15 +57,15 @@ def test_more_mass_reads_more_and_diverges_less(costs, model):
         assert by_value[0.6].divergence > by_value[0.99].divergence > 0
 
 
-def test_a_cost_is_that_of_one_layer_at_the_answer(costs, model):
-    expected = []
+def test_a_cost_is_that_of_one_layer_at_all_answers(costs, model):
+    expected, positions = [], [*range(49, 56), 57, 58]
     for number in (1, 2):
-        ids = torch.tensor([Random().sequence(number).input_ids[:56]])
-        with torch.no_grad(), runtime(model).rule(top_p=1.0), runtime(model).decoding_last(7):
-            dense = model(ids, use_cache=False).logits[0, 49:].log_softmax(-1)
+        ids = torch.tensor([Random().sequence(number).input_ids[:59]])
+        with torch.no_grad(), runtime(model).rule(top_p=1.0), runtime(model).decoding_last(10):
+            dense = model(ids, use_cache=False).logits[0, positions].log_softmax(-1)
             layer = headwise_modules(model)[1]
             layer.rule, before = AttentionRule(**{**vars(layer.rule), "top_p": 0.6}), layer.rule
-            found = model(ids, use_cache=False).logits[0, 49:].log_softmax(-1)
+            found = model(ids, use_cache=False).logits[0, positions].log_softmax(-1)
             layer.rule = before
         expected.append((dense.exp() * (dense - found)).sum(-1).mean().item())
     measured = costs[1][0.6].divergence
@@ -75,6 +78,14 @@ def test_measuring_leaves_the_model_as_it_was(costs, model):
     for layer in headwise_modules(model):
         assert layer.rule == rule
         assert layer.statistics is None
+
+
+def test_costs_are_those_of_counting_and_lookups():
+    corpus = load_texts(None, "train")
+    sequences = AnswerSequences(tiny_tokenizer(), corpus, (2000,), 1, SHARES)
+    kinds = [kind_at(number, SHARES) for number in range(8)]
+    assert sorted(kinds) == ["counting"] * 4 + ["lookup"] * 4
+    assert all(sequences.sequence(number).answer_spans for number in range(8))
 
 
 def test_the_budget_goes_where_divergence_falls_most():

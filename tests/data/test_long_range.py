@@ -88,6 +88,12 @@ def test_needles_hide_among_needles_with_other_keys():
     assert kinds == {(False, False), (False, True), (True, True)}
 
 
+def test_a_lookup_hides_needles_among_needles():
+    drawn = mix().lookup(LENGTH, random.Random(3))
+    assert drawn == mix().needles(LENGTH, random.Random(3), "needles")
+    assert drawn != mix().needles(LENGTH, random.Random(3), "prose")
+
+
 @pytest.mark.parametrize("haystack", ["needles", "noise"])
 def test_the_layout_does_not_reveal_the_requested_lines(haystack):
     for seed in range(16):

@@ -3,8 +3,9 @@
 The same dropped mass costs most layers nothing and a few layers almost everything (docs/experiment-log.md). For each
 layer with retrieval heads, the divergence from dense retrieval heads and the share of far keys read are measured for
 several values of p at answers, while all other layers read everything. The values that minimise the sum of the
-divergences are then chosen, with as many far keys read as with one p. The answers are those of counting tasks, which
-need nearly the whole attention mass: on Qwen2.5-Coder-1.5B, selection loses accuracy on no others.
+divergences are then chosen, with as many far keys read as with one p. The answers are those of the tasks on which the
+selection of Qwen2.5-Coder-1.5B loses accuracy: counting, which needs nearly the whole attention mass, and one key among
+hundreds that look alike, for which another layer is decisive.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rtpurbo.calibration.answer_sequences import AnswerSequences, Sequences
+from rtpurbo.calibration.answer_sequences import AnswerSequences, Sequences, answer_positions
+from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import Prose
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layer import SparseAttention
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 TOP_P = (0.6, 0.75, 0.95, 0.98)
 """Values that are measured in addition to the rule's own."""
 
-SHARES = {"counting": 1.0}
+SHARES = {"counting": 0.5, "lookup": 0.5}
 """Kinds of sequences at whose answers costs are measured."""
 
 
@@ -75,8 +77,8 @@ class LayerTopP:
     costs: Costs
 
 
-Answer = Callable[[Sequence[int]], Tensor]
-"""Function from tokens after a prompt to the log-probabilities after each, fp32 [tokens, vocabulary]."""
+Answer = Callable[[], Tensor]
+"""Function that returns the log-probabilities of the answers' tokens, fp32 [tokens, vocabulary]."""
 
 
 def find_layer_top_p(
@@ -152,13 +154,11 @@ def measure_costs(
     for number in range(count if layers else 0):
         conversation = sequences.sequence(number)
         if conversation.answer_spans:
-            start, end = conversation.answer_spans[0]
-            with _answering(model, conversation.input_ids[:start]) as answer:
-                tokens = conversation.input_ids[start - 1 : end - 1]
-                dense = answer(tokens)
+            with _answering(model, conversation) as answer:
+                dense = answer()
                 for layer in layers:
                     for top_p in values:
-                        cost = _cost(layer, top_p, dense, tokens, answer)
+                        cost = _cost(layer, top_p, dense, answer)
                         found.setdefault((layer.layer_idx, top_p), []).append(cost)
         progress("top-p", number + 1, count, {})
     return {
@@ -175,32 +175,33 @@ def measure_costs(
 
 
 @contextmanager
-def _answering(model: PreTrainedModel, prompt: Sequence[int]) -> Iterator[Answer]:
-    """Yields an `Answer` whose queries select for themselves, as in decode steps; all layers read everything."""
-    device = model.device
+def _answering(model: PreTrainedModel, conversation: Conversation) -> Iterator[Answer]:
+    """Yields an `Answer` whose queries select for themselves, as in decode steps; all layers read everything.
+
+    The text before the first answer is read once; later questions are read with the answers.
+    """
+    positions = torch.tensor(answer_positions(conversation), device=model.device)
+    first, last = int(positions[0]), int(positions[-1])
+    ids = torch.tensor([conversation.input_ids[: last + 1]], device=model.device)
     cache = HeadwiseCache(model)
 
-    def answer(tokens: Sequence[int]) -> Tensor:
-        ids = torch.tensor([list(tokens)], device=device)
+    def answer() -> Tensor:
         # A copy, because recurrent layers and layers with windows of their own cannot take tokens back.
-        logits = model(ids, past_key_values=deepcopy(cache), use_cache=True).logits[0]
-        return logits.float().log_softmax(-1)
+        logits = model(ids[:, first:], past_key_values=deepcopy(cache), use_cache=True).logits[0]
+        return logits[positions - first].float().log_softmax(-1)
 
     with torch.no_grad(), runtime(model).rule(top_p=1.0):
-        ids = torch.tensor([list(prompt[:-1])], device=device)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids[:, :first], past_key_values=cache, use_cache=True, logits_to_keep=1)
         with runtime(model).rule(prefill_mode="top_p"):
             yield answer
 
 
-def _cost(
-    layer: SparseAttention, top_p: float, dense: Tensor, tokens: Sequence[int], answer: Answer
-) -> Cost:
+def _cost(layer: SparseAttention, top_p: float, dense: Tensor, answer: Answer) -> Cost:
     statistics = SelectionStatistics()
     before = layer.rule, layer.statistics
     layer.rule, layer.statistics = replace(layer.rule, top_p=top_p), statistics
     try:
-        found = answer(tokens)
+        found = answer()
     finally:
         layer.rule, layer.statistics = before
     divergence = (dense.exp() * (dense - found)).sum(-1).mean().item()

@@ -116,14 +116,14 @@ _STAGES: dict[Effort, ConversionSettings] = {
         ),
     ),
     "standard": ConversionSettings(
-        calibration=CalibrationSettings(num_documents=150, top_p_sequences=6, **_KEPT),
+        calibration=CalibrationSettings(num_documents=150, top_p_sequences=12, **_KEPT),
         stage1=_UNTRAINED,
         stage2=DistillationSettings(
             steps=0, refresh_steps=100, mixture=_DISTILLED, lora_scale=None
         ),
     ),
     "thorough": ConversionSettings(
-        calibration=CalibrationSettings(num_documents=300, top_p_sequences=6, **_KEPT),
+        calibration=CalibrationSettings(num_documents=300, top_p_sequences=12, **_KEPT),
         stage1=_UNTRAINED,
         stage2=DistillationSettings(
             steps=200, refresh_steps=200, mixture=_DISTILLED, lora_scale=None

@@ -161,6 +161,10 @@ class LongRangeMix:
             haystack, length, rng, introduction, hidden, questions, wording.is_record, distractors
         )
 
+    def lookup(self, length: int, rng: random.Random) -> Conversation:
+        """Returns `needles` among hundreds of other needles, which differ in key and value only."""
+        return self.needles(length, rng, NEEDLES)
+
     def variables(
         self,
         length: int,
