@@ -269,6 +269,21 @@ def controls() -> Rows:
     }
 
 
+def public_controls() -> Rows:
+    found = read("quality-qwen2.5-coder-1.5b-controls-16k-h200.json")
+    labels = {
+        "rtpurbo": "rtpurbo",
+        "top-k": "top-k by the same index, same mean budget",
+        "dense-heads": "dense-heads (retrieval heads read everything)",
+        "random-heads": "random-heads, reading everything",
+        "local-only": "local-only (windows alone)",
+    }
+    return {
+        text: [*_compared(found, 16384, policy=policy), _far(found, policy, 16384)]
+        for policy, text in labels.items()
+    }
+
+
 def recipe_means() -> Rows:
     found = read("quality-smollm2-64k-h200.json")
     full = [_average(found, "full", length) for length in LENGTHS.values()]
@@ -438,7 +453,7 @@ EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
         public_models, public_lengths, public_suites, public_tasks, public_speed, memory, long_context,
-        controls, smollm2, model_speed, layer_prefill, layer_decode, training, sparse_prefill,
+        public_controls, controls, smollm2, model_speed, layer_prefill, layer_decode, training, sparse_prefill,
         recipe_means, recipe_policies,
     )
 }  # fmt: skip

@@ -318,8 +318,9 @@ def test_kernels_and_measured_steps_take_turns():
     model = gpu_model(max_position_embeddings=1024)
     ids = torch.randint(2, STOP, (2, 300), device="cuda")
     backends = []
+    layer = headwise_modules(model)[0]
     module = model.base_model.layers[0].self_attn
-    module.register_forward_hook(lambda *_: backends.append(module.used_backend))
+    module.register_forward_hook(lambda *_: backends.append(layer.used_backend))
     with metering(model, model.rtpurbo_config.head_map, [0, STOP]) as meter:
         answers(
             model, ids, torch.ones_like(ids), new=10, min_new_tokens=10, suppress_tokens=[0, STOP]
