@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from rtpurbo.calibration.answer_sequences import AnswerSequences, Sequences, answer_positions
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import Prose
+from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.cache import HeadwiseCache
 from rtpurbo.models.sparse_layer import SparseAttention
 from rtpurbo.models.sparse_layers import headwise_modules
@@ -187,11 +188,11 @@ def _answering(model: PreTrainedModel, conversation: Conversation) -> Iterator[A
 
     def answer() -> Tensor:
         # A copy, because recurrent layers and layers with windows of their own cannot take tokens back.
-        logits = model(ids[:, first:], past_key_values=deepcopy(cache), use_cache=True).logits[0]
+        logits = model(ids[:, first:], **{CACHE_NAME: deepcopy(cache)}, use_cache=True).logits[0]
         return logits[positions - first].float().log_softmax(-1)
 
     with torch.no_grad(), runtime(model).rule(top_p=1.0):
-        model(ids[:, :first], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids[:, :first], **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         with runtime(model).rule(prefill_mode="top_p"):
             yield answer
 
