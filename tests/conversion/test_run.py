@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -167,6 +168,39 @@ def test_a_resumed_conversion_ends_the_same(stage, step, whole, tiny_base, tmp_p
     convert(str(tiny_base), output, settings=SETTINGS, device="cpu", resume=True)
     assert contents(output) == contents(whole)
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_resumed_calibration_repeats_no_finished_step(tiny_base, tmp_path):
+    gates = CalibrationSettings(
+        length=384, num_documents=12, ratio=0.25, ranking="gates", max_divergence=1.0,
+        granularity="kv_group", top_p_sequences=3,
+    )  # fmt: skip
+    settings = replace(
+        SETTINGS,
+        calibration=gates,
+        stage1=replace(SETTINGS.stage1, steps=0),
+        stage2=replace(SETTINGS.stage2, steps=0),
+    )
+    common = {"settings": settings, "device": "cpu"}
+    whole = convert(str(tiny_base), tmp_path / "whole", **common)
+    output = tmp_path / "artifact"
+    steps = []
+    for stage, step in (("gates", 11), ("top-p", 2), (None, None)):
+        interrupt = interrupt_at(stage, step)
+
+        def progress(current, done, *rest, interrupt=interrupt):
+            if current in ("gates", "top-p"):
+                steps.append((current, done))
+            interrupt(current, done, *rest)
+
+        with pytest.raises(InterruptionError) if stage else nullcontext():
+            convert(str(tiny_base), output, resume=True, progress=progress, **common)
+    assert steps == [
+        *(("gates", step) for step in range(1, 12)),
+        *(("gates", step) for step in (11, 12)),  # the last checkpoint has ten steps
+        *(("top-p", step) for step in (1, 2, 3)),
+    ]
+    assert contents(output) == contents(whole)
 
 
 def test_a_conversion_that_an_earlier_version_began_is_resumed(whole, tiny_base, tmp_path):

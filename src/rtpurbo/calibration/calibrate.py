@@ -32,6 +32,7 @@ from rtpurbo.settings import (
     Progress,
     no_progress,
 )
+from rtpurbo.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def calibrate(
     *,
     rule: AttentionRule | None = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Finds the retrieval heads.
@@ -78,6 +80,7 @@ def calibrate(
         settings: documents and choice.
         rule: sinks and window of a head with a closed gate; None for the default of the context.
         seed: seed of the documents.
+        checkpoint: of the gates, restored at the start and saved regularly.
         progress: called after each document.
 
     Raises:
@@ -86,7 +89,7 @@ def calibrate(
     settings = settings or CalibrationSettings()
     check_context("documents", settings.length, context_length(model.config))
     if settings.ranking == "gates":
-        return _by_gates(model, tokenizer, corpus, settings, rule, seed, progress)
+        return _by_gates(model, tokenizer, corpus, settings, rule, seed, checkpoint, progress)
     kinds = (
         ("induction", "variable_tracking")
         if settings.ranking == "interleaved"
@@ -117,6 +120,7 @@ def _by_gates(
     settings: CalibrationSettings,
     rule: AttentionRule | None,
     seed: int,
+    checkpoint: Checkpoint | None,
     progress: Progress,
 ) -> Calibration:
     """Calibrates by gates: retrieval heads are those whose gates stay open."""
@@ -132,6 +136,7 @@ def _by_gates(
         steps=settings.num_documents,
         ratio=ratio,
         per_group=settings.granularity == "kv_group",
+        checkpoint=checkpoint,
         progress=progress,
     )
     if not settings.may_exceed_ratio:

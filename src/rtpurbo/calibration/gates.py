@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from rtpurbo.calibration.answer_sequences import Sequences, target_positions
@@ -27,6 +28,7 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
+from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.sequences import TrainingSequence
 from rtpurbo.training.stage2 import autocast, loss_on
 from rtpurbo.training.student import set_gradient_checkpointing
@@ -55,6 +57,7 @@ def train_gates(
     steps: int,
     ratio: float,
     per_group: bool,
+    checkpoint: Checkpoint | None = None,
     progress: Progress = no_progress,
 ) -> dict[int, Tensor]:
     """Trains a gate for each query head or KV head and returns each head's mean gate.
@@ -68,6 +71,7 @@ def train_gates(
         steps: optimiser steps, one sequence each.
         ratio: share of the gates that may stay open in the end.
         per_group: one gate for each KV head, shared by its query heads, instead of each query head.
+        checkpoint: restored at the start and saved regularly.
         progress: called after each step.
 
     Raises:
@@ -76,14 +80,17 @@ def train_gates(
     Returns:
         For each converted layer, fp32 [num_attention_heads] from 0 to 1 on the CPU.
     """
+    checkpoint = checkpoint or Checkpoint(None)
     with gated_model(model, rule, per_group) as gates:
         parameters = list(gates.values())
         count = sum(gate.numel() for gate in parameters)
         optimizer = SharedScaleDescent(parameters)
         last = [step for step in range(steps) if step + 1 >= CLOSING_STEPS * steps]
         total = {layer: torch.zeros_like(gate) for layer, gate in gates.items()}
-        upcoming = sequences.sequence(0)
-        for step in range(steps):
+        trained = [*parameters, *total.values()]
+        done = checkpoint.restore(trained, optimizer, None)
+        upcoming = sequences.sequence(done)
+        for step in range(done, steps):
             positions, answers = target_positions(upcoming, f"gates-{step}")
             ids = upcoming.input_ids
             with runtime(model).dense(), autocast(model):
@@ -107,6 +114,7 @@ def train_gates(
             if step in last:
                 for layer, gate in gates.items():
                     total[layer] += gate.detach() / len(last)
+            checkpoint.save(step + 1, trained, optimizer, None)
             progress("gates", step + 1, steps, {"loss": loss.item(), "open": budget})
         return {
             module.layer_idx: gate.repeat_interleave(
@@ -132,7 +140,7 @@ def gated_answers(
     return runtime(model).gated(gates, spans if is_dense else None)
 
 
-class SharedScaleDescent:
+class SharedScaleDescent(Optimizer):
     """Gradient descent with momentum, scaled by one root mean square over all gates.
 
     Adam scales each gate by its own gradients, which makes a small effect on every sequence worth more than
@@ -143,26 +151,28 @@ class SharedScaleDescent:
     """
 
     def __init__(self, gates: Sequence[Tensor]) -> None:
-        self.gates = gates
-        self.momentum = [torch.zeros_like(gate) for gate in gates]
-        self.mean_square, self.steps = 0.0, 0
+        super().__init__(gates, {"mean_square": 0.0, "steps": 0})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         """Updates the gates in place and clears their gradients."""
-        gradients = [torch.zeros_like(g) if g.grad is None else g.grad for g in self.gates]
-        pulls = torch.cat([_free(*each) for each in zip(self.gates, gradients, strict=True)])
+        [group] = self.param_groups
+        gates, steps, mean_square = group["params"], group["steps"], group["mean_square"]
+        gradients = [torch.zeros_like(g) if g.grad is None else g.grad for g in gates]
+        pulls = torch.cat([_free(*each) for each in zip(gates, gradients, strict=True)])
         square = pulls.square().mean().item() if len(pulls) else 0.0
-        if self.steps and square:
-            usual = self.mean_square / (1 - SCALE_DECAY**self.steps)
+        if steps and square:
+            usual = mean_square / (1 - SCALE_DECAY**steps)
             clip = min(1.0, MAX_GRADIENT * math.sqrt(usual / square))
             gradients, square = [clip * g for g in gradients], clip**2 * square
-        self.steps += 1
-        self.mean_square = SCALE_DECAY * self.mean_square + (1 - SCALE_DECAY) * square
-        scale = math.sqrt(self.mean_square / (1 - SCALE_DECAY**self.steps)) + 1e-12
-        for gate, average, gradient in zip(self.gates, self.momentum, gradients, strict=True):
+        steps += 1
+        mean_square = SCALE_DECAY * mean_square + (1 - SCALE_DECAY) * square
+        group["steps"], group["mean_square"] = steps, mean_square
+        scale = math.sqrt(mean_square / (1 - SCALE_DECAY**steps)) + 1e-12
+        for gate, gradient in zip(gates, gradients, strict=True):
+            average = self.state[gate].setdefault("momentum", torch.zeros_like(gate))
             average.lerp_(gradient, 1 - MOMENTUM)
-            gate.sub_(LEARNING_RATE / scale / (1 - MOMENTUM**self.steps) * average)
+            gate.sub_(LEARNING_RATE / scale / (1 - MOMENTUM**steps) * average)
             gate.grad = None
 
 

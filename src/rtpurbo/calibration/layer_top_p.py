@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,9 @@ class Cost:
 Costs = Mapping[int, Mapping[float, Cost]]
 """Costs by layer and value of p."""
 
+CostRows = list[list[Sequence[float]]]
+"""Costs of each sequence, in plain types: layer, value of p, divergence, share of the far keys read."""
+
 
 @dataclass(frozen=True)
 class LayerTopP:
@@ -89,6 +93,8 @@ def find_layer_top_p(
     settings: CalibrationSettings,
     *,
     seed: int = 0,
+    measured: CostRows | None = None,
+    store: Callable[[CostRows], None] | None = None,
     progress: Progress = no_progress,
 ) -> LayerTopP | None:
     """Chooses p for each layer, with as many far keys read as with the rule's one `top_p`.
@@ -101,6 +107,8 @@ def find_layer_top_p(
         corpus: prose.
         settings: `length` and `top_p_sequences`.
         seed: of the sequences.
+        measured: costs of the first sequences, if an earlier run was interrupted.
+        store: called with the costs of all sequences so far, after each.
         progress: called after each sequence.
 
     Raises:
@@ -112,7 +120,13 @@ def find_layer_top_p(
     sequences = AnswerSequences(tokenizer, corpus, (settings.length,), seed + 1, SHARES)
     values = sorted({*TOP_P, rule.top_p})
     costs = measure_costs(
-        model, sequences, settings.top_p_sequences, values=values, progress=progress
+        model,
+        sequences,
+        settings.top_p_sequences,
+        values=values,
+        measured=measured,
+        store=store,
+        progress=progress,
     )
     if not costs:
         return None
@@ -139,6 +153,8 @@ def measure_costs(
     count: int,
     *,
     values: Sequence[float] = TOP_P,
+    measured: CostRows | None = None,
+    store: Callable[[CostRows], None] | None = None,
     progress: Progress = no_progress,
 ) -> dict[int, dict[float, Cost]]:
     """Measures every value of p in every layer with retrieval heads.
@@ -148,20 +164,29 @@ def measure_costs(
         sequences: longer than sinks and window.
         count: number of sequences, of which those without an answer are skipped; without any answer there are no costs.
         values: values of p below 1.
+        measured: costs of the first sequences, if they are known.
+        store: called with the costs of all sequences so far, after each.
         progress: called after each sequence.
     """
     layers = [layer for layer in headwise_modules(model) if layer.retrieval_heads]
-    found: dict[tuple[int, float], list[Cost]] = {}
-    for number in range(count if layers else 0):
+    rows = list(measured or ())
+    for number in range(len(rows), count if layers else 0):
         conversation = sequences.sequence(number)
+        rows.append([])
         if conversation.answer_spans:
             with _answering(model, conversation) as answer:
                 dense = answer()
                 for layer in layers:
                     for top_p in values:
-                        cost = _cost(layer, top_p, dense, answer)
-                        found.setdefault((layer.layer_idx, top_p), []).append(cost)
+                        rows[-1].append(
+                            (layer.layer_idx, top_p, *_cost(layer, top_p, dense, answer))
+                        )
+        if store is not None:
+            store(rows)
         progress("top-p", number + 1, count, {})
+    found: dict[tuple[int, float], list[Cost]] = {}
+    for layer_idx, top_p, divergence, share_read in chain.from_iterable(rows):
+        found.setdefault((int(layer_idx), top_p), []).append(Cost(divergence, share_read))
     return {
         layer.layer_idx: {
             top_p: Cost(
@@ -197,7 +222,10 @@ def _answering(model: PreTrainedModel, conversation: Conversation) -> Iterator[A
             yield answer
 
 
-def _cost(layer: SparseAttention, top_p: float, dense: Tensor, answer: Answer) -> Cost:
+def _cost(
+    layer: SparseAttention, top_p: float, dense: Tensor, answer: Answer
+) -> tuple[float, float]:
+    """Returns the divergence with a value of p in one layer, and the share of the far keys that it reads."""
     statistics = SelectionStatistics()
     before = layer.rule, layer.statistics
     layer.rule, layer.statistics = replace(layer.rule, top_p=top_p), statistics
@@ -206,7 +234,7 @@ def _cost(layer: SparseAttention, top_p: float, dense: Tensor, answer: Answer) -
     finally:
         layer.rule, layer.statistics = before
     divergence = (dense.exp() * (dense - found)).sum(-1).mean().item()
-    return Cost(max(0.0, divergence), statistics.share_read or 0.0)
+    return max(0.0, divergence), statistics.share_read or 0.0
 
 
 def mean_share_read(

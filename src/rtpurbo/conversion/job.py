@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rtpurbo import strict_json
 from rtpurbo.calibration.calibrate import Calibration, calibrate, read_calibration
-from rtpurbo.calibration.layer_top_p import find_layer_top_p
+from rtpurbo.calibration.layer_top_p import CostRows, find_layer_top_p
 from rtpurbo.calibration.selection import Stability
 from rtpurbo.config import AttentionRule, HeadMap, RTPurboConfig
 from rtpurbo.conversion.assembly import (
@@ -67,7 +67,11 @@ if TYPE_CHECKING:
 
 
 def calibrate_base(
-    base: BaseModel, texts: TextCorpus, settings: ConversionSettings, progress: Progress
+    base: BaseModel,
+    texts: TextCorpus,
+    settings: ConversionSettings,
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
 ) -> Calibration:
     """Finds the retrieval heads of a base model with the settings of a conversion.
 
@@ -81,6 +85,7 @@ def calibrate_base(
         settings.calibration,
         rule=settings.attention,
         seed=settings.seed,
+        checkpoint=checkpoint,
         progress=progress,
     )
 
@@ -253,14 +258,17 @@ class Job:
         """Finds the retrieval heads, unless the work folder has a head map, and returns the configuration."""
         path = self.work / HEAD_MAP_FILE
         if not self.processes.from_main(path.is_file):
+            processes = self.processes if is_sharded(base.model) else SINGLE_PROCESS
+            checkpoint = Checkpoint(self.work / "gates.checkpoint", 10, processes=processes)
             found = self._with_model(
                 base,
                 lambda: calibrate_base(
-                    base, random_access(self.train_text), self.settings, self.progress
+                    base, random_access(self.train_text), self.settings, self.progress, checkpoint
                 ),
             )
             if self.processes.is_main:
                 write_json_atomically(path, found.to_dict())
+            self._discard("gates.checkpoint")
         return self.config(self.processes.from_main(lambda: read_calibration(path).head_map))
 
     def _with_model(self, base: BaseModel, function: Callable[[], Result]) -> Result:
@@ -331,6 +339,15 @@ class Job:
         if not settings.top_p_sequences or self.settings.attention.layer_top_p is not None:
             return
         if not self.processes.from_main(path.is_file):
+            costs = self.work / "top_p_costs.json"
+            measured = self.processes.from_main(
+                lambda: strict_json.read(costs) if costs.is_file() else []
+            )
+
+            def store(rows: CostRows) -> None:
+                if self.processes.is_main:
+                    write_json_atomically(costs, rows)
+
             found = self._with_model(
                 base,
                 lambda: find_layer_top_p(
@@ -339,6 +356,8 @@ class Job:
                     random_access(self.train_text),
                     settings,
                     seed=self.settings.seed,
+                    measured=measured,
+                    store=store,
                     progress=self.progress,
                 ),
             )
@@ -346,7 +365,7 @@ class Job:
                 return
             if self.processes.is_main:
                 write_json_atomically(path, asdict(found))
-        stored = self.processes.from_main(lambda: json.loads(path.read_text(encoding="utf-8")))
+        stored = self.processes.from_main(lambda: strict_json.read(path))
         base.model.rtpurbo.set_rule(layer_top_p=tuple(stored["values"]))
 
     def _train_indexers(

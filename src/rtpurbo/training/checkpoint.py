@@ -55,7 +55,7 @@ class Checkpoint:
         step: int,
         parameters: Sequence[Tensor],
         optimizer: Optimizer,
-        schedule: LRScheduler,
+        schedule: LRScheduler | None,
         *,
         position: Callable[[], Any] | None = None,
         force: bool = False,
@@ -66,7 +66,7 @@ class Checkpoint:
             step: number of steps done.
             parameters: trained parameters.
             optimizer: their optimiser.
-            schedule: learning-rate schedule.
+            schedule: learning-rate schedule, if there is one.
             position: returns the position in the data, in plain types.
             force: save at any step.
 
@@ -79,7 +79,7 @@ class Checkpoint:
             "step": step,
             "parameters": [self._gathered(parameter) for parameter in parameters],
             "optimizer": _map_tensors(optimizer.state_dict(), self._gathered),
-            "schedule": schedule.state_dict(),
+            "schedule": None if schedule is None else schedule.state_dict(),
             "position": None if position is None else position(),
         }
         if self.processes.is_main:
@@ -89,7 +89,7 @@ class Checkpoint:
                 old.unlink()
 
     def restore(
-        self, parameters: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler
+        self, parameters: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler | None
     ) -> int:
         """Restores the last checkpoint and returns the number of steps done; 0 if there is none.
 
@@ -114,7 +114,8 @@ class Checkpoint:
                 if isinstance(value, Tensor) and value.dim():
                     values[name] = like(value, parameters[number])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        if schedule is not None:
+            schedule.load_state_dict(state["schedule"])
         self.position = state.get("position")
         return step
 
