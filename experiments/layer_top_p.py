@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", "-o", type=Path, required=True)
     parser.add_argument("--data", action="append")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sequences", type=int, default=6)
+    parser.add_argument("--sequences", type=int, default=12)
     parser.add_argument("--length", type=int, help="tokens of a sequence; as in the calibration")
     arguments = parser.parse_args()
 
