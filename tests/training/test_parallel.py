@@ -55,7 +55,8 @@ LAYERWISE = replace(
 WRITTEN = replace(
     SETTINGS,
     calibration=CalibrationSettings(
-        ranking="gates", length=500, num_documents=4, granularity="kv_group", ratio=0.42
+        ranking="gates", length=500, num_documents=10, granularity="kv_group", ratio=0.42,
+        top_p_sequences=2,
     ),
     stage1=replace(SETTINGS.stage1, steps=4, mixture={"needles": 0.5, "documents": 0.5}),
     stage2=replace(
