@@ -35,8 +35,8 @@ _KEPT: dict[str, Any] = {
 
 With 30 % of the KV heads a fifth of the answers about UUIDs at 16K are not those of Qwen2.5-Coder-1.5B, with 40 % a
 twentieth (docs/experiment-log.md). Answers of calibration then diverge by .0051 nats, and by .0044 with 48 %; the limit
-lies between. It is .0013 on the 0.5B model with 40 %, and .15 with one of the three KV heads of Gemma 3 270M, which
-misses half of its needles.
+lies between the two. On the 0.5B model they diverge by .0013 with 40 %, and by .15 with one of the three KV heads of
+Gemma 3 270M, which misses half of its needles.
 """
 
 _SINKS_OF_WINDOW = 32

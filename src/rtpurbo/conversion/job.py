@@ -44,7 +44,7 @@ from rtpurbo.models.base import BaseModel
 from rtpurbo.models.sharding import is_sharded
 from rtpurbo.models.sparse_layers import indexer_weights, indexers_in_float32, load_indexers
 from rtpurbo.models.stage2_weights import apply_stage2, read_tensors
-from rtpurbo.processes import SINGLE_PROCESS, Result, init_distributed
+from rtpurbo.processes import SINGLE_PROCESS, Processes, Result, init_distributed
 from rtpurbo.settings import (
     ConversionSettings,
     DistillationSettings,
@@ -249,7 +249,7 @@ class Job:
                 self.work,
                 seed=self.settings.seed,
                 progress=self.progress,
-                processes=self.processes if is_sharded(base.model) else SINGLE_PROCESS,
+                processes=self._processes_of(base),
             ),
         )
         self.pools = read_pools(self.work)
@@ -258,8 +258,9 @@ class Job:
         """Finds the retrieval heads, unless the work folder has a head map, and returns the configuration."""
         path = self.work / HEAD_MAP_FILE
         if not self.processes.from_main(path.is_file):
-            processes = self.processes if is_sharded(base.model) else SINGLE_PROCESS
-            checkpoint = Checkpoint(self.work / "gates.checkpoint", 10, processes=processes)
+            checkpoint = Checkpoint(
+                self.work / "gates.checkpoint", 10, processes=self._processes_of(base)
+            )
             found = self._with_model(
                 base,
                 lambda: calibrate_base(
@@ -270,6 +271,10 @@ class Job:
                 write_json_atomically(path, found.to_dict())
             self._discard("gates.checkpoint")
         return self.config(self.processes.from_main(lambda: read_calibration(path).head_map))
+
+    def _processes_of(self, base: BaseModel) -> Processes:
+        """Returns the processes that run the model together: all if they share the weights, or each alone."""
+        return self.processes if is_sharded(base.model) else SINGLE_PROCESS
 
     def _with_model(self, base: BaseModel, function: Callable[[], Result]) -> Result:
         """Runs a function on the main process, or on all processes if they share the weights."""
