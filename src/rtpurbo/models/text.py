@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from rtpurbo.errors import RTPurboError
@@ -59,12 +61,9 @@ def left_padded(
     prompts: Sequence[Sequence[int]], padding: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Returns prompts as `input_ids` and `attention_mask`, int64 [prompts, longest], for `generate`."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), padding)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = pad(rows, padding_value=padding), pad([torch.ones_like(row) for row in rows])
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
@@ -84,14 +83,9 @@ def continue_tokens(
     """
     stops = stop_arguments(model, tokenizer)
     inputs = left_padded(prompts, stops["pad_token_id"], model.device)
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=sample,
-            streamer=streamer,
-            **stops,
-        )
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer, **stops
+    )
     return list(
         tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     )
