@@ -48,10 +48,9 @@ class Answer(NamedTuple):
 
     def __str__(self) -> str:
         """Describes the answer in one line."""
-        reads = ""
-        if self.tokens_read is not None:
-            share = percent(self.tokens_read / self.dense_tokens_read)
-            reads = f"a retrieval head read {self.tokens_read:,.0f} of {self.dense_tokens_read:,.0f} tokens ({share}); "
+        read, dense, reads = self.tokens_read, self.dense_tokens_read, ""
+        if read is not None:
+            reads = f"a retrieval head read {read:,.0f} of {dense:,.0f} tokens ({percent(read / dense)}); "
         return (
             f"[{self.prompt_tokens:,} tokens of conversation, {self.reused_tokens:,} of them cached before; "
             f"{self.new_tokens:,} generated; {reads}the cache takes {short_bytes(self.cache_bytes)}, "
