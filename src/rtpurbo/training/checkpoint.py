@@ -75,10 +75,15 @@ class Checkpoint:
         """
         if self.folder is None or (step % self.every and not force):
             return
+        optimizer_state = optimizer.state_dict()
+        optimizer_state["state"] = {
+            number: {name: self._gathered(value) for name, value in values.items()}
+            for number, values in optimizer_state["state"].items()
+        }
         state = {
             "step": step,
             "parameters": [self._gathered(parameter) for parameter in parameters],
-            "optimizer": _map_tensors(optimizer.state_dict(), self._gathered),
+            "optimizer": optimizer_state,
             "schedule": None if schedule is None else schedule.state_dict(),
             "position": None if position is None else position(),
         }
@@ -156,14 +161,3 @@ class Checkpoint:
                 "this stage."
             )
         return None
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Returns a copy of nested dicts and lists with a function applied to each tensor."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, function) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_tensors(item, function) for item in value]
-    return value
