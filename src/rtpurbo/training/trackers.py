@@ -42,7 +42,13 @@ class Trackers:
         if not names:
             return
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+        from transformers.utils import flatten_dict
 
+        # In types that every tracker supports.
+        flat = {
+            name: value if value is None or isinstance(value, (int, float, str)) else str(value)
+            for name, value in flatten_dict(configuration or {}).items()
+        }
         for name in check_trackers(names):
             kind = LOGGER_TYPE_TO_CLASS[name]
             options = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
@@ -51,7 +57,7 @@ class Trackers:
                 with redirect_stdout(stderr):
                     tracker = kind(run or PROJECT, **options)
                     tracker.start()
-                    tracker.store_init_configuration(_flat(configuration or {}))
+                    tracker.store_init_configuration(flat)
             except Exception as error:  # trackers raise errors of many types
                 raise RTPurboError(
                     f"the tracker '{name}' does not start ({first_line(error)}): set it up, or leave "
@@ -115,15 +121,3 @@ def check_trackers(names: Sequence[str]) -> list[str]:
                 f"pip install {name}."
             )
     return list(dict.fromkeys(str(name) for name in filter_trackers(list(names), ".")))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings by dotted names, in types that every tracker supports."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            plain = value is None or isinstance(value, (bool, int, float, str))
-            flat[prefix + name] = value if plain else str(value)
-    return flat
