@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from io import StringIO
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -32,10 +31,10 @@ def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table
 
 def curves_as_text(entries: Iterable[dict[str, Any]], width: int = 40) -> str:
     """Returns the same as plain text; empty without entries."""
-    console = Console(file=StringIO(), width=width + 60, color_system=None, force_terminal=False)
-    console.print(training_curves(entries, width))
-    assert isinstance(console.file, StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    console = Console(width=width + 60, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(training_curves(entries, width))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def neighbours(values: Sequence[T], most: int) -> list[Sequence[T]]:
