@@ -55,7 +55,8 @@ class StageLoop:
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.stage = stage
-        self.parameters = dict(parameters)
+        self.parameters = parameters
+        self._weights = list(parameters.values())
         self.num_steps = settings.steps
         self.figures = tuple(figures)
         self.max_norm = max_norm
@@ -64,7 +65,7 @@ class StageLoop:
         self.progress = progress
         self.processes = processes
         self.optimizer, self.schedule = make_optimizer(
-            list(self.parameters.values()),
+            self._weights,
             settings.learning_rate,
             settings.weight_decay,
             settings.warmup_steps,
@@ -123,13 +124,8 @@ class StageLoop:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        means = {}
-        for name, column in zip(("loss", *self.figures), table.T, strict=False):
-            present = column[~column.isnan()].tolist()
-            if present:
-                # Summed in the order of the sequences, for any number of processes.
-                means[name] = sum(present) / len(present)
-        return means
+        means = dict(zip(("loss", *self.figures), table.nanmean(0).tolist(), strict=True))
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
     def report(
         self,
@@ -169,10 +165,6 @@ class StageLoop:
         )
         if self._stop is not None:
             raise StoppedBySignalError(self._stop, f"after step {done} of {self.stage}")
-
-    @property
-    def _weights(self) -> list[Tensor]:
-        return list(self.parameters.values())
 
     def _gather(self, results: Sequence[SequenceResult]) -> Tensor:
         """Returns loss and figures of all sequences in order: fp64 [sequences, 1 + figures].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -12,14 +12,13 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 
 def make_optimizer(
-    parameters: Iterable[Tensor],
+    parameters: Sequence[Tensor],
     learning_rate: float,
     weight_decay: float,
     warmup_steps: int,
     steps: int,
 ) -> tuple[AdamW, LambdaLR]:
     """Returns AdamW and its schedule, to be stepped together; the cosine reaches 0 after the last of all `steps`."""
-    parameters = list(parameters)
     # Fused operations do not support sharded and other parameters together; None is torch's default.
     is_mixed = len({isinstance(weight, DTensor) for weight in parameters}) > 1
     foreach = False if is_mixed else None
