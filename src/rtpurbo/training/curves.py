@@ -14,8 +14,8 @@ T = TypeVar("T")
 _FIGURES = ("loss", "answer_loss", "recall", "answer_recall", "tokens_read")
 
 
-def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table:
-    """Returns a line for each stage and figure of a log: its curve of `width` characters, first and last value."""
+def training_curves(entries: Iterable[dict[str, Any]]) -> Table:
+    """Returns a line for each stage and figure of a log: its curve, first and last value."""
     curves: dict[tuple[str, str], list[float]] = {}
     for entry in entries:
         for figure in _FIGURES:
@@ -23,17 +23,15 @@ def training_curves(entries: Iterable[dict[str, Any]], width: int = 40) -> Table
                 curves.setdefault((entry["stage"], figure), []).append(entry[figure])
     table = Table.grid(padding=(0, 2))
     for (stage, figure), values in curves.items():
-        table.add_row(
-            f"{stage} {figure}", sparkline(values, width), f"{values[0]:.4g} → {values[-1]:.4g}"
-        )
+        table.add_row(f"{stage} {figure}", sparkline(values), f"{values[0]:.4g} → {values[-1]:.4g}")
     return table
 
 
-def curves_as_text(entries: Iterable[dict[str, Any]], width: int = 40) -> str:
+def curves_as_text(entries: Iterable[dict[str, Any]]) -> str:
     """Returns the same as plain text; empty without entries."""
-    console = Console(width=width + 60, color_system=None, force_terminal=False)
+    console = Console(width=100, color_system=None, force_terminal=False)
     with console.capture() as captured:
-        console.print(training_curves(entries, width))
+        console.print(training_curves(entries))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
