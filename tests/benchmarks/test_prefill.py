@@ -3,7 +3,7 @@ import torch
 
 from rtpurbo.benchmarks import sparse_prefill
 from rtpurbo.benchmarks.prefill import IMPLEMENTATIONS, bench_prefill
-from rtpurbo.ops.triton import headwise
+from rtpurbo.ops.triton.prefill import portable
 from tests.benchmarks.support import RULE, SHAPE, found, session
 
 LENGTH = 150
@@ -40,7 +40,7 @@ def test_a_kernel_that_leaves_something_out_gets_no_figure(monkeypatch, step):
 
     def force(self, *args):
         reached = real(self, *args)
-        place = headwise if step == "block_sparse_attention" else sparse_prefill
+        place = portable if step == "block_sparse_attention" else sparse_prefill
         monkeypatch.setattr(place, step, replacement)
         return reached
 

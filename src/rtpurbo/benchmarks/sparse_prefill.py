@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rtpurbo.benchmarks.lists import density_of, synthetic_lists
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import HeadLayout
+from rtpurbo.ops.states import AttentionCall, HeadLayout
 from rtpurbo.ops.triton.headwise import prefill_attention
 from rtpurbo.ops.triton.prefill.portable import BlockLists
 from rtpurbo.ops.triton.prefill.scoring import block_lists
@@ -64,14 +64,7 @@ class SparsePrefill:
         self, make_lists: Callable[..., Iterator[tuple[int, BlockLists]]], *arguments: Any
     ) -> Tensor:
         queries, full, windowed, index_queries, scaling = arguments
-        output, _ = prefill_attention(
-            queries,
-            full,
-            windowed,
-            self.layout,
-            index_queries,
-            self.rule,
-            scaling=scaling,
-            make_lists=make_lists,
+        call = AttentionCall(
+            queries, full.positions, full, windowed, self.layout, index_queries, self.rule, scaling
         )
-        return output
+        return prefill_attention(call, make_lists)[0]

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
-from rtpurbo.ops.states import PagedStates
+from rtpurbo.ops.states import AttentionCall, PagedStates
 from rtpurbo.ops.triton.decode import pdl, window_and_scores
 from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.ops.triton.decode.fused_append import (
@@ -303,7 +303,6 @@ def prompt(
     head_dim=128,
     dtype=torch.bfloat16,
     padded=False,
-    page_size=0,
     for_hopper=True,
     log_sum_exp=False,
     shared_keys=False,
@@ -324,18 +323,10 @@ def prompt(
     num_keys = len(layout.full_key_value_heads if shared_keys else retrieval_heads)
     index_keys = torch.empty(batch, num_keys, length, 16, dtype=torch.float16)
     full = states(len(layout.full_key_value_heads), index_keys)
-    if page_size:
-        pages = (batch * length // page_size, -1, page_size)
-        full = PagedStates(
-            full.keys.reshape(*pages, head_dim),
-            full.values.reshape(*pages, head_dim),
-            torch.zeros(batch, length // page_size, dtype=torch.int32),
-            torch.zeros(batch, dtype=torch.int32),
-            index_keys.reshape(*pages, 16),
-        )
     selecting = rule.num_selecting_queries(q_len)
-    prefill_attention(
+    call = AttentionCall(
         torch.empty(batch, heads, q_len, head_dim, dtype=dtype),
+        full.positions[:, -q_len:],
         full,
         states(key_value_heads - len(layout.full_key_value_heads)),
         layout,
@@ -343,9 +334,10 @@ def prompt(
         if selecting
         else None,
         rule,
-        scaling=head_dim**-0.5,
+        head_dim**-0.5,
         return_log_sum_exp=log_sum_exp,
     )
+    prefill_attention(call)
 
 
 def compile_prompts():
@@ -362,15 +354,12 @@ def compile_prompts():
     prompt((0, 9), for_hopper=False, padded=True, **sparse)
     prompt((0,), heads=6, key_value_heads=2, head_dim=64, for_hopper=False, block_size=32, **sparse)
     prompt((0, 9, 10), shared_keys=True, **sparse)
-    prompt((0, 9), head_dim=64, page_size=16)
-    prompt((0, 9), head_dim=128, page_size=64)
 
 
 def compile_float32():
     """Compiles the attention kernels with matrix products for float32 states."""
     options = {"dtype": torch.float32, "for_hopper": False, "head_dim": 16}
     prompt((0, 9), prefill_mode="row_peak", **options)
-    prompt((0, 9), page_size=16, **options)
     step(8, 4, (0, 1), dtype=torch.float32, head_dim=16, page_size=16)
 
 

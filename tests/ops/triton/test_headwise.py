@@ -7,11 +7,8 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, SelectionStatistics, headwise_attention
-from rtpurbo.ops.triton.headwise import prefill_attention
 from tests import oracles
-from tests.ops.triton.decode_support import paged
 from tests.ops.triton.support import (
-    DEVICE,
     DTYPES,
     assert_as_exact_as_eager,
     kernel_problem,
@@ -108,24 +105,3 @@ def test_unsupported_calls_are_rejected_with_a_reason(changes, padding, reason):
         arguments[2], arguments[3] = (slotted(states, padding) for states in arguments[2:4])
     with pytest.raises(ValueError, match=reason):
         headwise_attention(*arguments, rule, scaling=problem.scaling, backend="triton")
-
-
-@pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("mode", ["dense", "row_peak"])
-def test_a_chunk_over_pages_equals_one_over_a_tensor(mode, page_size):
-    rule = replace(RULE, prefill_mode=mode, row_share=0.2, retrieval_window=20)
-    padding = (0, 31)
-    problem = kernel_problem(70, 190, torch.float32, padding=padding, index_dim=4)
-    layout = HeadLayout.build((0, 1, 3), 4, 2, DEVICE)
-    queries, _, full, windowed, _, index_queries = problem.layered(
-        layout, rule.num_selecting_queries(70)
-    )
-    results = [
-        prefill_attention(
-            queries, states, slotted(windowed, padding), layout, index_queries, rule,
-            scaling=problem.scaling, return_log_sum_exp=True,
-        )
-        for states in (slotted(full, padding), paged(full, padding, page_size))
-    ]  # fmt: skip
-    torch.testing.assert_close(results[1], results[0])
-    assert not results[0][0].isnan().any()

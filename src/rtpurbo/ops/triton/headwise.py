@@ -13,21 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops.sinks import with_sinks
-from rtpurbo.ops.states import (
-    AttentionCall,
-    HeadLayout,
-    KeyValueStates,
-    PagedStates,
-    SelectionStatistics,
-    States,
-)
+from rtpurbo.ops.states import AttentionCall, HeadLayout, KeyValueStates
 from rtpurbo.ops.triton.decode.attention import decode_step
-from rtpurbo.ops.triton.heads import (
-    EVERYTHING,
-    MAX_HEAD_DIM,
-    HeadTable,
-    supports_head_dim,
-)
+from rtpurbo.ops.triton.heads import EVERYTHING, MAX_HEAD_DIM, HeadTable, supports_head_dim
 from rtpurbo.ops.triton.prefill import hopper, portable
 from rtpurbo.ops.triton.prefill.portable import BlockLists
 from rtpurbo.ops.triton.prefill.scoring import block_lists, far_keys
@@ -49,8 +37,9 @@ def headwise_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """
     if call.dense_queries is not None:
         return _with_dense_queries(call, call.dense_queries)
-    attend = decode_step if call.query_states.shape[2] == 1 else prefill_attention
-    output, log_sum_exp, *_ = attend(
+    if call.query_states.shape[2] > 1:
+        return prefill_attention(call)
+    output, log_sum_exp, _ = decode_step(
         call.query_states,
         call.full,
         call.windowed,
@@ -103,40 +92,32 @@ def _with_dense_queries(call: AttentionCall, rows: slice) -> tuple[Tensor, Tenso
 
 
 def prefill_attention(
-    query_states: Tensor,
-    full: States,
-    windowed: States,
-    layout: HeadLayout,
-    index_queries: Tensor | None,
-    rule: AttentionRule,
-    *,
-    scaling: float,
-    statistics: SelectionStatistics | None = None,
-    return_log_sum_exp: bool = False,
-    sinks: Tensor | None = None,
+    call: AttentionCall,
     make_lists: Callable[..., Iterator[tuple[int, BlockLists]]] = block_lists,
 ) -> tuple[Tensor, Tensor | None]:
-    """`headwise_attention` of the last q_len tokens of each sequence; states may be paged.
+    """`headwise_attention` of the last q_len tokens of each sequence.
 
     Retrieval heads select key blocks (`row_peak`) if there are index queries of every query, and are dense
     without index queries. `make_lists` replaces `block_lists`, for benchmarks.
     """
+    query_states, full, windowed, layout = call.query_states, call.full, call.windowed, call.layout
+    index_queries, rule, sinks = call.index_queries, call.rule, call.sinks
     batch, heads, q_len, head_dim = query_states.shape
     # Laid out as [batch, q_len, heads, head_dim], which the output projection reads without a copy.
     output = query_states.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
     sparse = index_queries is not None and bool(len(layout.retrieval))
     log_sum_exp = None
-    wants_log_sum_exp = sparse or return_log_sum_exp or sinks is not None
+    wants_log_sum_exp = sparse or call.return_log_sum_exp or sinks is not None
     if wants_log_sum_exp:
         log_sum_exp = query_states.new_empty(batch, heads, q_len, dtype=torch.float32)
     starts = (full if layout.full_key_value_heads.numel() else windowed).query_starts(q_len)
-    paged = full.page_size > 0 or windowed.page_size > 0
-    kernels = hopper if hopper.supports(query_states) and not paged else portable
+    kernels: Any = hopper if hopper.supports(query_states) else portable
+    is_plain = full.in_order and full.length is None and full.keys.shape[2] == q_len
     # On Hopper the kernel is faster than PyTorch's, and dense heads run in the same launch as local ones.
-    uses_sdpa = kernels is portable and not wants_log_sum_exp and _is_plain(full, q_len)
+    uses_sdpa = kernels is portable and not wants_log_sum_exp and is_plain
 
     tables = head_tables(layout, rule)
-    groups: list[Any] = [(full, tables["local_full"]), (windowed, tables["local_windowed"])]
+    groups = [(full, tables["local_full"]), (windowed, tables["local_windowed"])]
     if sparse:
         groups[0] = (full, tables["near_and_local_full"])
     elif not uses_sdpa:
@@ -144,11 +125,10 @@ def prefill_attention(
     groups = [(states, table) for states, table in groups if len(table)]
     if groups:
         kernels.window_attention(
-            query_states, groups, starts, rule.num_sink_tokens, scaling, output, log_sum_exp
+            query_states, groups, starts, rule.num_sink_tokens, call.scaling, output, log_sum_exp
         )
     if uses_sdpa and len(layout.retrieval):
-        assert isinstance(full, KeyValueStates)
-        output[:, layout.retrieval.heads] = _dense(query_states, full, layout, scaling)
+        output[:, layout.retrieval.heads] = _dense(query_states, full, layout, call.scaling)
     if sinks is not None:
         assert log_sum_exp is not None
         # Before the selection, whose near mass includes the sinks.
@@ -157,47 +137,20 @@ def prefill_attention(
     if sparse:
         assert index_queries is not None
         assert log_sum_exp is not None
+        if (rule.query_block_size, rule.block_size) != (hopper.QUERIES, hopper.BLOCK):
+            kernels = portable
         table = tables["near"]
         for query_offset, lists in make_lists(
             index_queries, full, table, starts, log_sum_exp, rule
         ):
-            block_sparse_attention(
-                query_states,
-                full,
-                table,
-                starts,
-                lists,
-                query_offset,
-                rule,
-                scaling,
-                output,
-                log_sum_exp,
-            )
-            if statistics is not None:
-                statistics.add_counts(*far_keys(lists, starts, table, query_offset, q_len, rule))
-    return output, log_sum_exp if return_log_sum_exp else None
-
-
-def block_sparse_attention(
-    query_states: Tensor,
-    states: States,
-    table: HeadTable,
-    starts: Tensor,
-    lists: BlockLists,
-    query_offset: int,
-    rule: AttentionRule,
-    scaling: float,
-    output: Tensor,
-    log_sum_exp: Tensor,
-) -> None:
-    """Block-sparse attention with the Hopper kernel if it supports the block sizes, else the portable one."""
-    fits = (lists.query_block_size, lists.block_size) == (hopper.QUERIES, hopper.BLOCK)
-    fits &= hopper.supports(query_states) and not states.page_size
-    kernels: Any = hopper if fits else portable
-    kernels.block_sparse_attention(
-        query_states, states, table, starts, lists, query_offset,
-        rule.num_sink_tokens, scaling, output, log_sum_exp,
-    )  # fmt: skip
+            kernels.block_sparse_attention(
+                query_states, full, table, starts, lists, query_offset,
+                rule.num_sink_tokens, call.scaling, output, log_sum_exp,
+            )  # fmt: skip
+            if call.statistics is not None:
+                counts = far_keys(lists, starts, table, query_offset, q_len, rule)
+                call.statistics.add_counts(*counts)
+    return output, log_sum_exp if call.return_log_sum_exp else None
 
 
 def head_tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]:
@@ -215,12 +168,6 @@ def head_tables(layout: HeadLayout, rule: AttentionRule) -> dict[str, HeadTable]
             tables[f"{name}_and_local_full"] = tables[name].followed_by(tables["local_full"])
         layout.derived[key] = tables
     return layout.derived[key]
-
-
-def _is_plain(states: States, q_len: int) -> bool:
-    if isinstance(states, PagedStates):
-        return False
-    return states.in_order and states.length is None and states.keys.shape[2] == q_len
 
 
 def _dense(

@@ -43,19 +43,23 @@ def _descriptor(states: Tensor, length: int, columns: int) -> TensorDescriptor:
     )
 
 
-def _launch(
+def window_attention(
     query_states: Tensor,
     sources: list[tuple[KeyValueStates, HeadTable]],
     starts: Tensor,
-    tiles: int,
-    query_offset: int,
     num_sink_tokens: int,
     scaling: float,
     output: Tensor,
     log_sum_exp: Tensor | None,
-    lists: BlockLists | None,
+    lists: BlockLists | None = None,
+    query_offset: int = 0,
 ) -> None:
+    """Same as `rtpurbo.ops.triton.prefill.portable.window_attention`, with all sources in one launch.
+
+    With `lists`, block-sparse attention of the single source from query `query_offset` on.
+    """
     batch, _, q_len, head_dim = query_states.shape
+    tiles = triton.cdiv(q_len, QUERIES) if lists is None else lists.counts.shape[2]
     length, columns = (KEYS, head_dim) if lists is None else (BLOCK, 64)
     first, last = sources[0][0], sources[-1][0]
     tables = (sources[0][1], sources[-1][1])
@@ -110,22 +114,6 @@ def _slots(states: KeyValueStates, starts: Tensor, needed: bool) -> tuple[Tensor
     return first, first if states.sink_slots is None else states.sink_slots
 
 
-def window_attention(
-    query_states: Tensor,
-    sources: list[tuple[KeyValueStates, HeadTable]],
-    starts: Tensor,
-    num_sink_tokens: int,
-    scaling: float,
-    output: Tensor,
-    log_sum_exp: Tensor | None,
-) -> None:
-    """Same as `rtpurbo.ops.triton.prefill.portable.window_attention`, with all sources in one launch."""
-    tiles = triton.cdiv(query_states.shape[2], QUERIES)
-    _launch(
-        query_states, sources, starts, tiles, 0, num_sink_tokens, scaling, output, log_sum_exp, None
-    )
-
-
 def block_sparse_attention(
     query_states: Tensor,
     states: KeyValueStates,
@@ -139,7 +127,7 @@ def block_sparse_attention(
     log_sum_exp: Tensor,
 ) -> None:
     """Same as `rtpurbo.ops.triton.prefill.portable.block_sparse_attention`, for blocks of 64 keys and 128 queries."""
-    _launch(
-        query_states, [(states, table)], starts, lists.counts.shape[2], query_offset, num_sink_tokens,
-        scaling, output, log_sum_exp, lists,
+    window_attention(
+        query_states, [(states, table)], starts, num_sink_tokens, scaling, output, log_sum_exp,
+        lists, query_offset,
     )  # fmt: skip

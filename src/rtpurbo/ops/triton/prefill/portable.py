@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rtpurbo.ops.states import PagedStates, States
+from rtpurbo.ops.states import KeyValueStates, PagedStates, States
 from rtpurbo.ops.triton.device_functions import LOG2_E
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.portable_kernels import block_sparse_kernel, window_kernel
@@ -88,20 +88,18 @@ def window_attention(
         if not len(table):
             continue
         tile = tile_sizes(head_dim, query_states.dtype, states.page_size > 0)
-        slots = states.first_slots
-        sinks = slots if states.sink_slots is None else states.sink_slots
-        lse = starts if log_sum_exp is None else log_sum_exp
+        sinks = states.first_slots if states.sink_slots is None else states.sink_slots
         window_kernel[(triton.cdiv(q_len, tile.queries) * len(table), batch)](
             state_descriptor(query_states, tile.queries),
             *key_value_arguments(states, tile.keys),
             output,
-            lse,
+            log_sum_exp,
             table.heads,
             table.key_value_heads,
             table.windows,
             starts,
-            starts if slots is None else slots,
-            starts if sinks is None else sinks,
+            states.first_slots,
+            sinks,
             None if packed is None else packed.offsets,
             None if packed is None else packed.counts,
             q_len,
@@ -112,8 +110,6 @@ def window_attention(
             scaling * LOG2_E.value,
             *output.stride(),
             *((0, 0) if log_sum_exp is None else log_sum_exp.stride()[:2]),
-            HAS_SLOTS=slots is not None,
-            HAS_LSE=log_sum_exp is not None,
             PAGE_SIZE=states.page_size,
             STAGES=tile.stages,
             M=tile.queries,
@@ -125,7 +121,7 @@ def window_attention(
 
 def block_sparse_attention(
     query_states: Tensor,
-    states: States,
+    states: KeyValueStates,
     table: HeadTable,
     starts: Tensor,
     lists: BlockLists,
@@ -141,18 +137,18 @@ def block_sparse_attention(
     log-sum-exp are read and written.
     """
     batch, _, q_len, head_dim = query_states.shape
-    tile = tile_sizes(head_dim, query_states.dtype, states.page_size > 0)
-    slots = states.first_slots
+    tile = tile_sizes(head_dim, query_states.dtype, paged=False)
     block_sparse_kernel[(lists.counts.shape[2] * len(table), batch)](
         state_descriptor(query_states, lists.query_block_size),
-        *key_value_arguments(states, lists.block_size),
+        state_descriptor(states.keys, lists.block_size),
+        state_descriptor(states.values, lists.block_size),
         output,
         log_sum_exp,
         table.heads,
         table.key_value_heads,
         table.windows,
         starts,
-        starts if slots is None else slots,
+        states.first_slots,
         lists.blocks,
         lists.counts,
         q_len,
@@ -165,8 +161,6 @@ def block_sparse_attention(
         *log_sum_exp.stride()[:2],
         *lists.blocks.stride()[:3],
         *lists.counts.stride()[:3],
-        HAS_SLOTS=slots is not None,
-        PAGE_SIZE=states.page_size,
         STAGES=tile.stages,
         EDGE=lists.edge_slots,
         M=lists.query_block_size,

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton import knobs
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.states import States, index_key_heads
+from rtpurbo.ops.states import KeyValueStates, index_key_heads
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.portable import BlockLists
 from rtpurbo.ops.triton.prefill.scoring_kernels import (
@@ -29,7 +29,7 @@ SCRATCH = 2**28
 
 def block_lists(
     index_queries: Tensor,
-    states: States,
+    states: KeyValueStates,
     table: HeadTable,
     starts: Tensor,
     near_log_sum_exp: Tensor,
@@ -62,6 +62,9 @@ def block_lists(
     # The interpreter runs no inline assembly.
     packed = index_keys.dtype == torch.float16 and not knobs.runtime.interpret
 
+    def blocks_within_scratch(bytes_per_block: int) -> int:
+        return max(1, min(SCRATCH // max(1, bytes_per_block), triton.cdiv(q_len, M)))
+
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=dtype, device=index_queries.device)
 
@@ -70,14 +73,10 @@ def block_lists(
     edge = edge_slots(rule)
     width = edge + blocks
     I = max(16, triton.next_power_of_2(index_dim))
-    list_blocks = _blocks_within(SCRATCH, batch * heads * (blocks + 4 * width), q_len, M)
-    score_blocks = min(
-        list_blocks, _blocks_within(SCRATCH, batch * heads * blocks * lanes * 2, q_len, M)
-    )
+    list_blocks = blocks_within_scratch(batch * heads * (blocks + 4 * width))
+    score_blocks = min(list_blocks, blocks_within_scratch(batch * heads * blocks * lanes * 2))
     peaks = empty(score_blocks, blocks, lanes, dtype=torch.float16)
     sums = empty(score_blocks, ranges, lanes, dtype=torch.float32)
-    slots = states.first_slots
-    has_slots = slots is not None
     for query_offset in range(0, q_len, list_blocks * M):
         tiles = min(list_blocks, triton.cdiv(q_len - query_offset, M))
         flags = empty(tiles, blocks, dtype=torch.int8)
@@ -88,14 +87,12 @@ def block_lists(
             first_query = query_offset + tile * M
             thresholds = empty(scored, lanes, dtype=torch.float32)
             block_maxima_kernel[(scored * ranges, batch * heads)](
-                index_queries, index_keys, index_keys.stride()[:3], key_heads,
-                states.block_table, states.table_stride, peaks, sums,
-                table.windows, starts, slots if has_slots else starts,
+                index_queries, index_keys, key_heads, peaks, sums,
+                table.windows, starts, states.first_slots,
                 q_len, heads, ranges, first_query, index_dim, rule.num_sink_tokens,
-                *index_queries.stride()[:3],
+                *index_queries.stride()[:3], *index_keys.stride()[:3],
                 *peaks.stride()[:4], *sums.stride()[:4],
-                HAS_SLOTS=has_slots, PAGE_SIZE=states.page_size, STAGES=3, PACKED=packed, STRIDE=stride,
-                M=M, N=N, R=RANGE, G=group, I=I, num_warps=4,
+                STAGES=3, PACKED=packed, STRIDE=stride, M=M, N=N, R=RANGE, G=group, I=I, num_warps=4,
             )  # fmt: skip
             thresholds_kernel[(scored, batch * heads)](
                 sums, near_log_sum_exp, thresholds, table.heads, table.windows, starts,
@@ -148,7 +145,3 @@ def edge_slots(rule: AttentionRule) -> int:
     sinks = triton.cdiv(rule.num_sink_tokens, rule.block_size)
     window_edge = triton.cdiv(rule.query_block_size, rule.block_size) + 1
     return 2 * triton.cdiv(sinks + window_edge + 1, 2)
-
-
-def _blocks_within(limit: int, bytes_per_block: int, q_len: int, query_block_size: int) -> int:
-    return max(1, min(limit // max(1, bytes_per_block), triton.cdiv(q_len, query_block_size)))

@@ -14,15 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rtpurbo.ops.triton.device_functions import (
-    IEEE,
-    LN_2,
-    LOG2_E,
-    finite_maximum,
-    head_start,
-    log_sum_exp,
-    slot_offsets,
-)
+from rtpurbo.ops.triton.device_functions import IEEE, LN_2, LOG2_E, finite_maximum, log_sum_exp
 
 
 @triton.jit
@@ -69,12 +61,12 @@ def _strongest(scores, M: tl.constexpr, G: tl.constexpr, N: tl.constexpr, PACKED
 
 @triton.jit
 def block_maxima_kernel(
-    index_queries_ptr, index_keys, index_strides, key_heads_ptr, block_table, table_stride, peaks_ptr, sums_ptr,
+    index_queries_ptr, index_keys_ptr, key_heads_ptr, peaks_ptr, sums_ptr,
     windows_ptr, query_starts_ptr, first_slots_ptr,
     T, H, ranges, query_offset, index_dim, num_sinks,
-    stride_qb, stride_qh, stride_qt,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_pb, stride_ph, stride_pt, stride_pn, stride_sb, stride_sh, stride_st, stride_sr,
-    HAS_SLOTS: tl.constexpr, PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr, STRIDE: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr, STRIDE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, G: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
     """Block maxima fp16 [B, H, tiles, blocks, lanes], and log2-sum-exp of each range [B, H, tiles, ranges, lanes]."""
@@ -87,12 +79,12 @@ def block_maxima_kernel(
     num_blocks = _num_far_blocks(start, first_query, T, window, M, N)
     if part * R >= num_blocks:
         return
-    slot_shift = tl.load(first_slots_ptr + sequence) if HAS_SLOTS else 0
+    slot_shift = tl.load(first_slots_ptr + sequence) if first_slots_ptr is not None else 0
     index_queries_ptr += sequence.to(tl.int64) * stride_qb + entry.to(tl.int64) * stride_qh
     key_head = entry
     if key_heads_ptr is not None:
         key_head = tl.load(key_heads_ptr + entry)
-    index_keys = head_start(index_keys, sequence, key_head, index_strides, PAGE_SIZE)
+    index_keys_ptr += key_head.to(tl.int64) * stride_kh + sequence.to(tl.int64) * stride_kb
     peaks_ptr += (
         sequence.to(tl.int64) * stride_pb + entry.to(tl.int64) * stride_ph + tile.to(tl.int64) * stride_pt
     )  # fmt: skip
@@ -122,14 +114,10 @@ def block_maxima_kernel(
     whole_to = tl.maximum(first_position - window + 1, 0) // N
     for block in tl.range(part * R, tl.minimum(part * R + R, num_blocks), G, num_stages=STAGES):
         columns = block * N + in_step
-        slots = columns + slot_shift
-        in_use = columns < start + T
-        offsets = slot_offsets(
-            slots, in_use, index_strides, block_table, sequence * table_stride, PAGE_SIZE
-        )
+        offsets = (columns + slot_shift).to(tl.int64) * stride_kt
         keys = tl.load(
-            index_keys + offsets[:, None] + dims[None, :],
-            mask=in_use[:, None] & in_index,
+            index_keys_ptr + offsets[:, None] + dims[None, :],
+            mask=(columns < start + T)[:, None] & in_index,
             other=0.0,
         )
         if PACKED:
