@@ -79,50 +79,29 @@ def _reinterpret(buffer, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _fetch(
-    key_descriptor, value_descriptor, sequence, head, first_slot, second_slot,
-    key_buffers, value_buffers, key_ready, key_empty, value_ready, value_empty, stage, phase,
+    descriptor, sequence, head, first_slot, second_slot, buffers, ready, empty, stage, phase,
     N: gl.constexpr, D: gl.constexpr, BLOCK_SPARSE: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Loads keys and values of one step into a stage, each as soon as its buffer is free."""
-    mbarrier.wait(key_empty.index(stage), phase ^ 1)
-    mbarrier.expect(key_ready.index(stage), N * D * 2)
+    """Loads keys or values of one step into a stage, as soon as its buffer is free."""
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(ready.index(stage), N * D * 2)
     if BLOCK_SPARSE:
         # Each unit of 64 keys and 64 dimensions is one swizzled part of the stage.
         UNITS: gl.constexpr = D // 64 * 2
         unit_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
-        key_units = _reinterpret(key_buffers.index(stage), [UNITS, 1, 1, BLOCK, 64], unit_layout)
+        units = _reinterpret(buffers.index(stage), [UNITS, 1, 1, BLOCK, 64], unit_layout)
         for half in gl.static_range(D // 64):
             load_tile(
-                key_descriptor, [sequence, head, first_slot, half * 64],
-                key_ready.index(stage), key_units.index(half * 2),
+                descriptor, [sequence, head, first_slot, half * 64],
+                ready.index(stage), units.index(half * 2),
             )  # fmt: skip
             load_tile(
-                key_descriptor, [sequence, head, second_slot, half * 64],
-                key_ready.index(stage), key_units.index(half * 2 + 1),
+                descriptor, [sequence, head, second_slot, half * 64],
+                ready.index(stage), units.index(half * 2 + 1),
             )  # fmt: skip
     else:
         load_tile(
-            key_descriptor, [sequence, head, first_slot, 0], key_ready.index(stage), key_buffers.index(stage)
-        )  # fmt: skip
-    mbarrier.wait(value_empty.index(stage), phase ^ 1)
-    mbarrier.expect(value_ready.index(stage), N * D * 2)
-    if BLOCK_SPARSE:
-        value_units = _reinterpret(
-            value_buffers.index(stage), [UNITS, 1, 1, BLOCK, 64], unit_layout
-        )
-        for half in gl.static_range(D // 64):
-            load_tile(
-                value_descriptor, [sequence, head, first_slot, half * 64],
-                value_ready.index(stage), value_units.index(half * 2),
-            )  # fmt: skip
-            load_tile(
-                value_descriptor, [sequence, head, second_slot, half * 64],
-                value_ready.index(stage), value_units.index(half * 2 + 1),
-            )  # fmt: skip
-    else:
-        load_tile(
-            value_descriptor, [sequence, head, first_slot, 0],
-            value_ready.index(stage), value_buffers.index(stage),
+            descriptor, [sequence, head, first_slot, 0], ready.index(stage), buffers.index(stage)
         )  # fmt: skip
 
 
@@ -164,13 +143,19 @@ def fetch_steps(
             second = first
         if source == 0:
             _fetch(
-                key_descriptor, value_descriptor, sequence, key_value_head, first, second,
-                key_buffers, value_buffers, key_ready, key_empty, value_ready, value_empty,
-                stage, phase, N, D, BLOCK_SPARSE, BLOCK,
+                key_descriptor, sequence, key_value_head, first, second, key_buffers, key_ready,
+                key_empty, stage, phase, N, D, BLOCK_SPARSE, BLOCK,
+            )  # fmt: skip
+            _fetch(
+                value_descriptor, sequence, key_value_head, first, second, value_buffers,
+                value_ready, value_empty, stage, phase, N, D, BLOCK_SPARSE, BLOCK,
             )  # fmt: skip
         else:
             _fetch(
-                key_descriptor_2, value_descriptor_2, sequence, key_value_head, first, second,
-                key_buffers, value_buffers, key_ready, key_empty, value_ready, value_empty,
-                stage, phase, N, D, BLOCK_SPARSE, BLOCK,
+                key_descriptor_2, sequence, key_value_head, first, second, key_buffers, key_ready,
+                key_empty, stage, phase, N, D, BLOCK_SPARSE, BLOCK,
+            )  # fmt: skip
+            _fetch(
+                value_descriptor_2, sequence, key_value_head, first, second, value_buffers,
+                value_ready, value_empty, stage, phase, N, D, BLOCK_SPARSE, BLOCK,
             )  # fmt: skip
