@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models import dequantized
 from rtpurbo.models.artifact import load
-from rtpurbo.models.base import load_base_model, load_referenced, read_config
+from rtpurbo.models.base import load_base_model, read_config
 from rtpurbo.models.pretrained import fingerprint
 from tests.tiny_artifact import save_tiny_artifact
 from tests.tiny_gguf import ARCHITECTURES, tiny_model, write_tiny_gguf
@@ -191,7 +191,7 @@ def test_an_artifact_finds_its_gguf_file_by_the_copy(file, tmp_path, own_cache):
 
 def test_a_reference_is_loaded_again(file):
     base = load_base_model(str(file))
-    again = load_referenced(base.reference, dtype="auto")
+    again = load_base_model(base.reference, dtype="auto")
     assert again.reference == base.reference
     assert again.model.dtype == torch.bfloat16
 

