@@ -177,44 +177,30 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients of index queries and index keys."""
-        queries, keys, teacher_offsets, student_offsets, gradient = ctx.saved_tensors
         query_gradient = key_gradient = None
         if ctx.needs_input_grad[0]:
+            *_, gradient = ctx.saved_tensors
             query_gradient = upstream[..., None] * gradient[..., : ctx.index_dim]
             query_gradient = query_gradient.to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            # Scaled to the range of half precision, so that queries with small weights do not underflow.
-            weighted = queries.float() * upstream[..., None]
-            largest = weighted.abs().amax() if weighted.numel() else weighted.sum()
-            unit = largest.clamp(min=SMALLEST) / LARGEST_PRODUCT
-            key_gradient = _key_gradient(
-                ctx.problem,
-                queries,
-                (weighted / unit).to(queries.dtype),
-                keys,
-                teacher_offsets,
-                student_offsets,
-            )
-            key_gradient = key_gradient[..., : ctx.index_dim] * (unit * 2.0**-LIFT.value)
-            key_gradient = key_gradient.to(ctx.dtypes[1])
+            key_gradient = _key_gradient(ctx, upstream).to(ctx.dtypes[1])
         return query_gradient, key_gradient, None
 
 
-def _key_gradient(
-    problem: _Problem,
-    queries: Tensor,
-    weighted: Tensor,
-    keys: Tensor,
-    teacher_offsets: Tensor,
-    student_offsets: Tensor,
-) -> Tensor:
-    """Gradients of the index keys times 2 ** LIFT, fp32 [heads, length, padded index_dim]."""
-    heads, length, index_dim = keys.shape
-    D, I = padded(problem.query_states.shape[-1]), padded(index_dim)
+def _key_gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    """Gradients of the index keys, fp32 [heads, length, index_dim]."""
+    problem: _Problem = ctx.problem
+    queries, keys, teacher_offsets, student_offsets, _ = ctx.saved_tensors
+    heads, length, aligned_dim = keys.shape
+    D, I = padded(problem.query_states.shape[-1]), padded(aligned_dim)
     tile = key_tiles(I, problem.query_states.dtype)
     gradient = torch.empty(heads, length, I, dtype=torch.float32, device=keys.device)
     if not teacher_offsets.numel():
-        return gradient.zero_()
+        return gradient[..., : ctx.index_dim].zero_()
+    # Scaled to the range of half precision, so that queries with small weights do not underflow.
+    weighted = queries.float() * upstream[..., None]
+    unit = weighted.abs().amax().clamp(min=SMALLEST) / LARGEST_PRODUCT
+    weighted = (weighted / unit).to(queries.dtype)
     tiles = key_block_ranges(
         problem.query_indices,
         problem.starts,
@@ -248,7 +234,7 @@ def _key_gradient(
         I=I,
         **tile.launch(),
     )
-    return gradient
+    return gradient[..., : ctx.index_dim] * (unit * 2.0**-LIFT.value)
 
 
 def query_tiles(index_dim: int, dtype: torch.dtype) -> TileSizes:
