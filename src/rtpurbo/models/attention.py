@@ -128,19 +128,8 @@ def unconverted_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs window attention by the operators of `rtpurbo.ops`, any other by that of PyTorch.
 
-    Args:
-        module: the attention module.
-        query: [batch, num_attention_heads, q_len, head_dim].
-        key: [batch, num_key_value_heads, k_len, head_dim].
-        value: shaped as `key`.
-        attention_mask: the positions of the keys and the window; bool [batch, 1, q_len, k_len]; or None for a
-            causal mask.
-        s_aux: learned sinks [num_attention_heads].
-        scaling: factor on the dot products; None for head_dim ** -0.5.
-        kwargs: of transformers' attention interface.
-
-    Returns:
-        Output [batch, q_len, num_attention_heads, head_dim], and None for the weights.
+    Arguments and results are as in `sparse_attention`; the mask may also be bool [batch, 1, q_len, k_len], and None is
+    a causal mask.
 
     Raises:
         RTPurboError: logits are capped, there are learned sinks and another mask than that of a window, or it

@@ -60,10 +60,9 @@ class BaseModel:
 class _Origin:
     """Source of a base model, resolved without reading weights.
 
+    Name, source and revision are as in `BaseReference`.
+
     Attributes:
-        name: as in `BaseReference`.
-        source: as in `BaseReference`.
-        revision: as in `BaseReference`.
         read_config: reads the configuration alone.
         load: loads the model.
     """
@@ -160,16 +159,10 @@ def _find_referenced(reference: BaseReference, hub: Mapping[str, Any]) -> _Origi
 
 
 def read_config(name: str | None, *, revision: str | None = None) -> PretrainedConfig:
-    """Reads the configuration of a base model, without its weights.
+    """Reads the configuration of a base model, or of the text decoder of a multimodal one, without its weights.
 
-    Only the configuration is downloaded.
-
-    Args:
-        name: as for `load_base_model`; a folder needs no other file than config.json.
-        revision: a branch, tag or commit on the Hub.
-
-    Returns:
-        The configuration; of a multimodal model, that of its text decoder.
+    Arguments are as for `load_base_model`. Only the configuration is downloaded, and a folder needs no other file than
+    config.json.
 
     Raises:
         RTPurboError: the model does not exist, or its architecture is not supported.

@@ -101,12 +101,9 @@ def project(layer: SparseAttention, hidden_states: Tensor) -> tuple[Tensor, Tens
 def supports_fused_append(
     layer: SparseAttention, hidden_states: Tensor, past: HeadwiseLayer
 ) -> bool:
-    """True if the fused kernel supports this call: no observers and no gradients.
+    """True if the fused kernel supports this call, after `begin_forward`: no observers and no gradients.
 
-    Args:
-        layer: the sparse layer.
-        hidden_states: [batch, q_len, hidden_size].
-        past: the layer's cache, after `begin_forward`.
+    `hidden_states` are [batch, q_len, hidden_size].
     """
     return (
         past.slots.newest is not None
@@ -177,15 +174,8 @@ def append_fused(
 ) -> tuple[Tensor, Tensor | None, KeyValueStates, KeyValueStates]:
     """Writes one new token of each sequence into the cache, where `supports_fused_append` holds.
 
-    Parameters are read in place, so that a captured step sees weights that are trained or loaded later.
-
-    Args:
-        layer: the sparse layer.
-        queries: [batch, num_attention_heads, 1, head_dim], as projected.
-        keys: [batch, num_key_value_heads, 1, head_dim], as projected.
-        values: shaped as `keys`.
-        position_embeddings: cosines and sines, [batch or 1, 1, rotary_dim] each.
-        past: the layer's cache.
+    Parameters are read in place, so that a captured step sees weights that are trained or loaded later. Queries, keys
+    and values are those of `project`; cosines and sines [batch or 1, 1, rotary_dim] each.
 
     Returns:
         Queries after RoPE, index queries or None, states of full KV heads and of windowed ones.

@@ -62,16 +62,9 @@ def find_on_hub(
 def refusal_message(
     error: BaseException | None, kind: str, name: str, revision: str | None
 ) -> str | None:
-    """Returns the sentence for a request that the Hub answered with a refusal.
+    """Returns the sentence for an error of `huggingface_hub`, if the Hub refused the request.
 
-    Args:
-        error: raised by `huggingface_hub`.
-        kind: of repository, "model" or "artifact".
-        name: of the repository.
-        revision: that was asked for.
-
-    Returns:
-        The sentence; None if the Hub did not answer, as without a network.
+    It did not if it did not answer, as without a network. `kind` is that of the repository, "model" or "artifact".
     """
     if isinstance(error, LocalEntryNotFoundError):  # an EntryNotFoundError of the local cache
         return None

@@ -74,18 +74,13 @@ class Loaded(NamedTuple):
 
 
 def load_pretrained_config(name: str, *, sparse: bool = False, **options: Any) -> PretrainedConfig:
-    """Loads and checks the configuration of a model, without its weights.
+    """Loads and checks the configuration of a model, or of the text decoder of a multimodal one, without its weights.
 
-    Args:
-        name: a folder or a name on the Hub.
-        sparse: also take a sparse model, and return its dense configuration.
-        options: for `AutoConfig.from_pretrained`.
+    With `sparse`, the model may be a sparse one, of which it is the dense configuration. The options are those of
+    `AutoConfig.from_pretrained`.
 
     Raises:
         RTPurboError: it cannot be loaded, or its architecture is not supported.
-
-    Returns:
-        The configuration; of a multimodal model, that of its text decoder.
     """
     return _load_configs(name, sparse=sparse, **options)[0]
 

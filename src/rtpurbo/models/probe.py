@@ -200,9 +200,7 @@ def _refusal(module: nn.Module, record: _Record) -> str | None:
 def _run(model: PreTrainedModel, embeddings: Mapping[nn.Module, Embeddings]) -> _Records:
     """Runs one forward, with the last token at the end of the context.
 
-    Args:
-        model: dense or sparse.
-        embeddings: rotary embeddings that replace the model's own, by attention module.
+    The `embeddings` replace the model's own rotary ones, by attention module.
 
     Raises:
         RTPurboError: the model fails.

@@ -35,15 +35,10 @@ def save_sparse(
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
-    """Writes a sparse model into a folder that `rtpurbo.load` reads as an export.
+    """Writes a sparse model into a folder that `rtpurbo.load` reads as an export; other files in it stay.
 
-    Args:
-        model: a sparse model.
-        save_weights: the dense class's `save_pretrained`, bound to the model.
-        save_directory: the folder; other files in it stay.
-        is_main_process: False writes nothing, but takes part in gathering the weights.
-        push_to_hub: upload the folder's content afterwards.
-        options: further arguments of `save_pretrained`.
+    `save_weights` is the dense class's `save_pretrained`, bound to the model; other arguments are as of
+    `save_pretrained`. A process that is not the main one writes nothing, but takes part in gathering the weights.
     """
     upload = {name: options.pop(name) for name in _UPLOAD if name in options}
     if getattr(model, "_hf_peft_config_loaded", False) or not is_main_process:

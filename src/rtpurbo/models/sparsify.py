@@ -58,7 +58,10 @@ def sparsify(model: PreTrainedModel, config: RTPurboConfig) -> PreTrainedModel:
     """
     traits = _checked_traits(model)
     check_head_map(config.head_map, traits, model.config.num_hidden_layers)
-    config = replace(config, indexer=resolve_indexer_settings(model, config.indexer))
+    if config.indexer.min_wavelength is None:
+        # Within the model's context, no kept pair completes a turn.
+        wavelength = float(context_length(model.config))
+        config = replace(config, indexer=replace(config.indexer, min_wavelength=wavelength))
     if config.indexer.index_space == "pre_rope":
         for number, found in traits.items():
             invertible(number, found.rotation)
@@ -141,13 +144,6 @@ def _set_class(model: PreTrainedModel, new: Any) -> None:
     model.__class__ = new
     if "_old_forward" in vars(model):  # that accelerate wraps
         model._old_forward = MethodType(new.forward, model)
-
-
-def resolve_indexer_settings(model: PreTrainedModel, settings: IndexerSettings) -> IndexerSettings:
-    """Sets an open `min_wavelength` to the model's context, within which no kept pair completes a turn."""
-    if settings.min_wavelength is not None:
-        return settings
-    return replace(settings, min_wavelength=float(context_length(model.config)))
 
 
 def feature_dimensions(layer: SparseAttention, settings: IndexerSettings) -> list[int]:

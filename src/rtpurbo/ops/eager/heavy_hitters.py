@@ -116,15 +116,8 @@ def attention_after_prompt(
 ) -> Tensor:
     """Window attention of the queries that answer a prompt, in one forward without a cache.
 
-    Args:
-        query_states: [batch, num_attention_heads, q_len, head_dim], after RoPE.
-        query_positions: int64 [batch, q_len], -1 for padding.
-        states: states of the windowed KV heads, with a key for each query.
-        group: heads that are local.
-        queries: the queries after the prompt, which are all queries before them.
-        rule: windows and heavy hitters.
-        scaling: factor on the dot products.
-        sinks: learned sinks [num_attention_heads].
+    Arguments are as in `AttentionCall`; `states` are those of the windowed KV heads, with a key for each query. `group`
+    are the local heads, and `queries` those after the prompt, which is all queries before them.
 
     Returns:
         [batch, heads of the group, queries, head_dim].

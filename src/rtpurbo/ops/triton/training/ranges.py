@@ -50,16 +50,7 @@ def key_block_ranges(
     num_queries: int,
     num_keys: int,
 ) -> Tensor:
-    """Query ranges of each tile of keys.
-
-    Args:
-        query_indices: int64 [queries], ascending.
-        starts: int64 [queries], index of the first token of each query's document.
-        length: number of keys.
-        margin: first keys of a document, which do not count.
-        lag: recent keys, which do not count.
-        num_queries: queries of a block.
-        num_keys: keys of a tile.
+    """Query ranges of each tile of keys; arguments as in `query_block_ranges`, of `length` keys.
 
     Returns:
         int32 [tiles, 4], ascending positions first, a, b, end in `query_indices`. Every key of the tile counts for
