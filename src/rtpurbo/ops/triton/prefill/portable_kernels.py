@@ -26,12 +26,6 @@ from rtpurbo.ops.triton.device_functions import (
 
 
 @triton.jit
-def _load_queries(descriptor, sequence, head, first_query, M: tl.constexpr, D: tl.constexpr):
-    """Queries [M, D] of one head from index `first_query` on; zero outside the tensor."""
-    return descriptor.load([sequence, head, first_query, 0]).reshape([M, D])
-
-
-@triton.jit
 def _load_tile(
     states, strides, place, slot, first, end, N: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr
 ):  # fmt: skip
@@ -130,7 +124,7 @@ def window_kernel(
 
     keys, values = (key_states, key_strides), (value_states, value_strides)
     place = (sequence, key_value_head, head_dim, block_table, table_stride)
-    queries = _load_queries(query_descriptor, batch, head, query_offset + tile * M, M, D)
+    queries = query_descriptor.load([batch, head, query_offset + tile * M, 0]).reshape([M, D])
     positions = first_position + tl.arange(0, M)
     lowest = tl.maximum(positions - window + 1, num_sinks)
     peak = tl.full([M], float("-inf"), tl.float32)
@@ -225,7 +219,7 @@ def block_sparse_kernel(
     keys, values = (key_descriptor, None), (value_descriptor, None)
     place = (sequence, key_value_head, head_dim, None, 0)
     slots = (slot_shift, 0, 0)
-    queries = _load_queries(query_descriptor, sequence, head, first_query, M, D)
+    queries = query_descriptor.load([sequence, head, first_query, 0]).reshape([M, D])
     positions = first_position + tl.arange(0, M)
     lowest = tl.zeros([M], tl.int32) + num_sinks
     highest = positions - window
