@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gguf
 import torch
@@ -27,14 +26,13 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import attention_shapes
 from rtpurbo.models.gguf_header import GgufHeader, read_gguf_header
 from rtpurbo.models.pretrained import LoadingOptions, load_pretrained
+from rtpurbo.models.runtime import attributes_set
 from rtpurbo.settings import Progress
 
 SUFFIX = ".gguf"
 
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Tokens that end an answer or a text, in whichever model has them."""
-
-Item = TypeVar("Item")
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Values of `tokenizer.ggml.token_type`."""
@@ -130,7 +128,13 @@ def decode_gguf(
     quantization = getattr(transformers, "GgufConfig", None)
     # Reading the vocabulary comes first, and takes a while.
     progress("decoding", 0, len(header.tensors), {})
-    with _reading_once(), _reporting_tensors(progress):
+    changes: list[tuple[Any, dict[str, Any]]] = [
+        # Parses the file once, not for weights and tokenizer each: half a minute where a vocabulary is large.
+        (gguf, {"GGUFReader": cache(gguf.GGUFReader)}),
+        # transformers has no option for its progress bar.
+        (gguf_reader, {"tqdm": _reporting(progress)} if hasattr(gguf_reader, "tqdm") else {}),
+    ]
+    with attributes_set(changes):
         options = LoadingOptions(
             {"gguf_file": path.name},
             {} if quantization is None else {"quantization_config": quantization(dequantize=True)},
@@ -156,39 +160,15 @@ def _end_token_ids(header: GgufHeader, tokenizer: PreTrainedTokenizerBase) -> li
     return list(dict.fromkeys(int(token) for token in [*named, *known] if token is not None))
 
 
-@contextmanager
-def _reading_once() -> Iterator[None]:
-    """Makes transformers parse a file once, instead of once for weights and once for the tokenizer.
+def _reporting(progress: Progress) -> Callable[..., Iterable[Any]]:
+    """Returns a function in place of `tqdm` that reports each decoded tensor to `progress`."""
 
-    Each time takes half a minute where a vocabulary is large.
-    """
-    package: Any = gguf
-    original = package.GGUFReader
-    package.GGUFReader = cache(original)
-    try:
-        yield
-    finally:
-        package.GGUFReader = original
-
-
-@contextmanager
-def _reporting_tensors(progress: Progress) -> Iterator[None]:
-    """Makes transformers report each decoded tensor to `progress` instead of its own progress bar.
-
-    It offers no option for this bar.
-    """
-
-    def report(tensors: Sequence[Item], *_: Any, **__: Any) -> Iterable[Item]:
+    def report(tensors: Sequence[Any], *_: Any, **__: Any) -> Iterable[Any]:
         for done, tensor in enumerate(tensors, start=1):
             yield tensor
             progress("decoding", done, len(tensors), {})
 
-    original = getattr(gguf_reader, "tqdm", None)
-    gguf_reader.tqdm = report
-    try:
-        yield
-    finally:
-        gguf_reader.tqdm = original
+    return report
 
 
 def corrected_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:

@@ -81,7 +81,7 @@ class Runtime:
             answer_spans: first query and end of each answer, ascending; other queries are dense, whatever the
                 gates are. None for gates that act on all queries.
         """
-        with _attributes(
+        with attributes_set(
             (layer, {"gates": gates[layer.layer_idx], "answer_spans": answer_spans})
             for layer in self._layers
         ):
@@ -120,12 +120,12 @@ class Runtime:
     @contextmanager
     def _layers_with(self, **values: Any) -> Iterator[None]:
         """Sets attributes of all layers inside a `with` block."""
-        with _attributes((layer, values) for layer in self._layers):
+        with attributes_set((layer, values) for layer in self._layers):
             yield
 
 
 @contextmanager
-def _attributes(changes: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[None]:
+def attributes_set(changes: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[None]:
     """Sets attributes of objects inside a `with` block, and restores them."""
     changes = list(changes)
     before = [(item, {name: getattr(item, name) for name in values}) for item, values in changes]
