@@ -69,8 +69,7 @@ class GrowingBuffer:
 class RingBuffer:
     """Ring buffer of windowed KV heads: keys and values [batch, heads, S + R + 1, dim].
 
-    Args:
-        slots: slots of the tokens; `begin_forward` runs before every `append`.
+    `RingSlots.begin_forward` runs before every `append`.
     """
 
     def __init__(self, slots: RingSlots) -> None:
@@ -163,9 +162,7 @@ class NewStates:
 class HeadwiseLayer(CacheLayerMixin):
     """Cache of a layer: full KV heads and their index keys grow, windowed KV heads are a ring buffer.
 
-    Args:
-        slots: slots and positions of the tokens, shared by all layers of the cache.
-        reserve: tokens to allocate at once for full KV heads.
+    All layers of the cache share `slots`; `reserve` are tokens to allocate at once for full KV heads.
     """
 
     is_sliding = False

@@ -25,9 +25,6 @@ class FusedAppendForward:
     """Forward of an attention module of a listed family, with the fused KV append where it is supported.
 
     An object rather than a closure, so that a copy of the module has its own.
-
-    Args:
-        module: the attention module.
     """
 
     def __init__(self, module: nn.Module) -> None:

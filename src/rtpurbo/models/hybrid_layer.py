@@ -12,13 +12,7 @@ from rtpurbo.models.slots import TokenSlots
 
 
 class HybridLayer(HeadwiseLayer, LinearAttentionLayer):
-    """A head-wise cache beside transformers' recurrent state.
-
-    Args:
-        slots: slots of the tokens of the cache.
-        reserve: tokens to allocate at once for full KV heads.
-        number_of_states: recurrent states of the layer.
-    """
+    """A head-wise cache beside transformers' recurrent state; arguments are those of both."""
 
     is_croppable = False
 

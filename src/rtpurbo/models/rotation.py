@@ -133,14 +133,9 @@ class RotaryProbe:
         return cls(plain, _like(embeddings, 1 - turned, turned), codes, angles)
 
     def layout(self, plain: Tensor, coded: Tensor) -> RotaryLayout | None:
-        """Returns the rotation that explains a layer's states under both embeddings.
+        """Returns the rotation that explains a layer's states under both embeddings; None if there is none.
 
-        Args:
-            plain: queries and keys [batch, heads, tokens, head_dim] under `plain`.
-            coded: those of the same hidden states under `coded`.
-
-        Returns:
-            None if no rotation explains them.
+        States are queries and keys [batch, heads, tokens, head_dim] of the same hidden states.
         """
         plain, coded = plain[0].double().cpu(), coded[0].double().cpu()
         size = plain.square().mean(-1, keepdim=True).sqrt()

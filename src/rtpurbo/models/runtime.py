@@ -15,11 +15,7 @@ from rtpurbo.ops import SelectionStatistics
 class Runtime:
     """Context managers over the sparse attention layers of one model, as `model.rtpurbo`.
 
-    They nest in any combination, also within themselves: each restores what it found.
-
-    Args:
-        model: a sparse model.
-        layers: its sparse attention layers in layer order.
+    They nest in any combination, also within themselves: each restores what it found. `layers` are in order.
     """
 
     def __init__(self, model: Any, layers: Sequence[Any]) -> None:

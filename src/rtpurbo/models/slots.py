@@ -114,10 +114,8 @@ class TokenSlots:
     Fixed slots (`fix`) belong to a static cache, whose decode steps have the same operations at any
     length: what changes between steps is stored on the device, at the same addresses.
 
-    Args:
-        ring: the slots of windowed KV heads.
-
     Attributes:
+        ring: the slots of windowed KV heads.
         padding: padding of all tokens so far; `any` is final.
         have_begun: every sequence has a real token.
         first_slots: int32 [batch], the slot of position 0 in each sequence; None if padding is `any`.

@@ -34,10 +34,7 @@ class SparseModel(PreTrainedModel, GenerationMixin):
 
         `push_to_hub` and `Trainer.save_model` write the same. The folder loads with
         `AutoRTPurboModelForCausalLM`, and with `AutoModelForCausalLM` where rtpurbo is imported.
-
-        Args:
-            save_directory: the folder; other files in it stay.
-            kwargs: as for `PreTrainedModel.save_pretrained`.
+        Arguments are as for `PreTrainedModel.save_pretrained`; other files in the folder stay.
         """
         save_sparse(self, super().save_pretrained, save_directory, **kwargs)
 

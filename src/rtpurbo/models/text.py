@@ -92,11 +92,7 @@ def continue_tokens(
 
 
 class VisibleStreamer(TextStreamer):
-    """Streamer that prints an answer with control characters escaped, for a terminal.
-
-    Args:
-        tokenizer: tokenizer of the model.
-    """
+    """Streamer that prints an answer with control characters escaped, for a terminal."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

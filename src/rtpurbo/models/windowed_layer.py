@@ -17,10 +17,6 @@ class WindowedLayer(DynamicSlidingWindowLayer):
     """Sliding-window layer of transformers whose keys are a ring buffer while slots are fixed.
 
     The token of slot s is in slot s % window of the ring; `TokenSlots.window_positions` marks empty slots.
-
-    Args:
-        slots: slots of the tokens of the cache.
-        sliding_window: keys that a query of this layer reads.
     """
 
     keys: Any
