@@ -29,17 +29,15 @@ class CudaGraph:
         self, step: Callable[[], Tensor], rewind: Callable[[], None], device: torch.device
     ) -> None:
         with torch.cuda.device(device):
-            if device not in self.streams:
-                self.streams[device] = torch.cuda.Stream()
-            self._capture(step, rewind, torch.cuda.current_stream(), self.streams[device])
+            self._capture(step, rewind, device)
 
     def _capture(
-        self,
-        step: Callable[[], Tensor],
-        rewind: Callable[[], None],
-        current: torch.cuda.Stream,
-        side: torch.cuda.Stream,
+        self, step: Callable[[], Tensor], rewind: Callable[[], None], device: torch.device
     ) -> None:
+        current = torch.cuda.current_stream()
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream()
+        side = self.streams[device]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             # PyTorch requires a run on a side stream first. A synchronisation of host and device

@@ -151,7 +151,11 @@ class SparseAttention(AttentionTraits):
         if isinstance(keys, NewStates):
             new = keys
             past, keys, values = new.layer, new.keys, new.values
-            self._check_cache(past)
+            if self.dense:
+                raise RTPurboError(
+                    "a model that is being observed runs without a cache: pass use_cache=False."
+                )
+            past.check_rule(self.rule)
         assert isinstance(keys, Tensor)
         assert isinstance(values, Tensor)
         # Under autocast, RoPE in float32 leaves queries and keys in another dtype than values.
@@ -245,13 +249,6 @@ class SparseAttention(AttentionTraits):
         output = output.clone()
         output[:, group.heads, answers] = part.to(output.dtype)
         return output
-
-    def _check_cache(self, past: HeadwiseLayer) -> None:
-        if self.dense:
-            raise RTPurboError(
-                "a model that is being observed runs without a cache: pass use_cache=False."
-            )
-        past.check_rule(self.rule)
 
     @staticmethod
     def _query_positions(
