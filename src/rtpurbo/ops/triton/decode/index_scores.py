@@ -28,14 +28,17 @@ COUNTED_ENTRIES = tl.constexpr(512)
 
 
 @triton.jit
-def _entry_scores(scores, kept, ENTRIES: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Scores [E] of entries: log-sum-exp of their `kept` tokens' scores [T]."""
+def _entry_scores(scores, kept, SHAPE: tl.constexpr):
+    """Scores [E] or [E, M] of entries: log-sum-exp of the scores of their `kept` tokens, [T] or [T, M].
+
+    SHAPE is that of the scores with the tokens divided into entries.
+    """
     scores = tl.where(kept, scores, float("-inf"))
-    if BLOCK_WIDTH > 1:
-        blocks = tl.reshape(scores, [ENTRIES, BLOCK_WIDTH])
+    if SHAPE[1] > 1:
+        blocks = tl.reshape(scores, SHAPE)
         peaks = tl.max(blocks, 1)
         empty = peaks == float("-inf")
-        sums = tl.sum(tl.exp(blocks - tl.where(empty, 0.0, peaks)[:, None]), 1)
+        sums = tl.sum(tl.exp(blocks - tl.expand_dims(tl.where(empty, 0.0, peaks), 1)), 1)
         scores = peaks + tl.log(tl.where(empty, 1.0, sums))
     return scores
 
@@ -134,28 +137,14 @@ def score_chunk(
                 kept = scored
                 if plane == 0:
                     kept = scored & (positions >= num_sinks) & (positions <= last_far)
-                entry_levels = level_of(
-                    _entry_scores(scores, kept, ENTRIES, BLOCK_WIDTH), reference
-                )
+                entry_scores = _entry_scores(scores, kept, [ENTRIES, BLOCK_WIDTH])
+                entry_levels = level_of(entry_scores, reference)
                 first_head = plane * heads_per_plane
                 places = (
                     levels + tl.multiple_of(first_head.to(tl.int64) * padded_entries, 16) + entries
                 )
                 tl.store(places, entry_levels.to(tl.int16))
                 count_levels(histogram + first_head * LEVELS, places, entry_levels, ENTRIES)
-
-
-@triton.jit
-def _group_entry_scores(scores, kept, ENTRIES: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Scores [E, M] of entries: log-sum-exp of the scores [T, M] of their `kept` tokens [T]."""
-    scores = tl.where(kept[:, None], scores, float("-inf"))
-    if BLOCK_WIDTH > 1:
-        blocks = tl.reshape(scores, [ENTRIES, BLOCK_WIDTH, scores.shape[1]])
-        peaks = tl.max(blocks, 1)
-        empty = peaks == float("-inf")
-        sums = tl.sum(tl.exp(blocks - tl.where(empty, 0.0, peaks)[:, None, :]), 1)
-        scores = peaks + tl.log(tl.where(empty, 1.0, sums))
-    return scores
 
 
 @triton.jit
@@ -280,9 +269,10 @@ def score_group_chunk(
                 kept = scored
                 if plane == 0:
                     kept = scored & (positions >= num_sinks) & (positions <= last_far)
-                entry_levels = level_of(
-                    _group_entry_scores(scores, kept, ENTRIES, BLOCK_WIDTH), reference[None, :]
+                entry_scores = _entry_scores(
+                    scores, kept[:, None], [ENTRIES, BLOCK_WIDTH, MEMBER_WIDTH]
                 )
+                entry_levels = level_of(entry_scores, reference[None, :])
                 entry_levels = tl.where(in_group[None, :], entry_levels, 0)
                 first_head = plane * heads_per_plane
                 plane_levels = levels + tl.multiple_of(first_head.to(tl.int64) * padded_entries, 16)
