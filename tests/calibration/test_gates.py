@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rtpurbo.calibration import gates as gates_module
 from rtpurbo.calibration.calibrate import calibrate
 from rtpurbo.calibration.gates import SharedScaleDescent, project, train_gates
 from rtpurbo.config import AttentionRule, RTPurboConfig
@@ -14,7 +15,9 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.models.runtime import Runtime
 from rtpurbo.models.sparse_layers import is_sparse
 from rtpurbo.models.sparsify import empty_head_map, runtime, sparsify
+from rtpurbo.ops.eager.heavy_hitters import OBSERVED_QUERIES
 from rtpurbo.settings import CalibrationSettings
+from rtpurbo.training import teacher
 from tests.calibration.copying import LENGTH, RULE, Copies, copying_model
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -74,9 +77,11 @@ def test_gates_act_on_answers_where_prompts_are_dense(dense_prompt_queries, answ
     seen = []
     gated = Runtime.gated
 
-    def noted(self, gates, answer_spans=None):
-        seen.append(answer_spans)
-        return gated(self, gates, answer_spans)
+    def noted(self, gates, answer_spans=None, prompt=None):
+        # As positions of the whole sequence.
+        begin = prompt[0][0].shape[2] if prompt else 0
+        seen.append(answer_spans and [(first + begin, end + begin) for first, end in answer_spans])
+        return gated(self, gates, answer_spans, prompt)
 
     monkeypatch.setattr(Runtime, "gated", noted)
     rule = AttentionRule(
@@ -87,6 +92,46 @@ def test_gates_act_on_answers_where_prompts_are_dense(dense_prompt_queries, answ
     found = train_gates(tiny_model(), source, rule, steps=2, ratio=0.5, per_group=True)
     assert seen == [(answers or [(124, 248)]) if dense_prompt_queries else None] * 2
     assert sum(gate.sum() for gate in found.values()) <= 6.01
+
+
+@pytest.mark.parametrize("answers", [[(150, 162), (200, 210)], []])
+@pytest.mark.parametrize("heavy_hitters", [0, 20])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompt_is_read_once(family, heavy_hitters, answers, monkeypatch):
+    rule = AttentionRule(
+        num_sink_tokens=2 + heavy_hitters,
+        sliding_window=64,
+        num_heavy_hitters=heavy_hitters,
+        dense_prompt_tokens=LENGTH,
+    )
+    ids = torch.randint(64, (248,), generator=torch.Generator().manual_seed(1)).tolist()
+    conversation = Conversation(ids, answers)
+    source = type("Source", (), {"sequence": lambda self, number: conversation})()
+    lengths, updates = [], []
+    decoder_inputs = teacher.states_at
+
+    def noted(model, input_ids, *arguments):
+        lengths.append(len(input_ids))
+        return decoder_inputs(model, input_ids, *arguments)
+
+    for module in ("rtpurbo.training.stage2", "rtpurbo.training.teacher"):
+        monkeypatch.setattr(f"{module}.states_at", noted)
+    step = SharedScaleDescent.step
+
+    def stepped(self):
+        updates.append(torch.cat([gate.grad.clone() for gate in self.param_groups[0]["params"]]))
+        return step(self)
+
+    monkeypatch.setattr(SharedScaleDescent, "step", stepped)
+    first = answers[0][0] if answers else 124
+    # Gemma 3 has layers with windows of their own, whose keys and values are not kept.
+    for begin in (0 if family == "gemma3_text" else first - OBSERVED_QUERIES, 0):
+        if not begin:
+            monkeypatch.setattr(gates_module, "prompt_length", lambda *_: 0)
+        train_gates(tiny_model(family), source, rule, steps=1, ratio=0.5, per_group=True)
+        assert lengths[-2:] == [248, 248 - begin]
+    assert updates[0].abs().max() > 1e-5
+    torch.testing.assert_close(*updates, rtol=1e-3, atol=1e-6)
 
 
 def test_a_gate_of_a_kv_head_is_that_of_all_its_query_heads():

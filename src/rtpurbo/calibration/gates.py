@@ -7,7 +7,8 @@ under an L1 penalty; here the budget is a constraint, met by projection, so ther
 Unlike attention scores, gates rank a head by its effect on the output and see that two heads do one job.
 
 Where all queries of a prompt will be dense (`dense_prompt_tokens`), gates act on answers only, which read windows
-and heavy hitters as decode steps will.
+and heavy hitters as decode steps will. Nothing before the first answer depends on the gates then, so its keys and
+values are kept from the forward of the dense model, and only the tokens after it are read again, with gradients.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -25,14 +27,17 @@ from rtpurbo.calibration.answer_sequences import Sequences, target_positions
 from rtpurbo.config import AttentionRule, RTPurboConfig
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.errors import RTPurboError
+from rtpurbo.models.families import FAMILIES
+from rtpurbo.models.sparse_layer import KeysAndValues
 from rtpurbo.models.sparse_layers import headwise_modules
 from rtpurbo.models.sparsify import empty_head_map, restore, runtime, sparsify
+from rtpurbo.ops.eager.heavy_hitters import OBSERVED_QUERIES
 from rtpurbo.settings import DistillationSettings, Progress, no_progress
 from rtpurbo.training.checkpoint import Checkpoint
 from rtpurbo.training.sequences import TrainingSequence
-from rtpurbo.training.stage2 import autocast, loss_on
+from rtpurbo.training.stage2 import autocast, loss_of, predictions
 from rtpurbo.training.student import set_gradient_checkpointing
-from rtpurbo.training.teacher import targets_at
+from rtpurbo.training.teacher import TeacherTargets, targets_at, top_logits_divergence
 
 INITIAL_GATE = 0.95
 """Below 1: where every gate is open the divergence and its gradient are zero."""
@@ -92,12 +97,16 @@ def train_gates(
         upcoming = sequences.sequence(done)
         for step in range(done, steps):
             positions, answers = target_positions(upcoming, f"gates-{step}")
-            ids = upcoming.input_ids
-            with runtime(model).dense(), autocast(model):
+            ids, begin = upcoming.input_ids, prompt_length(model, rule, upcoming)
+            with (
+                runtime(model).dense(),
+                runtime(model).keeping_prompt(begin) as prompt,
+                autocast(model),
+            ):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
             # Around the backward pass too, which recomputes layers.
-            with gated_answers(model, rule, gates, upcoming):
-                loss = loss_on(model, TrainingSequence(ids), targets, TARGETS)
+            with gated_answers(model, rule, gates, upcoming, prompt if begin else None):
+                loss = _loss_after(model, begin, ids, targets)
                 if not loss.isfinite():
                     raise RTPurboError(
                         f"the loss of step {step + 1} of the gates is {loss.item()}: try --dtype float32, or "
@@ -129,15 +138,51 @@ def gated_answers(
     rule: AttentionRule,
     gates: Mapping[int, Tensor],
     conversation: Conversation,
+    prompt: Mapping[int, KeysAndValues] | None = None,
 ) -> AbstractContextManager[None]:
     """Context in which gates act on the answers alone, or on all queries where the prompt is not dense.
 
-    The answer of prose is its second half.
+    The answer of prose is its second half. With `prompt`, the forward has only the tokens after `prompt_length`.
     """
+    spans = _gated_spans(rule, conversation)
+    if prompt is not None:
+        assert spans is not None
+        begin = prompt_length(model, rule, conversation)
+        spans = [(first - begin, end - begin) for first, end in spans]
+    return runtime(model).gated(gates, spans, prompt)
+
+
+def _gated_spans(rule: AttentionRule, conversation: Conversation) -> list[tuple[int, int]] | None:
+    """First query and end of each answer on which gates act; None if they act on all queries."""
     length = len(conversation.input_ids)
-    spans = conversation.answer_spans or [(length // 2, length)]
-    is_dense = rule.num_dense_queries(length) == length
-    return runtime(model).gated(gates, spans if is_dense else None)
+    if rule.num_dense_queries(length) < length:
+        return None
+    return list(conversation.answer_spans) or [(length // 2, length)]
+
+
+def prompt_length(model: PreTrainedModel, rule: AttentionRule, conversation: Conversation) -> int:
+    """Tokens that no gate changes and that need not be read again; 0 for a model whose layers keep other states too.
+
+    Heavy hitters need the last queries before an answer.
+    """
+    spans = _gated_spans(rule, conversation)
+    layers = headwise_modules(model)
+    is_known = model.config.get_text_config().model_type in FAMILIES
+    if spans is None or not is_known or len(layers) < model.config.num_hidden_layers:
+        return 0
+    return max(0, spans[0][0] - OBSERVED_QUERIES)
+
+
+def _loss_after(
+    model: PreTrainedModel, begin: int, input_ids: list[int], targets: TeacherTargets
+) -> Tensor:
+    """Loss of a sequence of which only the tokens from `begin` on are read; before them nothing diverges."""
+    before = int((targets.positions < begin).sum())
+    moved = TeacherTargets(*(each[before:] for each in vars(targets).values())).to(model.device)
+    moved.positions = moved.positions - begin
+    found = predictions(model, TrainingSequence(input_ids[begin:]), moved, begin)
+    divergence = F.pad(top_logits_divergence(found, moved), (before, 0))
+    return loss_of(divergence, targets.answers, TARGETS)[0]
 
 
 class SharedScaleDescent(Optimizer):

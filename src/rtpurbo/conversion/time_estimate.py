@@ -115,9 +115,12 @@ def stage_seconds(
     # A step of gates: the dense model, the gated one, and its gradients.
     by_gates = calibration.ranking == "gates"
     passes = {"interleaved": 2, "gates": 6}.get(calibration.ranking, 1)
-    documents = calibration.num_documents * passes
+    documents = read = calibration.num_documents * passes
+    if by_gates and _reads_prompts_once(shape, settings):
+        read = calibration.num_documents
     if calibration.may_exceed_ratio:
         documents += SEQUENCES * _BUDGET_PASSES
+        read += SEQUENCES * _BUDGET_PASSES
     # Each value of p in each layer with retrieval heads takes a forward pass of an answer's tokens.
     tried = calibration.top_p_sequences * min(shape.num_layers, retrieval_heads) * (len(TOP_P) + 1)
     by_layer = 0.0
@@ -127,7 +130,7 @@ def stage_seconds(
     return StageSeconds(
         writing=_writing_seconds(shape, stage2, device_name),
         calibration=seconds(
-            documents * shape.forward_flops(calibration.length),
+            read * shape.forward_flops(calibration.length),
             documents * (_GATED_LAUNCHES if by_gates else 1),
         ),
         stage1=indexers(settings.stage1, dense=True),
@@ -135,6 +138,13 @@ def stage_seconds(
         refresh=indexers(settings.refresh, dense=False) if has_refresh else 0.0,
         top_p=by_layer,
     )
+
+
+def _reads_prompts_once(shape: ModelShape, settings: ConversionSettings) -> bool:
+    """True if only the dense model reads the prompts of the gates' sequences (`rtpurbo.calibration.gates`)."""
+    length = settings.calibration.length
+    is_dense = settings.attention.num_dense_queries(length) == length
+    return is_dense and len(shape.full_attention) == shape.num_layers
 
 
 def _writing_seconds(shape: ModelShape, stage2: DistillationSettings, device_name: str) -> float:

@@ -65,8 +65,25 @@ class Runtime:
             yield
 
     @contextmanager
+    def keeping_prompt(self, length: int) -> Iterator[Mapping[int, Any]]:
+        """Keeps the keys and values of the first tokens of a dense forward, for `gated`.
+
+        Args:
+            length: number of the tokens.
+
+        Yields:
+            Keys and values by layer, after the forward.
+        """
+        kept: dict[int, Any] = {}
+        with self._layers_with(kept_prompt=(length, kept)):
+            yield kept
+
+    @contextmanager
     def gated(
-        self, gates: Mapping[int, Tensor], answer_spans: Sequence[tuple[int, int]] | None = None
+        self,
+        gates: Mapping[int, Tensor],
+        answer_spans: Sequence[tuple[int, int]] | None = None,
+        prompt: Mapping[int, Any] | None = None,
     ) -> Iterator[None]:
         """Mixes full and windowed attention of every head by a gate.
 
@@ -76,9 +93,17 @@ class Runtime:
             gates: by layer, [num_key_value_heads] or [num_attention_heads]: 1 is full, 0 windowed.
             answer_spans: first query and end of each answer, ascending; other queries are dense, whatever the
                 gates are. None for gates that act on all queries.
+            prompt: keys and values by layer, from `keeping_prompt`, if the forward only has the tokens after them.
         """
         with attributes_set(
-            (layer, {"gates": gates[layer.layer_idx], "answer_spans": answer_spans})
+            (
+                layer,
+                {
+                    "gates": gates[layer.layer_idx],
+                    "answer_spans": answer_spans,
+                    "prompt": prompt[layer.layer_idx] if prompt else None,
+                },
+            )
             for layer in self._layers
         ):
             yield

@@ -20,10 +20,15 @@ from rtpurbo.models.rotation import Embeddings, invertible
 from rtpurbo.ops import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 from rtpurbo.ops.api import attend_with, chosen_backend
 from rtpurbo.ops.eager.heavy_hitters import attention_after_prompt, heavy_hitters
+from rtpurbo.ops.eager.local import causal_attention
 from rtpurbo.ops.packed import packed_attention
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import AttentionCall
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+KeysAndValues = tuple[Tensor, Tensor]
+"""Keys and values of a layer's first tokens: [batch, num_key_value_heads, tokens, head_dim] each."""
 
 
 def sparse_layer_of(module: nn.Module) -> SparseAttention | None:
@@ -85,6 +90,8 @@ class SparseAttention(AttentionTraits):
         observer: called with the states of each forward.
         gates: mix full and windowed attention, [num_key_value_heads] or [num_attention_heads].
         answer_spans: first query and end of each answer, in which the gates act; None for all queries.
+        prompt: keys and values of the tokens before those of a forward with gates; None if it has all tokens.
+        kept_prompt: number of first tokens of dense forwards whose keys and values are kept, and by layer where.
         embeddings: rotary embedding of the current forward.
         hook: handle of `note_rotation`.
     """
@@ -106,6 +113,8 @@ class SparseAttention(AttentionTraits):
         self.observer: Callable[[LayerObservation], None] | None = None
         self.gates: Tensor | None = None
         self.answer_spans: Sequence[tuple[int, int]] | None = None
+        self.prompt: KeysAndValues | None = None
+        self.kept_prompt: tuple[int, dict[int, KeysAndValues]] | None = None
         self.embeddings: Embeddings | None = None
         self._layouts: dict[torch.device, HeadLayout] = {}
 
@@ -161,6 +170,14 @@ class SparseAttention(AttentionTraits):
         # Under autocast, RoPE in float32 leaves queries and keys in another dtype than values.
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         positions = self._query_positions(queries, mask, past)
+        key_positions = positions
+        if self.prompt is not None:
+            num_before, num_new = self.prompt[0].shape[2], queries.shape[2]
+            keys, values = (
+                torch.cat(both, 2) for both in zip(self.prompt, (keys, values), strict=True)
+            )
+            key_positions = torch.arange(num_before + num_new, device=queries.device)[None]
+            positions = key_positions[:, num_before:]
         undo_rotation = partial(self._undo_rotation, embeddings=embeddings)
         if self.observer is not None:
             self.observer(
@@ -170,9 +187,12 @@ class SparseAttention(AttentionTraits):
             )
         if past is None:
             states = KeyValueStates(
-                keys, values, positions, in_order=mask is None or mask.ndim != 2
+                keys, values, key_positions, in_order=mask is None or mask.ndim != 2
             )
             if self.dense:
+                if self.kept_prompt is not None:
+                    length, kept = self.kept_prompt
+                    kept[self.layer_idx] = keys[:, :, :length], values[:, :, :length]
                 return self._attend_densely(queries, positions, states, sinks)
             if self.gates is not None:
                 return self._attend_gated(queries, positions, states, self.gates, sinks)
@@ -323,6 +343,17 @@ class SparseAttention(AttentionTraits):
     def _attend_densely(
         self, queries: Tensor, positions: Tensor, states: KeyValueStates, sinks: Tensor | None
     ) -> Tensor:
+        if self.prompt is not None:
+            group = queries.shape[1] // states.keys.shape[1]
+            heads = torch.arange(states.keys.shape[1], device=queries.device)
+            output, log_sum_exp = causal_attention(
+                queries, positions, states, heads.repeat_interleave(group),
+                scaling=self.scaling, return_log_sum_exp=sinks is not None,
+            )  # fmt: skip
+            if sinks is not None:
+                assert log_sum_exp is not None
+                output = with_sinks(output, log_sum_exp, sinks)[0]
+            return output
         return packed_attention(
             queries,
             states.keys,

@@ -164,11 +164,17 @@ def loss_on(
 
 
 def predictions(
-    model: PreTrainedModel, sequence: TrainingSequence, targets: TeacherTargets
+    model: PreTrainedModel,
+    sequence: TrainingSequence,
+    targets: TeacherTargets,
+    first_position: int = 0,
 ) -> Tensor:
-    """Returns log-probabilities of the teacher's tokens at each target position: [targets, tokens]."""
+    """Returns log-probabilities of the teacher's tokens at each target position: [targets, tokens].
+
+    `first_position` is that of the sequence's first token, as of `states_at`.
+    """
     with autocast(model):
-        states = states_at(model, sequence.input_ids, targets.positions)
+        states = states_at(model, sequence.input_ids, targets.positions, first_position)
         return log_probabilities(states, model.get_output_embeddings(), targets.token_ids)
 
 

@@ -69,10 +69,20 @@ def choose_targets(
     return positions, positions >= first_answer
 
 
-def states_at(model: PreTrainedModel, input_ids: list[int], positions: Tensor) -> Tensor:
-    """Returns the model's last hidden states at some positions: [positions, hidden_size]."""
+def states_at(
+    model: PreTrainedModel, input_ids: list[int], positions: Tensor, first_position: int = 0
+) -> Tensor:
+    """Returns the model's last hidden states at some places of `input_ids`: [places, hidden_size].
+
+    `first_position` is the position of the first token, whose prompt the model's layers have already.
+    """
     ids = torch.tensor([input_ids], device=model.device)
-    states = decoder_of(model)(ids, use_cache=False).last_hidden_state
+    options = {}
+    if first_position:
+        options["position_ids"] = (
+            torch.arange(ids.shape[1], device=ids.device)[None] + first_position
+        )
+    states = decoder_of(model)(ids, use_cache=False, **options).last_hidden_state
     return states[0].index_select(0, positions.to(model.device))
 
 

@@ -116,17 +116,22 @@ def attention_after_prompt(
 ) -> Tensor:
     """Window attention of the queries that answer a prompt, in one forward without a cache.
 
-    Arguments are as in `AttentionCall`; `states` are those of the windowed KV heads, with a key for each query. `group`
-    are the local heads, and `queries` those after the prompt, which is all queries before them.
+    Arguments are as in `AttentionCall`; `states` are those of the windowed KV heads, with a key for each query and for
+    tokens before the first one, if any. `group` are the local heads, and `queries` those after the prompt, which is all
+    tokens before them, `OBSERVED_QUERIES` of which have a query.
 
     Returns:
         [batch, heads of the group, queries, head_dim].
     """
     prompt = slice(0, queries.start)
-    query_states, read = query_states[:, group.heads], states.tokens(slice(0, queries.stop))
+    # Tokens before the first query.
+    before = states.keys.shape[2] - query_states.shape[2]
+    query_states = query_states[:, group.heads]
+    read = states.tokens(slice(0, before + queries.stop))
     if rule.num_heavy_hitters:
         slots = heavy_hitters(
-            query_states[:, :, prompt], query_positions[:, prompt], states.tokens(prompt), rule, scaling=scaling
+            query_states[:, :, prompt], query_positions[:, prompt],
+            states.tokens(slice(0, before + queries.start)), rule, scaling=scaling,
         )  # fmt: skip
         read = with_heavy_hitters(read, slots, rule)
     # The log-sum-exp selects explicit logits, whose gradients are finite; cuDNN's were not (docs/experiment-log.md).
