@@ -22,7 +22,6 @@ from rtpurbo.ops.api import attend_with, chosen_backend
 from rtpurbo.ops.eager.heavy_hitters import attention_after_prompt, heavy_hitters
 from rtpurbo.ops.eager.local import causal_attention
 from rtpurbo.ops.packed import packed_attention
-from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import AttentionCall
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -90,8 +89,9 @@ class SparseAttention(AttentionTraits):
         observer: called with the states of each forward.
         gates: mix full and windowed attention, [num_key_value_heads] or [num_attention_heads].
         answer_spans: first query and end of each answer, in which the gates act; None for all queries.
-        prompt: keys and values of the tokens before those of a forward with gates; None if it has all tokens.
-        kept_prompt: number of first tokens of dense forwards whose keys and values are kept, and by layer where.
+        prompt: keys and values of the tokens before those of a forward with gates, in a model without learned sinks;
+            None if the forward has all tokens.
+        kept_prompt: number of first tokens whose keys and values dense forwards keep, and by layer where.
         embeddings: rotary embedding of the current forward.
         hook: handle of `note_rotation`.
     """
@@ -344,16 +344,9 @@ class SparseAttention(AttentionTraits):
         self, queries: Tensor, positions: Tensor, states: KeyValueStates, sinks: Tensor | None
     ) -> Tensor:
         if self.prompt is not None:
-            group = queries.shape[1] // states.keys.shape[1]
-            heads = torch.arange(states.keys.shape[1], device=queries.device)
-            output, log_sum_exp = causal_attention(
-                queries, positions, states, heads.repeat_interleave(group),
-                scaling=self.scaling, return_log_sum_exp=sinks is not None,
-            )  # fmt: skip
-            if sinks is not None:
-                assert log_sum_exp is not None
-                output = with_sinks(output, log_sum_exp, sinks)[0]
-            return output
+            # Without retrieval heads, these are the KV heads of all query heads.
+            heads = self.layout(queries.device).local_windowed.key_value_heads
+            return causal_attention(queries, positions, states, heads, scaling=self.scaling)[0]
         return packed_attention(
             queries,
             states.keys,
