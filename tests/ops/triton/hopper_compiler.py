@@ -35,8 +35,8 @@ from tests.ops.triton.hopper_code import strange_descriptors
 
 # Bytes per thread: one or two registers may spill where two programs share a multiprocessor.
 MOST_STACK = 16
-# The loss of stage 1 spills a few more around the loop over tiles that need a mask, which is short. The portable prefill
-# kernels spill under their own limit of 128 registers, by which two programs share a multiprocessor: found, not tuned.
+# The loss of stage 1 spills a few more around the loop over tiles that need a mask, which is short. Portable prefill
+# spills under its own limit of 128 registers, by which two programs share a multiprocessor: found, not tuned.
 MOST_STACK_OF = {"query_gradient_kernel": 48, "window_kernel": 48, "block_sparse_kernel": 120}
 # The loss of stage 1 multiplies float32 as three products of TF32, which is as exact as float32.
 USE_TF32 = ("query_gradient_kernel", "key_gradient_kernel")
