@@ -11,153 +11,71 @@ than those of the search compare the ranking with what was found. `rtpurbo train
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers import PreTrainedModel
 
-from rtpurbo.calibration.answer_sequences import SHARES, AnswerSequences
+from rtpurbo.calibration.answer_sequences import SHARES, AnswerSequences, answer_positions
 from rtpurbo.calibration.calibrate import Calibration
+from rtpurbo.calibration.gates import gated_answers, gated_model, loss_after, prompt_length
 from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import load_texts
 from rtpurbo.files import write_json_atomically
-from rtpurbo.models.arguments import CACHE_NAME
 from rtpurbo.models.artifact import load_base
 from rtpurbo.models.artifact_config import ArtifactConfig
-from rtpurbo.ops.eager.heavy_hitters import OBSERVED_QUERIES, heavy_hitters
-from rtpurbo.ops.states import KeyValueStates
-from rtpurbo.settings import CalibrationSettings
+from rtpurbo.models.sparsify import runtime
+from rtpurbo.settings import CalibrationSettings, DistillationSettings
 from rtpurbo.training.sequences import kind_at
 from rtpurbo.training.source import random_access
+from rtpurbo.training.teacher import targets_at
 
-KEPT_LOGITS = 64
-"""Most likely tokens of the dense model whose probabilities count, with the sum of all others."""
+MEAN = DistillationSettings(answer_weight=0.0, decode_queries=0, top_logits=64)
+"""Settings of a loss that is the mean divergence over all targets, from the most likely tokens."""
 
 Heads = frozenset[tuple[int, int]]
 """Layers and KV heads that keep the full context."""
 
 
-class Probe:
-    """Attention of all layers: dense, or windowed in the answers for all KV heads but some.
-
-    Attributes:
-        seen: queries, keys and scaling of the last forward, by layer.
-        kept: heads with the full context; None for dense attention.
-        reading: the sequence whose tail is read; None for a prompt.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.seen: dict[int, tuple[Tensor, Tensor, float]] = {}
-        self.kept: Heads | None = None
-        self.reading: Sequence | None = None
-        AttentionInterface.register("probe", self.attention)
-        model.set_attn_implementation("probe")
-
-    def attention(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-    ) -> tuple[Tensor, None]:
-        """Attention of a layer, in transformers' interface; what is seen does not depend on `mask`."""
-        layer, group = module.layer_idx, query.shape[1] // key.shape[1]
-        self.seen[layer] = query, key, options["scaling"]
-        visible = None
-        if self.reading is not None:
-            visible = self.reading.visible(layer, self.kept).repeat_interleave(group, 0)[None]
-        output = F.scaled_dot_product_attention(
-            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1),
-            attn_mask=visible, is_causal=visible is None, scale=options["scaling"],
-        )  # fmt: skip
-        return output.transpose(1, 2), None
-
-
 class Sequence:
-    """Sequence whose prompt is in a cache, with the dense model's predictions of its answers.
+    """Sequence whose prompt has been read, with the dense model's predictions of its answers.
 
     Args:
-        model: dense, with the attention of `probe`.
-        probe: attention of the model.
+        model: inside `gated_model`.
+        gates: of its KV heads.
         kind: kind of the sequence.
         conversation: with answers.
         rule: windows and heavy hitters.
     """
 
-    @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, probe: Probe, kind: str, conversation: Conversation, rule: AttentionRule
+        self, model: PreTrainedModel, gates: Mapping[int, Tensor], kind: str, conversation: Conversation,
+        rule: AttentionRule,
     ) -> None:  # fmt: skip
-        self.model, self.probe, self.kind = model, probe, kind
-        ids = torch.tensor(conversation.input_ids[:-1], device=model.device)[None]
-        # The first token of an answer is predicted by the last of the text before it, which is dense.
-        spans = [slice(first, end - 1) for first, end in conversation.answer_spans]
-        begin = spans[0].start
-        self.tail = ids[:, begin:]
-        answers = [place - begin for span in spans for place in range(span.start, span.stop)]
-        self.rows = torch.tensor(answers, device=model.device)
-        self.cache = DynamicCache(config=model.config)
-        probe.reading = None
-        model(input_ids=ids[:, :begin], logits_to_keep=1, **self._cached())
-        last = {layer: seen[0][:, :, -OBSERVED_QUERIES:] for layer, seen in probe.seen.items()}
-
-        places = torch.arange(ids.shape[1], device=model.device)
-        self.causal = places[None] <= places[begin:, None]
-        top = self.log_probabilities(None).topk(KEPT_LOGITS)
-        self.targets = top.values, top.indices
-        self.windowed = {}
-        for layer, (query, key, scaling) in probe.seen.items():
-            queries = torch.cat([last[layer], query], 2)
-            self.windowed[layer] = self.causal[None].repeat(key.shape[1], 1, 1)
-            for span in spans:
-                before = queries.shape[2] - (ids.shape[1] - span.start)
-                slots = heavy_hitters(
-                    queries[:, :, :before],
-                    places[None, span.start - before : span.start],
-                    KeyValueStates(key, key, places[None]).tokens(slice(0, span.start)),
-                    rule,
-                    scaling=scaling,
-                )[0]
-                is_there = bool((slots >= 0).all())
-                sinks = rule.num_fixed_sinks if is_there else rule.num_sink_tokens
-                near = places[None] > places[span, None] - rule.sliding_window
-                read = (near | (places < sinks))[None].repeat(key.shape[1], 1, 1)
-                if is_there:
-                    read.scatter_(2, slots[:, None].expand(-1, read.shape[1], -1), True)
-                self.windowed[layer][:, span.start - begin : span.stop - begin] &= read
-
-    def _cached(self) -> dict[str, Any]:
-        return {CACHE_NAME: self.cache, "use_cache": True}
-
-    def visible(self, layer: int, kept: Heads | None) -> Tensor:
-        """Keys that each KV head sees: bool [num_key_value_heads or 1, tail, tokens]."""
-        if kept is None:
-            return self.causal[None].expand(self.cache.layers[layer].keys.shape[1], -1, -1)
-        windowed = self.windowed[layer]
-        full = torch.tensor([(layer, head) in kept for head in range(len(windowed))])
-        return torch.where(full.to(windowed.device)[:, None, None], self.causal, windowed)
-
-    @torch.no_grad()
-    def log_probabilities(self, kept: Heads | None) -> Tensor:
-        """Log-probabilities at the answers: fp32 [rows, vocabulary]."""
-        self.probe.reading, self.probe.kept = self, kept
-        output = self.model(input_ids=self.tail, logits_to_keep=self.rows, **self._cached())
-        self.cache.crop(-self.tail.shape[1])
-        return output.logits[0].float().log_softmax(-1)
+        self.model, self.gates, self.kind = model, gates, kind
+        self.conversation, self.rule = conversation, rule
+        self.begin = prompt_length(model, rule, conversation)
+        positions = torch.tensor(answer_positions(conversation))
+        every = torch.ones(len(positions), dtype=torch.bool)
+        with runtime(model).dense(), runtime(model).keeping_prompt(self.begin) as self.prompt:
+            self.targets = targets_at(
+                model, conversation.input_ids, positions, every, MEAN.top_logits
+            )
 
     def divergence(self, kept: Heads) -> float:
         """Mean divergence from the dense model at the answers, in nats per token."""
-        expected, tokens = self.targets
-        found = self.log_probabilities(kept).gather(1, tokens)
-        rest, rest_found = (1 - each.exp().sum(1) for each in (expected, found))
-        beyond = rest * (rest.clamp(min=1e-9) / rest_found.clamp(min=1e-9)).log()
-        return ((expected.exp() * (expected - found)).sum(1) + beyond).mean().item()
+        for layer, gate in self.gates.items():
+            gate.copy_(torch.tensor([float((layer, head) in kept) for head in range(len(gate))]))
+        prompt = self.prompt if self.begin else None
+        with gated_answers(self.model, self.rule, self.gates, self.conversation, prompt):
+            ids = self.conversation.input_ids
+            return loss_after(self.model, self.begin, ids, self.targets, MEAN).item()
 
 
 def ranked(head_map: HeadMap) -> list[tuple[int, int]]:
@@ -219,6 +137,19 @@ def with_order(head_map: HeadMap, order: list[tuple[int, int]], keep: int) -> He
     return replace(head_map, scores=tuple(scores), retrieval_heads=tuple(heads))
 
 
+def compared(sequences: list[Sequence], sets: Mapping[str, Heads]) -> dict[str, dict[str, float]]:
+    """Mean divergence with each set of heads, over all sequences and by their kind."""
+    by_kind = {}
+    for name, heads in sets.items():
+        losses = [(each.kind, each.divergence(heads)) for each in sequences]
+        by_kind[name] = {"all": fmean(loss for _, loss in losses)} | {
+            kind: fmean(loss for each, loss in losses if each == kind)
+            for kind in sorted({kind for kind, _ in losses})
+        }
+        print(name, {kind: round(loss, 5) for kind, loss in by_kind[name].items()}, flush=True)
+    return by_kind
+
+
 def main() -> None:
     """Searches, compares and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -228,7 +159,7 @@ def main() -> None:
     parser.add_argument("--base-model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--length", type=int, help="tokens of a sequence; as in the calibration")
-    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=24)
     parser.add_argument("--lookups", type=float, default=0.2, help="share of the sequences")
     parser.add_argument("--keep", type=int, help="KV heads; as many as the artifact has")
@@ -238,7 +169,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     stored = ArtifactConfig.read(arguments.artifact)
-    rule, head_map = stored.config.attention, stored.config.head_map
+    head_map = stored.config.head_map
+    # Retrieval heads read everything.
+    rule = replace(stored.config.attention, layer_top_p=None)
     if not head_map.scores:
         sys.exit("the artifact's head map has no scores to begin with")
     calibration = stored.settings.get("calibration", {})
@@ -246,49 +179,37 @@ def main() -> None:
     base = load_base(
         arguments.artifact, base_model=arguments.base_model, device=arguments.device, dtype=dtype
     )
-    probe = Probe(base.model)
     shares = {name: share * (1 - arguments.lookups) for name, share in SHARES.items()}
     source = AnswerSequences(
         base.tokenizer, random_access(load_texts(arguments.data, "train")),
         (arguments.length or calibration["length"],), stored.settings.get("seed", 0) + 3,
         {**shares, "lookup": arguments.lookups},
     )  # fmt: skip
-
-    def sequences(numbers: Iterable[int]) -> list[Sequence]:
-        drawn = [(number, source.sequence(number)) for number in numbers]
-        return [
-            Sequence(base.model, probe, kind_at(number, source.shares), each, rule)
-            for number, each in drawn
-            if any(end - first > 1 for first, end in each.answer_spans)
-        ]
-
-    searched = sequences(range(arguments.sequences))
-    order, size = ranked(head_map), head_map.num_retrieval_heads
-    first = head_map.converted_layers[0]
-    keep = arguments.keep or size // head_map.group_size(first)
+    order = ranked(head_map)
+    group_size = head_map.group_size(head_map.converted_layers[0])
+    keep = arguments.keep or head_map.num_retrieval_heads // group_size
     begin = min(len(order), keep + arguments.extra)
-    found = search(
-        lambda kept: fmean(each.divergence(kept) for each in searched),
-        order[:begin], order[begin:], keep=keep, per_round=arguments.per_round, swaps=arguments.swaps,
-    )  # fmt: skip
-    searched.clear()
-    unseen = sequences(range(arguments.sequences, arguments.sequences + arguments.held_out))
-    sets: Mapping[str, Heads] = {
-        **{f"ranking, {n}": frozenset(order[:n]) for n in range(keep - 4, begin + 1, 2)},
-        f"found, {keep}": frozenset(found[:keep]),
-    }
-    by_kind: dict[str, dict[str, float]] = {}
-    for name, heads in sets.items():
-        losses = [(each.kind, each.divergence(heads)) for each in unseen]
-        kinds = sorted({kind for kind, _ in losses})
-        by_kind[name] = {"all": fmean(loss for _, loss in losses)} | {
-            kind: fmean(loss for each, loss in losses if each == kind) for kind in kinds
-        }
-        print(
-            name,
-            json.dumps({kind: round(loss, 5) for kind, loss in by_kind[name].items()}),
-            flush=True,
-        )
+    with torch.no_grad(), gated_model(base.model, rule, per_group=True) as gates:
+
+        def sequences(numbers: Iterable[int]) -> list[Sequence]:
+            drawn = [
+                (kind_at(number, source.shares), source.sequence(number)) for number in numbers
+            ]
+            return [
+                Sequence(base.model, gates, kind, each, rule)
+                for kind, each in drawn
+                if each.answer_spans
+            ]
+
+        searched = sequences(range(arguments.sequences))
+        found = search(
+            lambda kept: fmean(each.divergence(kept) for each in searched), order[:begin], order[begin:],
+            keep=keep, per_round=arguments.per_round, swaps=arguments.swaps,
+        )  # fmt: skip
+        searched.clear()
+        sets = {f"ranking, {n}": frozenset(order[:n]) for n in range(keep - 4, begin + 1, 2)}
+        unseen = range(arguments.sequences, arguments.sequences + arguments.held_out)
+        by_kind = compared(sequences(unseen), {**sets, f"found, {keep}": frozenset(found[:keep])})
     chosen = with_order(head_map, found, keep)
     known = CalibrationSettings(**calibration) if calibration else None
     result = Calibration(chosen, None, known).to_dict()

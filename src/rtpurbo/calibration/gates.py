@@ -106,7 +106,7 @@ def train_gates(
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
             # Around the backward pass too, which recomputes layers.
             with gated_answers(model, rule, gates, upcoming, prompt if begin else None):
-                loss = _loss_after(model, begin, ids, targets)
+                loss = loss_after(model, begin, ids, targets, TARGETS)
                 if not loss.isfinite():
                     raise RTPurboError(
                         f"the loss of step {step + 1} of the gates is {loss.item()}: try --dtype float32, or "
@@ -173,8 +173,12 @@ def prompt_length(model: PreTrainedModel, rule: AttentionRule, conversation: Con
     return max(0, spans[0][0] - OBSERVED_QUERIES)
 
 
-def _loss_after(
-    model: PreTrainedModel, begin: int, input_ids: list[int], targets: TeacherTargets
+def loss_after(
+    model: PreTrainedModel,
+    begin: int,
+    input_ids: list[int],
+    targets: TeacherTargets,
+    settings: DistillationSettings,
 ) -> Tensor:
     """Loss of a sequence of which only the tokens from `begin` on are read; before them nothing diverges."""
     before = int((targets.positions < begin).sum())
@@ -182,7 +186,7 @@ def _loss_after(
     moved.positions = moved.positions - begin
     found = predictions(model, TrainingSequence(input_ids[begin:]), moved, begin)
     divergence = F.pad(top_logits_divergence(found, moved), (before, 0))
-    return loss_of(divergence, targets.answers, TARGETS)[0]
+    return loss_of(divergence, targets.answers, settings)[0]
 
 
 class SharedScaleDescent(Optimizer):
