@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout, KeyValueStates
+from rtpurbo.ops.eager.heavy_hitters import gather_tokens
 
 
 @dataclass
@@ -337,3 +338,21 @@ def headwise_keys(
     for head in retrieval_heads:
         mask[:, head] = retrieval[:, head]
     return mask
+
+
+def with_heavy_hitters(
+    states: KeyValueStates, slots: Tensor, rule: AttentionRule
+) -> KeyValueStates:
+    """Returns states whose last sinks are replaced by the tokens in `slots`, from `heavy_hitters`."""
+    batch, heads, length = states.keys.shape[:3]
+    places = states.positions - rule.num_fixed_sinks
+    is_place = (places >= 0) & (places < rule.num_heavy_hitters)
+    places = places.clamp(0, rule.num_heavy_hitters - 1)[:, None].expand(batch, heads, length)
+    chosen = slots.gather(2, places)
+    own = torch.arange(length, device=chosen.device).expand_as(chosen)
+    source = torch.where(is_place[:, None] & (chosen >= 0), chosen, own)
+    return replace(
+        states,
+        keys=gather_tokens(states.keys, source),
+        values=gather_tokens(states.values, source),
+    )

@@ -43,14 +43,16 @@ def generated(model, **rule):
 @pytest.mark.parametrize("dense", [12, LENGTH])
 def test_training_computes_answers_as_generation_does(family, dense):
     model = sparse_model(family, **RULE | {"dense_prompt_queries": dense})
+    for name, weight in model.named_parameters():
+        if "q_norm" in name:
+            # Flat attention chooses the sinks themselves, which the most queries see.
+            weight.data.add_(4)
     expected, mask = generated(model)
     with runtime(model).decoding_last(STEPS):
         assert_same_logits(logits(model)[0], expected, mask)
     without, _ = generated(model, num_heavy_hitters=0)
     assert_same_logits(expected[:, :-STEPS], without[:, :-STEPS], mask[:, :-STEPS])
-    # The flat attention of the tiny Gemma chooses the sinks themselves, which the most queries see.
-    is_changed = not torch.allclose(expected[:, -STEPS:], without[:, -STEPS:])
-    assert is_changed == (family != "gemma3_text")
+    assert not torch.allclose(expected[:, -STEPS:], without[:, -STEPS:])
 
 
 def test_learned_sinks_take_part():

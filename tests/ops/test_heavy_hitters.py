@@ -11,11 +11,13 @@ from rtpurbo.errors import RTPurboError
 from rtpurbo.ops.eager.heavy_hitters import (
     NEIGHBOURS,
     OBSERVED_QUERIES,
-    attention_after_prompt,
+    attention_after_prompts,
     heavy_hitters,
-    with_heavy_hitters,
 )
+from rtpurbo.ops.eager.local import local_attention
+from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadLayout, KeyValueStates
+from tests.oracles import with_heavy_hitters
 
 LENGTH, DIM = 90, 8
 RULE = AttentionRule(
@@ -87,26 +89,38 @@ def test_a_sequence_whose_tokens_are_all_held_keeps_its_sinks():
     assert (found[1] == -1).all()
 
 
-def test_other_tokens_than_the_last_sinks_stay():
-    queries, positions, states = inputs()
-    slots = heavy_hitters(queries, positions, states, RULE, scaling=SCALING)
-    changed = with_heavy_hitters(states, slots, RULE)
-    for sequence, padding in enumerate((0, 7)):
-        places = slice(padding + 2, padding + 12)
-        for part, before in ((changed.keys, states.keys), (changed.values, states.values)):
-            for head in range(3):
-                chosen = before[sequence, head, slots[sequence, head]]
-                assert torch.equal(part[sequence, head, places], chosen)
-            assert torch.equal(part[sequence, :, places.stop :], before[sequence, :, places.stop :])
-            assert torch.equal(
-                part[sequence, :, : places.start], before[sequence, :, : places.start]
+@pytest.mark.parametrize("heavy", [10, 0])
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 2, 6)])
+def test_each_answer_reads_the_heavy_hitters_of_its_own_prompt(heavy, before, sinks):
+    """As from a cache whose last sinks were replaced, for prompts with enough tokens and without."""
+    rule = replace(RULE, num_heavy_hitters=heavy)
+    queries, positions, states = inputs((0, 40))
+    # Keys of earlier tokens, without queries.
+    queries, positions = queries[:, :, before:], positions[:, before:]
+    group = HeadLayout.build((), 6, 3, torch.device("cpu")).local_windowed
+    # Of the second sequence, only the last prompt is long enough to lose tokens.
+    spans = [(66 - before, 70 - before), (72 - before, 73 - before), (80 - before, 90 - before)]
+    found = attention_after_prompts(
+        queries, positions, states, group, spans, rule, scaling=SCALING, sinks=sinks
+    )
+    for span, part in zip(spans, found.split([4, 1, 10], 2), strict=True):
+        read = states.tokens(slice(0, span[1] + before))
+        if heavy:
+            until = slice(0, span[0])
+            prompt = states.tokens(slice(0, span[0] + before))
+            slots = heavy_hitters(
+                queries[:, :, until], positions[:, until], prompt, rule, scaling=SCALING
             )
-
-
-def test_sequences_without_them_are_not_changed():
-    states = inputs()[2]
-    unchanged = with_heavy_hitters(states, torch.full((2, 3, 10), -1), RULE)
-    assert torch.equal(unchanged.keys, states.keys)
+            read = with_heavy_hitters(read, slots, rule)
+        rows = slice(*span)
+        wanted, log_sum_exp = local_attention(
+            queries[:, :, rows], positions[:, rows], read, group.key_value_heads,
+            sliding_window=16, num_sink_tokens=12, scaling=SCALING, return_log_sum_exp=True,
+        )  # fmt: skip
+        if sinks is not None:
+            wanted, _ = with_sinks(wanted, log_sum_exp, sinks)
+        torch.testing.assert_close(part, wanted)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +148,12 @@ def test_answers_have_finite_gradients_in_bf16(answer, device):
     ]
     positions = torch.arange(length, device=device)[None]
     layout = HeadLayout.build((), heads, kv_heads, torch.device(device))
-    output = attention_after_prompt(
+    output = attention_after_prompts(
         states[0],
         positions,
         KeyValueStates(*states[1:], positions),
         layout.local_windowed,
-        slice(600, length),
+        [(600, length)],
         replace(RULE, sliding_window=200),
         scaling=1.0,
     )

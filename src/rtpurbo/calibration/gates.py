@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -86,7 +87,8 @@ def train_gates(
         For each converted layer, fp32 [num_attention_heads] from 0 to 1 on the CPU.
     """
     checkpoint = checkpoint or Checkpoint(None)
-    with gated_model(model, rule, per_group) as gates:
+    # The next sequence is drawn while the model reads one.
+    with gated_model(model, rule, per_group) as gates, ThreadPoolExecutor(1) as thread:
         parameters = list(gates.values())
         count = sum(gate.numel() for gate in parameters)
         optimizer = SharedScaleDescent(parameters)
@@ -94,10 +96,13 @@ def train_gates(
         total = {layer: torch.zeros_like(gate) for layer, gate in gates.items()}
         trained = [*parameters, *total.values()]
         done = checkpoint.restore(trained, optimizer, None)
-        upcoming = sequences.sequence(done)
+        upcoming = thread.submit(sequences.sequence, done)
         for step in range(done, steps):
-            positions, answers = target_positions(upcoming, f"gates-{step}")
-            ids, begin = upcoming.input_ids, prompt_length(model, rule, upcoming)
+            conversation = upcoming.result()
+            if step + 1 < steps:
+                upcoming = thread.submit(sequences.sequence, step + 1)
+            positions, answers = target_positions(conversation, f"gates-{step}")
+            ids, begin = conversation.input_ids, prompt_length(model, rule, conversation)
             with (
                 runtime(model).dense(),
                 runtime(model).keeping_prompt(begin) as prompt,
@@ -105,7 +110,7 @@ def train_gates(
             ):
                 targets = targets_at(model, ids, positions, answers, TARGETS.top_logits)
             # Around the backward pass too, which recomputes layers.
-            with gated_answers(model, rule, gates, upcoming, prompt if begin else None):
+            with gated_answers(model, rule, gates, conversation, prompt if begin else None):
                 loss = loss_after(model, begin, ids, targets, TARGETS)
                 if not loss.isfinite():
                     raise RTPurboError(
@@ -113,9 +118,6 @@ def train_gates(
                         "--set calibration.ranking=induction."
                     )
                 loss.backward()
-            if step + 1 < steps:
-                # Drawn while the GPU is busy with the gradients.
-                upcoming = sequences.sequence(step + 1)
             optimizer.step()
             closed = min(1.0, (step + 1) / max(1, CLOSING_STEPS * steps))
             budget = count * (INITIAL_GATE + (ratio - INITIAL_GATE) * closed)

@@ -19,7 +19,7 @@ from rtpurbo.models.probe import AttentionTraits
 from rtpurbo.models.rotation import Embeddings, invertible
 from rtpurbo.ops import HeadLayout, KeyValueStates, SelectionStatistics, Selector
 from rtpurbo.ops.api import attend_with, chosen_backend
-from rtpurbo.ops.eager.heavy_hitters import attention_after_prompt, heavy_hitters
+from rtpurbo.ops.eager.heavy_hitters import attention_after_prompts, heavy_hitters
 from rtpurbo.ops.eager.local import causal_attention
 from rtpurbo.ops.packed import packed_attention
 from rtpurbo.ops.states import AttentionCall
@@ -262,12 +262,12 @@ class SparseAttention(AttentionTraits):
             )
             past.ring.replace_sinks(rule.num_fixed_sinks, prompt, slots)
             return output
-        answers = slice(end, queries.shape[2])
-        part = attention_after_prompt(
-            queries, positions, windowed, group, answers, rule, scaling=self.scaling, sinks=sinks
+        answers = end, queries.shape[2]
+        part = attention_after_prompts(
+            queries, positions, windowed, group, [answers], rule, scaling=self.scaling, sinks=sinks
         )
         output = output.clone()
-        output[:, group.heads, answers] = part.to(output.dtype)
+        output[:, group.heads, end:] = part.to(output.dtype)
         return output
 
     @staticmethod
@@ -377,14 +377,16 @@ class SparseAttention(AttentionTraits):
         if self.answer_spans is None:
             windowed = self.attend(positions, queries, None, *windowed_heads, sinks)
             return windowed + each * (full - windowed)
-        group, parts, end = self.layout(queries.device).local_windowed, [], 0
-        for span in self.answer_spans:
-            windowed = attention_after_prompt(
-                queries, positions, windowed_heads[1], group, slice(*span), self.rule,
-                scaling=self.scaling, sinks=sinks,
-            )  # fmt: skip
+        group = self.layout(queries.device).local_windowed
+        windowed = attention_after_prompts(
+            queries, positions, windowed_heads[1], group, self.answer_spans, self.rule,
+            scaling=self.scaling, sinks=sinks,
+        )  # fmt: skip
+        parts, end = [], 0
+        lengths = [stop - start for start, stop in self.answer_spans]
+        for span, part in zip(self.answer_spans, windowed.split(lengths, 2), strict=True):
             parts.append(full[:, :, end : span[0]])
-            parts.append(windowed + each * (full[:, :, slice(*span)] - windowed))
+            parts.append(part + each * (full[:, :, slice(*span)] - part))
             end = span[1]
         return torch.cat([*parts, full[:, :, end:]], 2)
 

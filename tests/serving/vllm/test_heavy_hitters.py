@@ -7,11 +7,12 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import KeyValueStates
-from rtpurbo.ops.eager.heavy_hitters import heavy_hitters, shortest_prompt, with_heavy_hitters
+from rtpurbo.ops.eager.heavy_hitters import heavy_hitters, shortest_prompt
 from rtpurbo.serving.vllm import cuda, eager
 from rtpurbo.serving.vllm.heavy_hitters import choose_heavy_hitters
 from rtpurbo.serving.vllm.pages import Batch
 from tests.ops.triton.support import DEVICE, DTYPES
+from tests.oracles import with_heavy_hitters
 from tests.serving.vllm.test_cuda import Step, assert_close
 
 # The first block of sinks holds others too, the last one other tokens.

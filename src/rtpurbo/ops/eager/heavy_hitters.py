@@ -7,15 +7,15 @@ that each windowed KV head keeps. They are stored in the places of the last sink
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rtpurbo.config import AttentionRule
-from rtpurbo.ops.eager.local import local_attention
-from rtpurbo.ops.eager.visibility import causal_mask, query_chunks
+from rtpurbo.ops.eager.attend import attend
+from rtpurbo.ops.eager.visibility import causal_mask, near_mask, query_chunks
 from rtpurbo.ops.sinks import with_sinks
 from rtpurbo.ops.states import HeadGroup, KeyValueStates
 
@@ -75,8 +75,10 @@ def heavy_hitters(
     last_left = end - rule.sliding_window
     leaves = states.positions >= rule.num_fixed_sinks
     leaves &= states.positions <= last_left
-    chosen = mass.masked_fill(~leaves[:, None], -1.0).topk(min(count, length), -1)
-    slots = F.pad(chosen.indices, (0, count - chosen.indices.shape[-1]), value=-1)
+    # Neighbours are equal: of these the first ones, whatever keys follow the prompt.
+    order = mass.masked_fill(~leaves[:, None], -1.0).sort(dim=-1, descending=True, stable=True)
+    chosen = order.indices[..., :count]
+    slots = F.pad(chosen, (0, count - chosen.shape[-1]), value=-1)
     return slots.masked_fill((leaves.sum(1) < count)[:, None, None], -1)
 
 
@@ -85,67 +87,96 @@ def gather_tokens(states: Tensor, slots: Tensor) -> Tensor:
     return states.gather(2, slots[..., None].expand(*slots.shape, states.shape[3]))
 
 
-def with_heavy_hitters(
-    states: KeyValueStates, slots: Tensor, rule: AttentionRule
-) -> KeyValueStates:
-    """Returns states whose last sinks are replaced by the tokens in `slots`, from `heavy_hitters`."""
-    batch, heads, length = states.keys.shape[:3]
-    places = states.positions - rule.num_fixed_sinks
-    is_place = (places >= 0) & (places < rule.num_heavy_hitters)
-    places = places.clamp(0, rule.num_heavy_hitters - 1)[:, None].expand(batch, heads, length)
-    chosen = slots.gather(2, places)
-    own = torch.arange(length, device=chosen.device).expand_as(chosen)
-    source = torch.where(is_place[:, None] & (chosen >= 0), chosen, own)
-    return replace(
-        states,
-        keys=gather_tokens(states.keys, source),
-        values=gather_tokens(states.values, source),
-    )
-
-
-def attention_after_prompt(
+def attention_after_prompts(
     query_states: Tensor,
     query_positions: Tensor,
     states: KeyValueStates,
     group: HeadGroup,
-    queries: slice,
+    spans: Sequence[tuple[int, int]],
     rule: AttentionRule,
     *,
     scaling: float,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Window attention of the queries that answer a prompt, in one forward without a cache.
+    """Window attention of the queries that answer prompts, in one forward without a cache.
 
-    Arguments are as in `AttentionCall`; `states` are those of the windowed KV heads, with a key for each query and for
-    tokens before the first one, if any. `group` are the local heads, and `queries` those after the prompt, which is all
-    tokens before them, `OBSERVED_QUERIES` of which have a query.
+    `states` are those of the windowed KV heads, with a key for each query and for tokens before the first one, if any.
+    `group` are the local heads, in the order of the KV heads and as many for each. `spans` are the first query and the
+    end of each answer: all tokens before it are its prompt, and up to `OBSERVED_QUERIES` queries before it choose its
+    heavy hitters. Other arguments are as in `AttentionCall`.
 
     Returns:
-        [batch, heads of the group, queries, head_dim].
+        [batch, heads of the group, queries of all spans, head_dim].
     """
-    prompt = slice(0, queries.start)
-    # Tokens before the first query.
-    before = states.keys.shape[2] - query_states.shape[2]
+    batch, num_kv_heads, length, head_dim = states.keys.shape
     query_states = query_states[:, group.heads]
-    read = states.tokens(slice(0, before + queries.stop))
+    queries = torch.cat([query_states[:, :, begin:end] for begin, end in spans], 2)
+    positions = torch.cat([query_positions[:, begin:end] for begin, end in spans], 1)
+    num_sinks, kept = rule.num_sink_tokens, None
     if rule.num_heavy_hitters:
-        slots = heavy_hitters(
-            query_states[:, :, prompt], query_positions[:, prompt],
-            states.tokens(slice(0, before + queries.start)), rule, scaling=scaling,
+        begins = [begin for begin, _ in spans]
+        each = _kept_tokens(query_states, query_positions, states, begins, rule, scaling)
+        repeats = [end - begin for begin, end in spans]
+        kept = torch.cat(
+            [row.expand(-1, -1, n, -1) for row, n in zip(each.split(1, 2), repeats, strict=True)], 2
+        )
+        num_sinks = rule.num_fixed_sinks
+    parts = []
+    for chunk in query_chunks(queries.shape[2], queries.shape[:2].numel() * length):
+        rows = positions[:, chunk]
+        visible = near_mask(rows, states.positions, rule.sliding_window, num_sinks)
+        if kept is not None:
+            visible = visible | kept[:, :, chunk] & causal_mask(rows, states.positions)
+        # The query heads of a KV head are further queries of it, so that keys are not repeated.
+        grouped = queries[:, :, chunk].reshape(batch, num_kv_heads, -1, head_dim)
+        visible = visible.repeat(1, 1, queries.shape[1] // num_kv_heads, 1)
+        output, log_sum_exp = attend(
+            grouped, states.keys, states.values, visible, scaling,
+            return_log_sum_exp=sinks is not None,
         )  # fmt: skip
-        read = with_heavy_hitters(read, slots, rule)
-    # The log-sum-exp selects explicit logits, whose gradients are finite; cuDNN's were not (docs/experiment-log.md).
-    output, log_sum_exp = local_attention(
-        query_states[:, :, queries],
-        query_positions[:, queries],
-        read,
-        group.key_value_heads,
-        sliding_window=rule.sliding_window,
-        num_sink_tokens=rule.num_sink_tokens,
-        scaling=scaling,
-        return_log_sum_exp=True,
+        shape = batch, queries.shape[1], rows.shape[1]
+        output = output.reshape(*shape, -1)
+        if sinks is not None:
+            assert log_sum_exp is not None
+            output, _ = with_sinks(output, log_sum_exp.reshape(shape), sinks[group.heads])
+        parts.append(output)
+    return torch.cat(parts, 2)
+
+
+@torch.no_grad()
+def _kept_tokens(
+    query_states: Tensor, query_positions: Tensor, states: KeyValueStates, begins: Sequence[int],
+    rule: AttentionRule, scaling: float,
+) -> Tensor:  # fmt: skip
+    """Mask of the tokens in the places of the last sinks: bool [batch, num_key_value_heads, prompts, k_len].
+
+    They are the heavy hitters of each prompt, or these sinks themselves after a short prompt. A prompt ends where an
+    answer begins.
+    """
+    # Prompts are sequences of a batch here.
+    observed = [slice(max(0, begin - OBSERVED_QUERIES), begin) for begin in begins]
+    missing = [OBSERVED_QUERIES - (each.stop - each.start) for each in observed]
+    queries = torch.cat(
+        [
+            F.pad(query_states[:, :, each], (0, 0, n, 0))
+            for each, n in zip(observed, missing, strict=True)
+        ]
     )
-    if sinks is not None:
-        assert log_sum_exp is not None
-        output, _ = with_sinks(output, log_sum_exp, sinks[group.heads])
-    return output
+    positions = torch.cat(
+        [
+            F.pad(query_positions[:, each], (n, 0), value=-1)
+            for each, n in zip(observed, missing, strict=True)
+        ]
+    )
+    keys, key_positions = (
+        torch.cat([each] * len(begins)) for each in (states.keys, states.positions)
+    )
+    prompts = KeyValueStates(keys, keys, key_positions)
+    slots = heavy_hitters(queries, positions, prompts, rule, scaling=scaling)
+    # One column more, for slots that are not there.
+    kept = slots.new_zeros(*slots.shape[:2], keys.shape[2] + 1, dtype=torch.bool)
+    kept = kept.scatter(2, slots.masked_fill(slots < 0, keys.shape[2]), True)[..., :-1]
+    is_late = key_positions >= rule.num_fixed_sinks
+    late_sinks = (is_late & (key_positions < rule.num_sink_tokens))[:, None]
+    kept = kept | late_sinks & (slots < 0).all(2, keepdim=True)
+    return torch.stack(kept.chunk(len(begins)), 2)
