@@ -31,10 +31,10 @@ STEP_SECONDS = 0.0015
 # in two halves) and of one batch of documents.
 _CONVERSATION_STEPS, _DOCUMENT_STEPS = 3 * 192 + 2 * 384, 128
 
-_GATED_LAUNCHES = 2.5
-"""Launches of a pass with gates, in those of a plain pass: each answer is attended to on its own.
+_GATED_LAUNCHES = 1.7
+"""Launches of a pass with gates, in those of a plain pass: answers are attended to with full attention and windows.
 
-Measured: 240 s of gates for Qwen2.5-Coder-0.5B and 312 s for the 1.5B model (H200, docs/experiment-log.md, 2026-11-30).
+Measured: 137 s of gates for SmolLM2-135M (H200, other jobs beside it; docs/experiment-log.md, 2026-12-01).
 """
 
 _BUDGET_PASSES = 3
