@@ -171,7 +171,7 @@ def _kept_tokens(
     keys, key_positions = (
         torch.cat([each] * len(begins)) for each in (states.keys, states.positions)
     )
-    prompts = KeyValueStates(keys, keys, key_positions)
+    prompts = KeyValueStates(keys, keys, key_positions)  # values are not read
     slots = heavy_hitters(queries, positions, prompts, rule, scaling=scaling)
     # One column more, for slots that are not there.
     kept = slots.new_zeros(*slots.shape[:2], keys.shape[2] + 1, dtype=torch.bool)
