@@ -76,8 +76,8 @@ class Plan:
             ("context", f"{self.context_length:,} tokens"),
             (
                 "window",
-                f"{rule.sliding_window:,} tokens, after {rule.num_sink_tokens} sinks"
-                + f", of which {rule.num_heavy_hitters} give way to heavy hitters"
+                f"{rule.sliding_window:,} tokens, after {rule.num_sink_tokens:,} sinks"
+                + f", of which {rule.num_heavy_hitters:,} give way to heavy hitters"
                 * (rule.num_heavy_hitters > 0)
                 + f"; prompts of up to {rule.dense_prompt_tokens:,} tokens are dense"
                 * (rule.dense_prompt_tokens > 0),

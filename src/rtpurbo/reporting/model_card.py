@@ -149,13 +149,13 @@ def _divergence_of_heads(artifact: ArtifactConfig) -> list[tuple[str, str]]:
 
 def local_heads(rule: AttentionRule) -> str:
     """Returns the keys that local heads attend to, as the predicate of a sentence."""
-    text = f"attend to the last {rule.sliding_window:,} keys and the first {rule.num_fixed_sinks}"
+    text = f"attend to the last {rule.sliding_window:,} keys and the first {rule.num_fixed_sinks:,}"
     if rule.num_heavy_hitters:
-        text += f", and to {rule.num_heavy_hitters} that the prompt's last queries attend to most"
+        text += f", and to {rule.num_heavy_hitters:,} that the prompt's last queries attend to most"
     if rule.dense_prompt_tokens:
         text += f"; prompts of up to {rule.dense_prompt_tokens:,} tokens are dense"
     if rule.dense_prompt_queries:
-        text += f"; the last {rule.dense_prompt_queries} queries of a prompt attend to all keys"
+        text += f"; the last {rule.dense_prompt_queries:,} queries of a prompt attend to all keys"
     return text
 
 
