@@ -173,7 +173,8 @@ class Meter:
                 seconds += ends[-1] - ends[0]
                 continue
             first, second = ends[turn] - ends[0], ends[2 * turn] - ends[turn]
-            seconds += first + second * (steps - turn) / turn
+            once = max(0.0, first - second)
+            seconds += once + second * steps / turn
             per_step.append(second / turn)
         on_gpu = self.device.type == "cuda"
         self.records.append(

@@ -30,7 +30,9 @@ def test_a_tiny_shape_is_measured_in_a_process_of_its_own(
         assert record["parameters"] > 300_000
         assert record["weights_gib"] * memory.GIB == pytest.approx(2 * record["parameters"])
         assert record["measured_seconds"] > 0
-        assert record["minutes"] * 60 > record["seconds_per_step"] > 0
+        assert record["seconds_per_step"] > 0
+        # Stage 1 only initialises the indexers by default.
+        assert record["minutes"] * 60 >= min(record["steps"], 1) * record["seconds_per_step"]
         assert record["peak_allocated_gib"] is None
     assert f"| tiny | 0.0 |{' - |' * len(stages)}" in capsys.readouterr().out
 
