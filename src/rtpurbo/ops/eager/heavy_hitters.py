@@ -102,8 +102,8 @@ def attention_after_prompts(
 
     `states` are those of the windowed KV heads, with a key for each query and for tokens before the first one, if any.
     `group` are the local heads, in the order of the KV heads and as many for each. `spans` are the first query and the
-    end of each answer: all tokens before it are its prompt, and up to `OBSERVED_QUERIES` queries before it choose its
-    heavy hitters. Other arguments are as in `AttentionCall`.
+    end of each answer, ascending: all tokens before an answer are its prompt, and up to `OBSERVED_QUERIES` queries
+    before it choose its heavy hitters. Other arguments are as in `AttentionCall`.
 
     Returns:
         [batch, heads of the group, queries of all spans, head_dim].
@@ -153,21 +153,15 @@ def _kept_tokens(
     They are the heavy hitters of each prompt, or these sinks themselves after a short prompt. A prompt ends where an
     answer begins.
     """
+    # The last queries of each prompt, with padding before the first ones.
+    start = max(0, begins[0] - OBSERVED_QUERIES)
+    rows = slice(start, begins[-1])
+    padded = F.pad(query_states[:, :, rows], (0, 0, OBSERVED_QUERIES, 0))
+    padded_positions = F.pad(query_positions[:, rows], (OBSERVED_QUERIES, 0), value=-1)
+    observed = [slice(begin - start, begin - start + OBSERVED_QUERIES) for begin in begins]
     # Prompts are sequences of a batch here.
-    observed = [slice(max(0, begin - OBSERVED_QUERIES), begin) for begin in begins]
-    missing = [OBSERVED_QUERIES - (each.stop - each.start) for each in observed]
-    queries = torch.cat(
-        [
-            F.pad(query_states[:, :, each], (0, 0, n, 0))
-            for each, n in zip(observed, missing, strict=True)
-        ]
-    )
-    positions = torch.cat(
-        [
-            F.pad(query_positions[:, each], (n, 0), value=-1)
-            for each, n in zip(observed, missing, strict=True)
-        ]
-    )
+    queries = torch.cat([padded[:, :, each] for each in observed])
+    positions = torch.cat([padded_positions[:, each] for each in observed])
     keys, key_positions = (
         torch.cat([each] * len(begins)) for each in (states.keys, states.positions)
     )
