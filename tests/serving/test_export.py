@@ -74,6 +74,11 @@ def test_stage2_of_every_kind_is_merged(tiny_base, tmp_path, kind, target):
     assert ArtifactConfig.read(folder).base == replace(base, name=tiny_base.name)
 
 
+def test_a_log_gets_no_bars(tiny_artifact, tmp_path, capfd):
+    export(tiny_artifact, tmp_path / "vllm", "vllm")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_checkpoint_for_vllm_has_what_an_engine_needs(tiny_artifact, tmp_path):
     folder = export(tiny_artifact, tmp_path / "vllm", "vllm")
     config, artifact = config_of(folder), ArtifactConfig.read(tiny_artifact)

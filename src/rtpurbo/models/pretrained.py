@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -284,6 +285,11 @@ def quiet_transformers() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if had_bars:
             log.enable_progress_bar()
+
+
+def quiet_in_logs() -> AbstractContextManager[None]:
+    """Context of `quiet_transformers` if standard error is no terminal, where each state of a bar would be kept."""
+    return nullcontext() if sys.stderr.isatty() else quiet_transformers()
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from rtpurbo.models.artifact_config import (
     find_artifact,
     save_artifact,
 )
+from rtpurbo.models.pretrained import quiet_in_logs
 from rtpurbo.models.saving import write_model_config
 from rtpurbo.models.sparsify import restore
 from rtpurbo.serving.rtp_llm import ENTRY, SEQUENCE_THRESHOLD, headwise_config
@@ -201,7 +202,8 @@ def _save_dense(
     for entry in _OWN_ENTRIES:
         if hasattr(model.config, entry):
             delattr(model.config, entry)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    with quiet_in_logs():
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
 
 
