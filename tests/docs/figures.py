@@ -71,7 +71,7 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def _average(
+def average_of(
     found: dict[str, Any], policy: str, length: int, suite: str = "ruler"
 ) -> dict[str, Any]:
     [average] = [
@@ -103,7 +103,7 @@ def _compared(
     found: dict[str, Any], length: int, suite: str = "ruler", policy: str = "rtpurbo"
 ) -> list[Numbers]:
     """Mean scores of the dense model and of a policy, and their difference with its interval."""
-    full, other = (_average(found, one, length, suite) for one in ("full", policy))
+    full, other = (average_of(found, one, length, suite) for one in ("full", policy))
     return [[full["score"]], [other["score"]], _difference(other)]
 
 
@@ -179,7 +179,7 @@ def public_suites() -> Rows:
         found = read(file)
         for name, (suite, length) in SUITES.items():
             if _records(found, suite=suite, context_length=length):
-                samples = _average(found, "rtpurbo", length, suite)["samples"]
+                samples = average_of(found, "rtpurbo", length, suite)["samples"]
                 rows[f"{_size(model)}, {name}"] = [[samples], *_compared(found, length, suite)]
     return rows
 
@@ -264,7 +264,7 @@ def controls() -> Rows:
     found = read("quality-smollm2-64k-controls-h200.json")
     return {
         text: [
-            *(_difference(_average(found, policy, length)) for length in (8192, 16384, 32768)),
+            *(_difference(average_of(found, policy, length)) for length in (8192, 16384, 32768)),
             _far(found, policy, 32768),
         ]
         for policy, text in CONTROLS.items()
@@ -283,8 +283,8 @@ def public_controls() -> Rows:
 
 def recipe_means() -> Rows:
     found = read("quality-smollm2-64k-h200.json")
-    full = [_average(found, "full", length) for length in LENGTHS.values()]
-    sparse = [_average(found, "rtpurbo", length) for length in LENGTHS.values()]
+    full = [average_of(found, "full", length) for length in LENGTHS.values()]
+    sparse = [average_of(found, "rtpurbo", length) for length in LENGTHS.values()]
     sizes = [
         _cache(found, "rtpurbo", length) / _cache(found, "full", length)
         for length in LENGTHS.values()
@@ -324,8 +324,8 @@ def recipe_policies() -> Rows:
     without_4k = ("top-k", "quest")
     return {
         text: [
-            None if policy in without_4k else _difference(_average(found, policy, 4096)),
-            *(_difference(_average(found, policy, length)) for length in (8192, 16384, 32768)),
+            None if policy in without_4k else _difference(average_of(found, policy, 4096)),
+            *(_difference(average_of(found, policy, length)) for length in (8192, 16384, 32768)),
             _far(found, policy, 32768),
         ]
         for policy, text in labels.items()

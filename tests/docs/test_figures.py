@@ -7,12 +7,15 @@ from statistics import fmean
 
 import pytest
 
+from rtpurbo.models.artifact_config import ArtifactConfig
 from tests.docs.figures import (
     EXPECTED,
     GIB,
     MIB,
+    PUBLIC,
     RESULTS,
     ROOT,
+    average_of,
     cells,
     is_rounded,
     marked_tables,
@@ -86,8 +89,138 @@ def _milliseconds(file, **values):
     return record["milliseconds"]
 
 
-# A page, a pattern with one group, and the value of the figure in it.
+def _losses(*lengths):
+    """By public model, what full attention has more than the conversion: means by length, and tasks."""
+    found = {}
+    for model, name in PUBLIC.items():
+        results = read(name)
+        means = [-average_of(results, "rtpurbo", length)["difference"] for length in lengths]
+        scores = {
+            (one["task"], one["context_length"], one["policy"]): one["score"]
+            for one in results["records"]
+            if one["suite"] == "ruler" and one["context_length"] in lengths
+        }
+        tasks = [
+            scores[(*place, "full")] - score
+            for (*place, policy), score in scores.items()
+            if policy == "rtpurbo"
+        ]
+        found[model.split("-")[2]] = means, tasks
+    return found
+
+
+def _kept_heads(*artifacts):
+    """Full KV heads and all KV heads of shipped artifacts, one after the other."""
+    maps = [ArtifactConfig.read(ROOT / "artifacts" / name).config.head_map for name in artifacts]
+    return [
+        number
+        for one in maps
+        for number in (
+            one.num_full_key_value_heads,
+            sum(map(one.num_kv_heads, one.converted_layers)),
+        )
+    ]
+
+
+def _block_lists(tasks, *files):
+    """Accuracy of block lists at a sixteenth and an eighth of the maximum, and what dense retrieval heads have more."""
+    found = []
+    for file in files:
+        by_rule = {one["rule"]: one["right"] for one in read(file)["records"]}
+        dense = by_rule["dense retrieval heads, in the answer too"]
+        for share in ("1/16", "1/8"):
+            lists = by_rule[f"row_peak {share}"]
+            for task in tasks:
+                length = min(len(lists[task]), len(dense[task]))
+                of_lists, of_dense = (100 * fmean(one[task][:length]) for one in (lists, dense))
+                found.append((of_lists, of_dense - of_lists))
+    return found
+
+
+def _one_average(file, length, policy="rtpurbo"):
+    average = average_of(read(file), policy, length)
+    return [-average["difference"], *(-one for one in reversed(average["difference_ci95"]))]
+
+
+SPARSE_PREFILL = "sparse-prefill-8k-h100.json", "sparse-prefill-8k-of-32k-h100.json"
+EASY, HARD = ("4 keys", "16 keys"), ("4 values", "variables")
+CONTROLS = "quality-smollm2-64k-controls-h200.json"
+DEFAULTS = "quality-smollm2-135m-defaults-h200.json"
+
+# A page, a pattern with a group for each figure, and the values of the figures.
 PROSE = [
+    (
+        "README.md", r"takes ([\d.]+) ms, compared with ([\d.]+) ms for the faster dense kernel; with 16 "
+        r"sequences, ([\d.]+) ms compared with ([\d.]+) ms",
+        lambda: [
+            value
+            for batch in (1, 16)
+            for flash, cudnn, ours in [
+                [
+                    _milliseconds(
+                        "model-qwen2.5-coder-1.5b-h200.json", phase="model-decode", batch_size=batch,
+                        implementation=name,
+                    )
+                    for name in ("sdpa-flash", "sdpa-cudnn", "rtpurbo")
+                ]
+            ]
+            for value in (ours, min(flash, cudnn))
+        ],
+    ),
+    (
+        "README.md", r"of (\d+) combinations of task",
+        lambda: sum(len(tasks) for _, tasks in _losses(4096, 8192, 16384, 32768).values()),
+    ),
+    (
+        "docs/results.md", r"In the answer, (\d+) of (\d+) KV heads of the\n\[0.5B model\]\S+ and (\d+) of (\d+)",
+        lambda: _kept_heads("qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"),
+    ),
+    (
+        "docs/results.md", r"With more questions, `vt` loses ([\d.]+)\n\((\S+) to ([\d.]+), 120",
+        lambda: _one_average("quality-qwen2.5-coder-0.5b-variables-h200.json", 16384),
+    ),
+    (
+        "docs/results.md", r"UUIDs lose ([\d.]+) points at 16K \(([\d.]+) to ([\d.]+), 120",
+        lambda: _one_average("quality-qwen2.5-coder-1.5b-uuids-h200.json", 16384),
+    ),
+    (
+        "docs/results.md", r"and ([\d.]+) at 32K\n\(([\d.]+) to ([\d.]+), 80 questions",
+        lambda: _one_average("quality-qwen2.5-coder-1.5b-uuids-h200.json", 32768),
+    ),
+    (
+        "docs/results.md", r"\(Quest\) lose ([\d.]+) points",
+        lambda: _one_average("quality-qwen2.5-coder-1.5b-controls-16k-h200.json", 16384, "quest")[0],
+    ),
+    (
+        "docs/results.md", r"random heads that read everything lose (\d+) to (\d+) points",
+        lambda: [_one_average(CONTROLS, length, "random-heads")[0] for length in (8192, 32768)],
+    ),
+    (
+        "docs/results.md", r"full attention ([\d.]+), rtpurbo ([\d.]+) \(-([\d.]+) to \+([\d.]+)\)",
+        lambda: [
+            *(average_of(read(DEFAULTS), one, 8192)["score"] for one in ("full", "rtpurbo")),
+            *(abs(one) for one in average_of(read(DEFAULTS), "rtpurbo", 8192)["difference_ci95"]),
+        ],
+    ),
+    (
+        "docs/results.md", r"four tasks drops by\n([\d.]+) and ([\d.]+) points",
+        lambda: [
+            fmean(lost for _, lost in _block_lists(EASY + HARD, SPARSE_PREFILL[0])[first : first + 4])
+            for first in (0, 4)
+        ],
+    ),
+    (
+        "docs/results.md", r"are unaffected \((\d+) to (\d+) %\)",
+        lambda: [
+            select(right for right, _ in _block_lists(EASY, SPARSE_PREFILL[0])) for select in (min, max)
+        ],
+    ),
+    (
+        "docs/results.md", r"which lose (\d+) to (\d+) points each",
+        lambda: [
+            select(lost for _, lost in _block_lists(HARD, *SPARSE_PREFILL)) for select in (min, max)
+        ],
+    ),
     ("README.md", r"takes ([\d.]+) GiB in bfloat16", lambda: bytes_per_token(36, 8, 128) * 2**17 / GIB),
     (
         "README.md", r"\[([\d.]+) ms per token\]",
@@ -121,9 +254,23 @@ PROSE = [
 
 @pytest.mark.parametrize(("page", "pattern", "value"), PROSE, ids=[one[1] for one in PROSE])
 def test_figures_in_sentences_agree_with_their_files(page, pattern, value):
-    [shown] = re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
-    [(number, decimals)] = printed(shown)
-    assert is_rounded(value(), number, decimals)
+    [found] = re.finditer(pattern, (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    values = value()
+    values = values if isinstance(values, list) else [values]
+    for shown, expected in zip(found.groups(), values, strict=True):
+        [(number, decimals)] = printed(shown)
+        assert is_rounded(expected, number, decimals), (shown, expected)
+
+
+def test_the_bounds_of_the_readme_hold():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [bounds] = re.findall(r"1\.5B model is within ([\d.]+) .* 0\.5B model within ([\d.]+);", text)
+    losses = _losses(4096, 8192, 16384)
+    for model, bound in zip(("1.5B", "0.5B"), bounds, strict=True):
+        assert max(map(abs, losses[model][0])) <= float(bound)
+    assert "loses more than five points" in text
+    every = [loss for _, tasks in _losses(4096, 8192, 16384, 32768).values() for loss in tasks]
+    assert max(every) <= 5 + 1e-9
 
 
 CARDS = {
