@@ -347,3 +347,14 @@ def test_hooks_are_removed_afterwards(prompt):
     measure(model, head_map, *prompt)
     assert hooks_of(model) == before
     assert headwise_modules(model)[0].statistics is None
+
+
+@pytest.mark.parametrize("heads", [RETRIEVAL_HEADS, ()])
+def test_layers_report_again_to_what_they_reported_to_before(prompt, heads):
+    model, seen = sparse_model(heads=heads), []
+    head_map = sparse_model().rtpurbo_config.head_map
+    with model.rtpurbo.counting() as counts, model.rtpurbo.observed(seen.append, dense=False):
+        assert measure(model, head_map, *prompt).queries
+        for module in headwise_modules(model):
+            assert module.statistics is counts
+            assert module.observer == seen.append

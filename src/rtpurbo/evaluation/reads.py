@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from rtpurbo.config import AttentionRule, HeadMap
 from rtpurbo.models.arguments import named
 from rtpurbo.models.cache_layers import GrowingBuffer
+from rtpurbo.models.runtime import attributes_set
 from rtpurbo.models.slots import positions_of
 from rtpurbo.models.sparse_layer import LayerObservation
 from rtpurbo.models.sparse_layers import headwise_modules, is_sparse
@@ -275,13 +276,17 @@ class ForwardWatch:
                 self._begin_base, with_kwargs=True, prepend=True
             ),
         ]
+        # What the layers report to now, within `model.rtpurbo.counting` for example.
+        before = [
+            (module, {"statistics": module.statistics, "observer": module.observer})
+            for module in self._modules
+        ]
         try:
-            yield
+            with attributes_set(before):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
-            self._attach_meter(None)
-            self._attach_reader(None)
 
     def _begin(self, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         self._inside_model = True
