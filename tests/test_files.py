@@ -3,6 +3,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,28 @@ def test_a_ctrl_c_between_the_renames_ends_the_job_with_the_new_folder(tmp_path,
     finally:
         signal.signal(signal.SIGINT, before)
     assert (folder / "file").read_text() == "new"
+
+
+def test_a_kill_between_the_renames_loses_neither_folder(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from rtpurbo.files import whole_folder
+
+original = Path.rename
+def rename_and_die(self, target):
+    original(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+for content in ("old", "new"):
+    with whole_folder(sys.argv[1], overwrite=True) as folder:
+        (folder / "file").write_text(content)
+        if content == "new":
+            Path.rename = rename_and_die
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "folder")])
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(path.read_text() for path in tmp_path.rglob("file")) == ["new", "old"]
 
 
 def test_an_old_folder_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import rtpurbo
 from rtpurbo import conversion
 from rtpurbo.cli import OUT_OF_MEMORY, PANELS, app
 from rtpurbo.config import HeadMap
@@ -209,6 +210,7 @@ def test_report_writes_a_page(tiny_artifact, tmp_path):
 def test_options_reach_the_function(monkeypatch, function, command, changes):
     calls = []
     real = getattr(conversion, function)
+    assert getattr(rtpurbo, function) is real
 
     def spy(*arguments, **options):
         call = inspect.signature(real).bind(*arguments, **options).arguments

@@ -17,6 +17,9 @@ NAMES = (
     "observer",
     "document_lengths",
     "gates",
+    "answer_spans",
+    "prompt",
+    "kept_prompt",
 )
 
 
@@ -32,6 +35,7 @@ CONTEXTS = {
     "counting": lambda runtime: runtime.counting(),
     "decoding_last": lambda runtime: runtime.decoding_last(3),
     "observed": lambda runtime: runtime.observed(print),
+    "keeping_prompt": lambda runtime: runtime.keeping_prompt(3),
     "packed": lambda runtime: runtime.packed((20, 24)),
     "gated": lambda runtime: runtime.gated({layer: torch.ones(3) for layer in range(2)}),
 }
