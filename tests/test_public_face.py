@@ -53,8 +53,13 @@ print({{'torch', 'transformers', 'peft'}} & set(sys.modules))
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["convert", "--nope"], 2), (["inspect", str(ARTIFACT)], 0)],
-    ids=["help", "wrong-option", "inspect"],
+    [
+        (["--help"], 0),
+        (["convert", "--nope"], 2),
+        (["convert", "M", "-o", "out", "--set", "stage1.step=3"], 1),
+        (["inspect", str(ARTIFACT)], 0),
+    ],
+    ids=["help", "wrong-option", "wrong-setting", "inspect"],
 )
 def test_light_commands_take_less_than_a_second_of_cpu_time(arguments, code):
     def seconds():

@@ -294,34 +294,51 @@ def change_settings(settings: ConversionSettings, changes: Mapping[str, Any]) ->
     parts: dict[str, dict[str, Any]] = {}
     for given, given_value in changes.items():
         name, value = current_setting(given, given_value)
-        if given in REMOVED:
-            raise RTPurboError(f"there is no setting '{given}' any more: {REMOVED[given]}.")
+        part, item, task, checked = _change(settings, name, value)
         if name != given:
             logger.warning("The setting '%s' is now called '%s'.", given, name)
         elif value != given_value:
             logger.warning("The value '%s' of %s is now called '%s'.", given_value, name, value)
-        path = name.split(".")
-        part, item, *task = ["", *path] if len(path) == 1 else path
-        owner = _part(settings, part)
-        if item not in _names_of(owner) or len(task) > (item == "mixture"):
-            raise RTPurboError(f"there is no setting '{name}'.")
         changed = parts.setdefault(part, {})
         if task:
-            known = _tasks_of(owner)
-            if task[0] not in known:
-                raise RTPurboError(
-                    f"there is no setting '{name}': the tasks of {part} are {', '.join(known)}."
-                )
-            before = changed.get(item, getattr(owner, item))
-            changed[item] = {**before, task[0]: checked_value(name, value, float)}
-        else:
-            changed[item] = checked_value(name, value, field_types(type(owner))[item])
-            if item == "mixture":
-                _check_tasks(name, owner, changed[item])
+            checked = {**changed.get(item, getattr(_part(settings, part), item)), task: checked}
+        changed[item] = checked
     settings = replace(settings, **parts.pop("", {}))
     # All fields of a part at once: intermediate states may be invalid.
     parts_changed = {part: replace(_part(settings, part), **items) for part, items in parts.items()}
     return replace(settings, **parts_changed)
+
+
+def check_changes(changes: Mapping[str, Any]) -> None:
+    """Checks names and types of changes for `change_settings`, before the settings to change are known.
+
+    Raises:
+        RTPurboError: there is no such field, or its value is of the wrong type.
+    """
+    for name, value in changes.items():
+        _change(ConversionSettings(), *current_setting(name, value))
+
+
+def _change(settings: ConversionSettings, name: str, value: Any) -> tuple[str, str, str, Any]:
+    """Returns part, field, task and checked value of a change; part and task may be empty."""
+    if name in REMOVED:
+        raise RTPurboError(f"there is no setting '{name}' any more: {REMOVED[name]}.")
+    path = name.split(".")
+    part, item, *task = ["", *path] if len(path) == 1 else path
+    owner = _part(settings, part)
+    if item not in _names_of(owner) or len(task) > (item == "mixture"):
+        raise RTPurboError(f"there is no setting '{name}'.")
+    if not task:
+        checked = checked_value(name, value, field_types(type(owner))[item])
+        if item == "mixture":
+            _check_tasks(name, owner, checked)
+        return part, item, "", checked
+    known = _tasks_of(owner)
+    if task[0] not in known:
+        raise RTPurboError(
+            f"there is no setting '{name}': the tasks of {part} are {', '.join(known)}."
+        )
+    return part, item, task[0], checked_value(name, value, float)
 
 
 def recorded_changes(recorded: Mapping[str, Any], *parts: str) -> dict[str, Any]:

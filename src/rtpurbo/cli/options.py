@@ -157,11 +157,36 @@ ReportTo = Annotated[
         "for several."
     ),
 ]
+
+
+def _values_of_set(others: Sequence[str] | None) -> dict[str, Any]:
+    """Values by dotted name of repeated NAME=VALUE options."""
+    values = {}
+    for assignment in others or []:
+        name, found, text = assignment.partition("=")
+        if not found:
+            raise RTPurboError(f"--set {assignment} names no value: write NAME=VALUE.")
+        try:
+            values[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            values[name] = text
+    return values
+
+
+def _checked_set(others: list[str] | None) -> list[str] | None:
+    """Checks names and types of settings as soon as they are parsed, before a command imports torch."""
+    from rtpurbo.settings import check_changes
+
+    check_changes(_values_of_set(others))
+    return others
+
+
 Set = Annotated[
     list[str] | None,
     _training_option(
         "--set",
         metavar="NAME=VALUE",
+        callback=_checked_set,
         help="Any other setting by its name, such as stage1.mixture.needles=0.4 or "
         "stage1.lengths=[4096,8192]; `rtpurbo.settings` describes them. Repeat it for several.",
     ),
@@ -245,15 +270,7 @@ def changed_settings(others: Sequence[str] | None, **options: Any) -> dict[str, 
     Values of the latter are JSON, or plain text; options are None if not given.
     """
     changes = {_SETTINGS[name]: value for name, value in options.items() if value is not None}
-    for assignment in others or []:
-        name, found, text = assignment.partition("=")
-        if not found:
-            raise RTPurboError(f"--set {assignment} names no value: write NAME=VALUE.")
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = text
-        changes[name] = value
+    changes |= _values_of_set(others)
     given = [name for name in _CHOICES_OF_HEADS if changes.get(name) is not None]
     if len(given) > 1:
         names = " and ".join(name.replace("calibration.", "--") for name in given)
