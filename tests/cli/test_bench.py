@@ -144,7 +144,8 @@ def test_bench_show_combines_files(tmp_path):
         run("bench", command, *TINY, *options, "-o", tmp_path / f"{command}.json")
     files = [tmp_path / "prefill.json", tmp_path / "decode.json"]
     shown = run("bench", "show", *files).stdout
-    assert all(word in shown for word in ("prefill", "decode", "sdpa-flash"))
+    assert all(word in shown for word in ("prefill", "decode", "sdpa-flash", "implementation"))
+    assert "…" not in shown
     shown = run("bench", "show", *files, "--markdown", "--implementation", "rtpurbo").stdout
     assert "| rtpurbo |" in shown
     assert "sdpa-flash" not in shown

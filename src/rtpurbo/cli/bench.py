@@ -385,8 +385,11 @@ def _show(results: SpeedResults, plot: str | Path | None) -> None:
 
     from rtpurbo.reporting.speed import save_plot, speed_tables
 
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a log has room for all columns
     for table in speed_tables(results.records):
-        Console().print(table)
+        console.print(table)
     for note in results.notes:
         typer.echo(f"note: {note}")
     if plot is not None and results.records:
