@@ -140,6 +140,11 @@ def test_the_type_of_the_weights(h200, device, dtype, stored, expected):
     assert planned(config, device, dtype=dtype).dtype == expected
 
 
+def test_a_type_that_is_none_is_named():
+    with pytest.raises(RTPurboError, match="there is no dtype 'int8': choose one of auto"):
+        planned(tiny_config(), CPU, dtype="int8")
+
+
 @pytest.mark.parametrize(
     ("changes", "is_searched"),
     [

@@ -12,7 +12,7 @@ import torch
 from rtpurbo.conversion.memory_estimate import peak_bytes
 from rtpurbo.conversion.model_shape import ModelShape
 from rtpurbo.conversion.time_estimate import StageSeconds, stage_seconds
-from rtpurbo.devices import device_name
+from rtpurbo.devices import base_dtype, device_name
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length
 from rtpurbo.settings import (
@@ -232,11 +232,10 @@ def _heads_asked_for(settings: CalibrationSettings, num_heads: int) -> int | Non
 
 
 def _dtype(config: Any, name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return getattr(torch, name)
-    stored = getattr(config, "dtype", None)
-    if device.type == "cpu" or stored is None:
-        return torch.float32
+    chosen = base_dtype(name, device)
+    if chosen != "auto":
+        return chosen
+    stored = getattr(config, "dtype", None) or torch.float32
     return stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored))
 
 
