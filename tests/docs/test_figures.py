@@ -168,6 +168,16 @@ PROSE = [
         ],
     ),
     (
+        "recipes/smollm2-64k/README.md",
+        r"three trainings, (\d+) minutes in all: (\d+) and (\d+) on two H100, and (\d+) on one",
+        lambda: [
+            seconds / 60
+            for found in [read("teacher-64k-h100.json")]
+            for each in [[found["seconds"], found["further"]["seconds"], found["again"]["seconds"]]]
+            for seconds in (sum(each), *each)
+        ],
+    ),
+    (
         "README.md", r"of (\d+) combinations of task",
         lambda: sum(len(tasks) for _, tasks in _losses(4096, 8192, 16384, 32768).values()),
     ),
