@@ -57,9 +57,11 @@ print({{'torch', 'transformers', 'peft'}} & set(sys.modules))
         (["--help"], 0),
         (["convert", "--nope"], 2),
         (["convert", "M", "-o", "out", "--set", "stage1.step=3"], 1),
+        (["calibrate", "M", "-o", "out", "--ratio", ".2", "--count", "3"], 1),
+        (["convert", "M"], 1),
         (["inspect", str(ARTIFACT)], 0),
     ],
-    ids=["help", "wrong-option", "wrong-setting", "inspect"],
+    ids=["help", "wrong-option", "wrong-setting", "two-choices", "no-folder", "inspect"],
 )
 def test_light_commands_take_less_than_a_second_of_cpu_time(arguments, code):
     def seconds():

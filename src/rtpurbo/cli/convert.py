@@ -61,26 +61,23 @@ def convert(
 
     `rtpurbo convert HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-sparse`
     """
+    if preset is not None:
+        raise RTPurboError(
+            "--preset was replaced by --effort: choose quick, standard, thorough or auto."
+        )
+    if output_dir is None and not dry_run:
+        raise RTPurboError("no output folder was given: name one with --output-dir.")
+    given = options.job_options(context)
+
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
     from rtpurbo.conversion.options import settings_options
     from rtpurbo.interruption import stopping_cleanly
 
-    if preset is not None:
-        raise RTPurboError(
-            "--preset was replaced by --effort: choose quick, standard, thorough or auto."
-        )
-    if dry_run:
-        given = settings_options(options.job_options(context))
-        say(str(conversion.plan_conversion(model, **given)))
+    if output_dir is None or dry_run:
+        say(str(conversion.plan_conversion(model, **settings_options(given))))
         return
-    if output_dir is None:
-        raise RTPurboError("no output folder was given: name one with --output-dir.")
     with stopping_cleanly(), ProgressBars() as progress:
-        folder = conversion.convert(
-            model,
-            output_dir,
-            on_plan=lambda plan: say(str(plan)),
-            **options.job_options(context, progress),
-        )
+        given["progress"] = progress
+        folder = conversion.convert(model, output_dir, on_plan=lambda plan: say(str(plan)), **given)
     say(f"Written to {folder}. Try: rtpurbo generate {folder} 'Once upon a time'")

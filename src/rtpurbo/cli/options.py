@@ -15,7 +15,6 @@ from rtpurbo.errors import RTPurboError
 
 if TYPE_CHECKING:
     from rtpurbo.conversion.options import JobOptions
-    from rtpurbo.settings import Progress
 
 optional = partial(typer.Option, show_default=False)
 """Option without a default of its own: left out, it changes nothing."""
@@ -246,22 +245,22 @@ def assignments(option: str, given: Sequence[str] | None) -> dict[str, str]:
     return values
 
 
-def job_options(context: typer.Context, progress: Progress | None = None) -> JobOptions:
-    """Returns keyword arguments for the functions of `rtpurbo.conversion`.
+def job_options(context: typer.Context) -> JobOptions:
+    """Returns keyword arguments for the functions of `rtpurbo.conversion`, without `progress`.
 
     Options of the command are those of `rtpurbo.conversion.options.JobOptions`, and some that each change one
     setting.
     """
-    from rtpurbo.conversion.options import JobOptions
-
     given = context.params
     settings = {name: given[name] for name in _SETTINGS if name in given}
+    changes = changed_settings(given["others"], **settings)
+
+    # Imports torch, which takes seconds.
+    from rtpurbo.conversion.options import JobOptions
+
     shared = {name: given.get(name) for name in JobOptions.__annotations__}
     found = {name: value for name, value in shared.items() if value not in (None, (), [])}
-    found["changes"] = changed_settings(given["others"], **settings)
-    if progress is not None:
-        found["progress"] = progress
-    return cast(JobOptions, found)
+    return cast(JobOptions, found | {"changes": changes})
 
 
 def changed_settings(others: Sequence[str] | None, **options: Any) -> dict[str, Any]:

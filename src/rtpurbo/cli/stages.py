@@ -30,6 +30,8 @@ def calibrate(
 
     The head map is written for `rtpurbo train-indexer`.
     """
+    given = options.job_options(context)
+
     from rich.console import Console
 
     from rtpurbo import conversion
@@ -38,8 +40,9 @@ def calibrate(
     from rtpurbo.reporting.headmap import head_map_picture
 
     with ProgressBars() as progress:
-        given = settings_options(options.job_options(context))
-        head_map = conversion.calibrate(model, output, force=force, progress=progress, **given)
+        head_map = conversion.calibrate(
+            model, output, force=force, progress=progress, **settings_options(given)
+        )
     Console().print(head_map_picture(head_map))
     typer.echo(f"Written to {output}.")
 
@@ -72,14 +75,15 @@ def train_indexer(
 
     The model's weights do not change. The result is a complete artifact; `rtpurbo distill` adds stage 2.
     """
+    given = options.job_options(context)
+
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
     from rtpurbo.interruption import stopping_cleanly
 
     with stopping_cleanly(), ProgressBars() as progress:
-        folder = conversion.train_indexer(
-            model, head_map, output_dir, **options.job_options(context, progress)
-        )
+        given["progress"] = progress
+        folder = conversion.train_indexer(model, head_map, output_dir, **given)
     say(f"Written to {folder}.")
 
 
@@ -106,10 +110,13 @@ def distill(
 
     Reads an artifact of `rtpurbo train-indexer` and writes another one with trained weights.
     """
+    given = options.job_options(context)
+
     from rtpurbo import conversion
     from rtpurbo.cli.progress import ProgressBars, say
     from rtpurbo.interruption import stopping_cleanly
 
     with stopping_cleanly(), ProgressBars() as progress:
-        folder = conversion.distill(artifact, output_dir, **options.job_options(context, progress))
+        given["progress"] = progress
+        folder = conversion.distill(artifact, output_dir, **given)
     say(f"Written to {folder}.")
