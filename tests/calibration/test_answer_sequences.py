@@ -1,6 +1,7 @@
 """Sequences of calibration on answers."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rtpurbo.calibration.answer_sequences import (
     AnswerSequences,
     target_positions,
 )
+from rtpurbo.data.long_range import LongRangeMix
 from rtpurbo.data.prompts import Conversation
 from rtpurbo.data.texts import load_texts
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -47,6 +49,13 @@ def test_tasks_that_do_not_fit_are_replaced_by_prose(sequences):
     short = AnswerSequences(sequences.tokenizer, sequences.corpus, (40,))
     for number in range(12):
         assert len(short.sequence(number)) <= 40
+
+
+def test_empty_answers_are_left_out(sequences, monkeypatch):
+    drawn = Conversation([1, 2, 3, 4], [(1, 3), (4, 4)])
+    monkeypatch.setattr(LongRangeMix, "passage", lambda *arguments: drawn)
+    passages = replace(sequences, shares={"passage": 1.0})
+    assert passages.sequence(0) == Conversation([1, 2, 3, 4], [(1, 3)])
 
 
 def test_shares_are_whole():

@@ -81,7 +81,9 @@ class AnswerSequences:
         if kind == "reading":
             return reading_example(self.tokenizer, self.corpus, length, rng, MAX_QUESTIONS)
         drawn: Conversation = getattr(LongRangeMix(self.tokenizer, self.corpus), kind)(length, rng)
-        return drawn
+        # A passage at the end of a short text has nothing after it, so that its answer is empty.
+        answers = [(first, end) for first, end in drawn.answer_spans if first < end]
+        return Conversation(drawn.input_ids, answers)
 
 
 def answer_positions(conversation: Conversation) -> list[int]:
