@@ -274,26 +274,24 @@ def paged_append(
     )
 
 
-def packed_prompts(head_dim, page_size, dtype=torch.bfloat16, cache_dtype=None):
-    """Compiles the prefill kernel for packed queries."""
+def packed_prompts(
+    head_dim, page_sizes, dtype=torch.bfloat16, cache_dtype=None, kernels=portable, log_sum_exp=False
+):
+    """Compiles a prefill kernel for packed queries and pages of full and windowed KV heads."""
     layout = HeadLayout.build((0, 9), 32, 4)
-    pages = torch.empty(50, 2, page_size, head_dim, dtype=cache_dtype or dtype)
     numbers = torch.zeros(3, dtype=torch.int32)
-    states = PagedStates(pages, pages, torch.zeros(3, 20, dtype=torch.int32), numbers)
+    tables = head_tables(layout, AttentionRule())
+    sources = []
+    for page_size, name in zip(page_sizes, ("dense_and_local_full", "local_windowed"), strict=False):
+        pages = torch.empty(50, 2, page_size, head_dim, dtype=cache_dtype or dtype)
+        table = torch.zeros(3, 20, dtype=torch.int32)
+        sources.append((PagedStates(pages, pages, table, numbers), tables[name]))
     queries, output = (
         torch.empty(1, 300, 32, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2)
     )
-    tables = head_tables(layout, AttentionRule())
-    portable.window_attention(
-        queries,
-        [(states, tables["dense_and_local_full"]), (states, tables["local_windowed"])],
-        numbers,
-        4,
-        0.1,
-        output,
-        None,
-        portable.PackedQueries(numbers, numbers, 200),
-    )
+    sums = torch.empty(1, 32, 304) if log_sum_exp else None
+    packed = portable.PackedQueries(numbers, numbers, 200)
+    kernels.window_attention(queries, sources, numbers, 4, 0.1, output, sums, packed)
 
 
 def prompt(
@@ -397,8 +395,11 @@ def compile_serving():
     paged_append(32, 8, range(9), shared_keys=True, index_dtype=torch.float8_e4m3fn)
     paged_append(12, 2, (), head_dim=64, dtype=torch.float16)
     paged_append(8, 8, (1,), dtype=torch.float32, index_dtype=torch.float32)
-    packed_prompts(128, 16)
-    packed_prompts(64, 64, torch.float16)
+    packed_prompts(128, (16, 16))
+    packed_prompts(64, (64, 64), torch.float16)
+    for page_sizes in ((16, 64), (128, 32), (64,)):
+        packed_prompts(128, page_sizes, kernels=hopper)
+    packed_prompts(64, (32, 128), kernels=hopper, log_sum_exp=True)
     step(32, 8, (0, 9), page_size=64, windowed_page_size=16)
     step(12, 2, (), head_dim=64, page_size=16, windowed_page_size=16)
     step(8, 4, (0, 1), dtype=torch.float32, page_size=16, windowed_page_size=64)
@@ -406,7 +407,7 @@ def compile_serving():
         options = {"dtype": dtype, "cache_dtype": torch.float8_e4m3fn}
         paged_append(32, 8, (0, 9), norm=True, **options)
         for head_dim in (64, 128):
-            packed_prompts(head_dim, 16, **options)
+            packed_prompts(head_dim, (16, 16), **options)
             step(32, 8, (0, 9), head_dim=head_dim, page_size=64, windowed_page_size=16, **options)
 
 

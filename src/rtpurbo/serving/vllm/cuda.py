@@ -182,15 +182,19 @@ def attend(
     log_sum_exp = None
     if sinks is not None and (step.prompts.most or step.dense.most):
         log_sum_exp = _infinite_sums(queries)
-    for part, name in ((full, "full"), (windowed, "windowed")):
-        if part is None:
-            continue
-        of_group = step_queries(part, rule)
-        # Dense queries come last: they replace the results for the local heads.
-        for kind, prompts in (("prompts", of_group.prompts), ("dense_local", of_group.dense)):
-            if prompts.most:
-                table = tables[f"{kind}_{name}"]
-                _prefill(queries, part, table, rule, scaling, prompts, output, log_sum_exp)
+    parts = [
+        (part, step_queries(part, rule), name)
+        for part, name in ((full, "full"), (windowed, "windowed"))
+        if part is not None
+    ]
+    launches = [[(part, of_group.prompts, tables[f"prompts_{name}"]) for part, of_group, name in parts]]
+    # Dense queries come last: they replace the results for the local heads. Where blocks are missing, they have other
+    # positions in each group, hence a launch for each.
+    launches += [
+        [(part, of_group.dense, tables[f"dense_local_{name}"])] for part, of_group, name in parts
+    ]
+    for sources in launches:
+        _prefill(queries, sources, rule, scaling, output, log_sum_exp)
     if sinks is not None and log_sum_exp is not None:
         # Queries of the decode call have infinite sums here, of which sinks have no share.
         shared, _ = with_sinks(output[None].transpose(1, 2), log_sum_exp, sinks)
@@ -287,24 +291,36 @@ def _decode(
 
 def _prefill(
     queries: Tensor,
-    cache: LayerCache,
-    table: HeadTable,
+    sources: Sequence[tuple[LayerCache, PromptQueries, HeadTable]],
     rule: AttentionRule,
     scaling: float,
-    prompts: PromptQueries,
     output: Tensor,
     log_sum_exp: Tensor | None,
 ) -> None:
-    """Writes the attention of prompt queries of all requests, without learned sinks, for the heads in the table."""
-    from rtpurbo.ops.triton.prefill.portable import PackedQueries, window_attention
+    """Writes the attention of prompt queries of all requests, without learned sinks, for the heads in the tables.
 
-    window_attention(
-        queries[None].transpose(1, 2),
-        [(_paged(cache, prompts.block_table, prompts.counts), table)],
+    The queries of all sources are the same, and at the same positions.
+    """
+    from rtpurbo.ops.triton.prefill import hopper, portable
+
+    prompts = sources[0][1]
+    paged = [
+        (_paged(cache, of_group.block_table, of_group.counts), table)
+        for cache, of_group, table in sources
+        if len(table)
+    ]
+    if not prompts.most or not paged:
+        return
+    states = queries[None].transpose(1, 2)
+    on_hopper = all(hopper.supports_pages(states, pages) for pages, _ in paged)
+    kernels: Any = hopper if on_hopper else portable
+    kernels.window_attention(
+        states,
+        paged,
         prompts.starts,
         rule.num_sink_tokens,
         scaling,
         output[None].transpose(1, 2),
         log_sum_exp,
-        PackedQueries(prompts.offsets, prompts.counts, prompts.most),
+        portable.PackedQueries(prompts.offsets, prompts.counts, prompts.most),
     )

@@ -5,7 +5,9 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import HeadLayout
+from rtpurbo.ops.states import PagedStates
 from rtpurbo.ops.triton.heads import HeadTable
+from rtpurbo.ops.triton.headwise import head_tables
 from rtpurbo.ops.triton.prefill import hopper, portable
 from rtpurbo.ops.triton.prefill.scoring import block_lists
 from tests import oracles
@@ -55,6 +57,71 @@ def test_windows_of_every_head(dtype, head_dim, q_len, k_len, padding):
     )
     mask = oracles.near_keys(problem, windows, 3)
     assert_as_exact_as_eager(problem, mask, output, sums)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page_sizes", [(16, 64), (128, 32), (64, 16)], ids=str)
+@pytest.mark.parametrize("num_sinks", [3, 130])
+def test_packed_queries_over_pages(head_dim, page_sizes, num_sinks):
+    """Three requests, one of them without queries; blocks between sinks and window belong to nobody, and hold NaN."""
+    dtype, window = torch.bfloat16, 200
+    lengths, counts = (900, 333, 450, 130), (260, 0, 97, 130)
+    most = max(lengths)
+    generator = torch.Generator(DEVICE).manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+
+    queries = normal(1, sum(counts), 6, head_dim).transpose(1, 2)
+    keys, values = normal(4, 2, most, head_dim), normal(4, 2, most, head_dim)
+    layout = HeadLayout.build((1, 2), 6, 2, DEVICE)
+    tables = head_tables(layout, AttentionRule(sliding_window=window, num_sink_tokens=num_sinks))
+    numbers = [torch.tensor(part, dtype=torch.int32, device=DEVICE) for part in (lengths, counts)]
+    starts, offsets = numbers[0] - numbers[1], numbers[1].cumsum(0, dtype=torch.int32) - numbers[1]
+    sources = []
+    for head, (page_size, name) in enumerate(
+        zip(page_sizes, ("dense_and_local_full", "local_windowed"), strict=True)
+    ):
+        num_pages = -(-most // page_size)
+        pages = torch.full(
+            (2, 4 * num_pages + 1, 1, page_size, head_dim), torch.nan, device=DEVICE, dtype=dtype
+        )
+        table = (
+            torch.randperm(4 * num_pages, generator=generator, device=DEVICE).view(4, -1).int() + 1
+        )
+        for sequence, length in enumerate(lengths):
+            for page in range(-(-length // page_size)):
+                first, end = page * page_size, min(length, (page + 1) * page_size)
+                is_seen = end > int(starts[sequence]) - window + 1 or first < num_sinks
+                if head == 1 and not is_seen:
+                    table[sequence, page] = 0
+                    continue
+                for kind, states in enumerate((keys, values)):
+                    place = pages[kind, table[sequence, page], 0]
+                    place[:] = 1e30  # the end of the last page: of an earlier owner, but finite
+                    place[: end - first] = states[sequence, head, first:end]
+        sources.append((PagedStates(*pages, table, numbers[0]), tables[name]))
+    output = torch.full_like(queries, torch.nan)
+    sums = torch.full(queries.shape[:3], torch.nan, device=DEVICE)
+    packed = portable.PackedQueries(offsets, numbers[1], max(counts))
+    assert all(hopper.supports_pages(queries, states) for states, _ in sources)
+    arguments = (starts, num_sinks, head_dim**-0.5)
+    hopper.window_attention(queries, sources, *arguments, output, sums, packed)
+    for sequence, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        rows = slice(int(offsets[sequence]), int(offsets[sequence]) + count)
+        for head in range(6):
+            query, key = torch.arange(length - count, length)[:, None], torch.arange(length)
+            reads = (key > query - window) | (key < num_sinks) | torch.tensor(head in (1, 2))
+            mask = ((key <= query) & reads).to(DEVICE)
+            scores = queries[0, head, rows].double() @ keys[sequence, head // 3, :length].double().T
+            scores = (scores * head_dim**-0.5).masked_fill(~mask, -torch.inf)
+            expected = scores.softmax(-1) @ values[sequence, head // 3, :length].double()
+            torch.testing.assert_close(
+                output[0, head, rows].double(), expected, atol=0.02, rtol=0.02
+            )
+            torch.testing.assert_close(
+                sums[0, head, rows].double(), scores.logsumexp(-1), atol=1e-2, rtol=1e-3
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rtpurbo.ops.states import KeyValueStates
+from rtpurbo.ops.states import KeyValueStates, PagedStates, States
 from rtpurbo.ops.triton.device_functions import LOG2_E
 from rtpurbo.ops.triton.heads import HeadTable
 from rtpurbo.ops.triton.prefill.hopper_kernel import hopper_kernel
-from rtpurbo.ops.triton.prefill.portable import BlockLists
+from rtpurbo.ops.triton.prefill.portable import BlockLists, PackedQueries
 
 QUERIES = 128
 KEYS = 128
 BLOCK = 64
+PAGE_SIZES = (16, 32, 64, 128)
 
 
 @cache
@@ -36,6 +38,19 @@ def supports(query_states: Tensor) -> bool:
     )
 
 
+def supports_pages(query_states: Tensor, states: PagedStates) -> bool:
+    """Returns True if the Hopper kernel supports these queries and pages.
+
+    Free slots of a page are read and multiplied by 0, so what an earlier owner left there must be finite. In bfloat16
+    it is: no finite float16, float8 or bfloat16 number has the bits of an infinity or NaN of bfloat16.
+    """
+    return (
+        supports(query_states)
+        and query_states.dtype == states.keys.dtype == torch.bfloat16
+        and states.page_size in PAGE_SIZES
+    )
+
+
 def _descriptor(states: Tensor, length: int, columns: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(128, 16, rank=4)
     return TensorDescriptor(
@@ -45,22 +60,25 @@ def _descriptor(states: Tensor, length: int, columns: int) -> TensorDescriptor:
 
 def window_attention(
     query_states: Tensor,
-    sources: list[tuple[KeyValueStates, HeadTable]],
+    sources: Sequence[tuple[States, HeadTable]],
     starts: Tensor,
     num_sink_tokens: int,
     scaling: float,
     output: Tensor,
     log_sum_exp: Tensor | None,
+    packed: PackedQueries | None = None,
     lists: BlockLists | None = None,
-    query_offset: int = 0,
+    list_start: int = 0,
 ) -> None:
     """Same as `rtpurbo.ops.triton.prefill.portable.window_attention`, with all sources in one launch.
 
-    With `lists`, block-sparse attention of the single source from query `query_offset` on.
+    There are at most two sources, both with pages or both without. With `lists`, block-sparse attention of the single
+    source from query `list_start` on.
     """
     batch, _, q_len, head_dim = query_states.shape
+    if packed is not None:
+        batch, q_len = packed.counts.shape[0], packed.most
     tiles = triton.cdiv(q_len, QUERIES) if lists is None else lists.counts.shape[2]
-    length, columns = (KEYS, head_dim) if lists is None else (BLOCK, 64)
     first, last = sources[0][0], sources[-1][0]
     tables = (sources[0][1], sources[-1][1])
     num_heads = sum(len(table) for _, table in sources)
@@ -69,10 +87,11 @@ def window_attention(
     lse = starts if log_sum_exp is None else log_sum_exp
     hopper_kernel[(tiles * num_heads, batch)](
         _descriptor(query_states, QUERIES, head_dim),
-        _descriptor(first.keys, length, columns),
-        _descriptor(first.values, length, columns),
-        _descriptor(last.keys, length, columns),
-        _descriptor(last.values, length, columns),
+        *(
+            _descriptor(part, *_unit(states, head_dim, lists))
+            for states in (first, last)
+            for part in (states.keys, states.values)
+        ),
         output,
         lse,
         *(part for table in tables for part in (table.heads, table.key_value_heads, table.windows)),
@@ -80,21 +99,27 @@ def window_attention(
         *slots,
         starts if lists is None else lists.blocks,
         starts if lists is None else lists.counts,
+        *(starts if states.block_table is None else states.block_table for states in (first, last)),
+        starts if packed is None else packed.offsets,
+        starts if packed is None else packed.counts,
         q_len,
         num_heads,
         len(tables[0]),
         tables[0].num_dense,
-        tiles,
-        query_offset,
+        list_start,
         num_sink_tokens,
         scaling * LOG2_E.value,
         *output.stride()[:3],
         *((0, 0) if log_sum_exp is None else log_sum_exp.stride()[:2]),
         0 if lists is None else lists.blocks.shape[-1],
+        *(states.table_stride for states in (first, last)),
+        *(states.keys.shape[0] for states in (first, last)),
         HAS_SLOTS=has_slots,
         HAS_LSE=log_sum_exp is not None,
         BLOCK_SPARSE=lists is not None,
         EDGE=0 if lists is None else lists.edge_slots,
+        PAGE_SIZE=first.page_size,
+        PAGE_SIZE_2=last.page_size,
         M=QUERIES,
         N=KEYS,
         D=head_dim,
@@ -106,7 +131,14 @@ def window_attention(
     )
 
 
-def _slots(states: KeyValueStates, starts: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
+def _unit(states: States, head_dim: int, lists: BlockLists | None) -> tuple[int, int]:
+    """Keys and dimensions of one load: a whole step, or half of the dimensions of a listed block or a page."""
+    if states.page_size:
+        return states.page_size, BLOCK
+    return (KEYS, head_dim) if lists is None else (BLOCK, BLOCK)
+
+
+def _slots(states: States, starts: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
     """Slots of position 0 and of the first sink; placeholders unless `needed`."""
     if not needed:
         return starts, starts
@@ -120,7 +152,7 @@ def block_sparse_attention(
     table: HeadTable,
     starts: Tensor,
     lists: BlockLists,
-    query_offset: int,
+    list_start: int,
     num_sink_tokens: int,
     scaling: float,
     output: Tensor,
@@ -129,5 +161,5 @@ def block_sparse_attention(
     """Same as `rtpurbo.ops.triton.prefill.portable.block_sparse_attention`, for blocks of 64 keys and 128 queries."""
     window_attention(
         query_states, [(states, table)], starts, num_sink_tokens, scaling, output, log_sum_exp,
-        lists, query_offset,
+        None, lists, list_start,
     )  # fmt: skip

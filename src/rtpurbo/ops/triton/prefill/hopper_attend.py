@@ -75,7 +75,7 @@ def attend_half(
     descriptors, buffers, barriers, pointers, scalars,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr, BLOCK: gl.constexpr, HAS_LSE: gl.constexpr,
-    GROUP: gl.constexpr,
+    PAGED: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Attention of the first 64 queries of a block (GROUP 0), or of the others (GROUP 1)."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -83,12 +83,13 @@ def attend_half(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     query_buffer, key_buffers, value_buffers = buffers
     query_ready, key_ready, key_empty, value_ready, value_empty = barriers
-    output_ptr, lse_ptr, blocks_ptr = pointers
-    (first_position, first_query, window, num_sinks, sequence, head, key_value_head, source, slot_shift, sink_shift,
-     num_edge, num_whole, T, scale, stride_ot) = scalars  # fmt: skip
-    interior, edge, edge_steps, masked, steps = schedule(
-        first_position, window, num_sinks, num_edge, num_whole, M, N, BLOCK_SPARSE
-    )
+    output_ptr, lse_ptr, blocks_ptr, pages_ptr = pointers
+    (first_position, first_query, query_offset, window, num_sinks, sequence, head, key_value_head, source, slot_shift,
+     sink_shift, num_edge, num_whole, num_queries, missing_page, scale, stride_ot) = scalars  # fmt: skip
+    diagonal, interior, edge, diagonal_steps, edge_steps, masked, steps = schedule(
+        first_query, num_queries, first_position, window, num_sinks, num_edge, num_whole,
+        M, N, BLOCK_SPARSE, PAGED,
+    )  # fmt: skip
     if steps > 0:
         query_indices = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         positions = first_position + query_indices
@@ -97,7 +98,7 @@ def attend_half(
             output_indices.to(gl.int64)[:, None] * stride_ot
             + gl.arange(0, D, gl.SliceLayout(0, OUTPUT))[None, :]
         )
-        in_call = first_query + query_indices < T
+        in_call = first_query + query_indices < num_queries
         if BLOCK_SPARSE:
             lowest = gl.zeros([64], gl.int32, gl.SliceLayout(1, SCORES)) + num_sinks
             highest = positions - window
@@ -105,7 +106,7 @@ def attend_half(
             peak = gl.load(lse_ptr + first_query + query_indices, mask=in_call, other=float("-inf"))
             peak = peak * LOG2_E
             total = gl.where(peak == float("-inf"), 0.0, 1.0)
-            accumulator = gl.load(places, mask=(output_indices < T)[:, None], other=0.0).to(
+            accumulator = gl.load(places, mask=(output_indices < num_queries)[:, None], other=0.0).to(
                 gl.float32
             )
             first, second = block_list_step(0, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
@@ -115,8 +116,8 @@ def attend_half(
             peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
             total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
             accumulator = gl.zeros([64, D], gl.float32, OUTPUT)
-            first = first_position
-            second = first_position
+            first = diagonal
+            second = diagonal
         mbarrier.wait(query_ready, 0)
         queries = query_buffer.reshape((M, D)).slice(GROUP * 64, 64)
         mbarrier.wait(key_ready.index(0), 0)
@@ -138,7 +139,7 @@ def attend_half(
                 to_here = highest
             else:
                 first, is_sink = window_step(
-                    step, first_position, interior, edge, edge_steps, masked, M, N
+                    step, diagonal, interior, edge, diagonal_steps, edge_steps, masked, N
                 )
                 second = first
                 from_here = gl.where(is_sink, 0, lowest)
@@ -165,7 +166,7 @@ def attend_half(
         gl.store(
             places,
             (accumulator * inverse[:, None]).to(queries.dtype),
-            mask=(output_indices < T)[:, None],
+            mask=(output_indices < num_queries)[:, None],
         )
         if HAS_LSE:
             log_sum = gl.where(total == 0.0, float("-inf"), (peak + gl.log2(total)) * LN_2)

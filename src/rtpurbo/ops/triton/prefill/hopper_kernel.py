@@ -5,7 +5,8 @@ the exponentials of one step overlap with the products of the next. It reaches 5
 kernel reaches 524 (docs/experiment-log.md). Both kernels pass the same tests.
 
 B sequences, H heads in the table, T queries, D head_dim (64 or 128);
-M = 128 queries of a block, N = 128 keys of a step: two blocks of 64 from a block list if BLOCK_SPARSE.
+M = 128 queries of a block, N = 128 keys of a step: two blocks of 64 from a block list if BLOCK_SPARSE, N / PAGE_SIZE
+pages if PAGE_SIZE is not 0.
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ def hopper_kernel(
     output_ptr, lse_ptr, heads_ptr, key_value_heads_ptr, windows_ptr,
     heads_ptr_2, key_value_heads_ptr_2, windows_ptr_2,
     query_starts_ptr, first_slots_ptr, sink_slots_ptr, first_slots_ptr_2, sink_slots_ptr_2,
-    blocks_ptr, counts_ptr,
-    T, H, H_1, num_dense, tiles, query_offset, num_sinks, scale,
+    blocks_ptr, counts_ptr, pages_ptr, pages_ptr_2, query_offsets_ptr, query_counts_ptr,
+    T, H, H_1, num_dense, list_start, num_sinks, scale,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, width,
+    stride_pages, stride_pages_2, num_pages, num_pages_2,
     HAS_SLOTS: gl.constexpr, HAS_LSE: gl.constexpr, BLOCK_SPARSE: gl.constexpr, EDGE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, PAGE_SIZE_2: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One query block of one head; arguments as in `portable`."""
     program = gl.program_id(0)
     sequence = gl.program_id(1)
+    # Not an argument: Triton would compile other kernels for 1 and for multiples of 16.
+    tiles = gl.num_programs(0) // H
     entry, tile = head_and_block(program, tiles, H, num_dense)
     # The first H_1 heads read the first pair of keys and values, the others the second one.
     source = (entry >= H_1).to(gl.int32)
@@ -44,12 +49,23 @@ def hopper_kernel(
         windows_ptr = windows_ptr_2
         first_slots_ptr = first_slots_ptr_2
         sink_slots_ptr = sink_slots_ptr_2
+        pages_ptr = pages_ptr_2
+        stride_pages = stride_pages_2
+        num_pages = num_pages_2
     place = entry - source * H_1
     head = gl.load(heads_ptr + place)
     key_value_head = gl.load(key_value_heads_ptr + place)
     window = gl.load(windows_ptr + place)
-    first_query = query_offset + tile * M
+    first_query = list_start + tile * M
     first_position = gl.load(query_starts_ptr + sequence) + first_query
+    num_queries = T
+    query_offset = sequence * 0
+    row = sequence
+    if PAGE_SIZE > 0:
+        num_queries = gl.load(query_counts_ptr + sequence)
+        query_offset = gl.load(query_offsets_ptr + sequence)
+        row = sequence * 0
+        pages_ptr += sequence.to(gl.int64) * stride_pages
     if HAS_SLOTS:
         slot_shift = gl.load(first_slots_ptr + sequence)
         sink_shift = gl.load(sink_slots_ptr + sequence)
@@ -63,8 +79,11 @@ def hopper_kernel(
         blocks_ptr += line * width
         num_edge = gl.load(counts_ptr + line * 2)
         num_whole = gl.load(counts_ptr + line * 2 + 1)
-    output_ptr += sequence.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
-    lse_ptr += sequence.to(gl.int64) * stride_lb + head.to(gl.int64) * stride_lh
+    output_ptr += row.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
+    lse_ptr += row.to(gl.int64) * stride_lb + head.to(gl.int64) * stride_lh
+    if PAGE_SIZE > 0:
+        output_ptr += query_offset.to(gl.int64) * stride_ot
+        lse_ptr += query_offset
 
     element: gl.constexpr = query_descriptor.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
@@ -88,22 +107,22 @@ def hopper_kernel(
     )  # fmt: skip
     buffers = (query_buffer, key_buffers, value_buffers)
     barriers = (query_ready, key_ready, key_empty, value_ready, value_empty)
-    pointers = (output_ptr, lse_ptr, blocks_ptr)
-    scalars = (first_position, first_query, window, num_sinks, sequence, head, key_value_head, source, slot_shift,
-               sink_shift, num_edge, num_whole, T, scale, stride_ot)  # fmt: skip
+    pointers = (output_ptr, lse_ptr, blocks_ptr, pages_ptr)
+    scalars = (first_position, first_query, query_offset, window, num_sinks, sequence, head, key_value_head, source,
+               slot_shift, sink_shift, num_edge, num_whole, num_queries, num_pages, scale, stride_ot)  # fmt: skip
     gl.warp_specialize(
         [
             (attend_half, (
                 descriptors, buffers, barriers, pointers, scalars,
-                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE, 0,
+                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE, PAGE_SIZE > 0, 0,
             )),
             (attend_half, (
                 descriptors, buffers, barriers, pointers, scalars,
-                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE, 1,
+                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE, PAGE_SIZE > 0, 1,
             )),
             (fetch_steps, (
                 descriptors, buffers, barriers, pointers, scalars,
-                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE,
+                M, N, D, STAGES, BLOCK_SPARSE, EDGE, BLOCK, HAS_LSE, PAGE_SIZE, PAGE_SIZE_2,
             )),
         ],
         [4, 1],
