@@ -59,12 +59,13 @@ def test_windows_of_every_head(dtype, head_dim, q_len, k_len, padding):
     assert_as_exact_as_eager(problem, mask, output, sums)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("page_sizes", [(16, 64), (128, 32), (64, 16)], ids=str)
 @pytest.mark.parametrize("num_sinks", [3, 130])
-def test_packed_queries_over_pages(head_dim, page_sizes, num_sinks):
-    """Three requests, one of them without queries; blocks between sinks and window belong to nobody, and hold NaN."""
-    dtype, window = torch.bfloat16, 200
+def test_packed_queries_over_pages(dtype, head_dim, page_sizes, num_sinks):
+    """Free slots are NaN: blocks between sinks and window, and the ends of last blocks."""
+    window = 200
     lengths, counts = (900, 333, 450, 130), (260, 0, 97, 130)
     most = max(lengths)
     generator = torch.Generator(DEVICE).manual_seed(2)
@@ -98,7 +99,6 @@ def test_packed_queries_over_pages(head_dim, page_sizes, num_sinks):
                     continue
                 for kind, states in enumerate((keys, values)):
                     place = pages[kind, table[sequence, page], 0]
-                    place[:] = 1e30  # the end of the last page: of an earlier owner, but finite
                     place[: end - first] = states[sequence, head, first:end]
         sources.append((PagedStates(*pages, table, numbers[0]), tables[name]))
     output = torch.full_like(queries, torch.nan)

@@ -39,14 +39,10 @@ def supports(query_states: Tensor) -> bool:
 
 
 def supports_pages(query_states: Tensor, states: PagedStates) -> bool:
-    """Returns True if the Hopper kernel supports these queries and pages.
-
-    Free slots of a page are read and multiplied by 0, so what an earlier owner left there must be finite. In bfloat16
-    it is: no finite float16, float8 or bfloat16 number has the bits of an infinity or NaN of bfloat16.
-    """
+    """Returns True if the Hopper kernel supports these queries and pages."""
     return (
         supports(query_states)
-        and query_states.dtype == states.keys.dtype == torch.bfloat16
+        and query_states.dtype == states.keys.dtype
         and states.page_size in PAGE_SIZES
     )
 

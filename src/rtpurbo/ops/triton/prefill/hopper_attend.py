@@ -10,6 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -71,6 +72,28 @@ def _step(
 
 
 @gluon.jit
+def _zero_free_slots(
+    step, first, length, value_buffers, value_ready, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Sets the values of a step after the last token to zero: with their weights of 0, a NaN would remain one.
+
+    Both groups do it. It does not matter which is first, because they write the same.
+    """
+    ROWS: gl.constexpr = 16
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    if first + N > length:
+        stage = step % STAGES
+        mbarrier.wait(value_ready.index(stage), (step // STAGES) & 1)
+        values = value_buffers.index(stage).reshape((N, D))
+        for part in gl.static_range(N // ROWS):
+            slots = values.slice(part * ROWS, ROWS)
+            in_use = first + part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) < length
+            slots.store(gl.where(in_use[:, None], slots.load(LAYOUT), 0.0).to(slots.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+
+
+@gluon.jit
 def attend_half(
     descriptors, buffers, barriers, pointers, scalars,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
@@ -106,9 +129,9 @@ def attend_half(
             peak = gl.load(lse_ptr + first_query + query_indices, mask=in_call, other=float("-inf"))
             peak = peak * LOG2_E
             total = gl.where(peak == float("-inf"), 0.0, 1.0)
-            accumulator = gl.load(places, mask=(output_indices < num_queries)[:, None], other=0.0).to(
-                gl.float32
-            )
+            accumulator = gl.load(
+                places, mask=(output_indices < num_queries)[:, None], other=0.0
+            ).to(gl.float32)
             first, second = block_list_step(0, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
         else:
             lowest = gl.maximum(positions - window + 1, num_sinks)
@@ -132,6 +155,9 @@ def attend_half(
         )  # fmt: skip
         accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
         weights = gl.convert_layout(weights_32.to(queries.dtype), OPERAND)
+        if PAGED:
+            length = first_position - first_query + num_queries
+            _zero_free_slots(0, first, length, value_buffers, value_ready, N, D, STAGES)
         for step in range(1, masked):
             if BLOCK_SPARSE:
                 first, second = block_list_step(step, blocks_ptr, num_edge, edge_steps, EDGE, BLOCK)
@@ -149,6 +175,8 @@ def attend_half(
                 from_here, to_here, first, second, scale,
                 True, BLOCK_SPARSE, N, D, STAGES, SCORES, OUTPUT, OPERAND, BLOCK,
             )  # fmt: skip
+            if PAGED:
+                _zero_free_slots(step, first, length, value_buffers, value_ready, N, D, STAGES)
         for step in range(gl.maximum(masked, 1), steps):
             weights, peak, total, accumulator = _step(
                 step, queries, key_buffers, value_buffers, barriers, weights, peak, total, accumulator,
