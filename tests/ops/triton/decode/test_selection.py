@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtpurbo.config import AttentionRule
+from rtpurbo.ops import HeadLayout
 from rtpurbo.ops.triton.decode import (
     histogram,
     selected_attention,
@@ -279,3 +280,26 @@ def test_long_selections_on_a_gpu(reading, granularity):
     )
     shape = {"heads": 4, "key_value_heads": 1, "head_dim": 128, "index_dim": 16}
     check_bounds(Step.build(9000, rule, dtype=torch.float16, padding=(0, 800), **shape))
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_value_heads", "retrieval_heads", "members"),
+    [
+        (32, 4, range(8), 8),
+        (12, 2, (0, 6, 7, 11), 3),
+        (32, 4, (3, 9, 16, 22, 28), 1),
+        (8, 4, (0, 2, 5), 1),
+        (20, 1, range(18), 1),
+        (8, 4, (), 1),
+    ],
+    ids=str,
+)
+def test_heads_share_lists_if_a_key_value_head_has_several(
+    heads, key_value_heads, retrieval_heads, members
+):
+    layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
+    groups = workspace.SelectionGroups.of(layout)
+    assert groups.members == members
+    assert groups.count == (
+        len(retrieval_heads) if members == 1 else len(layout.full_key_value_heads)
+    )

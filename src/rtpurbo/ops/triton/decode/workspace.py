@@ -23,8 +23,9 @@ CHUNK_TOKENS = 1024
 SEGMENTS = 256
 MIN_SEGMENT_ENTRIES = 256
 MIN_GROUP_SEGMENT_ENTRIES = 512
-# Retrieval heads of a KV head that read their selected keys together: at least and at most (a tile of tensor cores).
-MIN_MEMBERS = 2
+# Retrieval heads of a KV head read their selected keys together if there are at least so many of them for each KV head
+# on average (with fewer, it costs more than it saves), and no more than a tile of tensor cores holds.
+MEAN_MEMBERS = 2
 MAX_MEMBERS = 16
 # Elements of a tile that four warps hold in registers without spilling.
 TILE_ELEMENTS = 16384
@@ -86,7 +87,7 @@ class SelectionGroups:
     def of(cls, layout: HeadLayout) -> SelectionGroups:
         """Groups of a layer's retrieval heads."""
         count, members = layout.retrieval_groups.shape
-        if MIN_MEMBERS <= members <= MAX_MEMBERS:
+        if members <= MAX_MEMBERS and len(layout.retrieval) >= MEAN_MEMBERS * count > 0:
             return cls(members, count, layout.retrieval_groups)
         return cls(1, len(layout.retrieval), None)
 
