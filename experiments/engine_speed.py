@@ -6,8 +6,8 @@ A load is PROMPTxBATCH: so many requests at once, of so many prompt tokens each.
 and `--retrieval-ratio` of its heads retrieve. Each engine runs in a process of its own, one after the other, with full
 CUDA graphs of decode steps or, with `--mode compiled`, as vLLM runs by default. Decode selects a fixed share of the
 keys (`--density`), since random weights have no mass to follow; so each length beyond the window has a sparse engine of
-its own. A load that does not fit in the cache is noted and left out. `--profile` writes tables of the kernels of decode
-steps and of the last chunk of a prompt.
+its own. A load that does not fit in the cache is noted and left out. `--profile` writes tables of the sparse model's
+kernels, in decode steps and in the last chunk of a prompt.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def run_engine(policy: str, settings: argparse.Namespace) -> None:
                 print(RECORD + json.dumps({"note": note}), flush=True)
                 continue
             print(RECORD + json.dumps(engine.record(policy, load)), flush=True)
-        if settings.profile is not None:
+        if settings.profile is not None and policy != "full":
             for load in settings.load:
                 if engine.fits(load):
                     with settings.profile.open("a", encoding="utf-8") as file:
