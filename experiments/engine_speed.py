@@ -253,7 +253,7 @@ def run_engine(policy: str, settings: argparse.Namespace) -> None:
         engine = TimedEngine(Path(name), settings)
         print(f"{policy}: started in {time.perf_counter() - begin:.1f} s", flush=True)
         # Compiles what is left; later lengths run the same kernels.
-        engine.send(EngineLoad(2 * settings.chunk + 100, 1), 4)
+        engine.send(EngineLoad(min(2 * settings.chunk + 100, settings.context), 1), 4)
         engine.steps()
         for load in settings.load:
             if not engine.fits(load):
