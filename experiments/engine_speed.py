@@ -53,7 +53,7 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"cudagraph_capture_sizes": CAPTURED},
 }
 # Requests need room for their answers, and the engine for one more step.
-SPARE_TOKENS = 64
+SPARE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,14 @@ class TimedEngine:
         """Tokens that fit in the cache."""
         return int(self.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
 
+    def new_tokens(self, load: EngineLoad) -> int:
+        """Answer tokens of each request, so many that all requests decode together in the end."""
+        chunks = -(-load.context_length // self.settings.chunk)
+        return self.settings.new_tokens + (load.batch - 1) * (chunks + 1)
+
     def fits(self, load: EngineLoad) -> bool:
         """Returns True if all requests fit in the cache at once."""
-        return load.batch * (load.context_length + self.settings.new_tokens) <= self.cache_tokens
+        return load.batch * (load.context_length + self.new_tokens(load)) <= self.cache_tokens
 
     def send(self, load: EngineLoad, new_tokens: int) -> None:
         """Adds the requests of a load."""
@@ -187,7 +192,8 @@ class TimedEngine:
 
     def record(self, policy: str, load: EngineLoad) -> dict[str, Any]:
         """Measures a load."""
-        self.send(load, self.settings.new_tokens)
+        new_tokens = self.new_tokens(load)
+        self.send(load, new_tokens)
         first, steps = self.steps()
         milliseconds = 1000 * steps[len(steps) // 2]
         return {
@@ -196,7 +202,7 @@ class TimedEngine:
             "engine_version": version("vllm"),
             "policy": policy,
             "context_length": load.context_length,
-            "output_tokens": self.settings.new_tokens,
+            "output_tokens": new_tokens,
             "concurrency": load.batch,
             "time_to_first_token_ms": 1000 * first[len(first) // 2],
             "last_first_token_ms": 1000 * first[-1],
@@ -212,7 +218,7 @@ class TimedEngine:
         from torch.profiler import ProfilerActivity, profile
 
         engine, found = self.llm.llm_engine, []
-        self.send(load, 40)
+        self.send(load, self.new_tokens(load))
         chunks = -(-load.context_length // self.settings.chunk) * load.batch
         for title, skipped, count in (("last chunks", chunks - 2, 1), ("decode steps", 8, 8)):
             for _ in range(skipped):
@@ -263,7 +269,7 @@ def run_engine(policy: str, settings: argparse.Namespace) -> None:
             print(RECORD + json.dumps(engine.record(policy, load)), flush=True)
         if settings.profile is not None and policy != "full":
             for load in settings.load:
-                if engine.fits(load):
+                if load in (settings.profile_load or settings.load) and engine.fits(load):
                     with settings.profile.open("a", encoding="utf-8") as file:
                         file.write(f"{policy}, {engine.profile(load)}\n")
     # vLLM's shutdown can take minutes.
@@ -361,6 +367,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--load", type=EngineLoad.parse, action="append", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--profile-load", type=EngineLoad.parse, action="append")
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--mode", choices=MODES, default="graphs")
     parser.add_argument("--layers", type=int)

@@ -275,14 +275,21 @@ def paged_append(
 
 
 def packed_prompts(
-    head_dim, page_sizes, dtype=torch.bfloat16, cache_dtype=None, kernels=portable, log_sum_exp=False
+    head_dim,
+    page_sizes,
+    dtype=torch.bfloat16,
+    cache_dtype=None,
+    kernels=portable,
+    log_sum_exp=False,
 ):
     """Compiles a prefill kernel for packed queries and pages of full and windowed KV heads."""
     layout = HeadLayout.build((0, 9), 32, 4)
     numbers = torch.zeros(3, dtype=torch.int32)
     tables = head_tables(layout, AttentionRule())
     sources = []
-    for page_size, name in zip(page_sizes, ("dense_and_local_full", "local_windowed"), strict=False):
+    for page_size, name in zip(
+        page_sizes, ("dense_and_local_full", "local_windowed"), strict=False
+    ):
         pages = torch.empty(50, 2, page_size, head_dim, dtype=cache_dtype or dtype)
         table = torch.zeros(3, 20, dtype=torch.int32)
         sources.append((PagedStates(pages, pages, table, numbers), tables[name]))
@@ -301,6 +308,7 @@ def prompt(
     key_value_heads=4,
     head_dim=128,
     dtype=torch.bfloat16,
+    batch=2,
     padded=False,
     for_hopper=True,
     log_sum_exp=False,
@@ -309,7 +317,7 @@ def prompt(
 ):
     """Compiles the prefill kernels for the last 300 tokens of a prompt."""
     hopper.is_hopper = lambda: for_hopper
-    batch, length, q_len = 2, 4096, 300
+    length, q_len = 4096, 300
     layout = HeadLayout.build(retrieval_heads, heads, key_value_heads)
     rule = AttentionRule(sliding_window=1024, **rule)
     slots = torch.zeros(batch, dtype=torch.int32) if padded else None
@@ -347,6 +355,7 @@ def compile_prompts():
             for rule in ({}, sparse):
                 prompt((0, 9), head_dim=head_dim, padded=padded, **rule)
     prompt((0, 9), dtype=torch.float16, log_sum_exp=True)
+    prompt((0, 9), batch=1)
     prompt((0, 9), row_stride=4, retrieval_window=64, **sparse)
     for head_dim in (64, 96, 128, 256):
         prompt((0, 9), head_dim=head_dim, for_hopper=False, log_sum_exp=True)

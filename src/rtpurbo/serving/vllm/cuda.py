@@ -187,7 +187,9 @@ def attend(
         for part, name in ((full, "full"), (windowed, "windowed"))
         if part is not None
     ]
-    launches = [[(part, of_group.prompts, tables[f"prompts_{name}"]) for part, of_group, name in parts]]
+    launches = [
+        [(part, of_group.prompts, tables[f"prompts_{name}"]) for part, of_group, name in parts]
+    ]
     # Dense queries come last: they replace the results for the local heads. Where blocks are missing, they have other
     # positions in each group, hence a launch for each.
     launches += [

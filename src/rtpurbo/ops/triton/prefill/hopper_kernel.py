@@ -20,7 +20,23 @@ from rtpurbo.ops.triton.prefill.hopper_attend import attend_half
 from rtpurbo.ops.triton.prefill.hopper_fetch import fetch_steps
 
 
-@gluon.jit
+# Not specialised: 1 would become a constant, which cannot be assigned to, and another multiple of 16 another kernel.
+SIZES = [
+    "T",
+    "H",
+    "H_1",
+    "num_dense",
+    "list_start",
+    "num_sinks",
+    "width",
+    "stride_pages",
+    "stride_pages_2",
+    "num_pages",
+    "num_pages_2",
+]
+
+
+@gluon.jit(do_not_specialize=SIZES)
 def hopper_kernel(
     query_descriptor, key_descriptor, value_descriptor, key_descriptor_2, value_descriptor_2,
     output_ptr, lse_ptr, heads_ptr, key_value_heads_ptr, windows_ptr,
@@ -38,7 +54,6 @@ def hopper_kernel(
     """One query block of one head; arguments as in `portable`."""
     program = gl.program_id(0)
     sequence = gl.program_id(1)
-    # Not an argument: Triton would compile other kernels for 1 and for multiples of 16.
     tiles = gl.num_programs(0) // H
     entry, tile = head_and_block(program, tiles, H, num_dense)
     # The first H_1 heads read the first pair of keys and values, the others the second one.
