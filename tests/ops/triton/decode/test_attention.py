@@ -7,7 +7,7 @@ import torch
 
 from rtpurbo.config import AttentionRule
 from rtpurbo.ops import SelectionStatistics
-from rtpurbo.ops.triton.decode import window_and_scores
+from rtpurbo.ops.triton.decode import window_and_scores, workspace
 from rtpurbo.ops.triton.decode.attention import decode_step
 from rtpurbo.ops.triton.decode.workspace import zero_histograms
 from tests import oracles
@@ -200,6 +200,18 @@ def test_the_position_of_the_query_may_come_from_labels_where_nothing_retrieves(
         first_slots=None,
         in_order=False,
     )
+    step.check()
+
+
+@pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize("granularity", ["token", "block"])
+def test_keys_may_be_scored_by_fewer_programs(monkeypatch, granularity, shared_keys):
+    """Three chunks of keys in use, of five that fit in the cache, by two programs for each sequence and head."""
+    rule = replace(RULE, granularity=granularity)
+    monkeypatch.setattr(workspace, "CHUNK_TOKENS", 128)
+    options = {"padding": (0, 41), "spare": 250, "shared_index": shared_keys}
+    step = Step.build(350, rule, (0, 1, 3), dtype=torch.float16, **options)
+    monkeypatch.setattr(window_and_scores, "MAX_SCORE_PROGRAMS", 12)
     step.check()
 
 

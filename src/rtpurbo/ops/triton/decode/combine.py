@@ -28,14 +28,17 @@ def _add_splits(
     peaks, totals, accumulators, log_sums, outputs, row, num_splits, dims,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the splits of one row of `log_sums` [rows, splits] and `outputs` [rows, splits, D]."""
+    """Adds the splits of one row of `log_sums` [rows, splits] and `outputs` [rows, splits, D].
+
+    The output of a split without keys is not read.
+    """
     for start in range(0, num_splits, TILE):
         splits = start + tl.arange(0, TILE)
         places = row.to(tl.int64) * num_splits + splits
         log_sum = tl.load(log_sums + places, mask=splits < num_splits, other=float("-inf"))
         output = tl.load(
             outputs + places[:, None] * HEAD_DIM + dims[None, :],
-            mask=(splits < num_splits)[:, None] & (dims < HEAD_DIM)[None, :],
+            mask=(log_sum > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :],
             other=0.0,
         )
         accumulators, peaks, totals = update_softmax_lanes(

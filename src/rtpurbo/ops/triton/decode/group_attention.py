@@ -166,5 +166,5 @@ def selected_group_attention_kernel(
     tl.store(
         outputs + rows[:, None] * HEAD_DIM + dims[None, :],
         accumulator / tl.where(total == 0.0, 1.0, total)[:, None],
-        mask=in_group[:, None] & in_head,
+        mask=(in_group & (total > 0.0))[:, None] & in_head,
     )

@@ -119,7 +119,7 @@ def selected_attention_kernel(
     """Program (split of the selected keys, sequence and retrieval head).
 
     Reads the entries in `lists` [B, R, G, segment_entries], of which `list_lengths` [B, R, G] are valid, or
-    all far keys if EVERYTHING. Writes `log_sums` [B, R, P] to base 2 and `outputs` [B, R, P, D].
+    all far keys if EVERYTHING. Writes `log_sums` [B, R, P] to base 2 and, of splits with keys, `outputs` [B, R, P, D].
     """
     allow_dependent_launch(PDL)
     program = tl.program_id(0)
@@ -202,7 +202,8 @@ def selected_attention_kernel(
     place = head * num_programs + program
     output, log_sum = combine_lanes(accumulators, peaks, totals)
     tl.store(log_sums + place, log_sum)
-    tl.store(outputs + place.to(tl.int64) * HEAD_DIM + dims, output, mask=dims < HEAD_DIM)
+    written = (dims < HEAD_DIM) & (program * TILE < num_tokens)
+    tl.store(outputs + place.to(tl.int64) * HEAD_DIM + dims, output, mask=written)
 
 
 def selected_attention(step: DecodeStep, selection: Selection | None) -> PartialAttention:

@@ -32,6 +32,9 @@ SPLIT = 128
 MAX_SPLIT = 1024
 WINDOW_PROGRAMS = 792
 WINDOW_STAGES = 2
+# Programs that score keys, at most: each scores every n-th chunk. A cache is often much larger than its contents, and
+# the next kernel cannot begin before programs without keys have run too.
+MAX_SCORE_PROGRAMS = 1056
 # Programs that score keys, from which on each scores all retrieval heads of a KV head that share index keys; the
 # most scores of a tile of such a program; and pipeline stages of its loop over tiles, with so many bytes at most.
 SCORE_PROGRAMS = 512
@@ -54,6 +57,7 @@ SIZES = [
     "split_keys",
     "padded_entries",
     "members_per_program",
+    "chunk_programs",
     "num_sinks",
     "near_window",
     "sliding_window",
@@ -106,6 +110,7 @@ def window_and_scores_kernel(
     split_keys,
     padded_entries,
     members_per_program,
+    chunk_programs,
     num_sinks,
     near_window,
     sliding_window,
@@ -132,11 +137,11 @@ def window_and_scores_kernel(
     SCORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs (full KV head, split), then (windowed KV head, split), then (chunk, retrieval heads).
+    """Programs (full KV head, split), then (windowed KV head, split), then (first chunk, retrieval heads).
 
-    Each of the last kind scores one retrieval head, or `members_per_program` of the MEMBERS at most of a KV head
-    (`retrieval_groups`) if MEMBERS is not 0. Programs with the same index keys are adjacent, so that a chunk of
-    keys is in the L2 cache for them.
+    Each of the last kind scores every `chunk_programs`-th chunk for one retrieval head, or for `members_per_program` of
+    the MEMBERS at most of a KV head (`retrieval_groups`) if MEMBERS is not 0. Programs with the same index keys are
+    adjacent, so that a chunk of keys is in the L2 cache for them.
     """
     allow_dependent_launch(PDL)
     program = tl.program_id(0)
@@ -146,6 +151,8 @@ def window_and_scores_kernel(
     )
     table_row = sequence * table_stride
     window_programs = (num_full + num_windowed) * num_splits
+    # Chunks with candidates end with the last far key, or with the query.
+    num_chunks = query_position // (SCORE_TILE // BLOCK_WIDTH * SCORE_TILES * BLOCK) + 1
     if program < num_full * num_splits:
         key_value_head = program // num_splits
         window_keys = tl.maximum(query_position - num_sinks + 1, 0)
@@ -182,22 +189,26 @@ def window_and_scores_kernel(
         splits = tl.cdiv(MEMBERS, members_per_program)
         program -= window_programs
         first_member = program % splits * members_per_program
-        score_group_chunk(
-            index_queries, index_query_strides, index_keys, index_key_strides, retrieval_groups,
-            block_table, table_row, sequence, program // splits % num_full, first_member,
-            first_member + members_per_program, program // splits // num_full, query_position,
-            first_slot, num_sinks, near_window, levels, histogram, references, batch,
-            num_retrieval, padded_entries, MEMBERS, MEMBER_WIDTH, INDEX_DIM, INDEX_WIDTH, BLOCK,
-            BLOCK_WIDTH, SCORE_TILE, SCORE_TILES, SCORE_STAGES, PLANES, PAGE_SIZE,
-        )  # fmt: skip
+        first_chunk = program // splits // num_full
+        for chunk in range(first_chunk, num_chunks, chunk_programs):
+            score_group_chunk(
+                index_queries, index_query_strides, index_keys, index_key_strides, retrieval_groups,
+                block_table, table_row, sequence, program // splits % num_full, first_member,
+                first_member + members_per_program, chunk, query_position, first_slot, num_sinks,
+                near_window, levels, histogram, references, batch, num_retrieval, padded_entries,
+                MEMBERS, MEMBER_WIDTH, INDEX_DIM, INDEX_WIDTH, BLOCK, BLOCK_WIDTH, SCORE_TILE,
+                SCORE_TILES, SCORE_STAGES, PLANES, PAGE_SIZE,
+            )  # fmt: skip
     elif SCORE:
-        score_chunk(
-            index_queries, index_query_strides, index_keys, index_key_strides, index_key_heads,
-            block_table, table_row, sequence, (program - window_programs) % num_retrieval,
-            (program - window_programs) // num_retrieval, query_position, first_slot, num_sinks,
-            near_window, levels, histogram, references, batch, num_retrieval, padded_entries,
-            INDEX_DIM, INDEX_WIDTH, BLOCK, BLOCK_WIDTH, SCORE_TILE, SCORE_TILES, PLANES, PAGE_SIZE,
-        )  # fmt: skip
+        program -= window_programs
+        for chunk in range(program // num_retrieval, num_chunks, chunk_programs):
+            score_chunk(
+                index_queries, index_query_strides, index_keys, index_key_strides, index_key_heads,
+                block_table, table_row, sequence, program % num_retrieval, chunk, query_position,
+                first_slot, num_sinks, near_window, levels, histogram, references, batch,
+                num_retrieval, padded_entries, INDEX_DIM, INDEX_WIDTH, BLOCK, BLOCK_WIDTH,
+                SCORE_TILE, SCORE_TILES, PLANES, PAGE_SIZE,
+            )  # fmt: skip
 
 
 def window_and_scores(step: DecodeStep) -> tuple[PartialAttention, IndexScores]:
@@ -242,7 +253,8 @@ def window_and_scores(step: DecodeStep) -> tuple[PartialAttention, IndexScores]:
     index_width = triton.next_power_of_2(index_dim)
     block_width = triton.next_power_of_2(scores.block)
     chunk_tokens = entries_per_chunk(scores.block) * block_width
-    score_programs = num_retrieval * score * scores.num_chunks
+    chunk_programs = scores.num_chunks
+    score_programs = num_retrieval * score
     members = members_per_program = member_width = 0
     if key_heads is not None and layout.retrieval_groups.shape[1] > 1:
         # Shared index keys: a product with the index queries of several heads.
@@ -252,7 +264,10 @@ def window_and_scores(step: DecodeStep) -> tuple[PartialAttention, IndexScores]:
         chunks = scores.num_chunks * num_full
         splits = min(members, triton.cdiv(SCORE_PROGRAMS, chunks * batch))
         members_per_program = triton.cdiv(members, splits)
-        score_programs = chunks * triton.cdiv(members, members_per_program)
+        score_programs = num_full * triton.cdiv(members, members_per_program)
+    if score:
+        most = triton.cdiv(MAX_SCORE_PROGRAMS, score_programs * batch)
+        chunk_programs = min(scores.num_chunks, most)
     score_tile = min(chunk_tokens, TILE_ELEMENTS // index_width)
     if members:
         score_tile = min(score_tile, GROUP_SCORES // member_width)
@@ -261,7 +276,7 @@ def window_and_scores(step: DecodeStep) -> tuple[PartialAttention, IndexScores]:
     if members and full.index_keys is not None:
         tile_bytes = score_tile * index_width * full.index_keys.element_size()
         score_stages = max(2, min(SCORE_STAGES, 1 + SCORE_STAGES_BYTES // tile_bytes))
-    programs = (num_full + num_windowed) * num_splits + score_programs
+    programs = (num_full + num_windowed) * num_splits + score_programs * chunk_programs
     window_and_scores_kernel[(programs, batch)](
         queries,
         queries.stride()[:2],
@@ -296,6 +311,7 @@ def window_and_scores(step: DecodeStep) -> tuple[PartialAttention, IndexScores]:
         split_keys,
         scores.levels.shape[1],
         members_per_program,
+        chunk_programs,
         rule.num_sink_tokens,
         rule.near_window,
         rule.sliding_window,

@@ -19,7 +19,6 @@ from rtpurbo.ops.triton.device_functions import head_and_block
 from rtpurbo.ops.triton.prefill.hopper_attend import attend_half
 from rtpurbo.ops.triton.prefill.hopper_fetch import fetch_steps
 
-
 # Not specialised: 1 would become a constant, which cannot be assigned to, and another multiple of 16 another kernel.
 SIZES = [
     "T",
