@@ -416,6 +416,24 @@ def layer_decode() -> Rows:
     return rows
 
 
+def serving() -> Rows:
+    records = {
+        (record["policy"], record["context_length"], record["concurrency"]): record
+        for record in read("serve-h200.json")["records"]
+    }
+    rows: Rows = {}
+    for name, length, batch in (
+        ("4K", 2**12, 1), ("32K", 2**15, 1), ("128K", 2**17, 1), ("256K", 2**18, 1),
+        ("32K, 16 at once", 2**15, 16), ("128K, 6 at once", 2**17, 6),
+    ):  # fmt: skip
+        dense, sparse = (records[policy, length, batch] for policy in ("full", "rtpurbo"))
+        row: list[Numbers] = []
+        for field, unit in (("last_first_token_ms", 1000), ("time_per_output_token_ms", 1)):
+            row += [[dense[field] / unit], [sparse[field] / unit], [dense[field] / sparse[field]]]
+        rows[name] = row
+    return rows
+
+
 def training() -> Rows:
     found = read("training-h100.json")
 
@@ -450,7 +468,7 @@ EXPECTED: dict[str, Callable[[], Rows]] = {
     make.__name__: make
     for make in (
         public_models, public_lengths, public_suites, public_tasks, public_speed, memory, long_context,
-        public_controls, controls, smollm2, model_speed, layer_prefill, layer_decode, training, sparse_prefill,
+        public_controls, controls, smollm2, model_speed, layer_prefill, layer_decode, serving, training, sparse_prefill,
         recipe_means, recipe_policies,
     )
 }  # fmt: skip

@@ -27,7 +27,12 @@ from tests.docs.figures import (
 PAGES = ("README.md", "docs/results.md")
 TABLES = [
     (page, table)
-    for page in (*PAGES, "docs/how-to/memory.md", "recipes/smollm2-64k/README.md")
+    for page in (
+        *PAGES,
+        "docs/how-to/memory.md",
+        "docs/how-to/serve-expect.md",
+        "recipes/smollm2-64k/README.md",
+    )
     for table in marked_tables((ROOT / page).read_text(encoding="utf-8"))
 ]
 
@@ -87,6 +92,17 @@ def _milliseconds(file, **values):
         if all(one[name] == value for name, value in values.items())
     ]
     return record["milliseconds"]
+
+
+def _served(policy, batch):
+    """Record of requests of 128K tokens in vLLM's engine."""
+    [found] = [
+        record
+        for record in read("serve-h200.json")["records"]
+        if (record["policy"], record["context_length"], record["concurrency"])
+        == (policy, 2**17, batch)
+    ]
+    return found
 
 
 def _losses(*lengths):
@@ -239,6 +255,29 @@ PROSE = [
     (
         "README.md", r"\[([\d.]+) s to read the prompt\]",
         lambda: _milliseconds("model-prefill-h100.json", implementation="sdpa-cudnn") / 1000,
+    ),
+    (
+        "docs/how-to/serve-expect.md",
+        r"Cache\*\*: ([\d,]+) tokens fit where the dense model has ([\d,]+) \(([\d.]+) times",
+        lambda: [
+            *(tokens := [_served(policy, 1)["cache_tokens"] for policy in ("rtpurbo", "full")]),
+            tokens[0] / tokens[1],
+        ],
+    ),
+    (
+        "docs/how-to/serve-expect.md", r"decodes (\d+) tokens/s, the dense one (\d+) with six",
+        lambda: [
+            _served(policy, batch)["output_tokens_per_second"]
+            for policy, batch in (("rtpurbo", 8), ("full", 6))
+        ],
+    ),
+    (
+        "README.md", r"decode ([\d.]+)x as fast at 128K, ([\d.]+)x with six requests",
+        lambda: [
+            _served("full", batch)["time_per_output_token_ms"]
+            / _served("rtpurbo", batch)["time_per_output_token_ms"]
+            for batch in (1, 6)
+        ],
     ),
     (
         "docs/results.md", r"faster at 1M \((\d+) ms\)",
