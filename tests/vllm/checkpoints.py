@@ -17,7 +17,7 @@ from rtpurbo.files import whole_folder
 from rtpurbo.models.architecture import convertible_layers
 from rtpurbo.models.artifact_config import ArtifactConfig, save_artifact
 from rtpurbo.models.base import load_base_model
-from rtpurbo.models.sparse_layers import indexer_weights
+from rtpurbo.models.sparse_layers import headwise_modules, indexer_weights
 from rtpurbo.serving.export import export
 from tests.tiny_models import any_model, make_sparse, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -182,6 +182,10 @@ def _generate(model: Any, prompt: Sequence[int], max_new_tokens: int) -> Any:
     )
 
 
-def load_reference(checkpoint: Path) -> Any:
-    """The same checkpoint as a transformers model."""
-    return rtpurbo.load(checkpoint)[0]
+def load_reference(checkpoint: Path, device: str = "cpu") -> Any:
+    """The same checkpoint as a transformers model in float32; on a GPU with Triton kernels, as in the engine."""
+    model, _ = rtpurbo.load(checkpoint, device=device)
+    if device != "cpu":
+        for module in headwise_modules(model):
+            module.backend = "triton"
+    return model

@@ -21,6 +21,9 @@ OPTIONS = {
     "seed": 0,
 }
 
+# Options of an engine on a GPU: a share of the memory that leaves room for other engines on the same one.
+ON_GPU = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.2}
+
 
 @contextmanager
 def running(checkpoint: Path, **options: Any) -> Iterator[LLM]:

@@ -14,7 +14,7 @@ from tests.vllm.checkpoints import (
     random_prompts,
     save_checkpoint,
 )
-from tests.vllm.engines import answers, free_blocks, greedy, running
+from tests.vllm.engines import ON_GPU, answers, free_blocks, greedy, running
 
 pytestmark = pytest.mark.vllm
 
@@ -29,7 +29,20 @@ def in_use():
     return resident, sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-def test_five_hundred_requests_of_thirty_two_clients(tmp_path):
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            ],
+        ),
+    ],
+)
+def test_five_hundred_requests_of_thirty_two_clients(device, tmp_path):
     checkpoint = save_checkpoint(tmp_path)
     generator = random.Random(0)
     prompts = random_prompts([generator.randrange(1, 400) for _ in range(40)])
@@ -45,6 +58,7 @@ def test_five_hundred_requests_of_thirty_two_clients(tmp_path):
         max_model_len=512,
         # Too few for all: some requests have to give their blocks back.
         num_gpu_blocks_override=500,
+        **(ON_GPU if device == "cuda" else {}),
     ) as llm:
         engine, free = llm.llm_engine, free_blocks(llm)
         single = [answers(llm, [prompt], LONGEST_ANSWER)[0] for prompt in prompts]
@@ -79,7 +93,7 @@ def test_five_hundred_requests_of_thirty_two_clients(tmp_path):
         # requests to the fifth, and nothing more from the thirteenth on.
         assert bytes_after < bytes_before * 1.1
         assert tensors_after <= tensors_before
-    reference = load_reference(checkpoint)
+    reference = load_reference(checkpoint, device)
     names = list(done)
     assert_same_answers(
         reference,

@@ -396,6 +396,13 @@ def compile_fused_appends():
     fused_append(1, 1, (0,), index_dim=1, num_features=1, batch=1)
 
 
+def compile_pages():
+    """Compiles the Hopper kernel for pages of all sizes."""
+    for page_sizes in ((16, 64), (128, 32), (64,)):
+        packed_prompts(128, page_sizes, kernels=hopper)
+    packed_prompts(64, (32, 128), kernels=hopper, log_sum_exp=True)
+
+
 def compile_serving():
     """Compiles the kernels for the caches of vLLM."""
     paged_append(32, 8, (0, 9))
@@ -406,9 +413,7 @@ def compile_serving():
     paged_append(8, 8, (1,), dtype=torch.float32, index_dtype=torch.float32)
     packed_prompts(128, (16, 16))
     packed_prompts(64, (64, 64), torch.float16)
-    for page_sizes in ((16, 64), (128, 32), (64,)):
-        packed_prompts(128, page_sizes, kernels=hopper)
-    packed_prompts(64, (32, 128), kernels=hopper, log_sum_exp=True)
+    compile_pages()
     step(32, 8, (0, 9), page_size=64, windowed_page_size=16)
     step(12, 2, (), head_dim=64, page_size=16, windowed_page_size=16)
     step(8, 4, (0, 1), dtype=torch.float32, page_size=16, windowed_page_size=64)
@@ -438,11 +443,16 @@ def compile_groups():
     step(32, 8, range(9), index_dtype=torch.float8_e4m3fn, shared_keys=True, **float8)
 
 
-def main():
-    """Compiles shapes that take different paths through the kernels."""
+def replace_launches():
+    """Replaces the driver by the stand-in, and launches by compilations."""
     driver.set_active(AbsentHopper())
     pdl.supports_pdl = window_and_scores.supports_pdl = lambda device: True
     JITFunction.run = compile_only(JITFunction.run)
+
+
+def main():
+    """Compiles shapes that take different paths through the kernels."""
+    replace_launches()
     compile_float32()
     compile_prompts()
     compile_losses()

@@ -17,7 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from rtpurbo.ops.triton.device_functions import LN_2, LOG2_E
-from rtpurbo.ops.triton.prefill.hopper_fetch import block_list_step, schedule, window_step
+from rtpurbo.ops.triton.prefill.hopper_fetch import (
+    block_list_step,
+    schedule,
+    wait_for_group,
+    window_step,
+)
 
 
 @gluon.jit
@@ -90,7 +95,7 @@ def _zero_free_slots(
             in_use = first + part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) < length
             slots.store(gl.where(in_use[:, None], slots.load(LAYOUT), 0.0).to(slots.dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        wait_for_group()
 
 
 @gluon.jit

@@ -13,7 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-# Two names that Gluon changed between Triton 3.6 and 3.9.
+# Names that Gluon changed between Triton 3.6 and 3.9.
+wait_for_group = getattr(gl, "thread_barrier", None) or gl.barrier
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
