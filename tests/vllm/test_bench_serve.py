@@ -12,12 +12,17 @@ from tests.vllm.checkpoints import save_checkpoint
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-def test_dense_and_sparse_in_one_run(tmp_path):
+@pytest.mark.parametrize("has_text", [False, True])
+def test_dense_and_sparse_in_one_run(has_text, tmp_path):
     checkpoint = save_checkpoint(tmp_path)
     output = tmp_path / "serve.json"
     command = [sys.executable, "-m", "rtpurbo", "bench", "serve", checkpoint, "-o", output]
     command += ["--length", 200, "--output-tokens", 8, "--concurrency", 1, "--concurrency", 3]
     command += ["--requests", 4, "--request-rate", 20, "--enforce-eager", "--dtype", "float32"]
+    if has_text:
+        text = tmp_path / "text.txt"
+        text.write_text("\n\n".join(f"Paragraph {number} has few words." for number in range(4000)))
+        command += ["--data", text]
     environment = {key: value for key, value in os.environ.items() if "MULTIPROCESSING" not in key}
     finished = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=environment, check=False

@@ -22,7 +22,7 @@ from rtpurbo.benchmarks.session import Entry, Session
 from rtpurbo.benchmarks.sparse_model import read_prompts
 from rtpurbo.benchmarks.timing import max_calls
 from rtpurbo.config import RTPurboConfig
-from rtpurbo.data.texts import TextCorpus, bos_and_prose, load_texts
+from rtpurbo.data.texts import TextCorpus, draw_passages, load_texts
 from rtpurbo.errors import RTPurboError
 from rtpurbo.models.architecture import context_length, convertible_layers, layer_types
 from rtpurbo.models.arguments import CACHE_NAME
@@ -37,8 +37,6 @@ LENGTHS = (8192, 32768, 131072)
 COUNTED_STEPS = 16
 # Different passages of a batch; sequences beyond them repeat the passages, which would take long to read.
 MAX_PASSAGES = 32
-# Passages of short texts are often drawn twice; for each passage, this many draws are made at most.
-MAX_DRAWS = 10
 
 
 def num_steps(session: Session) -> int:
@@ -68,17 +66,9 @@ class HeldOutText:
         Raises:
             RTPurboError: the corpus is shorter than a passage, or has too few different ones.
         """
-        draws = 0
-        while len(self._passages) < count:
-            passage = bos_and_prose(self.tokenizer, self.corpus, self.length, self._rng)
-            draws += 1
-            if passage not in self._passages:
-                self._passages.append(passage)
-            elif draws >= MAX_DRAWS * count:
-                raise RTPurboError(
-                    f"{self.corpus.name} has no {count} different passages of {self.length:,} tokens; "
-                    "give more text, smaller batches or shorter lengths."
-                )
+        self._passages = draw_passages(
+            self.tokenizer, self.corpus, self.length, count, self._rng, self._passages
+        )
         return torch.tensor([passage[:length] for passage in self._passages[:count]])
 
 

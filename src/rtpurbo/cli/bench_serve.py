@@ -64,6 +64,13 @@ def serve(
         Literal["both", "full", "rtpurbo"],
         typer.Option(help="Dense model on stock vLLM (full), sparse model (rtpurbo), or both."),
     ] = "both",
+    data: Annotated[
+        list[str] | None,
+        options.optional(
+            help="Text whose passages are the prompts, in the formats of `bench model --data`. Default: random tokens, "
+            "in which an index selects other shares of the keys than in text."
+        ),
+    ] = None,
     base_model: options.BaseModel = None,
     output: Output = None,
 ) -> None:
@@ -71,9 +78,10 @@ def serve(
 
     `rtpurbo bench serve qwen3-8b-vllm --length 32768 --concurrency 8 -o serve.json`
 
-    Starts a server for each and sends random prompts with vLLM's own benchmark client. Every other option goes to
-    both servers: --max-model-len, --max-num-seqs, --gpu-memory-utilization, ...
+    Starts a server for each and sends the same prompts to both with vLLM's own benchmark client. Every other option
+    goes to both servers: --max-model-len, --max-num-seqs, --gpu-memory-utilization, ...
     """
+    from rtpurbo.data.texts import load_texts
     from rtpurbo.serving.benchmark import POLICIES, Load, bench_serve
     from rtpurbo.serving.installation import find_vllm
     from rtpurbo.serving.server import ServerSettings, prepare_checkpoint
@@ -91,6 +99,7 @@ def serve(
         installation,
         loads,
         policies=POLICIES if policy == "both" else [policy],
+        corpus=load_texts(list(data), "heldout") if data else None,
         command=shlex.join(["rtpurbo", *sys.argv[1:]]),
         output=output,
         log=lambda text: typer.echo(text, err=True),

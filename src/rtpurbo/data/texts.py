@@ -37,6 +37,10 @@ _LINES_OF_MARKUP = re.compile(r"^(?:[*=~^#+|-]{3,}.*|[+|].*[+|]|-\[ .* \]-)$\n?"
 _INLINE_MARKUP = re.compile(r"(?<!\w)\*{1,2}(\w[^*\n]*?)\*{1,2}(?!\w)| \[\d+\](?=\W|$)")
 
 
+# Passages of short texts are often drawn twice; for each passage, this many draws are made at most.
+_MAX_DRAWS = 10
+
+
 class Prose(Protocol):
     """Source of prose: a `TextCorpus`, or a part of a stream."""
 
@@ -168,6 +172,33 @@ def bos_and_prose(
     """Returns exactly `length` tokens: the BOS token, if the tokenizer puts one before every text, and prose."""
     start = bos_ids(tokenizer)
     return start + corpus.sample_tokens(tokenizer, length - len(start), rng)
+
+
+def draw_passages(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: TextCorpus,
+    length: int,
+    count: int,
+    rng: random.Random,
+    found: Sequence[list[int]] = (),
+) -> list[list[int]]:
+    """Returns `count` different passages of `length` tokens: those of `found`, and others.
+
+    Raises:
+        RTPurboError: the corpus is shorter than a passage, or has too few different ones.
+    """
+    passages, draws = list(found), 0
+    while len(passages) < count:
+        passage = bos_and_prose(tokenizer, corpus, length, rng)
+        draws += 1
+        if passage not in passages:
+            passages.append(passage)
+        elif draws >= _MAX_DRAWS * count:
+            raise RTPurboError(
+                f"{corpus.name} has no {count} different passages of {length:,} tokens; "
+                "give more text, or ask for fewer or shorter ones."
+            )
+    return passages
 
 
 def _next_start(document: str, position: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -18,7 +19,9 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rtpurbo.data.texts import TextCorpus, draw_passages
 from rtpurbo.devices import device_name
 from rtpurbo.errors import RTPurboError
 from rtpurbo.files import write_json_atomically
@@ -70,6 +73,11 @@ class Load:
     request_rate: float | None = None
     requests: int | None = None
 
+    @property
+    def num_requests(self) -> int:
+        """Number of requests, also where `requests` is None."""
+        return self.requests or max(4, 2 * self.concurrency)
+
 
 def bench_serve(
     checkpoint: Path,
@@ -78,6 +86,7 @@ def bench_serve(
     loads: Sequence[Load],
     *,
     policies: Iterable[str] = POLICIES,
+    corpus: TextCorpus | None = None,
     command: str = "",
     output: Path | None = None,
     log: Callable[[str], None] = lambda text: None,
@@ -90,6 +99,8 @@ def bench_serve(
         installation: vLLM that runs them.
         loads: loads to measure.
         policies: subset of `POLICIES`.
+        corpus: text whose passages are the prompts; None for random tokens, in which the index selects other shares of
+            the keys than in text.
         command: command line to record.
         output: JSON file, written after every measurement.
         log: receives a line per measurement.
@@ -99,12 +110,19 @@ def bench_serve(
         output token contains prompts of other requests, and the median of `inter_token_latency_ms` is a decode step.
 
     Raises:
-        RTPurboError: a server does not start, or a request fails.
+        RTPurboError: a server does not start, a request fails, or the text is too short.
     """
+    tokenizer = None if corpus is None else AutoTokenizer.from_pretrained(checkpoint)
     records: list[dict[str, Any]] = []
     device = device_name(torch.device("cpu" if installation.on_cpu else "cuda"))
     with TemporaryDirectory() as name, _running_client(installation, Path(name)) as client:
         folder = Path(name)
+
+        def prompts_of(load: Load, seed: int) -> dict[str, object]:
+            if corpus is None:
+                return random_prompts(load, seed)
+            return text_prompts(load, seed, corpus, tokenizer, folder)
+
         for policy in policies:
             served = checkpoint if policy == "rtpurbo" else dense_view(checkpoint, folder / "dense")
             with running_server(served, settings, installation, folder / policy) as server:
@@ -113,14 +131,14 @@ def bench_serve(
                     if load.context_length not in warm:
                         # Kernels are compiled for the length.
                         once = Load(load.context_length, 4, 1, requests=1)
-                        server.run(client, once, len(loads) + seed)
+                        server.run(client, once, prompts_of(once, len(loads) + seed))
                         warm.add(load.context_length)
                     found = {
                         "phase": "serve",
                         "engine": "vllm",
                         "engine_version": installation.version,
                         "policy": policy,
-                        **server.run(client, load, seed),
+                        **server.run(client, load, prompts_of(load, seed)),
                         "cache_tokens": server.cache_tokens(),
                     }
                     records.append(found)
@@ -132,7 +150,7 @@ def bench_serve(
                             "commit": library_commit(),
                             "command": command,
                             "model": checkpoint.name,
-                            "notes": [],
+                            "notes": [] if corpus is None else [f"Prompts: {corpus.name}."],
                         }
                         write_json_atomically(output, {**facts, "records": records})
     return records
@@ -146,6 +164,50 @@ def describe(record: dict[str, Any]) -> str:
         f"{record['time_per_output_token_ms']:.2f} ms per output token, "
         f"{record['output_tokens_per_second']:.1f} output tokens/s"
     )
+
+
+def random_prompts(load: Load, seed: int) -> dict[str, object]:
+    """Returns the client's options for prompts of random tokens, which differ between seeds."""
+    return {
+        "dataset-name": "random",
+        "random-input-len": load.context_length,
+        "random-output-len": load.output_tokens,
+        "seed": seed,
+    }
+
+
+def text_prompts(
+    load: Load, seed: int, corpus: TextCorpus, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> dict[str, object]:
+    """Writes passages of a corpus to a file in `folder`, and returns the client's options for them as prompts.
+
+    Raises:
+        RTPurboError: the corpus has too few different passages of the load's length.
+    """
+    generator = random.Random(seed)
+    length = load.context_length
+    passages = draw_passages(tokenizer, corpus, length, load.num_requests, generator)
+    path = folder / f"prompts-{seed}.jsonl"
+    lines = [json.dumps({"prompt": text_of(passage, tokenizer)}) for passage in passages]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "dataset-name": "custom",
+        "dataset-path": path,
+        "custom-output-len": load.output_tokens,
+        "skip-chat-template": None,
+        "disable-shuffle": None,
+        "seed": seed,
+    }
+
+
+def text_of(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the text of tokens, without the last ones if it would be encoded as more tokens."""
+    most = len(token_ids)
+    while True:
+        text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+        if (excess := len(tokenizer(text).input_ids) - most) <= 0:
+            return text
+        token_ids = token_ids[:-excess]
 
 
 def dense_view(checkpoint: Path, folder: Path) -> Path:
@@ -186,7 +248,8 @@ class _Client:
         arguments = ["--ignore-eos", "--save-result"]
         result = {"result-dir": self.folder, "result-filename": "result.json"}
         for option, value in {**options, **result}.items():
-            arguments += [f"--{option}", str(value)]
+            # An option without a value is a flag.
+            arguments += [f"--{option}"] if value is None else [f"--{option}", str(value)]
         # A client that has ended is reported below.
         with suppress(BrokenPipeError):
             print(json.dumps(arguments), file=self.requests, flush=True)
@@ -219,20 +282,17 @@ class _Server:
     checkpoint: Path
     folder: Path
 
-    def run(self, client: _Client, load: Load, seed: int) -> dict[str, Any]:
-        """Sends the requests of a load; prompts differ between seeds."""
-        requests = load.requests or max(4, 2 * load.concurrency)
+    def run(self, client: _Client, load: Load, prompts: Mapping[str, object]) -> dict[str, Any]:
+        """Sends the requests of a load; `prompts` are the client's options for them."""
+        requests = load.num_requests
         options = {
             "base-url": self.address,
             "model": _NAME,
             "tokenizer": self.checkpoint,
-            "dataset-name": "random",
-            "random-input-len": load.context_length,
-            "random-output-len": load.output_tokens,
+            **prompts,
             "num-prompts": requests,
             "max-concurrency": load.concurrency,
             "request-rate": load.request_rate or "inf",
-            "seed": seed,
         }
         result = client.run(options)
         if result["failed"] or result["completed"] != requests:
