@@ -14,13 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtpurbo.data.texts import (
-    TextCorpus,
-    check_is_file,
-    encode,
-    import_datasets,
-    parse_hub_source,
-)
+from rtpurbo.data.sources import check_is_file, import_datasets, parse_hub_source
+from rtpurbo.data.texts import TextCorpus, encode
 from rtpurbo.errors import RTPurboError, first_line
 
 if TYPE_CHECKING:
