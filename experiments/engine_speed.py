@@ -1,6 +1,6 @@
 """Times vLLM's engine with a sparse model of random weights against the dense model on stock vLLM, without a server.
 
-`python experiments/engine_speed.py --load 4096x1 --load 131072x1 --output benchmarks/results/engine-h200.json`
+`python experiments/engine_speed.py --load 4096x1 --load 131072x1 --output benchmarks/results/serve-h200.json`
 
 A load is PROMPTxBATCH: so many requests at once, of so many prompt tokens each. The model has the sizes of Qwen3-8B,
 and `--retrieval-ratio` of its heads retrieve. Each engine runs in a process of its own, one after the other, with full
