@@ -355,7 +355,8 @@ def compile_prompts():
             for rule in ({}, sparse):
                 prompt((0, 9), head_dim=head_dim, padded=padded, **rule)
     prompt((0, 9), dtype=torch.float16, log_sum_exp=True)
-    prompt((0, 9), batch=1)
+    for rule in ({}, sparse):
+        prompt((0, 9), batch=1, **rule)
     prompt((0, 9), row_stride=4, retrieval_window=64, **sparse)
     for head_dim in (64, 96, 128, 256):
         prompt((0, 9), head_dim=head_dim, for_hopper=False, log_sum_exp=True)
