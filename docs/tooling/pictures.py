@@ -109,7 +109,7 @@ def how_a_query_finds_its_tokens() -> str:
     canvas.label(x_of((SINKS + TOKENS - WINDOW) / 2), 64, "distant tokens", "center", "soft")
     canvas.label(x_of(TOKENS), 64, "window, query", "right", "soft")
     canvas.label(LEFT, 96, "1. The index estimates distant tokens' attention from a", kind="bold")
-    canvas.label(LEFT + 17, 113, "part of the dimensions of each key", kind="bold")
+    canvas.label(LEFT + 17, 113, "few dimensions per token", kind="bold")
     for place in range(SINKS, TOKENS - WINDOW):
         tall = 42 * ESTIMATES.get(place, 0.05)
         canvas.box(x_of(place), 176 - tall, pitch - 2, tall, "far" if place in chosen else "none")

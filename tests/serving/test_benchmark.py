@@ -141,6 +141,14 @@ def test_prompts_of_text(vllm, checkpoint, tmp_path):
     assert json.loads(output.read_text())["notes"] == ["Prompts: some text."]
 
 
+def test_too_short_a_text_is_refused_before_a_server_starts(vllm, checkpoint, tmp_path):
+    corpus = TextCorpus("a word", ("word",))
+    with pytest.raises(RTPurboError, match="'a word' has only"):
+        bench_serve(checkpoint, ServerSettings(), vllm, [Load(64, 8, 1)], corpus=corpus)
+    imports = tmp_path / "site" / "imports"
+    assert not imports.exists() or "server" not in imports.read_text()
+
+
 def test_a_text_that_would_be_encoded_as_more_tokens_loses_its_end(checkpoint):
     class Splitting:
         """Encodes every text as two more tokens than it was decoded from."""

@@ -87,6 +87,8 @@ def serve(
     from rtpurbo.serving.server import ServerSettings, prepare_checkpoint
 
     installation = find_vllm()
+    # Before an artifact is exported, which takes minutes.
+    corpus = load_texts(list(data), "heldout") if data else None
     loads = [
         Load(prompt, answer, parallel, request_rate, requests)
         for prompt in length or [4096, 32768, 131072]
@@ -99,7 +101,7 @@ def serve(
         installation,
         loads,
         policies=POLICIES if policy == "both" else [policy],
-        corpus=load_texts(list(data), "heldout") if data else None,
+        corpus=corpus,
         command=shlex.join(["rtpurbo", *sys.argv[1:]]),
         output=output,
         log=lambda text: typer.echo(text, err=True),

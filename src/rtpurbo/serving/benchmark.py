@@ -123,22 +123,27 @@ def bench_serve(
                 return random_prompts(load, seed)
             return text_prompts(load, seed, corpus, tokenizer, folder)
 
+        # Drawn before a server starts, because a text may be too short, and once for both models.
+        prompts = [prompts_of(load, seed) for seed, load in enumerate(loads)]
+        # Kernels are compiled for a length.
+        warm_ups: dict[int, tuple[Load, dict[str, object]]] = {}
+        for seed, load in enumerate(loads, start=len(loads)):
+            if load.context_length not in warm_ups:
+                once = Load(load.context_length, 4, 1, requests=1)
+                warm_ups[load.context_length] = once, prompts_of(once, seed)
         for policy in policies:
             served = checkpoint if policy == "rtpurbo" else dense_view(checkpoint, folder / "dense")
             with running_server(served, settings, installation, folder / policy) as server:
-                warm: set[int] = set()
-                for seed, load in enumerate(loads):
-                    if load.context_length not in warm:
-                        # Kernels are compiled for the length.
-                        once = Load(load.context_length, 4, 1, requests=1)
-                        server.run(client, once, prompts_of(once, len(loads) + seed))
-                        warm.add(load.context_length)
+                cold = dict(warm_ups)
+                for load, chosen in zip(loads, prompts, strict=True):
+                    if load.context_length in cold:
+                        server.run(client, *cold.pop(load.context_length))
                     found = {
                         "phase": "serve",
                         "engine": "vllm",
                         "engine_version": installation.version,
                         "policy": policy,
-                        **server.run(client, load, prompts_of(load, seed)),
+                        **server.run(client, load, chosen),
                         "cache_tokens": server.cache_tokens(),
                     }
                     records.append(found)
